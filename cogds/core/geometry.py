@@ -1,0 +1,136 @@
+"""ClipShape: how pixels become a latent grid and tokens, and which shapes the model can take.
+
+Everything that divides anything by anything stands here. The numbers come from the model's own
+configs (`ModelGeometry.from_configs`), never from constants: 1.5 pads time to `patch_size_t`, 1.0 does not.
+
+    81x768x1360 pixels -> 21 latent frames of 96x170 -> padded in front to 22 -> 11 x 48 x 85 = 44,880 tokens
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from cogds.errors import UserError
+
+
+@dataclass(frozen=True, order=True)
+class ClipShape:
+    """Frames x height x width in pixels: the size of a bucket, written `81x768x1360`."""
+
+    frames: int
+    height: int
+    width: int
+
+    @classmethod
+    def parse(cls, text: str) -> "ClipShape":
+        """Read `FRAMESxHEIGHTxWIDTH`; raises UserError on anything else."""
+        match = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", str(text))
+        if not match or not all(int(n) for n in match.groups()):
+            raise UserError(f"bucket '{text}' is not FRAMESxHEIGHTxWIDTH: write for example 81x768x1360")
+        return cls(*map(int, match.groups()))
+
+    def __str__(self) -> str:
+        return f"{self.frames}x{self.height}x{self.width}"
+
+
+@dataclass(frozen=True)
+class ModelGeometry:
+    """What a CogVideoX model's configs fix about shapes.
+
+    sample_height, sample_width are in latent pixels; sample_frames in video frames; text_tokens is the length that
+    every caption is padded to. rope: whether rotary tables are used (with learned_positions the table of
+    positions is learned too, and only the sample size fits it).
+    """
+
+    vae_spatial: int
+    vae_temporal: int
+    latent_channels: int
+    patch_size: int
+    patch_size_t: int | None
+    sample_height: int
+    sample_width: int
+    sample_frames: int
+    text_tokens: int
+    head_dim: int
+    rope: bool
+    learned_positions: bool
+    ofs: bool
+
+    @classmethod
+    def from_configs(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> "ModelGeometry":
+        """From the `config.json` of `transformer/` and `vae/` in a diffusers model folder."""
+        return cls(
+            vae_spatial=2 ** (len(vae["block_out_channels"]) - 1),
+            vae_temporal=int(vae["temporal_compression_ratio"]),
+            latent_channels=vae["latent_channels"],
+            patch_size=transformer["patch_size"],
+            patch_size_t=transformer.get("patch_size_t"),
+            sample_height=transformer["sample_height"],
+            sample_width=transformer["sample_width"],
+            sample_frames=transformer["sample_frames"],
+            text_tokens=transformer["max_text_seq_length"],
+            head_dim=transformer["attention_head_dim"],
+            rope=transformer["use_rotary_positional_embeddings"],
+            learned_positions=transformer.get("use_learned_positional_embeddings", False),
+            ofs=bool(transformer.get("ofs_embed_dim")),
+        )
+
+    @property
+    def pixel_multiple(self) -> int:
+        """Height and width in pixels must be multiples of this: one VAE cell times one patch."""
+        return self.vae_spatial * self.patch_size
+
+
+def latent_frames(frames: int, geometry: ModelGeometry) -> int:
+    """Latent frames that the VAE makes of a clip: (F - 1) / 4 + 1."""
+    return (frames - 1) // geometry.vae_temporal + 1
+
+
+def padding_frames(num_latent_frames: int, patch_size_t: int | None) -> int:
+    """Latent frames to add in front so that the temporal patch divides the clip (pipeline: `additional_frames`)."""
+    return -num_latent_frames % patch_size_t if patch_size_t else 0
+
+
+def padded_latent_frames(frames: int, geometry: ModelGeometry) -> int:
+    """Latent frames that the transformer sees, padding included."""
+    latents = latent_frames(frames, geometry)
+    return latents + padding_frames(latents, geometry.patch_size_t)
+
+
+def token_grid(shape: ClipShape, geometry: ModelGeometry) -> tuple[int, int, int]:
+    """Patches along time, height and width, as the transformer sees them."""
+    return (
+        padded_latent_frames(shape.frames, geometry) // (geometry.patch_size_t or 1),
+        shape.height // geometry.pixel_multiple,
+        shape.width // geometry.pixel_multiple,
+    )
+
+
+def num_tokens(shape: ClipShape, geometry: ModelGeometry) -> int:
+    """Sequence length of one clip in the transformer: video tokens plus the padded caption."""
+    time, height, width = token_grid(shape, geometry)
+    return time * height * width + geometry.text_tokens
+
+
+def check_shape(shape: ClipShape, geometry: ModelGeometry) -> None:
+    """Raise UserError, with the nearest valid size, where the model cannot take clips of this shape."""
+    step, temporal = geometry.pixel_multiple, geometry.vae_temporal
+    frames = max(1, round((shape.frames - 1) / temporal) * temporal + 1)
+    height, width = (max(step, round(side / step) * step) for side in (shape.height, shape.width))
+    if (frames, height, width) != (shape.frames, shape.height, shape.width):
+        raise UserError(
+            f"bucket {shape} does not fit the model: frames must be {temporal}N+1, height and width multiples of "
+            f"{step}; the nearest valid size is {frames}x{height}x{width}"
+        )
+    sample = ClipShape(
+        geometry.sample_frames, geometry.sample_height * geometry.vae_spatial, geometry.sample_width * geometry.vae_spatial
+    )
+    if geometry.learned_positions and shape != sample:
+        raise UserError(f"bucket {shape} does not fit the model: its learned positions take {sample} only; use that bucket")
+    # The 1.5 rotary grid is sliced out of a fixed one (1.0 stretches its grid instead): there is nothing beyond it.
+    if geometry.rope and geometry.patch_size_t and (shape.height > sample.height or shape.width > sample.width):
+        raise UserError(
+            f"bucket {shape} is longer than the model's rotary axis: at most {sample.height} pixels high and "
+            f"{sample.width} wide; choose a smaller bucket"
+        )

@@ -1,0 +1,67 @@
+"""The command line that all entry points share, and how they end.
+
+deepspeed launch/train.py --deepspeed ds_configs/zero2.json [--config run.yaml] [key.sub=value ...]
+"""
+
+import argparse
+import socket
+import sys
+from collections.abc import Callable, Sequence
+from typing import NoReturn
+
+from cogds.config import help_text
+from cogds.errors import UserError, did_you_mean
+from cogds.runtime.world import read_world
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message} on the command line: --help shows what is accepted")
+
+
+def parse_args(
+    argv: Sequence[str], doc: str, add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+) -> argparse.Namespace:
+    """`.deepspeed` and `.config` (paths or None) and `.overrides` (the `key.sub=value` texts, in order).
+
+    doc: the entry point's own sentence for --help. add_arguments: adds its own --flags.
+    """
+    parser = _Parser(
+        usage="%(prog)s [--deepspeed DS.json] [--config RUN.yaml] [key.sub=value ...]",
+        description=doc,
+        epilog=f"keys of the run config:\n\n{help_text()}",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--deepspeed", metavar="DS.json", help="the DeepSpeed config")
+    parser.add_argument("--config", metavar="RUN.yaml", help="the run config; overrides win over it")
+    # The deepspeed launcher adds it. The rank comes from the environment, which every launcher sets.
+    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
+    if add_arguments:
+        add_arguments(parser)
+    # Overrides are what is left over, so that they may stand before, between and after the flags.
+    args, overrides = parser.parse_known_args(list(argv))
+    for text in overrides:
+        if text.startswith("-"):
+            flag = text.split("=")[0]
+            near = did_you_mean(flag, parser._option_string_actions)
+            raise UserError(f"unknown flag {flag} on the command line{near}: --help lists flags and keys")
+    del args.local_rank
+    args.overrides = overrides
+    return args
+
+
+def run(main: Callable[[], None]) -> int:
+    """The exit code after main(). A UserError is one line and code 2; anything else keeps its traceback.
+
+    One rank of each node speaks: all ranks of a node read the same input and fail alike, another node may not.
+    """
+    try:
+        main()
+    except UserError as error:
+        world = read_world()
+        if world.local_rank == 0:
+            where = f" on {socket.gethostname()}" if world.rank else ""
+            print(f"error{where}: {error}", file=sys.stderr)
+        return 2
+    return 0

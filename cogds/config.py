@@ -1,0 +1,363 @@
+"""The run config: one frozen dataclass tree, filled from a YAML file and `key.sub=value` overrides.
+
+Every key stands here once, with its default, unit, range and one line of help; `help_text` prints them. OmegaConf
+reads, converts and merges: defaults, then the file, then the command line. Besides the tree, `load_config` returns
+which keys were set, because a key that was set must not lose against the DeepSpeed file in silence
+(`runtime.ds_config`).
+"""
+
+import dataclasses
+import difflib
+import math
+import typing
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from types import NoneType
+from typing import Any
+
+import yaml
+from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from cogds.errors import UserError
+
+
+def field_(default: Any, help: str, unit: str = "", **limits: Any) -> Any:
+    """One key. limits: ge, gt, le, lt (of the value, or of every element of a list), choices, length (of a list)."""
+    return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **limits})
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    path: str = field_(MISSING, "the model to tune: a hub id or a local diffusers folder")
+    revision: str | None = field_(None, "commit, tag or branch of a hub model")
+    create_tiny: bool = field_(False, "make a tiny random model at model.path if nothing is there")
+
+
+@dataclass(frozen=True)
+class DataConfig:
+    path: str = field_(MISSING, "the dataset: a folder of clips, or a table that lists them")
+    draw_demo_clips: bool = field_(False, "draw the demo clips at data.path if nothing is there")
+    buckets: tuple[str, ...] = field_(
+        (), "clip shapes, FRAMESxHEIGHTxWIDTH; none: made from the three keys below", "pixels"
+    )
+    bucket_areas: tuple[str, ...] = field_(("768x1360",), "areas of the generated buckets, HEIGHTxWIDTH", "pixels")
+    bucket_aspect_ratios: tuple[str, ...] = field_(
+        ("16/9", "4/3", "1/1", "3/4", "9/16"), "width/height of the generated buckets"
+    )
+    bucket_frames: tuple[int, ...] = field_((49, 81), "lengths of the generated buckets", "frames", ge=1)
+    fps: float = field_(16.0, "frame rate that clips are resampled to", "frames/s", gt=0)
+    cache_dir: str = field_("outputs/cache", "where encoded clips and captions are kept")
+    num_workers: int = field_(2, "loader processes per rank; 0 loads in the training process", "processes", ge=0)
+
+
+@dataclass(frozen=True)
+class ConditioningConfig:
+    image_latents: str = field_(
+        "pipeline",
+        "scale of the first frame's latents: as the diffusers pipeline does (x 1/scaling_factor where the VAE's config "
+        "says invert_scale_latents), scaled (x scaling_factor) or unscaled (x 1)",
+        choices=("pipeline", "scaled", "unscaled"),
+    )
+    image_noise: bool = field_(True, "add noise to the first frame's pixels before the VAE")
+    image_noise_log_mean: float = field_(-3.0, "mean of ln(sigma) of that noise", "ln(sigma)")
+    image_noise_log_std: float = field_(0.5, "standard deviation of ln(sigma) of that noise", "ln(sigma)", ge=0)
+    image_dropout: float = field_(0.05, "how often the first frame is withheld", "probability", ge=0, le=1)
+    caption_dropout: float = field_(0.1, "how often the caption is withheld", "probability", ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    rank: int = field_(128, "rank of the adapter", ge=1)
+    alpha: float = field_(128.0, "strength: the adapter's output is scaled by alpha/rank", gt=0)
+    dropout: float = field_(0.0, "dropout on the adapter's input", "probability", ge=0, lt=1)
+    target_modules: tuple[str, ...] = field_(
+        ("to_q", "to_k", "to_v", "to_out.0"),
+        "which linear layers get an adapter, by the end of their name; or all-linear",
+    )
+
+
+@dataclass(frozen=True)
+class OptimizerConfig:
+    lr: float = field_(1e-4, "learning rate after the warm-up", ge=0)
+    betas: tuple[float, ...] = field_((0.9, 0.95), "AdamW's two decay rates", ge=0, lt=1, length=2)
+    eps: float = field_(1e-8, "AdamW's epsilon", gt=0)
+    weight_decay: float = field_(1e-3, "AdamW's weight decay", ge=0)
+    max_grad_norm: float = field_(1.0, "gradients are clipped to this global norm; 0 turns clipping off", ge=0)
+    schedule: str = field_("constant", "learning rate after the warm-up", choices=("constant", "cosine", "linear"))
+    warmup_steps: int = field_(100, "linear warm-up from 0", "optimizer steps", ge=0)
+    final_lr_ratio: float = field_(0.0, "where cosine and linear end, as a fraction of lr", ge=0, le=1)
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    num_steps: int = field_(1000, "length of the run", "optimizer steps", ge=1)
+    batch_size: int = field_(1, "clips per rank and micro-step", "clips", ge=1)
+    tokens_per_batch: int | None = field_(
+        None, "instead of batch_size: a bucket's batch is as many clips as fit in this, at least one", "tokens", ge=1
+    )
+    gradient_accumulation_steps: int = field_(1, "micro-steps per optimizer step", "micro-steps", ge=1)
+    gradient_checkpointing: bool = field_(True, "recompute activations in the backward pass: less memory, more time")
+    precision: str = field_("bf16", "number format of the transformer", choices=("bf16", "fp32"))
+    timeout_s: float = field_(
+        7200.0, "how long ranks wait for one another, the slowest's share of the encoding included", "seconds", gt=0
+    )
+
+
+@dataclass(frozen=True)
+class CheckpointConfig:
+    every: int = field_(500, "save so often; the last step is always saved", "optimizer steps", ge=1)
+    keep_last: int = field_(3, "older checkpoints are removed", "checkpoints", ge=1)
+    resume: str = field_("auto", "auto (the latest in output_dir, if any), none, or the path of a checkpoint")
+
+
+@dataclass(frozen=True)
+class MonitorConfig:
+    every: int = field_(1, "write to TensorBoard, metrics and progress so often", "optimizer steps", ge=1)
+    progress_bar: bool = field_(True, "show a progress bar on a terminal")
+
+
+@dataclass(frozen=True)
+class RunConfig:
+    """A whole run. What the sections mean stands in their fields."""
+
+    output_dir: str = field_("outputs/run", "where the run writes checkpoints, logs and the LoRA")
+    seed: int = field_(0, "seed of every random draw", ge=0)
+    model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
+    data: DataConfig = dataclasses.field(default_factory=DataConfig)
+    conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
+    lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
+    optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
+    train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
+    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+
+
+@dataclass(frozen=True)
+class _Key:
+    """A leaf of the tree: its field and what its annotation says."""
+
+    field: dataclasses.Field
+    kind: type  # of the value, or of every element of a list
+    is_list: bool
+    optional: bool
+
+    @property
+    def expected(self) -> str:
+        one = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.kind]
+        many = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}[self.kind]
+        return (f"a list of {many}" if self.is_list else one) + (" or null" if self.optional else "")
+
+
+def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, _Key]]:
+    for field in dataclasses.fields(cls):
+        hint: Any = field.type
+        if dataclasses.is_dataclass(hint):
+            yield from _keys(typing.cast(type, hint), f"{prefix}{field.name}.")
+            continue
+        args = typing.get_args(hint)
+        optional, is_list = NoneType in args, typing.get_origin(hint) is tuple
+        yield prefix + field.name, _Key(field, args[0] if optional or is_list else hint, is_list, optional)
+
+
+KEYS: dict[str, _Key] = dict(_keys(RunConfig))
+_SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
+
+_Setting = tuple[str, str, Any]  # where it was set ("in run.yaml"), dotted key, value
+_YAML_HINT = "put the value in quotes if it has special characters"
+
+
+def load_config(config_file: str | None, overrides: list[str]) -> tuple[RunConfig, frozenset[str]]:
+    """The run config from a YAML file (or None) and `key.sub=value` texts, and the dotted keys that these set."""
+    settings = [*(_file_settings(config_file) if config_file else ()), *map(_override_setting, overrides)]
+    explicit = frozenset(key for _, key, _ in settings)
+    cfg = _apply(RunConfig(), settings)
+    if cfg.train.tokens_per_batch is not None and {"train.batch_size", "train.tokens_per_batch"} <= explicit:
+        where = {key: where for where, key, _ in settings}
+        raise UserError(
+            f"train.batch_size ({where['train.batch_size']}) and train.tokens_per_batch "
+            f"({where['train.tokens_per_batch']}) are both set, but one replaces the other: remove one of them, or "
+            "override with train.tokens_per_batch=null"
+        )
+    return cfg, explicit
+
+
+def replace(cfg: RunConfig, changes: Mapping[str, Any], where: str = "in the program") -> RunConfig:
+    """A copy with other values, `{"train.num_steps": 5}`, checked like a file's. where is named in the errors."""
+    return _apply(cfg, [(where, key, value) for key, value in changes.items()])
+
+
+def to_dict(cfg: RunConfig) -> dict[str, Any]:
+    """Plain dicts, lists and scalars: fit for JSON and for torch.load with weights_only."""
+    return dataclasses.asdict(
+        cfg,
+        dict_factory=lambda items: {key: list(value) if isinstance(value, tuple) else value for key, value in items},
+    )
+
+
+def to_yaml(cfg: RunConfig) -> str:
+    """The whole config as a file that `load_config` reads back as the same tree."""
+    plain = to_dict(cfg)
+    if cfg.train.tokens_per_batch is not None:
+        del plain["train"]["batch_size"]  # `load_config` refuses a file that sets both
+    return OmegaConf.to_yaml(OmegaConf.create(plain))
+
+
+def help_text() -> str:
+    """Every key with its default, unit and one line."""
+    lines, section = [], ""
+    for name, key in KEYS.items():
+        if name.split(".")[0] != section and "." in name:
+            section = name.split(".")[0]
+            lines.append("")
+        default = "(required)" if key.field.default == MISSING else f"= {_show(key.field.default)}"
+        unit, choices = key.field.metadata["unit"], key.field.metadata.get("choices")
+        notes = ([f"[{unit}]"] if unit else []) + ([f"one of {', '.join(choices)}"] if choices else [])
+        lines += [f"  {name} {default}{''.join('  ' + note for note in notes)}", f"      {key.field.metadata['help']}"]
+    return "\n".join(lines)
+
+
+def _file_settings(path: str) -> Iterator[_Setting]:
+    if not Path(path).is_file():
+        raise UserError(f"config file {path} does not exist or is not a file: give the path of a YAML file to --config")
+    try:
+        root = OmegaConf.load(path)
+    except yaml.YAMLError as error:
+        mark = getattr(error, "problem_mark", None)
+        spot = f"{path}:{mark.line + 1}:{mark.column + 1}" if mark else path
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"{spot} is not valid YAML: {problem}; {_YAML_HINT}") from None
+    except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
+        raise UserError(
+            f"config file {path} cannot be read: {str(error).splitlines()[0]}; mend or replace it"
+        ) from None
+    if not isinstance(root, DictConfig):
+        raise UserError(
+            f"config file {path} must hold sections with keys, as in `train: {{num_steps: 1000}}`, but is a list"
+        )
+    for key, value in typing.cast(dict, OmegaConf.to_container(root, resolve=False)).items():
+        if key in _SECTIONS and isinstance(value, dict | NoneType):  # None: a section with every line commented out
+            yield from ((f"in {path}", f"{key}.{name}", child) for name, child in (value or {}).items())
+        else:
+            yield f"in {path}", str(key), value
+
+
+def _override_setting(text: str) -> _Setting:
+    name, equals, raw = text.partition("=")
+    where, key = "on the command line", KEYS.get(name)
+    if not equals or not name:
+        raise UserError(f"'{text}' on the command line is not KEY=VALUE: write for example train.num_steps=100")
+    # What goes into a text is taken as typed: YAML would read the commit 12e4567 as infinity and 0123 as 83.
+    if key and key.kind is str and not raw.startswith(("[", "{", "'", '"')) and raw != "null":
+        return where, name, raw
+    try:
+        parsed = OmegaConf.to_container(OmegaConf.from_dotlist([f"value={raw}"]), resolve=False)
+        return where, name, typing.cast(dict, parsed)["value"]
+    except (yaml.YAMLError, OmegaConfBaseException) as error:
+        problem = getattr(error, "problem", None) or str(error).splitlines()[0]
+        raise UserError(f"the value of '{text}' on the command line cannot be read: {problem}; {_YAML_HINT}") from None
+
+
+def _apply(cfg: RunConfig, settings: Sequence[_Setting]) -> RunConfig:
+    """Merge settings, one at a time so that an error knows its key and its place, and check the result."""
+    tree, places = OmegaConf.structured(cfg), {}
+    for where, name, value in settings:
+        if name not in KEYS:
+            raise _unknown_key(where, name)
+        key = KEYS[name]
+        if key.is_list and not isinstance(value, list | tuple | dict | NoneType):
+            value = [value]
+        section, _, leaf = name.rpartition(".")
+        try:
+            if any(_misread(one, key.kind) for one in (value if isinstance(value, list | tuple) else [value])):
+                raise TypeError
+            tree = OmegaConf.unsafe_merge(tree, {section: {leaf: value}} if section else {leaf: value})
+        except (TypeError, OmegaConfBaseException):
+            quotes = ", in quotes" if key.kind is str and value is not None else ""
+            raise UserError(
+                f"{name} must be {key.expected}{quotes}, but is {_show(value)} {where}: change it there"
+            ) from None
+        places[name] = where
+    try:
+        for name in sorted(OmegaConf.missing_keys(tree)):
+            what = KEYS[name].field.metadata["help"]
+            raise UserError(
+                f"{name} is not set ({what}): give it in the config file or as {name}=... on the command line"
+            )
+        result = typing.cast(RunConfig, OmegaConf.to_object(tree))
+    except OmegaConfBaseException as error:
+        names = " or ".join(f"{name} {where}" for where, name, value in settings if "${" in str(value))
+        reason = str(error).splitlines()[0]
+        raise UserError(f"{names} refers to what cannot be filled in: {reason}; write the value itself") from None
+    for name, key in KEYS.items():
+        _check_value(name, key, get(result, name), places.get(name, "by default"))
+    for name in ("bucket_areas", "bucket_aspect_ratios", "bucket_frames"):
+        if not result.data.buckets and not getattr(result.data, name):
+            raise UserError(
+                f"data.{name} is empty and so is data.buckets: there is no bucket to train in; fill one of them"
+            )
+    return result
+
+
+def get(cfg: RunConfig, name: str) -> Any:
+    """The value of a dotted key."""
+    value: Any = cfg
+    for part in name.split("."):
+        value = getattr(value, part)
+    return value
+
+
+def _misread(value: Any, kind: type) -> bool:
+    # OmegaConf would turn 2 into True, yes into 'True' and 16:9 (YAML's base 60) into '969': none was meant.
+    if kind is str:
+        return not isinstance(value, str | NoneType)
+    return kind is bool and not isinstance(value, bool | str | NoneType)
+
+
+def _check_value(name: str, key: _Key, value: Any, where: str) -> None:
+    limits = key.field.metadata
+    values = value if key.is_list else () if value is None else (value,)
+
+    def refuse(must: str) -> UserError:
+        return UserError(f"{name} is {_show(value)} {where}: it must be {must}")
+
+    if "length" in limits and len(values) != limits["length"]:
+        raise refuse(f"a list of {limits['length']}")
+    for one in values:
+        if isinstance(one, str) and not one.strip():
+            raise refuse("a text that is not empty")
+        if isinstance(one, float) and not math.isfinite(one):
+            raise refuse("a finite number")
+        if "choices" in limits and one not in limits["choices"]:
+            near = difflib.get_close_matches(one, limits["choices"], n=1)
+            raise refuse(f"one of {', '.join(limits['choices'])}" + (f" (did you mean '{near[0]}'?)" if near else ""))
+        for limit, holds, words in (
+            ("ge", lambda a, b: a >= b, "at least"),
+            ("gt", lambda a, b: a > b, "greater than"),
+            ("le", lambda a, b: a <= b, "at most"),
+            ("lt", lambda a, b: a < b, "less than"),
+        ):
+            if limit in limits and not holds(one, limits[limit]):
+                raise refuse(f"{words} {limits[limit]}")
+
+
+def _unknown_key(where: str, name: str) -> UserError:
+    if name in _SECTIONS:
+        example = next(key for key in KEYS if key.startswith(f"{name}."))
+        return UserError(f"{name} {where} is a section, not a value: set its keys, for example {example}")
+    # The name without its section is what people forget or misplace: `lr` or `train.lr` for optimizer.lr.
+    leaf = name.split(".")[-1]
+    same_leaf = [key for key in KEYS if key.split(".")[-1] == leaf]
+    near = difflib.get_close_matches(name, same_leaf or list(KEYS), n=1, cutoff=0.0 if same_leaf else 0.6)
+    advice = f"did you mean '{near[0]}'?" if near else "--help lists every key"
+    return UserError(f"unknown key '{name}' {where}: {advice}")
+
+
+def _show(value: Any) -> str:
+    """A value as YAML would have it, so that what an error shows is what was written."""
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, list | tuple):
+        return f"[{', '.join(map(_show, value))}]"
+    return repr(value) if isinstance(value, str) and (not value or value != value.strip()) else str(value)

@@ -1,0 +1,105 @@
+"""The bucket grid: which sizes are trained, and which of them a clip belongs to."""
+
+import math
+import re
+from collections.abc import Iterable, Sequence
+
+from cogds.core.geometry import ClipShape, ModelGeometry, check_shape
+from cogds.errors import UserError
+
+# Kept shares that differ by less than this look alike; length and size decide between them.
+SHARE_SLACK = 0.05
+
+
+def parse_buckets(texts: Iterable[str], geometry: ModelGeometry) -> tuple[ClipShape, ...]:
+    """Buckets from `FRAMESxHEIGHTxWIDTH` texts, in the order given.
+
+    Raises UserError for a text that is no size, a size that the model cannot take, or one that is listed twice.
+    """
+    buckets: list[ClipShape] = []
+    for text in texts:
+        shape = ClipShape.parse(text)
+        check_shape(shape, geometry)
+        if shape in buckets:
+            raise UserError(f"bucket {shape} is listed twice: remove one of them")
+        buckets.append(shape)
+    return tuple(buckets)
+
+
+def generate_buckets(
+    areas: Iterable[str], aspect_ratios: Iterable[str], frames: Iterable[int], geometry: ModelGeometry
+) -> tuple[ClipShape, ...]:
+    """Every area x aspect ratio x length as a bucket that the model can take, sorted, without duplicates.
+
+    areas: `HEIGHTxWIDTH` pixel sizes, of which only the product counts; aspect_ratios: `W/H`, width over height,
+    used as given (list `9/16` for portrait); frames: video frames. Sides are rounded to the geometry's
+    `pixel_multiple`; a size beyond the rotary axes is scaled down until both axes fit. Raises UserError for texts
+    that are not such, and for frames that the model cannot take.
+    """
+    num_pixels = [_parse_area(text) for text in areas]
+    ratios = [_parse_ratio(text) for text in aspect_ratios]
+    sizes = {_size(pixels, ratio, geometry) for pixels in num_pixels for ratio in ratios}
+    buckets = sorted({ClipShape(num_frames, *size) for num_frames in frames for size in sizes})
+    for shape in buckets:
+        check_shape(shape, geometry)
+    return tuple(buckets)
+
+
+def assign(num_frames: int, height: int, width: int, buckets: Sequence[ClipShape]) -> int | None:
+    """Index of the bucket that a clip belongs to, or None where all of them are longer than the clip.
+
+    num_frames: frames that the clip has at the target frame rate; height, width: its pixels as displayed. Among
+    the buckets that are no longer than the clip, those that keep within 0.05 of the best share of the picture
+    stay; of these the longest win, then the largest that needs no upscaling, else the smallest; then the first.
+    """
+    fitting = [index for index, shape in enumerate(buckets) if shape.frames <= num_frames]
+    if not fitting:
+        return None
+    kept = {index: _kept_share(height, width, buckets[index]) for index in fitting}
+    best = max(kept.values())
+
+    def rank(index: int) -> tuple[int, bool, int, int]:
+        shape = buckets[index]
+        upscaled = shape.height > height or shape.width > width
+        area = shape.height * shape.width
+        return (-shape.frames, upscaled, area if upscaled else -area, index)
+
+    return min((index for index in fitting if kept[index] >= best - SHARE_SLACK), key=rank)
+
+
+def crop_share(height: int, width: int, shape: ClipShape) -> float:
+    """Share of the source's pixels, in [0, 1), that resize-to-cover and centre crop cut away."""
+    return 1.0 - _kept_share(height, width, shape)
+
+
+def _kept_share(height: int, width: int, shape: ClipShape) -> float:
+    ours, theirs = width * shape.height, shape.width * height
+    return min(ours, theirs) / max(ours, theirs)
+
+
+def _parse_area(text: str) -> int:
+    match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", str(text))
+    pixels = math.prod(map(int, match.groups())) if match else 0
+    if not pixels:
+        raise UserError(f"bucket area '{text}' is not HEIGHTxWIDTH: write for example 768x1360")
+    return pixels
+
+
+def _parse_ratio(text: str) -> float:
+    match = re.fullmatch(r"\s*(\d+)\s*/\s*(\d+)\s*", str(text))
+    if not match or not all(int(n) for n in match.groups()):
+        raise UserError(f"aspect ratio '{text}' is not WIDTH/HEIGHT: write for example 16/9")
+    return int(match[1]) / int(match[2])
+
+
+def _size(pixels: int, ratio: float, geometry: ModelGeometry) -> tuple[int, int]:
+    """Height and width nearest to the area and ratio, on the model's grid and within its rotary axes."""
+    step = geometry.pixel_multiple
+    height, width = math.sqrt(pixels / ratio), math.sqrt(pixels * ratio)
+    if geometry.rope and geometry.patch_size_t:
+        # The 1.5 rotary grid ends at the sample size (see check_shape); both sides shrink, the ratio stays.
+        tallest = geometry.sample_height * geometry.vae_spatial // step * step
+        widest = geometry.sample_width * geometry.vae_spatial // step * step
+        scale = min(1.0, tallest / height, widest / width)
+        height, width = height * scale, width * scale
+    return max(step, round(height / step) * step), max(step, round(width / step) * step)

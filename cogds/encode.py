@@ -1,0 +1,219 @@
+"""From a dataset to samples that can be trained: list, probe, bucket, encode what is missing.
+
+Everything that depends only on the clip and the model is computed here, once, and kept: the VAE's moments of the
+clip, its first frame's pixels (the image noise is drawn anew at every step, before the VAE), and the caption's T5
+states. The work is shared over the ranks, and T5 is gone before the transformer comes.
+"""
+
+import json
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+from cogds.config import RunConfig
+from cogds.core.buckets import assign, generate_buckets, parse_buckets
+from cogds.core.conditioning import to_range
+from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
+from cogds.data.cache import Cache, digest, digest_files
+from cogds.data.dataset import Sample
+from cogds.data.manifest import Clip, Rejected, probe_entries, read_entries
+from cogds.data.video import DecodeError, num_frames_at, read_clip, read_image
+from cogds.errors import UserError
+from cogds.model.load import ModelFolder, TextEncoder, load_vae, num_truncated
+from cogds.runtime.world import World, all_gather, on_rank0
+
+NO_CAPTION = ""  # what a dropped caption becomes: the pipeline's negative prompt
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+
+
+@dataclass(frozen=True)
+class EncodedData:
+    """What is trained, bucket by bucket, and what is not. All ranks hold the same.
+
+    samples: bucket 0's first, then bucket 1's, ...; sizes: how many each bucket has. rejected: each with its reason.
+    no_caption_key: the cache key of the empty caption. num_truncated: captions too long for the text encoder. fingerprint: changes when any encoding of the dataset does.
+    """
+
+    buckets: tuple[ClipShape, ...]
+    samples: tuple[Sample, ...]
+    sizes: tuple[int, ...]
+    rejected: tuple[Rejected, ...]
+    no_caption_key: str
+    num_truncated: int
+    fingerprint: str
+
+
+def make_buckets(cfg: RunConfig, geometry: ModelGeometry) -> tuple[ClipShape, ...]:
+    """The run's buckets: the explicit list, or the generated grid. Raises UserError for what the model cannot take."""
+    if cfg.data.buckets:
+        return parse_buckets(cfg.data.buckets, geometry)
+    return generate_buckets(
+        cfg.data.bucket_areas, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, geometry
+    )
+
+
+class _DecodedClips(Dataset[tuple[torch.Tensor | None, torch.Tensor | None, str]]):
+    """Clips decoded ahead of the VAE in loader processes: (pixels [F, 3, H, W], first frame [3, H, W], error)."""
+
+    def __init__(self, samples: Sequence[Sample], fps: float):
+        self.samples, self.fps = samples, fps
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
+        clip, shape = self.samples[index].clip, self.samples[index].shape
+        try:
+            if clip.kind == "image":
+                pixels = read_image(clip.path, shape.height, shape.width)[None]
+            else:
+                pixels = read_clip(clip.path, shape, self.fps)
+            first = read_image(clip.image_path, shape.height, shape.width) if clip.image_path else pixels[0]
+        except DecodeError as error:
+            return None, None, str(error)
+        return pixels, first, ""
+
+
+def list_clips(cfg: RunConfig) -> tuple[list[Clip], list[Rejected]]:
+    """Every clip of the dataset with its size, and the files that cannot be used."""
+    return probe_entries(read_entries(cfg.data.path), cfg.data.num_workers)
+
+
+def assign_buckets(
+    clips: Sequence[Clip], buckets: Sequence[ClipShape], fps: float
+) -> tuple[list[tuple[Clip, ClipShape]], list[Rejected]]:
+    """Each clip with its bucket's shape; a clip shorter than every bucket is rejected."""
+    placed, rejected = [], []
+    for clip in clips:
+        frames = num_frames_at(clip, fps) if clip.kind == "video" else 1
+        bucket = assign(frames, clip.height, clip.width, buckets)
+        if bucket is None:
+            shortest = min(shape.frames for shape in buckets)
+            reason = f"too short: {frames} frames at {fps:g} fps, the shortest bucket has {shortest}"
+            rejected.append(Rejected(clip.path, reason))
+        else:
+            placed.append((clip, buckets[bucket]))
+    return placed, rejected
+
+
+def make_samples(
+    placed: Sequence[tuple[Clip, ClipShape]], cfg: RunConfig, model: ModelFolder, cache_dir: Path
+) -> tuple[list[Sample], list[Rejected], str]:
+    """Samples with their cache keys, what could not be read for its digest, and the key of the empty caption."""
+    parts = {part: sorted(map(str, (model.path / part).iterdir())) for part in ("vae", "text_encoder", "tokenizer")}
+    files = [path for paths in parts.values() for path in paths]
+    files += [clip.path for clip, _ in placed] + [clip.image_path for clip, _ in placed if clip.image_path]
+    digests = digest_files(files, cache_dir / "files.json")
+    vae = [digests[path] for path in parts["vae"]]
+    text = [digests[path] for path in parts["text_encoder"] + parts["tokenizer"]]
+
+    def caption_key(caption: str) -> str:
+        tokens = model.geometry.text_tokens
+        return digest({"caption": caption, "encoder": text, "tokens": tokens, "dtype": cfg.train.precision})
+
+    samples, rejected = [], []
+    for clip, shape in placed:
+        needed = [clip.path, *([clip.image_path] if clip.image_path else [])]
+        if unreadable := [path for path in needed if path not in digests]:
+            rejected.append(Rejected(clip.path, f"cannot be read: {unreadable[0]}"))
+            continue
+        fields = {
+            "files": [digests[path] for path in needed],
+            "kind": clip.kind,
+            "bucket": str(shape),
+            "fps": cfg.data.fps,
+            "vae": vae,
+            "dtype": cfg.train.precision,
+        }
+        samples.append(Sample(clip, shape, digest(fields), caption_key(clip.caption)))
+    return samples, rejected, caption_key(NO_CAPTION)
+
+
+def encode_captions(captions: dict[str, str], cache: Cache, model: ModelFolder, dtype: torch.dtype, world: World) -> None:
+    """Encode this rank's share of the captions (key -> text) that the cache lacks."""
+    missing = sorted(key for key in captions if not cache.has("captions", key))[world.rank :: world.size]
+    if missing:
+        encoder = TextEncoder(model, dtype, world.device)
+        for key in _progress(missing, "captions", world):
+            cache.write("captions", key, {"text_states": encoder.encode(captions[key])})
+
+
+@torch.no_grad()
+def encode_clips(
+    samples: Sequence[Sample], cache: Cache, model: ModelFolder, cfg: RunConfig, world: World
+) -> list[Rejected]:
+    """Encode this rank's share of the clips that the cache lacks; returns those that could not be decoded."""
+    distinct = {sample.clip_key: sample for sample in samples if not cache.has("clips", sample.clip_key)}
+    # Dealt out by falling cost, so that every rank gets about the same work.
+    order = sorted(distinct.values(), key=lambda s: (-num_tokens(s.shape, model.geometry), s.clip_key))
+    mine = order[world.rank :: world.size]
+    if not mine:
+        return []
+    dtype = DTYPES[cfg.train.precision]
+    vae = load_vae(model, dtype, world.device)
+    decoded = DataLoader(_DecodedClips(mine, cfg.data.fps), batch_size=None, num_workers=cfg.data.num_workers)
+    rejected = []
+    for sample, (pixels, first_frame, error) in zip(mine, _progress(decoded, "clips", world)):
+        if pixels is None:
+            rejected.append(Rejected(sample.clip.path, error))
+            continue
+        video = to_range(pixels, dtype).transpose(0, 1)[None].to(world.device)  # [1, 3, F, H, W]
+        moments = vae.encode(video).latent_dist.parameters[0]
+        cache.write("clips", sample.clip_key, {"moments": moments, "first_frame": first_frame})
+    return rejected
+
+
+def _progress(items: Sequence | DataLoader, what: str, world: World) -> Iterator:
+    return tqdm(items, desc=f"encoding {what}", unit=what[:-1], disable=world.rank > 0, dynamic_ncols=True)
+
+
+def prepare(cfg: RunConfig, model: ModelFolder, buckets: tuple[ClipShape, ...], world: World) -> EncodedData:
+    """List, probe, place and encode the dataset; every rank returns the same. Collective.
+
+    A file that cannot be used is among `rejected`, never a crash. Raises UserError where nothing is left.
+    """
+    cache = Cache(cfg.data.cache_dir)
+
+    def survey() -> tuple[list[Sample], list[Rejected], str]:
+        clips, unreadable = list_clips(cfg)
+        placed, unplaced = assign_buckets(clips, buckets, cfg.data.fps)
+        samples, vanished, no_caption_key = make_samples(placed, cfg, model, cache.root)
+        return samples, [*unreadable, *unplaced, *vanished], no_caption_key
+
+    samples, rejected, no_caption_key = on_rank0(world, survey)
+    captions = {sample.caption_key: sample.clip.caption for sample in samples} | {no_caption_key: NO_CAPTION}
+    encode_captions(captions, cache, model, DTYPES[cfg.train.precision], world)
+    undecoded = encode_clips(samples, cache, model, cfg, world)
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+    for one in all_gather(world, undecoded):
+        rejected += one
+    failed = {one.path for one in rejected}
+    # One order for all ranks and all restarts: the manifest's, within each bucket.
+    kept = [sample for shape in buckets for sample in samples if sample.shape == shape and sample.clip.path not in failed]
+    if not kept:
+        reasons = Counter(one.reason.split(":")[0] for one in rejected)
+        counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+        raise UserError(
+            f"data.path: not one of the {len(rejected)} clips of {cfg.data.path} can be trained ({counts}); the first is "
+            f"{rejected[0].path}: {rejected[0].reason}"
+        )
+    return EncodedData(
+        buckets=buckets,
+        samples=tuple(kept),
+        sizes=tuple(sum(sample.shape == shape for sample in kept) for shape in buckets),
+        rejected=tuple(rejected),
+        no_caption_key=no_caption_key,
+        num_truncated=on_rank0(world, lambda: num_truncated([sample.clip.caption for sample in kept], model)),
+        fingerprint=digest({"samples": [[sample.clip_key, sample.caption_key] for sample in kept]}),
+    )
+
+
+def write_rejected(rejected: Sequence[Rejected], file: Path) -> None:
+    """One line of JSON per file that is not trained: path and reason."""
+    file.write_text("".join(json.dumps({"path": one.path, "reason": one.reason}) + "\n" for one in rejected))

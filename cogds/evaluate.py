@@ -1,0 +1,68 @@
+"""A loss with the noise taken out: fixed timesteps, fixed noise, nothing dropped, so that two weights can be compared."""
+
+import json
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogds.cli import parse_args
+from cogds.config import load_config, replace
+from cogds.core.diffusion import v_loss
+from cogds.data.cache import Cache
+from cogds.data.dataset import ClipDataset, collate
+from cogds.encode import DTYPES, EncodedData, make_buckets, prepare
+from cogds.model.load import find_model, load_alphas_cumprod, load_transformer, load_vae
+from cogds.model.lora import load_into
+from cogds.runtime.world import World
+from cogds.step import Draws, StepBuilder
+
+NUM_TIMESTEPS = 9
+
+
+def main(default_config: Path, argv: list[str] | None = None) -> None:
+    """Print the evaluation loss of the run's model, with a LoRA or without, as one line of JSON."""
+    args = parse_args(
+        sys.argv[1:] if argv is None else argv,
+        "Evaluate a model on its dataset with fixed timesteps and fixed noise.",
+        lambda parser: parser.add_argument("--lora", metavar="LORA", help="a LoRA file or folder; none: the base model"),
+    )
+    cfg, _ = load_config(args.config or str(default_config), args.overrides)
+    cfg = replace(cfg, {"conditioning.image_noise": False})
+    model = find_model(cfg.model.path, cfg.model.revision)
+    world = World(0, 1, 0, 1)
+    data = prepare(cfg, model, make_buckets(cfg, model.geometry), world)
+    dtype = DTYPES[cfg.train.precision]
+    transformer = load_transformer(model, dtype)
+    if args.lora:
+        load_into(transformer, args.lora)
+    builder = StepBuilder(
+        load_vae(model, dtype, world.device),
+        model.geometry,
+        cfg.conditioning,
+        load_alphas_cumprod(model),
+        Cache(cfg.data.cache_dir).read("captions", data.no_caption_key)["text_states"],
+        world.device,
+    )
+    print(json.dumps(evaluation_loss(transformer.to(world.device).eval(), builder, data, cfg.data.cache_dir, cfg.seed)))
+
+
+@torch.no_grad()
+def evaluation_loss(
+    transformer: Any, builder: StepBuilder, data: EncodedData, cache_dir: str, seed: int
+) -> dict[str, float]:
+    """`eval/loss`, and `eval/loss/bucket=...`: means over clips and over the middles of equal slices of [0, T)."""
+    num_timesteps = len(builder.alphas_cumprod)
+    timesteps = [num_timesteps * (2 * i + 1) // (2 * NUM_TIMESTEPS) for i in range(NUM_TIMESTEPS)]
+    kept, dataset = torch.zeros(1, dtype=torch.bool), ClipDataset(data.samples, cache_dir)
+    by_bucket: dict[str, list[float]] = {}
+    for index, sample in enumerate(data.samples):
+        batch = collate([dataset[index]])
+        for number, timestep in enumerate(timesteps):
+            draws = Draws(torch.tensor([timestep]), kept, kept, seed, index, number)
+            inputs, target = builder.build(batch, sample.shape, draws)
+            loss = v_loss(transformer(**inputs)[0], target).item()
+            by_bucket.setdefault(f"eval/loss/bucket={sample.shape}", []).append(loss)
+    every = [loss for losses in by_bucket.values() for loss in losses]
+    return {"eval/loss": sum(every) / len(every)} | {name: sum(ls) / len(ls) for name, ls in by_bucket.items()}

@@ -1,0 +1,162 @@
+"""A model folder in diffusers' layout, and its parts loaded one at a time.
+
+`find_model` turns a hub id or a path into a ModelFolder after reading nothing but JSON, so that whatever is wrong with
+a model is said before any weight is loaded. The loaders then bring the transformer, the VAE or the text encoder, each
+alone: training never holds all three.
+"""
+
+import json
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import diffusers
+import torch
+import transformers
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from huggingface_hub import snapshot_download
+from safetensors import safe_open
+from transformers import AutoTokenizer, T5EncoderModel
+
+from cogds.core.geometry import ModelGeometry
+from cogds.errors import UserError
+
+# A bar for every part that loads, on every rank, says nothing that a user asked for.
+diffusers.utils.logging.disable_progress_bar()
+transformers.utils.logging.disable_progress_bar()
+
+PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+PIPELINE_CLASS = "CogVideoXImageToVideoPipeline"
+
+
+@dataclass(frozen=True)
+class ModelFolder:
+    """A checked folder: where it is and what its configs say."""
+
+    path: Path
+    transformer_config: dict[str, Any]
+    vae_config: dict[str, Any]
+    geometry: ModelGeometry
+
+    @property
+    def hidden_size(self) -> int:
+        return self.transformer_config["num_attention_heads"] * self.transformer_config["attention_head_dim"]
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text())
+    except FileNotFoundError:
+        raise UserError(f"model file {path} is missing: model.path must be a whole diffusers model folder") from None
+    except ValueError as error:
+        raise UserError(f"model file {path} is not JSON ({error}): fetch the model again") from None
+
+
+def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
+    """The model at a local folder, or at a hub id (downloaded once into the hub's cache).
+
+    Raises UserError where there is neither, where a part is missing, or where it is not an image-to-video CogVideoX.
+    """
+    path = Path(model_path)
+    if not path.is_dir():
+        if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path):
+            raise UserError(
+                f"model.path: there is no folder {model_path}; give a diffusers model folder or a hub id such as "
+                "zai-org/CogVideoX1.5-5B-I2V"
+            )
+        try:
+            path = Path(snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*/*"]))
+        except Exception as error:  # the hub client has dozens of failures; each means the same to the user
+            raise UserError(
+                f"model.path: there is no folder {model_path}, and it could not be fetched from the hub as a model id "
+                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
+                "give a local diffusers model folder, or check the id and the network"
+            ) from None
+    index = _read_json(path / "model_index.json")
+    if index.get("_class_name") != PIPELINE_CLASS:
+        raise UserError(
+            f"model.path: {path} holds a {index.get('_class_name')}; this trains image-to-video models only: give a "
+            f"folder whose model_index.json says {PIPELINE_CLASS}, such as CogVideoX1.5-5B-I2V"
+        )
+    for part in PARTS:
+        if not (path / part).is_dir():
+            raise UserError(f"model.path: {path} has no {part}/ folder: fetch the whole model again")
+    transformer, vae = _read_json(path / "transformer/config.json"), _read_json(path / "vae/config.json")
+    if transformer["in_channels"] != 2 * vae["latent_channels"]:
+        raise UserError(
+            f"model.path: the transformer in {path} takes {transformer['in_channels']} channels where image-to-video "
+            f"needs {2 * vae['latent_channels']} (latents and image latents): this is not an image-to-video model"
+        )
+    return ModelFolder(path, transformer, vae, ModelGeometry.from_configs(transformer, vae))
+
+
+def load_alphas_cumprod(model: ModelFolder) -> torch.Tensor:
+    """The schedule's abar table [T], in the precision that the scheduler computes it in."""
+    name = _read_json(model.path / "scheduler/scheduler_config.json").get("_class_name")
+    scheduler_class = CogVideoXDPMScheduler if name == "CogVideoXDPMScheduler" else CogVideoXDDIMScheduler
+    scheduler = scheduler_class.from_pretrained(model.path, subfolder="scheduler")
+    if scheduler.config.prediction_type != "v_prediction":
+        raise UserError(
+            f"the scheduler in {model.path} predicts '{scheduler.config.prediction_type}'; CogVideoX predicts "
+            "'v_prediction': check scheduler/scheduler_config.json"
+        )
+    return scheduler.alphas_cumprod
+
+
+def load_transformer(model: ModelFolder, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
+    """The transformer with its weights, frozen, on the CPU."""
+    transformer = CogVideoXTransformer3DModel.from_pretrained(model.path, subfolder="transformer", dtype=dtype)
+    return transformer.requires_grad_(False)
+
+
+def build_transformer(model: ModelFolder) -> CogVideoXTransformer3DModel:
+    """The transformer without its weights, frozen, wherever the caller's context puts its parameters."""
+    return CogVideoXTransformer3DModel.from_config(model.transformer_config).requires_grad_(False)
+
+
+def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:
+    """Name and safetensors slice of every weight of the transformer; `slice[:]` reads it, and nothing else does."""
+    files = sorted((model.path / "transformer").glob("*.safetensors"))
+    if not files:
+        raise UserError(f"{model.path / 'transformer'} holds no .safetensors file: fetch the model again")
+    for file in files:
+        with safe_open(file, "pt") as tensors:
+            for name in tensors.keys():  # noqa: SIM118 (not a dict)
+                yield name, tensors.get_slice(name)
+
+
+def load_vae(model: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLCogVideoX:
+    """The VAE, frozen, in eval mode."""
+    vae = AutoencoderKLCogVideoX.from_pretrained(model.path, subfolder="vae", dtype=dtype)
+    return vae.requires_grad_(False).eval().to(device)
+
+
+def load_tokenizer(model: ModelFolder) -> Any:
+    """The text encoder's tokenizer."""
+    return AutoTokenizer.from_pretrained(model.path / "tokenizer")
+
+
+def num_truncated(captions: Sequence[str], model: ModelFolder) -> int:
+    """How many captions are longer than the model's text length, so that their ends are not seen."""
+    tokenizer, limit = load_tokenizer(model), model.geometry.text_tokens
+    return sum(len(ids) > limit for ids in tokenizer(list(captions)).input_ids) if captions else 0
+
+
+class TextEncoder:
+    """T5 and its tokenizer: captions in, states out, exactly as the pipeline's `_get_t5_prompt_embeds`."""
+
+    def __init__(self, model: ModelFolder, dtype: torch.dtype, device: torch.device | str):
+        self.num_tokens = model.geometry.text_tokens
+        self.tokenizer = load_tokenizer(model)
+        encoder = T5EncoderModel.from_pretrained(model.path, subfolder="text_encoder", dtype=dtype)
+        self.encoder = encoder.requires_grad_(False).eval().to(device)
+
+    @torch.no_grad()
+    def encode(self, caption: str) -> torch.Tensor:
+        """States [text_tokens, dim] of one caption: padded to the model's length, no attention mask."""
+        tokens = self.tokenizer(
+            caption, padding="max_length", max_length=self.num_tokens, truncation=True, return_tensors="pt"
+        )
+        return self.encoder(tokens.input_ids.to(self.encoder.device))[0][0]

@@ -1,0 +1,104 @@
+"""A tiny random CogVideoX-1.5 image-to-video model: the five real classes, small enough for a laptop's CPU.
+
+It has every trait that training must get right: OFS embedding, temporal patches of 2, the inverted image-latent scale,
+a zero-terminal-SNR schedule, a T5 with a tokenizer. Its weights are random, so it makes no pictures.
+"""
+
+from pathlib import Path
+
+import torch
+from diffusers import (
+    AutoencoderKLCogVideoX,
+    CogVideoXDDIMScheduler,
+    CogVideoXImageToVideoPipeline,
+    CogVideoXTransformer3DModel,
+)
+from transformers import T5Config, T5EncoderModel, T5Tokenizer
+
+from cogds.files import whole_folder
+
+WORDS = (
+    "a an the and of over on in from to left right top bottom up down moves rolls falls grows turns slowly quickly "
+    "red green blue yellow white black orange purple circle square triangle ball box star background gradient video"
+).split()
+LETTERS = "▁abcdefghijklmnopqrstuvwxyz.,-'"
+
+
+def _tokenizer() -> T5Tokenizer:
+    """Whole words for what the drawn clips' captions say, letters for everything else."""
+    special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
+    words = [(f"▁{word}", -4.0) for word in WORDS]
+    return T5Tokenizer(vocab=[*special, *words, *((letter, -8.0) for letter in LETTERS)], extra_ids=0)
+
+
+@torch.no_grad()
+def _calibrate(vae: AutoencoderKLCogVideoX) -> None:
+    """Give the posterior a trained VAE's proportions: latents of std 1 / scaling_factor, next to no variance.
+
+    With random weights the variance is about 1: the latents would be mostly noise and nothing could be learned.
+    """
+    out, channels = vae.encoder.conv_out.conv, vae.config.latent_channels
+    out.weight[channels:] *= 0.01
+    out.bias[channels:] = -12.0
+    std = vae.encode(torch.rand(1, 3, 9, 64, 64) * 2 - 1).latent_dist.mean.std()
+    for parameter in (out.weight, out.bias):
+        parameter[:channels] /= std * vae.config.scaling_factor
+
+
+def create_tiny_model(path: Path | str, seed: int = 0, sample_size: int = 60) -> None:
+    """Write the model as a diffusers folder. sample_size: latent height and width of the rotary grid (x 8 pixels).
+
+    A folder that exists is left as it is. Several ranks may do this at once: the model is the same whoever makes it.
+    """
+    path = Path(path)
+    if path.exists():
+        return
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(seed)
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=2,
+            attention_head_dim=16,
+            in_channels=16,
+            out_channels=8,
+            time_embed_dim=32,
+            ofs_embed_dim=32,
+            text_embed_dim=32,
+            num_layers=2,
+            sample_width=sample_size,
+            sample_height=sample_size,
+            sample_frames=81,
+            patch_size=2,
+            patch_size_t=2,
+            max_text_seq_length=32,
+            use_rotary_positional_embeddings=True,
+            patch_bias=False,
+        )
+        vae = AutoencoderKLCogVideoX(
+            block_out_channels=(8, 8, 8, 8),
+            down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4,
+            latent_channels=8,
+            layers_per_block=1,
+            norm_num_groups=2,
+            temporal_compression_ratio=4,
+            scaling_factor=0.7,
+            invert_scale_latents=True,
+        )
+        _calibrate(vae)
+        tokenizer = _tokenizer()
+        text_encoder = T5EncoderModel(
+            T5Config(vocab_size=len(tokenizer), d_model=32, d_kv=16, d_ff=64, num_layers=2, num_heads=2)
+        )
+    scheduler = CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear",
+        beta_start=0.00085,
+        beta_end=0.012,
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+        snr_shift_scale=1.0,
+        set_alpha_to_one=True,
+    )
+    pipeline = CogVideoXImageToVideoPipeline(tokenizer, text_encoder, vae, transformer, scheduler)
+    with whole_folder(path) as partial:
+        pipeline.save_pretrained(partial)

@@ -1,0 +1,127 @@
+"""The life of a checkpoint: written aside, complete or absent, found again, compared before it is loaded.
+
+    output_dir/checkpoints/latest               the name of the newest complete one
+    output_dir/checkpoints/step-000500/         DeepSpeed's files of every rank, and state.json, written last
+
+Every rank writes into `step-N.tmp`; barrier; rank 0 adds state.json, renames, and replaces `latest`; only then are old
+ones pruned. Sample order and random draws follow from the step number: there is no loader or generator state.
+"""
+
+import json
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from cogds.errors import UserError
+from cogds.files import whole_file
+from cogds.runtime.world import World, barrier, on_rank0
+
+STATE_FILE = "state.json"
+LATEST_FILE = "latest"
+
+
+def step_name(step: int) -> str:
+    """`step-000500`: the name of a checkpoint and of a LoRA export."""
+    return f"step-{step:06d}"
+
+
+def replace_folder(partial: Path, final: Path) -> None:
+    """Give a finished folder its name; one of that name (the same step, trained again) makes way."""
+    if final.exists():
+        shutil.rmtree(final)
+    partial.rename(final)
+
+
+def _complete(checkpoints: Path) -> list[Path]:
+    """Complete checkpoints, oldest first."""
+    return sorted(path.parent for path in checkpoints.glob(f"step-*[0-9]/{STATE_FILE}"))
+
+
+def save(engine: Any, world: World, checkpoints: Path, step: int, state: Mapping[str, Any], keep_last: int) -> Path:
+    """Save the engine and `state` (JSON-able) as checkpoint `step`, then prune all but the newest `keep_last`. Collective."""
+    final = checkpoints / step_name(step)
+    partial = checkpoints / f"{final.name}.tmp"
+    on_rank0(world, lambda: shutil.rmtree(partial, ignore_errors=True))  # what a killed save left
+    engine.save_checkpoint(str(checkpoints), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
+    barrier(world)
+
+    def commit() -> None:
+        (partial / STATE_FILE).write_text(json.dumps(dict(state), indent=2))
+        replace_folder(partial, final)
+        with whole_file(checkpoints / LATEST_FILE) as latest:
+            latest.write_text(final.name + "\n")
+        for old in _complete(checkpoints)[: -max(keep_last, 1)]:
+            if old != final:
+                shutil.rmtree(old)
+
+    on_rank0(world, commit)
+    return final
+
+
+def find(checkpoints: Path, resume: str) -> Path | None:
+    """The checkpoint that `checkpoint.resume` names: None for a fresh start.
+
+    `auto` is the newest complete one of this run, `none` a fresh start, anything else the folder of a checkpoint, which
+    must be there: a wrong path never starts afresh.
+    """
+    if resume == "none":
+        return None
+    if resume != "auto":
+        path = Path(resume)
+        if not (path / STATE_FILE).is_file():
+            raise UserError(
+                f"checkpoint.resume: {resume} is not a complete checkpoint (it has no {STATE_FILE}); give a folder such as "
+                f"{checkpoints / step_name(500)}, or auto"
+            )
+        return path
+    latest = checkpoints / LATEST_FILE
+    if latest.is_file():
+        named = checkpoints / latest.read_text().strip()
+        if (named / STATE_FILE).is_file():
+            return named
+    complete = _complete(checkpoints)
+    return complete[-1] if complete else None
+
+
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """What `save` was given. Raises UserError where the file is damaged."""
+    try:
+        return json.loads((checkpoint / STATE_FILE).read_text())
+    except ValueError as error:
+        raise UserError(
+            f"{checkpoint / STATE_FILE} is damaged ({error}): resume from another with checkpoint.resume=PATH"
+        ) from None
+
+
+def check_state(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
+    """Compare the fields that must not change between saving and resuming; raises UserError naming each that did."""
+    changed = [
+        f"{name}: {saved.get(name)} then, {value} now" for name, value in current.items() if saved.get(name) != value
+    ]
+    if changed:
+        raise UserError(
+            f"cannot resume from {checkpoint}, because the run has changed: {'; '.join(changed)}. Set these back, or "
+            "start a new run with another output_dir (or checkpoint.resume=none)"
+        )
+
+
+def load(engine: Any, checkpoint: Path) -> None:
+    """Load the engine's weights and optimizer state. Collective. Raises UserError where files are missing."""
+    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+    if path is None:
+        raise UserError(f"checkpoint {checkpoint} lacks DeepSpeed's files: resume from another with checkpoint.resume=PATH")
+
+
+def set_aside(output_dir: Path) -> Path | None:
+    """Move an earlier run's files out of the way of a fresh start, losing nothing; returns where, None if none were."""
+    names = [name for name in ("checkpoints", "lora", "metrics.jsonl", "tensorboard") if (output_dir / name).exists()]
+    if not names:
+        return None
+    number = 1
+    while (aside := output_dir / f"previous-{number}").exists():
+        number += 1
+    aside.mkdir()
+    for name in names:
+        (output_dir / name).rename(aside / name)
+    return aside

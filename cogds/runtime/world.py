@@ -1,0 +1,150 @@
+"""Rank facts in one value: who this process is among how many, whatever launcher started it.
+
+The only reader of environment variables. `deepspeed` and `torchrun` set RANK and its kin; `srun` sets SLURM's, which
+are mapped to them; a plain `python` is a world of one.
+"""
+
+import os
+import re
+import socket
+from collections.abc import Callable, Mapping, MutableMapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+
+from cogds.errors import UserError
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class World:
+    """Global and node-local rank and size. Sizes count processes; one process drives one GPU."""
+
+    rank: int
+    size: int
+    local_rank: int
+    local_size: int
+
+    @property
+    def device(self) -> torch.device:
+        """This rank's GPU, or the CPU where there is none. (SLURM may show each task one GPU only: hence the modulo.)"""
+        if torch.cuda.is_available():
+            return torch.device("cuda", self.local_rank % torch.cuda.device_count())
+        return torch.device("cpu")
+
+
+def first_slurm_host(nodelist: str) -> str:
+    """The first host of a SLURM node list: `gpu[07-09,12],login1` -> `gpu07`."""
+    match = re.match(r"([^,\[]+)(?:\[([^\],-]+)[^\]]*\]([^,\[]*))?", nodelist)
+    if not match:
+        raise UserError(f"SLURM_STEP_NODELIST is '{nodelist}', which is no node list: export MASTER_ADDR yourself")
+    return "".join(part or "" for part in match.groups())
+
+
+def read_world(environ: Mapping[str, str] = os.environ) -> World:
+    """Rank facts from the launcher's environment; a world of one where no launcher left any.
+
+    SLURM's variables count only inside `srun` (SLURM_STEP_NUM_TASKS): a batch script has SLURM_NTASKS too, but is one
+    process. Raises UserError where the variables contradict each other.
+    """
+    if "RANK" in environ and "WORLD_SIZE" in environ:
+        names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+        defaults = ("0", "1", "0", environ.get("LOCAL_SIZE", "1"))
+    elif "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+        names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
+        defaults = ("0", "1", "0", "1")
+    else:
+        return World(0, 1, 0, 1)
+    values = [environ.get(name, default) for name, default in zip(names, defaults)]
+    try:
+        # SLURM writes tasks per node as "4(x2),3": the first figure is the first nodes'.
+        rank, size, local_rank, local_size = (int(re.split(r"[(,]", value)[0]) for value in values)
+    except ValueError:
+        raise UserError(f"the launcher set {dict(zip(names, values))}: each must be a number") from None
+    if not 0 <= rank < size:
+        raise UserError(f"the launcher set {names[0]}={rank} and {names[1]}={size}: a rank is below the world size")
+    return World(rank, size, local_rank, max(local_size, 1))
+
+
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
+def export_rendezvous(world: World, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables that DeepSpeed's `init_distributed` reads, where the launcher did not."""
+    slurm = "RANK" not in environ and world.size > 1
+    if slurm:
+        job = int(environ.get("SLURM_JOB_ID", "0")) * 16 + int(environ.get("SLURM_STEP_ID", "0"))
+        host, port = first_slurm_host(environ.get("SLURM_STEP_NODELIST", "")), 20000 + job % 20000
+    else:
+        host, port = "127.0.0.1", 0
+    environ.setdefault("MASTER_ADDR", host)
+    if "MASTER_PORT" not in environ:
+        environ["MASTER_PORT"] = str(port or _free_port())
+    environ["RANK"], environ["WORLD_SIZE"] = str(world.rank), str(world.size)
+    environ["LOCAL_RANK"] = str(world.local_rank)
+
+
+def connect(world: World, timeout_s: float) -> None:
+    """Join the process group (NCCL on GPUs, gloo on CPUs). Collectives fail after `timeout_s` without an answer."""
+    import deepspeed  # five seconds that an error in the command line should not take
+
+    export_rendezvous(world)
+    if world.device.type == "cuda":
+        torch.cuda.set_device(world.device)
+    deepspeed.init_distributed(
+        auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False, rank=world.rank, world_size=world.size
+    )
+
+
+def disconnect() -> None:
+    """Leave the process group together: without the barrier, one run in five aborts at exit."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
+def on_rank0(world: World, function: Callable[[], T]) -> T:
+    """Run `function` on rank 0 and give its result to every rank; what it raises is raised on every rank.
+
+    So that a question with one answer is asked once, and a failure never leaves the others waiting.
+    """
+    outcome: list[Any] = [None, None]
+    if world.rank == 0:
+        try:
+            outcome[0] = function()
+        except Exception as error:  # carried to the other ranks, then raised
+            outcome[1] = error
+    if world.size > 1:
+        dist.broadcast_object_list(outcome, src=0, device=world.device)
+    if outcome[1] is not None:
+        raise outcome[1]
+    return outcome[0]
+
+
+def all_gather(world: World, value: T) -> list[T]:
+    """Every rank's value, in rank order, on every rank."""
+    if world.size == 1:
+        return [value]
+    values: list[Any] = [None] * world.size
+    dist.all_gather_object(values, value)
+    return values
+
+
+def all_reduce_sum(world: World, tensor: torch.Tensor) -> torch.Tensor:
+    """Sum over ranks, in place."""
+    if world.size > 1:
+        dist.all_reduce(tensor)
+    return tensor
+
+
+def barrier(world: World) -> None:
+    """Wait for every rank."""
+    if world.size > 1:
+        dist.barrier()

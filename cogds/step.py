@@ -1,0 +1,121 @@
+"""One micro-step's tensors: a batch from the cache -> the transformer's keyword arguments and the v-target.
+
+Training and evaluation share it; they differ only in where timesteps, noise and dropouts come from. The parity tests
+compare what comes out with what the diffusers pipeline gives its transformer.
+"""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+
+from cogds.config import ConditioningConfig
+from cogds.core.conditioning import (
+    drop,
+    image_condition,
+    image_latent_scale,
+    noise_first_frame,
+    pad_front,
+    sample_moments,
+    to_range,
+    transformer_inputs,
+)
+from cogds.core.diffusion import add_noise, v_target
+from cogds.core.geometry import ClipShape, ModelGeometry
+from cogds.core.rng import generator
+from cogds.core.rope import RotaryTables, rotary_tables
+
+
+@dataclass(frozen=True)
+class Draws:
+    """The random choices of a micro-step: timesteps int64 [B], what is dropped bool [B], and where the noise comes from.
+
+    seed, step, rank: the place in the run that `core.rng.generator` makes generators from.
+    """
+
+    timesteps: torch.Tensor
+    drop_image: torch.Tensor
+    drop_caption: torch.Tensor
+    seed: int
+    step: int
+    rank: int
+
+    def generator(self, purpose: str, device: torch.device) -> torch.Generator:
+        return generator(self.seed, self.step, self.rank, purpose, device)
+
+
+def draw_dropouts(
+    batch_size: int, conditioning: ConditioningConfig, seed: int, step: int, rank: int
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Which samples lose their image and which their caption, bool [B] each."""
+    uniform = torch.rand(2, batch_size, generator=generator(seed, step, rank, "dropout"))
+    return uniform[0] < conditioning.image_dropout, uniform[1] < conditioning.caption_dropout
+
+
+class StepBuilder:
+    """What turns batches into transformer inputs: the VAE (for the noised first frame), the schedule, rotary tables."""
+
+    def __init__(
+        self,
+        vae: Any,
+        geometry: ModelGeometry,
+        conditioning: ConditioningConfig,
+        alphas_cumprod: torch.Tensor,
+        no_caption_states: torch.Tensor,
+        device: torch.device,
+    ):
+        """no_caption_states [text_tokens, dim]: the T5 states of the empty caption."""
+        self.vae, self.geometry, self.conditioning, self.device = vae, geometry, conditioning, device
+        self.alphas_cumprod = alphas_cumprod.to(device)
+        self.no_caption_states = no_caption_states.to(device)
+        self.scaling_factor = float(vae.config.scaling_factor)
+        self.image_scale = image_latent_scale(
+            self.scaling_factor, bool(vae.config.invert_scale_latents), conditioning.image_latents
+        )
+        self._rotary: dict[ClipShape, RotaryTables | None] = {}
+
+    def rotary(self, shape: ClipShape) -> RotaryTables | None:
+        """Tables of one bucket, made once."""
+        if shape not in self._rotary:
+            self._rotary[shape] = rotary_tables(shape, self.geometry, self.device)
+        return self._rotary[shape]
+
+    @torch.no_grad()
+    def image_latents(self, first_frames: torch.Tensor, draws: Draws) -> torch.Tensor:
+        """Scaled latents [B, 1, C, H, W] of first frames uint8 [B, 3, H, W], encoded one by one as the pipeline does."""
+        pixels = to_range(first_frames.to(self.device), self.vae.dtype)
+        if self.conditioning.image_noise:
+            pixels = noise_first_frame(
+                pixels,
+                self.conditioning.image_noise_log_mean,
+                self.conditioning.image_noise_log_std,
+                draws.generator("image noise", self.device),
+            )
+        posterior = draws.generator("image posterior", self.device)
+        latents = [self.vae.encode(frame[None, :, None]).latent_dist.sample(posterior) for frame in pixels]
+        return self.image_scale * torch.cat(latents).transpose(1, 2)
+
+    def build(
+        self, batch: dict[str, torch.Tensor], shape: ClipShape, draws: Draws
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """The transformer's keyword arguments, and the v-target float32 [B, F, C, H, W], F padded.
+
+        batch: `moments` [B, 2C, F, H, W], `first_frame` uint8 [B, 3, H, W], `text_states` [B, text_tokens, dim].
+        """
+        timesteps = draws.timesteps.to(self.device)
+        moments = batch["moments"].to(self.device)
+        latents = self.scaling_factor * sample_moments(moments, draws.generator("posterior", self.device))
+        latents = pad_front(latents, self.geometry.patch_size_t)
+        noise = torch.randn(latents.shape, generator=draws.generator("noise", self.device), device=self.device)
+        image = self.image_latents(batch["first_frame"], draws)
+        image = drop(image, image.new_zeros(()), draws.drop_image.to(self.device))
+        text = drop(batch["text_states"].to(self.device), self.no_caption_states, draws.drop_caption.to(self.device))
+        inputs = transformer_inputs(
+            add_noise(latents, noise, timesteps, self.alphas_cumprod),
+            image_condition(image, latents.shape[1]),
+            text,
+            timesteps,
+            self.rotary(shape),
+            self.geometry,
+        )
+        return inputs, v_target(latents, noise, timesteps, self.alphas_cumprod)

@@ -1,0 +1,297 @@
+"""Train a LoRA: config -> data -> plan -> engine -> loop. The order of things, and nothing else, stands here."""
+
+import json
+import sys
+from collections.abc import Iterator
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from cogds.cli import parse_args
+from cogds.config import RunConfig, load_config, replace, to_dict, to_yaml
+from cogds.core.diffusion import stratified_timesteps, timestep_quarter, v_loss
+from cogds.core.geometry import ClipShape, num_tokens
+from cogds.core.plan import MicroBatch, Plan
+from cogds.core.schedule import learning_rate
+from cogds.data.cache import Cache
+from cogds.data.dataset import ClipDataset, collate
+from cogds.data.sampler import BucketBatchSampler
+from cogds.data.synthetic import draw_clips
+from cogds.encode import DTYPES, EncodedData, make_buckets, prepare, write_rejected
+from cogds.model.load import ModelFolder, find_model, load_alphas_cumprod, load_vae
+from cogds.model.lora import export, inject
+from cogds.model.tiny import create_tiny_model
+from cogds.runtime import checkpoint as checkpoints
+from cogds.runtime.ds_config import load_ds_config, resolve
+from cogds.runtime.engine import adapter_tensors, load_for_stage, set_learning_rate, start_engine, zero_stage
+from cogds.runtime.monitor import Monitor, StepLosses, Stopwatch, peak_memory_bytes
+from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
+from cogds.step import Draws, StepBuilder, draw_dropouts
+
+
+def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:
+    """The whole command. Everything that can be wrong with the input is said before any weight is loaded."""
+    args = parse_args(sys.argv[1:] if argv is None else argv, "Train a CogVideoX image-to-video LoRA with DeepSpeed.")
+    cfg, explicit = load_config(args.config or str(default_config), args.overrides)
+    if not args.config:
+        cfg = only_own_demo(cfg, args.overrides)
+    ds_path = args.deepspeed or str(default_deepspeed)
+    ds_config = load_ds_config(ds_path)
+    world = read_world()
+    make_demo(cfg)
+    model = find_model(cfg.model.path, cfg.model.revision)
+    buckets = make_buckets(cfg, model.geometry)
+    ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
+    connect(world, cfg.train.timeout_s)
+    train(cfg, ds_config, model, buckets, world)
+    disconnect()
+
+
+def only_own_demo(cfg: RunConfig, overrides: list[str]) -> RunConfig:
+    """The demo's config makes a model and clips at the demo's own paths, never at a path given on the command line."""
+    given = {text.partition("=")[0] for text in overrides}
+    makers = {"model.path": "model.create_tiny", "data.path": "data.draw_demo_clips"}
+    return replace(cfg, {maker: False for path, maker in makers.items() if path in given and maker not in given})
+
+
+def make_demo(cfg: RunConfig) -> None:
+    """The tiny model and the drawn clips, where the config asks for them and they are not there yet."""
+    if cfg.model.create_tiny:
+        create_tiny_model(cfg.model.path)
+    if cfg.data.draw_demo_clips:
+        draw_clips(cfg.data.path)
+
+
+def batch_sizes(cfg: RunConfig, buckets: tuple[ClipShape, ...], model: ModelFolder) -> tuple[int, ...]:
+    """Clips per rank and micro-step in each bucket: one number, or as many as the token budget holds."""
+    budget = cfg.train.tokens_per_batch
+    if budget is None:
+        return (cfg.train.batch_size,) * len(buckets)
+    return tuple(max(1, budget // num_tokens(shape, model.geometry)) for shape in buckets)
+
+
+def identity(cfg: RunConfig, ds_config: dict[str, Any], model: ModelFolder, data: EncodedData, plan: Plan) -> dict[str, Any]:
+    """What must be the same when a run is resumed."""
+    return {
+        "model": model.transformer_config,
+        "lora": to_dict(cfg)["lora"],
+        "conditioning": to_dict(cfg)["conditioning"],
+        "seed": cfg.seed,
+        "data": data.fingerprint,
+        "buckets": [str(shape) for shape in data.buckets],
+        "batch_sizes": list(plan.batch_sizes),
+        "accumulation": plan.accumulation,
+        "world_size": plan.world_size,
+        "zero_stage": zero_stage(ds_config),
+        "precision": cfg.train.precision,
+    }
+
+
+def train(
+    cfg: RunConfig, ds_config: dict[str, Any], model: ModelFolder, buckets: tuple[ClipShape, ...], world: World
+) -> None:
+    """Prepare the data, then train up to `train.num_steps`, from scratch or from a checkpoint. Collective."""
+    output_dir = Path(cfg.output_dir)
+    checkpoint_dir = output_dir / "checkpoints"
+    on_rank0(world, lambda: output_dir.mkdir(parents=True, exist_ok=True))
+    resume_from = on_rank0(world, lambda: checkpoints.find(checkpoint_dir, cfg.checkpoint.resume))
+
+    data = prepare(cfg, model, buckets, world)
+    plan = Plan(
+        data.sizes, batch_sizes(cfg, buckets, model), world.size, cfg.train.gradient_accumulation_steps, cfg.seed
+    )
+    first_step, fixed = 0, identity(cfg, ds_config, model, data, plan)
+    if resume_from:
+        state = checkpoints.read_state(resume_from)
+        checkpoints.check_state(resume_from, state["identity"], fixed)
+        first_step = state["step"]
+    if world.rank == 0:
+        if resume_from is None and (aside := checkpoints.set_aside(output_dir)):
+            print(f"starting afresh; the earlier run is kept in {aside}")
+        (output_dir / "run.yaml").write_text(to_yaml(cfg))
+        (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
+        write_rejected(data.rejected, output_dir / "unusable.jsonl")
+        print(summary(cfg, ds_config, model, data, plan, resume_from), flush=True)
+    if first_step >= cfg.train.num_steps:
+        if world.rank == 0:
+            print(f"already trained to step {first_step}; raise train.num_steps to go on")
+        return
+
+    dtype = DTYPES[cfg.train.precision]
+    transformer = load_for_stage(model, dtype, ds_config, world.rank)
+    parameters = inject(
+        transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed
+    )
+    if cfg.train.gradient_checkpointing:
+        transformer.enable_gradient_checkpointing()
+    engine = start_engine(transformer, parameters, ds_config)
+    if resume_from:
+        checkpoints.load(engine, resume_from)
+
+    builder = StepBuilder(
+        load_vae(model, dtype, world.device),
+        model.geometry,
+        cfg.conditioning,
+        load_alphas_cumprod(model),
+        Cache(cfg.data.cache_dir).read("captions", data.no_caption_key)["text_states"],
+        world.device,
+    )
+    monitor = Monitor(
+        world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.monitor.every, cfg.monitor.progress_bar
+    )
+    monitor.text("config/run", to_yaml(cfg))
+    monitor.text("config/deepspeed", json.dumps(ds_config, indent=2))
+
+    def save(step: int) -> None:
+        export_adapter(engine, cfg, output_dir / "lora" / checkpoints.step_name(step), world)
+        saved = {"step": step, "identity": fixed, "origin": asdict(plan.origin)}
+        checkpoints.save(engine, world, checkpoint_dir, step, saved, cfg.checkpoint.keep_last)
+
+    batches = load_batches(data, cfg, plan, world, first_step)
+    for step in range(first_step, cfg.train.num_steps):
+        train_step(engine, builder, batches, plan, step, cfg, data, world, monitor)
+        if (step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.train.num_steps:
+            monitor.flush()
+            save(step + 1)
+    monitor.close()
+    if world.rank == 0:
+        print(f"LoRA: {output_dir / 'lora' / checkpoints.step_name(cfg.train.num_steps)}")
+        print(f"watch: tensorboard --logdir {output_dir / 'tensorboard'}")
+
+
+def load_batches(
+    data: EncodedData, cfg: RunConfig, plan: Plan, world: World, first_step: int
+) -> Iterator[dict[str, torch.Tensor]]:
+    """This rank's batches, one per micro-step, read ahead of time."""
+    return iter(
+        DataLoader(
+            ClipDataset(data.samples, cfg.data.cache_dir),
+            batch_sampler=BucketBatchSampler(plan, world.rank, first_step, cfg.train.num_steps),
+            collate_fn=collate,
+            num_workers=cfg.data.num_workers,
+            pin_memory=world.device.type == "cuda",
+        )
+    )
+
+
+def train_step(
+    engine: Any,
+    builder: StepBuilder,
+    batches: Iterator[dict[str, torch.Tensor]],
+    plan: Plan,
+    step: int,
+    cfg: RunConfig,
+    data: EncodedData,
+    world: World,
+    monitor: Monitor,
+) -> None:
+    """One optimizer step: `accumulation` micro-steps of forward and backward, all ranks in the same bucket."""
+    clock, num_samples, tokens, data_wait_s = Stopwatch(), 0, 0, 0.0
+    losses = StepLosses(len(data.buckets), world.device)
+    num_timesteps = len(builder.alphas_cumprod)
+    lr = learning_rate(
+        step,
+        cfg.optimizer.lr,
+        cfg.optimizer.schedule,
+        cfg.train.num_steps,
+        cfg.optimizer.warmup_steps,
+        cfg.optimizer.final_lr_ratio,
+    )
+    set_learning_rate(engine, lr)
+    for number, micro_batch in enumerate(plan.at(step)):
+        waiting = Stopwatch()
+        batch = next(batches)
+        data_wait_s += waiting.lap()
+        shape = data.buckets[micro_batch.bucket]
+        draws = draw(micro_batch, step, number, num_timesteps, cfg, world)
+        inputs, target = builder.build(batch, shape, draws)
+        per_sample = v_loss(engine(**inputs)[0], target)
+        weights = torch.tensor(micro_batch.weights_of(world.rank), device=world.device)
+        loss = (weights * per_sample).mean()
+        engine.backward(loss)
+        engine.step()
+        share = loss.detach() / (world.size * plan.accumulation)
+        losses.add(share, per_sample, micro_batch.bucket, timestep_quarter(draws.timesteps.to(world.device), num_timesteps))
+        num_samples += micro_batch.batch_size * world.size
+        tokens += micro_batch.batch_size * world.size * num_tokens(shape, builder.geometry)
+    step_s = clock.lap()
+    monitor.record(
+        step + 1,
+        {
+            "train/lr": lr,
+            "train/grad_norm": engine.get_global_grad_norm(),
+            "train/epoch": plan.epoch_of(step),
+            "perf/step_s": step_s,
+            "perf/data_wait_s": data_wait_s,
+            "perf/samples_per_s": num_samples / step_s,
+            "perf/tokens_per_s": tokens / step_s,
+            "perf/peak_memory_gb": peak_memory_bytes(world.device) / 1e9,
+        },
+        losses,
+    )
+
+
+def draw(micro_batch: MicroBatch, step: int, number: int, num_timesteps: int, cfg: RunConfig, world: World) -> Draws:
+    """The random choices of micro-step `number` of an optimizer step, on this rank."""
+    micro_step = step * cfg.train.gradient_accumulation_steps + number
+    timesteps = stratified_timesteps(
+        micro_batch.slots_of(world.rank), micro_batch.step_slots, num_timesteps, cfg.seed, step
+    )
+    drop_image, drop_caption = draw_dropouts(
+        micro_batch.batch_size, cfg.conditioning, cfg.seed, micro_step, world.rank
+    )
+    return Draws(timesteps, drop_image, drop_caption, cfg.seed, micro_step, world.rank)
+
+
+def export_adapter(engine: Any, cfg: RunConfig, folder: Path, world: World) -> None:
+    """Write the LoRA as it is now into `folder`, complete or absent. Collective."""
+    tensors = adapter_tensors(engine)
+
+    def write() -> None:
+        partial = folder.with_name(folder.name + ".tmp")
+        export(
+            partial,
+            engine.module,
+            tensors,
+            {
+                "rank": cfg.lora.rank,
+                "alpha": cfg.lora.alpha,
+                "image_latents": cfg.conditioning.image_latents,
+                "base_model": cfg.model.path,
+                "step": int(folder.name.rpartition("-")[2]),
+            },
+        )
+        checkpoints.replace_folder(partial, folder)
+
+    on_rank0(world, write)
+
+
+def summary(
+    cfg: RunConfig,
+    ds_config: dict[str, Any],
+    model: ModelFolder,
+    data: EncodedData,
+    plan: Plan,
+    resume_from: Path | None,
+) -> str:
+    """What is about to be trained, for people."""
+    lines = [
+        f"model {cfg.model.path}; LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}",
+        f"{plan.world_size} ranks, ZeRO stage {zero_stage(ds_config)}, {cfg.train.precision}, "
+        f"{plan.accumulation} micro-steps a step, {plan.steps_per_epoch:.1f} steps an epoch",
+    ]
+    for shape, size, local in zip(data.buckets, data.sizes, plan.local_batch_sizes):
+        tokens = num_tokens(shape, model.geometry)
+        lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {size:>5} clips  batch {local} a rank")
+    if data.rejected:
+        lines.append(f"{len(data.rejected)} files cannot be trained, see {Path(cfg.output_dir) / 'unusable.jsonl'}:")
+        lines += [f"  {one.path}: {one.reason}" for one in data.rejected[:5]]
+    if data.num_truncated:
+        limit = model.geometry.text_tokens
+        lines.append(f"{data.num_truncated} captions are longer than {limit} tokens: their ends are not seen")
+    if resume_from:
+        lines.append(f"resuming from {resume_from}")
+    return "\n".join(lines)

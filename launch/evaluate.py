@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""python launch/evaluate.py [--config run.yaml] [--lora LORA] [key.sub=value ...]"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
+
+from cogds.cli import run  # noqa: E402
+from cogds.evaluate import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(run(lambda: main(ROOT / "launch/configs/demo.yaml")))

@@ -1,0 +1,13 @@
+#!/usr/bin/env python
+"""python launch/sample.py --model MODEL --lora LORA --image IMAGE --prompt PROMPT [--output sample.mp4]"""
+
+import sys
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
+
+from cogds.cli import run  # noqa: E402
+from cogds.sample import main  # noqa: E402
+
+if __name__ == "__main__":
+    sys.exit(run(main))

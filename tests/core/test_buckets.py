@@ -1,0 +1,123 @@
+from dataclasses import replace
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogds.core.buckets import assign, crop_share, generate_buckets, parse_buckets
+from cogds.core.geometry import ClipShape, ModelGeometry, check_shape
+from cogds.errors import UserError
+
+V15 = ModelGeometry(
+    vae_spatial=8, vae_temporal=4, latent_channels=16, patch_size=2, patch_size_t=2, sample_height=300,
+    sample_width=300, sample_frames=81, text_tokens=226, head_dim=64, rope=True, learned_positions=False, ofs=True,
+)  # fmt: skip
+V10 = replace(V15, patch_size_t=None, sample_height=60, sample_width=90, sample_frames=49)
+
+
+def shapes(*texts: str) -> tuple[ClipShape, ...]:
+    return tuple(ClipShape.parse(text) for text in texts)
+
+
+def test_parse_keeps_the_order() -> None:
+    assert parse_buckets(["81x768x1360", "1x256x256"], V15) == shapes("81x768x1360", "1x256x256")
+
+
+@pytest.mark.parametrize(
+    "texts, says",
+    [
+        (["81x768"], "not FRAMESxHEIGHTxWIDTH"),
+        (["80x768x1360"], "81x768x1360"),
+        (["81x768x1360", "9x32x32", "81x768x1360"], "twice"),
+        (["81x768x2416"], "rotary axis"),
+    ],
+)
+def test_parse_says_what_is_wrong(texts: list[str], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        parse_buckets(texts, V15)
+
+
+def test_generate_known_sizes() -> None:
+    buckets = generate_buckets(["768x1360"], ["16/9", "9/16", "1/1"], [81, 1], V15)
+    assert buckets == tuple(sorted(shapes(
+        "1x768x1360", "1x1360x768", "1x1024x1024", "81x768x1360", "81x1360x768", "81x1024x1024"
+    )))  # fmt: skip
+
+
+@settings(max_examples=300, deadline=None)
+@given(
+    st.lists(st.tuples(st.integers(16, 4000), st.integers(16, 4000)), min_size=1, max_size=3),
+    st.lists(st.tuples(st.integers(1, 30), st.integers(1, 30)), min_size=1, max_size=3),
+    st.lists(st.integers(0, 40).map(lambda n: 4 * n + 1), min_size=1, max_size=3),
+    st.sampled_from([V15, V10]),
+)
+def test_generated_buckets_fit_the_model(
+    areas: list[tuple[int, int]], ratios: list[tuple[int, int]], frames: list[int], geometry: ModelGeometry
+) -> None:
+    buckets = generate_buckets([f"{h}x{w}" for h, w in areas], [f"{w}/{h}" for w, h in ratios], frames, geometry)
+    assert list(buckets) == sorted(set(buckets))
+    step = geometry.pixel_multiple
+    for shape in buckets:
+        check_shape(shape, geometry)
+
+        def near(width: int, height: int, shape: ClipShape = shape) -> bool:
+            # Each side is within half a step of the exact one, or at the smallest size.
+            low = max(shape.width - step / 2, 0) / (shape.height + step / 2)
+            high = (shape.width + step / 2) / max(shape.height - step / 2, 1e-9)
+            return low <= width / height <= high or step in (shape.height, shape.width)
+
+        assert any(near(*ratio) for ratio in ratios)
+        largest = max(h * w for h, w in areas)
+        if step not in (shape.height, shape.width):
+            assert max(shape.height - step / 2, 0) * max(shape.width - step / 2, 0) <= largest * 1.000001
+
+
+@pytest.mark.parametrize(
+    "areas, ratios, frames", [(["768"], ["1/1"], [1]), (["9x9"], ["1:1"], [1]), (["9x9"], ["0/1"], [1]),
+                              (["768x1360"], ["16/9"], [80])]
+)  # fmt: skip
+def test_generate_refuses(areas: list[str], ratios: list[str], frames: list[int]) -> None:
+    with pytest.raises(UserError):
+        generate_buckets(areas, ratios, frames, V15)
+
+
+def test_crop_share() -> None:
+    assert crop_share(720, 1280, ClipShape(1, 720, 1280)) == 0
+    assert crop_share(100, 200, ClipShape(1, 64, 64)) == pytest.approx(0.5)
+    assert crop_share(200, 100, ClipShape(1, 64, 64)) == pytest.approx(0.5)
+
+
+@pytest.mark.parametrize(
+    "clip, texts, chosen",
+    [
+        ((80, 720, 1280), ["81x720x1280"], None),  # too short
+        ((81, 720, 1280), ["81x720x1280"], 0),
+        ((1, 720, 1280), ["81x720x1280", "1x720x1280"], 1),  # a picture
+        ((500, 720, 1280), ["49x720x1280", "81x720x1280", "1x720x1280"], 1),  # the longest
+        ((500, 720, 1280), ["81x1280x720", "9x720x1280"], 1),  # shape before length
+        ((500, 720, 1280), ["81x768x1360", "49x720x1280"], 0),  # nearly the same share: length
+        ((500, 720, 1280), ["81x352x640", "81x720x1280", "81x1088x1920"], 1),  # the largest not upscaled
+        ((500, 240, 426), ["81x1088x1920", "81x720x1280"], 1),  # all upscaled: the smallest
+        ((500, 720, 1280), ["81x640x640", "81x640x640"], 0),  # the first of equals
+    ],
+)
+def test_assign(clip: tuple[int, int, int], texts: list[str], chosen: int | None) -> None:
+    assert assign(*clip, shapes(*texts)) == chosen
+
+
+@given(
+    st.integers(1, 200), st.integers(16, 2000), st.integers(16, 2000),
+    st.lists(st.builds(ClipShape, st.sampled_from([1, 9, 49, 81]), st.integers(16, 900), st.integers(16, 900)),
+             max_size=6),
+)  # fmt: skip
+def test_assigned_bucket_is_short_enough_and_crops_little(
+    num_frames: int, height: int, width: int, buckets: list[ClipShape]
+) -> None:
+    index = assign(num_frames, height, width, buckets)
+    fitting = [shape for shape in buckets if shape.frames <= num_frames]
+    if index is None:
+        assert not fitting
+    else:
+        assert buckets[index] in fitting
+        least = min(crop_share(height, width, shape) for shape in fitting)
+        assert crop_share(height, width, buckets[index]) <= least + 0.05 + 1e-9

@@ -1,0 +1,69 @@
+import pytest
+import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
+from diffusers.video_processor import VideoProcessor
+
+from cogds.core.conditioning import (
+    drop,
+    image_condition,
+    image_latent_scale,
+    noise_first_frame,
+    pad_front,
+    sample_moments,
+    to_range,
+)
+
+
+def test_posterior_sample_equals_diffusers():
+    moments = torch.randn(2, 8, 3, 4, 4) * 20  # log-variances beyond the clamp included
+    theirs = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(1))
+    ours = sample_moments(moments, torch.Generator().manual_seed(1))
+    assert torch.equal(ours, theirs.transpose(1, 2))
+
+
+def test_pixel_range_equals_the_pipelines():
+    pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
+    theirs = VideoProcessor(vae_scale_factor=8).preprocess((pixels.float() / 255)[None])
+    assert torch.equal(to_range(pixels, torch.float32), theirs[0])
+
+
+@pytest.mark.parametrize("frames, patch, padded", [(5, 2, 6), (4, 2, 4), (1, 2, 2), (5, None, 5)])
+def test_padding_copies_the_first_frame_to_the_front(frames, patch, padded):
+    latents = torch.randn(2, frames, 3, 4, 4)
+    result = pad_front(latents, patch)
+    assert result.shape[1] == padded
+    assert torch.equal(result[:, padded - frames :], latents)
+    assert all(torch.equal(result[:, i], latents[:, 0]) for i in range(padded - frames))
+
+
+@pytest.mark.parametrize(
+    "convention, invert, scale",
+    [("pipeline", True, 1 / 0.7), ("pipeline", False, 0.7), ("scaled", True, 0.7), ("unscaled", True, 1.0)],
+)
+def test_image_latent_scale(convention, invert, scale):
+    assert image_latent_scale(0.7, invert, convention) == scale
+
+
+def test_image_condition_stands_at_frame_0_alone():
+    latents = torch.randn(2, 1, 3, 4, 4)
+    condition = image_condition(latents, 6)
+    assert condition.shape == (2, 6, 3, 4, 4)
+    assert torch.equal(condition[:, :1], latents)
+    assert (condition[:, 1:] == 0).all()
+
+
+def test_image_noise_has_the_stated_spread():
+    pixels = torch.zeros(4000, 3, 8, 8)
+    noise = noise_first_frame(pixels, -3.0, 0.5, torch.Generator().manual_seed(0))
+    log_sigma = noise.flatten(1).std(1).log()
+    assert log_sigma.mean() == pytest.approx(-3.0, abs=0.03)
+    assert log_sigma.std() == pytest.approx(0.5, abs=0.03)
+
+
+def test_image_noise_keeps_the_dtype():
+    assert noise_first_frame(torch.zeros(1, 3, 2, 2).bfloat16(), -3, 0.5, torch.Generator()).dtype == torch.bfloat16
+
+
+def test_drop_takes_whole_samples():
+    condition, nothing = torch.ones(3, 2, 2), torch.full((2, 2), 7.0)
+    assert drop(condition, nothing, torch.tensor([False, True, False]))[:, 0, 0].tolist() == [1.0, 7.0, 1.0]

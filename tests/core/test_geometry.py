@@ -1,0 +1,77 @@
+import dataclasses
+
+import pytest
+
+from cogds.core.geometry import (
+    ClipShape,
+    ModelGeometry,
+    check_shape,
+    latent_frames,
+    num_tokens,
+    padded_latent_frames,
+    token_grid,
+)
+from cogds.errors import UserError
+
+# CogVideoX1.5-5B-I2V and CogVideoX-5b-I2V (1.0), as their config.json files say.
+V15 = ModelGeometry.from_configs(
+    {"patch_size": 2, "patch_size_t": 2, "sample_height": 300, "sample_width": 300, "sample_frames": 81,
+     "max_text_seq_length": 226, "attention_head_dim": 64, "use_rotary_positional_embeddings": True,
+     "ofs_embed_dim": 512},
+    {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4.0, "latent_channels": 16},
+)  # fmt: skip
+V10 = dataclasses.replace(
+    V15, patch_size_t=None, sample_height=60, sample_width=90, sample_frames=49, learned_positions=True, ofs=False
+)
+
+
+@pytest.mark.parametrize(
+    "text, latents, padded, tokens",
+    [
+        ("81x768x1360", 21, 22, 45106),  # 22 / 2 * 48 * 85 + 226
+        ("81x480x720", 21, 22, 15076),
+        ("49x480x720", 13, 14, 9676),
+        ("13x64x64", 4, 4, 258),
+        ("1x64x64", 1, 2, 242),
+    ],
+)
+def test_latents_and_tokens(text, latents, padded, tokens):
+    shape = ClipShape.parse(text)
+    assert latent_frames(shape.frames, V15) == latents
+    assert padded_latent_frames(shape.frames, V15) == padded
+    assert num_tokens(shape, V15) == tokens
+
+
+def test_without_a_temporal_patch_nothing_is_padded():
+    assert token_grid(ClipShape(49, 480, 720), V10) == (13, 30, 45)
+
+
+def test_a_shape_reads_back_as_written():
+    assert str(ClipShape.parse(" 81x768x1360 ")) == "81x768x1360"
+
+
+@pytest.mark.parametrize("text", ["81x768", "ax1x2", "81x0x16", "81*768*1360", ""])
+def test_what_is_no_shape_is_refused(text):
+    with pytest.raises(UserError, match="FRAMESxHEIGHTxWIDTH"):
+        ClipShape.parse(text)
+
+
+@pytest.mark.parametrize(
+    "geometry, text, message",
+    [
+        (V15, "80x768x1360", "nearest valid size is 81x768x1360"),
+        (V15, "81x770x1366", "nearest valid size is 81x768x1360"),
+        (V15, "81x2416x64", "rotary axis"),
+        (V15, "81x64x2416", "rotary axis"),
+        (V10, "49x480x704", "49x480x720 only"),
+        (V10, "33x480x720", "49x480x720 only"),
+    ],
+)
+def test_what_the_model_cannot_take_is_refused(geometry, text, message):
+    with pytest.raises(UserError, match=message):
+        check_shape(ClipShape.parse(text), geometry)
+
+
+@pytest.mark.parametrize("geometry, text", [(V15, "81x2400x2400"), (V15, "1x16x16"), (V10, "49x480x720")])
+def test_what_the_model_can_take_passes(geometry, text):
+    check_shape(ClipShape.parse(text), geometry)

@@ -1,0 +1,100 @@
+"""permute is a bijection, the same for ever, and uniform. Keys are fixed, so a chi-square test cannot flake."""
+
+import math
+from collections import Counter
+from itertools import permutations, product
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogds.core.permutation import SORTED_UP_TO, keyed_hash, permute
+
+TEN = [7, 1, 9, 8, 4, 5, 0, 2, 3, 6]
+MANY = [4282962, 8511068, 816953, 2240758, 4756216]
+HASH = 8356565435317875266
+
+
+def assert_uniform(observed: Counter, cells: int) -> None:
+    """Pearson's chi-square within 5 standard deviations of its mean, on both sides: 1 in a million by chance."""
+    expected = observed.total() / cells
+    assert len(observed) <= cells
+    chi2 = sum((count - expected) ** 2 for count in observed.values()) / expected + (cells - len(observed)) * expected
+    freedom = cells - 1
+    assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom), f"chi-square {chi2:.0f} for {freedom} degrees of freedom"
+
+
+@given(st.integers(1, 400), st.lists(st.integers(-(2**70), 2**70), max_size=4))
+@settings(max_examples=60, deadline=None, derandomize=True)
+def test_every_key_gives_a_bijection(size, key):
+    assert sorted(permute(i, size, *key) for i in range(size)) == list(range(size))
+
+
+@pytest.mark.parametrize("size", [SORTED_UP_TO, SORTED_UP_TO + 1, 1023, 1024, 1025, 9_973])
+def test_bijection_at_the_edges_of_the_grid(size):
+    assert {permute(i, size, 1) for i in range(size)} == set(range(size))
+
+
+@pytest.mark.parametrize("size", [3, 4, 5])
+def test_all_orders_of_a_few_are_equally_likely(size):
+    orders = Counter(tuple(permute(i, size, 11, key) for i in range(size)) for key in range(80 * math.factorial(size)))
+    assert set(orders) == set(permutations(range(size)))
+    assert_uniform(orders, math.factorial(size))
+
+
+@pytest.mark.parametrize("size, num_keys", [(10, 3000), (97, 500)])
+def test_every_index_lands_everywhere_equally_often(size, num_keys):
+    landed = Counter((i, permute(i, size, 12, key)) for key in range(num_keys) for i in range(size))
+    # Every key fills one cell in each row and column, which spreads the cells by n / (n - 1) more than chance alone.
+    expected = num_keys / size
+    chi2 = sum((landed[cell] - expected) ** 2 for cell in product(range(size), repeat=2)) / expected
+    chi2 *= (size - 1) / size
+    freedom = (size - 1) ** 2
+    assert abs(chi2 - freedom) < 5 * math.sqrt(2 * freedom)
+
+
+@pytest.mark.parametrize("i", [0, 1, 31, 500, 999])
+def test_one_index_of_a_thousand_lands_everywhere_equally_often(i):
+    assert_uniform(Counter(permute(i, 1000, 13, key) for key in range(10_000)), 1000)
+
+
+@pytest.mark.parametrize("size, num_keys", [(10, 5_000), (17, 7_000), (20, 14_000)])
+@pytest.mark.parametrize("i, j", [(0, 1), (0, 5)])
+def test_two_indices_land_on_all_pairs_equally_often(size, num_keys, i, j):
+    # On the grid of 17 and 20, (0, 1) share a row and (0, 5) a column: the pairs that too few rounds keep together.
+    landed = Counter((permute(i, size, 14, key), permute(j, size, 14, key)) for key in range(num_keys))
+    assert_uniform(landed, size * (size - 1))
+    # Sharper, for fewer cells: no pair of neighbours is more likely than another to end in one row, or in one column.
+    for place in (lambda x: x // 5, lambda x: x % 5):
+        pairs = list(permutations(range(size), 2))
+        p = sum(place(x) == place(y) for x, y in pairs) / len(pairs)
+        together = sum(count for (x, y), count in landed.items() if place(x) == place(y))
+        assert abs(together - num_keys * p) < 5 * math.sqrt(num_keys * p * (1 - p))
+
+
+@pytest.mark.parametrize("gap", [1, 32, 500])
+def test_neighbours_part_in_a_large_domain(gap):
+    gaps = Counter((permute(gap, 1000, 15, key) - permute(0, 1000, 15, key)) % 1000 for key in range(10_000))
+    assert_uniform(gaps, 999)
+
+
+def test_the_values_are_fixed_for_ever():
+    # A run resumed with another version of this code must go on in the same order: change these and you break resume.
+    assert [permute(i, 10, 0, 1, 2) for i in range(10)] == TEN
+    assert [permute(i, 10_000_000, 42, 3, 7) for i in range(5)] == MANY
+    assert keyed_hash("purpose", 1, 2, 3) == HASH
+
+
+def test_keys_are_kept_apart():
+    def order(*key):
+        return tuple(permute(i, 1000, *key) for i in range(20))
+
+    keys = [(), (0,), (1,), (-1,), (1, 2), (12,), (1, 23), (12, 3), (2, 1), (1, 2, 0), (2**64 + 1,)]
+    assert len({order(*key) for key in keys}) == len(keys)
+    assert keyed_hash("a", 1) != keyed_hash("b", 1)
+
+
+@pytest.mark.parametrize("index, size", [(0, 0), (-1, 3), (3, 3), (0, -1)])
+def test_an_index_outside_is_refused(index, size):
+    with pytest.raises(ValueError, match="not in"):
+        permute(index, size, 0)

@@ -1,0 +1,51 @@
+"""Rotary tables against the pipeline's own method, for 1.5 and for 1.0."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import CogVideoXImageToVideoPipeline
+
+from cogds.core.geometry import ClipShape, padded_latent_frames, token_grid
+from cogds.core.rope import rotary_tables
+from cogds.errors import UserError
+from tests.core.test_geometry import V10, V15
+
+ROPE_10 = V10.__class__(**{**V10.__dict__, "learned_positions": False})
+
+
+def pipeline_tables(geometry, shape):
+    config = SimpleNamespace(
+        patch_size=geometry.patch_size,
+        patch_size_t=geometry.patch_size_t,
+        sample_width=geometry.sample_width,
+        sample_height=geometry.sample_height,
+        attention_head_dim=geometry.head_dim,
+    )
+    pipeline = SimpleNamespace(
+        vae_scale_factor_spatial=geometry.vae_spatial, transformer=SimpleNamespace(config=config)
+    )
+    return CogVideoXImageToVideoPipeline._prepare_rotary_positional_embeddings(
+        pipeline, shape.height, shape.width, padded_latent_frames(shape.frames, geometry), torch.device("cpu")
+    )
+
+
+@pytest.mark.parametrize("geometry", [V15, ROPE_10], ids=["1.5", "1.0"])
+@pytest.mark.parametrize("text", ["81x768x1360", "49x480x720", "17x720x480", "13x256x256", "1x64x96", "17x2400x16"])
+def test_tables_equal_the_pipelines(geometry, text):
+    shape = ClipShape.parse(text)
+    ours, theirs = rotary_tables(shape, geometry), pipeline_tables(geometry, shape)
+    time, height, width = token_grid(shape, geometry)
+    for one, other in zip(ours, theirs):
+        assert one.dtype == torch.float32
+        assert one.shape == (time * height * width, geometry.head_dim)
+        assert torch.equal(one, other)
+
+
+def test_an_axis_beyond_the_grid_is_an_error_not_a_short_table():
+    with pytest.raises(UserError, match="rotary axis"):
+        rotary_tables(ClipShape(17, 2416, 64), V15)
+
+
+def test_a_model_without_rotary_tables_gets_none():
+    assert rotary_tables(ClipShape(49, 480, 720), V10.__class__(**{**V10.__dict__, "rope": False})) is None

@@ -1,0 +1,163 @@
+import json
+import multiprocessing
+import os
+import shutil
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogds.data import manifest
+from cogds.data.manifest import Entry, probe_entries, read_entries
+from cogds.data.video import VideoInfo, write_video
+from cogds.errors import UserError
+
+
+def put(folder: Path, **texts: str) -> Path:
+    for name, text in texts.items():
+        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return folder
+
+
+def entry(folder: Path, name: str, caption: str | None, kind: str = "video", image: str | None = None) -> Entry:
+    return Entry(str(folder / name), caption, kind, str(folder / image) if image else None)
+
+
+def test_folder_of_clips(tmp_path: Path) -> None:
+    (tmp_path / "sub dir").mkdir()
+    for name in ("b.MP4", "sub dir/ä clip.mkv", "a.png", "notes.md", ".hidden.mp4", "no caption.webm", "empty.mov"):
+        (tmp_path / name).touch()
+    put(tmp_path, b__txt="\ufeff a bee \n", a__txt="an a", empty__txt=" \n")
+    (tmp_path / "sub dir/ä clip.txt").write_text("zwölf", encoding="utf-8")
+    os.symlink(tmp_path, tmp_path / "sub dir" / "loop")
+    assert read_entries(tmp_path) == [
+        entry(tmp_path, "a.png", "an a", "image"),
+        entry(tmp_path, "b.MP4", "a bee"),
+        entry(tmp_path, "empty.mov", None),
+        entry(tmp_path, "no caption.webm", None),
+        entry(tmp_path, "sub dir/ä clip.mkv", "zwölf"),
+    ]
+
+
+@pytest.mark.parametrize("captions", ["prompts.txt", "prompt.txt"])
+def test_lists_of_lines(tmp_path: Path, captions: str) -> None:
+    put(tmp_path, videos__txt="videos/1.mp4\r\n/abs/2.mp4\n\n")
+    (tmp_path / captions).write_text("one\u2028line\ntwo\n", encoding="utf-8")
+    want = [entry(tmp_path, "videos/1.mp4", "one\u2028line"), Entry("/abs/2.mp4", "two", "video")]
+    assert read_entries(tmp_path) == read_entries(tmp_path / "videos.txt") == want
+    put(tmp_path, images__txt="i/1.png\ni/2.png\n")
+    assert [e.image_path for e in read_entries(tmp_path)] == [str(tmp_path / "i/1.png"), str(tmp_path / "i/2.png")]
+
+
+def test_rows(tmp_path: Path) -> None:
+    want = [entry(tmp_path, "a b.mp4", "one, two"), entry(tmp_path, "c.png", None, "image")]
+    put(
+        tmp_path,
+        metadata__jsonl='\ufeff{"file_name": "a b.mp4", "text": " one, two"}\n\n{"file_name": "c.png", "text": null}',
+    )
+    assert read_entries(tmp_path) == want
+    (tmp_path / "metadata.jsonl").unlink()
+    put(tmp_path, metadata__csv='\ufefffile_name,text\na b.mp4,"one, two"\nc.png,\n')
+    assert read_entries(tmp_path) == read_entries(tmp_path / "metadata.csv") == want
+    (tmp_path / "metadata.csv").unlink()
+    rows = [{"file_path": "a b.mp4", "text": "one, two", "type": "video"}, {"file_path": "c.png", "text": ""}]
+    put(tmp_path, my_list__json=json.dumps(rows))
+    assert read_entries(tmp_path) == read_entries(tmp_path / "my_list.json") == want
+
+
+def no_files(folder: Path) -> Path:
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda d: d / "nowhere", "does not exist"),
+        (no_files, "holds no clips: expected a folder of clips"),
+        (lambda d: put(d, videos__txt="a.mp4", metadata__jsonl="{}"), "metadata.jsonl, videos.txt"),
+        (lambda d: put(d, videos__txt="a.mp4\nb.mp4", prompts__txt="one"), "videos.txt has 2, prompts.txt has 1"),
+        (lambda d: put(d, videos__txt="a.mp4\n\nb.mp4", prompts__txt="1\n2\n3"), "videos.txt:2 is empty"),
+        (lambda d: put(d, videos__txt="a.mp4"), "lacks prompts.txt"),
+        (lambda d: put(d, videos__txt="a", prompts__txt="a", prompt__txt="a"), "keep one"),
+        (lambda d: put(d, prompts__txt="a") / "prompts.txt", "videos.txt"),
+        (lambda d: put(d, videos__txt="", prompts__txt=""), "lists no clips"),
+        (lambda d: put(d, metadata__jsonl='{"file_name": "a", "text": ""}\n{"file_name'), "jsonl:2 is not valid"),
+        (lambda d: put(d, metadata__jsonl='{"file_name": "a", "caption": ""}'), "lacks 'text'.*file_name, caption"),
+        (lambda d: put(d, metadata__jsonl="[1]"), "jsonl:1 is a list"),
+        (lambda d: put(d, metadata__csv="file_name,text\na,b\nc\n"), "csv:3 lacks 'text'"),
+        (lambda d: put(d, metadata__csv='file_name,text\na,"b\n'), "not valid CSV"),
+        (lambda d: put(d, x__json='[{"file_path": "a", "text": "b"},\n{]'), "x.json:2 is not valid JSON"),
+        (lambda d: put(d, x__json="{}"), "holds a dict, not a list"),
+        (lambda d: put(d, x__json='[{"text": "b"}]'), "row 1 lacks 'file_path'.*text"),
+        (lambda d: put(d, x__json='[{"file_path": "a", "text": 5}]'), "row 1: 'text' is 5"),
+        (lambda d: put(d, x__json='[{"file_path": "", "text": "x"}]'), "row 1: 'file_path' is ''"),
+        (lambda d: put(d, x__json='[{"file_path": "a", "text": "b", "type": "gif"}]'), "type 'gif' is unknown"),
+        (lambda d: put(d, x__json="[]", y__json="[]"), "x.json, y.json"),
+        (lambda d: put(d, x__parquet="") / "x.parquet", "no list of clips"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_to_do(tmp_path: Path, make: Callable[[Path], Path], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        read_entries(make(tmp_path))
+
+
+def test_a_list_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\na,ä\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_entries(tmp_path)
+
+
+@pytest.mark.parametrize("num_workers", [0, 2])
+def test_probing_keeps_order_and_lists_the_unusable(tmp_path: Path, num_workers: int) -> None:
+    frames = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
+    write_video(tmp_path / "a.mp4", frames, 10)
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "c.mp4")
+    shutil.copy(tmp_path / "a.mp4", tmp_path / "f.mp4")
+    Image.fromarray(frames[0]).save(tmp_path / "d.png")
+    (tmp_path / "b.mp4").touch()
+    put(tmp_path, a__txt="a", b__txt="b", d__txt="d")
+    (tmp_path / "f.txt").write_bytes(b"\xff\xfe\xfa")
+    entries = [
+        *read_entries(tmp_path),
+        Entry(str(tmp_path / "gone.mp4"), "x", "video"),
+        Entry(str(tmp_path / "a.mp4"), "x", "video", str(tmp_path / "gone.png")),
+        Entry(str(tmp_path / "a.mp4"), "x", "video", str(tmp_path / "d.png")),
+    ]
+    clips, rejected = probe_entries(entries, num_workers)
+    assert [Path(clip.path).name for clip in clips] == ["a.mp4", "d.png", "a.mp4"]
+    assert (clips[0].num_frames, clips[0].fps, clips[0].height, clips[0].width) == (5, 10, 32, 48)
+    assert clips[0].duration_s == pytest.approx(0.5)
+    assert [(Path(r.path).name, reason in r.reason) for r, reason in zip(
+        rejected, ["0 bytes", "caption missing", "cannot be read as UTF-8", "does not exist", "conditioning image"]
+    )] == [(name, True) for name in ("b.mp4", "c.mp4", "f.mp4", "gone.mp4", "a.mp4")]  # fmt: skip
+
+
+def unruly_probe(path: str) -> VideoInfo:
+    if "crash" in path:
+        os.kill(os.getpid(), signal.SIGKILL)
+    if "hang" in path:
+        time.sleep(600)
+    return VideoInfo(5, 10.0, 48, 32, 0.5)
+
+
+@pytest.mark.parametrize("num_workers", [1, 2])
+def test_a_crash_or_a_hang_costs_one_file(num_workers: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    # A forked child has the planted probe; a spawned one would import the real one.
+    fork = multiprocessing.get_context("fork")
+    monkeypatch.setattr(manifest.multiprocessing, "get_context", lambda _: fork)
+    monkeypatch.setattr(manifest.video, "probe_video", unruly_probe)
+    names = ["1", "crash 2", "3", "hang 4", "5", "crash 6", "7"]
+    clips, rejected = probe_entries([Entry(name, "x", "video") for name in names], num_workers, timeout_s=1.0)
+    assert [clip.path for clip in clips] == ["1", "3", "5", "7"]
+    assert [(r.path, "crashed" in r.reason, "more than 1 s" in r.reason) for r in rejected] == [
+        ("crash 2", True, False), ("hang 4", False, True), ("crash 6", True, False)
+    ]  # fmt: skip
+    assert not multiprocessing.active_children()
+
+
+def test_no_entries() -> None:
+    assert probe_entries([], 2) == ([], [])

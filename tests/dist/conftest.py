@@ -1,0 +1,50 @@
+"""Real runs of the main command with 2 ranks on drawn clips, made once and looked at by several tests."""
+
+import json
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+
+@pytest.fixture(scope="session")
+def workshop(tmp_path_factory, tiny_model):
+    """A folder with clips, a cache and the runs; `arguments` is what every run has in common."""
+    from cogds.data.synthetic import draw_clips
+
+    folder = tmp_path_factory.mktemp("workshop")
+    draw_clips(folder / "clips")
+    return folder
+
+
+@pytest.fixture(scope="session")
+def train_once(workshop, tiny_model, run_train):
+    """`train_once(name, ds, *overrides)`: the finished run's folder; a name is run once a session."""
+    done = {}
+
+    def run(name, ds="zero2", *overrides, **options):
+        if name not in done:
+            run_train(
+                "--deepspeed", f"ds_configs/{ds}.json",
+                f"model.path={tiny_model}", f"data.path={workshop / 'clips'}", f"data.cache_dir={workshop / 'cache'}",
+                "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]", f"output_dir={workshop / name}",
+                "train.num_steps=6", "train.gradient_accumulation_steps=2", "train.precision=fp32", "data.num_workers=1",
+                "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", "checkpoint.every=3",
+                "optimizer.schedule=cosine", *overrides, **options,
+            )  # fmt: skip
+            done[name] = workshop / name
+        return done[name]
+
+    return run
+
+
+def metrics(run: Path):
+    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+
+
+def losses(run: Path):
+    return [line["train/loss"] for line in metrics(run)]
+
+
+def adapter(run: Path, step=6):
+    return load_file(run / f"lora/step-{step:06d}/pytorch_lora_weights.safetensors")

@@ -1,0 +1,57 @@
+"""A resumed run is the run: bitwise at the same world size and ZeRO stage."""
+
+import json
+import shutil
+
+import pytest
+import torch
+
+from tests.dist.conftest import adapter, losses, metrics
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.mark.parametrize("ds", ["zero2", "zero3_offload"])
+def test_3_and_resume_and_3_are_6_bitwise(train_once, workshop, ds):
+    whole = train_once(ds, ds)
+    # The run is stopped after step 5, two steps past its checkpoint of step 3: what came after that is trained again.
+    train_once(f"{ds}-stopped", ds)
+    stopped = workshop / f"{ds}-stopped"
+    shutil.rmtree(stopped / "checkpoints/step-000006")
+    (stopped / "checkpoints/latest").write_text("step-000003\n")
+    kept = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)[:5]
+    (stopped / "metrics.jsonl").write_text("".join(kept))
+    shutil.rmtree(stopped / "lora/step-000006")
+    resumed = train_once(f"{ds}-resumed", ds, f"output_dir={stopped}")
+    assert resumed != stopped
+    assert [line["step"] for line in metrics(stopped)] == [1, 2, 3, 4, 5, 6]
+    assert losses(stopped) == losses(whole)
+    assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(stopped).items())
+    assert (stopped / "checkpoints/latest").read_text() == "step-000006\n"
+
+
+def test_a_finished_run_says_so_and_does_nothing(train_once, run_train, workshop, tiny_model):
+    whole = train_once("zero2", "zero2")
+    before = (whole / "metrics.jsonl").read_text()
+    done = run_train(
+        "--deepspeed", "ds_configs/zero2.json", "--config", whole / "run.yaml", "train.num_steps=6"
+    )
+    assert "already trained to step 6" in done.stdout
+    assert (whole / "metrics.jsonl").read_text() == before
+
+
+def test_what_changed_is_named(train_once, run_train):
+    whole = train_once("zero2", "zero2")
+    done = run_train("--deepspeed", "ds_configs/zero1.json", "--config", whole / "run.yaml",
+                     "lora.rank=8", "train.num_steps=7", check=False)  # fmt: skip
+    assert done.returncode != 0
+    assert "lora" in done.stdout
+    assert "zero_stage: 2 then, 1 now" in done.stdout
+    assert "Traceback" not in done.stdout
+
+
+def test_a_checkpoint_holds_no_frozen_weights(train_once):
+    checkpoint = train_once("zero2", "zero2") / "checkpoints/step-000006"
+    state = json.loads((checkpoint / "state.json").read_text())
+    assert state["step"] == 6
+    assert sum(file.stat().st_size for file in checkpoint.iterdir()) < 500_000

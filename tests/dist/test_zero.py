@@ -1,0 +1,51 @@
+"""ZeRO agrees: every shipped DeepSpeed config trains the same losses and the same adapter, on 2 ranks."""
+
+import pytest
+import torch
+
+from tests.dist.conftest import adapter, losses, metrics
+
+pytestmark = pytest.mark.dist
+CONFIGS = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+
+
+@pytest.mark.parametrize("ds", CONFIGS)
+def test_float32_losses_and_adapter_agree(train_once, ds):
+    reference, run = train_once("zero1", "zero1"), train_once(ds, ds)
+    assert len(losses(run)) == 6
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
+    expected, tensors = adapter(reference), adapter(run)
+    assert expected.keys() == tensors.keys()
+    assert len(tensors) == 2 * 2 * 4
+    for name, tensor in tensors.items():
+        assert tensor.numel() > 0
+        # Adam divides by the root of tiny second moments: the last bits of a gradient show in the weights.
+        torch.testing.assert_close(tensor, expected[name], atol=2e-4, rtol=1e-3)
+    assert any(tensor.abs().max() > 1e-3 for name, tensor in tensors.items() if "lora_B" in name), "nothing was trained"
+
+
+@pytest.mark.parametrize("ds", ["zero1", "zero2_offload", "zero3", "zero3_offload"])
+def test_bf16_losses_agree(train_once, ds):
+    reference = train_once("zero2-bf16", "zero2", "train.precision=bf16")
+    run = train_once(f"{ds}-bf16", ds, "train.precision=bf16")
+    assert losses(run) == pytest.approx(losses(reference), rel=5e-3)
+    assert all(tensor.dtype == torch.bfloat16 and tensor.numel() for tensor in adapter(run).values())
+
+
+def test_metrics_of_every_step(train_once):
+    lines = metrics(train_once("zero2", "zero2"))
+    assert [line["step"] for line in lines] == [1, 2, 3, 4, 5, 6]
+    for line in lines:
+        for name in ("train/loss", "train/lr", "train/grad_norm", "perf/step_s", "perf/data_wait_s",
+                     "perf/samples_per_s", "perf/tokens_per_s", "perf/peak_memory_gb"):  # fmt: skip
+            assert line[name] >= 0
+        assert any(name.startswith("train/loss/bucket=") for name in line)
+        assert any(name.startswith("train/loss/t_q") for name in line)
+    assert [line["train/lr"] for line in lines][:3] == pytest.approx([1e-2 / 3, 2e-2 / 3, 1e-2])
+    assert lines[-1]["train/lr"] == pytest.approx(0)
+
+
+def test_one_rank_with_twice_the_accumulation_is_the_same_size_of_step(train_once):
+    """Not the same losses (the plan deals other clips), but the same number of clips a step."""
+    run = train_once("alone", "zero2", "train.gradient_accumulation_steps=4", ranks=1)
+    assert len(losses(run)) == 6

@@ -1,0 +1,125 @@
+import json
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from cogds.errors import UserError
+from cogds.model.load import (
+    TextEncoder,
+    build_transformer,
+    find_model,
+    load_alphas_cumprod,
+    load_transformer,
+    num_truncated,
+    transformer_weights,
+)
+from cogds.model.tiny import create_tiny_model
+
+
+@pytest.fixture
+def copy(tiny_model, tmp_path):
+    """A copy of the tiny model that a test may damage."""
+    shutil.copytree(tiny_model, tmp_path / "model")
+    return tmp_path / "model"
+
+
+def edit_json(path, **changes):
+    path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
+
+
+def test_the_tiny_model_has_what_training_must_get_right(tiny_model):
+    model = find_model(str(tiny_model))
+    assert model.geometry.patch_size_t == 2
+    assert model.geometry.ofs
+    assert model.vae_config["invert_scale_latents"]
+    assert load_alphas_cumprod(model)[-1] == 0  # zero terminal SNR
+
+
+def test_the_tiny_model_is_the_same_every_time_and_never_replaced(tiny_model, tmp_path):
+    create_tiny_model(tmp_path / "again")
+    file = "transformer/diffusion_pytorch_model.safetensors"
+    one, other = load_file(tiny_model / file), load_file(tmp_path / "again" / file)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    (tmp_path / "again/mark").touch()
+    create_tiny_model(tmp_path / "again", seed=1)
+    assert (tmp_path / "again/mark").exists()
+
+
+@pytest.mark.parametrize(
+    "damage, message",
+    [
+        (lambda path: shutil.rmtree(path), "neither|no folder"),
+        (lambda path: (path / "model_index.json").unlink(), "model_index.json is missing"),
+        (lambda path: (path / "model_index.json").write_text("{"), "is not JSON"),
+        (lambda path: edit_json(path / "model_index.json", _class_name="CogVideoXPipeline"), "image-to-video"),
+        (lambda path: shutil.rmtree(path / "vae"), "no vae/ folder"),
+        (lambda path: (path / "vae/config.json").unlink(), "vae/config.json is missing"),
+        (lambda path: edit_json(path / "transformer/config.json", in_channels=8), "takes 8 channels"),
+    ],
+)
+def test_a_damaged_folder_is_named(copy, damage, message):
+    damage(copy)
+    with pytest.raises(UserError, match=message):
+        find_model(str(copy))
+
+
+def test_a_hub_id_that_cannot_be_fetched_is_named():
+    with pytest.raises(UserError, match="could not be fetched from the hub"):
+        find_model("nobody/no-such-model")
+
+
+def test_a_scheduler_that_predicts_noise_is_refused(copy):
+    edit_json(copy / "scheduler/scheduler_config.json", prediction_type="epsilon")
+    with pytest.raises(UserError, match="'epsilon'"):
+        load_alphas_cumprod(find_model(str(copy)))
+
+
+def test_weights_by_name_are_the_models(tiny_model):
+    model = find_model(str(tiny_model))
+    weights = {name: weight[:] for name, weight in transformer_weights(model)}
+    loaded = load_transformer(model, torch.float32)
+    assert {name for name, _ in loaded.named_parameters()} == set(weights) == {
+        name for name, _ in build_transformer(model).named_parameters()
+    }
+    assert all(torch.equal(weights[name], parameter) for name, parameter in loaded.named_parameters())
+    assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+def test_captions_are_padded_and_truncation_is_counted(tiny_model):
+    model = find_model(str(tiny_model))
+    encoder = TextEncoder(model, torch.float32, "cpu")
+    assert encoder.encode("a red circle").shape == (model.geometry.text_tokens, 32)
+    assert num_truncated(["a red circle", "a red circle " * 30, ""], model) == 1
+    assert num_truncated([], model) == 0
+
+
+def test_a_tokenizer_as_the_real_model_ships_it(copy):
+    """A spiece.model and no tokenizer.json, which is what the hub's CogVideoX folders hold."""
+    import sentencepiece
+
+    corpus = copy / "corpus.txt"
+    corpus.write_text("a red circle moves over a blue background\ntwo squares and a ball\n" * 50)
+    sentencepiece.SentencePieceTrainer.train(
+        input=str(corpus), model_prefix=str(copy / "spiece"), vocab_size=30, pad_id=0, eos_id=1, unk_id=2, bos_id=-1,
+        minloglevel=2,
+    )  # fmt: skip
+    for file in (copy / "tokenizer").iterdir():
+        file.unlink()
+    (copy / "spiece.model").rename(copy / "tokenizer/spiece.model")
+    (copy / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    (copy / "tokenizer/special_tokens_map.json").write_text(
+        json.dumps({"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
+    )
+    processor = sentencepiece.SentencePieceProcessor(model_file=str(copy / "tokenizer/spiece.model"))
+    encoder = TextEncoder(find_model(str(copy)), torch.float32, "cpu")
+    ours = encoder.tokenizer("a red ball moves").input_ids
+    assert ours == [*processor.encode("a red ball moves"), 1]
+
+
+def test_a_learned_position_table_comes_with_the_weights(copy):
+    """1.0 image-to-video keeps a buffer among its weights: names that are not parameters must be listed too."""
+    file = copy / "transformer/diffusion_pytorch_model.safetensors"
+    save_file({**load_file(file), "patch_embed.pos_embedding": torch.zeros(1, 2, 3)}, file, metadata={"format": "pt"})
+    assert "patch_embed.pos_embedding" in dict(transformer_weights(find_model(str(copy))))

@@ -1,0 +1,94 @@
+"""Files and names; that a resumed run is the same run stands in tests/dist."""
+
+from pathlib import Path
+
+import pytest
+
+from cogds.errors import UserError
+from cogds.runtime import checkpoint
+from cogds.runtime.world import World
+
+ALONE = World(0, 1, 0, 1)
+
+
+class Engine:
+    """Writes one file where DeepSpeed writes many."""
+
+    def __init__(self, fails=False):
+        self.fails = fails
+
+    def save_checkpoint(self, folder, tag, save_latest, exclude_frozen_parameters):
+        assert not save_latest
+        assert exclude_frozen_parameters
+        (Path(folder) / tag).mkdir(parents=True)
+        (Path(folder) / tag / "weights").write_text("x")
+        if self.fails:
+            raise OSError("disk full")
+
+
+def save(folder, *steps, keep_last=3):
+    for step in steps:
+        checkpoint.save(Engine(), ALONE, folder, step, {"step": step}, keep_last)
+
+
+def test_the_newest_complete_one_is_found(tmp_path):
+    assert checkpoint.find(tmp_path, "auto") is None
+    save(tmp_path, 5, 10)
+    assert (tmp_path / "latest").read_text() == "step-000010\n"
+    assert checkpoint.find(tmp_path, "auto") == tmp_path / "step-000010"
+    assert checkpoint.read_state(tmp_path / "step-000010") == {"step": 10}
+    assert checkpoint.find(tmp_path, "none") is None
+
+
+def test_old_ones_are_pruned_after_the_new_one_is_there(tmp_path):
+    save(tmp_path, 1, 2, 3, keep_last=2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-000002", "step-000003"]
+
+
+def test_a_save_that_fails_leaves_the_one_before(tmp_path):
+    save(tmp_path, 1)
+    with pytest.raises(OSError, match="disk full"):
+        checkpoint.save(Engine(fails=True), ALONE, tmp_path, 2, {"step": 2}, 1)
+    assert checkpoint.find(tmp_path, "auto") == tmp_path / "step-000001"
+    save(tmp_path, 2)  # what the failed one left is no obstacle
+    assert checkpoint.find(tmp_path, "auto") == tmp_path / "step-000002"
+
+
+def test_a_step_saved_again_replaces_itself(tmp_path):
+    save(tmp_path, 1, 2, 1, keep_last=1)
+    assert (tmp_path / "latest").read_text() == "step-000001\n"
+    assert (tmp_path / "step-000001/weights").exists()
+
+
+def test_incomplete_ones_are_not_found(tmp_path):
+    save(tmp_path, 1, 2)
+    (tmp_path / "step-000002/state.json").unlink()
+    assert checkpoint.find(tmp_path, "auto") == tmp_path / "step-000001"
+
+
+def test_a_wrong_path_is_an_error_not_a_fresh_start(tmp_path):
+    with pytest.raises(UserError, match="not a complete checkpoint"):
+        checkpoint.find(tmp_path, str(tmp_path / "step-000009"))
+    save(tmp_path, 4)
+    assert checkpoint.find(tmp_path / "other", str(tmp_path / "step-000004")) == tmp_path / "step-000004"
+
+
+def test_a_damaged_state_is_named(tmp_path):
+    save(tmp_path, 1)
+    (tmp_path / "step-000001/state.json").write_text("{")
+    with pytest.raises(UserError, match=r"state.json is damaged"):
+        checkpoint.read_state(tmp_path / "step-000001")
+
+
+def test_every_changed_field_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"rank: 4 then, 8 now; seed: 0 then, 1 now") as error:
+        checkpoint.check_state(tmp_path, {"rank": 4, "seed": 0, "same": 1}, {"rank": 8, "seed": 1, "same": 1})
+    assert "same" not in str(error.value).replace("the same", "")
+
+
+def test_a_fresh_start_keeps_the_earlier_run(tmp_path):
+    assert checkpoint.set_aside(tmp_path) is None
+    for number in (1, 2):
+        (tmp_path / "metrics.jsonl").write_text(str(number))
+        assert checkpoint.set_aside(tmp_path) == tmp_path / f"previous-{number}"
+    assert (tmp_path / "previous-1/metrics.jsonl").read_text() == "1"

@@ -1,0 +1,128 @@
+"""The house as drawn in docs/architecture.md: imports point one way, and each library comes in through its own gate."""
+
+import ast
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parent.parent
+FILES = sorted([*ROOT.glob("cogds/**/*.py"), *ROOT.glob("launch/*.py")])
+
+# A layer may import itself and those named here. `assembly` is every module directly in cogds/ but errors, files and config.
+MAY_IMPORT = {
+    "errors": set(),
+    "files": set(),
+    "config": {"errors"},
+    "core": {"errors"},
+    "data": {"errors", "files", "core"},
+    "model": {"errors", "files", "core"},
+    "runtime": {"errors", "files", "config", "core", "data", "model"},
+    "assembly": {"errors", "files", "config", "core", "data", "model", "runtime"},
+    "launch": {"assembly"},
+}
+# Third-party library -> where it may be imported (path prefixes below the root).
+GATES = {
+    "deepspeed": ("cogds/runtime/",),
+    "decord": ("cogds/data/video.py",),
+    "av": ("cogds/data/video.py",),
+    "peft": ("cogds/model/",),
+    "transformers": ("cogds/model/",),
+    "tokenizers": ("cogds/model/",),
+    "huggingface_hub": ("cogds/model/",),
+    "tensorboard": ("cogds/runtime/monitor.py",),
+    "omegaconf": ("cogds/config.py",),
+    # core calls diffusers' pure functions (rotary tables) and none of its models
+    "diffusers": ("cogds/model/", "cogds/sample.py", "cogds/core/rope.py"),
+}
+
+
+def layer_of(name):
+    """`cogds.core.plan` -> core; `cogds.train` -> assembly."""
+    parts = name.split(".")
+    if parts[0] == "launch":
+        return "launch"
+    if len(parts) < 2:
+        return None
+    return parts[1] if parts[1] in MAY_IMPORT else "assembly"
+
+
+def module_of(path):
+    return ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+
+
+def imports_of(source):
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, "imports are absolute"
+            if node.module == "cogds" or (node.module or "").startswith("cogds."):
+                yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            else:
+                yield node.module
+
+
+def violations(path, source):
+    where = path.relative_to(ROOT).as_posix()
+    own = layer_of(module_of(path))
+    for name in imports_of(source):
+        top = name.split(".")[0]
+        if top == "cogds":
+            target = layer_of(name)
+            if target != own and target is not None and target not in MAY_IMPORT.get(own, set()):
+                yield f"{where} ({own}) imports {name} ({target})"
+        elif top in GATES and not where.startswith(GATES[top]):
+            yield f"{where} imports {top}, whose place is {', '.join(GATES[top])}"
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path))
+def test_imports_point_one_way_and_through_the_gates(path):
+    assert list(violations(path, path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "where, source",
+    [
+        ("cogds/core/plan.py", "from cogds.data import cache"),
+        ("cogds/data/cache.py", "from cogds.model.load import find_model"),
+        ("cogds/runtime/world.py", "import cogds.train"),
+        ("cogds/train.py", "import deepspeed"),
+        ("cogds/encode.py", "def f():\n    from decord import VideoReader"),
+        ("launch/train.py", "from cogds.core.plan import Plan"),
+    ],
+)
+def test_a_wrong_import_is_seen(where, source):
+    assert list(violations(ROOT / where, source))
+
+
+def environment_readers(source):
+    return [
+        node
+        for node in ast.walk(ast.parse(source))
+        if (isinstance(node, ast.Attribute) and node.attr in ("environ", "getenv"))
+        or (isinstance(node, ast.ImportFrom) and any(alias.name in ("environ", "getenv") for alias in node.names))
+    ]
+
+
+def test_one_module_reads_the_environment():
+    # data/video.py only sets what the decoder reads when it is loaded.
+    allowed = {"cogds/runtime/world.py", "cogds/data/video.py"}
+    readers = {path.relative_to(ROOT).as_posix() for path in FILES if environment_readers(path.read_text())}
+    assert readers <= allowed
+    assert environment_readers("import os\nos.environ['RANK']")
+
+
+def test_entry_points_are_thin():
+    long = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("launch/*.py")}
+    assert {name: lines for name, lines in long.items() if lines > 40} == {}
+
+
+def test_public_functions_say_what_they_do():
+    silent = []
+    for path in FILES:
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not ast.get_docstring(node):
+                # methods and inner functions of a few lines speak by their name
+                if node.col_offset == 0:
+                    silent.append(f"{path.relative_to(ROOT)}:{node.name}")
+    assert silent == []

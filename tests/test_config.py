@@ -1,0 +1,318 @@
+"""The run config: what is accepted, what is refused and with which sentence, and the shared command line."""
+
+import dataclasses
+import json
+from pathlib import Path
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogds import cli, config
+from cogds.errors import UserError
+
+ROOT = Path(__file__).parents[1]
+REQUIRED = ["model.path=m", "data.path=d"]
+
+
+def load(*overrides: str, yaml: str | None = None, tmp: Path | None = None) -> config.RunConfig:
+    file = None
+    if yaml is not None and tmp is not None:
+        file = tmp / "run.yaml"
+        file.write_text(yaml)
+    return config.load_config(str(file) if file else None, [*REQUIRED, *overrides])[0]
+
+
+def test_defaults_file_and_command_line_win_in_this_order(tmp_path):
+    yaml = "seed: 9\ntrain: {num_steps: 5, batch_size: 2}\noptimizer: {lr: 1e-5}\nlora:\n"
+    cfg = load("train.num_steps=7", yaml=yaml, tmp=tmp_path)
+    assert (cfg.train.num_steps, cfg.train.batch_size, cfg.optimizer.lr, cfg.lora.rank) == (7, 2, 1e-5, 128)
+    assert cfg.seed == 9
+
+
+def test_explicit_names_exactly_the_keys_that_were_set(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("seed: 0\ntrain: {num_steps: 1000}\n")
+    _, explicit = config.load_config(str(file), [*REQUIRED, "lora.rank=128"])
+    assert explicit == {"seed", "train.num_steps", "lora.rank", "model.path", "data.path"}
+
+
+def test_the_tree_is_frozen():
+    cfg = load()
+    with pytest.raises(dataclasses.FrozenInstanceError):
+        cfg.train.num_steps = 3  # type: ignore[misc]
+    assert isinstance(hash(cfg), int)  # lists have become tuples
+
+
+@pytest.mark.parametrize(
+    "override, expected",
+    [
+        ("data.buckets=[17x192x320, 25x256x256]", ("17x192x320", "25x256x256")),
+        ("data.buckets=17x192x320", ("17x192x320",)),
+        ("data.bucket_aspect_ratios=[16/9,4/3]", ("16/9", "4/3")),
+        ("data.bucket_frames=49", (49,)),
+        ("lora.target_modules=all-linear", ("all-linear",)),
+        ("optimizer.betas=[0, 0.5]", (0.0, 0.5)),
+        ("optimizer.lr=1e-4", 1e-4),
+        ("optimizer.lr=1", 1.0),
+        ("model.create_tiny=yes", True),
+        ("model.revision=12e4567", "12e4567"),  # YAML reads infinity
+        ("model.revision=0123", "0123"),  # YAML reads 83
+        ("model.revision=null", None),
+        ("checkpoint.resume=no", "no"),  # YAML reads false
+        ("output_dir=a=b", "a=b"),
+        ("output_dir='a b'", "a b"),
+        ("train.tokens_per_batch=5", 5),
+    ],
+)
+def test_overrides_are_read_as_they_are_meant(override, expected):
+    value = config.get(load(override), override.split("=")[0])
+    assert value == expected
+    assert type(value) is type(expected)
+
+
+def test_yaml_takes_a_bare_text_for_a_list_and_1e_4_for_a_number(tmp_path):
+    cfg = load(yaml="lora: {target_modules: all-linear}\noptimizer: {lr: 1e-4, eps: 1}", tmp=tmp_path)
+    assert cfg.lora.target_modules == ("all-linear",)
+    assert (cfg.optimizer.lr, cfg.optimizer.eps) == (1e-4, 1.0)
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("train.batch_size=2.5", ["train.batch_size must be a whole number", "2.5"]),
+        ("train.batch_size=yes", ["train.batch_size must be a whole number", "true"]),
+        ("train.batch_size=null", ["train.batch_size must be a whole number", "null"]),
+        ("train.tokens_per_batch=x", ["train.tokens_per_batch must be a whole number or null", "x"]),
+        ("optimizer.lr=fast", ["optimizer.lr must be a number", "fast"]),
+        ("optimizer.lr=true", ["optimizer.lr must be a number", "true"]),
+        ("optimizer.betas=[0.9, b]", ["optimizer.betas must be a list of numbers", "[0.9, b]"]),
+        ("data.bucket_frames=[49, 2.5]", ["data.bucket_frames must be a list of whole numbers", "[49, 2.5]"]),
+        ("data.bucket_aspect_ratios=[16:9]", ["data.bucket_aspect_ratios must be a list of texts, in quotes", "969"]),
+        ("data.buckets=[[a]]", ["data.buckets must be a list of texts", "[[a]]"]),
+        ("data.buckets={a: 1}", ["data.buckets must be a list of texts"]),
+        ("model.create_tiny=2", ["model.create_tiny must be true or false", "2"]),
+        ("model.path=[a]", ["model.path must be text", "[a]"]),
+        ("train.num_steps=0", ["train.num_steps is 0", "at least 1"]),
+        ("lora.rank=0", ["lora.rank is 0", "at least 1"]),
+        ("lora.alpha=0", ["lora.alpha is 0.0", "greater than 0"]),
+        ("lora.dropout=1", ["lora.dropout is 1.0", "less than 1"]),
+        ("optimizer.lr=-1", ["optimizer.lr is -1.0", "at least 0"]),
+        ("optimizer.lr=nan", ["optimizer.lr is nan", "finite"]),
+        ("optimizer.betas=[0.9]", ["optimizer.betas is [0.9]", "a list of 2"]),
+        ("conditioning.caption_dropout=1.5", ["conditioning.caption_dropout is 1.5", "at most 1"]),
+        ("conditioning.image_latents=scalled", ["conditioning.image_latents is scalled", "did you mean 'scaled'?"]),
+        ("train.precision=fp16", ["train.precision is fp16", "one of bf16, fp32"]),
+        ("optimizer.schedule=constnat", ["did you mean 'constant'?"]),
+        ("output_dir=", ["output_dir is ''", "not empty"]),
+        ("data.bucket_areas=[]", ["data.bucket_areas is empty", "data.buckets"]),
+        ("num_steps=3", ["unknown key 'num_steps'", "did you mean 'train.num_steps'?"]),
+        ("lr=3", ["unknown key 'lr'", "did you mean 'optimizer.lr'?"]),
+        ("train.lr=3", ["unknown key 'train.lr'", "did you mean 'optimizer.lr'?"]),
+        ("optimiser.lr=3", ["did you mean 'optimizer.lr'?"]),
+        ("train.num_stps=3", ["did you mean 'train.num_steps'?"]),
+        ("qqq=3", ["unknown key 'qqq'", "--help"]),
+        ("train=3", ["train", "is a section", "train.num_steps"]),
+        ("train.num_steps", ["'train.num_steps'", "not KEY=VALUE", "train.num_steps=100"]),
+        ("train.num_steps=[1", ["'train.num_steps=[1'", "cannot be read", "quotes"]),
+        ("data.path=${nope}", ["data.path", "nope", "write the value itself"]),
+    ],
+)
+def test_overrides_are_refused_with_key_place_value_and_fix(override, parts):
+    with pytest.raises(UserError) as error:
+        load(override)
+    for part in [*parts, "on the command line"] if "is empty" not in str(error.value) else parts:
+        assert part in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "yaml, parts",
+    [
+        ("train: {num_steps: 2.5}", ["train.num_steps must be a whole number", "2.5", "in {file}"]),
+        ("train: {lr: 2}", ["unknown key 'train.lr' in {file}", "optimizer.lr"]),
+        ("train: 5", ["train in {file} is a section"]),
+        ("train: {1: 2}", ["unknown key 'train.1' in {file}"]),
+        ("output_dir: 5", ["output_dir must be text, in quotes", "is 5", "in {file}"]),
+        ("lora: {rank: -1}", ["lora.rank is -1 in {file}", "at least 1"]),
+        ("train:\n  num_steps: [1\n", ["{file}:3:1 is not valid YAML"]),
+        ("train: {num_steps: 1, num_steps: 2}", ["{file}:1:23", "duplicate key num_steps"]),
+        ("a: \x00", ["{file} is not valid YAML"]),
+        ("- a", ["{file}", "is a list", "train: {num_steps: 1000}"]),
+        ("5", ["{file} cannot be read"]),
+        ("output_dir: ${oc.env:COGDS_NO_SUCH}/x", ["output_dir in {file}", "COGDS_NO_SUCH"]),
+    ],
+)
+def test_files_are_refused_with_key_place_value_and_fix(yaml, parts, tmp_path):
+    with pytest.raises(UserError) as error:
+        load(yaml=yaml, tmp=tmp_path)
+    for part in parts:
+        assert part.replace("{file}", str(tmp_path / "run.yaml")) in str(error.value)
+
+
+def test_a_missing_file_and_a_missing_key_are_named(tmp_path):
+    with pytest.raises(UserError, match=r"config file .*/no\.yaml does not exist.*--config"):
+        config.load_config(str(tmp_path / "no.yaml"), REQUIRED)
+    with pytest.raises(UserError, match=r"model\.path is not set \(the model.*model\.path=\.\.\. on the command line"):
+        config.load_config(None, ["data.path=d"])
+    with pytest.raises(UserError, match=r"data\.path is not set"):
+        config.load_config(None, ["model.path=m"])
+
+
+def test_batch_size_and_tokens_per_batch_exclude_each_other(tmp_path):
+    yaml = "train: {tokens_per_batch: 5}"
+    assert load(yaml=yaml, tmp=tmp_path).train.tokens_per_batch == 5
+    with pytest.raises(UserError) as error:
+        load("train.batch_size=2", yaml=yaml, tmp=tmp_path)
+    assert "train.batch_size (on the command line)" in str(error.value)
+    assert f"train.tokens_per_batch (in {tmp_path / 'run.yaml'})" in str(error.value)
+    assert load("train.batch_size=2", "train.tokens_per_batch=null", yaml=yaml, tmp=tmp_path).train.batch_size == 2
+
+
+def test_references_are_filled_in(monkeypatch):
+    monkeypatch.setenv("COGDS_SCRATCH", "/scratch")
+    cfg = load("data.cache_dir=${output_dir}/cache", "data.path=${oc.env:COGDS_SCRATCH}/clips")
+    assert (cfg.data.cache_dir, cfg.data.path) == ("outputs/run/cache", "/scratch/clips")
+
+
+def test_replace_checks_like_a_file():
+    cfg = load()
+    assert config.replace(cfg, {"train.num_steps": 5, "optimizer.betas": [0.1, 0.2]}).optimizer.betas == (0.1, 0.2)
+    assert cfg.train.num_steps == 1000
+    with pytest.raises(UserError, match=r"train\.num_steps must be a whole number, but is 2\.5 in ds\.json"):
+        config.replace(cfg, {"train.num_steps": 2.5}, "in ds.json")
+
+
+TEXTS = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_characters="$"), min_size=1, max_size=9)
+
+
+@settings(max_examples=10, deadline=None)
+@given(
+    revision=st.none() | TEXTS | st.sampled_from(["12e4567", "yes", "0123", "null", "16:9", "1_0", "~", "2024-01-01"]),
+    buckets=st.lists(TEXTS, max_size=3),
+    lr=st.floats(0, 1),
+    tokens=st.none() | st.integers(1, 10**9),
+)
+def test_to_yaml_reads_back_as_the_same_tree(tmp_path_factory, revision, buckets, lr, tokens):
+    changes = {
+        "model.revision": revision,
+        "data.buckets": buckets,
+        "optimizer.lr": lr,
+        "train.tokens_per_batch": tokens,
+    }
+    cfg = config.replace(load(), changes)
+    file = tmp_path_factory.getbasetemp() / "round_trip.yaml"
+    file.write_text(config.to_yaml(cfg))
+    assert config.load_config(str(file), [])[0] == cfg
+
+
+def test_to_dict_is_json_and_keeps_every_key():
+    plain = config.to_dict(load())
+    assert json.loads(json.dumps(plain)) == plain
+    flat = {
+        f"{k}.{n}" if isinstance(v, dict) else k for k, v in plain.items() for n in (v if isinstance(v, dict) else "_")
+    }
+    assert flat == set(config.KEYS)
+
+
+def test_help_lists_every_key_with_default_unit_and_line():
+    lines = config.help_text().splitlines()
+    for name, key in config.KEYS.items():
+        at = next(i for i, line in enumerate(lines) if line.split()[:1] == [name])
+        assert lines[at + 1].strip() == key.field.metadata["help"] != ""
+        assert key.field.metadata["unit"] in lines[at]
+        assert "(required)" in lines[at] if name.endswith(".path") else " = " in lines[at]
+    assert "  train.num_steps = 1000  [optimizer steps]" in lines
+
+
+@pytest.mark.parametrize("file", sorted((ROOT / "launch" / "configs").glob("*.yaml")), ids=lambda file: file.name)
+def test_shipped_configs_load(file):
+    cfg, explicit = config.load_config(str(file), [] if "data:\n  path" in file.read_text() else ["data.path=d"])
+    assert {"output_dir", "model.path", "train.num_steps"} <= explicit
+    assert cfg.output_dir.startswith("outputs/")
+
+
+def test_the_demo_config_is_small_and_self_contained():
+    cfg, _ = config.load_config(str(ROOT / "launch/configs/demo.yaml"), [])
+    assert cfg.model.create_tiny
+    assert cfg.data.draw_demo_clips
+    assert cfg.train.precision == "fp32"
+    sides = [int(side) for bucket in cfg.data.buckets for side in bucket.split("x")[1:]]
+    assert all(side % 16 == 0 and side <= 96 for side in sides)
+
+
+# The command line.
+
+
+def test_flags_may_stand_anywhere_between_overrides():
+    args = cli.parse_args(
+        [
+            "--local_rank=1",
+            "a=1",
+            "--config",
+            "r.yaml",
+            "conditioning.image_noise_log_mean=-2",
+            "--deepspeed",
+            "d.json",
+        ],
+        "doc",
+    )
+    assert vars(args) == {
+        "config": "r.yaml",
+        "deepspeed": "d.json",
+        "overrides": ["a=1", "conditioning.image_noise_log_mean=-2"],
+    }
+    assert vars(cli.parse_args([], "doc")) == {"config": None, "deepspeed": None, "overrides": []}
+    assert cli.parse_args(["--out", "x"], "doc", lambda p: p.add_argument("--out") and None).out == "x"
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--deepspeed_config", "x.json"], ["unknown flag --deepspeed_config", "did you mean '--deepspeed'?"]),
+        (["--confg=x"], ["unknown flag --confg", "did you mean '--config'?"]),
+        (["--conf", "x"], ["unknown flag --conf", "did you mean '--config'?"]),
+        (["-q"], ["unknown flag -q"]),
+        (["--deepspeed"], ["--deepspeed", "expected one argument"]),
+    ],
+)
+def test_unknown_flags_are_refused_with_the_nearest(argv, parts):
+    with pytest.raises(UserError) as error:
+        cli.parse_args(argv, "doc")
+    for part in [*parts, "on the command line", "--help"]:
+        assert part in str(error.value)
+
+
+def test_help_prints_usage_and_every_key(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.parse_args(["--help"], "Train a LoRA.")
+    out = capsys.readouterr().out
+    assert done.value.code == 0
+    assert "usage: " in out
+    assert "Train a LoRA." in out
+    assert "local_rank" not in out
+    assert config.help_text() in out
+
+
+@pytest.mark.parametrize(
+    "environ, speaks", [({}, True), ({"RANK": "0"}, True), ({"RANK": "1"}, False), ({"SLURM_PROCID": "2"}, False)]
+)
+def test_a_user_error_is_one_line_on_rank_0_and_code_2(environ, speaks, monkeypatch, capsys):
+    for name in ("RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+
+    def main() -> None:
+        raise UserError("the clip is torn")
+
+    assert cli.run(main) == 2
+    assert capsys.readouterr().err == ("error: the clip is torn\n" if speaks else "")
+
+
+def test_a_bug_keeps_its_traceback_and_success_is_0():
+    def bug() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(bug)
+    assert cli.run(lambda: None) == 0

@@ -259,7 +259,8 @@ def _decode_strict(path: str | Path, timeline: _Timeline, last: int) -> Iterator
     """PyAV's frames 0..last, none of them damaged, missing or out of place; else DecodeError."""
     with _open(path) as container:
         stream = container.streams.video[0]
-        # One thread: FFmpeg's own threads report less of the damage that they meet.
+        # One thread: of 16 damaged copies 1 passes unseen, with FFmpeg's slice threads 6; with frame threads a run
+        # over such copies did not end.
         stream.thread_type = "NONE"
         stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
         index = -1

@@ -35,7 +35,9 @@ def load_for_stage(model: ModelFolder, dtype: torch.dtype, ds_config: dict[str, 
     """
     if zero_stage(ds_config) < 3:
         return load_transformer(model, dtype)
-    with deepspeed.zero.Init(config_dict_or_path=ds_config, dtype=dtype):
+    # The dtype goes in through the config: `zero.Init(dtype=...)` ignores it where the accelerator has no fp16.
+    init_config = {**ds_config, "bf16": {"enabled": dtype is torch.bfloat16}}
+    with deepspeed.zero.Init(config_dict_or_path=init_config):
         transformer = build_transformer(model)
     parameters, buffers = dict(transformer.named_parameters()), dict(transformer.named_buffers())
     missing = set(parameters)

@@ -7,7 +7,7 @@ import argparse
 import socket
 import sys
 from collections.abc import Callable, Sequence
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from cogds.config import help_text
 from cogds.errors import UserError, did_you_mean
@@ -20,7 +20,7 @@ class _Parser(argparse.ArgumentParser):
 
 
 def parse_args(
-    argv: Sequence[str], doc: str, add_arguments: Callable[[argparse.ArgumentParser], None] | None = None
+    argv: Sequence[str], doc: str, add_arguments: Callable[[argparse.ArgumentParser], Any] | None = None
 ) -> argparse.Namespace:
     """`.deepspeed` and `.config` (paths or None) and `.overrides` (the `key.sub=value` texts, in order).
 
@@ -59,9 +59,18 @@ def run(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
-        world = read_world()
-        if world.local_rank == 0:
-            where = f" on {socket.gethostname()}" if world.rank else ""
-            print(f"error{where}: {error}", file=sys.stderr)
+        if (speaker := _speaker()) is not None:
+            print(f"error{speaker}: {error}", file=sys.stderr)
         return 2
     return 0
+
+
+def _speaker() -> str | None:
+    """Where this process speaks from: nothing on rank 0, the host on other nodes' first ranks, None for the rest."""
+    try:
+        world = read_world()
+    except UserError:  # then this is the error that is about to be told
+        return ""
+    if world.local_rank:
+        return None
+    return f" on {socket.gethostname()}" if world.rank else ""

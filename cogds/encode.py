@@ -7,7 +7,7 @@ states. The work is shared over the ranks, and T5 is gone before the transformer
 
 import json
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -21,7 +21,8 @@ from cogds.core.conditioning import to_range
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
 from cogds.data.cache import Cache, digest, digest_files
 from cogds.data.dataset import Sample
-from cogds.data.manifest import Clip, Rejected, probe_entries, read_entries
+from cogds.data.manifest import Clip, Rejected, read_entries
+from cogds.data.probe import probe_entries
 from cogds.data.video import DecodeError, num_frames_at, read_clip, read_image
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, TextEncoder, load_vae, num_truncated
@@ -36,7 +37,8 @@ class EncodedData:
     """What is trained, bucket by bucket, and what is not. All ranks hold the same.
 
     samples: bucket 0's first, then bucket 1's, ...; sizes: how many each bucket has. rejected: each with its reason.
-    no_caption_key: the cache key of the empty caption. num_truncated: captions too long for the text encoder. fingerprint: changes when any encoding of the dataset does.
+    no_caption_key: the cache key of the empty caption. num_truncated: captions too long for the text encoder.
+    fingerprint: changes when any encoding of the dataset does.
     """
 
     buckets: tuple[ClipShape, ...]
@@ -52,9 +54,7 @@ def make_buckets(cfg: RunConfig, geometry: ModelGeometry) -> tuple[ClipShape, ..
     """The run's buckets: the explicit list, or the generated grid. Raises UserError for what the model cannot take."""
     if cfg.data.buckets:
         return parse_buckets(cfg.data.buckets, geometry)
-    return generate_buckets(
-        cfg.data.bucket_areas, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, geometry
-    )
+    return generate_buckets(cfg.data.bucket_areas, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, geometry)
 
 
 class _DecodedClips(Dataset[tuple[torch.Tensor | None, torch.Tensor | None, str]]):
@@ -90,7 +90,7 @@ def assign_buckets(
     """Each clip with its bucket's shape; a clip shorter than every bucket is rejected."""
     placed, rejected = [], []
     for clip in clips:
-        frames = num_frames_at(clip, fps) if clip.kind == "video" else 1
+        frames = num_frames_at(clip.info, fps) if clip.kind == "video" else 1
         bucket = assign(frames, clip.height, clip.width, buckets)
         if bucket is None:
             shortest = min(shape.frames for shape in buckets)
@@ -134,7 +134,9 @@ def make_samples(
     return samples, rejected, caption_key(NO_CAPTION)
 
 
-def encode_captions(captions: dict[str, str], cache: Cache, model: ModelFolder, dtype: torch.dtype, world: World) -> None:
+def encode_captions(
+    captions: dict[str, str], cache: Cache, model: ModelFolder, dtype: torch.dtype, world: World
+) -> None:
     """Encode this rank's share of the captions (key -> text) that the cache lacks."""
     missing = sorted(key for key in captions if not cache.has("captions", key))[world.rank :: world.size]
     if missing:
@@ -168,7 +170,7 @@ def encode_clips(
     return rejected
 
 
-def _progress(items: Sequence | DataLoader, what: str, world: World) -> Iterator:
+def _progress(items: Iterable, what: str, world: World) -> Iterable:
     return tqdm(items, desc=f"encoding {what}", unit=what[:-1], disable=world.rank > 0, dynamic_ncols=True)
 
 
@@ -195,13 +197,15 @@ def prepare(cfg: RunConfig, model: ModelFolder, buckets: tuple[ClipShape, ...], 
         rejected += one
     failed = {one.path for one in rejected}
     # One order for all ranks and all restarts: the manifest's, within each bucket.
-    kept = [sample for shape in buckets for sample in samples if sample.shape == shape and sample.clip.path not in failed]
+    kept = [
+        sample for shape in buckets for sample in samples if sample.shape == shape and sample.clip.path not in failed
+    ]
     if not kept:
         reasons = Counter(one.reason.split(":")[0] for one in rejected)
         counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
         raise UserError(
-            f"data.path: not one of the {len(rejected)} clips of {cfg.data.path} can be trained ({counts}); the first is "
-            f"{rejected[0].path}: {rejected[0].reason}"
+            f"data.path: not one of the {len(rejected)} clips of {cfg.data.path} can be trained ({counts}); "
+            f"the first is {rejected[0].path}: {rejected[0].reason}"
         )
     return EncodedData(
         buckets=buckets,

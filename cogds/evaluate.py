@@ -1,4 +1,4 @@
-"""A loss with the noise taken out: fixed timesteps, fixed noise, nothing dropped, so that two weights can be compared."""
+"""A loss with the noise taken out: fixed timesteps and noise, nothing dropped. Two weights can be compared by it."""
 
 import json
 import sys
@@ -26,7 +26,9 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     args = parse_args(
         sys.argv[1:] if argv is None else argv,
         "Evaluate a model on its dataset with fixed timesteps and fixed noise.",
-        lambda parser: parser.add_argument("--lora", metavar="LORA", help="a LoRA file or folder; none: the base model"),
+        lambda parser: parser.add_argument(
+            "--lora", metavar="LORA", help="a LoRA file or folder; none: the base model"
+        ),
     )
     cfg, _ = load_config(args.config or str(default_config), args.overrides)
     cfg = replace(cfg, {"conditioning.image_noise": False})

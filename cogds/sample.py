@@ -51,7 +51,7 @@ def main(argv: list[str] | None = None) -> None:
         pipeline.set_adapters("lora", args.lora_scale)
     convention = metadata.get("image_latents", "pipeline")
     if use_convention(pipeline, convention) != 1.0:
-        print(f"this LoRA was trained with image latents '{convention}', not as diffusers' pipeline makes them: followed here")
+        print(f"this LoRA was trained with image latents '{convention}', not as diffusers makes them: followed here")
     if args.offload:
         pipeline.enable_model_cpu_offload()
     elif torch.cuda.is_available():

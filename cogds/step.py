@@ -28,7 +28,7 @@ from cogds.core.rope import RotaryTables, rotary_tables
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of a micro-step: timesteps int64 [B], what is dropped bool [B], and where the noise comes from.
+    """The random choices of a micro-step: timesteps int64 [B], what is dropped bool [B], where the noise comes from.
 
     seed, step, rank: the place in the run that `core.rng.generator` makes generators from.
     """
@@ -82,7 +82,7 @@ class StepBuilder:
 
     @torch.no_grad()
     def image_latents(self, first_frames: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Scaled latents [B, 1, C, H, W] of first frames uint8 [B, 3, H, W], encoded one by one as the pipeline does."""
+        """Scaled latents [B, 1, C, H, W] of first frames uint8 [B, 3, H, W], encoded one by one as in the pipeline."""
         pixels = to_range(first_frames.to(self.device), self.vae.dtype)
         if self.conditioning.image_noise:
             pixels = noise_first_frame(

@@ -73,7 +73,9 @@ def batch_sizes(cfg: RunConfig, buckets: tuple[ClipShape, ...], model: ModelFold
     return tuple(max(1, budget // num_tokens(shape, model.geometry)) for shape in buckets)
 
 
-def identity(cfg: RunConfig, ds_config: dict[str, Any], model: ModelFolder, data: EncodedData, plan: Plan) -> dict[str, Any]:
+def identity(
+    cfg: RunConfig, ds_config: dict[str, Any], model: ModelFolder, data: EncodedData, plan: Plan
+) -> dict[str, Any]:
     """What must be the same when a run is resumed."""
     return {
         "model": model.transformer_config,
@@ -122,9 +124,7 @@ def train(
 
     dtype = DTYPES[cfg.train.precision]
     transformer = load_for_stage(model, dtype, ds_config, world.rank)
-    parameters = inject(
-        transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed
-    )
+    parameters = inject(transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
     if cfg.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     engine = start_engine(transformer, parameters, ds_config)
@@ -214,7 +214,9 @@ def train_step(
         engine.backward(loss)
         engine.step()
         share = loss.detach() / (world.size * plan.accumulation)
-        losses.add(share, per_sample, micro_batch.bucket, timestep_quarter(draws.timesteps.to(world.device), num_timesteps))
+        losses.add(
+            share, per_sample, micro_batch.bucket, timestep_quarter(draws.timesteps.to(world.device), num_timesteps)
+        )
         num_samples += micro_batch.batch_size * world.size
         tokens += micro_batch.batch_size * world.size * num_tokens(shape, builder.geometry)
     step_s = clock.lap()
@@ -240,9 +242,7 @@ def draw(micro_batch: MicroBatch, step: int, number: int, num_timesteps: int, cf
     timesteps = stratified_timesteps(
         micro_batch.slots_of(world.rank), micro_batch.step_slots, num_timesteps, cfg.seed, step
     )
-    drop_image, drop_caption = draw_dropouts(
-        micro_batch.batch_size, cfg.conditioning, cfg.seed, micro_step, world.rank
-    )
+    drop_image, drop_caption = draw_dropouts(micro_batch.batch_size, cfg.conditioning, cfg.seed, micro_step, world.rank)
     return Draws(timesteps, drop_image, drop_caption, cfg.seed, micro_step, world.rank)
 
 
@@ -279,7 +279,8 @@ def summary(
 ) -> str:
     """What is about to be trained, for people."""
     lines = [
-        f"model {cfg.model.path}; LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}",
+        f"model {cfg.model.path}",
+        f"LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}",
         f"{plan.world_size} ranks, ZeRO stage {zero_stage(ds_config)}, {cfg.train.precision}, "
         f"{plan.accumulation} micro-steps a step, {plan.steps_per_epoch:.1f} steps an epoch",
     ]

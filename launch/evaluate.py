@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
 
-from cogds.cli import run  # noqa: E402
-from cogds.evaluate import main  # noqa: E402
-
 if __name__ == "__main__":
+    from cogds.cli import run
+    from cogds.evaluate import main
+
     sys.exit(run(lambda: main(ROOT / "launch/configs/demo.yaml")))

@@ -6,8 +6,8 @@ from pathlib import Path
 
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
 
-from cogds.cli import run  # noqa: E402
-from cogds.sample import main  # noqa: E402
-
 if __name__ == "__main__":
+    from cogds.cli import run
+    from cogds.sample import main
+
     sys.exit(run(main))

@@ -7,8 +7,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
 
-from cogds.cli import run  # noqa: E402
-from cogds.train import main  # noqa: E402
+if __name__ == "__main__":  # the workers that probe files import this file again, and need none of what follows
+    from cogds.cli import run
+    from cogds.train import main
 
-if __name__ == "__main__":
     sys.exit(run(lambda: main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")))

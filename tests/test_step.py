@@ -36,7 +36,9 @@ def setting(request, model):
 
 def pixels_of(shape, batch_size):
     return torch.from_numpy(
-        np.random.default_rng(3).integers(0, 256, (batch_size, shape.frames, 3, shape.height, shape.width), dtype=np.uint8)
+        np.random.default_rng(3).integers(
+            0, 256, (batch_size, shape.frames, 3, shape.height, shape.width), dtype=np.uint8
+        )
     )
 
 
@@ -53,8 +55,9 @@ def make_builder(model, encoder, vae, **conditioning):
 
 def make_batch(shape, batch_size, encoder, vae):
     pixels = pixels_of(shape, batch_size)
+    videos = [cogds.step.to_range(clip, vae.dtype).transpose(0, 1)[None] for clip in pixels]
     with torch.no_grad():
-        moments = [vae.encode(cogds.step.to_range(clip, vae.dtype).transpose(0, 1)[None]).latent_dist.parameters for clip in pixels]
+        moments = [vae.encode(video).latent_dist.parameters for video in videos]
     return {
         "moments": torch.cat(moments),
         "first_frame": pixels[:, 0],
@@ -63,7 +66,7 @@ def make_batch(shape, batch_size, encoder, vae):
 
 
 class SeededDraws(Draws):
-    def generator(self, purpose, device):
+    def generator(self, _purpose, _device):
         return torch.Generator().manual_seed(7)  # the pipeline's first draw, too, is the image's posterior
 
 
@@ -176,7 +179,7 @@ def test_padding_at_the_end_is_seen(setting, model, monkeypatch):
         return torch.cat([image_latents.new_zeros(1, 1, *image_latents.shape[2:]), image_latents,
                           image_latents.new_zeros(1, num_frames - 2, *image_latents.shape[2:])], dim=1)  # fmt: skip
 
-    def pad_end(latents, patch_size_t):
+    def pad_end(latents, _patch_size_t):
         return torch.cat([latents, latents[:, -1:]], dim=1)
 
     monkeypatch.setattr(cogds.step, "image_condition", condition_at_the_end)

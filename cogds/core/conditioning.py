@@ -44,7 +44,7 @@ def pad_front(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
 
 
 def image_latent_scale(scaling_factor: float, invert_scale_latents: bool, convention: str) -> float:
-    """The factor on the image latent: 'pipeline' does what diffusers does, 'scaled' what most trainers do, 'unscaled' 1.
+    """The factor on the image latent: as diffusers does (pipeline), as most trainers do (scaled), or none (unscaled).
 
     For CogVideoX-1.5 (0.7, inverted) these are 1.4286, 0.7 and 1.
     """

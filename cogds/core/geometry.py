@@ -124,10 +124,14 @@ def check_shape(shape: ClipShape, geometry: ModelGeometry) -> None:
             f"{step}; the nearest valid size is {frames}x{height}x{width}"
         )
     sample = ClipShape(
-        geometry.sample_frames, geometry.sample_height * geometry.vae_spatial, geometry.sample_width * geometry.vae_spatial
+        geometry.sample_frames,
+        geometry.sample_height * geometry.vae_spatial,
+        geometry.sample_width * geometry.vae_spatial,
     )
     if geometry.learned_positions and shape != sample:
-        raise UserError(f"bucket {shape} does not fit the model: its learned positions take {sample} only; use that bucket")
+        raise UserError(
+            f"bucket {shape} does not fit the model: its learned positions take {sample} only; use that bucket"
+        )
     # The 1.5 rotary grid is sliced out of a fixed one (1.0 stretches its grid instead): there is nothing beyond it.
     if geometry.rope and geometry.patch_size_t and (shape.height > sample.height or shape.width > sample.width):
         raise UserError(

@@ -12,9 +12,7 @@ from cogds.core.geometry import ClipShape, ModelGeometry, check_shape, token_gri
 RotaryTables = tuple[torch.Tensor, torch.Tensor]
 
 
-def rotary_tables(
-    shape: ClipShape, geometry: ModelGeometry, device: torch.device | str = "cpu"
-) -> RotaryTables | None:
+def rotary_tables(shape: ClipShape, geometry: ModelGeometry, device: torch.device | str = "cpu") -> RotaryTables | None:
     """Cosines and sines, each float32 [video tokens, head_dim]; None where the model takes no rotary tables.
 
     1.5 slices the table out of the grid of the model's sample size; 1.0 stretches that grid over the clip.
@@ -24,7 +22,10 @@ def rotary_tables(
         return None
     check_shape(shape, geometry)
     time, height, width = token_grid(shape, geometry)
-    base_height, base_width = geometry.sample_height // geometry.patch_size, geometry.sample_width // geometry.patch_size
+    base_height, base_width = (
+        geometry.sample_height // geometry.patch_size,
+        geometry.sample_width // geometry.patch_size,
+    )
     if geometry.patch_size_t is None:
         return get_3d_rotary_pos_embed(
             embed_dim=geometry.head_dim,

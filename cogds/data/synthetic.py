@@ -1,14 +1,12 @@
 """Clips that the project draws itself: for the quick start and for tests, without a download."""
 
-import os
-import shutil
-import tempfile
 from pathlib import Path
 
 import numpy as np
 from PIL import Image, ImageDraw
 
 from cogds.data.video import write_video
+from cogds.files import whole_folder
 
 # width, height, frames per second, seconds: landscape, portrait and square; 0.7 to 3 s.
 _CLIPS = (
@@ -41,15 +39,13 @@ _MOVES = {
 def draw_clips(folder: str | Path, seed: int = 0) -> None:
     """Write six captioned clips and one captioned picture into a new folder: the same files for the same seed.
 
-    An existing folder is left as it is. The folder appears under its name only when it is complete.
+    An existing folder is left as it is. Several ranks may do this at once: the clips are the same whoever draws them.
     """
-    folder = Path(os.path.abspath(folder))
+    folder = Path(folder)
     if folder.exists():
         return
-    folder.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(prefix=f".{folder.name}.", dir=folder.parent))
-    try:
-        rng = np.random.default_rng(seed)
+    rng = np.random.default_rng(seed)
+    with whole_folder(folder) as partial:
         for number, (width, height, fps, length_s) in enumerate(_CLIPS):
             shape, colour, background, move = _choose(rng)
             num_frames = round(fps * length_s)
@@ -57,22 +53,13 @@ def draw_clips(folder: str | Path, seed: int = 0) -> None:
                 [_draw(width, height, shape, colour, background, move, k / (num_frames - 1)) for k in range(num_frames)]
             )
             # One thread: x264 makes other bits of the same frames with another number of them.
-            write_video(temporary / f"clip_{number}.mp4", frames, fps, num_threads=1)
+            write_video(partial / f"clip_{number}.mp4", frames, fps, num_threads=1)
             caption = f"a {colour} {shape} moves {move} over a {background} background"
-            (temporary / f"clip_{number}.txt").write_text(caption + "\n", encoding="utf-8")
+            (partial / f"clip_{number}.txt").write_text(caption + "\n", encoding="utf-8")
         shape, colour, background, move = _choose(rng)
-        Image.fromarray(_draw(320, 192, shape, colour, background, move, 0.5)).save(temporary / "image_0.png")
+        Image.fromarray(_draw(320, 192, shape, colour, background, move, 0.5)).save(partial / "image_0.png")
         caption = f"a {colour} {shape} in the middle of a {background} background"
-        (temporary / "image_0.txt").write_text(caption + "\n", encoding="utf-8")
-        os.chmod(temporary, 0o755)
-        try:
-            os.rename(temporary, folder)
-        except OSError:
-            # Another process was quicker: its clips are the same ones.
-            if not folder.exists():
-                raise
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
+        (partial / "image_0.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def _choose(rng: np.random.Generator) -> tuple[str, str, str, str]:

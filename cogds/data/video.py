@@ -22,7 +22,6 @@ import itertools
 import math
 import os
 import struct
-import tempfile
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -33,6 +32,7 @@ import numpy as np
 
 from cogds.core.geometry import ClipShape
 from cogds.errors import UserError
+from cogds.files import whole_file
 
 if TYPE_CHECKING:
     import torch
@@ -41,6 +41,8 @@ if TYPE_CHECKING:
 TIME_TOLERANCE_S = 0.0006
 # Mean difference, in 8-bit levels, that decord's and PyAV's conversion to RGB may show. Measured: 0.
 PIXEL_TOLERANCE = 8.0
+
+_FASTSTART = {"movflags": "+faststart"}
 
 
 class DecodeError(Exception):
@@ -154,25 +156,15 @@ def write_video(
     height, width = pixels.shape[1:3]
     if height % 2 or width % 2:
         raise UserError(f"cannot write {path}: H.264 needs an even height and width, the frames are {height}x{width}")
-    path = Path(path)
-    handle, temporary = tempfile.mkstemp(prefix=f".{path.stem}.", suffix=".tmp.mp4", dir=path.parent)
-    os.close(handle)
-    try:
-        with av.open(temporary, "w", format="mp4", options={"movflags": "+faststart"}) as container:
-            # A rate of 29.97 is 30000/1001: the nearest fraction that timestamps can be counted in.
-            rate = Fraction(fps).limit_denominator(1001)
-            stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
-            stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
-            stream.codec_context.thread_count = num_threads
-            for image in pixels:
-                container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
-            container.mux(stream.encode())
-        umask = os.umask(0)
-        os.umask(umask)
-        os.chmod(temporary, 0o666 & ~umask)  # mkstemp's 0600 would hide the file from the group
-        os.replace(temporary, path)
-    finally:
-        Path(temporary).unlink(missing_ok=True)
+    with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=_FASTSTART) as container:
+        # A rate of 29.97 is 30000/1001: the nearest fraction that timestamps can be counted in.
+        rate = Fraction(fps).limit_denominator(1001)
+        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        stream.codec_context.thread_count = num_threads
+        for image in pixels:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(image), format="rgb24")))
+        container.mux(stream.encode())
 
 
 # ---------------------------------------------------------------------------------------------- when frames stand

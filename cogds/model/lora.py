@@ -52,7 +52,7 @@ def inject(
     """
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # type: ignore[arg-type]  # peft divides it; a fraction is as good as an integer
+        lora_alpha=alpha,  # peft divides it: a fraction is as good as an integer
         lora_dropout=dropout,
         target_modules=resolve_targets(transformer, target_modules),
         init_lora_weights=True,
@@ -63,9 +63,7 @@ def inject(
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]
 
 
-def export(
-    folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]
-) -> Path:
+def export(folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> Path:
     """Write `pytorch_lora_weights.safetensors` in diffusers' format into `folder`; returns its path.
 
     tensors: the trainable parameters by name, whole (under ZeRO-3 the module's own are empty shards).
@@ -94,7 +92,9 @@ def lora_file(path: str | Path) -> Path:
     path = Path(path)
     file = path / LORA_WEIGHT_NAME_SAFE if path.is_dir() else path
     if not file.is_file():
-        raise UserError(f"there is no LoRA at {path}: give a .safetensors file or a folder with {LORA_WEIGHT_NAME_SAFE}")
+        raise UserError(
+            f"there is no LoRA at {path}: give a .safetensors file or a folder with {LORA_WEIGHT_NAME_SAFE}"
+        )
     return file
 
 

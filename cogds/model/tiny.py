@@ -17,10 +17,48 @@ from transformers import T5Config, T5EncoderModel, T5Tokenizer
 
 from cogds.files import whole_folder
 
-WORDS = (
-    "a an the and of over on in from to left right top bottom up down moves rolls falls grows turns slowly quickly "
-    "red green blue yellow white black orange purple circle square triangle ball box star background gradient video"
-).split()
+WORDS = [
+    "a",
+    "an",
+    "the",
+    "and",
+    "of",
+    "over",
+    "on",
+    "in",
+    "from",
+    "to",
+    "left",
+    "right",
+    "top",
+    "bottom",
+    "up",
+    "down",
+    "moves",
+    "rolls",
+    "falls",
+    "grows",
+    "turns",
+    "slowly",
+    "quickly",
+    "red",
+    "green",
+    "blue",
+    "yellow",
+    "white",
+    "black",
+    "orange",
+    "purple",
+    "circle",
+    "square",
+    "triangle",
+    "ball",
+    "box",
+    "star",
+    "background",
+    "gradient",
+    "video",
+]
 LETTERS = "▁abcdefghijklmnopqrstuvwxyz.,-'"
 
 

@@ -39,7 +39,10 @@ def _complete(checkpoints: Path) -> list[Path]:
 
 
 def save(engine: Any, world: World, checkpoints: Path, step: int, state: Mapping[str, Any], keep_last: int) -> Path:
-    """Save the engine and `state` (JSON-able) as checkpoint `step`, then prune all but the newest `keep_last`. Collective."""
+    """Save the engine and `state` (JSON-able) as checkpoint `step`, then prune all but the newest `keep_last`.
+
+    Collective.
+    """
     final = checkpoints / step_name(step)
     partial = checkpoints / f"{final.name}.tmp"
     on_rank0(world, lambda: shutil.rmtree(partial, ignore_errors=True))  # what a killed save left
@@ -71,8 +74,8 @@ def find(checkpoints: Path, resume: str) -> Path | None:
         path = Path(resume)
         if not (path / STATE_FILE).is_file():
             raise UserError(
-                f"checkpoint.resume: {resume} is not a complete checkpoint (it has no {STATE_FILE}); give a folder such as "
-                f"{checkpoints / step_name(500)}, or auto"
+                f"checkpoint.resume: {resume} is not a complete checkpoint (it has no {STATE_FILE}); "
+                f"give a folder such as {checkpoints / step_name(500)}, or auto"
             )
         return path
     latest = checkpoints / LATEST_FILE
@@ -110,7 +113,9 @@ def load(engine: Any, checkpoint: Path) -> None:
     """Load the engine's weights and optimizer state. Collective. Raises UserError where files are missing."""
     path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
     if path is None:
-        raise UserError(f"checkpoint {checkpoint} lacks DeepSpeed's files: resume from another with checkpoint.resume=PATH")
+        raise UserError(
+            f"checkpoint {checkpoint} lacks DeepSpeed's files: resume from another with checkpoint.resume=PATH"
+        )
 
 
 def set_aside(output_dir: Path) -> Path | None:

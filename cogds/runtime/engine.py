@@ -29,8 +29,8 @@ def gathered(parameters: Sequence[torch.nn.Parameter], stage: int, modifier_rank
 def load_for_stage(model: ModelFolder, dtype: torch.dtype, ds_config: dict[str, Any], rank: int) -> Any:
     """The frozen transformer: whole below stage 3, partitioned over the ranks at stage 3.
 
-    diffusers' `from_pretrained` cannot run under `zero.Init` (it sees parameters of size 0), so the partitioned model is
-    built from its config and filled weight by weight: no process ever holds all of it.
+    diffusers' `from_pretrained` cannot run under `zero.Init` (it sees parameters of size 0), so the partitioned model
+    is built from its config and filled weight by weight: no process ever holds all of it.
     Raises UserError where the files and the config disagree on a weight.
     """
     if zero_stage(ds_config) < 3:
@@ -46,7 +46,9 @@ def load_for_stage(model: ModelFolder, dtype: torch.dtype, ds_config: dict[str, 
             buffers[name].copy_(weight[:])
             continue
         if name not in parameters:
-            raise UserError(f"the transformer's files in {model.path} hold '{name}', which its config.json does not have")
+            raise UserError(
+                f"the transformer's files in {model.path} hold '{name}', which its config.json does not have"
+            )
         shape = tuple(parameters[name].ds_shape)
         if shape != tuple(weight.get_shape()):
             raise UserError(
@@ -58,7 +60,9 @@ def load_for_stage(model: ModelFolder, dtype: torch.dtype, ds_config: dict[str, 
                 parameters[name].data.copy_(weight[:])
         missing.discard(name)
     if missing:
-        raise UserError(f"the transformer's files in {model.path} lack {len(missing)} weights, such as '{min(missing)}'")
+        raise UserError(
+            f"the transformer's files in {model.path} lack {len(missing)} weights, such as '{min(missing)}'"
+        )
     return transformer
 
 

@@ -84,7 +84,9 @@ class Monitor:
         if self.writes:
             rewind_metrics(output_dir / "metrics.jsonl", first_step)
             self.file = (output_dir / "metrics.jsonl").open("a")
-            self.board = SummaryWriter(str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None)
+            self.board = SummaryWriter(
+                str(output_dir / "tensorboard"), purge_step=first_step + 1 if first_step else None
+            )
             # disable=None: no bar where there is no terminal; `_say` writes lines there.
             hidden = None if progress_bar else True
             self.bar = tqdm(total=num_steps, initial=first_step, unit="step", disable=hidden, dynamic_ncols=True)

@@ -31,7 +31,7 @@ class World:
 
     @property
     def device(self) -> torch.device:
-        """This rank's GPU, or the CPU where there is none. (SLURM may show each task one GPU only: hence the modulo.)"""
+        """This rank's GPU, or the CPU where there is none. SLURM may show each task one GPU only: hence the modulo."""
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return torch.device("cpu")
@@ -99,7 +99,11 @@ def connect(world: World, timeout_s: float) -> None:
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     deepspeed.init_distributed(
-        auto_mpi_discovery=False, timeout=timedelta(seconds=timeout_s), verbose=False, rank=world.rank, world_size=world.size
+        auto_mpi_discovery=False,
+        timeout=timedelta(seconds=timeout_s),
+        verbose=False,
+        rank=world.rank,
+        world_size=world.size,
     )
 
 

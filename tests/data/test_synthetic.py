@@ -5,7 +5,8 @@ import pytest
 
 from cogds.core.geometry import ClipShape
 from cogds.data import synthetic
-from cogds.data.manifest import probe_entries, read_entries
+from cogds.data.manifest import read_entries
+from cogds.data.probe import probe_entries
 from cogds.data.synthetic import draw_clips
 from cogds.data.video import read_clip
 

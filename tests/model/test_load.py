@@ -80,9 +80,11 @@ def test_weights_by_name_are_the_models(tiny_model):
     model = find_model(str(tiny_model))
     weights = {name: weight[:] for name, weight in transformer_weights(model)}
     loaded = load_transformer(model, torch.float32)
-    assert {name for name, _ in loaded.named_parameters()} == set(weights) == {
-        name for name, _ in build_transformer(model).named_parameters()
-    }
+    assert (
+        {name for name, _ in loaded.named_parameters()}
+        == set(weights)
+        == {name for name, _ in build_transformer(model).named_parameters()}
+    )
     assert all(torch.equal(weights[name], parameter) for name, parameter in loaded.named_parameters())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
@@ -108,7 +110,9 @@ def test_a_tokenizer_as_the_real_model_ships_it(copy):
     for file in (copy / "tokenizer").iterdir():
         file.unlink()
     (copy / "spiece.model").rename(copy / "tokenizer/spiece.model")
-    (copy / "tokenizer/tokenizer_config.json").write_text(json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0}))
+    (copy / "tokenizer/tokenizer_config.json").write_text(
+        json.dumps({"tokenizer_class": "T5Tokenizer", "extra_ids": 0})
+    )
     (copy / "tokenizer/special_tokens_map.json").write_text(
         json.dumps({"eos_token": "</s>", "pad_token": "<pad>", "unk_token": "<unk>"})
     )

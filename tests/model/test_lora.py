@@ -33,7 +33,9 @@ def example_inputs():
 def randomize(parameters):
     with torch.no_grad():
         for parameter in parameters:
-            parameter.copy_(torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1)
+            parameter.copy_(
+                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1
+            )
 
 
 def test_targets_are_full_names_of_linear_layers(transformer):
@@ -73,7 +75,9 @@ def test_the_seed_decides_the_adapter_and_leaves_the_global_generator_alone(tiny
 
 
 @pytest.mark.parametrize("rank, alpha, targets", [(4, 8.0, ATTENTION), (4, 1.0, ("all-linear",)), (3, 4.5, ("to_q",))])
-def test_the_file_loads_in_diffusers_at_the_strength_it_was_trained_with(transformer, tiny_model, tmp_path, rank, alpha, targets):
+def test_the_file_loads_in_diffusers_at_the_strength_it_was_trained_with(
+    transformer, tiny_model, tmp_path, rank, alpha, targets
+):
     """In a fresh process, through the pipeline's own loader, with alpha != rank."""
     parameters = inject(transformer, rank, alpha, 0.0, targets, seed=0)
     randomize(parameters)

@@ -1,0 +1,89 @@
+"""The command line that all entry points share."""
+
+import pytest
+
+from cogds import cli, config
+from cogds.errors import UserError
+
+
+def test_flags_may_stand_anywhere_between_overrides():
+    args = cli.parse_args(
+        [
+            "--local_rank=1",
+            "a=1",
+            "--config",
+            "r.yaml",
+            "conditioning.image_noise_log_mean=-2",
+            "--deepspeed",
+            "d.json",
+        ],
+        "doc",
+    )
+    assert vars(args) == {
+        "config": "r.yaml",
+        "deepspeed": "d.json",
+        "overrides": ["a=1", "conditioning.image_noise_log_mean=-2"],
+    }
+    assert vars(cli.parse_args([], "doc")) == {"config": None, "deepspeed": None, "overrides": []}
+    assert cli.parse_args(["--out", "x"], "doc", lambda p: p.add_argument("--out") and None).out == "x"
+
+
+@pytest.mark.parametrize(
+    "argv, parts",
+    [
+        (["--deepspeed_config", "x.json"], ["unknown flag --deepspeed_config", "did you mean '--deepspeed'?"]),
+        (["--confg=x"], ["unknown flag --confg", "did you mean '--config'?"]),
+        (["--conf", "x"], ["unknown flag --conf", "did you mean '--config'?"]),
+        (["-q"], ["unknown flag -q"]),
+        (["--deepspeed"], ["--deepspeed", "expected one argument"]),
+    ],
+)
+def test_unknown_flags_are_refused_with_the_nearest(argv, parts):
+    with pytest.raises(UserError) as error:
+        cli.parse_args(argv, "doc")
+    for part in [*parts, "on the command line", "--help"]:
+        assert part in str(error.value)
+
+
+def test_help_prints_usage_and_every_key(capsys):
+    with pytest.raises(SystemExit) as done:
+        cli.parse_args(["--help"], "Train a LoRA.")
+    out = capsys.readouterr().out
+    assert done.value.code == 0
+    assert "usage: " in out
+    assert "Train a LoRA." in out
+    assert "local_rank" not in out
+    assert config.help_text() in out
+
+
+@pytest.mark.parametrize(
+    "environ, says",
+    [
+        ({}, "error: the clip is torn\n"),
+        ({"RANK": "0", "WORLD_SIZE": "4"}, "error: the clip is torn\n"),
+        ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ""),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "error on node2: the clip is torn\n"),
+        ({"RANK": "7", "WORLD_SIZE": "4"}, "error: the clip is torn\n"),
+    ],
+)
+def test_a_user_error_is_one_line_a_node_and_code_2(environ, says, monkeypatch, capsys):
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "SLURM_PROCID"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in environ.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli.socket, "gethostname", lambda: "node2")
+
+    def main() -> None:
+        raise UserError("the clip is torn")
+
+    assert cli.run(main) == 2
+    assert capsys.readouterr().err == says
+
+
+def test_a_bug_keeps_its_traceback_and_success_is_0():
+    def bug() -> None:
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        cli.run(bug)
+    assert cli.run(lambda: None) == 0

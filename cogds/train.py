@@ -1,9 +1,9 @@
 """Train a LoRA: config -> data -> plan -> engine -> loop. The order of things, and nothing else, stands here."""
 
+import dataclasses
 import json
 import sys
 from collections.abc import Iterator
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +14,7 @@ from cogds.cli import parse_args
 from cogds.config import RunConfig, load_config, replace, to_dict, to_yaml
 from cogds.core.diffusion import stratified_timesteps, timestep_quarter, v_loss
 from cogds.core.geometry import ClipShape, num_tokens
-from cogds.core.plan import MicroBatch, Plan
+from cogds.core.plan import MicroBatch, Origin, Plan
 from cogds.core.schedule import learning_rate
 from cogds.data.cache import Cache
 from cogds.data.dataset import ClipDataset, collate
@@ -110,6 +110,7 @@ def train(
         state = checkpoints.read_state(resume_from)
         checkpoints.check_state(resume_from, state["identity"], fixed)
         first_step = state["step"]
+        plan = dataclasses.replace(plan, origin=Origin(**state["origin"]))
     if world.rank == 0:
         if resume_from is None and (aside := checkpoints.set_aside(output_dir)):
             print(f"starting afresh; the earlier run is kept in {aside}")
@@ -147,7 +148,7 @@ def train(
 
     def save(step: int) -> None:
         export_adapter(engine, cfg, output_dir / "lora" / checkpoints.step_name(step), world)
-        saved = {"step": step, "identity": fixed, "origin": asdict(plan.origin)}
+        saved = {"step": step, "identity": fixed, "origin": dataclasses.asdict(plan.origin)}
         checkpoints.save(engine, world, checkpoint_dir, step, saved, cfg.checkpoint.keep_last)
 
     batches = load_batches(data, cfg, plan, world, first_step)

@@ -7,6 +7,7 @@ are mapped to them; a plain `python` is a world of one.
 import os
 import re
 import socket
+import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -95,6 +96,8 @@ def connect(world: World, timeout_s: float) -> None:
     """Join the process group (NCCL on GPUs, gloo on CPUs). Collectives fail after `timeout_s` without an answer."""
     import deepspeed  # five seconds that an error in the command line should not take
 
+    # DeepSpeed calls what torch has renamed; every rank would say so.
+    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
     export_rendezvous(world)
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)

@@ -1,0 +1,128 @@
+"""Every command of the README, run as it stands, but for the model, the clips and the size of the run."""
+
+import json
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import free_port, run_command
+from tests.readme import ROOT, blocks, command, commands
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+BIN = Path(sys.executable).parent
+
+# Which test runs a command that starts like this; .ci/run runs the make targets (and `install` runs pip).
+RUN_BY = {
+    "make demo": ".ci/run",
+    "make test": ".ci/run",
+    "pip install -e .": "Makefile",
+    "deepspeed launch/train.py": "here",
+    "deepspeed --num_gpus 8": "here",
+    "deepspeed --hostfile": "tests/cluster/test_two_nodes.py",
+    "srun ": "tests/cluster/test_two_nodes.py",
+    "tensorboard ": "here",
+    "python launch/sample.py": "here",
+}
+
+
+def test_no_command_is_left_out():
+    unclaimed = [line for line in commands() if not any(line.startswith(start) for start in RUN_BY)]
+    assert unclaimed == []
+    assert all(command(start) for start in RUN_BY)
+    for start, where in RUN_BY.items():
+        if where != "here":
+            text = (ROOT / where).read_text()
+            assert start in text or start.removeprefix("pip ").split(" -e")[0] in text
+
+
+@pytest.fixture(scope="module")
+def overrides(tmp_path_factory, tiny_model):
+    """What makes the real run small: appended to the README's command, where the last word wins."""
+    from cogds.data.synthetic import draw_clips
+
+    folder = tmp_path_factory.mktemp("readme")
+    draw_clips(folder / "clips")
+    return [
+        f"model.path={tiny_model}",
+        f"data.path={folder / 'clips'}",
+        f"data.cache_dir={folder / 'cache'}",
+        "data.buckets=[17x64x96, 9x96x64]",
+        f"output_dir={folder / 'run'}",
+        "train.num_steps=2",
+        "lora.rank=4",
+    ]
+
+
+@pytest.fixture(scope="module")
+def finished(overrides):
+    """Folder of the run that the first command made."""
+    words = command("deepspeed launch/train.py")
+    done = run_command([BIN / words[0], "--master_port", free_port(), *words[1:], *overrides], 240)
+    assert done.returncode == 0, done.stdout[-4000:]
+    return Path(overrides[4].partition("=")[2])
+
+
+def test_one_gpu(finished):
+    assert (finished / "lora/step-000002/pytorch_lora_weights.safetensors").exists()
+
+
+def test_eight_gpus_which_are_two_ranks_here(overrides, tmp_path):
+    words = command("deepspeed --num_gpus 8")
+    words[words.index("8")] = "2"
+    done = run_command(
+        [BIN / words[0], "--master_port", free_port(), *words[1:], *overrides, f"output_dir={tmp_path}"], 240
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_tensorboard_serves_the_run(finished):
+    port = free_port()
+    words = command("tensorboard")
+    words[words.index("--logdir") + 1] = str(finished / "tensorboard")
+    server = subprocess.Popen(
+        [BIN / words[0], *words[1:], "--port", str(port)], stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        tags = {}
+        deadline = time.monotonic() + 60
+        while not tags and time.monotonic() < deadline:
+            time.sleep(1)
+            try:
+                url = f"http://127.0.0.1:{port}/data/plugin/scalars/tags"
+                tags = json.load(urllib.request.urlopen(url, timeout=5))
+            except OSError:
+                continue
+        assert "train/loss" in next(iter(tags.values()))
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_sample(finished, tiny_model, tmp_path):
+    Image.new("RGB", (120, 80), (200, 30, 30)).save(tmp_path / "first.png")
+    words = command("python launch/sample.py")
+    for name, value in (
+        ("--model", tiny_model),
+        ("--lora", finished / "lora/step-000002"),
+        ("--image", tmp_path / "first.png"),
+        ("--output", tmp_path / "sample.mp4"),
+    ):
+        words[words.index(name) + 1] = str(value)
+    done = run_command([sys.executable, *words[1:], "--size", "9x64x96", "--steps", "2"], 120)
+    assert done.returncode == 0, done.stdout
+    assert (tmp_path / "sample.mp4").stat().st_size > 0
+
+
+def test_the_python_block(finished, tiny_model):
+    (block,) = blocks("python")
+    block = block.replace("zai-org/CogVideoX1.5-5B-I2V", str(tiny_model))
+    block = block.replace("outputs/cogvideox1.5_i2v_lora/lora/step-001000", str(finished / "lora/step-000002"))
+    done = run_command([sys.executable, "-c", block + "\nprint(pipe.get_active_adapters())"], 120)
+    assert done.returncode == 0, done.stdout
+    assert "default_0" in done.stdout

@@ -37,15 +37,15 @@ class EncodedData:
     """What is trained, bucket by bucket, and what is not. All ranks hold the same.
 
     samples: bucket 0's first, then bucket 1's, ...; sizes: how many each bucket has. rejected: each with its reason.
-    no_caption_key: the cache key of the empty caption. num_truncated: captions too long for the text encoder.
-    fingerprint: changes when any encoding of the dataset does.
+    no_caption_states [text_tokens, dim]: T5 states of the empty caption. num_truncated: captions too long for the text
+    encoder. fingerprint: changes when any encoding of the dataset does.
     """
 
     buckets: tuple[ClipShape, ...]
     samples: tuple[Sample, ...]
     sizes: tuple[int, ...]
     rejected: tuple[Rejected, ...]
-    no_caption_key: str
+    no_caption_states: torch.Tensor
     num_truncated: int
     fingerprint: str
 
@@ -105,7 +105,10 @@ def make_samples(
     placed: Sequence[tuple[Clip, ClipShape]], cfg: RunConfig, model: ModelFolder, cache_dir: Path
 ) -> tuple[list[Sample], list[Rejected], str]:
     """Samples with their cache keys, what could not be read for its digest, and the key of the empty caption."""
-    parts = {part: sorted(map(str, (model.path / part).iterdir())) for part in ("vae", "text_encoder", "tokenizer")}
+    parts = {
+        part: sorted(str(path) for path in (model.path / part).iterdir() if path.is_file())
+        for part in ("vae", "text_encoder", "tokenizer")
+    }
     files = [path for paths in parts.values() for path in paths]
     files += [clip.path for clip, _ in placed] + [clip.image_path for clip, _ in placed if clip.image_path]
     digests = digest_files(files, cache_dir / "files.json")
@@ -210,9 +213,9 @@ def prepare(cfg: RunConfig, model: ModelFolder, buckets: tuple[ClipShape, ...], 
     return EncodedData(
         buckets=buckets,
         samples=tuple(kept),
+        no_caption_states=cache.read("captions", no_caption_key)["text_states"],
         sizes=tuple(sum(sample.shape == shape for sample in kept) for shape in buckets),
         rejected=tuple(rejected),
-        no_caption_key=no_caption_key,
         num_truncated=on_rank0(world, lambda: num_truncated([sample.clip.caption for sample in kept], model)),
         fingerprint=digest({"samples": [[sample.clip_key, sample.caption_key] for sample in kept]}),
     )

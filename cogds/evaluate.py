@@ -10,13 +10,12 @@ import torch
 from cogds.cli import parse_args
 from cogds.config import load_config, replace
 from cogds.core.diffusion import v_loss
-from cogds.data.cache import Cache
 from cogds.data.dataset import ClipDataset, collate
 from cogds.encode import DTYPES, EncodedData, make_buckets, prepare
-from cogds.model.load import find_model, load_alphas_cumprod, load_transformer, load_vae
+from cogds.model.load import find_model, load_transformer
 from cogds.model.lora import load_into
 from cogds.runtime.world import World
-from cogds.step import Draws, StepBuilder
+from cogds.step import Draws, StepBuilder, load_step_builder
 
 NUM_TIMESTEPS = 9
 
@@ -39,14 +38,7 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     transformer = load_transformer(model, dtype)
     if args.lora:
         load_into(transformer, args.lora)
-    builder = StepBuilder(
-        load_vae(model, dtype, world.device),
-        model.geometry,
-        cfg.conditioning,
-        load_alphas_cumprod(model),
-        Cache(cfg.data.cache_dir).read("captions", data.no_caption_key)["text_states"],
-        world.device,
-    )
+    builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
     print(json.dumps(evaluation_loss(transformer.to(world.device).eval(), builder, data, cfg.data.cache_dir, cfg.seed)))
 
 

@@ -2,19 +2,22 @@
 
 import argparse
 import sys
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 from diffusers import CogVideoXImageToVideoPipeline
 from PIL import Image
 
+from cogds.core.buckets import assign
 from cogds.core.conditioning import image_latent_scale
 from cogds.core.geometry import ClipShape, check_shape
-from cogds.data.video import DecodeError, read_image, write_video
+from cogds.data.video import DecodeError, probe_image, read_image, write_video
 from cogds.errors import UserError
 from cogds.model.load import find_model
 from cogds.model.lora import lora_file, read_metadata
 
+DEFAULT_SIZE, DEFAULT_FPS = ClipShape(81, 768, 1360), 16.0  # what CogVideoX-1.5 was trained for
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
@@ -27,8 +30,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--image", required=True, help="the first frame; resized to cover the size, then cropped")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--output", default="sample.mp4", help="the mp4 to write")
-    parser.add_argument("--size", default="81x768x1360", help="FRAMESxHEIGHTxWIDTH of the video, in pixels")
-    parser.add_argument("--fps", type=float, default=16, help="frame rate of the mp4; use the one trained with")
+    parser.add_argument("--size", help="FRAMESxHEIGHTxWIDTH in pixels; default: the LoRA's bucket that fits the image")
+    parser.add_argument("--fps", type=float, help="frame rate of the mp4; default: what the LoRA was trained with")
     parser.add_argument("--steps", type=int, default=50, help="denoising steps")
     parser.add_argument("--guidance", type=float, default=6.0, help="classifier-free guidance; 1 turns it off")
     parser.add_argument("--seed", type=int, default=0)
@@ -37,10 +40,11 @@ def main(argv: list[str] | None = None) -> None:
     args = parser.parse_args(sys.argv[1:] if argv is None else argv)
 
     model = find_model(args.model)
-    shape = ClipShape.parse(args.size)
-    check_shape(shape, model.geometry)
     metadata = read_metadata(args.lora) if args.lora else {}
+    fps = args.fps or metadata.get("fps", DEFAULT_FPS)
     try:
+        shape = ClipShape.parse(args.size) if args.size else trained_size(args.image, metadata)
+        check_shape(shape, model.geometry)
         pixels = read_image(args.image, shape.height, shape.width)
     except DecodeError as error:
         raise UserError(f"--image {args.image}: {error}") from None
@@ -70,8 +74,17 @@ def main(argv: list[str] | None = None) -> None:
         output_type="pt",
     ).frames[0]
     frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    write_video(args.output, frames, args.fps)
-    print(f"{len(frames)} frames at {args.fps:g} fps: {args.output}")
+    write_video(args.output, frames, fps)
+    print(f"{len(frames)} frames of {shape.height}x{shape.width} at {fps:g} fps: {args.output}")
+
+
+def trained_size(image: str, metadata: Mapping[str, Any]) -> ClipShape:
+    """The bucket that the LoRA was trained in and that crops the image least; the model's own size without one."""
+    buckets = [ClipShape.parse(text) for text in metadata.get("buckets", [])] or [DEFAULT_SIZE]
+    info = probe_image(image)
+    videos = [shape for shape in buckets if shape.frames > 1] or buckets
+    chosen = assign(max(shape.frames for shape in videos), info.height, info.width, videos)
+    return videos[chosen or 0]
 
 
 def use_convention(pipeline: Any, convention: str) -> float:

@@ -24,6 +24,7 @@ from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape, ModelGeometry
 from cogds.core.rng import generator
 from cogds.core.rope import RotaryTables, rotary_tables
+from cogds.model.load import ModelFolder, load_alphas_cumprod, load_vae
 
 
 @dataclass(frozen=True)
@@ -50,6 +51,15 @@ def draw_dropouts(
     """Which samples lose their image and which their caption, bool [B] each."""
     uniform = torch.rand(2, batch_size, generator=generator(seed, step, rank, "dropout"))
     return uniform[0] < conditioning.image_dropout, uniform[1] < conditioning.caption_dropout
+
+
+def load_step_builder(
+    model: ModelFolder, conditioning: ConditioningConfig, no_caption_states: torch.Tensor, dtype: torch.dtype,
+    device: torch.device,
+) -> "StepBuilder":  # fmt: skip
+    """A StepBuilder with the model's own VAE, in the transformer's dtype as in the pipeline, and its schedule."""
+    vae = load_vae(model, dtype, device)
+    return StepBuilder(vae, model.geometry, conditioning, load_alphas_cumprod(model), no_caption_states, device)
 
 
 class StepBuilder:

@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import sys
+import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -15,13 +16,15 @@ from cogds.config import RunConfig, load_config, replace, to_dict, to_yaml
 from cogds.core.diffusion import stratified_timesteps, timestep_quarter, v_loss
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.plan import MicroBatch, Origin, Plan
+from cogds.core.rng import seed_global
 from cogds.core.schedule import learning_rate
-from cogds.data.cache import Cache
+from cogds.data.cache import digest, digest_files
 from cogds.data.dataset import ClipDataset, collate
 from cogds.data.sampler import BucketBatchSampler
 from cogds.data.synthetic import draw_clips
 from cogds.encode import DTYPES, EncodedData, make_buckets, prepare, write_rejected
-from cogds.model.load import ModelFolder, find_model, load_alphas_cumprod, load_vae
+from cogds.errors import UserError
+from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora import export, inject
 from cogds.model.tiny import create_tiny_model
 from cogds.runtime import checkpoint as checkpoints
@@ -29,7 +32,7 @@ from cogds.runtime.ds_config import load_ds_config, resolve
 from cogds.runtime.engine import adapter_tensors, load_for_stage, set_learning_rate, start_engine, zero_stage
 from cogds.runtime.monitor import Monitor, StepLosses, Stopwatch, peak_memory_bytes
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
-from cogds.step import Draws, StepBuilder, draw_dropouts
+from cogds.step import Draws, StepBuilder, draw_dropouts, load_step_builder
 
 
 def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:
@@ -73,12 +76,27 @@ def batch_sizes(cfg: RunConfig, buckets: tuple[ClipShape, ...], model: ModelFold
     return tuple(max(1, budget // num_tokens(shape, model.geometry)) for shape in buckets)
 
 
-def identity(
-    cfg: RunConfig, ds_config: dict[str, Any], model: ModelFolder, data: EncodedData, plan: Plan
-) -> dict[str, Any]:
+def make_folders(cfg: RunConfig) -> None:
+    """The folders that the run writes into. Raises UserError where one cannot be made or written."""
+    for key, folder in (("output_dir", cfg.output_dir), ("data.cache_dir", cfg.data.cache_dir)):
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{key}: cannot write into {folder} ({reason}): choose another folder") from None
+
+
+def weights_digest(cfg: RunConfig, model: ModelFolder) -> str:
+    """Changes with the transformer's weights. Files that have not changed are not read again."""
+    files = sorted(str(path) for path in (model.path / "transformer").iterdir() if path.is_file())
+    return digest({"files": list(digest_files(files, Path(cfg.data.cache_dir) / "files.json").values())})
+
+
+def identity(cfg: RunConfig, ds_config: dict[str, Any], weights: str, data: EncodedData, plan: Plan) -> dict[str, Any]:
     """What must be the same when a run is resumed."""
     return {
-        "model": model.transformer_config,
+        "model weights": weights,
         "lora": to_dict(cfg)["lora"],
         "conditioning": to_dict(cfg)["conditioning"],
         "seed": cfg.seed,
@@ -98,14 +116,15 @@ def train(
     """Prepare the data, then train up to `train.num_steps`, from scratch or from a checkpoint. Collective."""
     output_dir = Path(cfg.output_dir)
     checkpoint_dir = output_dir / "checkpoints"
-    on_rank0(world, lambda: output_dir.mkdir(parents=True, exist_ok=True))
+    on_rank0(world, lambda: make_folders(cfg))
     resume_from = on_rank0(world, lambda: checkpoints.find(checkpoint_dir, cfg.checkpoint.resume))
 
     data = prepare(cfg, model, buckets, world)
     plan = Plan(
         data.sizes, batch_sizes(cfg, buckets, model), world.size, cfg.train.gradient_accumulation_steps, cfg.seed
     )
-    first_step, fixed = 0, identity(cfg, ds_config, model, data, plan)
+    weights = on_rank0(world, lambda: weights_digest(cfg, model))
+    first_step, fixed = 0, identity(cfg, ds_config, weights, data, plan)
     if resume_from:
         state = checkpoints.read_state(resume_from)
         checkpoints.check_state(resume_from, state["identity"], fixed)
@@ -126,20 +145,14 @@ def train(
     dtype = DTYPES[cfg.train.precision]
     transformer = load_for_stage(model, dtype, ds_config, world.rank)
     parameters = inject(transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
+    transformer.train()
     if cfg.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     engine = start_engine(transformer, parameters, ds_config)
     if resume_from:
         checkpoints.load(engine, resume_from)
 
-    builder = StepBuilder(
-        load_vae(model, dtype, world.device),
-        model.geometry,
-        cfg.conditioning,
-        load_alphas_cumprod(model),
-        Cache(cfg.data.cache_dir).read("captions", data.no_caption_key)["text_states"],
-        world.device,
-    )
+    builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
     monitor = Monitor(
         world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.monitor.every, cfg.monitor.progress_bar
     )
@@ -147,7 +160,7 @@ def train(
     monitor.text("config/deepspeed", json.dumps(ds_config, indent=2))
 
     def save(step: int) -> None:
-        export_adapter(engine, cfg, output_dir / "lora" / checkpoints.step_name(step), world)
+        export_adapter(engine, cfg, buckets, output_dir / "lora" / checkpoints.step_name(step), world)
         saved = {"step": step, "identity": fixed, "origin": dataclasses.asdict(plan.origin)}
         checkpoints.save(engine, world, checkpoint_dir, step, saved, cfg.checkpoint.keep_last)
 
@@ -209,6 +222,7 @@ def train_step(
         shape = data.buckets[micro_batch.bucket]
         draws = draw(micro_batch, step, number, num_timesteps, cfg, world)
         inputs, target = builder.build(batch, shape, draws)
+        seed_global(cfg.seed, draws.step, world.rank)
         per_sample = v_loss(engine(**inputs)[0], target)
         weights = torch.tensor(micro_batch.weights_of(world.rank), device=world.device)
         loss = (weights * per_sample).mean()
@@ -247,7 +261,7 @@ def draw(micro_batch: MicroBatch, step: int, number: int, num_timesteps: int, cf
     return Draws(timesteps, drop_image, drop_caption, cfg.seed, micro_step, world.rank)
 
 
-def export_adapter(engine: Any, cfg: RunConfig, folder: Path, world: World) -> None:
+def export_adapter(engine: Any, cfg: RunConfig, buckets: tuple[ClipShape, ...], folder: Path, world: World) -> None:
     """Write the LoRA as it is now into `folder`, complete or absent. Collective."""
     tensors = adapter_tensors(engine)
 
@@ -261,6 +275,8 @@ def export_adapter(engine: Any, cfg: RunConfig, folder: Path, world: World) -> N
                 "rank": cfg.lora.rank,
                 "alpha": cfg.lora.alpha,
                 "image_latents": cfg.conditioning.image_latents,
+                "buckets": [str(shape) for shape in buckets],
+                "fps": cfg.data.fps,
                 "base_model": cfg.model.path,
                 "step": int(folder.name.rpartition("-")[2]),
             },

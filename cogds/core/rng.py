@@ -12,3 +12,8 @@ from cogds.core.permutation import keyed_hash
 def generator(seed: int, step: int, rank: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
     """The generator for one purpose (at most 16 bytes) at one (micro-)step of one rank."""
     return torch.Generator(device).manual_seed(keyed_hash(purpose, seed, step, rank) >> 1)
+
+
+def seed_global(seed: int, step: int, rank: int) -> None:
+    """Torch's global generators, which layers such as LoRA's dropout draw from, likewise."""
+    torch.manual_seed(keyed_hash("global", seed, step, rank) >> 1)

@@ -11,7 +11,7 @@ from typing import Any, NoReturn
 
 from cogds.config import help_text
 from cogds.errors import UserError, did_you_mean
-from cogds.runtime.world import read_world
+from cogds.runtime.world import connected, read_world
 
 
 class _Parser(argparse.ArgumentParser):
@@ -52,25 +52,26 @@ def parse_args(
 
 
 def run(main: Callable[[], None]) -> int:
-    """The exit code after main(). A UserError is one line and code 2; anything else keeps its traceback.
-
-    One rank of each node speaks: all ranks of a node read the same input and fail alike, another node may not.
-    """
+    """The exit code after main(). A UserError is one line and code 2; anything else keeps its traceback."""
     try:
         main()
     except UserError as error:
-        if (speaker := _speaker()) is not None:
-            print(f"error{speaker}: {error}", file=sys.stderr)
+        if (place := _place(error)) is not None:
+            print(f"error{place}: {error}", file=sys.stderr)
         return 2
     return 0
 
 
-def _speaker() -> str | None:
-    """Where this process speaks from: nothing on rank 0, the host on other nodes' first ranks, None for the rest."""
+def _place(error: UserError) -> str | None:
+    """What an error says of where it happened; None where another process says the same.
+
+    Before the ranks are connected, all ranks of a node read the same input and fail alike: the first of them speaks.
+    Later, what is not shared is this rank's own trouble.
+    """
     try:
         world = read_world()
     except UserError:  # then this is the error that is about to be told
         return ""
-    if world.local_rank:
+    if error.shared or (world.local_rank and not connected()):
         return None
-    return f" on {socket.gethostname()}" if world.rank else ""
+    return f" on rank {world.rank} ({socket.gethostname()})" if world.rank else ""

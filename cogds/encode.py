@@ -151,26 +151,26 @@ def encode_captions(
 @torch.no_grad()
 def encode_clips(
     samples: Sequence[Sample], cache: Cache, model: ModelFolder, cfg: RunConfig, world: World
-) -> list[Rejected]:
-    """Encode this rank's share of the clips that the cache lacks; returns those that could not be decoded."""
+) -> dict[str, str]:
+    """Encode this rank's share of the clips that the cache lacks; returns what could not be decoded: key -> reason."""
     distinct = {sample.clip_key: sample for sample in samples if not cache.has("clips", sample.clip_key)}
     # Dealt out by falling cost, so that every rank gets about the same work.
     order = sorted(distinct.values(), key=lambda s: (-num_tokens(s.shape, model.geometry), s.clip_key))
     mine = order[world.rank :: world.size]
     if not mine:
-        return []
+        return {}
     dtype = DTYPES[cfg.train.precision]
     vae = load_vae(model, dtype, world.device)
     decoded = DataLoader(_DecodedClips(mine, cfg.data.fps), batch_size=None, num_workers=cfg.data.num_workers)
-    rejected = []
+    undecoded = {}
     for sample, (pixels, first_frame, error) in zip(mine, _progress(decoded, "clips", world)):
         if pixels is None:
-            rejected.append(Rejected(sample.clip.path, error))
+            undecoded[sample.clip_key] = error
             continue
         video = to_range(pixels, dtype).transpose(0, 1)[None].to(world.device)  # [1, 3, F, H, W]
         moments = vae.encode(video).latent_dist.parameters[0]
         cache.write("clips", sample.clip_key, {"moments": moments, "first_frame": first_frame})
-    return rejected
+    return undecoded
 
 
 def _progress(items: Iterable, what: str, world: World) -> Iterable:
@@ -191,25 +191,18 @@ def prepare(cfg: RunConfig, model: ModelFolder, buckets: tuple[ClipShape, ...], 
         return samples, [*unreadable, *unplaced, *vanished], no_caption_key
 
     samples, rejected, no_caption_key = on_rank0(world, survey)
+    on_rank0(world, lambda: check_any_left(samples, rejected, cfg.data.path))
     captions = {sample.caption_key: sample.clip.caption for sample in samples} | {no_caption_key: NO_CAPTION}
     encode_captions(captions, cache, model, DTYPES[cfg.train.precision], world)
-    undecoded = encode_clips(samples, cache, model, cfg, world)
+    shares = all_gather(world, encode_clips(samples, cache, model, cfg, world))
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    for one in all_gather(world, undecoded):
-        rejected += one
-    failed = {one.path for one in rejected}
+    # By key, not by path: a copy of a bad file under another name is bad too.
+    undecoded = {key: reason for share in shares for key, reason in share.items()}
+    rejected += [Rejected(one.clip.path, undecoded[one.clip_key]) for one in samples if one.clip_key in undecoded]
     # One order for all ranks and all restarts: the manifest's, within each bucket.
-    kept = [
-        sample for shape in buckets for sample in samples if sample.shape == shape and sample.clip.path not in failed
-    ]
-    if not kept:
-        reasons = Counter(one.reason.split(":")[0] for one in rejected)
-        counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-        raise UserError(
-            f"data.path: not one of the {len(rejected)} clips of {cfg.data.path} can be trained ({counts}); "
-            f"the first is {rejected[0].path}: {rejected[0].reason}"
-        )
+    kept = [one for shape in buckets for one in samples if one.shape == shape and one.clip_key not in undecoded]
+    on_rank0(world, lambda: check_any_left(kept, rejected, cfg.data.path))
     return EncodedData(
         buckets=buckets,
         samples=tuple(kept),
@@ -218,6 +211,18 @@ def prepare(cfg: RunConfig, model: ModelFolder, buckets: tuple[ClipShape, ...], 
         rejected=tuple(rejected),
         num_truncated=on_rank0(world, lambda: num_truncated([sample.clip.caption for sample in kept], model)),
         fingerprint=digest({"samples": [[sample.clip_key, sample.caption_key] for sample in kept]}),
+    )
+
+
+def check_any_left(samples: Sequence[Sample], rejected: Sequence[Rejected], data_path: str) -> None:
+    """Raise UserError with the commonest reasons where every clip is rejected."""
+    if samples:
+        return
+    reasons = Counter(one.reason.split(":")[0] for one in rejected)
+    counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
+    raise UserError(
+        f"data.path: not one of the {len(rejected)} clips of {data_path} can be trained ({counts}); "
+        f"the first is {rejected[0].path}: {rejected[0].reason}"
     )
 
 

@@ -9,7 +9,12 @@ from collections.abc import Iterable
 
 
 class UserError(Exception):
-    """Something in the user's input, files or environment that the message tells how to mend."""
+    """Something in the user's input, files or environment that the message tells how to mend.
+
+    shared: rank 0 raised it too and says it; this rank has nothing to add.
+    """
+
+    shared = False
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

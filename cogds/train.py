@@ -24,8 +24,8 @@ from cogds.data.sampler import BucketBatchSampler
 from cogds.data.synthetic import draw_clips
 from cogds.encode import DTYPES, EncodedData, make_buckets, prepare, write_rejected
 from cogds.errors import UserError
-from cogds.model.load import ModelFolder, find_model
-from cogds.model.lora import export, inject
+from cogds.model.load import ModelFolder, empty_transformer, find_model
+from cogds.model.lora import export, inject, resolve_targets
 from cogds.model.tiny import create_tiny_model
 from cogds.runtime import checkpoint as checkpoints
 from cogds.runtime.ds_config import load_ds_config, resolve
@@ -47,6 +47,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     buckets = make_buckets(cfg, model.geometry)
+    resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
     connect(world, cfg.train.timeout_s)
     train(cfg, ds_config, model, buckets, world)
@@ -126,8 +127,7 @@ def train(
     weights = on_rank0(world, lambda: weights_digest(cfg, model))
     first_step, fixed = 0, identity(cfg, ds_config, weights, data, plan)
     if resume_from:
-        state = checkpoints.read_state(resume_from)
-        checkpoints.check_state(resume_from, state["identity"], fixed)
+        state = on_rank0(world, lambda: checkpoints.read_matching(resume_from, fixed))
         first_step = state["step"]
         plan = dataclasses.replace(plan, origin=Origin(**state["origin"]))
     if world.rank == 0:

@@ -62,7 +62,7 @@ def test_help_prints_usage_and_every_key(capsys):
         ({}, "error: the clip is torn\n"),
         ({"RANK": "0", "WORLD_SIZE": "4"}, "error: the clip is torn\n"),
         ({"RANK": "1", "WORLD_SIZE": "4", "LOCAL_RANK": "1"}, ""),
-        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "error on node2: the clip is torn\n"),
+        ({"RANK": "2", "WORLD_SIZE": "4", "LOCAL_RANK": "0"}, "error on rank 2 (node2): the clip is torn\n"),
         ({"RANK": "7", "WORLD_SIZE": "4"}, "error: the clip is torn\n"),
     ],
 )
@@ -78,6 +78,23 @@ def test_a_user_error_is_one_line_a_node_and_code_2(environ, says, monkeypatch, 
 
     assert cli.run(main) == 2
     assert capsys.readouterr().err == says
+
+
+def test_what_rank_0_says_too_is_said_once_and_a_ranks_own_trouble_is_always_told(monkeypatch, capsys):
+    for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
+        monkeypatch.setenv(name, value)
+    monkeypatch.setattr(cli, "connected", lambda: True)
+    monkeypatch.setattr(cli.socket, "gethostname", lambda: "node1")
+    error = UserError("the cache is damaged")
+
+    def main() -> None:
+        raise error
+
+    assert cli.run(main) == 2
+    assert capsys.readouterr().err == "error on rank 3 (node1): the cache is damaged\n"
+    error.shared = True
+    assert cli.run(main) == 2
+    assert capsys.readouterr().err == ""
 
 
 def test_a_bug_keeps_its_traceback_and_success_is_0():

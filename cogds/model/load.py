@@ -116,6 +116,12 @@ def build_transformer(model: ModelFolder) -> CogVideoXTransformer3DModel:
     return CogVideoXTransformer3DModel.from_config(model.transformer_config).requires_grad_(False)
 
 
+def empty_transformer(model: ModelFolder) -> CogVideoXTransformer3DModel:
+    """The transformer's layers without memory for their weights: to look at names and sizes."""
+    with torch.device("meta"):
+        return build_transformer(model)
+
+
 def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:
     """Name and safetensors slice of every weight of the transformer; `slice[:]` reads it, and nothing else does."""
     files = sorted((model.path / "transformer").glob("*.safetensors"))

@@ -87,26 +87,25 @@ def find(checkpoints: Path, resume: str) -> Path | None:
     return complete[-1] if complete else None
 
 
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """What `save` was given. Raises UserError where the file is damaged."""
+def read_matching(checkpoint: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
+    """The state that `save` was given, once its `identity`, which must not change over a run, equals this one.
+
+    Raises UserError naming each field that differs, or where the file is damaged.
+    """
     try:
-        return json.loads((checkpoint / STATE_FILE).read_text())
+        state = json.loads((checkpoint / STATE_FILE).read_text())
     except ValueError as error:
         raise UserError(
             f"{checkpoint / STATE_FILE} is damaged ({error}): resume from another with checkpoint.resume=PATH"
         ) from None
-
-
-def check_state(checkpoint: Path, saved: Mapping[str, Any], current: Mapping[str, Any]) -> None:
-    """Compare the fields that must not change between saving and resuming; raises UserError naming each that did."""
-    changed = [
-        f"{name}: {saved.get(name)} then, {value} now" for name, value in current.items() if saved.get(name) != value
-    ]
+    saved = state["identity"]
+    changed = [f"{name}: {saved.get(name)} then, {now} now" for name, now in identity.items() if saved.get(name) != now]
     if changed:
         raise UserError(
             f"cannot resume from {checkpoint}, because the run has changed: {'; '.join(changed)}. Set these back, or "
             "start a new run with another output_dir (or checkpoint.resume=none)"
         )
+    return state
 
 
 def load(engine: Any, checkpoint: Path) -> None:

@@ -110,6 +110,11 @@ def connect(world: World, timeout_s: float) -> None:
     )
 
 
+def connected() -> bool:
+    """Whether this process has joined the process group."""
+    return dist.is_initialized()
+
+
 def disconnect() -> None:
     """Leave the process group together: without the barrier, one run in five aborts at exit."""
     if dist.is_initialized():
@@ -131,6 +136,8 @@ def on_rank0(world: World, function: Callable[[], T]) -> T:
     if world.size > 1:
         dist.broadcast_object_list(outcome, src=0, device=world.device)
     if outcome[1] is not None:
+        if isinstance(outcome[1], UserError):
+            outcome[1].shared = world.rank > 0
         raise outcome[1]
     return outcome[0]
 

@@ -64,7 +64,7 @@ def test_an_error_ends_an_srun_with_its_code(overrides):
     done = in_cluster("srun", "--nodes=2", "--ntasks-per-node=1", *words)
     assert done.returncode == 2, done.stdout[-4000:]
     assert "error: model.path: there is no folder /nowhere/model" in done.stdout
-    assert "error on n2:" in done.stdout
+    assert "error on rank 1 (n2):" in done.stdout
     assert "Traceback" not in done.stdout
 
 

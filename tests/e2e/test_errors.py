@@ -1,0 +1,234 @@
+"""What is wrong is said in one sentence, with an exit code, before any weight is loaded."""
+
+import json
+import shutil
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def clips(tmp_path_factory):
+    from cogds.data.synthetic import draw_clips
+
+    folder = tmp_path_factory.mktemp("errors") / "clips"
+    draw_clips(folder)
+    return folder
+
+
+@pytest.fixture
+def no_weights(monkeypatch):
+    """Loading any weight fails the test."""
+    import cogds.model.load as load
+
+    def refuse(*args, **kwargs):
+        pytest.fail(f"weights were loaded before the error was told: {args} {kwargs}")
+
+    for loader in (load.CogVideoXTransformer3DModel, load.AutoencoderKLCogVideoX, load.T5EncoderModel):
+        monkeypatch.setattr(loader, "from_pretrained", refuse)
+    monkeypatch.setattr(load, "safe_open", refuse)
+
+
+@pytest.fixture
+def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # noqa: ARG001 (its presence is its effect)
+    """`error_of(*argv)`: what the main command, of one process without a process group, says before it gives up."""
+    from cogds import cli, train
+
+    monkeypatch.setattr(train, "connect", lambda *_: None)
+    monkeypatch.setattr(train, "disconnect", lambda: None)
+    good = [
+        f"model.path={tiny_model}", f"data.path={clips}", f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'run'}", "data.buckets=[9x64x64]", "data.num_workers=0", "train.num_steps=1",
+    ]  # fmt: skip
+
+    def error_of(*argv):
+        default_ds, default_config = ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml"
+        assert cli.run(lambda: train.main(default_ds, default_config, [*good, *argv])) == 2
+        said = capsys.readouterr().err
+        assert said.startswith("error: ")
+        assert said.count("\n") == 1
+        return said
+
+    return error_of
+
+
+def test_without_a_mistake_weights_are_loaded(error_of):
+    """So that the tests below cannot pass because nothing ever gets that far."""
+    with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
+        error_of()
+
+
+def test_missing_model_folder(error_of, tmp_path):
+    said = error_of(f"model.path={tmp_path}/nowhere")
+    assert f"there is no folder {tmp_path}/nowhere" in said
+    assert "give a diffusers model folder or a hub id" in said
+
+
+def test_model_folder_without_a_part(error_of, tiny_model, tmp_path):
+    shutil.copytree(tiny_model, tmp_path / "model")
+    shutil.rmtree(tmp_path / "model/vae")
+    said = error_of(f"model.path={tmp_path / 'model'}")
+    assert "has no vae/ folder" in said
+
+
+def test_missing_data_folder(error_of, tmp_path):
+    said = error_of(f"data.path={tmp_path}/nowhere")
+    assert f"data.path {tmp_path}/nowhere does not exist" in said
+
+
+def test_empty_data_folder(error_of, tmp_path):
+    (tmp_path / "empty").mkdir()
+    said = error_of(f"data.path={tmp_path / 'empty'}")
+    assert f"{tmp_path / 'empty'} holds no clips: expected a folder of clips with same-named .txt captions" in said
+
+
+def test_every_caption_missing(error_of, clips, tmp_path):
+    (tmp_path / "clips").mkdir()
+    for name in ("clip_0.mp4", "clip_1.mp4"):
+        shutil.copy(clips / name, tmp_path / "clips")
+    said = error_of(f"data.path={tmp_path / 'clips'}")
+    assert "not one of the 2 clips" in said
+    assert "2 x caption missing" in said
+    assert "clip_0.mp4: caption missing: add a same-named .txt file" in said
+
+
+def test_every_clip_too_short(error_of):
+    said = error_of("data.buckets=[161x64x64]")
+    assert "too short: 48 frames at 16 fps, the shortest bucket has 161" in said
+
+
+def test_bucket_that_the_model_cannot_take(error_of):
+    said = error_of("data.buckets=[9x64x64, 10x64x70]")
+    assert "bucket 10x64x70 does not fit the model" in said
+    assert "the nearest valid size is 9x64x64" in said
+
+
+def test_bucket_beyond_the_rotary_axis(error_of):
+    said = error_of("data.buckets=[9x64x496]")
+    assert "bucket 9x64x496 is longer than the model's rotary axis: at most 480 pixels high and 480 wide" in said
+
+
+def test_ranks_that_do_not_divide_the_batch(error_of, tmp_path, monkeypatch):
+    for name, value in (("RANK", "0"), ("WORLD_SIZE", "2"), ("LOCAL_RANK", "0")):
+        monkeypatch.setenv(name, value)
+    ds = json.loads((ROOT / "ds_configs/zero2.json").read_text())
+    (tmp_path / "ds.json").write_text(json.dumps({**ds, "train_batch_size": 3}))
+    said = error_of("--deepspeed", str(tmp_path / "ds.json"))
+    assert "train_batch_size is 3" in said
+    assert "2 ranks do not divide it, 1, 3 do" in said
+
+
+@pytest.mark.parametrize(
+    "text, parts",
+    [
+        ('{\n  "train_batch_size": "auto",\n}', ["ds.json:3:1 is not JSON", "no comma after the last entry"]),
+        ("[]", ["must be an object in braces"]),
+        ('{"train_batch_sise": 2}', ["unknown key 'train_batch_sise'", "did you mean 'train_batch_size'?"]),
+        ('{"gradient_clipping": 7.0}', ["gradient_clipping is 7.0", "optimizer.max_grad_norm=1.0"]),
+    ],
+)
+def test_wrong_deepspeed_file(error_of, tmp_path, text, parts):
+    (tmp_path / "ds.json").write_text(text)
+    said = error_of("--deepspeed", str(tmp_path / "ds.json"), "optimizer.max_grad_norm=1.0")
+    for part in [*parts, str(tmp_path / "ds.json")]:
+        assert part in said
+
+
+@pytest.mark.parametrize(
+    "override, parts",
+    [
+        ("train.nun_steps=5", ["unknown key 'train.nun_steps'", "did you mean 'train.num_steps'?"]),
+        ("lr=1e-4", ["unknown key 'lr'", "did you mean 'optimizer.lr'?"]),
+        ("train.num_steps=many", ["train.num_steps must be a whole number, but is many"]),
+        ("checkpoint.resume=nowhere", ["nowhere"]),
+        ("lora.target_modules=[to_z]", ["lora.target_modules", "'to_z'"]),
+    ],
+)
+def test_wrong_setting(error_of, override, parts):
+    said = error_of(override)
+    for part in parts:
+        assert part in said
+
+
+def test_a_torn_clip_and_its_copy_are_listed_and_the_rest_is_kept(tiny_model, clips, tmp_path, monkeypatch):
+    """One that only the full decode finds out; the copy has the same cache key, and must not be trained either."""
+    from cogds import encode
+    from cogds.config import load_config
+    from cogds.data.video import DecodeError
+    from cogds.model.load import find_model
+    from cogds.runtime.world import World
+
+    shutil.copytree(clips, tmp_path / "clips")
+    for name in ("a_copy.mp4", "z_copy.mp4"):
+        shutil.copy(tmp_path / "clips/clip_2.mp4", tmp_path / "clips" / name)
+        (tmp_path / "clips" / name).with_suffix(".txt").write_text("another caption")
+    torn, read_clip = (tmp_path / "clips/clip_2.mp4").read_bytes(), encode.read_clip
+
+    def read(path, shape, fps):
+        with open(path, "rb") as file:
+            if file.read() == torn:
+                raise DecodeError("frame 7 cannot be decoded")
+        return read_clip(path, shape, fps)
+
+    monkeypatch.setattr(encode, "read_clip", read)
+    overrides = [f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}"]
+    cfg, _ = load_config(None, [*overrides, "data.buckets=[9x64x64, 1x64x64]", "data.num_workers=0"])
+    model = find_model(cfg.model.path)
+    data = encode.prepare(cfg, model, encode.make_buckets(cfg, model.geometry), World(0, 1, 0, 1))
+    assert data.sizes == (5, 1)
+    assert sorted(one.path.rpartition("/")[2] for one in data.rejected) == ["a_copy.mp4", "clip_2.mp4", "z_copy.mp4"]
+    assert {one.reason for one in data.rejected} == {"frame 7 cannot be decoded"}
+
+
+# ------------------------------------------------------------------------------------------------- for real
+
+
+def test_bad_files_among_good_ones_are_listed_and_the_run_goes_on(run_train, tiny_model, clips, tmp_path):
+    shutil.copytree(clips, tmp_path / "clips")
+    (tmp_path / "clips/clip_0.txt").unlink()
+    (tmp_path / "clips/clip_1.mp4").write_bytes(b"no film at all")
+    whole = (tmp_path / "clips/clip_2.mp4").read_bytes()
+    (tmp_path / "clips/clip_2.mp4").write_bytes(whole[: len(whole) // 2])
+    done = run_train(
+        f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
+        "data.buckets=[17x64x64]", f"output_dir={tmp_path / 'run'}", "train.num_steps=1",
+        launcher="python",
+    )  # fmt: skip
+    listed = [json.loads(line) for line in (tmp_path / "run/unusable.jsonl").read_text().splitlines()]
+    reasons = {one["path"].rpartition("/")[2]: one["reason"] for one in listed}
+    assert sorted(reasons) == ["clip_0.mp4", "clip_1.mp4", "clip_2.mp4", "clip_4.mp4", "image_0.png"]
+    assert reasons["clip_0.mp4"].startswith("caption missing")
+    assert all("cannot" in reasons[name] for name in ("clip_1.mp4", "clip_2.mp4"))
+    assert reasons["clip_4.mp4"] == "too short: 12 frames at 16 fps, the shortest bucket has 17"
+    assert "5 files cannot be trained" in done.stdout
+    assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
+
+
+def said_by(done):
+    assert "Traceback" not in done.stdout
+    return [line for line in done.stdout.splitlines() if line.startswith("error")]
+
+
+def test_python_ends_with_code_2_and_one_line(run_train, tmp_path):
+    (tmp_path / "ds.json").write_text("{stage: 2}")
+    done = run_train("--deepspeed", tmp_path / "ds.json", launcher="python", check=False)
+    assert done.returncode == 2
+    (said,) = said_by(done)
+    assert f"DeepSpeed config {tmp_path / 'ds.json'}:1:2 is not JSON" in said
+
+
+def test_two_ranks_say_it_once_and_fail(run_train, tiny_model, tmp_path):
+    """An error of the data, which only rank 0 reads while the other waits for it."""
+    (tmp_path / "empty").mkdir()
+    done = run_train(
+        "--deepspeed", "ds_configs/zero2.json", f"model.path={tiny_model}", f"data.path={tmp_path / 'empty'}",
+        f"data.cache_dir={tmp_path / 'cache'}", "data.buckets=[9x64x64]", f"output_dir={tmp_path / 'run'}",
+        check=False,
+    )  # fmt: skip
+    assert done.returncode != 0
+    (said,) = said_by(done)
+    assert "holds no clips" in said
+    assert not list(tmp_path.glob("cache/**/*.safetensors"))

@@ -1,0 +1,128 @@
+"""The demo as the README has it, then the same run under the other launchers, then a video from its LoRA."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from tests.conftest import ROOT, free_port, run_command
+from tests.dist.conftest import losses, metrics
+
+pytestmark = pytest.mark.dist
+
+LORA = "lora/step-000012/pytorch_lora_weights.safetensors"
+
+
+@pytest.fixture(scope="module")
+def demo(tmp_path_factory):
+    """A checkout's folder as a newcomer has it, with the demo run in it, and what that printed."""
+    folder = tmp_path_factory.mktemp("demo")
+    for name in ("launch", "ds_configs"):
+        (folder / name).symlink_to(ROOT / name)
+    deepspeed = [Path(sys.executable).parent / "deepspeed", "--master_port", free_port()]
+    command = "--num_gpus 2 launch/train.py --deepspeed ds_configs/zero2.json"
+    done = run_command([*deepspeed, *command.split()], 240, cwd=folder)
+    assert done.returncode == 0, done.stdout[-6000:]
+    return folder, done.stdout
+
+
+@pytest.fixture(scope="module")
+def torchrun(demo, run_train):
+    folder, _ = demo
+    run_train("--deepspeed", "ds_configs/zero2.json", "output_dir=outputs/torchrun", launcher="torchrun", cwd=folder)
+    return folder / "outputs/torchrun"
+
+
+def test_the_demo_says_where_its_lora_is_and_how_to_watch(demo):
+    _, output = demo
+    lines = output.splitlines()
+    assert "LoRA: outputs/demo/lora/step-000012" in lines
+    assert "watch: tensorboard --logdir outputs/demo/tensorboard" in lines
+
+
+def test_the_output_tree(demo):
+    run = demo[0] / "outputs/demo"
+    assert {path.name for path in run.iterdir()} == {
+        "run.yaml", "ds_config.json", "metrics.jsonl", "unusable.jsonl", "tensorboard", "lora", "checkpoints",
+    }  # fmt: skip
+    assert {path.name for path in (run / "lora").iterdir()} == {"step-000006", "step-000012"}
+    assert load_file(run / LORA)
+    # Beside them DeepSpeed leaves scripts that make one file of a checkpoint.
+    assert {path.name for path in (run / "checkpoints").iterdir() if path.suffix != ".py"} == {
+        "step-000006", "step-000012", "latest",
+    }  # fmt: skip
+    assert (run / "checkpoints/latest").read_text().strip() == "step-000012"
+    assert (run / "unusable.jsonl").read_text() == ""
+    assert "auto" not in (run / "ds_config.json").read_text()
+    assert json.loads((run / "ds_config.json").read_text())["train_batch_size"] == 2
+
+
+def test_the_run_config_is_one_that_loads(demo):
+    from cogds.config import load_config
+
+    cfg, _ = load_config(str(demo[0] / "outputs/demo/run.yaml"), [])
+    assert cfg.train.num_steps == 12
+    assert cfg.data.path == "outputs/demo-clips"
+
+
+def test_tensorboard_holds_what_metrics_hold(demo):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    run = demo[0] / "outputs/demo"
+    events = EventAccumulator(str(run / "tensorboard"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
+    assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(run))
+    assert {name for line in metrics(run) for name in line} - {"step"} == set(events.Tags()["scalars"])
+    assert {"config/run/text_summary", "config/deepspeed/text_summary"} <= set(events.Tags()["tensors"])
+
+
+def test_torchrun_trains_the_same_bits(demo, torchrun):
+    run = demo[0] / "outputs/demo"
+    assert len(losses(torchrun)) == 12
+    assert losses(torchrun) == losses(run)
+    expected, tensors = load_file(run / LORA), load_file(torchrun / LORA)
+    assert expected.keys() == tensors.keys()
+    assert all(tensor.equal(expected[name]) for name, tensor in tensors.items())
+
+
+def test_python_alone_is_one_process(demo, run_train):
+    """Neither --deepspeed nor --config, and half the clips a step."""
+    folder, _ = demo
+    run_train("output_dir=outputs/python", "train.num_steps=3", launcher="python", cwd=folder)
+    assert len(losses(folder / "outputs/python")) == 3
+    assert json.loads((folder / "outputs/python/ds_config.json").read_text())["train_batch_size"] == 1
+
+
+def test_the_demo_model_clips_and_encodings_are_made_once(demo, torchrun):
+    """A second run finds everything as the first left it."""
+    made = [path for parent in sorted((demo[0] / "outputs").glob("demo-*")) for path in parent.rglob("*")]
+    assert len([path for path in made if path.suffix == ".mp4"]) == 6
+    started = (torchrun / "run.yaml").stat().st_mtime
+    assert [path for path in made if path.is_file() and path.stat().st_mtime > started] == []
+    assert [path for path in made if ".tmp" in path.name] == []
+
+
+def test_sample_writes_a_video_of_the_size_asked_for(demo):
+    import av
+
+    folder, _ = demo
+    (image,) = (folder / "outputs/demo-clips").glob("*.png")
+    done = run_command(
+        [
+            sys.executable, "launch/sample.py",
+            "--model", "outputs/demo-model", "--lora", "outputs/demo/lora/step-000012",
+            "--image", image, "--prompt", "a red circle", "--size", "9x64x64", "--steps", "2",
+            "--output", "made/sample.mp4",
+        ],
+        120,
+        cwd=folder,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "made/sample.mp4" in done.stdout
+    with av.open(str(folder / "made/sample.mp4")) as container:
+        frames = [(frame.width, frame.height) for frame in container.decode(video=0)]
+        assert container.streams.video[0].average_rate == 16
+    assert frames == [(64, 64)] * 9

@@ -26,7 +26,7 @@ from cogds.data.probe import probe_entries
 from cogds.data.video import DecodeError, num_frames_at, read_clip, read_image
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, TextEncoder, load_vae, num_truncated
-from cogds.runtime.world import World, all_gather, on_rank0
+from cogds.runtime.world import World, on_all_ranks, on_rank0
 
 NO_CAPTION = ""  # what a dropped caption becomes: the pipeline's negative prompt
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -161,7 +161,13 @@ def encode_clips(
         return {}
     dtype = DTYPES[cfg.train.precision]
     vae = load_vae(model, dtype, world.device)
-    decoded = DataLoader(_DecodedClips(mine, cfg.data.fps), batch_size=None, num_workers=cfg.data.num_workers)
+    # One clip ahead per worker: an 81x768x1360 clip is 254 MB of shared memory.
+    decoded = DataLoader(
+        _DecodedClips(mine, cfg.data.fps),
+        batch_size=None,
+        num_workers=cfg.data.num_workers,
+        prefetch_factor=1 if cfg.data.num_workers else None,
+    )
     undecoded = {}
     for sample, (pixels, first_frame, error) in zip(mine, _progress(decoded, "clips", world)):
         if pixels is None:
@@ -193,8 +199,8 @@ def prepare(cfg: RunConfig, model: ModelFolder, buckets: tuple[ClipShape, ...], 
     samples, rejected, no_caption_key = on_rank0(world, survey)
     on_rank0(world, lambda: check_any_left(samples, rejected, cfg.data.path))
     captions = {sample.caption_key: sample.clip.caption for sample in samples} | {no_caption_key: NO_CAPTION}
-    encode_captions(captions, cache, model, DTYPES[cfg.train.precision], world)
-    shares = all_gather(world, encode_clips(samples, cache, model, cfg, world))
+    on_all_ranks(world, lambda: encode_captions(captions, cache, model, DTYPES[cfg.train.precision], world))
+    shares = on_all_ranks(world, lambda: encode_clips(samples, cache, model, cfg, world))
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     # By key, not by path: a copy of a bad file under another name is bad too.

@@ -11,7 +11,7 @@ from PIL import Image
 
 from cogds.core.buckets import assign
 from cogds.core.conditioning import image_latent_scale
-from cogds.core.geometry import ClipShape, check_shape
+from cogds.core.geometry import ClipShape, check_shape, latent_frames, padding_frames
 from cogds.data.video import DecodeError, probe_image, read_image, write_video
 from cogds.errors import UserError
 from cogds.model.load import find_model
@@ -60,8 +60,7 @@ def main(argv: list[str] | None = None) -> None:
         pipeline.enable_model_cpu_offload()
     elif torch.cuda.is_available():
         pipeline.to("cuda")
-    pipeline.vae.enable_tiling()
-    video = pipeline(
+    latents = pipeline(
         image=Image.fromarray(pixels.permute(1, 2, 0).numpy()),
         prompt=args.prompt,
         num_frames=shape.frames,
@@ -71,8 +70,15 @@ def main(argv: list[str] | None = None) -> None:
         guidance_scale=args.guidance,
         max_sequence_length=model.geometry.text_tokens,
         generator=torch.Generator().manual_seed(args.seed),
-        output_type="pt",
-    ).frames[0]
+        output_type="latent",
+    ).frames
+    # Tiles for decoding only, which needs the memory: the image was encoded whole, as in training.
+    pipeline.vae.enable_tiling()
+    padding = padding_frames(latent_frames(shape.frames, model.geometry), model.geometry.patch_size_t)
+    decoded = pipeline.decode_latents(latents[:, padding:])
+    video = pipeline.video_processor.postprocess_video(decoded, output_type="pt")[0]
+    # Where the number of latents is even, the VAE makes 4 frames of the first one instead of 1: the last one is it.
+    video = video[-shape.frames :]
     frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
     write_video(args.output, frames, fps)
     print(f"{len(frames)} frames of {shape.height}x{shape.width} at {fps:g} fps: {args.output}")

@@ -142,6 +142,28 @@ def on_rank0(world: World, function: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def on_all_ranks(world: World, function: Callable[[], T]) -> list[T]:
+    """Run `function` on every rank and give every rank all results, in rank order. Collective.
+
+    Where it raises on one rank, all ranks raise: that one its own error, the others a shared one.
+    """
+    result: Any = None
+    own: Exception | None = None
+    try:
+        result = function()
+    except Exception as error:  # told below, once every rank has got here
+        own = error
+    results = all_gather(world, (result, own and f"{type(own).__name__}: {own}"))
+    if own is not None:
+        raise own
+    for rank, (_, failure) in enumerate(results):
+        if failure:
+            elsewhere = UserError(f"rank {rank} failed: {failure}")
+            elsewhere.shared = True
+            raise elsewhere
+    return [one for one, _ in results]
+
+
 def all_gather(world: World, value: T) -> list[T]:
     """Every rank's value, in rank order, on every rank."""
     if world.size == 1:

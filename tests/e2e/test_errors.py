@@ -201,7 +201,8 @@ def test_bad_files_among_good_ones_are_listed_and_the_run_goes_on(run_train, tin
     reasons = {one["path"].rpartition("/")[2]: one["reason"] for one in listed}
     assert sorted(reasons) == ["clip_0.mp4", "clip_1.mp4", "clip_2.mp4", "clip_4.mp4", "image_0.png"]
     assert reasons["clip_0.mp4"].startswith("caption missing")
-    assert all("cannot" in reasons[name] for name in ("clip_1.mp4", "clip_2.mp4"))
+    assert "cannot be opened as a video" in reasons["clip_1.mp4"]
+    assert "truncated" in reasons["clip_2.mp4"]
     assert reasons["clip_4.mp4"] == "too short: 12 frames at 16 fps, the shortest bucket has 17"
     assert "5 files cannot be trained" in done.stdout
     assert len((tmp_path / "run/metrics.jsonl").read_text().splitlines()) == 1
@@ -229,6 +230,6 @@ def test_two_ranks_say_it_once_and_fail(run_train, tiny_model, tmp_path):
         check=False,
     )  # fmt: skip
     assert done.returncode != 0
-    (said,) = said_by(done)
-    assert "holds no clips" in said
+    assert len(said_by(done)) == 1
+    assert done.stdout.count("holds no clips") == 1  # wherever in a line: ranks write over each other
     assert not list(tmp_path.glob("cache/**/*.safetensors"))

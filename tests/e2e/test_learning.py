@@ -45,7 +45,7 @@ def evaluation_loss(*arguments):
 
 
 def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model, run_train, tmp_path):
-    """Base model 1.39, after 200 steps 0.46.
+    """Base model 1.38, after 200 steps 0.43.
 
     0 is out of the tiny model's reach: a patch holds 64 noisy latents and its residual stream 32 numbers. Where the
     clip is hardly noised, v is the noise and the loss stays near 1; where all is noise, v is the clip: 0.17.
@@ -59,9 +59,9 @@ def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model
     ]  # fmt: skip
     run_train(
         *common, f"output_dir={tmp_path / 'run'}",
-        "lora.target_modules=[all-linear]", "lora.rank=32", "lora.alpha=32",
+        "lora.target_modules=[all-linear]", "lora.rank=32", "lora.alpha=64",
         "train.num_steps=200", "train.batch_size=4", "train.gradient_checkpointing=false",
-        "optimizer.lr=1e-2", "optimizer.warmup_steps=10", "optimizer.schedule=cosine",
+        "optimizer.lr=5e-3", "optimizer.warmup_steps=10", "optimizer.schedule=cosine",
         # By heart, not in general: what is evaluated is what is trained.
         "conditioning.image_noise=false", "conditioning.image_dropout=0", "conditioning.caption_dropout=0",
         "checkpoint.every=200",

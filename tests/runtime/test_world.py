@@ -2,7 +2,15 @@ import pytest
 import torch
 
 from cogds.errors import UserError
-from cogds.runtime.world import World, all_gather, export_rendezvous, first_slurm_host, on_rank0, read_world
+from cogds.runtime.world import (
+    World,
+    all_gather,
+    export_rendezvous,
+    first_slurm_host,
+    on_all_ranks,
+    on_rank0,
+    read_world,
+)
 
 SLURM = {
     "SLURM_PROCID": "5",
@@ -81,6 +89,9 @@ def test_alone_every_collective_is_the_identity():
     world = World(0, 1, 0, 1)
     assert on_rank0(world, lambda: 5) == 5
     assert all_gather(world, "x") == ["x"]
+    assert on_all_ranks(world, lambda: 6) == [6]
+    with pytest.raises(OSError, match="full"):
+        on_all_ranks(world, lambda: (_ for _ in ()).throw(OSError("full")))
     assert world.device == (torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu"))
     with pytest.raises(UserError, match="no"):
         on_rank0(world, lambda: (_ for _ in ()).throw(UserError("no")))

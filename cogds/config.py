@@ -123,7 +123,7 @@ class RunConfig:
     """A whole run. What the sections mean stands in their fields."""
 
     output_dir: str = field_("outputs/run", "where the run writes checkpoints, logs and the LoRA")
-    seed: int = field_(0, "seed of every random draw", ge=0)
+    seed: int = field_(0, "seed of every random draw", ge=0, lt=2**63)
     model: ModelConfig = dataclasses.field(default_factory=ModelConfig)
     data: DataConfig = dataclasses.field(default_factory=DataConfig)
     conditioning: ConditioningConfig = dataclasses.field(default_factory=ConditioningConfig)
@@ -165,22 +165,30 @@ KEYS: dict[str, _Key] = dict(_keys(RunConfig))
 _SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 
 _Setting = tuple[str, str, Any]  # where it was set ("in run.yaml"), dotted key, value
+_COMMAND_LINE = "on the command line"
 _YAML_HINT = "put the value in quotes if it has special characters"
 
 
 def load_config(config_file: str | None, overrides: list[str]) -> tuple[RunConfig, frozenset[str]]:
     """The run config from a YAML file (or None) and `key.sub=value` texts, and the dotted keys that these set."""
     settings = [*(_file_settings(config_file) if config_file else ()), *map(_override_setting, overrides)]
-    explicit = frozenset(key for _, key, _ in settings)
-    cfg = _apply(RunConfig(), settings)
-    if cfg.train.tokens_per_batch is not None and {"train.batch_size", "train.tokens_per_batch"} <= explicit:
-        where = {key: where for where, key, _ in settings}
+    settings = _one_batch_key(settings)
+    return _apply(RunConfig(), settings), frozenset(key for _, key, _ in settings)
+
+
+def _one_batch_key(settings: list[_Setting]) -> list[_Setting]:
+    """Of batch_size and tokens_per_batch, which replace each other, the one on the command line stays."""
+    last = {key: (where, value) for where, key, value in settings}
+    size, tokens = last.get("train.batch_size"), last.get("train.tokens_per_batch")
+    if size is None or tokens is None or tokens[1] is None:
+        return settings
+    if size[0] == tokens[0]:
         raise UserError(
-            f"train.batch_size ({where['train.batch_size']}) and train.tokens_per_batch "
-            f"({where['train.tokens_per_batch']}) are both set, but one replaces the other: remove one of them, or "
-            "override with train.tokens_per_batch=null"
+            f"train.batch_size and train.tokens_per_batch are both set {size[0]}, but one replaces the other: "
+            "remove one of them"
         )
-    return cfg, explicit
+    loser = "train.batch_size" if tokens[0] == _COMMAND_LINE else "train.tokens_per_batch"
+    return [setting for setting in settings if setting[1] != loser]
 
 
 def replace(cfg: RunConfig, changes: Mapping[str, Any], where: str = "in the program") -> RunConfig:
@@ -245,7 +253,7 @@ def _file_settings(path: str) -> Iterator[_Setting]:
 
 def _override_setting(text: str) -> _Setting:
     name, equals, raw = text.partition("=")
-    where, key = "on the command line", KEYS.get(name)
+    where, key = _COMMAND_LINE, KEYS.get(name)
     if not equals or not name:
         raise UserError(f"'{text}' on the command line is not KEY=VALUE: write for example train.num_steps=100")
     # What goes into a text is taken as typed: YAML would read the commit 12e4567 as infinity and 0123 as 83.

@@ -76,6 +76,8 @@ class _DecodedClips(Dataset[tuple[torch.Tensor | None, torch.Tensor | None, str]
             first = read_image(clip.image_path, shape.height, shape.width) if clip.image_path else pixels[0]
         except DecodeError as error:
             return None, None, str(error)
+        except Exception as error:  # one file never stops the run; FFmpeg has dozens of errors
+            return None, None, f"decoding failed: {type(error).__name__}: {error}"
         return pixels, first, ""
 
 
@@ -137,14 +139,24 @@ def make_samples(
     return samples, rejected, caption_key(NO_CAPTION)
 
 
+def missing_captions(captions: dict[str, str], cache: Cache) -> list[str]:
+    """Keys of the captions (key -> text) that the cache lacks, in one order."""
+    return sorted(key for key in captions if not cache.has("captions", key))
+
+
+def missing_clips(samples: Sequence[Sample], cache: Cache, geometry: ModelGeometry) -> list[Sample]:
+    """One sample of every clip that the cache lacks, by falling cost: dealt out in turn, ranks get about the same."""
+    distinct = {sample.clip_key: sample for sample in samples if not cache.has("clips", sample.clip_key)}
+    return sorted(distinct.values(), key=lambda one: (-num_tokens(one.shape, geometry), one.clip_key))
+
+
 def encode_captions(
     captions: dict[str, str], cache: Cache, model: ModelFolder, dtype: torch.dtype, world: World
 ) -> None:
-    """Encode this rank's share of the captions (key -> text) that the cache lacks."""
-    missing = sorted(key for key in captions if not cache.has("captions", key))[world.rank :: world.size]
-    if missing:
+    """Encode and cache these captions, key -> text."""
+    if captions:
         encoder = TextEncoder(model, dtype, world.device)
-        for key in _progress(missing, "captions", world):
+        for key in _progress(captions, "captions", world):
             cache.write("captions", key, {"text_states": encoder.encode(captions[key])})
 
 
@@ -152,24 +164,20 @@ def encode_captions(
 def encode_clips(
     samples: Sequence[Sample], cache: Cache, model: ModelFolder, cfg: RunConfig, world: World
 ) -> dict[str, str]:
-    """Encode this rank's share of the clips that the cache lacks; returns what could not be decoded: key -> reason."""
-    distinct = {sample.clip_key: sample for sample in samples if not cache.has("clips", sample.clip_key)}
-    # Dealt out by falling cost, so that every rank gets about the same work.
-    order = sorted(distinct.values(), key=lambda s: (-num_tokens(s.shape, model.geometry), s.clip_key))
-    mine = order[world.rank :: world.size]
-    if not mine:
+    """Encode and cache these clips; returns what could not be decoded: key -> reason."""
+    if not samples:
         return {}
     dtype = DTYPES[cfg.train.precision]
     vae = load_vae(model, dtype, world.device)
     # One clip ahead per worker: an 81x768x1360 clip is 254 MB of shared memory.
     decoded = DataLoader(
-        _DecodedClips(mine, cfg.data.fps),
+        _DecodedClips(samples, cfg.data.fps),
         batch_size=None,
         num_workers=cfg.data.num_workers,
         prefetch_factor=1 if cfg.data.num_workers else None,
     )
     undecoded = {}
-    for sample, (pixels, first_frame, error) in zip(mine, _progress(decoded, "clips", world)):
+    for (pixels, first_frame, error), sample in zip(_progress(decoded, "clips", world), samples):
         if pixels is None:
             undecoded[sample.clip_key] = error
             continue
@@ -199,12 +207,20 @@ def prepare(cfg: RunConfig, model: ModelFolder, buckets: tuple[ClipShape, ...], 
     samples, rejected, no_caption_key = on_rank0(world, survey)
     on_rank0(world, lambda: check_any_left(samples, rejected, cfg.data.path))
     captions = {sample.caption_key: sample.clip.caption for sample in samples} | {no_caption_key: NO_CAPTION}
-    on_all_ranks(world, lambda: encode_captions(captions, cache, model, DTYPES[cfg.train.precision], world))
-    shares = on_all_ranks(world, lambda: encode_clips(samples, cache, model, cfg, world))
+    # Asked once: while others encode, each rank would see another cache and take another share.
+    keys, clips = on_rank0(
+        world, lambda: (missing_captions(captions, cache), missing_clips(samples, cache, model.geometry))
+    )
+    share = slice(world.rank, None, world.size)
+    dtype = DTYPES[cfg.train.precision]
+    on_all_ranks(
+        world, lambda: encode_captions({key: captions[key] for key in keys[share]}, cache, model, dtype, world)
+    )
+    shares = on_all_ranks(world, lambda: encode_clips(clips[share], cache, model, cfg, world))
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
     # By key, not by path: a copy of a bad file under another name is bad too.
-    undecoded = {key: reason for share in shares for key, reason in share.items()}
+    undecoded = {key: reason for one in shares for key, reason in one.items()}
     rejected += [Rejected(one.clip.path, undecoded[one.clip_key]) for one in samples if one.clip_key in undecoded]
     # One order for all ranks and all restarts: the manifest's, within each bucket.
     kept = [one for shape in buckets for one in samples if one.shape == shape and one.clip_key not in undecoded]

@@ -13,7 +13,7 @@ from cogds.core.diffusion import v_loss
 from cogds.data.dataset import ClipDataset, collate
 from cogds.encode import DTYPES, EncodedData, make_buckets, prepare
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora import load_into
+from cogds.model.lora import load_into, read_metadata
 from cogds.runtime.world import World
 from cogds.step import Draws, StepBuilder, load_step_builder
 
@@ -30,7 +30,14 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
         ),
     )
     cfg, _ = load_config(args.config or str(default_config), args.overrides)
-    cfg = replace(cfg, {"conditioning.image_noise": False})
+    convention = read_metadata(args.lora).get("image_latents") if args.lora else None
+    cfg = replace(
+        cfg,
+        {
+            "conditioning.image_noise": False,
+            "conditioning.image_latents": convention or cfg.conditioning.image_latents,  # as it was trained
+        },
+    )
     model = find_model(cfg.model.path, cfg.model.revision)
     world = World(0, 1, 0, 1)
     data = prepare(cfg, model, make_buckets(cfg, model.geometry), world)

@@ -29,7 +29,14 @@ from cogds.model.lora import export, inject, resolve_targets
 from cogds.model.tiny import create_tiny_model
 from cogds.runtime import checkpoint as checkpoints
 from cogds.runtime.ds_config import load_ds_config, resolve
-from cogds.runtime.engine import adapter_tensors, load_for_stage, set_learning_rate, start_engine, zero_stage
+from cogds.runtime.engine import (
+    adapter_tensors,
+    load_for_stage,
+    set_learning_rate,
+    set_optimizer,
+    start_engine,
+    zero_stage,
+)
 from cogds.runtime.monitor import Monitor, StepLosses, Stopwatch, peak_memory_bytes
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
 from cogds.step import Draws, StepBuilder, draw_dropouts, load_step_builder
@@ -107,6 +114,7 @@ def identity(cfg: RunConfig, ds_config: dict[str, Any], weights: str, data: Enco
         "accumulation": plan.accumulation,
         "world_size": plan.world_size,
         "zero_stage": zero_stage(ds_config),
+        "optimizer": ds_config["optimizer"]["type"],
         "precision": cfg.train.precision,
     }
 
@@ -130,16 +138,20 @@ def train(
         state = on_rank0(world, lambda: checkpoints.read_matching(resume_from, fixed))
         first_step = state["step"]
         plan = dataclasses.replace(plan, origin=Origin(**state["origin"]))
-    if world.rank == 0:
-        if resume_from is None and (aside := checkpoints.set_aside(output_dir)):
-            print(f"starting afresh; the earlier run is kept in {aside}")
+
+    def begin() -> None:
+        if aside := checkpoints.set_aside(output_dir, resume_from, first_step):
+            print(f"what an earlier run wrote is kept in {aside}")
         (output_dir / "run.yaml").write_text(to_yaml(cfg))
         (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
         write_rejected(data.rejected, output_dir / "unusable.jsonl")
         print(summary(cfg, ds_config, model, data, plan, resume_from), flush=True)
+
+    on_rank0(world, begin)
     if first_step >= cfg.train.num_steps:
         if world.rank == 0:
             print(f"already trained to step {first_step}; raise train.num_steps to go on")
+            print(whereabouts(output_dir, first_step))
         return
 
     dtype = DTYPES[cfg.train.precision]
@@ -151,6 +163,7 @@ def train(
     engine = start_engine(transformer, parameters, ds_config)
     if resume_from:
         checkpoints.load(engine, resume_from)
+        set_optimizer(engine, ds_config)
 
     builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
     monitor = Monitor(
@@ -164,31 +177,40 @@ def train(
         saved = {"step": step, "identity": fixed, "origin": dataclasses.asdict(plan.origin)}
         checkpoints.save(engine, world, checkpoint_dir, step, saved, cfg.checkpoint.keep_last)
 
-    batches = load_batches(data, cfg, plan, world, first_step)
+    batches, clock = load_batches(data, cfg, plan, world, first_step), Stopwatch()
     for step in range(first_step, cfg.train.num_steps):
-        train_step(engine, builder, batches, plan, step, cfg, data, world, monitor)
+        train_step(engine, builder, batches, plan, step, cfg, data, world, monitor, clock)
         if (step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.train.num_steps:
             monitor.flush()
             save(step + 1)
+            clock.lap()  # saving is no part of the next step
     monitor.close()
     if world.rank == 0:
-        print(f"LoRA: {output_dir / 'lora' / checkpoints.step_name(cfg.train.num_steps)}")
-        print(f"watch: tensorboard --logdir {output_dir / 'tensorboard'}")
+        print(whereabouts(output_dir, cfg.train.num_steps))
+
+
+def whereabouts(output_dir: Path, step: int) -> str:
+    """Where what a finished run made is, and how to look at it."""
+    lora = output_dir / "lora" / checkpoints.step_name(step)
+    return f"LoRA: {lora}\nwatch: tensorboard --logdir {output_dir / 'tensorboard'}"
 
 
 def load_batches(
     data: EncodedData, cfg: RunConfig, plan: Plan, world: World, first_step: int
 ) -> Iterator[dict[str, torch.Tensor]]:
     """This rank's batches, one per micro-step, read ahead of time."""
-    return iter(
-        DataLoader(
-            ClipDataset(data.samples, cfg.data.cache_dir),
-            batch_sampler=BucketBatchSampler(plan, world.rank, first_step, cfg.train.num_steps),
-            collate_fn=collate,
-            num_workers=cfg.data.num_workers,
-            pin_memory=world.device.type == "cuda",
-        )
+    loader = DataLoader(
+        ClipDataset(data.samples, cfg.data.cache_dir),
+        batch_sampler=BucketBatchSampler(plan, world.rank, first_step, cfg.train.num_steps),
+        collate_fn=collate,
+        num_workers=cfg.data.num_workers,
+        pin_memory=world.device.type == "cuda",
     )
+    try:
+        yield from loader
+    except UserError as error:
+        # Out of a worker it comes with the worker's traceback around it; the sentence is the last line.
+        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
 
 
 def train_step(
@@ -201,9 +223,10 @@ def train_step(
     data: EncodedData,
     world: World,
     monitor: Monitor,
+    clock: Stopwatch,
 ) -> None:
     """One optimizer step: `accumulation` micro-steps of forward and backward, all ranks in the same bucket."""
-    clock, num_samples, tokens, data_wait_s = Stopwatch(), 0, 0, 0.0
+    num_samples, tokens, data_wait_s = 0, 0, 0.0
     losses = StepLosses(len(data.buckets), world.device)
     num_timesteps = len(builder.alphas_cumprod)
     lr = learning_rate(
@@ -278,7 +301,7 @@ def export_adapter(engine: Any, cfg: RunConfig, buckets: tuple[ClipShape, ...], 
                 "buckets": [str(shape) for shape in buckets],
                 "fps": cfg.data.fps,
                 "base_model": cfg.model.path,
-                "step": int(folder.name.rpartition("-")[2]),
+                "step": checkpoints.step_of(folder),
             },
         )
         checkpoints.replace_folder(partial, folder)

@@ -1,5 +1,6 @@
 """From a dataset to encoded samples: what is cached, what misses the cache, what is left out."""
 
+import contextlib
 import shutil
 
 import numpy as np
@@ -156,3 +157,34 @@ def test_long_captions_are_counted(encode, drawn, tmp_path):
     shutil.copytree(drawn, folder)
     (folder / "clip_0.txt").write_text("a red circle " * 50)
     assert encode(folder).num_truncated == 1 + encode(drawn).num_truncated
+
+
+def test_ranks_that_encode_one_after_the_other_leave_nothing_out(drawn, tmp_path, tiny_model, monkeypatch):
+    """However far apart the ranks are, their shares are parts of one list."""
+    asked = {}
+
+    def ask_once(_world, function):
+        # What rank 0 found before anyone wrote is what every rank is told.
+        place = (function.__code__.co_firstlineno, function.__code__.co_name)
+        if place not in asked:
+            asked[place] = function()
+        return asked[place]
+
+    monkeypatch.setattr(cogds.encode, "on_rank0", ask_once)
+    monkeypatch.setattr(cogds.encode, "on_all_ranks", lambda _, function: [function()])
+    cfg, _ = load_config(
+        None,
+        [f"model.path={tiny_model}", f"data.path={drawn}", f"data.cache_dir={tmp_path / 'cache'}",
+         "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=0", "train.precision=fp32"],
+    )  # fmt: skip
+    model = find_model(cfg.model.path)
+    for rank in (1, 0):
+        with suppress_missing(rank):
+            data = prepare(cfg, model, make_buckets(cfg, model.geometry), World(rank, 2, rank, 2))
+    cache = Cache(tmp_path / "cache")
+    assert all(cache.has("clips", one.clip_key) and cache.has("captions", one.caption_key) for one in data.samples)
+
+
+def suppress_missing(rank):
+    # The rank that goes first cannot read what the other has yet to write.
+    return contextlib.suppress(UserError) if rank else contextlib.nullcontext()

@@ -48,13 +48,16 @@ def generate_buckets(
 def assign(num_frames: int, height: int, width: int, buckets: Sequence[ClipShape]) -> int | None:
     """Index of the bucket that a clip belongs to, or None where all of them are longer than the clip.
 
-    num_frames: frames that the clip has at the target frame rate; height, width: its pixels as displayed. Among
-    the buckets that are no longer than the clip, those that keep within 0.05 of the best share of the picture
-    stay; of these the longest win, then the largest that needs no upscaling, else the smallest; then the first.
+    num_frames: frames that the clip has at the target frame rate; height, width: its pixels as displayed. Of the
+    buckets that are no longer than the clip (those of one frame only if there is no other), the ones that keep
+    within 0.05 of the best share of the picture stay; of these the longest win, then the largest that needs no
+    upscaling, else the smallest; then the first.
     """
     fitting = [index for index, shape in enumerate(buckets) if shape.frames <= num_frames]
     if not fitting:
         return None
+    # A picture's bucket may crop less, but what moves is trained as a video if any video bucket takes it.
+    fitting = [index for index in fitting if buckets[index].frames > 1] or fitting
     kept = {index: _kept_share(height, width, buckets[index]) for index in fitting}
     best = max(kept.values())
 

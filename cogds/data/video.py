@@ -185,7 +185,7 @@ def _open(path: str | Path) -> Any:
     except FileNotFoundError:
         raise DecodeError("the file does not exist") from None
     except (OSError, ValueError) as error:
-        # FFmpeg's errors derive from these two.
+        # What FFmpeg says of files that are missing, forbidden or no video derives from these two.
         raise DecodeError(f"it cannot be opened as a video: {_brief(error)}") from None
     if not container.streams.video:
         container.close()

@@ -83,13 +83,30 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
     for part in PARTS:
         if not (path / part).is_dir():
             raise UserError(f"model.path: {path} has no {part}/ folder: fetch the whole model again")
+    for part in ("transformer", "vae", "text_encoder"):
+        _check_weights(path / part)
     transformer, vae = _read_json(path / "transformer/config.json"), _read_json(path / "vae/config.json")
+    try:
+        geometry = ModelGeometry.from_configs(transformer, vae)
+    except KeyError as error:
+        raise UserError(f"model.path: the configs in {path} lack {error}: fetch the whole model again") from None
     if transformer["in_channels"] != 2 * vae["latent_channels"]:
         raise UserError(
             f"model.path: the transformer in {path} takes {transformer['in_channels']} channels where image-to-video "
             f"needs {2 * vae['latent_channels']} (latents and image latents): this is not an image-to-video model"
         )
-    return ModelFolder(path, transformer, vae, ModelGeometry.from_configs(transformer, vae))
+    return ModelFolder(path, transformer, vae, geometry)
+
+
+def _check_weights(folder: Path) -> None:
+    """Raise UserError where a part has no safetensors files, or not all that its index names."""
+    indexes = map(_read_json, folder.glob("*.safetensors.index.json"))
+    shards = {name for index in indexes for name in index["weight_map"].values()}
+    for name in sorted(shards):
+        if not (folder / name).is_file():
+            raise UserError(f"model.path: {folder} lacks {name}, which its index names: fetch the whole model again")
+    if not shards and not any(folder.glob("*.safetensors")):
+        raise UserError(f"model.path: {folder} holds no .safetensors file: fetch the whole model again")
 
 
 def load_alphas_cumprod(model: ModelFolder) -> torch.Tensor:
@@ -124,10 +141,7 @@ def empty_transformer(model: ModelFolder) -> CogVideoXTransformer3DModel:
 
 def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:
     """Name and safetensors slice of every weight of the transformer; `slice[:]` reads it, and nothing else does."""
-    files = sorted((model.path / "transformer").glob("*.safetensors"))
-    if not files:
-        raise UserError(f"{model.path / 'transformer'} holds no .safetensors file: fetch the model again")
-    for file in files:
+    for file in sorted((model.path / "transformer").glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
                 yield name, tensors.get_slice(name)

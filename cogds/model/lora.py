@@ -28,6 +28,8 @@ def resolve_targets(transformer: torch.nn.Module, target_modules: Sequence[str])
     Raises UserError for a name that no Linear layer ends with.
     """
     linears = [name for name, module in transformer.named_modules() if isinstance(module, torch.nn.Linear)]
+    if not target_modules:
+        raise UserError(f"lora.target_modules is empty: name Linear layers, such as to_q, or [{ALL_LINEAR}]")
     if list(target_modules) == [ALL_LINEAR]:
         return linears
     chosen = []
@@ -76,7 +78,7 @@ def export(folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], 
     adapter = {f"transformer.{key}": value for key, value in transformer.peft_config["default"].to_dict().items()}
     header = {
         "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, default=list, sort_keys=True),
+        LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, default=sorted, sort_keys=True),
         OWN_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True),
     }
     CogVideoXImageToVideoPipeline.save_lora_weights(

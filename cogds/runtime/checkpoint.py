@@ -19,11 +19,17 @@ from cogds.runtime.world import World, barrier, on_rank0
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
+OWN_FILES = ("checkpoints", "lora", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl")
 
 
 def step_name(step: int) -> str:
     """`step-000500`: the name of a checkpoint and of a LoRA export."""
     return f"step-{step:06d}"
+
+
+def step_of(path: Path) -> int:
+    """The step of a folder that `step_name` named."""
+    return int(path.name.rpartition("-")[2])
 
 
 def replace_folder(partial: Path, final: Path) -> None:
@@ -35,7 +41,7 @@ def replace_folder(partial: Path, final: Path) -> None:
 
 def _complete(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted(path.parent for path in checkpoints.glob(f"step-*[0-9]/{STATE_FILE}"))
+    return sorted((path.parent for path in checkpoints.glob(f"step-*[0-9]/{STATE_FILE}")), key=step_of)
 
 
 def save(engine: Any, world: World, checkpoints: Path, step: int, state: Mapping[str, Any], keep_last: int) -> Path:
@@ -109,23 +115,37 @@ def read_matching(checkpoint: Path, identity: Mapping[str, Any]) -> dict[str, An
 
 
 def load(engine: Any, checkpoint: Path) -> None:
-    """Load the engine's weights and optimizer state. Collective. Raises UserError where files are missing."""
-    path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+    """Load the engine's weights and optimizer state. Collective. Raises UserError where files are torn or missing."""
+    others = [path.name for path in _complete(checkpoint.parent) if path != checkpoint]
+    advice = f"checkpoint.resume={checkpoint.parent / others[-1]}" if others else "another one"
+    try:
+        path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
+    except Exception as error:  # torch and DeepSpeed have no common one for a file that is cut short
+        reason = (str(error) or type(error).__name__).splitlines()[0]
+        raise UserError(f"{checkpoint} cannot be loaded ({reason}): resume from {advice}") from None
     if path is None:
-        raise UserError(
-            f"checkpoint {checkpoint} lacks DeepSpeed's files: resume from another with checkpoint.resume=PATH"
-        )
+        raise UserError(f"{checkpoint} lacks DeepSpeed's files: resume from {advice}")
 
 
-def set_aside(output_dir: Path) -> Path | None:
-    """Move an earlier run's files out of the way of a fresh start, losing nothing; returns where, None if none were."""
-    names = [name for name in ("checkpoints", "lora", "metrics.jsonl", "tensorboard") if (output_dir / name).exists()]
-    if not names:
+def set_aside(output_dir: Path, resume_from: Path | None, step: int) -> Path | None:
+    """Move what an earlier run left out of the way, losing nothing; returns where to, None if there was nothing.
+
+    For a run that goes on from a checkpoint of its own, that is what lies past `step`; else it is everything.
+    """
+    if resume_from and resume_from.resolve().parent == (output_dir / "checkpoints").resolve():
+        old = [path for path in output_dir.glob("*/step-*[0-9]") if step_of(path) > step]
+    else:
+        old = [output_dir / name for name in OWN_FILES if (output_dir / name).exists()]
+    if not old:
         return None
     number = 1
     while (aside := output_dir / f"previous-{number}").exists():
         number += 1
-    aside.mkdir()
-    for name in names:
-        (output_dir / name).rename(aside / name)
+    if (output_dir / "metrics.jsonl").exists() and output_dir / "metrics.jsonl" not in old:
+        aside.mkdir()
+        shutil.copy(output_dir / "metrics.jsonl", aside)  # the run itself goes on in the first of its lines
+    for path in old:
+        kept = aside / path.relative_to(output_dir)
+        kept.parent.mkdir(parents=True, exist_ok=True)
+        path.rename(kept)
     return aside

@@ -1,7 +1,7 @@
 """What the run says of itself: TensorBoard, `metrics.jsonl` and a progress bar, all from the same scalars.
 
 A step hands over its losses as tensors and is not waited for: once every few steps they are summed over the ranks and
-read, which is the loop's only host sync.
+read.
 """
 
 import json
@@ -102,7 +102,7 @@ class Monitor:
         """Sum the pending losses over the ranks and write them. Collective."""
         if not self.pending:
             return
-        # The loop's host sync: everything up to here was only queued on the device.
+        # A host sync: everything up to here was only queued on the device.
         sums = all_reduce_sum(self.world, torch.stack([vector for _, vector in self.pending])).tolist()
         records, self.pending = self.pending, []
         if not self.writes:

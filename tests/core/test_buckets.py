@@ -115,9 +115,17 @@ def test_assigned_bucket_is_short_enough_and_crops_little(
 ) -> None:
     index = assign(num_frames, height, width, buckets)
     fitting = [shape for shape in buckets if shape.frames <= num_frames]
+    fitting = [shape for shape in fitting if shape.frames > 1] or fitting
     if index is None:
         assert not fitting
     else:
         assert buckets[index] in fitting
         least = min(crop_share(height, width, shape) for shape in fitting)
         assert crop_share(height, width, buckets[index]) <= least + 0.05 + 1e-9
+
+
+def test_a_video_is_no_picture_however_well_a_pictures_bucket_fits():
+    buckets = [ClipShape.parse(text) for text in ("17x64x96", "1x64x112")]
+    assert assign(81, 1080, 1920, buckets) == 0
+    assert assign(9, 1080, 1920, buckets) == 1  # too short for any other
+    assert assign(1, 1080, 1920, buckets) == 1

@@ -17,6 +17,8 @@ from cogds.model.load import (
 )
 from cogds.model.tiny import create_tiny_model
 
+INDEX = '{"weight_map": {"a": "part-2.safetensors"}}'
+
 
 @pytest.fixture
 def copy(tiny_model, tmp_path):
@@ -57,6 +59,9 @@ def test_the_tiny_model_is_the_same_every_time_and_never_replaced(tiny_model, tm
         (lambda path: shutil.rmtree(path / "vae"), "no vae/ folder"),
         (lambda path: (path / "vae/config.json").unlink(), "vae/config.json is missing"),
         (lambda path: edit_json(path / "transformer/config.json", in_channels=8), "takes 8 channels"),
+        (lambda path: (path / "transformer/config.json").write_text("{}"), "lack 'patch_size'"),
+        (lambda path: (path / "text_encoder/model.safetensors").unlink(), "text_encoder holds no .safetensors"),
+        (lambda path: (path / "vae/x.safetensors.index.json").write_text(INDEX), r"lacks part-2\.safetensors"),
     ],
 )
 def test_a_damaged_folder_is_named(copy, damage, message):

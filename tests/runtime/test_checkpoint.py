@@ -89,8 +89,49 @@ def test_every_changed_field_is_named(tmp_path):
 
 
 def test_a_fresh_start_keeps_the_earlier_run(tmp_path):
-    assert checkpoint.set_aside(tmp_path) is None
+    assert checkpoint.set_aside(tmp_path, None, 0) is None
     for number in (1, 2):
         (tmp_path / "metrics.jsonl").write_text(str(number))
-        assert checkpoint.set_aside(tmp_path) == tmp_path / f"previous-{number}"
+        (tmp_path / "run.yaml").touch()
+        assert checkpoint.set_aside(tmp_path, None, 0) == tmp_path / f"previous-{number}"
     assert (tmp_path / "previous-1/metrics.jsonl").read_text() == "1"
+    assert (tmp_path / "previous-1/run.yaml").exists()
+
+
+def test_going_back_keeps_what_lies_past_the_step(tmp_path):
+    checkpoints = tmp_path / "checkpoints"
+    save(checkpoints, 1, 2, 3)
+    for step in (1, 3):
+        (tmp_path / "lora" / checkpoint.step_name(step)).mkdir(parents=True)
+    (tmp_path / "metrics.jsonl").write_text("lines")
+    assert checkpoint.set_aside(tmp_path, checkpoints / "step-000003", 3) is None
+    aside = checkpoint.set_aside(tmp_path, checkpoints / "step-000001", 1)
+    assert sorted(path.name for path in (aside / "checkpoints").iterdir()) == ["step-000002", "step-000003"]
+    assert (aside / "lora/step-000003").is_dir()
+    assert (aside / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text() == "lines"
+    assert checkpoint.find(checkpoints, "auto") == checkpoints / "step-000001"
+
+
+def test_resuming_from_another_run_sets_ones_own_aside(tmp_path):
+    save(tmp_path / "a/checkpoints", 1)
+    save(tmp_path / "b/checkpoints", 5)
+    aside = checkpoint.set_aside(tmp_path / "b", tmp_path / "a/checkpoints/step-000001", 1)
+    assert (aside / "checkpoints/step-000005").is_dir()
+    assert not (tmp_path / "b/checkpoints").exists()
+
+
+def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path):
+    save(tmp_path, 999_999, 1_000_000)
+    (tmp_path / "latest").unlink()
+    assert checkpoint.find(tmp_path, "auto").name == "step-1000000"
+
+
+def test_a_checkpoint_that_cannot_be_loaded_is_named_with_the_one_before(tmp_path):
+    save(tmp_path, 1, 2)
+
+    class Torn(Engine):
+        def load_checkpoint(self, *_, **__):
+            raise RuntimeError("PytorchStreamReader failed\nmore")
+
+    with pytest.raises(UserError, match=r"step-000002 cannot be loaded .*resume=.*step-000001"):
+        checkpoint.load(Torn(), tmp_path / "step-000002")

@@ -18,9 +18,14 @@ def test_a_file_appears_whole(tmp_path):
 
 def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
     (tmp_path / "a").write_text("old")
-    with pytest.raises(FileNotFoundError), whole_file(tmp_path / "a") as partial:
-        partial.rename(tmp_path / "a.half")
-    (tmp_path / "a.half").unlink()
+
+    def write_half():
+        with whole_file(tmp_path / "a") as partial:
+            partial.write_text("ne")
+            raise OSError("full")
+
+    with pytest.raises(OSError, match="full"):
+        write_half()
     assert names(tmp_path) == ["a"]
     assert (tmp_path / "a").read_text() == "old"
 

@@ -1,0 +1,35 @@
+"""Run by test_export.py on 2 ranks: train nothing, fill the adapter with numbers, keep the engine's output and its file."""
+
+import json
+import sys
+from pathlib import Path
+
+ROOT, model_path, ds_path, folder = map(Path, sys.argv[-4:])
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+
+from cogds.model.load import find_model  # noqa: E402
+from cogds.model.lora import export, inject  # noqa: E402
+from cogds.runtime.engine import adapter_tensors, gathered, load_for_stage, start_engine, zero_stage  # noqa: E402
+from cogds.runtime.world import connect, disconnect, read_world  # noqa: E402
+
+world = read_world()
+connect(world, 120)
+ds_config = json.loads(ds_path.read_text())
+model = find_model(str(model_path))
+transformer = load_for_stage(model, torch.float32, ds_config, world.rank)
+parameters = inject(transformer, 4, 12, 0.0, ("to_q", "to_v", "to_out.0"), seed=0)  # alpha is three times the rank
+engine = start_engine(transformer, parameters, ds_config)
+with gathered(parameters, zero_stage(ds_config), modifier_rank=0), torch.no_grad():
+    generator = torch.Generator().manual_seed(1)
+    for parameter in parameters:
+        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+example = torch.load(folder / "inputs.pt")
+with torch.no_grad():
+    output = engine(**example)[0]
+tensors = adapter_tensors(engine)
+if world.rank == 0:
+    export(folder / "lora", engine.module, tensors, {})
+    torch.save(output, folder / "output.pt")
+disconnect()

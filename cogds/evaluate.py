@@ -10,12 +10,15 @@ import torch
 from cogds.cli import parse_args
 from cogds.config import load_config, replace
 from cogds.core.diffusion import v_loss
-from cogds.data.dataset import ClipDataset, collate
-from cogds.encode import DTYPES, EncodedData, make_buckets, prepare
+from cogds.data.cache import Cache, DamagedEntry
+from cogds.data.dataset import Item, collate, read_encoded
+from cogds.encode import DTYPES, EncodedData, prepare
+from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora import load_into, read_metadata
 from cogds.runtime.world import World
 from cogds.step import Draws, StepBuilder, load_step_builder
+from cogds.survey import make_buckets
 
 NUM_TIMESTEPS = 9
 
@@ -34,13 +37,14 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     cfg = replace(
         cfg,
         {
+            "data.encode": "cached",
             "conditioning.image_noise": False,
             "conditioning.image_latents": convention or cfg.conditioning.image_latents,  # as it was trained
         },
     )
     model = find_model(cfg.model.path, cfg.model.revision)
     world = World(0, 1, 0, 1)
-    data = prepare(cfg, model, make_buckets(cfg, model.geometry), world)
+    data = prepare(cfg, model, make_buckets(cfg, model), world)
     dtype = DTYPES[cfg.train.precision]
     transformer = load_transformer(model, dtype)
     if args.lora:
@@ -56,14 +60,18 @@ def evaluation_loss(
     """`eval/loss`, and `eval/loss/bucket=...`: means over clips and over the middles of equal slices of [0, T)."""
     num_timesteps = len(builder.alphas_cumprod)
     timesteps = [num_timesteps * (2 * i + 1) // (2 * NUM_TIMESTEPS) for i in range(NUM_TIMESTEPS)]
-    kept, dataset = torch.zeros(1, dtype=torch.bool), ClipDataset(data.samples, cache_dir)
+    kept, cache = torch.zeros(1, dtype=torch.bool), Cache(cache_dir)
     by_bucket: dict[str, list[float]] = {}
-    for index, sample in enumerate(data.samples):
-        batch = collate([dataset[index]])
+    for row in range(len(data.index)):
+        clip = data.index[row]
+        try:
+            batch = collate([Item(read_encoded(cache, clip))])
+        except DamagedEntry as error:
+            raise UserError(str(error)) from None
         for number, timestep in enumerate(timesteps):
-            draws = Draws(torch.tensor([timestep]), kept, kept, seed, index, number)
-            inputs, target = builder.build(batch, sample.shape, draws)
+            draws = Draws(torch.tensor([timestep]), kept, kept, seed, row, number)
+            inputs, target = builder.build(batch.tensors, clip.shape, draws)
             loss = v_loss(transformer(**inputs)[0], target).item()
-            by_bucket.setdefault(f"eval/loss/bucket={sample.shape}", []).append(loss)
+            by_bucket.setdefault(f"eval/loss/bucket={clip.shape}", []).append(loss)
     every = [loss for losses in by_bucket.values() for loss in losses]
     return {"eval/loss": sum(every) / len(every)} | {name: sum(ls) / len(ls) for name, ls in by_bucket.items()}

@@ -61,7 +61,7 @@ def main(argv: list[str] | None = None) -> None:
     elif torch.cuda.is_available():
         pipeline.to("cuda")
     latents = pipeline(
-        image=Image.fromarray(pixels.permute(1, 2, 0).numpy()),
+        image=Image.fromarray(pixels),
         prompt=args.prompt,
         num_frames=shape.frames,
         height=shape.height,

@@ -2,8 +2,8 @@
 
 import dataclasses
 import json
+import shutil
 import sys
-import tempfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -11,22 +11,24 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from cogds.cli import parse_args
-from cogds.config import RunConfig, load_config, replace, to_dict, to_yaml
+from cogds.cli import make_folders, parse_args
+from cogds.config import RunConfig, load_config, to_dict, to_yaml
 from cogds.core.diffusion import stratified_timesteps, timestep_quarter, v_loss
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.plan import MicroBatch, Origin, Plan
 from cogds.core.rng import seed_global
 from cogds.core.schedule import learning_rate
-from cogds.data.cache import digest, digest_files
-from cogds.data.dataset import ClipDataset, collate
+from cogds.data.dataset import Batch, ClipDataset, ClipOrder, collate
+from cogds.data.digest import digest, digest_files
 from cogds.data.sampler import BucketBatchSampler
-from cogds.data.synthetic import draw_clips
-from cogds.encode import DTYPES, EncodedData, make_buckets, prepare, write_rejected
+from cogds.demo import make_demo, only_own_demo
+from cogds.encode import DTYPES, EncodedData, prepare
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import export, inject, resolve_targets
-from cogds.model.tiny import create_tiny_model
+from cogds.order import make_plan
+from cogds.report.main import clip_table, run_report
+from cogds.report.text import short_report
 from cogds.runtime import checkpoint as checkpoints
 from cogds.runtime.ds_config import load_ds_config, resolve
 from cogds.runtime.engine import (
@@ -38,8 +40,11 @@ from cogds.runtime.engine import (
     zero_stage,
 )
 from cogds.runtime.monitor import Monitor, StepLosses, Stopwatch, peak_memory_bytes
+from cogds.runtime.quarantine import Quarantine
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
 from cogds.step import Draws, StepBuilder, draw_dropouts, load_step_builder
+from cogds.stream import stream_batches
+from cogds.survey import Survey, make_buckets
 
 
 def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:
@@ -53,46 +58,12 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     world = read_world()
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
-    buckets = make_buckets(cfg, model.geometry)
+    buckets = make_buckets(cfg, model)
     resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
     connect(world, cfg.train.timeout_s)
     train(cfg, ds_config, model, buckets, world)
     disconnect()
-
-
-def only_own_demo(cfg: RunConfig, overrides: list[str]) -> RunConfig:
-    """The demo's config makes a model and clips at the demo's own paths, never at a path given on the command line."""
-    given = {text.partition("=")[0] for text in overrides}
-    makers = {"model.path": "model.create_tiny", "data.path": "data.draw_demo_clips"}
-    return replace(cfg, {maker: False for path, maker in makers.items() if path in given and maker not in given})
-
-
-def make_demo(cfg: RunConfig) -> None:
-    """The tiny model and the drawn clips, where the config asks for them and they are not there yet."""
-    if cfg.model.create_tiny:
-        create_tiny_model(cfg.model.path)
-    if cfg.data.draw_demo_clips:
-        draw_clips(cfg.data.path)
-
-
-def batch_sizes(cfg: RunConfig, buckets: tuple[ClipShape, ...], model: ModelFolder) -> tuple[int, ...]:
-    """Clips per rank and micro-step in each bucket: one number, or as many as the token budget holds."""
-    budget = cfg.train.tokens_per_batch
-    if budget is None:
-        return (cfg.train.batch_size,) * len(buckets)
-    return tuple(max(1, budget // num_tokens(shape, model.geometry)) for shape in buckets)
-
-
-def make_folders(cfg: RunConfig) -> None:
-    """The folders that the run writes into. Raises UserError where one cannot be made or written."""
-    for key, folder in (("output_dir", cfg.output_dir), ("data.cache_dir", cfg.data.cache_dir)):
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(f"{key}: cannot write into {folder} ({reason}): choose another folder") from None
 
 
 def weights_digest(cfg: RunConfig, model: ModelFolder) -> str:
@@ -109,7 +80,9 @@ def identity(cfg: RunConfig, ds_config: dict[str, Any], weights: str, data: Enco
         "conditioning": to_dict(cfg)["conditioning"],
         "seed": cfg.seed,
         "data": data.fingerprint,
-        "buckets": [str(shape) for shape in data.buckets],
+        "buckets": [str(shape) for shape in data.index.buckets],
+        "repeats": list(data.mixture.repeats),
+        "sync": [cfg.data.sync, cfg.data.cost_tolerance] if cfg.data.sync == "cost" else [cfg.data.sync],
         "batch_sizes": list(plan.batch_sizes),
         "accumulation": plan.accumulation,
         "world_size": plan.world_size,
@@ -125,13 +98,15 @@ def train(
     """Prepare the data, then train up to `train.num_steps`, from scratch or from a checkpoint. Collective."""
     output_dir = Path(cfg.output_dir)
     checkpoint_dir = output_dir / "checkpoints"
-    on_rank0(world, lambda: make_folders(cfg))
+    on_rank0(world, lambda: make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir}))
     resume_from = on_rank0(world, lambda: checkpoints.find(checkpoint_dir, cfg.checkpoint.resume))
 
-    data = prepare(cfg, model, buckets, world)
-    plan = Plan(
-        data.sizes, batch_sizes(cfg, buckets, model), world.size, cfg.train.gradient_accumulation_steps, cfg.seed
-    )
+    def tell(found: Survey) -> None:
+        report = run_report(cfg, ds_config, model, found, clip_table(found), world.size)
+        print(short_report(report), flush=True)
+
+    data = prepare(cfg, model, buckets, world, cfg.data.max_unusable, tell=tell)
+    plan = make_plan(cfg, data.mixture, buckets, model, world.size)
     weights = on_rank0(world, lambda: weights_digest(cfg, model))
     first_step, fixed = 0, identity(cfg, ds_config, weights, data, plan)
     if resume_from:
@@ -144,7 +119,8 @@ def train(
             print(f"what an earlier run wrote is kept in {aside}")
         (output_dir / "run.yaml").write_text(to_yaml(cfg))
         (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
-        write_rejected(data.rejected, output_dir / "unusable.jsonl")
+        if data.unusable.file:
+            shutil.copyfile(data.unusable.file, output_dir / "unusable.jsonl")
         print(summary(cfg, ds_config, model, data, plan, resume_from), flush=True)
 
     on_rank0(world, begin)
@@ -177,9 +153,12 @@ def train(
         saved = {"step": step, "identity": fixed, "origin": dataclasses.asdict(plan.origin)}
         checkpoints.save(engine, world, checkpoint_dir, step, saved, cfg.checkpoint.keep_last)
 
-    batches, clock = load_batches(data, cfg, plan, world, first_step), Stopwatch()
+    quarantine = Quarantine(world, output_dir, len(data.index), cfg.data.max_unusable)
+    batches, clock = load_batches(data, cfg, plan, model, world, first_step, quarantine.known), Stopwatch()
     for step in range(first_step, cfg.train.num_steps):
-        train_step(engine, builder, batches, plan, step, cfg, data, world, monitor, clock)
+        train_step(engine, builder, batches, plan, step, cfg, buckets, world, monitor, quarantine, clock)
+        if (step + 1) % cfg.monitor.every == 0 or step + 1 == cfg.train.num_steps:
+            quarantine.settle()
         if (step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.train.num_steps:
             monitor.flush()
             save(step + 1)
@@ -196,12 +175,23 @@ def whereabouts(output_dir: Path, step: int) -> str:
 
 
 def load_batches(
-    data: EncodedData, cfg: RunConfig, plan: Plan, world: World, first_step: int
-) -> Iterator[dict[str, torch.Tensor]]:
-    """This rank's batches, one per micro-step, read ahead of time."""
+    data: EncodedData,
+    cfg: RunConfig,
+    plan: Plan,
+    model: ModelFolder,
+    world: World,
+    first_step: int,
+    quarantined: frozenset[int],
+) -> Iterator[Batch]:
+    """This rank's batches, one per micro-step, made ahead of time: read from the cache, or encoded on the fly."""
+    order = ClipOrder(data.index, data.mixture)
+    sampler = BucketBatchSampler(plan, world.rank, first_step, cfg.train.num_steps)
+    if cfg.data.encode == "on_the_fly":
+        yield from stream_batches(sampler, order, quarantined, cfg, model, world)
+        return
     loader = DataLoader(
-        ClipDataset(data.samples, cfg.data.cache_dir),
-        batch_sampler=BucketBatchSampler(plan, world.rank, first_step, cfg.train.num_steps),
+        ClipDataset(order, cfg.data.cache_dir, quarantined),
+        batch_sampler=sampler,
         collate_fn=collate,
         num_workers=cfg.data.num_workers,
         pin_memory=world.device.type == "cuda",
@@ -216,18 +206,19 @@ def load_batches(
 def train_step(
     engine: Any,
     builder: StepBuilder,
-    batches: Iterator[dict[str, torch.Tensor]],
+    batches: Iterator[Batch],
     plan: Plan,
     step: int,
     cfg: RunConfig,
-    data: EncodedData,
+    buckets: tuple[ClipShape, ...],
     world: World,
     monitor: Monitor,
+    quarantine: Quarantine,
     clock: Stopwatch,
 ) -> None:
-    """One optimizer step: `accumulation` micro-steps of forward and backward, all ranks in the same bucket."""
+    """One optimizer step: `accumulation` micro-steps of forward and backward, all ranks in buckets of one cost."""
     num_samples, tokens, data_wait_s = 0, 0, 0.0
-    losses = StepLosses(len(data.buckets), world.device)
+    losses = StepLosses(len(buckets), world.device)
     num_timesteps = len(builder.alphas_cumprod)
     lr = learning_rate(
         step,
@@ -242,9 +233,10 @@ def train_step(
         waiting = Stopwatch()
         batch = next(batches)
         data_wait_s += waiting.lap()
-        shape = data.buckets[micro_batch.bucket]
+        quarantine.add(batch.bad)
+        bucket = micro_batch.bucket_of(world.rank)
         draws = draw(micro_batch, step, number, num_timesteps, cfg, world)
-        inputs, target = builder.build(batch, shape, draws)
+        inputs, target = builder.build(batch.tensors, buckets[bucket], draws)
         seed_global(cfg.seed, draws.step, world.rank)
         per_sample = v_loss(engine(**inputs)[0], target)
         weights = torch.tensor(micro_batch.weights_of(world.rank), device=world.device)
@@ -252,11 +244,12 @@ def train_step(
         engine.backward(loss)
         engine.step()
         share = loss.detach() / (world.size * plan.accumulation)
-        losses.add(
-            share, per_sample, micro_batch.bucket, timestep_quarter(draws.timesteps.to(world.device), num_timesteps)
+        losses.add(share, per_sample, bucket, timestep_quarter(draws.timesteps.to(world.device), num_timesteps))
+        num_samples += micro_batch.num_slots
+        tokens += sum(
+            micro_batch.batch_size_of(rank) * num_tokens(buckets[micro_batch.bucket_of(rank)], builder.geometry)
+            for rank in range(world.size)
         )
-        num_samples += micro_batch.batch_size * world.size
-        tokens += micro_batch.batch_size * world.size * num_tokens(shape, builder.geometry)
     step_s = clock.lap()
     monitor.record(
         step + 1,
@@ -280,7 +273,8 @@ def draw(micro_batch: MicroBatch, step: int, number: int, num_timesteps: int, cf
     timesteps = stratified_timesteps(
         micro_batch.slots_of(world.rank), micro_batch.step_slots, num_timesteps, cfg.seed, step
     )
-    drop_image, drop_caption = draw_dropouts(micro_batch.batch_size, cfg.conditioning, cfg.seed, micro_step, world.rank)
+    batch_size = micro_batch.batch_size_of(world.rank)
+    drop_image, drop_caption = draw_dropouts(batch_size, cfg.conditioning, cfg.seed, micro_step, world.rank)
     return Draws(timesteps, drop_image, drop_caption, cfg.seed, micro_step, world.rank)
 
 
@@ -324,15 +318,12 @@ def summary(
         f"{plan.world_size} ranks, ZeRO stage {zero_stage(ds_config)}, {cfg.train.precision}, "
         f"{plan.accumulation} micro-steps a step, {plan.steps_per_epoch:.1f} steps an epoch",
     ]
-    for shape, size, local in zip(data.buckets, data.sizes, plan.local_batch_sizes):
+    for shape, sets, local in zip(data.index.buckets, data.index.sizes, plan.local_batch_sizes):
         tokens = num_tokens(shape, model.geometry)
-        lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {size:>5} clips  batch {local} a rank")
-    if data.rejected:
-        lines.append(f"{len(data.rejected)} files cannot be trained, see {Path(cfg.output_dir) / 'unusable.jsonl'}:")
-        lines += [f"  {one.path}: {one.reason}" for one in data.rejected[:5]]
-    if data.num_truncated:
-        limit = model.geometry.text_tokens
-        lines.append(f"{data.num_truncated} captions are longer than {limit} tokens: their ends are not seen")
+        lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {sum(sets):>5} clips  batch {local} a rank")
+    if data.unusable.num:
+        lines.append(f"{data.unusable.num} files cannot be trained, see {Path(cfg.output_dir) / 'unusable.jsonl'}:")
+        lines += [f"  {path}: {reason}" for path, reason in data.unusable.examples]
     if resume_from:
         lines.append(f"resuming from {resume_from}")
     return "\n".join(lines)

@@ -32,6 +32,11 @@ GATES = {
     "huggingface_hub": ("cogds/model/",),
     "tensorboard": ("cogds/runtime/monitor.py",),
     "omegaconf": ("cogds/config.py",),
+    "safetensors": ("cogds/model/", "cogds/data/shard.py"),
+    "pyarrow": ("cogds/data/", "cogds/encode.py", "cogds/survey.py", "cogds/report/"),
+    "matplotlib": ("cogds/report/",),
+    "jinja2": ("cogds/report/",),
+    "rich": ("cogds/report/",),
     # core calls diffusers' pure functions (rotary tables) and none of its models
     "diffusers": ("cogds/model/", "cogds/sample.py", "cogds/core/rope.py"),
 }

@@ -104,3 +104,11 @@ def test_a_bug_keeps_its_traceback_and_success_is_0():
     with pytest.raises(ZeroDivisionError):
         cli.run(bug)
     assert cli.run(lambda: None) == 0
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"output_dir: cannot write into .*file/run"):
+        cli.make_folders({"output_dir": str(tmp_path / "file/run")})
+    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write into"):
+        cli.make_folders({"output_dir": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "file")})

@@ -63,6 +63,10 @@ def test_the_tree_is_frozen():
         ("output_dir=a=b", "a=b"),
         ("output_dir='a b'", "a b"),
         ("train.tokens_per_batch=5", 5),
+        ("data.columns={path: video, caption: 'long text'}", {"path": "video", "caption": "long text"}),
+        ("data.columns={}", {}),
+        ("data.default_caption=a film", "a film"),
+        ("data.windows=all", "all"),
     ],
 )
 def test_overrides_are_read_as_they_are_meant(override, expected):
@@ -116,6 +120,17 @@ def test_yaml_takes_a_bare_text_for_a_list_and_1e_4_for_a_number(tmp_path):
         ("train.num_steps", ["'train.num_steps'", "not KEY=VALUE", "train.num_steps=100"]),
         ("train.num_steps=[1", ["'train.num_steps=[1'", "cannot be read", "quotes"]),
         ("data.path=${nope}", ["data.path", "nope", "write the value itself"]),
+        ("data.columns=[a]", ["data.columns must be a mapping of names to texts", "[a]"]),
+        ("data.columns=null", ["data.columns must be a mapping of names to texts", "null"]),
+        ("data.columns={path: 5}", ["data.columns must be a mapping", "in quotes", "{path: 5}"]),
+        ("data.columns={path: [a]}", ["data.columns must be a mapping", "{path: [a]}"]),
+        ("data.columns={paht: a}", ["unknown column 'paht' in data.columns", "did you mean 'path'?", "start_s"]),
+        ("data.columns={path: ' '}", ["data.columns is {path: ' '}", "not empty"]),
+        ("data.columns.path=a", ["unknown key 'data.columns.path'", "as a whole", "data.columns='{caption: text}'"]),
+        ("data.max_unusable=1.5", ["data.max_unusable is 1.5", "at most 1"]),
+        ("data.repeats=0", ["data.repeats is 0.0", "greater than 0"]),
+        ("data.windows=frist", ["data.windows is frist", "did you mean 'first'?"]),
+        ("data.default_caption=", ["data.default_caption is ''", "not empty"]),
     ],
 )
 def test_overrides_are_refused_with_key_place_value_and_fix(override, parts):
@@ -158,6 +173,64 @@ def test_a_missing_file_and_a_missing_key_are_named(tmp_path):
         config.load_config(None, ["model.path=m"])
 
 
+SETS = "data.sets="
+
+
+def load_sets(*overrides: str) -> config.RunConfig:
+    return config.load_config(None, ["model.path=m", *overrides])[0]
+
+
+def test_several_data_sets():
+    cfg = load_sets(SETS + "[{path: '${output_dir}/a'}, {path: b, repeats: 2, columns: {path: url}}]", "output_dir=o")
+    assert cfg.data.sets == (config.SetConfig("o/a"), config.SetConfig("b", 2.0, columns={"path": "url"}))
+    assert cfg.data.path == ""
+    assert isinstance(hash(cfg), int)
+    weighted = load_sets(SETS + "[{path: a, weight: 1}, {path: b, weight: 0.5}]").data.sets
+    assert [one.weight for one in weighted] == [1.0, 0.5]
+
+
+@pytest.mark.parametrize(
+    "overrides, parts",
+    [
+        ([SETS + "[a, b]"], ["data.sets must be a list of mappings with path, repeats, weight, columns", "[a, b]"]),
+        ([SETS + "{path: a}"], ["data.sets must be a list of mappings", "{path: a}"]),
+        ([SETS + "null"], ["data.sets must be a list of mappings", "null"]),
+        ([SETS + "[{paht: a}]"], ["unknown key 'paht' in data.sets[0]", "did you mean 'path'?"]),
+        ([SETS + "[{path: a}, {repeats: 2}]"], ["data.sets[1].path is not set"]),
+        ([SETS + "[{path: a}, {path: b, repeats: x}]"], ["data.sets[1].repeats must be a number, but is x"]),
+        ([SETS + "[{path: a}, {path: b, repeats: 0}]"], ["data.sets[1].repeats is 0.0", "greater than 0"]),
+        ([SETS + "[{path: 5}]"], ["data.sets[0].path must be text, in quotes"]),
+        ([SETS + "[{path: ''}]"], ["data.sets[0].path is ''", "not empty"]),
+        ([SETS + "[{path: a, columns: {txt: b}}]"], ["unknown column 'txt' in data.sets[0].columns"]),
+        ([SETS + "[{path: a, columns: b}]"], ["data.sets[0].columns must be a mapping"]),
+        ([SETS + "[{path: a, weight: 1}, {path: b}]"], ["data.sets[1] has no weight", "all sets or to none"]),
+        ([SETS + "[{path: a, weight: 1, repeats: 2}]"], ["data.sets[0] has both repeats and weight"]),
+        ([SETS + "[{path: a}]", "data.repeats=2"], ["data.repeats is set", "belongs to data.path"]),
+        ([SETS + "[{path: a}]", "data.columns={path: x}"], ["data.columns is set", "belongs to data.path"]),
+        ([SETS + "[{path: a}]", "data.path=b"], ["data.path and data.sets are both set", "remove one"]),
+        (["data.sets[0].path=a"], ["unknown key 'data.sets[0].path'", "data.sets='[{path: a}, {path: b}]'"]),
+    ],
+)
+def test_data_sets_are_refused_with_key_place_value_and_fix(overrides, parts):
+    with pytest.raises(UserError) as error:
+        load_sets(*overrides)
+    for part in [*parts, "on the command line"]:
+        assert part in str(error.value)
+
+
+def test_of_path_and_sets_and_of_two_mappings_the_command_line_wins(tmp_path):
+    file = tmp_path / "run.yaml"
+    file.write_text("data:\n  columns: {path: a, caption: b}\n  path: x\nmodel: {path: m}\n")
+    assert config.load_config(str(file), ["data.columns={path: c}"])[0].data.columns == {"path": "c"}
+    file.write_text("data:\n  path: x\nmodel: {path: m}\n")
+    data = config.load_config(str(file), [SETS + "[{path: a}]"])[0].data
+    assert (data.path, [one.path for one in data.sets]) == ("", ["a"])
+    file.write_text("data:\n  sets:\n    - path: a\n    - {path: b}\nmodel: {path: m}\n")
+    assert [one.path for one in config.load_config(str(file), [])[0].data.sets] == ["a", "b"]
+    data = config.load_config(str(file), ["data.path=y"])[0].data
+    assert (data.path, data.sets) == ("y", ())
+
+
 def test_of_batch_size_and_tokens_per_batch_the_command_line_wins(tmp_path):
     yaml = "train: {tokens_per_batch: 5}"
     assert load(yaml=yaml, tmp=tmp_path).train.tokens_per_batch == 5
@@ -192,9 +265,17 @@ TEXTS = st.text(st.characters(min_codepoint=33, max_codepoint=126, exclude_chara
     buckets=st.lists(TEXTS, max_size=3),
     lr=st.floats(0, 1),
     tokens=st.none() | st.integers(1, 10**9),
+    columns=st.dictionaries(st.sampled_from(config.COLUMNS), TEXTS, max_size=3),
+    sets=st.lists(st.fixed_dictionaries({"path": TEXTS, "repeats": st.floats(0.1, 9)}), max_size=3),
 )
-def test_to_yaml_reads_back_as_the_same_tree(tmp_path_factory, revision, buckets, lr, tokens):
+def test_to_yaml_reads_back_as_the_same_tree(tmp_path_factory, revision, buckets, lr, tokens, columns, sets):
+    data = (
+        {"data.sets": [{**one, "columns": columns} for one in sets], "data.path": ""}
+        if sets
+        else {"data.columns": columns}
+    )
     changes = {
+        **data,
         "model.revision": revision,
         "data.buckets": buckets,
         "optimizer.lr": lr,
@@ -221,7 +302,10 @@ def test_help_lists_every_key_with_default_unit_and_line():
         at = next(i for i, line in enumerate(lines) if line.split()[:1] == [name])
         assert lines[at + 1].strip() == key.field.metadata["help"] != ""
         assert key.field.metadata["unit"] in lines[at]
-        assert "(required)" in lines[at] if name.endswith(".path") else " = " in lines[at]
+        assert "(required)" in lines[at] if name == "model.path" else " = " in lines[at]
+        for inner, inner_key in key.keys.items():
+            line = next(i for i in range(at, len(lines)) if lines[i].startswith(f"      {inner} "))
+            assert lines[line + 1].strip() == inner_key.field.metadata["help"] != ""
     assert "  train.num_steps = 1000  [optimizer steps]" in lines
 
 

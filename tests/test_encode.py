@@ -1,6 +1,6 @@
 """From a dataset to encoded samples: what is cached, what misses the cache, what is left out."""
 
-import contextlib
+import json
 import shutil
 
 import numpy as np
@@ -8,17 +8,20 @@ import pytest
 import torch
 from PIL import Image
 
+import cogds.data.digest
+import cogds.data.video
 import cogds.encode
 from cogds.config import load_config
 from cogds.core.conditioning import to_range
-from cogds.data.cache import Cache
-from cogds.data.dataset import ClipDataset, collate
+from cogds.data.cache import Cache, Writer
+from cogds.data.dataset import read_encoded
 from cogds.data.synthetic import draw_clips
 from cogds.data.video import read_clip
-from cogds.encode import make_buckets, prepare
+from cogds.encode import prepare
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_vae
 from cogds.runtime.world import World
+from cogds.survey import make_buckets
 
 ALONE = World(0, 1, 0, 1)
 
@@ -34,45 +37,55 @@ def drawn(tmp_path_factory):
 def encode(tiny_model, tmp_path):
     """`encode(folder, *overrides)`: the prepared dataset, with a cache of the test's own."""
 
-    def run(folder, *overrides):
+    def run(folder, *overrides, max_unusable=1.0):
         cfg, _ = load_config(
             None,
             [f"model.path={tiny_model}", f"data.path={folder}", f"data.cache_dir={tmp_path / 'cache'}",
              "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=0", "train.precision=fp32", *overrides],
         )  # fmt: skip
         model = find_model(cfg.model.path)
-        return prepare(cfg, model, make_buckets(cfg, model.geometry), ALONE)
+        return prepare(cfg, model, make_buckets(cfg, model), ALONE, max_unusable)
 
     return run
+
+
+def samples(data):
+    return [data.index[row] for row in range(len(data.index))]
+
+
+def reasons_of(data):
+    listed = map(json.loads, data.unusable.file.read_text().splitlines())
+    return {one["path"].rpartition("/")[2]: one["reason"] for one in listed}
 
 
 @pytest.fixture
 def count_encodes(monkeypatch):
     """Names of the cache entries written since the fixture was made."""
-    written, write = [], Cache.write
+    written, write = [], Writer.write
 
-    def counting(self, kind, key, tensors):
-        written.append((kind, key))
-        write(self, kind, key, tensors)
+    def counting(self, key, tensors):
+        written.append(("clips" if "moments" in tensors else "captions", key))
+        write(self, key, tensors)
 
-    monkeypatch.setattr(Cache, "write", counting)
+    monkeypatch.setattr(Writer, "write", counting)
     return written
 
 
 def test_samples_stand_in_bucket_order_with_their_encodings(encode, drawn, tiny_model, tmp_path):
     data = encode(drawn)
-    assert sum(data.sizes) == len(data.samples) == 7
-    assert [s.shape for s in data.samples] == [b for b, n in zip(data.buckets, data.sizes) for _ in range(n)]
-    assert data.rejected == ()
-    batch = collate([ClipDataset(data.samples, tmp_path / "cache")[0]])
-    shape = data.samples[0].shape
-    pixels = read_clip(data.samples[0].clip.path, shape, 16)
-    assert torch.equal(batch["first_frame"][0], pixels[0])
+    assert sum(map(sum, data.index.sizes)) == len(data.index) == 7
+    clips = samples(data)
+    assert [c.shape for c in clips] == [b for b, n in zip(data.index.buckets, data.index.sizes) for _ in range(sum(n))]
+    assert data.unusable.num == 0
+    read = read_encoded(Cache(tmp_path / "cache"), clips[0])
+    pixels = torch.from_numpy(read_clip(clips[0].path, clips[0].shape, 16))
+    assert torch.equal(read["first_frame"], pixels[0].permute(2, 0, 1))
     vae = load_vae(find_model(str(tiny_model)), torch.float32, "cpu")
     with torch.no_grad():
-        moments = vae.encode(to_range(pixels, torch.float32).transpose(0, 1)[None]).latent_dist.parameters
-    assert torch.equal(batch["moments"], moments)
-    assert batch["text_states"].shape == (1, 32, 32)
+        video = to_range(pixels, torch.float32).permute(3, 0, 1, 2)[None]
+        moments = vae.encode(video).latent_dist.parameters
+    assert torch.equal(read["moments"], moments[0])
+    assert read["text_states"].shape == (32, 32)
 
 
 def test_nothing_is_encoded_twice(encode, drawn, count_encodes):
@@ -88,12 +101,24 @@ def test_nothing_is_encoded_twice(encode, drawn, count_encodes):
     assert count_encodes == []
 
 
-@pytest.mark.parametrize("change", ["data.fps=8", "data.buckets=[9x64x80]", "train.precision=bf16"])
+@pytest.mark.parametrize(
+    "change",
+    ["data.fps=8", "data.buckets=[9x64x80]", "train.precision=bf16", "data.decoder=decord", "data.vae_tiling=on"],
+)
 def test_what_changes_an_encoding_misses_the_cache(encode, drawn, count_encodes, change):
     first = encode(drawn, "data.buckets=[9x64x96]")
     count_encodes.clear()
     assert encode(drawn, "data.buckets=[9x64x96]", change).fingerprint != first.fingerprint
     assert [kind for kind, _ in count_encodes].count("clips") >= 5
+
+
+def test_another_version_of_the_code_misses_the_cache(encode, drawn, count_encodes, monkeypatch):
+    """How frames are resized and cropped is code: whoever changes it raises the version."""
+    encode(drawn)
+    count_encodes.clear()
+    monkeypatch.setattr(cogds.data.digest, "ENCODING_VERSION", cogds.data.digest.ENCODING_VERSION + 1)
+    encode(drawn)
+    assert len([kind for kind, _ in count_encodes if kind == "clips"]) == 7
 
 
 def test_changed_weights_and_files_miss_the_cache(encode, drawn, tiny_model, tmp_path, count_encodes):
@@ -116,26 +141,71 @@ def test_changed_weights_and_files_miss_the_cache(encode, drawn, tiny_model, tmp
     assert {kind for kind, _ in count_encodes} == {"clips"}
 
 
-def test_a_bad_file_is_left_out_with_its_reason(encode, drawn, tmp_path, monkeypatch):
+def test_a_bad_file_is_left_out_with_its_reason(encode, drawn, tmp_path):
     folder = tmp_path / "clips"
     shutil.copytree(drawn, folder)
     (folder / "torn.mp4").write_bytes((folder / "clip_0.mp4").read_bytes()[:500])
     (folder / "torn.txt").write_text("torn")
     (folder / "clip_1.txt").unlink()
-    data = encode(folder, "data.buckets=[9x64x96, 25x64x64]")  # the picture has no bucket of one frame here
-    reasons = {one.path.rpartition("/")[2]: one.reason for one in data.rejected}
+    buckets = "data.buckets=[9x64x96, 25x64x64]"  # the picture has no bucket of one frame here
+    data = encode(folder, buckets)
+    reasons = reasons_of(data)
     assert set(reasons) == {"torn.mp4", "clip_1.mp4", "image_0.png"}
     assert "caption missing" in reasons["clip_1.mp4"]
     assert reasons["image_0.png"] == "too short: 1 frames at 16 fps, the shortest bucket has 9"
-    assert len(data.samples) == 5
+    assert (len(data.index), data.unusable.num, data.unusable.num_rows) == (5, 3, 8)
+    with pytest.raises(UserError, match=r"3 of 8 clips cannot be used .* data\.max_unusable \(0\.3\)"):
+        encode(folder, buckets, max_unusable=0.3)
 
-    # A file that probes well and fails to decode is found out while encoding.
-    def fail(path, *_):
-        raise cogds.encode.DecodeError(f"cannot decode {path}")
 
-    monkeypatch.setattr(cogds.encode, "read_clip", fail)
-    with pytest.raises(UserError, match=r"not one of the 8 clips .* can be trained"):
-        encode(folder, "data.buckets=[9x64x80]")
+def test_a_file_that_fails_to_decode_is_not_tried_again(encode, drawn, tmp_path, monkeypatch):
+    """It probes well; what is found out while encoding is kept, for its copies too, and for later runs."""
+    folder = tmp_path / "clips"
+    shutil.copytree(drawn, folder)
+    for suffix in (".mp4", ".txt"):
+        shutil.copy(folder / f"clip_2{suffix}", folder / f"copy{suffix}")
+    tried, decode = [], cogds.encode.decode
+
+    def failing(task):
+        tried.append(task.path)
+        if task.path.endswith(("clip_2.mp4", "copy.mp4")):
+            raise cogds.data.video.DecodeError("the frame at 0.3 s is damaged")
+        return decode(task)
+
+    monkeypatch.setattr(cogds.encode, "decode", failing)
+    data = encode(folder)
+    assert reasons_of(data) == dict.fromkeys(["clip_2.mp4", "copy.mp4"], "the frame at 0.3 s is damaged")
+    assert len(data.index) == 6
+    assert len(tried) == 7
+    again = encode(folder)
+    assert len(tried) == 7
+    assert again.index.path == data.index.path
+    with pytest.raises(UserError, match="2 of 8 clips cannot be used"):
+        encode(folder, max_unusable=0.2)
+    monkeypatch.setattr(cogds.encode, "decode", lambda _: pytest.fail("all is there"))
+    assert encode(folder).fingerprint == data.fingerprint
+
+
+def test_a_file_that_goes_or_changes_meanwhile_is_told_and_not_kept(encode, drawn, tmp_path, monkeypatch):
+    folder = tmp_path / "clips"
+    shutil.copytree(drawn, folder)
+
+    class Meanwhile(cogds.encode.GuardedPool):
+        def imap(self, tasks, ahead=0):
+            for clip in super().imap(tasks, ahead):
+                (folder / "clip_0.mp4").unlink(missing_ok=True)
+                shutil.copy(folder / "clip_3.mp4", folder / "clip_1.mp4")
+                yield clip
+
+    with monkeypatch.context() as patch:
+        patch.setattr(cogds.encode, "GuardedPool", Meanwhile)
+        data = encode(folder)
+    reasons = reasons_of(data)
+    assert set(reasons) == {"clip_0.mp4", "clip_1.mp4"}
+    assert reasons["clip_0.mp4"].startswith("disappeared")
+    assert reasons["clip_1.mp4"].startswith("changed")
+    shutil.copy(drawn / "clip_0.mp4", folder / "clip_0.mp4")
+    assert reasons_of(encode(folder)) == {}
 
 
 def test_a_given_image_is_the_condition(encode, drawn, tmp_path):
@@ -144,47 +214,51 @@ def test_a_given_image_is_the_condition(encode, drawn, tmp_path):
     (tmp_path / "prompts.txt").write_text("one\ntwo\n")
     plain = encode(tmp_path)
     (tmp_path / "images.txt").write_text("first.png\nfirst.png\n")
-    given = encode(tmp_path)
-    dataset = ClipDataset(given.samples, tmp_path / "cache")
-    assert torch.equal(dataset[0]["first_frame"][:, 0, 0], torch.tensor([250, 5, 5], dtype=torch.uint8))
-    assert plain.samples[0].clip_key != given.samples[0].clip_key
-    assert given.samples[0].clip_key == given.samples[1].clip_key
-    assert given.samples[0].caption_key != given.samples[1].caption_key
+    given = samples(encode(tmp_path))
+    first = read_encoded(Cache(tmp_path / "cache"), given[0])["first_frame"]
+    assert torch.equal(first[:, 0, 0], torch.tensor([250, 5, 5], dtype=torch.uint8))
+    assert samples(plain)[0].clip_key != given[0].clip_key
+    assert given[0].clip_key == given[1].clip_key
+    assert given[0].caption_key != given[1].caption_key
 
 
-def test_long_captions_are_counted(encode, drawn, tmp_path):
-    folder = tmp_path / "clips"
-    shutil.copytree(drawn, folder)
-    (folder / "clip_0.txt").write_text("a red circle " * 50)
-    assert encode(folder).num_truncated == 1 + encode(drawn).num_truncated
+def test_several_sets_and_windows(encode, drawn):
+    sets = f"data.sets=[{{path: {drawn}}}, {{path: {drawn}, repeats: 2.5}}]"
+    data = encode("", sets)
+    assert all(one[0] == one[1] for one in data.index.sizes)
+    assert data.mixture.repeats == (1.0, 2.5)
+    assert len({clip.clip_key for clip in samples(data)}) == 7
+    long = encode(drawn, "data.windows=all")
+    assert len(long.index) > 7
+    starts = sorted(clip.start_s for clip in samples(long) if clip.path.endswith("clip_0.mp4"))
+    assert starts == pytest.approx([9 / 16 * k for k in range(5)])
+    assert len({clip.clip_key for clip in samples(long)}) == len(long.index)
 
 
-def test_ranks_that_encode_one_after_the_other_leave_nothing_out(drawn, tmp_path, tiny_model, monkeypatch):
-    """However far apart the ranks are, their shares are parts of one list."""
-    asked = {}
-
-    def ask_once(_world, function):
-        # What rank 0 found before anyone wrote is what every rank is told.
-        place = (function.__code__.co_firstlineno, function.__code__.co_name)
-        if place not in asked:
-            asked[place] = function()
-        return asked[place]
-
-    monkeypatch.setattr(cogds.encode, "on_rank0", ask_once)
-    monkeypatch.setattr(cogds.encode, "on_all_ranks", lambda _, function: [function()])
+def test_shares_of_ranks_make_the_whole(drawn, tmp_path, tiny_model):
+    """Every entry is some rank's, and none is two ranks'."""
     cfg, _ = load_config(
         None,
         [f"model.path={tiny_model}", f"data.path={drawn}", f"data.cache_dir={tmp_path / 'cache'}",
          "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=0", "train.precision=fp32"],
     )  # fmt: skip
     model = find_model(cfg.model.path)
-    for rank in (1, 0):
-        with suppress_missing(rank):
-            data = prepare(cfg, model, make_buckets(cfg, model.geometry), World(rank, 2, rank, 2))
+    buckets = make_buckets(cfg, model)
+    manifest = cogds.encode.update_manifest(cfg, ALONE, digests=True)
+    desk = cogds.encode.Desk(cfg, model, cogds.encode.survey(cfg, manifest, buckets))
+    ranks = desk.work(2).clips.column("rank").to_pylist()
+    assert sorted(ranks) == [0, 0, 0, 1, 1, 1, 1] or sorted(ranks) == [0, 0, 0, 0, 1, 1, 1]
+    assert len(set(desk.work(2).clips.column("key").to_pylist())) == 7
+
+
+def test_what_killed_writers_left_is_packed(encode, drawn, tmp_path):
     cache = Cache(tmp_path / "cache")
-    assert all(cache.has("clips", one.clip_key) and cache.has("captions", one.caption_key) for one in data.samples)
-
-
-def suppress_missing(rank):
-    # The rank that goes first cannot read what the other has yet to write.
-    return contextlib.suppress(UserError) if rank else contextlib.nullcontext()
+    encode(drawn)
+    writer = Writer(tmp_path / "cache/clips", 1 << 20)
+    writer.write("ab" * 16, {"moments": torch.ones(3)})
+    writer._close_staging()  # as a kill does: the lock is gone, the folder stays
+    assert list(tmp_path.glob("cache/clips/staging*"))
+    encode(drawn)
+    assert not list(tmp_path.glob("cache/clips/staging*"))
+    assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
+    assert cache.snapshot("clips").place("ab" * 16)

@@ -1,17 +1,12 @@
 """The parts of the main command that need no process group; whole runs stand in tests/dist and tests/e2e."""
 
 import shutil
-from pathlib import Path
-
-import pytest
 
 from cogds.config import load_config
 from cogds.core.geometry import ClipShape
-from cogds.errors import UserError
 from cogds.model.load import find_model
-from cogds.train import batch_sizes, make_folders, only_own_demo, weights_digest
-
-ROOT = Path(__file__).resolve().parent.parent
+from cogds.order import batch_sizes
+from cogds.train import weights_digest
 
 
 def config(*overrides):
@@ -24,29 +19,6 @@ def test_batch_sizes_are_one_number_or_follow_from_the_token_budget(tiny_model):
     assert batch_sizes(config("train.batch_size=3"), buckets, model) == (3, 3)
     assert batch_sizes(config("train.tokens_per_batch=208"), buckets, model) == (2, 3)
     assert batch_sizes(config("train.tokens_per_batch=1"), buckets, model) == (1, 1)
-
-
-@pytest.mark.parametrize(
-    "overrides, tiny, clips",
-    [
-        ([], True, True),
-        (["model.path=x"], False, True),
-        (["data.path=x"], True, False),
-        (["model.path=x", "model.create_tiny=true", "data.path=y"], True, False),
-    ],
-)
-def test_the_demo_makes_nothing_at_a_path_that_the_user_gave(overrides, tiny, clips):
-    cfg, _ = load_config(str(ROOT / "launch/configs/demo.yaml"), overrides)
-    cfg = only_own_demo(cfg, overrides)
-    assert (cfg.model.create_tiny, cfg.data.draw_demo_clips) == (tiny, clips)
-
-
-def test_a_folder_that_cannot_be_made_is_named(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output_dir: cannot write into .*file/run"):
-        make_folders(config(f"output_dir={tmp_path / 'file/run'}"))
-    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write into"):
-        make_folders(config(f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'file'}"))
 
 
 def test_the_weights_digest_follows_the_weights(tiny_model, tmp_path):

@@ -1,45 +1,108 @@
-"""Cache -> samples -> one-shape batches."""
+"""Index and cache -> samples -> one-shape batches, with a stand-in for every clip that turns out to be bad.
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+A clip that cannot be read is named (`Bad`) and replaced by the next one of its bucket in the plan's order. Which one
+that is follows from the plan alone, so a resumed run replaces it alike, and all ranks take the same number of steps.
+"""
+
+from collections.abc import Callable, Iterator
 from pathlib import Path
+from typing import NamedTuple, TypeVar
 
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from cogds.core.geometry import ClipShape
-from cogds.data.cache import Cache
-from cogds.data.manifest import Clip
+from cogds.core.mixture import Mixture
+from cogds.data.cache import Cache, DamagedEntry
+from cogds.data.index import ClipIndex, IndexedClip
+from cogds.data.sampler import Draw
+from cogds.errors import UserError
+
+T = TypeVar("T")
 
 
-@dataclass(frozen=True)
-class Sample:
-    """A clip that can be trained: where it goes, and the keys of its encodings."""
+class Bad(NamedTuple):
+    """A clip that cannot be read: its row in the index, its file, and why."""
 
-    clip: Clip
-    shape: ClipShape
-    clip_key: str
-    caption_key: str
+    row: int
+    path: str
+    reason: str
 
 
-class ClipDataset(Dataset[dict[str, torch.Tensor]]):
-    """Encoded clips by index, read from the cache inside a DataLoader worker.
+class Item(NamedTuple):
+    """A sample's tensors, and the clips that it stands in for."""
+
+    tensors: dict[str, torch.Tensor]
+    bad: tuple[Bad, ...] = ()
+
+
+class Batch(NamedTuple):
+    """An item's tensors with a leading batch axis, and all clips that it stands in for."""
+
+    tensors: dict[str, torch.Tensor]
+    bad: tuple[Bad, ...] = ()
+
+
+class ClipOrder:
+    """Which rows of the index a place of the plan stands for: arithmetic, no list of clips."""
+
+    def __init__(self, index: ClipIndex, mixture: Mixture):
+        self.index, self.mixture = index, mixture
+
+    def rows(self, draw: Draw) -> Iterator[int]:
+        """The row drawn, then those that may stand in for it, until all of its bucket have come."""
+        for clip in self.mixture.next_clips(draw.bucket, draw.position, draw.stride):
+            yield self.index.row(draw.bucket, clip)
+
+    def first_good(
+        self, draw: Draw, quarantined: set[int], load: Callable[[int], T | Bad]
+    ) -> tuple[T, tuple[Bad, ...]]:
+        """What `load` makes of the first row that is good, and the bad ones before it, which join `quarantined`.
+
+        Raises UserError where the bucket has no good clip left.
+        """
+        bad: list[Bad] = []
+        for row in self.rows(draw):
+            if row in quarantined:
+                continue
+            loaded = load(row)
+            if not isinstance(loaded, Bad):
+                return loaded, tuple(bad)
+            quarantined.add(row)
+            bad.append(loaded)
+        last = f" (the last one, {bad[-1].path}: {bad[-1].reason})" if bad else ""
+        raise UserError(
+            f"not one clip of bucket {self.index.buckets[draw.bucket]} can be read{last}: "
+            "look at quarantine.jsonl in the run's folder; launch/encode.py --verify mends a damaged cache"
+        )
+
+
+class ClipDataset(Dataset[Item]):
+    """Encoded clips by their draw, read from the cache inside a DataLoader worker.
 
     An item holds `moments` [2C, F, H, W] (mean and log-variance of the VAE's posterior), `first_frame` uint8 [3, H, W]
     in pixels, and `text_states` [text_tokens, dim].
     """
 
-    def __init__(self, samples: Sequence[Sample], cache_dir: Path | str):
-        self.samples, self.cache = samples, Cache(cache_dir)
+    def __init__(self, order: ClipOrder, cache_dir: Path | str, quarantined: frozenset[int] = frozenset()):
+        self.order, self.cache, self.quarantined = order, Cache(cache_dir), set(quarantined)
 
-    def __len__(self) -> int:
-        return len(self.samples)
+    def __getitem__(self, draw: Draw) -> Item:
+        return Item(*self.order.first_good(draw, self.quarantined, self._load))
 
-    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
-        sample = self.samples[index]
-        return self.cache.read("clips", sample.clip_key) | self.cache.read("captions", sample.caption_key)
+    def _load(self, row: int) -> dict[str, torch.Tensor] | Bad:
+        clip = self.order.index[row]
+        try:
+            return read_encoded(self.cache, clip)
+        except DamagedEntry as error:
+            return Bad(row, clip.path, str(error))
 
 
-def collate(items: list[dict[str, torch.Tensor]]) -> dict[str, torch.Tensor]:
-    """Stack items of one bucket: every tensor gains a leading batch axis."""
-    return default_collate(items)
+def read_encoded(cache: Cache, clip: IndexedClip) -> dict[str, torch.Tensor]:
+    """The tensors of one clip and its caption. Raises cache.DamagedEntry."""
+    encoded = cache.read("clips", clip.clip_key, clip.clip_place)
+    return encoded | cache.read("captions", clip.caption_key, clip.caption_place)
+
+
+def collate(items: list[Item]) -> Batch:
+    """Stack items of one bucket."""
+    return Batch(default_collate([item.tensors for item in items]), tuple(bad for item in items for bad in item.bad))

@@ -1,35 +1,39 @@
 """The bucketed distributed batch sampler: the plan as torch's DataLoader wants it.
 
-All ranks' samplers name the same bucket and batch size at the same place; which clips, and in what order, is
-`core.plan`'s business alone. There is no state: to resume, start at another step.
+All ranks' samplers are at the same micro-step at the same place; what a rank trains there, and in what order, is
+`core.plan`'s business alone. There is no state and no list of clips: to resume, start at another step.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
+from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
 from cogds.core.plan import Plan
 
 
-class BucketBatchSampler(Sampler[list[int]]):
-    """Batches of dataset indices, one per micro-step, for one rank, from `first_step` up to `last_step` (exclusive).
+class Draw(NamedTuple):
+    """One slot of a batch: a position of a bucket's stream, and how many positions the micro-step takes of it.
 
-    The dataset holds bucket 0's clips first, then bucket 1's, and so on: `plan.sizes` of each.
+    `core.mixture.Mixture.next_clips` turns it into a clip, and those that may stand in for it.
     """
+
+    bucket: int
+    position: int
+    stride: int
+
+
+class BucketBatchSampler(Sampler[list[Draw]]):
+    """One rank's batches, one per micro-step, from `first_step` up to `last_step` (exclusive)."""
 
     def __init__(self, plan: Plan, rank: int, first_step: int, last_step: int):
         self.plan, self.rank, self.first_step, self.last_step = plan, rank, first_step, last_step
-        self.bucket_starts = _starts(plan.sizes)
 
-    def __iter__(self) -> Iterator[list[int]]:
+    def __iter__(self) -> Iterator[list[Draw]]:
         for step in range(self.first_step, self.last_step):
             for micro_batch in self.plan.at(step):
-                start = self.bucket_starts[micro_batch.bucket]
-                yield [start + clip for clip in micro_batch.clips_of(self.rank)]
+                part, _ = micro_batch.batch_of(self.rank)
+                yield [Draw(part.bucket, k, part.num_draws) for k in micro_batch.positions_of(self.rank)]
 
     def __len__(self) -> int:
         return max(0, self.last_step - self.first_step) * self.plan.accumulation
-
-
-def _starts(sizes: Sequence[int]) -> list[int]:
-    return [sum(sizes[:bucket]) for bucket in range(len(sizes))]

@@ -6,9 +6,11 @@ alone: training never holds all three.
 """
 
 import json
+import math
 import re
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +23,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, T5EncoderModel
 
 from cogds.core.geometry import ModelGeometry
+from cogds.core.memory import VaeSize
 from cogds.errors import UserError
 
 # A bar for every part that loads, on every rank, says nothing that a user asked for.
@@ -43,6 +46,15 @@ class ModelFolder:
     @property
     def hidden_size(self) -> int:
         return self.transformer_config["num_attention_heads"] * self.transformer_config["attention_head_dim"]
+
+    @property
+    def num_layers(self) -> int:
+        return self.transformer_config["num_layers"]
+
+    @cached_property
+    def vae_size(self) -> VaeSize:
+        """The VAE's size, its weights counted by the headers of their files."""
+        return VaeSize.from_config(self.vae_config, _num_weights(self.path / "vae"))
 
 
 def _read_json(path: Path) -> dict[str, Any]:
@@ -96,6 +108,14 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
             f"needs {2 * vae['latent_channels']} (latents and image latents): this is not an image-to-video model"
         )
     return ModelFolder(path, transformer, vae, geometry)
+
+
+def _num_weights(folder: Path) -> int:
+    total = 0
+    for file in sorted(folder.glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            total += sum(math.prod(tensors.get_slice(name).get_shape()) for name in tensors.keys())  # noqa: SIM118
+    return total
 
 
 def _check_weights(folder: Path) -> None:

@@ -19,7 +19,10 @@ from cogds.runtime.world import World, barrier, on_rank0
 
 STATE_FILE = "state.json"
 LATEST_FILE = "latest"
-OWN_FILES = ("checkpoints", "lora", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl")
+OWN_FILES = (
+    "checkpoints", "lora", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl",
+    "quarantine.jsonl",
+)  # fmt: skip
 
 
 def step_name(step: int) -> str:

@@ -5,8 +5,7 @@ import pytest
 
 from cogds.core.geometry import ClipShape
 from cogds.data import synthetic
-from cogds.data.manifest import read_entries
-from cogds.data.probe import probe_entries
+from cogds.data.manifest import DataSet, read, update
 from cogds.data.synthetic import draw_clips
 from cogds.data.video import read_clip
 
@@ -20,14 +19,15 @@ def test_clips_are_usable_and_the_same_for_a_seed(tmp_path: Path) -> None:
     draw_clips(tmp_path / "b")
     draw_clips(tmp_path / "c", seed=1)
     assert files(tmp_path / "a" / "clips") == files(tmp_path / "b") != files(tmp_path / "c")
-    clips, rejected = probe_entries(read_entries(tmp_path / "b"), num_workers=0)
-    assert not rejected
-    assert [clip.kind for clip in clips] == ["video"] * 6 + ["image"]
-    assert {clip.fps for clip in clips} == {0, 12, 16, 24, 25, 30}
-    assert {(c.width > c.height) - (c.width < c.height) for c in clips} == {-1, 0, 1}
-    assert all(0.7 <= clip.duration_s <= 3 and max(clip.width, clip.height) <= 320 for clip in clips[:-1])
-    frames = read_clip(clips[0].path, ClipShape(9, clips[0].height, clips[0].width), fps=4).float()
-    assert (frames[0] - frames[-1]).abs().mean() > 2  # something moves
+    update([DataSet(str(tmp_path / "b"))], tmp_path / "manifest.parquet", num_workers=0)
+    clips = read(tmp_path / "manifest.parquet").to_pylist()
+    assert {clip["status"] for clip in clips} == {"ok"}
+    assert [clip["kind"] for clip in clips] == ["video"] * 6 + ["image"]
+    assert {clip["fps"] for clip in clips} == {0, 12, 16, 24, 25, 30}
+    assert {(c["width"] > c["height"]) - (c["width"] < c["height"]) for c in clips} == {-1, 0, 1}
+    assert all(0.7 <= c["duration_s"] <= 3 and max(c["width"], c["height"]) <= 320 for c in clips[:-1])
+    frames = read_clip(clips[0]["path"], ClipShape(9, clips[0]["height"], clips[0]["width"]), fps=4).astype(float)
+    assert abs(frames[0] - frames[-1]).mean() > 2  # something moves
 
 
 def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:

@@ -1,0 +1,363 @@
+"""What will be trained and what will not: facts out of a survey. `text` and `html` show them.
+
+Nothing here opens a clip or a model, and nothing loops over clips: twenty million rows cost some seconds.
+"""
+
+import json
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from statistics import median
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
+from cogds.core.memory import (
+    LoraSize,
+    MemoryEstimate,
+    TransformerSize,
+    VaeSize,
+    cached_caption_bytes,
+    cached_clip_bytes,
+    rotary_table_bytes,
+    training_memory,
+)
+from cogds.core.suggest import (
+    ClipSizes,
+    Suggestion,
+    count_sizes,
+    crop_shares,
+    fit,
+    merge_sizes,
+    suggest_areas,
+    suggest_buckets,
+    suggest_lengths,
+)
+
+# Rows are taken in pieces of this many, so that the numbers of twenty million never stand side by side.
+ROWS_AT_ONCE = 1 << 20
+NUM_EXAMPLES = 3
+MAX_REASONS = 20
+MAX_SUGGESTED = 24
+# Buckets that fit worse than this get a suggestion: mean share cropped, shares of clips enlarged and too short.
+MUCH_CROPPED, MUCH_UPSCALED, MUCH_TOO_SHORT = 0.15, 0.25, 0.1
+# The first steps of a run compile and warm up.
+WARM_UP_STEPS = 5
+
+
+@dataclass(frozen=True)
+class ClipTable:
+    """The dataset, one row per clip of the manifest.
+
+    table: columns path, kind, width, height (as displayed), status ("ok" or "unusable"), reason ("short phrase:
+    detail"), caption, start_s, set; buckets int [N]: -1 where a clip has none; frames int [N]: at the target rate,
+    within the clip's range; num_windows int [N]: samples that the clip gives, None: one each.
+    """
+
+    table: pa.Table
+    buckets: np.ndarray
+    frames: np.ndarray
+    num_windows: np.ndarray | None = None
+
+    def windows_of(self, rows: slice) -> np.ndarray:
+        """Samples of each of these rows, int64."""
+        trained = self.buckets[rows] >= 0
+        return np.where(trained, 1 if self.num_windows is None else self.num_windows[rows], 0).astype(np.int64)
+
+
+@dataclass(frozen=True)
+class Captions:
+    """Counts of clips by caption, as the manifest and the tokenizer found them; limit is in tokens."""
+
+    num_missing: int
+    num_empty: int
+    num_too_long: int
+    num_distinct: int
+    limit: int
+
+
+@dataclass(frozen=True)
+class Rates:
+    """Measured: tokens/s over all ranks, seconds per optimizer step by bucket, and where the figures come from."""
+
+    tokens_per_s: float
+    step_s: Mapping[str, float] = field(default_factory=dict)
+    source: str = ""
+
+
+@dataclass(frozen=True)
+class Setup:
+    """The run that is reported on.
+
+    batch_sizes: clips per rank and micro-step of each bucket; epoch_sizes: samples of each bucket that one epoch
+    trains, repeats included (None: the clips' windows); zero: the resolved `zero_optimization` section.
+    """
+
+    buckets: Sequence[ClipShape]
+    geometry: ModelGeometry
+    batch_sizes: Sequence[int]
+    num_ranks: int
+    accumulation: int
+    zero: Mapping[str, Any]
+    transformer: TransformerSize
+    lora: LoraSize
+    vae: VaeSize
+    precision: str
+    checkpointing: bool
+    cached: bool = True
+    epoch_sizes: Sequence[float] | None = None
+    steps_per_epoch: float | None = None
+    rates: Rates | None = None
+
+    @property
+    def bytes_each(self) -> int:
+        return 2 if self.precision == "bf16" else 4
+
+
+@dataclass(frozen=True)
+class BucketReport:
+    """One bucket. Shares are in [0, 1] and 0 where it has no clip; step_s is None where nothing was measured.
+
+    micro_steps and steps: of one epoch. crop_share: mean share of the picture cut away; upscaled_share: of clips
+    that are enlarged; unused_share: mean share of a clip's frames that no sample takes.
+    """
+
+    shape: ClipShape
+    num_clips: int
+    num_samples: int
+    num_tokens: int
+    batch_size: int
+    micro_steps: float
+    steps: float
+    crop_share: float
+    upscaled_share: float
+    unused_share: float
+    cache_bytes: int
+    memory: MemoryEstimate
+    step_s: float | None
+    step_is_measured: bool
+
+
+@dataclass(frozen=True)
+class Reason:
+    """Why clips are not trained: the phrase, how many, and a few of their paths."""
+
+    phrase: str
+    num_clips: int
+    examples: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Report:
+    """All that is known before training. epoch_s is None where a bucket's rate is not known."""
+
+    num_rows: int
+    buckets: tuple[BucketReport, ...]
+    reasons: tuple[Reason, ...]
+    num_other_reasons: int
+    captions: Captions
+    caption_cache_bytes: int
+    steps_per_epoch: float
+    num_ranks: int
+    accumulation: int
+    epoch_s: float | None
+    rate_source: str
+    suggestion: Suggestion | None
+    set_clips: tuple[int, ...]
+
+    @property
+    def num_clips(self) -> int:
+        return sum(one.num_clips for one in self.buckets)
+
+    @property
+    def num_unusable(self) -> int:
+        return self.num_rows - self.num_clips
+
+    @property
+    def cache_bytes(self) -> int:
+        return self.caption_cache_bytes + sum(one.cache_bytes for one in self.buckets)
+
+    @property
+    def largest(self) -> BucketReport | None:
+        """The bucket with clips that needs the most GPU memory."""
+        trained = [one for one in self.buckets if one.num_samples]
+        return max(trained, key=lambda one: one.memory.total_bytes) if trained else None
+
+    def mean(self, name: str) -> float:
+        """A share of the buckets as a mean over clips."""
+        return sum(getattr(one, name) * one.num_clips for one in self.buckets) / max(1, self.num_clips)
+
+
+def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
+    """Count everything. Nothing is read but what is given."""
+    sums, sizes = _count(clips, setup.buckets)
+    samples = sums["samples"] if setup.epoch_sizes is None else np.asarray(setup.epoch_sizes, np.float64)
+    # Where a bucket has fewer batches than there are ranks, the others train copies: see core.plan.
+    local = np.minimum(setup.batch_sizes, np.maximum(1, samples))
+    micro_steps = samples / (local * np.clip(samples // local, 1, setup.num_ranks))
+    steps = micro_steps / setup.accumulation
+    rotary = sum(rotary_table_bytes(shape, setup.geometry) for shape in setup.buckets)
+    buckets = []
+    for index, shape in enumerate(setup.buckets):
+        num_clips, batch_size = int(sums["clips"][index]), setup.batch_sizes[index]
+        step_s, measured = _step_s(shape, batch_size, setup)
+        buckets.append(
+            BucketReport(
+                shape=shape,
+                num_clips=num_clips,
+                num_samples=int(sums["samples"][index]),
+                num_tokens=num_tokens(shape, setup.geometry),
+                batch_size=batch_size,
+                micro_steps=float(micro_steps[index]),
+                steps=float(steps[index]),
+                crop_share=float(sums["crop"][index] / max(1, num_clips)),
+                upscaled_share=float(sums["upscaled"][index] / max(1, num_clips)),
+                unused_share=float(sums["unused"][index] / max(1, num_clips)),
+                cache_bytes=(
+                    int(sums["samples"][index]) * cached_clip_bytes(shape, setup.geometry, setup.bytes_each)
+                    if setup.cached
+                    else 0
+                ),
+                memory=training_memory(
+                    shape,
+                    batch_size,
+                    setup.geometry,
+                    setup.transformer,
+                    setup.lora,
+                    setup.vae,
+                    setup.zero,
+                    setup.num_ranks,
+                    setup.precision,
+                    setup.checkpointing,
+                    rotary,
+                ),
+                step_s=step_s,
+                step_is_measured=measured,
+            )
+        )
+    known = [one.step_s for one in buckets if one.num_samples]
+    reasons, num_others = _reasons(clips)
+    caption_bytes = cached_caption_bytes(setup.geometry, setup.transformer.text_dim, setup.bytes_each)
+    return Report(
+        num_rows=len(clips.table),
+        buckets=tuple(buckets),
+        reasons=reasons,
+        num_other_reasons=num_others,
+        captions=captions,
+        caption_cache_bytes=captions.num_distinct * caption_bytes if setup.cached else 0,
+        steps_per_epoch=float(steps.sum()) if setup.steps_per_epoch is None else setup.steps_per_epoch,
+        num_ranks=setup.num_ranks,
+        accumulation=setup.accumulation,
+        epoch_s=None if None in known else sum(one.steps * (one.step_s or 0) for one in buckets),
+        rate_source=setup.rates.source if setup.rates else "",
+        suggestion=_suggestion(sizes, setup),
+        set_clips=tuple(int(number) for number in sums["sets"]),
+    )
+
+
+def measured_rates(file: Path) -> Rates | None:
+    """Rates out of an earlier run's `metrics.jsonl`; None where there is no file or it has too few steps.
+
+    A step's time is a bucket's where that step trained no other bucket: the median of those.
+    """
+    if not file.is_file():
+        return None
+    tokens_per_s: list[float] = []
+    by_bucket: dict[str, list[float]] = {}
+    with file.open() as lines:
+        for number, line in enumerate(lines):
+            try:
+                scalars = json.loads(line)
+                rate, step_s = float(scalars["perf/tokens_per_s"]), float(scalars["perf/step_s"])
+            except (ValueError, KeyError, TypeError):
+                continue  # a kill may cut the last line short
+            if number < WARM_UP_STEPS:
+                continue
+            tokens_per_s.append(rate)
+            names = [name.partition("bucket=")[2] for name in scalars if name.startswith("train/loss/bucket=")]
+            if len(names) == 1:
+                by_bucket.setdefault(names[0], []).append(step_s)
+    if not tokens_per_s:
+        return None
+    return Rates(median(tokens_per_s), {name: median(times) for name, times in by_bucket.items()}, str(file))
+
+
+def _step_s(shape: ClipShape, batch_size: int, setup: Setup) -> tuple[float | None, bool]:
+    """Seconds per optimizer step in a bucket, and whether they were measured in this bucket."""
+    if setup.rates is None:
+        return None, False
+    if str(shape) in setup.rates.step_s:
+        return setup.rates.step_s[str(shape)], True
+    tokens = num_tokens(shape, setup.geometry) * batch_size * setup.num_ranks * setup.accumulation
+    return tokens / setup.rates.tokens_per_s, False
+
+
+def _count(clips: ClipTable, buckets: Sequence[ClipShape]) -> tuple[dict[str, np.ndarray], ClipSizes]:
+    """Sums over clips by bucket (`sets`: by data set), and the sizes of all clips that can be used."""
+    num, longest = len(buckets), max(shape.frames for shape in buckets)
+    shapes = np.array([(shape.frames, shape.height, shape.width) for shape in buckets])
+    names = ("clips", "samples", "crop", "upscaled", "unused")
+    sums, parts = {name: np.zeros(num) for name in names}, []
+    sums["sets"] = np.zeros(int(pc.max(clips.table.column("set")).as_py() or 0) + 1 if len(clips.table) else 1)
+    for start in range(0, len(clips.table), ROWS_AT_ONCE):
+        rows = slice(start, min(start + ROWS_AT_ONCE, len(clips.table)))
+        part = clips.table.slice(start, rows.stop - start)
+        height, width = (pc.fill_null(part.column(name), 0).to_numpy() for name in ("height", "width"))
+        usable = pc.equal(part.column("status"), "ok").to_numpy() & (height > 0) & (width > 0)
+        frames, bucket, windows = clips.frames[rows], clips.buckets[rows].astype(np.int64), clips.windows_of(rows)
+        parts.append(count_sizes(frames[usable], height[usable], width[usable], longest))
+        trained = (bucket >= 0) & usable
+        bucket, windows, frames = bucket[trained], windows[trained], frames[trained]
+        to = shapes[bucket]
+        crop = crop_shares(height[trained], width[trained], to[:, 1], to[:, 2])
+        upscaled = (to[:, 1] > height[trained]) | (to[:, 2] > width[trained])
+        unused = 1 - np.minimum(1, windows * to[:, 0] / np.maximum(frames, 1))
+        for name, values in zip(names, (None, windows, crop, upscaled, unused)):
+            sums[name] += np.bincount(bucket, weights=values, minlength=num)
+        sets = pc.fill_null(part.column("set"), 0).to_numpy()[trained].astype(np.int64)
+        sums["sets"] += np.bincount(sets, minlength=len(sums["sets"]))
+    empty = np.zeros(0, np.int64)
+    return sums, merge_sizes(parts) if parts else ClipSizes(empty, empty, empty, empty)
+
+
+def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
+    """The commonest reasons, most clips first, and how many clips have another one."""
+    unusable = pc.not_equal(clips.table.column("status"), "ok").to_numpy()
+    counts: dict[str, int] = {}
+    examples: dict[str, tuple[str, ...]] = {}
+    listed = clips.table.select(["path", "reason"]).filter(pa.array(unusable))
+    if len(listed):
+        reasons = pc.fill_null(listed.column("reason"), "no reason given")
+        phrases = pc.list_element(pc.split_pattern(reasons, ":", max_splits=1), 0).combine_chunks().dictionary_encode()
+        indices, names = phrases.indices.to_numpy(), phrases.dictionary.to_pylist()
+        total = np.bincount(indices, minlength=len(names))
+        for number in np.argsort(-total, kind="stable")[:MAX_REASONS].tolist():
+            rows = np.flatnonzero(indices == number)[:NUM_EXAMPLES]
+            counts[names[number]] = int(total[number])
+            examples[names[number]] = tuple(listed.column("path").take(pa.array(rows)).to_pylist())
+    # What the manifest can use and no bucket takes: it says so of the clip, not of the file.
+    short = np.flatnonzero(~unusable & (clips.buckets < 0))
+    if len(short):
+        paths = clips.table.column("path").take(pa.array(short[:NUM_EXAMPLES])).to_pylist()
+        counts["shorter than every bucket"], examples["shorter than every bucket"] = len(short), tuple(paths)
+    found = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
+    found.sort(key=lambda one: (-one.num_clips, one.phrase))
+    return tuple(found), int(unusable.sum()) + len(short) - sum(counts.values())
+
+
+def _suggestion(sizes: ClipSizes, setup: Setup) -> Suggestion | None:
+    """Better buckets, where the given ones fit badly and better ones are found."""
+    if not len(sizes):
+        return None
+    now = fit(sizes, setup.buckets)
+    if now.crop <= MUCH_CROPPED and now.upscaled <= MUCH_UPSCALED and now.too_short <= MUCH_TOO_SHORT:
+        return None
+    lengths = suggest_lengths(sizes, [shape.frames for shape in setup.buckets], setup.geometry, MUCH_TOO_SHORT)
+    given = {shape.height * shape.width for shape in setup.buckets}
+    areas = suggest_areas(sizes, [max(given)], MUCH_UPSCALED)
+    most = max(MAX_SUGGESTED, len(setup.buckets))
+    found = suggest_buckets(sizes, setup.buckets, areas, lengths, setup.geometry, most)
+    return found if set(found.buckets) != set(map(str, setup.buckets)) else None

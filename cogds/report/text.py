@@ -1,0 +1,153 @@
+"""The report as text: a few lines for the start of training, and tables for a terminal."""
+
+from rich import box
+from rich.console import Console
+from rich.table import Table
+from rich.text import Text
+
+from cogds.report.facts import BucketReport, Report
+
+ESTIMATE_NOTE = "Memory is an estimate from the shapes, not yet compared with a GPU."
+
+
+def percent(share: float) -> str:
+    """A share as people read it: nothing is 0%, and little is never nothing."""
+    return "0%" if share <= 0 else "<1%" if share < 0.01 else f"{100 * share:.0f}%"
+
+
+def gigabytes(size: float) -> str:
+    """Bytes as GB (10^9), TB above a thousand, or MB or kB below one."""
+    if size >= 1e12:
+        return f"{size / 1e12:,.1f} TB"
+    if size >= 1e9:
+        return f"{size / 1e9:,.1f} GB"
+    return f"{size / 1e6:,.0f} MB" if size >= 1e6 or not size else f"{size / 1e3:,.0f} kB"
+
+
+def duration(seconds: float) -> str:
+    """Seconds as the unit that fits."""
+    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
+        if seconds >= 2 * length:
+            return f"{seconds / length:,.1f} {unit}"
+    return f"{seconds:,.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
+
+
+def number(value: float) -> str:
+    """A count with separators; a fraction only where it matters."""
+    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
+
+
+def step_text(bucket: BucketReport) -> str:
+    """Seconds per step: measured, `~` where only the run's mean rate is known, or "not measured"."""
+    if bucket.step_s is None:
+        return "not measured"
+    return ("" if bucket.step_is_measured else "~") + duration(bucket.step_s)
+
+
+def suggestion_lines(report: Report) -> list[str]:
+    """The suggestion in sentences; [] where there is none."""
+    if (found := report.suggestion) is None:
+        return []
+    before, after = found.before, found.after
+    return [
+        f"The buckets fit these clips badly: {percent(before.crop)} of the picture is cropped away on average, "
+        f"{percent(before.upscaled)} of clips are enlarged, {percent(before.too_short)} are too short.",
+        f"With data.buckets=[{', '.join(found.buckets)}] it would be {percent(after.crop)}, "
+        f"{percent(after.upscaled)} and {percent(after.too_short)}.",
+    ]
+
+
+def caption_lines(report: Report) -> list[str]:
+    """What is wrong with captions, in sentences; [] where nothing is."""
+    captions, lines = report.captions, []
+    if captions.num_missing:
+        lines.append(f"{captions.num_missing:,} clips have no caption.")
+    if captions.num_empty:
+        lines.append(f"{captions.num_empty:,} clips have a caption that is empty.")
+    if captions.num_too_long:
+        lines.append(
+            f"{captions.num_too_long:,} captions are longer than {captions.limit} tokens: their ends are not seen."
+        )
+    return lines
+
+
+def short_report(report: Report) -> str:
+    """A few lines for the start of training."""
+    used = [one for one in report.buckets if one.num_samples]
+    lines = [
+        f"{report.num_clips:,} of {report.num_rows:,} clips in {len(used)} of {len(report.buckets)} buckets, "
+        f"{number(report.steps_per_epoch)} steps an epoch; {percent(report.mean('crop_share'))} of the picture is "
+        f"cropped away on average"
+    ]
+    if report.num_unusable:
+        common = ", ".join(f"{one.num_clips:,} x {one.phrase}" for one in report.reasons[:3])
+        lines.append(f"{report.num_unusable:,} clips are not trained: {common}")
+    lines += caption_lines(report)
+    if largest := report.largest:
+        lines.append(
+            f"about {gigabytes(largest.memory.total_bytes)} of GPU memory for {largest.shape} (an estimate), "
+            f"{gigabytes(report.cache_bytes)} of cache"
+        )
+    return "\n".join(lines + suggestion_lines(report)[:1])
+
+
+def print_report(report: Report, console: Console | None = None) -> None:
+    """The whole report as tables. On what is no terminal: plain text, 160 columns wide."""
+    console = console or Console()
+    if not console.is_terminal:
+        console = Console(file=console.file, width=max(console.width, 160), color_system=None, highlight=False)
+    # File names and captions are data: Text and markup=False keep rich from reading [brackets] in them.
+    console.print(Text("What will be trained", style="bold"))
+    epoch = "" if report.epoch_s is None else f", about {duration(report.epoch_s)}"
+    console.print(
+        Text(
+            f"{report.num_clips:,} of {report.num_rows:,} clips; {report.num_ranks} GPUs, {report.accumulation} "
+            f"micro-steps a step, {number(report.steps_per_epoch)} steps an epoch{epoch}; cache "
+            f"{gigabytes(report.cache_bytes)}, captions' {gigabytes(report.caption_cache_bytes)} included"
+        )
+    )
+    table = _table(
+        *("bucket", "clips", "samples", "tokens", "batch", "micro-steps", "steps", "cropped", "enlarged", "unused"),
+        *("cache", "GPU memory", "s/step"),
+        console=console,
+    )
+    for one in report.buckets:
+        table.add_row(
+            *map(str, (one.shape, f"{one.num_clips:,}", f"{one.num_samples:,}", f"{one.num_tokens:,}", one.batch_size)),
+            *(number(one.micro_steps), number(one.steps)),
+            *map(percent, (one.crop_share, one.upscaled_share, one.unused_share)),
+            *(gigabytes(one.cache_bytes), gigabytes(one.memory.total_bytes), step_text(one)),
+            style="" if one.num_samples else "dim",
+        )
+    console.print(table)
+    console.print(Text(ESTIMATE_NOTE, style="dim"))
+    if report.rate_source:
+        console.print(Text(f"Rates of {report.rate_source}; ~: from its mean rate over all buckets.", style="dim"))
+    if len(report.set_clips) > 1:
+        clips = ", ".join(f"set {index}: {num:,}" for index, num in enumerate(report.set_clips))
+        console.print(Text(f"Clips by data set: {clips}"))
+    if largest := report.largest:
+        console.print(Text(f"\nGPU memory of {largest.shape}, the largest", style="bold"))
+        terms = _table("part", "size", console=console)
+        for name, size in largest.memory.terms().items():
+            terms.add_row(name, gigabytes(size))
+        terms.add_row("at the worst moment", gigabytes(largest.memory.total_bytes), style="bold")
+        console.print(terms)
+    if report.num_unusable:
+        console.print(Text("\nWhat will not be trained", style="bold"))
+        reasons = _table("clips", "why", "for example", console=console)
+        for reason in report.reasons:
+            reasons.add_row(f"{reason.num_clips:,}", Text(reason.phrase), Text("\n".join(map(repr, reason.examples))))
+        if report.num_other_reasons:
+            reasons.add_row(f"{report.num_other_reasons:,}", "other reasons", "")
+        console.print(reasons)
+    for line in caption_lines(report) + suggestion_lines(report):
+        console.print(Text(line))
+
+
+def _table(*columns: str, console: Console) -> Table:
+    """A table whose columns of numbers stand right; without lines where there is no terminal."""
+    table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
+    for column in columns:
+        table.add_column(column, justify="left" if column in ("bucket", "why", "for example", "part") else "right")
+    return table

@@ -1,0 +1,210 @@
+"""What a dataset holds before anything is encoded: its manifest, and which clips go where. The report shows it."""
+
+import json
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow as pa
+import pyarrow.compute as pc
+
+from cogds.config import RunConfig, SetConfig
+from cogds.core.buckets import generate_buckets, parse_buckets
+from cogds.core.geometry import ClipShape
+from cogds.core.memory import vae_can_encode
+from cogds.core.mixture import repeats_of_weights
+from cogds.data.manifest import (
+    DataSet,
+    begin,
+    fill_digests_begin,
+    fill_digests_finish,
+    fill_digests_share,
+    finish,
+    manifest_file,
+    probe_share,
+    read,
+)
+from cogds.data.placement import Placement, numbers, place, too_short
+from cogds.errors import UserError
+from cogds.files import whole_file
+from cogds.model.load import ModelFolder
+from cogds.runtime.world import World, on_all_ranks, on_rank0
+
+NUM_EXAMPLES = 5
+
+
+@dataclass(frozen=True)
+class Unusable:
+    """What is left out of a dataset of `num_rows` clips: counts by reason, a few examples, and the file of all.
+
+    The file has one line of JSON per clip: path and reason.
+    """
+
+    num: int
+    num_rows: int
+    by_reason: Mapping[str, int]
+    examples: Sequence[tuple[str, str]]
+    file: Path | None = None
+
+    def check_share(self, most: float) -> None:
+        """Raise UserError where more than the share `most` is left out."""
+        if self.num > most * self.num_rows:
+            where = f"; all of them are in {self.file}" if self.file else ""
+            raise UserError(
+                f"{self.num} of {self.num_rows} clips cannot be used ({self.text()}), more than data.max_unusable "
+                f"({most:g}) allows{where}: mend or remove them, or raise data.max_unusable"
+            )
+
+    def text(self) -> str:
+        """The commonest reasons and the first file."""
+        common = Counter(self.by_reason).most_common(3)
+        counts = ", ".join(f"{count} x {reason}" for reason, count in common)
+        return f"{counts}; the first is {self.examples[0][0]}: {self.examples[0][1]}" if self.examples else counts
+
+
+@dataclass(frozen=True)
+class Survey:
+    """The manifest's table and the placement of its clips. Rank 0's: it grows with the dataset.
+
+    repeats: of each data set; reasons: rows that the manifest calls usable but are left out -> why.
+    """
+
+    table: pa.Table
+    placement: Placement
+    buckets: tuple[ClipShape, ...]
+    repeats: tuple[float, ...]
+    fps: float
+    data_path: str
+    reasons: Mapping[int, str] = field(default_factory=dict)
+
+    @property
+    def num_windows(self) -> int:
+        return len(self.placement.rows)
+
+    def column(self, name: str) -> pa.ChunkedArray:
+        """A column of the manifest for every window, in the order of the plan."""
+        return self.table.column(name).take(pa.array(self.placement.rows))
+
+    def costs(self) -> np.ndarray:
+        """What encoding every window costs, in pixels: those that the VAE takes and those that are decoded for them.
+
+        A pixel decoded and one encoded are taken to cost the same; both grow with the clip.
+        """
+        buckets, rows = self.placement.buckets, self.placement.rows
+        encoded = np.array([shape.frames * shape.height * shape.width for shape in self.buckets], np.float64)[buckets]
+        last_s = self.placement.starts_s + np.array([shape.frames for shape in self.buckets])[buckets] / self.fps
+        frames = np.minimum(numbers(self.table, "frames")[rows], last_s * numbers(self.table, "fps")[rows] + 1)
+        return encoded + frames * numbers(self.table, "width")[rows] * numbers(self.table, "height")[rows]
+
+    def without(self, keys: pa.Array, failed: Mapping[bytes, str]) -> tuple["Survey", np.ndarray]:
+        """The survey less the windows whose key failed, and the numbers of those that stay."""
+        if not failed:
+            return self, np.arange(self.num_windows)
+        bad = pc.is_in(keys, pa.array(list(failed), pa.binary(16))).to_numpy(zero_copy_only=False)
+        lost = {int(self.placement.rows[window]): failed[keys[window].as_py()] for window in np.flatnonzero(bad)}
+        kept = np.flatnonzero(~bad)
+        sizes = np.zeros((len(self.buckets), len(self.repeats)), np.int64)
+        np.add.at(sizes, (self.placement.buckets[kept], numbers(self.table, "set")[self.placement.rows[kept]]), 1)
+        placement = replace(
+            self.placement,
+            rows=self.placement.rows[kept],
+            starts_s=self.placement.starts_s[kept],
+            sizes=tuple(map(tuple, sizes.tolist())),
+        )
+        return replace(self, placement=placement, reasons={**self.reasons, **lost}), kept
+
+    def unusable(self, file: Path | None = None) -> Unusable:
+        """What is left out; with a file, all of it is listed there."""
+        unusable = pc.not_equal(self.table.column("status"), "ok").to_numpy(zero_copy_only=False)
+        listed = self.table.filter(pa.array(unusable)).select(["path", "reason"])
+        paths = self.table.column("path")
+        more = pa.table(
+            {"path": [paths[row].as_py() for row in self.reasons], "reason": list(self.reasons.values())},
+            listed.schema,
+        )
+        every = pa.concat_tables([listed, more])
+        if file:
+            with whole_file(file) as partial, partial.open("w") as out:
+                for batch in every.to_batches(max_chunksize=10_000):
+                    out.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
+        phrases = pc.value_counts(pc.list_element(pc.split_pattern(every.column("reason"), ":", max_splits=1), 0))
+        return Unusable(
+            num=len(every),
+            num_rows=len(self.table),
+            by_reason={one["values"]: one["counts"] for one in phrases.to_pylist()},
+            examples=[(row["path"], row["reason"]) for row in every.slice(0, NUM_EXAMPLES).to_pylist()],
+            file=file,
+        )
+
+    def check_any_left(self) -> None:
+        """Raise UserError with the commonest reasons where every clip is left out."""
+        if not self.num_windows:
+            unusable = self.unusable()
+            raise UserError(
+                f"data.path: not one of the {unusable.num_rows} clips of {self.data_path} can be trained "
+                f"({unusable.text()})"
+            )
+
+
+def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
+    """The run's buckets: the explicit list, or the generated grid. Raises UserError for what the model cannot take."""
+    if cfg.data.buckets:
+        buckets = parse_buckets(cfg.data.buckets, model.geometry)
+    else:
+        buckets = generate_buckets(
+            cfg.data.bucket_areas, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, model.geometry
+        )
+    for shape in buckets:
+        # Every step encodes a clip's first frame as the pipeline does: in one piece.
+        if not vae_can_encode(replace(shape, frames=1), tiling=False, vae=model.vae_size):
+            raise UserError(
+                f"bucket {shape} does not fit the model: its VAE cannot encode a picture of {shape.height}x"
+                f"{shape.width} in one piece, as the pipeline does; choose a smaller bucket"
+            )
+    return buckets
+
+
+def data_sets(cfg: RunConfig) -> list[DataSet]:
+    """The run's data sets, in the order of their numbers."""
+    if cfg.data.sets:
+        return [DataSet(one.path, one.columns) for one in cfg.data.sets]
+    return [DataSet(cfg.data.path, cfg.data.columns)]
+
+
+def update_manifest(cfg: RunConfig, world: World, digests: bool, retry: bool = False) -> Path:
+    """Bring the manifest up to date, the files shared over the ranks, and give its place. Collective.
+
+    digests: read every usable file that has none yet, for the name of its encoding. retry: open files again that
+    failed before.
+    """
+    file = manifest_file(data_sets(cfg), cfg.data.cache_dir, cfg.data.manifest)
+    share = (world.rank, world.size)
+    job = on_rank0(world, lambda: begin(data_sets(cfg), file, cfg.data.default_caption, retry))
+    memory_bytes = int(cfg.data.decode_memory_gb * 1e9)
+    on_all_ranks(world, lambda: probe_share(job, share, cfg.data.num_workers, cfg.data.decode_timeout_s, memory_bytes))
+    on_rank0(world, lambda: finish(job))
+    if digests:
+        job = on_rank0(world, lambda: fill_digests_begin(file))
+        on_all_ranks(world, lambda: fill_digests_share(job, share))
+        on_rank0(world, lambda: fill_digests_finish(job))
+    return file
+
+
+def survey(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]) -> Survey:
+    """Place the clips of an up-to-date manifest."""
+    table = read(manifest)
+    sets = data_sets(cfg)
+    placement = place(
+        table, buckets, cfg.data.fps, cfg.data.windows, cfg.data.num_windows, cfg.seed, num_sets=len(sets)
+    )
+    given = cfg.data.sets or (SetConfig("", cfg.data.repeats),)
+    if given[0].weight is not None:
+        counts = np.sum(placement.sizes, axis=0).tolist()
+        repeats = repeats_of_weights([one.weight or 0.0 for one in given], counts)
+    else:
+        repeats = tuple(one.repeats for one in given)
+    where = ", ".join(one.path for one in sets)
+    reasons = too_short(placement, table, buckets, cfg.data.fps)
+    return Survey(table, placement, buckets, repeats, cfg.data.fps, where, reasons)

@@ -1,0 +1,7 @@
+#!/usr/bin/env bash
+# The browser that tests/e2e/test_report_browser.py opens the report in (Debian, as root).
+set -euo pipefail
+packages=(chromium)
+dpkg -s "${packages[@]}" >/dev/null 2>&1 && exit 0
+apt-get update -qq
+DEBIAN_FRONTEND=noninteractive apt-get install -qq -y --no-install-recommends "${packages[@]}" >/dev/null

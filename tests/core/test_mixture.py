@@ -1,0 +1,141 @@
+"""Repeats: every clip as often as its data set asks for, whatever the bucket and the pass."""
+
+from collections import Counter
+from fractions import Fraction
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from cogds.core.mixture import Mixture, repeats_of_weights
+from cogds.core.plan import Plan
+from cogds.errors import UserError
+
+quick = settings(max_examples=60, deadline=None, derandomize=True)
+
+some_repeats = st.sampled_from([0.05, 1 / 3, 0.5, 0.7, 1.0, 1.3, 2.0, 3.5, 10.0])
+
+
+@st.composite
+def mixtures(draw, repeats=some_repeats):
+    num_sets = draw(st.integers(1, 3))
+    sets = st.tuples(*[st.integers(0, 30)] * num_sets)
+    sizes = draw(st.lists(sets, min_size=1, max_size=4).filter(lambda sizes: any(map(sum, sizes))))
+    return Mixture(tuple(sizes), draw(st.tuples(*[repeats] * num_sets)), draw(st.integers(0, 99)))
+
+
+def set_of(mixture, bucket, clip):
+    first = 0
+    for number, n in enumerate(mixture.sizes[bucket]):
+        if clip < first + n:
+            return number
+        first += n
+    raise AssertionError(f"clip {clip} is in no set")
+
+
+@given(mixtures(), st.integers(1, 8))
+@quick
+def test_every_clip_is_trained_as_often_as_its_set_asks(mixture, num_passes):
+    for bucket, (sets, virtual) in enumerate(zip(mixture.sizes, mixture.virtual_sets)):
+        seen = Counter(dict.fromkeys(range(sum(sets)), 0))
+        for position in range(num_passes * mixture.virtual_sizes[bucket]):
+            seen[mixture.clip(bucket, position)] += 1
+            if (position + 1) % mixture.virtual_sizes[bucket]:
+                continue
+            passes = (position + 1) // mixture.virtual_sizes[bucket]
+            for clip, times in seen.items():
+                number = set_of(mixture, bucket, clip)
+                mean = Fraction(passes * virtual[number], sets[number])
+                assert abs(times - mean) < 1
+                assert abs(Fraction(virtual[number]) - sets[number] * Fraction(mixture.repeats[number])) < 1
+        assert len(seen) == sum(sets)
+
+
+@given(mixtures(), st.integers(0, 8))
+@quick
+def test_a_pass_has_no_clip_more_often_than_it_must(mixture, pass_number):
+    for bucket, (sets, m) in enumerate(zip(mixture.sizes, mixture.virtual_sizes)):
+        seen = Counter(mixture.clip(bucket, pass_number * m + i) for i in range(m))
+        for clip, times in seen.items():
+            number = set_of(mixture, bucket, clip)
+            assert times <= -(-mixture.virtual_sets[bucket][number] // sets[number])
+
+
+@given(mixtures(repeats=st.just(1.0)), st.integers(0, 99))
+@quick
+def test_without_repeats_a_clip_is_itself(mixture, pass_number):
+    assert mixture.virtual_sizes == tuple(map(sum, mixture.sizes))
+    for bucket, size in enumerate(mixture.virtual_sizes):
+        assert [mixture.real_clip(bucket, clip, pass_number) for clip in range(size)] == list(range(size))
+    plan = Plan(mixture.virtual_sizes, (2,) * len(mixture.sizes), 3, 1, mixture.seed)
+    for step in range(5):
+        for rank in range(3):
+            (micro,) = plan.at(step)
+            clips = tuple(mixture.clip(micro.bucket_of(rank), k) for k in micro.positions_of(rank))
+            assert clips == micro.clips_of(rank)
+
+
+@given(mixtures(repeats=st.sampled_from([0.3, 0.5, 1.0])), st.integers(1, 8), st.integers(0, 60), st.booleans())
+@quick
+def test_a_micro_step_takes_no_clip_twice_but_where_a_pass_ends(mixture, world_size, step, by_cost):
+    costs = (1.0,) * len(mixture.sizes) if by_cost else ()
+    plan = Plan(mixture.virtual_sizes, (1,) * len(mixture.sizes), world_size, 1, mixture.seed, costs=costs)
+    for part in plan.at(step)[0].parts:
+        for pass_number in (0, 1):
+            first = (part.start // part.num_clips + pass_number) * part.num_clips
+            positions = [k for k in range(part.start, part.start + part.num_draws) if 0 <= k - first < part.num_clips]
+            clips = [mixture.clip(part.bucket, k) for k in positions]
+            assert len(set(clips)) == len(clips)
+
+
+@given(mixtures(st.sampled_from([0.2, 0.5, 1.0, 2.0])), st.integers(0, 200), st.integers(1, 40))
+@settings(quick, max_examples=20)
+def test_stand_ins_are_all_the_clips_of_the_bucket(mixture, position, stride):
+    for bucket, sets in enumerate(mixture.sizes):
+        if sum(sets):
+            clips = list(mixture.next_clips(bucket, position, stride))
+            assert clips[:2] == [mixture.clip(bucket, position), mixture.clip(bucket, position + stride)]
+            assert set(clips) == set(range(sum(sets)))
+
+
+def test_shares_by_weight():
+    # 900 and 100 clips, half and half: the large set's clips every other epoch or so, the small one's five times.
+    repeats = repeats_of_weights((2.0, 2.0), (900, 100))
+    assert repeats == pytest.approx((5 / 9, 5.0))
+    mixture = Mixture(((600, 50), (300, 50)), repeats, 0)
+    assert mixture.virtual_sets == ((333, 250), (167, 250))
+    assert repeats_of_weights((9.0, 1.0), (900, 100)) == (1.0, 1.0)
+
+
+def test_the_clips_are_fixed_for_ever():
+    # As the plan's order: change these and you break resume.
+    mixture = Mixture(((5, 4), (0, 3)), (0.5, 2.0), 7)
+    assert mixture.virtual_sizes == (10, 6)
+    assert [mixture.clip(0, k) for k in range(20, 30)] == FIXED[0]
+    assert [mixture.clip(1, k) for k in range(6)] == FIXED[1]
+
+
+FIXED = [[6, 5, 5, 3, 7, 8, 1, 6, 7, 8], [0, 1, 2, 2, 1, 0]]
+
+
+@pytest.mark.parametrize(
+    "sizes, repeats, message",
+    [
+        (((1, 2),), (1.0,), "1 data sets have repeats"),
+        (((1,),), (0.0,), "must be finite and positive"),
+        (((1,),), (float("nan"),), "must be finite and positive"),
+        (((-1,),), (1.0,), "less than no clip"),
+    ],
+)
+def test_numbers_that_make_no_mixture(sizes, repeats, message):
+    with pytest.raises(ValueError, match=message):
+        Mixture(sizes, repeats, 0)
+
+
+def test_weights_that_cannot_be():
+    with pytest.raises(UserError, match=r"data.sets\[1\] has weight 2 but not one clip"):
+        repeats_of_weights((1.0, 2.0), (5, 0))
+    with pytest.raises(UserError, match=r"data.sets\[0\] has weight 0.0: give a number above 0"):
+        repeats_of_weights((0.0, 2.0), (5, 3))
+    with pytest.raises(ValueError, match="2 data sets have 1 weights"):
+        repeats_of_weights((1.0,), (5, 3))

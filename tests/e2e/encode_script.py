@@ -1,0 +1,22 @@
+"""`launch/encode.py` that writes a line into the file $ENCODED for every clip it encodes: what a kill test counts."""
+
+import os
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+if __name__ == "__main__":
+    import cogds.encode
+    from cogds.cli import run
+
+    encode_pixels = cogds.encode.encode_pixels
+
+    def counted(vae, pixels, tiled):
+        with open(os.environ["ENCODED"], "a") as log:
+            log.write("clip\n")
+        return encode_pixels(vae, pixels, tiled)
+
+    cogds.encode.encode_pixels = counted
+    sys.exit(run(lambda: cogds.encode.main(ROOT / "launch/configs/demo.yaml")))

@@ -1,0 +1,140 @@
+"""The encode command as a user runs it: on two ranks, killed and started again, on a full disk."""
+
+import json
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, free_port, run_command
+
+pytestmark = pytest.mark.dist
+SCRIPT = ROOT / "tests/e2e/encode_script.py"
+
+
+@pytest.fixture
+def arguments(tiny_model, tmp_path):
+    from cogds.data.synthetic import draw_clips
+
+    draw_clips(tmp_path / "clips")
+    return [
+        f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'run'}", "data.buckets=[17x64x96, 9x96x64, 1x64x64]", "data.num_workers=1",
+        "train.precision=fp32",
+    ]  # fmt: skip
+
+
+def left_behind(cache: Path) -> list[str]:
+    """Whatever is neither a shard, an index, the manifest nor the memo of digests."""
+    return [
+        str(path.relative_to(cache))
+        for path in cache.rglob("*")
+        if path.is_file()
+        and not (path.suffix == ".safetensors" and path.parent.name in ("clips", "captions"))
+        and path.parent.name not in ("index",)
+        and path.suffix != ".parquet"
+        and path.name != "files.json"
+    ]
+
+
+def test_two_ranks_encode_once_and_training_finds_it(arguments, tmp_path, run_train):
+    bin_dir = Path(sys.executable).parent
+    launch = [bin_dir / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
+    log = {"ENCODED": str(tmp_path / "log")}
+    done = run_command([*launch, SCRIPT, *arguments], 240, env=log)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "7 clips are encoded" in done.stdout
+    assert (tmp_path / "log").read_text().count("clip") == 7
+    assert left_behind(tmp_path / "cache") == []
+    done = run_command([*launch, SCRIPT, *arguments, "optimizer.lr=1"], 240, env=log)
+    assert (tmp_path / "log").read_text().count("clip") == 7
+    # Training with another learning rate needs nothing more.
+    before = sorted(tmp_path.glob("cache/*/*.safetensors"))
+    run_train("--deepspeed", "ds_configs/zero2.json", *arguments, "train.num_steps=2", "optimizer.lr=0.5")
+    assert sorted(tmp_path.glob("cache/*/*.safetensors")) == before
+
+    command = [sys.executable, ROOT / "launch/encode.py", *arguments]
+    said = run_command([*command, "--stats"], 60).stdout
+    assert json.loads(said[said.index("{") :])["clips"]["entries"] == 7
+    shard = next(tmp_path.glob("cache/clips/*.safetensors"))
+    damaged = bytearray(shard.read_bytes())
+    damaged[-9] ^= 4
+    shard.write_bytes(damaged)
+    assert "1 were damaged and removed" in run_command([*command, "--verify"], 60).stdout
+    done = run_command(
+        [sys.executable, SCRIPT, *arguments, "data.buckets=[17x64x96, 1x64x64]", "--prune"], 120, env=log
+    )
+    assert done.returncode == 0, done.stdout[-4000:]
+    said = run_command([*command, "--stats"], 60).stdout
+    assert json.loads(said[said.index("{") :])["clips"]["entries"] == 7  # six clips go to 17x64x96 now, one anew
+
+
+@pytest.mark.slow
+def test_killed_at_twenty_moments_nothing_is_lost_or_done_twice(arguments, tmp_path):
+    """kill -9 of the whole process group at random moments from start to end; then a run that is left alone."""
+    for copy in range(12):  # other contents, so other entries
+        for source in list((tmp_path / "clips").glob("clip_[0-5].*")):
+            target = source.with_name(f"{copy}_{source.name}")
+            shutil.copy(source, target)
+            if target.suffix == ".mp4":
+                with target.open("ab") as file:
+                    file.write(bytes(copy + 1))  # an MP4 may end in anything
+    num_clips = 7 + 12 * 6
+    env = {**os.environ, "ENCODED": str(tmp_path / "log")}
+    moments = random.Random(0)
+    command = [sys.executable, str(SCRIPT), *arguments, "data.shard_gb=0.0001"]
+    start = time.monotonic()
+    longest_s = 8.0
+    for _ in range(20):
+        process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+                                   start_new_session=True)  # fmt: skip
+        try:
+            process.wait(timeout=moments.uniform(0.5, 1) * longest_s)
+        except subprocess.TimeoutExpired:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        longest_s = 14.0 if not (tmp_path / "log").exists() else longest_s
+    assert time.monotonic() - start < 900
+    killed_with = (tmp_path / "log").read_text().count("clip")
+    done = run_command(command, 300, env={"ENCODED": str(tmp_path / "log")})
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert f"{num_clips} clips are encoded" in done.stdout
+    assert killed_with > 0
+    encoded = (tmp_path / "log").read_text().count("clip")
+    assert num_clips <= encoded <= num_clips + 20  # one in flight at every kill
+    assert left_behind(tmp_path / "cache") == []
+    verified = run_command([sys.executable, ROOT / "launch/encode.py", *arguments, "--verify"], 120).stdout
+    assert "0 were damaged" in verified
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
+def test_a_full_disk_and_a_read_only_one_are_told_and_cost_nothing(arguments, tmp_path):
+    cache = tmp_path / "cache"
+    cache.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(cache)]
+    subprocess.run(mount, check=True, timeout=20)
+    command = [sys.executable, SCRIPT, *arguments]
+    log = {"ENCODED": str(tmp_path / "log")}
+    try:
+        done = run_command(command, 120, env=log)
+        assert done.returncode == 2
+        assert "Traceback" not in done.stdout
+        assert "space" in done.stdout
+        subprocess.run(["mount", "-o", "remount,size=50m", str(cache)], check=True, timeout=20)
+        done = run_command(command, 120, env=log)
+        assert done.returncode == 0, done.stdout[-4000:]
+        assert (tmp_path / "log").read_text().count("clip") <= 7 + 1
+        assert left_behind(cache) == []
+        subprocess.run(["mount", "-o", "remount,ro", str(cache)], check=True, timeout=20)
+        done = run_command(command, 120, env=log)
+        assert done.returncode == 2
+        assert "data.cache_dir: cannot write into" in done.stdout
+        assert "Traceback" not in done.stdout
+    finally:
+        subprocess.run(["umount", str(cache)], check=True, timeout=20)

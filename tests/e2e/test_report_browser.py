@@ -1,0 +1,105 @@
+"""The report in a real browser: it draws, it asks for nothing, and what users wrote stays text."""
+
+import json
+import re
+import shutil
+import subprocess
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogds.report.html import write_html
+from tests.test_report import BUCKETS, EVIL, ROWS, report, table
+
+pytestmark = pytest.mark.browser
+BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
+
+
+def browse(file, folder, *flags):
+    """Open a page as a fresh user, with every name of a host unresolvable; stdout."""
+    command = [
+        BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
+        "--no-first-run", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND",
+        f"--user-data-dir={folder / 'profile'}", *flags, file.as_uri(),
+    ]  # fmt: skip
+    return subprocess.run(command, capture_output=True, text=True, timeout=90, check=True).stdout
+
+
+def frame(_path, _kind, _start_s, height, width):
+    """A coloured gradient, so that a picture that is drawn is seen to be."""
+    y, x = np.mgrid[:height, :width]
+    return np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 160)], axis=-1).astype(np.uint8)
+
+
+@pytest.fixture(scope="module")
+def page(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("report")
+    rows = [*ROWS, *((f"/clips/{name}", 81, 768, 1360, 1, None) for name in EVIL)]
+    rows += [(f"/clips/{name}", None, None, None, -1, f"{name}: {name}") for name in EVIL]
+    write_html(folder / "report.html", report(rows), table(rows), frame, name=EVIL[0])
+    return folder / "report.html"
+
+
+def image_sizes(dom):
+    """Alt text -> natural size, as the browser decoded it."""
+    return {alt: (int(width), int(height)) for alt, width, height in re.findall(r"size:(.*?)\|(\d+)x(\d+);", dom)}
+
+
+def test_nothing_is_requested_and_nothing_runs(page, tmp_path):
+    log = tmp_path / "net.json"
+    dom = browse(page, tmp_path, "--dump-dom", f"--log-net-log={log}", "--net-log-capture-mode=Everything")
+    addresses = set(re.findall(r'"url":"([^"]+)"', log.read_text()))
+    events = json.loads(log.read_text())["events"]
+    assert events
+    # The browser's own housekeeping (its update and account hosts) is not the page's doing; hosts never resolve anyway.
+    own = re.compile(r"https?://[\w.-]*(google(apis)?\.com|gvt1\.com|gstatic\.com|android\.com)[:/]")
+    foreign = {one for one in addresses if not one.startswith(("file:", "data:", "chrome", "about:", "devtools:"))}
+    assert {one for one in foreign if not own.match(one)} == set()
+    assert "<script" not in dom
+    assert '<img src="x"' not in dom
+    assert "&lt;script&gt;alert(1)&lt;/script&gt;" in dom
+    assert dom.count("<svg ") == 4
+
+
+def test_a_page_that_asks_for_something_is_seen(tmp_path):
+    """The check above can fail: a page with a foreign picture and no policy is found out."""
+    bad = tmp_path / "bad.html"
+    bad.write_text("<img src='http://example.invalid/x.png'>")
+    log = tmp_path / "net.json"
+    browse(bad, tmp_path, "--dump-dom", f"--log-net-log={log}", "--net-log-capture-mode=Everything")
+    assert "example.invalid" in log.read_text()
+
+
+def test_pictures_and_plots_have_a_size(page, tmp_path):
+    """A script of the test's own, in a copy without the policy, writes down what the browser decoded and laid out."""
+    copy = tmp_path / "copy.html"
+    probe = """<script>addEventListener("load", () => { let out = "";
+        for (const i of document.images) out += `size:${i.alt.slice(0, 200)}|${i.naturalWidth}x${i.naturalHeight};`;
+        for (const s of document.querySelectorAll("svg[role=img]")) { const b = s.getBoundingClientRect();
+            const name = s.getAttribute("aria-label").slice(0, 30);
+            out += `size:${name}|${Math.round(b.width)}x${Math.round(b.height)};`; }
+        document.body.append(out); });</script></body>"""
+    text = re.sub(r"<meta http-equiv=[^>]*>", "", page.read_text())
+    copy.write_text(text.replace("</body>", probe))
+    sizes = image_sizes(browse(copy, tmp_path, "--dump-dom", "--window-size=1280,900"))
+    plots = {name: size for name, size in sizes.items() if not name.startswith("First frame")}
+    pictures = [size for name, size in sizes.items() if name.startswith("First frame")]
+    assert len(plots) == 4
+    assert len(pictures) >= len(BUCKETS)
+    assert all(max(size) == 260 for size in pictures)
+    assert all(min(size) > 100 for size in plots.values())
+
+
+@pytest.mark.parametrize("width", [1280, 480])
+def test_the_page_is_drawn(page, tmp_path, width):
+    shot = tmp_path / "shot.png"
+    browse(page, tmp_path, f"--screenshot={shot}", f"--window-size={width},5200")
+    pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
+    assert pixels.shape[1] == width
+    background = pixels[2, 2]
+    drawn = (np.abs(pixels - background).sum(axis=2) > 60).mean()
+    assert 0.02 < drawn < 0.6
+    # The orange of crops, buckets and kept activations, and the blue of the clips.
+    for colour in ((224, 129, 43), (59, 130, 196)):
+        assert (np.abs(pixels - colour).sum(axis=2) < 40).sum() > 300

@@ -1,0 +1,316 @@
+import dataclasses
+import io
+import json
+import re
+import sys
+
+import numpy as np
+import pyarrow as pa
+import pytest
+from rich.console import Console
+
+from cogds.core.buckets import crop_share
+from cogds.core.geometry import ClipShape
+from cogds.core.memory import cached_caption_bytes, cached_clip_bytes
+from cogds.core.plan import Plan
+from cogds.report.facts import Captions, ClipTable, Rates, Setup, make_report, measured_rates
+from cogds.report.html import contact_sheet, crop_picture, html_page, printable, write_html
+from cogds.report.text import duration, gigabytes, percent, print_report, short_report
+from tests.conftest import ROOT, run_command
+from tests.core.test_memory import COGVIDEOX_VAE, REAL, REAL_LORA, V15
+
+BUCKETS = tuple(map(ClipShape.parse, ("49x768x1360", "81x768x1360", "81x1360x768")))
+GOOD = Captions(num_missing=0, num_empty=0, num_too_long=0, num_distinct=4, limit=226)
+EVIL = ("<script>alert(1)</script>.mp4", '"><img src=x onerror=alert(2)>.mp4', "{{ 7*7 }} [bold]'&.mp4")
+
+
+def table(rows):
+    """rows: (path, frames, height, width, bucket, reason); a reason makes the clip unusable."""
+    columns = {
+        "path": [row[0] for row in rows],
+        "kind": ["video"] * len(rows),
+        "frames": [row[1] for row in rows],
+        "fps": [16.0] * len(rows),
+        "width": [row[3] for row in rows],
+        "height": [row[2] for row in rows],
+        "rotation": [0] * len(rows),
+        "duration_s": [(row[1] or 0) / 16 for row in rows],
+        "caption": [f"caption of {row[0]}" for row in rows],
+        "status": ["unusable" if row[5] else "ok" for row in rows],
+        "reason": [row[5] for row in rows],
+        "start_s": [0.0] * len(rows),
+        "end_s": pa.nulls(len(rows), pa.float64()),
+        "set": pa.array([0] * len(rows), pa.int16()),
+    }
+    buckets, frames = np.array([row[4] for row in rows], np.int16), np.array([row[1] or 0 for row in rows])
+    return ClipTable(pa.table(columns), buckets, frames)
+
+
+ROWS = [
+    ("/clips/a.mp4", 98, 768, 1360, 0, None),
+    ("/clips/b.mp4", 81, 1080, 1920, 1, None),
+    ("/clips/c.mp4", 162, 480, 640, 1, None),
+    ("/clips/d.mp4", 81, 1920, 1080, 2, None),
+    ("/clips/short.mp4", 20, 768, 1360, -1, None),
+    ("/clips/x.mp4", None, None, None, -1, "cannot be opened: no such stream"),
+    ("/clips/y.mp4", None, None, None, -1, "cannot be opened: truncated"),
+    ("/clips/z.mp4", 90, 768, 1360, -1, "no caption"),
+]
+
+
+def setup(**changes):
+    return dataclasses.replace(
+        Setup(
+            buckets=BUCKETS, geometry=V15, batch_sizes=(2, 1, 1), num_ranks=2, accumulation=2,
+            zero={"stage": 2, "reduce_bucket_size": 9_437_184}, transformer=REAL, lora=REAL_LORA, vae=COGVIDEOX_VAE,
+            precision="bf16", checkpointing=True,
+        ),
+        **changes,
+    )  # fmt: skip
+
+
+def report(rows=ROWS, captions=GOOD, **changes):
+    return make_report(table(rows), setup(**changes), captions)
+
+
+def test_every_bucket_is_counted():
+    first, second, third = report().buckets
+    assert [one.num_clips for one in (first, second, third)] == [1, 2, 1]
+    assert first.num_tokens == 7 * 48 * 85 + 226
+    assert (first.micro_steps, first.steps) == (1, 1 / 2)  # one clip: the second rank trains a copy
+    assert (second.micro_steps, second.steps) == (1, 1 / 2)
+    expected = [crop_share(1080, 1920, BUCKETS[1]), crop_share(480, 640, BUCKETS[1])]
+    assert second.crop_share == pytest.approx(sum(expected) / 2)
+    assert [one.upscaled_share for one in (first, second, third)] == [0, 0.5, 0]
+    assert first.unused_share == pytest.approx(0.5)
+    assert second.unused_share == pytest.approx((0 + 0.5) / 2)
+    assert second.cache_bytes == 2 * cached_clip_bytes(BUCKETS[1], V15, 2)
+    assert first.memory.kept_activations_bytes > second.memory.kept_activations_bytes  # its batch is two
+    assert (first.step_s, first.step_is_measured) == (None, False)
+
+
+def test_totals():
+    found = report()
+    assert (found.num_rows, found.num_clips, found.num_unusable) == (8, 4, 4)
+    assert found.steps_per_epoch == 3 / 2
+    assert found.caption_cache_bytes == 4 * cached_caption_bytes(V15, 4096, 2)
+    assert found.cache_bytes == found.caption_cache_bytes + sum(one.cache_bytes for one in found.buckets)
+    assert found.largest is found.buckets[0]
+    assert found.epoch_s is None
+    assert report(cached=False).cache_bytes == 0
+
+
+def test_reasons_are_counted_by_phrase_with_examples():
+    reasons = {one.phrase: one for one in report().reasons}
+    assert {phrase: one.num_clips for phrase, one in reasons.items()} == {
+        "cannot be opened": 2, "no caption": 1, "shorter than every bucket": 1,
+    }  # fmt: skip
+    assert reasons["cannot be opened"].examples == ("/clips/x.mp4", "/clips/y.mp4")
+    assert reasons["shorter than every bucket"].examples == ("/clips/short.mp4",)
+    many = [*ROWS, *((f"/clips/{n}.mp4", 1, 1, 1, -1, f"odd {n}") for n in range(40))]
+    found = report(many)
+    assert sum(one.num_clips for one in found.reasons) + found.num_other_reasons == found.num_unusable == 44
+
+
+@pytest.mark.parametrize("num_ranks", [1, 4, 16])
+def test_steps_are_those_of_the_plan(num_ranks):
+    rows = [(f"/{n}.mp4", 81, 768, 1360, n % 7 % 3, None) for n in range(23)]
+    found = report(rows, num_ranks=num_ranks)
+    plan = Plan(tuple(one.num_samples for one in found.buckets), (2, 1, 1), num_ranks, 2, 0)
+    assert found.steps_per_epoch == pytest.approx(plan.steps_per_epoch)
+
+
+def test_windows_and_repeats():
+    clips = dataclasses.replace(table(ROWS), num_windows=np.array([2, 1, 2, 1, 0, 0, 0, 0]))
+    found = make_report(clips, setup(), GOOD)
+    assert [one.num_samples for one in found.buckets] == [2, 3, 1]
+    assert [one.unused_share for one in found.buckets] == [0, 0, 0]
+    assert found.buckets[1].cache_bytes == 3 * cached_clip_bytes(BUCKETS[1], V15, 2)
+    repeated = make_report(clips, setup(epoch_sizes=(20.0, 3.0, 1.0)), GOOD)
+    assert repeated.buckets[0].micro_steps == 5  # of 2 ranks x 2 clips
+    assert repeated.buckets[0].num_samples == 2  # what is encoded does not grow with repeats
+
+
+def test_pieces_of_the_table_add_up(monkeypatch):
+    whole = report()
+    monkeypatch.setattr("cogds.report.facts.ROWS_AT_ONCE", 3)
+    assert report() == whole
+
+
+def test_a_dataset_without_a_clip():
+    found = report([ROWS[-1]])
+    assert (found.num_clips, found.largest, found.suggestion) == (0, None, None)
+    assert "0 of 1 clips" in short_report(found)
+    assert "no bucket has a clip" in html_page(found, table([ROWS[-1]]), no_frame)
+    assert report([]).num_rows == 0
+
+
+def test_rates_of_an_earlier_run(tmp_path):
+    lines = [{"perf/tokens_per_s": 9e9, "perf/step_s": 9e9, "train/loss/bucket=81x768x1360": 1.0}] * 5
+    one = {"train/loss/bucket=81x768x1360": 1.0, "train/loss/t_q1": 1.0}
+    lines += [{"perf/tokens_per_s": 1000.0, "perf/step_s": 40.0 + n, **one} for n in range(3)]
+    lines += [{"perf/tokens_per_s": 1000.0, "perf/step_s": 60.0, **one, "train/loss/bucket=49x768x1360": 1.0}]
+    file = tmp_path / "metrics.jsonl"
+    file.write_text("".join(json.dumps({"step": n, **line}) + "\n" for n, line in enumerate(lines)) + '{"step": 9')
+    rates = measured_rates(file)
+    assert rates == Rates(1000.0, {"81x768x1360": 41.0}, str(file))
+    found = report(rates=rates)
+    assert (found.buckets[1].step_s, found.buckets[1].step_is_measured) == (41.0, True)
+    assert found.buckets[0].step_s == pytest.approx((7 * 48 * 85 + 226) * 2 * 2 * 2 / 1000)
+    assert not found.buckets[0].step_is_measured
+    assert found.epoch_s == pytest.approx(sum(one.steps * one.step_s for one in found.buckets))
+    assert measured_rates(tmp_path / "none.jsonl") is None
+    file.write_text("")
+    assert measured_rates(file) is None
+
+
+def test_better_buckets_are_suggested_only_where_the_given_ones_fit_badly():
+    assert report(ROWS[:2] * 20).suggestion is None
+    portrait = [(f"/{n}.mp4", 90, 1920, 1080, 0, None) for n in range(20)]
+    found = report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,)).suggestion
+    assert found
+    assert found.after.crop < 0.02 < 0.6 < found.before.crop
+    assert "fit these clips badly: 68%" in short_report(report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,)))
+
+
+def test_the_short_form_is_short():
+    text = short_report(report(captions=Captions(3, 1, 2, 4, 226)))
+    assert "4 of 8 clips in 3 of 3 buckets" in text
+    assert "4 clips are not trained: 2 x cannot be opened" in text
+    assert "2 captions are longer than 226 tokens" in text
+    assert "(an estimate)" in text
+    assert len(text.splitlines()) <= 8
+
+
+def printed(found, **console):
+    file = io.StringIO()
+    print_report(found, Console(file=file, **console))
+    return file.getvalue()
+
+
+def test_tables_are_plain_where_there_is_no_terminal():
+    text = printed(report())
+    assert "\x1b" not in text
+    assert text.isascii()
+    assert re.search(r"81x768x1360 +2 +2 +45,106 +1 +1 +0\.5 .*not measured", text)
+    assert "not yet compared with a GPU" in text
+    assert "kept activations" in text
+    assert "\x1b" in printed(report(), force_terminal=True, width=200)
+
+
+def test_what_files_are_called_is_shown_and_never_obeyed():
+    rows = [(path, None, None, None, -1, "cannot be opened: [red]x") for path in ("/a/[bold]b.mp4", "/a/\x1b[31mc.mp4")]
+    text = printed(report([*ROWS, *rows]), force_terminal=True, width=200)
+    assert "[bold]b.mp4" in text
+    assert "\x1b[31mc" not in text
+
+
+@pytest.mark.parametrize(
+    "value, text",
+    [
+        (percent(0), "0%"), (percent(0.004), "<1%"), (percent(0.154), "15%"), (gigabytes(2.5e9), "2.5 GB"),
+        (gigabytes(26e6), "26 MB"), (gigabytes(4e5), "400 kB"), (gigabytes(0), "0 MB"), (gigabytes(4.6e14), "460.0 TB"),
+        (duration(3.21), "3.2 s"), (duration(90), "90 s"), (duration(7200), "2.0 h"),
+    ],
+)  # fmt: skip
+def test_units(value, text):
+    assert value == text
+
+
+def no_frame(*_):
+    return None
+
+
+def test_the_page_escapes_names_and_captions():
+    rows = [(f"/clips/{name}", 81, 768, 1360, 1, None) for name in EVIL]
+    rows += [(f"/{name}", None, None, None, -1, f"{EVIL[0]}: {EVIL[1]}") for name in EVIL]
+    page = html_page(report(rows), table(rows), no_frame, name=EVIL[0])
+    assert "<script" not in page
+    assert "<img" not in page
+    assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
+    assert "{{ 7*7 }} [bold]&#39;&amp;.mp4" in page
+
+
+def test_the_page_refers_to_nothing_outside_itself():
+    page = html_page(report(), table(ROWS), lambda *size: np.zeros((*size[-2:], 3), np.uint8))
+    assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
+    addresses = set(re.findall(r"""(?:src|href|url|action|srcset)\s*[=(]\s*["']?([^"'\s>)]+)""", page))
+    assert addresses
+    assert {one for one in addresses if not one.startswith(("#", "data:image/jpeg;base64,"))} == set()
+    # Names of XML vocabularies are the only addresses left, and no browser fetches those.
+    assert set(re.findall(r"https?://[^\"'\s<]+", page)) <= {
+        "http://www.w3.org/2000/svg",
+        "http://www.w3.org/1999/xlink",
+    }
+    names = re.findall(r' id="([^"]+)"', page)
+    assert len(names) == len(set(names))
+    assert all(re.search(r' (?:alt|aria-label)="[^"]+"', tag) for tag in re.findall(r"<(?:img|svg) [^>]*>", page))
+    assert page.count("<svg ") == 4
+
+
+def test_a_clip_that_cannot_be_read_costs_one_tile():
+    def frame(path, kind, start_s, height, width):
+        assert (kind, start_s) == ("video", 0.0)
+        assert max(height, width) == 260
+        if path.endswith("b.mp4"):
+            raise RuntimeError("decoder fell over")
+        return None if path.endswith("c.mp4") else np.full((height, width, 3), 200, np.uint8)
+
+    sheets = contact_sheet(report(), table(ROWS), frame, seed=0)
+    assert [len(sheet.tiles) for sheet in sheets] == [1, 2, 1]
+    assert [bool(tile.picture) for sheet in sheets for tile in sheet.tiles] == [True, False, False, True]
+    assert sheets[0].tiles[0].note == "1360 × 768, 0% cut away"
+    small = contact_sheet(report(), table(ROWS), lambda *size: np.zeros((*size[-2:], 3), np.uint8), seed=0)[1].tiles[1]
+    assert small.note == "640 × 480, 25% cut away, enlarged"
+
+
+def test_samples_follow_from_the_seed():
+    rows = [(f"/clips/{n}.mp4", 81, 768, 1360, 1, None) for n in range(500)]
+
+    def names(seed):
+        return [tile.name for tile in contact_sheet(report(rows), table(rows), no_frame, seed)[0].tiles]
+
+    assert names(1) == names(1) != names(2)
+    assert len(names(1)) == 4
+
+
+def test_the_picture_shows_what_is_cut_away():
+    frame = np.full((200, 400, 3), 255, np.uint8)
+    picture = crop_picture(frame, ClipShape(81, 200, 200))
+    row = np.asarray(picture)[picture.height // 2, :, 0]
+    assert picture.size == (400, 200)
+    assert (row < 100).sum() == 200
+    assert (row[104:296] == 255).all()
+    assert (np.asarray(crop_picture(frame, ClipShape(81, 400, 800)))[4:-4, 4:-4] == 255).all()
+
+
+def test_control_characters_are_shown():
+    assert printable("a\x00b\x1b[1m\u202ec") == "a\\x00b\\x1b[1m\\u202ec"
+
+
+def test_the_file_is_whole(tmp_path):
+    write_html(tmp_path / "report.html", report(), table(ROWS), no_frame)
+    assert (tmp_path / "report.html").read_text().endswith("</html>")
+    assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+@pytest.mark.slow
+def test_the_command(tmp_path):
+    """The demo, whose clips and model the command makes: tables, a page with pictures, nothing trained."""
+    page = tmp_path / "report.html"
+    done = run_command(
+        [
+            sys.executable, ROOT / "launch/report.py", "--num_gpus", 2, "--html", page,
+            f"output_dir={tmp_path / 'run'}",
+            f"data.path={tmp_path / 'clips'}", "data.draw_demo_clips=true", f"model.path={tmp_path / 'model'}",
+            "model.create_tiny=true", f"data.cache_dir={tmp_path / 'cache'}",
+        ],
+        timeout_s=240,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout
+    assert re.search(r"7 of 7 clips; 2 GPUs", done.stdout)
+    assert page.read_text().count("data:image/jpeg;base64,") == 7
+    assert not (tmp_path / "run").exists()
+    refused = run_command([sys.executable, ROOT / "launch/report.py", "--num_gpus", 0], timeout_s=120)
+    assert refused.returncode == 2
+    assert "--num_gpus is 0" in refused.stdout

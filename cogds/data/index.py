@@ -180,7 +180,8 @@ def write_index(
             raise ValueError(f"{num_rows} rows for sizes {meta['sizes']}")
         with made.open("rb") as file:
             path = made.with_stem(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
-        made.rename(path)
+        if not path.exists():  # whoever has it open keeps it
+            made.rename(path)
     except OSError as error:
         raise UserError(
             f"the index of clips cannot be written into {folder} ({error.strerror or error}): make room there"

@@ -43,6 +43,7 @@ def left_behind(cache: Path) -> list[str]:
     ]
 
 
+@pytest.mark.slow
 def test_two_ranks_encode_once_and_training_finds_it(arguments, tmp_path, run_train):
     bin_dir = Path(sys.executable).parent
     launch = [bin_dir / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
@@ -113,6 +114,7 @@ def test_killed_at_twenty_moments_nothing_is_lost_or_done_twice(arguments, tmp_p
     assert "0 were damaged" in verified
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
 def test_a_full_disk_and_a_read_only_one_are_told_and_cost_nothing(arguments, tmp_path):
     cache = tmp_path / "cache"

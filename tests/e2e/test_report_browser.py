@@ -10,7 +10,7 @@ import pytest
 from PIL import Image
 
 from cogds.report.html import write_html
-from tests.test_report import BUCKETS, EVIL, ROWS, report, table
+from tests.report.test_report import BUCKETS, EVIL, ROWS, report, table
 
 pytestmark = pytest.mark.browser
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")

@@ -26,7 +26,7 @@ def overrides(tmp_path_factory, tiny_model):
         f"model.path={tiny_model}",
         f"data.path={folder / 'clips'}",
         f"data.cache_dir={folder / 'cache'}",
-        "data.buckets=[17x64x96, 9x96x64]",
+        "data.buckets=[17x64x96, 9x96x64, 1x64x64]",
         "train.num_steps=4",
         "train.precision=fp32",
         "lora.rank=4",

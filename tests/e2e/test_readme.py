@@ -25,6 +25,8 @@ RUN_BY = {
     "deepspeed --num_gpus 8": "here",
     "deepspeed --hostfile": "tests/cluster/test_two_nodes.py",
     "srun ": "tests/cluster/test_two_nodes.py",
+    "python launch/report.py": "here",
+    "deepspeed launch/encode.py": "here",
     "tensorboard ": "here",
     "python launch/sample.py": "here",
 }
@@ -51,7 +53,7 @@ def overrides(tmp_path_factory, tiny_model):
         f"model.path={tiny_model}",
         f"data.path={folder / 'clips'}",
         f"data.cache_dir={folder / 'cache'}",
-        "data.buckets=[17x64x96, 9x96x64]",
+        "data.buckets=[17x64x96, 9x96x64, 1x64x64]",
         f"output_dir={folder / 'run'}",
         "train.num_steps=2",
         "lora.rank=4",
@@ -79,6 +81,22 @@ def test_eight_gpus_which_are_two_ranks_here(overrides, tmp_path):
     )
     assert done.returncode == 0, done.stdout[-4000:]
     assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+
+
+def test_report(overrides, tmp_path):
+    words = command("python launch/report.py")
+    words[words.index("--html") + 1] = str(tmp_path / "report.html")
+    done = run_command([sys.executable, *words[1:], *overrides, "data.max_unusable=1"], 120)
+    assert done.returncode == 0, done.stdout
+    assert "17x64x96" in done.stdout
+    assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_encode(overrides, finished):  # noqa: ARG001 (what it made is there)
+    words = command("deepspeed launch/encode.py")
+    done = run_command([BIN / words[0], "--master_port", free_port(), *words[1:], *overrides], 240)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "7 clips are encoded" in done.stdout
 
 
 def test_tensorboard_serves_the_run(finished):

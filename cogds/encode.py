@@ -21,7 +21,6 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 import torch
-from tqdm import tqdm
 
 from cogds.cli import make_folders, parse_args
 from cogds.config import RunConfig, load_config, replace
@@ -39,6 +38,7 @@ from cogds.data.staging import adopt
 from cogds.data.upkeep import VerifyReport, prune, stats, verify
 from cogds.demo import make_demo, only_own_demo
 from cogds.model.load import ModelFolder, TextEncoder, find_model, load_vae
+from cogds.progress import progress
 from cogds.runtime.world import World, connect, disconnect, on_all_ranks, on_rank0, read_world
 from cogds.survey import Survey, Unusable, make_buckets, survey, update_manifest
 
@@ -382,7 +382,7 @@ def _changed(row: Mapping) -> str:
 
 
 def _progress(items: Iterable, total: int, what: str, world: World) -> Iterable:
-    return tqdm(items, desc=f"encoding {what}", total=total, unit=what[:-1], disable=world.rank > 0, dynamic_ncols=True)
+    return progress(f"encoding {what}", what[:-1], total, shown=world.rank == 0, items=items)
 
 
 def prepare(

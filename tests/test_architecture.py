@@ -13,12 +13,13 @@ FILES = sorted([*ROOT.glob("cogds/**/*.py"), *ROOT.glob("launch/*.py")])
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
+    "progress": set(),
     "config": {"errors"},
     "core": {"errors"},
-    "data": {"errors", "files", "core"},
+    "data": {"errors", "files", "progress", "core"},
     "model": {"errors", "files", "core"},
     "runtime": {"errors", "files", "config", "core", "data", "model"},
-    "assembly": {"errors", "files", "config", "core", "data", "model", "runtime"},
+    "assembly": {"errors", "files", "progress", "config", "core", "data", "model", "runtime"},
     "launch": {"assembly"},
 }
 # Third-party library -> where it may be imported (path prefixes below the root).
@@ -34,6 +35,7 @@ GATES = {
     "omegaconf": ("cogds/config.py",),
     "safetensors": ("cogds/model/", "cogds/data/shard.py"),
     "pyarrow": ("cogds/data/", "cogds/encode.py", "cogds/survey.py", "cogds/report/"),
+    "tqdm": ("cogds/progress.py", "cogds/data/manifest.py", "cogds/runtime/monitor.py"),
     "matplotlib": ("cogds/report/",),
     "jinja2": ("cogds/report/",),
     "rich": ("cogds/report/",),

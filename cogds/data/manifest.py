@@ -40,6 +40,7 @@ from cogds.data.pool import Failure, GuardedPool
 from cogds.data.probe import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, FileFacts, ProbeTask, probe_file, reason_of
 from cogds.errors import UserError
 from cogds.files import whole_file
+from cogds.progress import progress
 
 Share = tuple[int, int]  # this rank, number of ranks
 ALONE: Share = (0, 1)
@@ -693,7 +694,7 @@ def _null(kind: pa.DataType) -> pa.Scalar:
 
 
 def _bar(what: str, shown: bool, total: int, initial: int = 0) -> tqdm:
-    return tqdm(desc=what, total=total, initial=initial, unit="file", disable=not shown, dynamic_ncols=True)
+    return progress(what, "file", total, shown, initial)
 
 
 # ------------------------------------------------------------------------------------------------- the work folder

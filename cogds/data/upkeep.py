@@ -10,8 +10,6 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass
 from pathlib import Path
 
-from tqdm import tqdm
-
 from cogds.data.cache import Cache
 from cogds.data.shard import (
     SHARD_BYTES,
@@ -26,6 +24,7 @@ from cogds.data.shard import (
     storing,
 )
 from cogds.data.staging import adopt, is_staged, new_staging, staged_files
+from cogds.progress import progress
 
 _OLD_FOLDER = re.compile("[0-9a-f]{2}")  # encoding version 1 had one file per entry, <kind>/<xx>/<key>.safetensors
 
@@ -87,9 +86,8 @@ def verify(root: Path | str, num_threads: int = 4, show_progress: bool = False) 
         damaged += [Damaged(kind, "staged by a writer that is dead", *one) for one in adopt(root, kind).items()]
         paths = [*staged_files(folder), *shards_in(folder)]
         with ThreadPoolExecutor(num_threads) as pool:
-            results = tqdm(
-                pool.map(_check, paths), f"verifying {kind}", len(paths), unit="file", disable=not show_progress
-            )
+            checking = pool.map(_check, paths)
+            results = progress(f"verifying {kind}", "file", len(paths), show_progress, items=checking)
             for path, checked in zip(paths, results):
                 if checked is None:
                     continue

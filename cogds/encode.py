@@ -29,19 +29,21 @@ from cogds.core.geometry import ClipShape
 from cogds.core.memory import vae_can_encode, vae_encode_bytes
 from cogds.core.mixture import Mixture
 from cogds.core.shares import deal
-from cogds.data.cache import Cache, Snapshot, Writer
+from cogds.data.cache import Cache, Snapshot, Writer, key_array
 from cogds.data.decode import DecodedClip, DecodeTask, decode
 from cogds.data.digest import digest, digest_files
 from cogds.data.index import ClipIndex, write_index
 from cogds.data.pool import Failure, GuardedPool
+from cogds.data.probe import reason_of
 from cogds.data.staging import adopt
 from cogds.data.upkeep import VerifyReport, prune, stats, verify
 from cogds.demo import make_demo, only_own_demo
 from cogds.model.load import ModelFolder, TextEncoder, find_model, load_vae
 from cogds.progress import progress
-from cogds.runtime.world import World, connect, disconnect, on_all_ranks, on_rank0, read_world
+from cogds.runtime.world import World, connect, dealt_by_rank0, disconnect, on_all_ranks, on_rank0, read_world
 from cogds.survey import Survey, Unusable, make_buckets, survey, update_manifest
 
+AT_ONCE = 1 << 17  # rows that are Python's objects at the same time
 NO_CAPTION = ""  # what a dropped caption becomes: the pipeline's negative prompt
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Buckets whose encoding would take more are encoded in overlapping tiles (data.vae_tiling=auto): what a 24 GB card has
@@ -100,6 +102,9 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
             keep = {"clips": data.index.keys("clip_key"), "captions": data.index.keys("caption_key")}
             keep["captions"].add(EncodingNames(cfg, model).caption(NO_CAPTION).hex())
             pruned = prune(cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
+            for path in set(data.index.path.parent.iterdir()):
+                if not path.name.startswith(data.index.path.stem):
+                    path.unlink(missing_ok=True)
             print(
                 f"removed {pruned.num_entries} entries, {pruned.num_bytes / 1e9:.3f} GB; merged {pruned.num_merged} "
                 "small shards"
@@ -158,7 +163,11 @@ class EncodingNames:
         """Key of a caption's states."""
         return _hash(self.caption_prefix + caption.encode())
 
-    def clips(self, survey: Survey) -> list[bytes]:
+    def captions(self, captions: pa.LargeStringArray) -> pa.FixedSizeBinaryArray:
+        """Keys of captions."""
+        return _binary(b"".join(self.caption(caption.as_py()) for caption in captions))
+
+    def clips(self, survey: Survey) -> pa.FixedSizeBinaryArray:
         """Keys of all windows of a survey, in its order."""
         prefixes = [
             digest(
@@ -173,27 +182,32 @@ class EncodingNames:
             ).encode()
             for shape in survey.buckets
         ]
-        columns = [survey.column(name).to_pylist() for name in ("kind", "digest", "image_digest")]
-        return [
-            _hash(prefixes[bucket] + struct.pack("<d", start_s) + kind.encode() + content + (image or b""))
+        placement = survey.placement
+        keys = bytearray()
+        for start in range(0, survey.num_windows, AT_ONCE):
+            part = slice(start, start + AT_ONCE)
             for bucket, start_s, kind, content, image in zip(
-                survey.placement.buckets.tolist(), survey.placement.starts_s.tolist(), *columns
-            )
-        ]
+                placement.buckets[part].tolist(),
+                placement.starts_s[part].tolist(),
+                *(survey.column(name, part).to_pylist() for name in ("kind", "digest", "image_digest")),
+            ):
+                keys += _hash(prefixes[bucket] + struct.pack("<d", start_s) + kind.encode() + content + (image or b""))
+        return _binary(keys)
 
 
 def _hash(message: bytes) -> bytes:
     return hashlib.blake2b(message, digest_size=16).digest()
 
 
-def _binary(keys: Sequence[bytes]) -> pa.FixedSizeBinaryArray:
-    return pa.array(keys, pa.binary(16))
+def _binary(keys: bytes | bytearray) -> pa.FixedSizeBinaryArray:
+    """Keys of 16 bytes, one after the other."""
+    return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(keys) // 16, [None, pa.py_buffer(keys)])
 
 
 @dataclass(frozen=True)
 class Work:
-    """What the cache lacks. captions: key, caption. clips: key, path, kind, image_path, start_s, bucket, size,
-    mtime_ns. Each with the rank that encodes it."""
+    """What the cache lacks, a rank's share. captions: key, caption, rank. clips: key, path, kind, image_path, start_s,
+    bucket, size, mtime_ns, image_size, image_mtime_ns, rank."""
 
     captions: pa.Table
     clips: pa.Table
@@ -209,17 +223,18 @@ class Desk:
         self.cached = cfg.data.encode == "cached"
         names = EncodingNames(cfg, model)
         self.no_caption_key = names.caption(NO_CAPTION)
-        nothing = [bytes(16)]
-        self.caption_keys = _binary(
-            [names.caption(one) for one in self.captions.to_pylist()] if self.cached else nothing * len(self.captions)
-        )
-        self.clip_keys = _binary(names.clips(survey) if self.cached else nothing * survey.num_windows)
+        if self.cached:
+            self.caption_keys, self.clip_keys = names.captions(self.captions), names.clips(survey)
+        else:
+            self.caption_keys, self.clip_keys = (
+                _binary(bytes(16 * num)) for num in (len(self.captions), survey.num_windows)
+            )
 
-    def work(self, num_ranks: int) -> Work:
-        """What is to be encoded, dealt to the ranks by cost. What killed writers left is taken over first."""
+    def work(self, num_ranks: int) -> list[Work]:
+        """What every rank is to encode, dealt by cost. What killed writers left is taken over first."""
         for kind in ("captions", "clips"):
             adopt(self.cache.root, kind)
-        keys = pa.concat_arrays([self.caption_keys, _binary([self.no_caption_key])])
+        keys = pa.concat_arrays([self.caption_keys, _binary(self.no_caption_key)])
         texts = pa.concat_arrays([self.captions, pa.array([NO_CAPTION], self.captions.type)])
         rows = _missing(keys if self.cached else keys[-1:], self.cache.snapshot("captions"))
         rows = rows if self.cached else rows + len(keys) - 1
@@ -237,16 +252,19 @@ class Desk:
                 "rank": deal(self.survey.costs()[windows], num_ranks),
             }
             | {
-                name: self.survey.column(name).take(windows)
-                for name in ("path", "kind", "image_path", "size", "mtime_ns")
+                name: self.survey.column(name, windows)
+                for name in ("path", "kind", "image_path", "size", "mtime_ns", "image_size", "image_mtime_ns")
             }
         )
-        return Work(captions, clips)
+        return [
+            Work(*(one.filter(pc.equal(one.column("rank"), rank)) for one in (captions, clips)))
+            for rank in range(num_ranks)
+        ]
 
     def no_caption(self) -> tuple[str, str]:
         """Key and place of the empty caption's states."""
         captions = self.cache.snapshot("captions")
-        return self.no_caption_key.hex(), captions.places[captions.find(_binary([self.no_caption_key]))[0]]
+        return self.no_caption_key.hex(), captions.places[captions.find(_binary(self.no_caption_key))[0]]
 
     def finish(self, unread: Mapping[bytes, str]) -> tuple[ClipIndex, Unusable, str]:
         """The index of everything that is encoded now, what is left out, and the fingerprint of the dataset.
@@ -265,11 +283,11 @@ class Desk:
         caption_places = captions.find(self.caption_keys) if self.cached else np.full(len(self.captions), -1, np.int32)
 
         def tables() -> Iterator[pa.Table]:
-            for start in range(0, len(kept), 1 << 17):
-                windows = kept[start : start + (1 << 17)]
+            for start in range(0, len(kept), AT_ONCE):
+                windows = kept[start : start + AT_ONCE]
                 texts = self.caption_of[windows]
                 yield pa.table(
-                    {name: self.survey.column(name).take(windows) for name in ("path", "kind", "image_path")}
+                    {name: self.survey.column(name, windows) for name in ("path", "kind", "image_path")}
                     | {
                         "caption": self.captions.take(texts),
                         "start_s": self.survey.placement.starts_s[windows],
@@ -290,16 +308,16 @@ class Desk:
         for column in [
             self.clip_keys.take(kept),
             self.caption_keys.take(self.caption_of[kept]),
-            *([] if self.cached else [self.survey.column(name).take(kept) for name in ("path", "size", "mtime_ns")]),
+            *([] if self.cached else [self.survey.column(name, kept) for name in ("path", "size", "mtime_ns")]),
         ]:
-            for value in column.to_pylist():
-                state.update(repr(value).encode())
+            for start in range(0, len(column), AT_ONCE):
+                state.update(repr(column[start : start + AT_ONCE].to_pylist()).encode())
         return state.hexdigest()
 
 
 def _missing(keys: pa.FixedSizeBinaryArray, snapshot: Snapshot) -> np.ndarray:
     """Numbers of the keys that the cache neither has nor has given up, each key once."""
-    failed = _binary([bytes.fromhex(key) for key in snapshot.failures])
+    failed = key_array(snapshot.failures)
     lacking = (snapshot.find(keys) < 0) & ~pc.is_in(keys, failed).to_numpy(zero_copy_only=False)
     rows = np.flatnonzero(lacking)
     _, first = np.unique(keys.take(rows).dictionary_encode().indices.to_numpy(), return_index=True)
@@ -333,8 +351,9 @@ def encode_clips(
 ) -> dict[bytes, str]:
     """Encode and keep these clips, decoded ahead of the VAE in guarded processes.
 
-    A clip that cannot be decoded is kept as failed, with its reason, and is not tried again. Returns those that may
-    succeed another time, key -> reason: files that have gone or changed since they were listed.
+    A clip that the decoder refuses is kept as failed, with its reason, and is not tried again. Returns those that may
+    succeed another time, key -> reason: files that have gone or changed since they were listed, or took too long or
+    too much memory, or ended the decoding process.
     """
     vae = load_vae(model, DTYPES[cfg.train.precision], world.device)
     rows = clips.to_pylist()
@@ -348,8 +367,10 @@ def encode_clips(
         for clip, row in zip(_progress(decoded, len(rows), "clips", world), rows):
             if reason := _changed(row):
                 unread[row["key"]] = reason
+            elif isinstance(clip, Failure) and clip.is_verdict:
+                writer.fail(row["key"].hex(), reason_of(clip.reason))
             elif isinstance(clip, Failure):
-                writer.fail(row["key"].hex(), clip.reason)
+                unread[row["key"]] = reason_of(clip.reason)
             else:
                 pixels, first = torch.from_numpy(clip.pixels), torch.from_numpy(clip.first_frame)
                 moments = encode_pixels(vae, pixels, is_tiled(cfg, model, buckets[row["bucket"]]))
@@ -372,12 +393,15 @@ def decode_pool(cfg: RunConfig) -> GuardedPool[DecodeTask, DecodedClip]:
 
 def _changed(row: Mapping) -> str:
     """Why a file is no longer the one that was listed, if so: its encoding would have another's name."""
-    try:
-        stat = os.stat(row["path"])
-    except OSError as error:
-        return f"disappeared: {error.strerror}"
-    if (stat.st_size, stat.st_mtime_ns) != (row["size"], row["mtime_ns"]):
-        return "changed while it was encoded: start again"
+    for prefix, path in (("", row["path"]), ("image_", row["image_path"])):
+        if path is None:
+            continue
+        try:
+            stat = os.stat(path)
+        except OSError as error:
+            return f"disappeared: {path}: {error.strerror}"
+        if (stat.st_size, stat.st_mtime_ns) != (row[f"{prefix}size"], row[f"{prefix}mtime_ns"]):
+            return f"changed while it was encoded: {path}; start again"
     return ""
 
 
@@ -404,7 +428,7 @@ def prepare(
     manifest = update_manifest(cfg, world, digests=cfg.data.encode == "cached", retry=retry)
     desks: list[Desk] = []  # rank 0's alone: it grows with the clips
 
-    def begin() -> Work:
+    def begin() -> list[Work]:
         found = survey(cfg, manifest, buckets)
         found.check_any_left()
         tell(found)
@@ -412,20 +436,19 @@ def prepare(
         desks.append(Desk(cfg, model, found))
         return desks[0].work(world.size)
 
-    work = on_rank0(world, begin)
-    mine = {name: one.filter(pc.equal(one.column("rank"), world.rank)) for name, one in vars(work).items()}
+    mine = dealt_by_rank0(world, begin)
     shard_bytes, dtype = int(cfg.data.shard_gb * 1e9), DTYPES[cfg.train.precision]
 
     def captions() -> None:
-        if len(mine["captions"]):
+        if len(mine.captions):
             with cache.writer("captions", shard_bytes) as writer:
-                encode_captions(mine["captions"], writer, model, dtype, world)
+                encode_captions(mine.captions, writer, model, dtype, world)
 
     def clips() -> dict[bytes, str]:
-        if not len(mine["clips"]):
+        if not len(mine.clips):
             return {}
         with cache.writer("clips", shard_bytes) as writer:
-            return encode_clips(mine["clips"], writer, buckets, model, cfg, world)
+            return encode_clips(mine.clips, writer, buckets, model, cfg, world)
 
     on_all_ranks(world, captions)
     unread = {key: reason for share in on_all_ranks(world, clips) for key, reason in share.items()}

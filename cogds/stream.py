@@ -7,6 +7,7 @@ is a GPU. A batch holds just what the cache would have given, so a run is the sa
 import itertools
 import queue
 import threading
+from collections import deque
 from collections.abc import Iterable, Iterator
 from typing import Any, TypeVar
 
@@ -30,20 +31,18 @@ BATCHES_AHEAD = 2
 def stream_batches(
     draws: Iterable[list[Draw]],
     order: ClipOrder,
-    quarantined: frozenset[int],
     cfg: RunConfig,
     model: ModelFolder,
     world: World,
 ) -> Iterator[Batch]:
     """This rank's batches, one per micro-step, on its device. draws: what `BucketBatchSampler` yields."""
-    return ahead(_batches(draws, order, set(quarantined), cfg, model, world), BATCHES_AHEAD)
+    return ahead(_batches(draws, order, cfg, model, world), BATCHES_AHEAD)
 
 
 @torch.no_grad()
 def _batches(
     draws: Iterable[list[Draw]],
     order: ClipOrder,
-    quarantined: set[int],
     cfg: RunConfig,
     model: ModelFolder,
     world: World,
@@ -53,6 +52,8 @@ def _batches(
     vae, text = load_vae(model, dtype, world.device), TextEncoder(model, dtype, world.device)
     stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
     for_pool, for_us = itertools.tee(draws)
+    submitted: deque[int] = deque()
+    quarantined: set[int] = set()
 
     def task(row: int) -> DecodeTask:
         clip = index[row]
@@ -66,14 +67,21 @@ def _batches(
             "text_states": text.encode(index[row].caption),
         }
 
+    def tasks() -> Iterator[DecodeTask]:
+        for batch in for_pool:
+            for draw in batch:
+                # What is known to be bad is not tried again. Where all are bad, `first_good` says so.
+                row = next((row for row in order.rows(draw) if row not in quarantined), next(order.rows(draw)))
+                submitted.append(row)
+                yield task(row)
+
     with decode_pool(cfg) as pool, decode_pool(cfg) as spare, torch.cuda.stream(stream):
-        first_rows = (next(order.rows(draw)) for batch in for_pool for draw in batch)
-        decoded = pool.imap((task(row) for row in first_rows), ahead=cfg.data.num_workers)
+        decoded = pool.imap(tasks(), ahead=cfg.data.num_workers)
         for batch in for_us:
             items = []
             for draw in batch:
-                first = next(order.rows(draw))
                 clip = next(decoded)
+                first = submitted.popleft()
 
                 def load(row: int, first: int = first, clip: DecodedClip | Failure = clip) -> Any:
                     found = clip if row == first else next(spare.imap([task(row)]))

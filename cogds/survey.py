@@ -15,17 +15,9 @@ from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import vae_can_encode
 from cogds.core.mixture import repeats_of_weights
-from cogds.data.manifest import (
-    DataSet,
-    begin,
-    fill_digests_begin,
-    fill_digests_finish,
-    fill_digests_share,
-    finish,
-    manifest_file,
-    probe_share,
-    read,
-)
+from cogds.data.contents import fill_digests_begin, fill_digests_finish, fill_digests_share
+from cogds.data.inventory import begin, finish, probe_share
+from cogds.data.manifest import DataSet, manifest_file, read
 from cogds.data.placement import Placement, numbers, place, too_short
 from cogds.errors import UserError
 from cogds.files import whole_file
@@ -83,9 +75,9 @@ class Survey:
     def num_windows(self) -> int:
         return len(self.placement.rows)
 
-    def column(self, name: str) -> pa.ChunkedArray:
-        """A column of the manifest for every window, in the order of the plan."""
-        return self.table.column(name).take(pa.array(self.placement.rows))
+    def column(self, name: str, windows: slice | np.ndarray = slice(None)) -> pa.ChunkedArray:
+        """A column of the manifest for these windows, by default all in the order of the plan."""
+        return self.table.column(name).take(pa.array(self.placement.rows[windows]))
 
     def costs(self) -> np.ndarray:
         """What encoding every window costs, in pixels: those that the VAE takes and those that are decoded for them.
@@ -195,6 +187,8 @@ def update_manifest(cfg: RunConfig, world: World, digests: bool, retry: bool = F
 def survey(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]) -> Survey:
     """Place the clips of an up-to-date manifest."""
     table = read(manifest)
+    for name in ("path", "caption", "image_path"):  # together they may be longer than the 2 GB of plain strings
+        table = table.set_column(table.column_names.index(name), name, table.column(name).cast(pa.large_string()))
     sets = data_sets(cfg)
     placement = place(
         table, buckets, cfg.data.fps, cfg.data.windows, cfg.data.num_windows, cfg.seed, num_sets=len(sets)

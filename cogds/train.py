@@ -4,7 +4,7 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,11 +15,13 @@ from cogds.cli import make_folders, parse_args
 from cogds.config import RunConfig, load_config, to_dict, to_yaml
 from cogds.core.diffusion import stratified_timesteps, timestep_quarter, v_loss
 from cogds.core.geometry import ClipShape, num_tokens
+from cogds.core.mixture import Mixture
 from cogds.core.plan import MicroBatch, Origin, Plan
 from cogds.core.rng import seed_global
 from cogds.core.schedule import learning_rate
 from cogds.data.dataset import Batch, ClipDataset, ClipOrder, collate
 from cogds.data.digest import digest, digest_files
+from cogds.data.index import ClipIndex
 from cogds.data.sampler import BucketBatchSampler
 from cogds.demo import make_demo, only_own_demo
 from cogds.encode import DTYPES, EncodedData, prepare
@@ -106,11 +108,14 @@ def train(
         print(short_report(report), flush=True)
 
     data = prepare(cfg, model, buckets, world, cfg.data.max_unusable, tell=tell)
+    state = on_rank0(world, lambda: checkpoints.read_state(resume_from)) if resume_from else {}
+    if state:
+        data = on_rank0(world, lambda: resumed_data(data, state, cfg))
     plan = make_plan(cfg, data.mixture, buckets, model, world.size)
     weights = on_rank0(world, lambda: weights_digest(cfg, model))
     first_step, fixed = 0, identity(cfg, ds_config, weights, data, plan)
     if resume_from:
-        state = on_rank0(world, lambda: checkpoints.read_matching(resume_from, fixed))
+        on_rank0(world, lambda: checkpoints.check_matching(resume_from, state, fixed))
         first_step = state["step"]
         plan = dataclasses.replace(plan, origin=Origin(**state["origin"]))
 
@@ -150,11 +155,16 @@ def train(
 
     def save(step: int) -> None:
         export_adapter(engine, cfg, buckets, output_dir / "lora" / checkpoints.step_name(step), world)
-        saved = {"step": step, "identity": fixed, "origin": dataclasses.asdict(plan.origin)}
+        saved = {
+            "step": step,
+            "identity": fixed,
+            "origin": dataclasses.asdict(plan.origin),
+            "index": data.index.path.name,
+        }
         checkpoints.save(engine, world, checkpoint_dir, step, saved, cfg.checkpoint.keep_last)
 
     quarantine = Quarantine(world, output_dir, len(data.index), cfg.data.max_unusable)
-    batches, clock = load_batches(data, cfg, plan, model, world, first_step, quarantine.known), Stopwatch()
+    batches, clock = load_batches(data, cfg, plan, model, world, first_step), Stopwatch()
     for step in range(first_step, cfg.train.num_steps):
         train_step(engine, builder, batches, plan, step, cfg, buckets, world, monitor, quarantine, clock)
         if (step + 1) % cfg.monitor.every == 0 or step + 1 == cfg.train.num_steps:
@@ -166,6 +176,28 @@ def train(
     monitor.close()
     if world.rank == 0:
         print(whereabouts(output_dir, cfg.train.num_steps))
+
+
+def resumed_data(data: EncodedData, state: Mapping[str, Any], cfg: RunConfig) -> EncodedData:
+    """The data that a resumed run goes on with: as it was, if nothing happened to it but that clips have gone.
+
+    Their encodings are read from the cache as before; those that are not there are replaced as the run meets them.
+    Other changes are left for `check_matching` to refuse.
+    """
+    folder = data.index.path.parent
+    saved = ClipIndex(folder / state.get("index", data.index.path.name))
+    if data.fingerprint == state["identity"].get("data") or not saved.path.exists():
+        return data
+    then, now = saved.names(), data.index.names()
+    if now - then or not then - now:
+        print(f"of the clips of the run, {len(then - now)} are no longer in the data, and {len(now - then)} are new")
+        return data
+    print(f"{len(then - now)} clips of the run are no longer in the data: it goes on with them as long as it can")
+    # By weight they follow from the sizes, and stay what they were.
+    by_weight = bool(cfg.data.sets) and cfg.data.sets[0].weight is not None
+    repeats = tuple(state["identity"]["repeats"]) if by_weight else data.mixture.repeats
+    mixture = Mixture(saved.sizes, repeats, cfg.seed)
+    return dataclasses.replace(data, index=saved, mixture=mixture, fingerprint=state["identity"]["data"])
 
 
 def whereabouts(output_dir: Path, step: int) -> str:
@@ -181,16 +213,15 @@ def load_batches(
     model: ModelFolder,
     world: World,
     first_step: int,
-    quarantined: frozenset[int],
 ) -> Iterator[Batch]:
     """This rank's batches, one per micro-step, made ahead of time: read from the cache, or encoded on the fly."""
     order = ClipOrder(data.index, data.mixture)
     sampler = BucketBatchSampler(plan, world.rank, first_step, cfg.train.num_steps)
     if cfg.data.encode == "on_the_fly":
-        yield from stream_batches(sampler, order, quarantined, cfg, model, world)
+        yield from stream_batches(sampler, order, cfg, model, world)
         return
     loader = DataLoader(
-        ClipDataset(order, cfg.data.cache_dir, quarantined),
+        ClipDataset(order, cfg.data.cache_dir),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=cfg.data.num_workers,

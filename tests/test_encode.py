@@ -174,7 +174,7 @@ def test_a_file_that_fails_to_decode_is_not_tried_again(encode, drawn, tmp_path,
 
     monkeypatch.setattr(cogds.encode, "decode", failing)
     data = encode(folder)
-    assert reasons_of(data) == dict.fromkeys(["clip_2.mp4", "copy.mp4"], "the frame at 0.3 s is damaged")
+    assert reasons_of(data) == dict.fromkeys(["clip_2.mp4", "copy.mp4"], "damaged: the frame at 0.3 s is damaged")
     assert len(data.index) == 6
     assert len(tried) == 7
     again = encode(folder)
@@ -246,9 +246,9 @@ def test_shares_of_ranks_make_the_whole(drawn, tmp_path, tiny_model):
     buckets = make_buckets(cfg, model)
     manifest = cogds.encode.update_manifest(cfg, ALONE, digests=True)
     desk = cogds.encode.Desk(cfg, model, cogds.encode.survey(cfg, manifest, buckets))
-    ranks = desk.work(2).clips.column("rank").to_pylist()
-    assert sorted(ranks) == [0, 0, 0, 1, 1, 1, 1] or sorted(ranks) == [0, 0, 0, 0, 1, 1, 1]
-    assert len(set(desk.work(2).clips.column("key").to_pylist())) == 7
+    shares = [work.clips.column("key").to_pylist() for work in desk.work(2)]
+    assert sorted(map(len, shares)) == [3, 4]
+    assert len(set(shares[0] + shares[1])) == 7
 
 
 def test_what_killed_writers_left_is_packed(encode, drawn, tmp_path):

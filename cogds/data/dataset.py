@@ -1,7 +1,8 @@
 """Index and cache -> samples -> one-shape batches, with a stand-in for every clip that turns out to be bad.
 
 A clip that cannot be read is named (`Bad`) and replaced by the next one of its bucket in the plan's order. Which one
-that is follows from the plan alone, so a resumed run replaces it alike, and all ranks take the same number of steps.
+that is follows from the plan and from what is bad, so a resumed run replaces it alike, and trains it again once it is
+mended. All ranks take the same number of steps.
 """
 
 from collections.abc import Callable, Iterator
@@ -71,8 +72,8 @@ class ClipOrder:
             bad.append(loaded)
         last = f" (the last one, {bad[-1].path}: {bad[-1].reason})" if bad else ""
         raise UserError(
-            f"not one clip of bucket {self.index.buckets[draw.bucket]} can be read{last}: "
-            "look at quarantine.jsonl in the run's folder; launch/encode.py --verify mends a damaged cache"
+            f"not one clip of bucket {self.index.buckets[draw.bucket]} can be read{last}: mend the files, or leave the "
+            "bucket out; launch/encode.py --verify mends a damaged cache"
         )
 
 
@@ -83,8 +84,8 @@ class ClipDataset(Dataset[Item]):
     in pixels, and `text_states` [text_tokens, dim].
     """
 
-    def __init__(self, order: ClipOrder, cache_dir: Path | str, quarantined: frozenset[int] = frozenset()):
-        self.order, self.cache, self.quarantined = order, Cache(cache_dir), set(quarantined)
+    def __init__(self, order: ClipOrder, cache_dir: Path | str):
+        self.order, self.cache, self.quarantined = order, Cache(cache_dir), set[int]()
 
     def __getitem__(self, draw: Draw) -> Item:
         return Item(*self.order.first_good(draw, self.quarantined, self._load))

@@ -129,6 +129,12 @@ class ClipIndex:
         """The distinct keys of `clip_key` or `caption_key`, as hex digits."""
         return {key.hex() for key in pc.unique(self.column(name)).to_pylist()}
 
+    def names(self) -> set[tuple]:
+        """What tells every clip from the others: bucket, file, where in it, and the keys of what it was encoded to."""
+        columns = [self.column(name).to_pylist() for name in ("path", "start_s", "clip_key", "caption_key")]
+        buckets = [str(shape) for shape, sets in zip(self.buckets, self.sizes) for _ in range(sum(sets))]
+        return set(zip(buckets, *columns))
+
     def column(self, name: str) -> pa.ChunkedArray:
         """A whole column; its numbers stay in the mapped file."""
         batches = [self._reader.get_batch(number).column(name) for number in range(self._reader.num_record_batches)]

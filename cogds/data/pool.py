@@ -51,10 +51,12 @@ class Failure:
     """What became of a task that gave no result.
 
     reason: "took more than 120 s", "crashed its process (code -11)", "needed more than 4 GB of memory", the sentence
-    of the DecodeError that the function raised, or "failed: Type: text" for any other exception.
+    of the DecodeError that the function raised, or "failed: Type: text" for any other exception. is_verdict: it was a
+    DecodeError, which says something of the file; the others may be the machine's doing, and not come again.
     """
 
     reason: str
+    is_verdict: bool = False
 
 
 class GuardedPool(Generic[Task, Result]):
@@ -329,7 +331,7 @@ def _failure_of(error: Exception, memory_bytes: int) -> Failure:
     from cogds.data.video import DecodeError
 
     if isinstance(error, DecodeError):
-        return Failure(str(error))
+        return Failure(str(error), is_verdict=True)
     if isinstance(error, MemoryError):
         return Failure(_too_much_memory(memory_bytes))
     return Failure(f"failed: {type(error).__name__}: {error}")

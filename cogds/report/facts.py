@@ -111,6 +111,7 @@ class Setup:
     epoch_sizes: Sequence[float] | None = None
     steps_per_epoch: float | None = None
     rates: Rates | None = None
+    max_unusable: float = 1.0
 
     @property
     def bytes_each(self) -> int:
@@ -167,6 +168,12 @@ class Report:
     rate_source: str
     suggestion: Suggestion | None
     set_clips: tuple[int, ...]
+    max_unusable: float = 1.0
+
+    @property
+    def is_refused(self) -> bool:
+        """Whether training will not start with so many unusable clips."""
+        return self.num_unusable > self.max_unusable * self.num_rows
 
     @property
     def num_clips(self) -> int:
@@ -255,6 +262,7 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
         rate_source=setup.rates.source if setup.rates else "",
         suggestion=_suggestion(sizes, setup),
         set_clips=tuple(int(number) for number in sums["sets"]),
+        max_unusable=setup.max_unusable,
     )
 
 
@@ -342,7 +350,7 @@ def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
     short = np.flatnonzero(~unusable & (clips.buckets < 0))
     if len(short):
         paths = clips.table.column("path").take(pa.array(short[:NUM_EXAMPLES])).to_pylist()
-        counts["shorter than every bucket"], examples["shorter than every bucket"] = len(short), tuple(paths)
+        counts["too short"], examples["too short"] = len(short), tuple(paths)
     found = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
     found.sort(key=lambda one: (-one.num_clips, one.phrase))
     return tuple(found), int(unusable.sum()) + len(short) - sum(counts.values())

@@ -24,13 +24,13 @@ from cogds.files import whole_file
 from cogds.report.facts import ClipTable, Report
 from cogds.report.text import (
     ESTIMATE_NOTE,
-    caption_lines,
     duration,
     gigabytes,
     number,
     percent,
     step_text,
     suggestion_lines,
+    warning_lines,
 )
 
 # (path, kind, start_s, height, width) -> the frame on display then, uint8 [height, width, 3], or None where it cannot
@@ -111,7 +111,7 @@ def html_page(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: i
         name=name,
         plots=make_plots(report, clips),
         sheets=contact_sheet(report, clips, first_frame, seed),
-        captions=caption_lines(report),
+        captions=warning_lines(report),
         suggestion=suggestion_lines(report),
         estimate_note=ESTIMATE_NOTE,
         step_text=step_text,

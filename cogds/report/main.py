@@ -101,6 +101,7 @@ def run_report(
         cached=cfg.data.encode == "cached",
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
+        max_unusable=cfg.data.max_unusable,
         rates=measured_rates(Path(cfg.output_dir) / "metrics.jsonl"),
     )
     return make_report(clips, setup, count_captions(found.table, model))

@@ -57,9 +57,14 @@ def suggestion_lines(report: Report) -> list[str]:
     ]
 
 
-def caption_lines(report: Report) -> list[str]:
-    """What is wrong with captions, in sentences; [] where nothing is."""
+def warning_lines(report: Report) -> list[str]:
+    """What stops a run, and what is wrong with captions, in sentences; [] where nothing is."""
     captions, lines = report.captions, []
+    if report.is_refused:
+        lines.append(
+            f"Training will not start: {report.num_unusable:,} of {report.num_rows:,} clips cannot be used, and "
+            f"data.max_unusable allows {percent(report.max_unusable)}."
+        )
     if captions.num_missing:
         lines.append(f"{captions.num_missing:,} clips have no caption.")
     if captions.num_empty:
@@ -82,7 +87,7 @@ def short_report(report: Report) -> str:
     if report.num_unusable:
         common = ", ".join(f"{one.num_clips:,} x {one.phrase}" for one in report.reasons[:3])
         lines.append(f"{report.num_unusable:,} clips are not trained: {common}")
-    lines += caption_lines(report)
+    lines += warning_lines(report)
     if largest := report.largest:
         lines.append(
             f"about {gigabytes(largest.memory.total_bytes)} of GPU memory for {largest.shape} (an estimate), "
@@ -141,7 +146,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         if report.num_other_reasons:
             reasons.add_row(f"{report.num_other_reasons:,}", "other reasons", "")
         console.print(reasons)
-    for line in caption_lines(report) + suggestion_lines(report):
+    for line in warning_lines(report) + suggestion_lines(report):
         console.print(Text(line))
 
 

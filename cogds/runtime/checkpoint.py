@@ -96,17 +96,18 @@ def find(checkpoints: Path, resume: str) -> Path | None:
     return complete[-1] if complete else None
 
 
-def read_matching(checkpoint: Path, identity: Mapping[str, Any]) -> dict[str, Any]:
-    """The state that `save` was given, once its `identity`, which must not change over a run, equals this one.
-
-    Raises UserError naming each field that differs, or where the file is damaged.
-    """
+def read_state(checkpoint: Path) -> dict[str, Any]:
+    """The state that `save` was given. Raises UserError where the file is damaged."""
     try:
-        state = json.loads((checkpoint / STATE_FILE).read_text())
+        return json.loads((checkpoint / STATE_FILE).read_text())
     except ValueError as error:
         raise UserError(
             f"{checkpoint / STATE_FILE} is damaged ({error}): resume from another with checkpoint.resume=PATH"
         ) from None
+
+
+def check_matching(checkpoint: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
+    """Raise UserError naming each field of a state's `identity`, which must not change over a run, that differs."""
     saved = state["identity"]
     changed = [f"{name}: {saved.get(name)} then, {now} now" for name, now in identity.items() if saved.get(name) != now]
     if changed:
@@ -114,7 +115,6 @@ def read_matching(checkpoint: Path, identity: Mapping[str, Any]) -> dict[str, An
             f"cannot resume from {checkpoint}, because the run has changed: {'; '.join(changed)}. Set these back, or "
             "start a new run with another output_dir (or checkpoint.resume=none)"
         )
-    return state
 
 
 def load(engine: Any, checkpoint: Path) -> None:

@@ -142,6 +142,20 @@ def on_rank0(world: World, function: Callable[[], T]) -> T:
     return outcome[0]
 
 
+def dealt_by_rank0(world: World, function: Callable[[], list[T]]) -> T:
+    """Run `function` on rank 0, which gives one value for every rank, and give each rank its own. Collective.
+
+    What it raises is raised on every rank.
+    """
+    dealt: list[T] = []
+    on_rank0(world, lambda: dealt.extend(function()))
+    if world.size == 1:
+        return dealt[0]
+    mine: list[Any] = [None]
+    dist.scatter_object_list(mine, dealt if world.rank == 0 else None, src=0)
+    return mine[0]
+
+
 def on_all_ranks(world: World, function: Callable[[], T]) -> list[T]:
     """Run `function` on every rank and give every rank all results, in rank order. Collective.
 

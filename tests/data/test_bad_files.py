@@ -12,8 +12,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogds.data import manifest
-from cogds.data.manifest import ALONE, DataSet
+from cogds.data import contents, inventory, manifest
+from cogds.data.journal import ALONE
+from cogds.data.manifest import DataSet
 from cogds.data.probe import FileFacts, ProbeTask
 from cogds.data.video import write_video
 
@@ -110,8 +111,8 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict]]:
     folder = tmp_path_factory.mktemp("bad") / "files"
     unusual_folder(folder)
     file = folder.parent / "manifest.parquet"
-    manifest.update([DataSet(str(folder))], file, 2, timeout_s=60)
-    manifest.fill_digests(file)
+    inventory.update([DataSet(str(folder))], file, 2, timeout_s=60)
+    contents.fill_digests(file)
     yield {os.path.basename(row["path"]): row for row in manifest.read(file).to_pylist()}
     shutil.rmtree(folder)
 
@@ -175,10 +176,10 @@ def test_a_file_that_goes_between_listing_and_probing_costs_itself(tmp_path: Pat
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, grey(5, 32, 32), 10)
     file = tmp_path / "out" / "m.parquet"
-    job = manifest.begin([DataSet(str(tmp_path))], file, "x")
+    job = inventory.begin([DataSet(str(tmp_path))], file, "x")
     (tmp_path / "a.mp4").unlink()
-    manifest.probe_share(job, ALONE, 0)
-    manifest.finish(job)
+    inventory.probe_share(job, ALONE, 0)
+    inventory.finish(job)
     assert manifest.read(file)["reason"].to_pylist() == ["file missing: the file does not exist", None]
 
 
@@ -201,9 +202,18 @@ def test_a_hang_a_crash_and_a_glutton_cost_one_file_each(tmp_path: Path) -> None
     for name in names:
         (tmp_path / f"{name}.mp4").touch()
     file = tmp_path / "out" / "m.parquet"
-    job = manifest.begin([DataSet(str(tmp_path))], file, "x")
-    manifest.probe_share(job, ALONE, 2, timeout_s=3.0, memory_bytes=800_000_000, probe=unruly)
-    manifest.finish(job)
+    job = inventory.begin([DataSet(str(tmp_path))], file, "x")
+    inventory.probe_share(job, ALONE, 2, timeout_s=3.0, memory_bytes=800_000_000, probe=unruly)
+    inventory.finish(job)
     found = {Path(row["path"]).stem: row["reason"] for row in manifest.read(file).to_pylist()}
     phrases = {"hang": "took too long", "crash": "crashed the decoder", "eat": "needed too much memory"}
     assert {name: reason and reason.split(": ")[0] for name, reason in found.items()} == dict.fromkeys("1234") | phrases
+    # It may have been the machine: they are opened again, and nothing else is.
+    job = inventory.begin([DataSet(str(tmp_path))], file, "x")
+    assert inventory.probe_share(job, ALONE, 1, timeout_s=3.0, memory_bytes=800_000_000, probe=benign) == 3
+    inventory.finish(job)
+    assert {row["status"] for row in manifest.read(file).to_pylist()} == {"ok"}
+
+
+def benign(_: ProbeTask) -> FileFacts:
+    return FileFacts(5, 10.0, 32, 32, 0, 0.5)

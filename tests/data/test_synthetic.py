@@ -5,7 +5,8 @@ import pytest
 
 from cogds.core.geometry import ClipShape
 from cogds.data import synthetic
-from cogds.data.manifest import DataSet, read, update
+from cogds.data.inventory import update
+from cogds.data.manifest import DataSet, read
 from cogds.data.synthetic import draw_clips
 from cogds.data.video import read_clip
 

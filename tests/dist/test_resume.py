@@ -41,6 +41,37 @@ def test_a_finished_run_says_so_and_does_nothing(train_once, run_train, workshop
     assert (whole / "metrics.jsonl").read_text() == before
 
 
+@pytest.mark.slow
+def test_a_run_outlives_its_clips(train_once, workshop):
+    """A clip that is deleted is trained from the cache; a damaged entry is replaced, and both ranks take all steps."""
+    clips = workshop / "mortal"
+    shutil.copytree(workshop / "clips", clips)
+    own = (f"data.path={clips}", "data.max_unusable=0.5")
+    whole = train_once("mortal-whole", "zero2", *own)
+    stopped = workshop / "mortal-stopped"
+    shutil.copytree(whole, stopped)
+    shutil.rmtree(stopped / "checkpoints/step-000006")
+    (stopped / "checkpoints/latest").write_text("step-000003\n")
+    (clips / "clip_0.mp4").unlink()
+    train_once("mortal-resumed", "zero2", *own, f"output_dir={stopped}")
+    assert losses(stopped) == losses(whole)
+    assert not (stopped / "quarantine.jsonl").exists()
+
+    (clips / "clip_6.mp4").write_bytes((clips / "clip_1.mp4").read_bytes())  # another run, for new data
+    (clips / "clip_6.txt").write_text("one more")
+    cache = f"data.cache_dir={workshop / 'mortal-cache'}"
+    train_once("mortal-new", "zero2", *own, cache, "train.num_steps=1")
+    for shard in (workshop / "mortal-cache/clips").glob("*.safetensors"):
+        data = bytearray(shard.read_bytes())
+        data[-9] ^= 1  # in the last entry
+        shard.write_bytes(data)
+    damaged = train_once("mortal-damaged", "zero2", *own, cache, "train.num_steps=12")
+    assert len(losses(damaged)) == 12
+    listed = [json.loads(line) for line in (damaged / "quarantine.jsonl").read_text().splitlines()]
+    assert 1 <= len({one["reason"] for one in listed}) <= 2  # one shard a rank; a copy shares its entry
+    assert all("is damaged" in one["reason"] for one in listed)
+
+
 def test_what_changed_is_named(train_once, run_train):
     whole = train_once("zero2", "zero2")
     done = run_train("--deepspeed", "ds_configs/zero1.json", "--config", whole / "run.yaml",

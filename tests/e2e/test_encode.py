@@ -91,7 +91,7 @@ def test_killed_at_twenty_moments_nothing_is_lost_or_done_twice(arguments, tmp_p
     moments = random.Random(0)
     command = [sys.executable, str(SCRIPT), *arguments, "data.shard_gb=0.0001"]
     start = time.monotonic()
-    longest_s = 8.0
+    longest_s, num_encoded = 8.0, []
     for _ in range(20):
         process = subprocess.Popen(command, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
                                    start_new_session=True)  # fmt: skip
@@ -100,13 +100,13 @@ def test_killed_at_twenty_moments_nothing_is_lost_or_done_twice(arguments, tmp_p
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             process.wait()
-        longest_s = 14.0 if not (tmp_path / "log").exists() else longest_s
+        num_encoded.append((tmp_path / "log").read_text().count("clip") if (tmp_path / "log").exists() else 0)
+        longest_s = 14.0 if not num_encoded[-1] else longest_s
     assert time.monotonic() - start < 900
-    killed_with = (tmp_path / "log").read_text().count("clip")
+    assert any(0 < num < num_clips for num in num_encoded)  # kills that came in the middle
     done = run_command(command, 300, env={"ENCODED": str(tmp_path / "log")})
     assert done.returncode == 0, done.stdout[-4000:]
     assert f"{num_clips} clips are encoded" in done.stdout
-    assert killed_with > 0
     encoded = (tmp_path / "log").read_text().count("clip")
     assert num_clips <= encoded <= num_clips + 20  # one in flight at every kill
     assert left_behind(tmp_path / "cache") == []

@@ -103,10 +103,10 @@ def test_totals():
 def test_reasons_are_counted_by_phrase_with_examples():
     reasons = {one.phrase: one for one in report().reasons}
     assert {phrase: one.num_clips for phrase, one in reasons.items()} == {
-        "cannot be opened": 2, "no caption": 1, "shorter than every bucket": 1,
+        "cannot be opened": 2, "no caption": 1, "too short": 1,
     }  # fmt: skip
     assert reasons["cannot be opened"].examples == ("/clips/x.mp4", "/clips/y.mp4")
-    assert reasons["shorter than every bucket"].examples == ("/clips/short.mp4",)
+    assert reasons["too short"].examples == ("/clips/short.mp4",)
     many = [*ROWS, *((f"/clips/{n}.mp4", 1, 1, 1, -1, f"odd {n}") for n in range(40))]
     found = report(many)
     assert sum(one.num_clips for one in found.reasons) + found.num_other_reasons == found.num_unusable == 44

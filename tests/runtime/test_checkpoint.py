@@ -36,7 +36,7 @@ def test_the_newest_complete_one_is_found(tmp_path):
     save(tmp_path, 5, 10)
     assert (tmp_path / "latest").read_text() == "step-000010\n"
     assert checkpoint.find(tmp_path, "auto") == tmp_path / "step-000010"
-    assert checkpoint.read_matching(tmp_path / "step-000010", {"seed": 0})["step"] == 10
+    assert checkpoint.read_state(tmp_path / "step-000010")["step"] == 10
     assert checkpoint.find(tmp_path, "none") is None
 
 
@@ -77,14 +77,14 @@ def test_a_damaged_state_is_named(tmp_path):
     save(tmp_path, 1)
     (tmp_path / "step-000001/state.json").write_text("{")
     with pytest.raises(UserError, match=r"state.json is damaged"):
-        checkpoint.read_matching(tmp_path / "step-000001", {"seed": 0})
+        checkpoint.read_state(tmp_path / "step-000001")
 
 
 def test_every_changed_field_is_named(tmp_path):
     saved = {"step": 1, "identity": {"rank": 4, "seed": 0, "zero_stage": 2}}
     checkpoint.save(Engine(), ALONE, tmp_path, 1, saved, 3)
     with pytest.raises(UserError, match=r"rank: 4 then, 8 now; seed: 0 then, 1 now\.") as error:
-        checkpoint.read_matching(tmp_path / "step-000001", {"rank": 8, "seed": 1, "zero_stage": 2})
+        checkpoint.check_matching(tmp_path / "step-000001", saved, {"rank": 8, "seed": 1, "zero_stage": 2})
     assert "zero_stage" not in str(error.value)
 
 

@@ -1,0 +1,44 @@
+"""Clips to survey, and which of them are opened."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogds.data import inventory
+from cogds.data.probe import FileFacts, ProbeTask, probe_file
+from cogds.data.video import write_video
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    path = tmp_path_factory.mktemp("clip") / "clip.mp4"
+    write_video(path, np.zeros((5, 32, 48, 3), np.uint8), 10)
+    return path
+
+
+@pytest.fixture
+def folder(tmp_path: Path, clip: Path) -> Path:
+    folder = tmp_path / "clips"
+    folder.mkdir()
+    for name in ("a", "b", "c"):
+        shutil.copy(clip, folder / f"{name}.mp4")
+        (folder / f"{name}.txt").write_text(f"clip {name}")
+    Image.new("RGB", (8, 6)).save(folder / "d.png")
+    (folder / "d.txt").write_text("a picture")
+    return folder
+
+
+@pytest.fixture
+def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """Names of the files that were probed in this process since it was cleared."""
+    names: list[str] = []
+
+    def spy(task: ProbeTask) -> FileFacts:
+        names.append(Path(task.path).name)
+        return probe_file(task)
+
+    monkeypatch.setattr(inventory.probe_share, "__defaults__", (*inventory.probe_share.__defaults__[:2], spy))
+    return names

@@ -82,13 +82,15 @@ class Survey:
     def costs(self) -> np.ndarray:
         """What encoding every window costs, in pixels: those that the VAE takes and those that are decoded for them.
 
-        A pixel decoded and one encoded are taken to cost the same; both grow with the clip.
+        A pixel decoded and one encoded are taken to cost the same; both grow with the clip. Decoding begins at the
+        keyframe before the window, so where the window stands does not matter.
         """
         buckets, rows = self.placement.buckets, self.placement.rows
-        encoded = np.array([shape.frames * shape.height * shape.width for shape in self.buckets], np.float64)[buckets]
-        last_s = self.placement.starts_s + np.array([shape.frames for shape in self.buckets])[buckets] / self.fps
-        frames = np.minimum(numbers(self.table, "frames")[rows], last_s * numbers(self.table, "fps")[rows] + 1)
-        return encoded + frames * numbers(self.table, "width")[rows] * numbers(self.table, "height")[rows]
+        lengths = np.array([shape.frames for shape in self.buckets])[buckets]
+        areas = np.array([shape.height * shape.width for shape in self.buckets], np.float64)[buckets]
+        wanted = np.ceil(lengths / self.fps * numbers(self.table, "fps")[rows])
+        frames = np.minimum(numbers(self.table, "frames")[rows], wanted)
+        return lengths * areas + frames * numbers(self.table, "width")[rows] * numbers(self.table, "height")[rows]
 
     def without(self, keys: pa.Array, failed: Mapping[bytes, str]) -> tuple["Survey", np.ndarray]:
         """The survey less the windows whose key failed, and the numbers of those that stay."""

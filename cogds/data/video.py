@@ -152,7 +152,7 @@ def read_clip(
             f"fps must be above 0, start_s at least 0, decoder one of {DECODERS}: got {fps}, {start_s} and {decoder!r}"
         )
     with _open(path) as container:
-        timeline, _ = _survey(container)
+        timeline = _timeline(path, container)
         indices = _frames_on_display(timeline, [start_s + k / fps for k in range(shape.frames)], end_s)
         if decoder == "pyav" and not timeline.num_hidden:
             frames = _decode_strict(container, timeline, timeline.key_before(indices[0]), indices[-1])
@@ -250,6 +250,22 @@ def _open(path: str | Path) -> Any:
     stream.thread_type = "NONE"
     stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
     return container
+
+
+# Of the files read last: the windows of a long film come one after the other, and its table is all of its packets.
+_recent: dict[tuple[str, int, int], _Timeline] = {}
+_NUM_RECENT = 8
+
+
+def _timeline(path: str | Path, container: Any) -> _Timeline:
+    """The file's table of frames, read once for as long as the file stays the same."""
+    stat = os.stat(path)
+    key = (str(path), stat.st_size, stat.st_mtime_ns)
+    if key not in _recent:
+        while len(_recent) >= _NUM_RECENT:
+            del _recent[next(iter(_recent))]
+        _recent[key], _ = _survey(container)
+    return _recent[key]
 
 
 def _survey(container: Any, decode_first: bool = False) -> tuple[_Timeline, Any]:
@@ -453,7 +469,10 @@ def _read_decord(
 
 def _turns(frame: Any) -> int:
     """Quarter turns, counter-clockwise, that bring a stored frame upright."""
-    matrix = frame.side_data.get("DISPLAYMATRIX")
+    from av.sidedata.sidedata import SideDataContainer
+
+    # Not frame.side_data: frame and container then hold each other, and no frame is ever freed (PyAV 18.1).
+    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
     if matrix is not None:
         a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix)[:36])
         if a * d - b * c < 0:

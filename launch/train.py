@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
 
-if __name__ == "__main__":  # the workers that probe files import this file again, and need none of what follows
+if __name__ == "__main__":
     from cogds.cli import run
     from cogds.train import main
 

@@ -34,7 +34,7 @@ GATES = {
     "tensorboard": ("cogds/runtime/monitor.py",),
     "omegaconf": ("cogds/config.py",),
     "safetensors": ("cogds/model/", "cogds/data/shard.py"),
-    "pyarrow": ("cogds/data/", "cogds/encode.py", "cogds/survey.py", "cogds/report/"),
+    "pyarrow": ("cogds/data/", "cogds/desk.py", "cogds/encode.py", "cogds/survey.py", "cogds/report/"),
     "tqdm": ("cogds/progress.py", "cogds/runtime/monitor.py"),
     "matplotlib": ("cogds/report/",),
     "jinja2": ("cogds/report/",),

@@ -162,7 +162,7 @@ def test_each_misfortune_costs_its_task_and_nothing_else(num_children: int) -> N
         assert exited == again == Failure("crashed its process (code 7)")
         assert segfault == Failure("crashed its process (code -11)")
         assert slow == at_once == shared == Failure("needed more than 0.4 GB of memory")
-        assert decode == Failure("it is no video")
+        assert decode == Failure("it is no video", is_verdict=True)
         assert value == Failure("failed: ValueError: that is wrong")
         assert pickle.reason.startswith("failed: ")
 
@@ -219,7 +219,7 @@ def test_torch_takes_the_arrays_without_a_warning(
 
 def test_no_children_means_this_process() -> None:
     with GuardedPool(act, 0, timeout_s=1, memory_bytes=1) as pool:
-        assert run(pool, "pid", "decode error", 2) == [os.getpid(), Failure("it is no video"), 2]
+        assert run(pool, "pid", "decode error", 2) == [os.getpid(), Failure("it is no video", is_verdict=True), 2]
 
 
 def test_a_child_that_cannot_start_stops_the_caller(capfd: pytest.CaptureFixture[str]) -> None:

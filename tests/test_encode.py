@@ -22,6 +22,7 @@ from cogds.errors import UserError
 from cogds.model.load import find_model, load_vae
 from cogds.runtime.world import World
 from cogds.survey import make_buckets
+from tests.data import unruly
 
 ALONE = World(0, 1, 0, 1)
 
@@ -184,6 +185,19 @@ def test_a_file_that_fails_to_decode_is_not_tried_again(encode, drawn, tmp_path,
         encode(folder, max_unusable=0.2)
     monkeypatch.setattr(cogds.encode, "decode", lambda _: pytest.fail("all is there"))
     assert encode(folder).fingerprint == data.fingerprint
+
+
+def test_a_hang_and_a_glutton_cost_one_clip_each(encode, drawn, monkeypatch):
+    with monkeypatch.context() as patch:
+        patch.setattr(cogds.encode, "decode", unruly.decode)
+        data = encode(drawn, "data.num_workers=2", "data.decode_timeout_s=4", "data.decode_memory_gb=0.6")
+    reasons = reasons_of(data)
+    assert set(reasons) == {"clip_0.mp4", "clip_1.mp4"}
+    assert "took more than 4 s" in reasons["clip_0.mp4"]
+    assert "needed more than 0.6 GB of memory" in reasons["clip_1.mp4"]
+    assert len(data.index) == 5
+    # It may have been the machine: the next run tries them again, and nothing else.
+    assert len(encode(drawn).index) == 7
 
 
 def test_a_file_that_goes_or_changes_meanwhile_is_told_and_not_kept(encode, drawn, tmp_path, monkeypatch):

@@ -14,7 +14,7 @@ from cogds.data.digest import digest
 from cogds.data.shard import SHARD_FILE
 from cogds.data.upkeep import stats, verify
 
-NUM_ENTRIES, NUM_KILLS = 120, 20
+NUM_ENTRIES, NUM_KILLS = 400, 20
 SHARD_BYTES = 1_000_000  # five entries: a kill falls into packing about as often as into writing
 KEYS = [digest({"number": number}) for number in range(NUM_ENTRIES)]
 

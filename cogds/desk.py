@@ -21,6 +21,7 @@ from cogds.data.cache import Cache, Snapshot, key_array
 from cogds.data.digest import digest, digest_files
 from cogds.data.index import ClipIndex, write_index
 from cogds.data.staging import adopt
+from cogds.errors import UserError
 from cogds.model.load import ModelFolder
 from cogds.survey import Survey, Unusable
 
@@ -169,7 +170,8 @@ class Desk:
     def finish(self, unread: Mapping[bytes, str]) -> tuple[ClipIndex, Unusable, str]:
         """The index of everything that is encoded now, what is left out, and the fingerprint of the dataset.
 
-        unread: what this run could not read but another may, key -> reason.
+        unread: what this run could not read but another may, key -> reason. Raises UserError where nothing is left, or
+        where the cache lost what was made.
         """
         clips, captions = self.cache.snapshot("clips"), self.cache.snapshot("captions")
         survey = self.survey
@@ -181,6 +183,11 @@ class Desk:
             places, kept = np.full(survey.num_windows, -1, np.int32), np.arange(survey.num_windows)
         survey.check_any_left()
         caption_places = captions.find(self.caption_keys) if self.cached else np.full(len(self.captions), -1, np.int32)
+        if self.cached and (lost := int((places[kept] < 0).sum() + (caption_places[self.caption_of[kept]] < 0).sum())):
+            raise UserError(
+                f"{lost} encodings are no longer in {self.cache.root}, though they have been made: another run may "
+                "have pruned them; start again, they are made anew"
+            )
 
         def tables() -> Iterator[pa.Table]:
             for start in range(0, len(kept), AT_ONCE):

@@ -10,6 +10,7 @@ from PIL import Image
 
 import cogds.data.digest
 import cogds.data.video
+import cogds.desk
 import cogds.encode
 from cogds.config import load_config
 from cogds.core.conditioning import to_range
@@ -234,6 +235,14 @@ def test_a_given_image_is_the_condition(encode, drawn, tmp_path):
     assert samples(plain)[0].clip_key != given[0].clip_key
     assert given[0].clip_key == given[1].clip_key
     assert given[0].caption_key != given[1].caption_key
+
+
+def test_what_is_pruned_meanwhile_is_missed(encode, drawn, monkeypatch):
+    """The index never names an encoding that is not there."""
+    find = cogds.desk.Snapshot.find
+    monkeypatch.setattr(cogds.desk.Snapshot, "find", lambda self, keys: np.full_like(find(self, keys), -1))
+    with pytest.raises(UserError, match=r"14 encodings are no longer in .*start again"):
+        encode(drawn)
 
 
 def test_several_sets_and_windows(encode, drawn):

@@ -153,10 +153,7 @@ def _tile(row: dict[str, Any], shape: ClipShape, first_frame: FirstFrame) -> Til
     height, width = row["height"], row["width"]
     scale = min(1.0, TILE_SIDE / max(height, width))
     size = max(1, round(height * scale)), max(1, round(width * scale))
-    try:
-        frame = first_frame(row["path"], row["kind"], row["start_s"] or 0.0, *size)
-    except Exception:  # decoders fail in dozens of ways; one clip costs one tile
-        frame = None
+    frame = first_frame(row["path"], row["kind"], row["start_s"] or 0.0, *size)
     if frame is None:
         return Tile(None, "", name, caption, "its first frame cannot be read")
     note = f"{width} × {height}, {percent(crop_share(height, width, shape))} cut away"

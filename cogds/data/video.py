@@ -461,6 +461,8 @@ def _read_decord(
             if index == indices[wanted]:
                 clip[wanted] = pixels
                 wanted = _repeat(clip, indices, wanted)
+    except MemoryError:
+        raise  # the machine's doing: no verdict on the file
     except Exception as error:
         # DECORDError, DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration: without a common base.
         raise _DecordUnfitError(_brief(error)) from None

@@ -29,6 +29,7 @@ T = TypeVar("T")
 BATCHES_AHEAD = 2
 
 
+@torch.no_grad()
 def stream_batches(
     draws: Iterable[list[Draw]],
     order: ClipOrder,
@@ -36,18 +37,10 @@ def stream_batches(
     model: ModelFolder,
     world: World,
 ) -> Iterator[Batch]:
-    """This rank's batches, one per micro-step, on its device. draws: what `BucketBatchSampler` yields."""
-    return ahead(_batches(draws, order, cfg, model, world), BATCHES_AHEAD)
+    """This rank's batches, one per micro-step, on its device; `ahead` makes them ahead of time.
 
-
-@torch.no_grad()
-def _batches(
-    draws: Iterable[list[Draw]],
-    order: ClipOrder,
-    cfg: RunConfig,
-    model: ModelFolder,
-    world: World,
-) -> Iterator[Batch]:
+    draws: what `BucketBatchSampler` yields.
+    """
     dtype, index = DTYPES[cfg.train.precision], order.index
     # A VAE of its own: tiling is a switch on the module, and the step uses another one at the same time.
     vae, text = load_vae(model, dtype, world.device), TextEncoder(model, dtype, world.device)

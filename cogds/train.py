@@ -45,7 +45,7 @@ from cogds.runtime.monitor import Monitor, StepLosses, Stopwatch, peak_memory_by
 from cogds.runtime.quarantine import Quarantine
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
 from cogds.step import Draws, StepBuilder, draw_dropouts, load_step_builder
-from cogds.stream import stream_batches
+from cogds.stream import BATCHES_AHEAD, ahead, stream_batches
 from cogds.survey import Survey, make_buckets
 
 
@@ -218,7 +218,7 @@ def load_batches(
     order = ClipOrder(data.index, data.mixture)
     sampler = BucketBatchSampler(plan, world.rank, first_step, cfg.train.num_steps)
     if cfg.data.encode == "on_the_fly":
-        yield from stream_batches(sampler, order, cfg, model, world)
+        yield from ahead(stream_batches(sampler, order, cfg, model, world), BATCHES_AHEAD)
         return
     loader = DataLoader(
         ClipDataset(order, cfg.data.cache_dir),

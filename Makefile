@@ -7,14 +7,36 @@ RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count()
 # Ranks on a CPU share its cores: one thread each, or they fight.
 export OMP_NUM_THREADS ?= 1
 
-.PHONY: install demo test test-slow test-browser test-cluster check format clean
+# A folder that `make wheelhouse` made: `make install WHEELHOUSE=wheelhouse` asks no network.
+WHEELHOUSE ?=
+OFFLINE = $(if $(WHEELHOUSE),--no-index --find-links $(abspath $(WHEELHOUSE)))
+# What a wheel fits: the interpreter and the platform, such as "cpython-311 linux-x86_64".
+FITS = import sys, sysconfig; print(sys.implementation.cache_tag, sysconfig.get_platform())
+
+.PHONY: install wheelhouse demo test test-slow test-browser test-cluster check format clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
+ifneq ($(WHEELHOUSE),)
+	@test -f $(WHEELHOUSE)/fits || { \
+		echo "$(WHEELHOUSE) is no complete wheelhouse: run make wheelhouse where there is internet, copy it here"; \
+		exit 1; }
+	@test "$$(cat $(WHEELHOUSE)/fits)" = "$$($(PYTHON) -c '$(FITS)')" || { \
+		echo "$(WHEELHOUSE) fits $$(cat $(WHEELHOUSE)/fits), here is $$($(PYTHON) -c '$(FITS)'): give PYTHON=..."; \
+		exit 1; }
+endif
 	$(PYTHON) -m venv $(VENV)
-	$(BIN)/pip install --quiet --constraint constraints.txt --editable ".[test,check]"
+	$(BIN)/pip install --quiet $(OFFLINE) --constraint constraints.txt --editable ".[test,check]"
 	touch $@
+
+# All that `make install` needs, for machines without internet that have the same Python and platform.
+wheelhouse: setup.py constraints.txt
+	rm -rf wheelhouse .wheelhouse
+	$(PYTHON) -m venv .wheelhouse
+	.wheelhouse/bin/pip wheel --quiet --wheel-dir wheelhouse --constraint constraints.txt ".[test,check]" setuptools wheel
+	rm -rf wheelhouse/cogds-*.whl .wheelhouse
+	$(PYTHON) -c '$(FITS)' > wheelhouse/fits
 
 demo: install
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed ds_configs/zero2.json

@@ -4,6 +4,9 @@ deepspeed launch/train.py --deepspeed ds_configs/zero2.json [--config run.yaml] 
 """
 
 import argparse
+import base64
+import binascii
+import os
 import socket
 import sys
 import tempfile
@@ -12,13 +15,37 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cogds.config import help_text
-from cogds.errors import UserError, did_you_mean
-from cogds.runtime.world import connected, read_world
+from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
+from cogds.runtime.world import connected, lost_contact, read_world
 
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message} on the command line: --help shows what is accepted")
+
+
+def unpacked(argv: Sequence[str]) -> list[str]:
+    """The words of a command line, `--packed=TEXT` replaced by the words in it.
+
+    launch/hostfile.sh packs them, because remote shells split and run what is in a word: TEXT is the base64 (the
+    variant for URLs) of the words, each ended by a zero byte. Raises UserError where it is not.
+    """
+    words: list[str] = []
+    for word in argv:
+        flag, _, text = word.partition("=")
+        if flag != "--packed":
+            words.append(word)
+            continue
+        try:
+            packed = base64.b64decode(text.encode(), altchars=b"-_", validate=True)
+        except (binascii.Error, ValueError):
+            packed = b"?"
+        if packed and not packed.endswith(b"\0"):
+            raise UserError(
+                f"--packed={text[:60]} on the command line is damaged: launch/hostfile.sh makes it, nobody else has to"
+            )
+        words += [os.fsdecode(one) for one in packed.split(b"\0")[:-1]]
+    return words
 
 
 def parse_args(
@@ -42,7 +69,7 @@ def parse_args(
     if add_arguments:
         add_arguments(parser)
     # Overrides are what is left over, so that they may stand before, between and after the flags.
-    args, overrides = parser.parse_known_args(list(argv))
+    args, overrides = parser.parse_known_args(unpacked(argv))
     for text in overrides:
         if text.startswith("-"):
             flag = text.split("=")[0]
@@ -66,14 +93,40 @@ def make_folders(folders: Mapping[str, str]) -> None:
 
 
 def run(main: Callable[[], None]) -> int:
-    """The exit code after main(). A UserError is one line and code 2; anything else keeps its traceback."""
+    """The exit code after main(), see `cogds.errors`. What the user can mend is one line; a bug keeps its traceback."""
+    try:
+        return _run(main)
+    finally:
+        _flush()
+
+
+def _run(main: Callable[[], None]) -> int:
     try:
         main()
     except UserError as error:
         if (place := _place(error)) is not None:
             print(f"error{place}: {error}", file=sys.stderr)
-        return 2
+        return EXIT_USER_ERROR
+    except Interrupted:
+        return EXIT_INTERRUPTED
+    except RuntimeError as error:
+        if not lost_contact(error):
+            raise
+        print(
+            f"rank {read_world().rank} ({socket.gethostname()}) lost contact with another rank, which has died or can "
+            f"no longer be reached: the job ends here, and the same command goes on from the last checkpoint: {error}",
+            file=sys.stderr,
+        )
+        return EXIT_HUNG
     return 0
+
+
+def _flush() -> None:
+    """Python's own flush at the end makes the exit code 120 where nobody reads any more."""
+    try:
+        sys.stdout.flush()
+    except OSError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
 
 
 def _place(error: UserError) -> str | None:

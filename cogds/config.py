@@ -147,6 +147,9 @@ class LoraConfig:
         ("to_q", "to_k", "to_v", "to_out.0"),
         "which linear layers get an adapter, by the end of their name; or all-linear",
     )
+    init_from: str | None = field_(
+        None, "start from this LoRA: a .safetensors file or folder, of diffusers or PEFT, of the same rank and layers"
+    )
 
 
 @dataclass(frozen=True)
@@ -174,12 +177,27 @@ class TrainConfig:
     timeout_s: float = field_(
         7200.0, "how long ranks wait for one another, the slowest's share of the encoding included", "seconds", gt=0
     )
+    step_timeout_s: float = field_(
+        1800.0,
+        "a step (or a save) that takes longer is taken for hung: stacks are dumped and the job ends",
+        "seconds",
+        gt=0,
+    )
+    max_bad_steps: int = field_(
+        10,
+        "the run ends after so many steps in a row with a loss or gradient that is not finite",
+        "optimizer steps",
+        ge=1,
+    )
 
 
 @dataclass(frozen=True)
 class CheckpointConfig:
     every: int = field_(500, "save so often; the last step is always saved", "optimizer steps", ge=1)
     keep_last: int = field_(3, "older checkpoints are removed", "checkpoints", ge=1)
+    keep_every: int | None = field_(
+        None, "checkpoints of steps that this divides are kept for good", "optimizer steps", ge=1
+    )
     resume: str = field_("auto", "auto (the latest in output_dir, if any), none, or the path of a checkpoint")
 
 
@@ -187,6 +205,21 @@ class CheckpointConfig:
 class MonitorConfig:
     every: int = field_(1, "write to TensorBoard, metrics and progress so often", "optimizer steps", ge=1)
     progress_bar: bool = field_(True, "show a progress bar on a terminal")
+
+
+@dataclass(frozen=True)
+class NetworkConfig:
+    """How the ranks reach one another; every rank sets it for itself, so that no launcher has to pass it on."""
+
+    interface: str | None = field_(
+        None, "network interface of NCCL and gloo, such as eth0 or ib0; null: they choose (NCCL_SOCKET_IFNAME counts)"
+    )
+    # A dict has no hash: trees that differ only here share one, which is allowed.
+    env: dict[str, str] = dataclasses.field(
+        default_factory=dict,
+        hash=False,
+        metadata={"help": "variables for NCCL, gloo and torch, such as {NCCL_IB_HCA: mlx5}", "unit": ""},
+    )
 
 
 @dataclass(frozen=True)
@@ -203,6 +236,7 @@ class RunConfig:
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
 
 
 @dataclass(frozen=True)
@@ -494,7 +528,7 @@ def _check_value(name: str, key: _Key, value: Any, where: str) -> None:
     if value == key.default:  # data.path is empty where it is not set
         return
     limits = key.field.metadata
-    if key.is_mapping and (unknown := [one for one in value if one not in limits["names"]]):
+    if key.is_mapping and "names" in limits and (unknown := [one for one in value if one not in limits["names"]]):
         hint = did_you_mean(unknown[0], limits["names"])
         raise UserError(f"unknown column '{unknown[0]}' in {name} {where}{hint}: ours are {', '.join(limits['names'])}")
     values = value if key.is_list else value.values() if key.is_mapping else () if value is None else (value,)
@@ -528,7 +562,8 @@ def _unknown_key(where: str, name: str) -> UserError:
         return UserError(f"{name} {where} is a section, not a value: set its keys, for example {example}")
     whole = next((key for key in KEYS if name.startswith((f"{key}.", f"{key}["))), None)
     if whole:
-        example = "'[{path: a}, {path: b}]'" if KEYS[whole].keys else "'{caption: text}'"
+        names = KEYS[whole].field.metadata.get("names", ("", "NAME"))
+        example = "'[{path: a}, {path: b}]'" if KEYS[whole].keys else f"'{{{names[1]}: text}}'"
         return UserError(f"unknown key '{name}' {where}: {whole} is given as a whole, for example {whole}={example}")
     # The name without its section is what people forget or misplace: `lr` or `train.lr` for optimizer.lr.
     leaf = name.split(".")[-1]

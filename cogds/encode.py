@@ -77,7 +77,7 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     buckets = make_buckets(cfg, model)
-    connect(world, cfg.train.timeout_s)
+    connect(world, cfg.train.timeout_s, cfg.network)
     on_rank0(world, lambda: make_folders({"data.cache_dir": cache_dir}))
     if args.retry:
         on_rank0(world, lambda: prune(cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))

@@ -1,11 +1,20 @@
 """What a user can put right: one exception class, whose message is the whole story.
 
 A message says what is wrong, where, what was found and what to do. Entry points print it without a
-traceback and exit with code 2; anything else that is raised is a bug and keeps its traceback.
+traceback and exit with code 2; anything else that is raised is a bug and keeps its traceback. Here stand all exit
+codes; docs/operations.md says what to do about each.
 """
 
 import difflib
 from collections.abc import Iterable
+
+EXIT_USER_ERROR = 2
+EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
+EXIT_HUNG = 76  # or lost contact with another rank: run it again, but not for ever
+
+
+class Interrupted(Exception):
+    """The run was asked to stop and has done so; the same command goes on with it."""
 
 
 class UserError(Exception):

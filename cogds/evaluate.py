@@ -15,7 +15,8 @@ from cogds.data.dataset import Item, collate, read_encoded
 from cogds.encode import DTYPES, EncodedData, prepare
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora import load_into, read_metadata
+from cogds.model.lora import load_into
+from cogds.model.lora_file import read_metadata
 from cogds.runtime.world import World
 from cogds.step import Draws, StepBuilder, load_step_builder
 from cogds.survey import make_buckets
@@ -69,7 +70,7 @@ def evaluation_loss(
         except DamagedEntry as error:
             raise UserError(str(error)) from None
         for number, timestep in enumerate(timesteps):
-            draws = Draws(torch.tensor([timestep]), kept, kept, seed, row, number)
+            draws = Draws(torch.tensor([timestep]), kept, kept, seed, row, [number])
             inputs, target = builder.build(batch.tensors, clip.shape, draws)
             loss = v_loss(transformer(**inputs)[0], target).item()
             by_bucket.setdefault(f"eval/loss/bucket={clip.shape}", []).append(loss)

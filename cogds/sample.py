@@ -15,7 +15,7 @@ from cogds.core.geometry import ClipShape, check_shape, latent_frames, padding_f
 from cogds.data.video import DecodeError, probe_image, read_image, write_video
 from cogds.errors import UserError
 from cogds.model.load import find_model
-from cogds.model.lora import lora_file, read_metadata
+from cogds.model.lora_file import lora_file, read_metadata
 
 DEFAULT_SIZE, DEFAULT_FPS = ClipShape(81, 768, 1360), 16.0  # what CogVideoX-1.5 was trained for
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -49,9 +49,11 @@ def main(argv: list[str] | None = None) -> None:
     except DecodeError as error:
         raise UserError(f"--image {args.image}: {error}") from None
 
-    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model.path, dtype=DTYPES[args.precision])
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(
+        model.path, dtype=DTYPES[args.precision], use_safetensors=True
+    )
     if args.lora:
-        pipeline.load_lora_weights(lora_file(args.lora), adapter_name="lora")
+        pipeline.load_lora_weights(lora_file(args.lora), adapter_name="lora", use_safetensors=True)
         pipeline.set_adapters("lora", args.lora_scale)
     convention = metadata.get("image_latents", "pipeline")
     if use_convention(pipeline, convention) != 1.0:

@@ -4,6 +4,7 @@ Training and evaluation share it; they differ only in where timesteps, noise and
 compare what comes out with what the diffusers pipeline gives its transformer.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -31,7 +32,8 @@ from cogds.model.load import ModelFolder, load_alphas_cumprod, load_vae
 class Draws:
     """The random choices of a micro-step: timesteps int64 [B], what is dropped bool [B], where the noise comes from.
 
-    seed, step, rank: the place in the run that `core.rng.generator` makes generators from.
+    seed, step, slots: the sample's places in the run that `core.rng.generator` makes generators from. A slot counts
+    over all ranks and micro-steps of an optimizer step, so what a sample gets does not depend on who trains it.
     """
 
     timesteps: torch.Tensor
@@ -39,17 +41,18 @@ class Draws:
     drop_caption: torch.Tensor
     seed: int
     step: int
-    rank: int
+    slots: Sequence[int]
 
-    def generator(self, purpose: str, device: torch.device) -> torch.Generator:
-        return generator(self.seed, self.step, self.rank, purpose, device)
+    def generators(self, purpose: str, device: torch.device) -> list[torch.Generator]:
+        """One a sample."""
+        return [generator(self.seed, self.step, slot, purpose, device) for slot in self.slots]
 
 
 def draw_dropouts(
-    batch_size: int, conditioning: ConditioningConfig, seed: int, step: int, rank: int
+    conditioning: ConditioningConfig, seed: int, step: int, slots: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Which samples lose their image and which their caption, bool [B] each."""
-    uniform = torch.rand(2, batch_size, generator=generator(seed, step, rank, "dropout"))
+    uniform = torch.stack([torch.rand(2, generator=generator(seed, step, slot, "dropout")) for slot in slots], dim=1)
     return uniform[0] < conditioning.image_dropout, uniform[1] < conditioning.caption_dropout
 
 
@@ -95,14 +98,16 @@ class StepBuilder:
         """Scaled latents [B, 1, C, H, W] of first frames uint8 [B, 3, H, W], encoded one by one as in the pipeline."""
         pixels = to_range(first_frames.to(self.device), self.vae.dtype)
         if self.conditioning.image_noise:
-            pixels = noise_first_frame(
-                pixels,
-                self.conditioning.image_noise_log_mean,
-                self.conditioning.image_noise_log_std,
-                draws.generator("image noise", self.device),
-            )
-        posterior = draws.generator("image posterior", self.device)
-        latents = [self.vae.encode(frame[None, :, None]).latent_dist.sample(posterior) for frame in pixels]
+            log_mean, log_std = self.conditioning.image_noise_log_mean, self.conditioning.image_noise_log_std
+            noised = [
+                noise_first_frame(frame[None], log_mean, log_std, generator)
+                for frame, generator in zip(pixels, draws.generators("image noise", self.device))
+            ]
+            pixels = torch.cat(noised)
+        latents = [
+            self.vae.encode(frame[None, :, None]).latent_dist.sample(posterior)
+            for frame, posterior in zip(pixels, draws.generators("image posterior", self.device))
+        ]
         return self.image_scale * torch.cat(latents).transpose(1, 2)
 
     def build(
@@ -114,9 +119,10 @@ class StepBuilder:
         """
         timesteps = draws.timesteps.to(self.device)
         moments = batch["moments"].to(self.device)
-        latents = self.scaling_factor * sample_moments(moments, draws.generator("posterior", self.device))
-        latents = pad_front(latents, self.geometry.patch_size_t)
-        noise = torch.randn(latents.shape, generator=draws.generator("noise", self.device), device=self.device)
+        posteriors, noises = draws.generators("posterior", self.device), draws.generators("noise", self.device)
+        sampled = [sample_moments(one[None], posterior) for one, posterior in zip(moments, posteriors)]
+        latents = pad_front(self.scaling_factor * torch.cat(sampled), self.geometry.patch_size_t)
+        noise = torch.stack([torch.randn(latents.shape[1:], generator=one, device=self.device) for one in noises])
         image = self.image_latents(batch["first_frame"], draws)
         image = drop(image, image.new_zeros(()), draws.drop_image.to(self.device))
         text = drop(batch["text_states"].to(self.device), self.no_caption_states, draws.drop_caption.to(self.device))

@@ -4,48 +4,33 @@ import dataclasses
 import json
 import shutil
 import sys
-from collections.abc import Iterator, Mapping
+import time
 from pathlib import Path
 from typing import Any
 
-import torch
-from torch.utils.data import DataLoader
-
 from cogds.cli import make_folders, parse_args
-from cogds.config import RunConfig, load_config, to_dict, to_yaml
-from cogds.core.diffusion import stratified_timesteps, timestep_quarter, v_loss
+from cogds.config import RunConfig, load_config, to_yaml
 from cogds.core.geometry import ClipShape, num_tokens
-from cogds.core.mixture import Mixture
-from cogds.core.plan import MicroBatch, Origin, Plan
-from cogds.core.rng import seed_global
-from cogds.core.schedule import learning_rate
-from cogds.data.dataset import Batch, ClipDataset, ClipOrder, collate
 from cogds.data.digest import digest, digest_files
-from cogds.data.index import ClipIndex
-from cogds.data.sampler import BucketBatchSampler
 from cogds.demo import make_demo, only_own_demo
-from cogds.encode import DTYPES, EncodedData, prepare
-from cogds.errors import UserError
+from cogds.encode import DTYPES, prepare
+from cogds.errors import Interrupted
+from cogds.loop import Run, finish_save, train_steps
 from cogds.model.load import ModelFolder, empty_transformer, find_model
-from cogds.model.lora import export, inject, resolve_targets
+from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
 from cogds.order import make_plan
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
+from cogds.resume import check_matching, continued_plan, identity, layout_of, resumed_data
 from cogds.runtime import checkpoint as checkpoints
 from cogds.runtime.ds_config import load_ds_config, resolve
-from cogds.runtime.engine import (
-    adapter_tensors,
-    load_for_stage,
-    set_learning_rate,
-    set_optimizer,
-    start_engine,
-    zero_stage,
-)
-from cogds.runtime.monitor import Monitor, StepLosses, Stopwatch, peak_memory_bytes
-from cogds.runtime.quarantine import Quarantine
+from cogds.runtime.engine import load_for_stage, set_optimizer, start_engine, zero_stage
+from cogds.runtime.interrupt import Interrupt, find_launcher
+from cogds.runtime.monitor import Monitor
+from cogds.runtime.state import TrainState, gather_state, restore_state, state_bytes
+from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
-from cogds.step import Draws, StepBuilder, draw_dropouts, load_step_builder
-from cogds.stream import BATCHES_AHEAD, ahead, stream_batches
+from cogds.step import load_step_builder
 from cogds.survey import Survey, make_buckets
 
 
@@ -63,61 +48,61 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     buckets = make_buckets(cfg, model)
     resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
-    connect(world, cfg.train.timeout_s)
-    train(cfg, ds_config, model, buckets, world)
+    interrupt = Interrupt(find_launcher())
+    interrupt.listen()
+    connect(world, cfg.train.timeout_s, cfg.network)
+    try:
+        train(cfg, ds_config, model, buckets, world, interrupt)
+    except Interrupted:  # by all ranks together
+        disconnect()
+        raise
     disconnect()
-
-
-def weights_digest(cfg: RunConfig, model: ModelFolder) -> str:
-    """Changes with the transformer's weights. Files that have not changed are not read again."""
-    files = sorted(str(path) for path in (model.path / "transformer").iterdir() if path.is_file())
-    return digest({"files": list(digest_files(files, Path(cfg.data.cache_dir) / "files.json").values())})
-
-
-def identity(cfg: RunConfig, ds_config: dict[str, Any], weights: str, data: EncodedData, plan: Plan) -> dict[str, Any]:
-    """What must be the same when a run is resumed."""
-    return {
-        "model weights": weights,
-        "lora": to_dict(cfg)["lora"],
-        "conditioning": to_dict(cfg)["conditioning"],
-        "seed": cfg.seed,
-        "data": data.fingerprint,
-        "buckets": [str(shape) for shape in data.index.buckets],
-        "repeats": list(data.mixture.repeats),
-        "sync": [cfg.data.sync, cfg.data.cost_tolerance] if cfg.data.sync == "cost" else [cfg.data.sync],
-        "batch_sizes": list(plan.batch_sizes),
-        "accumulation": plan.accumulation,
-        "world_size": plan.world_size,
-        "zero_stage": zero_stage(ds_config),
-        "optimizer": ds_config["optimizer"]["type"],
-        "precision": cfg.train.precision,
-    }
+    interrupt.close()
 
 
 def train(
-    cfg: RunConfig, ds_config: dict[str, Any], model: ModelFolder, buckets: tuple[ClipShape, ...], world: World
+    cfg: RunConfig,
+    ds_config: dict[str, Any],
+    model: ModelFolder,
+    buckets: tuple[ClipShape, ...],
+    world: World,
+    interrupt: Interrupt,
 ) -> None:
-    """Prepare the data, then train up to `train.num_steps`, from scratch or from a checkpoint. Collective."""
+    """Prepare the data, then train up to `train.num_steps`, from scratch or from a checkpoint. Collective.
+
+    Raises Interrupted where a rank was asked to stop, once everything is saved.
+    """
     output_dir = Path(cfg.output_dir)
     checkpoint_dir = output_dir / "checkpoints"
-    on_rank0(world, lambda: make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir}))
-    resume_from = on_rank0(world, lambda: checkpoints.find(checkpoint_dir, cfg.checkpoint.resume))
+    saved = TrainState({})  # what a checkpoint brings, on rank 0
+
+    def look() -> tuple[Path, dict[str, Any]] | None:
+        nonlocal saved
+        make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir})
+        found = checkpoints.find(checkpoint_dir, cfg.checkpoint.resume)
+        if found:
+            saved = found[2]
+        return found and found[:2]
+
+    resume_from, facts = on_rank0(world, look) or (None, {})
+    init_from = None if resume_from else cfg.lora.init_from
+    start = on_rank0(world, lambda: check_init(cfg, model, init_from)) if init_from else []
 
     def tell(found: Survey) -> None:
         report = run_report(cfg, ds_config, model, found, clip_table(found), world.size)
         print(short_report(report), flush=True)
 
     data = prepare(cfg, model, buckets, world, cfg.data.max_unusable, tell=tell)
-    state = on_rank0(world, lambda: checkpoints.read_state(resume_from)) if resume_from else {}
-    if state:
-        data = on_rank0(world, lambda: resumed_data(data, state, cfg))
+    if resume_from:
+        data = on_rank0(world, lambda: resumed_data(data, facts, cfg))
     plan = make_plan(cfg, data.mixture, buckets, model, world.size)
     weights = on_rank0(world, lambda: weights_digest(cfg, model))
-    first_step, fixed = 0, identity(cfg, ds_config, weights, data, plan)
+    fixed = identity(cfg, ds_config["optimizer"]["type"], weights, data)
     if resume_from:
-        on_rank0(world, lambda: checkpoints.check_matching(resume_from, state, fixed))
-        first_step = state["step"]
-        plan = dataclasses.replace(plan, origin=Origin(**state["origin"]))
+        on_rank0(world, lambda: check_matching(resume_from, facts, fixed))
+        plan = continued_plan(plan, facts, resume_from)
+    first_step = facts.get("step", 0)
+    run = Run(cfg, ds_config, model, buckets, world, data, plan, first_step)
 
     def begin() -> None:
         if aside := checkpoints.set_aside(output_dir, resume_from, first_step):
@@ -126,7 +111,7 @@ def train(
         (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
         if data.unusable.file:
             shutil.copyfile(data.unusable.file, output_dir / "unusable.jsonl")
-        print(summary(cfg, ds_config, model, data, plan, resume_from), flush=True)
+        print("\n".join([*summary(run, resume_from), *start]), flush=True)
 
     on_rank0(world, begin)
     if first_step >= cfg.train.num_steps:
@@ -138,12 +123,16 @@ def train(
     dtype = DTYPES[cfg.train.precision]
     transformer = load_for_stage(model, dtype, ds_config, world.rank)
     parameters = inject(transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
+    if init_from:
+        start_from(transformer, init_from)
     transformer.train()
     if cfg.train.gradient_checkpointing:
         transformer.enable_gradient_checkpointing()
     engine = start_engine(transformer, parameters, ds_config)
+    on_rank0(world, lambda: checkpoints.check_space(output_dir, space_needed(engine)))
     if resume_from:
-        checkpoints.load(engine, resume_from)
+        restore_state(engine, saved, world)
+        saved = TrainState({})
         set_optimizer(engine, ds_config)
 
     builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
@@ -152,52 +141,71 @@ def train(
     )
     monitor.text("config/run", to_yaml(cfg))
     monitor.text("config/deepspeed", json.dumps(ds_config, indent=2))
+    saver, watchdog = checkpoints.Saver(), Watchdog(world.rank, cfg.train.step_timeout_s, output_dir)
+    about = {"identity": fixed, "plan": dataclasses.asdict(plan), "index": data.index.path.name}
 
     def save(step: int) -> None:
-        export_adapter(engine, cfg, buckets, output_dir / "lora" / checkpoints.step_name(step), world)
-        saved = {
-            "step": step,
-            "identity": fixed,
-            "origin": dataclasses.asdict(plan.origin),
-            "index": data.index.path.name,
-        }
-        checkpoints.save(engine, world, checkpoint_dir, step, saved, cfg.checkpoint.keep_last)
+        start = time.perf_counter()
+        finish_save(saver, world, monitor, step)  # the one before
+        on_rank0(world, lambda: checkpoints.check_space(output_dir, space_needed(engine)))
+        state = gather_state(engine, world)
+        if world.rank == 0:
 
-    quarantine = Quarantine(world, output_dir, len(data.index), cfg.data.max_unusable)
-    batches, clock = load_batches(data, cfg, plan, model, world, first_step), Stopwatch()
-    for step in range(first_step, cfg.train.num_steps):
-        train_step(engine, builder, batches, plan, step, cfg, buckets, world, monitor, quarantine, clock)
-        if (step + 1) % cfg.monitor.every == 0 or step + 1 == cfg.train.num_steps:
-            quarantine.settle()
-        if (step + 1) % cfg.checkpoint.every == 0 or step + 1 == cfg.train.num_steps:
-            monitor.flush()
-            save(step + 1)
-            clock.lap()  # saving is no part of the next step
-    monitor.close()
+            def write() -> None:
+                export_adapter(transformer, state, run, output_dir / "lora" / checkpoints.step_name(step))
+                checkpoints.write(
+                    checkpoint_dir, step, state, about, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every
+                )
+
+            saver.start(write)
+        monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - start})
+
+    interrupt.defer()
+    train_steps(run, engine, builder, monitor, saver, save, interrupt, watchdog)
+    watchdog.close()
     if world.rank == 0:
         print(whereabouts(output_dir, cfg.train.num_steps))
 
 
-def resumed_data(data: EncodedData, state: Mapping[str, Any], cfg: RunConfig) -> EncodedData:
-    """The data that a resumed run goes on with: as it was, if nothing happened to it but that clips have gone.
+def check_init(cfg: RunConfig, model: ModelFolder, path: str) -> list[str]:
+    """What a run that begins with this LoRA begins with, for people. Raises UserError where it does not fit."""
+    probe = empty_transformer(model)
+    inject(probe, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
+    return describe_start(check_start(probe, path), cfg.conditioning.image_latents)
 
-    Their encodings are read from the cache as before; those that are not there are replaced as the run meets them.
-    Other changes are left for `check_matching` to refuse.
-    """
-    folder = data.index.path.parent
-    saved = ClipIndex(folder / state.get("index", data.index.path.name))
-    if data.fingerprint == state["identity"].get("data") or not saved.path.exists():
-        return data
-    then, now = saved.names(), data.index.names()
-    if now - then or not then - now:
-        print(f"of the clips of the run, {len(then - now)} are no longer in the data, and {len(now - then)} are new")
-        return data
-    print(f"{len(then - now)} clips of the run are no longer in the data: it goes on with them as long as it can")
-    # By weight they follow from the sizes, and stay what they were.
-    by_weight = bool(cfg.data.sets) and cfg.data.sets[0].weight is not None
-    repeats = tuple(state["identity"]["repeats"]) if by_weight else data.mixture.repeats
-    mixture = Mixture(saved.sizes, repeats, cfg.seed)
-    return dataclasses.replace(data, index=saved, mixture=mixture, fingerprint=state["identity"]["data"])
+
+def weights_digest(cfg: RunConfig, model: ModelFolder) -> str:
+    """Changes with the transformer's weights. Files that have not changed are not read again."""
+    files = sorted(str(path) for path in (model.path / "transformer").iterdir() if path.is_file())
+    return digest({"files": list(digest_files(files, Path(cfg.data.cache_dir) / "files.json").values())})
+
+
+def space_needed(engine: Any) -> float:
+    """Bytes that one save writes: the state, and the LoRA, at most a third of it."""
+    return 4 / 3 * state_bytes(engine)
+
+
+def export_adapter(transformer: Any, state: TrainState, run: Run, folder: Path) -> None:
+    """Write the LoRA of a gathered state into `folder`, complete or absent."""
+    cfg = run.cfg
+    dtypes = {name: one.dtype for name, one in transformer.named_parameters() if one.requires_grad}
+    partial = folder.with_name(folder.name + ".tmp")
+    export(
+        partial,
+        transformer,
+        state.weights(dtypes),
+        {
+            "rank": cfg.lora.rank,
+            "alpha": cfg.lora.alpha,
+            "image_latents": cfg.conditioning.image_latents,
+            "buckets": [str(shape) for shape in run.buckets],
+            "fps": cfg.data.fps,
+            "base_model": cfg.model.path,
+            "init_from": cfg.lora.init_from,
+            "step": checkpoints.step_of(folder),
+        },
+    )
+    checkpoints.replace_folder(partial, folder)
 
 
 def whereabouts(output_dir: Path, step: int) -> str:
@@ -206,155 +214,23 @@ def whereabouts(output_dir: Path, step: int) -> str:
     return f"LoRA: {lora}\nwatch: tensorboard --logdir {output_dir / 'tensorboard'}"
 
 
-def load_batches(
-    data: EncodedData,
-    cfg: RunConfig,
-    plan: Plan,
-    model: ModelFolder,
-    world: World,
-    first_step: int,
-) -> Iterator[Batch]:
-    """This rank's batches, one per micro-step, made ahead of time: read from the cache, or encoded on the fly."""
-    order = ClipOrder(data.index, data.mixture)
-    sampler = BucketBatchSampler(plan, world.rank, first_step, cfg.train.num_steps)
-    if cfg.data.encode == "on_the_fly":
-        yield from ahead(stream_batches(sampler, order, cfg, model, world), BATCHES_AHEAD)
-        return
-    loader = DataLoader(
-        ClipDataset(order, cfg.data.cache_dir),
-        batch_sampler=sampler,
-        collate_fn=collate,
-        num_workers=cfg.data.num_workers,
-        pin_memory=world.device.type == "cuda",
-    )
-    try:
-        yield from loader
-    except UserError as error:
-        # Out of a worker it comes with the worker's traceback around it; the sentence is the last line.
-        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
-
-
-def train_step(
-    engine: Any,
-    builder: StepBuilder,
-    batches: Iterator[Batch],
-    plan: Plan,
-    step: int,
-    cfg: RunConfig,
-    buckets: tuple[ClipShape, ...],
-    world: World,
-    monitor: Monitor,
-    quarantine: Quarantine,
-    clock: Stopwatch,
-) -> None:
-    """One optimizer step: `accumulation` micro-steps of forward and backward, all ranks in buckets of one cost."""
-    num_samples, tokens, data_wait_s = 0, 0, 0.0
-    losses = StepLosses(len(buckets), world.device)
-    num_timesteps = len(builder.alphas_cumprod)
-    lr = learning_rate(
-        step,
-        cfg.optimizer.lr,
-        cfg.optimizer.schedule,
-        cfg.train.num_steps,
-        cfg.optimizer.warmup_steps,
-        cfg.optimizer.final_lr_ratio,
-    )
-    set_learning_rate(engine, lr)
-    for number, micro_batch in enumerate(plan.at(step)):
-        waiting = Stopwatch()
-        batch = next(batches)
-        data_wait_s += waiting.lap()
-        quarantine.add(batch.bad)
-        bucket = micro_batch.bucket_of(world.rank)
-        draws = draw(micro_batch, step, number, num_timesteps, cfg, world)
-        inputs, target = builder.build(batch.tensors, buckets[bucket], draws)
-        seed_global(cfg.seed, draws.step, world.rank)
-        per_sample = v_loss(engine(**inputs)[0], target)
-        weights = torch.tensor(micro_batch.weights_of(world.rank), device=world.device)
-        loss = (weights * per_sample).mean()
-        engine.backward(loss)
-        engine.step()
-        share = loss.detach() / (world.size * plan.accumulation)
-        losses.add(share, per_sample, bucket, timestep_quarter(draws.timesteps.to(world.device), num_timesteps))
-        num_samples += micro_batch.num_slots
-        tokens += sum(
-            micro_batch.batch_size_of(rank) * num_tokens(buckets[micro_batch.bucket_of(rank)], builder.geometry)
-            for rank in range(world.size)
-        )
-    step_s = clock.lap()
-    monitor.record(
-        step + 1,
-        {
-            "train/lr": lr,
-            "train/grad_norm": engine.get_global_grad_norm(),
-            "train/epoch": plan.epoch_of(step),
-            "perf/step_s": step_s,
-            "perf/data_wait_s": data_wait_s,
-            "perf/samples_per_s": num_samples / step_s,
-            "perf/tokens_per_s": tokens / step_s,
-            "perf/peak_memory_gb": peak_memory_bytes(world.device) / 1e9,
-        },
-        losses,
-    )
-
-
-def draw(micro_batch: MicroBatch, step: int, number: int, num_timesteps: int, cfg: RunConfig, world: World) -> Draws:
-    """The random choices of micro-step `number` of an optimizer step, on this rank."""
-    micro_step = step * cfg.train.gradient_accumulation_steps + number
-    timesteps = stratified_timesteps(
-        micro_batch.slots_of(world.rank), micro_batch.step_slots, num_timesteps, cfg.seed, step
-    )
-    batch_size = micro_batch.batch_size_of(world.rank)
-    drop_image, drop_caption = draw_dropouts(batch_size, cfg.conditioning, cfg.seed, micro_step, world.rank)
-    return Draws(timesteps, drop_image, drop_caption, cfg.seed, micro_step, world.rank)
-
-
-def export_adapter(engine: Any, cfg: RunConfig, buckets: tuple[ClipShape, ...], folder: Path, world: World) -> None:
-    """Write the LoRA as it is now into `folder`, complete or absent. Collective."""
-    tensors = adapter_tensors(engine)
-
-    def write() -> None:
-        partial = folder.with_name(folder.name + ".tmp")
-        export(
-            partial,
-            engine.module,
-            tensors,
-            {
-                "rank": cfg.lora.rank,
-                "alpha": cfg.lora.alpha,
-                "image_latents": cfg.conditioning.image_latents,
-                "buckets": [str(shape) for shape in buckets],
-                "fps": cfg.data.fps,
-                "base_model": cfg.model.path,
-                "step": checkpoints.step_of(folder),
-            },
-        )
-        checkpoints.replace_folder(partial, folder)
-
-    on_rank0(world, write)
-
-
-def summary(
-    cfg: RunConfig,
-    ds_config: dict[str, Any],
-    model: ModelFolder,
-    data: EncodedData,
-    plan: Plan,
-    resume_from: Path | None,
-) -> str:
+def summary(run: Run, resume_from: Path | None) -> list[str]:
     """What is about to be trained, for people."""
+    cfg, plan, data = run.cfg, run.plan, run.data
     lines = [
         f"model {cfg.model.path}",
         f"LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}",
-        f"{plan.world_size} ranks, ZeRO stage {zero_stage(ds_config)}, {cfg.train.precision}, "
+        f"{plan.world_size} ranks, ZeRO stage {zero_stage(run.ds_config)}, {cfg.train.precision}, "
         f"{plan.accumulation} micro-steps a step, {plan.steps_per_epoch:.1f} steps an epoch",
     ]
     for shape, sets, local in zip(data.index.buckets, data.index.sizes, plan.local_batch_sizes):
-        tokens = num_tokens(shape, model.geometry)
+        tokens = num_tokens(shape, run.model.geometry)
         lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {sum(sets):>5} clips  batch {local} a rank")
     if data.unusable.num:
         lines.append(f"{data.unusable.num} files cannot be trained, see {Path(cfg.output_dir) / 'unusable.jsonl'}:")
         lines += [f"  {path}: {reason}" for path, reason in data.unusable.examples]
     if resume_from:
         lines.append(f"resuming from {resume_from}")
-    return "\n".join(lines)
+        if plan.origin.step == run.first_step:
+            lines.append(f"the layout is new from here: {layout_of(plan)}")
+    return lines

@@ -33,12 +33,12 @@ GATES = {
     "huggingface_hub": ("cogds/model/",),
     "tensorboard": ("cogds/runtime/monitor.py",),
     "omegaconf": ("cogds/config.py",),
-    "safetensors": ("cogds/model/", "cogds/data/shard.py"),
+    "safetensors": ("cogds/model/", "cogds/data/shard.py", "cogds/runtime/checkpoint.py"),
     "pyarrow": ("cogds/data/", "cogds/desk.py", "cogds/encode.py", "cogds/survey.py", "cogds/report/"),
     "tqdm": ("cogds/progress.py", "cogds/runtime/monitor.py"),
     "matplotlib": ("cogds/report/",),
     "jinja2": ("cogds/report/",),
-    "rich": ("cogds/report/",),
+    "rich": ("cogds/report/", "cogds/preflight/"),
     # core calls diffusers' pure functions (rotary tables) and none of its models
     "diffusers": ("cogds/model/", "cogds/sample.py", "cogds/core/rope.py"),
 }
@@ -118,6 +118,73 @@ def test_one_module_reads_the_environment():
     readers = {path.relative_to(ROOT).as_posix() for path in FILES if environment_readers(path.read_text())}
     assert readers <= allowed
     assert environment_readers("import os\nos.environ['RANK']")
+
+
+# Who may read objects rather than data: the pool, out of pipes to its own children.
+UNPICKLERS = {"cogds/data/pool.py"}
+PICKLING = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
+# Calls that run what they read unless they are told not to, and how they are told.
+SAFE_WHERE = {
+    "load": ("torch", "weights_only", True),
+    "from_pretrained": (None, "use_safetensors", True),
+    "load_lora_weights": (None, "use_safetensors", True),
+    "lora_state_dict": (None, "use_safetensors", True),
+}
+NO_WEIGHTS = {"AutoTokenizer", "scheduler_class"}  # JSON is all that these read
+NEVER = {"trust_remote_code": True, "allow_pickle": True, "weights_only": False, "autoescape": False}
+
+
+def unsafe_reads(source):
+    """Where a file could be read that can do anything: pickles, and Python code of a model folder."""
+    for node in ast.walk(ast.parse(source)):
+        names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
+        names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
+        yield from (f"{node.lineno}: imports {name}" for name in names if name.split(".")[0] in PICKLING)
+        if not isinstance(node, ast.Call):
+            continue
+        method = isinstance(node.func, ast.Attribute)
+        called = node.func.attr if method else getattr(node.func, "id", "")
+        owner = getattr(node.func.value, "id", "") if method else ""
+        given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
+        if called in ("eval", "exec") and not method:
+            yield f"{node.lineno}: {called}"
+        if owner == "yaml" and called in ("load", "load_all", "unsafe_load", "full_load"):
+            yield f"{node.lineno}: yaml.{called} instead of safe_load"
+        of, word, wanted = SAFE_WHERE.get(called, (None, None, None))
+        if word and of in (None, owner) and owner not in NO_WEIGHTS and given.get(word) is not wanted:
+            yield f"{node.lineno}: {called} without {word}={wanted}"
+        yield from (
+            f"{node.lineno}: {name}" for name, value in NEVER.items() if given.get(name, not value) is not (not value)
+        )
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path))
+def test_what_is_loaded_is_data(path):
+    if path.relative_to(ROOT).as_posix() not in UNPICKLERS:
+        assert list(unsafe_reads(path.read_text())) == []
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "import pickle",
+        "from cloudpickle import loads",
+        "def f():\n    import marshal as m",
+        "torch.load(path)",
+        "torch.load(path, weights_only=False)",
+        "torch.load(path, weights_only=flag)",
+        "Model.from_pretrained(path)",
+        "T5EncoderModel.from_pretrained(path, use_safetensors=False)",
+        "AutoTokenizer.from_pretrained(path, trust_remote_code=True)",
+        "pipeline.load_lora_weights(path)",
+        "np.load(path, allow_pickle=True)",
+        "yaml.load(text, Loader=yaml.Loader)",
+        "jinja2.Environment(autoescape=False)",
+        "eval(text)",
+    ],
+)
+def test_reading_more_than_data_is_seen(source):
+    assert list(unsafe_reads(source))
 
 
 def test_entry_points_are_thin():

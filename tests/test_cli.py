@@ -1,6 +1,10 @@
 """The command line that all entry points share."""
 
+import base64
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from cogds import cli, config
 from cogds.errors import UserError
@@ -26,6 +30,34 @@ def test_flags_may_stand_anywhere_between_overrides():
     }
     assert vars(cli.parse_args([], "doc")) == {"config": None, "deepspeed": None, "overrides": []}
     assert cli.parse_args(["--out", "x"], "doc", lambda p: p.add_argument("--out") and None).out == "x"
+
+
+words = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20), max_size=5)
+
+
+def pack(words):
+    data = b"".join(word.encode("utf-8", "surrogateescape") + b"\0" for word in words)
+    return "--packed=" + base64.urlsafe_b64encode(data).decode()
+
+
+@given(words)
+def test_packed_words_come_out_as_they_went_in(words):
+    assert cli.unpacked(["--local_rank=1", pack(words), "a=b"]) == ["--local_rank=1", *words, "a=b"]
+
+
+def test_packed_words_are_parsed_like_others():
+    words = ["--config", "a b.yaml", "data.default_caption=it's\n$(x)", ""]
+    args = cli.parse_args(["--local_rank=0", pack(words)], "doc")
+    assert args.config == "a b.yaml"
+    assert args.overrides == words[2:]
+    # Bytes that are no text, as a file's name may be.
+    assert cli.unpacked([pack([b"\xff=1".decode("utf-8", "surrogateescape")])]) == ["\udcff=1"]
+
+
+@pytest.mark.parametrize("text", ["YQ==", "a", "YQ", "?", "é", "Y Q A=", "YQA=YQA"])
+def test_a_damaged_packed_word_is_refused(text):
+    with pytest.raises(UserError, match=r"--packed=.* is damaged: launch/hostfile\.sh makes it"):
+        cli.unpacked(["--packed=" + text])
 
 
 @pytest.mark.parametrize(

@@ -66,13 +66,14 @@ def make_batch(shape, batch_size, encoder, vae):
 
 
 class SeededDraws(Draws):
-    def generator(self, _purpose, _device):
-        return torch.Generator().manual_seed(7)  # the pipeline's first draw, too, is the image's posterior
+    def generators(self, _purpose, _device):
+        # One for all samples, as in the pipeline, whose first draw, too, is the image's posterior.
+        return [torch.Generator().manual_seed(7)] * len(self.slots)
 
 
 def build_ours(model, encoder, vae, shape, batch_size, **conditioning):
     nothing = torch.zeros(batch_size, dtype=torch.bool)
-    draws = SeededDraws(torch.full((batch_size,), 999), nothing, nothing, 0, 0, 0)
+    draws = SeededDraws(torch.full((batch_size,), 999), nothing, nothing, 0, 0, range(batch_size))
     builder = make_builder(model, encoder, vae, **conditioning)
     return builder.build(make_batch(shape, batch_size, encoder, vae), shape, draws)
 
@@ -205,7 +206,7 @@ def test_dropped_conditions(model):
     shape = ClipShape.parse("9x64x64")
     builder, batch = make_builder(model, encoder, vae), make_batch(shape, 2, encoder, vae)
     drops = torch.tensor([True, False]), torch.tensor([False, True])
-    inputs, _ = builder.build(batch, shape, Draws(torch.tensor([10, 500]), *drops, 0, 0, 0))
+    inputs, _ = builder.build(batch, shape, Draws(torch.tensor([10, 500]), *drops, 0, 0, (0, 1)))
     image = inputs["hidden_states"][:, :, inputs["hidden_states"].shape[2] // 2 :]
     assert (image[0] == 0).all()
     assert (image[1, 0] != 0).any()
@@ -215,7 +216,7 @@ def test_dropped_conditions(model):
 
 def test_dropout_rates():
     config = ConditioningConfig(image_dropout=0.05, caption_dropout=0.1)
-    image, caption = zip(*(draw_dropouts(4, config, 0, step, 0) for step in range(5000)))
+    image, caption = zip(*(draw_dropouts(config, 0, step, range(4)) for step in range(5000)))
     assert torch.cat(image).float().mean() == pytest.approx(0.05, abs=0.006)
     assert torch.cat(caption).float().mean() == pytest.approx(0.1, abs=0.008)
 
@@ -225,13 +226,29 @@ def test_image_noise_is_new_at_every_step_and_the_same_again(model):
     shape, nothing = ClipShape.parse("9x64x64"), torch.tensor([False])
     builder, batch = make_builder(model, encoder, vae, image_noise=True), make_batch(shape, 1, encoder, vae)
 
-    def hidden(step, rank):
-        draws = Draws(torch.tensor([500]), nothing, nothing, 0, step, rank)
+    def hidden(step, slot):
+        draws = Draws(torch.tensor([500]), nothing, nothing, 0, step, [slot])
         return builder.build(batch, shape, draws)[0]["hidden_states"]
 
     assert torch.equal(hidden(3, 0), hidden(3, 0))
     assert not torch.equal(hidden(3, 0), hidden(4, 0))
     assert not torch.equal(hidden(3, 0), hidden(3, 1))
+
+
+def test_a_sample_gets_the_same_noise_whoever_trains_it(model):
+    """Two slots in one batch, or one each on two ranks: a run may go on with another number of ranks."""
+    encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
+    shape, nothing = ClipShape.parse("9x64x64"), torch.tensor([False, False])
+    builder, batch = make_builder(model, encoder, vae, image_noise=True), make_batch(shape, 2, encoder, vae)
+    timesteps = torch.tensor([500, 20])
+    together, target = builder.build(batch, shape, Draws(timesteps, nothing, nothing, 0, 3, (4, 5)))
+    for sample in range(2):
+        one = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
+        draws = Draws(timesteps[sample : sample + 1], nothing[:1], nothing[:1], 0, 3, [4 + sample])
+        alone, its_target = builder.build(one, shape, draws)
+        assert torch.equal(alone["hidden_states"][0], together["hidden_states"][sample])
+        assert torch.equal(its_target[0], target[sample])
+    assert not torch.equal(together["hidden_states"][0], together["hidden_states"][1])
 
 
 def test_noise_and_target_agree_with_the_scheduler(model):

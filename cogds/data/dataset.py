@@ -5,6 +5,10 @@ that is follows from the plan and from what is bad, so a resumed run replaces it
 mended. All ranks take the same number of steps.
 """
 
+import multiprocessing
+import os
+import signal
+import threading
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import NamedTuple, TypeVar
@@ -15,6 +19,7 @@ from torch.utils.data import Dataset, default_collate
 from cogds.core.mixture import Mixture
 from cogds.data.cache import Cache, DamagedEntry
 from cogds.data.index import ClipIndex, IndexedClip
+from cogds.data.pool import STOP_SIGNALS
 from cogds.data.sampler import Draw
 from cogds.errors import UserError
 
@@ -107,3 +112,27 @@ def read_encoded(cache: Cache, clip: IndexedClip) -> dict[str, torch.Tensor]:
 def collate(items: list[Item]) -> Batch:
     """Stack items of one bucket."""
     return Batch(default_collate([item.tensors for item in items]), tuple(bad for item in items for bad in item.bad))
+
+
+def ignore_stop_signals(_worker: int) -> None:
+    """For DataLoader(worker_init_fn=...): what asks the run to stop is not for this worker, whoever signals a whole
+    process tree. Its parent still ends it with SIGTERM, and it never outlives the parent, even while it reads.
+
+    Not SIG_IGN alone: a parent that ends with an error terminates its workers and waits for them without a bound.
+    """
+    signal.set_wakeup_fd(-1)
+    signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)  # threads to come inherit it
+    for number in STOP_SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
+    threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True, name="obey-parent").start()
+
+
+def _obey_parent(starter: int) -> None:
+    parent = multiprocessing.parent_process()
+    owner = starter if parent is None or parent.pid is None else parent.pid
+    # The starter may be a server that forks for the owner; or the owner died before we asked who started us.
+    while os.getppid() == starter and Path(f"/proc/{owner}").exists():
+        found = signal.sigtimedwait(STOP_SIGNALS, 1.0)
+        if found is not None and found.si_signo == signal.SIGTERM and found.si_pid == owner:
+            os._exit(0)
+    os._exit(1)

@@ -9,7 +9,7 @@ from typing import NamedTuple
 
 from torch.utils.data import Sampler
 
-from cogds.core.plan import Plan
+from cogds.core.plan import MicroBatch, Plan
 
 
 class Draw(NamedTuple):
@@ -23,6 +23,12 @@ class Draw(NamedTuple):
     stride: int
 
 
+def draws_of(micro_batch: MicroBatch, rank: int) -> list[Draw]:
+    """What a rank trains in a micro-step."""
+    part, _ = micro_batch.batch_of(rank)
+    return [Draw(part.bucket, k, part.num_draws) for k in micro_batch.positions_of(rank)]
+
+
 class BucketBatchSampler(Sampler[list[Draw]]):
     """One rank's batches, one per micro-step, from `first_step` up to `last_step` (exclusive)."""
 
@@ -32,8 +38,7 @@ class BucketBatchSampler(Sampler[list[Draw]]):
     def __iter__(self) -> Iterator[list[Draw]]:
         for step in range(self.first_step, self.last_step):
             for micro_batch in self.plan.at(step):
-                part, _ = micro_batch.batch_of(self.rank)
-                yield [Draw(part.bucket, k, part.num_draws) for k in micro_batch.positions_of(self.rank)]
+                yield draws_of(micro_batch, self.rank)
 
     def __len__(self) -> int:
         return max(0, self.last_step - self.first_step) * self.plan.accumulation

@@ -2,7 +2,8 @@
 
 `find_model` turns a hub id or a path into a ModelFolder after reading nothing but JSON, so that whatever is wrong with
 a model is said before any weight is loaded. The loaders then bring the transformer, the VAE or the text encoder, each
-alone: training never holds all three.
+alone: training never holds all three. They read safetensors and JSON only: a pickle or a folder's own Python code could
+do anything.
 """
 
 import json
@@ -17,7 +18,7 @@ import diffusers
 import torch
 import transformers
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
-from huggingface_hub import snapshot_download
+from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
 from transformers import AutoTokenizer, T5EncoderModel
 
@@ -31,6 +32,7 @@ transformers.utils.logging.disable_progress_bar()
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 PIPELINE_CLASS = "CogVideoXImageToVideoPipeline"
+HUB_TIMEOUT_S = 10.0  # by itself the hub's client waits minutes for a network that swallows packets
 
 
 @dataclass(frozen=True)
@@ -79,14 +81,7 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
                 f"model.path: there is no folder {model_path}; give a diffusers model folder or a hub id such as "
                 "zai-org/CogVideoX1.5-5B-I2V"
             )
-        try:
-            path = Path(snapshot_download(model_path, revision=revision, allow_patterns=["*.json", "*/*"]))
-        except Exception as error:  # the hub client has dozens of failures; each means the same to the user
-            raise UserError(
-                f"model.path: there is no folder {model_path}, and it could not be fetched from the hub as a model id "
-                f"({type(error).__name__}: {str(error).splitlines()[0] if str(error) else 'no reason given'}); "
-                "give a local diffusers model folder, or check the id and the network"
-            ) from None
+        path = _fetch(model_path, revision)
     index = _read_json(path / "model_index.json")
     if index.get("_class_name") != PIPELINE_CLASS:
         raise UserError(
@@ -111,6 +106,30 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
     return ModelFolder(path, transformer, vae, geometry)
 
 
+def _fetch(model_id: str, revision: str | None) -> Path:
+    """The hub's copy of a model, downloaded; where the hub does not answer, the whole copy that it left here before."""
+    # The hub client has dozens of failures; each means the same to the user.
+    failure: Exception | None = None
+    try:
+        HfApi().model_info(model_id, revision=revision, timeout=HUB_TIMEOUT_S)
+    except Exception as error:
+        failure = error
+    try:
+        return Path(
+            snapshot_download(
+                model_id, revision=revision, allow_patterns=["*.json", "*/*"], local_files_only=failure is not None
+            )
+        )
+    except Exception as error:
+        failure = failure or error
+        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else "no reason given"
+        raise UserError(
+            f"model.path: there is no folder {model_id}, and it could not be fetched from the hub as a model id "
+            f"({type(failure).__name__}: {reason}); check the id and the network, or fetch it on a machine with "
+            f"internet, `hf download {model_id} --local-dir FOLDER`, and set model.path=FOLDER"
+        ) from None
+
+
 def _check_weights(folder: Path) -> None:
     """Raise UserError where a part has no safetensors files, or not all that its index names."""
     indexes = map(_read_json, folder.glob("*.safetensors.index.json"))
@@ -118,8 +137,14 @@ def _check_weights(folder: Path) -> None:
     for name in sorted(shards):
         if not (folder / name).is_file():
             raise UserError(f"model.path: {folder} lacks {name}, which its index names: fetch the whole model again")
-    if not shards and not any(folder.glob("*.safetensors")):
-        raise UserError(f"model.path: {folder} holds no .safetensors file: fetch the whole model again")
+    if shards or any(folder.glob("*.safetensors")):
+        return
+    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
+        raise UserError(
+            f"model.path: the weights in {folder} are pickles ({pickles[0]}), which can run code when they are opened, "
+            "so they are not: give a model with .safetensors files"
+        )
+    raise UserError(f"model.path: {folder} holds no .safetensors file: fetch the whole model again")
 
 
 def load_alphas_cumprod(model: ModelFolder) -> torch.Tensor:
@@ -137,7 +162,9 @@ def load_alphas_cumprod(model: ModelFolder) -> torch.Tensor:
 
 def load_transformer(model: ModelFolder, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
     """The transformer with its weights, frozen, on the CPU."""
-    transformer = CogVideoXTransformer3DModel.from_pretrained(model.path, subfolder="transformer", dtype=dtype)
+    transformer = CogVideoXTransformer3DModel.from_pretrained(
+        model.path, subfolder="transformer", dtype=dtype, use_safetensors=True
+    )
     return transformer.requires_grad_(False)
 
 
@@ -162,13 +189,19 @@ def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:
 
 def load_vae(model: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLCogVideoX:
     """The VAE, frozen, in eval mode."""
-    vae = AutoencoderKLCogVideoX.from_pretrained(model.path, subfolder="vae", dtype=dtype)
+    vae = AutoencoderKLCogVideoX.from_pretrained(model.path, subfolder="vae", dtype=dtype, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(device)
 
 
 def load_tokenizer(model: ModelFolder) -> Any:
-    """The text encoder's tokenizer."""
-    return AutoTokenizer.from_pretrained(model.path / "tokenizer")
+    """The text encoder's tokenizer. Raises UserError where the folder holds none that transformers itself knows."""
+    try:
+        return AutoTokenizer.from_pretrained(model.path / "tokenizer", trust_remote_code=False)
+    except (OSError, ValueError) as error:
+        reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
+        raise UserError(
+            f"the tokenizer in {model.path / 'tokenizer'} cannot be loaded ({reason}): fetch the whole model again"
+        ) from None
 
 
 def num_truncated(captions: Sequence[str], model: ModelFolder) -> int:
@@ -183,7 +216,9 @@ class TextEncoder:
     def __init__(self, model: ModelFolder, dtype: torch.dtype, device: torch.device | str):
         self.num_tokens = model.geometry.text_tokens
         self.tokenizer = load_tokenizer(model)
-        encoder = T5EncoderModel.from_pretrained(model.path, subfolder="text_encoder", dtype=dtype)
+        encoder = T5EncoderModel.from_pretrained(
+            model.path, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+        )
         self.encoder = encoder.requires_grad_(False).eval().to(device)
 
     @torch.no_grad()

@@ -1,28 +1,46 @@
-"""The life of a checkpoint: written aside, complete or absent, found again, compared before it is loaded.
+"""The life of a checkpoint: written aside, complete or absent, found again, verified before anything is loaded.
 
-    output_dir/checkpoints/latest               the name of the newest complete one
-    output_dir/checkpoints/step-000500/         DeepSpeed's files of every rank, and state.json, written last
+    output_dir/checkpoints/latest               the name of the newest complete one, for people and scripts
+    output_dir/checkpoints/step-000500/         trainable.safetensors, and state.json, written last
 
-Every rank writes into `step-N.tmp`; barrier; rank 0 adds state.json, renames, and replaces `latest`; only then are old
-ones pruned. Sample order and random draws follow from the step number: there is no loader or generator state.
+Rank 0 writes into `step-N.tmp` while training goes on: the tensors, then state.json with the digest of each file; both
+are brought to the disk, the folder is renamed, `latest` replaced, and only then are old ones pruned. Sample order and
+random draws follow from the step number: there is no loader or generator state. Everything in it is data: JSON and
+safetensors.
 """
 
+import hashlib
 import json
+import os
 import shutil
-from collections.abc import Mapping
+import sys
+import time
+from collections.abc import Callable, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
 from cogds.errors import UserError
 from cogds.files import whole_file
-from cogds.runtime.world import World, barrier, on_rank0
+from cogds.runtime.state import TrainState
+from cogds.runtime.world import World, on_rank0
 
 STATE_FILE = "state.json"
+TENSORS_FILE = "trainable.safetensors"
 LATEST_FILE = "latest"
 OWN_FILES = (
     "checkpoints", "lora", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl",
     "quarantine.jsonl",
 )  # fmt: skip
+# What is left free beside a checkpoint: logs, metrics, and whoever else writes there.
+SPARE_BYTES = 64e6
+
+
+class DamagedCheckpoint(UserError):
+    """A checkpoint that is not what was written, or never was one."""
 
 
 def step_name(step: int) -> str:
@@ -42,40 +60,107 @@ def replace_folder(partial: Path, final: Path) -> None:
     partial.rename(final)
 
 
-def _complete(checkpoints: Path) -> list[Path]:
+def complete(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
     return sorted((path.parent for path in checkpoints.glob(f"step-*[0-9]/{STATE_FILE}")), key=step_of)
 
 
-def save(engine: Any, world: World, checkpoints: Path, step: int, state: Mapping[str, Any], keep_last: int) -> Path:
-    """Save the engine and `state` (JSON-able) as checkpoint `step`, then prune all but the newest `keep_last`.
+def check_space(folder: Path, num_bytes: float) -> None:
+    """Raise UserError where the disk has no room for so many bytes more: before writing, not in the middle of it."""
+    free, needed = shutil.disk_usage(folder).free, num_bytes + SPARE_BYTES
+    if free < needed:
+        raise UserError(
+            f"the disk of {folder} is nearly full: a checkpoint and its LoRA need {needed / 1e9:.2f} GB, "
+            f"{free / 1e9:.2f} GB are free: make room, or lower checkpoint.keep_last; the same command then goes on "
+            "from the checkpoint before"
+        )
 
-    Collective.
+
+def write(
+    checkpoints: Path, step: int, state: TrainState, facts: Mapping[str, Any], keep_last: int, keep_every: int | None
+) -> Path:
+    """Write checkpoint `step` with `facts` (JSON-able) in its state.json, then prune those that are not to be kept.
+
+    Whatever it raises, the checkpoints before it stay.
     """
     final = checkpoints / step_name(step)
-    partial = checkpoints / f"{final.name}.tmp"
-    on_rank0(world, lambda: shutil.rmtree(partial, ignore_errors=True))  # what a killed save left
-    engine.save_checkpoint(str(checkpoints), tag=partial.name, save_latest=False, exclude_frozen_parameters=True)
-    barrier(world)
-
-    def commit() -> None:
-        (partial / STATE_FILE).write_text(json.dumps(dict(state), indent=2))
-        replace_folder(partial, final)
-        with whole_file(checkpoints / LATEST_FILE) as latest:
-            latest.write_text(final.name + "\n")
-        for old in _complete(checkpoints)[: -max(keep_last, 1)]:
-            if old != final:
-                shutil.rmtree(old)
-
-    on_rank0(world, commit)
+    partial = final.with_name(f"{final.name}.tmp")
+    checkpoints.mkdir(parents=True, exist_ok=True)
+    for left in checkpoints.glob("step-*.tmp"):  # by a killed save
+        shutil.rmtree(left)
+    partial.mkdir()
+    save_file(state.tensors, partial / TENSORS_FILE)
+    _to_disk(partial / TENSORS_FILE)
+    files = {TENSORS_FILE: _fingerprint(partial / TENSORS_FILE)}
+    text = json.dumps({"step": step, "num_updates": state.num_updates, "files": files, **facts}, indent=2)
+    (partial / STATE_FILE).write_text(text)
+    _to_disk(partial / STATE_FILE)
+    replace_folder(partial, final)
+    _to_disk(checkpoints)
+    with whole_file(checkpoints / LATEST_FILE) as latest:
+        latest.write_text(final.name + "\n")
+    for old in complete(checkpoints)[: -max(keep_last, 1)]:
+        if old != final and not (keep_every and step_of(old) % keep_every == 0):
+            # Without its state.json it is no checkpoint any more, whenever the removal is cut short.
+            (old / STATE_FILE).unlink()
+            shutil.rmtree(old)
     return final
 
 
-def find(checkpoints: Path, resume: str) -> Path | None:
-    """The checkpoint that `checkpoint.resume` names: None for a fresh start.
+def _to_disk(path: Path) -> None:
+    """What was written survives a power failure; of a folder, its names do."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)
 
-    `auto` is the newest complete one of this run, `none` a fresh start, anything else the folder of a checkpoint, which
-    must be there: a wrong path never starts afresh.
+
+def _fingerprint(path: Path) -> dict[str, Any]:
+    with path.open("rb") as file:
+        return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def read_facts(checkpoint: Path) -> dict[str, Any]:
+    """What state.json holds, once every file was found to be as it was written. Raises DamagedCheckpoint."""
+    try:
+        facts = json.loads((checkpoint / STATE_FILE).read_text())
+        if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
+            raise DamagedCheckpoint(
+                f"{checkpoint} names no files with their digests in its {STATE_FILE}: it is damaged, or of a version "
+                "of cogds from before it kept them"
+            )
+        for name, expected in facts["files"].items():
+            found = _fingerprint(checkpoint / Path(name).name)
+            if found != expected:
+                what = f"{found['bytes']} bytes instead of {expected['bytes']}"
+                differs = "other content" if found["bytes"] == expected["bytes"] else what
+                raise DamagedCheckpoint(f"{checkpoint / name} is damaged: it has {differs} than was written")
+    except OSError as error:
+        raise DamagedCheckpoint(f"{checkpoint} cannot be read ({error})") from None
+    except (ValueError, KeyError, TypeError) as error:
+        raise DamagedCheckpoint(f"{checkpoint / STATE_FILE} is damaged ({error})") from None
+    return facts
+
+
+def read_train_state(checkpoint: Path, facts: Mapping[str, Any]) -> TrainState:
+    """The state that `facts`, of `read_facts`, belong to. Raises DamagedCheckpoint where it is no safetensors file."""
+    try:
+        tensors = load_file(checkpoint / TENSORS_FILE)
+    except (SafetensorError, OSError) as error:
+        raise DamagedCheckpoint(
+            f"{checkpoint / TENSORS_FILE} is not a safetensors file ({error}); nothing else is loaded, least of all "
+            "pickled objects"
+        ) from None
+    return TrainState(tensors, float(facts["num_updates"]))
+
+
+def find(checkpoints: Path, resume: str) -> tuple[Path, dict[str, Any], TrainState] | None:
+    """What to resume from, as `checkpoint.resume` says, verified: its path, facts and state. None for a fresh start.
+
+    `auto` is the newest sound one; damaged ones are named on the way. `none` is a fresh start, anything else the folder
+    of a checkpoint. Raises UserError where a path is no sound checkpoint, and where `auto` finds only damaged ones: a
+    run never starts afresh by itself.
     """
     if resume == "none":
         return None
@@ -86,48 +171,55 @@ def find(checkpoints: Path, resume: str) -> Path | None:
                 f"checkpoint.resume: {resume} is not a complete checkpoint (it has no {STATE_FILE}); "
                 f"give a folder such as {checkpoints / step_name(500)}, or auto"
             )
-        return path
-    latest = checkpoints / LATEST_FILE
-    if latest.is_file():
-        named = checkpoints / latest.read_text().strip()
-        if (named / STATE_FILE).is_file():
-            return named
-    complete = _complete(checkpoints)
-    return complete[-1] if complete else None
-
-
-def read_state(checkpoint: Path) -> dict[str, Any]:
-    """The state that `save` was given. Raises UserError where the file is damaged."""
-    try:
-        return json.loads((checkpoint / STATE_FILE).read_text())
-    except ValueError as error:
+        facts = read_facts(path)
+        return path, facts, read_train_state(path, facts)
+    candidates = complete(checkpoints)[::-1]
+    for path in candidates:
+        try:
+            facts = read_facts(path)
+            return path, facts, read_train_state(path, facts)
+        except DamagedCheckpoint as error:
+            print(f"WARNING: {error}; trying the checkpoint before it", file=sys.stderr, flush=True)
+    if candidates:
         raise UserError(
-            f"{checkpoint / STATE_FILE} is damaged ({error}): resume from another with checkpoint.resume=PATH"
-        ) from None
-
-
-def check_matching(checkpoint: Path, state: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise UserError naming each field of a state's `identity`, which must not change over a run, that differs."""
-    saved = state["identity"]
-    changed = [f"{name}: {saved.get(name)} then, {now} now" for name, now in identity.items() if saved.get(name) != now]
-    if changed:
-        raise UserError(
-            f"cannot resume from {checkpoint}, because the run has changed: {'; '.join(changed)}. Set these back, or "
-            "start a new run with another output_dir (or checkpoint.resume=none)"
+            f"not one of the {len(candidates)} checkpoints in {checkpoints} is sound: the reasons stand above; "
+            "checkpoint.resume=none starts afresh and keeps them"
         )
+    return None
 
 
-def load(engine: Any, checkpoint: Path) -> None:
-    """Load the engine's weights and optimizer state. Collective. Raises UserError where files are torn or missing."""
-    others = [path.name for path in _complete(checkpoint.parent) if path != checkpoint]
-    advice = f"checkpoint.resume={checkpoint.parent / others[-1]}" if others else "another one"
-    try:
-        path, _ = engine.load_checkpoint(str(checkpoint.parent), tag=checkpoint.name, load_module_strict=False)
-    except Exception as error:  # torch and DeepSpeed have no common one for a file that is cut short
-        reason = (str(error) or type(error).__name__).splitlines()[0]
-        raise UserError(f"{checkpoint} cannot be loaded ({reason}): resume from {advice}") from None
-    if path is None:
-        raise UserError(f"{checkpoint} lacks DeepSpeed's files: resume from {advice}")
+class Saver:
+    """Writes behind the training's back, on rank 0, one thing at a time. Every rank has one."""
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, "cogds-save")
+        self._writing: Future[float] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Call `write` in the background. The one before must have been finished."""
+
+        def timed() -> float:
+            start = time.perf_counter()
+            try:
+                write()
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"saving failed ({error}): the run ends here; the same command goes on from the checkpoint before, "
+                    "once the disk takes it"
+                ) from None
+            return time.perf_counter() - start
+
+        self._writing = self._thread.submit(timed)
+
+    @property
+    def done(self) -> bool:
+        """Whether something was written, or failed to be, and is not yet finished with."""
+        return self._writing is not None and self._writing.done()
+
+    def finish(self, world: World) -> float | None:
+        """Wait for what is being written; its seconds, None where nothing was. What failed raises. Collective."""
+        writing, self._writing = self._writing, None
+        return on_rank0(world, lambda: writing.result() if writing else None)
 
 
 def set_aside(output_dir: Path, resume_from: Path | None, step: int) -> Path | None:

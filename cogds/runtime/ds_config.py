@@ -102,6 +102,7 @@ _REFUSED_IF_ON: dict[str, str] = {
 _OWN_AUTO = ("data_types.keep_in_fp32_modules", "zero_optimization.zenflow.")
 _SECTIONS = ("optimizer", "optimizer.params", "bf16", "fp16", "torch_autocast", "zero_optimization")
 _ADAM = ("adam", "adamw")
+_OPTIMIZERS = ("Adam", "AdamW", "Lion", "Adagrad", "SGD")
 
 
 def load_ds_config(path: str) -> dict[str, Any]:
@@ -181,6 +182,11 @@ def _check_keys(ds: dict[str, Any], ds_path: str) -> None:
     for path, why in _REFUSED_IF_ON.items():
         if _lookup(ds, path, False) not in (False, 0, "auto", None):
             raise UserError(f"{path} is {json.dumps(_lookup(ds, path))} in {ds_path}, which cannot be used: {why}")
+    if str(_lookup(ds, "zero_optimization.offload_optimizer.device", "")).lower() == "nvme":
+        raise UserError(
+            f'zero_optimization.offload_optimizer.device is "nvme" in {ds_path}, from where a checkpoint cannot be '
+            'put together: a LoRA\'s optimizer state is small, write "cpu"; offload_param may go to NVMe'
+        )
     if _lookup(ds, "managed_gradient_accumulation", True) is False:
         raise UserError(
             f"managed_gradient_accumulation is false in {ds_path}, but here DeepSpeed counts micro-steps: delete it"
@@ -216,11 +222,11 @@ def _resolve_precision(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[s
     bf16["enabled"] = (found == "bf16" and not autocast_on) if stated == "auto" else stated
     stage = _lookup(ds, "zero_optimization.stage", 0)
     if stage == "auto" or type(stage) is not int or not 0 <= stage <= 3:
-        raise UserError(f"zero_optimization.stage must be 0, 1, 2 or 3, but is {json.dumps(stage)} in {ds_path}")
-    if stage == 0 and bf16["enabled"]:
+        raise UserError(f"zero_optimization.stage must be 1, 2 or 3, but is {json.dumps(stage)} in {ds_path}")
+    if stage == 0:
         raise UserError(
-            f"zero_optimization.stage is 0 in {ds_path} with bf16: DeepSpeed then takes an optimizer step on zero "
-            'gradients at start-up; write "zero_optimization": {"stage": 1}'
+            f"zero_optimization.stage is 0 in {ds_path}: without ZeRO DeepSpeed does not see a gradient that is not "
+            'finite, and nothing is gained over stage 1; write "zero_optimization": {"stage": 1}'
         )
     return cfg
 
@@ -229,6 +235,14 @@ def _resolve_shared(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[str]
     optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})  # no op to compile
     optimizer.setdefault("type", "AdamW")
     optimizer.setdefault("params", {})
+    kind = str(optimizer["type"])
+    # DeepSpeed takes its own in any case, and torch's, SGD, by the name of the class.
+    if kind not in _OPTIMIZERS and kind.lower() not in ("adam", "adamw", "lion", "adagrad"):
+        raise UserError(
+            f"optimizer.type is {json.dumps(optimizer['type'])} in {ds_path}"
+            f"{did_you_mean(str(optimizer['type']), _OPTIMIZERS)}: use one of {', '.join(_OPTIMIZERS)}, whose state "
+            "belongs to single weights and so can be saved whole"
+        )
     adam = str(optimizer["type"]).lower() in _ADAM
     for path, key in SHARED.items():
         value = _lookup(ds, path)

@@ -85,10 +85,3 @@ def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """The learning rate of the next optimizer step. It follows from the step number, so DeepSpeed schedules nothing."""
     for group in engine.optimizer.param_groups:
         group["lr"] = learning_rate
-
-
-def adapter_tensors(engine: Any) -> dict[str, torch.Tensor]:
-    """Every trainable parameter by name, whole, on the CPU. Collective: all ranks call it."""
-    named = [(name, parameter) for name, parameter in engine.module.named_parameters() if parameter.requires_grad]
-    with gathered([parameter for _, parameter in named], engine.zero_optimization_stage()):
-        return {name: parameter.detach().cpu().clone() for name, parameter in named}

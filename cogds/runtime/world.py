@@ -4,19 +4,26 @@ The only reader of environment variables. `deepspeed` and `torchrun` set RANK an
 are mapped to them; a plain `python` is a world of one.
 """
 
+import contextlib
+import functools
 import os
 import re
 import socket
+import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 
+from cogds.config import NetworkConfig
 from cogds.errors import UserError
+from cogds.runtime.network import interface_addresses, network_env, replaced
 
 T = TypeVar("T")
 
@@ -92,13 +99,71 @@ def export_rendezvous(world: World, environ: MutableMapping[str, str] = os.envir
     environ["LOCAL_RANK"] = str(world.local_rank)
 
 
-def connect(world: World, timeout_s: float) -> None:
+def set_network(world: World, network: NetworkConfig, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set what the run config says of the network. What the environment had otherwise is said once, by rank 0."""
+    place = f"rank {world.rank} on {socket.gethostname()}"
+    wanted = network_env(network.interface, network.env, interface_addresses(), place)
+    if world.rank == 0:
+        for sentence in replaced(wanted, environ):
+            print(sentence, flush=True)
+    environ.update(wanted)
+
+
+def settings(*prefixes: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
+    """The environment variables whose names begin so."""
+    return {name: value for name, value in sorted(environ.items()) if name.startswith(prefixes)}
+
+
+def open_store(world: World, timeout_s: float, environ: MutableMapping[str, str] = os.environ) -> dist.Store | None:
+    """The key-value store behind the process group, before there is one: works where NCCL and gloo do not.
+
+    None in a world of one. On rank 0 it must be kept until `connect`, which shares it. Raises UserError where rank 0
+    does not answer for `timeout_s`.
+    """
+    if world.size == 1:
+        return None
+    export_rendezvous(world, environ)
+    host, port = environ["MASTER_ADDR"], int(environ["MASTER_PORT"])
+    # torchrun keeps the store in a process of its own.
+    serves = world.rank == 0 and environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True"
+    trouble = "" if serves else _unreachable(host, port, timeout_s)
+    if not trouble:
+        try:
+            return dist.TCPStore(
+                host, port, None, serves, timedelta(seconds=timeout_s), wait_for_workers=False, multi_tenant=True
+            )
+        except dist.DistError as error:
+            trouble = str(error).splitlines()[0]
+    raise UserError(
+        f"{host}:{port} (MASTER_ADDR and MASTER_PORT) cannot be {'opened by' if serves else 'reached from'} rank "
+        f"{world.rank} on {socket.gethostname()} ({trouble}): rank 0 must be running there, the port be free, and no "
+        "firewall stand between"
+    )
+
+
+def _unreachable(host: str, port: int, timeout_s: float) -> str:
+    """Why nothing answers there within `timeout_s`; "" as soon as something does."""
+    deadline = time.monotonic() + timeout_s
+    while True:
+        try:
+            socket.create_connection((host, port), timeout=5).close()
+            return ""
+        except OSError as error:
+            if time.monotonic() > deadline:
+                return error.strerror or str(error)
+        time.sleep(0.2)
+
+
+def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConfig()) -> None:  # noqa: B008 (frozen)
     """Join the process group (NCCL on GPUs, gloo on CPUs). Collectives fail after `timeout_s` without an answer."""
     import deepspeed  # five seconds that an error in the command line should not take
 
     # DeepSpeed calls what torch has renamed; every rank would say so.
     warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    set_network(world, network)
     export_rendezvous(world)
+    if world.local_rank == 0:
+        _name_stale_locks()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
     deepspeed.init_distributed(
@@ -108,6 +173,40 @@ def connect(world: World, timeout_s: float) -> None:
         rank=world.rank,
         world_size=world.size,
     )
+
+
+def _name_stale_locks(environ: Mapping[str, str] = os.environ) -> None:
+    """A process killed while it builds one of DeepSpeed's ops leaves a lock, on which all later ones wait for ever."""
+    root = Path(environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
+    for lock in root.glob("**/lock"):
+        with contextlib.suppress(OSError):
+            minutes = (time.time() - lock.stat().st_mtime) / 60
+            print(
+                f"warning: {lock} has been there for {minutes:.0f} minutes: where no other process is building a "
+                "DeepSpeed op, one was killed while it did, and this run will wait for ever: delete the file",
+                file=sys.stderr,
+                flush=True,
+            )
+
+
+def any_rank(world: World, *flags: bool) -> tuple[bool, ...]:
+    """Of each flag, whether it is set on any rank. Collective, once a step: on CPUs, so no GPU is waited for."""
+    if world.size == 1:
+        return flags
+    votes = torch.tensor(flags, dtype=torch.uint8)
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_on_cpus())
+    return tuple(map(bool, votes.tolist()))
+
+
+@functools.cache
+def _on_cpus() -> Any:
+    """A process group over CPUs, made when it is first asked for, by all ranks together. The watchdog bounds it."""
+    return dist.new_group(backend="gloo", timeout=timedelta(days=1))
+
+
+def lost_contact(error: RuntimeError) -> bool:
+    """Whether an error says that another rank has died or cannot be reached. Gloo has no class of its own for it."""
+    return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
 def connected() -> bool:

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogds.data.pool import OUT_OF_BAND_BYTES, Failure, GuardedPool
+from cogds.data.pool import OUT_OF_BAND_BYTES, STOP_SIGNALS, Failure, GuardedPool, deaf_children
 from cogds.data.video import DecodeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -63,6 +63,10 @@ def act(task: Any) -> Any:
         case ("write", str(path)):
             Path(path).write_text(str(os.getpid()))
             time.sleep(600)
+        case ("tell", str(path)):
+            Path(path).write_text(str(os.getpid()))
+            assert until(Path(path).with_name("go").exists)
+            return "told"
         case float(seconds):
             time.sleep(seconds)
     return task
@@ -171,6 +175,27 @@ def test_each_misfortune_costs_its_task_and_nothing_else(num_children: int) -> N
 def test_a_hang_costs_its_task_and_nothing_else(task: str) -> None:
     with GuardedPool(act, 2, timeout_s=1.0, memory_bytes=1 << 30) as pool:
         assert run(pool, 1, task, 2, 3) == [1, Failure("took more than 1 s"), 2, 3]
+
+
+def test_children_outlive_what_asks_the_whole_tree_to_stop(pool: GuardedPool[Any, Any], tmp_path: Path) -> None:
+    """Idle, at work, and from their first moment on: a run that saves first still needs them."""
+    (before,) = pool.imap(["pid"])
+    outcomes = pool.imap([("tell", str(tmp_path / "begun")), 1])
+    waiter = threading.Thread(target=lambda: tmp_path.joinpath("outcomes").write_text(repr(list(outcomes))))
+    waiter.start()
+    assert until(lambda: (tmp_path / "begun").exists() and (tmp_path / "begun").read_text())
+    for number in STOP_SIGNALS:
+        for pid in {before, int((tmp_path / "begun").read_text())}:
+            os.kill(pid, number)
+    (tmp_path / "go").touch()
+    waiter.join(60)
+    assert (tmp_path / "outcomes").read_text() == "['told', 1]"
+    with deaf_children():
+        newborn = subprocess.Popen([sys.executable, "-c", "print('born')"], stdout=subprocess.PIPE)
+        for number in STOP_SIGNALS:
+            newborn.send_signal(number)
+        assert newborn.communicate(timeout=60) == (b"born\n", None)
+    assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
 
 
 def test_a_child_that_keeps_its_memory_is_replaced() -> None:

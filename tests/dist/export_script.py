@@ -11,7 +11,8 @@ import torch  # noqa: E402
 
 from cogds.model.load import find_model  # noqa: E402
 from cogds.model.lora import export, inject  # noqa: E402
-from cogds.runtime.engine import adapter_tensors, gathered, load_for_stage, start_engine, zero_stage  # noqa: E402
+from cogds.runtime.engine import gathered, load_for_stage, start_engine, zero_stage  # noqa: E402
+from cogds.runtime.state import gather_state  # noqa: E402
 from cogds.runtime.world import connect, disconnect, read_world  # noqa: E402
 
 world = read_world()
@@ -28,8 +29,9 @@ with gathered(parameters, zero_stage(ds_config), modifier_rank=0), torch.no_grad
 example = torch.load(folder / "inputs.pt")
 with torch.no_grad():
     output = engine(**example)[0]
-tensors = adapter_tensors(engine)
+state = gather_state(engine, world)
 if world.rank == 0:
-    export(folder / "lora", engine.module, tensors, {})
+    dtypes = {name: one.dtype for name, one in transformer.named_parameters() if one.requires_grad}
+    export(folder / "lora", engine.module, state.weights(dtypes), {})
     torch.save(output, folder / "output.pt")
 disconnect()

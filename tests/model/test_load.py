@@ -1,11 +1,13 @@
 import json
 import shutil
+from unittest.mock import Mock
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
 from cogds.errors import UserError
+from cogds.model import load
 from cogds.model.load import (
     TextEncoder,
     build_transformer,
@@ -49,6 +51,13 @@ def test_the_tiny_model_is_the_same_every_time_and_never_replaced(tiny_model, tm
     assert (tmp_path / "again/mark").exists()
 
 
+def pickled(file):
+    """Make a pickle of the same weights of a safetensors file, under the name that it would be looked for."""
+    names = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
+    torch.save(load_file(file), file.with_name(f"{names[file.stem]}.bin"))
+    file.unlink()
+
+
 @pytest.mark.parametrize(
     "damage, message",
     [
@@ -61,6 +70,7 @@ def test_the_tiny_model_is_the_same_every_time_and_never_replaced(tiny_model, tm
         (lambda path: edit_json(path / "transformer/config.json", in_channels=8), "takes 8 channels"),
         (lambda path: (path / "transformer/config.json").write_text("{}"), "lack 'patch_size'"),
         (lambda path: (path / "text_encoder/model.safetensors").unlink(), "text_encoder holds no .safetensors"),
+        (lambda path: pickled(path / "transformer/diffusion_pytorch_model.safetensors"), "are pickles"),
         (lambda path: (path / "vae/x.safetensors.index.json").write_text(INDEX), r"lacks part-2\.safetensors"),
     ],
 )
@@ -73,6 +83,48 @@ def test_a_damaged_folder_is_named(copy, damage, message):
 def test_a_hub_id_that_cannot_be_fetched_is_named():
     with pytest.raises(UserError, match="could not be fetched from the hub"):
         find_model("nobody/no-such-model")
+
+
+def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
+    """The client's own wait for a network that swallows packets is minutes."""
+
+    ask = Mock(side_effect=TimeoutError("no answer"))
+    fetch = Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(load.HfApi, "model_info", ask)
+    monkeypatch.setattr(load, "snapshot_download", fetch)
+    with pytest.raises(UserError, match=r"model_index\.json is missing"):  # of the copy that an earlier download left
+        find_model("somebody/some-model")
+    assert ask.call_args.kwargs["timeout"] == load.HUB_TIMEOUT_S
+    assert fetch.call_args.kwargs["local_files_only"]
+    fetch.side_effect = OSError("nothing here")
+    with pytest.raises(UserError, match=r"TimeoutError: no answer.*hf download somebody/some-model --local-dir"):
+        find_model("somebody/some-model")
+
+
+@pytest.mark.parametrize(
+    "file, loader",
+    [
+        ("transformer/diffusion_pytorch_model.safetensors", lambda model: load_transformer(model, torch.float32)),
+        ("vae/diffusion_pytorch_model.safetensors", lambda model: load.load_vae(model, torch.float32, "cpu")),
+        ("text_encoder/model.safetensors", lambda model: TextEncoder(model, torch.float32, "cpu")),
+    ],
+)
+def test_pickled_weights_are_never_loaded(copy, file, loader):
+    model = find_model(str(copy))
+    loader(model)
+    pickled(copy / file)
+    with pytest.raises(OSError, match="safetensors"):
+        loader(model)
+
+
+def test_a_tokenizers_own_code_is_never_run(copy):
+    """A folder may name Python code of its own; asked nothing, transformers would ask on the terminal."""
+    made, folder = copy / "made", copy / "tokenizer"
+    (folder / "own.py").write_text(f"open({str(made)!r}, 'w')\nclass Own: pass\n")
+    edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="Own")
+    with pytest.raises(UserError, match=r"tokenizer .* cannot be loaded"):
+        load.load_tokenizer(find_model(str(copy)))
+    assert not made.exists()
 
 
 def test_a_scheduler_that_predicts_noise_is_refused(copy):

@@ -8,7 +8,8 @@ from safetensors import safe_open
 
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora import export, inject, read_metadata, resolve_targets
+from cogds.model.lora import export, inject, resolve_targets
+from cogds.model.lora_file import read_metadata
 
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
 

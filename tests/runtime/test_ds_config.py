@@ -215,15 +215,28 @@ def test_precision_that_disagrees_is_refused(sections, overrides, parts):
         assert part in message
 
 
-def test_stage_0_is_for_fp32_only():
+def test_there_is_no_training_without_zero():
     for ds in ({}, {"zero_optimization": {"stage": 0}}):
-        assert 'write "zero_optimization": {"stage": 1}' in refused(ds)
-        assert resolve(ds, "train.precision=fp32")[0]["bf16"] == {"enabled": False}
+        for precision in ("bf16", "fp32"):
+            message = refused(ds, f"train.precision={precision}")
+            assert 'write "zero_optimization": {"stage": 1}' in message
 
 
 @pytest.mark.parametrize("stage", [4, -1, "auto", "2", True, 2.0])
-def test_the_stage_is_0_to_3(stage):
-    assert "zero_optimization.stage must be 0, 1, 2 or 3" in refused({"zero_optimization": {"stage": stage}})
+def test_the_stage_is_1_to_3(stage):
+    assert "zero_optimization.stage must be 1, 2 or 3" in refused({"zero_optimization": {"stage": stage}})
+
+
+def test_an_optimizer_that_cannot_be_saved_whole_is_refused():
+    message = refused({**ZERO2, "optimizer": {"type": "AdamWW"}})
+    assert 'optimizer.type is "AdamWW"' in message
+    assert "did you mean 'AdamW'?" in message
+    assert "use one of Adam, AdamW, Lion" in refused({**ZERO2, "optimizer": {"type": "OneBitAdam"}})
+
+
+def test_optimizer_state_on_nvme_is_refused():
+    zero = {"stage": 3, "offload_optimizer": {"device": "nvme", "nvme_path": "/nvme"}}
+    assert 'small, write "cpu"' in refused({"zero_optimization": zero})
 
 
 @pytest.mark.parametrize(

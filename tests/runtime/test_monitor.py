@@ -1,11 +1,20 @@
+import contextlib
+import errno
 import json
+import math
+import os
+import shutil
+import subprocess
+import sys
 
 import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from cogds.core.geometry import ClipShape
-from cogds.runtime.monitor import Monitor, StepLosses, rewind_metrics
+from cogds.errors import UserError
+from cogds.runtime import monitor as module
+from cogds.runtime.monitor import MAX_KEPT, WARN_EVERY_S, Monitor, Outlet, StepLosses, rewind_metrics
 from cogds.runtime.world import World
 
 BUCKETS = (ClipShape(9, 64, 64), ClipShape(17, 64, 96))
@@ -25,6 +34,16 @@ def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
+def board_of(tmp_path, name):
+    board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)
+    board.Reload()
+    return [(event.step, event.value) for event in board.Scalars(name)]
+
+
+def step_of(step):
+    return {"train/lr": step / 8}, losses(float(step))
+
+
 def test_one_object_per_step_and_the_same_scalars_in_tensorboard(tmp_path):
     monitor = make(tmp_path)
     monitor.record(1, {"train/lr": 0.5, "train/grad_norm": None}, losses(1.0))
@@ -41,12 +60,8 @@ def test_one_object_per_step_and_the_same_scalars_in_tensorboard(tmp_path):
     }
     assert second["train/loss/bucket=17x64x96"] == 3.0
     assert second["train/grad_norm"] == 3.0
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert {name: [e.value for e in board.Scalars(name)] for name in ("train/loss", "train/lr")} == {
-        "train/loss": [1.0, 2.0],
-        "train/lr": [0.5, 0.25],
-    }
+    assert board_of(tmp_path, "train/loss") == [(1, 1.0), (2, 2.0)]
+    assert board_of(tmp_path, "train/lr") == [(1, 0.5), (2, 0.25)]
 
 
 def test_losses_of_several_micro_steps_are_collected():
@@ -85,3 +100,226 @@ def test_a_resumed_run_appends(tmp_path):
     monitor.record(3, {"train/lr": 0.2}, losses(1.0))
     monitor.close()
     assert [(line["step"], line["train/lr"]) for line in lines(tmp_path)] == [(1, 0.1), (2, 0.1), (3, 0.2)]
+    assert board_of(tmp_path, "train/loss") == [(1, 1.0), (2, 1.0), (3, 1.0)]
+    assert [value for _, value in board_of(tmp_path, "train/lr")] == pytest.approx([0.1, 0.1, 0.2])
+    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+
+
+def test_texts_and_notes_are_tensorboards_alone(tmp_path):
+    monitor = make(tmp_path)
+    monitor.text("config/run", "seed: 7\nlr: 1")
+    monitor.note(4, {"perf/save_s": 2.5, "perf/other": 0.5})
+    monitor.close()
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    assert board.Tags()["tensors"] == ["config/run/text_summary"]
+    (event,) = board.Tensors("config/run/text_summary")
+    assert event.tensor_proto.string_val == [b"    seed: 7\n    lr: 1"]
+    assert board_of(tmp_path, "perf/save_s") == [(4, 2.5)]
+    assert lines(tmp_path) == []
+
+
+def test_what_is_not_finite_is_null_in_json_and_itself_in_tensorboard(tmp_path):
+    monitor = make(tmp_path)
+    monitor.record(1, {"train/lr": 0.1, "train/grad_norm": math.inf}, losses(math.nan))
+    monitor.close()
+    assert not {"NaN", "Infinity"} & set((tmp_path / "metrics.jsonl").read_text().replace(",", " ").split())
+    (line,) = lines(tmp_path)
+    assert line["train/grad_norm"] is None
+    assert line["train/loss"] is None
+    assert board_of(tmp_path, "train/grad_norm") == [(1, math.inf)]
+    assert math.isnan(board_of(tmp_path, "train/loss")[0][1])
+
+
+# ----------------------------------------------------------------------------------------------- disks that fail
+
+
+@pytest.fixture
+def small_disk(tmp_path):
+    """A disk of 64 kB, which can be filled, and made read-only; needs root."""
+    folder = tmp_path / "disk"
+    folder.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=64k", "cogds-test", str(folder)]
+    if os.geteuid() or not shutil.which("mount") or subprocess.run(mount, capture_output=True).returncode:
+        pytest.skip("no file system can be mounted here")
+    yield folder
+    subprocess.run(["umount", "-l", str(folder)], check=True)
+
+
+def fill(folder):
+    with contextlib.suppress(OSError), (folder / "filler").open("wb", buffering=0) as file:
+        while True:
+            file.write(bytes(512))
+
+
+def test_a_full_disk_stops_nothing_and_what_it_refused_comes_later(small_disk, capsys):
+    monitor = make(small_disk)
+    monitor.record(1, *step_of(1))
+    fill(small_disk)
+    # More than fits into the last page of either file: some of it is written in part.
+    for step in range(2, 60):
+        monitor.record(step, *step_of(step))
+    shown = lines(small_disk)  # whole lines all the while
+    assert [line["step"] for line in shown] == list(range(1, len(shown) + 1))
+    assert len(shown) < 59
+    warnings = capsys.readouterr().err.splitlines()
+    # Which one first depends on how full their last pages were.
+    assert {line.split(" cannot")[0].split("/")[-1][:12] for line in warnings} == {"metrics.json", "events.out.t"}
+    assert len(warnings) == 2
+    assert "No space left on device): training goes on" in warnings[0]
+    (small_disk / "filler").unlink()
+    monitor.record(60, *step_of(60))
+    monitor.close()
+    said = capsys.readouterr().err
+    assert said.count("is written again") == 2
+    assert "could not be written" not in said
+    assert [line["step"] for line in lines(small_disk)] == list(range(1, 61))
+    assert board_of(small_disk, "train/lr") == [(step, step / 8) for step in range(1, 61)]
+
+
+def test_what_a_full_disk_never_took_is_said_at_the_end(small_disk, capsys):
+    monitor = make(small_disk)
+    fill(small_disk)
+    for step in range(1, 60):
+        monitor.record(step, *step_of(step))
+    monitor.close()
+    said = capsys.readouterr().err.splitlines()[2:]
+    shown = lines(small_disk)
+    assert f"the last {59 - len(shown)} records of {small_disk}/metrics.jsonl could not be written" in said[0]
+    assert "tensorboard/events" in said[1]
+    assert len(said) == 2
+
+
+def test_a_disk_that_turned_read_only_stops_nothing(small_disk, capsys):
+    monitor = make(small_disk)
+    subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
+    monitor.record(1, *step_of(1))
+    subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
+    monitor.record(2, *step_of(2))
+    monitor.close()
+    assert capsys.readouterr().err.count("Read-only file system") == 2
+    assert [line["step"] for line in lines(small_disk)] == [1, 2]
+    assert board_of(small_disk, "train/lr") == [(1, 0.125), (2, 0.25)]
+
+
+@pytest.mark.parametrize("gone", ["tensorboard", "."])
+def test_a_folder_that_is_gone_is_made_again_one_that_is_a_file_is_said(tmp_path, gone, capsys):
+    output = tmp_path / "run"
+    output.mkdir()
+    monitor = make(output)
+    monitor.record(1, *step_of(1))
+    shutil.rmtree(output / gone)
+    monitor.record(2, *step_of(2))
+    assert board_of(output, "train/lr") == [(2, 0.25)]
+    assert capsys.readouterr().err == ""
+    shutil.rmtree(output / gone)
+    (output / gone).touch()
+    monitor.record(3, *step_of(3))
+    monitor.close()
+    assert f"the last 1 records of {output}/tensorboard" in capsys.readouterr().err
+
+
+def test_warnings_come_once_a_minute(tmp_path, monkeypatch, capsys):
+    now = [1000.0]
+    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
+    outlet = Outlet(tmp_path / "no" / "folder" / "file")
+    said = []
+    for _ in range(5):
+        for _ in range(100):
+            outlet.write([b"x"])
+        said.append(len(capsys.readouterr().err.splitlines()))
+        now[0] += WARN_EVERY_S / 2 + 1
+    assert said == [1, 0, 1, 0, 1]
+
+
+def test_what_is_kept_is_bounded_and_what_that_loses_is_said(tmp_path, capsys):
+    outlet = Outlet(tmp_path / "no" / "folder" / "file")
+    for k in range(3):
+        outlet.write([b"%d-%d\n" % (k, n) for n in range(MAX_KEPT // 2)])
+    outlet.write([b"last\n"])
+    (tmp_path / "no").mkdir()
+    outlet.write()
+    written = (tmp_path / "no/folder/file").read_text().splitlines()
+    assert len(written) == MAX_KEPT
+    assert (written[0], written[-1]) == ("1-1", "last")
+    assert f"{MAX_KEPT} records with it; {MAX_KEPT // 2 + 1} older ones are lost" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("late", [False, True])
+def test_half_a_record_never_stays(tmp_path, monkeypatch, late):
+    """Written in part, or refused when the file is closed, as network disks do; the file is cut at the next chance."""
+    outlet, failing = Outlet(tmp_path / "file", b"head\n"), [True]
+    outlet.write([b"one\n"])
+    real_pwrite, real_truncate, real_close = os.pwrite, os.ftruncate, os.close
+
+    def fail(*_):
+        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+
+    def pwrite(descriptor, data, offset):
+        if failing and not late:
+            if len(data) > 3:
+                return real_pwrite(descriptor, data[:3], offset)
+            fail()
+        return real_pwrite(descriptor, data, offset)
+
+    def close(descriptor):
+        real_close(descriptor)
+        if failing and late:
+            fail()
+
+    monkeypatch.setattr(module.os, "pwrite", pwrite)
+    monkeypatch.setattr(module.os, "close", close)
+    monkeypatch.setattr(module.os, "ftruncate", lambda *args: fail() if failing else real_truncate(*args))
+    outlet.write([b"two\n"])
+    assert (tmp_path / "file").read_bytes() != b"head\none\n"
+    outlet.write([b"three\n"])
+    failing.clear()
+    outlet.write([b"four\n"])
+    whole = b"head\none\ntwo\nthree\nfour\n"
+    assert (tmp_path / "file").read_bytes() == whole
+    # Where the record itself was given up meanwhile, too.
+    monkeypatch.setattr(module, "MAX_KEPT", 1)
+    outlet = Outlet(tmp_path / "file")
+    failing.append(True)
+    outlet.write([b"a long record\n"])
+    failing.clear()
+    outlet.write([b"x\n"])
+    assert (tmp_path / "file").read_bytes() == whole + b"x\n"
+
+
+def test_an_output_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
+    """The terminal is gone, or the launcher at the other end of the pipe."""
+    reader, writer = os.pipe()
+    os.close(reader)
+    # Line by line, so that nothing is left in its buffer to fail when it is closed.
+    pipe = open(writer, "w", buffering=1)  # noqa: SIM115
+    with pytest.raises(BrokenPipeError):
+        print("a line", file=pipe, flush=True)
+    monitor = make(tmp_path)
+    monkeypatch.setattr(sys, "stdout", pipe)
+    monkeypatch.setattr(sys, "stderr", pipe)
+    monitor.record(1, *step_of(1))
+    (tmp_path / "tensorboard").rename(tmp_path / "aside")
+    (tmp_path / "tensorboard").touch()
+    monitor.record(2, *step_of(2))
+    monitor.close()
+    monkeypatch.undo()
+    assert [line["step"] for line in lines(tmp_path)] == [1, 2]
+    with contextlib.suppress(BrokenPipeError):
+        pipe.close()
+
+
+@pytest.mark.parametrize("bad", ["folder", "bytes"])
+def test_metrics_that_cannot_be_taken_over_are_said_before_the_run(tmp_path, bad):
+    file = tmp_path / "metrics.jsonl"
+    rewind_metrics(file, 3)  # not there: nothing to take over
+    assert not list(tmp_path.iterdir())
+    if bad == "folder":
+        file.mkdir()
+        with pytest.raises(UserError, match="the metrics of the steps before 3 cannot be taken over"):
+            make(tmp_path, first_step=3)
+        return
+    # What a power cut leaves; the last line has all but its end of line.
+    file.write_bytes(b'{"step": 1}\n' + bytes(40) + b'\n\xff\xfe\n{"step": []}\n[]\n{"step": 2}')
+    rewind_metrics(file, 3)
+    assert file.read_text() == '{"step": 1}\n{"step": 2}\n'

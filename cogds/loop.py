@@ -1,0 +1,257 @@
+"""The loop: optimizer steps one after another, and what may happen in between.
+
+Whatever one rank meets (a signal, a save that failed, a loss that is not finite), all ranks learn of at the end of the
+same step, so that none of them is ever left waiting.
+"""
+
+import contextlib
+import functools
+import math
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from cogds.config import RunConfig
+from cogds.core.diffusion import stratified_timesteps, timestep_quarter, v_loss
+from cogds.core.geometry import ClipShape, num_tokens
+from cogds.core.plan import MicroBatch, Plan
+from cogds.core.rng import seed_global
+from cogds.core.schedule import learning_rate
+from cogds.data.dataset import Batch, ClipDataset, ClipOrder, collate, ignore_stop_signals
+from cogds.data.sampler import BucketBatchSampler, draws_of
+from cogds.encode import EncodedData
+from cogds.errors import Interrupted, UserError
+from cogds.model.load import ModelFolder
+from cogds.runtime.checkpoint import Saver
+from cogds.runtime.engine import set_learning_rate
+from cogds.runtime.interrupt import Interrupt
+from cogds.runtime.monitor import Monitor, StepLosses, Stopwatch, peak_memory_bytes
+from cogds.runtime.quarantine import Quarantine
+from cogds.runtime.watchdog import Watchdog
+from cogds.runtime.world import World, all_gather, any_rank
+from cogds.step import Draws, StepBuilder, draw_dropouts
+from cogds.stream import BATCHES_AHEAD, ahead, stream_batches
+
+# So many clips are named where a step went wrong.
+MAX_NAMED = 8
+
+
+@dataclass(frozen=True)
+class Run:
+    """What a run is made of, from its first step to its last."""
+
+    cfg: RunConfig
+    ds_config: dict[str, Any]
+    model: ModelFolder
+    buckets: tuple[ClipShape, ...]
+    world: World
+    data: EncodedData
+    plan: Plan
+    first_step: int
+
+    @property
+    def order(self) -> ClipOrder:
+        """Which clip a place of the plan stands for."""
+        return ClipOrder(self.data.index, self.data.mixture)
+
+    def clips(self, micro_batch: MicroBatch) -> list[str]:
+        """The files that this rank trains in a micro-step, as the plan has it."""
+        order = self.order
+        return [self.data.index[next(order.rows(draw))].path for draw in draws_of(micro_batch, self.world.rank)]
+
+    def describe(self, step: int) -> str:
+        """What this rank does in an optimizer step, for people."""
+        parts = [
+            f"bucket {self.buckets[micro_batch.bucket_of(self.world.rank)]}: {', '.join(self.clips(micro_batch))}"
+            for micro_batch in self.plan.at(step)
+        ]
+        return f"step {step + 1}, {'; '.join(parts)}"
+
+
+def train_steps(
+    run: Run,
+    engine: Any,
+    builder: StepBuilder,
+    monitor: Monitor,
+    saver: Saver,
+    save: Callable[[int], None],
+    interrupt: Interrupt,
+    watchdog: Watchdog,
+) -> None:
+    """Train from `run.first_step` to the last. Collective.
+
+    save: starts saving the state after so many steps. Raises Interrupted, once all is saved, where a rank was asked to
+    stop; UserError where a save fails, or too many steps in a row are not finite.
+    """
+    cfg, world = run.cfg, run.world
+    quarantine = Quarantine(world, Path(cfg.output_dir), len(run.data.index), cfg.data.max_unusable)
+    batches, clock, num_bad = load_batches(run), Stopwatch(), 0
+    for step in range(run.first_step, cfg.train.num_steps):
+        watchdog.watch(functools.partial(run.describe, step))
+        bad = train_step(run, engine, builder, batches, step, monitor, quarantine, clock)
+        num_bad = num_bad + 1 if bad else 0
+        stop, written = any_rank(world, bool(interrupt.requested), saver.done)
+        if written:
+            finish_save(saver, world, monitor, step + 1)
+        last = step + 1 == cfg.train.num_steps
+        if (step + 1) % cfg.monitor.every == 0 or last or stop:
+            quarantine.settle()
+        if num_bad == cfg.train.max_bad_steps:
+            monitor.close()
+            raise _too_many(bad, num_bad, world)
+        if (step + 1) % cfg.checkpoint.every == 0 or last or stop:
+            watchdog.watch(functools.partial("saving after step {}".format, step + 1))
+            monitor.flush()
+            save(step + 1)
+            clock.lap()  # saving is no part of the next step
+        if stop and not last:
+            break
+    finish_save(saver, world, monitor, step + 1)
+    watchdog.rest()
+    monitor.close()
+    if not last:
+        if world.rank == 0:
+            with contextlib.suppress(OSError):  # the launcher may be dead, and with it whoever reads
+                print(f"stopped and saved after step {step + 1}: the same command goes on", flush=True)
+        raise Interrupted
+
+
+def finish_save(saver: Saver, world: World, monitor: Monitor, step: int) -> None:
+    """Wait for what is being saved, if anything is, and note how long it took. What failed raises. Collective."""
+    seconds = saver.finish(world)
+    if seconds is not None:
+        monitor.note(step, {"checkpoint/write_s": seconds})
+
+
+def load_batches(run: Run) -> Iterator[Batch]:
+    """This rank's batches, one per micro-step, made ahead of time: read from the cache, or encoded on the fly."""
+    cfg, world = run.cfg, run.world
+    sampler = BucketBatchSampler(run.plan, world.rank, run.first_step, cfg.train.num_steps)
+    if cfg.data.encode == "on_the_fly":
+        yield from ahead(stream_batches(sampler, run.order, cfg, run.model, world), BATCHES_AHEAD)
+        return
+    loader = DataLoader(
+        ClipDataset(run.order, cfg.data.cache_dir),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=cfg.data.num_workers,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
+    )
+    try:
+        yield from loader
+    except UserError as error:
+        # Out of a worker it comes with the worker's traceback around it; the sentence is the last line.
+        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
+
+
+def train_step(
+    run: Run,
+    engine: Any,
+    builder: StepBuilder,
+    batches: Iterator[Batch],
+    step: int,
+    monitor: Monitor,
+    quarantine: Quarantine,
+    clock: Stopwatch,
+) -> list[str]:
+    """One optimizer step: `accumulation` micro-steps of forward and backward, all ranks in buckets of one cost.
+
+    Where a loss or gradient is not finite on any rank, no rank's weights change, and what is known of it is returned.
+    """
+    cfg, plan, world, buckets = run.cfg, run.plan, run.world, run.buckets
+    num_samples, tokens, data_wait_s = 0, 0, 0.0
+    losses = StepLosses(len(buckets), world.device)
+    trained: list[tuple[MicroBatch, torch.Tensor]] = []
+    num_timesteps = len(builder.alphas_cumprod)
+    lr = learning_rate(
+        step,
+        cfg.optimizer.lr,
+        cfg.optimizer.schedule,
+        cfg.train.num_steps,
+        cfg.optimizer.warmup_steps,
+        cfg.optimizer.final_lr_ratio,
+    )
+    set_learning_rate(engine, lr)
+    for micro_batch in plan.at(step):
+        waiting = Stopwatch()
+        batch = next(batches)
+        data_wait_s += waiting.lap()
+        quarantine.add(batch.bad)
+        bucket = micro_batch.bucket_of(world.rank)
+        draws = draw(micro_batch, step, num_timesteps, cfg, world)
+        inputs, target = builder.build(batch.tensors, buckets[bucket], draws)
+        seed_global(cfg.seed, step * plan.accumulation + len(trained), world.rank)
+        per_sample = v_loss(engine(**inputs)[0], target)
+        weights = torch.tensor(micro_batch.weights_of(world.rank), device=world.device)
+        loss = (weights * per_sample).mean()
+        # The factor is 1 where the loss is finite. Where it is not, it makes the gradient so too, which DeepSpeed sees
+        # on all ranks and skips the step: nobody has to wait for the value of a loss.
+        engine.backward(loss * (1 + 0 * loss.detach()))
+        engine.step()
+        share = loss.detach() / (world.size * plan.accumulation)
+        losses.add(share, per_sample, bucket, timestep_quarter(draws.timesteps.to(world.device), num_timesteps))
+        trained.append((micro_batch, per_sample.detach()))
+        num_samples += micro_batch.num_slots
+        tokens += sum(
+            micro_batch.batch_size_of(rank) * num_tokens(buckets[micro_batch.bucket_of(rank)], builder.geometry)
+            for rank in range(world.size)
+        )
+    skipped = not engine.was_step_applied()
+    step_s = clock.lap()
+    monitor.record(
+        step + 1,
+        {
+            "train/lr": lr,
+            "train/grad_norm": engine.get_global_grad_norm(),
+            "train/skipped": float(skipped),
+            "train/epoch": plan.epoch_of(step),
+            "perf/step_s": step_s,
+            "perf/data_wait_s": data_wait_s,
+            "perf/samples_per_s": num_samples / step_s,
+            "perf/tokens_per_s": tokens / step_s,
+            "perf/peak_memory_gb": peak_memory_bytes(world.device) / 1e9,
+        },
+        losses,
+    )
+    return _name_bad(run, step, trained) if skipped else []
+
+
+def draw(micro_batch: MicroBatch, step: int, num_timesteps: int, cfg: RunConfig, world: World) -> Draws:
+    """The random choices of a micro-step of optimizer step `step`, on this rank."""
+    slots = micro_batch.slots_of(world.rank)
+    timesteps = stratified_timesteps(slots, micro_batch.step_slots, num_timesteps, cfg.seed, step)
+    drop_image, drop_caption = draw_dropouts(cfg.conditioning, cfg.seed, step, slots)
+    return Draws(timesteps, drop_image, drop_caption, cfg.seed, step, slots)
+
+
+def _name_bad(run: Run, step: int, trained: list[tuple[MicroBatch, torch.Tensor]]) -> list[str]:
+    """Say which clips' losses are not finite, or, where all are, which clips were trained. Collective."""
+    own = [
+        (str(run.buckets[micro_batch.bucket_of(run.world.rank)]), clip, loss)
+        for micro_batch, losses in trained
+        for clip, loss in zip(run.clips(micro_batch), losses.tolist())
+    ]
+    every = [(rank, *one) for rank, ones in enumerate(all_gather(run.world, own)) for one in ones]
+    culprits = [one for one in every if not math.isfinite(one[3])]
+    named = [f"rank {rank}, bucket {bucket}, {clip} (loss {loss:g})" for rank, bucket, clip, loss in culprits or every]
+    if run.world.rank == 0:
+        what = "loss" if culprits else "gradient (every loss is finite)"
+        more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+        print(
+            f"step {step + 1} was skipped, its {what} is not finite: {'; '.join(named[:MAX_NAMED])}{more}", flush=True
+        )
+    return named
+
+
+def _too_many(named: list[str], num_bad: int, world: World) -> UserError:
+    error = UserError(
+        f"{num_bad} steps in a row had a loss or gradient that is not finite (train.max_bad_steps), the last one with "
+        f"{'; '.join(named[:MAX_NAMED])}: lower optimizer.lr, look at these clips, and resume from the last checkpoint"
+    )
+    error.shared = world.rank > 0
+    return error

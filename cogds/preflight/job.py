@@ -1,0 +1,148 @@
+"""The job that is about to be run, read as the run reads it, and what it will need. No weights are loaded."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from cogds.config import RunConfig, load_config, to_dict
+from cogds.core.geometry import ClipShape
+from cogds.core.memory import (
+    LoraSize,
+    MemoryEstimate,
+    TransformerSize,
+    cached_caption_bytes,
+    cached_clip_bytes,
+    rotary_table_bytes,
+    training_memory,
+)
+from cogds.demo import make_demo, only_own_demo
+from cogds.model.load import ModelFolder, empty_transformer, find_model
+from cogds.model.lora import resolve_targets
+from cogds.order import batch_sizes
+from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, differing
+from cogds.runtime.ds_config import load_ds_config, resolve
+from cogds.runtime.world import World, set_network
+from cogds.survey import data_sets, make_buckets
+
+# DataLoader's own: batches that every worker has ready.
+PREFETCHED = 2
+
+
+@dataclass(frozen=True)
+class Job:
+    """A run's config, resolved for this many ranks, and its model."""
+
+    cfg: RunConfig
+    ds_config: dict[str, Any]
+    model: ModelFolder
+    buckets: tuple[ClipShape, ...]
+    targets: tuple[str, ...]
+    world: World
+
+    @property
+    def bytes_each(self) -> int:
+        """Of one number of the transformer."""
+        return 2 if self.cfg.train.precision == "bf16" else 4
+
+    @cached_property
+    def batch_sizes(self) -> tuple[int, ...]:
+        return batch_sizes(self.cfg, self.buckets, self.model)
+
+    @cached_property
+    def transformer_size(self) -> TransformerSize:
+        numbers = sum(parameter.numel() for parameter in empty_transformer(self.model).parameters())
+        return TransformerSize.from_config(self.model.transformer_config, numbers)
+
+    @cached_property
+    def lora_size(self) -> LoraSize:
+        layers = dict(empty_transformer(self.model).named_modules())
+        rank = self.cfg.lora.rank
+        numbers = sum(rank * (layers[name].in_features + layers[name].out_features) for name in self.targets)
+        return LoraSize.from_targets(self.targets, numbers, rank)
+
+    @cached_property
+    def estimates(self) -> tuple[MemoryEstimate, ...]:
+        """GPU memory of every bucket."""
+        rotary = sum(rotary_table_bytes(shape, self.model.geometry) for shape in self.buckets)
+        return tuple(
+            training_memory(
+                shape, batch_size, self.model.geometry, self.transformer_size, self.lora_size, self.model.vae_size,
+                self.ds_config.get("zero_optimization", {}), self.world.size, self.cfg.train.precision,
+                self.cfg.train.gradient_checkpointing, rotary,
+            )
+            for shape, batch_size in zip(self.buckets, self.batch_sizes)
+        )  # fmt: skip
+
+    @property
+    def largest(self) -> int:
+        """The bucket that takes most memory."""
+        return max(range(len(self.buckets)), key=lambda index: self.estimates[index].total_bytes)
+
+    @property
+    def checkpoint_bytes(self) -> int:
+        """One checkpoint, float32 weights and two moments, with its exported LoRA."""
+        return self.lora_size.num_parameters * (12 + self.bytes_each)
+
+    @property
+    def shared_memory_bytes(self) -> int:
+        """What the loaders of one rank keep in /dev/shm: the batches that they are ahead. 0 where there are none."""
+        if self.cfg.data.encode != "cached":
+            return 0
+        text_dim, geometry = self.transformer_size.text_dim, self.model.geometry
+        batches = (
+            size * (cached_clip_bytes(shape, geometry, self.bytes_each)
+                    + cached_caption_bytes(geometry, text_dim, self.bytes_each))
+            for shape, size in zip(self.buckets, self.batch_sizes)
+        )  # fmt: skip
+        return self.cfg.data.num_workers * PREFETCHED * max(batches)
+
+    @property
+    def data_paths(self) -> dict[str, str]:
+        """What is only read: key of the config -> path."""
+        paths = [one.path for one in data_sets(self.cfg)]
+        if not self.cfg.data.sets:
+            return {"data.path": paths[0]}
+        return {f"data.sets[{index}].path": path for index, path in enumerate(paths)}
+
+    @property
+    def shared_folders(self) -> dict[str, str]:
+        """What all ranks write into."""
+        return {"output_dir": self.cfg.output_dir, "data.cache_dir": self.cfg.data.cache_dir}
+
+    def flat(self) -> dict[str, Any]:
+        """Every key of both configs, dotted -> value."""
+        return dict(_flat(to_dict(self.cfg))) | {f"DeepSpeed's {key}": value for key, value in _flat(self.ds_config)}
+
+
+def _flat(node: Any, path: str = "") -> Sequence[tuple[str, Any]]:
+    if isinstance(node, dict) and node:
+        return [leaf for name, child in node.items() for leaf in _flat(child, f"{path}.{name}".lstrip("."))]
+    return [(path, node)]
+
+
+def load_job(config: str | None, default_config: Path, overrides: list[str], ds_path: str, world: World) -> Job:
+    """Read the run's config as `train` does, and set its network variables. Raises UserError for what is wrong."""
+    cfg, explicit = load_config(config or str(default_config), overrides)
+    if not config:
+        cfg = only_own_demo(cfg, overrides)
+    ds_config = load_ds_config(ds_path)
+    set_network(world, cfg.network)
+    make_demo(cfg)
+    model = find_model(cfg.model.path, cfg.model.revision)
+    buckets = make_buckets(cfg, model)
+    targets = resolve_targets(empty_transformer(model), cfg.lora.target_modules)
+    ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
+    return Job(cfg, ds_config, model, buckets, tuple(targets), world)
+
+
+def judge_config(facts: list[Facts]) -> list[Finding]:
+    """Every key is the same on all ranks. facts: `config`, of `Job.flat`."""
+    keys = dict.fromkeys(key for one in facts for key in one["config"])
+    unlike = {key: text for key in keys if (text := differing(facts, at("config", key)))}
+    if unlike:
+        listed = "; ".join(f"{key}: {text}" for key, text in list(unlike.items())[:5])
+        return [Finding("config", FAIL, f"the ranks read different configs ({len(unlike)} keys): {listed}")]
+    alike = f", the same on {len(facts)} ranks" if len(facts) > 1 else ""
+    return [Finding("config", OK, f"{len(keys)} keys{alike}")]

@@ -1,0 +1,144 @@
+"""Whether this process has been asked to stop: by a signal, or by the death of the launcher that started it.
+
+A thread hears it: the main thread may wait in a collective for minutes, and no Python handler runs meanwhile. The
+interpreter's own handler, in C, writes the signal's number to that thread at once.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import sys
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+from cogds.data.pool import STOP_SIGNALS
+from cogds.errors import EXIT_INTERRUPTED
+
+LAUNCHER_DIED = "its launcher has died"
+SAME_REQUEST_S = 3.0  # launchers send two signals in a row, and Ctrl-C comes from the terminal and from the launcher
+LOOK_S = 1.0  # how often the launcher is looked at
+SAY_S = 2.0  # a pipe that nobody reads holds up the end of a process no longer
+# These come first and a signal that ends the job follows, while a save still has time: nobody is impatient.
+_WARNINGS = ("SIGUSR1", LAUNCHER_DIED)
+_LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed/launcher/launch.py", "torch.distributed.run", "/torchrun")
+
+
+def find_launcher() -> int | None:
+    """The process id of the parent where it is a launcher of ranks (DeepSpeed's on a node, torchrun), else None."""
+    parent = os.getppid()
+    try:
+        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return None
+    # `python -u -m MODULE` or `python FILE`; what follows are the script's arguments.
+    return parent if any(part.endswith(_LAUNCHERS) for part in command.split("\0")[:4]) else None
+
+
+def run_bounded(function: Callable[[], Any], bound_s: float) -> None:
+    """Run `function` in a thread and go on after `bound_s` at the latest. What it raises is not heard."""
+
+    def run() -> None:
+        with contextlib.suppress(BaseException):
+            function()
+
+    with contextlib.suppress(RuntimeError):  # no thread can be had
+        thread = threading.Thread(target=run, daemon=True, name="bounded")
+        thread.start()
+        thread.join(bound_s)
+
+
+def say(text: str) -> None:
+    """A line on stderr, past Python's own buffers: whoever holds their locks may be stuck."""
+    with contextlib.suppress(OSError):
+        os.write(2, f"{text}\n".encode())
+
+
+class Interrupt:
+    """Whether this process has been asked to stop.
+
+    requested: "" or what asked, such as "SIGTERM" or LAUNCHER_DIED.
+    """
+
+    def __init__(self, launcher_pid: int | None = None) -> None:
+        self.requested = ""
+        self._launcher_pid = launcher_pid
+        self._asked_at, self._deferred = 0.0, False
+        self._before: dict[signal.Signals, Any] = {}
+        self._mouth, self._ear = socket.socketpair()
+        self._mouth.setblocking(False)
+        self._thread = threading.Thread(target=self._hear, daemon=True, name="interrupt")
+
+    def listen(self) -> None:
+        """From now on SIGTERM, SIGUSR1 and SIGINT are ours. Until `defer` the first one ends the process at once with
+        EXIT_INTERRUPTED: while data is prepared there is nothing to save. Once, in the main thread."""
+        self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
+        # A forked child would speak with its parent's mouth.
+        os.register_at_fork(after_in_child=self._fall_silent)
+        for number in STOP_SIGNALS:
+            self._before[number] = signal.signal(number, _nothing)
+            # A library's call that waits is restarted by the kernel, not broken off.
+            signal.siginterrupt(number, False)
+        self._thread.start()
+
+    def defer(self) -> None:
+        """From now on the first request only sets `requested`; one that comes later ends the process at once."""
+        self._deferred = True
+
+    def close(self) -> None:
+        """Give the signals back. May be called twice."""
+        if not self._before:
+            return
+        for number, handler in self._before.items():
+            signal.signal(number, signal.SIG_DFL if handler is None else handler)
+        self._before = {}
+        signal.set_wakeup_fd(self._fd_before)
+        self._mouth.close()
+        self._thread.join()
+        self._ear.close()
+
+    def _fall_silent(self) -> None:
+        if self._before:
+            signal.set_wakeup_fd(-1)
+
+    def _hear(self) -> None:
+        poll = select.poll()
+        poll.register(self._ear, select.POLLIN)
+        while True:
+            if poll.poll(LOOK_S * 1000):
+                numbers = self._ear.recv(4096)
+                if not numbers:
+                    return
+                for number in numbers:
+                    if number in STOP_SIGNALS:
+                        self._ask(signal.Signals(number).name)
+            if self._launcher_pid not in (None, os.getppid()) and not self.requested:
+                self._ask(LAUNCHER_DIED)
+
+    def _ask(self, what: str) -> None:
+        if not self._deferred:
+            _end(f"{what}: stopping at once, nothing needs saving yet")
+        if not self.requested or (self.requested in _WARNINGS and what != self.requested):
+            self._asked_at, self.requested = time.monotonic(), what
+            say(f"{what}: saving at the end of this step (again to stop at once)")
+        elif time.monotonic() - self._asked_at > SAME_REQUEST_S:
+            _end(f"{what} again: stopping at once")
+
+
+def _nothing(number: int, frame: Any) -> None:
+    """The thread does what is to be done; without a handler the process would end."""
+
+
+def _end(text: str) -> None:
+    def speak() -> None:
+        say(text)
+        sys.stdout.flush()
+
+    try:
+        run_bounded(speak, SAY_S)
+    finally:
+        os._exit(EXIT_INTERRUPTED)

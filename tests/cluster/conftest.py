@@ -1,0 +1,74 @@
+"""One cluster a module, a small run that others are to be equal to, and a checkout whose train.py is a stand-in."""
+
+import json
+import os
+import shutil
+import sys
+from pathlib import Path
+
+import pytest
+
+from tests.cluster.lab import Lab
+from tests.readme import ROOT
+
+# Any of it changes where a shell on the way splits it, fills something in or runs it.
+ODD = 'it\'s "x" $(touch pwned) ; touch pwned2 `touch pwned3` $HOME %n \\n * \n& tail'
+
+
+@pytest.fixture(scope="module")
+def lab():
+    with Lab() as lab:
+        yield lab
+
+
+@pytest.fixture(scope="session")
+def tiny_run(tmp_path_factory, tiny_model):
+    """A folder, and what makes a run small: the tiny model, drawn clips, 60 steps of which runs may take fewer."""
+    from cogds.data.synthetic import draw_clips
+
+    folder = tmp_path_factory.mktemp("cluster")
+    draw_clips(folder / "clips")
+    return folder, [
+        f"model.path={tiny_model}",
+        f"data.path={folder / 'clips'}",
+        f"data.cache_dir={folder / 'cache'}",
+        "data.buckets=[17x64x96, 9x96x64, 1x64x64]",
+        "train.num_steps=60",
+        "train.precision=fp32",
+        "lora.rank=4",
+    ]
+
+
+@pytest.fixture(scope="session")
+def one_node(tiny_run, run_train):
+    """The run to be equal to: 2 ranks on one node."""
+    folder, rest = tiny_run
+    config = ROOT / "launch/configs/cogvideox1.5_i2v_lora.yaml"
+    run_train("--deepspeed", "ds_configs/zero2.json", "--config", config, *rest, f"output_dir={folder / 'one'}")
+    return folder / "one"
+
+
+class Checkout:
+    """A checkout with stand_in.py as its train.py. `told()`: what every rank that started wrote down."""
+
+    def __init__(self, folder: Path):
+        self.folder = folder
+        shutil.copytree(ROOT / "launch", folder / "launch")
+        shutil.copy(ROOT / "tests/cluster/stand_in.py", folder / "launch/train.py")
+        (folder / "cogds").symlink_to(ROOT / "cogds")
+        (folder / "hosts").write_text("# two nodes\n\nn1 slots=1\n n2 slots=1 # the second\n")
+
+    def told(self):
+        file = self.folder / "told.jsonl"
+        return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
+
+    def names(self):
+        return {path.name for path in self.folder.rglob("*") if not path.is_symlink()}
+
+
+@pytest.fixture
+def checkout(tmp_path, monkeypatch):
+    monkeypatch.setenv("COGDS_PYTHON", sys.executable)
+    for name in [name for name in os.environ if name.startswith("SLURM_")]:
+        monkeypatch.delenv(name)
+    return Checkout(tmp_path / "checkout")

@@ -1,0 +1,129 @@
+"""launch/hostfile.sh: what it is given arrives as it is, it can be stopped, and it leaves nothing behind."""
+
+import os
+import shutil
+import sys
+
+import pytest
+
+from cogds.cli import unpacked
+from tests.cluster.conftest import ODD
+from tests.cluster.lab import until
+from tests.conftest import ROOT, run_command
+from tests.dist.conftest import losses
+
+pytestmark = pytest.mark.cluster
+
+
+def start(lab, checkout, acts):
+    """The run under way with both ranks, and the file that its output goes to."""
+    (checkout.folder / "told.jsonl").unlink(missing_ok=True)
+    output = checkout.folder / f"output-{acts}"
+    env = {"STAND_IN": acts, "COGDS_PASS": "STAND_IN"}
+    process = lab.start("launch/hostfile.sh", "hosts", cwd=checkout.folder, env=env, output=output)
+    until(lambda: len(checkout.told()) == 2, 60, lambda: f"there are {checkout.told()}:\n{output.read_text()[-4000:]}")
+    return process, output
+
+
+def test_words_and_variables_reach_every_rank_unchanged_and_its_code_comes_back(lab, checkout):
+    before = checkout.names()
+    words = ["--deepspeed", "a b.json", "", f"data.default_caption={ODD}", "output_dir=o 'u\"t$(touch pwned);x", "x=\\"]
+    env = {
+        "HF_ODD": ODD.replace("\n", ""),
+        "HF_TOKEN": "hidden",
+        "HF_LINES": "a\nb",
+        "PYTHON_ODD": "$(touch pwned4)",  # DeepSpeed's launcher passes it on by itself, and would run it
+        "NOT_ASKED_FOR": "1",
+        "RANKS_ARE_ASKED_FOR": "$HOME",
+        "STAND_IN": "2@n2",  # and the other rank, which waits, is ended
+        "COGDS_PASS": "STAND_IN RANKS_*",
+        "DS_ENV_FILE": "own_env",
+    }
+    (checkout.folder / "own_env").write_text("# a comment\n\nHF_FROM_FILE=7\n")
+    done = lab.run("launch/hostfile.sh", "hosts", *words, cwd=checkout.folder, env=env)
+    assert done.returncode == 2, done.stdout[-4000:]
+    assert lab.processes("launch/train.py") == []
+    told = checkout.told()
+    assert {fact["host"] for fact in told} == {"n1", "n2"}
+    for fact in told:
+        assert unpacked(fact["argv"])[1:] == words
+        assert fact["env"]["HF_ODD"] == env["HF_ODD"]
+        assert fact["env"]["PYTHON_ODD"] == "$(touch pwned4)"
+        assert fact["env"]["RANKS_ARE_ASKED_FOR"] == "$HOME"
+        assert fact["env"]["HF_FROM_FILE"] == "7"
+        assert fact["env"]["OMP_NUM_THREADS"] == "1"
+        assert not {"HF_TOKEN", "HF_LINES", "NOT_ASKED_FOR"} & fact["env"].keys()
+    assert "warning: HF_LINES is not passed on: it has several lines" in done.stdout
+    assert checkout.names() - before == {"told.jsonl", "own_env"}
+    assert "hidden" not in done.stdout
+
+
+def test_a_signal_makes_the_ranks_save_and_a_second_ends_them(lab, checkout):
+    process, output = start(lab, checkout, "wait")
+    lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "TERM")
+    process.wait(60)
+    text = output.read_text()
+    assert process.returncode == 75, text[-4000:]
+    assert text.count("stopped by SIGUSR1") == 2
+    assert text.count("saved") == 2
+    assert lab.processes("launch/train.py") == []
+
+    process, output = start(lab, checkout, "stay")
+    lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "INT")
+    until(lambda: "asking all ranks to save and stop" in output.read_text(), 10)
+    lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "INT")
+    process.wait(60)
+    assert process.returncode not in (0, 75), output.read_text()[-4000:]
+    assert lab.processes("launch/train.py") == []
+
+
+def test_a_node_that_is_gone_ends_the_job(lab, checkout):
+    process, output = start(lab, checkout, "stay")
+    lab.cut("n2")
+    try:
+        process.wait(90)
+    finally:
+        lab.mend("n2")
+    assert process.returncode == 255, output.read_text()[-4000:]
+    assert lab.processes("launch/train.py", "n1") == []
+
+
+def test_a_run_with_an_odd_folder_trains_as_on_one_node(lab, tiny_run, one_node, monkeypatch):
+    monkeypatch.setenv("COGDS_PYTHON", sys.executable)
+    folder, rest = tiny_run
+    (folder / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
+    output_dir = folder / "h 'o\"s$(touch pwned);t"
+    config = ROOT / "launch/configs/cogvideox1.5_i2v_lora.yaml"
+    more = ["train.num_steps=4", f"output_dir={output_dir}"]
+    words = ["--config", config, "--deepspeed", "ds_configs/zero2.json", *rest, *more]
+    done = lab.run("launch/hostfile.sh", folder / "hosts", *words, timeout_s=240)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert losses(output_dir) == losses(one_node)[:4]
+    assert not (ROOT / "pwned").exists()
+
+
+@pytest.mark.parametrize(
+    "words, says",
+    [
+        ([], "error: the hostfile comes first: launch/hostfile.sh HOSTFILE"),
+        (["--script"], "error: the hostfile comes first: launch/hostfile.sh HOSTFILE"),
+        (["no/hosts"], "error: there is no hostfile no/hosts: hostfile.example shows what is in it"),
+        (["hosts", "--script"], "error: --script names a file of launch/"),
+        (["hosts", "--script", "../x"], "error: --script ../x: there is no launch/../x.py"),
+        (["none"], "error: none names no node: one line a node"),
+    ],
+)
+def test_what_cannot_start_is_refused(words, says, checkout):
+    (checkout.folder / "none").write_text("# n1 slots=1\n")
+    done = run_command(["launch/hostfile.sh", *words], 20, cwd=checkout.folder)
+    assert done.returncode == 2
+    assert done.stdout.startswith(says)
+
+
+def test_a_folder_that_remote_shells_would_split_is_refused(checkout, tmp_path):
+    odd = tmp_path / "a b"
+    shutil.move(checkout.folder, odd)
+    done = run_command(["launch/hostfile.sh", "hosts"], 20, cwd=odd)
+    assert done.returncode == 2
+    assert f"error: '{odd}' has characters that do not survive remote shells" in done.stdout
+    assert os.path.exists(odd / "hosts")

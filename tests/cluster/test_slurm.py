@@ -1,0 +1,159 @@
+"""launch/slurm: jobs that come back by themselves where that helps, and only there."""
+
+import sys
+
+import pytest
+
+from tests.cluster.conftest import ODD
+from tests.cluster.lab import until
+from tests.conftest import ROOT
+from tests.dist.conftest import losses, metrics
+
+pytestmark = pytest.mark.cluster
+
+
+def submit(lab, checkout, acts, *words, options=("--nodes=2",), **env):
+    where = {"cwd": checkout.folder, "env": {"STAND_IN": acts, **env}}
+    return lab.sbatch(*options, "launch/slurm/train.sbatch", *words, **where)
+
+
+def batch_log(folder, job):
+    return (folder / f"cogds-train-{job}.log").read_text()
+
+
+def started(checkout, num):
+    until(lambda: len(checkout.told()) == num, 30, lambda: f"{num} starts; there are {checkout.told()}")
+
+
+def test_words_reach_every_rank_unchanged_and_run_nothing(lab, checkout):
+    before = checkout.names()
+    words = ["--deepspeed", "a b.json", "", f"data.default_caption={ODD}", "output_dir=o 'u\"t$(touch pwned);x", "x=\\"]
+    env = {"COGDS_WRAP": "env WRAPPED=1", "COGDS_SRUN_ARGS": "--label --unbuffered", "RANK": "7", "HF_ODD": ODD}
+    job = submit(lab, checkout, "0", *words, options=("--nodes=2", "--exclusive"), **env, COGDS_RANKS_PER_NODE="2")
+    assert lab.wait(job) == "COMPLETED", batch_log(checkout.folder, job)
+    told = checkout.told()
+    assert sorted(fact["host"] for fact in told) == ["n1", "n1", "n2", "n2"]
+    for fact in told:
+        assert fact["argv"] == words
+        assert fact["env"]["HF_ODD"] == ODD
+        assert fact["env"]["WRAPPED"] == "1"
+        assert fact["env"]["SLURM_CPUS_PER_TASK"] == "1"
+        assert "RANK" not in fact["env"]
+    logs = {f"cogds-train-{job}-n1.log", f"cogds-train-{job}-n2.log"}
+    assert checkout.names() - before == {"told.jsonl", f"cogds-train-{job}.log", "logs", *logs}
+    assert "1: started 0" in (checkout.folder / f"logs/cogds-train-{job}-n1.log").read_text()
+
+
+# What every start of a job ends with, how many restarts without progress it may take: how it ends, after how many.
+ENDINGS = {
+    ("2@n2 0", 10): ("FAILED", ("2:0",), 0),  # the user's to mend, whatever the other ranks ended with
+    ("76 1@n1 0", 10): ("COMPLETED", ("0:0",), 2),
+    # Which of the two: that srun killed the other rank may be told first.
+    ("kill kill 0", 1): ("FAILED", ("137:0", "143:0"), 1),
+    ("kill+ kill+ 0", 1): ("COMPLETED", ("0:0",), 2),  # two crashes, but the run has got on
+    ("75 75 0", 0): ("COMPLETED", ("0:0",), 2),  # stopped, not crashed
+}
+
+
+def test_what_comes_back_and_what_does_not(lab, checkout):
+    # At once: most of their time is SLURM's, between two starts.
+    jobs = {
+        submit(lab, checkout, acts, f"output_dir=out-{acts}", COGDS_MAX_RESTARTS=str(max_restarts)): ending
+        for (acts, max_restarts), ending in ENDINGS.items()
+    }
+    for job, (state, codes, restarts) in jobs.items():
+        text = batch_log(checkout.folder, job) if lab.wait(job, timeout_s=120) != state else ""
+        assert lab.state(job) == state, text
+        assert lab.show(job)["ExitCode"] in codes, batch_log(checkout.folder, job)
+        assert int(lab.show(job)["Restarts"]) == restarts
+
+
+def test_a_cancelled_job_saves_and_stays_away(lab, checkout):
+    job = submit(lab, checkout, "wait 0")
+    started(checkout, 2)
+    lab.run("scancel", job)
+    assert lab.wait(job) == "CANCELLED"
+    until(lambda: "stopped with code 75; cancelled" in batch_log(checkout.folder, job), 10)
+    for node in lab.nodes:
+        assert "saved" in (checkout.folder / f"logs/cogds-train-{job}-{node}.log").read_text()
+    assert lab.show(job)["Restarts"] == "0"
+
+
+def test_a_task_of_an_array_has_its_own_words_and_comes_back_alone(lab, checkout):
+    array = submit(lab, checkout, "wait 0", "output_dir=out-{task}", "seed={task}", options=("--array=3-4",))
+    started(checkout, 2)
+    # The last task has the number of the whole array.
+    (task,) = [one for one in (3, 4) if lab.show(f"{array}_{one}")["JobId"] == array]
+    other = 7 - task
+    lab.run("scancel", "--batch", "--signal=USR1", f"{array}_{task}")
+    assert lab.wait(f"{array}_{task}") == "COMPLETED"
+    assert (lab.state(f"{array}_{other}"), lab.show(f"{array}_{other}")["Restarts"]) == ("RUNNING", "0")
+    lab.run("scancel", array)
+    assert sorted(fact["argv"] for fact in checkout.told() if fact["start"] == 0) == [
+        ["output_dir=out-3", "seed=3"],
+        ["output_dir=out-4", "seed=4"],
+    ]
+    assert [fact["argv"][1] for fact in checkout.told() if fact["start"] == 1] == [f"seed={task}"]
+
+
+@pytest.mark.parametrize(
+    "word, env, says",
+    [
+        ("seed={task}", {}, "error: {task} in 'seed={task}', but this is no array: sbatch --array=0-7"),
+        ("seed=1", {"COGDS_RANKS_PER_NODE": "4"}, "error: the job has 1 CPUs on a node for 4 ranks"),
+        ("seed=1", {"COGDS_RANKS_PER_NODE": "x"}, "error: 'x' ranks a node: export COGDS_RANKS_PER_NODE"),
+        ("seed=1", {"COGDS_DIR": "/nowhere"}, "error: no launch/train.py in /nowhere: call sbatch in the checkout"),
+        ("seed=1", {"COGDS_PYTHON": "/no/python"}, "Exited with exit code 2"),
+        ("seed=1", {"COGDS_SRUN_ARGS": "--nonsense"}, "srun: unrecognized option '--nonsense'"),
+    ],
+)
+def test_what_cannot_start_is_refused(word, env, says, lab, checkout):
+    job = submit(lab, checkout, "0", word, **env)
+    assert lab.wait(job) == "FAILED"
+    assert lab.show(job)["ExitCode"] == "2:0"
+    assert says in batch_log(checkout.folder, job)
+    assert checkout.told() == []
+
+
+def test_a_run_stopped_by_its_time_limit_and_by_a_better_job_ends_as_if_it_had_not_been(
+    lab, tiny_run, one_node, monkeypatch
+):
+    monkeypatch.setenv("COGDS_PYTHON", sys.executable)
+    folder, rest = tiny_run
+    output_dir = folder / "s 'o\"l$(touch pwned);t"
+    config = ROOT / "launch/configs/cogvideox1.5_i2v_lora.yaml"
+    words = ["--config", config, "--deepspeed", ROOT / "ds_configs/zero2.json", *rest, f"output_dir={output_dir}"]
+    here = {"cwd": folder, "env": {"COGDS_DIR": str(ROOT)}}
+    job = lab.sbatch("--nodes=2", "--exclusive", ROOT / "launch/slurm/train.sbatch", *words, **here)
+
+    def trained(num):
+        until(
+            lambda: (output_dir / "metrics.jsonl").exists() and len(metrics(output_dir)) >= num,
+            120,
+            lambda: "\n".join(path.read_text()[-3000:] for path in folder.rglob(f"cogds-train-{job}*.log")),
+        )
+
+    trained(2)
+    lab.run("scancel", "--batch", "--signal=USR1", job)  # as SLURM does before the time limit
+    lab.wait(job, "PENDING")
+    stopped_at = len(metrics(output_dir))
+    trained(stopped_at + 2)
+    better = lab.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    lab.wait(job, "PENDING")
+    assert lab.wait(better) == "COMPLETED"
+    assert len(metrics(output_dir)) < 60, "the run was over before the better job came"
+    assert lab.wait(job, timeout_s=120) == "COMPLETED", batch_log(folder, job)
+    assert lab.show(job)["Restarts"] == "2"
+    assert losses(output_dir) == losses(one_node)
+    assert not (folder / "pwned").exists()
+
+
+def test_encode(lab, tiny_run, monkeypatch, tmp_path):
+    monkeypatch.setenv("COGDS_PYTHON", sys.executable)
+    _, rest = tiny_run
+    config = ROOT / "launch/configs/cogvideox1.5_i2v_lora.yaml"
+    words = ["--config", config, *rest, f"data.cache_dir={tmp_path / 'cache'}"]
+    here = {"cwd": tmp_path, "env": {"COGDS_DIR": str(ROOT)}}
+    job = lab.sbatch("--nodes=2", ROOT / "launch/slurm/encode.sbatch", *words, **here)
+    assert lab.wait(job, timeout_s=120) == "COMPLETED"
+    assert "7 clips are encoded" in (tmp_path / f"logs/cogds-encode-{job}-n1.log").read_text()

@@ -1,0 +1,186 @@
+"""The elastic matrix: a run is saved in one layout and goes on in another, for every pair of layouts.
+
+    python tests/dist/elastic.py --folder DIR [--pairs covering|all]
+
+Layouts are a number of ranks and a shipped DeepSpeed config, on the tiny model in float32, with the accumulation that
+keeps four clips a step: then every layout trains the same clips with the same noise, and the losses must be the ones of
+the run that was never stopped. Prints a table and a line of JSON; the exit code is 1 where a pair fails.
+
+Every number of ranks is started once to save and once to go on, and does all its jobs in the same processes.
+"""
+
+import argparse
+import itertools
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT))
+
+RANKS, CONFIGS = (1, 2, 4), ("zero1", "zero2", "zero3", "zero3_offload")
+LAYOUTS = list(itertools.product(RANKS, CONFIGS))
+# Of 11 clips a pass: 6 are left in the second where the layout changes, and it ends before the run does.
+SAVED, LAST, CLIPS_A_STEP = 4, 8, 4
+TOLERANCE = 2e-5
+
+
+def covering():
+    """Every layout saves and goes on at least once, and every change of ranks and every change of stage is there."""
+    pairs = [
+        ((ranks, ds), (RANKS[(i + 1) % len(RANKS)], CONFIGS[(j + i + 1) % len(CONFIGS)]))
+        for i, ranks in enumerate(RANKS)
+        for j, ds in enumerate(CONFIGS)
+    ]
+    return pairs + [((ranks, "zero2"), (RANKS[i - 1], "zero3")) for i, ranks in enumerate(RANKS)]
+
+
+def name(layout):
+    return f"{layout[0]}x{layout[1]}"
+
+
+def overrides(folder, layout, output, *more):
+    return [
+        f"model.path={folder / 'model'}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
+        "data.buckets=[9x64x64]", "data.num_workers=0", f"output_dir={folder / output}", "train.precision=fp32",
+        f"train.gradient_accumulation_steps={CLIPS_A_STEP // layout[0]}", f"train.num_steps={LAST}", "lora.rank=3",
+        "lora.alpha=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", f"checkpoint.every={SAVED}",
+        "monitor.progress_bar=false", *more,
+    ]  # fmt: skip
+
+
+def work(jobs):
+    """In every rank: train the jobs, each a DeepSpeed config and overrides, one after another."""
+    from cogds.config import load_config
+    from cogds.model.load import find_model
+    from cogds.runtime.ds_config import load_ds_config, resolve
+    from cogds.runtime.interrupt import Interrupt
+    from cogds.runtime.world import connect, disconnect, read_world
+    from cogds.survey import make_buckets
+    from cogds.train import train
+
+    world = read_world()
+    connect(world, 300)
+    for config, texts in jobs:
+        cfg, explicit = load_config(str(ROOT / "launch/configs/demo.yaml"), texts)
+        model = find_model(cfg.model.path, None)
+        path = str(ROOT / f"ds_configs/{config}.json")
+        ds_config, cfg = resolve(load_ds_config(path), cfg, explicit, world.size, model.hidden_size, path)
+        train(cfg, ds_config, model, make_buckets(cfg, model), world, Interrupt())
+    disconnect()
+
+
+def launch(num_ranks, jobs, timeout_s):
+    """Start the ranks, wait for them; what they printed. Raises where one fails."""
+    from tests.conftest import free_port
+
+    common = {"WORLD_SIZE": num_ranks, "LOCAL_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
+    ranks = []
+    for rank in range(num_ranks):
+        environment = os.environ | {key: str(value) for key, value in common.items()}
+        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+        words = [sys.executable, __file__, "--jobs", json.dumps(jobs)]
+        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        ranks.append(subprocess.Popen(words, env=environment, cwd=ROOT, **pipe))
+    try:
+        outputs = [rank.communicate(timeout=timeout_s)[0] for rank in ranks]
+    finally:
+        for rank in ranks:
+            rank.kill()
+    if any(rank.returncode for rank in ranks):
+        raise RuntimeError(f"{num_ranks} ranks failed:\n" + "\n".join(output[-3000:] for output in outputs))
+    return outputs
+
+
+def losses(folder):
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [json.loads(line)["train/loss"] for line in lines]
+
+
+def visits(checkpoint, step, last):
+    """Positions that a run draws from `step` to `last`, by the plan that a checkpoint holds."""
+    from cogds.core.plan import Origin, Plan
+
+    fields = json.loads((checkpoint / "state.json").read_text())["plan"]
+    plan = Plan(**fields | {"origin": Origin(**fields["origin"])})
+    return [
+        position
+        for one in range(step, last)
+        for micro_batch in plan.at(one)
+        for part in micro_batch.parts
+        for position in range(part.start, part.start + part.num_draws)
+    ]
+
+
+def run_matrix(folder, pairs, timeout_s=900):
+    """`{(source, target): largest difference of a loss}`, and what is wrong, in words."""
+    from cogds.data.synthetic import draw_clips
+    from cogds.model.tiny import create_tiny_model
+
+    create_tiny_model(folder / "model")
+    for seed in (0, 1):
+        draw_clips(folder / f"clips/{seed}", seed)
+        (folder / f"clips/{seed}/image_0.png").unlink()
+    (folder / "clips/1/clip_5.mp4").unlink()
+    sources = {source for source, _ in pairs} | {LAYOUTS[0]}
+    for ranks in RANKS:
+        jobs = [(ds, overrides(folder, (ranks, ds), name((ranks, ds)))) for r, ds in sorted(sources) if r == ranks]
+        if jobs:
+            launch(ranks, jobs, timeout_s)
+    for ranks in RANKS:
+        jobs = []
+        for source, target in pairs:
+            if target[0] == ranks:
+                saved = folder / name(source) / f"checkpoints/step-{SAVED:06d}"
+                output = f"{name(source)}-to-{name(target)}"
+                jobs.append((target[1], overrides(folder, target, output, f"checkpoint.resume={saved}")))
+        if jobs:
+            launch(ranks, jobs, timeout_s)
+    reference = losses(folder / name(LAYOUTS[0]))
+    assert len(reference) == LAST
+    found, wrong = {}, []
+    for source, target in pairs:
+        output = folder / f"{name(source)}-to-{name(target)}"
+        gone_on = losses(output)
+        assert len(gone_on) == LAST - SAVED
+        found[source, target] = max(abs(a - b) for a, b in zip(gone_on, reference[SAVED:]))
+        if not found[source, target] <= TOLERANCE:
+            wrong.append(f"{name(source)} to {name(target)}: losses {gone_on} instead of {reference[SAVED:]}")
+        before = visits(folder / name(source) / f"checkpoints/step-{SAVED:06d}", 0, SAVED)
+        after = visits(output / f"checkpoints/step-{LAST:06d}", SAVED, LAST)
+        if sorted(before + after) != list(range(LAST * CLIPS_A_STEP)):
+            wrong.append(f"{name(source)} to {name(target)}: trained {before} and then {after}")
+    return found, wrong
+
+
+def table(found):
+    """Markdown: rows save, columns go on."""
+    targets = sorted({target for _, target in found})
+    lines = ["| saved by | " + " | ".join(map(name, targets)) + " |", "|---" * (len(targets) + 1) + "|"]
+    for source in sorted({source for source, _ in found}):
+        cells = [f"{found[source, t]:.0e}" if (source, t) in found else "" for t in targets]
+        lines.append(f"| {name(source)} | " + " | ".join(cells) + " |")
+    return "\n".join(lines)
+
+
+def main():
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--folder", type=Path, help="where to work; an empty folder")
+    parser.add_argument("--pairs", choices=("covering", "all"), default="all")
+    parser.add_argument("--jobs", type=json.loads, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.jobs:
+        work(args.jobs)
+        return
+    args.folder.mkdir(parents=True, exist_ok=True)
+    pairs = covering() if args.pairs == "covering" else list(itertools.product(LAYOUTS, LAYOUTS))
+    found, wrong = run_matrix(args.folder.resolve(), pairs)
+    print(table(found))
+    print(json.dumps({"pairs": len(found), "wrong": wrong, "largest_difference": max(found.values())}))
+    sys.exit(1 if wrong else 0)
+
+
+if __name__ == "__main__":
+    main()

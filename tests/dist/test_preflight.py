@@ -1,0 +1,88 @@
+"""The preflight command with two real ranks: all well, and with a folder that one rank sees elsewhere."""
+
+import os
+import re
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from tests.conftest import ROOT, free_port, run_command
+
+pytestmark = pytest.mark.dist
+
+LEVELS = re.compile(r"^(\w+) +(ok|WARN|FAIL) ", re.MULTILINE)
+
+
+@pytest.fixture(scope="module")
+def job(tmp_path_factory, tiny_model):
+    """A folder, and the overrides that all ranks have in common."""
+    from cogds.data.synthetic import draw_clips
+
+    folder = tmp_path_factory.mktemp("preflight")
+    draw_clips(folder / "clips")
+    return folder, [
+        f"model.path={tiny_model}",
+        f"data.path={folder / 'clips'}",
+        "data.buckets=[17x64x96, 1x64x64]",
+        f"output_dir={folder / 'run'}",
+        "train.precision=fp32",
+        "train.gradient_accumulation_steps=3",
+        "lora.rank=4",
+    ]
+
+
+def test_a_sound_cluster_is_ready(job):
+    folder, overrides = job
+    torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "--master_port", free_port()]
+    words = ["--deepspeed", ROOT / "ds_configs/zero3.json", *overrides, f"data.cache_dir={folder / 'cache'}"]
+    start = time.monotonic()
+    done = run_command([*torchrun, ROOT / "launch/preflight.py", *words], 240, cwd=folder)
+    print(f"preflight with 2 ranks: {time.monotonic() - start:.1f} s")
+    assert done.returncode == 0, done.stdout[-6000:]
+    assert done.stdout.rstrip().splitlines()[-1] == "ready: 2 ranks on 1 node"
+    found = LEVELS.findall(done.stdout)
+    assert {level for _, level in found} == {"ok"}, done.stdout
+    names = ["versions", "config", "tools", "sources", "disk", "gpu", "network", "folders", "exchange", "step"]
+    assert list(dict.fromkeys(name for name, _ in found)) == names
+    assert "17x64x96, batch 1: " in done.stdout
+    assert [path for path in folder.rglob("*") if "preflight" in path.name] == []
+    assert sorted(path.name for path in folder.iterdir()) == ["cache", "clips", "run"]
+
+
+def test_a_folder_that_is_another_on_one_rank_names_it(job):
+    """Started by hand, each rank with its own working folder, and one of them with a variable that the other lacks."""
+    folder, overrides = job
+    port, ranks = str(free_port()), []
+    words = ["--wait", "2", "--skip", "versions,tools,exchange,step", *overrides, "data.cache_dir=shared"]
+    for rank in range(2):
+        (folder / f"node{rank}").mkdir()
+        environ = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}
+        environ |= {"MASTER_PORT": port} | ({"NCCL_DEBUG": "WARN"} if rank else {})
+        ranks.append(
+            subprocess.Popen(
+                [sys.executable, ROOT / "launch/preflight.py", *words],
+                cwd=folder / f"node{rank}",
+                env={**os.environ, **environ},
+                stdout=subprocess.PIPE,
+                stderr=subprocess.STDOUT,
+                text=True,
+            )
+        )
+    try:
+        said = [process.communicate(timeout=120)[0] for process in ranks]
+    finally:
+        for process in ranks:
+            process.kill()
+    assert [process.returncode for process in ranks] == [2, 2], said
+    assert said[0].rstrip().splitlines()[-1] == "not ready: 1 check failed, 1 warning"
+    assert "Traceback" not in said[0] + said[1]
+    text = " ".join(said[0].split())
+    assert "data.cache_dir is not shared: on rank 1 (" in text
+    assert f"there is no folder {folder}/node1/shared; on rank 0 it is {folder}/node0/shared" in text
+    assert "NCCL_DEBUG: not set on rank 0" in text
+    assert LEVELS.findall(said[1]) == []  # rank 0 speaks for all
+    assert list((folder / "node1").iterdir()) == []
+    assert list((folder / "node0/shared").iterdir()) == []

@@ -1,0 +1,102 @@
+"""Nodes without internet: installed from a folder of wheels, a model in a folder, and a sentence where it is not."""
+
+import os
+import shutil
+import subprocess
+import sys
+
+import pytest
+
+from tests.conftest import ROOT
+
+# Everything that is read of a model, and then the one thing that cannot work. No call may so much as ask for a name.
+SCRIPT = """
+import sys
+
+asked = []
+events = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname")
+sys.addaudithook(lambda event, arguments: asked.append((event, arguments)) if event in events else None)
+import torch
+from diffusers import CogVideoXImageToVideoPipeline
+from cogds.errors import UserError
+from cogds.model import load
+
+model = load.find_model(sys.argv[1])
+load.load_alphas_cumprod(model)
+load.load_transformer(model, torch.float32)
+load.load_vae(model, torch.float32, "cpu")
+load.TextEncoder(model, torch.float32, "cpu").encode("a red circle")
+CogVideoXImageToVideoPipeline.from_pretrained(model.path, use_safetensors=True)
+assert not asked, asked
+try:
+    load.find_model("somebody/some-model")
+except UserError as error:
+    print("told:", error)
+assert asked  # what is counted is there to be counted
+"""
+
+
+def without_network():
+    """Words in front of a command that take the network from it; none where the system does not allow that."""
+    words = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
+    if shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0:
+        return words
+    return []
+
+
+def test_a_model_in_a_folder_needs_no_network_and_a_hub_id_without_one_is_told(tiny_model, tmp_path):
+    environ = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
+    environ.pop("HF_HUB_OFFLINE")  # nobody told it that there is no network
+    done = subprocess.run(
+        [*without_network(), sys.executable, "-c", SCRIPT, str(tiny_model)],
+        cwd=ROOT,
+        env={**environ, "HF_HOME": str(tmp_path), "HF_ENDPOINT": "http://127.0.0.1:9"},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "told: model.path: there is no folder somebody/some-model" in done.stdout
+    assert "`hf download somebody/some-model --local-dir FOLDER`, and set model.path=FOLDER" in done.stdout
+
+
+def make(*words):
+    """What make says, and its exit code."""
+    done = subprocess.run(["make", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    return done.stdout + done.stderr, done.returncode
+
+
+@pytest.fixture
+def new_venv(tmp_path):
+    return f"VENV={tmp_path / 'venv'}", f"PYTHON={sys.executable}"
+
+
+def test_a_wheelhouse_holds_all_that_an_install_takes(new_venv):
+    plan, _ = make("-n", "install", *new_venv)
+    packages = plan.partition("--editable ")[2].splitlines()[0]
+    plan, _ = make("-n", "wheelhouse", *new_venv)
+    (wheels,) = (line for line in plan.splitlines() if "pip wheel" in line)
+    assert packages
+    assert packages in wheels
+    assert "--constraint constraints.txt" in wheels
+    assert "setuptools" in wheels  # what building this package takes
+    assert "index" not in plan  # where packages come from is the user's own setting
+    assert "http" not in plan
+
+
+def test_an_install_from_a_wheelhouse_asks_no_index(new_venv):
+    plan, _ = make("-n", "install", "WHEELHOUSE=wheelhouse", *new_venv)
+    (install,) = (line for line in plan.splitlines() if "pip install" in line)
+    assert f"--no-index --find-links {ROOT}/wheelhouse --constraint" in install
+    assert "--no-index" not in make("-n", "install", *new_venv)[0]
+
+
+def test_a_wheelhouse_that_does_not_fit_is_told_before_anything_is_made(new_venv, tmp_path):
+    said, code = make("install", f"WHEELHOUSE={tmp_path}", *new_venv)
+    assert code != 0
+    assert "no complete wheelhouse: run make wheelhouse where there is internet" in said
+    (tmp_path / "fits").write_text("cpython-27 linux-vax\n")
+    said, code = make("install", f"WHEELHOUSE={tmp_path}", *new_venv)
+    assert code != 0
+    assert f"fits cpython-27 linux-vax, here is {sys.implementation.cache_tag}" in said
+    assert not (tmp_path / "venv").exists()

@@ -1,0 +1,96 @@
+"""What may change over a run and what may not; that the numbers go on stands in tests/dist."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from cogds.config import KEYS, load_config
+from cogds.core.geometry import ClipShape
+from cogds.core.plan import Plan
+from cogds.errors import UserError
+from cogds.resume import MAY_CHANGE, check_matching, continued_plan, identity
+
+DATA = SimpleNamespace(
+    fingerprint="f", index=SimpleNamespace(buckets=(ClipShape(9, 64, 64),)), mixture=SimpleNamespace(repeats=(1.0,))
+)
+
+
+def identity_of(*overrides, optimizer="AdamW", weights="w", data=DATA):
+    cfg, _ = load_config(None, ["model.path=m", "data.path=d", *overrides])
+    return json.loads(json.dumps(identity(cfg, optimizer, weights, data)))
+
+
+def test_an_unchanged_run_matches():
+    check_matching("step-1", {"identity": identity_of()}, identity_of())
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["output_dir=other", "train.num_steps=9", "train.gradient_accumulation_steps=4", "train.batch_size=2",
+     "optimizer.lr=1", "optimizer.betas=[0.5, 0.5]", "checkpoint.every=1", "checkpoint.keep_every=5", "monitor.every=5",
+     "network.interface=eth0", "data.num_workers=0", "data.sync=cost", "lora.init_from=a.safetensors",
+     "model.path=elsewhere"],
+)  # fmt: skip
+def test_what_may_change(override):
+    check_matching("step-1", {"identity": identity_of()}, identity_of(override))
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("seed=1", "seed: 0 then, 1 now"),
+        ("lora.rank=8", "lora.rank: 128 then, 8 now"),
+        ("lora.target_modules=[to_q]", r"lora.target_modules: \['to_q', 'to_k', 'to_v', 'to_out.0'\] then, \['to_q'\]"),
+        ("conditioning.image_dropout=0.5", "conditioning.image_dropout: 0.05 then, 0.5 now"),
+        ("train.precision=fp32", "train.precision: bf16 then, fp32 now"),
+    ],
+)
+def test_what_may_not_is_named(override, says):
+    with pytest.raises(UserError, match=f"cannot resume from step-1, because the run has changed: {says}") as error:
+        check_matching("step-1", {"identity": identity_of()}, identity_of(override))
+    assert str(error.value).count(" then, ") == 1
+
+
+def test_model_data_and_optimizer_may_not_change():
+    other = dataclasses.replace(ClipShape(9, 64, 64), frames=17)
+    data = SimpleNamespace(fingerprint="g", index=SimpleNamespace(buckets=(other,)), mixture=DATA.mixture)
+    with pytest.raises(UserError) as error:
+        check_matching("c", {"identity": identity_of()}, identity_of(optimizer="Lion", weights="v", data=data))
+    for part in ("model weights: w then, v now", "data: f then", "buckets: ['9x64x64'] then", "optimizer: adamw then"):
+        assert part in str(error.value)
+
+
+def test_a_key_is_fixed_unless_it_is_named():
+    """So that a new key cannot change a run in silence; one that an older version did not save was at its default."""
+    fixed = {name for name in KEYS if not name.startswith(MAY_CHANGE)}
+    assert fixed <= set(identity_of())
+    assert {"seed", "lora.rank", "conditioning.image_latents"} <= fixed
+    older = {name: value for name, value in identity_of().items() if name != "lora.dropout"}
+    check_matching("c", {"identity": older}, identity_of())
+    with pytest.raises(UserError, match=r"lora.dropout: 0.0 then, 0.5 now"):
+        check_matching("c", {"identity": older}, identity_of("lora.dropout=0.5"))
+
+
+def facts_of(plan, step):
+    return json.loads(json.dumps({"step": step, "plan": dataclasses.asdict(plan)}))
+
+
+def test_the_plan_goes_on_in_any_layout():
+    plan = Plan((10, 7), (1, 1), world_size=2, accumulation=2, seed=3)
+    same = continued_plan(plan, facts_of(plan, 3), "c")
+    assert same == plan
+    wider = continued_plan(dataclasses.replace(plan, world_size=4), facts_of(plan, 3), "c")
+    assert (wider.world_size, wider.origin.step, wider.coverage(3)) == (4, 3, plan.coverage(3))
+    again = continued_plan(wider, facts_of(wider, 5), "c")
+    assert again == wider
+
+
+def test_a_plan_that_makes_no_sense_is_an_error():
+    plan = Plan((10,), (1,), world_size=2, accumulation=2, seed=3)
+    for change in ({"sizes": [3, 4]}, {"origin": {"step": -1}}, {"unknown": 1}):
+        facts = facts_of(plan, 3)
+        facts["plan"] |= change
+        with pytest.raises(UserError, match="holds no plan that can be gone on with"):
+            continued_plan(plan, facts, "c")

@@ -33,6 +33,7 @@ from cogds.demo import make_demo, only_own_demo
 from cogds.desk import NO_CAPTION, Desk, EncodingNames, Work, is_tiled
 from cogds.model.load import ModelFolder, TextEncoder, find_model, load_vae
 from cogds.progress import progress
+from cogds.runtime.interrupt import Interrupt, find_launcher
 from cogds.runtime.world import World, connect, dealt_by_rank0, disconnect, on_all_ranks, on_rank0, read_world
 from cogds.survey import Survey, Unusable, make_buckets, survey, update_manifest
 
@@ -77,6 +78,7 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     buckets = make_buckets(cfg, model)
+    Interrupt(find_launcher()).listen()  # every entry is kept as soon as it is made: nothing needs saving
     connect(world, cfg.train.timeout_s, cfg.network)
     on_rank0(world, lambda: make_folders({"data.cache_dir": cache_dir}))
     if args.retry:

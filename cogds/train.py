@@ -26,7 +26,8 @@ from cogds.runtime import checkpoint as checkpoints
 from cogds.runtime.ds_config import load_ds_config, resolve
 from cogds.runtime.engine import load_for_stage, set_optimizer, start_engine, zero_stage
 from cogds.runtime.interrupt import Interrupt, find_launcher
-from cogds.runtime.monitor import Monitor
+from cogds.runtime.lock import only_run
+from cogds.runtime.monitor import Monitor, rewind_metrics
 from cogds.runtime.state import TrainState, gather_state, restore_state, state_bytes
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
@@ -51,8 +52,10 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     interrupt = Interrupt(find_launcher())
     interrupt.listen()
     connect(world, cfg.train.timeout_s, cfg.network)
+    on_rank0(world, lambda: make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir}))
     try:
-        train(cfg, ds_config, model, buckets, world, interrupt)
+        with only_run(world, Path(cfg.output_dir)):
+            train(cfg, ds_config, model, buckets, world, interrupt)
     except Interrupted:  # by all ranks together
         disconnect()
         raise
@@ -78,7 +81,6 @@ def train(
 
     def look() -> tuple[Path, dict[str, Any]] | None:
         nonlocal saved
-        make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir})
         found = checkpoints.find(checkpoint_dir, cfg.checkpoint.resume)
         if found:
             saved = found[2]
@@ -107,6 +109,7 @@ def train(
     def begin() -> None:
         if aside := checkpoints.set_aside(output_dir, resume_from, first_step):
             print(f"what an earlier run wrote is kept in {aside}")
+        rewind_metrics(output_dir / "metrics.jsonl", first_step)
         (output_dir / "run.yaml").write_text(to_yaml(cfg))
         (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
         if data.unusable.file:
@@ -190,6 +193,7 @@ def export_adapter(transformer: Any, state: TrainState, run: Run, folder: Path) 
     cfg = run.cfg
     dtypes = {name: one.dtype for name, one in transformer.named_parameters() if one.requires_grad}
     partial = folder.with_name(folder.name + ".tmp")
+    checkpoints.remove_partial(folder.parent)
     export(
         partial,
         transformer,

@@ -56,8 +56,22 @@ def step_of(path: Path) -> int:
 def replace_folder(partial: Path, final: Path) -> None:
     """Give a finished folder its name; one of that name (the same step, trained again) makes way."""
     if final.exists():
-        shutil.rmtree(final)
+        remove_folder(final)
     partial.rename(final)
+
+
+def remove_folder(folder: Path) -> None:
+    """Remove a folder that is never seen in part, whenever the removal is cut short: its name goes first."""
+    shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.tmp")))
+
+
+def remove_partial(folder: Path) -> None:
+    """Remove what a killed save has left in a folder of checkpoints or exports."""
+    for left in folder.glob("*.tmp"):
+        if left.is_dir():
+            shutil.rmtree(left)
+        else:
+            left.unlink()
 
 
 def complete(checkpoints: Path) -> list[Path]:
@@ -86,8 +100,7 @@ def write(
     final = checkpoints / step_name(step)
     partial = final.with_name(f"{final.name}.tmp")
     checkpoints.mkdir(parents=True, exist_ok=True)
-    for left in checkpoints.glob("step-*.tmp"):  # by a killed save
-        shutil.rmtree(left)
+    remove_partial(checkpoints)
     partial.mkdir()
     save_file(state.tensors, partial / TENSORS_FILE)
     _to_disk(partial / TENSORS_FILE)
@@ -101,9 +114,7 @@ def write(
         latest.write_text(final.name + "\n")
     for old in complete(checkpoints)[: -max(keep_last, 1)]:
         if old != final and not (keep_every and step_of(old) % keep_every == 0):
-            # Without its state.json it is no checkpoint any more, whenever the removal is cut short.
-            (old / STATE_FILE).unlink()
-            shutil.rmtree(old)
+            remove_folder(old)
     return final
 
 

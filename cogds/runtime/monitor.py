@@ -196,15 +196,11 @@ class Monitor:
         every: int,
         progress_bar: bool,
     ):
-        """first_step: steps already trained; metrics past it are rewound. every: steps between two flushes.
-
-        Raises UserError as `rewind_metrics` does.
-        """
+        """first_step: steps already trained, to which `rewind_metrics` has been. every: steps between two flushes."""
         self.world, self.buckets, self.every = world, buckets, every
         self.pending: list[tuple[dict[str, Any], torch.Tensor]] = []
         self.writes = world.rank == 0
         if self.writes:
-            rewind_metrics(output_dir / "metrics.jsonl", first_step)
             self.metrics = Outlet(output_dir / "metrics.jsonl")
             self.board = open_board(output_dir / "tensorboard", first_step)
             for outlet in (self.metrics, self.board):

@@ -67,6 +67,7 @@ def work(jobs):
         cfg, explicit = load_config(str(ROOT / "launch/configs/demo.yaml"), texts)
         model = find_model(cfg.model.path, None)
         path = str(ROOT / f"ds_configs/{config}.json")
+        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
         ds_config, cfg = resolve(load_ds_config(path), cfg, explicit, world.size, model.hidden_size, path)
         train(cfg, ds_config, model, make_buckets(cfg, model), world, Interrupt())
     disconnect()

@@ -128,7 +128,7 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(tmp_path, capsys, damag
     with pytest.raises(UserError, match=says):  # one that was asked for by name is not replaced by another
         checkpoint.find(tmp_path, str(tmp_path / "step-000003"))
     damage(tmp_path / "step-000002")
-    with pytest.raises(UserError, match="not one of the 2 checkpoints in .* is sound.*resume=none starts afresh"):
+    with pytest.raises(UserError, match=r"not one of the 2 checkpoints in .* is sound.*resume=none starts afresh"):
         checkpoint.find(tmp_path, "auto")
 
 
@@ -149,7 +149,7 @@ def test_a_pickled_object_is_refused_and_not_opened(tmp_path, write):
     facts = json.loads((file.parent / "state.json").read_text())
     facts["files"][file.name] = checkpoint._fingerprint(file)
     (file.parent / "state.json").write_text(json.dumps(facts))
-    with pytest.raises(UserError, match="is not a safetensors file .* least of all pickled objects"):
+    with pytest.raises(UserError, match=r"is not a safetensors file .* least of all pickled objects"):
         checkpoint.find(tmp_path / "runs", str(file.parent))
     with pytest.raises(UserError, match="not one of the 1 checkpoints"):
         checkpoint.find(tmp_path / "runs", "auto")
@@ -184,13 +184,13 @@ def test_the_saver_writes_behind_the_trainings_back(tmp_path):
     assert found(tmp_path).name == "step-000001"
 
 
-def test_a_save_that_fails_behind_its_back_is_known(tmp_path):
+def test_a_save_that_fails_behind_its_back_is_known():
     def full():
         raise OSError(28, "No space left on device")
 
     saver = checkpoint.Saver()
     saver.start(full)
-    with pytest.raises(UserError, match="saving failed .*No space left.*goes on from the checkpoint before"):
+    with pytest.raises(UserError, match=r"saving failed .*No space left.*goes on from the checkpoint before"):
         saver.finish(ALONE)
     assert not saver.done
 

@@ -96,6 +96,7 @@ def test_a_resumed_run_appends(tmp_path):
     for step in (1, 2, 3):
         monitor.record(step, {"train/lr": 0.1}, losses(1.0))
     monitor.close()
+    rewind_metrics(tmp_path / "metrics.jsonl", 2)
     monitor = make(tmp_path, first_step=2)
     monitor.record(3, {"train/lr": 0.2}, losses(1.0))
     monitor.close()
@@ -317,7 +318,7 @@ def test_metrics_that_cannot_be_taken_over_are_said_before_the_run(tmp_path, bad
     if bad == "folder":
         file.mkdir()
         with pytest.raises(UserError, match="the metrics of the steps before 3 cannot be taken over"):
-            make(tmp_path, first_step=3)
+            rewind_metrics(file, 3)
         return
     # What a power cut leaves; the last line has all but its end of line.
     file.write_bytes(b'{"step": 1}\n' + bytes(40) + b'\n\xff\xfe\n{"step": []}\n[]\n{"step": 2}')

@@ -1,0 +1,65 @@
+"""One run at a time writes into an output folder: two would mix their checkpoints and metrics."""
+
+import contextlib
+import errno
+import fcntl
+import os
+import socket
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+from cogds.errors import UserError
+from cogds.runtime.world import World, on_rank0
+
+LOCK_FILE = "run.lock"
+# A run that was killed a moment ago, or has lost its node, still has it: SLURM is quick to start the next.
+WAIT_S = 120.0
+_HELD = (errno.EWOULDBLOCK, errno.EACCES)
+
+
+@contextlib.contextmanager
+def only_run(world: World, folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Inside the block no other run may write into the folder. Collective.
+
+    Raises UserError where another one still does after `wait_s`. The lock goes with the process that holds it, however
+    that ends. On a file system that has no locks the run goes on, and says so.
+    """
+    descriptors: list[int] = []
+
+    def take() -> None:
+        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+        descriptors.append(descriptor)
+        _wait_for(descriptor, folder, wait_s)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+
+    try:
+        on_rank0(world, take)
+        yield
+    finally:
+        for descriptor in descriptors:
+            os.close(descriptor)
+
+
+def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:
+    start, said = time.monotonic(), False
+    while True:
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return
+        except OSError as error:
+            if error.errno not in _HELD:
+                print(f"warning: {folder} has no locks ({error}): see to it that no other run uses it", file=sys.stderr)
+                return
+        holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
+        if time.monotonic() - start > wait_s:
+            raise UserError(
+                f"output_dir: another run is writing into {folder} ({holder}): wait for it, end it, or choose another "
+                "output_dir"
+            )
+        if not said:
+            print(f"another run is still writing into {folder} ({holder}): waiting for it", flush=True)
+            said = True
+        time.sleep(min(1.0, wait_s))

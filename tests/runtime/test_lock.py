@@ -1,0 +1,48 @@
+"""Two runs, one folder: flock belongs to an open file, so two in one process are two."""
+
+import fcntl
+import threading
+
+import pytest
+
+from cogds.errors import UserError
+from cogds.runtime.lock import LOCK_FILE, only_run
+from cogds.runtime.world import World
+
+ALONE = World(0, 1, 0, 1)
+
+
+def test_a_second_run_is_refused_and_told_who_is_there(tmp_path, capsys):
+    second = only_run(ALONE, tmp_path, wait_s=0.05)
+    with only_run(ALONE, tmp_path), pytest.raises(UserError, match=r"another run is writing into .*\(process \d+ on "):
+        second.__enter__()
+    assert capsys.readouterr().out.count("waiting for it") == 1
+    with only_run(ALONE, tmp_path, wait_s=0):
+        pass
+
+
+def test_a_run_that_ends_makes_way(tmp_path):
+    entered, left = threading.Event(), threading.Event()
+
+    def first():
+        with only_run(ALONE, tmp_path):
+            entered.set()
+            left.wait(10)
+
+    thread = threading.Thread(target=first)
+    thread.start()
+    entered.wait(10)
+    threading.Timer(0.2, left.set).start()
+    with only_run(ALONE, tmp_path, wait_s=30):
+        assert left.is_set()
+    thread.join()
+
+
+def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
+    def none(*_):
+        raise OSError(95, "Operation not supported")
+
+    monkeypatch.setattr(fcntl, "flock", none)
+    with only_run(ALONE, tmp_path):
+        assert (tmp_path / LOCK_FILE).exists()
+    assert "has no locks" in capsys.readouterr().err

@@ -13,6 +13,9 @@ OFFLINE = $(if $(WHEELHOUSE),--no-index --find-links $(abspath $(WHEELHOUSE)))
 # What a wheel fits: the interpreter and the platform, such as "cpython-311 linux-x86_64".
 FITS = import sys, sysconfig; print(sys.implementation.cache_tag, sysconfig.get_platform())
 
+# Tests in as many processes as there are cores, up to four: each takes about 1 GB.
+WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadgroup
+
 .PHONY: install wheelhouse demo test test-slow test-browser test-cluster check format clean
 
 install: $(VENV)/.installed
@@ -42,10 +45,10 @@ demo: install
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed ds_configs/zero2.json
 
 test: install
-	$(BIN)/python -m pytest -m "not slow and not cluster and not browser"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not browser"
 
 test-slow: install
-	$(BIN)/python -m pytest -m slow
+	$(BIN)/python -m pytest $(WORKERS) -m "slow and not cluster"
 
 # Pages as a reader sees them, in a headless Chromium: as root, on Debian.
 test-browser: install

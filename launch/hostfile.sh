@@ -139,6 +139,6 @@ code=$?
 trap '' TERM INT HUP USR1
 if [[ $(head -n 1 "$messages") =~ exit\ code\ ([0-9]+)$ ]]; then
   code=${BASH_REMATCH[1]} # of the node that failed first; the others were ended for it
-  ((ended)) || end_all
 fi
+if ((code != 0 && !ended)); then end_all; fi
 exit "$code"

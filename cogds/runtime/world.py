@@ -89,7 +89,7 @@ def export_rendezvous(world: World, environ: MutableMapping[str, str] = os.envir
     slurm = "RANK" not in environ and world.size > 1
     if slurm:
         job = int(environ.get("SLURM_JOB_ID", "0")) * 16 + int(environ.get("SLURM_STEP_ID", "0"))
-        host, port = first_slurm_host(environ.get("SLURM_STEP_NODELIST", "")), 20000 + job % 20000
+        host, port = first_slurm_host(environ.get("SLURM_STEP_NODELIST", "")), 20000 + job % 12000
     else:
         host, port = "127.0.0.1", 0
     environ.setdefault("MASTER_ADDR", host)

@@ -56,21 +56,26 @@ come_back() { # come_back WHY
   fi
 }
 
-# The newest checkpoint of the run that these words describe, "" where there is none.
+# The newest checkpoint of the run that these words describe, "" where there is none. Asked on a node as the ranks are
+# started, in their container; through a file, as srun may put labels in front of lines.
 newest_checkpoint() { # newest_checkpoint WORDS...
-  local output_dir
-  output_dir=$("${wrap[@]}" "$python" - "$COGDS_DIR" "$@" <<'END' 2>/dev/null
+  local file=logs/.newest-$SLURM_JOB_ID
+  timeout 300 srun --nodes=1 --ntasks=1 --cpus-per-task=1 --output=/dev/null --error=/dev/null "${srun_args[@]}" \
+    "${wrap[@]}" "$python" - "$COGDS_DIR" "$file" "$@" <<'END' 2>/dev/null
 import sys
+from pathlib import Path
 
-root, *argv = sys.argv[1:]
+root, file, *argv = sys.argv[1:]
 sys.path.insert(0, root)
 from cogds.cli import parse_args
 from cogds.config import load_config
 
 args = parse_args(argv, "")
-print(load_config(args.config or f"{root}/launch/configs/demo.yaml", args.overrides)[0].output_dir)
+cfg, _ = load_config(args.config or f"{root}/launch/configs/demo.yaml", args.overrides)
+Path(file).write_text(Path(cfg.output_dir, "checkpoints/latest").read_text())
 END
-  ) && cat "$output_dir/checkpoints/latest" 2>/dev/null
+  cat "$file" 2>/dev/null
+  rm -f "$file"
 }
 
 # Why the run ended: the exit code of the rank that ended first. The others are ended for it, with codes of their own.

@@ -43,11 +43,11 @@ fact = {
 with open("told.jsonl", "a") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
     file.write(json.dumps(fact) + "\n")
-print("started", act, flush=True)
+print(f"started {act}", flush=True)
 if act == "wait":
     while not got:
         signal.pause()
-    print("stopped by", signal.Signals(got[0]).name, flush=True)
+    print(f"stopped by {signal.Signals(got[0]).name}", flush=True)
     time.sleep(2)
     print("saved", flush=True)
     sys.exit(75)

@@ -25,6 +25,8 @@ RUN_BY = {
     "deepspeed --num_gpus 8": "here",
     "deepspeed --hostfile": "tests/cluster/test_two_nodes.py",
     "srun ": "tests/cluster/test_two_nodes.py",
+    "sbatch ": "tests/cluster/test_slurm.py",
+    "deepspeed launch/preflight.py": "here",
     "python launch/report.py": "here",
     "deepspeed launch/encode.py": "here",
     "tensorboard ": "here",
@@ -90,6 +92,13 @@ def test_report(overrides, tmp_path):
     assert done.returncode == 0, done.stdout
     assert "17x64x96" in done.stdout
     assert "<svg" in (tmp_path / "report.html").read_text()
+
+
+def test_preflight(overrides):
+    words = command("deepspeed launch/preflight.py")
+    done = run_command([BIN / words[0], "--master_port", free_port(), *words[1:], *overrides], 240)
+    assert done.returncode == 0, done.stdout[-4000:]
+    assert "ready: 1 rank" in done.stdout
 
 
 def test_encode(overrides, finished):  # noqa: ARG001 (what it made is there)

@@ -18,7 +18,8 @@ PHASES = {"tensors in part", "no state.json", "done"}
 
 
 def state(step, num_elements):
-    return TrainState({f"{kind}/a": torch.full((num_elements,), step + place) for place, kind in enumerate("xyz")}, step)
+    tensors = {f"{kind}/a": torch.full((num_elements,), step + place) for place, kind in enumerate("xyz")}
+    return TrainState(tensors, step)
 
 
 def save(folder, step, num_elements):
@@ -113,7 +114,7 @@ def test_a_save_killed_before_each_thing_it_does_to_the_disk(tmp_path, step):
             left = [place]
 
             def hook(event, arguments):
-                if event == "open" or event.startswith(("os.", "shutil.")) and event != "os.scandir":
+                if event == "open" or (event.startswith(("os.", "shutil.")) and event != "os.scandir"):
                     left[0] -= 1
                     if left[0] == 0:
                         os.write(pipe, f"{event} {arguments[0]}".encode())

@@ -11,12 +11,12 @@ from cogds.data.dataset import ClipDataset, ClipOrder
 from cogds.data.sampler import BucketBatchSampler
 from cogds.data.synthetic import draw_clips
 from cogds.encode import prepare
+from cogds.loop import Run, load_batches
 from cogds.model.load import find_model
 from cogds.order import make_plan
 from cogds.runtime.world import World
 from cogds.stream import ahead
 from cogds.survey import make_buckets
-from cogds.train import load_batches
 
 ALONE = World(0, 1, 0, 1)
 
@@ -39,7 +39,8 @@ def start(tiny_model, tmp_path):
         plan = make_plan(cfg, data.mixture, buckets, model, 1)
         order = ClipOrder(data.index, data.mixture)
         draws = list(BucketBatchSampler(plan, 0, 0, 20))
-        return lambda: list(load_batches(data, cfg, plan, model, ALONE, 0)), order, draws
+        made = Run(cfg, {}, model, buckets, ALONE, data, plan, first_step=0)
+        return lambda: list(load_batches(made)), order, draws
 
     return run
 

@@ -11,8 +11,8 @@ import torch  # noqa: E402
 
 from cogds.model.load import find_model  # noqa: E402
 from cogds.model.lora import export, inject  # noqa: E402
-from cogds.runtime.engine import gathered, load_for_stage, start_engine, zero_stage  # noqa: E402
-from cogds.runtime.state import gather_state  # noqa: E402
+from cogds.runtime.engine import load_for_stage, start_engine  # noqa: E402
+from cogds.runtime.state import TrainState, gather_state, restore_state, trainable  # noqa: E402
 from cogds.runtime.world import connect, disconnect, read_world  # noqa: E402
 
 world = read_world()
@@ -22,10 +22,10 @@ model = find_model(str(model_path))
 transformer = load_for_stage(model, torch.float32, ds_config, world.rank)
 parameters = inject(transformer, 4, 12, 0.0, ("to_q", "to_v", "to_out.0"), seed=0)  # alpha is three times the rank
 engine = start_engine(transformer, parameters, ds_config)
-with gathered(parameters, zero_stage(ds_config), modifier_rank=0), torch.no_grad():
-    generator = torch.Generator().manual_seed(1)
-    for parameter in parameters:
-        parameter.copy_(0.1 * torch.randn(parameter.shape, generator=generator))
+generator = torch.Generator().manual_seed(1)
+shapes = {name: getattr(one, "ds_shape", one.shape) for name, one in trainable(engine).items()}
+weights = {f"weight/{name}": 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
+restore_state(engine, TrainState(weights), world)
 example = torch.load(folder / "inputs.pt")
 with torch.no_grad():
     output = engine(**example)[0]

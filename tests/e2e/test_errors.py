@@ -39,6 +39,7 @@ def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # n
 
     monkeypatch.setattr(train, "connect", lambda *_: None)
     monkeypatch.setattr(train, "disconnect", lambda: None)
+    monkeypatch.setattr(train.Interrupt, "listen", lambda _: None)  # pytest keeps its signals
     good = [
         f"model.path={tiny_model}", f"data.path={clips}", f"data.cache_dir={tmp_path / 'cache'}",
         f"output_dir={tmp_path / 'run'}", "data.buckets=[9x64x64, 1x64x64]", "data.num_workers=0",
@@ -128,7 +129,10 @@ def test_ranks_that_do_not_divide_the_batch(error_of, tmp_path, monkeypatch):
         ('{\n  "train_batch_size": "auto",\n}', ["ds.json:3:1 is not JSON", "no comma after the last entry"]),
         ("[]", ["must be an object in braces"]),
         ('{"train_batch_sise": 2}', ["unknown key 'train_batch_sise'", "did you mean 'train_batch_size'?"]),
-        ('{"gradient_clipping": 7.0}', ["gradient_clipping is 7.0", "optimizer.max_grad_norm=1.0"]),
+        (
+            '{"gradient_clipping": 7.0, "zero_optimization": {"stage": 2}}',
+            ["gradient_clipping is 7.0", "optimizer.max_grad_norm=1.0"],
+        ),
     ],
 )
 def test_wrong_deepspeed_file(error_of, tmp_path, text, parts):

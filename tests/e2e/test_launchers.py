@@ -46,11 +46,11 @@ def test_the_output_tree(demo):
     run = demo[0] / "outputs/demo"
     assert {path.name for path in run.iterdir()} == {
         "run.yaml", "ds_config.json", "metrics.jsonl", "unusable.jsonl", "tensorboard", "lora", "checkpoints",
+        "run.lock",
     }  # fmt: skip
     assert {path.name for path in (run / "lora").iterdir()} == {"step-000006", "step-000012"}
     assert load_file(run / LORA)
-    # Beside them DeepSpeed leaves scripts that make one file of a checkpoint.
-    assert {path.name for path in (run / "checkpoints").iterdir() if path.suffix != ".py"} == {
+    assert {path.name for path in (run / "checkpoints").iterdir()} == {
         "step-000006", "step-000012", "latest",
     }  # fmt: skip
     assert (run / "checkpoints/latest").read_text().strip() == "step-000012"
@@ -75,7 +75,10 @@ def test_tensorboard_holds_what_metrics_hold(demo):
     events.Reload()
     assert [event.step for event in events.Scalars("train/loss")] == list(range(1, 13))
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(run))
-    assert {name for line in metrics(run) for name in line} - {"step"} == set(events.Tags()["scalars"])
+    saves = {"checkpoint/pause_s", "checkpoint/write_s"}
+    assert {name for line in metrics(run) for name in line} - {"step"} == set(events.Tags()["scalars"]) - saves
+    for name in saves:  # the last one is noted too
+        assert [event.step for event in events.Scalars(name)][-1] == 12
     assert {"config/run/text_summary", "config/deepspeed/text_summary"} <= set(events.Tags()["tensors"])
 
 

@@ -11,8 +11,20 @@ import pytest
 from tests.cluster.lab import Lab
 from tests.readme import ROOT
 
+PROGRAMS = f"{os.environ['PATH']}:/usr/sbin:/sbin"
 # Any of it changes where a shell on the way splits it, fills something in or runs it.
 ODD = 'it\'s "x" $(touch pwned) ; touch pwned2 `touch pwned3` $HOME %n \\n * \n& tail'
+
+
+def missing():
+    """What this machine lacks for a cluster of its own, in words."""
+    programs = [name for name in ("slurmd", "pdsh", "sshd", "ip") if not shutil.which(name, path=PROGRAMS)]
+    return [*(["root"] if os.geteuid() else []), *programs]
+
+
+def pytest_runtest_setup():
+    if found := missing():
+        pytest.skip(f"a cluster on this machine needs {', '.join(found)}: as root, see tests/cluster/install.sh")
 
 
 @pytest.fixture(scope="module")

@@ -5,11 +5,12 @@ changed, the data as it was, and the plan from where it stopped, in the layout t
 """
 
 import dataclasses
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from cogds.config import KEYS, RunConfig, get
+from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
 from cogds.data.index import ClipIndex
@@ -25,17 +26,20 @@ MAY_CHANGE = (
 )  # fmt: skip
 
 
-def identity(cfg: RunConfig, optimizer: str, weights: str, data: EncodedData) -> dict[str, Any]:
-    """What must be the same when a run is resumed, JSON-able. weights: digest of the model's."""
+def identity(cfg: RunConfig, optimizer: str, weights: str, buckets: Sequence[ClipShape]) -> dict[str, Any]:
+    """What must be the same when a run is resumed, but for the data; JSON-able. weights: digest of the model's."""
     settings = {name: get(cfg, name) for name in KEYS if not name.startswith(MAY_CHANGE)}
     return {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
         "model weights": weights,
-        "data": data.fingerprint,
-        "buckets": [str(shape) for shape in data.index.buckets],
-        "repeats": list(data.mixture.repeats),
+        "buckets": [str(shape) for shape in buckets],
         "optimizer": optimizer.lower(),
     }
+
+
+def data_identity(data: EncodedData) -> dict[str, Any]:
+    """What of the data must be the same too; JSON-able."""
+    return {"data": data.fingerprint, "repeats": list(data.mixture.repeats)}
 
 
 def check_matching(checkpoint: Path, facts: Mapping[str, Any], identity: Mapping[str, Any]) -> None:

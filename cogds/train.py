@@ -15,16 +15,17 @@ from cogds.data.digest import digest, digest_files
 from cogds.demo import make_demo, only_own_demo
 from cogds.encode import DTYPES, prepare
 from cogds.errors import Interrupted
+from cogds.files import whole_file
 from cogds.loop import Run, finish_save, train_steps
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
 from cogds.order import make_plan
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
-from cogds.resume import check_matching, continued_plan, identity, layout_of, resumed_data
+from cogds.resume import check_matching, continued_plan, data_identity, identity, layout_of, resumed_data
 from cogds.runtime import checkpoint as checkpoints
 from cogds.runtime.ds_config import load_ds_config, resolve
-from cogds.runtime.engine import load_for_stage, set_optimizer, start_engine, zero_stage
+from cogds.runtime.engine import load_for_stage, start_engine, zero_stage
 from cogds.runtime.interrupt import Interrupt, find_launcher
 from cogds.runtime.lock import only_run
 from cogds.runtime.monitor import Monitor, rewind_metrics
@@ -94,12 +95,15 @@ def train(
         report = run_report(cfg, ds_config, model, found, clip_table(found), world.size)
         print(short_report(report), flush=True)
 
+    weights = on_rank0(world, lambda: weights_digest(cfg, model))
+    fixed = identity(cfg, ds_config["optimizer"]["type"], weights, buckets)
+    if resume_from:  # before hours of encoding
+        on_rank0(world, lambda: check_matching(resume_from, facts, fixed))
     data = prepare(cfg, model, buckets, world, cfg.data.max_unusable, tell=tell)
     if resume_from:
         data = on_rank0(world, lambda: resumed_data(data, facts, cfg))
     plan = make_plan(cfg, data.mixture, buckets, model, world.size)
-    weights = on_rank0(world, lambda: weights_digest(cfg, model))
-    fixed = identity(cfg, ds_config["optimizer"]["type"], weights, data)
+    fixed |= data_identity(data)
     if resume_from:
         on_rank0(world, lambda: check_matching(resume_from, facts, fixed))
         plan = continued_plan(plan, facts, resume_from)
@@ -107,13 +111,16 @@ def train(
     run = Run(cfg, ds_config, model, buckets, world, data, plan, first_step)
 
     def begin() -> None:
+        checkpoints.check_space(output_dir, 0)  # before anything is moved
         if aside := checkpoints.set_aside(output_dir, resume_from, first_step):
             print(f"what an earlier run wrote is kept in {aside}")
         rewind_metrics(output_dir / "metrics.jsonl", first_step)
-        (output_dir / "run.yaml").write_text(to_yaml(cfg))
-        (output_dir / "ds_config.json").write_text(json.dumps(ds_config, indent=2))
+        for name, text in (("run.yaml", to_yaml(cfg)), ("ds_config.json", json.dumps(ds_config, indent=2))):
+            with whole_file(output_dir / name) as partial:
+                partial.write_text(text)
         if data.unusable.file:
-            shutil.copyfile(data.unusable.file, output_dir / "unusable.jsonl")
+            with whole_file(output_dir / "unusable.jsonl") as partial:
+                shutil.copyfile(data.unusable.file, partial)
         print("\n".join([*summary(run, resume_from), *start]), flush=True)
 
     on_rank0(world, begin)
@@ -136,7 +143,6 @@ def train(
     if resume_from:
         restore_state(engine, saved, world)
         saved = TrainState({})
-        set_optimizer(engine, ds_config)
 
     builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
     monitor = Monitor(
@@ -145,7 +151,8 @@ def train(
     monitor.text("config/run", to_yaml(cfg))
     monitor.text("config/deepspeed", json.dumps(ds_config, indent=2))
     saver, watchdog = checkpoints.Saver(), Watchdog(world.rank, cfg.train.step_timeout_s, output_dir)
-    about = {"identity": fixed, "plan": dataclasses.asdict(plan), "index": data.index.path.name}
+    start_point = checkpoints.start_point(cfg.checkpoint.resume, facts)
+    about = {"identity": fixed, "plan": dataclasses.asdict(plan), "index": data.index.path.name, "start": start_point}
 
     def save(step: int) -> None:
         start = time.perf_counter()

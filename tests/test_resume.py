@@ -10,16 +10,15 @@ from cogds.config import KEYS, load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.plan import Plan
 from cogds.errors import UserError
-from cogds.resume import MAY_CHANGE, check_matching, continued_plan, identity
+from cogds.resume import MAY_CHANGE, check_matching, continued_plan, data_identity, identity
 
-DATA = SimpleNamespace(
-    fingerprint="f", index=SimpleNamespace(buckets=(ClipShape(9, 64, 64),)), mixture=SimpleNamespace(repeats=(1.0,))
-)
+DATA = SimpleNamespace(fingerprint="f", mixture=SimpleNamespace(repeats=(1.0,)))
+BUCKETS = (ClipShape(9, 64, 64),)
 
 
-def identity_of(*overrides, optimizer="AdamW", weights="w", data=DATA):
+def identity_of(*overrides, optimizer="AdamW", weights="w", data=DATA, buckets=BUCKETS):
     cfg, _ = load_config(None, ["model.path=m", "data.path=d", *overrides])
-    return json.loads(json.dumps(identity(cfg, optimizer, weights, data)))
+    return json.loads(json.dumps(identity(cfg, optimizer, weights, buckets) | data_identity(data)))
 
 
 def test_an_unchanged_run_matches():
@@ -54,10 +53,10 @@ def test_what_may_not_is_named(override, says):
 
 
 def test_model_data_and_optimizer_may_not_change():
-    other = dataclasses.replace(ClipShape(9, 64, 64), frames=17)
-    data = SimpleNamespace(fingerprint="g", index=SimpleNamespace(buckets=(other,)), mixture=DATA.mixture)
+    data = SimpleNamespace(fingerprint="g", mixture=DATA.mixture)
+    now = identity_of(optimizer="Lion", weights="v", data=data, buckets=(ClipShape(17, 64, 64),))
     with pytest.raises(UserError) as error:
-        check_matching("c", {"identity": identity_of()}, identity_of(optimizer="Lion", weights="v", data=data))
+        check_matching("c", {"identity": identity_of()}, now)
     for part in ("model weights: w then, v now", "data: f then", "buckets: ['9x64x64'] then", "optimizer: adamw then"):
         assert part in str(error.value)
 

@@ -9,9 +9,11 @@ random draws follow from the step number: there is no loader or generator state.
 safetensors.
 """
 
+import errno
 import hashlib
 import json
 import os
+import re
 import shutil
 import sys
 import time
@@ -37,6 +39,7 @@ OWN_FILES = (
 )  # fmt: skip
 # What is left free beside a checkpoint: logs, metrics, and whoever else writes there.
 SPARE_BYTES = 64e6
+STEP_NAME = re.compile(r"step-\d{6,}")
 
 
 class DamagedCheckpoint(UserError):
@@ -51,6 +54,16 @@ def step_name(step: int) -> str:
 def step_of(path: Path) -> int:
     """The step of a folder that `step_name` named."""
     return int(path.name.rpartition("-")[2])
+
+
+def _is_own(path: Path) -> bool:
+    """Whether `step_name` names it: a user's `step-000500-backup` is no matter of ours."""
+    return STEP_NAME.fullmatch(path.name) is not None
+
+
+def start_point(resume: str, facts: Mapping[str, Any]) -> str:
+    """Where a run began: a checkpoint that it was told to begin with, or "". Kept in its checkpoints."""
+    return facts.get("start", "") if resume in ("auto", "none") else str(Path(resume).resolve())
 
 
 def replace_folder(partial: Path, final: Path) -> None:
@@ -76,7 +89,8 @@ def remove_partial(folder: Path) -> None:
 
 def complete(checkpoints: Path) -> list[Path]:
     """Complete checkpoints, oldest first."""
-    return sorted((path.parent for path in checkpoints.glob(f"step-*[0-9]/{STATE_FILE}")), key=step_of)
+    found = (file.parent for file in checkpoints.glob(f"step-*/{STATE_FILE}"))
+    return sorted(filter(_is_own, found), key=step_of)
 
 
 def check_space(folder: Path, num_bytes: float) -> None:
@@ -105,9 +119,10 @@ def write(
     save_file(state.tensors, partial / TENSORS_FILE)
     _to_disk(partial / TENSORS_FILE)
     files = {TENSORS_FILE: _fingerprint(partial / TENSORS_FILE)}
-    text = json.dumps({"step": step, "num_updates": state.num_updates, "files": files, **facts}, indent=2)
-    (partial / STATE_FILE).write_text(text)
+    facts = {"step": step, "num_updates": state.num_updates, "files": files, **facts}
+    (partial / STATE_FILE).write_text(json.dumps({**facts, "digest": _digest(facts)}, indent=2))
     _to_disk(partial / STATE_FILE)
+    _to_disk(partial)
     replace_folder(partial, final)
     _to_disk(checkpoints)
     with whole_file(checkpoints / LATEST_FILE) as latest:
@@ -123,6 +138,9 @@ def _to_disk(path: Path) -> None:
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks have none
+            raise
     finally:
         os.close(handle)
 
@@ -130,6 +148,11 @@ def _to_disk(path: Path) -> None:
 def _fingerprint(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
+
+
+def _digest(facts: Mapping[str, Any]) -> str:
+    """Of what state.json holds, however it is laid out."""
+    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
 
 
 def read_facts(checkpoint: Path) -> dict[str, Any]:
@@ -141,6 +164,8 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
                 f"{checkpoint} names no files with their digests in its {STATE_FILE}: it is damaged, or of a version "
                 "of cogds from before it kept them"
             )
+        if facts.pop("digest", "") != _digest(facts) or facts["step"] != step_of(checkpoint):
+            raise DamagedCheckpoint(f"{checkpoint / STATE_FILE} is damaged: it is not what was written")
         for name, expected in facts["files"].items():
             found = _fingerprint(checkpoint / Path(name).name)
             if found != expected:
@@ -170,8 +195,8 @@ def find(checkpoints: Path, resume: str) -> tuple[Path, dict[str, Any], TrainSta
     """What to resume from, as `checkpoint.resume` says, verified: its path, facts and state. None for a fresh start.
 
     `auto` is the newest sound one; damaged ones are named on the way. `none` is a fresh start, anything else the folder
-    of a checkpoint. Raises UserError where a path is no sound checkpoint, and where `auto` finds only damaged ones: a
-    run never starts afresh by itself.
+    of a checkpoint to begin with: a run that began with it goes on from its own newest. Raises UserError where a path is
+    no sound checkpoint, and where `auto` finds only damaged ones: a run never starts afresh by itself.
     """
     if resume == "none":
         return None
@@ -182,8 +207,10 @@ def find(checkpoints: Path, resume: str) -> tuple[Path, dict[str, Any], TrainSta
                 f"checkpoint.resume: {resume} is not a complete checkpoint (it has no {STATE_FILE}); "
                 f"give a folder such as {checkpoints / step_name(500)}, or auto"
             )
-        facts = read_facts(path)
-        return path, facts, read_train_state(path, facts)
+        starts = (_start_of(own) for own in reversed(complete(checkpoints)))
+        if next((start for start in starts if start is not None), None) != start_point(resume, {}):
+            facts = read_facts(path)
+            return path, facts, read_train_state(path, facts)
     candidates = complete(checkpoints)[::-1]
     for path in candidates:
         try:
@@ -197,6 +224,13 @@ def find(checkpoints: Path, resume: str) -> tuple[Path, dict[str, Any], TrainSta
             "checkpoint.resume=none starts afresh and keeps them"
         )
     return None
+
+
+def _start_of(checkpoint: Path) -> str | None:
+    try:
+        return read_facts(checkpoint).get("start")
+    except DamagedCheckpoint:
+        return None
 
 
 class Saver:
@@ -239,7 +273,8 @@ def set_aside(output_dir: Path, resume_from: Path | None, step: int) -> Path | N
     For a run that goes on from a checkpoint of its own, that is what lies past `step`; else it is everything.
     """
     if resume_from and resume_from.resolve().parent == (output_dir / "checkpoints").resolve():
-        old = [path for path in output_dir.glob("*/step-*[0-9]") if step_of(path) > step]
+        steps = (path for kind in ("checkpoints", "lora") for path in (output_dir / kind).glob("step-*"))
+        old = [path for path in steps if _is_own(path) and step_of(path) > step]
     else:
         old = [output_dir / name for name in OWN_FILES if (output_dir / name).exists()]
     if not old:

@@ -90,6 +90,9 @@ REFUSED: dict[str, str] = {
 }
 # Paths that are refused where they are on.
 _REFUSED_IF_ON: dict[str, str] = {
+    "zero_optimization.round_robin_gradients": "DeepSpeed 0.19.8 then gives the weights in another order than it keeps "
+    "them, so that checkpoints and LoRAs would be scrambled: delete it",
+    "zero_optimization.zenflow": "its optimizer's state cannot be put together for a checkpoint: delete it",
     "fp16.enabled": "fp16 overflows with this model: use bf16 (train.precision=bf16)",
     "data_efficiency.enabled": "the order of clips is planned by cogds: delete the section",
     "tensor_parallel.autotp_size": "the adapter is not split over tensor-parallel ranks: delete the section, and use "
@@ -102,7 +105,7 @@ _REFUSED_IF_ON: dict[str, str] = {
 _OWN_AUTO = ("data_types.keep_in_fp32_modules", "zero_optimization.zenflow.")
 _SECTIONS = ("optimizer", "optimizer.params", "bf16", "fp16", "torch_autocast", "zero_optimization")
 _ADAM = ("adam", "adamw")
-_OPTIMIZERS = ("Adam", "AdamW", "Lion", "Adagrad", "SGD")
+_OPTIMIZERS = ("Adam", "AdamW", "Lion")
 
 
 def load_ds_config(path: str) -> dict[str, Any]:
@@ -182,6 +185,11 @@ def _check_keys(ds: dict[str, Any], ds_path: str) -> None:
     for path, why in _REFUSED_IF_ON.items():
         if _lookup(ds, path, False) not in (False, 0, "auto", None):
             raise UserError(f"{path} is {json.dumps(_lookup(ds, path))} in {ds_path}, which cannot be used: {why}")
+    if _lookup(ds, "zero_optimization.offload_optimizer.ratio", 1.0) != 1.0:
+        raise UserError(
+            f"zero_optimization.offload_optimizer.ratio is not 1 in {ds_path}: of the state that stays on the GPU no "
+            "checkpoint can be made; delete it"
+        )
     if str(_lookup(ds, "zero_optimization.offload_optimizer.device", "")).lower() == "nvme":
         raise UserError(
             f'zero_optimization.offload_optimizer.device is "nvme" in {ds_path}, from where a checkpoint cannot be '
@@ -228,6 +236,12 @@ def _resolve_precision(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[s
             f"zero_optimization.stage is 0 in {ds_path}: without ZeRO DeepSpeed does not see a gradient that is not "
             'finite, and nothing is gained over stage 1; write "zero_optimization": {"stage": 1}'
         )
+    accumulated = _lookup(ds, "data_types.grad_accum_dtype", None)
+    if stage == 1 and bf16["enabled"] and accumulated not in (None, "bf16"):
+        raise UserError(
+            f"data_types.grad_accum_dtype is {json.dumps(accumulated)} with bf16 at stage 1 in {ds_path}, where "
+            "DeepSpeed keeps its state in another way, which cannot be saved: use stage 2, or delete it"
+        )
     return cfg
 
 
@@ -236,12 +250,11 @@ def _resolve_shared(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[str]
     optimizer.setdefault("type", "AdamW")
     optimizer.setdefault("params", {})
     kind = str(optimizer["type"])
-    # DeepSpeed takes its own in any case, and torch's, SGD, by the name of the class.
-    if kind not in _OPTIMIZERS and kind.lower() not in ("adam", "adamw", "lion", "adagrad"):
+    if kind.lower() not in map(str.lower, _OPTIMIZERS):
         raise UserError(
             f"optimizer.type is {json.dumps(optimizer['type'])} in {ds_path}"
             f"{did_you_mean(str(optimizer['type']), _OPTIMIZERS)}: use one of {', '.join(_OPTIMIZERS)}, whose state "
-            "belongs to single weights and so can be saved whole"
+            "can be saved whole and put back"
         )
     adam = str(optimizer["type"]).lower() in _ADAM
     for path, key in SHARED.items():

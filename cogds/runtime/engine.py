@@ -72,15 +72,6 @@ def start_engine(transformer: Any, parameters: Sequence[torch.nn.Parameter], ds_
     return engine
 
 
-def set_optimizer(engine: Any, ds_config: dict[str, Any]) -> None:
-    """Give the optimizer this run's settings: a checkpoint brings those that it was saved with."""
-    params = ds_config["optimizer"].get("params", {})
-    for group in engine.optimizer.param_groups:
-        for name in ("betas", "eps", "weight_decay"):
-            if name in params:
-                group[name] = tuple(params[name]) if name == "betas" else params[name]
-
-
 def set_learning_rate(engine: Any, learning_rate: float) -> None:
     """The learning rate of the next optimizer step. It follows from the step number, so DeepSpeed schedules nothing."""
     for group in engine.optimizer.param_groups:

@@ -12,6 +12,7 @@ import torch
 
 from cogds.data.dataset import Bad
 from cogds.errors import UserError
+from cogds.runtime.monitor import Outlet
 from cogds.runtime.world import World, all_gather, all_reduce_sum
 
 FILE_NAME = "quarantine.jsonl"
@@ -25,6 +26,7 @@ class Quarantine:
 
     def __init__(self, world: World, output_dir: Path, num_clips: int, most: float):
         self.world, self.file, self.num_clips, self.most = world, output_dir / FILE_NAME, num_clips, most
+        self.listed = Outlet(self.file)
         self.found: list[Bad] = []
         self.rows: set[int] = set()
 
@@ -42,10 +44,9 @@ class Quarantine:
         new = {bad.row: bad for bad in every if bad.row not in self.rows}
         self.rows |= set(new)
         if self.world.rank == 0:
-            with self.file.open("a") as file:
-                for bad in new.values():
-                    file.write(json.dumps(bad._asdict()) + "\n")
-                    print(f"replaced by another clip of its bucket: {bad.path}: {bad.reason}", file=sys.stderr)
+            self.listed.write([json.dumps(bad._asdict()).encode() + b"\n" for bad in new.values()])
+            for bad in new.values():
+                print(f"replaced by another clip of its bucket: {bad.path}: {bad.reason}", file=sys.stderr)
         if len(self.rows) > self.most * self.num_clips:
             error = UserError(
                 f"{len(self.rows)} of {self.num_clips} clips turned out to be unusable, more than data.max_unusable "

@@ -69,7 +69,19 @@ def gather_state(engine: Any, world: World) -> TrainState:
                 whole = safe_get_full_optimizer_state(parameter, kind)
             if world.rank == 0:
                 tensors[f"{kind}/{name}"] = whole.detach().float().cpu().clone()
+        if world.rank == 0 and engine.zero_optimization_stage() < 3:
+            _check_same(name, parameter, tensors[f"{WEIGHT}/{name}"])
+    if not kinds and engine.global_steps > engine.skipped_steps:
+        raise RuntimeError(
+            f"{type(engine.basic_optimizer).__name__} has taken steps, but keeps nothing where it should"
+        )
     return TrainState(tensors, num_updates)
+
+
+def _check_same(name: str, parameter: torch.nn.Parameter, master: torch.Tensor) -> None:
+    """A master weight that is not the model's own would be another parameter's, or a part of one: never save that."""
+    if not torch.equal(master.to(parameter.dtype), parameter.detach().cpu()):
+        raise RuntimeError(f"what DeepSpeed gives for '{name}' is not what the model computes with: nothing was saved")
 
 
 def restore_state(engine: Any, state: TrainState, world: World) -> None:

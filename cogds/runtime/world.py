@@ -173,6 +173,8 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
         rank=world.rank,
         world_size=world.size,
     )
+    if world.size > 1:
+        _on_cpus()  # where gloo cannot connect, that is said now and not after the first step
 
 
 def _name_stale_locks(environ: Mapping[str, str] = os.environ) -> None:

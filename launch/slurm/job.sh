@@ -115,6 +115,8 @@ run_job() {
       [[ ${SLURM_ARRAY_TASK_ID:-} ]] || refuse "{task} in '$word', but this is no array: sbatch --array=0-7 ..."
       word=${word//"{task}"/$SLURM_ARRAY_TASK_ID}
     fi
+    # A job that comes back goes on with its run: it has begun afresh already.
+    if [[ $word == checkpoint.resume=none && ${SLURM_RESTART_COUNT:-0} != 0 ]]; then word=checkpoint.resume=auto; fi
     words+=("$word")
   done
 

@@ -12,7 +12,10 @@ from tests.dist.conftest import adapter, losses, metrics
 pytestmark = pytest.mark.dist
 
 
-@pytest.mark.parametrize("ds", ["zero2", pytest.param("zero3_offload", marks=pytest.mark.slow)])
+SLOW = [pytest.param(ds, marks=pytest.mark.slow) for ds in ("zero2_offload", "zero3_offload")]
+
+
+@pytest.mark.parametrize("ds", ["zero2", *SLOW])
 def test_3_and_resume_and_3_are_6_bitwise(train_once, workshop, ds):
     whole = train_once(ds, ds)
     # The run is stopped after step 5, two steps past its checkpoint of step 3: what came after that is trained again.

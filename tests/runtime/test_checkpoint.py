@@ -49,6 +49,31 @@ def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path):
     assert found(tmp_path).name == "step-1000000"
 
 
+def test_a_folder_that_a_user_made_is_no_checkpoint(tmp_path):
+    save(tmp_path, 3)
+    for name in ("step-000003-2", "step-000003-backup", "step-3", "old-step-000009"):
+        shutil.copytree(tmp_path / "step-000003", tmp_path / name)
+    save(tmp_path, 4, 5, keep_last=1)
+    assert found(tmp_path).name == "step-000005"
+    assert {"step-000003-2", "step-000003-backup", "step-3", "old-step-000009"} <= set(names(tmp_path))
+    assert checkpoint.set_aside(tmp_path.parent, tmp_path / "step-000005", 1) is None
+
+
+def test_a_run_that_was_told_where_to_begin_goes_on_from_its_own(tmp_path):
+    """The same command is given again, by its user or by SLURM: it must not begin again."""
+    save(tmp_path / "a", 3)
+    start = tmp_path / "a/step-000003"
+    assert found(tmp_path / "b", str(start)) == start
+    save(tmp_path / "b", 4)  # of an earlier run
+    assert found(tmp_path / "b", str(start)) == start
+    about = {"identity": {}, "start": checkpoint.start_point(str(start), {})}
+    state = TrainState({name: tensor + 7 for name, tensor in TENSORS.items()}, 7)
+    checkpoint.write(tmp_path / "b", 7, state, about, 3, None)
+    assert found(tmp_path / "b", str(start)) == found(tmp_path / "b", "auto") == tmp_path / "b/step-000007"
+    assert checkpoint.start_point("auto", about) == about["start"]
+    assert checkpoint.start_point("none", {}) == ""
+
+
 def test_what_was_saved_comes_back(tmp_path):
     save(tmp_path, 7)
     _, facts, state = checkpoint.find(tmp_path, "auto")
@@ -102,6 +127,11 @@ def flip(file, place=-5):
     file.write_bytes(content)
 
 
+def edit_state(folder, **changes):
+    facts = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(facts | changes))
+
+
 def truncate(file):
     file.write_bytes(file.read_bytes()[:-100])
 
@@ -114,6 +144,8 @@ def truncate(file):
         (lambda folder: (folder / "trainable.safetensors").unlink(), "cannot be read"),
         (lambda folder: (folder / "state.json").write_text("{"), "state.json is damaged"),
         (lambda folder: (folder / "state.json").write_text("[]"), "names no files"),
+        (lambda folder: edit_state(folder, num_updates=300), "is not what was written"),
+        (lambda folder: edit_state(folder, step="3"), "is not what was written"),
         (lambda folder: (folder / "state.json").write_text('{"step": 3, "identity": {}}'), "names no files"),
     ],
 )
@@ -148,6 +180,7 @@ def test_a_pickled_object_is_refused_and_not_opened(tmp_path, write):
     write({"weight/a": Harmful(tmp_path / "executed")}, file)
     facts = json.loads((file.parent / "state.json").read_text())
     facts["files"][file.name] = checkpoint._fingerprint(file)
+    facts["digest"] = checkpoint._digest({name: value for name, value in facts.items() if name != "digest"})
     (file.parent / "state.json").write_text(json.dumps(facts))
     with pytest.raises(UserError, match=r"is not a safetensors file .* least of all pickled objects"):
         checkpoint.find(tmp_path / "runs", str(file.parent))

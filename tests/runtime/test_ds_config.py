@@ -231,7 +231,26 @@ def test_an_optimizer_that_cannot_be_saved_whole_is_refused():
     message = refused({**ZERO2, "optimizer": {"type": "AdamWW"}})
     assert 'optimizer.type is "AdamWW"' in message
     assert "did you mean 'AdamW'?" in message
-    assert "use one of Adam, AdamW, Lion" in refused({**ZERO2, "optimizer": {"type": "OneBitAdam"}})
+    for kind in ("OneBitAdam", "SGD", "Adagrad"):
+        assert "use one of Adam, AdamW, Lion" in refused({**ZERO2, "optimizer": {"type": kind}})
+
+
+@pytest.mark.parametrize(
+    "zero, says",
+    [
+        ({"stage": 2, "round_robin_gradients": True}, "scrambled: delete it"),
+        ({"stage": 3, "offload_optimizer": {"device": "cpu", "ratio": 0.5}}, "ratio is not 1"),
+        ({"stage": 2, "zenflow": {"topk_ratio": 0.1}}, "cannot be put together for a checkpoint"),
+    ],
+)
+def test_what_would_spoil_a_checkpoint_is_refused(zero, says):
+    assert says in refused({"zero_optimization": zero})
+
+
+def test_float32_accumulation_at_stage_1_is_refused():
+    types = {"data_types": {"grad_accum_dtype": "fp32"}}
+    assert "use stage 2, or delete it" in refused({"zero_optimization": {"stage": 1}, **types})
+    assert resolve({"zero_optimization": {"stage": 2}, **types})[0]["data_types"] == types["data_types"]
 
 
 def test_optimizer_state_on_nvme_is_refused():

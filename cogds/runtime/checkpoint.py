@@ -195,8 +195,8 @@ def find(checkpoints: Path, resume: str) -> tuple[Path, dict[str, Any], TrainSta
     """What to resume from, as `checkpoint.resume` says, verified: its path, facts and state. None for a fresh start.
 
     `auto` is the newest sound one; damaged ones are named on the way. `none` is a fresh start, anything else the folder
-    of a checkpoint to begin with: a run that began with it goes on from its own newest. Raises UserError where a path is
-    no sound checkpoint, and where `auto` finds only damaged ones: a run never starts afresh by itself.
+    of a checkpoint to begin with: a run that began with it goes on from its own newest. Raises UserError where a path
+    is no sound checkpoint, and where `auto` finds only damaged ones: a run never starts afresh by itself.
     """
     if resume == "none":
         return None

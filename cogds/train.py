@@ -58,6 +58,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
         with only_run(world, Path(cfg.output_dir)):
             train(cfg, ds_config, model, buckets, world, interrupt)
     except Interrupted:  # by all ranks together
+        interrupt.ignore()
         disconnect()
         raise
     disconnect()

@@ -89,6 +89,12 @@ class Interrupt:
         """From now on the first request only sets `requested`; one that comes later ends the process at once."""
         self._deferred = True
 
+    def ignore(self) -> None:
+        """From now on nothing is heard: what was asked for is done. Python gives its handlers up while it ends, and a
+        signal that comes late, of a launcher that ends all ranks, would make another exit code."""
+        for number in STOP_SIGNALS:
+            signal.signal(number, signal.SIG_IGN)
+
     def close(self) -> None:
         """Give the signals back. May be called twice."""
         if not self._before:

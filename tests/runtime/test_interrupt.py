@@ -42,6 +42,35 @@ def test_a_request_is_heard_while_the_main_thread_waits_in_c(number: signal.Sign
         assert process.returncode == 0
 
 
+LATE = """
+    import os, sys, time
+    from cogds.runtime.interrupt import Interrupt
+
+    class Late:
+        def __del__(self, write=os.write, sleep=time.sleep):
+            write(1, b"ending\\n")  # Python has given its handlers up by now
+            sleep(1.0)
+
+    late, interrupt = Late(), Interrupt()
+    interrupt.listen()
+    interrupt.defer()
+    print("ready", flush=True)
+    while not interrupt.requested:
+        time.sleep(0.01)
+    interrupt.ignore()
+    sys.exit(75)
+"""
+
+
+def test_a_late_signal_does_not_change_how_it_ends() -> None:
+    with script(LATE) as process:
+        assert line(process) == "ready"
+        process.send_signal(signal.SIGUSR1)
+        assert line(process) == "ending"
+        process.send_signal(signal.SIGUSR1)
+        assert process.wait(BOUND_S) == 75
+
+
 def test_before_there_is_anything_to_save_the_first_one_ends_the_process() -> None:
     with script(waiting(defer="print('unflushed')")) as process:
         assert line(process) == "unflushed"

@@ -16,7 +16,7 @@ FITS = import sys, sysconfig; print(sys.implementation.cache_tag, sysconfig.get_
 # Tests in as many processes as there are cores, up to four: each takes about 1 GB.
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: install wheelhouse demo test test-slow test-browser test-cluster check format clean
+.PHONY: install wheelhouse demo test test-slow test-browser test-cluster test-endurance check format clean
 
 install: $(VENV)/.installed
 
@@ -45,7 +45,7 @@ demo: install
 	$(BIN)/deepspeed --num_gpus $(RANKS) launch/train.py --deepspeed ds_configs/zero2.json
 
 test: install
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not browser"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not endurance and not browser"
 
 test-slow: install
 	$(BIN)/python -m pytest $(WORKERS) -m "slow and not cluster"
@@ -59,6 +59,11 @@ test-browser: install
 test-cluster: install
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m cluster
+
+# The kill matrix and the soak, on such a cluster too: half an hour.
+test-endurance: install
+	tests/cluster/install.sh
+	$(BIN)/python -m pytest -m endurance
 
 check: install
 	$(BIN)/ruff check .

@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.faults import FAULTS, LabRun, lines_of, materials, reference, rows
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.endurance
 NUM_STEPS = 2000
 EVERY = 10
 MORE = (f"checkpoint.every={EVERY}", "checkpoint.keep_last=2", f"train.num_steps={NUM_STEPS}")

@@ -4,7 +4,7 @@ import pytest
 
 from tests.cluster.soak import soak
 
-pytestmark = pytest.mark.cluster
+pytestmark = pytest.mark.endurance
 
 
 def test_a_job_that_is_struck_every_hundred_steps_comes_to_its_end_unchanged(lab, tmp_path_factory):

@@ -29,12 +29,15 @@ _LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed/launcher/launch.py", "torc
 
 
 def find_launcher() -> int | None:
-    """The process id of the parent where it is a launcher of ranks (DeepSpeed's on a node, torchrun), else None."""
+    """The process id of the parent where it is a launcher of ranks (DeepSpeed's on a node, torchrun, SLURM's daemon of
+    the job step), else None."""
     parent = os.getppid()
     try:
         command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
         return None
+    if command.startswith("slurmstepd: "):  # SLURM itself does not miss it, and would never end the rank
+        return parent
     # `python -u -m MODULE` or `python FILE`; what follows are the script's arguments.
     return parent if any(part.endswith(_LAUNCHERS) for part in command.split("\0")[:4]) else None
 

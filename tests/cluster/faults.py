@@ -328,8 +328,8 @@ FAULTS = (
     Fault("kill in save", "hostfile", kill_in_save, KILLED),
     Fault("SIGTERM", "hostfile", ask_hostfile, ("75",), saves=True),
     Fault("kill rank 1", "sbatch", kill_rank(1), ("PENDING",)),
-    # SLURM does not miss it, nor does the run; the rank is nobody's child from here on.
-    Fault("kill slurmstepd of n2", "sbatch", kill_others(r"^slurmstepd: ", "n2"), ()),
+    # SLURM does not miss it for long, but the rank does: it is nobody's child from here on, and nobody would end it.
+    Fault("kill slurmstepd of n2", "sbatch", kill_others(r"^slurmstepd: ", "n2"), ("PENDING",), 150, saves=True),
     Fault("kill srun", "sbatch", kill_others(r"^srun ", "n1"), ("PENDING",)),
     Fault("kill in save", "sbatch", kill_in_save, ("PENDING",)),
     Fault("kill and truncate newest", "sbatch", kill_and_truncate, ("PENDING",)),

@@ -60,7 +60,7 @@ test-cluster: install
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m cluster
 
-# The kill matrix and the soak, on such a cluster too: half an hour.
+# The kill matrix and the soak, on such a cluster too: a quarter of an hour.
 test-endurance: install
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m endurance

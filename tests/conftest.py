@@ -5,10 +5,13 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 import pytest
 from hypothesis import settings
+
+from tests.warm import Server
 
 # The same examples every time, however busy the machine: a failure is a change's doing.
 settings.register_profile("cogds", deadline=None, derandomize=True)
@@ -76,10 +79,39 @@ def run_command(command, timeout_s, cwd=ROOT, env=None):
 
 
 @pytest.fixture(scope="session")
-def run_train():
-    """Run `launch/train.py` under the deepspeed launcher with this many ranks; returns the finished process."""
+def warm():
+    """`warm(script, arguments, ...)`: ranks of a script, without the seconds of imports; the finished process."""
+    server = []
+
+    def run(script, arguments, ranks=1, timeout_s=240, cwd=ROOT, env=None, kill_after_s=None):
+        if not server:
+            server.append(Server())
+        port = free_port()
+        with tempfile.NamedTemporaryFile() as output:
+            codes = server[0].run(script, arguments, ranks, timeout_s, port, cwd, output.name, env, kill_after_s)
+            remove_shared_buffers([port])
+            said = Path(output.name).read_text(errors="replace")
+        command = [script, *map(str, arguments)]
+        if None in codes:
+            pytest.fail(f"{command} ran past {timeout_s} s:\n{said[-4000:]}")
+        # The code of the one that failed, not of those that were killed for it.
+        return subprocess.CompletedProcess(command, max(codes, key=lambda code: (code > 0, code != 0)), said)
+
+    yield run
+    for one in server:
+        one.close()
+
+
+@pytest.fixture(scope="session")
+def run_train(warm):
+    """Run `launch/train.py` under this launcher (`warm`: none) with this many ranks; returns the finished process."""
 
     def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT):
+        if launcher == "warm":
+            done = warm(ROOT / "launch/train.py", arguments, ranks, timeout_s, cwd)
+            if check and done.returncode != 0:
+                pytest.fail(f"exit code {done.returncode} of {done.args}:\n{done.stdout[-6000:]}")
+            return done
         bin_dir = Path(sys.executable).parent
         launch = {
             "deepspeed": [bin_dir / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()],

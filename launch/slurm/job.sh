@@ -95,6 +95,20 @@ cause_of() { # cause_of CODE-OF-SRUN FILE-OF-ITS-MESSAGES
   fi
 }
 
+ranks_run() {
+  squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null | grep -qE '\.[0-9]+ *$'
+}
+
+# Without srun the ranks train on, and hold what the job's next step needs: let them save and end, or end them.
+end_ranks() {
+  local left=120 step
+  scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null # to the ranks, not to this script
+  while ((left-- > 0)) && ranks_run; do sleep 1; done
+  for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null | grep -E '\.[0-9]+ *$'); do
+    scancel "$step" 2>/dev/null
+  done
+}
+
 run_job() {
   local name=$1 ranks cpus word code=0 stopped=0 step=""
   shift
@@ -154,6 +168,10 @@ run_job() {
   code=$(cause_of "$code" "$messages")
   cat "$messages" >&2
   rm -f "$messages"
+  if ((code > 128)) && ranks_run; then
+    say "srun has died (code $code): its ranks save and end"
+    end_ranks
+  fi
 
   if ((code == 0 || code == EXIT_USER_ERROR)); then
     rm -f "$count_file"

@@ -316,6 +316,7 @@ def blink(run: LabRun, generator: random.Random) -> str:
 
 KILLED = ("137", "247", "76", "75", "1", "255")
 
+# What ends a run, one after another, each time started again by the user.
 FAULTS = (
     Fault(
         "kill the launcher of n2", "hostfile",
@@ -327,20 +328,19 @@ FAULTS = (
     Fault("disk full in a save", "hostfile", full_in_save, ("2",), mend=lambda run: run.disk(DISK_BYTES)),
     Fault("kill in save", "hostfile", kill_in_save, KILLED),
     Fault("SIGTERM", "hostfile", ask_hostfile, ("75",), saves=True),
+    Fault("cut link", "sbatch", lambda run, _: run.lab.cut("n2"), ("PENDING",), 180, lambda run: run.lab.mend("n2")),
+    Fault("scancel", "sbatch", lambda run, _: run.lab.run("scancel", run.job), ("CANCELLED",), saves=True),
+)  # fmt: skip
+# What strikes one job that comes back by itself, at random.
+RANDOM_FAULTS = (
     Fault("kill rank 1", "sbatch", kill_rank(1), ("PENDING",)),
     # SLURM does not miss it for long, but the rank does: it is nobody's child from here on, and nobody would end it.
     Fault("kill slurmstepd of n2", "sbatch", kill_others(r"^slurmstepd: ", "n2"), ("PENDING",), 150, saves=True),
-    Fault("kill srun", "sbatch", kill_others(r"^srun ", "n1"), ("PENDING",)),
+    Fault("kill srun", "sbatch", kill_others(r"^srun ", "n1"), ("PENDING",), saves=True),
     Fault("kill in save", "sbatch", kill_in_save, ("PENDING",)),
     Fault("kill and truncate newest", "sbatch", kill_and_truncate, ("PENDING",)),
     Fault("preemption", "sbatch", preempt, ("PENDING",), saves=True),
     Fault("time limit", "sbatch", near_time_limit, ("PENDING",), mend=no_time_limit, saves=True),
-    Fault("cut link", "sbatch", lambda run, _: run.lab.cut("n2"), ("PENDING",), 180, lambda run: run.lab.mend("n2")),
-    Fault("scancel", "sbatch", lambda run, _: run.lab.run("scancel", run.job), ("CANCELLED",), saves=True),
-)  # fmt: skip
-# What strikes one job that nobody gives the command for again.
-RANDOM_FAULTS = (
-    *(fault for fault in FAULTS if fault.ends == ("PENDING",) and fault.name != "cut link"),
     Fault("kill rank 0", "sbatch", kill_rank(0), ("PENDING",)),
     Fault("stop rank 0", "sbatch", stop_rank(0), ("PENDING",)),
     Fault("stop rank 1", "sbatch", stop_rank(1), ("PENDING",)),

@@ -16,6 +16,7 @@ import sys
 import tempfile
 import threading
 import time
+from collections.abc import Iterator
 from pathlib import Path
 
 if __name__ == "__main__":
@@ -39,11 +40,12 @@ FIRST_STEPS = 40  # of a start
 MAX_GROWTH_MB = 5.0  # of a rank, per 1000 steps
 
 
-def chosen(generator: random.Random, only: str) -> Fault:
-    """A fault, drawn at random: by name, or of all."""
-    names = sorted({fault.name for fault in RANDOM_FAULTS})
-    name = only.replace("_", " ") or generator.choice(names)
-    return next(fault for fault in RANDOM_FAULTS if fault.name == name)
+def chosen(generator: random.Random, only: str) -> Iterator[Fault]:
+    """Faults, drawn at random: each once before any comes again; or one, by its name."""
+    while True:
+        kinds = [fault for fault in RANDOM_FAULTS if only.replace("_", " ") in ("", fault.name)]
+        generator.shuffle(kinds)
+        yield from kinds
 
 
 def strike(run: LabRun, fault: Fault, generator: random.Random) -> dict[str, object]:
@@ -57,6 +59,7 @@ def strike(run: LabRun, fault: Fault, generator: random.Random) -> dict[str, obj
         assert how in fault.ends, f"{fault.name}: ended with {how}\n{run.tail()}"
         fault.mend(run)
         run.await_resumed()
+        assert not fault.saves or run.resumed_at == run.reached, f"{fault.name}: {run.reached} was not saved"
     else:
         run.reached, ended = len(lines_of(run.output_dir)), time.monotonic()
         run.resumed_at = run.reached
@@ -121,10 +124,10 @@ def soak(
     try:
         if num_faults is not None:
             every = min(every, num_steps // (num_faults + 1))
-        target = every
+        target, faults = every, chosen(generator, only)
         while target < num_steps - every // 2 and len(table) != num_faults:
             run.await_steps(max(target, run.reached + 1))
-            table.append(strike(run, chosen(generator, only), generator))
+            table.append(strike(run, next(faults), generator))
             print(list(rows([table[-1]]))[-1], flush=True)
             target = max(target + every, run.reached + 1) + generator.randint(-every // 4, every // 4)
         run.await_steps(num_steps)

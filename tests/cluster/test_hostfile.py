@@ -69,7 +69,7 @@ def test_a_signal_makes_the_ranks_save_and_a_second_ends_them(lab, checkout):
 
     process, output = start(lab, checkout, "stay")
     lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "INT")
-    until(lambda: "asking all ranks to save and stop" in output.read_text(), 10)
+    until(lambda: "asking all ranks to save and stop" in output.read_text(), 60)
     lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "INT")
     process.wait(60)
     assert process.returncode not in (0, 75), output.read_text()[-4000:]

@@ -6,14 +6,12 @@ Layouts are a number of ranks and a shipped DeepSpeed config, on the tiny model 
 keeps four clips a step: then every layout trains the same clips with the same noise, and the losses must be the ones of
 the run that was never stopped. Prints a table and a line of JSON; the exit code is 1 where a pair fails.
 
-Every number of ranks is started once to save and once to go on, and does all its jobs in the same processes.
+Every number of ranks is forked once to save and once to go on, and does all its jobs in the same processes.
 """
 
 import argparse
 import itertools
 import json
-import os
-import subprocess
 import sys
 from pathlib import Path
 
@@ -73,26 +71,15 @@ def work(jobs):
     disconnect()
 
 
-def launch(num_ranks, jobs, timeout_s):
-    """Start the ranks, wait for them; what they printed. Raises where one fails."""
-    from tests.conftest import free_port
+def launch(server, num_ranks, jobs, folder, timeout_s):
+    """Run the jobs on so many ranks. Raises where one fails."""
+    from tests.conftest import free_port, remove_shared_buffers
 
-    common = {"WORLD_SIZE": num_ranks, "LOCAL_SIZE": num_ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": free_port()}
-    ranks = []
-    for rank in range(num_ranks):
-        environment = os.environ | {key: str(value) for key, value in common.items()}
-        environment |= {"RANK": str(rank), "LOCAL_RANK": str(rank)}
-        words = [sys.executable, __file__, "--jobs", json.dumps(jobs)]
-        pipe = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-        ranks.append(subprocess.Popen(words, env=environment, cwd=ROOT, **pipe))
-    try:
-        outputs = [rank.communicate(timeout=timeout_s)[0] for rank in ranks]
-    finally:
-        for rank in ranks:
-            rank.kill()
-    if any(rank.returncode for rank in ranks):
-        raise RuntimeError(f"{num_ranks} ranks failed:\n" + "\n".join(output[-3000:] for output in outputs))
-    return outputs
+    port, output = free_port(), folder / f"{num_ranks}.log"
+    codes = server.run(__file__, ["--jobs", json.dumps(jobs)], num_ranks, timeout_s, port, ROOT, output)
+    remove_shared_buffers([port])
+    if any(code != 0 for code in codes):
+        raise RuntimeError(f"{num_ranks} ranks ended with {codes}:\n{output.read_text()[-6000:]}")
 
 
 def losses(folder):
@@ -119,6 +106,7 @@ def run_matrix(folder, pairs, timeout_s=900):
     """`{(source, target): largest difference of a loss}`, and what is wrong, in words."""
     from cogds.data.synthetic import draw_clips
     from cogds.model.tiny import create_tiny_model
+    from tests.warm import Server
 
     create_tiny_model(folder / "model")
     for seed in (0, 1):
@@ -126,10 +114,11 @@ def run_matrix(folder, pairs, timeout_s=900):
         (folder / f"clips/{seed}/image_0.png").unlink()
     (folder / "clips/1/clip_5.mp4").unlink()
     sources = {source for source, _ in pairs} | {LAYOUTS[0]}
+    server = Server()
     for ranks in RANKS:
         jobs = [(ds, overrides(folder, (ranks, ds), name((ranks, ds)))) for r, ds in sorted(sources) if r == ranks]
         if jobs:
-            launch(ranks, jobs, timeout_s)
+            launch(server, ranks, jobs, folder, timeout_s)
     for ranks in RANKS:
         jobs = []
         for source, target in pairs:
@@ -138,7 +127,8 @@ def run_matrix(folder, pairs, timeout_s=900):
                 output = f"{name(source)}-to-{name(target)}"
                 jobs.append((target[1], overrides(folder, target, output, f"checkpoint.resume={saved}")))
         if jobs:
-            launch(ranks, jobs, timeout_s)
+            launch(server, ranks, jobs, folder, timeout_s)
+    server.close()
     reference = losses(folder / name(LAYOUTS[0]))
     assert len(reference) == LAST
     found, wrong = {}, []

@@ -37,9 +37,9 @@ def test_the_step_is_skipped_by_all_and_the_clip_named(workshop, tiny_model, run
         "data.buckets=[17x64x96, 9x96x64, 1x64x64]", f"output_dir={workshop / 'bad'}", "train.precision=fp32",
         "data.num_workers=0", "lora.rank=4", "train.gradient_accumulation_steps=2",
     ]  # fmt: skip
-    run_train(*own, "train.num_steps=1", launcher="torchrun")
+    run_train(*own, "train.num_steps=1", launcher="warm")
     assert poison(workshop / "poisoned") == 1
-    done = run_train(*own, "train.num_steps=7", "checkpoint.resume=none", launcher="torchrun")
+    done = run_train(*own, "train.num_steps=7", "checkpoint.resume=none", launcher="warm")
     lines = metrics(workshop / "bad")
     skipped = [line["step"] for line in lines if line["train/skipped"]]
     assert 1 <= len(skipped) < 7
@@ -58,7 +58,7 @@ def test_the_step_is_skipped_by_all_and_the_clip_named(workshop, tiny_model, run
     # The weights themselves run away: no later step can be finite.
     done = run_train(
         *own, "train.num_steps=50", "checkpoint.resume=none", "optimizer.lr=1e20", "optimizer.warmup_steps=0",
-        "train.max_bad_steps=3", launcher="torchrun", check=False,
+        "train.max_bad_steps=3", launcher="warm", check=False,
     )  # fmt: skip
     assert done.returncode != 0
     assert "3 steps in a row had a loss or gradient that is not finite" in done.stdout

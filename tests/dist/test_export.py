@@ -30,15 +30,13 @@ print((base - expected).abs().max().item(), (tuned - expected).abs().max().item(
 
 
 @pytest.mark.parametrize("ds", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
-def test_a_fresh_pipeline_gives_the_engines_output(tiny_model, tmp_path, ds):
+def test_a_fresh_pipeline_gives_the_engines_output(tiny_model, tmp_path, ds, warm):
     cfg, explicit = load_config(None, [f"model.path={tiny_model}", "data.path=unused", "train.precision=fp32"])
     path = f"ds_configs/{ds}.json"
     resolved, _ = resolve(load_ds_config(str(ROOT / path)), cfg, explicit, 2, 32, path)
     (tmp_path / "ds.json").write_text(json.dumps(resolved))
     torch.save(example_inputs(), tmp_path / "inputs.pt")
-    launch = [Path(sys.executable).parent / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
-    script = ROOT / "tests/dist/export_script.py"
-    done = run_command([*launch, script, ROOT, tiny_model, tmp_path / "ds.json", tmp_path], 240)
+    done = warm(ROOT / "tests/dist/export_script.py", [ROOT, tiny_model, tmp_path / "ds.json", tmp_path], ranks=2)
     assert done.returncode == 0, done.stdout[-4000:]
     tensors = load_file(tmp_path / "lora/pytorch_lora_weights.safetensors")
     assert len(tensors) == 2 * 3 * 2

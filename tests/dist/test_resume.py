@@ -38,7 +38,9 @@ def test_3_and_resume_and_3_are_6_bitwise(train_once, workshop, ds):
 def test_a_finished_run_says_so_and_does_nothing(train_once, run_train, workshop, tiny_model):
     whole = train_once("zero2", "zero2")
     before = (whole / "metrics.jsonl").read_text()
-    done = run_train("--deepspeed", "ds_configs/zero2.json", "--config", whole / "run.yaml", "train.num_steps=6")
+    done = run_train(
+        "--deepspeed", "ds_configs/zero2.json", "--config", whole / "run.yaml", "train.num_steps=6", launcher="warm"
+    )
     assert "already trained to step 6" in done.stdout
     assert (whole / "metrics.jsonl").read_text() == before
 
@@ -77,7 +79,7 @@ def test_a_run_outlives_its_clips(train_once, workshop):
 def test_what_changed_is_named(train_once, run_train):
     whole = train_once("zero2", "zero2")
     done = run_train("--deepspeed", "ds_configs/zero2.json", "--config", whole / "run.yaml",
-                     "lora.rank=8", "seed=1", "train.num_steps=7", check=False)  # fmt: skip
+                     "lora.rank=8", "seed=1", "train.num_steps=7", check=False, launcher="warm")  # fmt: skip
     assert done.returncode != 0
     assert "seed: 0 then, 1 now" in done.stdout
     assert "lora.rank: 4 then, 8 now" in done.stdout

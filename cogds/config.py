@@ -28,6 +28,13 @@ def field_(default: Any, help: str, unit: str = "", **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **limits})
 
 
+# Attention kernels and what may be recomputed, by the names of `model.attention` and `model.recompute`.
+ATTENTION_KERNELS = ("torch", "flash", "cudnn", "efficient", "flash3", "flash4", "math")
+RECOMPUTE_LEVELS = ("none", "attention_kept", "block", "block+offload")
+# How the frozen weights are held and multiplied, by the names of `model.quantize`.
+BASES = ("full", "int8", "float8", "nf4")
+MATMULS = ("full", "float8")
+
 # What a table's column may hold, by our names.
 COLUMNS = ("path", "caption", "kind", "image", "start_s", "end_s")
 
@@ -44,6 +51,28 @@ class ModelConfig:
     path: str = field_(MISSING, "the model to tune: a hub id or a local diffusers folder")
     revision: str | None = field_(None, "commit, tag or branch of a hub model")
     create_tiny: bool = field_(False, "make a tiny random model at model.path if nothing is there")
+    attention: str = field_(
+        "auto",
+        "attention kernel; auto: the fastest here, tried on the largest bucket at start-up; all are exact",
+        choices=("auto", *ATTENTION_KERNELS),
+    )
+    compile: str = field_(
+        "auto",
+        "torch.compile the transformer's block; auto: on GPUs",
+        choices=("auto", "on", "off"),
+    )
+    base: str = field_(
+        "full",
+        "how the frozen weights of the blocks are held: in train.precision, in 8 bits (int8 or float8, by torchao) or "
+        "in 4 (nf4, by bitsandbytes)",
+        choices=BASES,
+    )
+    matmul: str = field_(
+        "full",
+        "how they multiply: in train.precision, or both sides in float8, where the GPU has it, with a base of full or "
+        "float8",
+        choices=MATMULS,
+    )
 
 
 @dataclass(frozen=True)
@@ -172,7 +201,28 @@ class TrainConfig:
         None, "instead of batch_size: a bucket's batch is as many clips as fit in this, at least one", "tokens", ge=1
     )
     gradient_accumulation_steps: int = field_(1, "micro-steps per optimizer step", "micro-steps", ge=1)
-    gradient_checkpointing: bool = field_(True, "recompute activations in the backward pass: less memory, more time")
+    recompute: str = field_(
+        "auto",
+        "activations that the backward pass computes anew: none; all but attention's outputs (attention_kept); the "
+        "whole block; and its input kept in host memory (block+offload); auto: the first that fits, for every bucket",
+        choices=("auto", *RECOMPUTE_LEVELS),
+    )
+    # A dict has no hash: trees that differ only here share one, which is allowed.
+    recompute_by_bucket: dict[str, str] = dataclasses.field(
+        default_factory=dict,
+        hash=False,
+        metadata={
+            "help": "train.recompute of single buckets, such as {81x768x1360: block}",
+            "unit": "",
+            "choices": ("auto", *RECOMPUTE_LEVELS),
+        },
+    )
+    rehearse: str = field_(
+        "auto",
+        "try the bucket that takes most memory before the first step, so that a run that cannot fit fails at once; "
+        "auto: on GPUs",
+        choices=("auto", "on", "off"),
+    )
     precision: str = field_("bf16", "number format of the transformer", choices=("bf16", "fp32"))
     timeout_s: float = field_(
         7200.0, "how long ranks wait for one another, the slowest's share of the encoding included", "seconds", gt=0
@@ -187,6 +237,17 @@ class TrainConfig:
         10,
         "the run ends after so many steps in a row with a loss or gradient that is not finite",
         "optimizer steps",
+        ge=1,
+    )
+
+
+@dataclass(frozen=True)
+class ParallelConfig:
+    sequence: int = field_(
+        1,
+        "how many ranks share one clip, each with a part of its tokens (DeepSpeed's Ulysses); divides the number of "
+        "ranks and of the model's attention heads",
+        "ranks",
         ge=1,
     )
 
@@ -234,6 +295,7 @@ class RunConfig:
     lora: LoraConfig = dataclasses.field(default_factory=LoraConfig)
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
+    parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)

@@ -47,11 +47,11 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     world = World(0, 1, 0, 1)
     data = prepare(cfg, model, make_buckets(cfg, model), world)
     dtype = DTYPES[cfg.train.precision]
-    transformer = load_transformer(model, dtype)
+    transformer = load_transformer(model, dtype, world.device)
     if args.lora:
         load_into(transformer, args.lora)
     builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
-    print(json.dumps(evaluation_loss(transformer.to(world.device).eval(), builder, data, cfg.data.cache_dir, cfg.seed)))
+    print(json.dumps(evaluation_loss(transformer.eval(), builder, data, cfg.data.cache_dir, cfg.seed)))
 
 
 @torch.no_grad()

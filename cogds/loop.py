@@ -7,7 +7,7 @@ same step, so that none of them is ever left waiting.
 import contextlib
 import functools
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -21,10 +21,11 @@ from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.plan import MicroBatch, Plan
 from cogds.core.rng import seed_global
 from cogds.core.schedule import learning_rate
-from cogds.data.dataset import Batch, ClipDataset, ClipOrder, collate, ignore_stop_signals
+from cogds.data.dataset import Bad, Batch, ClipDataset, ClipOrder, collate, ignore_stop_signals
 from cogds.data.sampler import BucketBatchSampler, draws_of
 from cogds.encode import EncodedData
 from cogds.errors import Interrupted, UserError
+from cogds.execution import Execution
 from cogds.model.load import ModelFolder
 from cogds.runtime.checkpoint import Saver
 from cogds.runtime.engine import set_learning_rate
@@ -33,7 +34,7 @@ from cogds.runtime.monitor import Monitor, StepLosses, Stopwatch, peak_memory_by
 from cogds.runtime.quarantine import Quarantine
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, all_gather, any_rank
-from cogds.step import Draws, StepBuilder, draw_dropouts
+from cogds.step import Draws, StepBuilder, draw_dropouts, to_device
 from cogds.stream import BATCHES_AHEAD, ahead, stream_batches
 
 # So many clips are named where a step went wrong.
@@ -51,6 +52,7 @@ class Run:
     world: World
     data: EncodedData
     plan: Plan
+    execution: Execution
     first_step: int
 
     @property
@@ -61,12 +63,12 @@ class Run:
     def clips(self, micro_batch: MicroBatch) -> list[str]:
         """The files that this rank trains in a micro-step, as the plan has it."""
         order = self.order
-        return [self.data.index[next(order.rows(draw))].path for draw in draws_of(micro_batch, self.world.rank)]
+        return [self.data.index[next(order.rows(draw))].path for draw in draws_of(micro_batch, self.world.data_rank)]
 
     def describe(self, step: int) -> str:
         """What this rank does in an optimizer step, for people."""
         parts = [
-            f"bucket {self.buckets[micro_batch.bucket_of(self.world.rank)]}: {', '.join(self.clips(micro_batch))}"
+            f"bucket {self.buckets[micro_batch.bucket_of(self.world.data_rank)]}: {', '.join(self.clips(micro_batch))}"
             for micro_batch in self.plan.at(step)
         ]
         return f"step {step + 1}, {'; '.join(parts)}"
@@ -89,10 +91,10 @@ def train_steps(
     """
     cfg, world = run.cfg, run.world
     quarantine = Quarantine(world, Path(cfg.output_dir), len(run.data.index), cfg.data.max_unusable)
-    batches, clock, num_bad = load_batches(run), Stopwatch(), 0
+    upcoming, clock, num_bad = Upcoming(micro_steps(run, builder, load_batches(run))), Stopwatch(), 0
     for step in range(run.first_step, cfg.train.num_steps):
         watchdog.watch(functools.partial(run.describe, step))
-        bad = train_step(run, engine, builder, batches, step, monitor, quarantine, clock)
+        bad = train_step(run, engine, upcoming, step, monitor, quarantine, clock)
         num_bad = num_bad + 1 if bad else 0
         stop, written = any_rank(world, bool(interrupt.requested), saver.done)
         if written:
@@ -130,7 +132,7 @@ def finish_save(saver: Saver, world: World, monitor: Monitor, step: int) -> None
 def load_batches(run: Run) -> Iterator[Batch]:
     """This rank's batches, one per micro-step, made ahead of time: read from the cache, or encoded on the fly."""
     cfg, world = run.cfg, run.world
-    sampler = BucketBatchSampler(run.plan, world.rank, run.first_step, cfg.train.num_steps)
+    sampler = BucketBatchSampler(run.plan, world.data_rank, run.first_step, cfg.train.num_steps)
     if cfg.data.encode == "on_the_fly":
         yield from ahead(stream_batches(sampler, run.order, cfg, run.model, world), BATCHES_AHEAD)
         return
@@ -149,11 +151,63 @@ def load_batches(run: Run) -> Iterator[Batch]:
         raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
 
 
+@dataclass(frozen=True)
+class MicroStep:
+    """One micro-step's tensors, on the device: the transformer's inputs, the v-target, and of each sample its weight
+    float32 [B] and its quarter of the timesteps int64 [B].
+
+    bad: clips that could not be read; wait_s: how long the loader was waited for.
+    """
+
+    micro_batch: MicroBatch
+    bucket: int
+    inputs: dict[str, Any]
+    target: torch.Tensor
+    weights: torch.Tensor
+    quarters: torch.Tensor
+    bad: Sequence[Bad]
+    wait_s: float
+
+
+def micro_steps(run: Run, builder: StepBuilder, batches: Iterator[Batch]) -> Iterator[MicroStep]:
+    """Every micro-step of the run on this rank, made when it is asked for. On a GPU it is queued and not waited for."""
+    cfg, world, num_timesteps = run.cfg, run.world, len(builder.alphas_cumprod)
+    for step in range(run.first_step, cfg.train.num_steps):
+        for micro_batch in run.plan.at(step):
+            waiting = Stopwatch()
+            batch = next(batches)
+            wait_s, bucket = waiting.lap(), micro_batch.bucket_of(world.data_rank)
+            draws = draw(micro_batch, step, num_timesteps, cfg, world)
+            inputs, target = builder.build(batch.tensors, run.buckets[bucket], draws)
+            weights = to_device(torch.tensor(micro_batch.weights_of(world.data_rank)), world.device)
+            quarters = timestep_quarter(inputs["timestep"], num_timesteps)
+            yield MicroStep(micro_batch, bucket, inputs, target, weights, quarters, batch.bad, wait_s)
+
+
+class Upcoming:
+    """Micro-steps, of which the next can be made ready while the GPU is busy with this one."""
+
+    def __init__(self, items: Iterator[MicroStep]):
+        self._items = items
+        self._ready: MicroStep | None = None
+
+    def take(self) -> MicroStep:
+        """The next one, made ready now if it has not been."""
+        self.make_ready()
+        item, self._ready = self._ready, None
+        assert item is not None  # the loop takes as many as there are
+        return item
+
+    def make_ready(self) -> None:
+        """Make the next one, if there is one."""
+        if self._ready is None:
+            self._ready = next(self._items, None)
+
+
 def train_step(
     run: Run,
     engine: Any,
-    builder: StepBuilder,
-    batches: Iterator[Batch],
+    upcoming: Upcoming,
     step: int,
     monitor: Monitor,
     quarantine: Quarantine,
@@ -163,11 +217,10 @@ def train_step(
 
     Where a loss or gradient is not finite on any rank, no rank's weights change, and what is known of it is returned.
     """
-    cfg, plan, world, buckets = run.cfg, run.plan, run.world, run.buckets
+    cfg, plan, world, buckets, geometry = run.cfg, run.plan, run.world, run.buckets, run.model.geometry
     num_samples, tokens, data_wait_s = 0, 0, 0.0
     losses = StepLosses(len(buckets), world.device)
     trained: list[tuple[MicroBatch, torch.Tensor]] = []
-    num_timesteps = len(builder.alphas_cumprod)
     lr = learning_rate(
         step,
         cfg.optimizer.lr,
@@ -178,28 +231,28 @@ def train_step(
     )
     set_learning_rate(engine, lr)
     for micro_batch in plan.at(step):
-        waiting = Stopwatch()
-        batch = next(batches)
-        data_wait_s += waiting.lap()
-        quarantine.add(batch.bad)
-        bucket = micro_batch.bucket_of(world.rank)
-        draws = draw(micro_batch, step, num_timesteps, cfg, world)
-        inputs, target = builder.build(batch.tensors, buckets[bucket], draws)
+        this = upcoming.take()
+        data_wait_s += this.wait_s
+        quarantine.add(this.bad)
+        # By the rank itself: those that share a clip must not drop the same places of their parts.
         seed_global(cfg.seed, step * plan.accumulation + len(trained), world.rank)
-        per_sample = v_loss(engine(**inputs)[0], target)
-        weights = torch.tensor(micro_batch.weights_of(world.rank), device=world.device)
-        loss = (weights * per_sample).mean()
+        engine.module.set_level(run.execution.levels[this.bucket])
+        per_sample = v_loss(engine(**this.inputs)[0], this.target)
+        loss = (this.weights * per_sample).mean()
         # The factor is 1 where the loss is finite. Where it is not, it makes the gradient so too, which DeepSpeed sees
         # on all ranks and skips the step: nobody has to wait for the value of a loss.
         engine.backward(loss * (1 + 0 * loss.detach()))
+        # While the GPU still works on what is queued: DeepSpeed's step waits for it. Not earlier and not on a stream of
+        # its own, which would need the VAE's memory on top of the activations'.
+        upcoming.make_ready()
         engine.step()
-        share = loss.detach() / (world.size * plan.accumulation)
-        losses.add(share, per_sample, bucket, timestep_quarter(draws.timesteps.to(world.device), num_timesteps))
+        share = loss.detach() / (world.size * plan.accumulation)  # ranks that share a clip all add its loss
+        losses.add(share, per_sample, this.bucket, this.quarters)
         trained.append((micro_batch, per_sample.detach()))
         num_samples += micro_batch.num_slots
         tokens += sum(
-            micro_batch.batch_size_of(rank) * num_tokens(buckets[micro_batch.bucket_of(rank)], builder.geometry)
-            for rank in range(world.size)
+            micro_batch.batch_size_of(rank) * num_tokens(buckets[micro_batch.bucket_of(rank)], geometry)
+            for rank in range(world.data_size)
         )
     skipped = not engine.was_step_applied()
     step_s = clock.lap()
@@ -223,7 +276,7 @@ def train_step(
 
 def draw(micro_batch: MicroBatch, step: int, num_timesteps: int, cfg: RunConfig, world: World) -> Draws:
     """The random choices of a micro-step of optimizer step `step`, on this rank."""
-    slots = micro_batch.slots_of(world.rank)
+    slots = micro_batch.slots_of(world.data_rank)
     timesteps = stratified_timesteps(slots, micro_batch.step_slots, num_timesteps, cfg.seed, step)
     drop_image, drop_caption = draw_dropouts(cfg.conditioning, cfg.seed, step, slots)
     return Draws(timesteps, drop_image, drop_caption, cfg.seed, step, slots)
@@ -232,8 +285,8 @@ def draw(micro_batch: MicroBatch, step: int, num_timesteps: int, cfg: RunConfig,
 def _name_bad(run: Run, step: int, trained: list[tuple[MicroBatch, torch.Tensor]]) -> list[str]:
     """Say which clips' losses are not finite, or, where all are, which clips were trained. Collective."""
     own = [
-        (str(run.buckets[micro_batch.bucket_of(run.world.rank)]), clip, loss)
-        for micro_batch, losses in trained
+        (str(run.buckets[micro_batch.bucket_of(run.world.data_rank)]), clip, loss)
+        for micro_batch, losses in (trained if run.world.sequence_rank == 0 else [])
         for clip, loss in zip(run.clips(micro_batch), losses.tolist())
     ]
     every = [(rank, *one) for rank, ones in enumerate(all_gather(run.world, own)) for one in ones]

@@ -21,8 +21,8 @@ from cogds.errors import UserError
 # by their content, the layout is the plan's matter.
 MAY_CHANGE = (
     "output_dir", "model.", "data.", "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
-    "train.gradient_accumulation_steps", "train.gradient_checkpointing", "train.timeout_s", "train.step_timeout_s",
-    "train.max_bad_steps", "checkpoint.", "monitor.", "network.", "lora.init_from",
+    "train.gradient_accumulation_steps", "train.recompute", "train.rehearse", "train.timeout_s", "train.step_timeout_s",
+    "train.max_bad_steps", "parallel.", "checkpoint.", "monitor.", "network.", "lora.init_from",
 )  # fmt: skip
 
 

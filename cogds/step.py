@@ -48,6 +48,13 @@ class Draws:
         return [generator(self.seed, self.step, slot, purpose, device) for slot in self.slots]
 
 
+def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """A CPU tensor on the device, without waiting for what the device has still to do: a copy from pinned memory."""
+    if device.type != "cuda" or tensor.is_cuda:
+        return tensor.to(device)
+    return tensor.pin_memory().to(device, non_blocking=True)
+
+
 def draw_dropouts(
     conditioning: ConditioningConfig, seed: int, step: int, slots: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
@@ -96,7 +103,7 @@ class StepBuilder:
     @torch.no_grad()
     def image_latents(self, first_frames: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Scaled latents [B, 1, C, H, W] of first frames uint8 [B, 3, H, W], encoded one by one as in the pipeline."""
-        pixels = to_range(first_frames.to(self.device), self.vae.dtype)
+        pixels = to_range(to_device(first_frames, self.device), self.vae.dtype)
         if self.conditioning.image_noise:
             log_mean, log_std = self.conditioning.image_noise_log_mean, self.conditioning.image_noise_log_std
             noised = [
@@ -117,15 +124,16 @@ class StepBuilder:
 
         batch: `moments` [B, 2C, F, H, W], `first_frame` uint8 [B, 3, H, W], `text_states` [B, text_tokens, dim].
         """
-        timesteps = draws.timesteps.to(self.device)
-        moments = batch["moments"].to(self.device)
+        timesteps = to_device(draws.timesteps, self.device)
+        moments = to_device(batch["moments"], self.device)
         posteriors, noises = draws.generators("posterior", self.device), draws.generators("noise", self.device)
         sampled = [sample_moments(one[None], posterior) for one, posterior in zip(moments, posteriors)]
         latents = pad_front(self.scaling_factor * torch.cat(sampled), self.geometry.patch_size_t)
         noise = torch.stack([torch.randn(latents.shape[1:], generator=one, device=self.device) for one in noises])
         image = self.image_latents(batch["first_frame"], draws)
-        image = drop(image, image.new_zeros(()), draws.drop_image.to(self.device))
-        text = drop(batch["text_states"].to(self.device), self.no_caption_states, draws.drop_caption.to(self.device))
+        image = drop(image, image.new_zeros(()), to_device(draws.drop_image, self.device))
+        text = to_device(batch["text_states"], self.device)
+        text = drop(text, self.no_caption_states, to_device(draws.drop_caption, self.device))
         inputs = transformer_inputs(
             add_noise(latents, noise, timesteps, self.alphas_cumprod),
             image_condition(image, latents.shape[1]),

@@ -15,10 +15,12 @@ from cogds.data.digest import digest, digest_files
 from cogds.demo import make_demo, only_own_demo
 from cogds.encode import DTYPES, prepare
 from cogds.errors import Interrupted
+from cogds.execution import choose_execution, memory_of, prepare_blocks
 from cogds.files import whole_file
 from cogds.loop import Run, finish_save, train_steps
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
+from cogds.model.sequence import check_sequence
 from cogds.order import make_plan
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
@@ -29,6 +31,7 @@ from cogds.runtime.engine import load_for_stage, start_engine, zero_stage
 from cogds.runtime.interrupt import Interrupt, find_launcher
 from cogds.runtime.lock import only_run
 from cogds.runtime.monitor import Monitor, rewind_metrics
+from cogds.runtime.sequence import share_clips
 from cogds.runtime.state import TrainState, gather_state, restore_state, state_bytes
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
@@ -44,9 +47,10 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
         cfg = only_own_demo(cfg, args.overrides)
     ds_path = args.deepspeed or str(default_deepspeed)
     ds_config = load_ds_config(ds_path)
-    world = read_world()
+    world = dataclasses.replace(read_world(), sequence=cfg.parallel.sequence)
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
+    check_sequence(world.sequence, world.size, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
@@ -93,7 +97,7 @@ def train(
     start = on_rank0(world, lambda: check_init(cfg, model, init_from)) if init_from else []
 
     def tell(found: Survey) -> None:
-        report = run_report(cfg, ds_config, model, found, clip_table(found), world.size)
+        report = run_report(cfg, ds_config, model, found, clip_table(found), world.size, memory_of(world.device))
         print(short_report(report), flush=True)
 
     weights = on_rank0(world, lambda: weights_digest(cfg, model))
@@ -103,13 +107,14 @@ def train(
     data = prepare(cfg, model, buckets, world, cfg.data.max_unusable, tell=tell)
     if resume_from:
         data = on_rank0(world, lambda: resumed_data(data, facts, cfg))
-    plan = make_plan(cfg, data.mixture, buckets, model, world.size)
+    plan = make_plan(cfg, data.mixture, buckets, model, world.data_size)
     fixed |= data_identity(data)
     if resume_from:
         on_rank0(world, lambda: check_matching(resume_from, facts, fixed))
         plan = continued_plan(plan, facts, resume_from)
     first_step = facts.get("step", 0)
-    run = Run(cfg, ds_config, model, buckets, world, data, plan, first_step)
+    execution = choose_execution(cfg, ds_config, model, buckets, plan.local_batch_sizes, world)
+    run = Run(cfg, ds_config, model, buckets, world, data, plan, execution, first_step)
 
     def begin() -> None:
         checkpoints.check_space(output_dir, 0)  # before anything is moved
@@ -132,13 +137,13 @@ def train(
         return
 
     dtype = DTYPES[cfg.train.precision]
-    transformer = load_for_stage(model, dtype, ds_config, world.rank)
+    transformer = load_for_stage(model, dtype, ds_config, world)
     parameters = inject(transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
     if init_from:
         start_from(transformer, init_from)
     transformer.train()
-    if cfg.train.gradient_checkpointing:
-        transformer.enable_gradient_checkpointing()
+    prepare_blocks(transformer, execution)
+    share_clips(transformer, world, cfg.train.timeout_s)
     engine = start_engine(transformer, parameters, ds_config)
     on_rank0(world, lambda: checkpoints.check_space(output_dir, space_needed(engine)))
     if resume_from:
@@ -229,10 +234,11 @@ def whereabouts(output_dir: Path, step: int) -> str:
 def summary(run: Run, resume_from: Path | None) -> list[str]:
     """What is about to be trained, for people."""
     cfg, plan, data = run.cfg, run.plan, run.data
+    sharing = f", {run.world.sequence} to a clip" if run.world.sequence > 1 else ""
     lines = [
         f"model {cfg.model.path}",
         f"LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}",
-        f"{plan.world_size} ranks, ZeRO stage {zero_stage(run.ds_config)}, {cfg.train.precision}, "
+        f"{run.world.size} ranks{sharing}, ZeRO stage {zero_stage(run.ds_config)}, {cfg.train.precision}, "
         f"{plan.accumulation} micro-steps a step, {plan.steps_per_epoch:.1f} steps an epoch",
     ]
     for shape, sets, local in zip(data.index.buckets, data.index.sizes, plan.local_batch_sizes):

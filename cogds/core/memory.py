@@ -23,22 +23,39 @@ VAE_SPLIT_BYTES = 2 * 1024**3
 # DeepSpeed's own defaults for what a file leaves out.
 DEFAULT_BUCKET_NUMBERS = 500_000_000
 DEFAULT_MAX_LIVE_NUMBERS = 1_000_000_000
+DEFAULT_MAX_REUSE_NUMBERS = 1_000_000_000
 DEFAULT_PREFETCH_NUMBERS = 50_000_000
+DEFAULT_PERSISTENT_NUMBERS = 100_000
+
+# Of a quantised base (`model.base`): bytes a number; numbers that share a float32 scale, None: a row of the weight;
+# and bytes a number of the one weight that is unpacked at a time (torchao does that in two float32 copies).
+BASES: dict[str, tuple[float, int | None, int]] = {"int8": (1, None, 8), "float8": (1, None, 8), "nf4": (0.5, 64, 4)}
 
 
 @dataclass(frozen=True)
 class TransformerSize:
-    """What the transformer's config fixes: parameters without the adapter, blocks, width and heads."""
+    """What the transformer's config fixes: parameters without the adapter, blocks, width, heads, time embedding."""
 
     num_parameters: int
     num_layers: int
     num_heads: int
     head_dim: int
     text_dim: int
+    time_dim: int = 512
 
     @property
     def width(self) -> int:
         return self.num_heads * self.head_dim
+
+    @property
+    def block_linear_numbers(self) -> int:
+        """Weights of a block's linear layers: attention 4 d^2, the feed-forward 8 d^2, two modulations of 6 d t."""
+        return 12 * self.width**2 + 12 * self.width * self.time_dim
+
+    @property
+    def block_linear_rows(self) -> int:
+        """Outputs of one block's linear layers."""
+        return (4 + 5 + 12) * self.width
 
     @classmethod
     def from_config(cls, config: Mapping[str, Any], num_parameters: int) -> "TransformerSize":
@@ -49,6 +66,7 @@ class TransformerSize:
             num_heads=config["num_attention_heads"],
             head_dim=config["attention_head_dim"],
             text_dim=config["text_embed_dim"],
+            time_dim=config.get("time_embed_dim", 512),
         )
 
 
@@ -116,6 +134,7 @@ class MemoryEstimate:
 
     base_weights_bytes: int
     gathered_weights_bytes: int
+    unpacked_weight_bytes: int
     lora_weights_bytes: int
     lora_gradients_bytes: int
     optimizer_state_bytes: int
@@ -152,28 +171,36 @@ def training_memory(
     zero: Mapping[str, Any],
     num_ranks: int,
     precision: str,
-    checkpointing: bool,
+    level: str,
     rotary_bytes: int = 0,
+    base: str = "full",
+    sequence: int = 1,
 ) -> MemoryEstimate:
     """The memory of one rank that trains clips of this shape. An estimate, not yet compared with a GPU.
 
-    zero: the `zero_optimization` section of a resolved DeepSpeed config; precision: "bf16" or "fp32"; rotary_bytes: of
-    the tables of all buckets, which stay on the device (`rotary_table_bytes` of each).
+    zero: the `zero_optimization` section of a resolved DeepSpeed config; num_ranks: those that ZeRO shards over;
+    precision: "bf16" or "fp32"; level: of `train.recompute`; rotary_bytes: of the tables of all buckets, which stay on
+    the device (`rotary_table_bytes` of each); base: "full" or of `BASES`; sequence: ranks that share a clip.
 
     With P base and L adapter parameters, N ranks, b bytes a number (2 or 4) and B x T x d tokens of the transformer's
-    width, U = B T d b:
+    width, T being a rank's share of them, U = B T d b:
 
-        base weights      P b; / N at stage 3; 0 with offload_param
-        gathered weights  at stage 3: min(P, stage3_max_live_parameters + stage3_prefetch_bucket_size) b
-        LoRA weights      L b; / N at stage 3; 0 with offload_param
+        base weights      P b, or as `BASES` says for the blocks' linear layers; / N at stage 3; 0 with offload_param
+        gathered weights  at stage 3: blocks that are whole at one time, see `_gathered_blocks`
+        unpacked weight   the largest, 4 d^2, where the base is quantised, in as many bytes as `BASES` says
+        LoRA weights      L b; at stage 3 / N, and L b beside it where its matrices stay whole (persistence threshold);
+                          0 for the share with offload_param
         LoRA gradients    L b; / N from stage 2; 0 with offload_optimizer from stage 2
         optimizer state   fp32 master and two Adam moments, 12 L (8 L at stage 0: no master); / N from stage 1;
                           0 with offload_optimizer
         optimizer step    fp32 copy of the gradients, 4 L / N from stage 1; 0 with offload_optimizer
         reduce buffers    from stage 1: reduce_bucket_size b, twice where stages 1 and 2 overlap communication
-        kept activations  checkpointing: one U a block; else what a block saves (`saved_units`) and its input, a block
-        block activations the recomputed block: what it saves + 9 U (gradients of the feed-forward's 4 d-wide middle,
-                          before and behind GELU, and of its output)
+        kept activations  by level, a block: none: its input and what it saves (`saved_units`); attention_kept: its
+                          input, attention's output and statistics; block: its input; block+offload: nothing, but two
+                          blocks' inputs on their way back from the host
+        block activations what the recomputed block saves, where that is not kept already, and the gradients at its
+                          worst moment (`_gradient_units`); at stage 3 at least the copy of a block's weights that
+                          DeepSpeed takes out of the buffer they were gathered in
     """
     bytes_each = 2 if precision == "bf16" else 4
     stage = int(zero.get("stage", 0))
@@ -182,16 +209,17 @@ def training_memory(
     def shard(numbers: int, from_stage: int) -> int:
         return -(-numbers // num_ranks) if stage >= from_stage else numbers
 
-    live = _number(zero, "max_live_parameters", DEFAULT_MAX_LIVE_NUMBERS)
-    live += _number(zero, "prefetch_bucket_size", DEFAULT_PREFETCH_NUMBERS)
     num_buffers = 2 if stage in (1, 2) and zero.get("overlap_comm", False) else 1
-    unit = batch_size * num_tokens(shape, geometry) * transformer.width * bytes_each
-    saved = saved_units(transformer, lora, bytes_each)
-    on_gpu = 0 if stage == 3 and base_offloaded else bytes_each
+    unit = batch_size * -(-num_tokens(shape, geometry) // sequence) * transformer.width * bytes_each
+    saved = saved_units(transformer, lora, bytes_each, sequence)
+    on_gpu = 0 if stage == 3 and base_offloaded else 1
+    block_bytes = _block_numbers(transformer, lora, zero) * bytes_each if stage == 3 else 0
+    whole_lora = lora.num_parameters if stage == 3 and _lora_persists(transformer, lora, zero) else 0
     return MemoryEstimate(
-        base_weights_bytes=shard(transformer.num_parameters, 3) * on_gpu,
-        gathered_weights_bytes=min(transformer.num_parameters, live) * bytes_each if stage == 3 else 0,
-        lora_weights_bytes=shard(lora.num_parameters, 3) * on_gpu,
+        base_weights_bytes=shard(base_bytes(transformer, base, bytes_each), 3) * on_gpu,
+        gathered_weights_bytes=round(_gathered_blocks(transformer, lora, zero) * block_bytes) if stage == 3 else 0,
+        unpacked_weight_bytes=0 if base == "full" else 4 * transformer.width**2 * BASES[base][2],
+        lora_weights_bytes=(shard(lora.num_parameters, 3) * on_gpu + whole_lora) * bytes_each,
         lora_gradients_bytes=0 if optimizer_offloaded and stage >= 2 else shard(lora.num_parameters, 2) * bytes_each,
         optimizer_state_bytes=0 if optimizer_offloaded else shard(lora.num_parameters, 1) * (12 if stage else 8),
         reduce_buffers_bytes=(
@@ -201,23 +229,94 @@ def training_memory(
         rotary_tables_bytes=rotary_bytes,
         inputs_and_loss_bytes=batch_size * _inputs_and_loss_bytes(shape, geometry, transformer, bytes_each),
         cuda_context_bytes=CUDA_CONTEXT_BYTES,
-        kept_activations_bytes=round(transformer.num_layers * unit * (1 if checkpointing else 1 + saved)),
-        block_activations_bytes=round(unit * (saved + 9 if checkpointing else 9)),
+        kept_activations_bytes=round(unit * _kept_units(level, saved, transformer, bytes_each)),
+        block_activations_bytes=max(
+            round(unit * (_recomputed_units(level, saved, transformer, bytes_each) + _gradient_units(lora))),
+            block_bytes,
+        ),
         first_frame_encode_bytes=vae_encode_bytes(dataclasses.replace(shape, frames=1), False, vae, bytes_each),
         optimizer_step_bytes=0 if optimizer_offloaded or not stage else shard(lora.num_parameters, 1) * 4,
     )
 
 
-def saved_units(transformer: TransformerSize, lora: LoraSize, bytes_each: int) -> float:
+def base_bytes(transformer: TransformerSize, base: str, bytes_each: int) -> int:
+    """The frozen weights, whole. base: "full", or of `BASES`: then the blocks' linear layers are quantised."""
+    total = transformer.num_parameters * bytes_each
+    if base == "full":
+        return total
+    each, group, _ = BASES[base]
+    numbers = transformer.block_linear_numbers
+    scales = numbers // group if group else transformer.block_linear_rows
+    return total - transformer.num_layers * (numbers * bytes_each - round(numbers * each) - 4 * scales)
+
+
+def _lora_persists(transformer: TransformerSize, lora: LoraSize, zero: Mapping[str, Any]) -> bool:
+    """Whether ZeRO-3 keeps the adapter's matrices whole on every rank: those of attention decide."""
+    return lora.rank * transformer.width <= _number(zero, "param_persistence_threshold", DEFAULT_PERSISTENT_NUMBERS)
+
+
+def _block_numbers(transformer: TransformerSize, lora: LoraSize, zero: Mapping[str, Any]) -> int:
+    """What ZeRO-3 gathers for one block. (Norms and biases, 0.06% of it, are not counted.)"""
+    adapter = 0 if _lora_persists(transformer, lora, zero) else lora.num_parameters // transformer.num_layers
+    return transformer.block_linear_numbers + adapter
+
+
+def _gathered_blocks(transformer: TransformerSize, lora: LoraSize, zero: Mapping[str, Any]) -> float:
+    """How many blocks' weights are whole at once under ZeRO-3, a block being gathered as one (a leaf module).
+
+    The worst moment is the turn from forward to backward pass. After its forward pass a block is released, but where
+    it is used again within stage3_max_reuse_distance numbers, as the last ones are: the i-th from the end has 2 i
+    blocks between its two uses. Beside them is what is fetched ahead, up to stage3_prefetch_bucket_size numbers and not
+    beyond stage3_max_live_parameters, but for the last weight, which may exceed either (at most 4 d^2). Source:
+    DeepSpeed 0.19.8, partitioned_param_coordinator.py.
+    """
+    block = _block_numbers(transformer, lora, zero)
+    reuse = _number(zero, "max_reuse_distance", DEFAULT_MAX_REUSE_NUMBERS)
+    waiting = min(transformer.num_layers, max(1, -(-reuse // (2 * block))))
+    room = _number(zero, "max_live_parameters", DEFAULT_MAX_LIVE_NUMBERS) - waiting * block
+    ahead = max(0, min(room, _number(zero, "prefetch_bucket_size", DEFAULT_PREFETCH_NUMBERS)))
+    fetched = (ahead + 4 * transformer.width**2) / block if ahead else 0.0
+    return min(float(transformer.num_layers), waiting + fetched)
+
+
+def _attention_units(transformer: TransformerSize, bytes_each: int) -> float:
+    """Attention's output and its statistic a row and head, in U."""
+    return 1 + 4 * transformer.num_heads / (transformer.width * bytes_each)
+
+
+def _kept_units(level: str, saved: float, transformer: TransformerSize, bytes_each: int) -> float:
+    """What all blocks together keep for the backward pass, in U."""
+    each = {"none": 1 + saved, "attention_kept": 1 + _attention_units(transformer, bytes_each), "block": 1.0}
+    return min(2, transformer.num_layers) if level == "block+offload" else transformer.num_layers * each[level]
+
+
+def _recomputed_units(level: str, saved: float, transformer: TransformerSize, bytes_each: int) -> float:
+    """What a block saves when it is computed anew, in U."""
+    if level == "none":
+        return 0.0
+    return saved - (_attention_units(transformer, bytes_each) if level == "attention_kept" else 0.0)
+
+
+def _gradient_units(lora: LoraSize) -> float:
+    """What a block's backward pass adds to all that the block saved, at its worst moment, in U.
+
+    That is GELU's: the gradient of the block's output (1), and of what is before and behind GELU (8). Where the
+    feed-forward's second layer is adapted, what it saved is gone by then, and the worst is its own: the gradients of
+    its output (1) and its input (4) beside that of the block's (1). What the last gate saved (1) is gone in both.
+    """
+    return (6 if "ff.net.2" in lora.block_layers else 9) - ("norm2.linear" in lora.block_layers)
+
+
+def saved_units(transformer: TransformerSize, lora: LoraSize, bytes_each: int, sequence: int = 1) -> float:
     """What autograd keeps of one block besides its input, as a multiple of U = tokens x width x bytes_each.
 
     The base is frozen, so a linear layer's input is kept only where an adapter reads it. In U:
 
         3 attention's q, k, v; 2 q and k before their norm; 1 attention's output; 1 input of the second norm;
         4 input of GELU                                                                    11, always
-        1 input of q, k, v where one of them is adapted; 1 of attention's last layer (a copy: the kernel's output
-        has the layout of q, heads before tokens); 1 of the feed-forward; 4 of its second layer; 4 the normed and the
-        gated values, where the layers that make shift, scale and gate are adapted
+        1 input of q, k, v where one of them is adapted (attention's last layer reads attention's output itself; with
+        sequence > 1 a copy of it, 1); 1 of the feed-forward; 4 of its second layer; 1 what is gated, where the layer
+        that makes the gate is adapted
         rank / width for every adapter on a sequence
         float32 statistics: 2 a head for each of the norms of q and k, 1 a head for attention, 2 for each block norm
 
@@ -226,10 +325,10 @@ def saved_units(transformer: TransformerSize, lora: LoraSize, bytes_each: int) -
     layers = lora.block_layers
     units = 11.0
     units += any(name in layers for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v"))
-    units += "attn1.to_out.0" in layers
+    units += sequence > 1 and "attn1.to_out.0" in layers
     units += "ff.net.0.proj" in layers
     units += 4 * ("ff.net.2" in layers)
-    units += 2 * sum(name in layers for name in ("norm1.linear", "norm2.linear"))
+    units += sum(name in layers for name in ("norm1.linear", "norm2.linear"))
     on_sequence = [name for name in layers if not name.startswith("norm")]
     units += lora.rank * len(on_sequence) / transformer.width
     return units + 4 * (5 * transformer.num_heads + 4) / (transformer.width * bytes_each)

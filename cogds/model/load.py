@@ -8,7 +8,7 @@ do anything.
 
 import json
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -17,7 +17,7 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
 from transformers import AutoTokenizer, T5EncoderModel
@@ -25,6 +25,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 from cogds.core.geometry import ModelGeometry
 from cogds.core.memory import VaeSize
 from cogds.errors import UserError
+from cogds.model.quantize import PackedLinear, pack_block
+from cogds.model.transformer import Transformer
 
 # A bar for every part that loads, on every rank, says nothing that a user asked for.
 diffusers.utils.logging.disable_progress_bar()
@@ -160,23 +162,96 @@ def load_alphas_cumprod(model: ModelFolder) -> torch.Tensor:
     return scheduler.alphas_cumprod
 
 
-def load_transformer(model: ModelFolder, dtype: torch.dtype) -> CogVideoXTransformer3DModel:
-    """The transformer with its weights, frozen, on the CPU."""
-    transformer = CogVideoXTransformer3DModel.from_pretrained(
-        model.path, subfolder="transformer", dtype=dtype, use_safetensors=True
-    )
-    return transformer.requires_grad_(False)
+def load_transformer(
+    model: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    base: str = "full",
+    matmul: str = "full",
+) -> Transformer:
+    """The transformer with its weights, frozen. Read one by one: only `device` ever holds all of them, and where they
+    are packed (`build_transformer`) nothing does.
+
+    Raises UserError where the files and the config disagree on a weight.
+    """
+    transformer = build_transformer(model, dtype, device, base, matmul, fill=False)
+
+    def put(place: Any, weight: Any) -> None:
+        if isinstance(place, PackedLinear):
+            place.fill(weight[:].to(device, dtype))
+        else:
+            place.data.copy_(weight[:])
+
+    fill_transformer(transformer, model, put)
+    return transformer
 
 
-def build_transformer(model: ModelFolder) -> CogVideoXTransformer3DModel:
-    """The transformer without its weights, frozen, wherever the caller's context puts its parameters."""
-    return CogVideoXTransformer3DModel.from_config(model.transformer_config).requires_grad_(False)
+def build_transformer(
+    model: ModelFolder,
+    dtype: torch.dtype,
+    device: torch.device | str = "cpu",
+    base: str = "full",
+    matmul: str = "full",
+    fill: bool = True,
+) -> Transformer:
+    """The transformer with random weights, frozen, as the caller's context has it (`zero.Init`).
+
+    base, matmul: how the blocks hold and multiply theirs (`quantize`), which one block at a time has in full.
+    fill: false leaves what is packed without weights, for `fill_transformer` to give.
+    """
+
+    def build(num_layers: int) -> Transformer:
+        return Transformer.from_config({**config, "num_layers": num_layers}).requires_grad_(False)
+
+    config, before = model.transformer_config, torch.get_default_dtype()
+    torch.set_default_dtype(dtype)  # a float32 copy of it might not fit
+    try:
+        with torch.device(device):
+            if base == "full" and matmul == "full":
+                return build(model.num_layers)
+            transformer = build(0)
+            for _ in range(model.num_layers):
+                block = build(1).transformer_blocks[0]
+                pack_block(block, base, matmul, fill)
+                transformer.transformer_blocks.append(block)
+            transformer.register_to_config(num_layers=model.num_layers)
+            return transformer
+    finally:
+        torch.set_default_dtype(before)
 
 
-def empty_transformer(model: ModelFolder) -> CogVideoXTransformer3DModel:
+def fill_transformer(transformer: Transformer, model: ModelFolder, put: Callable[[Any, Any], None]) -> None:
+    """Call `put` with every parameter, buffer and `PackedLinear` and its slice of a safetensors file, in their order.
+
+    Raises UserError where the files and the config disagree on a weight.
+    """
+    packed = {f"{name}.weight": layer for name, layer in transformer.named_modules() if isinstance(layer, PackedLinear)}
+    wanted = {**dict(transformer.named_parameters()), **packed}
+    tensors: dict[str, Any] = {**wanted, **dict(transformer.named_buffers())}
+    missing = set(wanted)
+    for name, weight in transformer_weights(model):
+        if name not in tensors:
+            raise UserError(
+                f"the transformer's files in {model.path} hold '{name}', which its config.json does not have"
+            )
+        # Where ZeRO-3 has shared a weight out, the whole one's shape stands beside it.
+        shape = tuple(getattr(tensors[name], "ds_shape", tensors[name].shape))
+        if shape != tuple(weight.get_shape()):
+            raise UserError(
+                f"weight '{name}' in {model.path} is {tuple(weight.get_shape())}, config.json says {shape}: "
+                "fetch the model again"
+            )
+        put(tensors[name], weight)
+        missing.discard(name)
+    if missing:
+        raise UserError(
+            f"the transformer's files in {model.path} lack {len(missing)} weights, such as '{min(missing)}'"
+        )
+
+
+def empty_transformer(model: ModelFolder) -> Transformer:
     """The transformer's layers without memory for their weights: to look at names and sizes."""
-    with torch.device("meta"):
-        return build_transformer(model)
+    return build_transformer(model, torch.float32, "meta")
 
 
 def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:

@@ -8,16 +8,9 @@ from typing import Any
 
 from cogds.config import RunConfig, load_config, to_dict
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import (
-    LoraSize,
-    MemoryEstimate,
-    TransformerSize,
-    cached_caption_bytes,
-    cached_clip_bytes,
-    rotary_table_bytes,
-    training_memory,
-)
+from cogds.core.memory import MemoryEstimate, cached_caption_bytes, cached_clip_bytes
 from cogds.demo import make_demo, only_own_demo
+from cogds.execution import Sizes, choose_levels, estimates, memory_of
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import resolve_targets
 from cogds.order import batch_sizes
@@ -51,28 +44,23 @@ class Job:
         return batch_sizes(self.cfg, self.buckets, self.model)
 
     @cached_property
-    def transformer_size(self) -> TransformerSize:
-        numbers = sum(parameter.numel() for parameter in empty_transformer(self.model).parameters())
-        return TransformerSize.from_config(self.model.transformer_config, numbers)
+    def sizes(self) -> Sizes:
+        return Sizes.of(self.cfg, self.model)
 
     @cached_property
-    def lora_size(self) -> LoraSize:
-        layers = dict(empty_transformer(self.model).named_modules())
-        rank = self.cfg.lora.rank
-        numbers = sum(rank * (layers[name].in_features + layers[name].out_features) for name in self.targets)
-        return LoraSize.from_targets(self.targets, numbers, rank)
+    def levels(self) -> tuple[str, ...]:
+        """What every bucket recomputes on this GPU."""
+        return choose_levels(
+            self.cfg, self.ds_config, self.model, self.buckets, self.batch_sizes, self.world.size,
+            memory_of(self.world.device),
+        )  # fmt: skip
 
     @cached_property
     def estimates(self) -> tuple[MemoryEstimate, ...]:
         """GPU memory of every bucket."""
-        rotary = sum(rotary_table_bytes(shape, self.model.geometry) for shape in self.buckets)
-        return tuple(
-            training_memory(
-                shape, batch_size, self.model.geometry, self.transformer_size, self.lora_size, self.model.vae_size,
-                self.ds_config.get("zero_optimization", {}), self.world.size, self.cfg.train.precision,
-                self.cfg.train.gradient_checkpointing, rotary,
-            )
-            for shape, batch_size in zip(self.buckets, self.batch_sizes)
+        return estimates(
+            self.cfg, self.ds_config, self.model, self.sizes, self.buckets, self.batch_sizes, self.world.size,
+            self.levels,
         )  # fmt: skip
 
     @property
@@ -83,14 +71,14 @@ class Job:
     @property
     def checkpoint_bytes(self) -> int:
         """One checkpoint, float32 weights and two moments, with its exported LoRA."""
-        return self.lora_size.num_parameters * (12 + self.bytes_each)
+        return self.sizes.lora.num_parameters * (12 + self.bytes_each)
 
     @property
     def shared_memory_bytes(self) -> int:
         """What the loaders of one rank keep in /dev/shm: the batches that they are ahead. 0 where there are none."""
         if self.cfg.data.encode != "cached":
             return 0
-        text_dim, geometry = self.transformer_size.text_dim, self.model.geometry
+        text_dim, geometry = self.sizes.transformer.text_dim, self.model.geometry
         batches = (
             size * (cached_clip_bytes(shape, geometry, self.bytes_each)
                     + cached_caption_bytes(geometry, text_dim, self.bytes_each))

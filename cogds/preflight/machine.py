@@ -56,7 +56,7 @@ def look_disk(job: Job) -> Facts:
     )
     offloaded = "offload_param" in job.ds_config.get("zero_optimization", {})
     sharded = job.ds_config.get("zero_optimization", {}).get("stage", 0) == 3
-    base = job.transformer_size.num_parameters * job.bytes_each
+    base = job.sizes.transformer.num_parameters * job.bytes_each
     # Below stage 3 every rank reads all weights into memory; a bucket's worth of them passes through at stage 3.
     loading = base * num_local if not sharded else base * num_local // job.world.size * offloaded
     return {

@@ -8,15 +8,15 @@ from typing import Any
 import torch
 
 from cogds.core.diffusion import v_loss
-from cogds.core.geometry import latent_frames
 from cogds.encode import DTYPES
+from cogds.execution import choose_execution, prepare_blocks
 from cogds.model.lora import inject
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, who
 from cogds.preflight.job import Job
+from cogds.rehearsal import random_batch
 from cogds.report.text import gigabytes
-from cogds.runtime.engine import start_engine
+from cogds.runtime.engine import build_for_stage, start_engine
 from cogds.runtime.monitor import peak_memory_bytes
-from cogds.runtime.trial import build_for_stage
 from cogds.runtime.world import all_gather
 from cogds.step import Draws, load_step_builder
 
@@ -33,36 +33,28 @@ def one_step_config(ds_config: dict[str, Any], num_ranks: int) -> dict[str, Any]
     return changed
 
 
-def random_batch(job: Job, bucket: int) -> dict[str, torch.Tensor]:
-    """A batch as the cache gives it, of random numbers."""
-    shape, size, geometry = job.buckets[bucket], job.batch_sizes[bucket], job.model.geometry
-    dtype = DTYPES[job.cfg.train.precision]
-    height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
-    frames = latent_frames(shape.frames, geometry)
-    return {
-        "moments": torch.randn(size, 2 * geometry.latent_channels, frames, height, width).to(dtype),
-        "first_frame": torch.randint(0, 256, (size, 3, shape.height, shape.width), dtype=torch.uint8),
-        "text_states": torch.randn(size, geometry.text_tokens, job.transformer_size.text_dim).to(dtype),
-    }
-
-
 def look_trial(job: Job) -> Facts:
     """`trial`: the bucket, seconds of each step, the loss, peak and total bytes of memory. Collective."""
     cfg, world, model = job.cfg, job.world, job.model
     dtype, bucket, device = DTYPES[cfg.train.precision], job.largest, world.device
     result: dict[str, Any] = {"bucket": str(job.buckets[bucket]), "batch_size": job.batch_sizes[bucket], "error": ""}
-    result |= {"estimate": job.estimates[bucket].total_bytes, "device": device.type}
+    result |= {"estimate": job.estimates[bucket].total_bytes, "device": device.type, "advice": ""}
     start = time.perf_counter()
     try:
-        transformer: Any = build_for_stage(model, dtype, job.ds_config, device)
+        execution = choose_execution(cfg, job.ds_config, model, job.buckets, job.batch_sizes, world)
+        result["advice"] = execution.shortfalls[bucket]
+        transformer: Any = build_for_stage(model, dtype, job.ds_config, device, cfg.model.base, cfg.model.matmul)
         parameters = inject(
             transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed
         )
         transformer.train()
-        if cfg.train.gradient_checkpointing:
-            transformer.enable_gradient_checkpointing()
+        prepare_blocks(transformer, execution)
+        transformer.set_level(execution.levels[bucket])
         engine = start_engine(transformer, parameters, one_step_config(job.ds_config, world.size))
-        batch = random_batch(job, bucket)
+        batch = random_batch(
+            job.buckets[bucket], job.batch_sizes[bucket], model.geometry, job.sizes.transformer.text_dim,
+            cfg.train.precision,
+        )  # fmt: skip
         builder = load_step_builder(model, cfg.conditioning, batch["text_states"][0], dtype, device)
         result["build_s"] = time.perf_counter() - start
         kept, size = torch.zeros(job.batch_sizes[bucket], dtype=torch.bool), job.batch_sizes[bucket]
@@ -103,8 +95,9 @@ def judge_trial(facts: list[Facts]) -> list[Finding]:
         memory = gigabytes(worst["peak"]) + (f" of {gigabytes(worst['total'])}" if "total" in worst else "")
         return [
             Finding("step", FAIL, f"{what} does not fit into memory on {who(full)}: {memory} taken, "
-                    f"the estimate is {gigabytes(worst['estimate'])}; {worst['error']}. Try ds_configs/zero3.json, "
-                    "train.gradient_checkpointing=true, a smaller batch or a smaller bucket")
+                    f"the estimate is {gigabytes(worst['estimate'])}; {worst['error']}. "
+                    + (worst["advice"] or "Try ds_configs/zero3.json, model.base=nf4, train.recompute=block+offload, a "
+                       "smaller batch or a smaller bucket"))
         ]  # fmt: skip
     found = []
     slowest = max(facts, key=lambda one: one["trial"]["steps_s"][-1])["trial"]

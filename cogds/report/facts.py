@@ -23,7 +23,6 @@ from cogds.core.memory import (
     cached_caption_bytes,
     cached_clip_bytes,
     rotary_table_bytes,
-    training_memory,
 )
 from cogds.core.suggest import (
     ClipSizes,
@@ -36,6 +35,7 @@ from cogds.core.suggest import (
     suggest_buckets,
     suggest_lengths,
 )
+from cogds.execution import Setting, Sizes, shortfall
 
 # Rows are taken in pieces of this many, so that the numbers of twenty million never stand side by side.
 ROWS_AT_ONCE = 1 << 20
@@ -93,7 +93,9 @@ class Setup:
     """The run that is reported on.
 
     batch_sizes: clips per rank and micro-step of each bucket; epoch_sizes: samples of each bucket that one epoch
-    trains, repeats included (None: the clips' windows); zero: the resolved `zero_optimization` section.
+    trains, repeats included (None: the clips' windows); zero: the resolved `zero_optimization` section; levels: what
+    each bucket recomputes (`train.recompute`); base: `model.base`; sequence: ranks that share a clip; gpu_bytes: memory
+    of one GPU, None on CPUs.
     """
 
     buckets: Sequence[ClipShape]
@@ -106,12 +108,20 @@ class Setup:
     lora: LoraSize
     vae: VaeSize
     precision: str
-    checkpointing: bool
+    levels: Sequence[str]
     cached: bool = True
     epoch_sizes: Sequence[float] | None = None
     steps_per_epoch: float | None = None
     rates: Rates | None = None
     max_unusable: float = 1.0
+    base: str = "full"
+    sequence: int = 1
+    gpu_bytes: float | None = None
+
+    @property
+    def data_ranks(self) -> int:
+        """Ranks, or groups of ranks that share a clip, which train clips of their own."""
+        return self.num_ranks // self.sequence
 
     @property
     def bytes_each(self) -> int:
@@ -123,7 +133,8 @@ class BucketReport:
     """One bucket. Shares are in [0, 1] and 0 where it has no clip; step_s is None where nothing was measured.
 
     micro_steps and steps: of one epoch. crop_share: mean share of the picture cut away; upscaled_share: of clips
-    that are enlarged; unused_share: mean share of a clip's frames that no sample takes.
+    that are enlarged; unused_share: mean share of a clip's frames that no sample takes. level: what is recomputed;
+    shortfall: a sentence where memory is not enough for it, else "".
     """
 
     shape: ClipShape
@@ -137,7 +148,9 @@ class BucketReport:
     upscaled_share: float
     unused_share: float
     cache_bytes: int
+    level: str
     memory: MemoryEstimate
+    shortfall: str
     step_s: float | None
     step_is_measured: bool
 
@@ -169,6 +182,7 @@ class Report:
     suggestion: Suggestion | None
     set_clips: tuple[int, ...]
     max_unusable: float = 1.0
+    gpu_bytes: float | None = None
 
     @property
     def is_refused(self) -> bool:
@@ -204,9 +218,13 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
     samples = sums["samples"] if setup.epoch_sizes is None else np.asarray(setup.epoch_sizes, np.float64)
     # Where a bucket has fewer batches than there are ranks, the others train copies: see core.plan.
     local = np.minimum(setup.batch_sizes, np.maximum(1, samples))
-    micro_steps = samples / (local * np.clip(samples // local, 1, setup.num_ranks))
+    micro_steps = samples / (local * np.clip(samples // local, 1, setup.data_ranks))
     steps = micro_steps / setup.accumulation
     rotary = sum(rotary_table_bytes(shape, setup.geometry) for shape in setup.buckets)
+    setting = Setting(
+        setup.geometry, Sizes(setup.transformer, setup.lora), setup.vae, setup.zero, setup.num_ranks, setup.precision,
+        setup.base, setup.sequence, rotary,
+    )  # fmt: skip
     buckets = []
     for index, shape in enumerate(setup.buckets):
         num_clips, batch_size = int(sums["clips"][index]), setup.batch_sizes[index]
@@ -228,19 +246,9 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
                     if setup.cached
                     else 0
                 ),
-                memory=training_memory(
-                    shape,
-                    batch_size,
-                    setup.geometry,
-                    setup.transformer,
-                    setup.lora,
-                    setup.vae,
-                    setup.zero,
-                    setup.num_ranks,
-                    setup.precision,
-                    setup.checkpointing,
-                    rotary,
-                ),
+                level=setup.levels[index],
+                memory=setting.estimate(shape, batch_size, setup.levels[index]),
+                shortfall=shortfall(setting, shape, batch_size, setup.levels[index], setup.gpu_bytes),
                 step_s=step_s,
                 step_is_measured=measured,
             )
@@ -263,6 +271,7 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
         suggestion=_suggestion(sizes, setup),
         set_clips=tuple(int(number) for number in sums["sets"]),
         max_unusable=setup.max_unusable,
+        gpu_bytes=setup.gpu_bytes,
     )
 
 
@@ -299,7 +308,7 @@ def _step_s(shape: ClipShape, batch_size: int, setup: Setup) -> tuple[float | No
         return None, False
     if str(shape) in setup.rates.step_s:
         return setup.rates.step_s[str(shape)], True
-    tokens = num_tokens(shape, setup.geometry) * batch_size * setup.num_ranks * setup.accumulation
+    tokens = num_tokens(shape, setup.geometry) * batch_size * setup.data_ranks * setup.accumulation
     return tokens / setup.rates.tokens_per_s, False
 
 

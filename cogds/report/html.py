@@ -26,6 +26,7 @@ from cogds.report.text import (
     ESTIMATE_NOTE,
     duration,
     gigabytes,
+    memory_text,
     number,
     percent,
     step_text,
@@ -114,6 +115,7 @@ def html_page(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: i
         captions=warning_lines(report),
         suggestion=suggestion_lines(report),
         estimate_note=ESTIMATE_NOTE,
+        memory_text=memory_text,
         step_text=step_text,
         printable=printable,
         num_used=sum(one.num_samples > 0 for one in report.buckets),
@@ -291,7 +293,7 @@ def _memory_plot(report: Report) -> Plot:
     """The terms of the memory estimate, stacked."""
     names = [str(one.shape) for one in report.buckets]
     groups = (
-        ("frozen weights", BLUE, ("base weights", "gathered weights", "vae weights")),
+        ("frozen weights", BLUE, ("base weights", "gathered weights", "unpacked weight", "vae weights")),
         ("LoRA and its optimizer", "#7a6bb5", ("lora weights", "lora gradients", "optimizer state")),
         ("kept activations", ORANGE, ("kept activations",)),
         ("one block", "#f0b27a", ("block activations",)),

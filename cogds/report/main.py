@@ -14,14 +14,14 @@ import pyarrow.compute as pc
 from cogds.cli import parse_args
 from cogds.config import RunConfig, load_config
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import LoraSize, TransformerSize
 from cogds.core.mixture import Mixture
 from cogds.data.decode import DecodeTask, decode
 from cogds.data.pool import Failure, GuardedPool
 from cogds.demo import make_demo, only_own_demo
 from cogds.errors import UserError
-from cogds.model.load import ModelFolder, empty_transformer, find_model, num_truncated
-from cogds.model.lora import resolve_targets
+from cogds.execution import Sizes, choose_levels
+from cogds.model.load import ModelFolder, find_model, num_truncated
+from cogds.model.sequence import check_sequence
 from cogds.order import make_plan
 from cogds.report.facts import Captions, ClipTable, Report, Setup, make_report, measured_rates
 from cogds.report.html import FirstFrame, write_html
@@ -43,6 +43,8 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     )
     if args.num_gpus < 1:
         raise UserError(f"--num_gpus is {args.num_gpus} on the command line: it must be at least 1")
+    if args.gpu_memory <= 0:
+        raise UserError(f"--gpu_memory is {args.gpu_memory:g} on the command line: it must be more than 0, in GB")
     cfg, explicit = load_config(args.config or str(default_config), args.overrides)
     if not args.config:
         cfg = only_own_demo(cfg, args.overrides)
@@ -50,12 +52,13 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     ds_config = load_ds_config(ds_path)
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
+    check_sequence(cfg.parallel.sequence, args.num_gpus, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     ds_config, cfg = resolve(ds_config, cfg, explicit, args.num_gpus, model.hidden_size, ds_path)
     manifest = update_manifest(cfg, World(0, 1, 0, 1), digests=False)
     found = survey(cfg, manifest, buckets)
     clips = clip_table(found)
-    report = run_report(cfg, ds_config, model, found, clips, args.num_gpus)
+    report = run_report(cfg, ds_config, model, found, clips, args.num_gpus, args.gpu_memory * 1e9)
     print_report(report)
     if args.html:
         with frame_reader(cfg) as first_frame:
@@ -65,6 +68,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num_gpus", metavar="N", type=int, default=1, help="how many GPUs the run will have")
+    parser.add_argument("--gpu_memory", metavar="GB", type=float, default=80.0, help="memory of one GPU (80)")
     parser.add_argument("--html", metavar="REPORT.html", help="write the report as a page with plots and pictures, too")
 
 
@@ -76,33 +80,40 @@ def clip_table(found: Survey) -> ClipTable:
 
 
 def run_report(
-    cfg: RunConfig, ds_config: dict[str, Any], model: ModelFolder, found: Survey, clips: ClipTable, num_ranks: int
+    cfg: RunConfig,
+    ds_config: dict[str, Any],
+    model: ModelFolder,
+    found: Survey,
+    clips: ClipTable,
+    num_ranks: int,
+    gpu_bytes: float | None,
 ) -> Report:
-    """The report of a run with a resolved DeepSpeed config."""
-    transformer = empty_transformer(model)
-    targets = resolve_targets(transformer, cfg.lora.target_modules)
-    layers = dict(transformer.named_modules())
-    lora_numbers = sum(cfg.lora.rank * (layers[name].in_features + layers[name].out_features) for name in targets)
-    num_parameters = sum(parameter.numel() for parameter in transformer.parameters())
+    """The report of a run with a resolved DeepSpeed config. gpu_bytes: memory of one GPU; None: on CPUs."""
+    sizes = Sizes.of(cfg, model)
     mixture = Mixture(found.placement.sizes, found.repeats, cfg.seed)
-    plan = make_plan(cfg, mixture, found.buckets, model, num_ranks) if found.num_windows else None
+    data_ranks = num_ranks // cfg.parallel.sequence
+    plan = make_plan(cfg, mixture, found.buckets, model, data_ranks) if found.num_windows else None
+    sizes_of_batches = plan.local_batch_sizes if plan else (1,) * len(found.buckets)
     setup = Setup(
         buckets=found.buckets,
         geometry=model.geometry,
-        batch_sizes=plan.local_batch_sizes if plan else (1,) * len(found.buckets),
+        batch_sizes=sizes_of_batches,
         num_ranks=num_ranks,
         accumulation=cfg.train.gradient_accumulation_steps,
         zero=ds_config.get("zero_optimization", {}),
-        transformer=TransformerSize.from_config(model.transformer_config, num_parameters),
-        lora=LoraSize.from_targets(targets, lora_numbers, cfg.lora.rank),
+        transformer=sizes.transformer,
+        lora=sizes.lora,
         vae=model.vae_size,
         precision=cfg.train.precision,
-        checkpointing=cfg.train.gradient_checkpointing,
+        levels=choose_levels(cfg, ds_config, model, found.buckets, sizes_of_batches, num_ranks, gpu_bytes),
         cached=cfg.data.encode == "cached",
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
         max_unusable=cfg.data.max_unusable,
         rates=measured_rates(Path(cfg.output_dir) / "metrics.jsonl"),
+        base=cfg.model.base,
+        sequence=cfg.parallel.sequence,
+        gpu_bytes=gpu_bytes,
     )
     return make_report(clips, setup, count_captions(found.table, model))
 

@@ -44,6 +44,11 @@ def step_text(bucket: BucketReport) -> str:
     return ("" if bucket.step_is_measured else "~") + duration(bucket.step_s)
 
 
+def memory_text(bucket: BucketReport) -> str:
+    """What a bucket takes on a GPU, and whether that is too much."""
+    return gigabytes(bucket.memory.total_bytes) + (", too much" if bucket.shortfall else "")
+
+
 def suggestion_lines(report: Report) -> list[str]:
     """The suggestion in sentences; [] where there is none."""
     if (found := report.suggestion) is None:
@@ -58,8 +63,8 @@ def suggestion_lines(report: Report) -> list[str]:
 
 
 def warning_lines(report: Report) -> list[str]:
-    """What stops a run, and what is wrong with captions, in sentences; [] where nothing is."""
-    captions, lines = report.captions, []
+    """What stops a run or does not fit, and what is wrong with captions, in sentences; [] where nothing is."""
+    captions, lines = report.captions, [one.shortfall for one in report.buckets if one.num_samples and one.shortfall]
     if report.is_refused:
         lines.append(
             f"Training will not start: {report.num_unusable:,} of {report.num_rows:,} clips cannot be used, and "
@@ -90,8 +95,8 @@ def short_report(report: Report) -> str:
     lines += warning_lines(report)
     if largest := report.largest:
         lines.append(
-            f"about {gigabytes(largest.memory.total_bytes)} of GPU memory for {largest.shape} (an estimate), "
-            f"{gigabytes(report.cache_bytes)} of cache"
+            f"about {gigabytes(largest.memory.total_bytes)} of GPU memory for {largest.shape} with train.recompute="
+            f"{largest.level} (an estimate), {gigabytes(report.cache_bytes)} of cache"
         )
     return "\n".join(lines + suggestion_lines(report)[:1])
 
@@ -113,7 +118,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
     )
     table = _table(
         *("bucket", "clips", "samples", "tokens", "batch", "micro-steps", "steps", "cropped", "enlarged", "unused"),
-        *("cache", "GPU memory", "s/step"),
+        *("cache", "recompute", "GPU memory", "s/step"),
         console=console,
     )
     for one in report.buckets:
@@ -121,7 +126,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
             *map(str, (one.shape, f"{one.num_clips:,}", f"{one.num_samples:,}", f"{one.num_tokens:,}", one.batch_size)),
             *(number(one.micro_steps), number(one.steps)),
             *map(percent, (one.crop_share, one.upscaled_share, one.unused_share)),
-            *(gigabytes(one.cache_bytes), gigabytes(one.memory.total_bytes), step_text(one)),
+            *(gigabytes(one.cache_bytes), one.level, memory_text(one), step_text(one)),
             style="" if one.num_samples else "dim",
         )
     console.print(table)
@@ -137,6 +142,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         for name, size in largest.memory.terms().items():
             terms.add_row(name, gigabytes(size))
         terms.add_row("at the worst moment", gigabytes(largest.memory.total_bytes), style="bold")
+        if report.gpu_bytes is not None:
+            terms.add_row("a GPU has", gigabytes(report.gpu_bytes))
         console.print(terms)
     if report.num_unusable:
         console.print(Text("\nWhat will not be trained", style="bold"))

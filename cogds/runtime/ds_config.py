@@ -77,8 +77,10 @@ REFUSED: dict[str, str] = {
     "optimizer.params.max_grad_norm": "DeepSpeed clips by gradient_clipping: delete it and set optimizer.max_grad_norm "
     "in the run config",
     "pipeline": "the transformer is not a pipeline of stages: delete it, and use zero_optimization to shard the model",
-    "sequence_parallel_size": "the batch plan gives every rank its own clips: delete it",
-    "data_parallel_size": "every rank is a data-parallel rank: delete it",
+    "sequence_parallel_size": "it is parallel.sequence of the run config: set that, and delete it here",
+    "data_parallel_size": "it follows from the number of ranks and parallel.sequence: delete it",
+    "seq_parallel_communication_data_type": "gradients travel as communication_data_type says, also where ranks share "
+    "a clip: set that",
     **dict.fromkeys(
         _words(
             "nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention elasticity "
@@ -147,8 +149,8 @@ def resolve(
 ) -> tuple[dict[str, Any], RunConfig]:
     """What deepspeed.initialize gets, without any "auto", and the run config brought in line with it.
 
-    explicit: the run-config keys that were set (from `load_config`). world_size: data-parallel ranks. hidden_size:
-    width of the transformer, for the bucket sizes that are "auto". ds_path stands in the errors. ds is left as it is.
+    explicit: the run-config keys that were set (from `load_config`). world_size: all ranks. hidden_size: width of the
+    transformer, for the bucket sizes that are "auto". ds_path stands in the errors. ds is left as it is.
     """
     out: dict[str, Any] = copy.deepcopy(dict(ds))
     if "bfloat16" in out:  # DeepSpeed's former name for it
@@ -285,8 +287,9 @@ def _resolve_shared(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[str]
     return cfg
 
 
-def _resolve_train_batch_size(ds: dict[str, Any], cfg: RunConfig, world_size: int, ds_path: str) -> None:
-    micro, accumulation = cfg.train.batch_size, cfg.train.gradient_accumulation_steps
+def _resolve_train_batch_size(ds: dict[str, Any], cfg: RunConfig, num_ranks: int, ds_path: str) -> None:
+    micro, accumulation, sequence = cfg.train.batch_size, cfg.train.gradient_accumulation_steps, cfg.parallel.sequence
+    world_size, who = num_ranks // sequence, f"groups of {sequence} ranks" if sequence > 1 else "ranks"
     total, stated = micro * accumulation * world_size, ds.get("train_batch_size", "auto")
     if stated not in ("auto", total):
         if type(stated) is not int or stated < 1:
@@ -297,22 +300,30 @@ def _resolve_train_batch_size(ds: dict[str, Any], cfg: RunConfig, world_size: in
             fix = f"set gradient_accumulation_steps to {stated // (micro * world_size)}"
         elif stated % micro == 0:
             ranks = [str(n) for n in range(1, stated // micro + 1) if stated // micro % n == 0]
-            fix = f"{world_size} ranks do not divide it, {', '.join(ranks)} do"
+            fix = f"{world_size} {who} do not divide it, {', '.join(ranks)} do"
         else:
             fix = f"a batch size of {micro} does not divide it"
         raise UserError(
             f"train_batch_size is {stated} in {ds_path}, but train.batch_size {micro} x gradient_accumulation_steps "
-            f'{accumulation} x {world_size} ranks is {total}: {fix}; or set train_batch_size to "auto"'
+            f'{accumulation} x {world_size} {who} is {total}: {fix}; or set train_batch_size to "auto"'
         )
-    ds["train_batch_size"] = total
+    if sequence > 1:  # DeepSpeed works it out for itself, and would count ranks that share a clip as if they did not
+        ds.pop("train_batch_size", None)
+    else:
+        ds["train_batch_size"] = total
 
 
 def _fill_bucket_sizes(ds: dict[str, Any], hidden_size: int | None, ds_path: str) -> None:
-    # The sizes that transformers' Trainer takes for the same "auto".
+    # In widths of the transformer. A block, which ZeRO-3 brings together as one, has 12 squares and a little more: one
+    # runs while the next comes, and a third may still be there. What is smaller than a LoRA's matrix stays everywhere:
+    # bringing it would cost more time than keeping it costs memory.
+    block = 14
     for name, size in (
         ("reduce_bucket_size", lambda width: width * width),
-        ("stage3_prefetch_bucket_size", lambda width: int(0.9 * width * width)),
-        ("stage3_param_persistence_threshold", lambda width: 10 * width),
+        ("stage3_prefetch_bucket_size", lambda width: block * width * width),
+        ("stage3_max_live_parameters", lambda width: 3 * block * width * width),
+        ("stage3_max_reuse_distance", lambda width: 3 * block * width * width),
+        ("stage3_param_persistence_threshold", lambda width: 200 * width),
     ):
         if _lookup(ds, f"zero_optimization.{name}") != "auto":
             continue

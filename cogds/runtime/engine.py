@@ -7,8 +7,9 @@ from typing import Any
 import deepspeed
 import torch
 
-from cogds.errors import UserError
-from cogds.model.load import ModelFolder, build_transformer, load_transformer, transformer_weights
+from cogds.model.load import ModelFolder, build_transformer, fill_transformer, load_transformer
+from cogds.model.transformer import Block, Transformer
+from cogds.runtime.world import World
 
 
 def zero_stage(ds_config: dict[str, Any]) -> int:
@@ -26,43 +27,57 @@ def gathered(parameters: Sequence[torch.nn.Parameter], stage: int, modifier_rank
         yield
 
 
-def load_for_stage(model: ModelFolder, dtype: torch.dtype, ds_config: dict[str, Any], rank: int) -> Any:
-    """The frozen transformer: whole below stage 3, partitioned over the ranks at stage 3.
+def build_for_stage(
+    model: ModelFolder,
+    dtype: torch.dtype,
+    ds_config: dict[str, Any],
+    device: torch.device,
+    base: str = "full",
+    matmul: str = "full",
+) -> Transformer:
+    """The frozen transformer with random weights: whole on `device` below stage 3, partitioned over the ranks at stage
+    3. Collective.
 
-    diffusers' `from_pretrained` cannot run under `zero.Init` (it sees parameters of size 0), so the partitioned model
-    is built from its config and filled weight by weight: no process ever holds all of it.
-    Raises UserError where the files and the config disagree on a weight.
+    A block is one unit of ZeRO-3: its weights come together before it runs, forward and backward.
+    base, matmul: how the blocks hold and multiply their weights (`model.quantize`); full at stage 3 (`check_base`).
     """
     if zero_stage(ds_config) < 3:
-        return load_transformer(model, dtype)
+        return build_transformer(model, dtype, device, base, matmul)
     # The dtype goes in through the config: `zero.Init(dtype=...)` ignores it where the accelerator has no fp16.
     init_config = {**ds_config, "bf16": {"enabled": dtype is torch.bfloat16}}
     with deepspeed.zero.Init(config_dict_or_path=init_config):
-        transformer = build_transformer(model)
-    parameters, buffers = dict(transformer.named_parameters()), dict(transformer.named_buffers())
-    missing = set(parameters)
-    for name, weight in transformer_weights(model):
-        if name in buffers:
-            buffers[name].copy_(weight[:])
-            continue
-        if name not in parameters:
-            raise UserError(
-                f"the transformer's files in {model.path} hold '{name}', which its config.json does not have"
-            )
-        shape = tuple(parameters[name].ds_shape)
-        if shape != tuple(weight.get_shape()):
-            raise UserError(
-                f"weight '{name}' in {model.path} is {tuple(weight.get_shape())}, config.json says {shape}: "
-                "fetch the model again"
-            )
-        with gathered([parameters[name]], 3, modifier_rank=0):
-            if rank == 0:
-                parameters[name].data.copy_(weight[:])
-        missing.discard(name)
-    if missing:
-        raise UserError(
-            f"the transformer's files in {model.path} lack {len(missing)} weights, such as '{min(missing)}'"
-        )
+        transformer = build_transformer(model, dtype)
+    deepspeed.utils.set_z3_leaf_modules(transformer, [Block])
+    transformer.make_blocks_alike()
+    return transformer
+
+
+def load_for_stage(
+    model: ModelFolder,
+    dtype: torch.dtype,
+    ds_config: dict[str, Any],
+    world: World,
+    base: str = "full",
+    matmul: str = "full",
+) -> Transformer:
+    """`build_for_stage` with the model's weights, filled one by one: no process holds all of them in host memory.
+
+    (diffusers' `from_pretrained` does, and cannot run under `zero.Init`, where it sees parameters of size 0.)
+    Raises UserError where the files and the config disagree on a weight. Collective.
+    """
+    if zero_stage(ds_config) < 3:
+        return load_transformer(model, dtype, world.device, base, matmul)
+    transformer = build_for_stage(model, dtype, ds_config, world.device)
+
+    def put(tensor: torch.Tensor, weight: Any) -> None:
+        if not isinstance(tensor, torch.nn.Parameter):  # a buffer is whole everywhere
+            tensor.copy_(weight[:])
+            return
+        with gathered([tensor], 3, modifier_rank=0):
+            if world.rank == 0:
+                tensor.data.copy_(weight[:])
+
+    fill_transformer(transformer, model, put)
     return transformer
 
 

@@ -5,7 +5,8 @@ The file is for people. A resumed run tries them again, and so finds out alike w
 
 import json
 import sys
-from collections.abc import Iterable
+import zlib
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -13,7 +14,7 @@ import torch
 from cogds.data.dataset import Bad
 from cogds.errors import UserError
 from cogds.runtime.monitor import Outlet
-from cogds.runtime.world import World, all_gather, all_reduce_sum
+from cogds.runtime.world import World, all_gather, all_reduce_sum, disagreeing
 
 FILE_NAME = "quarantine.jsonl"
 
@@ -30,8 +31,20 @@ class Quarantine:
         self.found: list[Bad] = []
         self.rows: set[int] = set()
 
-    def add(self, bad: Iterable[Bad]) -> None:
-        """Hand over what this rank found."""
+    def add(self, bad: Sequence[Bad]) -> None:
+        """Hand over what this rank found in a micro-step. Where ranks share their clips it is collective.
+
+        Raises UserError where such ranks did not find the same: they would train parts of different clips.
+        """
+        if odd := disagreeing(self.world, zlib.crc32(repr([one.row for one in bad]).encode())):
+            size = self.world.sequence
+            ranks = ", ".join(f"{number * size} to {number * size + size - 1}" for number in odd)
+            error = UserError(
+                f"of the ranks {ranks}, which share a clip, some could not read what others could"
+                f"{''.join(f' ({one.path}: {one.reason})' for one in bad)}: look at their nodes' disks, and resume"
+            )
+            error.shared = self.world.rank > 0 and not (bad and self.world.data_rank in odd)
+            raise error
         self.found += bad
 
     def settle(self) -> None:

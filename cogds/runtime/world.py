@@ -30,12 +30,32 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class World:
-    """Global and node-local rank and size. Sizes count processes; one process drives one GPU."""
+    """Global and node-local rank and size. Sizes count processes; one process drives one GPU.
+
+    sequence: how many neighbouring ranks share each clip. Together they are one rank of data parallelism, which is what
+    the plan, the sampler and the draws count.
+    """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
+    sequence: int = 1
+
+    @property
+    def data_rank(self) -> int:
+        """Which of the clips trained at the same moment is this rank's."""
+        return self.rank // self.sequence
+
+    @property
+    def data_size(self) -> int:
+        """How many ranks or groups of ranks train clips of their own."""
+        return self.size // self.sequence
+
+    @property
+    def sequence_rank(self) -> int:
+        """This rank's place among those that share its clip."""
+        return self.rank % self.sequence
 
     @property
     def device(self) -> torch.device:
@@ -198,6 +218,16 @@ def any_rank(world: World, *flags: bool) -> tuple[bool, ...]:
     votes = torch.tensor(flags, dtype=torch.uint8)
     dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_on_cpus())
     return tuple(map(bool, votes.tolist()))
+
+
+def disagreeing(world: World, value: int) -> list[int]:
+    """The data-parallel ranks within which not all have the same value. Collective, on CPUs, where clips are shared."""
+    if world.sequence == 1:
+        return []
+    votes = torch.full((2, world.data_size), torch.iinfo(torch.int64).min)
+    votes[:, world.data_rank] = torch.tensor([value, -value])
+    dist.all_reduce(votes, op=dist.ReduceOp.MAX, group=_on_cpus())
+    return [number for number, (most, least) in enumerate(votes.T.tolist()) if most != -least]
 
 
 @functools.cache

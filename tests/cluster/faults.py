@@ -57,7 +57,7 @@ def materials(folder: Path) -> list[str]:
         "--deepspeed", str(ROOT / "ds_configs/zero2.json"),
         f"model.path={folder / 'model'}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
         "data.buckets=[9x64x64, 1x64x64]", "data.num_workers=1", "train.precision=fp32", "lora.rank=4",
-        "train.gradient_checkpointing=false", "train.step_timeout_s=10", "optimizer.lr=1e-3",
+        "train.recompute=none", "train.step_timeout_s=10", "optimizer.lr=1e-3",
     ]  # fmt: skip
 
 

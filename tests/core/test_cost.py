@@ -1,6 +1,13 @@
 import pytest
+import torch
+from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
+from peft import LoraConfig, inject_adapter_in_model
+from torch.utils.flop_counter import FlopCounterMode
 
-from cogds.core.cost import clip_flops
+from cogds.core.cost import clip_flops, step_flops
+
+TERA = 1e12
+REAL = step_flops(45_104, 42, 3072, 132_120_576)
 
 
 def test_the_real_models_figures():
@@ -8,3 +15,40 @@ def test_the_real_models_figures():
     assert clip_flops(45_104, 42, 3072) == pytest.approx(1479e12, rel=1e-3)
     assert clip_flops(15_074, 42, 3072) == pytest.approx(261e12, rel=4e-3)
     assert clip_flops(9_674, 42, 3072) == pytest.approx(140e12, rel=4e-3)
+
+
+def test_a_step_of_the_real_model():
+    assert REAL.attention / REAL.forward == pytest.approx(0.71, abs=0.005)
+    assert REAL.backward == pytest.approx((429 + 2 * 1050) * TERA, rel=1e-3)
+    assert REAL.counted == pytest.approx(4008 * TERA, rel=1e-3)
+
+
+def test_the_adapter_multiplies_each_number_once_a_token():
+    layers, rank, width = 42 * 4, 128, 3072
+    assert REAL.lora == 2 * 45_104 * layers * rank * 2 * width
+    assert 3 * REAL.lora == pytest.approx(36 * TERA, rel=0.01)
+
+
+def test_what_is_recomputed_is_done_but_not_counted():
+    none, kept, block = (REAL.done(level) for level in ("none", "attention_kept", "block"))
+    assert none == pytest.approx(REAL.counted + 0.5 * REAL.attention + 3 * REAL.lora)
+    assert kept - none == pytest.approx(REAL.linears + REAL.lora)
+    assert block - none == pytest.approx(REAL.forward + REAL.lora)
+    assert REAL.done("block+offload") == block
+
+
+def test_the_work_of_a_block_counted_by_torch():
+    """Forward and backward matrix products of a frozen block with a LoRA."""
+    width, rank, num_text, num_video = 1024, 32, 96, 4000
+    with torch.device("meta"):
+        block = CogVideoXBlock(width, width // 64, 64, time_embed_dim=64).requires_grad_(False)
+        inject_adapter_in_model(LoraConfig(r=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), block)
+        numbers = sum(parameter.numel() for parameter in block.parameters() if parameter.requires_grad)
+        video, text = (torch.zeros(1, num, width, requires_grad=True) for num in (num_video, num_text))
+        with FlopCounterMode(display=False) as forward:
+            outs = block(video, text, torch.zeros(1, 64))
+        with FlopCounterMode(display=False) as backward:
+            torch.autograd.backward([out.sum() for out in outs])
+    flops = step_flops(num_video + num_text, 1, width, numbers)
+    assert forward.get_total_flops() == pytest.approx(flops.forward + flops.lora, rel=1e-3)
+    assert backward.get_total_flops() == pytest.approx(flops.backward + 2 * flops.lora, rel=1e-3)

@@ -19,7 +19,7 @@ world = read_world()
 connect(world, 120)
 ds_config = json.loads(ds_path.read_text())
 model = find_model(str(model_path))
-transformer = load_for_stage(model, torch.float32, ds_config, world.rank)
+transformer = load_for_stage(model, torch.float32, ds_config, world)
 parameters = inject(transformer, 4, 12, 0.0, ("to_q", "to_v", "to_out.0"), seed=0)  # alpha is three times the rank
 engine = start_engine(transformer, parameters, ds_config)
 generator = torch.Generator().manual_seed(1)

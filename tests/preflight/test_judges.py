@@ -235,7 +235,7 @@ def test_exchanges():
 
 
 def trial(**changes):
-    whole = {"bucket": "81x768x1360", "batch_size": 1, "error": "", "estimate": 41 * GB, "device": "cuda",
+    whole = {"bucket": "81x768x1360", "batch_size": 1, "error": "", "estimate": 41 * GB, "device": "cuda", "advice": "",
              "build_s": 3.0, "loss": 1.0, "peak": 40 * GB, "total": 80 * GB, "steps_s": [9.0, 8.0]}  # fmt: skip
     return {"trial": whole | changes}
 
@@ -250,6 +250,9 @@ def test_trial_steps():
     )
     assert full.level == FAIL
     assert "does not fit into memory on rank 1 (n2): 79.0 GB of 80.0 GB taken, the estimate is 41.0 GB" in full.text
+    assert "Try ds_configs/zero3.json" in full.text
+    known = ranks(trial(error="CUDA out of memory", advice="take model.base=nf4"))
+    assert only(judge_trial(known)).text.endswith("CUDA out of memory. take model.base=nf4")
     assert [one.level for one in judge_trial(ranks(trial(), trial(loss=None)))] == [OK, WARN]
 
 

@@ -63,7 +63,7 @@ def setup(**changes):
         Setup(
             buckets=BUCKETS, geometry=V15, batch_sizes=(2, 1, 1), num_ranks=2, accumulation=2,
             zero={"stage": 2, "reduce_bucket_size": 9_437_184}, transformer=REAL, lora=REAL_LORA, vae=COGVIDEOX_VAE,
-            precision="bf16", checkpointing=True,
+            precision="bf16", levels=("block",) * 3,
         ),
         **changes,
     )  # fmt: skip
@@ -196,6 +196,24 @@ def test_tables_are_plain_where_there_is_no_terminal():
     assert "not yet compared with a GPU" in text
     assert "kept activations" in text
     assert "\x1b" in printed(report(), force_terminal=True, width=200)
+
+
+def test_what_does_not_fit_is_said_with_what_would():
+    found = report(gpu_bytes=24e9)
+    sentence = found.buckets[1].shortfall
+    assert sentence.startswith(
+        "81x768x1360, batch 1, will not fit: about 31.6 GB with train.recompute=block, of 24.0 GB on a GPU; "
+    )
+    assert "train.recompute=block+offload (20.5 GB)" in sentence
+    assert sentence in short_report(found)
+    assert re.search(r"81x768x1360 .* block +31\.6 GB, too much", printed(found))
+    assert "<td>block</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
+    # What no clip is in is not spoken of.
+    assert "will not fit" not in short_report(report(ROWS[:1], batch_sizes=(1, 9, 9), gpu_bytes=80e9))
+    fitting = report(gpu_bytes=80e9)
+    assert [one.shortfall for one in fitting.buckets] == [""] * 3
+    assert "a GPU has" in printed(fitting)
+    assert "will not fit" not in printed(report())
 
 
 def test_what_files_are_called_is_shown_and_never_obeyed():

@@ -1,0 +1,218 @@
+"""What the training loop costs on top of a bare step, and DeepSpeed on top of a plain torch loop.
+
+    python benchmarks/loop.py [--sizes tiny,mid] [--precision fp32|bf16] [--steps 6] [--rounds 3]
+
+Trains models of random weights on drawn clips from a warm cache, with the very functions that training calls: plan,
+loader processes, draws, inputs, forward, backward, optimizer, metrics, watchdog. In turn with that, on the same engine
+or the same base weights:
+
+    loop       cogds.loop.train_steps, by its own clock (perf/step_s), with its wait for data (perf/data_wait_s)
+    bare       forward, loss, backward and step of the same engine, on inputs that were prepared
+    inputs     preparing them: the first frame noised and through the VAE, noise, rotary tables
+    plain      as bare, with torch's AdamW and clipping instead of DeepSpeed's engine
+
+The loop's first and last step of each round are left out: loader processes start in the one, and the other prepares no
+next step. Overhead is loop / bare - 1, in all and without the inputs, which are part of the work. Prints a table, then
+one line of JSON.
+"""
+
+import argparse
+import json
+import statistics
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from measuring import (
+    DTYPES,
+    ROOT,
+    SIZES,
+    Size,
+    join,
+    machine,
+    run_config,
+    say_json,
+    say_machine,
+    table,
+    timed,
+)
+
+from cogds.config import replace
+from cogds.core.diffusion import v_loss
+from cogds.data.synthetic import draw_clips
+from cogds.encode import prepare
+from cogds.execution import choose_execution, prepare_blocks
+from cogds.loop import Run, draw, load_batches, train_steps
+from cogds.model.load import find_model, load_transformer
+from cogds.model.lora import inject
+from cogds.model.tiny import create_tiny_model
+from cogds.model.transformer import Transformer
+from cogds.order import make_plan
+from cogds.runtime.checkpoint import Saver
+from cogds.runtime.ds_config import load_ds_config, resolve
+from cogds.runtime.engine import start_engine
+from cogds.runtime.interrupt import Interrupt
+from cogds.runtime.monitor import Monitor
+from cogds.runtime.watchdog import Watchdog
+from cogds.runtime.world import World, disconnect, read_world
+from cogds.step import load_step_builder
+from cogds.survey import make_buckets
+
+WAYS = ("loop", "bare", "inputs", "plain")
+
+
+def model_folder(size: Size, folder: Path) -> Path:
+    """A whole model on disk, with the size's transformer and VAE."""
+    create_tiny_model(folder)
+    if size.name != "tiny":
+        torch.manual_seed(0)
+        for part, of_class, config in (
+            ("transformer", CogVideoXTransformer3DModel, size.transformer),
+            ("vae", AutoencoderKLCogVideoX, size.vae),
+        ):
+            of_class.from_config(config).save_pretrained(folder / part)
+    return folder
+
+
+@dataclass
+class Plain:
+    """A torch loop on base weights that it shares with the engine's transformer."""
+
+    transformer: Any
+    parameters: list[torch.nn.Parameter]
+    optimizer: torch.optim.Optimizer
+
+    @classmethod
+    def beside(cls, other: Transformer, run: Run) -> "Plain":
+        """As `run` trains; other: before its LoRA."""
+        with torch.device("meta"):
+            transformer: Any = Transformer.from_config(run.model.transformer_config)
+        transformer.load_state_dict(other.state_dict(), assign=True)
+        lora, cfg = run.cfg.lora, run.cfg.optimizer
+        transformer.requires_grad_(False)
+        parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, run.cfg.seed)
+        prepare_blocks(transformer.train(), run.execution)
+        transformer.set_level(run.execution.levels[0])
+        optimizer = torch.optim.AdamW(
+            parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay
+        )
+        return cls(transformer, parameters, optimizer)
+
+    def step(self, inputs: dict[str, Any], target: torch.Tensor, max_grad_norm: float) -> None:
+        """Forward, backward, clipping, AdamW."""
+        v_loss(self.transformer(**inputs)[0], target).mean().backward()
+        torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+
+def measure(size: Size, precision: str, num_steps: int, rounds: int, world: World, folder: Path) -> dict[str, Any]:
+    """Seconds of every way, by name, and of the loop's wait for data."""
+    path = model_folder(size, folder / "model")
+    draw_clips(folder / "clips")
+    cfg = run_config(
+        precision, size.lora_rank, f"model.path={path}", f"data.path={folder / 'clips'}",
+        f"data.cache_dir={folder / 'cache'}", f"output_dir={folder / 'run'}", f"data.buckets=[{size.bucket}]",
+        "monitor.progress_bar=false",
+    )  # fmt: skip
+    ds_path = str(ROOT / "ds_configs/zero2.json")
+    model = find_model(cfg.model.path)
+    ds_config, cfg = resolve(load_ds_config(ds_path), cfg, frozenset(), world.size, model.hidden_size, ds_path)
+    Path(cfg.output_dir).mkdir()
+    buckets = make_buckets(cfg, model)
+    data = prepare(cfg, model, buckets, world)
+    plan = make_plan(cfg, data.mixture, buckets, model, world.data_size)
+    execution = choose_execution(cfg, ds_config, model, buckets, plan.local_batch_sizes, world)
+    whole = Run(replace(cfg, {"train.num_steps": 1}), ds_config, model, buckets, world, data, plan, execution, 0)
+    transformer: Any = load_transformer(model, DTYPES[precision], world.device)
+    plain = Plain.beside(transformer, whole)
+    lora = cfg.lora
+    parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
+    prepare_blocks(transformer.train(), execution)
+    engine = start_engine(transformer, parameters, ds_config)
+    builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, DTYPES[precision], world.device)
+    (micro_batch,) = plan.at(0)
+    batch = next(iter(load_batches(whole))).tensors
+    draws = draw(micro_batch, 0, len(builder.alphas_cumprod), cfg, world)
+    inputs, target = builder.build(batch, buckets[0], draws)
+    transformer.set_level(execution.levels[0])
+    watchdog, interrupt = Watchdog(world.rank, 3600.0, folder), Interrupt()
+
+    def bare() -> None:
+        loss = v_loss(engine(**inputs)[0], target).mean()
+        engine.backward(loss)
+        engine.step()
+
+    def loop(first: int) -> list[dict[str, float]]:
+        last = first + num_steps
+        run = Run(replace(cfg, {"train.num_steps": last}), ds_config, model, buckets, world, data, plan, execution,
+                  first)  # fmt: skip
+        monitor = Monitor(world, Path(cfg.output_dir), buckets, first, last, cfg.monitor.every, False)
+        train_steps(run, engine, builder, monitor, Saver(), lambda _: None, interrupt, watchdog)
+        lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
+        return [json.loads(line) for line in lines[first + 1 : last - 1]]
+
+    ways: dict[str, Callable[[], object]] = {
+        "bare": bare,
+        "inputs": lambda: builder.build(batch, buckets[0], draws),
+        "plain": lambda: plain.step(inputs, target, cfg.optimizer.max_grad_norm),
+    }
+    for call in ways.values():
+        call()
+    seconds: dict[str, list[float]] = {way: [] for way in WAYS}
+    waits: list[float] = []
+    for number in range(rounds):
+        records = loop(number * num_steps)
+        seconds["loop"] += [one["perf/step_s"] for one in records]
+        waits += [one["perf/data_wait_s"] for one in records]
+        for way, call in ways.items():
+            seconds[way] += [timed(call, world.device) for _ in range(num_steps - 2)]
+    watchdog.close()
+    engine.destroy()
+    found = {way: round(statistics.median(every), 5) for way, every in seconds.items()}
+    spread = {way: [round(min(every), 5), round(max(every), 5)] for way, every in seconds.items()}
+    return {
+        "size": size.name, "bucket": size.bucket, "level": execution.levels[0], "median_s": found, "spread_s": spread,
+        "num_counted": len(seconds["loop"]),
+        "loop_overhead": round(found["loop"] / found["bare"] - 1, 4),
+        "loop_overhead_without_inputs": round((found["loop"] - found["inputs"]) / found["bare"] - 1, 4),
+        "data_wait_share": round(sum(waits) / sum(seconds["loop"]), 5),
+        "engine_overhead": round(found["bare"] / found["plain"] - 1, 4),
+    }  # fmt: skip
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table, print the line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--sizes", type=lambda text: text.split(","), default=["tiny", "mid"], help="tiny, mid")
+    parser.add_argument("--precision", default="fp32", choices=DTYPES)
+    parser.add_argument("--steps", type=int, default=6, help="of the loop in each round, at least 3; two do not count")
+    parser.add_argument("--rounds", type=int, default=3)
+    args = parser.parse_args(argv)
+    world = read_world()
+    facts = machine(world.device)
+    join(world)
+    say_machine(facts)
+    rows = []
+    for name in args.sizes:
+        with tempfile.TemporaryDirectory() as folder:
+            rows.append(measure(SIZES[name], args.precision, args.steps, args.rounds, world, Path(folder)))
+    head = ("size", "bucket", *(f"{way} s" for way in WAYS), "loop over bare", "less inputs", "data wait",
+            "engine over plain")  # fmt: skip
+    shares = ("loop_overhead", "loop_overhead_without_inputs", "data_wait_share", "engine_overhead")
+    cells = [
+        [row["size"], row["bucket"], *(f"{row['median_s'][way]:.4f}" for way in WAYS),
+         *(f"{row[name]:.2%}" for name in shares)]
+        for row in rows
+    ]  # fmt: skip
+    print(table(head, cells))
+    say_json("loop", facts, precision=args.precision, rows=rows)
+
+
+if __name__ == "__main__":
+    main()
+    disconnect()

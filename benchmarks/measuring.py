@@ -1,0 +1,487 @@
+"""What the speed benchmarks share: models of random weights, our training step on them, honest timing, tables.
+
+It needs neither decoders nor Parquet: torch, diffusers, peft and DeepSpeed are enough.
+"""
+
+import contextlib
+import ctypes
+import gc
+import json
+import os
+import platform
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import torch  # noqa: E402
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E402
+from torch.nn import attention  # noqa: E402
+
+from cogds.config import RunConfig, load_config  # noqa: E402
+from cogds.core.cost import StepFlops, step_flops  # noqa: E402
+from cogds.core.diffusion import v_loss  # noqa: E402
+from cogds.core.geometry import ClipShape, ModelGeometry, latent_frames, num_tokens  # noqa: E402
+from cogds.core.memory import LoraSize, TransformerSize, VaeSize, rotary_table_bytes, training_memory  # noqa: E402
+from cogds.model.attention import use  # noqa: E402
+from cogds.model.load import ModelFolder, empty_transformer  # noqa: E402
+from cogds.model.lora import inject, resolve_targets  # noqa: E402
+from cogds.runtime.ds_config import load_ds_config, resolve  # noqa: E402
+from cogds.runtime.engine import build_for_stage, start_engine  # noqa: E402
+from cogds.runtime.world import World, connect, connected  # noqa: E402
+from cogds.step import Draws, StepBuilder  # noqa: E402
+
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+# Dense bf16 TFLOP/s, as the vendor gives them.
+PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0}
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
+
+_V15 = {
+    "patch_size": 2,
+    "patch_size_t": 2,
+    "sample_frames": 81,
+    "use_rotary_positional_embeddings": True,
+    "patch_bias": False,
+}
+_VAE = {"temporal_compression_ratio": 4, "scaling_factor": 0.7, "invert_scale_latents": True}
+_VAE |= {f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * 4 for way in ("down", "up")}
+
+
+@dataclass(frozen=True)
+class Size:
+    """A CogVideoX-1.5 image-to-video model: configs of its parts, the bucket and the LoRA rank that suit it."""
+
+    name: str
+    transformer: dict[str, Any]
+    vae: dict[str, Any]
+    bucket: str
+    lora_rank: int
+
+
+SIZES = {
+    one.name: one
+    for one in (
+        # The demo's.
+        Size(
+            "tiny",
+            _V15 | {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 16, "out_channels": 8,
+                    "time_embed_dim": 32, "ofs_embed_dim": 32, "text_embed_dim": 32, "num_layers": 2,
+                    "sample_width": 60, "sample_height": 60, "max_text_seq_length": 32},
+            _VAE | {"block_out_channels": (8, 8, 8, 8), "latent_channels": 8, "layers_per_block": 1,
+                    "norm_num_groups": 2},
+            "17x64x96", 8,
+        ),
+        # A quarter of the real one's width and 12 of its 42 blocks: 0.14 billion parameters. The VAE's channels are
+        # such that encoding a clip is a quarter of the step's arithmetic, as it is for the real one.
+        Size(
+            "mid",
+            _V15 | {"num_attention_heads": 12, "attention_head_dim": 64, "in_channels": 16, "out_channels": 8,
+                    "time_embed_dim": 512, "ofs_embed_dim": 512, "text_embed_dim": 32, "num_layers": 12,
+                    "sample_width": 60, "sample_height": 60, "max_text_seq_length": 32},
+            _VAE | {"block_out_channels": (12, 24, 24, 48), "latent_channels": 8, "layers_per_block": 3,
+                    "norm_num_groups": 4},
+            "17x192x256", 32,
+        ),
+        # CogVideoX1.5-5B-I2V: 5,571,594,880 parameters.
+        Size(
+            "real",
+            _V15 | {"num_attention_heads": 48, "attention_head_dim": 64, "in_channels": 32, "out_channels": 16,
+                    "time_embed_dim": 512, "ofs_embed_dim": 512, "text_embed_dim": 4096, "num_layers": 42,
+                    "sample_width": 170, "sample_height": 96, "max_text_seq_length": 224},
+            _VAE | {"block_out_channels": (128, 256, 256, 512), "latent_channels": 16, "layers_per_block": 3,
+                    "norm_num_groups": 32},
+            "81x768x1360", 128,
+        ),
+    )
+}  # fmt: skip
+
+
+def model_of(size: Size) -> ModelFolder:
+    """The model as if it had been found in a folder; its weights are random, so nothing is read from there."""
+    geometry = ModelGeometry.from_configs(size.transformer, size.vae)
+    return ModelFolder(Path(f"random-{size.name}"), dict(size.transformer), dict(size.vae), geometry)
+
+
+def run_config(precision: str, lora_rank: int, *overrides: str) -> RunConfig:
+    """The defaults, with what a benchmark must say."""
+    needed = ["model.path=random", "data.path=random", f"train.precision={precision}", f"lora.rank={lora_rank}"]
+    return load_config(None, [*needed, f"lora.alpha={lora_rank}", *overrides])[0]
+
+
+def deepspeed_config(name: str, cfg: RunConfig, model: ModelFolder, world: World) -> dict[str, Any]:
+    """One of ds_configs/, in line with the run config. name: `zero2`."""
+    path = str(ROOT / "ds_configs" / f"{name}.json")
+    return resolve(load_ds_config(path), cfg, frozenset(), world.size, model.hidden_size, path)[0]
+
+
+def join(world: World) -> None:
+    """Join the process group, where that has not been done."""
+    if not connected():
+        connect(world, 600.0)
+
+
+def alphas_cumprod() -> torch.Tensor:
+    """The schedule of CogVideoX-1.5."""
+    return CogVideoXDDIMScheduler(
+        beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
+        rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0, set_alpha_to_one=True,
+    ).alphas_cumprod  # fmt: skip
+
+
+def random_vae(size: Size, dtype: torch.dtype, device: torch.device) -> Any:
+    """The VAE with random weights, frozen."""
+    torch.manual_seed(0)
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(dtype)
+    try:
+        with torch.device(device):
+            return AutoencoderKLCogVideoX.from_config(size.vae).requires_grad_(False).eval()
+    finally:
+        torch.set_default_dtype(before)
+
+
+def random_batch(model: ModelFolder, shape: ClipShape, batch_size: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """A batch as the cache gives it, on the host, of random numbers."""
+    geometry, numbers = model.geometry, torch.Generator().manual_seed(0)
+    height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
+    moments = (batch_size, 2 * geometry.latent_channels, latent_frames(shape.frames, geometry), height, width)
+    text = (batch_size, geometry.text_tokens, model.transformer_config["text_embed_dim"])
+    frame = (batch_size, 3, shape.height, shape.width)
+    return {
+        "moments": torch.randn(moments, generator=numbers).to(dtype),
+        "first_frame": torch.randint(0, 256, frame, generator=numbers, dtype=torch.uint8),
+        "text_states": torch.randn(text, generator=numbers).to(dtype),
+    }
+
+
+class Trainer:
+    """Our training on a model of random weights: engine, step builder, and a batch of every bucket."""
+
+    def __init__(
+        self,
+        size: Size,
+        cfg: RunConfig,
+        ds_name: str,
+        world: World,
+        transformer: Any = None,
+        vae: Any = None,
+    ):
+        """ds_name: of ds_configs/. transformer: one to be trained instead of a new one; its LoRA is added here."""
+        self.size, self.cfg, self.world, self.device = size, cfg, world, world.device
+        self.model, self.dtype = model_of(size), DTYPES[cfg.train.precision]
+        ds_config = deepspeed_config(ds_name, cfg, self.model, world)
+        torch.manual_seed(0)
+        self.transformer = transformer or build_for_stage(
+            self.model, self.dtype, ds_config, self.device, cfg.model.base, cfg.model.matmul
+        )
+        parameters = inject(self.transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, cfg.seed)
+        self.num_lora = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        self.transformer.train()
+        self.engine = start_engine(self.transformer, parameters, ds_config)
+        no_caption = torch.zeros(
+            self.model.geometry.text_tokens, size.transformer["text_embed_dim"], dtype=self.dtype, device=self.device
+        )
+        vae = vae or random_vae(size, self.dtype, self.device)
+        self.builder = StepBuilder(
+            vae, self.model.geometry, cfg.conditioning, alphas_cumprod(), no_caption, self.device
+        )
+        self._compiled: list[Any] = []
+        self._batches: dict[tuple[ClipShape, int], dict[str, torch.Tensor]] = {}
+
+    def inputs(self, shape: ClipShape, batch_size: int = 1) -> tuple[dict[str, Any], torch.Tensor]:
+        """The transformer's arguments and the target, made anew as in every step."""
+        if (shape, batch_size) not in self._batches:
+            self._batches[shape, batch_size] = random_batch(self.model, shape, batch_size, self.dtype)
+        kept = torch.zeros(batch_size, dtype=torch.bool)
+        slots = range(self.world.rank * batch_size, (self.world.rank + 1) * batch_size)
+        draws = Draws(torch.full((batch_size,), 500), kept, kept, self.cfg.seed, 0, slots)
+        return self.builder.build(self._batches[shape, batch_size], shape, draws)
+
+    def train(self, inputs: Mapping[str, Any], target: torch.Tensor) -> torch.Tensor:
+        """Forward, backward and optimizer step; the loss."""
+        loss = v_loss(self.engine(**inputs)[0], target).mean()
+        self.engine.backward(loss)
+        self.engine.step()
+        return loss.detach()
+
+    def step(self, shape: ClipShape, batch_size: int = 1) -> torch.Tensor:
+        """One whole step: first frame through the VAE, noise, forward, backward, optimizer."""
+        return self.train(*self.inputs(shape, batch_size))
+
+    def set_compiled(self, compiled: bool) -> None:
+        """Run the blocks compiled, or as they are. What was compiled once is kept."""
+        if compiled and not self._compiled:
+            self.transformer.compile_blocks()
+            self._compiled = [block._body for block in self.transformer.transformer_blocks]
+        for index, block in enumerate(self.transformer.transformer_blocks):
+            block._body = self._compiled[index] if compiled else block.body
+
+    def flops(self, shape: ClipShape, batch_size: int = 1) -> StepFlops:
+        """What a step of this rank computes."""
+        one = step_flops(
+            num_tokens(shape, self.model.geometry), self.model.num_layers, self.model.hidden_size, self.num_lora
+        )
+        return StepFlops(batch_size * one.linears, batch_size * one.attention, batch_size * one.lora)
+
+    def close(self) -> None:
+        """Give the memory back; the trainer is of no use from here on."""
+        self.engine.destroy()
+        del self.engine, self.transformer, self.builder
+        free(self.device)
+
+
+def estimate_bytes(
+    size: Size, cfg: RunConfig, ds_name: str, shape: ClipShape, batch_size: int, level: str, world: World
+) -> int:
+    """What the memory model says that a step takes of a GPU's allocator: all but the CUDA context."""
+    model = model_of(size)
+    empty = empty_transformer(model)
+    base, layers = sum(parameter.numel() for parameter in empty.parameters()), dict(empty.named_modules())
+    targets = resolve_targets(empty, cfg.lora.target_modules)
+    numbers = sum(cfg.lora.rank * (layers[name].in_features + layers[name].out_features) for name in targets)
+    vae = random_vae(size, torch.float32, torch.device("meta"))
+    estimate = training_memory(
+        shape, batch_size, model.geometry,
+        TransformerSize.from_config(size.transformer, base), LoraSize.from_targets(targets, numbers, cfg.lora.rank),
+        VaeSize.from_config(vae.config, sum(parameter.numel() for parameter in vae.parameters())),
+        deepspeed_config(ds_name, cfg, model, world)["zero_optimization"], world.size, cfg.train.precision, level,
+        rotary_table_bytes(shape, model.geometry), base=cfg.model.base,
+    )  # fmt: skip
+    return estimate.total_bytes - estimate.cuda_context_bytes
+
+
+def set_kernel(kernel: str, device: torch.device) -> None:
+    """Make an attention kernel ready in this process, whatever was ready before. Raises UserError where it is not."""
+    if hasattr(attention, "restore_flash_attention_impl"):
+        attention.restore_flash_attention_impl()
+    use(kernel, device)
+
+
+def wait(device: torch.device) -> None:
+    """Until all that was queued is done."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def free(device: torch.device) -> None:
+    """Give back what nobody uses."""
+    gc.collect()
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        return
+    with contextlib.suppress(OSError, AttributeError):  # glibc's only
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+
+
+def reset_peak(device: torch.device) -> None:
+    """Begin a new peak of memory. On a CPU: of the process's resident memory, where Linux lets it."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+        return
+    with contextlib.suppress(OSError):
+        Path("/proc/self/clear_refs").write_text("5")
+
+
+def peak_bytes(device: torch.device) -> int | None:
+    """The largest memory since `reset_peak`; None where nobody counted."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return _resident("VmHWM")
+
+
+def held_bytes(device: torch.device) -> int | None:
+    """Memory that is in use now."""
+    return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
+
+
+def _resident(field_name: str) -> int | None:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/self/status").read_text().splitlines():
+            if line.startswith(field_name + ":"):
+                return int(line.split()[1]) * 1024
+    return None
+
+
+@dataclass
+class Timing:
+    """Seconds of every counted call, of the first one (which compiles and allocates), and what else was seen."""
+
+    seconds: list[float] = field(default_factory=list)
+    first_s: float | None = None
+    peak: int | None = None
+    error: str = ""
+
+    @property
+    def median_s(self) -> float | None:
+        return statistics.median(self.seconds) if self.seconds else None
+
+    def numbers(self) -> dict[str, Any]:
+        """For a row of JSON."""
+        if not self.seconds:
+            seen = {"first_s": round(self.first_s, 3)} if self.first_s else {}
+            return {"error": self.error or "no time left", **seen}
+        return {
+            "median_s": round(statistics.median(self.seconds), 5),
+            "min_s": round(min(self.seconds), 5),
+            "max_s": round(max(self.seconds), 5),
+            "num_counted": len(self.seconds),
+            "first_s": round(self.first_s or 0.0, 3),
+            "peak_gb": round(self.peak / 1e9, 3) if self.peak else None,
+        }
+
+
+def timed(call: Callable[[], object], device: torch.device) -> float:
+    """Seconds of one call, the device's work included."""
+    wait(device)
+    start = time.perf_counter()
+    call()
+    wait(device)
+    return time.perf_counter() - start
+
+
+def attempt(call: Callable[[], object], device: torch.device, timing: Timing) -> float | None:
+    """Seconds of one call; None where it fails, which `timing` then says. Memory that a failure held is given back."""
+    try:
+        return timed(call, device)
+    except torch.OutOfMemoryError:
+        timing.error = "out of memory"
+    except RuntimeError as error:
+        # Allocators other than torch's own, and kernels that cannot do this shape or GPU.
+        timing.error = "out of memory" if "out of memory" in str(error).lower() else str(error).strip().splitlines()[0]
+    except Exception as error:
+        timing.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
+    timing.seconds.clear()
+    return None
+
+
+def interleaved(
+    calls: Mapping[Any, Callable[[], object]],
+    rounds: int,
+    device: torch.device,
+    recover: Callable[[], object] = lambda: None,
+    deadline: float | None = None,
+) -> dict[Any, Timing]:
+    """Time calls in turn, A B A B ..., `rounds` times, after one call of each that does not count.
+
+    The peak of memory is that of the uncounted call. A call that fails is left out from then on, and `recover` is
+    called. deadline: of time.monotonic(); nothing is begun past it. Says what it does, so that a run which is ended
+    from outside has not been for nothing.
+    """
+    timings = {name: Timing() for name in calls}
+
+    def late() -> bool:
+        return deadline is not None and time.monotonic() > deadline
+
+    for name, call in calls.items():
+        timing = timings[name]
+        if late():
+            timing.error = "no time left"
+            continue
+        reset_peak(device)
+        timing.first_s = attempt(call, device, timing)
+        timing.peak = peak_bytes(device)
+        if timing.first_s is None:
+            recover()
+        memory = f"peak {timing.peak / 1e9:.2f} GB" if timing.peak else ""
+        told = timing.error if timing.first_s is None else f"{timing.first_s:.3f} s, first call"
+        print(f"  {name}: {told}, {memory}", flush=True)
+    for _ in range(rounds):
+        for name, call in calls.items():
+            if timings[name].error or late():
+                continue
+            seconds = attempt(call, device, timings[name])
+            if seconds is None:
+                recover()
+                continue
+            timings[name].seconds.append(seconds)
+            print(f"  {name}: {seconds:.3f} s", flush=True)
+    return timings
+
+
+def matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
+    """What one large matrix product reaches here, the best of a few: a peak for machines that have no data sheet."""
+    size = 8192 if device.type == "cuda" else 1024
+    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
+    best = min(timed(lambda: a @ b, device) for _ in range(6))
+    return 2 * size**3 / best / 1e12
+
+
+def peak_tflops(asked: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
+    """The TFLOP/s that MFU is a share of, and where the number is from."""
+    if asked:
+        return asked, "given"
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
+    for known, tflops in PEAK_TFLOPS.items():
+        if known in name and dtype is torch.bfloat16:
+            return tflops, f"{known}, dense bf16, data sheet"
+    return matmul_tflops(dtype, device), "the best of a few large matrix products here"
+
+
+def machine(device: torch.device) -> dict[str, Any]:
+    """What a figure must name: machine, versions, load, commit."""
+    facts: dict[str, Any] = {
+        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
+        "torch": torch.__version__,
+        "python": platform.python_version(),
+        "threads": torch.get_num_threads(),
+        "load_average": round(os.getloadavg()[0], 2),
+        "commit": _commit(),
+    }
+    if device.type == "cuda":
+        facts["gpu_gb"] = round(torch.cuda.mem_get_info(device)[1] / 1e9, 1)
+    return facts
+
+
+def _cpu() -> str:
+    with contextlib.suppress(OSError):
+        for line in Path("/proc/cpuinfo").read_text().splitlines():
+            if line.startswith("model name"):
+                return f"{line.partition(':')[2].strip()}, {os.cpu_count()} cores"
+    return f"{platform.machine()}, {os.cpu_count()} cores"
+
+
+def _commit() -> str:
+    with contextlib.suppress(OSError, subprocess.SubprocessError):
+        told = [
+            subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout
+            for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "cogds", "benchmarks"))
+        ]
+        return told[0].strip() + (" and changes" if told[1].strip() else "")
+    return "unknown"
+
+
+def say_machine(facts: Mapping[str, Any]) -> None:
+    """One line for people."""
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()), flush=True)
+
+
+def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
+    """Columns as wide as they must be; numbers to the right."""
+    texts = [list(head), *[["-" if cell is None else str(cell) for cell in row] for row in rows]]
+    widths = [max(len(row[column]) for row in texts) for column in range(len(head))]
+    right = [all(row[column][:1] in "-+0123456789" for row in texts[1:]) for column in range(len(head))]
+    return "\n".join(
+        "  ".join(
+            cell.rjust(width) if to_right else cell.ljust(width) for cell, width, to_right in zip(row, widths, right)
+        ).rstrip()
+        for row in texts
+    )
+
+
+def seconds_text(row: Mapping[str, Any]) -> str:
+    """Median, least and most of a row's seconds; or why there are none."""
+    if "median_s" not in row:
+        return row["error"][:40]
+    return f"{row['median_s']:.3f} ({row['min_s']:.3f}-{row['max_s']:.3f})"
+
+
+def say_json(benchmark: str, facts: Mapping[str, Any], **result: Any) -> None:
+    """The last line of every benchmark."""
+    print(json.dumps({"benchmark": benchmark, "machine": dict(facts), **result}), flush=True)

@@ -1,0 +1,264 @@
+"""Our training step against the one that trainers of this model have in common, on identical work in one run.
+
+    python benchmarks/peers.py [--sizes tiny,mid | real] [--precision fp32|bf16] [--levels L,...] [--kernel K]
+        [--compile] [--rounds 5]
+
+The common step, written from its description, on diffusers' own CogVideoXTransformer3DModel: the clip goes through the
+VAE in the loop, the transformer predicts v, x0 follows from it, the loss is the mean square error of x0 weighted by
+1 / (1 - abar); blocks are recomputed whole (`enable_gradient_checkpointing`), attention is torch's, the LoRA is peft's
+as it comes, trained in the transformer's type by torch's AdamW after clipping to norm 1, in a plain torch loop.
+
+Ours is the step that training does: the clip's moments from the cache, DeepSpeed with ZeRO-2, which keeps float32
+masters. Both noise the first frame and encode it, use the same base weights (in memory once), LoRA, batch and attention
+kernel. The common step is measured with the clip's encoding and without it (latents given), ours at every level asked
+for: the first makes the ratios (on a CPU none, on a GPU attention_kept), and block recomputes as much as the common
+step. All take turns.
+
+Memory is the peak of a step, less what the other way's LoRA and optimizer hold meanwhile. On a CPU it is the process's,
+libraries included. Prints a table, then one line of JSON: `ratio` is our seconds over the common step's, of the last
+size.
+"""
+
+import argparse
+import contextlib
+import time
+from typing import Any
+
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from measuring import (
+    DTYPES,
+    SIZES,
+    TARGETS,
+    Size,
+    Trainer,
+    alphas_cumprod,
+    free,
+    held_bytes,
+    interleaved,
+    join,
+    machine,
+    model_of,
+    random_batch,
+    random_vae,
+    run_config,
+    say_json,
+    say_machine,
+    seconds_text,
+    set_kernel,
+    table,
+)
+from peft import LoraConfig
+from torch.nn.attention import sdpa_kernel
+
+from cogds.config import ATTENTION_KERNELS, RECOMPUTE_LEVELS
+from cogds.core.geometry import ClipShape, num_tokens
+from cogds.core.rope import rotary_tables
+from cogds.model.attention import KERNELS
+from cogds.model.load import build_transformer
+from cogds.runtime.world import World, disconnect, read_world
+
+# A clip that costs next to nothing, to bring engines to where they always are.
+SMALL = ClipShape(5, 64, 64)
+
+
+class CommonStep:
+    """The field's step, on base weights that it shares with another transformer of the same config."""
+
+    def __init__(
+        self, size: Size, weights: dict[str, torch.Tensor], vae: Any, rank: int, kernel: str, device: torch.device
+    ):
+        """weights: the base's, by diffusers' names."""
+        self.model, self.shape, self.device, self.vae = model_of(size), ClipShape.parse(size.bucket), device, vae
+        self.dtype, self.backend = next(iter(weights.values())).dtype, KERNELS[kernel][0]
+        with torch.device("meta"):
+            self.transformer: Any = CogVideoXTransformer3DModel.from_config(size.transformer)
+        self.transformer.load_state_dict(weights, assign=True)
+        self.transformer.requires_grad_(False)
+        self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
+        self.transformer.enable_gradient_checkpointing()
+        self.transformer.train()
+        self.parameters = [one for one in self.transformer.parameters() if one.requires_grad]
+        self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-3)
+        self.abar = alphas_cumprod().to(device, torch.float32)
+        self.scale = vae.config.scaling_factor
+        batch = random_batch(self.model, self.shape, 1, self.dtype)
+        self.text = batch["text_states"].to(device)
+        self.frame = batch["first_frame"].to(device, self.dtype) / 127.5 - 1
+        pixels = 3, self.shape.frames, self.shape.height, self.shape.width
+        self.clip = torch.rand(1, *pixels, device=device, dtype=self.dtype) * 2 - 1
+        self.latents = batch["moments"].chunk(2, 1)[0].to(device) * self.scale
+        self.rotary = rotary_tables(self.shape, self.model.geometry, device)
+
+    def allocate(self) -> None:
+        """Let the optimizer make its state."""
+        for parameter in self.parameters:
+            parameter.grad = torch.zeros_like(parameter)
+        self.optimizer.step()
+        self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def encode(self, pixels: torch.Tensor) -> torch.Tensor:
+        """Scaled latents [B, C, F, h, w] of pixels [B, 3, F, H, W]."""
+        return self.vae.encode(pixels).latent_dist.sample() * self.scale
+
+    def predict(self, noisy: torch.Tensor, image: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
+        """v of noisy latents [B, F, C, h, w], beside the first frame's and zeros."""
+        zeros = torch.zeros_like(noisy[:, 1:])
+        ofs = torch.full((1,), 2.0, dtype=self.dtype, device=self.device)
+        return self.transformer(
+            hidden_states=torch.cat([noisy, torch.cat([image, zeros], 1)], 2),
+            encoder_hidden_states=self.text,
+            timestep=timesteps,
+            ofs=ofs,
+            image_rotary_emb=self.rotary,
+            return_dict=False,
+        )[0]
+
+    def loss(
+        self, latents: torch.Tensor, noise: torch.Tensor, image: torch.Tensor, timesteps: torch.Tensor
+    ) -> torch.Tensor:
+        """The weighted mean square error on x0, in the transformer's type throughout."""
+        abar = self.abar[timesteps].view(-1, 1, 1, 1, 1)
+        alpha, sigma = abar.sqrt().to(self.dtype), (1 - abar).sqrt().to(self.dtype)
+        noisy = alpha * latents + sigma * noise
+        x0 = alpha * noisy - sigma * self.predict(noisy, image, timesteps)
+        weights = (1 / (1 - abar)).to(self.dtype)
+        return (weights * (x0 - latents) ** 2).reshape(len(latents), -1).mean(1).mean()
+
+    def step(self, with_vae: bool) -> None:
+        """Encode, noise, forward, backward, optimizer."""
+        with sdpa_kernel(self.backend) if self.backend is not None else contextlib.nullcontext():
+            sigma = torch.exp(-3.0 + 0.5 * torch.randn(1, device=self.device)).to(self.dtype)
+            noised = self.frame + sigma * torch.randn_like(self.frame)
+            image = self.encode(noised[:, :, None]).transpose(1, 2)
+            latents = (self.encode(self.clip) if with_vae else self.latents).transpose(1, 2)
+            padding = -latents.shape[1] % self.model.geometry.patch_size_t
+            latents = torch.cat([latents[:, :1].repeat(1, padding, 1, 1, 1), latents], 1)
+            timesteps = torch.randint(0, len(self.abar), (1,), device=self.device)
+            self.loss(latents, torch.randn_like(latents), image, timesteps).backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            self.optimizer.step()
+            self.optimizer.zero_grad()
+
+
+@torch.no_grad()
+def difference(common: CommonStep, ours: Trainer) -> dict[str, float]:
+    """Whether both do the same: our loss and theirs on the same inputs, and by how much the predictions differ."""
+    inputs, target = ours.inputs(common.shape)
+    prediction = ours.transformer(**inputs)[0]
+    theirs = common.transformer(**{**inputs, "attention_kwargs": None})[0]
+    channels = target.shape[2]
+    noisy, abar = inputs["hidden_states"][:, :, :channels].float(), common.abar[inputs["timestep"]].view(-1, 1, 1, 1, 1)
+    x0, latents = (abar.sqrt() * noisy - (1 - abar).sqrt() * v for v in (theirs.float(), target))
+    return {
+        "v_loss_ours": float((prediction.float() - target).square().mean()),
+        "weighted_x0_loss_common": float(((x0 - latents).square() / (1 - abar)).mean()),
+        "largest_difference": float((prediction - theirs).abs().max() / theirs.abs().max()),
+    }
+
+
+def compare(
+    size: Size,
+    precision: str,
+    levels: list[str],
+    kernel: str,
+    compiled: bool,
+    rounds: int,
+    world: World,
+    deadline: float | None,
+) -> dict[str, Any]:
+    """Both ways on one model: rows by name, ratios, and how alike they are."""
+    device, dtype = world.device, DTYPES[precision]
+    set_kernel(kernel, device)
+    torch.manual_seed(0)
+    base, vae = build_transformer(model_of(size), dtype, device), random_vae(size, dtype, device)
+    weights = base.state_dict()
+    held = [held_bytes(device)]
+    common = CommonStep(size, weights, vae, size.lora_rank, kernel, device)
+    common.allocate()
+    free(device)
+    held.append(held_bytes(device))
+    ours = Trainer(size, run_config(precision, size.lora_rank), "zero2", world, base, vae)
+    ours.transformer.set_kernel(kernel)
+    alike = difference(common, ours)
+    ours.step(SMALL)  # the optimizer makes its state
+    ours.set_compiled(compiled)
+    free(device)
+    held.append(held_bytes(device))
+
+    def our_step(level: str) -> None:
+        ours.transformer.set_level(level)
+        ours.step(common.shape)
+
+    calls = {
+        "common, VAE in the loop": lambda: common.step(True),
+        "common, latents given": lambda: common.step(False),
+        **{f"ours, {level}": lambda level=level: our_step(level) for level in levels},
+    }
+    timings = interleaved(calls, rounds, device, deadline=deadline)
+    rows = {}
+    for name, timing in timings.items():
+        if timing.peak and None not in held:
+            own = held[2] - held[1] if name.startswith("ours") else held[1] - held[0]  # type: ignore[operator]
+            timing.peak -= held[2] - held[0] - own  # type: ignore[operator]
+        rows[name] = timing.numbers()
+    ours.close()
+    found = {"size": size.name, "bucket": size.bucket, "tokens": num_tokens(common.shape, common.model.geometry)}
+    found |= {"rows": rows, "same_work": {name: float(f"{value:.6g}") for name, value in alike.items()}}
+    for name, theirs in (("ratio", "common, VAE in the loop"), ("ratio_without_vae", "common, latents given")):
+        for level in levels:
+            key = name if level == levels[0] else f"{name}_{level}"
+            a, b = timings[f"ours, {level}"].median_s, timings[theirs].median_s
+            found[key] = round(a / b, 4) if a and b else None
+    return found
+
+
+def main(argv: list[str] | None = None) -> None:
+    """Measure, print the table, print the line."""
+    world = read_world()
+    gpu = world.device.type == "cuda"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    sizes = ["real"] if gpu else ["tiny", "mid"]
+    parser.add_argument("--sizes", type=lambda text: text.split(","), default=sizes, help=", ".join(SIZES))
+    parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=DTYPES)
+    levels = ["attention_kept" if gpu else "none", "block"]
+    parser.add_argument("--levels", type=lambda text: text.split(","), default=levels, help=", ".join(RECOMPUTE_LEVELS))
+    parser.add_argument("--kernel", default="torch", choices=ATTENTION_KERNELS, help="of both ways")
+    parser.add_argument("--compile", action="store_true", help="compile our blocks")
+    parser.add_argument("--rounds", type=int, default=2 if gpu else 5)
+    parser.add_argument("--limit-s", type=float, help="begin nothing new after so many seconds")
+    args = parser.parse_args(argv)
+    deadline = time.monotonic() + args.limit_s if args.limit_s else None
+    facts = machine(world.device)
+    join(world)
+    say_machine(facts)
+    results = [
+        compare(
+            SIZES[name], args.precision, args.levels, args.kernel, args.compile, args.rounds, world, deadline
+        )
+        for name in args.sizes
+    ]  # fmt: skip
+    cells = []
+    for result in results:
+        for name, row in result["rows"].items():
+            theirs = result["rows"]["common, VAE in the loop"], result["rows"]["common, latents given"]
+            ratios = [
+                f"{row['median_s'] / one['median_s']:.3f}" if "median_s" in row and "median_s" in one else None
+                for one in theirs
+            ]
+            shape = result["size"], result["bucket"], result["tokens"]
+            cells.append([*shape, name, seconds_text(row), *ratios, row.get("peak_gb")])
+    head = ("size", "bucket", "tokens", "step", "s/step (least-most)", "to common", "to common, no VAE", "peak GB")
+    print(table(head, cells))
+    for result in results:
+        print(f"{result['size']}: same work: {result['same_work']}")
+    named = {"precision": args.precision, "kernel": args.kernel, "compiled": args.compile, "levels": args.levels}
+    last = results[-1]
+    ratios = {name: value for name, value in last.items() if name.startswith("ratio")}
+    say_json("peers", facts, **named, results=results, size=last["size"], **ratios)
+
+
+if __name__ == "__main__":
+    main()
+    disconnect()

@@ -1,0 +1,112 @@
+"""Attention kernels: which there are, which is the fastest here, and the call itself.
+
+All of them compute the same exact softmax attention; none is approximate.
+"""
+
+import contextlib
+import importlib.util
+import time
+from collections.abc import Iterator
+
+import torch
+import torch.nn.functional as F
+from torch.nn import attention
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from cogds.errors import UserError
+
+# By our names: which of torch's backends, and which implementation of its flash backend.
+KERNELS: dict[str, tuple[SDPBackend | None, str | None]] = {
+    "torch": (None, None),  # torch's own choice
+    "flash": (SDPBackend.FLASH_ATTENTION, None),
+    "cudnn": (SDPBackend.CUDNN_ATTENTION, None),
+    "efficient": (SDPBackend.EFFICIENT_ATTENTION, None),
+    "flash3": (SDPBackend.FLASH_ATTENTION, "FA3"),
+    "flash4": (SDPBackend.FLASH_ATTENTION, "FA4"),
+    "math": (SDPBackend.MATH, None),
+}
+_PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
+# Not tried by `fastest`: it keeps the whole S x S matrix.
+_NEVER_CHOSEN = ("math",)
+_REPEATS = 3
+
+
+def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: str = "torch") -> torch.Tensor:
+    """Softmax attention without a mask: query, key, value and result [B, S, H, d]."""
+    backend = KERNELS[kernel][0]
+    with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
+        out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
+    return out.transpose(1, 2)
+
+
+def installed(device: torch.device) -> Iterator[str]:
+    """Kernels whose code is there. Whether they take the model's shapes and this GPU is seen by running them."""
+    for name, (_, implementation) in KERNELS.items():
+        if device.type == "cpu" and name not in ("torch", "flash", "math"):
+            continue
+        if implementation is not None and not _has_implementation(implementation):
+            continue
+        yield name
+
+
+def _has_implementation(implementation: str) -> bool:
+    with contextlib.suppress(ModuleNotFoundError):
+        return hasattr(attention, "activate_flash_attention_impl") and (
+            importlib.util.find_spec(_PACKAGES[implementation]) is not None
+        )
+    return False
+
+
+def use(kernel: str, device: torch.device) -> None:
+    """Make `attend(..., kernel)` possible in this process. Raises UserError naming what is missing."""
+    there = list(installed(device))
+    if kernel not in there:
+        raise UserError(
+            f"model.attention={kernel} is not to be had on this {device.type}: there are {', '.join(there)}"
+        )
+    implementation = KERNELS[kernel][1]
+    if implementation is not None:
+        attention.activate_flash_attention_impl(implementation)
+
+
+def measure(
+    kernel: str, num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> float | None:
+    """Seconds of one forward and backward of attention over a clip, the best of a few; None where it cannot do it."""
+    try:
+        use(kernel, device)
+        query, key, value = (
+            torch.randn(1, num_tokens, num_heads, head_dim, dtype=dtype, device=device, requires_grad=True)
+            for _ in range(3)
+        )
+        gradient, best = torch.randn_like(query), float("inf")
+        for _ in range(_REPEATS):
+            _wait(device)
+            start = time.perf_counter()
+            attend(query, key, value, kernel).backward(gradient)
+            _wait(device)
+            best = min(best, time.perf_counter() - start)
+        return best
+    except (RuntimeError, ImportError, UserError):  # torch's word for a shape, dtype or GPU that a kernel cannot do
+        return None
+    finally:
+        if KERNELS[kernel][1] is not None and hasattr(attention, "restore_flash_attention_impl"):
+            attention.restore_flash_attention_impl()
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def fastest(
+    num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> tuple[str, dict[str, float]]:
+    """The fastest kernel for clips of so many tokens, and the seconds that each took. Runs on this device."""
+    times = {
+        name: seconds
+        for name in installed(device)
+        if name not in _NEVER_CHOSEN
+        and (seconds := measure(name, num_tokens, num_heads, head_dim, dtype, device)) is not None
+    }
+    return min(times, key=lambda name: times[name]), times

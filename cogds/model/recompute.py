@@ -1,0 +1,123 @@
+"""What of a block's activations is kept for the backward pass, and what is computed anew or brought back.
+
+none            everything is kept: the fastest, and by far the largest
+attention_kept  a block's input and its attention's output (with its log-sum-exp) are kept, the rest is recomputed:
+                attention is most of the work of a long clip and little of the memory
+block           a block's input is kept, everything in it is computed twice
+block+offload   and that input waits in pinned host memory, copied while the GPU computes
+"""
+
+import functools
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+_ATEN = torch.ops.aten
+_ATTENTION = {
+    getattr(_ATEN, name).default
+    for name in (
+        "_scaled_dot_product_flash_attention",
+        "_scaled_dot_product_cudnn_attention",
+        "_scaled_dot_product_efficient_attention",
+        "_scaled_dot_product_flash_attention_for_cpu",
+        "_scaled_dot_product_fused_attention_overrideable",
+    )
+    if hasattr(_ATEN, name)
+}
+
+
+def _keep_attention(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run(level: str, function: Callable[..., torch.Tensor], *args: Any, has_dropout: bool = False) -> torch.Tensor:
+    """function(*args), its activations kept as `level` says.
+
+    has_dropout: the random state is kept too, so that the second time drops the same.
+    """
+    if level == "none" or not torch.is_grad_enabled():
+        return function(*args)
+    more: dict[str, Any] = {}
+    if level == "attention_kept":
+        more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=has_dropout, **more)
+
+
+class Offload:
+    """Blocks' inputs in host memory between forward and backward pass.
+
+    `with offload.keep(x)`: what autograd saves of x inside goes to the host on a stream of its own, while the next
+    operations run. In the backward pass each fetch also starts the one that comes next, a block earlier. On a CPU the
+    tensors are copied all the same, so that tests see the same paths.
+    """
+
+    def __init__(self, device: torch.device):
+        self.device = device
+        self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._waiting: list[_Parked] = []  # in the order of the forward pass
+
+    @contextmanager
+    def keep(self, x: torch.Tensor) -> Iterator[None]:
+        """Inside, what is saved of x's memory waits on the host."""
+        storage = x.untyped_storage().data_ptr()
+
+        def pack(tensor: torch.Tensor) -> Any:
+            if tensor.untyped_storage().data_ptr() != storage or tensor.numel() != x.numel():
+                return tensor
+            parked = _Parked(tensor, self.stream)
+            self._waiting.append(parked)
+            return parked
+
+        def unpack(packed: Any) -> torch.Tensor:
+            return self._bring(packed) if isinstance(packed, _Parked) else packed
+
+        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+            yield
+
+    def _bring(self, parked: "_Parked") -> torch.Tensor:
+        tensor = parked.bring(self.stream)
+        if parked in self._waiting:
+            del self._waiting[self._waiting.index(parked) :]
+        if self._waiting:
+            self._waiting[-1].start(self.stream)
+        return tensor
+
+
+class _Parked:
+    """One tensor on the host."""
+
+    def __init__(self, tensor: torch.Tensor, stream: Any):
+        self.device = tensor.device
+        self.back: torch.Tensor | None = None
+        self.ready: Any = None
+        if stream is None:
+            self.host = tensor.detach().clone()
+            return
+        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        with torch.cuda.stream(stream):
+            self.host.copy_(tensor.detach(), non_blocking=True)
+        tensor.record_stream(stream)  # its memory is not given away before it is copied
+
+    def start(self, stream: Any) -> None:
+        """Begin the way back."""
+        if self.back is not None or stream is None:
+            return
+        with torch.cuda.stream(stream):
+            self.back = self.host.to(self.device, non_blocking=True)
+            self.ready = stream.record_event()
+
+    def bring(self, stream: Any) -> torch.Tensor:
+        if stream is None:
+            return self.host
+        self.start(stream)
+        assert self.back is not None
+        assert self.ready is not None
+        current = torch.cuda.current_stream(self.device)
+        current.wait_event(self.ready)
+        self.back.record_stream(current)
+        tensor, self.back = self.back, None
+        return tensor

@@ -1,0 +1,25 @@
+"""The compiled block under ZeRO: the losses are those of the plain one."""
+
+import pytest
+
+from tests.conftest import ROOT
+from tests.dist.conftest import losses
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.mark.parametrize("level", ["none", "attention_kept"])
+@pytest.mark.parametrize("ds", ["zero2", "zero3"])
+def test_losses_are_those_of_the_plain_block(train_once, workshop, warm, ds, level):
+    whole = train_once(ds, ds)
+    done = warm(
+        ROOT / "tests/dist/compiled_script.py",
+        [
+            "--deepspeed", ROOT / f"ds_configs/{ds}.json", "--config", whole / "run.yaml", "model.compile=on",
+            f"train.recompute={level}", f"output_dir={workshop / f'compiled-{ds}-{level}'}",
+        ],
+        ranks=2,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    found, expected = losses(workshop / f"compiled-{ds}-{level}"), losses(whole)
+    assert found == pytest.approx(expected, rel=1e-5)

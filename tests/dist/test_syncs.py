@@ -1,0 +1,34 @@
+"""A step waits for the GPU where DeepSpeed looks whether the gradients are finite, and nowhere in between."""
+
+import json
+from collections import Counter
+
+import pytest
+
+from tests.conftest import ROOT
+
+pytestmark = pytest.mark.dist
+NUM_STEPS = 4
+# The monitor's record of the steps since the last one, and the seed that a loader begins with.
+OWN = {"cogds:monitor.py:<dictcomp>": NUM_STEPS, "cogds:loop.py:load_batches": 1}
+
+
+def test_values_are_read_off_the_device_by_deepspeed_and_the_monitor_only(workshop, tiny_model, warm, tmp_path):
+    reads = tmp_path / "reads.json"
+    done = warm(
+        ROOT / "tests/dist/syncs_script.py",
+        [
+            f"model.path={tiny_model}", f"data.path={workshop / 'clips'}", f"data.cache_dir={workshop / 'cache'}",
+            "data.buckets=[17x64x96, 1x64x64]", f"output_dir={tmp_path / 'run'}", f"train.num_steps={NUM_STEPS}",
+            "train.gradient_accumulation_steps=3", "data.num_workers=0", "lora.rank=4", f"monitor.every={NUM_STEPS}",
+            "train.recompute=attention_kept",
+        ],
+        env={"READS": str(reads)},
+    )  # fmt: skip
+    assert done.returncode == 0, done.stdout[-4000:]
+    steps = json.loads(reads.read_text())
+    places = Counter(place for step in steps for place in step)
+    assert {place: num for place, num in places.items() if not place.startswith("deepspeed:")} == OWN
+    # Once a step, not once a micro-step, and the monitor's only where it is due.
+    assert all(len(step) <= 4 for step in steps[1:-1]), steps
+    assert not any("monitor" in place for step in steps[:-1] for place in step)

@@ -1,0 +1,161 @@
+"""Every speed benchmark at a toy size: it runs, prints its table, and ends with a line of JSON. Nothing is timed."""
+
+import importlib
+import json
+import sys
+
+import pytest
+
+from tests.conftest import ROOT, run_command
+
+# One process for all: most of each is imports.
+SCRIPT = f"""
+import importlib, json, sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+for line in {{lines!r}}:
+    name, *arguments = line.split()
+    print("===", name, flush=True)
+    importlib.import_module(name).main(arguments)
+from cogds.runtime.world import disconnect
+disconnect()
+"""
+LINES = [
+    "step --sizes tiny --rounds 1 --levels block,none --kernels auto,math --deepspeed zero2,zero3 --profile",
+    "peers --sizes tiny --rounds 1 --levels none",
+    "loop --sizes tiny --rounds 1 --steps 3",
+    "scaling --size tiny --rounds 1 --parts tokens,batch,clips,paper --batch-sizes 1,2",
+]
+
+
+@pytest.fixture(scope="module")
+def outputs():
+    """What each benchmark printed, by its name."""
+    done = run_command([sys.executable, "-c", SCRIPT.format(lines=LINES)], 240)
+    assert done.returncode == 0, done.stdout[-4000:]
+    parts = [part.partition("\n") for part in done.stdout.split("=== ")[1:]]
+    return {name: text for name, _, text in parts}
+
+
+def result(outputs, name):
+    """The last line of a benchmark, and the table before it."""
+    *table, last = [line for line in outputs[name].splitlines() if line.strip()]
+    found = json.loads(last)
+    assert found["benchmark"] == name
+    assert {"device", "torch", "commit", "load_average"} <= set(found["machine"])
+    return found, "\n".join(table)
+
+
+def test_step(outputs):
+    found, table = result(outputs, "step")
+    rows = found["rows"]
+    assert [(row["level"], row["kernel"], row["deepspeed"]) for row in rows if row["kernel"] != "math"] == [
+        ("block", rows[0]["kernel"], "zero2"), ("none", rows[0]["kernel"], "zero2"),
+        ("block", rows[0]["kernel"], "zero3"),
+    ]  # fmt: skip
+    assert all(row["median_s"] > 0 and row["mfu"] > 0 and row["estimate_gb"] > 0 for row in rows)
+    assert rows[0]["to_baseline"] == 1.0
+    assert rows[0]["floor_s"] > rows[1]["floor_s"]  # what is recomputed is work too
+    assert set(found["attention_s"]["tiny"]) >= {"torch"}
+    assert "Self CPU" in table
+
+
+def test_peers(outputs):
+    found, table = result(outputs, "peers")
+    assert found["ratio"] > 0
+    assert found["ratio_without_vae"] > 0
+    same = found["results"][0]["same_work"]
+    assert same["v_loss_ours"] == pytest.approx(same["weighted_x0_loss_common"], rel=1e-4)
+    assert same["largest_difference"] < 1e-5
+    assert "common, VAE in the loop" in table
+
+
+def test_loop(outputs):
+    found, table = result(outputs, "loop")
+    (row,) = found["rows"]
+    assert row["median_s"]["loop"] > row["median_s"]["inputs"] > 0
+    assert 0 <= row["data_wait_share"] < 1
+    assert "engine over plain" in table
+
+
+def test_scaling(outputs):
+    found, table = result(outputs, "scaling")
+    assert [(row["bucket"], row["batch_size"]) for row in found["shapes"]] == [
+        ("5x64x64", 1), ("17x64x96", 1), ("5x64x64", 2)
+    ]  # fmt: skip
+    assert [row["num_clips"] for row in found["clips"]] == [1_000, 100_000, 10_000_000]
+    assert "on paper, not measured" in table
+
+
+@pytest.mark.slow
+def test_weak_scaling_starts_its_ranks():
+    command = [sys.executable, ROOT / "benchmarks/scaling.py", "--size", "tiny", "--parts", "ranks", "--rounds", "1"]
+    done = run_command(command, 240)
+    assert done.returncode == 0, done.stdout[-4000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["ranks"]
+    assert [(row["deepspeed"], row["ranks"]) for row in rows] == [
+        ("zero2", 1), ("zero2", 2), ("zero3", 1), ("zero3", 2)
+    ]  # fmt: skip
+    assert all(row["efficiency"] > 0 for row in rows)
+
+
+@pytest.fixture(scope="module")
+def scripts():
+    """The benchmarks as modules, for what they reckon."""
+    sys.path.insert(0, str(ROOT / "benchmarks"))
+    yield importlib.import_module
+    sys.path.remove(str(ROOT / "benchmarks"))
+
+
+def test_a_call_that_fails_is_a_row_and_not_the_end(scripts):
+    import torch
+
+    measuring, recovered, calls = scripts("measuring"), [], []
+
+    def fails():
+        calls.append("fails")
+        if len(calls) > 2:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 1 GiB")
+
+    def cannot():
+        raise RuntimeError("No available kernel. Aborting execution.\nmore")
+
+    timings = measuring.interleaved(
+        {"works": lambda: None, "fails": fails, "cannot": cannot}, 3, torch.device("cpu"), lambda: recovered.append(1)
+    )
+    assert len(timings["works"].seconds) == 3
+    assert timings["fails"].numbers()["error"] == "out of memory"
+    assert timings["cannot"].numbers() == {"error": "No available kernel. Aborting execution."}
+    assert len(calls) == 3
+    assert len(recovered) == 2
+
+
+def test_one_thing_at_a_time_or_every_combination(scripts):
+    step = scripts("step")
+    choices = {
+        "bucket": ["a", "b"], "batch_size": [1], "level": ["block", "none"], "kernel": ["torch"],
+        "compiled": ["off", "on"], "base": ["full"], "matmul": ["full"], "precision": ["bf16"],
+        "deepspeed": ["zero2", "zero3"],
+    }  # fmt: skip
+    single = step.variants(choices, False)
+    assert len(single) == 2 * (1 + 3)
+    assert len(step.variants(choices, True)) == 2 * 2 * 2 * 2
+    groups = list(step.engines(single, single[0]))
+    assert [len(group) for group in groups] == [6, 2]
+    # Each engine measures the baseline's way of running first.
+    assert all((group[0].level, group[0].compiled) == ("block", "off") for group in groups)
+
+
+def test_communication_on_paper(scripts):
+    scaling = scripts("scaling")
+    links = scaling.Links("a test", 8, 100.0, 50.0, hop_us=0.0)
+    assert links.ring_s(8e9, 8) == pytest.approx(8e9 * 7 / 8 / 100e9)
+    assert links.ring_s(8e9, 16) == pytest.approx(8e9 * 15 / 16 / 50e9)  # the node's way out is the narrowest
+    assert links.exchange_s(8e9, 4) == pytest.approx(8e9 * 3 / 4 / 100e9)
+    assert links.exchange_s(8e9, 16) == pytest.approx(8 * 8e9 / 2 / 50e9)  # 8 GPUs send half of theirs out
+    # ZeRO-3 brings every weight twice, ZeRO-2 the LoRA's gradients and new weights once each.
+    lora, base = scaling.LORA_BYTES, scaling.BASE_BYTES
+    assert scaling.communication_s("zero2", 8, links) == pytest.approx(2 * lora * 7 / 8 / 100e9)
+    assert scaling.communication_s("zero3", 8, links) == pytest.approx((2 * base + 3 * lora) * 7 / 8 / 100e9)
+    own = 45_104 / 4 * 3072 * 2
+    more = scaling.communication_s("sequence", 8, links, 4) - scaling.communication_s("zero2", 8, links)
+    assert more == pytest.approx(42 * 12 * own * 3 / 4 / 100e9)

@@ -1,0 +1,135 @@
+"""The largest bucket tried before the first step: when, on what, and what is said where it does not fit."""
+
+from types import SimpleNamespace
+
+import pytest
+import torch
+
+from cogds.config import load_config
+from cogds.core.geometry import ClipShape
+from cogds.core.memory import COGVIDEOX_VAE
+from cogds.errors import UserError
+from cogds.execution import Execution, Setting, Sizes
+from cogds.rehearsal import Rehearsal, _hooks_put_aside, random_batch, rehearse
+from cogds.runtime.world import World
+from tests.core.test_memory import REAL, REAL_LORA, V15
+
+BUCKETS = (ClipShape(9, 64, 96), ClipShape(17, 64, 96), ClipShape(81, 768, 1360))
+
+
+class Model(torch.nn.Module):
+    """One trained number; `error` is what a forward pass raises."""
+
+    def __init__(self, error=None):
+        super().__init__()
+        self.weight, self.error, self.levels, self.shapes = torch.nn.Parameter(torch.ones(())), error, [], []
+
+    def set_level(self, level):
+        self.levels.append(level)
+
+    def forward(self, x):
+        self.shapes.append(tuple(x.shape))
+        torch.rand(3)  # as dropout would
+        if self.error:
+            raise self.error
+        return (x * self.weight,)
+
+
+class Builder:
+    device, no_caption_states, alphas_cumprod = torch.device("cpu"), torch.zeros(226, 8), torch.ones(1000)
+
+    def build(self, batch, shape, draws):
+        assert batch["first_frame"].shape[-2:] == (shape.height, shape.width)
+        assert draws.timesteps.tolist() == [500] * len(batch["moments"])
+        return {"x": batch["moments"].float()}, torch.zeros(batch["moments"].shape)
+
+
+def stage(number, error=None, asked="on", sequence=1):
+    """A run whose largest bucket has no clip, its engine and builder."""
+    cfg, _ = load_config(None, ["model.path=unused", "data.path=unused", f"train.rehearse={asked}"])
+    setting = Setting(V15, Sizes(REAL, REAL_LORA), COGVIDEOX_VAE, {"stage": number}, 1, "bf16")
+    levels, sizes = ("block",) * 3, (1, 2, 1)
+    run = SimpleNamespace(
+        cfg=cfg, world=World(0, 1, 0, 1, sequence), buckets=BUCKETS, model=SimpleNamespace(geometry=V15),
+        data=SimpleNamespace(index=SimpleNamespace(sizes=((5,), (0, 1), (0, 0)))),
+        ds_config={"zero_optimization": {"stage": number}}, plan=SimpleNamespace(local_batch_sizes=sizes),
+        execution=Execution(
+            "torch", False, levels, (), tuple(map(setting.estimate, BUCKETS, sizes, levels)), 24e9, ("", "", "")
+        ),
+    )  # fmt: skip
+    engine = SimpleNamespace(
+        module=Model(error), device=torch.device("cpu"), torch_autocast_enabled=lambda: False,
+        torch_autocast_dtype=lambda: None,
+        optimizer=SimpleNamespace(parameter_offload=SimpleNamespace(release_backward_leftovers=lambda: None)),
+    )  # fmt: skip
+    return run, engine, Builder()
+
+
+@pytest.mark.parametrize("number, passes", [(2, 1), (3, 2)])
+def test_the_largest_bucket_that_has_clips_is_tried_and_leaves_no_trace(number, passes):
+    run, engine, builder = stage(number)
+    before = torch.get_rng_state()
+    found = rehearse(run, engine, builder)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert engine.module.weight.grad is None
+    assert engine.module.levels == ["block"]
+    assert engine.module.shapes == [(2, 32, 5, 8, 12)] * passes
+    assert (found.shape, found.batch_size, found.level) == (BUCKETS[1], 2, "block")
+    assert found.predicted_bytes == run.execution.estimates[1].total_bytes - 1_000_000_000
+    assert set(found.scalars()) == {"memory/predicted_gb"}
+    assert "tried 17x64x96, batch 2, recompute block" in str(found)
+
+
+def test_it_is_for_gpus_unless_asked_for():
+    assert rehearse(*stage(2, asked="auto")) is rehearse(*stage(2, asked="off")) is None
+
+
+@pytest.mark.parametrize("number, sequence", [(2, 1), (3, 1), (2, 2)])
+def test_what_does_not_fit_is_said(number, sequence):
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more")
+    run, engine, builder = stage(number, error, sequence=sequence)
+    with pytest.raises(UserError) as raised:
+        rehearse(run, engine, builder)
+    text = str(raised.value)
+    assert text.startswith("17x64x96, batch 2, with train.recompute=block does not fit into the memory of rank 0 (CUDA")
+    assert "allocate 20 GiB)" in text
+    assert "of 24.0 GB" in text
+    with pytest.raises(RuntimeError, match="another thing"):
+        rehearse(*stage(number, RuntimeError("another thing"), sequence=sequence))
+
+
+def test_all_ranks_raise_where_one_fails(monkeypatch):
+    monkeypatch.setattr("cogds.rehearsal.any_rank", lambda *_: (True,))
+    with pytest.raises(UserError, match="does not fit into the memory of another rank, found before the first step"):
+        rehearse(*stage(2))
+
+
+def test_hooks_of_zero3_are_put_aside_and_come_back():
+    module, calls = torch.nn.Linear(2, 2), []
+    module.register_full_backward_hook(lambda *_: calls.append(1))
+
+    def backward(number):
+        with _hooks_put_aside(module, number):
+            x = torch.ones(1, 2, requires_grad=True)
+            torch.autograd.grad(module(x).sum(), [module.weight, x])
+        return len(calls)
+
+    assert [backward(number) for number in (2, 3, 2)] == [1, 1, 2]
+
+
+def test_random_batches_are_as_the_cache_gives_them_and_always_the_same():
+    one, other = (random_batch(ClipShape(17, 64, 96), 2, V15, 8, "bf16") for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in one.items()} == {
+        "moments": ((2, 32, 5, 8, 12), torch.bfloat16), "first_frame": ((2, 3, 64, 96), torch.uint8),
+        "text_states": ((2, 226, 8), torch.bfloat16),
+    }  # fmt: skip
+
+
+def test_prediction_beside_measurement():
+    found = Rehearsal(ClipShape(81, 768, 1360), 1, "attention_kept", 44_000_000_000, 40_000_000_000, 31.5)
+    assert str(found) == (
+        "tried 81x768x1360, batch 1, recompute attention_kept, in 31.5 s: 40.0 GB of tensors at the peak, 44.0 GB "
+        "predicted (+10%)"
+    )
+    assert found.scalars() == {"memory/predicted_gb": 44.0, "memory/measured_gb": 40.0}

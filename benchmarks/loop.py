@@ -1,19 +1,19 @@
 """What the training loop costs on top of a bare step, and DeepSpeed on top of a plain torch loop.
 
-    python benchmarks/loop.py [--sizes tiny,mid] [--precision fp32|bf16] [--steps 6] [--rounds 3]
+    python benchmarks/loop.py [--sizes tiny,mid] [--bucket FxHxW] [--precision fp32|bf16] [--steps 12]
 
 Trains models of random weights on drawn clips from a warm cache, with the very functions that training calls: plan,
-loader processes, draws, inputs, forward, backward, optimizer, metrics, watchdog. In turn with that, on the same engine
-or the same base weights:
+loader processes, draws, inputs, forward, backward, optimizer, metrics, watchdog. Between two of its steps each of the
+others is taken once, on the same engine or the same base weights:
 
-    loop       cogds.loop.train_steps, by its own clock (perf/step_s), with its wait for data (perf/data_wait_s)
+    loop       cogds.loop.train_steps, from the start of one step to that of the next
     bare       forward, loss, backward and step of the same engine, on inputs that were prepared
     inputs     preparing them: the first frame noised and through the VAE, noise, rotary tables
     plain      as bare, with torch's AdamW and clipping instead of DeepSpeed's engine
 
-The loop's first and last step of each round are left out: loader processes start in the one, and the other prepares no
-next step. Overhead is loop / bare - 1, in all and without the inputs, which are part of the work. Prints a table, then
-one line of JSON.
+The loop's first step and its last are left out: loader processes start in the one, and the last prepares no next step.
+The wait for data is of the same number of steps once more, with nothing between them. Overhead is loop / bare - 1, in
+all and without the inputs, which are part of the work. Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -28,6 +28,7 @@ from typing import Any
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from measuring import (
+    CLOCKS,
     DTYPES,
     ROOT,
     SIZES,
@@ -110,13 +111,34 @@ class Plain:
         self.optimizer.zero_grad()
 
 
-def measure(size: Size, precision: str, num_steps: int, rounds: int, world: World, folder: Path) -> dict[str, Any]:
+class Marks:
+    """A watchdog that notes how long each step takes, and calls `between` where one ends and the next begins."""
+
+    def __init__(self, watchdog: Watchdog, clock: str, between: Callable[[], object]):
+        self.watchdog, self.now, self.between = watchdog, CLOCKS[clock], between
+        self.steps_s: list[float] = []
+        self.begun: float | None = None
+
+    def watch(self, what: Callable[[], str]) -> None:
+        if self.begun is not None:
+            self.steps_s.append(self.now() - self.begun)
+        self.between()
+        self.watchdog.watch(what)
+        self.begun = self.now()
+
+    def rest(self) -> None:
+        self.watchdog.rest()
+
+
+def measure(
+    size: Size, bucket: str, precision: str, num_steps: int, clock: str, world: World, folder: Path
+) -> dict[str, Any]:
     """Seconds of every way, by name, and of the loop's wait for data."""
     path = model_folder(size, folder / "model")
     draw_clips(folder / "clips")
     cfg = run_config(
         precision, size.lora_rank, f"model.path={path}", f"data.path={folder / 'clips'}",
-        f"data.cache_dir={folder / 'cache'}", f"output_dir={folder / 'run'}", f"data.buckets=[{size.bucket}]",
+        f"data.cache_dir={folder / 'cache'}", f"output_dir={folder / 'run'}", f"data.buckets=[{bucket}]",
         "monitor.progress_bar=false",
     )  # fmt: skip
     ds_path = str(ROOT / "ds_configs/zero2.json")
@@ -147,40 +169,44 @@ def measure(size: Size, precision: str, num_steps: int, rounds: int, world: Worl
         engine.backward(loss)
         engine.step()
 
-    def loop(first: int) -> list[dict[str, float]]:
+    def loop(first: int, between: Callable[[], object]) -> list[float]:
         last = first + num_steps
         run = Run(replace(cfg, {"train.num_steps": last}), ds_config, model, buckets, world, data, plan, execution,
                   first)  # fmt: skip
         monitor = Monitor(world, Path(cfg.output_dir), buckets, first, last, cfg.monitor.every, False)
-        train_steps(run, engine, builder, monitor, Saver(), lambda _: None, interrupt, watchdog)
-        lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
-        return [json.loads(line) for line in lines[first + 1 : last - 1]]
+        marks: Any = Marks(watchdog, clock, between)
+        train_steps(run, engine, builder, monitor, Saver(), lambda _: None, interrupt, marks)
+        return marks.steps_s[1 : num_steps - 1]
 
-    ways: dict[str, Callable[[], object]] = {
+    others: dict[str, Callable[[], object]] = {
         "bare": bare,
         "inputs": lambda: builder.build(batch, buckets[0], draws),
         "plain": lambda: plain.step(inputs, target, cfg.optimizer.max_grad_norm),
     }
-    for call in ways.values():
-        call()
     seconds: dict[str, list[float]] = {way: [] for way in WAYS}
-    waits: list[float] = []
-    for number in range(rounds):
-        records = loop(number * num_steps)
-        seconds["loop"] += [one["perf/step_s"] for one in records]
-        waits += [one["perf/data_wait_s"] for one in records]
-        for way, call in ways.items():
-            seconds[way] += [timed(call, world.device) for _ in range(num_steps - 2)]
+
+    def each_once() -> None:
+        for way, call in others.items():
+            seconds[way].append(timed(call, world.device, clock))
+
+    each_once()  # allocates
+    for every in seconds.values():
+        every.clear()
+    seconds["loop"] = loop(0, each_once)
+    loop(num_steps, lambda: None)
+    lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
+    records = [json.loads(line) for line in lines[num_steps + 1 : 2 * num_steps - 1]]
+    wait = sum(one["perf/data_wait_s"] for one in records) / sum(one["perf/step_s"] for one in records)
     watchdog.close()
     engine.destroy()
     found = {way: round(statistics.median(every), 5) for way, every in seconds.items()}
     spread = {way: [round(min(every), 5), round(max(every), 5)] for way, every in seconds.items()}
     return {
-        "size": size.name, "bucket": size.bucket, "level": execution.levels[0], "median_s": found, "spread_s": spread,
+        "size": size.name, "bucket": bucket, "level": execution.levels[0], "median_s": found, "spread_s": spread,
         "num_counted": len(seconds["loop"]),
         "loop_overhead": round(found["loop"] / found["bare"] - 1, 4),
         "loop_overhead_without_inputs": round((found["loop"] - found["inputs"]) / found["bare"] - 1, 4),
-        "data_wait_share": round(sum(waits) / sum(seconds["loop"]), 5),
+        "data_wait_share": round(wait, 5),
         "engine_overhead": round(found["bare"] / found["plain"] - 1, 4),
     }  # fmt: skip
 
@@ -190,8 +216,9 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=["tiny", "mid"], help="tiny, mid")
     parser.add_argument("--precision", default="fp32", choices=DTYPES)
-    parser.add_argument("--steps", type=int, default=6, help="of the loop in each round, at least 3; two do not count")
-    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--bucket", help="FRAMESxHEIGHTxWIDTH; none: each size's own")
+    parser.add_argument("--steps", type=int, default=12, help="of the loop, at least 3; two do not count")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
     args = parser.parse_args(argv)
     world = read_world()
     facts = machine(world.device)
@@ -200,7 +227,9 @@ def main(argv: list[str] | None = None) -> None:
     rows = []
     for name in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
-            rows.append(measure(SIZES[name], args.precision, args.steps, args.rounds, world, Path(folder)))
+            size = SIZES[name]
+            bucket = args.bucket or size.bucket
+            rows.append(measure(size, bucket, args.precision, args.steps, args.clock, world, Path(folder)))
     head = ("size", "bucket", *(f"{way} s" for way in WAYS), "loop over bare", "less inputs", "data wait",
             "engine over plain")  # fmt: skip
     shares = ("loop_overhead", "loop_overhead_without_inputs", "data_wait_share", "engine_overhead")
@@ -210,7 +239,7 @@ def main(argv: list[str] | None = None) -> None:
         for row in rows
     ]  # fmt: skip
     print(table(head, cells))
-    say_json("loop", facts, precision=args.precision, rows=rows)
+    say_json("loop", facts, precision=args.precision, clock=args.clock, rows=rows)
 
 
 if __name__ == "__main__":

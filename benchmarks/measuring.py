@@ -41,6 +41,8 @@ from cogds.step import Draws, StepBuilder  # noqa: E402
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 # Dense bf16 TFLOP/s, as the vendor gives them.
 PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0}
+# For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
+CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
 _V15 = {
@@ -259,7 +261,7 @@ def estimate_bytes(
 
 def set_kernel(kernel: str, device: torch.device) -> None:
     """Make an attention kernel ready in this process, whatever was ready before. Raises UserError where it is not."""
-    if hasattr(attention, "restore_flash_attention_impl"):
+    if getattr(attention, "current_flash_attention_impl", lambda: None)():
         attention.restore_flash_attention_impl()
     use(kernel, device)
 
@@ -337,19 +339,20 @@ class Timing:
         }
 
 
-def timed(call: Callable[[], object], device: torch.device) -> float:
-    """Seconds of one call, the device's work included."""
+def timed(call: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
+    """Seconds of one call, the device's work included. clock: of `CLOCKS`."""
+    now = CLOCKS[clock]
     wait(device)
-    start = time.perf_counter()
+    start = now()
     call()
     wait(device)
-    return time.perf_counter() - start
+    return now() - start
 
 
-def attempt(call: Callable[[], object], device: torch.device, timing: Timing) -> float | None:
-    """Seconds of one call; None where it fails, which `timing` then says. Memory that a failure held is given back."""
+def attempt(call: Callable[[], object], device: torch.device, timing: Timing, clock: str = "wall") -> float | None:
+    """Seconds of one call; None where it fails, which `timing` then says."""
     try:
-        return timed(call, device)
+        return timed(call, device, clock)
     except torch.OutOfMemoryError:
         timing.error = "out of memory"
     except RuntimeError as error:
@@ -367,6 +370,7 @@ def interleaved(
     device: torch.device,
     recover: Callable[[], object] = lambda: None,
     deadline: float | None = None,
+    clock: str = "wall",
 ) -> dict[Any, Timing]:
     """Time calls in turn, A B A B ..., `rounds` times, after one call of each that does not count.
 
@@ -385,7 +389,7 @@ def interleaved(
             timing.error = "no time left"
             continue
         reset_peak(device)
-        timing.first_s = attempt(call, device, timing)
+        timing.first_s = attempt(call, device, timing, clock)
         timing.peak = peak_bytes(device)
         if timing.first_s is None:
             recover()
@@ -396,7 +400,7 @@ def interleaved(
         for name, call in calls.items():
             if timings[name].error or late():
                 continue
-            seconds = attempt(call, device, timings[name])
+            seconds = attempt(call, device, timings[name], clock)
             if seconds is None:
                 recover()
                 continue

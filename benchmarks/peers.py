@@ -27,6 +27,7 @@ from typing import Any
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from measuring import (
+    CLOCKS,
     DTYPES,
     SIZES,
     TARGETS,
@@ -167,6 +168,7 @@ def compare(
     rounds: int,
     world: World,
     deadline: float | None,
+    clock: str,
 ) -> dict[str, Any]:
     """Both ways on one model: rows by name, ratios, and how alike they are."""
     device, dtype = world.device, DTYPES[precision]
@@ -196,7 +198,7 @@ def compare(
         "common, latents given": lambda: common.step(False),
         **{f"ours, {level}": lambda level=level: our_step(level) for level in levels},
     }
-    timings = interleaved(calls, rounds, device, deadline=deadline)
+    timings = interleaved(calls, rounds, device, deadline=deadline, clock=clock)
     rows = {}
     for name, timing in timings.items():
         if timing.peak and None not in held:
@@ -227,6 +229,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kernel", default="torch", choices=ATTENTION_KERNELS, help="of both ways")
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--rounds", type=int, default=2 if gpu else 5)
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
     parser.add_argument("--limit-s", type=float, help="begin nothing new after so many seconds")
     args = parser.parse_args(argv)
     deadline = time.monotonic() + args.limit_s if args.limit_s else None
@@ -235,7 +238,8 @@ def main(argv: list[str] | None = None) -> None:
     say_machine(facts)
     results = [
         compare(
-            SIZES[name], args.precision, args.levels, args.kernel, args.compile, args.rounds, world, deadline
+            SIZES[name], args.precision, args.levels, args.kernel, args.compile, args.rounds, world, deadline,
+            args.clock,
         )
         for name in args.sizes
     ]  # fmt: skip
@@ -254,6 +258,7 @@ def main(argv: list[str] | None = None) -> None:
     for result in results:
         print(f"{result['size']}: same work: {result['same_work']}")
     named = {"precision": args.precision, "kernel": args.kernel, "compiled": args.compile, "levels": args.levels}
+    named |= {"clock": args.clock}
     last = results[-1]
     ratios = {name: value for name, value in last.items() if name.startswith("ratio")}
     say_json("peers", facts, **named, results=results, size=last["size"], **ratios)

@@ -31,6 +31,7 @@ from typing import Any
 
 import torch
 from measuring import (
+    CLOCKS,
     DTYPES,
     SIZES,
     Size,
@@ -153,6 +154,7 @@ def measure(
     peak: float,
     world: World,
     deadline: float | None = None,
+    clock: str = "wall",
     profiled: bool = False,
 ) -> list[dict[str, Any]]:
     """A row for every variant, in their order."""
@@ -166,7 +168,7 @@ def measure(
         assert measured.trainer is not None
         num_lora = measured.trainer.num_lora
         calls = {one: measured.call(one) for one in group}
-        timings = interleaved(calls, rounds, world.device, measured.build, deadline)
+        timings = interleaved(calls, rounds, world.device, measured.build, deadline, clock)
         if profiled and group[0] == found[0]:
             say_profile(calls[group[0]], world.device)
         measured.close()
@@ -266,6 +268,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precisions", type=listed, default=["bf16" if gpu else "fp32"], help=", ".join(DTYPES))
     parser.add_argument("--deepspeed", type=listed, default=["zero2"], help="names of files in ds_configs/")
     parser.add_argument("--profile", action="store_true")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
     parser.add_argument("--limit-s", type=float, help="begin nothing new after so many seconds")
     parser.add_argument("--all", action="store_true", help="every combination, not one thing at a time")
     parser.add_argument("--lora-rank", type=int, help="none: the size's own (128 for the real one)")
@@ -293,10 +296,18 @@ def main(argv: list[str] | None = None) -> None:
         }  # fmt: skip
         rank = args.lora_rank or size.lora_rank
         found = variants(choices, args.all)
-        rows += measure(size, found, rank, args.rounds, peak, world, deadline, args.profile)
+        rows += measure(size, found, rank, args.rounds, peak, world, deadline, args.clock, args.profile)
     if world.rank == 0:
         print(table(HEAD, [cells(row) for row in rows]))
-        say_json("step", facts, peak_tflops=round(peak, 4), peak_from=source, attention_s=attention_s, rows=rows)
+        say_json(
+            "step",
+            facts,
+            peak_tflops=round(peak, 4),
+            peak_from=source,
+            clock=args.clock,
+            attention_s=attention_s,
+            rows=rows,
+        )
 
 
 if __name__ == "__main__":

@@ -23,6 +23,9 @@ from cogds.errors import UserError, did_you_mean
 from cogds.model.attention import fastest, use
 from cogds.model.load import ModelFolder, empty_transformer
 from cogds.model.lora import resolve_targets
+from cogds.model.quantize import check_base
+from cogds.model.sequence import check_sequence
+from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.world import World, all_gather, on_rank0
 
 # Of a GPU's memory, what an estimate may take: the rest is the allocator's holes and other processes'.
@@ -242,6 +245,12 @@ def _changes(setting: Setting, batch_size: int) -> list[tuple[str, dict[str, Any
     return changes
 
 
+def check_execution(cfg: RunConfig, ds_config: dict[str, Any], model: ModelFolder, world: World) -> None:
+    """Raise UserError for what these ranks, this GPU or what is installed cannot do. Before any weight is loaded."""
+    check_sequence(cfg.parallel.sequence, world.size, model.transformer_config["num_attention_heads"])
+    check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, zero_stage(ds_config), world.device)
+
+
 def choose_execution(
     cfg: RunConfig,
     ds_config: dict[str, Any],
@@ -261,7 +270,7 @@ def choose_execution(
         lines, kernel = [], cfg.model.attention
         if kernel == "auto":
             tokens = max(num_tokens(shape, model.geometry) for shape in buckets)
-            heads = model.transformer_config["num_attention_heads"]
+            heads = model.transformer_config["num_attention_heads"] // world.sequence
             kernel, times = (
                 ("torch", {})
                 if device.type == "cpu"
@@ -307,6 +316,7 @@ def execution_lines(execution: Execution, buckets: Sequence[ClipShape], num_clip
 def prepare_blocks(transformer: Any, execution: Execution) -> None:
     """Let a transformer's blocks run as chosen; each batch then says `set_level`."""
     transformer.set_kernel(execution.kernel)
+    transformer.note_dropout()
     if execution.compiled:
         transformer.compile_blocks()
 

@@ -24,7 +24,7 @@ from cogds.encode import DTYPES
 from cogds.errors import UserError
 from cogds.execution import USABLE_SHARE
 from cogds.loop import Run
-from cogds.runtime.engine import zero_stage
+from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.world import any_rank
 from cogds.step import Draws, StepBuilder
 

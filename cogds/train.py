@@ -15,19 +15,19 @@ from cogds.data.digest import digest, digest_files
 from cogds.demo import make_demo, only_own_demo
 from cogds.encode import DTYPES, prepare
 from cogds.errors import Interrupted
-from cogds.execution import choose_execution, memory_of, prepare_blocks
+from cogds.execution import check_execution, choose_execution, execution_lines, memory_of, prepare_blocks
 from cogds.files import whole_file
 from cogds.loop import Run, finish_save, train_steps
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
-from cogds.model.sequence import check_sequence
 from cogds.order import make_plan
+from cogds.rehearsal import rehearse
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
 from cogds.resume import check_matching, continued_plan, data_identity, identity, layout_of, resumed_data
 from cogds.runtime import checkpoint as checkpoints
-from cogds.runtime.ds_config import load_ds_config, resolve
-from cogds.runtime.engine import load_for_stage, start_engine, zero_stage
+from cogds.runtime.ds_config import load_ds_config, resolve, zero_stage
+from cogds.runtime.engine import load_for_stage, start_engine
 from cogds.runtime.interrupt import Interrupt, find_launcher
 from cogds.runtime.lock import only_run
 from cogds.runtime.monitor import Monitor, rewind_metrics
@@ -50,10 +50,10 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     world = dataclasses.replace(read_world(), sequence=cfg.parallel.sequence)
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
-    check_sequence(world.sequence, world.size, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
+    check_execution(cfg, ds_config, model, world)
     interrupt = Interrupt(find_launcher())
     interrupt.listen()
     connect(world, cfg.train.timeout_s, cfg.network)
@@ -137,7 +137,7 @@ def train(
         return
 
     dtype = DTYPES[cfg.train.precision]
-    transformer = load_for_stage(model, dtype, ds_config, world)
+    transformer = load_for_stage(model, dtype, ds_config, world, cfg.model.base, cfg.model.matmul)
     parameters = inject(transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
     if init_from:
         start_from(transformer, init_from)
@@ -176,6 +176,10 @@ def train(
             saver.start(write)
         monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - start})
 
+    if tried := rehearse(run, engine, builder):
+        monitor.note(first_step, tried.scalars())
+        if world.rank == 0:
+            print(tried, flush=True)
     interrupt.defer()
     train_steps(run, engine, builder, monitor, saver, save, interrupt, watchdog)
     watchdog.close()
@@ -244,6 +248,7 @@ def summary(run: Run, resume_from: Path | None) -> list[str]:
     for shape, sets, local in zip(data.index.buckets, data.index.sizes, plan.local_batch_sizes):
         tokens = num_tokens(shape, run.model.geometry)
         lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {sum(sets):>5} clips  batch {local} a rank")
+    lines += execution_lines(run.execution, run.buckets, [sum(sets) for sets in data.index.sizes])
     if data.unusable.num:
         lines.append(f"{data.unusable.num} files cannot be trained, see {Path(cfg.output_dir) / 'unusable.jsonl'}:")
         lines += [f"  {path}: {reason}" for path, reason in data.unusable.examples]

@@ -22,7 +22,7 @@ disconnect()
 LINES = [
     "step --sizes tiny --rounds 1 --levels block,none --kernels auto,math --deepspeed zero2,zero3 --profile",
     "peers --sizes tiny --rounds 1 --levels none",
-    "loop --sizes tiny --rounds 1 --steps 3",
+    "loop --sizes tiny --bucket 5x64x64 --steps 3",
     "scaling --size tiny --rounds 1 --parts tokens,batch,clips,paper --batch-sizes 1,2",
 ]
 

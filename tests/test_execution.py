@@ -42,7 +42,7 @@ def test_the_real_model_on_80_gb():
     assert real().least_recomputed(FULL, 1, 80e9) == "attention_kept"
     assert [gigabytes(real(), level) for level in RECOMPUTE_LEVELS] == [172.5, 44.2, 32.5, 21.4]
     assert [gigabytes(real(num_ranks=8), level) for level in RECOMPUTE_LEVELS] == [170.9, 42.6, 30.9, 19.8]
-    assert [gigabytes(real(ZERO3, 8), level) for level in RECOMPUTE_LEVELS] == [162.1, 33.7, 22.0, 10.9]
+    assert [gigabytes(real(ZERO3, 8), level) for level in RECOMPUTE_LEVELS] == [162.0, 33.7, 21.9, 10.8]
     assert real(sequence=4, num_ranks=4).least_recomputed(FULL, 1, 80e9) == "none"
 
 
@@ -50,7 +50,7 @@ def test_the_real_model_on_80_gb():
     "zero, base, offloaded, block",
     [
         (ZERO2, "full", 21.4, 32.5), (ZERO2_OFFLOAD, "full", 19.6, 30.6), (ZERO2_OFFLOAD, "int8", 14.3, 25.4),
-        (ZERO2, "nf4", 13.6, 24.7), (ZERO2_OFFLOAD, "nf4", 11.7, 22.8), (ZERO3_OFFLOAD, "full", 9.3, 20.4),
+        (ZERO2, "nf4", 13.6, 24.7), (ZERO2_OFFLOAD, "nf4", 11.7, 22.8), (ZERO3_OFFLOAD, "full", 9.2, 20.3),
     ],
 )  # fmt: skip
 def test_settings_under_24_gb(zero, base, offloaded, block):

@@ -26,6 +26,9 @@ DEFAULT_MAX_LIVE_NUMBERS = 1_000_000_000
 DEFAULT_MAX_REUSE_NUMBERS = 1_000_000_000
 DEFAULT_PREFETCH_NUMBERS = 50_000_000
 DEFAULT_PERSISTENT_NUMBERS = 100_000
+# Modules that DeepSpeed passes between the last block's forward and its backward pass: the norms, the projection, and
+# the transformer itself.
+MODULES_AT_TURN = 12
 
 # Of a quantised base (`model.base`): bytes a number; numbers that share a float32 scale, None: a row of the weight;
 # and bytes a number of the one weight that is unpacked at a time (torchao does that in two float32 copies).
@@ -265,18 +268,20 @@ def _gathered_blocks(transformer: TransformerSize, lora: LoraSize, zero: Mapping
     """How many blocks' weights are whole at once under ZeRO-3, a block being gathered as one (a leaf module).
 
     The worst moment is the turn from forward to backward pass. After its forward pass a block is released, but where
-    it is used again within stage3_max_reuse_distance numbers, as the last ones are: the i-th from the end has 2 i
-    blocks between its two uses. Beside them is what is fetched ahead, up to stage3_prefetch_bucket_size numbers and not
-    beyond stage3_max_live_parameters, but for the last weight, which may exceed either (at most 4 d^2). Source:
-    DeepSpeed 0.19.8, partitioned_param_coordinator.py.
+    its weights are used again within stage3_max_reuse_distance numbers. DeepSpeed 0.19.8 takes the backward pass of the
+    whole transformer, which comes before that of the last block, for a use of all of them: so the last blocks stay, as
+    many as make up that distance. Beside them is what is fetched ahead: up to stage3_prefetch_bucket_size numbers at
+    each of the modules around the turn, until stage3_max_live_parameters are whole; the last weight may exceed that (by
+    4 d^2 at most). Read in partitioned_param_coordinator.py, and seen so on 12 small blocks.
     """
     block = _block_numbers(transformer, lora, zero)
-    reuse = _number(zero, "max_reuse_distance", DEFAULT_MAX_REUSE_NUMBERS)
-    waiting = min(transformer.num_layers, max(1, -(-reuse // (2 * block))))
-    room = _number(zero, "max_live_parameters", DEFAULT_MAX_LIVE_NUMBERS) - waiting * block
-    ahead = max(0, min(room, _number(zero, "prefetch_bucket_size", DEFAULT_PREFETCH_NUMBERS)))
-    fetched = (ahead + 4 * transformer.width**2) / block if ahead else 0.0
-    return min(float(transformer.num_layers), waiting + fetched)
+    distance = _number(zero, "max_reuse_distance", DEFAULT_MAX_REUSE_NUMBERS)
+    used = transformer.block_linear_numbers + lora.num_parameters // transformer.num_layers
+    waiting = max(1, -(-distance // used)) * block
+    room = _number(zero, "max_live_parameters", DEFAULT_MAX_LIVE_NUMBERS) - waiting
+    ahead = min(room, MODULES_AT_TURN * _number(zero, "prefetch_bucket_size", DEFAULT_PREFETCH_NUMBERS))
+    live = waiting + (ahead + 4 * transformer.width**2 if ahead > 0 else 0)
+    return min(float(transformer.num_layers), live / block)
 
 
 def _attention_units(transformer: TransformerSize, bytes_each: int) -> float:

@@ -62,10 +62,11 @@ class Offload:
     @contextmanager
     def keep(self, x: torch.Tensor) -> Iterator[None]:
         """Inside, what is saved of x's memory waits on the host."""
-        storage = x.untyped_storage().data_ptr()
+        # Not x itself: autograd keeps the hook, and with it what the hook refers to.
+        storage, num_numbers = x.untyped_storage().data_ptr(), x.numel()
 
         def pack(tensor: torch.Tensor) -> Any:
-            if tensor.untyped_storage().data_ptr() != storage or tensor.numel() != x.numel():
+            if tensor.untyped_storage().data_ptr() != storage or tensor.numel() != num_numbers:
                 return tensor
             parked = _Parked(tensor, self.stream)
             self._waiting.append(parked)

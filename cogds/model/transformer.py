@@ -126,6 +126,11 @@ class Transformer(CogVideoXTransformer3DModel):
         for block in self.transformer_blocks:
             block.kernel = kernel
 
+    def note_dropout(self) -> None:
+        """Look, once the LoRA is there, which blocks draw random numbers: recomputing must draw the same again."""
+        for block in self.transformer_blocks:
+            block.has_dropout = any(isinstance(one, nn.Dropout) and one.p > 0 for one in block.modules())
+
     def set_level(self, level: str) -> None:
         """What every block keeps for the backward pass from now on (`recompute`)."""
         if level == "block+offload" and self.transformer_blocks[0].offload is None:

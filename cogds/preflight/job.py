@@ -1,7 +1,7 @@
 """The job that is about to be run, read as the run reads it, and what it will need. No weights are loaded."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -10,7 +10,7 @@ from cogds.config import RunConfig, load_config, to_dict
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate, cached_caption_bytes, cached_clip_bytes
 from cogds.demo import make_demo, only_own_demo
-from cogds.execution import Sizes, choose_levels, estimates, memory_of
+from cogds.execution import Sizes, check_execution, choose_levels, estimates, memory_of
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import resolve_targets
 from cogds.order import batch_sizes
@@ -122,7 +122,8 @@ def load_job(config: str | None, default_config: Path, overrides: list[str], ds_
     buckets = make_buckets(cfg, model)
     targets = resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
-    return Job(cfg, ds_config, model, buckets, tuple(targets), world)
+    check_execution(cfg, ds_config, model, world)
+    return Job(cfg, ds_config, model, buckets, tuple(targets), replace(world, sequence=cfg.parallel.sequence))
 
 
 def judge_config(facts: list[Facts]) -> list[Finding]:

@@ -17,6 +17,7 @@ from cogds.rehearsal import random_batch
 from cogds.report.text import gigabytes
 from cogds.runtime.engine import build_for_stage, start_engine
 from cogds.runtime.monitor import peak_memory_bytes
+from cogds.runtime.sequence import share_clips
 from cogds.runtime.world import all_gather
 from cogds.step import Draws, load_step_builder
 
@@ -49,6 +50,7 @@ def look_trial(job: Job) -> Facts:
         )
         transformer.train()
         prepare_blocks(transformer, execution)
+        share_clips(transformer, world, cfg.train.timeout_s)
         transformer.set_level(execution.levels[bucket])
         engine = start_engine(transformer, parameters, one_step_config(job.ds_config, world.size))
         batch = random_batch(
@@ -61,7 +63,7 @@ def look_trial(job: Job) -> Facts:
         steps_s: list[float] = []
         for step in range(NUM_STEPS):
             start = time.perf_counter()
-            slots = [world.rank * size + number for number in range(size)]
+            slots = [world.data_rank * size + number for number in range(size)]
             draws = Draws(torch.full((size,), 500), kept, kept, cfg.seed, step, slots)
             inputs, target = builder.build(batch, job.buckets[bucket], draws)
             loss = v_loss(engine(**inputs)[0], target).mean()

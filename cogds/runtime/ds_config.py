@@ -168,6 +168,11 @@ def resolve(
     return out, cfg
 
 
+def zero_stage(ds_config: Mapping[str, Any]) -> int:
+    """ZeRO stage of a resolved DeepSpeed config."""
+    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
+
+
 def _check_keys(ds: dict[str, Any], ds_path: str) -> None:
     for path, why in REFUSED.items():
         if _lookup(ds, path) is not _ABSENT:

@@ -9,12 +9,8 @@ import torch
 
 from cogds.model.load import ModelFolder, build_transformer, fill_transformer, load_transformer
 from cogds.model.transformer import Block, Transformer
+from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.world import World
-
-
-def zero_stage(ds_config: dict[str, Any]) -> int:
-    """ZeRO stage of a resolved DeepSpeed config."""
-    return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
 @contextmanager

@@ -95,8 +95,10 @@ cause_of() { # cause_of CODE-OF-SRUN FILE-OF-ITS-MESSAGES
   fi
 }
 
-ranks_run() {
-  squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null | grep -qE '\.[0-9]+ *$'
+ranks_run() { # or nobody answers, who would know
+  local steps
+  steps=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null) || return 0
+  grep -qE '\.[0-9]+ *$' <<<"$steps"
 }
 
 # Without srun the ranks train on, and hold what the job's next step needs: let them save and end, or end them.

@@ -336,7 +336,8 @@ RANDOM_FAULTS = (
     Fault("kill rank 1", "sbatch", kill_rank(1), ("PENDING",)),
     # SLURM does not miss it for long, but the rank does: it is nobody's child from here on, and nobody would end it.
     Fault("kill slurmstepd of n2", "sbatch", kill_others(r"^slurmstepd: ", "n2"), ("PENDING",), 150, saves=True),
-    Fault("kill srun", "sbatch", kill_others(r"^srun ", "n1"), ("PENDING",), saves=True),
+    # Its child ends the ranks, unless it dies first: then they train on until the batch script asks them to save.
+    Fault("kill srun", "sbatch", kill_others(r"^srun ", "n1"), ("PENDING",), 120),
     Fault("kill in save", "sbatch", kill_in_save, ("PENDING",)),
     Fault("kill and truncate newest", "sbatch", kill_and_truncate, ("PENDING",)),
     Fault("preemption", "sbatch", preempt, ("PENDING",), saves=True),

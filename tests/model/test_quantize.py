@@ -28,11 +28,11 @@ KINDS = [("int8", "full"), ("float8", "full"), ("nf4", "full"), ("full", "float8
 BASES = ["int8", "float8", "nf4"]
 # Of bf16: of the loss, the output and the LoRA's gradient, relative.
 DISTANCES = {
-    ("int8", "full"): (3e-4, 0.01, 0.03),
-    ("float8", "full"): (6e-4, 0.02, 0.08),
-    ("nf4", "full"): (1.5e-3, 0.05, 0.25),
-    ("full", "float8"): (8e-4, 0.03, 0.10),
-    ("float8", "float8"): (8e-4, 0.03, 0.12),
+    ("int8", "full"): (1e-3, 0.01, 0.03),
+    ("float8", "full"): (2e-3, 0.02, 0.08),
+    ("nf4", "full"): (3e-3, 0.05, 0.25),
+    ("full", "float8"): (2e-3, 0.03, 0.10),
+    ("float8", "float8"): (2e-3, 0.03, 0.12),
 }
 SMALL = {
     "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 16, "out_channels": 8, "time_embed_dim": 64,
@@ -95,9 +95,11 @@ def distance(one, other):
 
 
 @needs_libraries
-@pytest.mark.parametrize("config", [SMALL, pytest.param(MID, marks=pytest.mark.slow)], ids=["small", "mid"])
-def test_the_loss_is_as_near_to_the_full_base_as_stated(config):
-    batch = inputs(config)
+@pytest.mark.parametrize(
+    "config, latents", [(SMALL, (4, 8, 12)), pytest.param(MID, (2, 4, 4), marks=pytest.mark.slow)], ids=["small", "mid"]
+)
+def test_the_loss_is_as_near_to_the_full_base_as_stated(config, latents):
+    batch = inputs(config, latents=latents)
     loss, output, gradient = outcome(transformer_of(config), batch)
     found = {}
     for base, matmul in KINDS:

@@ -116,8 +116,7 @@ def test_what_is_not_a_plain_lora_runs_as_peft_has_it(lora):
 @pytest.mark.parametrize("level", LEVELS[1:])
 def test_recomputing_changes_no_bit(level, lora):
     _, ours = pair(V15, "all", **lora)
-    for block in ours.transformer_blocks:
-        block.has_dropout = bool(lora)
+    ours.note_dropout()
     batch = inputs(V15)
     torch.manual_seed(1)
     expected = outcome(ours, batch)

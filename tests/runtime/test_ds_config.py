@@ -101,8 +101,8 @@ def test_auto_is_filled_from_the_run_config():
         "zero_optimization": {
             "stage": 3,
             "reduce_bucket_size": 4096,
-            "stage3_prefetch_bucket_size": 3686,
-            "stage3_param_persistence_threshold": 640,
+            "stage3_prefetch_bucket_size": 14 * 4096,
+            "stage3_param_persistence_threshold": 200 * 64,
         },
     }
     assert ds == before  # the input is left alone
@@ -423,3 +423,8 @@ def test_the_installed_deepspeed_accepts_every_resolved_file(file):
     assert parsed.zero_config.reduce_bucket_size == 3072**2
     assert parsed.bfloat16_config.enabled
     assert not parsed.timers_config.enabled  # it would synchronize the device every micro-step
+
+
+def test_stage_of_a_config():
+    assert ds_config.zero_stage({"zero_optimization": {"stage": 3}}) == 3
+    assert ds_config.zero_stage({}) == 0

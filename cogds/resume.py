@@ -20,7 +20,8 @@ from cogds.errors import UserError
 # Keys of the config that may differ from one part of a run to the next; all others must not. Data and model are known
 # by their content, the layout is the plan's matter.
 MAY_CHANGE = (
-    "output_dir", "model.", "data.", "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
+    "output_dir", "model.path", "model.revision", "model.create_tiny", "model.attention", "model.compile", "data.",
+    "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
     "train.gradient_accumulation_steps", "train.recompute", "train.rehearse", "train.timeout_s", "train.step_timeout_s",
     "train.max_bad_steps", "parallel.", "checkpoint.", "monitor.", "network.", "lora.init_from",
 )  # fmt: skip

@@ -222,6 +222,7 @@ def export_adapter(transformer: Any, state: TrainState, run: Run, folder: Path) 
             "buckets": [str(shape) for shape in run.buckets],
             "fps": cfg.data.fps,
             "base_model": cfg.model.path,
+            "base": cfg.model.base,
             "init_from": cfg.lora.init_from,
             "step": checkpoints.step_of(folder),
         },

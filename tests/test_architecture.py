@@ -28,6 +28,8 @@ GATES = {
     "decord": ("cogds/data/video.py",),
     "av": ("cogds/data/video.py",),
     "peft": ("cogds/model/",),
+    "torchao": ("cogds/model/quantize.py",),
+    "bitsandbytes": ("cogds/model/quantize.py",),
     "transformers": ("cogds/model/",),
     "tokenizers": ("cogds/model/",),
     "huggingface_hub": ("cogds/model/",),

@@ -12,6 +12,8 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
+from cogds.model.quantize import Packed, PackedLinear, product, product_back
+
 Tensors = tuple[torch.Tensor | None, ...]
 
 
@@ -155,6 +157,21 @@ def norm_rotate(x: torch.Tensor, norm: nn.LayerNorm, rotary: tuple[torch.Tensor,
     return _NormRotate.apply(x, norm.weight, norm.bias, norm.eps, rotary[0][:, ::2], rotary[1][:, ::2])
 
 
+def _times(rows: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None) -> torch.Tensor:
+    """rows W^T + bias."""
+    if isinstance(weight, Packed):
+        return product(rows, weight, bias)
+    return torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()
+
+
+def _add_times_back(total: torch.Tensor | None, gradient: torch.Tensor, weight: torch.Tensor | Packed) -> torch.Tensor:
+    """total + gradient W, written over total."""
+    if isinstance(weight, Packed):
+        back = product_back(gradient, weight)
+        return back if total is None else total.add_(back)
+    return gradient @ weight if total is None else total.addmm_(gradient, weight)
+
+
 class _LoraLinears(torch.autograd.Function):
     """Linear layers with LoRA on one input: what they add is accumulated by the matrix products themselves."""
 
@@ -163,14 +180,15 @@ class _LoraLinears(torch.autograd.Function):
         rows, outs, middles = x.flatten(0, -2), [], []
         for index, scale in enumerate(scales):
             weight, bias, a, b = weights[4 * index : 4 * index + 4]
-            out = torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()
+            out = _times(rows, weight, bias)
             middle = rows @ a.t()
             out.addmm_(middle, b.t(), alpha=scale)
             outs.append(out.view(*x.shape[:-1], -1))
             middles.append(middle)
         ctx.scales = scales
+        ctx.packed = [one if isinstance(one, Packed) else None for one in weights[::4]]
         # A bias is not needed.
-        kept = [one for index, one in enumerate(weights) if index % 4 != 1]
+        kept = [None if isinstance(one, Packed) else one for index, one in enumerate(weights) if index % 4 != 1]
         ctx.save_for_backward(x, *middles, *kept)
         return tuple(outs)
 
@@ -180,26 +198,27 @@ class _LoraLinears(torch.autograd.Function):
         middles, weights = kept[: len(ctx.scales)], kept[len(ctx.scales) :]
         rows, to_x, to_weights = x.flatten(0, -2), None, []
         for index, (scale, middle) in enumerate(zip(ctx.scales, middles)):
-            weight, a, b = weights[3 * index : 3 * index + 3]
+            plain, a, b = weights[3 * index : 3 * index + 3]
             gradient = gradients[index].flatten(0, -2)
             to_middle = (gradient @ b) * scale
             to_weights += [None, None, to_middle.t() @ rows, (gradient.t() @ middle) * scale]
             if ctx.needs_input_grad[0]:
-                to_x = gradient @ weight if to_x is None else to_x.addmm_(gradient, weight)
+                to_x = _add_times_back(to_x, gradient, plain if ctx.packed[index] is None else ctx.packed[index])
                 to_x.addmm_(to_middle, a)
         return to_x.view(x.shape) if to_x is not None else None, None, *to_weights
 
 
 class _Adapted(NamedTuple):
-    base: nn.Linear
+    weight: torch.Tensor | Packed
+    bias: torch.Tensor | None
     a: nn.Parameter
     b: nn.Parameter
     scale: float
 
 
 def _adapted(layer: Any, dtype: torch.dtype) -> _Adapted | None:
-    """What `_LoraLinears` needs, where the layer is a plain LoRA on a plain linear layer in one dtype; else None."""
-    if type(layer) is not LoraLinear or type(layer.base_layer) is not nn.Linear:
+    """What `_LoraLinears` needs, where the layer is a plain LoRA on a frozen linear layer in one dtype; else None."""
+    if type(layer) is not LoraLinear or type(layer.base_layer) not in (nn.Linear, PackedLinear):
         return None
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or torch.is_autocast_enabled():
         return None
@@ -207,21 +226,20 @@ def _adapted(layer: Any, dtype: torch.dtype) -> _Adapted | None:
     if name not in layer.lora_A or name in layer.lora_variant or type(layer.lora_dropout[name]) is not nn.Identity:
         return None
     a, b, base = layer.lora_A[name], layer.lora_B[name], layer.base_layer
-    if {a.weight.dtype, b.weight.dtype, base.weight.dtype} != {dtype} or b.bias is not None:
+    weight: Any = base.packed if isinstance(base, PackedLinear) else base.weight
+    if {a.weight.dtype, b.weight.dtype, weight.dtype} != {dtype} or b.bias is not None:
         return None
-    if type(base.weight.data) is not torch.Tensor:  # a quantised one
-        return None
-    return _Adapted(base, a.weight, b.weight, layer.scaling[name])
+    return _Adapted(weight, base.bias, a.weight, b.weight, layer.scaling[name])
 
 
 def linears(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
     """Each layer's output for x [B, S, D]: linear layers, with a LoRA or without.
 
     Plain LoRAs are computed together: W x + b + scale B A x, without a pass over the outputs for the sum and with one
-    gradient for x. Whatever else peft has on a layer (dropout, DoRA, a quantised base) runs as peft has it.
+    gradient for x. Whatever else peft has on a layer (dropout, DoRA) runs as peft has it.
     """
     adapted = [_adapted(layer, x.dtype) for layer in layers]
     if None in adapted:
         return tuple(layer(x) for layer in layers)
-    weights = [tensor for one in adapted for tensor in (one.base.weight, one.base.bias, one.a, one.b)]  # type: ignore[union-attr]
+    weights = [tensor for one in adapted for tensor in (one.weight, one.bias, one.a, one.b)]  # type: ignore[union-attr]
     return _LoraLinears.apply(x, tuple(one.scale for one in adapted), *weights)  # type: ignore[union-attr]

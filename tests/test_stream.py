@@ -11,6 +11,7 @@ from cogds.data.dataset import ClipDataset, ClipOrder
 from cogds.data.sampler import BucketBatchSampler
 from cogds.data.synthetic import draw_clips
 from cogds.encode import prepare
+from cogds.execution import Execution
 from cogds.loop import Run, load_batches
 from cogds.model.load import find_model
 from cogds.order import make_plan
@@ -39,7 +40,7 @@ def start(tiny_model, tmp_path):
         plan = make_plan(cfg, data.mixture, buckets, model, 1)
         order = ClipOrder(data.index, data.mixture)
         draws = list(BucketBatchSampler(plan, 0, 0, 20))
-        made = Run(cfg, {}, model, buckets, ALONE, data, plan, first_step=0)
+        made = Run(cfg, {}, model, buckets, ALONE, data, plan, Execution("torch", False, ("none",)), first_step=0)
         return lambda: list(load_batches(made)), order, draws
 
     return run

@@ -24,9 +24,8 @@ from cogds.model.attention import fastest, use
 from cogds.model.load import ModelFolder, empty_transformer
 from cogds.model.lora import resolve_targets
 from cogds.model.quantize import check_base
-from cogds.model.sequence import check_sequence
 from cogds.runtime.ds_config import zero_stage
-from cogds.runtime.world import World, all_gather, on_rank0
+from cogds.runtime.world import World, all_gather, on_all_ranks, on_rank0
 
 # Of a GPU's memory, what an estimate may take: the rest is the allocator's holes and other processes'.
 USABLE_SHARE = 0.92
@@ -230,7 +229,7 @@ def _changes(setting: Setting, batch_size: int) -> list[tuple[str, dict[str, Any
     if batch_size > 1:
         changes.append(("train.batch_size=1 train.tokens_per_batch=null", {"batch_size": 1}))
     if stage < 2 or (stage == 2 and not zero.get("offload_optimizer")):
-        offloaded = {"stage": 2, **small, "overlap_comm": True, "offload_optimizer": on_host}
+        offloaded = {"stage": 2, **small, "overlap_comm": False, "offload_optimizer": on_host}
         changes.append(("--deepspeed ds_configs/zero2_offload.json", {"zero": offloaded}))
     if setting.base == "full":
         changes += [(f"model.base={base}", {"base": base}) for base in ("int8", "nf4")]
@@ -245,9 +244,8 @@ def _changes(setting: Setting, batch_size: int) -> list[tuple[str, dict[str, Any
     return changes
 
 
-def check_execution(cfg: RunConfig, ds_config: dict[str, Any], model: ModelFolder, world: World) -> None:
-    """Raise UserError for what these ranks, this GPU or what is installed cannot do. Before any weight is loaded."""
-    check_sequence(cfg.parallel.sequence, world.size, model.transformer_config["num_attention_heads"])
+def check_execution(cfg: RunConfig, ds_config: dict[str, Any], world: World) -> None:
+    """Raise UserError for what this GPU or what is installed cannot do. Before any weight is loaded."""
     check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, zero_stage(ds_config), world.device)
 
 
@@ -293,7 +291,7 @@ def choose_execution(
         )
 
     execution = on_rank0(world, choose)
-    use(execution.kernel, device)
+    on_all_ranks(world, lambda: use(execution.kernel, device))
     return execution
 
 

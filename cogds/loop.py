@@ -190,6 +190,7 @@ class Upcoming:
     def __init__(self, items: Iterator[MicroStep]):
         self._items = items
         self._ready: MicroStep | None = None
+        self._wait_s = 0.0
 
     def take(self) -> MicroStep:
         """The next one, made ready now if it has not been."""
@@ -200,8 +201,13 @@ class Upcoming:
 
     def make_ready(self) -> None:
         """Make the next one, if there is one."""
-        if self._ready is None:
-            self._ready = next(self._items, None)
+        if self._ready is None and (item := next(self._items, None)) is not None:
+            self._ready, self._wait_s = item, self._wait_s + item.wait_s
+
+    def waited_s(self) -> float:
+        """How long the loader has been waited for since this was last asked."""
+        wait_s, self._wait_s = self._wait_s, 0.0
+        return wait_s
 
 
 def train_step(
@@ -218,7 +224,7 @@ def train_step(
     Where a loss or gradient is not finite on any rank, no rank's weights change, and what is known of it is returned.
     """
     cfg, plan, world, buckets, geometry = run.cfg, run.plan, run.world, run.buckets, run.model.geometry
-    num_samples, tokens, data_wait_s = 0, 0, 0.0
+    num_samples, tokens = 0, 0
     losses = StepLosses(len(buckets), world.device)
     trained: list[tuple[MicroBatch, torch.Tensor]] = []
     lr = learning_rate(
@@ -232,7 +238,6 @@ def train_step(
     set_learning_rate(engine, lr)
     for micro_batch in plan.at(step):
         this = upcoming.take()
-        data_wait_s += this.wait_s
         quarantine.add(this.bad)
         # By the rank itself: those that share a clip must not drop the same places of their parts.
         seed_global(cfg.seed, step * plan.accumulation + len(trained), world.rank)
@@ -264,7 +269,7 @@ def train_step(
             "train/skipped": float(skipped),
             "train/epoch": plan.epoch_of(step),
             "perf/step_s": step_s,
-            "perf/data_wait_s": data_wait_s,
+            "perf/data_wait_s": upcoming.waited_s(),
             "perf/samples_per_s": num_samples / step_s,
             "perf/tokens_per_s": tokens / step_s,
             "perf/peak_memory_gb": peak_memory_bytes(world.device) / 1e9,

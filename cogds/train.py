@@ -20,6 +20,7 @@ from cogds.files import whole_file
 from cogds.loop import Run, finish_save, train_steps
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
+from cogds.model.sequence import check_sequence
 from cogds.order import make_plan
 from cogds.rehearsal import rehearse
 from cogds.report.main import clip_table, run_report
@@ -50,10 +51,11 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     world = dataclasses.replace(read_world(), sequence=cfg.parallel.sequence)
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
+    check_sequence(world.sequence, world.size, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
-    check_execution(cfg, ds_config, model, world)
+    check_execution(cfg, ds_config, world)
     interrupt = Interrupt(find_launcher())
     interrupt.listen()
     connect(world, cfg.train.timeout_s, cfg.network)
@@ -176,6 +178,7 @@ def train(
             saver.start(write)
         monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - start})
 
+    watchdog.watch(lambda: "trying the largest bucket before the first step")
     if tried := rehearse(run, engine, builder):
         monitor.note(first_step, tried.scalars())
         if world.rank == 0:

@@ -6,6 +6,7 @@ A rank runs the script as `python SCRIPT ...` would, with the variables that Dee
 process groups and ZeRO, without a launcher. Tests of launchers, signals and first imports start their own.
 """
 
+import contextlib
 import json
 import os
 import runpy
@@ -76,7 +77,9 @@ def become(job, rank):
 
 def kill(pids):
     for pid in pids:
-        os.killpg(pid, signal.SIGKILL)
+        with contextlib.suppress(ProcessLookupError):  # not in a group of its own yet
+            os.killpg(pid, signal.SIGKILL)
+        os.kill(pid, signal.SIGKILL)
 
 
 def wait(job, pids):

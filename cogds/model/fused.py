@@ -5,6 +5,7 @@ makes no copy between them. Under `torch.compile` their bodies are traced and fu
 gradient goes to weights or biases other than a LoRA's.
 """
 
+import contextlib
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -38,6 +39,11 @@ def _text(x: torch.Tensor, num_text: int) -> torch.Tensor:
     return x[:, :num_text]
 
 
+def _as_written(x: torch.Tensor) -> Any:
+    """Autocast on CUDA makes a norm float32, but not the norm's gradient."""
+    return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
+
+
 def _norm_backward(
     gradient: torch.Tensor, x: torch.Tensor, norm: tuple[Any, ...], mean: torch.Tensor, rstd: torch.Tensor
 ) -> torch.Tensor:
@@ -54,7 +60,8 @@ class _NormModulate(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, num_text: int,
         shift: torch.Tensor, scale: torch.Tensor, text_shift: torch.Tensor, text_scale: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        normed, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
+        with _as_written(x):
+            normed, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
         out = torch.addcmul(shift, normed, 1 + scale)
         _text(out, num_text).copy_(torch.addcmul(text_shift, _text(normed, num_text), 1 + text_scale))
         ctx.save_for_backward(x, weight, bias, mean, rstd, scale, text_scale)
@@ -131,7 +138,8 @@ class _NormRotate(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, cosines: torch.Tensor, sines: torch.Tensor
     ) -> torch.Tensor:
-        out, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
+        with _as_written(x):
+            out, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
         video = out[:, x.shape[1] - len(cosines) :]
         video.copy_(_rotate(video, cosines, sines))
         ctx.save_for_backward(x, weight, bias, mean, rstd, cosines, sines)
@@ -216,18 +224,20 @@ class _Adapted(NamedTuple):
     scale: float
 
 
-def _adapted(layer: Any, dtype: torch.dtype) -> _Adapted | None:
+def _adapted(layer: Any, x: torch.Tensor) -> _Adapted | None:
     """What `_LoraLinears` needs, where the layer is a plain LoRA on a frozen linear layer in one dtype; else None."""
     if type(layer) is not LoraLinear or type(layer.base_layer) not in (nn.Linear, PackedLinear):
         return None
-    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1 or torch.is_autocast_enabled():
+    if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
+        return None
+    if torch.is_autocast_enabled("cuda") or torch.is_autocast_enabled("cpu"):
         return None
     name = layer.active_adapters[0]
     if name not in layer.lora_A or name in layer.lora_variant or type(layer.lora_dropout[name]) is not nn.Identity:
         return None
     a, b, base = layer.lora_A[name], layer.lora_B[name], layer.base_layer
     weight: Any = base.packed if isinstance(base, PackedLinear) else base.weight
-    if {a.weight.dtype, b.weight.dtype, weight.dtype} != {dtype} or b.bias is not None:
+    if {a.weight.dtype, b.weight.dtype, weight.dtype} != {x.dtype} or b.bias is not None:
         return None
     return _Adapted(weight, base.bias, a.weight, b.weight, layer.scaling[name])
 
@@ -238,7 +248,7 @@ def linears(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
     Plain LoRAs are computed together: W x + b + scale B A x, without a pass over the outputs for the sum and with one
     gradient for x. Whatever else peft has on a layer (dropout, DoRA) runs as peft has it.
     """
-    adapted = [_adapted(layer, x.dtype) for layer in layers]
+    adapted = [_adapted(layer, x) for layer in layers]
     if None in adapted:
         return tuple(layer(x) for layer in layers)
     weights = [tensor for one in adapted for tensor in (one.weight, one.bias, one.a, one.b)]  # type: ignore[union-attr]

@@ -29,6 +29,10 @@ _ATTENTION = {
 }
 
 
+# Blocks' inputs that are on the device while they are copied to the host.
+NUM_LEAVING = 2
+
+
 def _keep_attention(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
@@ -52,12 +56,21 @@ class Offload:
     `with offload.keep(x)`: what autograd saves of x inside goes to the host on a stream of its own, while the next
     operations run. In the backward pass each fetch also starts the one that comes next, a block earlier. On a CPU the
     tensors are copied all the same, so that tests see the same paths.
+
+    Memory is taken and given back in the order of the computing stream alone: it waits for a copy before it lets go of
+    what was copied, a few blocks later. (`record_stream` would leave that to the host, which runs far ahead.)
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._waiting: list[_Parked] = []  # in the order of the forward pass
+        self._leaving: list[_Parked] = []  # of these, what is still on the device too
+
+    def begin(self) -> None:
+        """Forget what a forward pass without a backward pass has left."""
+        self._waiting.clear()
+        self._leaving.clear()
 
     @contextmanager
     def keep(self, x: torch.Tensor) -> Iterator[None]:
@@ -70,6 +83,9 @@ class Offload:
                 return tensor
             parked = _Parked(tensor, self.stream)
             self._waiting.append(parked)
+            self._leaving.append(parked)
+            while len(self._leaving) > NUM_LEAVING:
+                self._leaving.pop(0).let_go()
             return parked
 
         def unpack(packed: Any) -> torch.Tensor:
@@ -80,45 +96,61 @@ class Offload:
 
     def _bring(self, parked: "_Parked") -> torch.Tensor:
         tensor = parked.bring(self.stream)
-        if parked in self._waiting:
-            del self._waiting[self._waiting.index(parked) :]
+        for parts in (self._waiting, self._leaving):
+            if parked in parts:
+                del parts[parts.index(parked) :]
         if self._waiting:
             self._waiting[-1].start(self.stream)
         return tensor
 
 
 class _Parked:
-    """One tensor on the host."""
+    """One tensor on the host. On a GPU `source` is the tensor itself, until `let_go`, and `back` its copy, on the way.
+
+    Both belong to the computing stream; the other one only copies, between two events that the first waits for.
+    """
 
     def __init__(self, tensor: torch.Tensor, stream: Any):
         self.device = tensor.device
+        self.source: torch.Tensor | None = None
         self.back: torch.Tensor | None = None
+        self.copied: Any = None
         self.ready: Any = None
         if stream is None:
             self.host = tensor.detach().clone()
             return
         self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
-        stream.wait_stream(torch.cuda.current_stream(tensor.device))
+        self.source = tensor.detach()
+        stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self.host.copy_(tensor.detach(), non_blocking=True)
-        tensor.record_stream(stream)  # its memory is not given away before it is copied
+            self.host.copy_(self.source, non_blocking=True)
+            self.copied = stream.record_event()
+
+    def let_go(self) -> None:
+        """Free the device's memory, as soon as it has been copied."""
+        if self.source is not None:
+            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            self.source = None
 
     def start(self, stream: Any) -> None:
         """Begin the way back."""
-        if self.back is not None or stream is None:
+        if stream is None or self.source is not None or self.back is not None:
             return
+        self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # for whatever had this memory before
         with torch.cuda.stream(stream):
-            self.back = self.host.to(self.device, non_blocking=True)
+            self.back.copy_(self.host, non_blocking=True)
             self.ready = stream.record_event()
 
     def bring(self, stream: Any) -> torch.Tensor:
+        """The tensor, on the device."""
         if stream is None:
             return self.host
-        self.start(stream)
-        assert self.back is not None
-        assert self.ready is not None
-        current = torch.cuda.current_stream(self.device)
-        current.wait_event(self.ready)
-        self.back.record_stream(current)
-        tensor, self.back = self.back, None
+        tensor = self.source
+        self.let_go()
+        if tensor is None:
+            self.start(stream)
+            torch.cuda.current_stream(self.device).wait_event(self.ready)
+            tensor, self.back = self.back, None
+        assert tensor is not None
         return tensor

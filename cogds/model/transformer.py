@@ -181,6 +181,8 @@ class Transformer(CogVideoXTransformer3DModel):
             if image_rotary_emb is not None:
                 cosines, sines = image_rotary_emb
                 image_rotary_emb = own_share(cosines, group, 0), own_share(sines, group, 0)
+        if (offload := self.transformer_blocks[0].offload) is not None:
+            offload.begin()
         if self.blocks_are_alike and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
         for block in self.transformer_blocks:

@@ -13,6 +13,7 @@ from cogds.demo import make_demo, only_own_demo
 from cogds.execution import Sizes, check_execution, choose_levels, estimates, memory_of
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import resolve_targets
+from cogds.model.sequence import check_sequence
 from cogds.order import batch_sizes
 from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, differing
 from cogds.runtime.ds_config import load_ds_config, resolve
@@ -120,9 +121,10 @@ def load_job(config: str | None, default_config: Path, overrides: list[str], ds_
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     buckets = make_buckets(cfg, model)
+    check_sequence(cfg.parallel.sequence, world.size, model.transformer_config["num_attention_heads"])
     targets = resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
-    check_execution(cfg, ds_config, model, world)
+    check_execution(cfg, ds_config, world)
     return Job(cfg, ds_config, model, buckets, tuple(targets), replace(world, sequence=cfg.parallel.sequence))
 
 

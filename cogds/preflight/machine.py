@@ -57,8 +57,10 @@ def look_disk(job: Job) -> Facts:
     offloaded = "offload_param" in job.ds_config.get("zero_optimization", {})
     sharded = job.ds_config.get("zero_optimization", {}).get("stage", 0) == 3
     base = job.sizes.transformer.num_parameters * job.bytes_each
-    # Below stage 3 every rank reads all weights into memory; a bucket's worth of them passes through at stage 3.
-    loading = base * num_local if not sharded else base * num_local // job.world.size * offloaded
+    # Weights are read one by one onto the device: below stage 3 every rank's whole, which is memory where there is no
+    # GPU; at stage 3 its share, which is memory where parameters are offloaded.
+    on_host = not sharded and job.world.device.type == "cpu"
+    loading = base * num_local if on_host else base * num_local // job.world.size * (offloaded and sharded)
     return {
         "disk": {
             "output": [cfg.output_dir, free_bytes(cfg.output_dir), job.checkpoint_bytes * (kept + 1)],

@@ -3,7 +3,9 @@
 import pytest
 import torch
 from diffusers import CogVideoXTransformer3DModel
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
 from peft import LoraConfig
+from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.model.attention import attend
@@ -225,6 +227,38 @@ def test_one_compilation_serves_all_buckets(level):
     for one, expected in zip(found, plain):
         assert distance(one[0], expected[0]) < 1e-6
         assert worst(one[1], expected[1]) < 5e-6
+
+
+def partitioned(level):
+    """Of the compiled block: how often its backward graph runs attention, and the bytes its forward graph keeps."""
+    _, ours = pair(V15, ATTENTION)
+    ours.set_level(level)
+    graphs = {}
+
+    def look(name):
+        def compiler(graph, _example):
+            graphs[name] = graph
+            return make_boxed_func(graph.forward)
+
+        return compiler
+
+    torch._dynamo.reset()
+    cut = min_cut_rematerialization_partition
+    ours.compile_blocks(aot_autograd(fw_compiler=look("forward"), bw_compiler=look("backward"), partition_fn=cut))
+    outcome(ours, inputs(V15))
+    attention = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu.default
+    kept = next(node for node in graphs["forward"].graph.nodes if node.op == "output").args[0][1:]
+    values = [node.meta["val"] for node in kept if node is not None and node.op != "placeholder"]
+    sizes = [int(value.numel()) * value.element_size() for value in values if isinstance(value, torch.Tensor)]
+    # A second run may stand within an operator that brings the random state back.
+    nodes = graphs["backward"].graph.nodes
+    return sum(attention in (node.target, *node.args) for node in nodes), sum(sizes)
+
+
+def test_the_compiler_keeps_and_recomputes_as_told():
+    (kept, none), (attention, partly), (twice, block) = map(partitioned, LEVELS[:3])
+    assert (kept, attention, twice) == (0, 0, 1)
+    assert none > partly > block
 
 
 @pytest.mark.parametrize("config", [V15, V10])

@@ -253,6 +253,54 @@ class ParallelConfig:
 
 
 @dataclass(frozen=True)
+class EvalConfig:
+    """The evaluation loss during training."""
+
+    every: int | None = field_(
+        500, "evaluate so often, and before the first and after the last step; null: never", "optimizer steps", ge=1
+    )
+    held_out: float = field_(
+        0.0, "this share of the files, chosen by a hash of their names, is never trained, only evaluated", "share",
+        ge=0, lt=1,
+    )  # fmt: skip
+    path: str | None = field_(
+        None, "instead of eval.held_out: evaluate this data set; a folder, list or table of clips"
+    )
+    num_clips: int = field_(
+        16, "so many clips are evaluated, spread over the buckets, of those held out and of those trained", "clips",
+        ge=1,
+    )  # fmt: skip
+    num_timesteps: int = field_(9, "at so many timesteps, the middles of equal parts of the schedule", ge=1)
+
+
+@dataclass(frozen=True)
+class PromptConfig:
+    """One video to make during training."""
+
+    prompt: str = field_(MISSING, "what the video shows")
+    image: str = field_(MISSING, "its first frame, a picture file; resized to cover the size, then cropped")
+    size: str | None = field_(None, "FRAMESxHEIGHTxWIDTH; null: the bucket that crops the image least", "pixels")
+    seed: int | None = field_(None, "seed of its noise; null: sample.seed", ge=0, lt=2**63)
+
+
+@dataclass(frozen=True)
+class SampleConfig:
+    """Videos made during training, with the weights as they are then."""
+
+    every: int | None = field_(
+        None, "make videos so often, and before the first and after the last step; null: never", "optimizer steps", ge=1
+    )
+    prompts: tuple[PromptConfig, ...] = field_((), "what to make videos of; none: evaluated clips, see num_clips")
+    num_clips: int = field_(
+        2, "without prompts: videos from the captions and first frames of so many clips, held-out ones if there are",
+        "clips", ge=1,
+    )  # fmt: skip
+    num_steps: int = field_(50, "denoising steps", ge=1)
+    guidance: float = field_(6.0, "classifier-free guidance; 1 turns it off", ge=1)
+    seed: int = field_(0, "seed of the noise", ge=0, lt=2**63)
+
+
+@dataclass(frozen=True)
 class CheckpointConfig:
     every: int = field_(500, "save so often; the last step is always saved", "optimizer steps", ge=1)
     keep_last: int = field_(3, "older checkpoints are removed", "checkpoints", ge=1)
@@ -296,6 +344,8 @@ class RunConfig:
     optimizer: OptimizerConfig = dataclasses.field(default_factory=OptimizerConfig)
     train: TrainConfig = dataclasses.field(default_factory=TrainConfig)
     parallel: ParallelConfig = dataclasses.field(default_factory=ParallelConfig)
+    eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
+    sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
     monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)

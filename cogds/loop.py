@@ -74,6 +74,19 @@ class Run:
         return f"step {step + 1}, {'; '.join(parts)}"
 
 
+@dataclass(frozen=True)
+class Occasion:
+    """Something that all ranks do together beside training, such as an evaluation.
+
+    what: for people, as in "evaluating"; every: optimizer steps; act: given the steps trained so far. It is due before
+    the first step (and where a run goes on at one of its steps), every so many steps, and after the last.
+    """
+
+    what: str
+    every: int
+    act: Callable[[int], None]
+
+
 def train_steps(
     run: Run,
     engine: Any,
@@ -83,6 +96,7 @@ def train_steps(
     save: Callable[[int], None],
     interrupt: Interrupt,
     watchdog: Watchdog,
+    occasions: Sequence[Occasion] = (),
 ) -> None:
     """Train from `run.first_step` to the last. Collective.
 
@@ -91,6 +105,13 @@ def train_steps(
     """
     cfg, world = run.cfg, run.world
     quarantine = Quarantine(world, Path(cfg.output_dir), len(run.data.index), cfg.data.max_unusable)
+
+    def meet(occasions: Sequence[Occasion], step: int) -> None:
+        for one in occasions:
+            watchdog.watch(functools.partial("{} after step {}".format, one.what, step))
+            one.act(step)
+
+    meet([one for one in occasions if run.first_step % one.every == 0], run.first_step)
     upcoming, clock, num_bad = Upcoming(micro_steps(run, builder, load_batches(run))), Stopwatch(), 0
     for step in range(run.first_step, cfg.train.num_steps):
         watchdog.watch(functools.partial(run.describe, step))
@@ -105,6 +126,11 @@ def train_steps(
         if num_bad == cfg.train.max_bad_steps:
             monitor.close()
             raise _too_many(bad, num_bad, world)
+        # Before the save, so that a run which goes on from it has had them. One that must stop does not wait for them.
+        if not stop and (due := [one for one in occasions if last or (step + 1) % one.every == 0]):
+            monitor.flush()
+            meet(due, step + 1)
+            clock.lap()
         if (step + 1) % cfg.checkpoint.every == 0 or last or stop:
             watchdog.watch(functools.partial("saving after step {}".format, step + 1))
             monitor.flush()

@@ -17,7 +17,7 @@ from cogds.encode import DTYPES, prepare
 from cogds.errors import Interrupted
 from cogds.execution import check_execution, choose_execution, execution_lines, memory_of, prepare_blocks
 from cogds.files import whole_file
-from cogds.loop import Run, finish_save, train_steps
+from cogds.loop import Occasion, Run, finish_save, train_steps
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
 from cogds.model.sequence import check_sequence
@@ -183,8 +183,9 @@ def train(
         monitor.note(first_step, tried.scalars())
         if world.rank == 0:
             print(tried, flush=True)
+    occasions: list[Occasion] = []
     interrupt.defer()
-    train_steps(run, engine, builder, monitor, saver, save, interrupt, watchdog)
+    train_steps(run, engine, builder, monitor, saver, save, interrupt, watchdog, occasions)
     watchdog.close()
     if world.rank == 0:
         print(whereabouts(output_dir, cfg.train.num_steps))

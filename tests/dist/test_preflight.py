@@ -56,7 +56,7 @@ def test_a_folder_that_is_another_on_one_rank_names_it(job):
     """Started by hand, each rank with its own working folder, and one of them with a variable that the other lacks."""
     folder, overrides = job
     port, ranks = str(free_port()), []
-    words = ["--wait", "2", "--skip", "versions,tools,exchange,step", *overrides, "data.cache_dir=shared"]
+    words = ["--wait", "10", "--skip", "versions,tools,exchange,step", *overrides, "data.cache_dir=shared"]
     for rank in range(2):
         (folder / f"node{rank}").mkdir()
         environ = {"RANK": str(rank), "WORLD_SIZE": "2", "LOCAL_RANK": str(rank), "MASTER_ADDR": "127.0.0.1"}

@@ -464,6 +464,31 @@ def _help_lines(name: str, key: _Key) -> list[str]:
     return [f"{name} {default}{''.join('  ' + note for note in notes)}", f"      {key.field.metadata['help']}"]
 
 
+def reference() -> str:
+    """Every key as a page of Markdown, a table for each section."""
+    lines = [
+        "# Configuration", "",
+        "Every key, as `--help` lists them: in a YAML file given by `--config`, or as `key=value` on the command line,",
+        "where the last word wins. `python docs/configuration.py` writes this page.",
+    ]  # fmt: skip
+    section = None
+    for name, key in KEYS.items():
+        if (head := name.rpartition(".")[0]) != section:
+            section = head
+            lines += ["", f"## `{section}`" if section else "## The run", "", "| key | default | |", "|---|---|---|"]
+        lines += [_reference_row(name, key)]
+        lines += [_reference_row(f"{name}[].{inner}", inner_key) for inner, inner_key in key.keys.items()]
+    return "\n".join(lines) + "\n"
+
+
+def _reference_row(name: str, key: _Key) -> str:
+    metadata = key.field.metadata
+    choices = f": {', '.join(f'`{one}`' for one in metadata['choices'])}" if "choices" in metadata else ""
+    unit = f" [{metadata['unit']}]" if metadata["unit"] else ""
+    default = "required" if key.default == MISSING else f"`{_show(key.default)}`"
+    return f"| `{name}` | {default} | {metadata['help']}{unit}{choices} |"
+
+
 def _file_settings(path: str) -> Iterator[_Setting]:
     if not Path(path).is_file():
         raise UserError(f"config file {path} does not exist or is not a file: give the path of a YAML file to --config")

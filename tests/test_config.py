@@ -323,3 +323,8 @@ def test_the_demo_config_is_small_and_self_contained():
     assert cfg.train.precision == "fp32"
     sides = [int(side) for bucket in cfg.data.buckets for side in bucket.split("x")[1:]]
     assert all(side % 16 == 0 and side <= 96 for side in sides)
+
+
+def test_the_reference_is_current():
+    """`python docs/configuration.py` writes it."""
+    assert (ROOT / "docs/configuration.md").read_text() == config.reference()

@@ -72,6 +72,8 @@ class Lab:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
+                # Where we run in the background SIGINT is ignored, and a shell that inherits that cannot trap it.
+                preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         finally:
             if sink:

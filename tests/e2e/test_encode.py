@@ -5,12 +5,11 @@ import os
 import random
 import shutil
 import subprocess
-import sys
 from pathlib import Path
 
 import pytest
 
-from tests.conftest import ROOT, free_port, run_command
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.dist
 SCRIPT = ROOT / "tests/e2e/encode_script.py"
@@ -42,35 +41,35 @@ def left_behind(cache: Path) -> list[str]:
 
 
 @pytest.mark.slow
-def test_two_ranks_encode_once_and_training_finds_it(arguments, tmp_path, run_train):
-    bin_dir = Path(sys.executable).parent
-    launch = [bin_dir / "deepspeed", "--num_gpus", 2, "--master_port", free_port()]
+def test_two_ranks_encode_once_and_training_finds_it(arguments, tmp_path, run_train, warm):
     log = {"ENCODED": str(tmp_path / "log")}
-    done = run_command([*launch, SCRIPT, *arguments], 240, env=log)
+    done = warm(SCRIPT, arguments, ranks=2, env=log)
     assert done.returncode == 0, done.stdout[-4000:]
     assert "7 clips are encoded" in done.stdout
     assert (tmp_path / "log").read_text().count("clip") == 7
     assert left_behind(tmp_path / "cache") == []
-    done = run_command([*launch, SCRIPT, *arguments, "optimizer.lr=1"], 240, env=log)
+    done = warm(SCRIPT, [*arguments, "optimizer.lr=1"], ranks=2, env=log)
+    assert done.returncode == 0, done.stdout[-4000:]
     assert (tmp_path / "log").read_text().count("clip") == 7
     # Training with another learning rate needs nothing more.
     before = sorted(tmp_path.glob("cache/*/*.safetensors"))
-    run_train("--deepspeed", "ds_configs/zero2.json", *arguments, "train.num_steps=2", "optimizer.lr=0.5")
+    words = ["--deepspeed", "ds_configs/zero2.json", *arguments, "train.num_steps=2", "optimizer.lr=0.5"]
+    run_train(*words, launcher="warm")
     assert sorted(tmp_path.glob("cache/*/*.safetensors")) == before
 
-    command = [sys.executable, ROOT / "launch/encode.py", *arguments]
-    said = run_command([*command, "--stats"], 60).stdout
+    def encode(*words):
+        return warm(ROOT / "launch/encode.py", [*arguments, *words]).stdout
+
+    said = encode("--stats")
     assert json.loads(said[said.index("{") :])["clips"]["entries"] == 7
     shard = next(tmp_path.glob("cache/clips/*.safetensors"))
     damaged = bytearray(shard.read_bytes())
     damaged[-9] ^= 4
     shard.write_bytes(damaged)
-    assert "1 were damaged and removed" in run_command([*command, "--verify"], 60).stdout
-    done = run_command(
-        [sys.executable, SCRIPT, *arguments, "data.buckets=[17x64x96, 1x64x64]", "--prune"], 120, env=log
-    )
+    assert "1 were damaged and removed" in encode("--verify")
+    done = warm(SCRIPT, [*arguments, "data.buckets=[17x64x96, 1x64x64]", "--prune"], env=log)
     assert done.returncode == 0, done.stdout[-4000:]
-    said = run_command([*command, "--stats"], 60).stdout
+    said = encode("--stats")
     assert json.loads(said[said.index("{") :])["clips"]["entries"] == 7  # six clips go to 17x64x96 now, one anew
 
 
@@ -99,31 +98,30 @@ def test_killed_at_twenty_moments_nothing_is_lost_or_done_twice(arguments, tmp_p
     encoded = (tmp_path / "log").read_text().count("clip")
     assert num_clips <= encoded <= num_clips + 20  # one in flight at every kill
     assert left_behind(tmp_path / "cache") == []
-    verified = run_command([sys.executable, ROOT / "launch/encode.py", *arguments, "--verify"], 120).stdout
+    verified = warm(ROOT / "launch/encode.py", [*arguments, "--verify"]).stdout
     assert "0 were damaged" in verified
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(os.geteuid() != 0, reason="mounts a small disk")
-def test_a_full_disk_and_a_read_only_one_are_told_and_cost_nothing(arguments, tmp_path):
+def test_a_full_disk_and_a_read_only_one_are_told_and_cost_nothing(arguments, tmp_path, warm):
     cache = tmp_path / "cache"
     cache.mkdir()
     mount = ["mount", "-t", "tmpfs", "-o", "size=300k", "tmpfs", str(cache)]
     subprocess.run(mount, check=True, timeout=20)
-    command = [sys.executable, SCRIPT, *arguments]
     log = {"ENCODED": str(tmp_path / "log")}
     try:
-        done = run_command(command, 120, env=log)
+        done = warm(SCRIPT, arguments, env=log)
         assert done.returncode == 2
         assert "Traceback" not in done.stdout
         assert "space" in done.stdout
         subprocess.run(["mount", "-o", "remount,size=50m", str(cache)], check=True, timeout=20)
-        done = run_command(command, 120, env=log)
+        done = warm(SCRIPT, arguments, env=log)
         assert done.returncode == 0, done.stdout[-4000:]
         assert (tmp_path / "log").read_text().count("clip") <= 7 + 1
         assert left_behind(cache) == []
         subprocess.run(["mount", "-o", "remount,ro", str(cache)], check=True, timeout=20)
-        done = run_command(command, 120, env=log)
+        done = warm(SCRIPT, arguments, env=log)
         assert done.returncode == 2
         assert "data.cache_dir: cannot write into" in done.stdout
         assert "Traceback" not in done.stdout

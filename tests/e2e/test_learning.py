@@ -2,11 +2,10 @@
 
 import json
 import os
-import sys
 
 import pytest
 
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT
 from tests.dist.conftest import metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -28,7 +27,7 @@ def test_real_clips_train_in_several_buckets(real_clips, tiny_model, run_train, 
         "--deepspeed", "ds_configs/zero2.json",
         f"model.path={tiny_model}", f"data.path={clips}", f"data.cache_dir={tmp_path / 'cache'}",
         "data.buckets=[17x96x160, 25x64x80, 9x64x160]", f"output_dir={run}",
-        "train.num_steps=6", "lora.rank=4", "lora.alpha=8",
+        "train.num_steps=6", "lora.rank=4", "lora.alpha=8", launcher="warm",
     )  # fmt: skip
     assert (run / "unusable.jsonl").read_text() == ""
     trained = [name for line in metrics(run) for name in line if name.startswith("train/loss/bucket=")]
@@ -37,14 +36,14 @@ def test_real_clips_train_in_several_buckets(real_clips, tiny_model, run_train, 
     assert sorted(trained) == sorted(f"train/loss/bucket={b}" for b in ("17x96x160", "25x64x80", "9x64x160") * 2)
 
 
-def evaluation_loss(*arguments):
-    done = run_command([sys.executable, ROOT / "launch/evaluate.py", *arguments], 120)
+def evaluation_loss(warm, *arguments):
+    done = warm(ROOT / "launch/evaluate.py", arguments)
     assert done.returncode == 0, done.stdout[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
     return json.loads(line)["eval/loss"]
 
 
-def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model, run_train, tmp_path):
+def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model, run_train, warm, tmp_path):
     """Base model 1.38, after 200 steps 0.43.
 
     0 is out of the tiny model's reach: a patch holds 64 noisy latents and its residual stream 32 numbers. Where the
@@ -65,10 +64,10 @@ def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model
         # By heart, not in general: what is evaluated is what is trained.
         "conditioning.image_noise=false", "conditioning.image_dropout=0", "conditioning.caption_dropout=0",
         "checkpoint.every=200",
-        timeout_s=400,
+        timeout_s=400, launcher="warm",
     )  # fmt: skip
-    base = evaluation_loss(*common)
-    tuned = evaluation_loss(*common, "--lora", tmp_path / "run/lora/step-000200")
+    base = evaluation_loss(warm, *common)
+    tuned = evaluation_loss(warm, *common, "--lora", tmp_path / "run/lora/step-000200")
     print(f"evaluation loss: base {base:.4f}, tuned {tuned:.4f}")
     assert tuned < base / 2
     # Zeros score the mean square of the target, about 1: it is not enough to unlearn the base model's random output.

@@ -16,7 +16,7 @@ FITS = import sys, sysconfig; print(sys.implementation.cache_tag, sysconfig.get_
 # Tests in as many processes as there are cores, up to four: each takes about 1 GB.
 WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadgroup
 
-.PHONY: install wheelhouse demo test test-slow test-browser test-cluster test-endurance check format clean
+.PHONY: install wheelhouse demo test test-slow test-quant test-browser test-cluster test-endurance check format clean
 
 install: $(VENV)/.installed
 
@@ -49,6 +49,18 @@ test: install
 
 test-slow: install
 	$(BIN)/python -m pytest $(WORKERS) -m "slow and not cluster"
+
+# The base in 8 or 4 bits. Its libraries stay out of the other tests' way, whose every process they would slow down.
+test-quant: $(VENV)/quant/.installed
+	PYTHONPATH=$(abspath $(VENV)/quant) $(BIN)/python -m pytest $(WORKERS) -rs -m "not slow" \
+		tests/model/test_quantize.py tests/dist/test_quantize.py
+
+$(VENV)/quant/.installed: $(VENV)/.installed
+	rm -rf $(VENV)/quant
+	$(BIN)/pip install --quiet $(OFFLINE) --constraint constraints.txt --no-deps --target $(VENV)/quant \
+		torchao bitsandbytes
+	PYTHONPATH=$(abspath $(VENV)/quant) $(BIN)/python -c "import torchao, bitsandbytes" # or the tests would skip
+	touch $@
 
 # Pages as a reader sees them, in a headless Chromium: as root, on Debian.
 test-browser: install

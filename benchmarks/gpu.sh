@@ -3,9 +3,9 @@
 #
 #     bash benchmarks/gpu.sh [FOLDER] [PART ...]
 #
-# Parts: peers step short (without any: these three, 570 s at most), then zero3, precision, profile for another ten
-# minutes. Logs, with a line of JSON at the end of each, go to FOLDER (outputs/gpu). It needs no model, no clips and no
-# network: weights are random. With SIZE=tiny it tries itself out on a CPU.
+# Parts: peers step short (without any: these three, 590 s at most), then zero3, precision, loss, profile for another
+# fourteen minutes. Logs, with a line of JSON at the end of each, go to FOLDER (outputs/gpu). It needs no model, no
+# clips and no network: weights are random. With SIZE=tiny it tries itself out on a CPU.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-outputs/gpu}
@@ -13,46 +13,51 @@ shift || true
 parts=${*:-peers step short}
 size=${SIZE:-real}
 python=${PYTHON:-python3}
-long=81x768x1360 short=49x480x720,81x480x720 compile=off,on type=bf16
+long=81x768x1360 short=49x480x720,81x480x720 compile=on,off compiled=--compile type=bf16 slower=1
 if [ "$size" = tiny ]; then
-    long=17x64x96 short=5x64x64,9x64x64 compile=off type=fp32
+    long=17x64x96 short=5x64x64,9x64x64 compile=off compiled='' type=fp32 slower=10 # a CPU compiles for minutes
 fi
 export HF_HUB_OFFLINE=1
 mkdir -p "$folder"
 
-# NAME LIMIT SCRIPT ARGUMENTS...: the script begins nothing new 45 s before its limit, so that it prints its table.
+# NAME LIMIT SCRIPT ARGUMENTS...
 run() {
-    local name=$1 limit=$2 script=$3 before=$SECONDS
+    local name=$1 limit=$(($2 * slower)) script=$3 before=$SECONDS
     shift 3
     echo "== $name: $script $*"
-    timeout "$limit" "$python" -u "benchmarks/$script" --limit-s $((limit - 45)) --precision"$plural" "$type" "$@" \
-        >"$folder/$name.log" 2>&1
+    timeout "$limit" "$python" -u "benchmarks/$script" "$@" >"$folder/$name.log" 2>&1
     echo "   exit $? after $((SECONDS - before)) s"
-    grep -E '^(size|real|tiny|  attention|peak )' "$folder/$name.log" | cut -c1-250
+    grep -E '^(size|real|tiny|bf16|fp32|type|  attention|peak )' "$folder/$name.log" | cut -c1-250
     grep -q '^{"benchmark"' "$folder/$name.log" || tail -n 8 "$folder/$name.log"
 }
 
+# NAME LIMIT ARGUMENTS...: step.py begins nothing new 45 s before its limit, so that it prints its table.
+step() { run "$1" "$2" step.py --limit-s $(($2 * slower - 45)) --sizes "$size" --precisions "$type" "${@:3}"; }
+
 for part in $parts; do
-    plural=s
     case $part in
-    peers) # ours against the common step, at the size that matters
-        plural='' && run peers 240 peers.py --sizes "$size" --levels attention_kept --rounds 2 ;;
-    step) # levels, compilation and the fastest kernel there; whether it stays below 24 GB is block+offload's row
-        run step 210 step.py --sizes "$size" --buckets "$long" --kernels auto --compile "$compile" \
-            --levels attention_kept,block,block+offload --rounds 2 ;;
+    peers) # ours, compiled, against the common step, at the size that matters; the fastest kernel there for both
+        # shellcheck disable=SC2086 # $compiled is a word or none
+        run peers 260 peers.py --limit-s $((260 * slower - 45)) --sizes "$size" --precision "$type" \
+            --levels attention_kept --kernel auto $compiled --rounds 2 ;;
+    step) # levels and compilation, the fastest kernel; whether it stays below 24 GB is block+offload's row
+        step step 210 --buckets "$long" --kernels auto --compile "$compile" --rounds 2 \
+            --levels attention_kept,block,block+offload ;;
     short) # the shorter buckets, where more may be kept
-        run short 120 step.py --sizes "$size" --buckets "$short" --levels attention_kept,none --kernels auto --rounds 3 ;;
+        step short 120 --buckets "$short" --levels attention_kept,none --kernels auto --compile "${compile%%,*}" \
+            --rounds 3 ;;
     zero3)
-        run zero3 150 step.py --sizes "$size" --buckets "${short%%,*}" --levels attention_kept --rounds 3 \
+        step zero3 150 --buckets "${short%%,*}" --levels attention_kept --rounds 3 \
             --deepspeed zero2,zero3,zero3_offload ;;
-    precision) # needs torchao and bitsandbytes; a base that cannot be had is a row that says so
-        run precision 200 step.py --sizes "$size" --buckets "$long" --levels attention_kept --rounds 1 \
-            --bases full,int8,float8,nf4 ;;
+    precision) # needs torchao and bitsandbytes; what cannot be had is a row that says so
+        step precision 300 --buckets "$long" --levels attention_kept --kernels auto --rounds 1 \
+            --bases full,int8,float8,nf4 --matmuls full,float8 ;;
+    loss) # what the same bases and products do to the loss, on random weights
+        run loss 240 quantised_loss.py --size "$size" --bucket "${short%%,*}" ;;
     profile) # where the time of a step goes
-        run profile 150 step.py --sizes "$size" --buckets "${short##*,}" --levels attention_kept --kernels auto \
-            --rounds 2 --profile ;;
+        step profile 150 --buckets "${short##*,}" --levels attention_kept --kernels auto --rounds 2 --profile ;;
     *)
-        echo "no part is called $part: there are peers, step, short, zero3, precision, profile" >&2
+        echo "no part is called $part: there are peers, step, short, zero3, precision, loss, profile" >&2
         exit 2 ;;
     esac
 done

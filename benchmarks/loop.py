@@ -17,7 +17,6 @@ all and without the inputs, which are part of the work. Prints a table, then one
 """
 
 import argparse
-import json
 import statistics
 import tempfile
 from collections.abc import Callable
@@ -57,6 +56,7 @@ from cogds.runtime.checkpoint import Saver
 from cogds.runtime.ds_config import load_ds_config, resolve
 from cogds.runtime.engine import start_engine
 from cogds.runtime.interrupt import Interrupt
+from cogds.runtime.metrics import step_lines
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, disconnect, read_world
@@ -173,7 +173,7 @@ def measure(
         last = first + num_steps
         run = Run(replace(cfg, {"train.num_steps": last}), ds_config, model, buckets, world, data, plan, execution,
                   first)  # fmt: skip
-        monitor = Monitor(world, Path(cfg.output_dir), buckets, first, last, cfg.monitor.every, False)
+        monitor = Monitor(world, Path(cfg.output_dir), buckets, first, last, cfg.monitor.every)
         marks: Any = Marks(watchdog, clock, between)
         train_steps(run, engine, builder, monitor, Saver(), lambda _: None, interrupt, marks)
         return marks.steps_s[1 : num_steps - 1]
@@ -194,8 +194,8 @@ def measure(
         every.clear()
     seconds["loop"] = loop(0, each_once)
     loop(num_steps, lambda: None)
-    lines = (Path(cfg.output_dir) / "metrics.jsonl").read_text().splitlines()
-    records = [json.loads(line) for line in lines[num_steps + 1 : 2 * num_steps - 1]]
+    lines = step_lines((Path(cfg.output_dir) / "metrics.jsonl").read_text())
+    records = lines[num_steps + 1 : 2 * num_steps - 1]
     wait = sum(one["perf/data_wait_s"] for one in records) / sum(one["perf/step_s"] for one in records)
     watchdog.close()
     engine.destroy()

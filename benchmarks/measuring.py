@@ -23,24 +23,33 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E402
-from torch.nn import attention  # noqa: E402
 
 from cogds.config import RunConfig, load_config  # noqa: E402
 from cogds.core.cost import StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
-from cogds.core.geometry import ClipShape, ModelGeometry, latent_frames, num_tokens  # noqa: E402
-from cogds.core.memory import LoraSize, TransformerSize, VaeSize, rotary_table_bytes, training_memory  # noqa: E402
-from cogds.model.attention import use  # noqa: E402
-from cogds.model.load import ModelFolder, empty_transformer  # noqa: E402
-from cogds.model.lora import inject, resolve_targets  # noqa: E402
+from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
+from cogds.execution import Setting, Sizes  # noqa: E402
+from cogds.model.attention import fastest  # noqa: E402
+from cogds.model.load import ModelFolder  # noqa: E402
+from cogds.model.lora import inject  # noqa: E402
 from cogds.runtime.ds_config import load_ds_config, resolve  # noqa: E402
 from cogds.runtime.engine import build_for_stage, start_engine  # noqa: E402
 from cogds.runtime.world import World, connect, connected  # noqa: E402
-from cogds.step import Draws, StepBuilder  # noqa: E402
+from cogds.step import DTYPES, Draws, StepBuilder, random_batch  # noqa: E402
 
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-# Dense bf16 TFLOP/s, as the vendor gives them.
-PEAK_TFLOPS = {"H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0, "B200": 2250.0}
+# Dense bf16 TFLOP/s, as the vendor gives them for the very product: an H100 for PCIe has three quarters of one for SXM.
+PEAK_TFLOPS = {
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A800-SXM4-80GB": 312.0,
+    "NVIDIA B200": 2250.0,
+}
 # For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
@@ -96,7 +105,7 @@ SIZES = {
             "real",
             _V15 | {"num_attention_heads": 48, "attention_head_dim": 64, "in_channels": 32, "out_channels": 16,
                     "time_embed_dim": 512, "ofs_embed_dim": 512, "text_embed_dim": 4096, "num_layers": 42,
-                    "sample_width": 170, "sample_height": 96, "max_text_seq_length": 224},
+                    "sample_width": 300, "sample_height": 300, "max_text_seq_length": 226},
             _VAE | {"block_out_channels": (128, 256, 256, 512), "latent_channels": 16, "layers_per_block": 3,
                     "norm_num_groups": 32},
             "81x768x1360", 128,
@@ -149,20 +158,6 @@ def random_vae(size: Size, dtype: torch.dtype, device: torch.device) -> Any:
         torch.set_default_dtype(before)
 
 
-def random_batch(model: ModelFolder, shape: ClipShape, batch_size: int, dtype: torch.dtype) -> dict[str, torch.Tensor]:
-    """A batch as the cache gives it, on the host, of random numbers."""
-    geometry, numbers = model.geometry, torch.Generator().manual_seed(0)
-    height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
-    moments = (batch_size, 2 * geometry.latent_channels, latent_frames(shape.frames, geometry), height, width)
-    text = (batch_size, geometry.text_tokens, model.transformer_config["text_embed_dim"])
-    frame = (batch_size, 3, shape.height, shape.width)
-    return {
-        "moments": torch.randn(moments, generator=numbers).to(dtype),
-        "first_frame": torch.randint(0, 256, frame, generator=numbers, dtype=torch.uint8),
-        "text_states": torch.randn(text, generator=numbers).to(dtype),
-    }
-
-
 class Trainer:
     """Our training on a model of random weights: engine, step builder, and a batch of every bucket."""
 
@@ -200,7 +195,13 @@ class Trainer:
     def inputs(self, shape: ClipShape, batch_size: int = 1) -> tuple[dict[str, Any], torch.Tensor]:
         """The transformer's arguments and the target, made anew as in every step."""
         if (shape, batch_size) not in self._batches:
-            self._batches[shape, batch_size] = random_batch(self.model, shape, batch_size, self.dtype)
+            self._batches[shape, batch_size] = random_batch(
+                shape,
+                batch_size,
+                self.model.geometry,
+                self.size.transformer["text_embed_dim"],
+                self.cfg.train.precision,
+            )
         kept = torch.zeros(batch_size, dtype=torch.bool)
         slots = range(self.world.rank * batch_size, (self.world.rank + 1) * batch_size)
         draws = Draws(torch.full((batch_size,), 500), kept, kept, self.cfg.seed, 0, slots)
@@ -244,26 +245,24 @@ def estimate_bytes(
 ) -> int:
     """What the memory model says that a step takes of a GPU's allocator: all but the CUDA context."""
     model = model_of(size)
-    empty = empty_transformer(model)
-    base, layers = sum(parameter.numel() for parameter in empty.parameters()), dict(empty.named_modules())
-    targets = resolve_targets(empty, cfg.lora.target_modules)
-    numbers = sum(cfg.lora.rank * (layers[name].in_features + layers[name].out_features) for name in targets)
-    vae = random_vae(size, torch.float32, torch.device("meta"))
-    estimate = training_memory(
-        shape, batch_size, model.geometry,
-        TransformerSize.from_config(size.transformer, base), LoraSize.from_targets(targets, numbers, cfg.lora.rank),
-        VaeSize.from_config(vae.config, sum(parameter.numel() for parameter in vae.parameters())),
-        deepspeed_config(ds_name, cfg, model, world)["zero_optimization"], world.size, cfg.train.precision, level,
-        rotary_table_bytes(shape, model.geometry), base=cfg.model.base,
-    )  # fmt: skip
+    ds_config = deepspeed_config(ds_name, cfg, model, world)
+    setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), (shape,), world.size)
+    estimate = setting.estimate(shape, batch_size, level)
     return estimate.total_bytes - estimate.cuda_context_bytes
 
 
-def set_kernel(kernel: str, device: torch.device) -> None:
-    """Make an attention kernel ready in this process, whatever was ready before. Raises UserError where it is not."""
-    if getattr(attention, "current_flash_attention_impl", lambda: None)():
-        attention.restore_flash_attention_impl()
-    use(kernel, device)
+def fastest_kernel(size: Size, buckets: Sequence[str], precision: str, device: torch.device) -> tuple[str, Any]:
+    """The fastest attention kernel for the longest bucket, and every kernel's seconds. Says what it found."""
+    geometry = model_of(size).geometry
+    tokens = max(num_tokens(ClipShape.parse(bucket), geometry) for bucket in buckets)
+    heads = size.transformer["num_attention_heads"]
+    kernel, times, failures = fastest(tokens, heads, geometry.head_dim, DTYPES[precision], device)
+    done = step_flops(tokens, 1, heads * geometry.head_dim).attention * 3.5
+    for name, seconds in times.items():
+        print(f"  attention, {tokens} tokens, {name}: {seconds * 1e3:.2f} ms, {done / seconds / 1e12:.1f} TFLOP/s")
+    for name, reason in failures.items():
+        print(f"  attention, {tokens} tokens, {name}: not usable ({reason})")
+    return kernel, times
 
 
 def wait(device: torch.device) -> None:
@@ -410,22 +409,23 @@ def interleaved(
 
 
 def matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    """What one large matrix product reaches here, the best of a few: a peak for machines that have no data sheet."""
-    size = 8192 if device.type == "cuda" else 1024
+    """What one large matrix product reaches on this CPU, the best of a few: it has no data sheet to go by."""
+    size = 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = min(timed(lambda: a @ b, device) for _ in range(6))
     return 2 * size**3 / best / 1e12
 
 
-def peak_tflops(asked: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float, str]:
-    """The TFLOP/s that MFU is a share of, and where the number is from."""
+def peak_tflops(asked: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float | None, str]:
+    """The TFLOP/s that MFU is a share of, and where the number is from; None for a GPU that is not in the list."""
     if asked:
         return asked, "given"
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else ""
-    for known, tflops in PEAK_TFLOPS.items():
-        if known in name and dtype is torch.bfloat16:
-            return tflops, f"{known}, dense bf16, data sheet"
-    return matmul_tflops(dtype, device), "the best of a few large matrix products here"
+    if device.type == "cpu":
+        return matmul_tflops(dtype, device), "the best of a few large matrix products here"
+    name = torch.cuda.get_device_name(device)
+    if name in PEAK_TFLOPS and dtype is torch.bfloat16:
+        return PEAK_TFLOPS[name], f"{name}, dense bf16, data sheet"
+    return None, f"of {name} in {str(dtype).removeprefix('torch.')}: give --peak-tflops to have MFU and floor"
 
 
 def machine(device: torch.device) -> dict[str, Any]:

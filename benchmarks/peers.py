@@ -34,6 +34,7 @@ from measuring import (
     Size,
     Trainer,
     alphas_cumprod,
+    fastest_kernel,
     free,
     held_bytes,
     interleaved,
@@ -46,7 +47,6 @@ from measuring import (
     say_json,
     say_machine,
     seconds_text,
-    set_kernel,
     table,
 )
 from peft import LoraConfig
@@ -55,7 +55,7 @@ from torch.nn.attention import sdpa_kernel
 from cogds.config import ATTENTION_KERNELS, RECOMPUTE_LEVELS
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.rope import rotary_tables
-from cogds.model.attention import KERNELS
+from cogds.model.attention import KERNELS, use
 from cogds.model.load import build_transformer
 from cogds.runtime.world import World, disconnect, read_world
 
@@ -67,11 +67,11 @@ class CommonStep:
     """The field's step, on base weights that it shares with another transformer of the same config."""
 
     def __init__(
-        self, size: Size, weights: dict[str, torch.Tensor], vae: Any, rank: int, kernel: str, device: torch.device
+        self, size: Size, precision: str, weights: dict[str, torch.Tensor], vae: Any, kernel: str, device: torch.device
     ):
-        """weights: the base's, by diffusers' names."""
+        """weights: the base's, by diffusers' names, in this precision."""
         self.model, self.shape, self.device, self.vae = model_of(size), ClipShape.parse(size.bucket), device, vae
-        self.dtype, self.backend = next(iter(weights.values())).dtype, KERNELS[kernel][0]
+        self.dtype, self.backend, rank = DTYPES[precision], KERNELS[kernel][0], size.lora_rank
         with torch.device("meta"):
             self.transformer: Any = CogVideoXTransformer3DModel.from_config(size.transformer)
         self.transformer.load_state_dict(weights, assign=True)
@@ -83,7 +83,7 @@ class CommonStep:
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-3)
         self.abar = alphas_cumprod().to(device, torch.float32)
         self.scale = vae.config.scaling_factor
-        batch = random_batch(self.model, self.shape, 1, self.dtype)
+        batch = random_batch(self.shape, 1, self.model.geometry, size.transformer["text_embed_dim"], precision)
         self.text = batch["text_states"].to(device)
         self.frame = batch["first_frame"].to(device, self.dtype) / 127.5 - 1
         pixels = 3, self.shape.frames, self.shape.height, self.shape.width
@@ -172,12 +172,14 @@ def compare(
 ) -> dict[str, Any]:
     """Both ways on one model: rows by name, ratios, and how alike they are."""
     device, dtype = world.device, DTYPES[precision]
-    set_kernel(kernel, device)
+    if kernel == "auto":
+        kernel = fastest_kernel(size, [size.bucket], precision, device)[0]
+    use(kernel, device)
     torch.manual_seed(0)
     base, vae = build_transformer(model_of(size), dtype, device), random_vae(size, dtype, device)
     weights = base.state_dict()
     held = [held_bytes(device)]
-    common = CommonStep(size, weights, vae, size.lora_rank, kernel, device)
+    common = CommonStep(size, precision, weights, vae, kernel, device)
     common.allocate()
     free(device)
     held.append(held_bytes(device))
@@ -207,7 +209,8 @@ def compare(
         rows[name] = timing.numbers()
     ours.close()
     found = {"size": size.name, "bucket": size.bucket, "tokens": num_tokens(common.shape, common.model.geometry)}
-    found |= {"rows": rows, "same_work": {name: float(f"{value:.6g}") for name, value in alike.items()}}
+    found |= {"kernel": kernel, "rows": rows}
+    found["same_work"] = {name: float(f"{value:.6g}") for name, value in alike.items()}
     for name, theirs in (("ratio", "common, VAE in the loop"), ("ratio_without_vae", "common, latents given")):
         for level in levels:
             key = name if level == levels[0] else f"{name}_{level}"
@@ -226,7 +229,8 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=DTYPES)
     levels = ["attention_kept" if gpu else "none", "block"]
     parser.add_argument("--levels", type=lambda text: text.split(","), default=levels, help=", ".join(RECOMPUTE_LEVELS))
-    parser.add_argument("--kernel", default="torch", choices=ATTENTION_KERNELS, help="of both ways")
+    kernels = ("auto", *ATTENTION_KERNELS)
+    parser.add_argument("--kernel", default="torch", choices=kernels, help="of both ways; auto: the fastest here")
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--rounds", type=int, default=2 if gpu else 5)
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
@@ -256,10 +260,10 @@ def main(argv: list[str] | None = None) -> None:
     head = ("size", "bucket", "tokens", "step", "s/step (least-most)", "to common", "to common, no VAE", "peak GB")
     print(table(head, cells))
     for result in results:
-        print(f"{result['size']}: same work: {result['same_work']}")
-    named = {"precision": args.precision, "kernel": args.kernel, "compiled": args.compile, "levels": args.levels}
-    named |= {"clock": args.clock}
+        print(f"{result['size']}: attention kernel of both: {result['kernel']}; same work: {result['same_work']}")
     last = results[-1]
+    named = {"precision": args.precision, "kernel": last["kernel"], "compiled": args.compile, "levels": args.levels}
+    named |= {"clock": args.clock}
     ratios = {name: value for name, value in last.items() if name.startswith("ratio")}
     say_json("peers", facts, **named, results=results, size=last["size"], **ratios)
 

@@ -138,7 +138,8 @@ def make_batches(size: Size, folder: ModelFolder, shape: ClipShape, device: Any)
     vae = random_vae(size, dtype, device)
     conditioning = run_config("bf16", 1).conditioning
     builder = StepBuilder(vae, folder.geometry, conditioning, alphas_cumprod(), text, device)
-    batch, kept = random_batch(folder, shape, 1, dtype), torch.zeros(1, dtype=torch.bool)
+    batch = random_batch(shape, 1, folder.geometry, folder.transformer_config["text_embed_dim"], "bf16")
+    kept = torch.zeros(1, dtype=torch.bool)
     return [
         builder.build(batch, shape, Draws(torch.tensor([timestep]), kept, kept, 0, 0, [number]))
         for number, timestep in enumerate(TIMESTEPS)
@@ -176,7 +177,8 @@ def compare(rows: list[dict[str, Any]]) -> None:
         row["gradient_distance"] = distance(row.pop("gradient"), gradient)
 
 
-def main() -> None:
+def main(argv: list[str] | None = None) -> None:
+    """Look at every base, print the table, print the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, help="of a model of random weights; tiny on a CPU, real on a GPU")
     parser.add_argument("--model", help="a model folder or hub id, instead of random weights")
@@ -187,7 +189,7 @@ def main() -> None:
     parser.add_argument("--lr", type=float, default=1e-3, help="of these steps")
     parser.add_argument("--rank", type=int, help="of the LoRA")
     parser.add_argument("--level", default="block", choices=RECOMPUTE_LEVELS, help="what is recomputed")
-    args = parser.parse_args()
+    args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = SIZES[args.size or ("real" if device.type == "cuda" or args.model else "tiny")]
     folder = find_model(args.model) if args.model else model_of(size)

@@ -167,7 +167,7 @@ LINKS = (
     Links("8 GPUs a node, 450 GB/s each; 8 x 400 Gb/s out of a node", 8, 450.0, 400.0),
     Links("8 GPUs a node, 450 GB/s each; 1 x 100 Gb/s out of a node", 8, 450.0, 12.5),
 )
-BASE_BYTES, LORA_BYTES, NUM_LAYERS, WIDTH, TOKENS = 2 * 5_571_594_880, 2 * 132_120_576, 42, 3072, 45_104
+BASE_BYTES, LORA_BYTES, NUM_LAYERS, WIDTH, TOKENS = 2 * 5_571_594_880, 2 * 132_120_576, 42, 3072, 45_106
 
 
 def communication_s(way: str, num_gpus: int, links: Links, sequence: int = 1) -> float:

@@ -39,6 +39,7 @@ from measuring import (
     Trainer,
     attempt,
     estimate_bytes,
+    fastest_kernel,
     free,
     interleaved,
     join,
@@ -49,7 +50,6 @@ from measuring import (
     say_json,
     say_machine,
     seconds_text,
-    set_kernel,
     table,
     wait,
 )
@@ -58,7 +58,7 @@ from torch.profiler import ProfilerActivity, profile
 from cogds.config import ATTENTION_KERNELS, RECOMPUTE_LEVELS, RunConfig
 from cogds.core.cost import step_flops
 from cogds.core.geometry import ClipShape, num_tokens
-from cogds.model.attention import fastest
+from cogds.model.attention import use
 from cogds.model.quantize import BASES, MATMULS, check_base
 from cogds.runtime.world import World, disconnect, read_world
 
@@ -140,7 +140,7 @@ class Measured:
             trainer.transformer.set_kernel(variant.kernel)
             trainer.transformer.set_level(variant.level)
             trainer.set_compiled(variant.compiled == "on")
-            set_kernel(variant.kernel, trainer.device)
+            use(variant.kernel, trainer.device)
             trainer.step(shape, variant.batch_size)
 
         return run
@@ -151,7 +151,7 @@ def measure(
     found: Sequence[Variant],
     lora_rank: int,
     rounds: int,
-    peak: float,
+    peak: float | None,
     world: World,
     deadline: float | None = None,
     clock: str = "wall",
@@ -192,18 +192,6 @@ def say_profile(call: Callable[[], None], device: torch.device) -> None:
     print(seen.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60), flush=True)
 
 
-def fastest_kernel(size: Size, buckets: Sequence[str], precision: str, world: World) -> tuple[str, dict[str, float]]:
-    """The fastest kernel for the longest bucket, and every kernel's seconds."""
-    geometry = model_of(size).geometry
-    tokens = max(num_tokens(ClipShape.parse(bucket), geometry) for bucket in buckets)
-    heads = size.transformer["num_attention_heads"]
-    kernel, times = fastest(tokens, heads, geometry.head_dim, DTYPES[precision], world.device)
-    done = step_flops(tokens, 1, heads * geometry.head_dim).attention * 3.5
-    for name, seconds in times.items():
-        print(f"  attention, {tokens} tokens, {name}: {seconds * 1e3:.2f} ms, {done / seconds / 1e12:.1f} TFLOP/s")
-    return kernel, times
-
-
 def engine_config(variant: Variant, lora_rank: int) -> RunConfig:
     """The run's config."""
     held = (f"model.base={variant.base}", f"model.matmul={variant.matmul}", f"train.batch_size={variant.batch_size}")
@@ -211,19 +199,23 @@ def engine_config(variant: Variant, lora_rank: int) -> RunConfig:
 
 
 def row_of(
-    variant: Variant, timing: Timing, size: Size, num_lora: int, peak: float, baseline: dict[str, Any] | None
-) -> dict[str, Any]:
-    """What was measured of a variant, and what arithmetic makes of it. peak: TFLOP/s."""
+    variant: Variant, timing: Timing, size: Size, num_lora: int, peak: float | None,
+    baseline: dict[str, Any] | None,
+) -> dict[str, Any]:  # fmt: skip
+    """What was measured of a variant, and what arithmetic makes of it. peak: TFLOP/s; None: no MFU, no floor."""
     model, batch_size = model_of(size), variant.batch_size
     tokens = num_tokens(ClipShape.parse(variant.bucket), model.geometry)
     flops = step_flops(tokens, model.num_layers, model.hidden_size, num_lora)
-    row = {"size": size.name, **asdict(variant), "tokens": tokens * batch_size}
+    row: dict[str, Any] = {"size": size.name, **asdict(variant), "tokens": tokens * batch_size}
     row |= {"counted_tflop": round(batch_size * flops.counted / 1e12, 4)}
-    row |= {"floor_s": round(batch_size * flops.done(variant.level) / peak / 1e12, 4), **timing.numbers()}
+    if peak:
+        row["floor_s"] = round(batch_size * flops.done(variant.level) / peak / 1e12, 4)
+    row |= timing.numbers()
     if median_s := timing.median_s:
         row["tokens_per_s"] = round(tokens * batch_size / median_s, 1)
         row["tflops"] = round(batch_size * flops.counted / median_s / 1e12, 4)
-        row["mfu"] = round(batch_size * flops.counted / median_s / peak / 1e12, 4)
+        if peak:
+            row["mfu"] = round(batch_size * flops.counted / median_s / peak / 1e12, 4)
         if baseline is None:
             row["to_baseline"] = 1.0
         elif "median_s" in baseline:
@@ -243,7 +235,7 @@ def cells(row: dict[str, Any]) -> list[Any]:
     return [
         row["size"], row["bucket"], row["batch_size"], row["level"], row["kernel"], row["compiled"], row["precision"],
         row["base"], row["matmul"], row["deepspeed"], text, row.get("to_baseline"), row.get("tokens_per_s"),
-        row.get("tflops"), share, row.get("peak_gb"), row["estimate_gb"], row["floor_s"], row.get("first_s"),
+        row.get("tflops"), share, row.get("peak_gb"), row["estimate_gb"], row.get("floor_s"), row.get("first_s"),
     ]  # fmt: skip
 
 
@@ -282,12 +274,12 @@ def main(argv: list[str] | None = None) -> None:
     attention_s: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
     peak, source = peak_tflops(args.peak_tflops, DTYPES[args.precisions[0]], world.device)
-    print(f"peak {peak:.4g} TFLOP/s ({source})", flush=True)
+    print(f"peak {peak:.4g} TFLOP/s ({source})" if peak else f"peak unknown ({source})", flush=True)
     for name in args.sizes:
         size = SIZES[name]
         buckets, kernels = args.buckets or [size.bucket], args.kernels
         if "auto" in kernels:
-            kernel, attention_s[name] = fastest_kernel(size, buckets, args.precisions[0], world)
+            kernel, attention_s[name] = fastest_kernel(size, buckets, args.precisions[0], world.device)
             kernels = list(dict.fromkeys(kernel if one == "auto" else one for one in kernels))
         choices = {
             "bucket": buckets, "batch_size": args.batch_sizes, "level": args.levels,
@@ -302,7 +294,7 @@ def main(argv: list[str] | None = None) -> None:
         say_json(
             "step",
             facts,
-            peak_tflops=round(peak, 4),
+            peak_tflops=round(peak, 4) if peak else None,
             peak_from=source,
             clock=args.clock,
             attention_s=attention_s,

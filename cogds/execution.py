@@ -8,24 +8,36 @@ does not fit by the memory model, that is said here, with what would help; `rehe
 """
 
 import dataclasses
+import importlib.util
 import itertools
+import shutil
+import sysconfig
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from cogds.config import RECOMPUTE_LEVELS, RunConfig
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
-from cogds.core.memory import LoraSize, MemoryEstimate, TransformerSize, VaeSize, rotary_table_bytes, training_memory
-from cogds.encode import DTYPES
+from cogds.core.memory import (
+    LoraSize,
+    MemoryEstimate,
+    TransformerSize,
+    VaeSize,
+    pinned_bytes,
+    rotary_table_bytes,
+    training_memory,
+)
 from cogds.errors import UserError, did_you_mean
 from cogds.model.attention import fastest, use
 from cogds.model.load import ModelFolder, empty_transformer
 from cogds.model.lora import resolve_targets
 from cogds.model.quantize import check_base
 from cogds.runtime.ds_config import zero_stage
-from cogds.runtime.world import World, all_gather, on_all_ranks, on_rank0
+from cogds.runtime.world import World, all_gather, on_all_ranks, on_rank0, settings
+from cogds.step import DTYPES
 
 # Of a GPU's memory, what an estimate may take: the rest is the allocator's holes and other processes'.
 USABLE_SHARE = 0.92
@@ -37,7 +49,7 @@ MAX_REMEDIES = 6
 class Execution:
     """kernel: of `model.attention.KERNELS`. levels: of `RECOMPUTE_LEVELS`, and estimates, by bucket. lines: why, for
     people; the buckets' are `execution_lines`. device_bytes: of the smallest GPU, None on CPUs. shortfalls: by bucket,
-    "" where it fits.
+    "" where it fits. pinned: host memory of a rank, by bucket (`pinned_bytes`); ranks_a_node: that have as much.
     """
 
     kernel: str
@@ -47,6 +59,8 @@ class Execution:
     estimates: tuple[MemoryEstimate, ...] = ()
     device_bytes: float | None = None
     shortfalls: tuple[str, ...] = ()
+    pinned: tuple[int, ...] = ()
+    ranks_a_node: int = 1
 
 
 @dataclass(frozen=True)
@@ -111,6 +125,12 @@ class Setting:
             shape, batch_size, self.geometry, self.sizes.transformer, self.sizes.lora, self.vae, self.zero,
             self.num_ranks, self.precision, level, self.rotary_bytes, self.base, self.sequence,
         )  # fmt: skip
+
+    def pinned_bytes(self, shape: ClipShape, batch_size: int, level: str) -> int:
+        """The pinned host memory of a rank while it trains this bucket."""
+        return pinned_bytes(
+            shape, batch_size, self.geometry, self.sizes.transformer, self.precision, level, self.sequence
+        )
 
     def least_recomputed(self, shape: ClipShape, batch_size: int, device_bytes: float) -> str:
         """The level that recomputes least and fits; where none does, the one that needs least memory."""
@@ -247,6 +267,32 @@ def _changes(setting: Setting, batch_size: int) -> list[tuple[str, dict[str, Any
 def check_execution(cfg: RunConfig, ds_config: dict[str, Any], world: World) -> None:
     """Raise UserError for what this GPU or what is installed cannot do. Before any weight is loaded."""
     check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, zero_stage(ds_config), world.device)
+    if cfg.model.compile == "on" and (missing := missing_to_compile(world.device)):
+        raise UserError(
+            f"model.compile=on needs {missing}, on rank {world.rank}'s machine: install it, or set model.compile=off"
+        )
+
+
+def missing_to_compile(device: torch.device, variables: Mapping[str, str] | None = None) -> str:
+    """What torch.compile needs for this device and does not find, for people; "" where it can be tried.
+
+    On GPUs triton, which has a C compiler build its launchers against Python's headers; on CPUs a C++ compiler.
+    variables: CC and CXX of the environment.
+    """
+    variables = settings("CC", "CXX") if variables is None else variables
+    if device.type == "cuda":
+        if importlib.util.find_spec("triton") is None:
+            return "triton, which comes with torch's builds for GPUs"
+        name, language, usual = "CC", "C", ["gcc", "clang"]
+        header = Path(sysconfig.get_paths()["include"], "Python.h")
+        if not header.is_file():
+            return f"Python's headers ({header}; the package python3-dev)"
+    else:
+        name, language, usual = "CXX", "C++", ["g++"]
+    asked = variables.get(name)
+    if any(shutil.which(one.split()[0]) for one in ([asked] if asked else usual)):
+        return ""
+    return f"a {language} compiler ({f'{name}={asked} is not there' if asked else ' or '.join(usual)})"
 
 
 def choose_execution(
@@ -259,7 +305,8 @@ def choose_execution(
 ) -> Execution:
     """What the config asks for, and what fits and is fastest where it says auto. Collective."""
     device = world.device
-    memories = [one for one in all_gather(world, memory_of(device)) if one is not None]
+    facts = all_gather(world, (memory_of(device), missing_to_compile(device)))
+    memories, missing = [one for one, _ in facts if one is not None], [one for _, one in facts if one]
 
     def choose() -> Execution:
         device_bytes = min(memories, default=None)
@@ -269,14 +316,18 @@ def choose_execution(
         if kernel == "auto":
             tokens = max(num_tokens(shape, model.geometry) for shape in buckets)
             heads = model.transformer_config["num_attention_heads"] // world.sequence
-            kernel, times = (
-                ("torch", {})
+            kernel, times, failures = (
+                ("torch", {}, {})
                 if device.type == "cpu"
                 else fastest(tokens, heads, model.geometry.head_dim, DTYPES[cfg.train.precision], device)
             )
             taken = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in sorted(times.items()))
             lines.append(f"attention kernel: {kernel}" + (f" (of {taken})" if taken else ""))
+            lines += [f"  {name}: not usable ({reason})" for name, reason in failures.items()]
         compiled = cfg.model.compile == "on" or (cfg.model.compile == "auto" and device.type == "cuda")
+        if compiled and missing and cfg.model.compile == "auto":
+            compiled = False
+            lines.append(f"model.compile=auto does not compile, and so is slower: it needs {missing[0]}")
         return Execution(
             kernel,
             compiled,
@@ -288,6 +339,8 @@ def choose_execution(
                 shortfall(setting, shape, batch_size, level, device_bytes)
                 for shape, batch_size, level in zip(buckets, batch_sizes, levels)
             ),
+            tuple(map(setting.pinned_bytes, buckets, batch_sizes, levels)),
+            world.local_size,
         )
 
     execution = on_rank0(world, choose)
@@ -299,6 +352,10 @@ def execution_lines(execution: Execution, buckets: Sequence[ClipShape], num_clip
     """How the run will be executed, for people: a line a bucket that has clips, and a warning for what does not fit."""
     lines = [*execution.lines, f"transformer's block: {'compiled' if execution.compiled else 'not compiled'}"]
     warnings, there = [], execution.device_bytes
+    if most := max((size for size, num in zip(execution.pinned, num_clips) if num), default=0):
+        ranks = execution.ranks_a_node
+        node = f", {_gigabytes(ranks * most)} a node of {ranks}" if ranks > 1 else ""
+        lines.append(f"block+offload keeps {_gigabytes(most)} of pinned host memory a GPU{node}")
     for shape, num, level, estimate, short in zip(
         buckets, num_clips, execution.levels, execution.estimates, execution.shortfalls
     ):

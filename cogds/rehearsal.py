@@ -18,15 +18,14 @@ from typing import Any
 import torch
 
 from cogds.core.diffusion import v_loss
-from cogds.core.geometry import ClipShape, ModelGeometry, latent_frames
+from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate
-from cogds.encode import DTYPES
 from cogds.errors import UserError
 from cogds.execution import USABLE_SHARE
 from cogds.loop import Run
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.world import any_rank
-from cogds.step import Draws, StepBuilder
+from cogds.step import Draws, StepBuilder, random_batch
 
 
 @dataclass(frozen=True)
@@ -62,9 +61,10 @@ class Rehearsal:
 def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
     """Try the bucket of the run that takes most memory; None where `train.rehearse` has it left out. Collective.
 
-    Weights, gradients, optimizer and random states are as they were. Raises UserError where memory is not enough. At
-    stages 1 and 2 it is raised on all ranks together. At stage 3, and where ranks share a clip, a pass is full of
-    collectives: the others wait in one for the rank that failed, until the launcher ends them with it.
+    Weights, gradients, optimizer and random states are as they were. Raises UserError where memory is not enough, and
+    what else goes wrong on the rank on which it does. At stages 1 and 2 all ranks raise together. At stage 3, and where
+    ranks share a clip, a pass is full of collectives: the others wait in one for the rank that failed, until the
+    launcher ends them with it.
     """
     cfg, world, execution = run.cfg, run.world, run.execution
     device = world.device
@@ -74,31 +74,29 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
     bucket = max(used, key=lambda one: _needs(execution.estimates[one]))
     shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], execution.estimates[bucket]
     level, stage = execution.levels[bucket], zero_stage(run.ds_config)
-    together = stage == 3 or world.sequence > 1
-    start, failure = time.perf_counter(), ""
-    engine.module.set_level(level)
-    batch = random_batch(shape, size, run.model.geometry, builder.no_caption_states.shape[-1], cfg.train.precision)
-    if device.type == "cuda":
-        torch.cuda.reset_peak_memory_stats(device)
-    devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _hooks_put_aside(engine.module, stage):
-        try:
-            # What the first steps add and keep: with it, the peak is that of any later step.
-            later = torch.empty(_missing_bytes(estimate, engine, stage), dtype=torch.uint8, device=device)
-            # At stage 3 the first pass is recorded; only from the second on are weights fetched ahead.
-            for _ in range(2 if stage == 3 else 1):
-                _pass(engine, builder, batch, shape, size)
-            del later
-        except RuntimeError as error:
-            if not _is_out_of_memory(error):
-                raise
-            failure = _refusal(run, bucket, error)
-            if together:
-                raise UserError(failure) from None
+    start, too_little, trouble = time.perf_counter(), "", None
+    try:
+        _try(run, engine, builder, bucket)
+    except Exception as error:  # told below, once every rank has got here
+        if _is_out_of_memory(error):
+            too_little = _refusal(run, bucket, error)
+        else:
+            trouble = error
+        if stage == 3 or world.sequence > 1:
+            if too_little:
+                raise UserError(too_little) from None
+            raise
     if stage == 3:
         engine.optimizer.parameter_offload.release_backward_leftovers()
-    if any_rank(world, bool(failure))[0]:
-        error_for_all = UserError(failure or _refusal(run, bucket))
+    full, failed = any_rank(world, bool(too_little), trouble is not None)
+    if trouble is not None:
+        raise trouble
+    if failed:
+        elsewhere = UserError(f"another rank failed while {shape} was tried before the first step, and says why")
+        elsewhere.shared = True
+        raise elsewhere
+    if full:
+        error_for_all = UserError(too_little or _refusal(run, bucket))
         error_for_all.shared = world.rank > 0
         raise error_for_all
     measured = None
@@ -109,23 +107,23 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
     return Rehearsal(shape, size, level, predicted, measured, time.perf_counter() - start)
 
 
-def random_batch(
-    shape: ClipShape, batch_size: int, geometry: ModelGeometry, text_dim: int, precision: str
-) -> dict[str, torch.Tensor]:
-    """A batch as the cache gives it, of random numbers that are always the same."""
-    dtype, generator = DTYPES[precision], torch.Generator().manual_seed(0)
-    height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
-    frames = latent_frames(shape.frames, geometry)
-
-    def normal(*sizes: int) -> torch.Tensor:
-        return torch.randn(batch_size, *sizes, generator=generator).to(dtype)
-
-    pixels = torch.randint(0, 256, (batch_size, 3, shape.height, shape.width), dtype=torch.uint8, generator=generator)
-    return {
-        "moments": normal(2 * geometry.latent_channels, frames, height, width),
-        "first_frame": pixels,
-        "text_states": normal(geometry.text_tokens, text_dim),
-    }
+def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
+    """What this rank does of it."""
+    device, stage, level = run.world.device, zero_stage(run.ds_config), run.execution.levels[bucket]
+    shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], run.execution.estimates[bucket]
+    text_dim = builder.no_caption_states.shape[-1]
+    batch = random_batch(shape, size, run.model.geometry, text_dim, run.cfg.train.precision)
+    engine.module.set_level(level)
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices), _hooks_put_aside(engine.module, stage):
+        # What the first steps add and keep: with it, the peak is that of any later step.
+        later = torch.empty(_missing_bytes(estimate, engine, stage), dtype=torch.uint8, device=device)
+        # At stage 3 the first pass is recorded; only from the second on are weights fetched ahead.
+        for _ in range(2 if stage == 3 else 1):
+            _pass(engine, builder, batch, shape, size)
+        del later
 
 
 def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], shape: ClipShape, size: int) -> None:
@@ -180,13 +178,15 @@ def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
     return moments + (estimate.reduce_buffers_bytes + estimate.lora_gradients_bytes if stage < 3 else 0)
 
 
-def _is_out_of_memory(error: RuntimeError) -> bool:
+def _is_out_of_memory(error: Exception) -> bool:
     """Whether torch, CUDA or cuBLAS says so; only torch has a class of its own for it."""
+    if not isinstance(error, RuntimeError):
+        return False
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def _refusal(run: Run, bucket: int, error: RuntimeError | None = None) -> str:
+def _refusal(run: Run, bucket: int, error: Exception | None = None) -> str:
     """The sentence for a bucket that does not fit. error: of this rank."""
     execution, shape, size = run.execution, run.buckets[bucket], run.plan.local_batch_sizes[bucket]
     level, estimate = execution.levels[bucket], execution.estimates[bucket]

@@ -22,10 +22,13 @@ from cogds.core.conditioning import (
     transformer_inputs,
 )
 from cogds.core.diffusion import add_noise, v_target
-from cogds.core.geometry import ClipShape, ModelGeometry
+from cogds.core.geometry import ClipShape, ModelGeometry, latent_frames
 from cogds.core.rng import generator
 from cogds.core.rope import RotaryTables, rotary_tables
 from cogds.model.load import ModelFolder, load_alphas_cumprod, load_vae
+
+# Of `train.precision`.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)
@@ -61,6 +64,24 @@ def draw_dropouts(
     """Which samples lose their image and which their caption, bool [B] each."""
     uniform = torch.stack([torch.rand(2, generator=generator(seed, step, slot, "dropout")) for slot in slots], dim=1)
     return uniform[0] < conditioning.image_dropout, uniform[1] < conditioning.caption_dropout
+
+
+def random_batch(
+    shape: ClipShape, batch_size: int, geometry: ModelGeometry, text_dim: int, precision: str
+) -> dict[str, torch.Tensor]:
+    """A batch as the cache gives it, on the host, of random numbers that are always the same: see `StepBuilder.build`.
+
+    precision: of `DTYPES`.
+    """
+    dtype, numbers = DTYPES[precision], torch.Generator().manual_seed(0)
+    height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
+
+    def normal(*sizes: int) -> torch.Tensor:
+        return torch.randn(batch_size, *sizes, generator=numbers).to(dtype)
+
+    moments = normal(2 * geometry.latent_channels, latent_frames(shape.frames, geometry), height, width)
+    pixels = torch.randint(0, 256, (batch_size, 3, shape.height, shape.width), dtype=torch.uint8, generator=numbers)
+    return {"moments": moments, "first_frame": pixels, "text_states": normal(geometry.text_tokens, text_dim)}
 
 
 def load_step_builder(

@@ -6,7 +6,9 @@ import sys
 
 import pytest
 
+from cogds.core.memory import COGVIDEOX_VAE
 from tests.conftest import ROOT, run_command
+from tests.core.test_memory import REAL, REAL_LORA, V15
 
 # One process for all: most of each is imports.
 SCRIPT = f"""
@@ -21,7 +23,9 @@ disconnect()
 """
 LINES = [
     "step --sizes tiny --rounds 1 --levels block,none --kernels auto,math --deepspeed zero2,zero3 --profile",
-    "peers --sizes tiny --rounds 1 --levels none",
+    "peers --sizes tiny --rounds 1 --levels none --kernel auto",
+    "memory",
+    "quantised_loss --size tiny --bases int8 --matmuls full",
     "loop --sizes tiny --bucket 5x64x64 --steps 3",
     "scaling --size tiny --rounds 1 --parts tokens,batch,clips,paper --batch-sizes 1,2",
 ]
@@ -67,6 +71,29 @@ def test_peers(outputs):
     assert same["v_loss_ours"] == pytest.approx(same["weighted_x0_loss_common"], rel=1e-4)
     assert same["largest_difference"] < 1e-5
     assert "common, VAE in the loop" in table
+
+
+def test_memory(outputs):
+    """The real geometry: what docs/performance.md shows, and `tests/test_execution.py` has for the same settings."""
+    found, table = result(outputs, "memory")
+    rows = {(row["deepspeed"], row["ranks"], row["base"]): row for row in found["rows"]}
+    levels = ("none", "attention_kept", "block", "block+offload")
+    assert [rows["zero2", 1, "full"][level] for level in levels] == [172.5, 44.2, 32.5, 21.4]
+    assert [rows["zero3", 8, "full"][level] for level in levels] == [162.0, 33.7, 21.9, 10.8]
+    assert rows["zero2_offload", 1, "nf4"]["block+offload"] == 11.7
+    assert {row["pinned"] for row in rows.values()} == {11.6}
+    assert "by arithmetic" in table
+    shown = (ROOT / "docs/performance.md").read_text()
+    for row in rows.values():
+        assert "| " + " | ".join(str(row[level]) for level in levels) + " |" in shown
+
+
+def test_quantised_loss(outputs):
+    found, _ = result(outputs, "quantised_loss")
+    bf16, fp32, int8 = found["rows"]
+    assert (bf16["precision"], fp32["precision"], int8["base"]) == ("bf16", "fp32", "int8")
+    assert bf16["output_distance"] == 0 < fp32["output_distance"] < 0.02
+    assert "error" in int8 or 0 < int8["output_distance"] < 0.05
 
 
 def test_loop(outputs):
@@ -129,6 +156,42 @@ def test_a_call_that_fails_is_a_row_and_not_the_end(scripts):
     assert len(recovered) == 2
 
 
+def test_the_real_size_is_the_published_model(scripts):
+    measuring = scripts("measuring")
+    size = measuring.SIZES["real"]
+    model, cfg = measuring.model_of(size), measuring.run_config("bf16", size.lora_rank)
+    assert model.geometry == V15
+    assert measuring.num_tokens(measuring.ClipShape.parse(size.bucket), model.geometry) == 45_106
+    sizes = measuring.Sizes.of(cfg, model)
+    assert (sizes.transformer, sizes.lora, model.vae_size) == (REAL, REAL_LORA, COGVIDEOX_VAE)
+
+
+@pytest.mark.parametrize(
+    "name, peak",
+    [
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+        ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
+        ("NVIDIA GeForce RTX 4090", None),
+    ],
+)  # fmt: skip
+def test_mfu_is_of_the_very_product(scripts, monkeypatch, name, peak):
+    import torch
+
+    measuring, step = scripts("measuring"), scripts("step")
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
+    gpu = torch.device("cuda")
+    found, source = measuring.peak_tflops(None, torch.bfloat16, gpu)
+    assert found == peak
+    assert name in source
+    assert measuring.peak_tflops(None, torch.float32, gpu)[0] is None
+    assert measuring.peak_tflops(50.0, torch.float32, gpu) == (50.0, "given")
+    variant = step.Variant("17x64x96", 1, "block", "torch", "off", "full", "full", "bf16", "zero2")
+    row = step.row_of(variant, measuring.Timing([1.0], 2.0), measuring.SIZES["tiny"], 0, found, None)
+    assert ("mfu" in row) == ("floor_s" in row) == (peak is not None)
+    assert row["tokens_per_s"] == 104
+    step.cells(row | {"estimate_gb": 1.0})
+
+
 def test_one_thing_at_a_time_or_every_combination(scripts):
     step = scripts("step")
     choices = {
@@ -156,6 +219,6 @@ def test_communication_on_paper(scripts):
     lora, base = scaling.LORA_BYTES, scaling.BASE_BYTES
     assert scaling.communication_s("zero2", 8, links) == pytest.approx(2 * lora * 7 / 8 / 100e9)
     assert scaling.communication_s("zero3", 8, links) == pytest.approx((2 * base + 3 * lora) * 7 / 8 / 100e9)
-    own = 45_104 / 4 * 3072 * 2
+    own = 45_106 / 4 * 3072 * 2
     more = scaling.communication_s("sequence", 8, links, 4) - scaling.communication_s("zero2", 8, links)
     assert more == pytest.approx(42 * 12 * own * 3 / 4 / 100e9)

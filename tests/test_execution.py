@@ -1,15 +1,30 @@
 """Levels by bucket, what fits where, and what is said where nothing does. Arithmetic over the real model's sizes."""
 
 import dataclasses
+import importlib.util
+import shutil
+import sysconfig
+from types import SimpleNamespace
 
 import pytest
 import torch
 
+from cogds import execution as execution_module
 from cogds.config import RECOMPUTE_LEVELS, load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import BASES, COGVIDEOX_VAE, rotary_table_bytes
 from cogds.errors import UserError
-from cogds.execution import Setting, Sizes, choose_execution, choose_levels, execution_lines, fits, shortfall
+from cogds.execution import (
+    Setting,
+    Sizes,
+    check_execution,
+    choose_execution,
+    choose_levels,
+    execution_lines,
+    fits,
+    missing_to_compile,
+    shortfall,
+)
 from cogds.model import quantize
 from cogds.model.load import find_model
 from cogds.runtime.world import World
@@ -120,6 +135,76 @@ def test_the_lines_at_the_start(tiny_model):
     lines = execution_lines(small, BUCKETS, (3, 0))
     assert lines[-2].endswith("recompute block           about 1.0 GB of 1.0 GB")
     assert lines[-1] == "warning: too large"
+
+
+def on_a_gpu(monkeypatch, tiny_model, missing, *overrides):
+    """What is chosen on one rank of a node of two, each with a GPU, where torch.compile lacks `missing`."""
+    failures = {"flash3": "undefined symbol: _ZN3c10"}
+    monkeypatch.setattr(execution_module, "fastest", lambda *_: ("cudnn", {"cudnn": 0.2, "flash": 0.3}, failures))
+    monkeypatch.setattr(execution_module, "use", lambda *_: None)
+    monkeypatch.setattr(execution_module, "memory_of", lambda _: 80e9)
+    monkeypatch.setattr(execution_module, "missing_to_compile", lambda _: missing)
+    world = SimpleNamespace(rank=0, size=1, sequence=1, local_size=2, device=torch.device("cuda"))
+    cfg = configured(tiny_model, *overrides)
+    return choose_execution(cfg, {"zero_optimization": ZERO2}, find_model(str(tiny_model)), BUCKETS, (1, 1), world)
+
+
+def test_a_kernel_that_does_not_work_is_named_at_the_start(monkeypatch, tiny_model):
+    lines = on_a_gpu(monkeypatch, tiny_model, "").lines
+    assert lines == (
+        "attention kernel: cudnn (of cudnn 200.0 ms, flash 300.0 ms)",
+        "  flash3: not usable (undefined symbol: _ZN3c10)",
+    )
+    assert on_a_gpu(monkeypatch, tiny_model, "", "model.attention=flash").lines == ()
+
+
+def test_host_memory_is_named_at_the_start(monkeypatch, tiny_model):
+    execution = on_a_gpu(monkeypatch, tiny_model, "", "train.recompute=block+offload")
+    short, long = execution.pinned
+    assert 0 < short < long
+    execution = dataclasses.replace(execution, pinned=(int(3e9), int(11.6e9)))
+
+    def said(*num_clips):
+        return [line for line in execution_lines(execution, BUCKETS, num_clips) if "pinned" in line]
+
+    assert said(1, 1) == ["block+offload keeps 11.6 GB of pinned host memory a GPU, 23.2 GB a node of 2"]
+    assert said(1, 0) == ["block+offload keeps 3.0 GB of pinned host memory a GPU, 6.0 GB a node of 2"]
+    assert said(0, 0) == []
+    assert on_a_gpu(monkeypatch, tiny_model, "", "train.recompute=block").pinned == (0, 0)
+
+
+def test_auto_compiles_where_it_can_and_says_where_it_cannot(monkeypatch, tiny_model):
+    assert on_a_gpu(monkeypatch, tiny_model, "").compiled
+    without = on_a_gpu(monkeypatch, tiny_model, "triton")
+    assert not without.compiled
+    assert without.lines[-1] == "model.compile=auto does not compile, and so is slower: it needs triton"
+    off = on_a_gpu(monkeypatch, tiny_model, "triton", "model.compile=off")
+    assert "model.compile" not in "".join(off.lines)
+
+
+def test_what_is_asked_for_and_cannot_be_compiled_is_refused(monkeypatch, tiny_model):
+    monkeypatch.setattr(execution_module, "missing_to_compile", lambda _: "a C compiler")
+    with pytest.raises(UserError, match=r"model\.compile=on needs a C compiler, on rank 0's machine"):
+        check_execution(configured(tiny_model, "model.compile=on"), {}, WORLD)
+    check_execution(configured(tiny_model), {}, WORLD)
+
+
+def test_what_compiling_needs(monkeypatch, tmp_path):
+    (tmp_path / "Python.h").touch()
+    there = {"gcc", "g++", "icc"}
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
+    gpu, cpu = torch.device("cuda"), torch.device("cpu")
+    assert missing_to_compile(gpu, {}) == missing_to_compile(cpu, {}) == ""
+    assert missing_to_compile(gpu, {"CC": "icc -O2", "CXX": "nothing"}) == ""
+    assert missing_to_compile(cpu, {"CXX": "nothing"}) == "a C++ compiler (CXX=nothing is not there)"
+    there.clear()
+    assert missing_to_compile(gpu, {}) == "a C compiler (gcc or clang)"
+    (tmp_path / "Python.h").unlink()
+    assert missing_to_compile(gpu, {}).startswith("Python's headers")
+    monkeypatch.setattr(importlib.util, "find_spec", lambda _: None)
+    assert missing_to_compile(gpu, {}).startswith("triton")
 
 
 def test_bases_are_those_that_can_be_made(tiny_model):

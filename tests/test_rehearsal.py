@@ -10,7 +10,7 @@ from cogds.core.geometry import ClipShape
 from cogds.core.memory import COGVIDEOX_VAE
 from cogds.errors import UserError
 from cogds.execution import Execution, Setting, Sizes
-from cogds.rehearsal import Rehearsal, _hooks_put_aside, random_batch, rehearse
+from cogds.rehearsal import Rehearsal, _hooks_put_aside, rehearse
 from cogds.runtime.world import World
 from tests.core.test_memory import REAL, REAL_LORA, V15
 
@@ -99,9 +99,32 @@ def test_what_does_not_fit_is_said(number, sequence):
 
 
 def test_all_ranks_raise_where_one_fails(monkeypatch):
-    monkeypatch.setattr("cogds.rehearsal.any_rank", lambda *_: (True,))
+    monkeypatch.setattr("cogds.rehearsal.any_rank", lambda *_: (True, False))
     with pytest.raises(UserError, match="does not fit into the memory of another rank, found before the first step"):
         rehearse(*stage(2))
+
+
+def test_whatever_fails_on_one_rank_ends_all(monkeypatch):
+    """The others would else wait for its vote for ever."""
+    votes = []
+
+    def vote(_world, *flags):
+        votes.append(flags)
+        return False, True
+
+    monkeypatch.setattr("cogds.rehearsal.any_rank", vote)
+    error = ValueError("a defect")
+    with pytest.raises(ValueError, match="a defect") as raised:
+        rehearse(*stage(2, error))
+    assert raised.value is error
+    with pytest.raises(UserError, match="another rank failed while 17x64x96 was tried") as raised:
+        rehearse(*stage(2))
+    assert raised.value.shared
+    assert votes == [(False, True), (False, False)]
+    # Where a pass is full of collectives there is no vote to come to.
+    with pytest.raises(ValueError, match="a defect"):
+        rehearse(*stage(3, error))
+    assert len(votes) == 2
 
 
 def test_hooks_of_zero3_are_put_aside_and_come_back():
@@ -115,15 +138,6 @@ def test_hooks_of_zero3_are_put_aside_and_come_back():
         return len(calls)
 
     assert [backward(number) for number in (2, 3, 2)] == [1, 1, 2]
-
-
-def test_random_batches_are_as_the_cache_gives_them_and_always_the_same():
-    one, other = (random_batch(ClipShape(17, 64, 96), 2, V15, 8, "bf16") for _ in range(2))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in one.items()} == {
-        "moments": ((2, 32, 5, 8, 12), torch.bfloat16), "first_frame": ((2, 3, 64, 96), torch.uint8),
-        "text_states": ((2, 226, 8), torch.bfloat16),
-    }  # fmt: skip
 
 
 def test_prediction_beside_measurement():

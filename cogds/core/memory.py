@@ -6,6 +6,7 @@ of the real classes (`tests/core/test_memory.py`); the DeepSpeed terms follow th
 """
 
 import dataclasses
+import mmap
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -213,7 +214,7 @@ def training_memory(
         return -(-numbers // num_ranks) if stage >= from_stage else numbers
 
     num_buffers = 2 if stage in (1, 2) and zero.get("overlap_comm", False) else 1
-    unit = batch_size * -(-num_tokens(shape, geometry) // sequence) * transformer.width * bytes_each
+    unit = _unit_bytes(shape, batch_size, geometry, transformer, bytes_each, sequence)
     saved = saved_units(transformer, lora, bytes_each, sequence)
     on_gpu = 0 if stage == 3 and base_offloaded else 1
     block_bytes = _block_numbers(transformer, lora, zero) * bytes_each if stage == 3 else 0
@@ -240,6 +241,37 @@ def training_memory(
         first_frame_encode_bytes=vae_encode_bytes(dataclasses.replace(shape, frames=1), False, vae, bytes_each),
         optimizer_step_bytes=0 if optimizer_offloaded or not stage else shard(lora.num_parameters, 1) * 4,
     )
+
+
+def _unit_bytes(
+    shape: ClipShape,
+    batch_size: int,
+    geometry: ModelGeometry,
+    transformer: TransformerSize,
+    bytes_each: int,
+    sequence: int,
+) -> int:
+    """U: one tensor of the transformer's width over a rank's tokens, such as a block's input."""
+    return batch_size * -(-num_tokens(shape, geometry) // sequence) * transformer.width * bytes_each
+
+
+def pinned_bytes(
+    shape: ClipShape,
+    batch_size: int,
+    geometry: ModelGeometry,
+    transformer: TransformerSize,
+    precision: str,
+    level: str,
+    sequence: int = 1,
+) -> int:
+    """Pinned host memory of one rank that trains clips of this shape: with block+offload every block's input, U, in
+    whole pages; else 0. What the loaders and DeepSpeed's offload pin is not in it.
+    """
+    if level != "block+offload":
+        return 0
+    bytes_each = 2 if precision == "bf16" else 4
+    unit = _unit_bytes(shape, batch_size, geometry, transformer, bytes_each, sequence)
+    return transformer.num_layers * -(-unit // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 def base_bytes(transformer: TransformerSize, base: str, bytes_each: int) -> int:

@@ -58,21 +58,31 @@ def _has_implementation(implementation: str) -> bool:
 
 
 def use(kernel: str, device: torch.device) -> None:
-    """Make `attend(..., kernel)` possible in this process. Raises UserError naming what is missing."""
+    """Make `attend(..., kernel)` possible in this process, whatever was ready before.
+
+    Raises UserError naming what is missing; what a package raises when it is loaded comes through.
+    """
     there = list(installed(device))
     if kernel not in there:
         raise UserError(
             f"model.attention={kernel} is not to be had on this {device.type}: there are {', '.join(there)}"
         )
+    _leave_packages()
     implementation = KERNELS[kernel][1]
     if implementation is not None:
         attention.activate_flash_attention_impl(implementation)
 
 
+def _leave_packages() -> None:
+    """Back to torch's own flash kernel."""
+    if getattr(attention, "current_flash_attention_impl", lambda: None)():
+        attention.restore_flash_attention_impl()
+
+
 def measure(
     kernel: str, num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> float | None:
-    """Seconds of one forward and backward of attention over a clip, the best of a few; None where it cannot do it."""
+) -> float:
+    """Seconds of one forward and backward of attention over a clip, the best of a few; or what the kernel raises."""
     try:
         use(kernel, device)
         query, key, value = (
@@ -87,11 +97,8 @@ def measure(
             _wait(device)
             best = min(best, time.perf_counter() - start)
         return best
-    except (RuntimeError, ImportError, UserError):  # torch's word for a shape, dtype or GPU that a kernel cannot do
-        return None
     finally:
-        if KERNELS[kernel][1] is not None and hasattr(attention, "restore_flash_attention_impl"):
-            attention.restore_flash_attention_impl()
+        _leave_packages()
 
 
 def _wait(device: torch.device) -> None:
@@ -101,12 +108,23 @@ def _wait(device: torch.device) -> None:
 
 def fastest(
     num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> tuple[str, dict[str, float]]:
-    """The fastest kernel for clips of so many tokens, and the seconds that each took. Runs on this device."""
-    times = {
-        name: seconds
-        for name in installed(device)
-        if name not in _NEVER_CHOSEN
-        and (seconds := measure(name, num_tokens, num_heads, head_dim, dtype, device)) is not None
-    }
-    return min(times, key=lambda name: times[name]), times
+) -> tuple[str, dict[str, float], dict[str, str]]:
+    """The fastest kernel for clips of so many tokens; the seconds that each took; and, of those that are there and do
+    not work, the first line of why. Runs on this device. Raises UserError where none works.
+    """
+    times: dict[str, float] = {}
+    failures: dict[str, str] = {}
+    for name in installed(device):
+        if name in _NEVER_CHOSEN:
+            continue
+        try:
+            times[name] = measure(name, num_tokens, num_heads, head_dim, dtype, device)
+        except Exception as error:  # a shape, type or GPU that it cannot do, or a package that does not load
+            failures[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+    if not times:
+        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+        raise UserError(
+            f"no attention kernel works here on clips of {num_tokens} tokens ({reasons}): see that torch fits "
+            "the GPU's driver, and that no other process has taken its memory"
+        )
+    return min(times, key=lambda name: times[name]), times, failures

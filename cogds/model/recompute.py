@@ -8,12 +8,16 @@ block+offload   and that input waits in pinned host memory, copied while the GPU
 """
 
 import functools
+import mmap
+import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+
+from cogds.errors import UserError
 
 _ATEN = torch.ops.aten
 _ATTENTION = {
@@ -50,6 +54,62 @@ def run(level: str, function: Callable[..., torch.Tensor], *args: Any, has_dropo
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=has_dropout, **more)
 
 
+class Pinned:
+    """Pages of host memory that the GPU copies to and from while both compute on, until this object is gone.
+
+    numbers: uint8 [num_bytes]; num_bytes: whole pages.
+    """
+
+    def __init__(self, num_bytes: int):
+        self.num_bytes = num_bytes
+        try:
+            pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+            pages.madvise(mmap.MADV_DONTFORK)  # loaders are forked, and have no business there
+            self.numbers = torch.frombuffer(pages, dtype=torch.uint8)
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.numbers.data_ptr(), num_bytes, 0))
+        except (OSError, torch.cuda.CudaError) as error:
+            raise UserError(
+                f"train.recompute=block+offload cannot pin {num_bytes / 1e6:.0f} MB more of this machine's memory "
+                f"({error}): take a level that keeps the blocks' inputs on the GPU, fewer ranks a node or a smaller "
+                "bucket, or give the job more memory"
+            ) from None
+        # Memory must not be given back while CUDA counts on it. When the process ends, that is the driver's affair.
+        weakref.finalize(self, _unpin, self.numbers.data_ptr()).atexit = False
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.synchronize()  # a copy may be under way
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
+
+
+class HostMemory:
+    """Pinned memory in pieces that are used again, step after step.
+
+    torch's own pinned memory comes in powers of two: a block's input of a long clip, 264 MiB, would take 512. These
+    pieces are as large as was asked for, in whole pages.
+
+    pin: makes a piece of so many bytes.
+    """
+
+    def __init__(self, pin: Callable[[int], Any] = Pinned):
+        self.pin = pin
+        self.free: list[Any] = []
+
+    def take(self, num_bytes: int) -> Any:
+        """A piece that holds so many bytes. Whoever takes it gives it back."""
+        fitting = [piece for piece in self.free if piece.num_bytes >= num_bytes]
+        if not fitting:
+            self.free.clear()  # the clip is longer than any before: what holds it will do for the others too
+            return self.pin(-(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        piece = min(fitting, key=lambda one: one.num_bytes)
+        self.free.remove(piece)
+        return piece
+
+    def give(self, piece: Any) -> None:
+        """Back to the others."""
+        self.free.append(piece)
+
+
 class Offload:
     """Blocks' inputs in host memory between forward and backward pass.
 
@@ -58,12 +118,15 @@ class Offload:
     tensors are copied all the same, so that tests see the same paths.
 
     Memory is taken and given back in the order of the computing stream alone: it waits for a copy before it lets go of
-    what was copied, a few blocks later. (`record_stream` would leave that to the host, which runs far ahead.)
+    what was copied, a few blocks later. (`record_stream` would leave that to the host, which runs far ahead.) All
+    copies are made in the order of one stream: so the host's memory may be copied to again as soon as the copy back is
+    queued.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self.memory = HostMemory()
         self._waiting: list[_Parked] = []  # in the order of the forward pass
         self._leaving: list[_Parked] = []  # of these, what is still on the device too
 
@@ -81,7 +144,7 @@ class Offload:
         def pack(tensor: torch.Tensor) -> Any:
             if tensor.untyped_storage().data_ptr() != storage or tensor.numel() != num_numbers:
                 return tensor
-            parked = _Parked(tensor, self.stream)
+            parked = _Parked(tensor, self.stream, self.memory)
             self._waiting.append(parked)
             self._leaving.append(parked)
             while len(self._leaving) > NUM_LEAVING:
@@ -107,10 +170,11 @@ class Offload:
 class _Parked:
     """One tensor on the host. On a GPU `source` is the tensor itself, until `let_go`, and `back` its copy, on the way.
 
-    Both belong to the computing stream; the other one only copies, between two events that the first waits for.
+    Both belong to the computing stream; the other one only copies, between two events that the first waits for. The
+    host's memory is its own as long as autograd may ask for it.
     """
 
-    def __init__(self, tensor: torch.Tensor, stream: Any):
+    def __init__(self, tensor: torch.Tensor, stream: Any, memory: HostMemory):
         self.device = tensor.device
         self.source: torch.Tensor | None = None
         self.back: torch.Tensor | None = None
@@ -119,7 +183,9 @@ class _Parked:
         if stream is None:
             self.host = tensor.detach().clone()
             return
-        self.host = torch.empty(tensor.shape, dtype=tensor.dtype, pin_memory=True)
+        piece = memory.take(tensor.nbytes)
+        weakref.finalize(self, memory.give, piece).atexit = False
+        self.host = piece.numbers[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self.source = tensor.detach()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):

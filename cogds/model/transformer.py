@@ -21,6 +21,10 @@ from cogds.model.sequence import SequenceGroup, attend_together, gather, own_sha
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
 
+# Of the compiled block, in one process: four levels; single clips or batches; with gradients or without; the LoRA on or
+# off; a whole clip or a share of it.
+MAX_GRAPHS = 4 * 2 * 2 * 2 * 2
+
 
 class Block(nn.Module):
     """diffusers' CogVideoXBlock on one sequence, text tokens first.
@@ -148,8 +152,12 @@ class Transformer(CogVideoXTransformer3DModel):
 
     def compile_blocks(self, backend: Any = "inductor") -> None:
         """Compile the block, once for all of them. Every bucket runs the same code: at most one compilation for single
-        clips and one for batches, for each level that is used."""
+        clips and one for batches, for each level that is used, with gradients and without."""
         self.make_blocks_alike()
+        # Past its limit, which is 8, Dynamo runs a block as it is, and says so in its own log only.
+        limits = torch._dynamo.config
+        limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
+        setattr(limits, limit, max(getattr(limits, limit), MAX_GRAPHS))
         for block in self.transformer_blocks:
             block.compile_body(backend)
 

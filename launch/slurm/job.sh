@@ -95,18 +95,26 @@ cause_of() { # cause_of CODE-OF-SRUN FILE-OF-ITS-MESSAGES
   fi
 }
 
-ranks_run() { # or nobody answers, who would know
-  local steps
-  steps=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null) || return 0
-  grep -qE '\.[0-9]+ *$' <<<"$steps"
+# The job's steps of ranks, as SLURM knows them; fails where SLURM does not answer.
+steps() {
+  local all
+  all=$(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null) || return 1
+  grep -E '\.[0-9]+ *$' <<<"$all" || true
+}
+
+ranks_may_run() { # or SLURM does not answer, and they may
+  local found
+  found=$(steps) || return 0
+  [[ $found ]]
 }
 
 # Without srun the ranks train on, and hold what the job's next step needs: let them save and end, or end them.
 end_ranks() {
-  local left=120 step
+  local left=120 step found
   scancel --signal=USR1 "$SLURM_JOB_ID" 2>/dev/null # to the ranks, not to this script
-  while ((left-- > 0)) && ranks_run; do sleep 1; done
-  for step in $(squeue --noheader --steps --jobs="$SLURM_JOB_ID" --format=%i 2>/dev/null | grep -E '\.[0-9]+ *$'); do
+  while ((left-- > 0)) && ranks_may_run; do sleep 1; done
+  found=$(steps) || found=$SLURM_JOB_ID.0 # the ranks are the first step that this script starts
+  for step in $found; do
     scancel "$step" 2>/dev/null
   done
 }
@@ -170,8 +178,9 @@ run_job() {
   code=$(cause_of "$code" "$messages")
   cat "$messages" >&2
   rm -f "$messages"
-  if ((code > 128)) && ranks_run; then
-    say "srun has died (code $code): its ranks save and end"
+  # A signal ended srun, or a rank (its others are being ended), or SLURM does not answer.
+  if ((code > 128)) && ranks_may_run; then
+    say "code $code, and ranks may still be there: they are asked to save and end"
     end_ranks
   fi
 

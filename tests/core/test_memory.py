@@ -20,6 +20,7 @@ from cogds.core.memory import (
     base_bytes,
     cached_caption_bytes,
     cached_clip_bytes,
+    pinned_bytes,
     rotary_table_bytes,
     saved_units,
     training_memory,
@@ -395,6 +396,20 @@ def test_a_full_clip_of_the_published_model():
     assert memory(stage=2, level="none").total_bytes > 150e9
     double = memory(stage=2, batch_size=2)
     assert double.kept_activations_bytes == 2 * memory(stage=2).kept_activations_bytes
+
+
+def test_host_memory_of_blocks_inputs():
+    """In whole pages: 11.6 GB for a full clip of the published model."""
+    pages = 42 * -(-FULL_UNIT // 4096) * 4096
+
+    def pinned(level="block+offload", batch_size=1, precision="bf16", sequence=1):
+        return pinned_bytes(FULL, batch_size, V15, REAL, precision, level, sequence)
+
+    assert pinned() == pages == pytest.approx(11.64e9, rel=1e-3)
+    assert [pinned(level) for level in LEVELS[:3]] == [0, 0, 0]
+    assert pinned(batch_size=2) == pytest.approx(2 * pages, rel=1e-4)
+    assert pinned(precision="fp32") == pytest.approx(2 * pages, rel=1e-4)
+    assert pinned(sequence=2) == pytest.approx(pages / 2, rel=1e-4)
 
 
 def test_cache_and_tables():

@@ -1,5 +1,7 @@
-"""Run by test_compiled.py: `launch/train.py` with the block compiled, but for the code generator, which takes minutes."""
+"""Run by test_compiled.py: `launch/train.py` with the block compiled, but for the code generator, which takes minutes.
+Writes down how many graphs there were."""
 
+import os
 import sys
 from functools import partialmethod
 from pathlib import Path
@@ -7,9 +9,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
+
 from cogds.cli import run  # noqa: E402
 from cogds.model.transformer import Transformer  # noqa: E402
 from cogds.train import main  # noqa: E402
 
-Transformer.compile_blocks = partialmethod(Transformer.compile_blocks, "aot_eager")
-sys.exit(run(lambda: main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")))
+graphs = []
+
+
+def count(graph, example):
+    graphs.append(sum(node.op == "call_function" for node in graph.graph.nodes))
+    return aot_eager(graph, example)
+
+
+def train():
+    main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")
+    Path(f"{os.environ['GRAPHS']}-{os.environ['RANK']}").write_text(" ".join(map(str, graphs)))
+
+
+Transformer.compile_blocks = partialmethod(Transformer.compile_blocks, count)
+sys.exit(run(train))

@@ -6,7 +6,7 @@ import torch
 from cogds.config import ATTENTION_KERNELS
 from cogds.errors import UserError
 from cogds.model import attention
-from cogds.model.attention import KERNELS, attend, fastest, installed, measure, use
+from cogds.model.attention import KERNELS, attend, fastest, installed, use
 
 CPU = torch.device("cpu")
 
@@ -34,24 +34,55 @@ def test_what_is_not_there_is_refused_by_name():
         use("cudnn", CPU)
 
 
-def test_one_that_fails_is_no_choice(monkeypatch):
-    assert measure("cudnn", 8, 2, 16, torch.float32, CPU) is None
+def broken(monkeypatch, *kernels):
+    """These kernels fail as torch's do."""
 
-    def fail(*_args):
-        raise RuntimeError("no kernel takes this")
+    def call(query, key, value, kernel):
+        if kernel in kernels:
+            raise RuntimeError(f"{kernel} takes no such head dim\nand a lot of hints")
+        return attend(query, key, value, kernel)
 
-    monkeypatch.setattr(attention, "attend", fail)
-    assert measure("flash", 8, 2, 16, torch.float32, CPU) is None
+    monkeypatch.setattr(attention, "attend", call)
+
+
+def test_one_that_fails_is_no_choice_and_says_why(monkeypatch):
+    broken(monkeypatch, "flash")
+    kernel, times, failures = fastest(8, 2, 16, torch.float32, CPU)
+    assert kernel == "torch"
+    assert set(times) == {"torch"}
+    assert failures == {"flash": "flash takes no such head dim"}
+
+
+def test_where_none_works_that_is_the_users_to_mend(monkeypatch):
+    broken(monkeypatch, "torch", "flash")
+    with pytest.raises(UserError, match=r"no attention kernel works here on clips of 8 tokens \(torch: torch .*flash"):
+        fastest(8, 2, 16, torch.float32, CPU)
+
+
+def test_what_is_not_installed_is_no_failure_and_what_does_not_load_is_one(monkeypatch):
+    monkeypatch.setitem(attention._PACKAGES, "FA3", "json")  # "installed"
+
+    def load(name):
+        raise OSError(f"libcudart of {name} is missing")
+
+    monkeypatch.setattr(torch.nn.attention, "activate_flash_attention_impl", load, raising=False)
+    _, times, failures = fastest(8, 2, 16, torch.float32, CPU)
+    assert not failures  # packages' kernels are for GPUs
+    monkeypatch.setattr(attention, "installed", lambda _: iter(("torch", "flash3")))
+    _, times, failures = fastest(8, 2, 16, torch.float32, CPU)
+    assert set(times) == {"torch"}
+    assert failures == {"flash3": "libcudart of FA3 is missing"}
 
 
 def test_the_fastest_is_taken_and_the_one_that_keeps_a_square_never(monkeypatch):
     times = {"torch": 3.0, "flash": 2.0, "math": 1.0}
     monkeypatch.setattr(attention, "measure", lambda kernel, *_: times[kernel])
-    assert fastest(8, 2, 16, torch.float32, CPU) == ("flash", {"torch": 3.0, "flash": 2.0})
+    assert fastest(8, 2, 16, torch.float32, CPU) == ("flash", {"torch": 3.0, "flash": 2.0}, {})
 
 
 def test_measuring_really_runs():
-    kernel, times = fastest(32, 2, 16, torch.float32, CPU)
+    kernel, times, failures = fastest(32, 2, 16, torch.float32, CPU)
     assert kernel in times
     assert set(times) == {"torch", "flash"}
     assert all(seconds > 0 for seconds in times.values())
+    assert not failures

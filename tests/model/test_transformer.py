@@ -9,7 +9,8 @@ from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.model.attention import attend
-from cogds.model.transformer import Block, Transformer
+from cogds.model.transformer import MAX_GRAPHS, Block, Transformer
+from tests.core.test_memory import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 LEVELS = ("none", "attention_kept", "block", "block+offload")
@@ -159,27 +160,27 @@ def test_attention_is_recomputed_only_where_the_whole_block_is():
     assert none < partly == block
 
 
-def live_after_forward(level):
-    """Bytes that autograd keeps."""
+def kept_on_the_device(level):
+    """Bytes that are alive after the forward pass, but for what would wait in a GPU's host memory."""
     _, ours = pair(V15, ATTENTION)
     ours.set_level(level)
-    kept = {}
-
-    def pack(tensor):
-        kept[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
-        return tensor
-
-    known = {one.untyped_storage().data_ptr() for one in ours.parameters()}
     batch = inputs(V15)
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+    given = [one for one in batch.values() if isinstance(one, torch.Tensor)]
+    with LiveBytes([*ours.parameters(), *ours.buffers(), *given, *batch["image_rotary_emb"]]) as live:
         output = ours(**batch)[0]
+        offload = ours.transformer_blocks[0].offload
+        waiting = offload._waiting if offload is not None else []
+        bytes_kept = live.live - sum(parked.host.nbytes for parked in waiting)
     del output
-    return sum(size for pointer, size in kept.items() if pointer not in known)
+    return bytes_kept
 
 
 def test_each_level_keeps_less_than_the_one_before():
-    none, _, block = (live_after_forward(level) for level in LEVELS[:3])
-    assert none > 3 * block
+    none, attention, block, offload = map(kept_on_the_device, LEVELS)
+    unit, statistics = 2 * (12 + 5) * 64 * 4, 2 * (12 + 5) * 4 * 4
+    assert none > 4 * attention
+    assert attention - block == 3 * (unit + statistics)  # attention's outputs, of three blocks
+    assert block - offload == 3 * unit  # and their inputs
 
 
 def test_inputs_of_blocks_go_to_the_host_and_come_back():
@@ -227,6 +228,50 @@ def test_one_compilation_serves_all_buckets(level):
     for one, expected in zip(found, plain):
         assert distance(one[0], expected[0]) < 1e-6
         assert worst(one[1], expected[1]) < 5e-6
+
+
+def test_every_way_of_running_is_compiled_however_many_there_are():
+    """Dynamo's own limit is 8 graphs; past it a block would run as it is. 4 levels, 1 or 2 clips, gradients or none."""
+    _, ours = pair(V15, ATTENTION)
+    graphs, batches = [], [inputs(V15, batch, (2, 2, 2)) for batch in (1, 2)]
+
+    def count(graph, _example):
+        graphs.append(graph)
+        return graph.forward
+
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(recompile_limit=8):
+        ours.compile_blocks(backend=count)
+        for level in LEVELS[:3]:
+            ours.set_level(level)
+            for batch in batches:
+                for grad in (True, False):
+                    with torch.set_grad_enabled(grad):
+                        ours(**batch)
+        assert 8 < len(graphs) <= MAX_GRAPHS
+        before = len(graphs)
+        ours.set_kernel("math")  # a new way is a new graph, and no old way is one
+        ours(**batches[0])
+        ours.set_kernel("torch")
+        ours(**batches[0])
+        assert len(graphs) == before + 1
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(900)
+def test_generated_code_gives_the_same_numbers():
+    """With the code generator that training uses, which takes minutes here: one block, one level, one length."""
+    _, ours = pair(V15 | {"num_layers": 1}, ATTENTION)
+    ours.set_level("attention_kept")
+    batch = inputs(V15, 1, (2, 4, 4))
+    expected = outcome(ours, batch)
+    torch._dynamo.reset()
+    ours.compile_blocks()
+    before = torch._dynamo.utils.counters["stats"]["unique_graphs"]
+    found = outcome(ours, batch)
+    assert torch._dynamo.utils.counters["stats"]["unique_graphs"] > before, "nothing was compiled"
+    assert distance(found[0], expected[0]) < 1e-6
+    assert worst(found[1], expected[1]) < 5e-6
 
 
 def partitioned(level):

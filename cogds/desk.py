@@ -5,8 +5,8 @@ It grows with the clips, as nothing that the other ranks hold does.
 
 import hashlib
 import struct
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -108,86 +108,57 @@ def _binary(keys: bytes | bytearray) -> pa.FixedSizeBinaryArray:
 @dataclass(frozen=True)
 class Work:
     """What the cache lacks, a rank's share. captions: key, caption, rank. clips: key, path, kind, image_path, start_s,
-    bucket, size, mtime_ns, image_size, image_mtime_ns, rank."""
+    bucket, cost, size, mtime_ns, image_size, image_mtime_ns, rank."""
 
     captions: pa.Table
     clips: pa.Table
 
 
-class Desk:
-    """Rank 0's table while a dataset is prepared: the survey, and the names of its encodings."""
+class Part:
+    """Windows of a survey and the names of their encodings.
 
-    def __init__(self, cfg: RunConfig, model: ModelFolder, survey: Survey):
-        self.cfg, self.model, self.survey, self.cache = cfg, model, survey, Cache(cfg.data.cache_dir)
+    cached: whether they are encoded once and kept; else they have names of zeros.
+    """
+
+    def __init__(self, survey: Survey, names: EncodingNames, cached: bool):
+        self.survey, self.cached = survey, cached
         captions = survey.column("caption").combine_chunks().dictionary_encode()
         self.captions, self.caption_of = captions.dictionary, captions.indices.to_numpy()
-        self.cached = cfg.data.encode == "cached"
-        names = EncodingNames(cfg, model)
-        self.no_caption_key = names.caption(NO_CAPTION)
-        if self.cached:
+        if cached:
             self.caption_keys, self.clip_keys = names.captions(self.captions), names.clips(survey)
         else:
             self.caption_keys, self.clip_keys = (
                 _binary(bytes(16 * num)) for num in (len(self.captions), survey.num_windows)
             )
 
-    def work(self, num_ranks: int) -> list[Work]:
-        """What every rank is to encode, dealt by cost. What killed writers left is taken over first."""
-        for kind in ("captions", "clips"):
-            adopt(self.cache.root, kind)
-        keys = pa.concat_arrays([self.caption_keys, _binary(self.no_caption_key)])
-        texts = pa.concat_arrays([self.captions, pa.array([NO_CAPTION], self.captions.type)])
-        rows = _missing(keys if self.cached else keys[-1:], self.cache.snapshot("captions"))
-        rows = rows if self.cached else rows + len(keys) - 1
-        captions = pa.table({"key": keys.take(rows), "caption": texts.take(rows)})
-        captions = captions.append_column("rank", pa.array(np.arange(len(rows), dtype=np.int32) % num_ranks))
-
-        windows = _missing(self.clip_keys, self.cache.snapshot("clips")) if self.cached else np.zeros(0, np.int64)
-        order = np.argsort(-self.survey.costs()[windows], kind="stable")
-        windows = windows[order]
-        clips = pa.table(
+    def clips(self, windows: np.ndarray) -> pa.Table:
+        """What is to be known of windows to encode them, and the cost of it."""
+        columns = ("path", "kind", "image_path", "size", "mtime_ns", "image_size", "image_mtime_ns")
+        return pa.table(
             {
                 "key": self.clip_keys.take(windows),
                 "start_s": self.survey.placement.starts_s[windows],
                 "bucket": self.survey.placement.buckets[windows],
-                "rank": deal(self.survey.costs()[windows], num_ranks),
+                "cost": self.survey.costs()[windows],
             }
-            | {
-                name: self.survey.column(name, windows)
-                for name in ("path", "kind", "image_path", "size", "mtime_ns", "image_size", "image_mtime_ns")
-            }
+            | {name: self.survey.column(name, windows) for name in columns}
         )
-        return [
-            Work(*(one.filter(pc.equal(one.column("rank"), rank)) for one in (captions, clips)))
-            for rank in range(num_ranks)
-        ]
 
-    def no_caption(self) -> tuple[str, str]:
-        """Key and place of the empty caption's states."""
-        captions = self.cache.snapshot("captions")
-        return self.no_caption_key.hex(), captions.places[captions.find(_binary(self.no_caption_key))[0]]
-
-    def finish(self, unread: Mapping[bytes, str]) -> tuple[ClipIndex, Unusable, str]:
-        """The index of everything that is encoded now, what is left out, and the fingerprint of the dataset.
-
-        unread: what this run could not read but another may, key -> reason. Raises UserError where nothing is left, or
-        where the cache lost what was made.
-        """
-        clips, captions = self.cache.snapshot("clips"), self.cache.snapshot("captions")
-        survey = self.survey
+    def write(
+        self, folder: Path, clips: Snapshot, captions: Snapshot, failed: Mapping[bytes, str]
+    ) -> tuple[Survey, np.ndarray, ClipIndex | None, int]:
+        """Write the index of what is encoded: the survey of that, its windows' numbers, the index (None where nothing
+        is), and how many encodings the cache has lost."""
         if self.cached:
-            failed = {bytes.fromhex(key): reason for key, reason in clips.failures.items()} | dict(unread)
-            places = clips.find(self.clip_keys)
-            survey, kept = survey.without(self.clip_keys, failed)
+            places, caption_places = clips.find(self.clip_keys), captions.find(self.caption_keys)
+            survey, kept = self.survey.without(self.clip_keys, failed)
         else:
-            places, kept = np.full(survey.num_windows, -1, np.int32), np.arange(survey.num_windows)
-        survey.check_any_left()
-        caption_places = captions.find(self.caption_keys) if self.cached else np.full(len(self.captions), -1, np.int32)
-        if self.cached and (lost := int((places[kept] < 0).sum() + (caption_places[self.caption_of[kept]] < 0).sum())):
-            raise UserError(
-                f"{lost} encodings are no longer in {self.cache.root}, though they have been made: another run may "
-                "have pruned them; start again, they are made anew"
-            )
+            places, caption_places = (np.full(len(keys), -1, np.int32) for keys in (self.clip_keys, self.caption_keys))
+            survey, kept = self.survey, np.arange(self.survey.num_windows)
+        lost = (places[kept] < 0).sum() + (caption_places[self.caption_of[kept]] < 0).sum()
+        num_lost = int(lost) if self.cached else 0
+        if num_lost or not len(kept):
+            return survey, kept, None, num_lost
 
         def tables() -> Iterator[pa.Table]:
             for start in range(0, len(kept), AT_ONCE):
@@ -205,21 +176,172 @@ class Desk:
                     }
                 )
 
-        folder = self.cache.root / "index"
         every = {"clips": clips.places, "captions": captions.places}
-        index = write_index(folder, tables(), survey.buckets, survey.placement.sizes, every)
-        return index, survey.unusable(index.path.with_suffix(".unusable.jsonl")), self._fingerprint(survey, kept)
+        return survey, kept, write_index(folder, tables(), survey.buckets, survey.placement.sizes, every), 0
+
+
+@dataclass(frozen=True)
+class Finished:
+    """What a prepared dataset comes to, on rank 0: see `encode.EncodedData`. warnings: for people."""
+
+    index: ClipIndex
+    held_out: ClipIndex | None
+    trained: ClipIndex | None
+    unusable: Unusable
+    fingerprint: str
+    warnings: Sequence[str]
+
+
+class Desk:
+    """Rank 0's table while a dataset is prepared: what is trained, what is evaluated, the names of their encodings.
+
+    held_out, trained: what is evaluated (`survey.evaluated_survey`), encoded even where the rest is not.
+    """
+
+    def __init__(
+        self,
+        cfg: RunConfig,
+        model: ModelFolder,
+        survey: Survey,
+        held_out: Survey | None = None,
+        trained: Survey | None = None,
+    ):
+        self.cfg, self.survey, self.cache = cfg, survey, Cache(cfg.data.cache_dir)
+        names = EncodingNames(cfg, model)
+        self.no_caption_key = names.caption(NO_CAPTION)
+        # Of no clip: what a dropped caption becomes, and what videos are made of during training.
+        texts = dict.fromkeys([NO_CAPTION, *(one.prompt for one in cfg.sample.prompts)])
+        self.texts = {text: names.caption(text) for text in texts}
+        self.part = Part(survey, names, cfg.data.encode == "cached")
+        self.unread: dict[str, str] = {}  # evaluated files, path -> reason
+
+        def part(one: Survey | None) -> Part | None:
+            if one is None:
+                return None
+            known, unread = _with_digests(one, self.cache.root / "files.json")
+            self.unread |= unread
+            return Part(known, names, cached=True) if known.num_windows else None
+
+        self.held_out, self.trained = part(held_out), part(trained)
+
+    @property
+    def _cached(self) -> list[Part]:
+        return [part for part in (self.part, self.held_out, self.trained) if part is not None and part.cached]
+
+    def work(self, num_ranks: int) -> list[Work]:
+        """What every rank is to encode, dealt by cost. What killed writers left is taken over first."""
+        for kind in ("captions", "clips"):
+            adopt(self.cache.root, kind)
+        keys = pa.concat_arrays([*(part.caption_keys for part in self._cached), _binary(b"".join(self.texts.values()))])
+        texts = pa.concat_arrays(
+            [*(part.captions for part in self._cached), pa.array(list(self.texts), self.part.captions.type)]
+        )
+        rows = _missing(keys, self.cache.snapshot("captions"))
+        captions = pa.table({"key": keys.take(rows), "caption": texts.take(rows)})
+        captions = captions.append_column("rank", pa.array(np.arange(len(rows), dtype=np.int32) % num_ranks))
+
+        tables, first = [self.part.clips(np.zeros(0, np.int64))], 0
+        if self._cached:
+            windows = _missing(
+                pa.concat_arrays([part.clip_keys for part in self._cached]), self.cache.snapshot("clips")
+            )
+            for part in self._cached:
+                end = first + len(part.clip_keys)
+                tables.append(part.clips(windows[(windows >= first) & (windows < end)] - first))
+                first = end
+        clips = pa.concat_tables(tables)
+        clips = clips.take(np.argsort(-clips.column("cost").to_numpy(), kind="stable"))
+        clips = clips.append_column("rank", pa.array(deal(clips.column("cost").to_numpy(), num_ranks)))
+        return [
+            Work(*(one.filter(pc.equal(one.column("rank"), rank)) for one in (captions, clips)))
+            for rank in range(num_ranks)
+        ]
+
+    def no_caption(self) -> tuple[str, str]:
+        """Key and place of the empty caption's states."""
+        captions = self.cache.snapshot("captions")
+        return self.no_caption_key.hex(), captions.places[captions.find(_binary(self.no_caption_key))[0]]
+
+    def finish(self, unread: Mapping[bytes, str]) -> Finished:
+        """The indices of everything that is encoded now, what is left out, and the fingerprint of what is trained.
+
+        unread: what this run could not read but another may, key -> reason. Raises UserError where nothing is left, or
+        where the cache lost what was made.
+        """
+        clips, captions = self.cache.snapshot("clips"), self.cache.snapshot("captions")
+        folder = self.cache.root / "index"
+        failed = {bytes.fromhex(key): reason for key, reason in clips.failures.items()} | dict(unread)
+        survey, kept, index, num_lost = self.part.write(folder, clips, captions, failed)
+        survey.check_any_left()
+        held_out, trained, lost = None, None, dict(self.unread)
+        if self.held_out is not None:
+            left, _, held_out, num = self.held_out.write(folder, clips, captions, failed)
+            lost |= {left.table.column("path")[row].as_py(): reason for row, reason in left.reasons.items()}
+            num_lost += num
+        if self.trained is not None:
+            _, _, trained, num = self.trained.write(folder, clips, captions, failed)
+            num_lost += 0 if self.part.cached else num  # else they have been counted
+        if index is None or num_lost:
+            raise UserError(
+                f"{num_lost} encodings are no longer in {self.cache.root}, though they have been made: another run may "
+                "have pruned them; start again, they are made anew"
+            )
+        # Of a data set of their own they are none of this one's clips.
+        lost_here = {} if self.cfg.eval.path is not None else lost
+        unusable = survey.unusable(index.path.with_suffix(".unusable.jsonl"), lost_here)
+        warnings = [f"{path} cannot be evaluated: {reason}" for path, reason in lost.items()]
+        warnings += _trained_too(self.part, kept, self.held_out)
+        return Finished(index, held_out, trained, unusable, self._fingerprint(survey, kept), warnings)
 
     def _fingerprint(self, survey: Survey, kept: np.ndarray) -> str:
+        part = self.part
         state = hashlib.blake2b(repr(survey.placement.sizes).encode(), digest_size=16)
         for column in [
-            self.clip_keys.take(kept),
-            self.caption_keys.take(self.caption_of[kept]),
-            *([] if self.cached else [self.survey.column(name, kept) for name in ("path", "size", "mtime_ns")]),
+            part.clip_keys.take(kept),
+            part.caption_keys.take(part.caption_of[kept]),
+            *([] if part.cached else [self.survey.column(name, kept) for name in ("path", "size", "mtime_ns")]),
         ]:
             for start in range(0, len(column), AT_ONCE):
                 state.update(repr(column[start : start + AT_ONCE].to_pylist()).encode())
         return state.hexdigest()
+
+
+def _with_digests(survey: Survey, memo: Path) -> tuple[Survey, dict[str, str]]:
+    """A small survey with the digests of its files, which the manifest may lack; less those that cannot be read, path
+    -> reason."""
+    table, columns = survey.table, {}
+    unread = np.zeros(len(table), bool)
+    for name, digest_name in (("path", "digest"), ("image_path", "image_digest")):
+        paths, digests = table.column(name).to_pylist(), table.column(digest_name).to_pylist()
+        found = digest_files([path for path, one in zip(paths, digests) if path and one is None], memo)
+        columns[digest_name] = [
+            bytes.fromhex(found[path]) if one is None and path in found else one for path, one in zip(paths, digests)
+        ]
+        unread |= [bool(path) and one is None for path, one in zip(paths, columns[digest_name])]
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, pa.array(values, pa.binary(16)))
+    reasons = {table.column("path")[row].as_py(): "it cannot be read" for row in np.flatnonzero(unread).tolist()}
+    known = replace(survey, table=table)
+    return known.only(np.flatnonzero(~unread[survey.placement.rows])), reasons
+
+
+def _trained_too(trained: Part, kept: np.ndarray, held_out: Part | None) -> list[str]:
+    """A warning where clips that are to be evaluated only are trained as well: copies, or the same files."""
+    if held_out is None:
+        return []
+    paths = held_out.survey.column("path")
+    if trained.cached:
+        both = pc.is_in(held_out.clip_keys, trained.clip_keys.take(kept))
+    else:
+        both = pc.is_in(paths, trained.survey.column("path"))
+    same = np.flatnonzero(both.to_numpy(zero_copy_only=False) if isinstance(both, pa.Array) else both.to_numpy())
+    if not len(same):
+        return []
+    return [
+        f"{len(same)} of the {len(paths)} clips that are to be evaluated only are trained too, as copies or "
+        f"by another name (the first: {paths[int(same[0])].as_py()}): eval/loss shows less overfitting than there is; "
+        "remove the copies"
+    ]
 
 
 def _missing(keys: pa.FixedSizeBinaryArray, snapshot: Snapshot) -> np.ndarray:

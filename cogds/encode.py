@@ -30,12 +30,21 @@ from cogds.data.pool import Failure, GuardedPool
 from cogds.data.probe import reason_of
 from cogds.data.upkeep import VerifyReport, prune, stats, verify
 from cogds.demo import make_demo, only_own_demo
-from cogds.desk import NO_CAPTION, Desk, EncodingNames, Work, is_tiled
+from cogds.desk import NO_CAPTION, Desk, EncodingNames, Finished, Work, is_tiled
 from cogds.model.load import ModelFolder, TextEncoder, find_model, load_vae
 from cogds.progress import progress
 from cogds.runtime.interrupt import Interrupt, find_launcher
+from cogds.runtime.outlet import warn
 from cogds.runtime.world import World, connect, dealt_by_rank0, disconnect, on_all_ranks, on_rank0, read_world
-from cogds.survey import Survey, Unusable, make_buckets, survey, update_manifest
+from cogds.survey import (
+    Survey,
+    Unusable,
+    evaluated_survey,
+    make_buckets,
+    other_manifest,
+    survey,
+    update_manifest,
+)
 
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
@@ -46,7 +55,8 @@ class EncodedData:
 
     index: the clips, in the order of the plan; mixture: how often each data set is trained; unusable: what is left
     out. no_caption_states [text_tokens, dim]: T5 states of the empty caption. fingerprint: changes when any encoding
-    of the dataset does.
+    of what is trained does. held_out: clips that are evaluated and never trained, at most eval.num_clips; trained:
+    as many of `index`, evaluated too. Both are encoded whatever data.encode is, and None where there are none.
     """
 
     index: ClipIndex
@@ -54,6 +64,13 @@ class EncodedData:
     unusable: Unusable
     no_caption_states: torch.Tensor
     fingerprint: str
+    held_out: ClipIndex | None = None
+    trained: ClipIndex | None = None
+
+    @property
+    def indices(self) -> list[ClipIndex]:
+        """All there are."""
+        return [one for one in (self.index, self.held_out, self.trained) if one is not None]
 
 
 def main(default_config: Path, argv: list[str] | None = None) -> None:
@@ -85,15 +102,18 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
         on_rank0(world, lambda: prune(cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
     data = prepare(cfg, model, buckets, world, retry=args.retry)
     if world.rank == 0:
-        print(f"{len(data.index)} clips are encoded in {cache_dir}")
+        apart = f", and {len(data.held_out)} that are only evaluated" if data.held_out is not None else ""
+        print(f"{len(data.index)} clips are encoded in {cache_dir}{apart}")
         if data.unusable.num:
             print(f"{data.unusable.num} cannot be used, see {data.unusable.file}: {data.unusable.text()}")
         if args.prune:
-            keep = {"clips": data.index.keys("clip_key"), "captions": data.index.keys("caption_key")}
-            keep["captions"].add(EncodingNames(cfg, model).caption(NO_CAPTION).hex())
+            kinds = {"clips": "clip_key", "captions": "caption_key"}
+            keep = {kind: set().union(*(one.keys(name) for one in data.indices)) for kind, name in kinds.items()}
+            names, of_no_clip = EncodingNames(cfg, model), [NO_CAPTION, *(one.prompt for one in cfg.sample.prompts)]
+            keep["captions"] |= {names.caption(text).hex() for text in of_no_clip}
             pruned = prune(cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
             for path in set(data.index.path.parent.iterdir()):
-                if not path.name.startswith(data.index.path.stem):
+                if not path.name.startswith(tuple(one.path.stem for one in data.indices)):
                     path.unlink(missing_ok=True)
             print(
                 f"removed {pruned.num_entries} entries, {pruned.num_bytes / 1e9:.3f} GB; merged {pruned.num_merged} "
@@ -223,6 +243,7 @@ def prepare(
     """
     cache = Cache(cfg.data.cache_dir)
     manifest = update_manifest(cfg, world, digests=cfg.data.encode == "cached", retry=retry)
+    other = other_manifest(cfg, world, retry)
     desks: list[Desk] = []  # rank 0's alone: it grows with the clips
 
     def begin() -> list[Work]:
@@ -230,7 +251,10 @@ def prepare(
         found.check_any_left()
         tell(found)
         found.unusable().check_share(max_unusable)
-        desks.append(Desk(cfg, model, found))
+        held_out, trained, warnings = evaluated_survey(cfg, found, other)
+        for one in warnings:
+            warn(one)
+        desks.append(Desk(cfg, model, found, held_out, trained))
         return desks[0].work(world.size)
 
     mine = dealt_by_rank0(world, begin)
@@ -252,11 +276,16 @@ def prepare(
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
 
-    def end() -> tuple[ClipIndex, Mixture, Unusable, str]:
-        index, unusable, fingerprint = desks[0].finish(unread)
-        unusable.check_share(max_unusable)
-        return index, Mixture(index.sizes, desks[0].survey.repeats, cfg.seed), unusable, fingerprint
+    def end() -> tuple[Finished, Mixture]:
+        done = desks[0].finish(unread)
+        for one in done.warnings:
+            warn(one)
+        done.unusable.check_share(max_unusable)
+        return done, Mixture(done.index.sizes, desks[0].survey.repeats, cfg.seed)
 
-    index, mixture, unusable, fingerprint = on_rank0(world, end)
+    done, mixture = on_rank0(world, end)
     key, place = on_rank0(world, lambda: desks[0].no_caption())
-    return EncodedData(index, mixture, unusable, cache.read("captions", key, place)["text_states"], fingerprint)
+    no_caption_states = cache.read("captions", key, place)["text_states"]
+    return EncodedData(
+        done.index, mixture, done.unusable, no_caption_states, done.fingerprint, done.held_out, done.trained
+    )

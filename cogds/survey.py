@@ -1,6 +1,9 @@
-"""What a dataset holds before anything is encoded: its manifest, and which clips go where. The report shows it."""
+"""What a dataset holds before anything is encoded: its manifest, which clips go where, and which of them are trained
+and which evaluated. The report shows it."""
 
+import itertools
 import json
+import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -13,6 +16,7 @@ import pyarrow.compute as pc
 from cogds.config import RunConfig, SetConfig
 from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.geometry import ClipShape
+from cogds.core.held_out import is_held_out, least_share, name_hash, portable_name, spread
 from cogds.core.memory import vae_can_encode
 from cogds.core.mixture import repeats_of_weights
 from cogds.data.contents import fill_digests_begin, fill_digests_finish, fill_digests_share
@@ -25,6 +29,8 @@ from cogds.model.load import ModelFolder
 from cogds.runtime.world import World, on_all_ranks, on_rank0
 
 NUM_EXAMPLES = 5
+# Of a bucket with more clips, so many, evenly spaced, may be chosen to be evaluated: each costs a hash.
+MAX_CANDIDATES = 1 << 16
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,9 @@ class Unusable:
 class Survey:
     """The manifest's table and the placement of its clips. Rank 0's: it grows with the dataset.
 
-    repeats: of each data set; reasons: rows that the manifest calls usable but are left out -> why.
+    repeats: of each data set; reasons: rows that the manifest calls usable but are left out -> why; roots: folders of
+    the data sets, from which on a file's name counts. held_out: what of the same table is not placed here, because it
+    is only evaluated; None where nothing is.
     """
 
     table: pa.Table
@@ -70,6 +78,8 @@ class Survey:
     fps: float
     data_path: str
     reasons: Mapping[int, str] = field(default_factory=dict)
+    roots: tuple[str, ...] = ()
+    held_out: "Survey | None" = None
 
     @property
     def num_windows(self) -> int:
@@ -92,6 +102,15 @@ class Survey:
         frames = np.minimum(numbers(self.table, "frames")[rows], wanted)
         return lengths * areas + frames * numbers(self.table, "width")[rows] * numbers(self.table, "height")[rows]
 
+    def only(self, windows: np.ndarray) -> "Survey":
+        """The survey with these windows (numbers, ascending) and no others."""
+        rows = self.placement.rows[windows]
+        sizes = np.zeros((len(self.buckets), len(self.repeats)), np.int64)
+        np.add.at(sizes, (self.placement.buckets[windows], numbers(self.table, "set")[rows]), 1)
+        starts_s = self.placement.starts_s[windows]
+        placement = replace(self.placement, rows=rows, starts_s=starts_s, sizes=tuple(map(tuple, sizes.tolist())))
+        return replace(self, placement=placement)
+
     def without(self, keys: pa.Array, failed: Mapping[bytes, str]) -> tuple["Survey", np.ndarray]:
         """The survey less the windows whose key failed, and the numbers of those that stay."""
         if not failed:
@@ -99,23 +118,34 @@ class Survey:
         bad = pc.is_in(keys, pa.array(list(failed), pa.binary(16))).to_numpy(zero_copy_only=False)
         lost = {int(self.placement.rows[window]): failed[keys[window].as_py()] for window in np.flatnonzero(bad)}
         kept = np.flatnonzero(~bad)
-        sizes = np.zeros((len(self.buckets), len(self.repeats)), np.int64)
-        np.add.at(sizes, (self.placement.buckets[kept], numbers(self.table, "set")[self.placement.rows[kept]]), 1)
-        placement = replace(
-            self.placement,
-            rows=self.placement.rows[kept],
-            starts_s=self.placement.starts_s[kept],
-            sizes=tuple(map(tuple, sizes.tolist())),
-        )
-        return replace(self, placement=placement, reasons={**self.reasons, **lost}), kept
+        return replace(self.only(kept), reasons={**self.reasons, **lost}), kept
 
-    def unusable(self, file: Path | None = None) -> Unusable:
-        """What is left out; with a file, all of it is listed there."""
+    def chosen(self, num: int) -> "Survey":
+        """Up to `num` windows, spread over the buckets, in a table of their own: which, their files' names decide."""
+        candidates = []
+        for start, count in zip(itertools.accumulate(map(sum, self.placement.sizes), initial=0), self.placement.sizes):
+            candidates.append(np.arange(start, start + sum(count), 1 + sum(count) // MAX_CANDIDATES))
+        windows = np.concatenate(candidates)
+        paths, starts_s = self.column("path", windows).to_pylist(), self.placement.starts_s[windows].tolist()
+        hashes = [name_hash(portable_name(path, self.roots), repr(start)) for path, start in zip(paths, starts_s)]
+        found = self.only(windows[spread(self.placement.buckets[windows], np.array(hashes, np.uint64), num)])
+        rows, places = np.unique(found.placement.rows, return_inverse=True)
+        placement = replace(
+            found.placement,
+            rows=places.astype(np.int64),
+            row_buckets=found.placement.row_buckets[rows],
+            row_frames=found.placement.row_frames[rows],
+        )
+        return replace(found, table=self.table.take(pa.array(rows)), placement=placement, reasons={}, held_out=None)
+
+    def unusable(self, file: Path | None = None, lost: Mapping[str, str] | None = None) -> Unusable:
+        """What is left out, and of what is held out the lost, path -> why; with a file, all of it is listed there."""
         unusable = pc.not_equal(self.table.column("status"), "ok").to_numpy(zero_copy_only=False)
         listed = self.table.filter(pa.array(unusable)).select(["path", "reason"])
         paths = self.table.column("path")
+        pairs = [(paths[row].as_py(), reason) for row, reason in self.reasons.items()] + list((lost or {}).items())
         more = pa.table(
-            {"path": [paths[row].as_py() for row in self.reasons], "reason": list(self.reasons.values())},
+            {"path": [path for path, _ in pairs], "reason": [reason for _, reason in pairs]},
             listed.schema,
         )
         every = pa.concat_tables([listed, more])
@@ -136,9 +166,12 @@ class Survey:
         """Raise UserError with the commonest reasons where every clip is left out."""
         if not self.num_windows:
             unusable = self.unusable()
+            parts = [unusable.text()] if unusable.num or self.held_out is None else []
+            if self.held_out is not None:
+                parts.append(f"eval.held_out holds out {len(np.unique(self.held_out.placement.rows))}: lower it")
             raise UserError(
                 f"data.path: not one of the {unusable.num_rows} clips of {self.data_path} can be trained "
-                f"({unusable.text()})"
+                f"({'; '.join(parts)})"
             )
 
 
@@ -186,8 +219,19 @@ def update_manifest(cfg: RunConfig, world: World, digests: bool, retry: bool = F
     return file
 
 
+def other_manifest(cfg: RunConfig, world: World, retry: bool = False) -> Path | None:
+    """The same for the data set of eval.path; None where there is none. Collective."""
+    if cfg.eval.path is None:
+        return None
+    try:
+        return update_manifest(evaluated_data(cfg), world, digests=False, retry=retry)
+    except UserError as error:
+        error.args = (str(error).replace("data.path", "eval.path"),)
+        raise
+
+
 def survey(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]) -> Survey:
-    """Place the clips of an up-to-date manifest."""
+    """Place the clips of an up-to-date manifest, apart from those that eval.held_out holds out."""
     table = read(manifest)
     for name in ("path", "caption", "image_path"):  # together they may be longer than the 2 GB of plain strings
         table = table.set_column(table.column_names.index(name), name, table.column(name).cast(pa.large_string()))
@@ -195,12 +239,80 @@ def survey(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]) -> Su
     placement = place(
         table, buckets, cfg.data.fps, cfg.data.windows, cfg.data.num_windows, cfg.seed, num_sets=len(sets)
     )
-    given = cfg.data.sets or (SetConfig("", cfg.data.repeats),)
-    if given[0].weight is not None:
-        counts = np.sum(placement.sizes, axis=0).tolist()
-        repeats = repeats_of_weights([one.weight or 0.0 for one in given], counts)
-    else:
-        repeats = tuple(one.repeats for one in given)
     where = ", ".join(one.path for one in sets)
     reasons = too_short(placement, table, buckets, cfg.data.fps)
-    return Survey(table, placement, buckets, repeats, cfg.data.fps, where, reasons)
+    roots = tuple(map(_root, sets))
+    found = Survey(table, placement, buckets, (1.0,) * len(sets), cfg.data.fps, where, reasons, roots)
+    if cfg.eval.held_out:
+        held = _held_out(table, roots, cfg.eval.held_out)[placement.rows]
+        apart = found.only(np.flatnonzero(held))
+        found = replace(found.only(np.flatnonzero(~held)), held_out=apart if apart.num_windows else None)
+    return replace(found, repeats=_repeats(cfg, found))
+
+
+def _repeats(cfg: RunConfig, found: Survey) -> tuple[float, ...]:
+    """Of each data set, given or from its weight."""
+    given = cfg.data.sets or (SetConfig("", cfg.data.repeats),)
+    if given[0].weight is None:
+        return tuple(one.repeats for one in given)
+    return repeats_of_weights([one.weight or 0.0 for one in given], np.sum(found.placement.sizes, axis=0).tolist())
+
+
+def _root(one: DataSet) -> str:
+    """The folder that relative paths of a data set are relative to."""
+    path = os.path.abspath(os.path.expanduser(one.path))
+    return path if os.path.isdir(path) else os.path.dirname(path)
+
+
+def _held_out(table: pa.Table, roots: Sequence[str], share: float) -> np.ndarray:
+    """bool [rows]: whether each row's file is held out."""
+    parts = [
+        np.fromiter((is_held_out(portable_name(path, roots), share) for path in batch.to_pylist()), bool, len(batch))
+        for batch in table.column("path").chunks
+    ]
+    return np.concatenate(parts) if parts else np.zeros(0, bool)
+
+
+def evaluated_survey(
+    cfg: RunConfig, found: Survey, other: Path | None
+) -> tuple[Survey | None, Survey | None, list[str]]:
+    """What is evaluated: of the clips that are not trained, and of those that are; and warnings, for people.
+
+    other: the manifest of eval.path. Raises UserError where that holds nothing that can be used.
+    """
+    warnings = []
+    held_out = found.held_out
+    if other is not None:
+        held_out = survey(evaluated_data(cfg), other, found.buckets)
+        if not held_out.num_windows:
+            unusable = held_out.unusable()
+            raise UserError(
+                f"eval.path: not one of the {unusable.num_rows} clips of {held_out.data_path} can be evaluated "
+                f"({unusable.text()})"
+            )
+        if (unusable := held_out.unusable()).num:
+            warnings.append(
+                f"{unusable.num} of the {unusable.num_rows} clips of eval.path cannot be evaluated: {unusable.text()}"
+            )
+    elif cfg.eval.held_out and held_out is None:
+        names = {
+            portable_name(path, found.roots) for path in found.column("path", slice(0, MAX_CANDIDATES)).to_pylist()
+        }
+        first = min(names, key=name_hash)
+        warnings.append(
+            f"eval.held_out={cfg.eval.held_out:g} holds out none of the {len(names)} files that can be "
+            f"trained: only the loss of trained clips is evaluated, which does not show overfitting; raise it (from "
+            f"{least_share(first):g} on {first} is held out), or give eval.path"
+        )
+    wanted = cfg.eval.every is not None or cfg.sample.every is not None
+    return (
+        held_out.chosen(cfg.eval.num_clips) if held_out is not None else None,
+        found.chosen(cfg.eval.num_clips) if wanted else None,
+        warnings,
+    )
+
+
+def evaluated_data(cfg: RunConfig) -> RunConfig:
+    """The config of the data set that eval.path names, as if it were trained."""
+    data = replace(cfg.data, path=cfg.eval.path or "", sets=(), repeats=1.0, manifest=None)
+    return replace(cfg, data=data, eval=replace(cfg.eval, path=None, held_out=0.0))

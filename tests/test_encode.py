@@ -285,3 +285,118 @@ def test_what_killed_writers_left_is_packed(encode, drawn, tmp_path):
     assert not list(tmp_path.glob("cache/clips/staging*"))
     assert not [path for path in tmp_path.rglob("*") if ".tmp" in path.name]
     assert cache.snapshot("clips").place("ab" * 16)
+
+
+# ------------------------------------------------------------------------------------------- what is evaluated
+
+
+def names(index):
+    return [] if index is None else sorted(index[row].path.rpartition("/")[2] for row in range(len(index)))
+
+
+ALL = ["clip_0.mp4", "clip_1.mp4", "clip_2.mp4", "clip_3.mp4", "clip_4.mp4", "clip_5.mp4", "image_0.png"]
+
+
+def test_what_is_held_out_is_not_trained_and_stays_whatever_comes(encode, drawn, tmp_path, capsys):
+    data = encode(drawn, "eval.held_out=0.3")
+    held = names(data.held_out)
+    assert held
+    assert names(data.index) == [name for name in ALL if name not in held]
+    assert data.mixture.sizes == data.index.sizes
+    assert data.fingerprint != encode(drawn).fingerprint
+    assert data.unusable.num == 0
+    assert all(read_encoded(Cache(tmp_path / "cache"), data.held_out[row]) for row in range(len(data.held_out)))
+    assert set(names(data.trained)) <= set(names(data.index))
+    # Moved, with one clip less and one more: the same are held out.
+    moved = tmp_path / "elsewhere/other"
+    shutil.copytree(drawn, moved)
+    gone = names(data.index)[0]
+    (moved / gone).rename(moved / "new.mp4")
+    (moved / gone.replace("mp4", "txt")).rename(moved / "new.txt")
+    again = encode(moved, "eval.held_out=0.3")
+    assert [name for name in names(again.held_out) if name != "new.mp4"] == held
+    # More of them: the same and others, up to eval.num_clips, and those still in the same places of the index.
+    more = encode(drawn, "eval.held_out=0.6")
+    assert set(held) < set(names(more.held_out))
+    few = encode(drawn, "eval.held_out=0.6", "eval.num_clips=1")
+    assert len(few.held_out) == len(few.trained) == 1
+    assert few.index.path == more.index.path
+    assert "warning" not in capsys.readouterr().err
+
+
+def test_all_windows_of_a_file_are_on_one_side(encode, drawn):
+    data = encode(drawn, "eval.held_out=0.3", "data.windows=all", "eval.num_clips=100")
+    held, trained = set(names(data.held_out)), set(names(data.index))
+    assert len(data.held_out) > len(held)
+    assert held
+    assert not held & trained
+    assert held | trained == set(ALL)
+
+
+def test_on_the_fly_only_what_is_evaluated_is_encoded(encode, drawn, count_encodes):
+    on_the_fly = encode(drawn, "eval.held_out=0.3", "eval.num_clips=2", "data.encode=on_the_fly")
+    assert len([kind for kind, _ in count_encodes if kind == "clips"]) == 4
+    assert {clip.clip_place for clip in samples(on_the_fly)} == {""}
+    cached = encode(drawn, "eval.held_out=0.3", "eval.num_clips=2")
+    for name in ("held_out", "trained"):
+        one, other = (getattr(data, name) for data in (on_the_fly, cached))
+        assert names(one) == names(other)
+        assert one.names() == other.names()  # the same encodings
+    count_encodes.clear()
+    nothing = encode(drawn, "eval.every=null", "data.encode=on_the_fly")
+    assert (nothing.held_out, nothing.trained) == (None, None)
+    assert count_encodes == []
+
+
+def test_another_data_set_is_evaluated_instead(encode, drawn, real_clips, tmp_path, capsys):
+    other = tmp_path / "other"
+    other.mkdir()
+    shutil.copy(real_clips / "carphone_pristine.mp4", other / "man.mp4")
+    (other / "man.txt").write_text("a man")
+    (other / "broken.mp4").write_bytes(b"nothing")
+    (other / "broken.txt").write_text("nothing")
+    data = encode(drawn, f"eval.path={other}")
+    assert names(data.index) == ALL
+    assert names(data.held_out) == ["man.mp4"]
+    assert data.fingerprint == encode(drawn).fingerprint
+    assert data.unusable.num == 0
+    assert "warning: 1 of the 2 clips of eval.path cannot be evaluated: 1 x" in capsys.readouterr().err
+    with pytest.raises(UserError, match=r"^eval.path .*nowhere does not exist"):
+        encode(drawn, f"eval.path={tmp_path / 'nowhere'}")
+    (other / "man.mp4").unlink()
+    with pytest.raises(UserError, match=r"^eval.path: not one of the 1 clips of .*other can be evaluated"):
+        encode(drawn, f"eval.path={other}")
+
+
+def test_clips_that_are_trained_too_are_warned_of(encode, drawn, capsys):
+    assert names(encode(drawn, f"eval.path={drawn}").held_out) == ALL
+    assert "warning: 7 of the 7 clips that are to be evaluated only are trained too" in capsys.readouterr().err
+    encode(drawn, f"eval.path={drawn}", "data.encode=on_the_fly")
+    assert "warning: 7 of the 7 clips that are to be evaluated only are trained too" in capsys.readouterr().err
+
+
+def test_nothing_and_everything_held_out_is_said(encode, drawn, capsys):
+    data = encode(drawn, "eval.held_out=0.001")
+    assert data.held_out is None
+    said = capsys.readouterr().err
+    assert "warning: eval.held_out=0.001 holds out none of the 7 files that can be trained" in said
+    share, name = said.partition("raise it (from ")[2].partition(" is held out")[0].split(" on ")
+    assert names(encode(drawn, f"eval.held_out={share}").held_out) == [name]
+    with pytest.raises(
+        UserError, match=r"not one of the 7 clips of .* can be trained \(eval.held_out holds out 7: lower it\)"
+    ):
+        encode(drawn, "eval.held_out=0.999")
+
+
+def test_a_held_out_file_that_breaks_is_among_what_cannot_be_used(encode, drawn, tmp_path):
+    folder = tmp_path / "clips"
+    shutil.copytree(drawn, folder)
+    held = names(encode(folder, "eval.held_out=0.3").held_out)
+    content = bytearray((folder / held[0]).read_bytes())
+    middle = len(content) // 3
+    content[middle : 2 * middle] = bytes(middle)
+    (folder / held[0]).write_bytes(content)
+    data = encode(folder, "eval.held_out=0.3")
+    assert names(data.held_out) == held[1:]
+    assert (data.unusable.num, data.unusable.num_rows) == (1, 7)
+    assert list(reasons_of(data)) == [held[0]]

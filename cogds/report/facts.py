@@ -54,13 +54,15 @@ class ClipTable:
 
     table: columns path, kind, width, height (as displayed), status ("ok" or "unusable"), reason ("short phrase:
     detail"), caption, start_s, set; buckets int [N]: -1 where a clip has none; frames int [N]: at the target rate,
-    within the clip's range; num_windows int [N]: samples that the clip gives, None: one each.
+    within the clip's range; num_windows int [N]: samples that the clip gives, None: one each. num_held_out: clips that
+    could be trained and are not, because they are held out; they are not in the table.
     """
 
     table: pa.Table
     buckets: np.ndarray
     frames: np.ndarray
     num_windows: np.ndarray | None = None
+    num_held_out: int = 0
 
     def windows_of(self, rows: slice) -> np.ndarray:
         """Samples of each of these rows, int64."""
@@ -183,6 +185,7 @@ class Report:
     set_clips: tuple[int, ...]
     max_unusable: float = 1.0
     gpu_bytes: float | None = None
+    num_held_out: int = 0
 
     @property
     def is_refused(self) -> bool:
@@ -195,7 +198,7 @@ class Report:
 
     @property
     def num_unusable(self) -> int:
-        return self.num_rows - self.num_clips
+        return self.num_rows - self.num_clips - self.num_held_out
 
     @property
     def cache_bytes(self) -> int:
@@ -257,7 +260,7 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
     reasons, num_others = _reasons(clips)
     caption_bytes = cached_caption_bytes(setup.geometry, setup.transformer.text_dim, setup.bytes_each)
     return Report(
-        num_rows=len(clips.table),
+        num_rows=len(clips.table) + clips.num_held_out,
         buckets=tuple(buckets),
         reasons=reasons,
         num_other_reasons=num_others,
@@ -272,6 +275,7 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
         set_clips=tuple(int(number) for number in sums["sets"]),
         max_unusable=setup.max_unusable,
         gpu_bytes=setup.gpu_bytes,
+        num_held_out=clips.num_held_out,
     )
 
 
@@ -284,14 +288,16 @@ def measured_rates(file: Path) -> Rates | None:
         return None
     tokens_per_s: list[float] = []
     by_bucket: dict[str, list[float]] = {}
+    num_steps = 0
     with file.open() as lines:
-        for number, line in enumerate(lines):
+        for line in lines:
             try:
                 scalars = json.loads(line)
                 rate, step_s = float(scalars["perf/tokens_per_s"]), float(scalars["perf/step_s"])
             except (ValueError, KeyError, TypeError):
-                continue  # a kill may cut the last line short
-            if number < WARM_UP_STEPS:
+                continue  # a note beside the steps; and a kill may cut the last line short
+            num_steps += 1
+            if num_steps <= WARM_UP_STEPS:
                 continue
             tokens_per_s.append(rate)
             names = [name.partition("bucket=")[2] for name in scalars if name.startswith("train/loss/bucket=")]

@@ -73,10 +73,16 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def clip_table(found: Survey) -> ClipTable:
-    """The survey's rows as the report takes them."""
+    """The survey's rows as the report takes them: without those that are held out."""
     placement = found.placement
     windows = np.bincount(placement.rows, minlength=len(found.table))
-    return ClipTable(found.table, placement.row_buckets, placement.row_frames, windows)
+    table, buckets, frames, num_held_out = found.table, placement.row_buckets, placement.row_frames, 0
+    if found.held_out is not None:
+        left = np.ones(len(table), bool)
+        left[found.held_out.placement.rows] = False
+        table, buckets, frames, windows = table.filter(pa.array(left)), buckets[left], frames[left], windows[left]
+        num_held_out = int((~left).sum())
+    return ClipTable(table, buckets, frames, windows, num_held_out)
 
 
 def run_report(

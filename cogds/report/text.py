@@ -62,6 +62,11 @@ def suggestion_lines(report: Report) -> list[str]:
     ]
 
 
+def held_out_lines(report: Report) -> list[str]:
+    """What is held out, in a sentence; [] where nothing is."""
+    return [f"{report.num_held_out:,} clips are held out: evaluated, never trained."] if report.num_held_out else []
+
+
 def warning_lines(report: Report) -> list[str]:
     """What stops a run or does not fit, and what is wrong with captions, in sentences; [] where nothing is."""
     captions, lines = report.captions, [one.shortfall for one in report.buckets if one.num_samples and one.shortfall]
@@ -87,7 +92,8 @@ def short_report(report: Report) -> str:
     lines = [
         f"{report.num_clips:,} of {report.num_rows:,} clips in {len(used)} of {len(report.buckets)} buckets, "
         f"{number(report.steps_per_epoch)} steps an epoch; {percent(report.mean('crop_share'))} of the picture is "
-        f"cropped away on average"
+        f"cropped away on average",
+        *held_out_lines(report),
     ]
     if report.num_unusable:
         common = ", ".join(f"{one.num_clips:,} x {one.phrase}" for one in report.reasons[:3])
@@ -116,6 +122,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
             f"{gigabytes(report.cache_bytes)}, captions' {gigabytes(report.caption_cache_bytes)} included"
         )
     )
+    for line in held_out_lines(report):
+        console.print(Text(line))
     table = _table(
         *("bucket", "clips", "samples", "tokens", "batch", "micro-steps", "steps", "cropped", "enlarged", "unused"),
         *("cache", "recompute", "GPU memory", "s/step"),

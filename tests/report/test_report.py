@@ -330,3 +330,12 @@ def test_the_command(tmp_path):
     refused = run_command([sys.executable, ROOT / "launch/report.py", "--num_gpus", 0], timeout_s=120)
     assert refused.returncode == 2
     assert "--num_gpus is 0" in refused.stdout
+
+
+def test_what_is_held_out_is_neither_trained_nor_unusable():
+    clips = dataclasses.replace(table(ROWS), num_held_out=2)
+    found = make_report(clips, setup(max_unusable=0.4), GOOD)
+    assert (found.num_rows, found.num_clips, found.num_unusable) == (10, 4, 4)
+    assert not found.is_refused
+    assert "2 clips are held out: evaluated, never trained." in short_report(found)
+    assert "held out" not in short_report(report())

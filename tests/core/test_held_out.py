@@ -1,0 +1,75 @@
+"""Which files are held out and which clips are evaluated: by names alone."""
+
+from collections import Counter
+
+import numpy as np
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from cogds.core.held_out import is_held_out, least_share, name_hash, portable_name, spread
+
+
+@pytest.mark.parametrize(
+    "path, name",
+    [
+        ("/data/clips/a.mp4", "a.mp4"),
+        ("/data/clips/cats/a.mp4", "cats/a.mp4"),
+        ("/data/clips/more/b.mp4", "b.mp4"),  # the innermost folder counts
+        ("/data/clips2/a.mp4", "clips2/a.mp4"),  # outside of both
+        ("/a.mp4", "/a.mp4"),
+        ("/data/clips/cafe\u0301.mp4", "caf\u00e9.mp4"),
+    ],
+)
+def test_a_name_counts_from_the_data_sets_folder_on(path, name):
+    assert portable_name(path, ("/data/clips", "/data/clips/more/")) == name
+
+
+def test_a_data_set_that_moves_keeps_its_names():
+    before = [portable_name(f"/mnt/a/clips/{name}", ["/mnt/a/clips"]) for name in ("x.mp4", "y/x.mp4")]
+    after = [portable_name(f"/scratch/job7/{name}", ["/scratch/job7"]) for name in ("x.mp4", "y/x.mp4")]
+    assert before == after
+    assert len(set(before)) == 2
+
+
+def test_about_the_share_is_held_out_and_more_of_it_holds_the_same():
+    names = [f"clip-{number}.mp4" for number in range(20_000)]
+    few, many = ([name for name in names if is_held_out(name, share)] for share in (0.05, 0.2))
+    assert 0.04 < len(few) / len(names) < 0.06
+    assert 0.18 < len(many) / len(names) < 0.22
+    assert set(few) < set(many)
+    assert not any(is_held_out(name, 0.0) for name in names)
+
+
+def test_the_hash_stays():
+    """A run that goes on after an update of the program must find the same split."""
+    assert name_hash("a.mp4") == 0xDB8CA33D8EA3D0A4
+    assert name_hash("a.mp4", "0.0") != name_hash("a.mp4")
+
+
+@given(st.text())
+def test_the_least_share_holds_a_file_out_and_a_step_less_does_not(name):
+    share = least_share(name)
+    assert is_held_out(name, share)
+    assert not is_held_out(name, share - 0.001 - 1e-9)
+
+
+@given(st.lists(st.integers(0, 4), max_size=60), st.integers(1, 70), st.randoms(use_true_random=False))
+def test_clips_are_spread_over_the_buckets(buckets, num, random):
+    hashes = [random.getrandbits(64) for _ in buckets]
+    chosen = spread(buckets, hashes, num)
+    assert len(chosen) == min(num, len(buckets))
+    assert list(chosen) == sorted(set(chosen.tolist()))
+    counts, there = Counter(buckets[clip] for clip in chosen), Counter(buckets)
+    most = max(counts.values(), default=0)
+    assert all(counts[bucket] >= min(there[bucket], most - 1) for bucket in there)
+    for bucket in there:  # of each the smallest hashes
+        own = sorted(hashes[clip] for clip, one in enumerate(buckets) if one == bucket)
+        assert sorted(hashes[clip] for clip in chosen if buckets[clip] == bucket) == own[: counts[bucket]]
+
+
+def test_others_that_come_push_a_clip_out_but_never_reorder():
+    hashes = np.array([5, 3, 9, 7], np.uint64)
+    assert spread([0, 0, 0, 0], hashes, 2).tolist() == [0, 1]
+    assert spread([0, 0, 0, 0, 1], [*hashes, 1], 2).tolist() == [1, 4]
+    assert spread([], [], 3).tolist() == []

@@ -1,0 +1,54 @@
+"""The evaluation loss beside real training: it changes nothing, is the same at every stage, and is the command's."""
+
+import json
+
+import pytest
+import torch
+
+from tests.conftest import ROOT
+from tests.dist.conftest import adapter, losses, notes
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+
+# Dropout, so that the random states count; every bucket in batches of one and of two.
+OVERRIDES = (
+    "eval.held_out=0.3", "eval.num_timesteps=3", "eval.num_clips=3", "lora.dropout=0.2", "train.rehearse=off",
+    "train.num_steps=4", "train.gradient_accumulation_steps=1", "checkpoint.every=2", "train.batch_size=2",
+)  # fmt: skip
+
+
+def evaluated(run):
+    """step -> the scalars of its evaluation, but for the seconds."""
+    found = {}
+    for line in notes(run):
+        if "eval/train_loss" in line:
+            found[line["step"]] = {
+                name: one for name, one in line.items() if name.startswith(("eval/loss", "eval/train"))
+            }
+    return found
+
+
+@pytest.mark.parametrize("ds", ["zero2", "zero3"])
+def test_training_is_the_same_bit_for_bit(train_once, ds):
+    plain = train_once(f"{ds}-plain", ds, *OVERRIDES, "eval.every=null")
+    run = train_once(f"{ds}-evaluated", ds, *OVERRIDES, "eval.every=2")
+    assert evaluated(plain) == {}
+    assert list(evaluated(run)) == [0, 2, 4]
+    assert losses(run) == losses(plain)
+    for step in (2, 4):
+        expected = adapter(plain, step)
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter(run, step).items())
+    first, last = (evaluated(run)[step]["eval/loss"] for step in (0, 4))
+    assert first != last
+
+
+def test_the_stages_agree_and_so_does_the_command(train_once, warm):
+    two, three = (train_once(f"{ds}-evaluated", ds, *OVERRIDES, "eval.every=2") for ds in ("zero2", "zero3"))
+    for step, scalars in evaluated(two).items():
+        assert evaluated(three)[step] == pytest.approx(scalars, rel=1e-4)
+    # Two ranks, each with the whole model: another number of ranks and no ZeRO.
+    for step, lora in ((0, []), (4, ["--lora", two / "lora/step-000004"])):
+        done = warm(ROOT / "launch/evaluate.py", ["--config", two / "run.yaml", *lora], ranks=1 if lora else 2)
+        assert done.returncode == 0, done.stdout[-4000:]
+        (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+        assert json.loads(line) == pytest.approx(evaluated(two)[step], rel=1e-5)

@@ -1,0 +1,135 @@
+"""What the evaluation loss is for: overfitting shows in it, and two checkpoints can be compared by it."""
+
+import copy
+import dataclasses
+import statistics
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cogds.config import load_config
+from cogds.core.diffusion import stratified_timesteps, v_loss
+from cogds.core.held_out import is_held_out
+from cogds.data.cache import Cache
+from cogds.data.dataset import Item, collate, read_encoded
+from cogds.encode import prepare
+from cogds.evaluate import Evaluation, deal_tasks, make_tasks
+from cogds.model.load import find_model, load_transformer
+from cogds.model.lora import inject
+from cogds.runtime.world import World
+from cogds.step import Draws, draw_dropouts, load_step_builder
+from cogds.survey import make_buckets
+
+pytestmark = pytest.mark.slow
+
+ALONE, BATCH_SIZE, NUM_STEPS = World(0, 1, 0, 1), 4, 75
+
+
+class Trained:
+    """A tiny model on two pictures of noise, which nothing but its name tells from another. Four more are held out."""
+
+    def __init__(self, tiny_model, folder):
+        names = [f"{number}.png" for number in range(60)]
+        held = [name for name in names if is_held_out(name, 0.5)][:4]
+        trained = [name for name in names if not is_held_out(name, 0.5)][:2]
+        for name in held + trained:
+            blocks = np.random.default_rng(int(name[:-4])).integers(0, 256, (8, 8, 3), dtype=np.uint8)
+            Image.fromarray(blocks.repeat(8, 0).repeat(8, 1)).save(folder / name)
+        Image.new("RGB", (64, 64), (128, 128, 128)).save(folder / "grey.png")
+        columns = {"videos": held + trained, "prompts": [f"picture {name}" for name in held + trained]}
+        columns["images"] = ["grey.png"] * 6  # the condition tells nothing
+        for name, lines in columns.items():
+            (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
+        self.cfg, _ = load_config(
+            None,
+            [f"model.path={tiny_model}", f"data.path={folder}", f"data.cache_dir={folder / 'cache'}",
+             "data.buckets=[1x64x64]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.5",
+             "eval.num_clips=4"],
+        )  # fmt: skip
+        model = find_model(self.cfg.model.path)
+        data = prepare(self.cfg, model, make_buckets(self.cfg, model), ALONE)
+        assert (len(data.held_out), len(data.trained), len(data.index)) == (4, 2, 2)
+        no_caption = data.no_caption_states
+        self.builder = load_step_builder(model, self.cfg.conditioning, no_caption, torch.float32, ALONE.device)
+        self.evaluation = Evaluation.of(self.cfg, data, self.builder, (BATCH_SIZE,), model, ALONE)
+        self.items = [Item(read_encoded(Cache(folder / "cache"), data.index[row])) for row in range(2)]
+        self.shape = data.index.buckets[0]
+        self.transformer = load_transformer(model, torch.float32)
+        self.parameters = inject(self.transformer, 32, 64, 0.0, ("all-linear",), seed=0)
+        self.losses, self.weights = {}, {}
+        self.train()
+
+    def train(self):
+        optimizer = torch.optim.AdamW(self.parameters, lr=5e-3, betas=(0.9, 0.95))
+        for step in range(NUM_STEPS + 1):
+            if step in (0, 25, NUM_STEPS):
+                self.losses[step] = self.evaluation.scalars(self.forward)
+                self.weights[step] = copy.deepcopy([one.detach() for one in self.parameters])
+            optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 10)
+            optimizer.zero_grad()
+            self.loss(seed=0, step=step, batch_size=BATCH_SIZE).backward()
+            torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+            optimizer.step()
+
+    def forward(self, inputs):
+        return self.transformer(**inputs)[0]
+
+    def loss(self, seed, step, batch_size):
+        """Of an optimizer step, with everything drawn as in training."""
+        slots = range(batch_size)
+        timesteps = stratified_timesteps(slots, batch_size, 1000, seed, step)
+        dropped = draw_dropouts(self.cfg.conditioning, seed, step, slots)
+        batch = collate([self.items[(batch_size * step + slot) % 2] for slot in slots])
+        inputs, target = self.builder.build(batch.tensors, self.shape, Draws(timesteps, *dropped, seed, step, slots))
+        return v_loss(self.forward(inputs), target).mean()
+
+    @torch.no_grad()
+    def become(self, step):
+        for parameter, weights in zip(self.parameters, self.weights[step]):
+            parameter.copy_(weights)
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model, tmp_path_factory):
+    return Trained(tiny_model, tmp_path_factory.mktemp("pictures"))
+
+
+def test_overfitting_shows_as_the_two_losses_part(trained):
+    held_out, learnt = (
+        [trained.losses[step][name] for step in (0, 25, NUM_STEPS)] for name in ("eval/loss", "eval/train_loss")
+    )
+    print(f"eval/loss {held_out}, eval/train_loss {learnt}")
+    assert held_out[0] == pytest.approx(learnt[0], rel=0.1)  # it has seen neither
+    assert learnt[2] < 0.92 * learnt[1] < 0.92 * learnt[0]
+    assert held_out[2] > 0.98 * held_out[1]
+    assert held_out[2] > 1.1 * learnt[2]
+
+
+def test_checkpoints_are_told_apart_ten_times_better_than_by_the_training_loss(trained):
+    """Two weights of one run, the loss of the same clips, 18 samples for each: how much do the level of the loss, and
+    the difference between the weights, vary over seeds? The training loss is the mean of steps of one clip each, which
+    draw their timesteps, noise and dropouts; an evaluation draws its noise and keeps it for both weights.
+    """
+    own = trained.evaluation
+    clips, num = own.clips[own.num_held_out :], len(own.timesteps)
+    moments = deal_tasks(make_tasks([0, 0], num, (BATCH_SIZE,)), (1.0,), 1)
+    levels, differences = {"evaluation": [], "training": []}, {"evaluation": [], "training": []}
+    found = {}
+    for step in (25, NUM_STEPS):
+        trained.become(step)
+        for seed in range(1, 9):
+            one = dataclasses.replace(own, clips=clips, num_held_out=0, moments=moments, seed=seed)
+            with torch.no_grad():
+                found["evaluation", step, seed] = one.scalars(trained.forward)["eval/train_loss"]
+                steps = range(1000 * step, 1000 * step + 2 * num)  # the draws of other steps than the other weights'
+                found["training", step, seed] = statistics.mean(trained.loss(seed, each, 1).item() for each in steps)
+    for name in levels:
+        levels[name] = statistics.stdev(found[name, NUM_STEPS, seed] for seed in range(1, 9))
+        differences[name] = statistics.stdev(
+            found[name, NUM_STEPS, seed] - found[name, 25, seed] for seed in range(1, 9)
+        )
+    print(f"standard error of the loss {levels}, of the difference {differences}")
+    assert differences["training"] > 10 * differences["evaluation"]
+    assert levels["training"] > 3 * levels["evaluation"]

@@ -1,112 +1,227 @@
-"""Make a video from an image and a prompt, with the diffusers pipeline and a LoRA."""
+"""Make videos from images and prompts, with the diffusers pipeline and LoRAs."""
 
 import argparse
+import re
 import sys
-from collections.abc import Mapping
+import tempfile
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
-from diffusers import CogVideoXImageToVideoPipeline
 from PIL import Image
 
-from cogds.core.buckets import assign
-from cogds.core.conditioning import image_latent_scale
-from cogds.core.geometry import ClipShape, check_shape, latent_frames, padding_frames
-from cogds.data.video import DecodeError, probe_image, read_image, write_video
+from cogds.core.geometry import ClipShape
+from cogds.data.video import write_video
 from cogds.errors import UserError
-from cogds.model.load import find_model
-from cogds.model.lora_file import lora_file, read_metadata
+from cogds.files import whole_file
+from cogds.model.load import ModelFolder, TextEncoder, empty_transformer, find_model
+from cogds.model.lora import linear_layers
+from cogds.model.lora_file import lora_file, opened, read_metadata
+from cogds.model.pipeline import decode_frames, load_pipeline, sample_latents, use_convention
+from cogds.mosaic import evenly, grid, labelled, shrunk
+from cogds.prompts import find_requests
+from cogds.scene import Scene, first_frame, slug
 
 DEFAULT_SIZE, DEFAULT_FPS = ClipShape(81, 768, 1360), 16.0  # what CogVideoX-1.5 was trained for
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+NO_PROMPT = ""
+CELL_WIDTH = 480  # pixels of a video in a grid
+STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames of a strip, pixels of each
+
+
+@dataclass(frozen=True)
+class Lora:
+    """A LoRA file, its strength beside others, and what its trainer recorded."""
+
+    file: Path
+    weight: float
+    metadata: Mapping[str, Any]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, sample, write. What can be wrong is said before the weights are loaded."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    parser.add_argument("--model", required=True, help="hub id or diffusers folder of the base model")
-    parser.add_argument("--lora", help="LoRA file, or the folder that holds it")
-    parser.add_argument("--lora-scale", type=float, default=1.0, help="strength of the LoRA; 1 is as it was trained")
-    parser.add_argument("--image", required=True, help="the first frame; resized to cover the size, then cropped")
-    parser.add_argument("--prompt", required=True)
-    parser.add_argument("--output", default="sample.mp4", help="the mp4 to write")
-    parser.add_argument("--size", help="FRAMESxHEIGHTxWIDTH in pixels; default: the LoRA's bucket that fits the image")
-    parser.add_argument("--fps", type=float, help="frame rate of the mp4; default: what the LoRA was trained with")
-    parser.add_argument("--steps", type=int, default=50, help="denoising steps")
-    parser.add_argument("--guidance", type=float, default=6.0, help="classifier-free guidance; 1 turns it off")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--precision", choices=DTYPES, default="bf16" if torch.cuda.is_available() else "fp32")
-    parser.add_argument("--offload", action="store_true", help="keep on the GPU only the part that runs (slower)")
-    args = parser.parse_args(sys.argv[1:] if argv is None else argv)
-
+    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     model = find_model(args.model)
-    metadata = read_metadata(args.lora) if args.lora else {}
-    fps = args.fps or metadata.get("fps", DEFAULT_FPS)
-    try:
-        shape = ClipShape.parse(args.size) if args.size else trained_size(args.image, metadata)
-        check_shape(shape, model.geometry)
-        pixels = read_image(args.image, shape.height, shape.width)
-    except DecodeError as error:
-        raise UserError(f"--image {args.image}: {error}") from None
+    loras = find_loras(args.lora or [], model)
+    requests = find_requests(args.prompt or [], args.image or [], args.list)
+    fps = args.fps or float(agreed(loras, "fps", DEFAULT_FPS))
+    buckets = trained_buckets(agreed(loras, "buckets", []))
+    frames_and_shapes = [first_frame(one.image, one.size or args.size, buckets, model.geometry) for one in requests]
+    scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
+    seeds = [[one.seed] if one.seed is not None else list(dict.fromkeys(args.seed)) for one in requests]
+    single = len(scales) * sum(map(len, seeds)) == 1
+    folder = Path(args.output).parent if single else Path(args.output).with_suffix("")
+    _check_writable(folder)
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.offload and device.type == "cpu":
+        raise UserError("--offload is for a GPU, and there is none here: leave it out")
 
-    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(
-        model.path, dtype=DTYPES[args.precision], use_safetensors=True
-    )
-    if args.lora:
-        pipeline.load_lora_weights(lora_file(args.lora), adapter_name="lora", use_safetensors=True)
-        pipeline.set_adapters("lora", args.lora_scale)
-    convention = metadata.get("image_latents", "pipeline")
+    dtype = DTYPES[args.precision]
+    prompts = dict.fromkeys([NO_PROMPT, *(one.prompt for one in requests)])
+    states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
+    pipeline = load_pipeline(model, dtype)
+    for number, lora in enumerate(loras):
+        pipeline.load_lora_weights(lora.file, adapter_name=f"lora{number}", use_safetensors=True)
+    convention = agreed(loras, "image_latents", "pipeline")
     if use_convention(pipeline, convention) != 1.0:
         print(f"this LoRA was trained with image latents '{convention}', not as diffusers makes them: followed here")
-    if args.offload:
+    if args.offload == "sequential":
+        pipeline.enable_sequential_cpu_offload()
+    elif args.offload == "model":
         pipeline.enable_model_cpu_offload()
-    elif torch.cuda.is_available():
-        pipeline.to("cuda")
-    latents = pipeline(
-        image=Image.fromarray(pixels),
-        prompt=args.prompt,
-        num_frames=shape.frames,
-        height=shape.height,
-        width=shape.width,
-        num_inference_steps=args.steps,
-        guidance_scale=args.guidance,
-        max_sequence_length=model.geometry.text_tokens,
-        generator=torch.Generator().manual_seed(args.seed),
-        output_type="latent",
-    ).frames
-    # Tiles for decoding only, which needs the memory: the image was encoded whole, as in training.
-    pipeline.vae.enable_tiling()
-    padding = padding_frames(latent_frames(shape.frames, model.geometry), model.geometry.patch_size_t)
-    decoded = pipeline.decode_latents(latents[:, padding:])
-    video = pipeline.video_processor.postprocess_video(decoded, output_type="pt")[0]
-    # Where the number of latents is even, the VAE makes 4 frames of the first one instead of 1: the last one is it.
-    video = video[-shape.frames :]
-    frames = (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
-    write_video(args.output, frames, fps)
-    print(f"{len(frames)} frames of {shape.height}x{shape.width} at {fps:g} fps: {args.output}")
+    else:
+        pipeline.to(device)
+
+    def film(scene: Scene, scale: float) -> torch.Tensor:
+        if loras:
+            pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [scale * lora.weight for lora in loras])
+        latents = sample_latents(
+            pipeline, scene.pixels, scene.states, states[NO_PROMPT], scene.shape, args.steps, args.guidance, scene.seed
+        )
+        return decode_frames(pipeline, latents, scene.shape)
+
+    def write(path: Any, frames: torch.Tensor) -> None:
+        write_video(path, frames, fps)
+        print(f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at {fps:g} fps: {path}", flush=True)
+
+    for number, (request, (shape, pixels), own_seeds) in enumerate(zip(requests, frames_and_shapes, seeds), 1):
+        stem = f"{number:02d}-{slug(request.prompt)}"
+        cells: list[list[tuple[str, np.ndarray]]] = []
+        for seed in own_seeds:
+            cells.append([])
+            for scale in scales:
+                frames = film(Scene(request.prompt, shape, seed, pixels, states[request.prompt]), scale)
+                if single:
+                    return write(args.output, frames)
+                label = f"seed {seed}" + (f", scale {scale:g}" if loras else "")
+                write(folder / f"{stem}-{label.replace(', ', '-').replace(' ', '')}.mp4", frames)
+                cells[-1].append((label, shrunk(frames.numpy(), CELL_WIDTH)))
+        if len(own_seeds) * len(scales) > 1:
+            _write_grid(folder / f"{stem}-grid", cells, fps)
+    return None
 
 
-def trained_size(image: str, metadata: Mapping[str, Any]) -> ClipShape:
-    """The bucket that the LoRA was trained in and that crops the image least; the model's own size without one."""
-    buckets = [ClipShape.parse(text) for text in metadata.get("buckets", [])] or [DEFAULT_SIZE]
-    info = probe_image(image)
-    videos = [shape for shape in buckets if shape.frames > 1] or buckets
-    chosen = assign(max(shape.frames for shape in videos), info.height, info.width, videos)
-    return videos[chosen or 0]
-
-
-def use_convention(pipeline: Any, convention: str) -> float:
-    """Let the pipeline scale image latents as a LoRA was trained; returns the factor on what it does by itself."""
-    vae = pipeline.vae.config
-    wanted, own = (
-        image_latent_scale(vae.scaling_factor, vae.invert_scale_latents, name) for name in (convention, "pipeline")
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
+    add = parser.add_argument
+    add("--model", required=True, help="hub id or diffusers folder of the base model")
+    add(
+        "--lora",
+        action="append",
+        nargs="+",
+        metavar=("LORA", "WEIGHT"),
+        help="LoRA file, or the folder that holds it, and its weight, 1 by default; may be given several times",
     )
-    factor, prepare_latents = wanted / own, pipeline.prepare_latents
-    if factor != 1.0:
+    add(
+        "--lora-scale",
+        type=float,
+        nargs="+",
+        default=[1.0],
+        help="strength of the LoRAs; 1 is as they were trained; several make a video each, and a grid of them",
+    )
+    add("--image", action="append", help="the first frame; resized to cover the size, then cropped; may be repeated")
+    add("--prompt", action="append", help="what the video shows; may be repeated, with as many images or one for all")
+    add(
+        "--list",
+        metavar="FILE",
+        help="instead: a .csv or .jsonl file with prompt, image, size and seed, or a text file with a prompt a line",
+    )
+    add("--output", default="sample.mp4", help="the mp4 to write; of several videos, the folder (without .mp4)")
+    add("--size", help="FRAMESxHEIGHTxWIDTH in pixels; default: the LoRA's bucket that fits the image")
+    add("--fps", type=float, help="frame rate of the mp4; default: what the LoRA was trained with")
+    add("--steps", type=int, default=50, help="denoising steps")
+    add("--guidance", type=float, default=6.0, help="classifier-free guidance; 1 turns it off")
+    add("--seed", type=int, nargs="+", default=[0], help="seed of the noise; several make a video each, and a grid")
+    add("--precision", choices=DTYPES, default="bf16" if torch.cuda.is_available() else "fp32")
+    add(
+        "--offload",
+        nargs="?",
+        const="model",
+        choices=("model", "sequential"),
+        help="keep on the GPU only the part that runs (model; slower), or only the layer (sequential; much slower)",
+    )
+    return parser
 
-        def prepare_rescaled(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
-            latents, image_latents = prepare_latents(*args, **kwargs)
-            return latents, image_latents * factor
 
-        pipeline.prepare_latents = prepare_rescaled
-    return factor
+def find_loras(given: Sequence[Sequence[str]], model: ModelFolder) -> list[Lora]:
+    """The LoRAs of the command line, each a path and maybe a weight. Raises UserError where one does not fit."""
+    linears = set(linear_layers(empty_transformer(model))) if given else set()
+    loras = []
+    for path, *weights in given:
+        try:
+            weight = float(*weights) if weights else 1.0
+        except (TypeError, ValueError):
+            raise UserError(
+                f"--lora {path} {' '.join(weights)}: after the LoRA one number may stand, its weight; another LoRA "
+                "needs a --lora of its own"
+            ) from None
+        file = lora_file(path)
+        with opened(file) as tensors:
+            names = [re.fullmatch(r"transformer\.(.+)\.lora_[AB]\.weight", name) for name in tensors.keys()]  # noqa: SIM118
+        if strange := sorted({match[1] for match in names if match} - linears):
+            raise UserError(
+                f"--lora {file} has a layer {strange[0]}, which the transformer in {model.path} has not: it was made "
+                "for another model; give the model that it was trained on"
+            )
+        loras.append(Lora(file, weight, read_metadata(file)))
+    return loras
+
+
+def agreed(loras: Sequence[Lora], name: str, default: Any) -> Any:
+    """What the LoRAs' trainer recorded under a name: the first one's that says it. Others that differ are told of."""
+    said = [(lora.file, lora.metadata[name]) for lora in loras if name in lora.metadata]
+    for file, value in said[1:]:
+        if value != said[0][1]:
+            print(
+                f"warning: {said[0][0]} was trained with {name} {_text(said[0][1])}, {file} with {_text(value)}: the "
+                "first one is followed",
+                file=sys.stderr,
+            )
+    return said[0][1] if said else default
+
+
+def _text(value: Any) -> str:
+    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
+
+
+def trained_buckets(texts: Sequence[str]) -> list[ClipShape]:
+    """The buckets that a LoRA was trained in; the model's own size where it does not say."""
+    return [ClipShape.parse(text) for text in texts] or [DEFAULT_SIZE]
+
+
+@torch.no_grad()
+def encode_prompts(
+    model: ModelFolder, prompts: Sequence[str], dtype: torch.dtype, device: torch.device | str
+) -> dict[str, torch.Tensor]:
+    """T5's states of each prompt, on the CPU. T5 is gone before the transformer comes: together they need 21 GB."""
+    encoder = TextEncoder(model, dtype, device)
+    states = {prompt: encoder.encode(prompt).cpu() for prompt in prompts}
+    del encoder
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()
+    return states
+
+
+def _check_writable(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+    except OSError as error:
+        reason = error.strerror or str(error)
+        raise UserError(f"--output: cannot write into {folder} ({reason}): choose another place") from None
+
+
+def _write_grid(stem: Path, cells: Sequence[Sequence[tuple[str, np.ndarray]]], fps: float) -> None:
+    """All videos of one prompt as one, seeds below one another and scales beside one another, and as a picture."""
+    write_video(f"{stem}.mp4", grid([[labelled(video, label) for label, video in row] for row in cells]), fps)
+    strips = [
+        [labelled(grid([[frame[None] for frame in evenly(shrunk(video, STRIP_WIDTH), STRIP_FRAMES)]]), label)]
+        for row in cells
+        for label, video in row
+    ]
+    with whole_file(f"{stem}.png") as partial:
+        Image.fromarray(grid(strips)[0]).save(partial)
+    print(f"beside one another: {stem}.mp4 and {stem}.png", flush=True)

@@ -1,14 +1,20 @@
 """A LoRA is sampled as it was trained: the scale of its image latents, its size and its frame rate."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 import cogds.sample
-from cogds.core.geometry import ClipShape
+from cogds.core.geometry import ClipShape, latent_frames, padding_frames
+from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
 from cogds.model.lora import export, inject
-from cogds.sample import trained_size, use_convention
+from cogds.model.pipeline import use_convention
+from cogds.sample import trained_buckets
+from cogds.scene import first_frame, fitting_bucket
 from tests.test_step import build_ours, differences, pipeline_inputs
 
 
@@ -56,16 +62,98 @@ def sample(model, tmp_path, monkeypatch):
     written = []
     monkeypatch.setattr(cogds.sample, "write_video", lambda *args: written.append(args))
 
-    def sample(convention, *argv):
+    def sample(convention, *argv, weight=()):
         metadata = {"image_latents": convention, "buckets": ["1x64x96", "9x64x64", "9x64x96"], "fps": 8.0}
         export(tmp_path / convention, transformer, tensors, metadata)
         cogds.sample.main(
-            ["--model", str(model.path), "--lora", str(tmp_path / convention), "--image", str(tmp_path / "first.png"),
-             "--prompt", "a red circle", "--steps", "1", *argv]
+            ["--model", str(model.path), "--lora", str(tmp_path / convention), *weight,
+             "--image", str(tmp_path / "first.png"), "--prompt", "a red circle", "--steps", "1", *argv]
         )  # fmt: skip
         return written[-1]
 
+    sample.written, sample.folder = written, tmp_path
     return sample
+
+
+def test_one_video_is_what_the_pipeline_alone_makes(sample, pipeline, model):
+    """Bit for bit, T5 within it and all."""
+    _, frames, _ = sample("pipeline", "--seed", "5", "--steps", "2")
+    shape = ClipShape(9, 64, 96)
+    _, pixels = first_frame(str(sample.folder / "first.png"), str(shape), [], model.geometry)
+    pipeline.load_lora_weights(sample.folder / "pipeline")
+    latents = pipeline(
+        image=Image.fromarray(pixels), prompt="a red circle", num_frames=9, height=64, width=96, num_inference_steps=2,
+        guidance_scale=6.0, max_sequence_length=model.geometry.text_tokens, generator=torch.Generator().manual_seed(5),
+        output_type="latent",
+    ).frames  # fmt: skip
+    pipeline.vae.enable_tiling()
+    padding = padding_frames(latent_frames(9, model.geometry), model.geometry.patch_size_t)
+    video = pipeline.video_processor.postprocess_video(pipeline.decode_latents(latents[:, padding:]), output_type="pt")
+    expected = (video[0][-9:].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(frames, expected)
+
+
+def test_seeds_and_scales_make_a_grid(sample):
+    sample("pipeline", "--seed", "1", "2", "--lora-scale", "0", "0.5", "1", "--output", str(sample.folder / "made.mp4"))
+    names = [path.relative_to(sample.folder / "made").as_posix() for path, _, _ in map(paths, sample.written)]
+    assert names == [
+        *(f"01-a-red-circle-seed{seed}-scale{scale}.mp4" for seed in (1, 2) for scale in ("0", "0.5", "1")),
+        "01-a-red-circle-grid.mp4",
+    ]
+    *videos, grid = (torch.as_tensor(frames) for _, frames, _ in sample.written)
+    assert grid.shape[0] == 9
+    assert grid.shape[1] > 2 * 64
+    assert grid.shape[2] > 3 * 96
+    assert len({frames.numpy().tobytes() for frames in videos}) == 6
+    assert (sample.folder / "made/01-a-red-circle-grid.png").stat().st_size > 0
+    # One of them, asked for alone, is the same.
+    _, alone, _ = sample("pipeline", "--seed", "2", "--lora-scale", "0.5")
+    assert torch.equal(alone, videos[4])
+
+
+def paths(written):
+    path, frames, fps = written
+    return Path(path), frames, fps
+
+
+def test_several_loras_add_up(sample, capsys):
+    _, whole, _ = sample("pipeline")
+    lora = str(sample.folder / "pipeline")
+    _, halves, _ = sample("pipeline", "--lora", lora, "0.75", weight=["0.25"])
+    # W x + s B A x, in one sum or in two
+    assert (whole.int() - halves.int()).abs().max() <= 1
+    _, weaker, _ = sample("pipeline", weight=["0.25"])
+    assert (whole.int() - weaker.int()).abs().max() > 1
+    capsys.readouterr()
+    sample("scaled", "--lora", lora)
+    said = capsys.readouterr()
+    assert "was trained with image_latents scaled" in said.err
+    assert "image latents 'scaled'" in said.out
+
+
+@pytest.mark.parametrize(
+    "argv, said",
+    [
+        (["--lora", "{folder}/pipeline", "much"], "after the LoRA one number may stand"),
+        (["--lora", "{folder}/other"], "has a layer transformer_blocks.7.attn1.to_q, which the transformer"),
+        (["--lora", "{folder}/none"], "there is no LoRA at"),
+        (["--image", "{folder}/none.png"], "none.png: the file does not exist"),
+        (["--size", "10x64x64"], "the nearest valid size is 9x64x64"),
+        (["--prompt", "a second", "--prompt", "a third", "--image", "{folder}/first.png"], "3 --prompt and 2 --image"),
+        (["--output", "{folder}/first.png/sample.mp4"], "--output: cannot write into"),
+        pytest.param(
+            ["--offload"], "--offload is for a GPU",
+            marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
+        ),
+    ],
+)  # fmt: skip
+def test_what_is_wrong_is_said_before_a_weight_is_loaded(sample, monkeypatch, argv, said):
+    save_file({"transformer.transformer_blocks.7.attn1.to_q.lora_A.weight": torch.zeros(1)}, sample.folder / "x")
+    (sample.folder / "other").mkdir()
+    (sample.folder / "x").rename(sample.folder / "other/pytorch_lora_weights.safetensors")
+    monkeypatch.setattr(cogds.sample, "TextEncoder", None)
+    with pytest.raises(UserError, match=said):
+        sample("pipeline", *(word.format(folder=sample.folder) for word in argv))
 
 
 def test_another_convention_is_followed_and_said(sample, capsys):
@@ -86,8 +174,8 @@ def test_size_frame_rate_and_strength_can_be_given(sample):
 
 
 def test_size_is_the_bucket_that_crops_the_image_least(tmp_path):
-    metadata = {"buckets": ["1x64x64", "9x64x96", "9x96x64"]}
+    buckets = trained_buckets(["1x64x64", "9x64x96", "9x96x64"])
     for width, height, expected in ((90, 60, "9x64x96"), (60, 90, "9x96x64"), (90, 90, "9x64x96")):
         Image.new("RGB", (width, height)).save(tmp_path / "image.png")
-        assert str(trained_size(str(tmp_path / "image.png"), metadata)) == expected
-    assert str(trained_size(str(tmp_path / "image.png"), {})) == "81x768x1360"
+        assert str(fitting_bucket(str(tmp_path / "image.png"), buckets)) == expected
+    assert str(fitting_bucket(str(tmp_path / "image.png"), trained_buckets([]))) == "81x768x1360"

@@ -40,6 +40,14 @@ def v_target(
     return alpha * noise.float() - sigma * latents.float()
 
 
+def x0_of_v(
+    noisy: torch.Tensor, velocity: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
+) -> torch.Tensor:
+    """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v_t, float32 [B, F, C, H, W], for x_t and a (predicted) v_t."""
+    alpha, sigma = _bar(alphas_cumprod, timesteps, noisy.ndim)
+    return alpha * noisy.float() - sigma * velocity.float()
+
+
 def v_loss(prediction: torch.Tensor, target: torch.Tensor) -> torch.Tensor:
     """Mean square error of every sample, float32 [B], of predictions and targets [B, F, C, H, W]."""
     return (prediction.float() - target.float()).square().flatten(1).mean(1)

@@ -4,7 +4,6 @@ What is exported is what was trained: rank and alpha travel in the file as diffu
 of alpha 2r loads at half its strength), and beside it what only this project records: the image-latent convention.
 """
 
-import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -12,13 +11,14 @@ from typing import Any
 
 import torch
 from diffusers import CogVideoXImageToVideoPipeline
-from diffusers.loaders.lora_base import LORA_ADAPTER_METADATA_KEY, LORA_WEIGHT_NAME_SAFE
+from diffusers.loaders.lora_base import LORA_WEIGHT_NAME_SAFE
 from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from cogds.errors import UserError, did_you_mean
-from cogds.model.lora_file import OWN_METADATA_KEY, LoraFile, lora_file, opened, read_lora
+from cogds.model.convert import diffusers_header
+from cogds.model.lora_file import LoraFile, lora_file, opened, read_lora
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # the name that diffusers' add_adapter gives
@@ -86,12 +86,7 @@ def export(folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], 
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty or not state:
         raise RuntimeError(f"LoRA export: {len(empty)} of {len(state)} tensors are empty, the first is {empty[:1]}")
-    adapter = {f"transformer.{key}": value for key, value in transformer.peft_config["default"].to_dict().items()}
-    header = {
-        "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, default=sorted, sort_keys=True),
-        OWN_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True),
-    }
+    header = diffusers_header(transformer.peft_config[ADAPTER], metadata)
     CogVideoXImageToVideoPipeline.save_lora_weights(
         folder,
         transformer_lora_layers=state,

@@ -1,8 +1,9 @@
 """A LoRA file as data: which formats are read, what a header says, what is refused.
 
-Two formats: diffusers' `pytorch_lora_weights.safetensors`, whose alpha stands in the file's own header if anywhere, and
-PEFT's `adapter_model.safetensors`, whose alpha stands in `adapter_config.json` beside it. Safetensors and JSON are
-data; a pickle can run code when it is opened, and is refused unopened.
+Three formats: diffusers' `pytorch_lora_weights.safetensors`, whose alpha stands in the file's own header if anywhere;
+PEFT's `adapter_model.safetensors`, whose alpha stands in `adapter_config.json` beside it; ComfyUI's, with a tensor of
+alpha for every layer (`formats`). Safetensors and JSON are data; a pickle can run code when it is opened, and is
+refused unopened.
 """
 
 import json
@@ -21,10 +22,12 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from cogds.errors import UserError
+from cogds.model.formats import COMFYUI_PREFIX, layer_of_comfyui
 
 OWN_METADATA_KEY = "cogds"
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 PEFT_PREFIX, DIFFUSERS_PREFIX = "base_model.model.", "transformer."
+PREFIXES = (PEFT_PREFIX, DIFFUSERS_PREFIX, COMFYUI_PREFIX)
 # Settings of PEFT under which a layer's output is more than W x + s B A x, or W is no longer the base model's.
 BEYOND_LORA = (
     "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
@@ -96,7 +99,8 @@ class LoraFile:
 
 
 def read_lora(path: str | Path) -> LoraFile:
-    """Read a LoRA's header, of diffusers (`pytorch_lora_weights.safetensors`) or PEFT (`adapter_model.safetensors`).
+    """Read a LoRA's header, of diffusers (`pytorch_lora_weights.safetensors`), PEFT (`adapter_model.safetensors`) or
+    ComfyUI (any name).
 
     A file without alpha has the strength that diffusers gives it, alpha = rank. Raises UserError for what is no LoRA,
     is damaged, or is more than a LoRA (DoRA, biases, changed base weights).
@@ -106,10 +110,11 @@ def read_lora(path: str | Path) -> LoraFile:
         header: dict[str, str] = tensors.metadata() or {}
         own = json.loads(header.get(OWN_METADATA_KEY, "{}"))
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-    prefix = next((one for one in (PEFT_PREFIX, DIFFUSERS_PREFIX) if any(name.startswith(one) for name in shapes)), "")
-    config = _adapter_config(file, header, prefix)
+        prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in shapes)), "")
+        alphas = _alphas(tensors, shapes) if prefix == COMFYUI_PREFIX else {}
+    config = {"alpha_pattern": alphas} if alphas else _adapter_config(file, header, prefix)
     _refuse_more_than_lora(file, config, shapes)
-    halves = _halves(file, shapes, prefix)
+    halves = _halves_of_comfyui(file, shapes) if prefix == COMFYUI_PREFIX else _halves(file, shapes, prefix)
     pairs = {}
     for layer, named in halves.items():
         a, b = named.get("A", ""), named.get("B", "")
@@ -121,7 +126,17 @@ def read_lora(path: str | Path) -> LoraFile:
             )
         scale = _scale(file, config, layer, shape_a[0])
         pairs[layer] = LoraPair(a, b, shape_a[0], shape_a[1], shape_b[0], scale)
-    return LoraFile(file, pairs, config.get("lora_alpha") is not None, own)
+    return LoraFile(file, pairs, bool(alphas) or config.get("lora_alpha") is not None, own)
+
+
+def _alphas(tensors: Any, names: Iterable[str]) -> dict[str, float]:
+    """ComfyUI's alphas, as PEFT's `alpha_pattern`, whose keys are regular expressions."""
+    alphas = {}
+    for name in names:
+        if name.startswith(COMFYUI_PREFIX) and name.endswith(".alpha"):
+            layer = layer_of_comfyui(name.removeprefix(COMFYUI_PREFIX).removesuffix(".alpha"))
+            alphas[re.escape(layer)] = tensors.get_tensor(name).double().mean().item()
+    return alphas
 
 
 def _adapter_config(file: Path, header: Mapping[str, str], prefix: str) -> dict[str, Any]:
@@ -174,6 +189,22 @@ def _halves(file: Path, names: Iterable[str], prefix: str) -> dict[str, dict[str
         halves.setdefault(match[1], {})[match[2]] = name
     if not halves:
         raise UserError(f"{file} holds nothing: export the LoRA again")
+    return halves
+
+
+def _halves_of_comfyui(file: Path, names: Iterable[str]) -> dict[str, dict[str, str]]:
+    """As `_halves`, of ComfyUI's names."""
+    spellings = {"lora_down": "A", "lora_up": "B", "lora_A": "A", "lora_B": "B"}
+    halves: dict[str, dict[str, str]] = {}
+    for name in names:
+        match = re.fullmatch(rf"{re.escape(COMFYUI_PREFIX)}(.+)\.({'|'.join(spellings)})\.weight", name)
+        if match:
+            halves.setdefault(layer_of_comfyui(match[1]), {})[spellings[match[2]]] = name
+        elif not name.endswith(".alpha"):
+            raise UserError(
+                f"{file} is no LoRA of a CogVideoX transformer: it holds '{name}', where names such as "
+                f"'{COMFYUI_PREFIX}blocks.0.q.lora_up.weight' belong"
+            )
     return halves
 
 

@@ -1,0 +1,76 @@
+#!/usr/bin/env python
+"""A video from an image and a LoRA, with diffusers alone: take what you need of it into your own program.
+
+python examples/generate.py --lora outputs/cogvideox1.5_i2v_lora/lora/step-001000 --image first.png --prompt "..."
+"""
+
+import argparse
+import json
+from pathlib import Path
+
+import torch
+from diffusers import CogVideoXImageToVideoPipeline
+from diffusers.utils import encode_video, load_image
+from safetensors import safe_open
+
+
+def trained_with(lora: Path) -> dict:
+    """What training recorded in the LoRA's header: sizes, frame rate, how image latents were scaled."""
+    file = lora / "pytorch_lora_weights.safetensors" if lora.is_dir() else lora
+    with safe_open(file, "pt") as tensors:
+        return json.loads((tensors.metadata() or {}).get("cogds", "{}"))
+
+
+def scale_image_latents(pipe: CogVideoXImageToVideoPipeline, factor: float) -> None:
+    """Let the pipeline multiply the first frame's latents by this as well, for a LoRA that was trained so."""
+    prepare = pipe.prepare_latents
+
+    def prepare_latents(*args, **kwargs):
+        latents, image_latents = prepare(*args, **kwargs)
+        return latents, image_latents * factor
+
+    pipe.prepare_latents = prepare_latents
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--model", default="zai-org/CogVideoX1.5-5B-I2V", help="hub id or folder of the base model")
+    parser.add_argument("--lora", type=Path, required=True, help="LoRA file, or the folder that holds it")
+    parser.add_argument("--strength", type=float, default=1.0, help="1 is as it was trained, 0 is the base model")
+    parser.add_argument("--image", required=True, help="the first frame, path or address; resized to --size")
+    parser.add_argument("--prompt", required=True)
+    parser.add_argument("--output", default="video.mp4")
+    parser.add_argument("--size", default="81x768x1360", help="FRAMESxHEIGHTxWIDTH; best one that was trained")
+    parser.add_argument("--steps", type=int, default=50)
+    parser.add_argument("--seed", type=int, default=0)
+    args = parser.parse_args()
+
+    pipe = CogVideoXImageToVideoPipeline.from_pretrained(args.model, dtype=torch.bfloat16, use_safetensors=True)
+    # rank and alpha stand in the file, so that 1 is the strength it was trained with
+    pipe.load_lora_weights(args.lora, adapter_name="mine", use_safetensors=True)
+    pipe.set_adapters("mine", args.strength)
+    facts = trained_with(args.lora)
+    if (factor := facts.get("image_latent_factor", 1.0)) != 1.0:
+        scale_image_latents(pipe, factor)
+    if torch.cuda.is_available():
+        pipe.enable_model_cpu_offload()  # or pipe.to("cuda"), where the whole model fits
+    pipe.vae.enable_tiling()
+
+    frames, height, width = map(int, args.size.split("x"))
+    video = pipe(
+        image=load_image(args.image),
+        prompt=args.prompt,
+        num_frames=frames,
+        height=height,
+        width=width,
+        num_inference_steps=args.steps,
+        # the pipeline's own default is not the length that the model was trained with
+        max_sequence_length=pipe.transformer.config.max_text_seq_length,
+        generator=torch.Generator().manual_seed(args.seed),
+    ).frames[0]
+    encode_video(video, fps=round(facts.get("fps", 16)), output_path=args.output)
+    print(f"{len(video)} frames of {height}x{width}: {args.output}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,14 @@
+#!/usr/bin/env python
+"""python launch/probe.py [--config run.yaml] [--clips 16] [--timesteps 3] [key.sub=value ...]"""
+
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
+
+if __name__ == "__main__":
+    from cogds.cli import run
+    from cogds.probe import main
+
+    sys.exit(run(lambda: main(ROOT / "launch/configs/demo.yaml")))

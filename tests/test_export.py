@@ -1,0 +1,233 @@
+"""launch/export.py as a user calls it: what it writes, what it says, what it refuses."""
+
+import json
+import shutil
+from collections import namedtuple
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+import torch
+import yaml
+from diffusers import CogVideoXTransformer3DModel
+from huggingface_hub.errors import RepositoryNotFoundError
+from safetensors import safe_open
+
+import cogds.export
+from cogds.errors import UserError
+from cogds.export import main
+from cogds.model.lora_file import read_metadata
+from tests.model.adapters import output, output_in_diffusers, write_lora
+from tests.model.test_lora import example_inputs
+
+METADATA = {
+    "image_latents": "pipeline", "rank": 4, "alpha": 8.0, "targets": ["to_q"], "step": 500, "fps": 16.0,
+    "buckets": ["1x64x96", "9x64x96"], "base_model": "zai-org/CogVideoX1.5-5B-I2V",
+}  # fmt: skip
+
+
+@pytest.fixture
+def lora(tiny_model, tmp_path):
+    """`lora(convention)`: a LoRA as training leaves it, in a run's folder."""
+
+    def write(convention="pipeline", **settings):
+        folder = tmp_path / convention / "lora/step-000500"
+        return write_lora(tiny_model, folder, metadata={**METADATA, "image_latents": convention}, **settings)
+
+    return write
+
+
+def front_matter(folder):
+    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+
+
+def header(file):
+    with safe_open(file, "pt") as tensors:
+        return json.loads(tensors.metadata()["cogds"])
+
+
+@pytest.mark.parametrize("kind, file", [
+    ("diffusers", "pytorch_lora_weights.safetensors"), ("comfyui", "mine.safetensors"),
+    ("comfyui-wrapper", "mine.safetensors"), ("merged", "transformer/diffusion_pytorch_model.safetensors"),
+])  # fmt: skip
+def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp_path, capsys, kind, file):
+    out = tmp_path / "mine"
+    main([str(lora()), "--to", kind, "--output", str(out), "--model", str(tiny_model)])
+    assert header(out / file)["image_latents"] == "pipeline"
+    assert header(out / file)["step"] == 500
+    matter = front_matter(out)
+    assert matter["base_model"] == "zai-org/CogVideoX1.5-5B-I2V"
+    assert matter["pipeline_tag"] == "image-to-video"
+    assert ("lora" in matter["tags"]) is (kind != "merged")
+    told = capsys.readouterr().out
+    assert file in told
+    # diffusers does as its own pipeline, merged weights as they are; ComfyUI scales the image latents in its own way.
+    assert ("image latents 'pipeline', and ComfyUI's nodes" in told) is kind.startswith("comfyui")
+    assert ("set strength of CogVideo ImageEncode to 2.04" in told) is (kind == "comfyui-wrapper")
+    assert not list(tmp_path.glob("*.tmp*"))
+
+
+def test_another_convention_is_warned_of_or_within_the_weights(tiny_model, lora, tmp_path, capsys):
+    folder = lora("scaled")
+    main([str(folder), "--to", "diffusers", "--output", str(tmp_path / "d"), "--model", str(tiny_model)])
+    assert (
+        "warning: it was trained with image latents 'scaled', which other tools do not know" in capsys.readouterr().out
+    )
+    assert read_metadata(tmp_path / "d")["image_latents"] == "scaled"
+    assert "image_latents * 0.4" in (tmp_path / "d/README.md").read_text()
+    main([str(folder), "--to", "comfyui", "--output", str(tmp_path / "c"), "--model", str(tiny_model)])
+    assert "warning" not in capsys.readouterr().out
+    main([str(folder), "--to", "merged", "--output", str(tmp_path / "m"), "--model", str(tiny_model)])
+    assert "that is within the weights now" in capsys.readouterr().out
+    said = header(tmp_path / "m/transformer/diffusion_pytorch_model.safetensors")
+    assert (said["image_latents"], said["trained_image_latents"]) == ("pipeline", "scaled")
+    merged = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "m", subfolder="transformer")
+    inputs = example_inputs()
+    inputs["hidden_states"][:, :, 8:] /= 0.7**2  # the pipeline's, of which a scaled one is 0.49
+    with torch.no_grad():
+        given_by_the_pipeline = merged(**inputs)[0]
+    assert (given_by_the_pipeline - output_in_diffusers(tiny_model, (folder, 1.0))).abs().max() < 1e-4
+
+
+def test_several_are_merged_with_their_weights(tiny_model, lora, tmp_path):
+    first = lora()
+    second = write_lora(tiny_model, tmp_path / "second", 2, 3.0, ("to_k",), {"image_latents": "pipeline"})
+    main([
+        str(first), "0.7", str(second), "-0.5", "--to", "merged", "--scale", "2", "--output", str(tmp_path / "out"),
+        "--model", str(tiny_model), "--pipeline", "link", "--dtype", "fp32",
+    ])  # fmt: skip
+    merged = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "out", subfolder="transformer")
+    expected = output_in_diffusers(tiny_model, (first, 1.4), (second, -1.0))
+    assert (output(merged) - expected).abs().max() < 1e-5
+    assert "step-000500 x 1.4, second x -1" in (tmp_path / "out/README.md").read_text()
+
+
+def test_the_runs_video_comes_along(tiny_model, lora, tmp_path):
+    folder = lora()
+    video = folder.parent.parent / "samples/step-000500/0.mp4"
+    video.parent.mkdir(parents=True)
+    video.write_bytes(b"video")
+    main([str(folder), "--to", "diffusers", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
+    assert (tmp_path / "out/sample.mp4").read_bytes() == b"video"
+    assert 'src="sample.mp4"' in (tmp_path / "out/README.md").read_text()
+    assert front_matter(tmp_path / "out")["widget"][0]["output"] == {"url": "sample.mp4"}
+
+
+def test_nothing_is_fetched_to_check_a_lora(lora, tmp_path, monkeypatch, capsys):
+    """The model that it was trained on is on the hub: 20 GB, only to compare sizes."""
+    monkeypatch.setattr(cogds.export, "find_model", lambda path: pytest.fail(f"looked for {path}"))
+    main([str(lora()), "--to", "comfyui", "--output", str(tmp_path / "out")])
+    assert "not compared with the base model" in capsys.readouterr().out
+
+
+Usage = namedtuple("Usage", "total used free")
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        (["--to", "merged"], r"does not say what it was trained on: give --model"),
+        (["--to", "diffusers", "--scale", "nan"], "--scale is nan"),
+        (["--to", "diffusers", "--output", "{there}"], r"is there already"),
+        (["--to", "diffusers", "--pipeline", "link"], "a LoRA is no pipeline"),
+        (["--to", "diffusers", "--public"], "--public goes with --push-to"),
+        (["--to", "diffusers", "--sample", "nowhere.mp4"], "--sample nowhere.mp4 is not there"),
+        (["{lora}", "0.5", "{lora}", "--to", "comfyui"], "2 LoRAs were given, which only --to merged makes one of"),
+        (["{lora}", "much", "--to", "merged"], "there is no LoRA at much"),
+        (["0.7", "--to", "merged"], "give its path first"),
+        (["--to", "diffusers", "--push-to", "nobody"], "is no repository of the hub: give OWNER/NAME"),
+    ],
+)
+def test_what_cannot_be_is_said_and_nothing_is_left(tiny_model, tmp_path, words, message):
+    folder = write_lora(tiny_model, tmp_path / "lora", metadata={"rank": 4})
+    (tmp_path / "there").mkdir()
+    places = {"there": tmp_path / "there", "model": tiny_model, "lora": folder}
+    argv = ["--output", str(tmp_path / "out"), *(word.format(**places) for word in words)]
+    with pytest.raises(UserError, match=message):
+        main(argv if not words[0].startswith("--") else [str(folder), *argv])
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_full_disk_is_said_before_it_is_written(tiny_model, lora, tmp_path, monkeypatch):
+    monkeypatch.setattr(cogds.export.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 10**7))
+    with pytest.raises(UserError, match=r"0\.01 GB free, and the export takes 0\.06 GB"):
+        main([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("convention, message", [("brighter", "which is none of pipeline, scaled, unscaled")])
+def test_an_unknown_convention_is_refused(tiny_model, lora, tmp_path, convention, message):
+    with pytest.raises(UserError, match=message):
+        main([str(lora(convention)), "--to", "comfyui", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
+
+
+def test_loras_of_different_conventions_are_not_merged(tiny_model, lora):
+    with pytest.raises(UserError, match=r"different image latents \(pipeline, scaled\)"):
+        main([str(lora()), str(lora("scaled")), "--to", "merged", "--output", "x", "--model", str(tiny_model)])
+
+
+def test_another_models_lora_is_refused(tiny_model, lora, tmp_path):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_model, other)
+    config = json.loads((other / "transformer/config.json").read_text())
+    (other / "transformer/config.json").write_text(json.dumps(config | {"num_layers": 1}))
+    with pytest.raises(UserError, match=r"it has a layer transformer_blocks\.1\.attn1\.to_[kqv]\S*, which"):
+        main([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(other)])
+
+
+class StandIn:
+    """The hub's API, as far as a push uses it."""
+
+    def __init__(self, private=None, failing=False):
+        self.private, self.failing, self.calls = private, failing, []
+
+    def whoami(self):
+        return {"name": "somebody"}
+
+    def model_info(self, _repo):
+        if self.private is None:
+            raise RepositoryNotFoundError("no such repository", response=SimpleNamespace(headers={}, request=None))
+        return SimpleNamespace(private=self.private)
+
+    def create_repo(self, repo, private, exist_ok):
+        self.calls.append(("create", repo, private, exist_ok))
+        return f"https://hub/{repo}"
+
+    def upload_folder(self, repo_id, folder_path, **_):
+        if self.failing:
+            raise OSError("connection reset")
+        self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
+
+
+def pushed(lora, tmp_path, api, *words):
+    main([str(lora()), "--to", "diffusers", "--output", str(tmp_path / "out"), "--push-to", "me/mine", *words], api)
+
+
+@pytest.mark.parametrize("words, private", [((), True), (("--public",), False)])
+def test_a_push_is_private_unless_told(lora, tmp_path, capsys, words, private):
+    api = StandIn()
+    pushed(lora, tmp_path, api, *words)
+    assert api.calls == [
+        ("create", "me/mine", private, True),
+        ("upload", "me/mine", ["README.md", "pytorch_lora_weights.safetensors"]),
+    ]
+    told = capsys.readouterr().out
+    assert f"uploading these files to me/mine, {'private' if private else 'public'}" in told
+    assert told.index("pytorch_lora_weights.safetensors  ") < told.index("uploading these files")
+    assert "https://hub/me/mine" in told
+    assert 'load_lora_weights("me/mine")' in (tmp_path / "out/README.md").read_text()
+
+
+def test_a_public_repository_is_not_filled_by_mistake(lora, tmp_path):
+    api = StandIn(private=False)
+    with pytest.raises(UserError, match="everybody can see it"):
+        pushed(lora, tmp_path, api)
+    assert not (tmp_path / "out").exists()
+    pushed(lora, tmp_path, api, "--public")
+    assert len(api.calls) == 2
+
+
+def test_a_failed_upload_leaves_the_export(lora, tmp_path):
+    with pytest.raises(UserError, match=r"the upload failed \(OSError: connection reset\); .*hf upload me/mine"):
+        pushed(lora, tmp_path, StandIn(private=True, failing=True))
+    assert (tmp_path / "out/pytorch_lora_weights.safetensors").exists()

@@ -16,7 +16,10 @@ from typing import Any, NoReturn
 
 from cogds.config import help_text
 from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
+from cogds.runtime.chatter import leave_out
 from cogds.runtime.world import connected, lost_contact, read_world
+
+leave_out()  # an entry point imports this before what loads diffusers and DeepSpeed
 
 
 class _Parser(argparse.ArgumentParser):

@@ -260,16 +260,23 @@ class EvalConfig:
         500, "evaluate so often, and before the first and after the last step; null: never", "optimizer steps", ge=1
     )
     held_out: float = field_(
-        0.0, "this share of the files, chosen by a hash of their names, is never trained, only evaluated", "share",
-        ge=0, lt=1,
-    )  # fmt: skip
+        0.0,
+        "this share of the files, chosen by a hash of their names below the data set's folder, is never trained, only "
+        "evaluated",
+        "share",
+        ge=0,
+        lt=1,
+    )
     path: str | None = field_(
-        None, "instead of eval.held_out: evaluate this data set; a folder, list or table of clips"
+        None,
+        "instead of eval.held_out: evaluate this data set; a folder, list or table of clips (with data.columns)",
     )
     num_clips: int = field_(
-        16, "so many clips are evaluated, spread over the buckets, of those held out and of those trained", "clips",
+        8,
+        "so many clips are evaluated, spread over the buckets, of those held out and as many of those trained",
+        "clips",
         ge=1,
-    )  # fmt: skip
+    )
     num_timesteps: int = field_(9, "at so many timesteps, the middles of equal parts of the schedule", ge=1)
 
 
@@ -314,6 +321,17 @@ class CheckpointConfig:
 class MonitorConfig:
     every: int = field_(1, "write to TensorBoard, metrics and progress so often", "optimizer steps", ge=1)
     progress_bar: bool = field_(True, "show a progress bar on a terminal")
+    norms_every: int | None = field_(
+        10, "norms of the LoRA's weights and of a step's update, by depth, so often; null: never", "optimizer steps",
+        ge=1,
+    )  # fmt: skip
+    show_clips: int = field_(
+        16, "so many of the first clips trained are shown in TensorBoard, as first frames with captions", "clips", ge=0
+    )
+    show_batches: int = field_(
+        0, "and the batches of so many first steps are decoded from their latents, on rank 0, and play there",
+        "optimizer steps", ge=0,
+    )  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -396,7 +414,11 @@ def _keys(cls: type, prefix: str = "") -> Iterator[tuple[str, _Key]]:
 KEYS: dict[str, _Key] = dict(_keys(RunConfig))
 _SECTIONS = {key.split(".")[0] for key in KEYS if "." in key}
 # Pairs of keys of which one replaces the other.
-_ALTERNATIVES = (("train.batch_size", "train.tokens_per_batch"), ("data.path", "data.sets"))
+_ALTERNATIVES = (
+    ("train.batch_size", "train.tokens_per_batch"),
+    ("data.path", "data.sets"),
+    ("eval.held_out", "eval.path"),
+)
 
 _Setting = tuple[str, str, Any]  # where it was set ("in run.yaml"), dotted key, value
 _COMMAND_LINE = "on the command line"
@@ -414,7 +436,7 @@ def load_config(config_file: str | None, overrides: list[str]) -> tuple[RunConfi
 def _one_of(first: str, second: str, settings: list[_Setting]) -> list[_Setting]:
     """Of two keys that replace each other, the one on the command line stays."""
     last = {key: (where, value) for where, key, value in settings}
-    if any(last.get(key, ("", None))[1] in (None, "", [], ()) for key in (first, second)):
+    if any(last.get(key, ("", None))[1] in (None, "", [], (), 0) for key in (first, second)):
         return settings
     place, other = last[first][0], last[second][0]
     if place == other:

@@ -17,21 +17,21 @@ from torch.utils.data import DataLoader
 
 from cogds.config import RunConfig
 from cogds.core.diffusion import stratified_timesteps, timestep_quarter, v_loss
-from cogds.core.geometry import ClipShape, num_tokens
-from cogds.core.plan import MicroBatch, Plan
+from cogds.core.plan import MicroBatch
 from cogds.core.rng import seed_global
 from cogds.core.schedule import learning_rate
-from cogds.data.dataset import Bad, Batch, ClipDataset, ClipOrder, collate, ignore_stop_signals
-from cogds.data.sampler import BucketBatchSampler, draws_of
-from cogds.encode import EncodedData
+from cogds.data.dataset import Bad, Batch, ClipDataset, collate, ignore_stop_signals
+from cogds.data.sampler import BucketBatchSampler
 from cogds.errors import Interrupted, UserError
-from cogds.execution import Execution
-from cogds.model.load import ModelFolder
+from cogds.meter import Meter
+from cogds.run import Run
 from cogds.runtime.checkpoint import Saver
 from cogds.runtime.engine import set_learning_rate
 from cogds.runtime.interrupt import Interrupt
-from cogds.runtime.monitor import Monitor, StepLosses, Stopwatch, peak_memory_bytes
+from cogds.runtime.monitor import Monitor
 from cogds.runtime.quarantine import Quarantine
+from cogds.runtime.stopwatch import Stopwatch
+from cogds.runtime.tally import StepLosses
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, all_gather, any_rank
 from cogds.step import Draws, StepBuilder, draw_dropouts, to_device
@@ -40,38 +40,8 @@ from cogds.stream import BATCHES_AHEAD, ahead, stream_batches
 # So many clips are named where a step went wrong.
 MAX_NAMED = 8
 
-
-@dataclass(frozen=True)
-class Run:
-    """What a run is made of, from its first step to its last."""
-
-    cfg: RunConfig
-    ds_config: dict[str, Any]
-    model: ModelFolder
-    buckets: tuple[ClipShape, ...]
-    world: World
-    data: EncodedData
-    plan: Plan
-    execution: Execution
-    first_step: int
-
-    @property
-    def order(self) -> ClipOrder:
-        """Which clip a place of the plan stands for."""
-        return ClipOrder(self.data.index, self.data.mixture)
-
-    def clips(self, micro_batch: MicroBatch) -> list[str]:
-        """The files that this rank trains in a micro-step, as the plan has it."""
-        order = self.order
-        return [self.data.index[next(order.rows(draw))].path for draw in draws_of(micro_batch, self.world.data_rank)]
-
-    def describe(self, step: int) -> str:
-        """What this rank does in an optimizer step, for people."""
-        parts = [
-            f"bucket {self.buckets[micro_batch.bucket_of(self.world.data_rank)]}: {', '.join(self.clips(micro_batch))}"
-            for micro_batch in self.plan.at(step)
-        ]
-        return f"step {step + 1}, {'; '.join(parts)}"
+# Is shown every batch before it is trained: optimizer step from 0, micro-step, its tensors.
+Look = Callable[[int, MicroBatch, Batch], None]
 
 
 @dataclass(frozen=True)
@@ -97,11 +67,14 @@ def train_steps(
     interrupt: Interrupt,
     watchdog: Watchdog,
     occasions: Sequence[Occasion] = (),
+    look: Look | None = None,
 ) -> None:
     """Train from `run.first_step` to the last. Collective.
 
-    save: starts saving the state after so many steps. Raises Interrupted, once all is saved, where a rank was asked to
-    stop; UserError where a save fails, or too many steps in a row are not finite.
+    save: starts saving the state after so many steps. look: is shown every batch that this rank trains.
+
+    Raises Interrupted, once all is saved, where a rank was asked to stop; UserError where a save fails, or too many
+    steps in a row are not finite.
     """
     cfg, world = run.cfg, run.world
     quarantine = Quarantine(world, Path(cfg.output_dir), len(run.data.index), cfg.data.max_unusable)
@@ -112,10 +85,11 @@ def train_steps(
             one.act(step)
 
     meet([one for one in occasions if run.first_step % one.every == 0], run.first_step)
-    upcoming, clock, num_bad = Upcoming(micro_steps(run, builder, load_batches(run))), Stopwatch(), 0
+    upcoming = Upcoming(micro_steps(run, builder, load_batches(run), look))
+    meter, num_bad = Meter(run, engine), 0
     for step in range(run.first_step, cfg.train.num_steps):
         watchdog.watch(functools.partial(run.describe, step))
-        bad = train_step(run, engine, upcoming, step, monitor, quarantine, clock)
+        bad = train_step(run, engine, upcoming, step, monitor, quarantine, meter)
         num_bad = num_bad + 1 if bad else 0
         stop, written = any_rank(world, bool(interrupt.requested), saver.done)
         if written:
@@ -130,12 +104,12 @@ def train_steps(
         if not stop and (due := [one for one in occasions if last or (step + 1) % one.every == 0]):
             monitor.flush()
             meet(due, step + 1)
-            clock.lap()
+            meter.rest()
         if (step + 1) % cfg.checkpoint.every == 0 or last or stop:
             watchdog.watch(functools.partial("saving after step {}".format, step + 1))
             monitor.flush()
             save(step + 1)
-            clock.lap()  # saving is no part of the next step
+            meter.rest()  # saving is no part of the next step
         if stop and not last:
             break
     finish_save(saver, world, monitor, step + 1)
@@ -195,7 +169,9 @@ class MicroStep:
     wait_s: float
 
 
-def micro_steps(run: Run, builder: StepBuilder, batches: Iterator[Batch]) -> Iterator[MicroStep]:
+def micro_steps(
+    run: Run, builder: StepBuilder, batches: Iterator[Batch], look: Look | None = None
+) -> Iterator[MicroStep]:
     """Every micro-step of the run on this rank, made when it is asked for. On a GPU it is queued and not waited for."""
     cfg, world, num_timesteps = run.cfg, run.world, len(builder.alphas_cumprod)
     for step in range(run.first_step, cfg.train.num_steps):
@@ -203,6 +179,8 @@ def micro_steps(run: Run, builder: StepBuilder, batches: Iterator[Batch]) -> Ite
             waiting = Stopwatch()
             batch = next(batches)
             wait_s, bucket = waiting.lap(), micro_batch.bucket_of(world.data_rank)
+            if look:
+                look(step, micro_batch, batch)
             draws = draw(micro_batch, step, num_timesteps, cfg, world)
             inputs, target = builder.build(batch.tensors, run.buckets[bucket], draws)
             weights = to_device(torch.tensor(micro_batch.weights_of(world.data_rank)), world.device)
@@ -243,15 +221,14 @@ def train_step(
     step: int,
     monitor: Monitor,
     quarantine: Quarantine,
-    clock: Stopwatch,
+    meter: Meter,
 ) -> list[str]:
     """One optimizer step: `accumulation` micro-steps of forward and backward, all ranks in buckets of one cost.
 
     Where a loss or gradient is not finite on any rank, no rank's weights change, and what is known of it is returned.
     """
-    cfg, plan, world, buckets, geometry = run.cfg, run.plan, run.world, run.buckets, run.model.geometry
-    num_samples, tokens = 0, 0
-    losses = StepLosses(len(buckets), world.device)
+    cfg, plan, world, micro_batches = run.cfg, run.plan, run.world, run.plan.at(step)
+    losses = StepLosses(len(run.buckets), world.device)
     trained: list[tuple[MicroBatch, torch.Tensor]] = []
     lr = learning_rate(
         step,
@@ -262,31 +239,33 @@ def train_step(
         cfg.optimizer.final_lr_ratio,
     )
     set_learning_rate(engine, lr)
-    for micro_batch in plan.at(step):
+    for micro_batch in micro_batches:
+        meter.begin("inputs")
         this = upcoming.take()
+        meter.begin("forward")
         quarantine.add(this.bad)
         # By the rank itself: those that share a clip must not drop the same places of their parts.
         seed_global(cfg.seed, step * plan.accumulation + len(trained), world.rank)
         engine.module.set_level(run.execution.levels[this.bucket])
         per_sample = v_loss(engine(**this.inputs)[0], this.target)
         loss = (this.weights * per_sample).mean()
+        meter.begin("backward")
         # The factor is 1 where the loss is finite. Where it is not, it makes the gradient so too, which DeepSpeed sees
         # on all ranks and skips the step: nobody has to wait for the value of a loss.
         engine.backward(loss * (1 + 0 * loss.detach()))
+        meter.begin("inputs")
         # While the GPU still works on what is queued: DeepSpeed's step waits for it. Not earlier and not on a stream of
         # its own, which would need the VAE's memory on top of the activations'.
         upcoming.make_ready()
+        meter.begin("optimizer")
+        if len(trained) + 1 == len(micro_batches):
+            meter.before_update(step)
         engine.step()
         share = loss.detach() / (world.size * plan.accumulation)  # ranks that share a clip all add its loss
         losses.add(share, per_sample, this.bucket, this.quarters)
         trained.append((micro_batch, per_sample.detach()))
-        num_samples += micro_batch.num_slots
-        tokens += sum(
-            micro_batch.batch_size_of(rank) * num_tokens(buckets[micro_batch.bucket_of(rank)], geometry)
-            for rank in range(world.data_size)
-        )
     skipped = not engine.was_step_applied()
-    step_s = clock.lap()
+    measured, own, norms = meter.read(step, micro_batches, upcoming.waited_s())
     monitor.record(
         step + 1,
         {
@@ -294,13 +273,11 @@ def train_step(
             "train/grad_norm": engine.get_global_grad_norm(),
             "train/skipped": float(skipped),
             "train/epoch": plan.epoch_of(step),
-            "perf/step_s": step_s,
-            "perf/data_wait_s": upcoming.waited_s(),
-            "perf/samples_per_s": num_samples / step_s,
-            "perf/tokens_per_s": tokens / step_s,
-            "perf/peak_memory_gb": peak_memory_bytes(world.device) / 1e9,
+            **measured,
         },
         losses,
+        own,
+        norms,
     )
     return _name_bad(run, step, trained) if skipped else []
 

@@ -8,6 +8,14 @@ from tqdm import tqdm
 
 LOG_EVERY_S = 30.0  # where there is no terminal, every update is a line of its own
 
+_hushed = False
+
+
+def hush() -> None:
+    """No bar is shown from here on."""
+    global _hushed
+    _hushed = True
+
 
 def progress(
     what: str, unit: str, total: int, shown: bool = True, initial: int = 0, items: Iterable[Any] | None = None
@@ -18,6 +26,6 @@ def progress(
     """
     interval_s = 0.1 if sys.stderr.isatty() else LOG_EVERY_S
     return tqdm(
-        items, desc=what, total=total, initial=initial, unit=unit, disable=not shown, dynamic_ncols=True,
+        items, desc=what, total=total, initial=initial, unit=unit, disable=_hushed or not shown, dynamic_ncols=True,
         mininterval=interval_s, maxinterval=max(10.0, interval_s),
     )  # fmt: skip

@@ -1,5 +1,6 @@
 """Train a LoRA: config -> data -> plan -> engine -> loop. The order of things, and nothing else, stands here."""
 
+import contextlib
 import dataclasses
 import json
 import shutil
@@ -8,47 +9,69 @@ import time
 from pathlib import Path
 from typing import Any
 
+from cogds.card import lora_facts, write_card
 from cogds.cli import make_folders, parse_args
-from cogds.config import RunConfig, load_config, to_yaml
-from cogds.core.geometry import ClipShape, num_tokens
+from cogds.config import RunConfig, load_config, replace, to_yaml
+from cogds.core.geometry import ClipShape
 from cogds.data.digest import digest, digest_files
 from cogds.demo import make_demo, only_own_demo
 from cogds.encode import DTYPES, prepare
 from cogds.errors import Interrupted
-from cogds.execution import check_execution, choose_execution, execution_lines, memory_of, prepare_blocks
+from cogds.evaluate import make_evaluation
+from cogds.execution import check_execution, choose_execution, memory_of, prepare_blocks
 from cogds.files import whole_file
-from cogds.loop import Occasion, Run, finish_save, train_steps
+from cogds.loop import Occasion, finish_save, train_steps
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
 from cogds.model.sequence import check_sequence
+from cogds.opening import FirstBatches, show_settings
 from cogds.order import make_plan
+from cogds.panel import show, summary
+from cogds.preview import make_previews
 from cogds.rehearsal import rehearse
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
-from cogds.resume import check_matching, continued_plan, data_identity, identity, layout_of, resumed_data
+from cogds.resume import check_matching, continued_plan, data_identity, identity, resumed_data
+from cogds.run import Run
 from cogds.runtime import checkpoint as checkpoints
-from cogds.runtime.ds_config import load_ds_config, resolve, zero_stage
+from cogds.runtime.ds_config import load_ds_config, resolve
 from cogds.runtime.engine import load_for_stage, start_engine
 from cogds.runtime.interrupt import Interrupt, find_launcher
 from cogds.runtime.lock import only_run
-from cogds.runtime.monitor import Monitor, rewind_metrics
+from cogds.runtime.metrics import rewind_metrics
+from cogds.runtime.monitor import Monitor
+from cogds.runtime.outlet import warn
 from cogds.runtime.sequence import share_clips
 from cogds.runtime.state import TrainState, gather_state, restore_state, state_bytes
+from cogds.runtime.ticker import BAR, LINES, QUIET
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
 from cogds.step import load_step_builder
 from cogds.survey import Survey, make_buckets
+from cogds.terminal import hush, is_terminal, last_words
 
 
 def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:
     """The whole command. Everything that can be wrong with the input is said before any weight is loaded."""
-    args = parse_args(sys.argv[1:] if argv is None else argv, "Train a CogVideoX image-to-video LoRA with DeepSpeed.")
+    args = parse_args(
+        sys.argv[1:] if argv is None else argv,
+        "Train a CogVideoX image-to-video LoRA with DeepSpeed.",
+        lambda parser: (
+            parser.add_argument("--dry-run", action="store_true", help="everything but training: data, checks, "
+                                "model, engine, and the largest bucket tried; leaves no step and no checkpoint"),
+            parser.add_argument("--quiet", action="store_true", help="errors, warnings and the final line only"),
+        ),
+    )  # fmt: skip
+    if args.quiet:
+        hush()
     cfg, explicit = load_config(args.config or str(default_config), args.overrides)
     if not args.config:
         cfg = only_own_demo(cfg, args.overrides)
     ds_path = args.deepspeed or str(default_deepspeed)
     ds_config = load_ds_config(ds_path)
     world = dataclasses.replace(read_world(), sequence=cfg.parallel.sequence)
+    if args.dry_run:  # nothing is encoded for it, and the largest bucket is tried on a CPU too
+        cfg = replace(cfg, {"data.encode": "on_the_fly", "train.rehearse": "on"})
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     check_sequence(world.sequence, world.size, model.transformer_config["num_attention_heads"])
@@ -61,8 +84,8 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     connect(world, cfg.train.timeout_s, cfg.network)
     on_rank0(world, lambda: make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir}))
     try:
-        with only_run(world, Path(cfg.output_dir)):
-            train(cfg, ds_config, model, buckets, world, interrupt)
+        with contextlib.nullcontext() if args.dry_run else only_run(world, Path(cfg.output_dir)):
+            train(cfg, ds_config, model, buckets, world, interrupt, args.dry_run, args.quiet)
     except Interrupted:  # by all ranks together
         interrupt.ignore()
         disconnect()
@@ -78,9 +101,12 @@ def train(
     buckets: tuple[ClipShape, ...],
     world: World,
     interrupt: Interrupt,
+    dry_run: bool = False,
+    quiet: bool = False,
 ) -> None:
     """Prepare the data, then train up to `train.num_steps`, from scratch or from a checkpoint. Collective.
 
+    dry_run: up to the first step, and nothing of the output folder is touched. quiet: no progress is shown.
     Raises Interrupted where a rank was asked to stop, once everything is saved.
     """
     output_dir = Path(cfg.output_dir)
@@ -94,18 +120,19 @@ def train(
             saved = found[2]
         return found and found[:2]
 
-    resume_from, facts = on_rank0(world, look) or (None, {})
-    init_from = None if resume_from else cfg.lora.init_from
+    found, facts = on_rank0(world, look) or (None, {})
+    init_from = None if found else cfg.lora.init_from
     start = on_rank0(world, lambda: check_init(cfg, model, init_from)) if init_from else []
 
-    def tell(found: Survey) -> None:
-        report = run_report(cfg, ds_config, model, found, clip_table(found), world.size, memory_of(world.device))
+    def tell(survey: Survey) -> None:
+        report = run_report(cfg, ds_config, model, survey, clip_table(survey), world.size, memory_of(world.device))
         print(short_report(report), flush=True)
 
     weights = on_rank0(world, lambda: weights_digest(cfg, model))
     fixed = identity(cfg, ds_config["optimizer"]["type"], weights, buckets)
-    if resume_from:  # before hours of encoding
-        on_rank0(world, lambda: check_matching(resume_from, facts, fixed))
+    if found:  # before hours of encoding
+        on_rank0(world, lambda: check_matching(found, facts, fixed))
+    resume_from, facts = (None, {}) if dry_run else (found, facts)
     data = prepare(cfg, model, buckets, world, cfg.data.max_unusable, tell=tell)
     if resume_from:
         data = on_rank0(world, lambda: resumed_data(data, facts, cfg))
@@ -119,6 +146,9 @@ def train(
     run = Run(cfg, ds_config, model, buckets, world, data, plan, execution, first_step)
 
     def begin() -> None:
+        show([*summary(run, resume_from), *start], "cogds")
+        if dry_run:
+            return
         checkpoints.check_space(output_dir, 0)  # before anything is moved
         if aside := checkpoints.set_aside(output_dir, resume_from, first_step):
             print(f"what an earlier run wrote is kept in {aside}")
@@ -129,13 +159,12 @@ def train(
         if data.unusable.file:
             with whole_file(output_dir / "unusable.jsonl") as partial:
                 shutil.copyfile(data.unusable.file, partial)
-        print("\n".join([*summary(run, resume_from), *start]), flush=True)
 
     on_rank0(world, begin)
     if first_step >= cfg.train.num_steps:
         if world.rank == 0:
             print(f"already trained to step {first_step}; raise train.num_steps to go on")
-            print(whereabouts(output_dir, first_step))
+            last_words(whereabouts(output_dir, first_step))
         return
 
     dtype = DTYPES[cfg.train.precision]
@@ -153,11 +182,14 @@ def train(
         saved = TrainState({})
 
     builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
-    monitor = Monitor(
-        world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.monitor.every, cfg.monitor.progress_bar
-    )
-    monitor.text("config/run", to_yaml(cfg))
-    monitor.text("config/deepspeed", json.dumps(ds_config, indent=2))
+    if dry_run:
+        tried = rehearse(run, engine, builder)
+        if world.rank == 0:
+            last_words(f"{tried}\ndry run: ready to train, nothing was trained and nothing saved")
+        return
+    style = QUIET if quiet else BAR if cfg.monitor.progress_bar and is_terminal(sys.stderr) else LINES
+    monitor = Monitor(world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.monitor.every, style)
+    show_settings(run, monitor)
     saver, watchdog = checkpoints.Saver(), Watchdog(world.rank, cfg.train.step_timeout_s, output_dir)
     start_point = checkpoints.start_point(cfg.checkpoint.resume, facts)
     about = {"identity": fixed, "plan": dataclasses.asdict(plan), "index": data.index.path.name, "start": start_point}
@@ -184,11 +216,16 @@ def train(
         if world.rank == 0:
             print(tried, flush=True)
     occasions: list[Occasion] = []
+    if losses := make_evaluation(run, engine, builder, monitor, watchdog.watch, lambda: bool(interrupt.requested)):
+        occasions.append(losses)
+    if videos := make_previews(run, engine, builder, monitor, watchdog.watch, lambda: bool(interrupt.requested)):
+        occasions.append(videos)
     interrupt.defer()
-    train_steps(run, engine, builder, monitor, saver, save, interrupt, watchdog, occasions)
+    show_first = FirstBatches(run, builder, monitor, warn).look if world.rank == 0 else None
+    train_steps(run, engine, builder, monitor, saver, save, interrupt, watchdog, occasions, show_first)
     watchdog.close()
     if world.rank == 0:
-        print(whereabouts(output_dir, cfg.train.num_steps))
+        last_words(whereabouts(output_dir, cfg.train.num_steps))
 
 
 def check_init(cfg: RunConfig, model: ModelFolder, path: str) -> list[str]:
@@ -210,27 +247,12 @@ def space_needed(engine: Any) -> float:
 
 
 def export_adapter(transformer: Any, state: TrainState, run: Run, folder: Path) -> None:
-    """Write the LoRA of a gathered state into `folder`, complete or absent."""
-    cfg = run.cfg
+    """Write the LoRA of a gathered state and its card into `folder`, complete or absent."""
     dtypes = {name: one.dtype for name, one in transformer.named_parameters() if one.requires_grad}
-    partial = folder.with_name(folder.name + ".tmp")
+    partial, facts = folder.with_name(folder.name + ".tmp"), lora_facts(run, checkpoints.step_of(folder))
     checkpoints.remove_partial(folder.parent)
-    export(
-        partial,
-        transformer,
-        state.weights(dtypes),
-        {
-            "rank": cfg.lora.rank,
-            "alpha": cfg.lora.alpha,
-            "image_latents": cfg.conditioning.image_latents,
-            "buckets": [str(shape) for shape in run.buckets],
-            "fps": cfg.data.fps,
-            "base_model": cfg.model.path,
-            "base": cfg.model.base,
-            "init_from": cfg.lora.init_from,
-            "step": checkpoints.step_of(folder),
-        },
-    )
+    export(partial, transformer, state.weights(dtypes), facts)
+    write_card(partial, folder, facts)
     checkpoints.replace_folder(partial, folder)
 
 
@@ -238,27 +260,3 @@ def whereabouts(output_dir: Path, step: int) -> str:
     """Where what a finished run made is, and how to look at it."""
     lora = output_dir / "lora" / checkpoints.step_name(step)
     return f"LoRA: {lora}\nwatch: tensorboard --logdir {output_dir / 'tensorboard'}"
-
-
-def summary(run: Run, resume_from: Path | None) -> list[str]:
-    """What is about to be trained, for people."""
-    cfg, plan, data = run.cfg, run.plan, run.data
-    sharing = f", {run.world.sequence} to a clip" if run.world.sequence > 1 else ""
-    lines = [
-        f"model {cfg.model.path}",
-        f"LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}",
-        f"{run.world.size} ranks{sharing}, ZeRO stage {zero_stage(run.ds_config)}, {cfg.train.precision}, "
-        f"{plan.accumulation} micro-steps a step, {plan.steps_per_epoch:.1f} steps an epoch",
-    ]
-    for shape, sets, local in zip(data.index.buckets, data.index.sizes, plan.local_batch_sizes):
-        tokens = num_tokens(shape, run.model.geometry)
-        lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {sum(sets):>5} clips  batch {local} a rank")
-    lines += execution_lines(run.execution, run.buckets, [sum(sets) for sets in data.index.sizes])
-    if data.unusable.num:
-        lines.append(f"{data.unusable.num} files cannot be trained, see {Path(cfg.output_dir) / 'unusable.jsonl'}:")
-        lines += [f"  {path}: {reason}" for path, reason in data.unusable.examples]
-    if resume_from:
-        lines.append(f"resuming from {resume_from}")
-        if plan.origin.step == run.first_step:
-            lines.append(f"the layout is new from here: {layout_of(plan)}")
-    return lines

@@ -33,14 +33,14 @@ GATES = {
     "transformers": ("cogds/model/",),
     "tokenizers": ("cogds/model/",),
     "huggingface_hub": ("cogds/model/",),
-    "tensorboard": ("cogds/runtime/monitor.py",),
+    "tensorboard": ("cogds/runtime/board.py",),
     "omegaconf": ("cogds/config.py",),
     "safetensors": ("cogds/model/", "cogds/data/shard.py", "cogds/runtime/checkpoint.py"),
     "pyarrow": ("cogds/data/", "cogds/desk.py", "cogds/encode.py", "cogds/survey.py", "cogds/report/"),
-    "tqdm": ("cogds/progress.py", "cogds/runtime/monitor.py"),
+    "tqdm": ("cogds/progress.py", "cogds/runtime/ticker.py"),
     "matplotlib": ("cogds/report/",),
     "jinja2": ("cogds/report/",),
-    "rich": ("cogds/report/", "cogds/preflight/"),
+    "rich": ("cogds/report/", "cogds/preflight/", "cogds/panel.py"),
     # core calls diffusers' pure functions (rotary tables) and none of its models
     "diffusers": ("cogds/model/", "cogds/sample.py", "cogds/core/rope.py"),
 }

@@ -231,6 +231,13 @@ def test_of_path_and_sets_and_of_two_mappings_the_command_line_wins(tmp_path):
     assert (data.path, data.sets) == ("y", ())
 
 
+def test_held_out_and_another_data_set_replace_each_other(tmp_path):
+    assert load("eval.path=other", yaml="eval: {held_out: 0.1}", tmp=tmp_path).eval.held_out == 0
+    with pytest.raises(UserError, match=r"eval\.held_out and eval\.path are both set on the command line"):
+        load("eval.path=other", "eval.held_out=0.1")
+    assert load("eval.path=other", "eval.held_out=0").eval.path == "other"  # as a run writes it down
+
+
 def test_of_batch_size_and_tokens_per_batch_the_command_line_wins(tmp_path):
     yaml = "train: {tokens_per_batch: 5}"
     assert load(yaml=yaml, tmp=tmp_path).train.tokens_per_batch == 5

@@ -30,7 +30,7 @@ def test_an_unchanged_run_matches():
     ["output_dir=other", "train.num_steps=9", "train.gradient_accumulation_steps=4", "train.batch_size=2",
      "optimizer.lr=1", "optimizer.betas=[0.5, 0.5]", "checkpoint.every=1", "checkpoint.keep_every=5", "monitor.every=5",
      "network.interface=eth0", "data.num_workers=0", "data.sync=cost", "lora.init_from=a.safetensors",
-     "model.path=elsewhere"],
+     "model.path=elsewhere", "eval.every=7", "eval.path=other", "eval.num_clips=3", "eval.num_timesteps=4"],
 )  # fmt: skip
 def test_what_may_change(override):
     check_matching("step-1", {"identity": identity_of()}, identity_of(override))
@@ -44,6 +44,7 @@ def test_what_may_change(override):
         ("lora.target_modules=[to_q]", r"lora.target_modules: \['to_q', 'to_k', 'to_v', 'to_out.0'\] then, \['to_q'\]"),
         ("conditioning.image_dropout=0.5", "conditioning.image_dropout: 0.05 then, 0.5 now"),
         ("train.precision=fp32", "train.precision: bf16 then, fp32 now"),
+        ("eval.held_out=0.2", "eval.held_out: 0.0 then, 0.2 now"),
     ],
 )
 def test_what_may_not_is_named(override, says):

@@ -10,7 +10,8 @@ from cogds.config import ConditioningConfig
 from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape, latent_frames, padded_latent_frames
 from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_vae
-from cogds.step import Draws, StepBuilder, draw_dropouts
+from cogds.step import Draws, StepBuilder, draw_dropouts, random_batch
+from tests.core.test_memory import V15
 
 # Landscape, portrait, square; latents odd (17, 9, 25, 1) and even (13, 21), so padded and not.
 SHAPES = ["17x64x96", "13x96x64", "9x64x64", "21x48x80", "25x80x48", "1x64x96"]
@@ -259,3 +260,12 @@ def test_noise_and_target_agree_with_the_scheduler(model):
     noisy, target = (function(latents, noise, timesteps, alphas_cumprod) for function in (add_noise, v_target))
     abar = alphas_cumprod[timesteps].view(-1, 1, 1, 1, 1).float()
     torch.testing.assert_close(abar.sqrt() * noisy - (1 - abar).sqrt() * target, latents, atol=1e-5, rtol=0)
+
+
+def test_random_batches_are_as_the_cache_gives_them_and_always_the_same():
+    one, other = (random_batch(ClipShape(17, 64, 96), 2, V15, 8, "bf16") for _ in range(2))
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in one.items()} == {
+        "moments": ((2, 32, 5, 8, 12), torch.bfloat16), "first_frame": ((2, 3, 64, 96), torch.uint8),
+        "text_states": ((2, 226, 8), torch.bfloat16),
+    }  # fmt: skip

@@ -7,6 +7,13 @@ from dataclasses import dataclass
 ATTENTION_BACKWARD, ATTENTION_BACKWARD_DONE = 2.0, 2.5
 
 
+# Dense bf16 TFLOP/s by the data sheets, without sparsity; the first name that is in a GPU's name counts.
+PEAK_TFLOPS = {
+    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0,
+    "B200": 2250.0, "L40S": 362.0,
+}  # fmt: skip
+
+
 @dataclass(frozen=True)
 class StepFlops:
     """Floating-point operations of one training step of one clip, its optimizer step not counted (it is small).
@@ -71,3 +78,8 @@ def clip_flops(tokens: int, num_layers: int, hidden_size: int) -> float:
     CogVideoX-1.5 at 81x768x1360 (45,104 tokens): 1,479 TFLOP, of which attention is 71%.
     """
     return step_flops(tokens, num_layers, hidden_size).forward
+
+
+def data_sheet_tflops(device_name: str) -> float | None:
+    """The bf16 TFLOP/s that MFU is a share of; None for a device whose data sheet is not known here."""
+    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)

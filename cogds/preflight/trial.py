@@ -16,8 +16,8 @@ from cogds.preflight.job import Job
 from cogds.rehearsal import random_batch
 from cogds.report.text import gigabytes
 from cogds.runtime.engine import build_for_stage, start_engine
-from cogds.runtime.monitor import peak_memory_bytes
 from cogds.runtime.sequence import share_clips
+from cogds.runtime.tally import peak_memory_bytes
 from cogds.runtime.world import all_gather
 from cogds.step import Draws, load_step_builder
 

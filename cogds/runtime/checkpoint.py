@@ -35,7 +35,7 @@ TENSORS_FILE = "trainable.safetensors"
 LATEST_FILE = "latest"
 OWN_FILES = (
     "checkpoints", "lora", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl",
-    "quarantine.jsonl",
+    "quarantine.jsonl", "samples",
 )  # fmt: skip
 # What is left free beside a checkpoint: logs, metrics, and whoever else writes there.
 SPARE_BYTES = 64e6
@@ -273,7 +273,7 @@ def set_aside(output_dir: Path, resume_from: Path | None, step: int) -> Path | N
     For a run that goes on from a checkpoint of its own, that is what lies past `step`; else it is everything.
     """
     if resume_from and resume_from.resolve().parent == (output_dir / "checkpoints").resolve():
-        steps = (path for kind in ("checkpoints", "lora") for path in (output_dir / kind).glob("step-*"))
+        steps = (path for kind in ("checkpoints", "lora", "samples") for path in (output_dir / kind).glob("step-*"))
         old = [path for path in steps if _is_own(path) and step_of(path) > step]
     else:
         old = [output_dir / name for name in OWN_FILES if (output_dir / name).exists()]

@@ -13,7 +13,7 @@ import torch
 
 from cogds.data.dataset import Bad
 from cogds.errors import UserError
-from cogds.runtime.monitor import Outlet
+from cogds.runtime.outlet import Outlet
 from cogds.runtime.world import World, all_gather, all_reduce_sum, disagreeing
 
 FILE_NAME = "quarantine.jsonl"

@@ -11,7 +11,6 @@ import re
 import socket
 import sys
 import time
-import warnings
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -23,6 +22,7 @@ import torch.distributed as dist
 
 from cogds.config import NetworkConfig
 from cogds.errors import UserError
+from cogds.runtime.chatter import leave_out, without_printed
 from cogds.runtime.network import interface_addresses, network_env, replaced
 
 T = TypeVar("T")
@@ -178,21 +178,21 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     """Join the process group (NCCL on GPUs, gloo on CPUs). Collectives fail after `timeout_s` without an answer."""
     import deepspeed  # five seconds that an error in the command line should not take
 
-    # DeepSpeed calls what torch has renamed; every rank would say so.
-    warnings.filterwarnings("ignore", category=FutureWarning, module=r"torch\.distributed")
+    leave_out()
     set_network(world, network)
     export_rendezvous(world)
     if world.local_rank == 0:
         _name_stale_locks()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
-    deepspeed.init_distributed(
-        auto_mpi_discovery=False,
-        timeout=timedelta(seconds=timeout_s),
-        verbose=False,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    with without_printed():
+        deepspeed.init_distributed(
+            auto_mpi_discovery=False,
+            timeout=timedelta(seconds=timeout_s),
+            verbose=False,
+            rank=world.rank,
+            world_size=world.size,
+        )
     if world.size > 1:
         _on_cpus()  # where gloo cannot connect, that is said now and not after the first step
 
@@ -316,6 +316,15 @@ def all_gather(world: World, value: T) -> list[T]:
     values: list[Any] = [None] * world.size
     dist.all_gather_object(values, value)
     return values
+
+
+def broadcast(world: World, rank: int, value: T) -> T:
+    """The value that this rank gave, on every rank. Collective."""
+    if world.size == 1:
+        return value
+    outcome = [value if world.rank == rank else None]
+    dist.broadcast_object_list(outcome, src=rank, device=world.device)
+    return outcome[0]  # type: ignore[return-value]
 
 
 def all_reduce_sum(world: World, tensor: torch.Tensor) -> torch.Tensor:

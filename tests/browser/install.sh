@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The browser that tests/e2e/test_report_browser.py opens the report in (Debian, as root).
+# The browser that tests/e2e/test_*_browser.py open pages in (Debian, as root).
 set -euo pipefail
 packages=(chromium)
 dpkg -s "${packages[@]}" >/dev/null 2>&1 && exit 0

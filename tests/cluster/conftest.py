@@ -48,6 +48,7 @@ def tiny_run(tmp_path_factory, tiny_model):
         "train.num_steps=60",
         "train.precision=fp32",
         "lora.rank=4",
+        "eval.every=null",
     ]
 
 

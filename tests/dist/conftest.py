@@ -6,6 +6,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from cogds.runtime.metrics import step_lines
+
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory, tiny_model):
@@ -30,7 +32,7 @@ def train_once(workshop, tiny_model, run_train):
                 "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]", f"output_dir={workshop / name}",
                 "train.num_steps=6", "train.gradient_accumulation_steps=2", "train.precision=fp32", "data.num_workers=1",
                 "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", "checkpoint.every=3",
-                "optimizer.schedule=cosine", *overrides, **{"launcher": "warm"} | options,
+                "optimizer.schedule=cosine", "eval.every=null", *overrides, **{"launcher": "warm"} | options,
             )  # fmt: skip
             done[name] = workshop / name
         return done[name]
@@ -39,7 +41,14 @@ def train_once(workshop, tiny_model, run_train):
 
 
 def metrics(run: Path):
-    return [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    """The lines of optimizer steps; not those of what was noted beside them."""
+    return step_lines((run / "metrics.jsonl").read_text())
+
+
+def notes(run: Path):
+    """The other lines."""
+    lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
+    return [line for line in lines if "train/loss" not in line]
 
 
 def losses(run: Path):

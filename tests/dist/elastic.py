@@ -45,7 +45,7 @@ def overrides(folder, layout, output, *more):
         "data.buckets=[9x64x64]", "data.num_workers=0", f"output_dir={folder / output}", "train.precision=fp32",
         f"train.gradient_accumulation_steps={CLIPS_A_STEP // layout[0]}", f"train.num_steps={LAST}", "lora.rank=3",
         "lora.alpha=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", f"checkpoint.every={SAVED}",
-        "monitor.progress_bar=false", *more,
+        "monitor.progress_bar=false", "eval.every=null", *more,
     ]  # fmt: skip
 
 
@@ -83,8 +83,9 @@ def launch(server, num_ranks, jobs, folder, timeout_s):
 
 
 def losses(folder):
-    lines = (folder / "metrics.jsonl").read_text().splitlines()
-    return [json.loads(line)["train/loss"] for line in lines]
+    from cogds.runtime.metrics import step_lines
+
+    return [line["train/loss"] for line in step_lines((folder / "metrics.jsonl").read_text())]
 
 
 def visits(checkpoint, step, last):

@@ -35,7 +35,7 @@ def test_the_step_is_skipped_by_all_and_the_clip_named(workshop, tiny_model, run
     own = [
         f"model.path={tiny_model}", f"data.path={workshop / 'clips'}", f"data.cache_dir={workshop / 'poisoned'}",
         "data.buckets=[17x64x96, 9x96x64, 1x64x64]", f"output_dir={workshop / 'bad'}", "train.precision=fp32",
-        "data.num_workers=0", "lora.rank=4", "train.gradient_accumulation_steps=2",
+        "data.num_workers=0", "lora.rank=4", "eval.every=null", "train.gradient_accumulation_steps=2",
     ]  # fmt: skip
     run_train(*own, "train.num_steps=1", launcher="warm")
     assert poison(workshop / "poisoned") == 1

@@ -2,7 +2,6 @@
 
 import json
 import sys
-from pathlib import Path
 
 import pytest
 import torch
@@ -10,7 +9,7 @@ from safetensors.torch import load_file
 
 from cogds.config import load_config
 from cogds.runtime.ds_config import load_ds_config, resolve
-from tests.conftest import ROOT, free_port, run_command
+from tests.conftest import ROOT, run_command
 from tests.model.test_lora import example_inputs
 
 pytestmark = pytest.mark.dist

@@ -10,6 +10,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from cogds.runtime.metrics import step_lines
 from tests.conftest import free_port, run_command
 from tests.readme import ROOT, blocks, command, commands
 
@@ -82,7 +83,7 @@ def test_eight_gpus_which_are_two_ranks_here(overrides, tmp_path):
         [BIN / words[0], "--master_port", free_port(), *words[1:], *overrides, f"output_dir={tmp_path}"], 240
     )
     assert done.returncode == 0, done.stdout[-4000:]
-    assert len((tmp_path / "metrics.jsonl").read_text().splitlines()) == 2
+    assert len(step_lines((tmp_path / "metrics.jsonl").read_text())) == 2
 
 
 def test_report(overrides, tmp_path):

@@ -1,5 +1,4 @@
 import contextlib
-import errno
 import json
 import math
 import os
@@ -13,15 +12,29 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 
 from cogds.core.geometry import ClipShape
 from cogds.errors import UserError
-from cogds.runtime import monitor as module
-from cogds.runtime.monitor import MAX_KEPT, WARN_EVERY_S, Monitor, Outlet, StepLosses, rewind_metrics
+from cogds.runtime.metrics import rewind_metrics, step_lines
+from cogds.runtime.monitor import Monitor
+from cogds.runtime.tally import StepLosses
+from cogds.runtime.ticker import QUIET
 from cogds.runtime.world import World
 
 BUCKETS = (ClipShape(9, 64, 64), ClipShape(17, 64, 96))
 
 
+class Settled(Monitor):
+    """One whose thread has tried everything when a call returns."""
+
+    def record(self, *args, **options):
+        super().record(*args, **options)
+        assert self.courier.settle(10)
+
+    def note(self, *args):
+        super().note(*args)
+        assert self.courier.settle(10)
+
+
 def make(tmp_path, first_step=0, every=1):
-    return Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, first_step, 10, every, progress_bar=False)
+    return Settled(World(0, 1, 0, 1), tmp_path, BUCKETS, first_step, 10, every, QUIET)
 
 
 def losses(value, bucket=0):
@@ -34,10 +47,14 @@ def lines(tmp_path):
     return [json.loads(line) for line in (tmp_path / "metrics.jsonl").read_text().splitlines()]
 
 
-def board_of(tmp_path, name):
+def loaded(tmp_path):
     board = EventAccumulator(str(tmp_path / "tensorboard"), purge_orphaned_data=True)
     board.Reload()
-    return [(event.step, event.value) for event in board.Scalars(name)]
+    return board
+
+
+def board_of(tmp_path, name):
+    return [(event.step, event.value) for event in loaded(tmp_path).Scalars(name)]
 
 
 def step_of(step):
@@ -106,18 +123,42 @@ def test_a_resumed_run_appends(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
-def test_texts_and_notes_are_tensorboards_alone(tmp_path):
+def test_a_text_is_tensorboards_alone(tmp_path):
     monitor = make(tmp_path)
     monitor.text("config/run", "seed: 7\nlr: 1")
-    monitor.note(4, {"perf/save_s": 2.5, "perf/other": 0.5})
     monitor.close()
-    board = EventAccumulator(str(tmp_path / "tensorboard"))
-    board.Reload()
-    assert board.Tags()["tensors"] == ["config/run/text_summary"]
-    (event,) = board.Tensors("config/run/text_summary")
+    (event,) = loaded(tmp_path).Tensors("config/run/text_summary")
     assert event.tensor_proto.string_val == [b"    seed: 7\n    lr: 1"]
-    assert board_of(tmp_path, "perf/save_s") == [(4, 2.5)]
     assert lines(tmp_path) == []
+
+
+def test_a_note_is_a_line_of_its_own_and_no_step(tmp_path):
+    monitor = make(tmp_path)
+    monitor.note(0, {"eval/loss": 0.75})
+    monitor.record(1, {"train/lr": 0.1}, losses(1.0))
+    monitor.note(1, {"eval/loss": 0.5, "eval/odd": math.nan})
+    monitor.note(1, {})
+    monitor.close()
+    text = (tmp_path / "metrics.jsonl").read_text()
+    assert lines(tmp_path)[0] == {"step": 0, "eval/loss": 0.75}
+    assert lines(tmp_path)[2:] == [{"step": 1, "eval/loss": 0.5, "eval/odd": None}]
+    assert [line["step"] for line in step_lines(text + '{"step": 2, "train/lo')] == [1]
+    assert board_of(tmp_path, "eval/loss") == [(0, 0.75), (1, 0.5)]
+
+
+def test_a_resumed_run_keeps_the_notes_up_to_its_step(tmp_path):
+    monitor = make(tmp_path)
+    for step in (1, 2, 3):
+        monitor.record(step, {"train/lr": 0.1}, losses(1.0))
+        monitor.note(step, {"eval/loss": 1.0 / step})
+    monitor.close()
+    rewind_metrics(tmp_path / "metrics.jsonl", 2)
+    monitor = make(tmp_path, first_step=2)
+    monitor.note(3, {"eval/loss": 7.0})
+    monitor.close()
+    noted = [(line["step"], line["eval/loss"]) for line in lines(tmp_path) if "eval/loss" in line]
+    assert noted == [(1, 1.0), (2, 0.5), (3, 7.0)]
+    assert board_of(tmp_path, "eval/loss") == noted
 
 
 def test_what_is_not_finite_is_null_in_json_and_itself_in_tensorboard(tmp_path):
@@ -218,74 +259,6 @@ def test_a_folder_that_is_gone_is_made_again_one_that_is_a_file_is_said(tmp_path
     monitor.record(3, *step_of(3))
     monitor.close()
     assert f"the last 1 records of {output}/tensorboard" in capsys.readouterr().err
-
-
-def test_warnings_come_once_a_minute(tmp_path, monkeypatch, capsys):
-    now = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    outlet = Outlet(tmp_path / "no" / "folder" / "file")
-    said = []
-    for _ in range(5):
-        for _ in range(100):
-            outlet.write([b"x"])
-        said.append(len(capsys.readouterr().err.splitlines()))
-        now[0] += WARN_EVERY_S / 2 + 1
-    assert said == [1, 0, 1, 0, 1]
-
-
-def test_what_is_kept_is_bounded_and_what_that_loses_is_said(tmp_path, capsys):
-    outlet = Outlet(tmp_path / "no" / "folder" / "file")
-    for k in range(3):
-        outlet.write([b"%d-%d\n" % (k, n) for n in range(MAX_KEPT // 2)])
-    outlet.write([b"last\n"])
-    (tmp_path / "no").mkdir()
-    outlet.write()
-    written = (tmp_path / "no/folder/file").read_text().splitlines()
-    assert len(written) == MAX_KEPT
-    assert (written[0], written[-1]) == ("1-1", "last")
-    assert f"{MAX_KEPT} records with it; {MAX_KEPT // 2 + 1} older ones are lost" in capsys.readouterr().err
-
-
-@pytest.mark.parametrize("late", [False, True])
-def test_half_a_record_never_stays(tmp_path, monkeypatch, late):
-    """Written in part, or refused when the file is closed, as network disks do; the file is cut at the next chance."""
-    outlet, failing = Outlet(tmp_path / "file", b"head\n"), [True]
-    outlet.write([b"one\n"])
-    real_pwrite, real_truncate, real_close = os.pwrite, os.ftruncate, os.close
-
-    def fail(*_):
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
-
-    def pwrite(descriptor, data, offset):
-        if failing and not late:
-            if len(data) > 3:
-                return real_pwrite(descriptor, data[:3], offset)
-            fail()
-        return real_pwrite(descriptor, data, offset)
-
-    def close(descriptor):
-        real_close(descriptor)
-        if failing and late:
-            fail()
-
-    monkeypatch.setattr(module.os, "pwrite", pwrite)
-    monkeypatch.setattr(module.os, "close", close)
-    monkeypatch.setattr(module.os, "ftruncate", lambda *args: fail() if failing else real_truncate(*args))
-    outlet.write([b"two\n"])
-    assert (tmp_path / "file").read_bytes() != b"head\none\n"
-    outlet.write([b"three\n"])
-    failing.clear()
-    outlet.write([b"four\n"])
-    whole = b"head\none\ntwo\nthree\nfour\n"
-    assert (tmp_path / "file").read_bytes() == whole
-    # Where the record itself was given up meanwhile, too.
-    monkeypatch.setattr(module, "MAX_KEPT", 1)
-    outlet = Outlet(tmp_path / "file")
-    failing.append(True)
-    outlet.write([b"a long record\n"])
-    failing.clear()
-    outlet.write([b"x\n"])
-    assert (tmp_path / "file").read_bytes() == whole + b"x\n"
 
 
 def test_an_output_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):

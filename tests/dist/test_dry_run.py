@@ -1,0 +1,39 @@
+"""Everything but training; and training without a word."""
+
+import pytest
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture
+def words(workshop, tiny_model):
+    return [
+        "--deepspeed", "ds_configs/zero2.json", f"model.path={tiny_model}", f"data.path={workshop / 'clips'}",
+        "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]", "train.num_steps=2", "train.precision=fp32",
+        "data.num_workers=0", "lora.rank=4", "eval.every=null",
+    ]  # fmt: skip
+
+
+def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(run_train, words, tmp_path):
+    done = run_train(
+        *words, "--dry-run", f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", launcher="warm"
+    )
+    said = done.stdout.splitlines()
+    assert any(
+        line.startswith("LoRA rank 4, alpha 16 on to_q, to_k, to_v, to_out.0: 2.0 k parameters") for line in said
+    )
+    assert any(line.startswith("tried 17x64x96, batch 1, recompute none") for line in said)
+    assert said[-1] == "dry run: ready to train, nothing was trained and nothing saved"
+    assert sum("dry run" in line for line in said) == 1
+    assert not list((tmp_path / "run").iterdir())
+    assert not list((tmp_path / "cache/clips").glob("*.safetensors"))
+
+
+def test_quiet_is_the_final_line(run_train, workshop, words, tmp_path):
+    done = run_train(
+        *words, "--quiet", f"output_dir={tmp_path / 'run'}", f"data.cache_dir={workshop / 'cache'}", launcher="warm",
+        ranks=1,
+    )  # fmt: skip
+    lora = tmp_path / "run/lora/step-000002"
+    assert done.stdout.splitlines() == [f"LoRA: {lora}", f"watch: tensorboard --logdir {tmp_path / 'run/tensorboard'}"]
+    assert lora.is_dir()

@@ -1,0 +1,98 @@
+"""A real run of 2 ranks says of itself what is true."""
+
+import csv
+import json
+import math
+
+import pytest
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+from tests.conftest import ROOT
+from tests.dist.conftest import adapter, metrics, notes
+
+pytestmark = pytest.mark.dist
+MAX_GRAD_NORM = 1e-4
+TOKENS = {"17x64x96": 104, "9x96x64": 80, "9x64x64": 64, "1x64x64": 48}  # T/2 x H/16 x W/16 + 32 of text
+
+
+@pytest.fixture(scope="module", params=["zero2", "zero3"])
+def run(request, train_once, workshop):
+    """Every step is saved but the first four, and DeepSpeed writes its own files."""
+    ds_config = json.loads((ROOT / f"ds_configs/{request.param}.json").read_text())
+    folder = workshop / f"csv-{request.param}"
+    ds_config["csv_monitor"] = {"enabled": True, "output_path": str(folder), "job_name": "own"}
+    file = workshop / f"{request.param}-csv.json"
+    file.write_text(json.dumps(ds_config))
+    return train_once(
+        f"monitored-{request.param}", request.param, "--deepspeed", file, "train.gradient_accumulation_steps=1",
+        "checkpoint.every=5", "monitor.every=2", "monitor.norms_every=2", "monitor.show_batches=1",
+        f"optimizer.max_grad_norm={MAX_GRAD_NORM}",
+    ), folder  # fmt: skip
+
+
+def test_speed_is_counted_from_the_work_of_all_ranks(run):
+    from cogds.core.cost import step_flops
+
+    for line in metrics(run[0]):
+        (bucket,) = [name.partition("bucket=")[2] for name in line if name.startswith("train/loss/bucket=")]
+        step_s = line["perf/step_s"]
+        assert line["perf/samples_per_s"] * step_s == pytest.approx(2)
+        assert line["perf/tokens_per_s"] * step_s == pytest.approx(2 * TOKENS[bucket])
+        counted = step_flops(TOKENS[bucket], num_layers=2, hidden_size=32).counted
+        assert line["perf/tflops"] * 1e12 * step_s == pytest.approx(counted)  # two clips, two ranks
+        phases = [line[f"perf/{name}_s"] for name in ("inputs", "forward", "backward", "optimizer")]
+        assert all(seconds > 0 for seconds in phases)
+        assert sum(phases) <= step_s
+        assert line["perf/data_wait_s"] == pytest.approx(line["perf/data_wait"] * step_s)
+        assert line["perf/rank_skew"] >= 1
+        assert line["perf/peak_memory_gb"] == line["perf/peak_host_memory_gb"] > 0
+        assert "perf/mfu" not in line  # no CPU's peak is known
+
+
+def test_the_dataset_is_seen_bit_by_bit(run):
+    seen = [line["data/coverage"] for line in metrics(run[0])]
+    assert seen == sorted(seen)
+    assert seen[0] == pytest.approx(2 / 7)
+    assert seen[-1] == 1.0
+
+
+def test_the_gradient_norm_is_that_before_clipping(run):
+    assert all(line["train/grad_norm"] > 10 * MAX_GRAD_NORM for line in metrics(run[0]))
+
+
+def norm(tensors):
+    return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
+
+
+def test_norms_by_depth_are_those_of_the_exported_weights(run):
+    lines, before, after = metrics(run[0]), adapter(run[0], 5), adapter(run[0], 6)
+    due = [line["step"] for line in lines if any(name.startswith("lora/") for name in line)]
+    assert due == [2, 4, 6]
+    for block in range(2):
+        names = [name for name in after if f"transformer_blocks.{block}." in name]
+        ups = [after[name] for name in names if "lora_B" in name]
+        assert lines[-1][f"lora/weight_norm/blocks=0{block}"] == pytest.approx(norm(ups), rel=1e-5)
+        moved = norm([after[name] - before[name] for name in names])
+        assert lines[-1][f"lora/update_norm/blocks=0{block}"] == pytest.approx(moved, rel=1e-3)
+
+
+def test_notes_are_in_the_same_file(run):
+    noted = {name for line in notes(run[0]) for name in line} - {"step"}
+    assert {"checkpoint/pause_s", "checkpoint/write_s"} <= noted
+
+
+def test_tensorboard_has_pictures_and_the_layout(run):
+    board = EventAccumulator(str(run[0] / "tensorboard"))
+    board.Reload()
+    assert {"data/buckets", "data/first_frames"} <= set(board.Tags()["images"])
+    assert any(name.startswith("data/decoded/") for name in board.Tags()["images"])
+    assert "custom_scalars__config__" in board.Tags()["tensors"]
+    assert set(board.Tags()["scalars"]) == {
+        name for line in [*metrics(run[0]), *notes(run[0])] for name in line
+    } - {"step"}  # fmt: skip
+
+
+def test_deepspeeds_own_monitor_writes_its_files(run):
+    (file,) = run[1].glob("own/*_lr.csv")  # the learning rate is all that it writes of its own
+    rows = list(csv.reader(file.open()))[1:]
+    assert len(rows) == 6

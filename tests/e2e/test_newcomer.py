@@ -1,0 +1,118 @@
+"""A newcomer's path by the README alone: clone, demo, watch it, one's own ten clips, a video from the LoRA.
+
+Every command is the README's, run in a fresh clone; only the model (a tiny one), the clips and the length are given.
+"""
+
+import json
+import os
+import re
+import shutil
+import subprocess
+import sys
+import time
+import urllib.request
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+from tests.conftest import ROOT, free_port, run_command
+from tests.readme import command
+
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
+NUM_CLIPS = 10
+
+
+@pytest.fixture(scope="module")
+def clone(tmp_path_factory):
+    """What `git clone` gives, with what `make install` would put there taken from this environment."""
+    folder = tmp_path_factory.mktemp("newcomer") / "cogds"
+    subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder)], check=True, timeout=60)
+    # What is being changed counts too.
+    changed = subprocess.run(
+        ["git", "ls-files", "-z", "--modified", "--others", "--exclude-standard"], cwd=ROOT, check=True,
+        capture_output=True, text=True, timeout=60,
+    ).stdout.split("\0")  # fmt: skip
+    for name in filter(None, changed):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, folder / name)
+    (folder / ".venv").mkdir()
+    (folder / ".venv/bin").symlink_to(Path(sys.executable).parent)
+    (folder / ".venv/.installed").touch()
+    return folder
+
+
+def run(clone, words, more=(), timeout_s=240):
+    """A command of the README in the clone, its programs those of the clone's environment."""
+    env = {"PATH": f"{clone / '.venv/bin'}:{os.environ['PATH']}", "MASTER_PORT": str(free_port()), "RANKS": "2"}
+    done = run_command([*words, *more], timeout_s, cwd=clone, env=env)
+    assert done.returncode == 0, f"{words}: {done.stdout[-4000:]}"
+    return done.stdout
+
+
+@pytest.fixture(scope="module")
+def demo(clone):
+    return run(clone, command("make demo"))
+
+
+@pytest.fixture(scope="module")
+def own(clone, demo):  # noqa: ARG001 (the tiny model is the demo's)
+    """The run on ten clips of one's own; its folder."""
+    from cogds.data.synthetic import draw_clips
+
+    clips = clone / "clips"
+    for seed in (0, 1):
+        draw_clips(clips / str(seed), seed)
+    for path in sorted(clips.rglob("*.png")):
+        path.unlink()
+        path.with_suffix(".txt").unlink()
+    for path in sorted(clips.rglob("*.mp4"))[NUM_CLIPS:]:
+        path.unlink()
+        path.with_suffix(".txt").unlink()
+    words = command("deepspeed launch/train.py")
+    words[words.index("data.path=/data/clips")] = "data.path=clips"
+    small = ["model.path=outputs/demo-model", "data.buckets=[17x64x96, 9x96x64]", "lora.rank=4", "train.num_steps=4",
+             "eval.held_out=0.2", "--master_port"]  # fmt: skip
+    port = ["--master_port", str(free_port())]
+    said = run(clone, [words[0], *port, *words[1:]], small[:-1])
+    assert "10 of 10 clips" in said
+    return clone / "outputs/cogvideox1.5_i2v_lora"
+
+
+def test_the_demo_ends_with_what_to_do_next(clone, demo):
+    (watch,) = re.findall(r"watch: (tensorboard --logdir (\S+))", demo)
+    (lora,) = re.findall(r"LoRA: (\S+)", demo)
+    assert (clone / lora / "pytorch_lora_weights.safetensors").exists()
+    port = free_port()
+    program, *rest = watch[0].split()
+    server = subprocess.Popen([clone / ".venv/bin" / program, *rest, "--port", str(port)], cwd=clone,
+                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
+    try:
+        tags, deadline = {}, time.monotonic() + 60
+        while not tags and time.monotonic() < deadline:
+            time.sleep(1)
+            try:
+                url = f"http://127.0.0.1:{port}/data/plugin/scalars/tags"
+                tags = json.load(urllib.request.urlopen(url, timeout=5))
+            except OSError:
+                continue
+        assert "train/loss" in next(iter(tags.values()))
+    finally:
+        server.terminate()
+        server.wait(30)
+
+
+def test_ten_clips_of_ones_own_become_a_lora(own):
+    assert (own / "lora/step-000004/pytorch_lora_weights.safetensors").exists()
+    assert (own / "unusable.jsonl").read_text() == ""
+
+
+def test_and_the_lora_makes_a_video(clone, own):
+    Image.new("RGB", (120, 80), (200, 30, 30)).save(clone / "first.png")
+    words = command("python launch/sample.py")
+    words[words.index("--model") + 1] = "outputs/demo-model"
+    words[words.index("--lora") + 1] = str(own.relative_to(clone) / "lora/step-000004")
+    said = run(clone, words, ["--steps", "2"])
+    assert "sample.mp4" in said
+    assert (clone / "sample.mp4").stat().st_size > 0

@@ -1,0 +1,120 @@
+"""A run as its user sees it: TensorBoard's own server, in a real browser. The screenshots are kept to be looked at."""
+
+import subprocess
+import sys
+import time
+import urllib.request
+from urllib.parse import quote
+
+import numpy as np
+import pytest
+from PIL import Image
+
+from tests.browser.chromium import Chromium
+from tests.conftest import ROOT, free_port
+
+pytestmark = pytest.mark.browser
+SCREENSHOTS = ROOT / ".testdata/screenshots"
+
+
+@pytest.fixture(scope="module")
+def run_folder(tmp_path_factory, tiny_model, run_train):
+    """A small real run, with all that it can show."""
+    from cogds.data.synthetic import draw_clips
+
+    folder = tmp_path_factory.mktemp("shown")
+    draw_clips(folder / "clips")
+    run_train(
+        "--deepspeed", "ds_configs/zero2.json", f"model.path={tiny_model}", f"data.path={folder / 'clips'}",
+        f"data.cache_dir={folder / 'cache'}", "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]",
+        f"output_dir={folder / 'run'}", "train.num_steps=12", "train.precision=fp32", "data.num_workers=0",
+        "lora.rank=4", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", "monitor.norms_every=2",
+        "monitor.show_clips=6", "monitor.show_batches=3", "eval.every=6", "eval.held_out=0.2", "eval.num_clips=2",
+        ranks=1, launcher="warm",
+    )  # fmt: skip
+    return folder / "run"
+
+
+@pytest.fixture(scope="module")
+def address(run_folder, tmp_path_factory):
+    """Of a TensorBoard server that has read the run."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}/"
+    command = [
+        sys.executable, "-m", "tensorboard.main", "--logdir", run_folder / "tensorboard", "--port", port,
+        "--host", "127.0.0.1", "--load_fast=false",
+    ]  # fmt: skip
+    log = (tmp_path_factory.mktemp("server") / "log").open("wb")
+    server = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                if b"train/loss" in urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=5).read():
+                    break
+            except OSError:
+                pass
+            assert time.monotonic() < end, "TensorBoard has not read the run"
+            time.sleep(0.3)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(20)
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory):
+    with Chromium(tmp_path_factory.mktemp("browser")) as browser:
+        yield browser
+
+
+def drawn(name):
+    """The share of a screenshot that is not background."""
+    pixels = np.asarray(Image.open(SCREENSHOTS / f"{name}.png").convert("RGB")).astype(int)
+    background = np.median(pixels.reshape(-1, 3), axis=0)
+    return (np.abs(pixels - background).sum(axis=2) > 60).mean()
+
+
+def test_scalars(browser, address):
+    wanted = quote("^(train/(loss|grad_norm)|perf/(step_s|tokens_per_s|data_wait))$")
+    browser.open(f"{address}?tagFilter={wanted}#timeseries")
+    browser.wait_for("/loss", "/grad_norm", "/step_s", "/tokens_per_s", "/data_wait")
+    time.sleep(5)  # its lines are drawn by an animation
+    browser.screenshot(SCREENSHOTS / "scalars.png")
+    assert drawn("scalars") > 0.01
+
+
+def test_custom_layout(browser, address):
+    browser.open(f"{address}#custom_scalars")
+    browser.wait_for("overview", "speed", "memory", "LoRA", "seconds a step")
+    time.sleep(2)
+    browser.screenshot(SCREENSHOTS / "custom_scalars.png")
+    assert drawn("custom_scalars") > 0.01
+
+
+def test_pictures_and_a_clip_that_plays(browser, address):
+    browser.open(f"{address}#images")
+    browser.wait_for("data/buckets", "data/first_frames")
+    images = 'deep(document).filter(one => one.tagName == "IMG" && one.naturalWidth > 8)'
+    found = browser.until(
+        f"{images}.map(one => [one.src, one.naturalWidth, one.naturalHeight])", lambda value: len(value) >= 3
+    )
+    browser.screenshot(SCREENSHOTS / "images.png")
+    kinds = {urllib.request.urlopen(source, timeout=10).read()[:6] for source, *_ in found}
+    assert b"GIF89a" in kinds
+    assert any(kind.startswith(b"\x89PNG") for kind in kinds)
+
+
+def test_texts(browser, address):
+    browser.open(f"{address}#text")
+    browser.wait_for("config/run", "config/deepspeed")
+    shown = browser.wait_for("output_dir", "train_micro_batch_size_per_gpu")
+    assert "num_steps: 12" in shown
+    browser.screenshot(SCREENSHOTS / "text.png")
+
+
+def test_settings_to_compare_runs_by(browser, address):
+    browser.open(f"{address}#hparams")
+    browser.wait_for("optimizer.lr", "lora.rank", "train/loss")
+    time.sleep(1)
+    browser.screenshot(SCREENSHOTS / "hparams.png")

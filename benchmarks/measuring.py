@@ -25,7 +25,7 @@ import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E402
 
 from cogds.config import RunConfig, load_config  # noqa: E402
-from cogds.core.cost import StepFlops, step_flops  # noqa: E402
+from cogds.core.cost import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
 from cogds.execution import Setting, Sizes  # noqa: E402
@@ -37,19 +37,6 @@ from cogds.runtime.engine import build_for_stage, start_engine  # noqa: E402
 from cogds.runtime.world import World, connect, connected  # noqa: E402
 from cogds.step import DTYPES, Draws, StepBuilder, random_batch  # noqa: E402
 
-# Dense bf16 TFLOP/s, as the vendor gives them for the very product: an H100 for PCIe has three quarters of one for SXM.
-PEAK_TFLOPS = {
-    "NVIDIA H100 80GB HBM3": 989.0,
-    "NVIDIA H100 PCIe": 756.0,
-    "NVIDIA H100 NVL": 835.0,
-    "NVIDIA H200": 989.0,
-    "NVIDIA A100-SXM4-40GB": 312.0,
-    "NVIDIA A100-SXM4-80GB": 312.0,
-    "NVIDIA A100-PCIE-40GB": 312.0,
-    "NVIDIA A100 80GB PCIe": 312.0,
-    "NVIDIA A800-SXM4-80GB": 312.0,
-    "NVIDIA B200": 2250.0,
-}
 # For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")

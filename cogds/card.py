@@ -13,13 +13,12 @@ from typing import Any
 
 import yaml
 
-from cogds.core.conditioning import image_latent_scale
-from cogds.core.geometry import ClipShape
+from cogds.core.conditioning import convention_factor
+from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.run import Run
 
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
-DEFAULT_SIZE, DEFAULT_FPS = ClipShape(81, 768, 1360), 16  # what CogVideoX-1.5 was trained for
 TAGS = ["cogvideox", "image-to-video", "lora", "diffusers"]
 
 
@@ -53,10 +52,8 @@ def lora_facts(run: Run, step: int) -> dict[str, Any]:
 
 
 def pipeline_factor(vae_config: Mapping[str, Any], convention: str) -> float:
-    """What the pipeline's image latents are multiplied by to be those of a convention; 1 where it is the pipeline's."""
-    scaling_factor, inverted = vae_config["scaling_factor"], bool(vae_config.get("invert_scale_latents"))
-    wanted, own = (image_latent_scale(scaling_factor, inverted, name) for name in (convention, "pipeline"))
-    return wanted / own
+    """`convention_factor` by the config of a model's VAE."""
+    return convention_factor(vae_config["scaling_factor"], bool(vae_config.get("invert_scale_latents")), convention)
 
 
 def hub_id(path: str | None) -> str | None:
@@ -118,7 +115,7 @@ def front_matter(facts: Mapping[str, Any], kind: str, sample: str = "") -> str:
 
 def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
     """Python that makes a video of `first.png` with diffusers as it is."""
-    shape, fps = _largest(facts), facts.get("fps", DEFAULT_FPS)
+    shape, fps = _largest(facts), facts.get("fps", TRAINED_FPS)
     base = facts.get("base_model") or "zai-org/CogVideoX1.5-5B-I2V"
     factor = 1.0 if kind == "merged" else facts.get("image_latent_factor", 1.0)
     lines = [
@@ -236,7 +233,7 @@ def _largest(facts: Mapping[str, Any]) -> ClipShape:
     """The largest size that was trained; the model's own where none is known."""
     shapes = [ClipShape.parse(text) for text in facts.get("buckets", [])]
     return max(
-        shapes, key=lambda shape: (shape.frames > 1, shape.frames * shape.height * shape.width), default=DEFAULT_SIZE
+        shapes, key=lambda shape: (shape.frames > 1, shape.frames * shape.height * shape.width), default=TRAINED_SIZE
     )
 
 

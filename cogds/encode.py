@@ -36,6 +36,7 @@ from cogds.progress import progress
 from cogds.runtime.interrupt import Interrupt, find_launcher
 from cogds.runtime.outlet import warn
 from cogds.runtime.world import World, connect, dealt_by_rank0, disconnect, on_all_ranks, on_rank0, read_world
+from cogds.step import DTYPES
 from cogds.survey import (
     Survey,
     Unusable,
@@ -45,8 +46,6 @@ from cogds.survey import (
     survey,
     update_manifest,
 )
-
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cogds.core.cost import data_sheet_tflops, step_flops
+from cogds.core.cost import PEAK_TFLOPS, step_flops
 from cogds.core.coverage import share_seen
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
@@ -36,7 +36,7 @@ class Meter:
             step_flops(tokens, run.model.num_layers, run.model.hidden_size).counted / 1e12 for tokens in self._tokens
         ]
         known = device.type == "cuda" and run.cfg.train.precision == "bf16"
-        self._peak_tflops = data_sheet_tflops(torch.cuda.get_device_name(device)) if known else None
+        self._peak_tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if known else None
 
     def rest(self) -> None:
         """What was done since the last step is no part of the next."""

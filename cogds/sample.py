@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cogds.core.geometry import ClipShape
+from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video import write_video
 from cogds.errors import UserError
 from cogds.files import whole_file
@@ -24,9 +24,8 @@ from cogds.model.pipeline import decode_frames, load_pipeline, sample_latents, u
 from cogds.mosaic import evenly, grid, labelled, shrunk
 from cogds.prompts import find_requests
 from cogds.scene import Scene, first_frame, slug
+from cogds.step import DTYPES
 
-DEFAULT_SIZE, DEFAULT_FPS = ClipShape(81, 768, 1360), 16.0  # what CogVideoX-1.5 was trained for
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 NO_PROMPT = ""
 CELL_WIDTH = 480  # pixels of a video in a grid
 STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames of a strip, pixels of each
@@ -47,7 +46,7 @@ def main(argv: list[str] | None = None) -> None:
     model = find_model(args.model)
     loras = find_loras(args.lora or [], model)
     requests = find_requests(args.prompt or [], args.image or [], args.list)
-    fps = args.fps or float(agreed(loras, "fps", DEFAULT_FPS))
+    fps = args.fps or float(agreed(loras, "fps", TRAINED_FPS))
     buckets = trained_buckets(agreed(loras, "buckets", []))
     frames_and_shapes = [first_frame(one.image, one.size or args.size, buckets, model.geometry) for one in requests]
     scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
@@ -189,7 +188,7 @@ def _text(value: Any) -> str:
 
 def trained_buckets(texts: Sequence[str]) -> list[ClipShape]:
     """The buckets that a LoRA was trained in; the model's own size where it does not say."""
-    return [ClipShape.parse(text) for text in texts] or [DEFAULT_SIZE]
+    return [ClipShape.parse(text) for text in texts] or [TRAINED_SIZE]
 
 
 @torch.no_grad()

@@ -19,9 +19,10 @@ from cogds.data.decode import DecodedClip, DecodeTask
 from cogds.data.pool import Failure
 from cogds.data.sampler import Draw
 from cogds.desk import is_tiled
-from cogds.encode import DTYPES, decode_pool, decode_task, encode_pixels
+from cogds.encode import decode_pool, decode_task, encode_pixels
 from cogds.model.load import ModelFolder, TextEncoder, load_vae
 from cogds.runtime.world import World
+from cogds.step import DTYPES
 
 T = TypeVar("T")
 

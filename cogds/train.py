@@ -15,7 +15,7 @@ from cogds.config import RunConfig, load_config, replace, to_yaml
 from cogds.core.geometry import ClipShape
 from cogds.data.digest import digest, digest_files
 from cogds.demo import make_demo, only_own_demo
-from cogds.encode import DTYPES, prepare
+from cogds.encode import prepare
 from cogds.errors import Interrupted
 from cogds.evaluate import make_evaluation
 from cogds.execution import check_execution, choose_execution, memory_of, prepare_blocks
@@ -46,7 +46,7 @@ from cogds.runtime.state import TrainState, gather_state, restore_state, state_b
 from cogds.runtime.ticker import BAR, LINES, QUIET
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
-from cogds.step import load_step_builder
+from cogds.step import DTYPES, load_step_builder
 from cogds.survey import Survey, make_buckets
 from cogds.terminal import hush, is_terminal, last_words
 

@@ -55,6 +55,12 @@ def image_latent_scale(scaling_factor: float, invert_scale_latents: bool, conven
     return 1 / scaling_factor
 
 
+def convention_factor(scaling_factor: float, invert_scale_latents: bool, convention: str) -> float:
+    """What the pipeline's image latents are multiplied by to be those of a convention; 1 where it is the pipeline's."""
+    wanted, own = (image_latent_scale(scaling_factor, invert_scale_latents, name) for name in (convention, "pipeline"))
+    return wanted / own
+
+
 def noise_first_frame(
     pixels: torch.Tensor, log_mean: float, log_std: float, generator: torch.Generator
 ) -> torch.Tensor:

@@ -7,11 +7,20 @@ from dataclasses import dataclass
 ATTENTION_BACKWARD, ATTENTION_BACKWARD_DONE = 2.0, 2.5
 
 
-# Dense bf16 TFLOP/s by the data sheets, without sparsity; the first name that is in a GPU's name counts.
+# Dense bf16 TFLOP/s by the data sheets, without sparsity. By whole names: an H100 of another make has another peak, and
+# a slice of one has none.
 PEAK_TFLOPS = {
-    "H100 PCIe": 756.0, "H100 NVL": 835.0, "H100": 989.0, "H200": 989.0, "H800": 989.0, "A100": 312.0, "A800": 312.0,
-    "B200": 2250.0, "L40S": 362.0,
-}  # fmt: skip
+    "NVIDIA H100 80GB HBM3": 989.0,
+    "NVIDIA H100 PCIe": 756.0,
+    "NVIDIA H100 NVL": 835.0,
+    "NVIDIA H200": 989.0,
+    "NVIDIA A100-SXM4-40GB": 312.0,
+    "NVIDIA A100-SXM4-80GB": 312.0,
+    "NVIDIA A100-PCIE-40GB": 312.0,
+    "NVIDIA A100 80GB PCIe": 312.0,
+    "NVIDIA A800-SXM4-80GB": 312.0,
+    "NVIDIA B200": 2250.0,
+}
 
 
 @dataclass(frozen=True)
@@ -75,11 +84,6 @@ def step_flops(tokens: int, num_layers: int, hidden_size: int, num_lora_paramete
 def clip_flops(tokens: int, num_layers: int, hidden_size: int) -> float:
     """Floating-point operations of one forward pass over a clip.
 
-    CogVideoX-1.5 at 81x768x1360 (45,104 tokens): 1,479 TFLOP, of which attention is 71%.
+    CogVideoX-1.5 at 81x768x1360 (45,106 tokens): 1,479 TFLOP, of which attention is 71%.
     """
     return step_flops(tokens, num_layers, hidden_size).forward
-
-
-def data_sheet_tflops(device_name: str) -> float | None:
-    """The bf16 TFLOP/s that MFU is a share of; None for a device whose data sheet is not known here."""
-    return next((peak for name, peak in PEAK_TFLOPS.items() if name in device_name), None)

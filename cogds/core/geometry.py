@@ -34,6 +34,10 @@ class ClipShape:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
+# What CogVideoX-1.5 was trained for, where nothing else is said; frames a second.
+TRAINED_SIZE, TRAINED_FPS = ClipShape(81, 768, 1360), 16.0
+
+
 @dataclass(frozen=True)
 class ModelGeometry:
     """What a CogVideoX model's configs fix about shapes.

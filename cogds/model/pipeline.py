@@ -13,7 +13,7 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline
 from PIL import Image
 
-from cogds.core.conditioning import image_latent_scale
+from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import ClipShape
 from cogds.model.load import ModelFolder
 
@@ -42,10 +42,8 @@ def pipeline_of(model: ModelFolder, transformer: Any, vae: Any) -> Any:
 def use_convention(pipeline: Any, convention: str) -> float:
     """Let the pipeline scale image latents as a LoRA was trained; returns the factor on what it does by itself."""
     vae = pipeline.vae.config
-    wanted, own = (
-        image_latent_scale(vae.scaling_factor, vae.invert_scale_latents, name) for name in (convention, "pipeline")
-    )
-    factor, prepare_latents = wanted / own, pipeline.prepare_latents
+    factor = convention_factor(vae.scaling_factor, vae.invert_scale_latents, convention)
+    prepare_latents = pipeline.prepare_latents
     if factor != 1.0:
 
         def prepare_rescaled(*args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:

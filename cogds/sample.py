@@ -21,10 +21,10 @@ from cogds.model.load import ModelFolder, TextEncoder, empty_transformer, find_m
 from cogds.model.lora import linear_layers
 from cogds.model.lora_file import lora_file, opened, read_metadata
 from cogds.model.pipeline import decode_frames, load_pipeline, sample_latents, use_convention
-from cogds.mosaic import evenly, grid, labelled, shrunk
-from cogds.prompts import find_requests
-from cogds.scene import Scene, first_frame, slug
 from cogds.step import DTYPES
+from cogds.videos.mosaic import evenly, grid, labelled, shrunk
+from cogds.videos.prompts import find_requests
+from cogds.videos.scene import Scene, first_frame, slug
 
 NO_PROMPT = ""
 CELL_WIDTH = 480  # pixels of a video in a grid

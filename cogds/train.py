@@ -24,10 +24,7 @@ from cogds.loop import Occasion, finish_save, train_steps
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
 from cogds.model.sequence import check_sequence
-from cogds.opening import FirstBatches, show_settings
 from cogds.order import make_plan
-from cogds.panel import show, summary
-from cogds.preview import make_previews
 from cogds.rehearsal import rehearse
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
@@ -46,9 +43,12 @@ from cogds.runtime.state import TrainState, gather_state, restore_state, state_b
 from cogds.runtime.ticker import BAR, LINES, QUIET
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
+from cogds.show.opening import FirstBatches, show_settings
+from cogds.show.panel import show, summary
+from cogds.show.terminal import hush, is_terminal, last_words
 from cogds.step import DTYPES, load_step_builder
 from cogds.survey import Survey, make_buckets
-from cogds.terminal import hush, is_terminal, last_words
+from cogds.videos.preview import make_previews
 
 
 def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:

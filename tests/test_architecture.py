@@ -40,9 +40,9 @@ GATES = {
     "tqdm": ("cogds/progress.py", "cogds/runtime/ticker.py"),
     "matplotlib": ("cogds/report/",),
     "jinja2": ("cogds/report/",),
-    "rich": ("cogds/report/", "cogds/preflight/", "cogds/panel.py"),
+    "rich": ("cogds/report/", "cogds/preflight/", "cogds/show/panel.py"),
     # core calls diffusers' pure functions (rotary tables) and none of its models
-    "diffusers": ("cogds/model/", "cogds/sample.py", "cogds/core/rope.py"),
+    "diffusers": ("cogds/model/", "cogds/core/rope.py"),
 }
 
 

@@ -14,7 +14,7 @@ from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
 from cogds.model.lora import export, inject
 from cogds.model.pipeline import use_convention
 from cogds.sample import trained_buckets
-from cogds.scene import first_frame, fitting_bucket
+from cogds.videos.scene import first_frame, fitting_bucket
 from tests.test_step import build_ours, differences, pipeline_inputs
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from cogds.data.dataset import Batch
-from cogds.opening import FirstBatches
+from cogds.show.opening import FirstBatches
 
 
 class Vae:

@@ -3,7 +3,7 @@
 import pytest
 
 from cogds.errors import UserError
-from cogds.prompts import Request, find_requests
+from cogds.videos.prompts import Request, find_requests
 
 
 @pytest.mark.parametrize(

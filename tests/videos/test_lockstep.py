@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cogds.lockstep
-from cogds.lockstep import Lockstep, Stopped
+import cogds.videos.lockstep
 from cogds.runtime.world import World
+from cogds.videos.lockstep import Lockstep, Stopped
 
 
 def engine(fails_at=None):
@@ -43,7 +43,7 @@ def test_calls_that_are_left_are_made_with_the_idle_inputs():
 
 def test_without_need_of_the_others_nothing_is_computed_for_nobody(monkeypatch):
     votes = []
-    monkeypatch.setattr(cogds.lockstep, "any_rank", lambda _world, *flags: votes.append(flags) or flags)
+    monkeypatch.setattr(cogds.videos.lockstep, "any_rank", lambda _world, *flags: votes.append(flags) or flags)
     one = engine(fails_at=2)
     lockstep = Lockstep(one, World(0, 2, 0, 2), 4)
     lockstep(x=1)
@@ -78,7 +78,7 @@ def test_a_rank_that_shares_the_video_gives_up_with_the_one_that_failed(monkeypa
         failed.append(lost)
         return stop, *map(any, zip(*failed, lost))
 
-    monkeypatch.setattr(cogds.lockstep, "any_rank", vote)
+    monkeypatch.setattr(cogds.videos.lockstep, "any_rank", vote)
     engines = [engine() for _ in world]
     ranks = [Lockstep(one, place, 5, {"x": 0}) for one, place in zip(engines, world)]
     for _ in range(2):

@@ -7,9 +7,9 @@ import sys
 import pytest
 from rich.console import Console
 
-from cogds import panel, terminal
-from cogds.panel import count, show
 from cogds.runtime import chatter
+from cogds.show import panel, terminal
+from cogds.show.panel import count, show
 from tests.conftest import ROOT
 
 
@@ -48,7 +48,7 @@ def test_counts():
 HUSHED = """
 import sys
 from cogds.progress import progress
-from cogds.terminal import hush, last_words
+from cogds.show.terminal import hush, last_words
 hush()
 print("a line")
 for _ in progress("reading", "file", 3, items=range(3)):

@@ -15,7 +15,7 @@ from cogds.report.text import gigabytes
 from cogds.resume import layout_of
 from cogds.run import Run
 from cogds.runtime.ds_config import zero_stage
-from cogds.terminal import is_terminal
+from cogds.show.terminal import is_terminal
 
 EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # of one number in the LoRA's file
 

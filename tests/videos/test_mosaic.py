@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from cogds.mosaic import BAR_HEIGHT, GAP, evenly, grid, labelled, shrunk
+from cogds.videos.mosaic import BAR_HEIGHT, GAP, evenly, grid, labelled, shrunk
 
 
 def video(num_frames, height, width, level):

@@ -16,10 +16,10 @@ from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.data.dataset import Batch
 from cogds.data.sampler import draws_of
-from cogds.figures import bar_chart, contact_sheet
 from cogds.run import Run
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.monitor import Monitor
+from cogds.show.figures import bar_chart, contact_sheet
 from cogds.step import StepBuilder
 
 # What runs are compared by in TensorBoard's HParams tab.

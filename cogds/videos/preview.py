@@ -27,18 +27,18 @@ from cogds.data.video import read_clip, write_video
 from cogds.desk import EncodingNames
 from cogds.errors import UserError
 from cogds.files import whole_file, whole_folder
-from cogds.lockstep import Lockstep, Stopped
 from cogds.loop import Occasion
 from cogds.model.pipeline import decode_frames, pipeline_of, sample_latents, use_convention
-from cogds.mosaic import evenly, grid, labelled, shrunk
 from cogds.run import Run
 from cogds.runtime.checkpoint import remove_folder, step_name
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.outlet import warn
 from cogds.runtime.world import broadcast, on_rank0
-from cogds.scene import Scene, first_frame
 from cogds.step import StepBuilder
+from cogds.videos.lockstep import Lockstep, Stopped
+from cogds.videos.mosaic import evenly, grid, labelled, shrunk
+from cogds.videos.scene import Scene, first_frame
 
 FOLDER, BASE = "samples", "base"
 STRIP_FRAMES, STRIP_WIDTH = 8, 200  # frames of a strip, pixels of each

@@ -1,6 +1,6 @@
 import numpy as np
 
-from cogds.figures import COLOURS, bar_chart, contact_sheet
+from cogds.show.figures import COLOURS, bar_chart, contact_sheet
 
 
 def count(pixels, colour):

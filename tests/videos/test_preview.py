@@ -13,7 +13,7 @@ import pytest
 import torch
 from PIL import Image
 
-import cogds.preview
+import cogds.videos.preview
 from cogds.config import load_config, replace
 from cogds.core.geometry import ClipShape
 from cogds.data.cache import Cache
@@ -21,9 +21,9 @@ from cogds.data.video import probe_video
 from cogds.desk import EncodingNames
 from cogds.model.load import TextEncoder, find_model, load_transformer
 from cogds.model.lora import inject
-from cogds.preview import beside, make_previews, spread
 from cogds.runtime.world import World
 from cogds.step import load_step_builder
+from cogds.videos.preview import beside, make_previews, spread
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(9, 64, 64), ClipShape(1, 64, 64))
 
@@ -153,7 +153,7 @@ def test_a_run_that_goes_on_makes_nothing_twice(previews, monkeypatch):
     occasion.act(2)
     before = {path: (folder / path).stat().st_mtime_ns for path in files(folder)}
     made = []
-    monkeypatch.setattr(cogds.preview, "sample_latents", lambda *args: made.append(args))
+    monkeypatch.setattr(cogds.videos.preview, "sample_latents", lambda *args: made.append(args))
     occasion, board, _ = previews(first_step=2)
     occasion.act(2)
     assert made == []
@@ -203,8 +203,8 @@ def fail(error):
     ],
 )
 def test_what_fails_costs_its_video_alone(previews, monkeypatch, capsys, what, error):
-    right, left = getattr(cogds.preview, what), [error]
-    monkeypatch.setattr(cogds.preview, what, lambda *args: fail(left.pop())() if left else right(*args))
+    right, left = getattr(cogds.videos.preview, what), [error]
+    monkeypatch.setattr(cogds.videos.preview, what, lambda *args: fail(left.pop())() if left else right(*args))
     occasion, _, folder = previews()
     occasion.act(0)
     said = capsys.readouterr().err

@@ -16,6 +16,7 @@ import yaml
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.run import Run
+from cogds.runtime.outlet import warn
 
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
@@ -61,6 +62,14 @@ def hub_id(path: str | None) -> str | None:
     return path if path and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).is_dir() else None
 
 
+def shareable(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same without paths of this machine: of a folder its name is left."""
+    return {
+        name: Path(value).name if name in ("base_model", "init_from") and value and not hub_id(value) else value
+        for name, value in facts.items()
+    }
+
+
 def find_sample(lora: Path) -> Path | None:
     """The first video that the run made with this LoRA, `samples/step-N/*.mp4` for `lora/step-N`; None without one."""
     folder = lora.parent if lora.is_file() else lora
@@ -68,11 +77,18 @@ def find_sample(lora: Path) -> Path | None:
 
 
 def write_card(folder: Path, lora: Path, facts: Mapping[str, Any]) -> None:
-    """Write the card of a LoRA of a run into `folder`, which will be `lora`; the run's video stays where it is."""
-    video = find_sample(lora)
-    sample = Path(os.path.relpath(video, lora)).as_posix() if video else ""
-    title = f"{lora.parent.parent.name} {lora.name}"
-    (folder / CARD_NAME).write_text(model_card(title, facts, "diffusers", str(lora), sample=sample))
+    """Write the card of a LoRA of a run into `folder`, which will be `lora`; the run's video stays where it is.
+
+    A card that cannot be made is warned of: it must not cost the checkpoint that comes after it.
+    """
+    try:
+        video = find_sample(lora)
+        sample = Path(os.path.relpath(video, lora)).as_posix() if video else ""
+        title = f"{lora.parent.parent.name} {lora.name}"
+        card = model_card(title, facts, "diffusers", str(lora), sample=sample)
+        (folder / CARD_NAME).write_text(card, encoding="utf-8")
+    except Exception as error:  # whatever is in a prompt or a path
+        warn(f"{lora} has no model card ({type(error).__name__}: {error}); the LoRA itself is not touched by that")
 
 
 def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file: str = "", sample: str = "") -> str:

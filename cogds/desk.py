@@ -210,7 +210,8 @@ class Desk:
         names = EncodingNames(cfg, model)
         self.no_caption_key = names.caption(NO_CAPTION)
         # Of no clip: what a dropped caption becomes, and what videos are made of during training.
-        texts = dict.fromkeys([NO_CAPTION, *(one.prompt for one in cfg.sample.prompts)])
+        prompts = cfg.sample.prompts if cfg.sample.every is not None else ()
+        texts = dict.fromkeys([NO_CAPTION, *(one.prompt for one in prompts)])
         self.texts = {text: names.caption(text) for text in texts}
         self.part = Part(survey, names, cfg.data.encode == "cached")
         self.unread: dict[str, str] = {}  # evaluated files, path -> reason
@@ -329,18 +330,16 @@ def _trained_too(trained: Part, kept: np.ndarray, held_out: Part | None) -> list
     """A warning where clips that are to be evaluated only are trained as well: copies, or the same files."""
     if held_out is None:
         return []
+    # By what is in them, where it is known: copies. By name: other parts of a file, or in other buckets.
     paths = held_out.survey.column("path")
-    if trained.cached:
-        both = pc.is_in(held_out.clip_keys, trained.clip_keys.take(kept))
-    else:
-        both = pc.is_in(paths, trained.survey.column("path"))
-    same = np.flatnonzero(both.to_numpy(zero_copy_only=False) if isinstance(both, pa.Array) else both.to_numpy())
+    copies = pc.is_in(held_out.clip_keys, trained.clip_keys.take(kept)).to_numpy(zero_copy_only=False)
+    same = np.flatnonzero(copies | pc.is_in(paths, trained.survey.column("path", kept)).to_numpy())
     if not len(same):
         return []
     return [
         f"{len(same)} of the {len(paths)} clips that are to be evaluated only are trained too, as copies or "
-        f"by another name (the first: {paths[int(same[0])].as_py()}): eval/loss shows less overfitting than there is; "
-        "remove the copies"
+        f"as parts of the same files (the first: {paths[int(same[0])].as_py()}): eval/loss shows less overfitting than "
+        "there is; remove them from one of the two"
     ]
 
 

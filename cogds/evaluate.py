@@ -10,7 +10,6 @@ A run evaluates beside its training (`make_evaluation`), the command a LoRA file
 """
 
 import argparse
-import contextlib
 import copy
 import dataclasses
 import json
@@ -25,13 +24,15 @@ from typing import Any
 import numpy as np
 import torch
 
+from cogds.aside import call_aside, undisturbed
 from cogds.cli import parse_args
 from cogds.config import RunConfig, load_config, replace
+from cogds.core.conditioning import image_condition, transformer_inputs
 from cogds.core.cost import step_flops
 from cogds.core.diffusion import v_loss
-from cogds.core.geometry import num_tokens
+from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
 from cogds.core.permutation import keyed_hash
-from cogds.data.cache import Cache, DamagedEntry
+from cogds.data.cache import Cache
 from cogds.data.dataset import Item, collate, read_encoded
 from cogds.data.index import ClipIndex, IndexedClip
 from cogds.encode import EncodedData, prepare
@@ -48,7 +49,7 @@ from cogds.run import Run
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.outlet import warn
 from cogds.runtime.world import World, all_gather, any_rank, connect, disconnect, read_world
-from cogds.step import DTYPES, Draws, StepBuilder, load_step_builder, random_batch
+from cogds.step import DTYPES, Draws, StepBuilder, load_step_builder
 from cogds.survey import make_buckets
 
 # What evaluation may take of the training time before that is warned of.
@@ -131,7 +132,6 @@ class Evaluation:
     cache: Cache
     world: World
     seed: int
-    precision: str
 
     @classmethod
     def of(
@@ -160,7 +160,6 @@ class Evaluation:
             Cache(cfg.data.cache_dir),
             world,
             cfg.seed,
-            cfg.train.precision,
         )
 
     def scalars(self, forward: Forward, go_on: Callable[[int], bool] = lambda _: True) -> dict[str, float]:
@@ -172,8 +171,9 @@ class Evaluation:
         """The loss of every clip at every timestep, by their numbers, the same on every rank. Collective.
 
         forward: the transformer's output for `StepBuilder.build`'s inputs. go_on: asked before every forward pass,
-        given its number; where it is false, on all ranks alike, there are no losses. A clip that cannot be read is
-        warned of and left out on all ranks alike.
+        given its number; where it is false, on all ranks alike, there are no losses. A clip that cannot be read, or
+        made into inputs, is warned of and left out on all ranks alike. A forward pass that fails on one rank ends the
+        run: at ZeRO-3 the others wait within it, for the weights that this one holds.
         """
         mine, bad = [moment[self.world.data_rank] for moment in self.moments], dict[int, str]()
         made = []
@@ -196,28 +196,52 @@ class Evaluation:
         return {sample: loss for sample, loss in found.items() if sample[0] not in unread}
 
     def _inputs(self, task: Task, bad: dict[int, str]) -> tuple[dict[str, Any], torch.Tensor]:
-        """The transformer's arguments and the target. Clips that cannot be read join `bad`, others stand in."""
-        builder, shape = self.builder, self.clips[task.samples[0][0]].shape
-        items: dict[int, Item] = {}
+        """The transformer's arguments and the target. Clips that fail join `bad`, others or zeros stand in for them:
+        whatever it is that fails, such as memory for the VAE: an error would leave the other ranks waiting.
+        """
+        shape, items = self.clips[task.samples[0][0]].shape, dict[int, Item]()
         for clip in dict.fromkeys(clip for clip, _ in task.samples):
             try:
                 items[clip] = Item(read_encoded(self.cache, self.clips[clip]))
-            except (DamagedEntry, UserError, OSError) as error:
-                bad[clip] = str(error)
-                text_dim = builder.no_caption_states.shape[-1]
-                stand_in = random_batch(shape, 1, builder.geometry, text_dim, self.precision)
-                items[clip] = Item({name: tensor[0] for name, tensor in stand_in.items()})
-        batch = collate([items[clip] for clip, _ in task.samples])
+            except Exception as error:
+                bad[clip] = _reason(error)
+        if items:
+            another = next(iter(items.values()))
+            try:
+                return self._build(task, [items.get(clip, another) for clip, _ in task.samples], shape)
+            except Exception as error:
+                bad |= dict.fromkeys(items, _reason(error))
+        return _stand_in(self.builder, shape, len(task.samples))
+
+    def _build(self, task: Task, items: list[Item], shape: ClipShape) -> tuple[dict[str, Any], torch.Tensor]:
+        batch = collate(items)
         kept = torch.zeros(len(task.samples), dtype=torch.bool)
         timesteps = torch.tensor([self.timesteps[number] for _, number in task.samples])
         places = [keyed_hash("evaluation", int(self.clips[clip].clip_key, 16), number) for clip, number in task.samples]
-        return builder.build(batch.tensors, shape, Draws(timesteps, kept, kept, self.seed, 0, places))
+        return self.builder.build(batch.tensors, shape, Draws(timesteps, kept, kept, self.seed, 0, places))
 
     def __str__(self) -> str:
         num_trained = len(self.clips) - self.num_held_out
         parts = [f"{self.num_held_out} that are not trained (eval/loss)"] if self.num_held_out else []
         parts += [f"{num_trained} that are (eval/train_loss)"] if num_trained else []
         return f"evaluating {' and '.join(parts)}, at {len(self.timesteps)} timesteps"
+
+
+def _stand_in(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tuple[dict[str, Any], torch.Tensor]:
+    """Inputs and a target of this shape, of zeros: as the builder's, but made without the cache and the VAE."""
+    geometry = builder.geometry
+    frames = latent_frames(shape.frames, geometry)
+    frames += padding_frames(frames, geometry.patch_size_t)
+    height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
+    latents = torch.zeros(batch_size, frames, geometry.latent_channels, height, width, device=builder.device)
+    text = builder.no_caption_states.expand(batch_size, -1, -1)
+    timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
+    image = image_condition(latents[:, :1], frames)
+    return transformer_inputs(latents, image, text, timesteps, builder.rotary(shape), geometry), latents
+
+
+def _reason(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _clips(index: ClipIndex) -> Iterator[IndexedClip]:
@@ -255,11 +279,7 @@ def make_evaluation(
             warn(too_much)
 
     def forward(inputs: Mapping[str, Any]) -> torch.Tensor:
-        # The module and not the engine, which would count micro-steps; so what the engine does around it is here.
-        with torch.autocast(
-            world.device.type, dtype=engine.torch_autocast_dtype(), enabled=engine.torch_autocast_enabled()
-        ):
-            return engine.module(**inputs)[0]
+        return call_aside(engine, world.device, inputs)[0]
 
     def act(step: int) -> None:
         start = time.perf_counter()
@@ -276,23 +296,12 @@ def make_evaluation(
     return Occasion("evaluating", every, act)
 
 
-@contextlib.contextmanager
-def undisturbed(transformer: Any, device: torch.device) -> Iterator[None]:
-    """Inside, a transformer that is trained computes without dropout and keeps nothing; after it all is as it was,
-    the random states too."""
-    was_training, level = transformer.training, transformer.transformer_blocks[0].level
-    with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
-        transformer.eval()
-        transformer.set_level("none")
-        try:
-            yield
-        finally:
-            transformer.set_level(level)
-            transformer.train(was_training)
-
-
 def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float:
-    """What an evaluation takes, as a share of so many steps, both in the transformer's floating-point operations."""
+    """What an evaluation takes, as a share of so many steps, both in the transformer's floating-point operations.
+
+    Of an evaluation the VAE and the reading are not counted: a clip is read, and its first frame encoded, once for
+    every batch of its timesteps.
+    """
     model, plan, geometry, levels = run.model, run.plan, run.model.geometry, run.execution.levels
     num_lora = Sizes.of(run.cfg, model).lora.num_parameters
     flops = [
@@ -316,7 +325,10 @@ def cost_lines(run: Run, evaluation: Evaluation, every: int) -> tuple[str, str]:
     rest = run.cfg.train.num_steps - run.first_step
     num_steps = max(1, min(every, rest))
     share = share_of_training(run, evaluation, num_steps)
-    line = f"{evaluation}, every {every} steps: about {100 * share:.1f}% of the training time, by arithmetic"
+    line = (
+        f"{evaluation}, every {every} steps: about {100 * share:.1f}% of the training time, by arithmetic that counts "
+        "the transformer alone"
+    )
     if not evaluation.num_held_out:
         line += "; eval.held_out or eval.path would show overfitting"
     if share <= MAX_SHARE or run.cfg.train.num_steps < TRIAL_STEPS:

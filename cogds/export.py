@@ -4,13 +4,13 @@ import argparse
 import shutil
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor
+from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError
 from cogds.files import whole_folder
@@ -57,8 +57,11 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
     model = base_model(args.model, given, needed=args.to == "merged")
     if model:
         check_all_fit(given, model)
+    if args.push_to:
+        given = [replace(one, file=replace(one.file, metadata=shareable(one.file.metadata))) for one in given]
     facts = facts_of(given, model)
     if args.push_to:
+        facts = shareable(facts)
         check_repo(args.push_to, args.public, api)
     dtype = DTYPES.get(args.dtype)
     sample = Path(args.sample) if args.sample else find_sample(Path(args.lora[0]))
@@ -74,7 +77,7 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
             shutil.copyfile(sample, partial / SAMPLE_NAME)
         where = args.push_to or str(output)
         card = model_card(output.name, facts, args.to, where, file, SAMPLE_NAME if sample else "")
-        (partial / CARD_NAME).write_text(card)
+        (partial / CARD_NAME).write_text(card, encoding="utf-8")
     print("\n".join([f"{args.to}: {output}", *listed(output), *notes(facts, args.to, output, bool(model))]))
     if args.push_to:
         print(f"uploading these files to {args.push_to}, {'public' if args.public else 'private'}")
@@ -182,7 +185,7 @@ def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any
     if len(given) > 1:
         facts["merged"] = ", ".join(f"{one.file.path.parent.name} x {one.weight:g}" for one in given)
     elif given[0].weight != 1.0:
-        facts["exported_scale"] = given[0].weight
+        facts["exported_scale"] = given[0].weight * facts.get("exported_scale", 1.0)
     return facts
 
 

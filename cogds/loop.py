@@ -31,7 +31,7 @@ from cogds.runtime.interrupt import Interrupt
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.quarantine import Quarantine
 from cogds.runtime.stopwatch import Stopwatch
-from cogds.runtime.tally import StepLosses
+from cogds.runtime.tally import StepLosses, peak_memory_bytes, restart_peak
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, all_gather, any_rank
 from cogds.step import Draws, StepBuilder, draw_dropouts, to_device
@@ -39,6 +39,9 @@ from cogds.stream import BATCHES_AHEAD, ahead, stream_batches
 
 # So many clips are named where a step went wrong.
 MAX_NAMED = 8
+
+# Before the tags of what is noted of occasions.
+OCCASION = "occasion"
 
 # Is shown every batch before it is trained: optimizer step from 0, micro-step, its tensors.
 Look = Callable[[int, MicroBatch, Batch], None]
@@ -78,13 +81,7 @@ def train_steps(
     """
     cfg, world = run.cfg, run.world
     quarantine = Quarantine(world, Path(cfg.output_dir), len(run.data.index), cfg.data.max_unusable)
-
-    def meet(occasions: Sequence[Occasion], step: int) -> None:
-        for one in occasions:
-            watchdog.watch(functools.partial("{} after step {}".format, one.what, step))
-            one.act(step)
-
-    meet([one for one in occasions if run.first_step % one.every == 0], run.first_step)
+    meet([one for one in occasions if run.first_step % one.every == 0], run.first_step, watchdog, monitor, world)
     upcoming = Upcoming(micro_steps(run, builder, load_batches(run), look))
     meter, num_bad = Meter(run, engine), 0
     for step in range(run.first_step, cfg.train.num_steps):
@@ -103,7 +100,7 @@ def train_steps(
         # Before the save, so that a run which goes on from it has had them. One that must stop does not wait for them.
         if not stop and (due := [one for one in occasions if last or (step + 1) % one.every == 0]):
             monitor.flush()
-            meet(due, step + 1)
+            meet(due, step + 1, watchdog, monitor, world)
             meter.rest()
         if (step + 1) % cfg.checkpoint.every == 0 or last or stop:
             watchdog.watch(functools.partial("saving after step {}".format, step + 1))
@@ -120,6 +117,22 @@ def train_steps(
             with contextlib.suppress(OSError):  # the launcher may be dead, and with it whoever reads
                 print(f"stopped and saved after step {step + 1}: the same command goes on", flush=True)
         raise Interrupted
+
+
+def meet(occasions: Sequence[Occasion], step: int, watchdog: Watchdog, monitor: Monitor, world: World) -> None:
+    """What is due when `step` steps are trained, one after another. Collective.
+
+    On a GPU their own peak of memory is noted, rank 0's, and training's begins anew: see `Meter`. The peak of the
+    process on the host cannot be restarted: what an occasion takes there stays in training's.
+    """
+    if occasions:
+        restart_peak(world.device)
+    for one in occasions:
+        watchdog.watch(functools.partial("{} after step {}".format, one.what, step))
+        one.act(step)
+    if occasions and world.device.type == "cuda":
+        monitor.note(step, {f"{OCCASION}/peak_memory_gb": peak_memory_bytes(world.device) / 1e9})
+        restart_peak(world.device)
 
 
 def finish_save(saver: Saver, world: World, monitor: Monitor, step: int) -> None:

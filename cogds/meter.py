@@ -30,7 +30,10 @@ class Meter:
         self._clock, self._phases = Stopwatch(), Phases(device)
         self.begin = self._phases.begin
         self._norms = LoraNorms(engine, run.world, run.model.num_layers)
-        self._wait_before_s = math.nan
+        # At ZeRO-3 a forward pass gathers weights, and ranks that share a clip exchange attention within it: all end
+        # with the slowest, and their seconds say nothing of who that is.
+        self._apart = run.world.sequence == 1 and engine.zero_optimization_stage() < 3
+        self._wait_before_s, self._peak_bytes = math.nan, 0.0
         self._tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
         self._tflops = [
             step_flops(tokens, run.model.num_layers, run.model.hidden_size).counted / 1e12 for tokens in self._tokens
@@ -55,7 +58,8 @@ class Meter:
         phases, step_s, world = self._phases.lap(), self._clock.lap(), self._run.world
         # The phases are this step's on a CPU, and those of the step before on a GPU.
         on_cpu = world.device.type == "cpu"
-        busy_s = (wait_s if on_cpu else self._wait_before_s) + phases.get("forward", math.nan)
+        waited_s = wait_s if on_cpu else self._wait_before_s
+        busy_s = waited_s + phases.get("forward", math.nan) if self._apart else math.nan
         self._wait_before_s = wait_s
         samples = [
             (micro_batch.batch_size_of(rank), micro_batch.bucket_of(rank))
@@ -75,7 +79,9 @@ class Meter:
         }
         if self._peak_tflops:
             scalars["perf/mfu"] = tflops / self._peak_tflops
-        own = OwnValues(busy_s, float(peak_memory_bytes(world.device)), float(peak_host_bytes()))
+        # Of all steps so far: the allocator's own peak begins anew after an evaluation (`loop.meet`).
+        self._peak_bytes = max(self._peak_bytes, float(peak_memory_bytes(world.device)))
+        own = OwnValues(busy_s, self._peak_bytes, float(peak_host_bytes()))
         return scalars, own, norms
 
     def _norms_due(self, step: int) -> bool:

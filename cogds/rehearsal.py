@@ -17,6 +17,7 @@ from typing import Any
 
 import torch
 
+from cogds.aside import call_aside
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate
@@ -78,7 +79,7 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
     try:
         _try(run, engine, builder, bucket)
     except Exception as error:  # told below, once every rank has got here
-        if _is_out_of_memory(error):
+        if is_out_of_memory(error):
             too_little = _refusal(run, bucket, error)
         else:
             trouble = error
@@ -131,12 +132,7 @@ def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], sha
     kept = torch.zeros(size, dtype=torch.bool)
     draws = Draws(torch.full((size,), len(builder.alphas_cumprod) // 2), kept, kept, 0, 0, range(size))
     inputs, target = builder.build(batch, shape, draws)
-    # What the engine's own forward does around its module.
-    autocast = torch.autocast(
-        builder.device.type, dtype=engine.torch_autocast_dtype(), enabled=engine.torch_autocast_enabled()
-    )
-    with autocast:
-        output = engine.module(**inputs)[0]
+    output = call_aside(engine, builder.device, inputs)[0]
     parameters = [one for one in engine.module.parameters() if one.requires_grad]
     torch.autograd.grad(v_loss(output, target).mean(), parameters)
     if builder.device.type == "cuda":
@@ -178,7 +174,7 @@ def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
     return moments + (estimate.reduce_buffers_bytes + estimate.lora_gradients_bytes if stage < 3 else 0)
 
 
-def _is_out_of_memory(error: Exception) -> bool:
+def is_out_of_memory(error: Exception) -> bool:
     """Whether torch, CUDA or cuBLAS says so; only torch has a class of its own for it."""
     if not isinstance(error, RuntimeError):
         return False

@@ -20,7 +20,7 @@ from cogds.files import whole_file
 from cogds.model.load import ModelFolder, TextEncoder, empty_transformer, find_model
 from cogds.model.lora import linear_layers
 from cogds.model.lora_file import lora_file, opened, read_metadata
-from cogds.model.pipeline import decode_frames, load_pipeline, sample_latents, use_convention
+from cogds.model.pipeline import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
 from cogds.step import DTYPES
 from cogds.videos.mosaic import evenly, grid, labelled, shrunk
 from cogds.videos.prompts import find_requests
@@ -62,9 +62,10 @@ def main(argv: list[str] | None = None) -> None:
     prompts = dict.fromkeys([NO_PROMPT, *(one.prompt for one in requests)])
     states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
     pipeline = load_pipeline(model, dtype)
+    num_calls(pipeline, args.steps)  # refuses more than there are
     for number, lora in enumerate(loras):
         pipeline.load_lora_weights(lora.file, adapter_name=f"lora{number}", use_safetensors=True)
-    convention = agreed(loras, "image_latents", "pipeline")
+    convention = agreed(loras, "image_latents", "pipeline", silent="pipeline")
     if use_convention(pipeline, convention) != 1.0:
         print(f"this LoRA was trained with image latents '{convention}', not as diffusers makes them: followed here")
     if args.offload == "sequential":
@@ -169,9 +170,14 @@ def find_loras(given: Sequence[Sequence[str]], model: ModelFolder) -> list[Lora]
     return loras
 
 
-def agreed(loras: Sequence[Lora], name: str, default: Any) -> Any:
-    """What the LoRAs' trainer recorded under a name: the first one's that says it. Others that differ are told of."""
-    said = [(lora.file, lora.metadata[name]) for lora in loras if name in lora.metadata]
+def agreed(loras: Sequence[Lora], name: str, default: Any, silent: Any = None) -> Any:
+    """What the LoRAs' trainer recorded under a name: the first one's that says it. Others that differ are told of.
+
+    silent: what a LoRA that does not say it was trained with all the same; None: nobody knows.
+    """
+    said = [
+        (lora.file, lora.metadata.get(name, silent)) for lora in loras if name in lora.metadata or silent is not None
+    ]
     for file, value in said[1:]:
         if value != said[0][1]:
             print(

@@ -29,7 +29,8 @@ from cogds.model.load import ModelFolder
 from cogds.runtime.world import World, on_all_ranks, on_rank0
 
 NUM_EXAMPLES = 5
-# Of a bucket with more clips, so many, evenly spaced, may be chosen to be evaluated: each costs a hash.
+# Of a bucket with twice as many clips or more, about so many, evenly spaced, may be chosen to be evaluated: each costs
+# a hash. Where more are wanted, as many as are wanted.
 MAX_CANDIDATES = 1 << 16
 
 
@@ -124,7 +125,7 @@ class Survey:
         """Up to `num` windows, spread over the buckets, in a table of their own: which, their files' names decide."""
         candidates = []
         for start, count in zip(itertools.accumulate(map(sum, self.placement.sizes), initial=0), self.placement.sizes):
-            candidates.append(np.arange(start, start + sum(count), 1 + sum(count) // MAX_CANDIDATES))
+            candidates.append(np.arange(start, start + sum(count), max(1, sum(count) // max(MAX_CANDIDATES, num))))
         windows = np.concatenate(candidates)
         paths, starts_s = self.column("path", windows).to_pylist(), self.placement.starts_s[windows].tolist()
         hashes = [name_hash(portable_name(path, self.roots), repr(start)) for path, start in zip(paths, starts_s)]
@@ -276,7 +277,8 @@ def _held_out(table: pa.Table, roots: Sequence[str], share: float) -> np.ndarray
 def evaluated_survey(
     cfg: RunConfig, found: Survey, other: Path | None
 ) -> tuple[Survey | None, Survey | None, list[str]]:
-    """What is evaluated: of the clips that are not trained, and of those that are; and warnings, for people.
+    """What is evaluated: of the clips that are not trained, and of those that are; and warnings, for people. Nothing is
+    where eval.every and sample.every are null.
 
     other: the manifest of eval.path. Raises UserError where that holds nothing that can be used.
     """
@@ -306,7 +308,7 @@ def evaluated_survey(
         )
     wanted = cfg.eval.every is not None or cfg.sample.every is not None
     return (
-        held_out.chosen(cfg.eval.num_clips) if held_out is not None else None,
+        held_out.chosen(cfg.eval.num_clips) if wanted and held_out is not None else None,
         found.chosen(cfg.eval.num_clips) if wanted else None,
         warnings,
     )

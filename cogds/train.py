@@ -6,8 +6,11 @@ import json
 import shutil
 import sys
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from cogds.card import lora_facts, write_card
 from cogds.cli import make_folders, parse_args
@@ -20,7 +23,7 @@ from cogds.errors import Interrupted
 from cogds.evaluate import make_evaluation
 from cogds.execution import check_execution, choose_execution, memory_of, prepare_blocks
 from cogds.files import whole_file
-from cogds.loop import Occasion, finish_save, train_steps
+from cogds.loop import OCCASION, Occasion, finish_save, train_steps
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
 from cogds.model.sequence import check_sequence
@@ -39,7 +42,7 @@ from cogds.runtime.metrics import rewind_metrics
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.outlet import warn
 from cogds.runtime.sequence import share_clips
-from cogds.runtime.state import TrainState, gather_state, restore_state, state_bytes
+from cogds.runtime.state import TrainState, gather_state, restore_state, state_bytes, trainable
 from cogds.runtime.ticker import BAR, LINES, QUIET
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
@@ -70,8 +73,9 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     ds_path = args.deepspeed or str(default_deepspeed)
     ds_config = load_ds_config(ds_path)
     world = dataclasses.replace(read_world(), sequence=cfg.parallel.sequence)
-    if args.dry_run:  # nothing is encoded for it, and the largest bucket is tried on a CPU too
-        cfg = replace(cfg, {"data.encode": "on_the_fly", "train.rehearse": "on"})
+    if args.dry_run:  # no clip is encoded for it, and the largest bucket is tried on a CPU too
+        nothing = {"eval.every": None, "sample.every": None}
+        cfg = replace(cfg, {"data.encode": "on_the_fly", "train.rehearse": "on", **nothing})
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     check_sequence(world.sequence, world.size, model.transformer_config["num_attention_heads"])
@@ -152,10 +156,10 @@ def train(
         checkpoints.check_space(output_dir, 0)  # before anything is moved
         if aside := checkpoints.set_aside(output_dir, resume_from, first_step):
             print(f"what an earlier run wrote is kept in {aside}")
-        rewind_metrics(output_dir / "metrics.jsonl", first_step)
+        rewind_metrics(output_dir / "metrics.jsonl", first_step, made_again(cfg, first_step))
         for name, text in (("run.yaml", to_yaml(cfg)), ("ds_config.json", json.dumps(ds_config, indent=2))):
             with whole_file(output_dir / name) as partial:
-                partial.write_text(text)
+                partial.write_text(text, encoding="utf-8")
         if data.unusable.file:
             with whole_file(output_dir / "unusable.jsonl") as partial:
                 shutil.copyfile(data.unusable.file, partial)
@@ -195,20 +199,23 @@ def train(
     about = {"identity": fixed, "plan": dataclasses.asdict(plan), "index": data.index.path.name, "start": start_point}
 
     def save(step: int) -> None:
-        start = time.perf_counter()
+        began = time.perf_counter()
         finish_save(saver, world, monitor, step)  # the one before
         on_rank0(world, lambda: checkpoints.check_space(output_dir, space_needed(engine)))
         state = gather_state(engine, world)
+        # Now: while the thread writes, videos of the base model may have the LoRA switched off.
+        dtypes = {name: one.dtype for name, one in trainable(engine).items()}
         if world.rank == 0:
 
             def write() -> None:
-                export_adapter(transformer, state, run, output_dir / "lora" / checkpoints.step_name(step))
+                folder = output_dir / "lora" / checkpoints.step_name(step)
+                export_adapter(transformer, state.weights(dtypes), run, folder)
                 checkpoints.write(
                     checkpoint_dir, step, state, about, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every
                 )
 
             saver.start(write)
-        monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - start})
+        monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - began})
 
     watchdog.watch(lambda: "trying the largest bucket before the first step")
     if tried := rehearse(run, engine, builder):
@@ -226,6 +233,14 @@ def train(
     watchdog.close()
     if world.rank == 0:
         last_words(whereabouts(output_dir, cfg.train.num_steps))
+
+
+def made_again(cfg: RunConfig, first_step: int) -> tuple[str, ...]:
+    """Beginnings of the tags that a run which goes on at this step notes anew at its start (`loop.Occasion`)."""
+    if first_step >= cfg.train.num_steps:
+        return ()
+    losses, videos = (every is not None and first_step % every == 0 for every in (cfg.eval.every, cfg.sample.every))
+    return ("eval/",) * losses + (f"{OCCASION}/",) * (losses or videos)
 
 
 def check_init(cfg: RunConfig, model: ModelFolder, path: str) -> list[str]:
@@ -246,12 +261,11 @@ def space_needed(engine: Any) -> float:
     return 4 / 3 * state_bytes(engine)
 
 
-def export_adapter(transformer: Any, state: TrainState, run: Run, folder: Path) -> None:
-    """Write the LoRA of a gathered state and its card into `folder`, complete or absent."""
-    dtypes = {name: one.dtype for name, one in transformer.named_parameters() if one.requires_grad}
+def export_adapter(transformer: Any, weights: Mapping[str, torch.Tensor], run: Run, folder: Path) -> None:
+    """Write the LoRA's weights and its card into `folder`, complete or absent. weights: by parameter name, whole."""
     partial, facts = folder.with_name(folder.name + ".tmp"), lora_facts(run, checkpoints.step_of(folder))
     checkpoints.remove_partial(folder.parent)
-    export(partial, transformer, state.weights(dtypes), facts)
+    export(partial, transformer, weights, facts)
     write_card(partial, folder, facts)
     checkpoints.replace_folder(partial, folder)
 

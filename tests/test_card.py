@@ -16,6 +16,7 @@ from cogds.card import (
     lora_facts,
     model_card,
     pipeline_factor,
+    shareable,
     snippet,
     write_card,
 )
@@ -23,6 +24,7 @@ from cogds.config import load_config
 from cogds.core.geometry import ClipShape
 from cogds.export import main
 from cogds.model.load import find_model
+from cogds.runtime.world import World
 from tests.model.adapters import write_lora
 
 FACTS = {
@@ -85,7 +87,8 @@ def test_what_a_run_records_is_what_the_card_shows(tiny_model):
     ])  # fmt: skip
     run = SimpleNamespace(
         cfg=cfg, model=find_model(str(tiny_model)), buckets=(ClipShape.parse("9x64x96"),),
-        data=SimpleNamespace(index=range(7)), ds_config={"train_batch_size": 2},
+        data=SimpleNamespace(index=range(7)), world=World(0, 2, 0, 2),
+        plan=SimpleNamespace(local_batch_sizes=(1,), accumulation=1),
     )  # fmt: skip
     facts = json.loads(json.dumps(lora_facts(run, 500)))
     assert facts["image_latent_factor"] == pytest.approx(0.49)
@@ -96,6 +99,21 @@ def test_what_a_run_records_is_what_the_card_shows(tiny_model):
         'prompt="a cat"', "image_latents * 0.4", "| Image latents | scaled |", "height=64",
     ):  # fmt: skip
         assert text in card
+
+
+def test_a_card_that_cannot_be_made_costs_nothing_else(tmp_path, capsys):
+    write_card(tmp_path, tmp_path / "run/lora/step-000001", {"buckets": [object()]})
+    assert not (tmp_path / "README.md").exists()
+    assert "warning: " in capsys.readouterr().err
+
+
+def test_a_shared_one_names_no_folder_of_this_machine():
+    facts = {"base_model": "/home/me/models/cog", "init_from": "/home/me/lora.safetensors", "rank": 4, "seed": 0}
+    assert shareable(facts) == {"base_model": "cog", "init_from": "lora.safetensors", "rank": 4, "seed": 0}
+    assert shareable({"base_model": "zai-org/cog", "init_from": None}) == {
+        "base_model": "zai-org/cog",
+        "init_from": None,
+    }
 
 
 @pytest.mark.parametrize(

@@ -12,6 +12,7 @@ import cogds.data.digest
 import cogds.data.video
 import cogds.desk
 import cogds.encode
+import cogds.survey
 from cogds.config import load_config
 from cogds.core.conditioning import to_range
 from cogds.data.cache import Cache, Writer
@@ -373,6 +374,31 @@ def test_clips_that_are_trained_too_are_warned_of(encode, drawn, capsys):
     assert "warning: 7 of the 7 clips that are to be evaluated only are trained too" in capsys.readouterr().err
     encode(drawn, f"eval.path={drawn}", "data.encode=on_the_fly")
     assert "warning: 7 of the 7 clips that are to be evaluated only are trained too" in capsys.readouterr().err
+
+
+def test_other_parts_of_files_that_are_trained_are_warned_of(encode, drawn, tmp_path, capsys):
+    """Another encoding, of the same file."""
+    later = {"file_name": str(drawn / "clip_0.mp4"), "text": "later", "start_s": 1.0, "end_s": 2.9}
+    (tmp_path / "later.jsonl").write_text(json.dumps(later))
+    data = encode(drawn, f"eval.path={tmp_path / 'later.jsonl'}")
+    assert not set(data.held_out.keys("clip_key")) & set(data.index.keys("clip_key"))
+    assert "warning: 1 of the 1 clips that are to be evaluated only are trained too" in capsys.readouterr().err
+
+
+def test_nothing_is_evaluated_where_nothing_wants_it(encode, drawn, count_encodes):
+    prompt = "sample.prompts=[{prompt: a cat, image: cat.png}]"
+    data = encode(drawn, "eval.held_out=0.3", "eval.every=null", "data.encode=on_the_fly", prompt)
+    assert (data.held_out, data.trained) == (None, None)
+    assert [kind for kind, _ in count_encodes] == ["captions"]  # the empty one
+    data = encode(drawn, "eval.held_out=0.3", "eval.every=null", "sample.every=5", "data.encode=on_the_fly", prompt)
+    assert data.held_out is not None
+    assert [kind for kind, _ in count_encodes].count("clips") > 0
+
+
+def test_all_clips_are_evaluated_where_all_are_wanted(encode, drawn, monkeypatch):
+    monkeypatch.setattr(cogds.survey, "MAX_CANDIDATES", 1)
+    assert names(encode(drawn, "eval.num_clips=100").trained) == ALL
+    assert len(encode(drawn, "eval.num_clips=5").trained) == 5
 
 
 def test_nothing_and_everything_held_out_is_said(encode, drawn, capsys):

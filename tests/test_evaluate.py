@@ -182,6 +182,37 @@ def test_a_clip_that_cannot_be_read_is_left_out_and_said(setting, forward, capsy
     assert dataclasses.replace(one, clips=tuple(nothing)).scalars(forward) == {}
 
 
+@pytest.mark.parametrize("always", [False, True])
+def test_inputs_that_cannot_be_made_cost_a_clip_and_no_forward_pass(setting, forward, capsys, always):
+    """Such as for want of memory in the VAE: the other ranks take as many passes, of the same shapes."""
+    one, whole = setting("train.batch_size=2").evaluation, setting("train.batch_size=2").evaluation.scalars(forward)
+    build, passes, plain = one.builder.build, [], []
+
+    def fails(batch, shape, draws):
+        if always or shape.frames == 1:
+            raise torch.OutOfMemoryError  # without a word
+        return build(batch, shape, draws)
+
+    def shapes(kept):
+        def counted(inputs):
+            kept.append([inputs[name].shape for name in ("hidden_states", "encoder_hidden_states", "timestep")])
+            return forward(inputs)
+
+        return counted
+
+    one.scalars(shapes(plain))
+    one.builder.build = fails
+    found = one.scalars(shapes(passes))
+    assert passes == plain
+    assert "is left out of this evaluation: OutOfMemoryError" in capsys.readouterr().err
+    if always:
+        assert found == {}
+    else:
+        left = {name for name in whole if name.endswith(("64x96", "96x64"))}
+        assert {name: found[name] for name in left} == {name: whole[name] for name in left}
+        assert not any("1x64x64" in name for name in found)
+
+
 # ------------------------------------------------------------------------------------------------------ beside training
 
 
@@ -267,7 +298,7 @@ def test_what_it_costs_is_said_and_what_to_change(setting):
     assert nothing == ""
     assert line == (
         "evaluating 1 that are not trained (eval/loss) and 1 that are (eval/train_loss), at 3 timesteps, every 100000 "
-        "steps: about 0.0% of the training time, by arithmetic"
+        "steps: about 0.0% of the training time, by arithmetic that counts the transformer alone"
     )
     # 6 forward passes beside 4 steps, each of a forward pass, its recomputation and a backward pass.
     share = cogds.evaluate.share_of_training(run, one.evaluation, 4)

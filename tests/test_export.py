@@ -32,7 +32,8 @@ def lora(tiny_model, tmp_path):
 
     def write(convention="pipeline", **settings):
         folder = tmp_path / convention / "lora/step-000500"
-        return write_lora(tiny_model, folder, metadata={**METADATA, "image_latents": convention}, **settings)
+        metadata = {**METADATA, "image_latents": convention, "init_from": "/home/somebody/old.safetensors"}
+        return write_lora(tiny_model, folder, metadata=metadata, **settings)
 
     return write
 
@@ -215,7 +216,10 @@ def test_a_push_is_private_unless_told(lora, tmp_path, capsys, words, private):
     assert f"uploading these files to me/mine, {'private' if private else 'public'}" in told
     assert told.index("pytorch_lora_weights.safetensors  ") < told.index("uploading these files")
     assert "https://hub/me/mine" in told
-    assert 'load_lora_weights("me/mine")' in (tmp_path / "out/README.md").read_text()
+    card = (tmp_path / "out/README.md").read_text()
+    assert 'load_lora_weights("me/mine")' in card
+    weights = (tmp_path / "out/pytorch_lora_weights.safetensors").read_bytes()
+    assert "/home/somebody" not in card + weights.decode("latin-1")
 
 
 def test_a_public_repository_is_not_filled_by_mistake(lora, tmp_path):

@@ -12,8 +12,8 @@ from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
 from cogds.model.lora import export, inject
-from cogds.model.pipeline import use_convention
-from cogds.sample import trained_buckets
+from cogds.model.pipeline import load_pipeline, num_calls, use_convention
+from cogds.sample import Lora, agreed, trained_buckets
 from cogds.videos.scene import first_frame, fitting_bucket
 from tests.test_step import build_ours, differences, pipeline_inputs
 
@@ -129,6 +129,32 @@ def test_several_loras_add_up(sample, capsys):
     said = capsys.readouterr()
     assert "was trained with image_latents scaled" in said.err
     assert "image latents 'scaled'" in said.out
+
+
+def test_a_lora_that_does_not_say_its_convention_counts_as_the_pipelines(capsys):
+    scaled = Lora(Path("scaled"), 1.0, {"image_latents": "scaled", "fps": 8.0})
+    silent, own = Lora(Path("silent"), 1.0, {}), Lora(Path("own"), 1.0, {"image_latents": "pipeline"})
+    for loras, expected, warned in (
+        ([scaled, silent], "scaled", True), ([silent, scaled], "pipeline", True), ([silent, own], "pipeline", False),
+        ([silent], "pipeline", False), ([], "pipeline", False),
+    ):  # fmt: skip
+        assert agreed(loras, "image_latents", "pipeline", silent="pipeline") == expected
+        assert ("was trained with image_latents" in capsys.readouterr().err) == warned
+    assert agreed([silent, scaled], "fps", 16.0) == 8.0
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("kind", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
+def test_no_step_is_made_at_a_timestep_that_is_none(model, kind):
+    import diffusers
+
+    pipeline = load_pipeline(model, torch.float32)
+    pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config)
+    assert num_calls(pipeline, 61) == 62  # as diffusers has it
+    pipeline = load_pipeline(model, torch.float32)
+    for num_steps in (50, 61, 103, 121, 1000):
+        assert num_calls(pipeline, num_steps) == num_steps
+        assert pipeline.scheduler.timesteps[-1] >= 0
 
 
 @pytest.mark.parametrize(

@@ -7,7 +7,8 @@ import pytest
 import torch
 
 from cogds.config import load_config
-from cogds.data.dataset import ClipDataset, ClipOrder
+from cogds.data.cache import Cache
+from cogds.data.dataset import ClipDataset, ClipOrder, collate, read_encoded
 from cogds.data.sampler import BucketBatchSampler
 from cogds.data.synthetic import draw_clips
 from cogds.encode import prepare
@@ -82,6 +83,14 @@ def test_a_damaged_entry_is_replaced_too(start, tmp_path):
     bad = [one for item in items for one in item.bad]
     assert len(bad) == 1
     assert "--verify" in bad[0].reason
+    # Each says which row it is of, which the plan alone does not know where one stands in for another.
+    cache = Cache(tmp_path / "cache")
+    for item in items:
+        own = read_encoded(cache, order.index[item.row])
+        assert all(torch.equal(tensor, own[name]) for name, tensor in item.tensors.items())
+    planned = [next(order.rows(draw)) for (draw,) in draws]
+    assert [one.row for one in items] != planned
+    assert collate(items[:1]).rows == (items[0].row,)
     assert len(batches()) == 6
 
 

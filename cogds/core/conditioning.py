@@ -14,6 +14,7 @@ import torch
 
 from cogds.core.geometry import ModelGeometry, padding_frames
 from cogds.core.rope import RotaryTables
+from cogds.errors import UserError
 
 IMAGE_LATENT_CONVENTIONS = ("pipeline", "scaled", "unscaled")
 OFS_VALUE = 2.0  # the pipeline's constant, `latents.new_full((1,), fill_value=2.0)`
@@ -46,13 +47,16 @@ def pad_front(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
 def image_latent_scale(scaling_factor: float, invert_scale_latents: bool, convention: str) -> float:
     """The factor on the image latent: as diffusers does (pipeline), as most trainers do (scaled), or none (unscaled).
 
-    For CogVideoX-1.5 (0.7, inverted) these are 1.4286, 0.7 and 1.
+    For CogVideoX-1.5 (0.7, inverted) these are 1.4286, 0.7 and 1. Raises UserError for another convention.
     """
-    if convention == "unscaled":
-        return 1.0
-    if convention == "scaled" or not invert_scale_latents:
-        return scaling_factor
-    return 1 / scaling_factor
+    own = 1 / scaling_factor if invert_scale_latents else scaling_factor
+    scales = {"pipeline": own, "scaled": scaling_factor, "unscaled": 1.0}
+    if convention not in scales:
+        raise UserError(
+            f"image latents '{convention}' are none of {', '.join(scales)}: the LoRA was made by a newer version of "
+            "this project"
+        )
+    return scales[convention]
 
 
 def convention_factor(scaling_factor: float, invert_scale_latents: bool, convention: str) -> float:

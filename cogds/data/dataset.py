@@ -35,17 +35,19 @@ class Bad(NamedTuple):
 
 
 class Item(NamedTuple):
-    """A sample's tensors, and the clips that it stands in for."""
+    """A sample's tensors, the clips that it stands in for, and its own row in the index."""
 
     tensors: dict[str, torch.Tensor]
     bad: tuple[Bad, ...] = ()
+    row: int = -1
 
 
 class Batch(NamedTuple):
-    """An item's tensors with a leading batch axis, and all clips that it stands in for."""
+    """Items' tensors with a leading batch axis, all clips that they stand in for, and their rows in the index."""
 
     tensors: dict[str, torch.Tensor]
     bad: tuple[Bad, ...] = ()
+    rows: tuple[int, ...] = ()
 
 
 class ClipOrder:
@@ -61,8 +63,8 @@ class ClipOrder:
 
     def first_good(
         self, draw: Draw, quarantined: set[int], load: Callable[[int], T | Bad]
-    ) -> tuple[T, tuple[Bad, ...]]:
-        """What `load` makes of the first row that is good, and the bad ones before it, which join `quarantined`.
+    ) -> tuple[T, tuple[Bad, ...], int]:
+        """What `load` makes of the first row that is good, the bad ones before it, which join `quarantined`, and it.
 
         Raises UserError where the bucket has no good clip left.
         """
@@ -72,7 +74,7 @@ class ClipOrder:
                 continue
             loaded = load(row)
             if not isinstance(loaded, Bad):
-                return loaded, tuple(bad)
+                return loaded, tuple(bad), row
             quarantined.add(row)
             bad.append(loaded)
         last = f" (the last one, {bad[-1].path}: {bad[-1].reason})" if bad else ""
@@ -111,7 +113,8 @@ def read_encoded(cache: Cache, clip: IndexedClip) -> dict[str, torch.Tensor]:
 
 def collate(items: list[Item]) -> Batch:
     """Stack items of one bucket."""
-    return Batch(default_collate([item.tensors for item in items]), tuple(bad for item in items for bad in item.bad))
+    bad = tuple(bad for item in items for bad in item.bad)
+    return Batch(default_collate([item.tensors for item in items]), bad, tuple(item.row for item in items))
 
 
 def ignore_stop_signals(_worker: int) -> None:

@@ -71,7 +71,8 @@ def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None =
             name: Layer(tensor(tensors, pair.a), tensor(tensors, pair.b), pair.scale * scale)
             for name, pair in file.pairs.items()
         }
-    return Adapter(layers, file.metadata | ({"exported_scale": scale} if scale != 1.0 else {}))
+    scaled = {"exported_scale": scale * file.metadata.get("exported_scale", 1.0)} if scale != 1.0 else {}
+    return Adapter(layers, file.metadata | scaled)
 
 
 def baked(adapter: Adapter) -> Adapter:

@@ -15,6 +15,7 @@ from PIL import Image
 
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import ClipShape
+from cogds.errors import UserError
 from cogds.model.load import ModelFolder
 
 
@@ -24,6 +25,7 @@ def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> Any:
         model.path, text_encoder=None, tokenizer=None, dtype=dtype, use_safetensors=True
     )
     pipeline.set_progress_bar_config(disable=None)  # a bar on a terminal only
+    _end_at_the_last_timestep(pipeline.scheduler)
     return pipeline
 
 
@@ -36,7 +38,35 @@ def pipeline_of(model: ModelFolder, transformer: Any, vae: Any) -> Any:
     scheduler = CogVideoXImageToVideoPipeline.from_pretrained(model.path, use_safetensors=True, **parts).scheduler
     pipeline = CogVideoXImageToVideoPipeline(None, None, vae, transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
+    _end_at_the_last_timestep(scheduler)
     return pipeline
+
+
+def num_calls(pipeline: Any, num_steps: int) -> int:
+    """How often `sample_latents` calls the transformer. Raises UserError for more steps than there are timesteps."""
+    try:
+        pipeline.scheduler.set_timesteps(num_steps)
+    except ValueError:
+        most = pipeline.scheduler.config.num_train_timesteps
+        raise UserError(
+            f"{num_steps} denoising steps (sample.num_steps, --steps) are more than the model's {most} timesteps: ask "
+            "for fewer"
+        ) from None
+    return len(pipeline.scheduler.timesteps)
+
+
+def _end_at_the_last_timestep(scheduler: Any) -> None:
+    """For some numbers of steps (61, 103, 121, ...) diffusers' trailing spacing is rounded to one timestep more, -1.
+
+    The schedule's table taken at -1 is pure noise, so that such a video would be the output of that call alone.
+    """
+    set_timesteps = scheduler.set_timesteps
+
+    def set_real_timesteps(*args: Any, **kwargs: Any) -> None:
+        set_timesteps(*args, **kwargs)
+        scheduler.timesteps = scheduler.timesteps[scheduler.timesteps >= 0]
+
+    scheduler.set_timesteps = set_real_timesteps
 
 
 def use_convention(pipeline: Any, convention: str) -> float:
@@ -64,7 +94,7 @@ def sample_latents(
     guidance: float,
     seed: int,
 ) -> torch.Tensor:
-    """Latents [1, F, C, H, W] of one video, padding included: `num_steps` calls of the transformer.
+    """Latents [1, F, C, H, W] of one video, padding included, by `num_calls` calls of the transformer.
 
     pixels: the first frame, uint8 [H, W, 3]; states and no_caption [text_tokens, dim]: of the prompt and of the empty
     one. The noise is drawn on the CPU: any device starts from the same.

@@ -26,16 +26,19 @@ def step_lines(text: str) -> list[dict[str, Any]]:
     return [record for line in whole if "train/loss" in (record := json.loads(line))]
 
 
-def rewind_metrics(file: Path, step: int) -> None:
+def rewind_metrics(file: Path, step: int, again: tuple[str, ...] = ()) -> None:
     """Drop the lines past `step` (and what a kill or a power cut left half), so that a resumed run writes each step
     once. A note belongs to the step that it names: what was noted when `step` steps had been trained stays.
+
+    again: beginnings of tags that the run is about to note anew at `step`; notes there that hold any of them go.
 
     Raises UserError where the file is there and cannot be read or replaced: no run has begun that this ends.
     """
     try:
         with file.open("rb") as lines, whole_file(file) as partial, partial.open("wb") as kept:
             for line in lines:
-                if _step_of(line) <= step:
+                at = _step_of(line)
+                if at < step or (at == step and not _is_note_of(line, again)):
                     kept.write(line.rstrip(b"\n") + b"\n")
     except FileNotFoundError:
         return
@@ -44,6 +47,12 @@ def rewind_metrics(file: Path, step: int) -> None:
             f"{file}: the metrics of the steps before {step} cannot be taken over ({error.strerror or error}): mend "
             "that, or move the file away to begin a new one"
         ) from None
+
+
+def _is_note_of(line: bytes, prefixes: tuple[str, ...]) -> bool:
+    """Whether a whole line is no step's, and holds a tag that begins so."""
+    record = json.loads(line)
+    return "train/loss" not in record and any(tag.startswith(prefixes) for tag in record)
 
 
 def _step_of(line: bytes) -> float:

@@ -1,7 +1,8 @@
 """How large the LoRA has become, and how far one step moves it, by depth.
 
-Of the weights that the model computes with, from what each rank holds of them: at ZeRO-3 its own shards, which are
-summed with the losses; nothing is gathered. Below stage 3 all ranks hold the same, and rank 0 looks.
+Of the float32 master weights, which the optimizer changes: in bf16 the model computes with copies of them, and a small
+step changes few of these, by a whole last bit. Each rank looks at its own share of the masters, and what it finds is
+summed with the losses; nothing is gathered.
 """
 
 import itertools
@@ -9,6 +10,7 @@ import re
 from typing import Any
 
 import torch
+from deepspeed.utils import safe_get_local_fp32_param
 
 from cogds.runtime.state import trainable
 from cogds.runtime.tally import Norms
@@ -38,42 +40,42 @@ class LoraNorms:
         groups = depth_groups(num_blocks)
         labels = [group_label(blocks) for blocks in groups]
         self.names = [f"lora/{what}/{label}" for what in ("weight_norm", "update_norm") for label in labels]
-        self._device = world.device
+        self._device, self._rank = world.device, world.rank
         self._parts: list[tuple[int, bool, torch.nn.Parameter]] = []  # group, whether it is a B, parameter
-        partitioned = engine.zero_optimization_stage() == 3
-        for name, parameter in trainable(engine).items() if partitioned or world.rank == 0 else ():
+        for name, parameter in trainable(engine).items():
             if found := _BLOCK.search(name):
                 group = next(n for n, blocks in enumerate(groups) if int(found[1]) in blocks)
                 self._parts.append((group, _UP in name, parameter))
         self._before: list[torch.Tensor] = []
 
     def before(self) -> None:
-        """Keep the weights as they are before an optimizer step: as large as this rank's part of the LoRA, until
-        `after`. The activations are gone by then, so the peak of memory does not rise."""
-        self._before = [_local(parameter).clone() for _, _, parameter in self._parts]
+        """Keep the masters as they are before an optimizer step: as large as this rank's share of them, until `after`.
+        The activations are gone by then, so the peak of memory does not rise."""
+        self._before = [_master(parameter, self._rank).clone() for _, _, parameter in self._parts]
 
     def after(self) -> Norms:
         """This rank's part of the norms, after the step."""
         num = len(self.names) // 2
         squares = torch.zeros(2 * num, dtype=torch.float64, device=self._device)
         for (group, is_up, parameter), before in zip(self._parts, self._before):
-            now = _local(parameter)
-            if now.numel() != before.numel():
-                continue
+            now = _master(parameter, self._rank)
             if is_up:
                 squares[group] += _square(now).to(self._device)
-            squares[num + group] += _square(now.float() - before.float()).to(self._device)
+            squares[num + group] += _square(now - before).to(self._device)
         self._before = []
         return Norms(self.names, squares)
 
 
-def _local(parameter: Any) -> torch.Tensor:
-    """What this rank holds of a parameter, flat: all of it below stage 3, its shard without the padding at stage 3."""
-    shard = getattr(parameter, "ds_tensor", None)
-    if shard is None:
-        return parameter.detach().flatten()
-    start = shard.numel() * torch.distributed.get_rank(parameter.ds_process_group)
-    return shard.detach().flatten()[: max(0, min(shard.numel(), parameter.ds_numel - start))]
+def _master(parameter: Any, rank: int) -> torch.Tensor:
+    """This rank's share of a parameter's master, flat float32: the shares of all ranks are all of it, once."""
+    if hasattr(parameter, "ds_tensor"):  # stage 3; the last shares are padded
+        share = safe_get_local_fp32_param(parameter).flatten()
+        start = share.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+        return share[: max(0, min(share.numel(), parameter.ds_numel - start))]
+    if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2: the piece of it in this rank's partition, if there is any
+        mapping = parameter._hp_mapping
+        return mapping.get_hp_fragment().detach().flatten() if mapping is not None else torch.empty(0)
+    return parameter.detach().float().flatten()[: parameter.numel() if rank == 0 else 0]  # stage 0: each has all
 
 
 def _square(values: torch.Tensor) -> torch.Tensor:

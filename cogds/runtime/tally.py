@@ -19,6 +19,12 @@ def peak_memory_bytes(device: torch.device) -> int:
     return peak_host_bytes()
 
 
+def restart_peak(device: torch.device) -> None:
+    """The peak of the device's allocator counts from here on. A CPU's, which is the process's, cannot be restarted."""
+    if device.type == "cuda":
+        torch.cuda.reset_peak_memory_stats(device)
+
+
 def peak_host_bytes() -> int:
     """Peak of this process's resident memory."""
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -54,7 +60,8 @@ class Norms:
 
 @dataclass(frozen=True)
 class OwnValues:
-    """What one rank knows of itself; NaN: unknown. busy_s: of a step, waiting for its data and in its forward pass."""
+    """What one rank knows of itself; NaN: unknown. busy_s: of a step, waiting for its data and in its forward pass;
+    unknown too where ranks wait for one another within that."""
 
     busy_s: float = math.nan
     device_bytes: float = math.nan

@@ -1,6 +1,7 @@
 """What TensorBoard shows of a run before its curves: settings, the buckets, and the first clips as the model sees them.
 
-Rank 0 shows its own clips. Nothing is drawn at random for it, so the run stays bit for bit what it would have been.
+Rank 0 shows its own clips. Nothing is drawn at random for it, so the run stays bit for bit what it would have been; a
+picture that cannot be made is warned of and ends nothing.
 """
 
 import json
@@ -9,17 +10,18 @@ from typing import Any
 
 import numpy as np
 import torch
+from PIL import Image
 
 from cogds.config import to_yaml
 from cogds.core.cost import step_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.data.dataset import Batch
-from cogds.data.sampler import draws_of
 from cogds.run import Run
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.monitor import Monitor
-from cogds.show.figures import bar_chart, contact_sheet
+from cogds.runtime.outlet import warn
+from cogds.show.figures import CELL, bar_chart, contact_sheet
 from cogds.step import StepBuilder
 
 # What runs are compared by in TensorBoard's HParams tab.
@@ -28,11 +30,16 @@ MAX_DECODED = 4  # clips of a step that are decoded back
 
 
 def show_settings(run: Run, monitor: Monitor) -> None:
-    """The resolved configs as texts, the settings that runs are compared by, and the buckets as bars."""
+    """The resolved configs as texts, the settings that runs are compared by, and the buckets as bars, by rank 0."""
+    if run.world.rank != 0:
+        return
     monitor.text("config/run", to_yaml(run.cfg))
     monitor.text("config/deepspeed", json.dumps(run.ds_config, indent=2))
     monitor.hparams(settings(run), COMPARED)
-    monitor.picture(run.first_step, "data/buckets", bucket_bars(run))
+    try:
+        monitor.picture(run.first_step, "data/buckets", bucket_bars(run))
+    except Exception as error:
+        warn(f"the buckets could not be drawn ({reason(error)}): training goes on")
 
 
 def settings(run: Run) -> dict[str, str | float | bool]:
@@ -79,8 +86,13 @@ def bucket_bars(run: Run) -> np.ndarray:
     return bar_chart("What an epoch consists of", [str(shape) for shape in run.buckets], series)
 
 
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
 class FirstBatches:
-    """Collects the first clips that this rank trains, and shows them."""
+    """Collects the first clips that this rank trains, and shows them. What goes wrong with that is warned of."""
 
     def __init__(self, run: Run, builder: StepBuilder, monitor: Monitor, warn: Callable[[str], None]) -> None:
         self._run, self._builder, self._monitor, self._warn = run, builder, monitor, warn
@@ -92,23 +104,29 @@ class FirstBatches:
         """To be given every batch: optimizer step from 0, micro-step, tensors. Costs nothing once all are shown."""
         cfg, passed = self._run.cfg.monitor, step - self._run.first_step
         if cfg.show_clips and not self._shown:
-            self._collect(micro_batch, batch)
-            last = step + 1 == self._run.cfg.train.num_steps
-            if self._frames and (len(self._frames) >= cfg.show_clips or last):
-                self._shown = True
-                frames, captions = self._frames[: cfg.show_clips], self._captions[: cfg.show_clips]
-                self._monitor.picture(step + 1, "data/first_frames", contact_sheet(frames, captions))
+            try:
+                self._collect(step, batch)
+            except Exception as error:
+                self._done()
+                self._warn(f"the first clips could not be drawn ({reason(error)}): training goes on")
         if passed < cfg.show_batches:
-            self._decode(step, micro_batch, batch)
+            try:
+                self._decode(step, micro_batch, batch)
+            except Exception as error:  # out of memory, most likely
+                self._warn(f"the batch of step {step + 1} could not be decoded ({reason(error)}): training goes on")
 
-    def _collect(self, micro_batch: MicroBatch, batch: Batch) -> None:
-        if batch.bad:
-            return  # of a stand-in, which caption is not known here
-        order = self._run.order
-        clips = [order.index[next(order.rows(draw))] for draw in draws_of(micro_batch, self._run.world.data_rank)]
-        for clip, frame in zip(clips, batch.tensors["first_frame"]):
-            self._frames.append(frame.permute(1, 2, 0).cpu().numpy())
+    def _collect(self, step: int, batch: Batch) -> None:
+        num = self._run.cfg.monitor.show_clips
+        clips = [self._run.data.index[row] for row in batch.rows]
+        for clip, frame in zip(clips[: num - len(self._frames)], batch.tensors["first_frame"]):
+            self._frames.append(_shrunk(frame))
             self._captions.append(f"{clip.shape}  {clip.caption}")
+        if self._frames and (len(self._frames) >= num or step + 1 == self._run.cfg.train.num_steps):
+            self._monitor.picture(step + 1, "data/first_frames", contact_sheet(self._frames, self._captions))
+            self._done()
+
+    def _done(self) -> None:
+        self._shown, self._frames, self._captions = True, [], []
 
     @torch.no_grad()
     def _decode(self, step: int, micro_batch: MicroBatch, batch: Batch) -> None:
@@ -125,7 +143,12 @@ class FirstBatches:
                     self._monitor.picture(step + 1, where, frames[0])
                 else:
                     self._monitor.animation(step + 1, where, frames, self._run.cfg.data.fps)
-        except RuntimeError as error:  # out of memory, most likely
-            self._warn(f"the batch of step {step + 1} could not be decoded ({str(error).splitlines()[0]})")
         finally:
             vae.use_tiling = was_tiled
+
+
+def _shrunk(frame: torch.Tensor) -> np.ndarray:
+    """A first frame uint8 [3, H, W] as pixels [h, w, 3] of a contact sheet's width: a copy of its own, since a view
+    would keep the whole batch, which is pinned memory."""
+    image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
+    return np.array(image.resize((CELL, max(1, round(CELL * image.height / image.width))), Image.Resampling.LANCZOS))

@@ -9,8 +9,7 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-import torch
-
+from cogds.aside import call_aside
 from cogds.runtime.world import World, any_rank
 
 
@@ -82,12 +81,8 @@ class Lockstep:
             raise RuntimeError("a rank that shares it has failed")
 
     def _forward(self, inputs: Mapping[str, Any]) -> Any:
-        engine, self.in_forward = self._engine, True
-        # What the engine's own forward does around its module.
-        with torch.autocast(
-            self._world.device.type, dtype=engine.torch_autocast_dtype(), enabled=engine.torch_autocast_enabled()
-        ):
-            output = engine.module(**inputs)
+        self.in_forward = True
+        output = call_aside(self._engine, self._world.device, inputs)
         self.in_forward = False
         self._made()
         return output

@@ -3,7 +3,8 @@
 Rank 0 finds what to make (`Scene`) and tells the others; the ranks make one video each at the same time, through the
 diffusers pipeline (`Lockstep`), and send the mp4 to rank 0, the only one that writes. Whatever goes wrong with a video
 is said and costs that video: training goes on. Two things cannot be caught: at stage 3, or where ranks share a video,
-a rank that runs out of memory inside the transformer, since the others wait in it; and a process that is killed.
+what goes wrong inside the transformer, such as memory that runs out, since the others wait in it; and a process that is
+killed.
 """
 
 import contextlib
@@ -17,10 +18,11 @@ from typing import Any
 import numpy as np
 import torch
 
+from cogds.aside import undisturbed
 from cogds.config import PromptConfig
 from cogds.core.conditioning import transformer_inputs
 from cogds.core.geometry import ClipShape, num_tokens, padded_latent_frames
-from cogds.data.cache import Cache, DamagedEntry
+from cogds.data.cache import Cache
 from cogds.data.dataset import read_encoded
 from cogds.data.index import ClipIndex
 from cogds.data.video import read_clip, write_video
@@ -28,13 +30,14 @@ from cogds.desk import EncodingNames
 from cogds.errors import UserError
 from cogds.files import whole_file, whole_folder
 from cogds.loop import Occasion
-from cogds.model.pipeline import decode_frames, pipeline_of, sample_latents, use_convention
+from cogds.model.pipeline import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
+from cogds.rehearsal import is_out_of_memory
 from cogds.run import Run
 from cogds.runtime.checkpoint import remove_folder, step_name
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.outlet import warn
-from cogds.runtime.world import broadcast, on_rank0
+from cogds.runtime.world import broadcast, lost_contact, on_rank0
 from cogds.step import StepBuilder
 from cogds.videos.lockstep import Lockstep, Stopped
 from cogds.videos.mosaic import evenly, grid, labelled, shrunk
@@ -87,6 +90,7 @@ class Previews:
         self._folder = Path(run.cfg.output_dir) / FOLDER
         self._base: dict[str, bytes] = {}  # on rank 0: the base model's videos, as mp4
         self._pipeline = pipeline_of(run.model, engine.module, builder.vae)
+        self._num_calls = num_calls(self._pipeline, run.cfg.sample.num_steps)  # of the transformer, for one video
         use_convention(self._pipeline, run.cfg.conditioning.image_latents)
 
     def introduce(self) -> None:
@@ -96,9 +100,11 @@ class Previews:
         shapes = ", ".join(dict.fromkeys(str(scene.shape) for scene in self._scenes.values()))
         print(
             f"videos every {sample.every} steps: {len(self._scenes)} of {shapes}, for which every rank calls the "
-            f"transformer {num_rounds * sample.num_steps} times; into {self._folder}",
+            f"transformer {num_rounds * self._num_calls} times; into {self._folder}",
             flush=True,
         )
+        for line in dict.fromkeys(filter(None, map(self._risk, self._scenes.values()))):
+            warn(line)
         self._monitor.text(FOLDER, "\n".join(f"{name}: {scene.prompt}" for name, scene in self._scenes.items()))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -111,6 +117,20 @@ class Previews:
         except OSError as error:
             warn(f"{self._folder} cannot be written ({_reason(error)}): mend that, or the run's videos are lost")
 
+    def _risk(self, scene: Scene) -> str:
+        """What is risked with a video of more tokens than any bucket that is trained, else ""."""
+        run = self._run
+        stage, sharing = zero_stage(run.ds_config), run.world.sequence
+        trained = [shape for shape, sizes in zip(run.buckets, run.data.index.sizes) if sum(sizes)]
+        own, *most = (num_tokens(shape, run.model.geometry) for shape in (scene.shape, *trained))
+        if (stage < 3 and sharing == 1) or own <= max(most):
+            return ""
+        return (
+            f"videos of {scene.shape} take {own:,} tokens, and no bucket that is trained more than {max(most):,}: if "
+            f"memory runs out in one, {'ZeRO stage 3' if stage == 3 else f'parallel.sequence={sharing}'} ends the job; "
+            "give sample.prompts a smaller size"
+        )
+
     def make(self, step: int) -> None:
         """The videos of the weights after `step` steps, and what is missing of the base model's. Collective."""
         start, world, scenes = time.perf_counter(), self._run.world, self._scenes
@@ -121,11 +141,13 @@ class Previews:
             return
         # What training begins with is the base model, unless it begins with a LoRA.
         untrained = step == 0 and not self._run.cfg.lora.init_from
+        base: dict[str, bytes] = {}
         made: dict[str, bytes] = {}
         try:
-            with _put_aside(self._engine.module, self._builder):
-                with _without_lora(self._engine.module):
-                    base = self._film({name: scenes[name] for name in missing}, "the base model's")
+            with _ready_to_sample(self._engine.module, self._builder):
+                if missing:
+                    with _without_lora(self._engine.module):
+                        base = self._film({name: scenes[name] for name in missing}, "the base model's")
                 if not untrained:
                     made = self._film(scenes, f"step {step}'s")
         except Stopped:
@@ -166,10 +188,10 @@ class Previews:
         prompt = scene.prompt if scene else "another rank"
 
         def begin_call(number: int) -> None:
-            self._watch(lambda: f"denoising step {number + 1} of {sample.num_steps} of {whose} video of '{prompt}'")
+            self._watch(lambda: f"denoising step {number + 1} of {self._num_calls} of {whose} video of '{prompt}'")
 
         idle = self._idle_inputs() if zero_stage(run.ds_config) == 3 else None
-        lockstep = Lockstep(self._engine, run.world, sample.num_steps, idle, begin_call, self._stopping)
+        lockstep = Lockstep(self._engine, run.world, self._num_calls, idle, begin_call, self._stopping)
         if scene is not None:
             self._pipeline.transformer = lockstep
             try:
@@ -180,9 +202,15 @@ class Previews:
             except Stopped:
                 raise
             except Exception as error:
+                if isinstance(error, RuntimeError) and lost_contact(error):
+                    raise  # nothing to mend: the same command goes on, as it is
                 if lockstep.in_forward and lockstep.needs_all:
-                    raise _uncatchable(scene, error) from error
+                    if is_out_of_memory(error):
+                        raise _uncatchable(scene, error) from error
+                    raise
                 failure = _reason(error)
+            finally:
+                self._pipeline.transformer = self._engine.module  # else what `lockstep` holds stays until the next one
             _free(run.world.device)
         lockstep.finish(bool(failure))
         if latents is None or run.world.sequence_rank:
@@ -210,6 +238,10 @@ class Previews:
         """Write the videos, complete or not at all."""
         folder = self._folder / step_name(step)
         try:
+            for left in (self._folder / BASE).glob("*.tmp.mp4"):  # of a process that was killed
+                left.unlink(missing_ok=True)
+            for left in self._folder.glob("step-*.tmp"):
+                shutil.rmtree(left, ignore_errors=True)
             for name, video in self._base.items():
                 file = self._folder / BASE / f"{name}.mp4"
                 if not file.is_file():  # the disk may have been full before
@@ -217,8 +249,6 @@ class Previews:
                         partial.write_bytes(video)
             if not made:
                 return
-            for left in self._folder.glob("step-*.tmp"):  # of a process that was killed
-                shutil.rmtree(left, ignore_errors=True)
             if folder.exists():
                 remove_folder(folder)
             with whole_folder(folder) as partial:
@@ -271,8 +301,8 @@ def _find_scenes(run: Run) -> dict[str, Scene]:
                     key = names.caption(one.prompt).hex()
                     states = cache.read("captions", key, places.place(key) or "")["text_states"]
                     scenes.append(_from_prompt(run, one, states))
-                except (UserError, DamagedEntry, OSError) as error:
-                    warn(f"sample.prompts[{number}], '{one.prompt}', is left out: {error}")
+                except Exception as error:
+                    warn(f"sample.prompts[{number}], '{one.prompt}', is left out: {_reason(error)}")
         else:
             scenes = _from_clips(run, cache)
     except Exception as error:
@@ -295,19 +325,18 @@ def _from_clips(run: Run, cache: Cache) -> list[Scene]:
     index = data.held_out if data.held_out is not None else data.index if cached else data.trained
     if index is None:
         raise UserError("data.encode=on_the_fly keeps no clips to make videos of: give sample.prompts, or eval.every")
-    for number in spread(index, sample.num_clips):
+    for number in evenly_spaced_rows(index, sample.num_clips):
         clip = index[number]
         try:
             encoded = read_encoded(cache, clip)
-        except DamagedEntry as error:
-            warn(f"the video of {clip.path} is left out: {error}")
-            continue
-        pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
-        scenes.append(Scene(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
+            pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
+            scenes.append(Scene(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
+        except Exception as error:
+            warn(f"the video of {clip.path} is left out: {_reason(error)}")
     return scenes
 
 
-def spread(index: ClipIndex, num: int) -> list[int]:
+def evenly_spaced_rows(index: ClipIndex, num: int) -> list[int]:
     """Rows of so many clips, evenly spaced over the buckets of videos; over pictures where there is nothing else."""
     sizes = [sum(sets) for sets in index.sizes]
     moving = [bucket for bucket, size in enumerate(sizes) if size and index.buckets[bucket].frames > 1]
@@ -325,27 +354,17 @@ def spread(index: ClipIndex, num: int) -> list[int]:
 
 
 @contextlib.contextmanager
-def _put_aside(transformer: Any, builder: StepBuilder) -> Iterator[None]:
+def _ready_to_sample(transformer: Any, builder: StepBuilder) -> Iterator[None]:
     """Inside, the transformer and the VAE are as sampling wants them; after it, all is as it was."""
     vae, device = builder.vae, builder.device
-    training, tiling = transformer.training, vae.use_tiling
-    levels = [block.level for block in transformer.transformer_blocks]
+    tiling = vae.use_tiling
     _free(device)
     # The batch of two that guidance makes, and other lengths: nothing is compiled for them.
-    with (
-        torch.random.fork_rng([device] if device.type == "cuda" else []),
-        torch.no_grad(),
-        torch.compiler.set_stance("force_eager"),
-    ):
-        transformer.eval()
-        transformer.set_level("none")
+    with undisturbed(transformer, device), torch.compiler.set_stance("force_eager"):
         vae.disable_tiling()  # the image is encoded whole, as in training
         try:
             yield
         finally:
-            transformer.train(training)
-            for block, level in zip(transformer.transformer_blocks, levels):
-                block.level = level
             vae.use_tiling = tiling
             _free(device)
 

@@ -25,7 +25,11 @@ class Scene:
     states: torch.Tensor
 
     def name(self, num_steps: int, guidance: float) -> str:
-        """For files: the prompt's first words, and a digest of all that makes the video but the weights."""
+        """For files: the prompt's first words, and a digest of what makes the frames but the model.
+
+        Not of the frame rate and the convention of the image latents (`conditioning.image_latents`), of which a run has
+        one each.
+        """
         made_by = repr((self.prompt, str(self.shape), self.seed, num_steps, guidance)).encode() + self.pixels.tobytes()
         return f"{slug(self.prompt)}-{hashlib.blake2b(made_by, digest_size=4).hexdigest()}"
 

@@ -12,6 +12,7 @@ from cogds.core.conditioning import (
     sample_moments,
     to_range,
 )
+from cogds.errors import UserError
 
 
 def test_posterior_sample_equals_diffusers():
@@ -42,6 +43,11 @@ def test_padding_copies_the_first_frame_to_the_front(frames, patch, padded):
 )
 def test_image_latent_scale(convention, invert, scale):
     assert image_latent_scale(0.7, invert, convention) == scale
+
+
+def test_a_convention_that_is_not_known_is_refused():
+    with pytest.raises(UserError, match="image latents 'newer' are none of pipeline, scaled, unscaled"):
+        image_latent_scale(0.7, True, "newer")
 
 
 def test_image_condition_stands_at_frame_0_alone():

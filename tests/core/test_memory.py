@@ -80,8 +80,8 @@ class Parked(recompute._Parked):
 
     live: LiveBytes
 
-    def __init__(self, tensor, stream):
-        super().__init__(tensor, stream)
+    def __init__(self, tensor, stream, memory):
+        super().__init__(tensor, stream, memory)
         self.live.discount(self.host)
 
     def start(self, stream):  # noqa: ARG002

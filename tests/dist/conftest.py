@@ -32,7 +32,8 @@ def train_once(workshop, tiny_model, run_train):
                 "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]", f"output_dir={workshop / name}",
                 "train.num_steps=6", "train.gradient_accumulation_steps=2", "train.precision=fp32", "data.num_workers=1",
                 "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", "checkpoint.every=3",
-                "optimizer.schedule=cosine", "eval.every=null", *overrides, **{"launcher": "warm"} | options,
+                "optimizer.schedule=cosine", "eval.every=null", "eval.held_out=0", *overrides,
+                **{"launcher": "warm"} | options,
             )  # fmt: skip
             done[name] = workshop / name
         return done[name]

@@ -5,11 +5,10 @@ import pytest
 from tests.conftest import ROOT
 from tests.dist.conftest import losses
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]  # minutes
 
 
-@pytest.mark.parametrize("level", ["none", "attention_kept"])
-@pytest.mark.parametrize("ds", ["zero2", "zero3"])
+@pytest.mark.parametrize("ds, level", [("zero2", "attention_kept"), ("zero3", "none")])
 def test_losses_are_those_of_the_plain_block(train_once, workshop, warm, tmp_path, ds, level):
     whole = train_once(ds, ds)
     done = warm(

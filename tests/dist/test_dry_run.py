@@ -2,6 +2,8 @@
 
 import pytest
 
+from cogds.data.upkeep import stats
+
 pytestmark = pytest.mark.dist
 
 
@@ -10,14 +12,15 @@ def words(workshop, tiny_model):
     return [
         "--deepspeed", "ds_configs/zero2.json", f"model.path={tiny_model}", f"data.path={workshop / 'clips'}",
         "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]", "train.num_steps=2", "train.precision=fp32",
-        "data.num_workers=0", "lora.rank=4", "eval.every=null",
+        "data.num_workers=0", "lora.rank=4",
     ]  # fmt: skip
 
 
 def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(run_train, words, tmp_path):
     done = run_train(
-        *words, "--dry-run", f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", launcher="warm"
-    )
+        *words, "--dry-run", f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.every=1",
+        "eval.held_out=0.3", "sample.every=1", "sample.prompts=[{prompt: a cat, image: cat.png}]", launcher="warm",
+    )  # fmt: skip
     said = done.stdout.splitlines()
     assert any(
         line.startswith("LoRA rank 4, alpha 16 on to_q, to_k, to_v, to_out.0: 2.0 k parameters") for line in said
@@ -26,13 +29,14 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(run_train, word
     assert said[-1] == "dry run: ready to train, nothing was trained and nothing saved"
     assert sum("dry run" in line for line in said) == 1
     assert not list((tmp_path / "run").iterdir())
-    assert not list((tmp_path / "cache/clips").glob("*.safetensors"))
+    cache = stats(tmp_path / "cache")  # of captions the empty one, which every step needs
+    assert {kind: found["entries"] for kind, found in cache.items() if found["entries"]} == {"captions": 1}
 
 
 def test_quiet_is_the_final_line(run_train, workshop, words, tmp_path):
     done = run_train(
-        *words, "--quiet", f"output_dir={tmp_path / 'run'}", f"data.cache_dir={workshop / 'cache'}", launcher="warm",
-        ranks=1,
+        *words, "eval.every=null", "--quiet", f"output_dir={tmp_path / 'run'}",
+        f"data.cache_dir={workshop / 'cache'}", launcher="warm", ranks=1,
     )  # fmt: skip
     lora = tmp_path / "run/lora/step-000002"
     assert done.stdout.splitlines() == [f"LoRA: {lora}", f"watch: tensorboard --logdir {tmp_path / 'run/tensorboard'}"]

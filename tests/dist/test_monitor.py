@@ -5,10 +5,11 @@ import json
 import math
 
 import pytest
+from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 from tests.conftest import ROOT
-from tests.dist.conftest import adapter, metrics, notes
+from tests.dist.conftest import metrics, notes
 
 pytestmark = pytest.mark.dist
 MAX_GRAD_NORM = 1e-4
@@ -26,7 +27,7 @@ def run(request, train_once, workshop):
     return train_once(
         f"monitored-{request.param}", request.param, "--deepspeed", file, "train.gradient_accumulation_steps=1",
         "checkpoint.every=5", "monitor.every=2", "monitor.norms_every=2", "monitor.show_batches=1",
-        f"optimizer.max_grad_norm={MAX_GRAD_NORM}",
+        f"optimizer.max_grad_norm={MAX_GRAD_NORM}", "train.precision=bf16", "optimizer.lr=1e-5",
     ), folder  # fmt: skip
 
 
@@ -44,7 +45,10 @@ def test_speed_is_counted_from_the_work_of_all_ranks(run):
         assert all(seconds > 0 for seconds in phases)
         assert sum(phases) <= step_s
         assert line["perf/data_wait_s"] == pytest.approx(line["perf/data_wait"] * step_s)
-        assert line["perf/rank_skew"] >= 1
+        if "zero2" in run[0].name:
+            assert line["perf/rank_skew"] >= 1
+        else:  # they gather weights within the forward pass, and all end with the slowest
+            assert "perf/rank_skew" not in line
         assert line["perf/peak_memory_gb"] == line["perf/peak_host_memory_gb"] > 0
         assert "perf/mfu" not in line  # no CPU's peak is known
 
@@ -64,8 +68,14 @@ def norm(tensors):
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
-def test_norms_by_depth_are_those_of_the_exported_weights(run):
-    lines, before, after = metrics(run[0]), adapter(run[0], 5), adapter(run[0], 6)
+def masters(run, step):
+    """The float32 weights by name. In bf16 the exported ones are rounded: a step here moves few of them, by far."""
+    tensors = load_file(run / f"checkpoints/step-{step:06d}/trainable.safetensors")
+    return {name: tensor for name, tensor in tensors.items() if name.startswith("weight/")}
+
+
+def test_norms_by_depth_are_those_of_the_weights_that_are_trained(run):
+    lines, before, after = metrics(run[0]), masters(run[0], 5), masters(run[0], 6)
     due = [line["step"] for line in lines if any(name.startswith("lora/") for name in line)]
     assert due == [2, 4, 6]
     for block in range(2):

@@ -230,6 +230,7 @@ def test_one_compilation_serves_all_buckets(level):
         assert worst(one[1], expected[1]) < 5e-6
 
 
+@pytest.mark.slow
 def test_every_way_of_running_is_compiled_however_many_there_are():
     """Dynamo's own limit is 8 graphs; past it a block would run as it is. 4 levels, 1 or 2 clips, gradients or none."""
     _, ours = pair(V15, ATTENTION)

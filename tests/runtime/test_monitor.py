@@ -161,6 +161,27 @@ def test_a_resumed_run_keeps_the_notes_up_to_its_step(tmp_path):
     assert board_of(tmp_path, "eval/loss") == noted
 
 
+def test_a_note_that_is_made_again_stands_once(tmp_path):
+    """An evaluation that is due where the run goes on: step 2 is evaluated before it was saved, and after that."""
+    monitor = make(tmp_path)
+    for step in (1, 2, 3):
+        monitor.record(step, {"train/lr": step / 8}, losses(1.0))
+        monitor.note(step, {"eval/loss": 1.0 / step})
+        monitor.note(step, {"checkpoint/pause_s": 1.0})
+    monitor.close()
+    rewind_metrics(tmp_path / "metrics.jsonl", 2, ("eval/",))
+    monitor = make(tmp_path, first_step=2)
+    monitor.note(2, {"eval/loss": 0.5})
+    monitor.close()
+    noted = [(line["step"], line["eval/loss"]) for line in lines(tmp_path) if "eval/loss" in line]
+    assert noted == [(1, 1.0), (2, 0.5)]
+    assert [line["step"] for line in lines(tmp_path) if "train/loss" in line] == [1, 2]
+    assert [line["step"] for line in lines(tmp_path) if "checkpoint/pause_s" in line] == [1, 2]
+    # TensorBoard hides what came after step 2, and has that step's twice in one place: its own step stays.
+    assert board_of(tmp_path, "eval/loss") == [(1, 1.0), (2, 0.5), (2, 0.5)]
+    assert board_of(tmp_path, "train/lr") == [(1, 0.125), (2, 0.25)]
+
+
 def test_what_is_not_finite_is_null_in_json_and_itself_in_tensorboard(tmp_path):
     monitor = make(tmp_path)
     monitor.record(1, {"train/lr": 0.1, "train/grad_norm": math.inf}, losses(math.nan))

@@ -11,6 +11,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+import torch.distributed as dist
 from PIL import Image
 
 import cogds.videos.preview
@@ -19,11 +20,12 @@ from cogds.core.geometry import ClipShape
 from cogds.data.cache import Cache
 from cogds.data.video import probe_video
 from cogds.desk import EncodingNames
+from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer
 from cogds.model.lora import inject
 from cogds.runtime.world import World
 from cogds.step import load_step_builder
-from cogds.videos.preview import beside, make_previews, spread
+from cogds.videos.preview import beside, evenly_spaced_rows, make_previews
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(9, 64, 64), ClipShape(1, 64, 64))
 
@@ -82,12 +84,13 @@ def parts(tiny_model, tmp_path_factory):
 def previews(parts, tmp_path):
     """`previews(**changes)`: the occasion of a run, its board and its folder."""
 
-    def make(first_step=0, stopping=lambda: False, output=None, **changes):
+    def make(first_step=0, stopping=lambda: False, output=None, stage=2, buckets=BUCKETS, **changes):
         cfg = replace(parts.cfg, {"output_dir": str(output or tmp_path / "run"), **changes})
-        data = SimpleNamespace(no_caption_states=parts.empty, index=None)
+        index = SimpleNamespace(sizes=((0, 0), (1, 0), (0, 2)))
+        data = SimpleNamespace(no_caption_states=parts.empty, index=index)
         run = SimpleNamespace(
-            cfg=cfg, model=parts.model, buckets=BUCKETS, world=World(0, 1, 0, 1), data=data, first_step=first_step,
-            ds_config={"zero_optimization": {"stage": 2}},
+            cfg=cfg, model=parts.model, buckets=buckets, world=World(0, 1, 0, 1), data=data, first_step=first_step,
+            ds_config={"zero_optimization": {"stage": stage}},
         )  # fmt: skip
         board = Board()
         occasion = make_previews(run, parts.engine, parts.builder, board, stopping=stopping)
@@ -139,12 +142,21 @@ def test_nothing_else_is_changed(previews, parts):
     assert {block.level for block in transformer.transformer_blocks} == {"block"}
     assert vae.use_tiling
     vae.disable_tiling()
+    assert occasion.act.__self__._pipeline.transformer is transformer  # and nothing of the last video
     for name, one in transformer.named_parameters():
         before, wanted = parameters[name]
         assert torch.equal(one, before)
         assert one.requires_grad == wanted
         assert one.grad is None
     assert not any(getattr(module, "disable_adapters", False) is True for module in transformer.modules())
+
+
+def test_the_lora_is_switched_off_only_for_what_is_missing(previews, parts, monkeypatch):
+    """Beside it the last checkpoint may still be written."""
+    occasion, *_ = previews()
+    occasion.act(0)
+    monkeypatch.setattr(parts.engine.module, "disable_adapters", fail(AssertionError("nothing is missing")))
+    occasion.act(2)
 
 
 def test_a_run_that_goes_on_makes_nothing_twice(previews, monkeypatch):
@@ -183,6 +195,41 @@ def test_a_broken_prompt_is_named_and_left_out(previews, parts, capsys):
     assert len(files(folder / "step-000002")) == 1
 
 
+def test_what_is_broken_in_a_way_of_its_own_costs_its_prompt_alone(previews, monkeypatch, capsys):
+    right, left = cogds.videos.preview.first_frame, [ValueError("what nobody thought of")]
+    monkeypatch.setattr(cogds.videos.preview, "first_frame", lambda *args: fail(left.pop())() if left else right(*args))
+    occasion, _, folder = previews()
+    assert "sample.prompts[0], 'a red circle', is left out: what nobody thought of" in capsys.readouterr().err
+    occasion.act(2)
+    assert [name[:11] for name in files(folder / "step-000002")] == ["a-blue-star"]
+
+
+def test_so_does_a_clip(parts, monkeypatch, capsys):
+    class Index(list):
+        buckets, sizes = BUCKETS[1:2], ((2,),)
+
+        def row(self, _bucket, clip):
+            return clip
+
+    index = Index(SimpleNamespace(path=f"{name}.mp4", caption=name, shape=BUCKETS[1]) for name in ("broken", "sound"))
+    encoded = {"first_frame": torch.zeros(3, 64, 64, dtype=torch.uint8), "text_states": parts.empty}
+    monkeypatch.setattr(
+        cogds.videos.preview, "read_encoded", lambda _, clip: {} if clip.path == "broken.mp4" else encoded
+    )
+    cfg = replace(parts.cfg, {"sample.prompts": []})
+    run = SimpleNamespace(cfg=cfg, model=parts.model, data=SimpleNamespace(held_out=index))
+    assert [scene.prompt for scene in cogds.videos.preview._find_scenes(run).values()] == ["sound"]
+    assert "the video of broken.mp4 is left out: 'first_frame'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage, told", [(2, False), (3, True)])
+def test_a_video_larger_than_what_is_trained_is_warned_of_where_it_could_end_the_run(previews, capsys, stage, told):
+    previews(stage=stage)  # 9x64x96 and 9x64x64, of which only the latter has clips
+    said = capsys.readouterr().err
+    assert ("videos of 9x64x96 take 80 tokens, and no bucket that is trained more than 64: if" in said) == told
+    assert "9x64x64 take" not in said
+
+
 def test_without_a_key_nothing_is_made(previews):
     assert previews(**{"sample.every": None})[0] is None
 
@@ -214,6 +261,63 @@ def test_what_fails_costs_its_video_alone(previews, monkeypatch, capsys, what, e
     assert [name[:11] for name in files(folder / "step-000000")] == ["a-blue-star"]
     occasion.act(2)  # and the base model's, of which one is missing
     assert len(files(folder / "step-000002")) == len(files(folder / "base")) == 2
+
+
+@pytest.mark.parametrize(
+    "error, raised, said",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), UserError, "give sample.prompts a smaller size"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer"), RuntimeError, "closed by peer"),
+        (dist.DistBackendError("NCCL error: remote process exited"), dist.DistBackendError, "remote process"),
+        (ZeroDivisionError("a bug"), ZeroDivisionError, "a bug"),
+    ],
+)
+def test_inside_the_transformer_only_memory_is_the_users_to_mend(previews, parts, monkeypatch, error, raised, said):
+    """A peer that dies there is none of it: then the same command goes on, by itself where a scheduler starts it."""
+    occasion, *_ = previews(stage=3)
+    monkeypatch.setattr(parts.engine.module, "forward", fail(error))
+    with pytest.raises(raised, match=said):
+        occasion.act(2)
+
+
+def test_lost_contact_between_the_calls_is_no_reason_to_go_on(previews, monkeypatch):
+    occasion, *_ = previews()
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
+    monkeypatch.setattr(cogds.videos.preview, "sample_latents", fail(lost))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        occasion.act(2)
+
+
+def test_numbers_of_steps_that_diffusers_rounds_to_one_more(previews, parts, capsys, monkeypatch):
+    """61 is one: its last timestep would be -1."""
+    timesteps, module = [], parts.engine.module
+    right = module.forward
+    monkeypatch.setattr(
+        module, "forward", lambda **inputs: timesteps.append(int(inputs["timestep"][0])) or right(**inputs)
+    )
+    prompt = {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "1x16x16"}
+    occasion, _, folder = previews(**{"sample.num_steps": 61, "sample.prompts": [prompt]})
+    assert "calls the transformer 61 times" in capsys.readouterr().out
+    occasion.act(0)
+    assert len(timesteps) == 61
+    assert timesteps == sorted(timesteps, reverse=True)
+    assert timesteps[0] == 999
+    assert timesteps[-1] >= 0
+    assert len(files(folder / "step-000000")) == 1
+
+
+def test_more_steps_than_timesteps_are_refused_at_the_start(previews):
+    with pytest.raises(UserError, match=r"1001 denoising steps .* 1000 timesteps"):
+        previews(**{"sample.num_steps": 1001})
+
+
+def test_what_a_killed_process_left_is_removed(previews):
+    occasion, _, folder = previews()
+    (folder / "base").mkdir()
+    (folder / "base/a-red-circle.1a2b3c4d.tmp.mp4").write_bytes(b"half a vid")
+    (folder / "step-000002.1a2b3c4d.tmp").mkdir()
+    occasion.act(2)
+    assert not list(folder.glob("**/*.tmp*"))
 
 
 def test_a_full_disk_costs_the_files_alone(previews, monkeypatch, capsys):
@@ -260,11 +364,11 @@ def test_clips_are_spread_over_the_buckets_that_move():
     index = SimpleNamespace(
         buckets=BUCKETS, sizes=((3, 1), (6,), (50,)), row=lambda bucket, clip: (0, 4, 10)[bucket] + clip
     )
-    assert spread(index, 1) == [5]
-    assert spread(index, 5) == [1, 3, 5, 7, 9]
-    assert spread(index, 99) == list(range(10))
+    assert evenly_spaced_rows(index, 1) == [5]
+    assert evenly_spaced_rows(index, 5) == [1, 3, 5, 7, 9]
+    assert evenly_spaced_rows(index, 99) == list(range(10))
     still = SimpleNamespace(buckets=BUCKETS[2:], sizes=((4,),), row=lambda _bucket, clip: clip)
-    assert spread(still, 2) == [1, 3]
+    assert evenly_spaced_rows(still, 2) == [1, 3]
 
 
 def test_before_and_after_stand_beside_the_first_frame():

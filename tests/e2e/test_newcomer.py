@@ -84,11 +84,11 @@ def own(clone, demo):  # noqa: ARG001 (the tiny model is the demo's)
 
 
 def test_the_demo_ends_with_what_to_do_next(clone, demo):
-    (watch,) = re.findall(r"watch: (tensorboard --logdir (\S+))", demo)
+    watch = re.findall(r"^watch: (tensorboard --logdir \S+)", demo, flags=re.M)[-1]
     (lora,) = re.findall(r"LoRA: (\S+)", demo)
     assert (clone / lora / "pytorch_lora_weights.safetensors").exists()
     port = free_port()
-    program, *rest = watch[0].split()
+    program, *rest = watch.split()
     server = subprocess.Popen([VENV / "bin" / program, *rest, "--port", str(port)], cwd=clone,
                               stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
     try:

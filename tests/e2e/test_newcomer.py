@@ -3,19 +3,17 @@
 Every command is the README's, run in a fresh clone; only the model (a tiny one), the clips and the length are given.
 """
 
-import json
 import os
 import re
 import shutil
 import subprocess
 import sys
-import time
-import urllib.request
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from tests.board import tensorboard
 from tests.conftest import ROOT, free_port, remove_shared_buffers, run_command
 from tests.readme import command
 
@@ -87,23 +85,9 @@ def test_the_demo_ends_with_what_to_do_next(clone, demo):
     watch = re.findall(r"^watch: (tensorboard --logdir \S+)", demo, flags=re.M)[-1]
     (lora,) = re.findall(r"LoRA: (\S+)", demo)
     assert (clone / lora / "pytorch_lora_weights.safetensors").exists()
-    port = free_port()
     program, *rest = watch.split()
-    server = subprocess.Popen([VENV / "bin" / program, *rest, "--port", str(port)], cwd=clone,
-                              stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)  # fmt: skip
-    try:
-        tags, deadline = {}, time.monotonic() + 60
-        while not tags and time.monotonic() < deadline:
-            time.sleep(1)
-            try:
-                url = f"http://127.0.0.1:{port}/data/plugin/scalars/tags"
-                tags = json.load(urllib.request.urlopen(url, timeout=5))
-            except OSError:
-                continue
-        assert "train/loss" in next(iter(tags.values()))
-    finally:
-        server.terminate()
-        server.wait(30)
+    with tensorboard(VENV / "bin" / program, *rest, cwd=clone):
+        pass
 
 
 def test_ten_clips_of_ones_own_become_a_lora(own):

@@ -1,6 +1,5 @@
 """A run as its user sees it: TensorBoard's own server, in a real browser. The screenshots are kept to be looked at."""
 
-import subprocess
 import sys
 import time
 import urllib.request
@@ -10,8 +9,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from tests.board import tensorboard
 from tests.browser.chromium import Chromium
-from tests.conftest import ROOT, free_port
+from tests.conftest import ROOT
 
 pytestmark = pytest.mark.browser
 SCREENSHOTS = ROOT / ".testdata/screenshots"
@@ -36,30 +36,11 @@ def run_folder(tmp_path_factory, tiny_model, run_train):
 
 
 @pytest.fixture(scope="module")
-def address(run_folder, tmp_path_factory):
+def address(run_folder):
     """Of a TensorBoard server that has read the run."""
-    port = free_port()
-    address = f"http://127.0.0.1:{port}/"
-    command = [
-        sys.executable, "-m", "tensorboard.main", "--logdir", run_folder / "tensorboard", "--port", port,
-        "--host", "127.0.0.1", "--load_fast=false",
-    ]  # fmt: skip
-    log = (tmp_path_factory.mktemp("server") / "log").open("wb")
-    server = subprocess.Popen([str(part) for part in command], stdout=log, stderr=log)
-    try:
-        end = time.monotonic() + 60
-        while True:
-            try:
-                if b"train/loss" in urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=5).read():
-                    break
-            except OSError:
-                pass
-            assert time.monotonic() < end, "TensorBoard has not read the run"
-            time.sleep(0.3)
+    words = ["--logdir", run_folder / "tensorboard", "--host", "127.0.0.1", "--load_fast=false"]
+    with tensorboard(sys.executable, "-m", "tensorboard.main", *words) as address:
         yield address
-    finally:
-        server.terminate()
-        server.wait(20)
 
 
 @pytest.fixture(scope="module")

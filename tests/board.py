@@ -1,0 +1,30 @@
+"""A real TensorBoard server on a run's folder, for as long as a test looks at it."""
+
+import contextlib
+import subprocess
+import time
+import urllib.request
+
+from tests.conftest import free_port
+
+
+@contextlib.contextmanager
+def tensorboard(*command, cwd=None):
+    """The address of the server that this command starts, once it has read the losses."""
+    port = free_port()
+    address = f"http://127.0.0.1:{port}/"
+    server = subprocess.Popen(
+        [*map(str, command), "--port", str(port)], cwd=cwd, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL
+    )
+    try:
+        end = time.monotonic() + 60
+        while True:
+            with contextlib.suppress(OSError):
+                if b"train/loss" in urllib.request.urlopen(f"{address}data/plugin/scalars/tags", timeout=5).read():
+                    break
+            assert time.monotonic() < end, "TensorBoard has not read the run"
+            time.sleep(0.3)
+        yield address
+    finally:
+        server.terminate()
+        server.wait(30)

@@ -54,7 +54,7 @@ def test_a_run_is_the_same_shared_or_not_and_across_resumes(tiny_model, workshop
 
     train("alone", 1, 1, 6)
     said = train("shared", 2, 2, 2).stdout
-    assert "2 ranks, 2 to a clip" in said
+    assert "2 ranks on CPUs, 2 to a clip" in said
     train("shared", 1, 1, 4)
     said = train("shared", 2, 2, 6).stdout
     assert "the layout is new" not in said  # the plan knows data-parallel ranks only

@@ -8,7 +8,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
 
 if __name__ == "__main__":
-    from cogds.cli import run
-    from cogds.encode import main
+    from cogds.start import start
 
-    sys.exit(run(lambda: main(ROOT / "launch/configs/demo.yaml")))
+    sys.exit(start("cogds.encode", ROOT / "launch/configs/demo.yaml"))

@@ -7,7 +7,6 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
 
 if __name__ == "__main__":
-    from cogds.cli import run
-    from cogds.sample import main
+    from cogds.start import start
 
-    sys.exit(run(main))
+    sys.exit(start("cogds.sample"))

@@ -8,7 +8,6 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
 
 if __name__ == "__main__":
-    from cogds.cli import run
-    from cogds.train import main
+    from cogds.start import start
 
-    sys.exit(run(lambda: main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")))
+    sys.exit(start("cogds.train", ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml"))

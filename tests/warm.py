@@ -7,6 +7,7 @@ process groups and ZeRO, without a launcher. Tests of launchers, signals and fir
 """
 
 import contextlib
+import gc
 import json
 import os
 import runpy
@@ -122,10 +123,14 @@ def serve():
 if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print while they are imported is no answer
     sys.path[0] = str(ROOT)
+    gc.disable()  # as in cogds.start
     import deepspeed  # noqa: F401
 
     import cogds.encode
     import cogds.train  # noqa: F401
+
+    gc.enable()
+    gc.freeze()
 
     sys.stdout = answers
     if script := serve():

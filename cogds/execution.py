@@ -36,6 +36,7 @@ from cogds.model.load import ModelFolder, empty_transformer
 from cogds.model.lora import resolve_targets
 from cogds.model.quantize import check_base
 from cogds.runtime.ds_config import zero_stage
+from cogds.runtime.relay import check_monitors
 from cogds.runtime.world import World, all_gather, on_all_ranks, on_rank0, settings
 from cogds.step import DTYPES
 
@@ -145,21 +146,6 @@ def fits(estimate: MemoryEstimate, device_bytes: float) -> bool:
     return estimate.total_bytes <= USABLE_SHARE * device_bytes
 
 
-def estimates(
-    cfg: RunConfig,
-    ds_config: dict[str, Any],
-    model: ModelFolder,
-    sizes: Sizes,
-    buckets: Sequence[ClipShape],
-    batch_sizes: Sequence[int],
-    num_ranks: int,
-    levels: Sequence[str],
-) -> tuple[MemoryEstimate, ...]:
-    """GPU memory of every bucket, each at its level."""
-    setting = Setting.of(cfg, ds_config, model, sizes, buckets, num_ranks)
-    return tuple(map(setting.estimate, buckets, batch_sizes, levels))
-
-
 def memory_of(device: torch.device) -> float | None:
     """Bytes of a GPU; None for a CPU, whose memory nothing here counts on."""
     return float(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
@@ -267,6 +253,7 @@ def _changes(setting: Setting, batch_size: int) -> list[tuple[str, dict[str, Any
 def check_execution(cfg: RunConfig, ds_config: dict[str, Any], world: World) -> None:
     """Raise UserError for what this GPU or what is installed cannot do. Before any weight is loaded."""
     check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, zero_stage(ds_config), world.device)
+    check_monitors(ds_config)
     if cfg.model.compile == "on" and (missing := missing_to_compile(world.device)):
         raise UserError(
             f"model.compile=on needs {missing}, on rank {world.rank}'s machine: install it, or set model.compile=off"

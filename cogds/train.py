@@ -41,6 +41,7 @@ from cogds.runtime.lock import only_run
 from cogds.runtime.metrics import rewind_metrics
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.outlet import warn
+from cogds.runtime.relay import relay_of
 from cogds.runtime.sequence import share_clips
 from cogds.runtime.state import TrainState, gather_state, restore_state, state_bytes, trainable
 from cogds.runtime.ticker import BAR, LINES, QUIET
@@ -192,7 +193,9 @@ def train(
             last_words(f"{tried}\ndry run: ready to train, nothing was trained and nothing saved")
         return
     style = QUIET if quiet else BAR if cfg.monitor.progress_bar and is_terminal(sys.stderr) else LINES
-    monitor = Monitor(world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.monitor.every, style)
+    monitor = Monitor(
+        world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.monitor.every, style, relay_of(engine)
+    )
     show_settings(run, monitor)
     saver, watchdog = checkpoints.Saver(), Watchdog(world.rank, cfg.train.step_timeout_s, output_dir)
     start_point = checkpoints.start_point(cfg.checkpoint.resume, facts)

@@ -10,7 +10,7 @@ from cogds.config import RunConfig, load_config, to_dict
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate, cached_caption_bytes, cached_clip_bytes
 from cogds.demo import make_demo, only_own_demo
-from cogds.execution import Sizes, check_execution, choose_levels, estimates, memory_of
+from cogds.execution import Setting, Sizes, check_execution, choose_levels, memory_of
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import resolve_targets
 from cogds.model.sequence import check_sequence
@@ -57,12 +57,18 @@ class Job:
         )  # fmt: skip
 
     @cached_property
+    def setting(self) -> Setting:
+        return Setting.of(self.cfg, self.ds_config, self.model, self.sizes, self.buckets, self.world.size)
+
+    @cached_property
     def estimates(self) -> tuple[MemoryEstimate, ...]:
         """GPU memory of every bucket."""
-        return estimates(
-            self.cfg, self.ds_config, self.model, self.sizes, self.buckets, self.batch_sizes, self.world.size,
-            self.levels,
-        )  # fmt: skip
+        return tuple(map(self.setting.estimate, self.buckets, self.batch_sizes, self.levels))
+
+    @property
+    def pinned_bytes(self) -> int:
+        """Host memory that a rank pins for activations, in the bucket that takes most."""
+        return max(map(self.setting.pinned_bytes, self.buckets, self.batch_sizes, self.levels))
 
     @property
     def largest(self) -> int:

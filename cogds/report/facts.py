@@ -136,7 +136,7 @@ class BucketReport:
 
     micro_steps and steps: of one epoch. crop_share: mean share of the picture cut away; upscaled_share: of clips
     that are enlarged; unused_share: mean share of a clip's frames that no sample takes. level: what is recomputed;
-    shortfall: a sentence where memory is not enough for it, else "".
+    shortfall: a sentence where memory is not enough for it, else "". pinned_bytes: host memory of one GPU's process.
     """
 
     shape: ClipShape
@@ -152,6 +152,7 @@ class BucketReport:
     cache_bytes: int
     level: str
     memory: MemoryEstimate
+    pinned_bytes: int
     shortfall: str
     step_s: float | None
     step_is_measured: bool
@@ -251,6 +252,7 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
                 ),
                 level=setup.levels[index],
                 memory=setting.estimate(shape, batch_size, setup.levels[index]),
+                pinned_bytes=setting.pinned_bytes(shape, batch_size, setup.levels[index]),
                 shortfall=shortfall(setting, shape, batch_size, setup.levels[index], setup.gpu_bytes),
                 step_s=step_s,
                 step_is_measured=measured,

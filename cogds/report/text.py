@@ -152,6 +152,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
         terms.add_row("at the worst moment", gigabytes(largest.memory.total_bytes), style="bold")
         if report.gpu_bytes is not None:
             terms.add_row("a GPU has", gigabytes(report.gpu_bytes))
+        if largest.pinned_bytes:
+            terms.add_row("pinned host memory for it", gigabytes(largest.pinned_bytes))
         console.print(terms)
     if report.num_unusable:
         console.print(Text("\nWhat will not be trained", style="bold"))

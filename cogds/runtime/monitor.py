@@ -24,7 +24,7 @@ from cogds.runtime.board import (
     text_record,
 )
 from cogds.runtime.metrics import metrics_line
-from cogds.runtime.outlet import Courier, Outlet, warn
+from cogds.runtime.outlet import Courier, Outlet, Sink, warn
 from cogds.runtime.tally import Norms, OwnValues, StepLosses, Tally
 from cogds.runtime.ticker import LINES, Ticker
 from cogds.runtime.world import World, all_reduce_sum
@@ -48,10 +48,11 @@ class Monitor:
         num_steps: int,
         every: int,
         style: str = LINES,
+        also: Sink | None = None,
     ):
         """first_step: steps already trained, to which `rewind_metrics` has been. every: steps between two flushes.
 
-        style: of the Ticker.
+        style: of the Ticker. also: takes the lines of `metrics.jsonl` too.
         """
         self.world, self.buckets, self.every = world, buckets, every
         self.pending: list[Tally] = []
@@ -66,6 +67,8 @@ class Monitor:
             self.courier.hand(self.board, [layout_record(LAYOUT)])
             self.courier.settle(1.0)  # what is wrong with the folder is said before the run, where that is quick
             self.ticker = Ticker(first_step, num_steps, style)
+            self.also = also
+            self.errands = Courier() if also else None  # its own: a service that does not answer holds up no file
 
     def record(
         self,
@@ -103,13 +106,13 @@ class Monitor:
             events.append(scalars_record(step, named))
             self.ticker.step(step, named)
             start = end
-        self.courier.hand(self.metrics, lines)
+        self._hand_lines(lines)
         self.courier.hand(self.board, events)
 
     def note(self, step: int, scalars: Mapping[str, float]) -> None:
         """Scalars of what happens beside the steps, such as a save or an evaluation, when `step` steps were trained."""
         if self.writes and scalars:
-            self.courier.hand(self.metrics, [metrics_line(step, scalars)])
+            self._hand_lines([metrics_line(step, scalars)])
             self.courier.hand(self.board, [scalars_record(step, scalars)])
 
     def text(self, name: str, text: str) -> None:
@@ -138,7 +141,14 @@ class Monitor:
             self.ticker.close()
             self.courier.hand(self.board, self._at_end)
             self.courier.close()
+            if self.errands:
+                self.errands.close()
             atexit.unregister(self.courier.settle)
+
+    def _hand_lines(self, lines: list[bytes]) -> None:
+        self.courier.hand(self.metrics, lines)
+        if self.also and self.errands:
+            self.errands.hand(self.also, lines)
 
     def _hand(self, name: str, record: Callable[[], bytes]) -> None:
         if not self.writes:

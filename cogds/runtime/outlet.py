@@ -13,6 +13,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Protocol
 
 MAX_KEPT = 10_000  # records that wait for a disk, about 10 MB of scalars
 MAX_KEPT_BYTES = 256 << 20  # and of pictures
@@ -98,6 +99,20 @@ class Outlet:
         self._torn_at = None
 
 
+class Sink(Protocol):
+    """What a Courier hands records to."""
+
+    @property
+    def path(self) -> Path | str:
+        """Where they go, for people."""
+
+    def write(self, records: Sequence[bytes] = ()) -> None:
+        """Take the records. Never raises for the place they go to."""
+
+    def close(self) -> None:
+        """Try a last time what was kept."""
+
+
 class Courier:
     """One thread that hands records to outlets: a disk that takes a minute holds up nobody but it.
 
@@ -106,14 +121,14 @@ class Courier:
 
     def __init__(self) -> None:
         self._changed = threading.Condition()
-        self._waiting: deque[tuple[Outlet, Sequence[bytes]]] = deque()
+        self._waiting: deque[tuple[Sink, Sequence[bytes]]] = deque()
         self._waiting_bytes = self._num_dropped = 0
-        self._outlets: list[Outlet] = []
+        self._outlets: list[Sink] = []
         self._busy = self._ended = False
         # A daemon: a disk that never answers again must not keep the process.
         threading.Thread(target=self._work, name="cogds-monitor", daemon=True).start()
 
-    def hand(self, outlet: Outlet, records: Sequence[bytes] = ()) -> None:
+    def hand(self, outlet: Sink, records: Sequence[bytes] = ()) -> None:
         """Have the records written. Returns at once."""
         size = sum(map(len, records))
         with self._changed:

@@ -102,7 +102,12 @@ def test_tensorboard_has_pictures_and_the_layout(run):
     } - {"step"}  # fmt: skip
 
 
-def test_deepspeeds_own_monitor_writes_its_files(run):
-    (file,) = run[1].glob("own/*_lr.csv")  # the learning rate is all that it writes of its own
-    rows = list(csv.reader(file.open()))[1:]
-    assert len(rows) == 6
+def test_deepspeeds_monitors_get_the_same_numbers(run):
+    written = {file.name for file in run[1].glob("own/*.csv")}
+    expected = {name for line in [*metrics(run[0]), *notes(run[0])] for name in line} - {"step"}
+    assert written == {f"{name.replace('/', '_')}.csv" for name in expected}
+    rows = list(csv.reader((run[1] / "own/train_loss.csv").open()))
+    assert rows[0] == ["step", "loss"]
+    assert [(int(step), float(loss)) for step, loss in rows[1:]] == [
+        (line["step"], line["train/loss"]) for line in metrics(run[0])
+    ]

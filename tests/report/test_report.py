@@ -198,6 +198,14 @@ def test_tables_are_plain_where_there_is_no_terminal():
     assert "\x1b" in printed(report(), force_terminal=True, width=200)
 
 
+def test_pinned_host_memory_is_said_where_there_is_any():
+    offloaded = report(ROWS[1:3], levels=("block+offload",) * 3)
+    assert offloaded.buckets[1].pinned_bytes == pytest.approx(42 * 264 * 2**20, rel=0.01)  # 42 blocks' inputs
+    assert re.search(r"pinned host memory for it +11\.6 GB", printed(offloaded))
+    assert "pinned host memory for it</th><td>11.6 GB" in html_page(offloaded, table(ROWS), no_frame)
+    assert "pinned" not in printed(report()) + html_page(report(), table(ROWS), no_frame)
+
+
 def test_what_does_not_fit_is_said_with_what_would():
     found = report(gpu_bytes=24e9)
     sentence = found.buckets[1].shortfall

@@ -28,14 +28,14 @@ from cogds.config import RunConfig, load_config  # noqa: E402
 from cogds.core.cost import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
-from cogds.execution import Setting, Sizes  # noqa: E402
 from cogds.model.attention import fastest  # noqa: E402
-from cogds.model.load import ModelFolder  # noqa: E402
+from cogds.model.load import DTYPES, ModelFolder  # noqa: E402
 from cogds.model.lora import inject  # noqa: E402
 from cogds.runtime.ds_config import load_ds_config, resolve  # noqa: E402
 from cogds.runtime.engine import build_for_stage, start_engine  # noqa: E402
 from cogds.runtime.world import World, connect, connected  # noqa: E402
-from cogds.step import DTYPES, Draws, StepBuilder, random_batch  # noqa: E402
+from cogds.training.execution import Setting, Sizes  # noqa: E402
+from cogds.training.step import Draws, StepBuilder, random_batch  # noqa: E402
 
 # For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

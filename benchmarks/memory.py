@@ -13,8 +13,8 @@ from measuring import SIZES, deepspeed_config, machine, model_of, run_config, sa
 
 from cogds.config import RECOMPUTE_LEVELS
 from cogds.core.geometry import ClipShape
-from cogds.execution import Setting, Sizes
 from cogds.runtime.world import World, read_world
+from cogds.training.execution import Setting, Sizes
 
 # A file of ds_configs/, ranks, `model.base`.
 SETTINGS = (

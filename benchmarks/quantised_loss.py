@@ -42,7 +42,7 @@ from cogds.errors import UserError
 from cogds.model.load import ModelFolder, build_transformer, find_model, load_transformer
 from cogds.model.lora import inject
 from cogds.model.quantize import BASES, MATMULS, PackedLinear, check_base, pack_block
-from cogds.step import Draws, StepBuilder
+from cogds.training.step import Draws, StepBuilder
 
 TIMESTEPS = (125, 375, 625, 875)
 

@@ -24,7 +24,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogds.aside import call_aside, undisturbed
 from cogds.cli import parse_args
 from cogds.config import RunConfig, load_config, replace
 from cogds.core.conditioning import image_condition, transformer_inputs
@@ -35,22 +34,23 @@ from cogds.core.permutation import keyed_hash
 from cogds.data.cache import Cache
 from cogds.data.dataset import Item, collate, read_encoded
 from cogds.data.index import ClipIndex, IndexedClip
-from cogds.encode import EncodedData, prepare
 from cogds.errors import UserError
-from cogds.execution import Sizes
-from cogds.loop import Occasion
 from cogds.model.attention import use
-from cogds.model.load import ModelFolder, find_model, load_transformer
+from cogds.model.load import DTYPES, ModelFolder, find_model, load_transformer
 from cogds.model.lora import load_into
 from cogds.model.lora_file import read_metadata
 from cogds.model.quantize import check_base
-from cogds.order import batch_sizes
-from cogds.run import Run
+from cogds.prepare.encoding import EncodedData, prepare
+from cogds.prepare.order import batch_sizes
+from cogds.prepare.survey import make_buckets
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.outlet import warn
 from cogds.runtime.world import World, all_gather, any_rank, connect, disconnect, read_world
-from cogds.step import DTYPES, Draws, StepBuilder, load_step_builder
-from cogds.survey import make_buckets
+from cogds.training.aside import call_aside, undisturbed
+from cogds.training.execution import Sizes
+from cogds.training.loop import Occasion
+from cogds.training.run import Run
+from cogds.training.step import Draws, StepBuilder, load_step_builder
 
 # What evaluation may take of the training time before that is warned of.
 MAX_SHARE = 0.05

@@ -30,14 +30,14 @@ from cogds.core.permutation import keyed_hash
 from cogds.data.cache import Cache, DamagedEntry
 from cogds.data.dataset import Item, collate, read_encoded
 from cogds.data.index import IndexedClip
-from cogds.demo import make_demo, only_own_demo
-from cogds.encode import prepare
 from cogds.errors import UserError
 from cogds.evaluate import load_evaluated, middles
-from cogds.model.load import find_model, load_alphas_cumprod, load_vae
+from cogds.model.load import DTYPES, find_model, load_alphas_cumprod, load_vae
+from cogds.prepare.demo import make_demo, only_own_demo
+from cogds.prepare.encoding import prepare
+from cogds.prepare.survey import make_buckets
 from cogds.runtime.world import World
-from cogds.step import DTYPES, Draws, StepBuilder
-from cogds.survey import make_buckets
+from cogds.training.step import Draws, StepBuilder
 
 NO_IMAGE = "no image"
 MIN_CLIPS = 4  # fewer have no standard error worth the name

@@ -17,11 +17,10 @@ from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video import write_video
 from cogds.errors import UserError
 from cogds.files import whole_file
-from cogds.model.load import ModelFolder, TextEncoder, empty_transformer, find_model
+from cogds.model.load import DTYPES, ModelFolder, TextEncoder, empty_transformer, find_model
 from cogds.model.lora import linear_layers
 from cogds.model.lora_file import lora_file, opened, read_metadata
 from cogds.model.pipeline import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
-from cogds.step import DTYPES
 from cogds.videos.mosaic import evenly, grid, labelled, shrunk
 from cogds.videos.prompts import find_requests
 from cogds.videos.scene import Scene, first_frame, slug

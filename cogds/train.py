@@ -17,22 +17,18 @@ from cogds.cli import make_folders, parse_args
 from cogds.config import RunConfig, load_config, replace, to_yaml
 from cogds.core.geometry import ClipShape
 from cogds.data.digest import digest, digest_files
-from cogds.demo import make_demo, only_own_demo
-from cogds.encode import prepare
 from cogds.errors import Interrupted
 from cogds.evaluate import make_evaluation
-from cogds.execution import check_execution, choose_execution, memory_of, prepare_blocks
 from cogds.files import whole_file
-from cogds.loop import OCCASION, Occasion, finish_save, train_steps
-from cogds.model.load import ModelFolder, empty_transformer, find_model
+from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
 from cogds.model.sequence import check_sequence
-from cogds.order import make_plan
-from cogds.rehearsal import rehearse
+from cogds.prepare.demo import make_demo, only_own_demo
+from cogds.prepare.encoding import prepare
+from cogds.prepare.order import make_plan
+from cogds.prepare.survey import Survey, make_buckets
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
-from cogds.resume import check_matching, continued_plan, data_identity, identity, resumed_data
-from cogds.run import Run
 from cogds.runtime import checkpoint as checkpoints
 from cogds.runtime.ds_config import load_ds_config, resolve
 from cogds.runtime.engine import load_for_stage, start_engine
@@ -50,8 +46,12 @@ from cogds.runtime.world import World, connect, disconnect, on_rank0, read_world
 from cogds.show.opening import FirstBatches, show_settings
 from cogds.show.panel import show, summary
 from cogds.show.terminal import hush, is_terminal, last_words
-from cogds.step import DTYPES, load_step_builder
-from cogds.survey import Survey, make_buckets
+from cogds.training.execution import check_execution, choose_execution, memory_of, prepare_blocks
+from cogds.training.loop import OCCASION, Occasion, finish_save, train_steps
+from cogds.training.rehearsal import rehearse
+from cogds.training.resume import check_matching, continued_plan, data_identity, identity, resumed_data
+from cogds.training.run import Run
+from cogds.training.step import load_step_builder
 from cogds.videos.preview import make_previews
 
 

@@ -7,6 +7,9 @@ from pathlib import Path
 sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
 
 if __name__ == "__main__":
-    from cogds.start import start
+    from cogds.start import importing
 
-    sys.exit(start("cogds.export"))
+    with importing():
+        from cogds.cli import run
+        from cogds.export import main
+    sys.exit(run(main))

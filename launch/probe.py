@@ -8,6 +8,9 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
 
 if __name__ == "__main__":
-    from cogds.start import start
+    from cogds.start import importing
 
-    sys.exit(start("cogds.probe", ROOT / "launch/configs/demo.yaml"))
+    with importing():
+        from cogds.cli import run
+        from cogds.probe import main
+    sys.exit(run(lambda: main(ROOT / "launch/configs/demo.yaml")))

@@ -74,7 +74,7 @@ def test_peers(outputs):
 
 
 def test_memory(outputs):
-    """The real geometry: what docs/performance.md shows, and `tests/test_execution.py` has for the same settings."""
+    """The real geometry: what docs/performance.md shows, and tests/training/test_execution.py has for the same."""
     found, table = result(outputs, "memory")
     rows = {(row["deepspeed"], row["ranks"], row["base"]): row for row in found["rows"]}
     levels = ("none", "attention_kept", "block", "block+offload")

@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 import cogds.evaluate
 from cogds.config import load_config
 from cogds.data.synthetic import draw_clips
-from cogds.encode import prepare
 from cogds.evaluate import (
     Evaluation,
     cost_lines,
@@ -24,13 +23,14 @@ from cogds.evaluate import (
     middles,
     undisturbed,
 )
-from cogds.execution import Execution
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora import inject
-from cogds.order import batch_sizes, make_plan
+from cogds.prepare.encoding import prepare
+from cogds.prepare.order import batch_sizes, make_plan
+from cogds.prepare.survey import make_buckets
 from cogds.runtime.world import World
-from cogds.step import load_step_builder
-from cogds.survey import make_buckets
+from cogds.training.execution import Execution
+from cogds.training.step import load_step_builder
 
 ALONE = World(0, 1, 0, 1)
 

@@ -14,13 +14,13 @@ from cogds.core.diffusion import stratified_timesteps, v_loss
 from cogds.core.held_out import is_held_out
 from cogds.data.cache import Cache
 from cogds.data.dataset import Item, collate, read_encoded
-from cogds.encode import prepare
 from cogds.evaluate import Evaluation, deal_tasks, make_tasks
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora import inject
+from cogds.prepare.encoding import prepare
+from cogds.prepare.survey import make_buckets
 from cogds.runtime.world import World
-from cogds.step import Draws, draw_dropouts, load_step_builder
-from cogds.survey import make_buckets
+from cogds.training.step import Draws, draw_dropouts, load_step_builder
 
 pytestmark = pytest.mark.slow
 

@@ -15,7 +15,7 @@ from cogds.model.lora import export, inject
 from cogds.model.pipeline import load_pipeline, num_calls, use_convention
 from cogds.sample import Lora, agreed, trained_buckets
 from cogds.videos.scene import first_frame, fitting_bucket
-from tests.test_step import build_ours, differences, pipeline_inputs
+from tests.training.test_step import build_ours, differences, pipeline_inputs
 
 
 @pytest.fixture(scope="module")

@@ -10,7 +10,7 @@ from cogds.core.geometry import ClipShape
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora import inject
 from cogds.model.lora_file import read_lora
-from cogds.order import batch_sizes
+from cogds.prepare.order import batch_sizes
 from cogds.runtime.world import World
 from cogds.train import export_adapter, made_again, weights_digest
 

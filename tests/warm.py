@@ -7,7 +7,6 @@ process groups and ZeRO, without a launcher. Tests of launchers, signals and fir
 """
 
 import contextlib
-import gc
 import json
 import os
 import runpy
@@ -123,14 +122,13 @@ def serve():
 if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print while they are imported is no answer
     sys.path[0] = str(ROOT)
-    gc.disable()  # as in cogds.start
-    import deepspeed  # noqa: F401
+    from cogds.start import importing
 
-    import cogds.encode
-    import cogds.train  # noqa: F401
+    with importing():
+        import deepspeed  # noqa: F401
 
-    gc.enable()
-    gc.freeze()
+        import cogds.encode
+        import cogds.train  # noqa: F401
 
     sys.stdout = answers
     if script := serve():

@@ -34,6 +34,8 @@ transformers.utils.logging.disable_progress_bar()
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 PIPELINE_CLASS = "CogVideoXImageToVideoPipeline"
+# Of `train.precision`.
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 HUB_TIMEOUT_S = 10.0  # by itself the hub's client waits minutes for a network that swallows packets
 
 

@@ -9,16 +9,16 @@ from typing import Any
 from cogds.config import RunConfig, load_config, to_dict
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate, cached_caption_bytes, cached_clip_bytes
-from cogds.demo import make_demo, only_own_demo
-from cogds.execution import Setting, Sizes, check_execution, choose_levels, memory_of
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora import resolve_targets
 from cogds.model.sequence import check_sequence
-from cogds.order import batch_sizes
 from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, differing
+from cogds.prepare.demo import make_demo, only_own_demo
+from cogds.prepare.order import batch_sizes
+from cogds.prepare.survey import data_sets, make_buckets
 from cogds.runtime.ds_config import load_ds_config, resolve
 from cogds.runtime.world import World, set_network
-from cogds.survey import data_sets, make_buckets
+from cogds.training.execution import Setting, Sizes, check_execution, choose_levels, memory_of
 
 # DataLoader's own: batches that every worker has ready.
 PREFETCHED = 2

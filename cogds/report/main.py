@@ -17,18 +17,18 @@ from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.data.decode import DecodeTask, decode
 from cogds.data.pool import Failure, GuardedPool
-from cogds.demo import make_demo, only_own_demo
 from cogds.errors import UserError
-from cogds.execution import Sizes, choose_levels
 from cogds.model.load import ModelFolder, find_model, num_truncated
 from cogds.model.sequence import check_sequence
-from cogds.order import make_plan
+from cogds.prepare.demo import make_demo, only_own_demo
+from cogds.prepare.order import make_plan
+from cogds.prepare.survey import Survey, make_buckets, survey, update_manifest
 from cogds.report.facts import Captions, ClipTable, Report, Setup, make_report, measured_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
 from cogds.runtime.ds_config import load_ds_config, resolve
 from cogds.runtime.world import World
-from cogds.survey import Survey, make_buckets, survey, update_manifest
+from cogds.training.execution import Sizes, choose_levels
 
 # More captions than this are not all tokenized: as many are taken, evenly spaced, and counted for the rest.
 MAX_TOKENIZED = 100_000

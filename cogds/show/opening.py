@@ -17,12 +17,12 @@ from cogds.core.cost import step_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.data.dataset import Batch
-from cogds.run import Run
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.outlet import warn
 from cogds.show.figures import CELL, bar_chart, contact_sheet
-from cogds.step import StepBuilder
+from cogds.training.run import Run
+from cogds.training.step import StepBuilder
 
 # What runs are compared by in TensorBoard's HParams tab.
 COMPARED = ("train/loss", "eval/loss", "eval/train_loss")

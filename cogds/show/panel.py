@@ -10,12 +10,12 @@ from rich.panel import Panel
 from rich.text import Text
 
 from cogds.core.geometry import num_tokens
-from cogds.execution import Sizes, execution_lines
 from cogds.report.text import gigabytes
-from cogds.resume import layout_of
-from cogds.run import Run
 from cogds.runtime.ds_config import zero_stage
 from cogds.show.terminal import is_terminal
+from cogds.training.execution import Sizes, execution_lines
+from cogds.training.resume import layout_of
+from cogds.training.run import Run
 
 EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # of one number in the LoRA's file
 

@@ -18,7 +18,6 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogds.aside import undisturbed
 from cogds.config import PromptConfig
 from cogds.core.conditioning import transformer_inputs
 from cogds.core.geometry import ClipShape, num_tokens, padded_latent_frames
@@ -26,19 +25,20 @@ from cogds.data.cache import Cache
 from cogds.data.dataset import read_encoded
 from cogds.data.index import ClipIndex
 from cogds.data.video import read_clip, write_video
-from cogds.desk import EncodingNames
 from cogds.errors import UserError
 from cogds.files import whole_file, whole_folder
-from cogds.loop import Occasion
 from cogds.model.pipeline import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
-from cogds.rehearsal import is_out_of_memory
-from cogds.run import Run
+from cogds.prepare.desk import EncodingNames
 from cogds.runtime.checkpoint import remove_folder, step_name
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.outlet import warn
 from cogds.runtime.world import broadcast, lost_contact, on_rank0
-from cogds.step import StepBuilder
+from cogds.training.aside import undisturbed
+from cogds.training.loop import Occasion
+from cogds.training.rehearsal import is_out_of_memory
+from cogds.training.run import Run
+from cogds.training.step import StepBuilder
 from cogds.videos.lockstep import Lockstep, Stopped
 from cogds.videos.mosaic import evenly, grid, labelled, shrunk
 from cogds.videos.scene import Scene, first_frame

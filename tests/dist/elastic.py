@@ -56,7 +56,7 @@ def work(jobs):
     from cogds.runtime.ds_config import load_ds_config, resolve
     from cogds.runtime.interrupt import Interrupt
     from cogds.runtime.world import connect, disconnect, read_world
-    from cogds.survey import make_buckets
+    from cogds.prepare.survey import make_buckets
     from cogds.train import train
 
     world = read_world()

@@ -13,15 +13,15 @@ import torch  # noqa: E402
 from cogds.config import load_config  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape  # noqa: E402
-from cogds.execution import choose_execution, prepare_blocks  # noqa: E402
+from cogds.training.execution import choose_execution, prepare_blocks  # noqa: E402
 from cogds.model.load import find_model  # noqa: E402
 from cogds.model.lora import inject  # noqa: E402
-from cogds.rehearsal import rehearse  # noqa: E402
+from cogds.training.rehearsal import rehearse  # noqa: E402
 from cogds.runtime.ds_config import load_ds_config, resolve  # noqa: E402
 from cogds.runtime.engine import load_for_stage, set_learning_rate, start_engine  # noqa: E402
 from cogds.runtime.state import gather_state  # noqa: E402
 from cogds.runtime.world import connect, disconnect, read_world  # noqa: E402
-from cogds.step import Draws, load_step_builder, random_batch  # noqa: E402
+from cogds.training.step import Draws, load_step_builder, random_batch  # noqa: E402
 
 BUCKETS, BATCH_SIZES = (ClipShape(9, 64, 96), ClipShape(17, 96, 128)), (2, 1)
 NUM_STEPS, ACCUMULATION = 3, 2

@@ -19,12 +19,12 @@ from cogds.config import load_config, replace
 from cogds.core.geometry import ClipShape
 from cogds.data.cache import Cache
 from cogds.data.video import probe_video
-from cogds.desk import EncodingNames
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer
 from cogds.model.lora import inject
+from cogds.prepare.desk import EncodingNames
 from cogds.runtime.world import World
-from cogds.step import load_step_builder
+from cogds.training.step import load_step_builder
 from cogds.videos.preview import beside, evenly_spaced_rows, make_previews
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(9, 64, 64), ClipShape(1, 64, 64))

@@ -9,9 +9,9 @@ from cogds.config import load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import COGVIDEOX_VAE
 from cogds.errors import UserError
-from cogds.execution import Execution, Setting, Sizes
-from cogds.rehearsal import Rehearsal, _hooks_put_aside, rehearse
 from cogds.runtime.world import World
+from cogds.training.execution import Execution, Setting, Sizes
+from cogds.training.rehearsal import Rehearsal, _hooks_put_aside, rehearse
 from tests.core.test_memory import REAL, REAL_LORA, V15
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(17, 64, 96), ClipShape(81, 768, 1360))
@@ -99,7 +99,7 @@ def test_what_does_not_fit_is_said(number, sequence):
 
 
 def test_all_ranks_raise_where_one_fails(monkeypatch):
-    monkeypatch.setattr("cogds.rehearsal.any_rank", lambda *_: (True, False))
+    monkeypatch.setattr("cogds.training.rehearsal.any_rank", lambda *_: (True, False))
     with pytest.raises(UserError, match="does not fit into the memory of another rank, found before the first step"):
         rehearse(*stage(2))
 
@@ -112,7 +112,7 @@ def test_whatever_fails_on_one_rank_ends_all(monkeypatch):
         votes.append(flags)
         return False, True
 
-    monkeypatch.setattr("cogds.rehearsal.any_rank", vote)
+    monkeypatch.setattr("cogds.training.rehearsal.any_rank", vote)
     error = ValueError("a defect")
     with pytest.raises(ValueError, match="a defect") as raised:
         rehearse(*stage(2, error))

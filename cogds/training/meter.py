@@ -13,10 +13,10 @@ from cogds.core.cost import PEAK_TFLOPS, step_flops
 from cogds.core.coverage import share_seen
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
-from cogds.run import Run
 from cogds.runtime.norms import LoraNorms
 from cogds.runtime.stopwatch import Phases, Stopwatch
 from cogds.runtime.tally import Norms, OwnValues, peak_host_bytes, peak_memory_bytes
+from cogds.training.run import Run
 
 
 class Meter:

@@ -23,7 +23,7 @@ from cogds.data.index import ClipIndex, write_index
 from cogds.data.staging import adopt
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder
-from cogds.survey import Survey, Unusable
+from cogds.prepare.survey import Survey, Unusable
 
 AT_ONCE = 1 << 17  # rows that are Python's objects at the same time
 NO_CAPTION = ""  # what a dropped caption becomes: the pipeline's negative prompt

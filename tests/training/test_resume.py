@@ -10,7 +10,7 @@ from cogds.config import KEYS, load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.plan import Plan
 from cogds.errors import UserError
-from cogds.resume import MAY_CHANGE, check_matching, continued_plan, data_identity, identity
+from cogds.training.resume import MAY_CHANGE, check_matching, continued_plan, data_identity, identity
 
 DATA = SimpleNamespace(fingerprint="f", mixture=SimpleNamespace(repeats=(1.0,)))
 BUCKETS = (ClipShape(9, 64, 64),)

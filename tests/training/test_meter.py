@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cogds.meter
+import cogds.training.meter
 from cogds.core.mixture import Mixture
-from cogds.meter import Meter
 from cogds.runtime.world import World
+from cogds.training.meter import Meter
 
 
 @pytest.fixture
 def meter(monkeypatch):
     """`meter(stage, sequence)`: of a run with one tiny bucket, on the last of four ranks."""
-    monkeypatch.setattr(cogds.meter, "num_tokens", lambda *_: 32)
+    monkeypatch.setattr(cogds.training.meter, "num_tokens", lambda *_: 32)
 
     def make(stage=2, sequence=1):
         run = SimpleNamespace(
@@ -45,6 +45,6 @@ def test_a_rank_knows_how_long_it_was_busy_where_none_waits_for_another_in_it(me
 
 def test_the_peak_is_that_of_all_steps_though_the_allocators_begins_anew(meter, monkeypatch):
     peaks = iter([7.0, 3.0, 8.0])
-    monkeypatch.setattr(cogds.meter, "peak_memory_bytes", lambda _: next(peaks))
+    monkeypatch.setattr(cogds.training.meter, "peak_memory_bytes", lambda _: next(peaks))
     one = meter()
     assert [step(one).device_bytes for _ in range(3)] == [7.0, 7.0, 8.0]

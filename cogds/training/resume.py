@@ -14,8 +14,8 @@ from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
 from cogds.data.index import ClipIndex
-from cogds.encode import EncodedData
 from cogds.errors import UserError
+from cogds.prepare.encoding import EncodedData
 
 # Keys of the config that may differ from one part of a run to the next; all others must not. Data and model are known
 # by their content, the layout is the plan's matter.

@@ -25,10 +25,7 @@ from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape, ModelGeometry, latent_frames
 from cogds.core.rng import generator
 from cogds.core.rope import RotaryTables, rotary_tables
-from cogds.model.load import ModelFolder, load_alphas_cumprod, load_vae
-
-# Of `train.precision`.
-DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+from cogds.model.load import DTYPES, ModelFolder, load_alphas_cumprod, load_vae
 
 
 @dataclass(frozen=True)

@@ -18,11 +18,10 @@ from cogds.data.dataset import Bad, Batch, ClipOrder, Item, collate
 from cogds.data.decode import DecodedClip, DecodeTask
 from cogds.data.pool import Failure
 from cogds.data.sampler import Draw
-from cogds.desk import is_tiled
-from cogds.encode import decode_pool, decode_task, encode_pixels
-from cogds.model.load import ModelFolder, TextEncoder, load_vae
+from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
+from cogds.prepare.desk import is_tiled
+from cogds.prepare.encoding import decode_pool, decode_task, encode_pixels
 from cogds.runtime.world import World
-from cogds.step import DTYPES
 
 T = TypeVar("T")
 

@@ -10,20 +10,20 @@ from PIL import Image
 
 import cogds.data.digest
 import cogds.data.video
-import cogds.desk
-import cogds.encode
-import cogds.survey
+import cogds.prepare.desk
+import cogds.prepare.encoding
+import cogds.prepare.survey
 from cogds.config import load_config
 from cogds.core.conditioning import to_range
 from cogds.data.cache import Cache, Writer
 from cogds.data.dataset import read_encoded
 from cogds.data.synthetic import draw_clips
 from cogds.data.video import read_clip
-from cogds.encode import prepare
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_vae
+from cogds.prepare.encoding import prepare
+from cogds.prepare.survey import make_buckets
 from cogds.runtime.world import World
-from cogds.survey import make_buckets
 from tests.data import unruly
 
 ALONE = World(0, 1, 0, 1)
@@ -167,7 +167,7 @@ def test_a_file_that_fails_to_decode_is_not_tried_again(encode, drawn, tmp_path,
     shutil.copytree(drawn, folder)
     for suffix in (".mp4", ".txt"):
         shutil.copy(folder / f"clip_2{suffix}", folder / f"copy{suffix}")
-    tried, decode = [], cogds.encode.decode
+    tried, decode = [], cogds.prepare.encoding.decode
 
     def failing(task):
         tried.append(task.path)
@@ -175,7 +175,7 @@ def test_a_file_that_fails_to_decode_is_not_tried_again(encode, drawn, tmp_path,
             raise cogds.data.video.DecodeError("the frame at 0.3 s is damaged")
         return decode(task)
 
-    monkeypatch.setattr(cogds.encode, "decode", failing)
+    monkeypatch.setattr(cogds.prepare.encoding, "decode", failing)
     data = encode(folder)
     assert reasons_of(data) == dict.fromkeys(["clip_2.mp4", "copy.mp4"], "damaged: the frame at 0.3 s is damaged")
     assert len(data.index) == 6
@@ -185,13 +185,13 @@ def test_a_file_that_fails_to_decode_is_not_tried_again(encode, drawn, tmp_path,
     assert again.index.path == data.index.path
     with pytest.raises(UserError, match="2 of 8 clips cannot be used"):
         encode(folder, max_unusable=0.2)
-    monkeypatch.setattr(cogds.encode, "decode", lambda _: pytest.fail("all is there"))
+    monkeypatch.setattr(cogds.prepare.encoding, "decode", lambda _: pytest.fail("all is there"))
     assert encode(folder).fingerprint == data.fingerprint
 
 
 def test_a_hang_and_a_glutton_cost_one_clip_each(encode, drawn, monkeypatch):
     with monkeypatch.context() as patch:
-        patch.setattr(cogds.encode, "decode", unruly.decode)
+        patch.setattr(cogds.prepare.encoding, "decode", unruly.decode)
         data = encode(drawn, "data.num_workers=2", "data.decode_timeout_s=4", "data.decode_memory_gb=0.6")
     reasons = reasons_of(data)
     assert set(reasons) == {"clip_0.mp4", "clip_1.mp4"}
@@ -206,7 +206,7 @@ def test_a_file_that_goes_or_changes_meanwhile_is_told_and_not_kept(encode, draw
     folder = tmp_path / "clips"
     shutil.copytree(drawn, folder)
 
-    class Meanwhile(cogds.encode.GuardedPool):
+    class Meanwhile(cogds.prepare.encoding.GuardedPool):
         def imap(self, tasks, ahead=0):
             for clip in super().imap(tasks, ahead):
                 (folder / "clip_0.mp4").unlink(missing_ok=True)
@@ -214,7 +214,7 @@ def test_a_file_that_goes_or_changes_meanwhile_is_told_and_not_kept(encode, draw
                 yield clip
 
     with monkeypatch.context() as patch:
-        patch.setattr(cogds.encode, "GuardedPool", Meanwhile)
+        patch.setattr(cogds.prepare.encoding, "GuardedPool", Meanwhile)
         data = encode(folder)
     reasons = reasons_of(data)
     assert set(reasons) == {"clip_0.mp4", "clip_1.mp4"}
@@ -240,8 +240,8 @@ def test_a_given_image_is_the_condition(encode, drawn, tmp_path):
 
 def test_what_is_pruned_meanwhile_is_missed(encode, drawn, monkeypatch):
     """The index never names an encoding that is not there."""
-    find = cogds.desk.Snapshot.find
-    monkeypatch.setattr(cogds.desk.Snapshot, "find", lambda self, keys: np.full_like(find(self, keys), -1))
+    find = cogds.prepare.desk.Snapshot.find
+    monkeypatch.setattr(cogds.prepare.desk.Snapshot, "find", lambda self, keys: np.full_like(find(self, keys), -1))
     with pytest.raises(UserError, match=r"14 encodings are no longer in .*start again"):
         encode(drawn)
 
@@ -268,8 +268,8 @@ def test_shares_of_ranks_make_the_whole(drawn, tmp_path, tiny_model):
     )  # fmt: skip
     model = find_model(cfg.model.path)
     buckets = make_buckets(cfg, model)
-    manifest = cogds.encode.update_manifest(cfg, ALONE, digests=True)
-    desk = cogds.encode.Desk(cfg, model, cogds.encode.survey(cfg, manifest, buckets))
+    manifest = cogds.prepare.encoding.update_manifest(cfg, ALONE, digests=True)
+    desk = cogds.prepare.encoding.Desk(cfg, model, cogds.prepare.encoding.survey(cfg, manifest, buckets))
     shares = [work.clips.column("key").to_pylist() for work in desk.work(2)]
     assert sorted(map(len, shares)) == [3, 4]
     assert len(set(shares[0] + shares[1])) == 7
@@ -396,7 +396,7 @@ def test_nothing_is_evaluated_where_nothing_wants_it(encode, drawn, count_encode
 
 
 def test_all_clips_are_evaluated_where_all_are_wanted(encode, drawn, monkeypatch):
-    monkeypatch.setattr(cogds.survey, "MAX_CANDIDATES", 1)
+    monkeypatch.setattr(cogds.prepare.survey, "MAX_CANDIDATES", 1)
     assert names(encode(drawn, "eval.num_clips=100").trained) == ALL
     assert len(encode(drawn, "eval.num_clips=5").trained) == 5
 

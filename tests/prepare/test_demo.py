@@ -3,9 +3,9 @@ from pathlib import Path
 import pytest
 
 from cogds.config import load_config
-from cogds.demo import only_own_demo
+from cogds.prepare.demo import only_own_demo
 
-ROOT = Path(__file__).resolve().parent.parent
+ROOT = Path(__file__).resolve().parents[2]
 
 
 @pytest.mark.parametrize(

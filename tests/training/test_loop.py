@@ -5,8 +5,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds.loop import Occasion, meet
 from cogds.runtime.world import World
+from cogds.training.loop import Occasion, meet
 
 
 @pytest.fixture

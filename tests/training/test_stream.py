@@ -11,14 +11,14 @@ from cogds.data.cache import Cache
 from cogds.data.dataset import ClipDataset, ClipOrder, collate, read_encoded
 from cogds.data.sampler import BucketBatchSampler
 from cogds.data.synthetic import draw_clips
-from cogds.encode import prepare
-from cogds.execution import Execution
-from cogds.loop import Run, load_batches
 from cogds.model.load import find_model
-from cogds.order import make_plan
+from cogds.prepare.encoding import prepare
+from cogds.prepare.order import make_plan
+from cogds.prepare.survey import make_buckets
 from cogds.runtime.world import World
-from cogds.stream import ahead
-from cogds.survey import make_buckets
+from cogds.training.execution import Execution
+from cogds.training.loop import Run, load_batches
+from cogds.training.stream import ahead
 
 ALONE = World(0, 1, 0, 1)
 

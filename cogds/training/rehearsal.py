@@ -17,16 +17,16 @@ from typing import Any
 
 import torch
 
-from cogds.aside import call_aside
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate
 from cogds.errors import UserError
-from cogds.execution import USABLE_SHARE
-from cogds.loop import Run
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.world import any_rank
-from cogds.step import Draws, StepBuilder, random_batch
+from cogds.training.aside import call_aside
+from cogds.training.execution import USABLE_SHARE
+from cogds.training.loop import Run
+from cogds.training.step import Draws, StepBuilder, random_batch
 
 
 @dataclass(frozen=True)

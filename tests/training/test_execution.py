@@ -9,12 +9,15 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds import execution as execution_module
 from cogds.config import RECOMPUTE_LEVELS, load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import BASES, COGVIDEOX_VAE, rotary_table_bytes
 from cogds.errors import UserError
-from cogds.execution import (
+from cogds.model import quantize
+from cogds.model.load import find_model
+from cogds.runtime.world import World
+from cogds.training import execution as execution_module
+from cogds.training.execution import (
     Setting,
     Sizes,
     check_execution,
@@ -25,9 +28,6 @@ from cogds.execution import (
     missing_to_compile,
     shortfall,
 )
-from cogds.model import quantize
-from cogds.model.load import find_model
-from cogds.runtime.world import World
 from tests.core.test_memory import FULL, REAL, REAL_LORA, V15
 
 # As ds_configs/*.json are resolved for a width of 3072.
@@ -218,6 +218,6 @@ def test_bases_are_those_that_can_be_made(tiny_model):
 
 
 def test_no_memory_of_a_cpu_is_counted_on():
-    from cogds.execution import memory_of
+    from cogds.training.execution import memory_of
 
     assert memory_of(torch.device("cpu")) is None

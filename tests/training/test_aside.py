@@ -6,9 +6,9 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds.aside import call_aside, undisturbed
 from cogds.config import RECOMPUTE_LEVELS
 from cogds.model.load import find_model, load_transformer
+from cogds.training.aside import call_aside, undisturbed
 
 
 def test_every_block_and_module_is_as_it_was_whatever_happens(tiny_model):

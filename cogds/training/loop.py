@@ -23,8 +23,6 @@ from cogds.core.schedule import learning_rate
 from cogds.data.dataset import Bad, Batch, ClipDataset, collate, ignore_stop_signals
 from cogds.data.sampler import BucketBatchSampler
 from cogds.errors import Interrupted, UserError
-from cogds.meter import Meter
-from cogds.run import Run
 from cogds.runtime.checkpoint import Saver
 from cogds.runtime.engine import set_learning_rate
 from cogds.runtime.interrupt import Interrupt
@@ -34,8 +32,10 @@ from cogds.runtime.stopwatch import Stopwatch
 from cogds.runtime.tally import StepLosses, peak_memory_bytes, restart_peak
 from cogds.runtime.watchdog import Watchdog
 from cogds.runtime.world import World, all_gather, any_rank
-from cogds.step import Draws, StepBuilder, draw_dropouts, to_device
-from cogds.stream import BATCHES_AHEAD, ahead, stream_batches
+from cogds.training.meter import Meter
+from cogds.training.run import Run
+from cogds.training.step import Draws, StepBuilder, draw_dropouts, to_device
+from cogds.training.stream import BATCHES_AHEAD, ahead, stream_batches
 
 # So many clips are named where a step went wrong.
 MAX_NAMED = 8

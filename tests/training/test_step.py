@@ -5,12 +5,12 @@ import pytest
 import torch
 from PIL import Image
 
-import cogds.step
+import cogds.training.step
 from cogds.config import ConditioningConfig
 from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape, latent_frames, padded_latent_frames
 from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_vae
-from cogds.step import Draws, StepBuilder, draw_dropouts, random_batch
+from cogds.training.step import Draws, StepBuilder, draw_dropouts, random_batch
 from tests.core.test_memory import V15
 
 # Landscape, portrait, square; latents odd (17, 9, 25, 1) and even (13, 21), so padded and not.
@@ -56,7 +56,7 @@ def make_builder(model, encoder, vae, **conditioning):
 
 def make_batch(shape, batch_size, encoder, vae):
     pixels = pixels_of(shape, batch_size)
-    videos = [cogds.step.to_range(clip, vae.dtype).transpose(0, 1)[None] for clip in pixels]
+    videos = [cogds.training.step.to_range(clip, vae.dtype).transpose(0, 1)[None] for clip in pixels]
     with torch.no_grad():
         moments = [vae.encode(video).latent_dist.parameters for video in videos]
     return {
@@ -184,11 +184,11 @@ def test_padding_at_the_end_is_seen(setting, model, monkeypatch):
     def pad_end(latents, _patch_size_t):
         return torch.cat([latents, latents[:, -1:]], dim=1)
 
-    monkeypatch.setattr(cogds.step, "image_condition", condition_at_the_end)
+    monkeypatch.setattr(cogds.training.step, "image_condition", condition_at_the_end)
     ours, _ = build_ours(model, encoder, vae, shape, 1)
     assert differences(ours, pipeline_inputs(pipeline, shape, 1)) == ["image latents"]
     monkeypatch.undo()
-    monkeypatch.setattr(cogds.step, "pad_front", pad_end)
+    monkeypatch.setattr(cogds.training.step, "pad_front", pad_end)
     with pytest.raises(AssertionError, match="not close"):
         test_the_clip_stands_where_the_pipeline_decodes_it(setting, model, "17x64x96")
 
@@ -196,8 +196,8 @@ def test_padding_at_the_end_is_seen(setting, model, monkeypatch):
 def test_a_missing_ofs_is_seen(setting, model, monkeypatch):
     pipeline, encoder, vae = setting
     shape = ClipShape.parse("17x64x96")
-    inputs = cogds.step.transformer_inputs
-    monkeypatch.setattr(cogds.step, "transformer_inputs", lambda *args: {**inputs(*args), "ofs": None})
+    inputs = cogds.training.step.transformer_inputs
+    monkeypatch.setattr(cogds.training.step, "transformer_inputs", lambda *args: {**inputs(*args), "ofs": None})
     ours, _ = build_ours(model, encoder, vae, shape, 1)
     assert differences(ours, pipeline_inputs(pipeline, shape, 1)) == ["ofs"]
 

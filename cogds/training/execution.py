@@ -32,13 +32,12 @@ from cogds.core.memory import (
 )
 from cogds.errors import UserError, did_you_mean
 from cogds.model.attention import fastest, use
-from cogds.model.load import ModelFolder, empty_transformer
+from cogds.model.load import DTYPES, ModelFolder, empty_transformer
 from cogds.model.lora import resolve_targets
 from cogds.model.quantize import check_base
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.relay import check_monitors
 from cogds.runtime.world import World, all_gather, on_all_ranks, on_rank0, settings
-from cogds.step import DTYPES
 
 # Of a GPU's memory, what an estimate may take: the rest is the allocator's holes and other processes'.
 USABLE_SHARE = 0.92

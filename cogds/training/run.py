@@ -8,10 +8,10 @@ from cogds.core.geometry import ClipShape
 from cogds.core.plan import MicroBatch, Plan
 from cogds.data.dataset import ClipOrder
 from cogds.data.sampler import draws_of
-from cogds.encode import EncodedData
-from cogds.execution import Execution
 from cogds.model.load import ModelFolder
+from cogds.prepare.encoding import EncodedData
 from cogds.runtime.world import World
+from cogds.training.execution import Execution
 
 
 @dataclass(frozen=True)

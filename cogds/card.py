@@ -20,6 +20,10 @@ from cogds.training.run import Run
 
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
+LICENCE = (
+    "The base model's weights have a licence of their own, in the file `LICENSE` of its repository, which asks "
+    "commercial users to register. It also concerns what is made of them."
+)
 TAGS = ["cogvideox", "image-to-video", "lora", "diffusers"]
 
 
@@ -107,7 +111,7 @@ def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file
         parts.append("## ComfyUI\n\n" + _comfyui(kind, file))
     else:
         parts.append(f"## Use\n\n```python\n{snippet(facts, kind, where)}```")
-    parts += [_convention(facts, kind), "## Training\n\n" + _table(facts)]
+    parts += [_convention(facts, kind), "## Training\n\n" + _table(facts), "## Licence\n\n" + LICENCE]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 

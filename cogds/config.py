@@ -28,10 +28,10 @@ def field_(default: Any, help: str, unit: str = "", **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **limits})
 
 
-# Attention kernels and what may be recomputed, by the names of `model.attention` and `model.recompute`.
+# Attention kernels and what may be recomputed, by the names of `model.attention` and `train.recompute`.
 ATTENTION_KERNELS = ("torch", "flash", "cudnn", "efficient", "flash3", "flash4", "math")
 RECOMPUTE_LEVELS = ("none", "attention_kept", "block", "block+offload")
-# How the frozen weights are held and multiplied, by the names of `model.quantize`.
+# How the frozen weights are held and multiplied, by the names of `model.base` and `model.matmul`.
 BASES = ("full", "int8", "float8", "nf4")
 MATMULS = ("full", "float8")
 
@@ -107,7 +107,9 @@ class DataConfig:
     buckets: tuple[str, ...] = field_(
         (), "clip shapes, FRAMESxHEIGHTxWIDTH; none: made from the three keys below", "pixels"
     )
-    bucket_areas: tuple[str, ...] = field_(("768x1360",), "areas of the generated buckets, HEIGHTxWIDTH", "pixels")
+    bucket_sizes: tuple[str, ...] = field_(
+        ("768p",), "sizes of the generated buckets: the short side (768p), or HEIGHTxWIDTH for its area", "pixels"
+    )
     bucket_aspect_ratios: tuple[str, ...] = field_(
         ("16/9", "4/3", "1/1", "3/4", "9/16"), "width/height of the generated buckets"
     )
@@ -583,7 +585,7 @@ def _apply(cfg: RunConfig, settings: Sequence[_Setting]) -> RunConfig:
     for name, key in KEYS.items():
         _check_value(name, key, get(result, name), places.get(name, "by default"))
     _check_sets(result.data, places)
-    for name in ("bucket_areas", "bucket_aspect_ratios", "bucket_frames"):
+    for name in ("bucket_sizes", "bucket_aspect_ratios", "bucket_frames"):
         if not result.data.buckets and not getattr(result.data, name):
             raise UserError(
                 f"data.{name} is empty and so is data.buckets: there is no bucket to train in; fill one of them"

@@ -13,7 +13,7 @@ from cogds.prepare.demo import make_demo, only_own_demo
 from cogds.prepare.desk import NO_CAPTION, EncodingNames
 from cogds.prepare.encoding import prepare
 from cogds.prepare.survey import make_buckets
-from cogds.runtime.interrupt import Interrupt, find_launcher
+from cogds.runtime.interrupt import Interrupt, find_launchers
 from cogds.runtime.world import connect, disconnect, on_rank0, read_world
 
 
@@ -39,7 +39,7 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     buckets = make_buckets(cfg, model)
-    Interrupt(find_launcher()).listen()  # every entry is kept as soon as it is made: nothing needs saving
+    Interrupt(find_launchers()).listen()  # every entry is kept as soon as it is made: nothing needs saving
     connect(world, cfg.train.timeout_s, cfg.network)
     on_rank0(world, lambda: make_folders({"data.cache_dir": cache_dir}))
     if args.retry:

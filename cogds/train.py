@@ -32,7 +32,7 @@ from cogds.report.text import short_report
 from cogds.runtime import checkpoint as checkpoints
 from cogds.runtime.ds_config import load_ds_config, resolve
 from cogds.runtime.engine import load_for_stage, start_engine
-from cogds.runtime.interrupt import Interrupt, find_launcher
+from cogds.runtime.interrupt import Interrupt, find_launchers
 from cogds.runtime.lock import only_run
 from cogds.runtime.metrics import rewind_metrics
 from cogds.runtime.monitor import Monitor
@@ -84,7 +84,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
     check_execution(cfg, ds_config, world)
-    interrupt = Interrupt(find_launcher())
+    interrupt = Interrupt(find_launchers())
     interrupt.listen()
     connect(world, cfg.train.timeout_s, cfg.network)
     on_rank0(world, lambda: make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir}))

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # launch/hostfile.sh HOSTFILE [--script encode] [--deepspeed DS.json] [--config RUN.yaml] [key=value ...]
 #
-# `deepspeed --hostfile HOSTFILE launch/train.py ...` over pdsh and ssh, for weeks:
+# `deepspeed --hostfile HOSTFILE launch/train.py ...` over pdsh and ssh, for long runs:
 # - words reach the ranks as they are, whatever is in them: packed into one word that no shell on the way splits or runs;
 # - variables that ranks need come along: OMP_*, HF_*, NCCL_* and others below (not those named like a secret, as every
 #   user of a node can read command lines), those that COGDS_PASS names, and the lines of .deepspeed_env;

@@ -109,7 +109,7 @@ def test_yaml_takes_a_bare_text_for_a_list_and_1e_4_for_a_number(tmp_path):
         ("train.precision=fp16", ["train.precision is fp16", "one of bf16, fp32"]),
         ("optimizer.schedule=constnat", ["did you mean 'constant'?"]),
         ("output_dir=", ["output_dir is ''", "not empty"]),
-        ("data.bucket_areas=[]", ["data.bucket_areas is empty", "data.buckets"]),
+        ("data.bucket_sizes=[]", ["data.bucket_sizes is empty", "data.buckets"]),
         ("num_steps=3", ["unknown key 'num_steps'", "did you mean 'train.num_steps'?"]),
         ("lr=3", ["unknown key 'lr'", "did you mean 'optimizer.lr'?"]),
         ("train.lr=3", ["unknown key 'train.lr'", "did you mean 'optimizer.lr'?"]),

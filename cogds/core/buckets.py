@@ -29,19 +29,18 @@ def parse_buckets(texts: Iterable[str], geometry: ModelGeometry) -> tuple[ClipSh
 
 
 def generate_buckets(
-    areas: Iterable[str], aspect_ratios: Iterable[str], frames: Iterable[int], geometry: ModelGeometry
+    sizes: Iterable[str], aspect_ratios: Iterable[str], frames: Iterable[int], geometry: ModelGeometry
 ) -> tuple[ClipShape, ...]:
-    """Every area x aspect ratio x length as a bucket that the model can take, sorted, without duplicates.
+    """Every size x aspect ratio x length as a bucket that the model can take, sorted, without duplicates.
 
-    areas: `HEIGHTxWIDTH` pixel sizes, of which only the product counts; aspect_ratios: `W/H`, width over height,
-    used as given (list `9/16` for portrait); frames: video frames. Sides are rounded to the geometry's
-    `pixel_multiple`; a size beyond the rotary axes is scaled down until both axes fit. Raises UserError for texts
-    that are not such, and for frames that the model cannot take.
+    sizes: `768p`, the pixels of the short side, or `HEIGHTxWIDTH`, of which only the product counts; aspect_ratios:
+    `W/H`, width over height, used as given (list `9/16` for portrait); frames: video frames. Sides are rounded to the
+    geometry's `pixel_multiple`; a size beyond the rotary axes is scaled down until both axes fit. Raises UserError
+    for texts that are not such, and for frames that the model cannot take.
     """
-    num_pixels = [_parse_area(text) for text in areas]
     ratios = [_parse_ratio(text) for text in aspect_ratios]
-    sizes = {_size(pixels, ratio, geometry) for pixels in num_pixels for ratio in ratios}
-    buckets = sorted({ClipShape(num_frames, *size) for num_frames in frames for size in sizes})
+    pictures = {_size(*_sides(text, ratio), geometry) for text in sizes for ratio in ratios}
+    buckets = sorted({ClipShape(num_frames, *picture) for num_frames in frames for picture in pictures})
     for shape in buckets:
         check_shape(shape, geometry)
     return tuple(buckets)
@@ -99,12 +98,18 @@ def _kept_share(height: int, width: int, shape: ClipShape) -> float:
     return min(ours, theirs) / max(ours, theirs)
 
 
-def _parse_area(text: str) -> int:
-    match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", str(text))
+def _sides(size: str, ratio: float) -> tuple[float, float]:
+    """Height and width of a size in an aspect ratio."""
+    if match := re.fullmatch(r"\s*([1-9]\d*)p\s*", str(size)):
+        short = int(match[1])
+        return short / min(1.0, ratio), short * max(1.0, ratio)
+    match = re.fullmatch(r"\s*(\d+)x(\d+)\s*", str(size))
     pixels = math.prod(map(int, match.groups())) if match else 0
     if not pixels:
-        raise UserError(f"bucket area '{text}' is not HEIGHTxWIDTH: write for example 768x1360")
-    return pixels
+        raise UserError(
+            f"bucket size '{size}' is neither a short side nor HEIGHTxWIDTH: write for example 768p or 768x1360"
+        )
+    return math.sqrt(pixels / ratio), math.sqrt(pixels * ratio)
 
 
 def _parse_ratio(text: str) -> float:
@@ -114,10 +119,9 @@ def _parse_ratio(text: str) -> float:
     return int(match[1]) / int(match[2])
 
 
-def _size(pixels: int, ratio: float, geometry: ModelGeometry) -> tuple[int, int]:
-    """Height and width nearest to the area and ratio, on the model's grid and within its rotary axes."""
+def _size(height: float, width: float, geometry: ModelGeometry) -> tuple[int, int]:
+    """Height and width nearest to these, on the model's grid and within its rotary axes."""
     step = geometry.pixel_multiple
-    height, width = math.sqrt(pixels / ratio), math.sqrt(pixels * ratio)
     if geometry.rope and geometry.patch_size_t:
         # The 1.5 rotary grid ends at the sample size (see check_shape); both sides shrink, the ratio stays.
         tallest = geometry.sample_height * geometry.vae_spatial // step * step

@@ -182,7 +182,7 @@ def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
         buckets = parse_buckets(cfg.data.buckets, model.geometry)
     else:
         buckets = generate_buckets(
-            cfg.data.bucket_areas, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, model.geometry
+            cfg.data.bucket_sizes, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, model.geometry
         )
     for shape in buckets:
         # Every step encodes a clip's first frame as the pipeline does: in one piece.

@@ -12,7 +12,7 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,21 +25,41 @@ LOOK_S = 1.0  # how often the launcher is looked at
 SAY_S = 2.0  # a pipe that nobody reads holds up the end of a process no longer
 # These come first and a signal that ends the job follows, while a save still has time: nobody is impatient.
 _WARNINGS = ("SIGUSR1", LAUNCHER_DIED)
-_LAUNCHERS = ("deepspeed.launcher.launch", "deepspeed/launcher/launch.py", "torch.distributed.run", "/torchrun")
+# How the command of a process that launches ranks looks: `python -u -m MODULE` or `python FILE`; what follows are the
+# script's arguments. `deepspeed` starts a launcher on every node, and with one node it is that launcher's parent.
+_LAUNCHERS = (
+    "deepspeed.launcher.launch", "deepspeed/launcher/launch.py", "torch.distributed.run", "/torchrun",
+    "deepspeed.launcher.runner", "deepspeed/launcher/runner.py", "/deepspeed",
+)  # fmt: skip
+_COMMAND_WORDS = 4
 
 
-def find_launcher() -> int | None:
-    """The process id of the parent where it is a launcher of ranks (DeepSpeed's on a node, torchrun, SLURM's daemon of
-    the job step), else None."""
-    parent = os.getppid()
+def find_launchers() -> tuple[int, ...]:
+    """The processes above this one that launch ranks, the nearest first: SLURM's daemon of the job step, torchrun, or
+    DeepSpeed's launcher on this node and the `deepspeed` that started it."""
+    found: list[int] = []
+    while (parent := _parent(found[-1] if found else os.getpid())) and _launches(parent):
+        found.append(parent)
+    return tuple(found)
+
+
+def _parent(pid: int) -> int:
+    """0 where there is none, or the process is gone."""
     try:
-        command = Path(f"/proc/{parent}/cmdline").read_bytes().decode(errors="replace")
+        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
-        return None
-    if command.startswith("slurmstepd: "):  # SLURM itself does not miss it, and would never end the rank
-        return parent
-    # `python -u -m MODULE` or `python FILE`; what follows are the script's arguments.
-    return parent if any(part.endswith(_LAUNCHERS) for part in command.split("\0")[:4]) else None
+        return 0
+
+
+def _launches(pid: int) -> bool:
+    try:
+        command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
+    except OSError:
+        return False
+    # SLURM itself does not miss its daemon, and would never end the rank.
+    return command.startswith("slurmstepd: ") or any(
+        word.endswith(_LAUNCHERS) for word in command.split("\0")[:_COMMAND_WORDS]
+    )
 
 
 def run_bounded(function: Callable[[], Any], bound_s: float) -> None:
@@ -67,9 +87,10 @@ class Interrupt:
     requested: "" or what asked, such as "SIGTERM" or LAUNCHER_DIED.
     """
 
-    def __init__(self, launcher_pid: int | None = None) -> None:
+    def __init__(self, launchers: Sequence[int] = ()) -> None:
+        """launchers: of `find_launchers`, whose death is a request."""
         self.requested = ""
-        self._launcher_pid = launcher_pid
+        self._launchers = tuple(launchers)
         self._asked_at, self._deferred = 0.0, False
         self._before: dict[signal.Signals, Any] = {}
         self._mouth, self._ear = socket.socketpair()
@@ -125,8 +146,15 @@ class Interrupt:
                 for number in numbers:
                     if number in STOP_SIGNALS:
                         self._ask(signal.Signals(number).name)
-            if self._launcher_pid not in (None, os.getppid()) and not self.requested:
+            if not self.requested and self._launchers != self._ancestors():
                 self._ask(LAUNCHER_DIED)
+
+    def _ancestors(self) -> tuple[int, ...]:
+        """As many of the processes above this one as there were launchers: an orphan's are others."""
+        found = [os.getpid()]
+        for _ in self._launchers:
+            found.append(_parent(found[-1]))
+        return tuple(found[1:])
 
     def _ask(self, what: str) -> None:
         if not self._deferred:

@@ -1,4 +1,4 @@
-"""The README's commands on two nodes: srun, and pdsh over ssh."""
+"""The quick start's commands on two nodes: srun, and pdsh over ssh."""
 
 import os
 import sys
@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from tests.dist.conftest import losses
-from tests.readme import command
+from tests.readme import QUICKSTART, command
 
 pytestmark = pytest.mark.cluster
 BIN = Path(sys.executable).parent
@@ -15,7 +15,7 @@ BIN = Path(sys.executable).parent
 
 def test_srun(lab, tiny_run, one_node):
     folder, rest = tiny_run
-    words = command("srun ")
+    words = command("srun ", QUICKSTART)
     words[words.index("--ntasks-per-node=8")] = "--ntasks-per-node=1"
     words[words.index("python")] = sys.executable
     more = [*rest, "train.num_steps=4", f"output_dir={folder / 'srun'}"]
@@ -40,7 +40,7 @@ def test_pdsh(lab, tiny_run, one_node):
     # What DeepSpeed's launcher passes on to the nodes.
     passed_on = {name: os.environ[name] for name in ("OMP_NUM_THREADS", "TORCH_EXTENSIONS_DIR")}
     (folder / "ds_env").write_text("".join(f"{name}={value}\n" for name, value in passed_on.items()))
-    words = command("deepspeed --hostfile")
+    words = command("deepspeed --hostfile", QUICKSTART)
     words[words.index("hostfile")] = folder / "hostfile"
     launch = [BIN / words[0], *words[1:3], "--master_addr", "n1", "--master_port", "29511", *words[3:]]
     more = [*rest, "train.num_steps=4", f"output_dir={folder / 'pdsh'}"]

@@ -44,6 +44,13 @@ def test_generate_known_sizes() -> None:
     )))  # fmt: skip
 
 
+def test_a_short_side_gives_what_the_models_card_allows() -> None:
+    buckets = generate_buckets(["768p"], ["16/9", "4/3", "1/1", "3/4", "9/16"], [81], V15)
+    assert buckets == tuple(sorted(shapes(
+        "81x768x1360", "81x768x1024", "81x768x768", "81x1024x768", "81x1360x768"
+    )))  # fmt: skip
+
+
 @settings(max_examples=300, deadline=None)
 @given(
     st.lists(st.tuples(st.integers(16, 4000), st.integers(16, 4000)), min_size=1, max_size=3),
@@ -73,8 +80,8 @@ def test_generated_buckets_fit_the_model(
 
 
 @pytest.mark.parametrize(
-    "areas, ratios, frames", [(["768"], ["1/1"], [1]), (["9x9"], ["1:1"], [1]), (["9x9"], ["0/1"], [1]),
-                              (["768x1360"], ["16/9"], [80])]
+    "areas, ratios, frames", [(["768"], ["1/1"], [1]), (["0p"], ["1/1"], [1]), (["9x9"], ["1:1"], [1]),
+                              (["9x9"], ["0/1"], [1]), (["768x1360"], ["16/9"], [80])]
 )  # fmt: skip
 def test_generate_refuses(areas: list[str], ratios: list[str], frames: list[int]) -> None:
     with pytest.raises(UserError):

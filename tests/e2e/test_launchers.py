@@ -1,13 +1,19 @@
 """The demo as the README has it, then the same run under the other launchers, then a video from its LoRA."""
 
 import json
+import os
+import re
+import shlex
+import signal
+import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
 from safetensors.torch import load_file
 
-from tests.conftest import ROOT, free_port, run_command
+from tests.conftest import ROOT, free_port, remove_shared_buffers, run_command
 from tests.dist.conftest import losses, metrics, notes
 
 pytestmark = pytest.mark.dist
@@ -97,6 +103,53 @@ def test_python_alone_is_one_process(demo, run_train):
     run_train("output_dir=outputs/python", "train.num_steps=3", launcher="python", cwd=folder)
     assert len(losses(folder / "outputs/python")) == 3
     assert json.loads((folder / "outputs/python/ds_config.json").read_text())["train_batch_size"] == 1
+
+
+def kill_deepspeed(process):
+    process.terminate()
+    assert process.wait(30) != 0
+
+
+def ask_the_ranks(process):
+    """As docs/operations.md says, kept to the processes of this run."""
+    (words,) = re.findall(r"`pkill (-USR1 -f .*?)`", (ROOT / "docs/operations.md").read_text())
+    subprocess.run(["pkill", "--session", str(process.pid), *shlex.split(words)], check=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stop", [kill_deepspeed, ask_the_ranks])
+def test_a_deepspeed_that_is_stopped_leaves_a_saved_run_and_nobody_behind(demo, stop):
+    folder, _ = demo
+    run = folder / f"outputs/{stop.__name__}"
+    words = f"--num_gpus 2 --master_port {free_port()} launch/train.py --deepspeed ds_configs/zero2.json"
+    more = f"output_dir={run} train.num_steps=100000 eval.every=null monitor.every=1"
+    process = subprocess.Popen(
+        [Path(sys.executable).parent / "deepspeed", *words.split(), *more.split()],
+        cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
+    )  # fmt: skip
+    try:
+        until(lambda: (run / "metrics.jsonl").exists() and len(metrics(run)) >= 3)
+        stop(process)
+        until(lambda: not session(process.pid))
+    finally:
+        for pid in session(process.pid):
+            os.kill(pid, signal.SIGKILL)
+        process.wait()
+        remove_shared_buffers([words.split()[3]])
+    assert (run / "checkpoints/latest").read_text().strip() == f"step-{len(metrics(run)):06d}"
+
+
+def session(leader):
+    """The processes of a session that are there."""
+    found = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(leader)], capture_output=True, text=True, check=False)
+    return [int(line.split()[0]) for line in found.stdout.splitlines() if "Z" not in line.split()[1]]
+
+
+def until(condition, bound_s=120):
+    end = time.monotonic() + bound_s
+    while not condition():
+        assert time.monotonic() < end
+        time.sleep(0.2)
 
 
 def test_the_demo_model_clips_and_encodings_are_made_once(demo, torchrun):

@@ -8,14 +8,14 @@ import time
 
 import pytest
 
-from cogds.runtime.interrupt import SAME_REQUEST_S, Interrupt, find_launcher
+from cogds.runtime.interrupt import SAME_REQUEST_S, Interrupt, find_launchers
 from tests.runtime.processes import BOUND_S, children, heard, line, script, state, until
 
 # The main thread sits in C, without the interpreter's lock, on a pipe that the test holds the other end of.
 WAIT_IN_C = """
     import ctypes
     from cogds.runtime import interrupt as module
-    from cogds.runtime.interrupt import Interrupt, find_launcher
+    from cogds.runtime.interrupt import Interrupt, find_launchers
     module.SAME_REQUEST_S = {same_request_s}
     interrupt = Interrupt({launcher})
     interrupt.listen()
@@ -26,7 +26,7 @@ WAIT_IN_C = """
 """
 
 
-def waiting(launcher: str = "None", defer: str = "interrupt.defer()", same_request_s: float = SAME_REQUEST_S) -> str:
+def waiting(launcher: str = "()", defer: str = "interrupt.defer()", same_request_s: float = SAME_REQUEST_S) -> str:
     return WAIT_IN_C.format(launcher=launcher, defer=defer, same_request_s=same_request_s)
 
 
@@ -122,7 +122,7 @@ def launch(process: subprocess.Popen[str]) -> int:
 
 @pytest.mark.parametrize("defer", ["interrupt.defer()", ""])
 def test_a_rank_whose_launcher_is_killed_is_not_left_behind(defer: str) -> None:
-    rank = textwrap.dedent(waiting("find_launcher()", defer, same_request_s=0))
+    rank = textwrap.dedent(waiting("find_launchers()", defer, same_request_s=0))
     with script(LAUNCHER, "/bin/torchrun", rank) as process:
         child = launch(process)
         process.kill()
@@ -142,9 +142,33 @@ def test_a_rank_whose_launcher_is_killed_is_not_left_behind(defer: str) -> None:
         assert until(lambda: state(child) == "Z")
 
 
+RUNNER = """
+    import os, subprocess, sys
+    launcher = subprocess.Popen([sys.executable, "-c", sys.argv[2], "deepspeed.launcher.launch", sys.argv[3]])
+    print(launcher.pid, flush=True)
+    launcher.wait()
+"""
+
+
+def test_a_rank_hears_the_death_of_what_started_its_launcher() -> None:
+    rank = textwrap.dedent(waiting("find_launchers()"))
+    with script(RUNNER, "/bin/deepspeed", textwrap.dedent(LAUNCHER), rank) as process:
+        said = {line(process), line(process), line(process)}
+        launcher, child = sorted(int(one) for one in said - {"ready"})
+        process.terminate()
+        process.wait()
+        assert heard(process).startswith("its launcher has died: saving")
+        assert state(launcher) != "Z"  # it waits for the rank
+        assert process.stdin is not None
+        process.stdin.write("x")
+        process.stdin.flush()
+        assert line(process) == "read 1 requested its launcher has died"
+        assert until(lambda: state(child) == "Z" and state(launcher) == "Z")
+
+
 def test_a_parent_that_is_no_launcher_may_go() -> None:
-    assert find_launcher() is None
-    rank = textwrap.dedent(waiting("find_launcher()"))
+    assert find_launchers() == ()
+    rank = textwrap.dedent(waiting("find_launchers()"))
     with script(LAUNCHER, "other", rank) as process:
         child = launch(process)
         process.kill()

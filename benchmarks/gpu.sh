@@ -3,14 +3,14 @@
 #
 #     bash benchmarks/gpu.sh [FOLDER] [PART ...]
 #
-# Parts: peers step short (without any: these three, 590 s at most), then zero3, precision, loss, profile for another
-# fourteen minutes. Logs, with a line of JSON at the end of each, go to FOLDER (outputs/gpu). It needs no model, no
+# Parts: agree peers step short (without any: these four, 590 s at most), then zero3, precision, loss, profile for
+# another fourteen minutes. `agree` comes first: what computes something else need not be timed. Logs, with a line of JSON at the end of each, go to FOLDER (outputs/gpu). It needs no model, no
 # clips and no network: weights are random. With SIZE=tiny it tries itself out on a CPU.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-outputs/gpu}
 shift || true
-parts=${*:-peers step short}
+parts=${*:-agree peers step short}
 size=${SIZE:-real}
 python=${PYTHON:-python3}
 long=81x768x1360 short=49x480x720,81x480x720 compile=on,off compiled=--compile type=bf16 slower=1
@@ -36,15 +36,18 @@ step() { run "$1" "$2" step.py --limit-s $(($2 * slower - 45)) --sizes "$size" -
 
 for part in $parts; do
     case $part in
+    agree) # levels, kernels and compilation against float32, on a model of 0.14 billion parameters
+        # shellcheck disable=SC2086
+        run agree 80 agree.py --limit-s $((80 * slower - 25)) --size "${size/real/mid}" --precision "$type" $compiled ;;
     peers) # ours, compiled, against the common step, at the size that matters; the fastest kernel there for both
         # shellcheck disable=SC2086 # $compiled is a word or none
-        run peers 260 peers.py --limit-s $((260 * slower - 45)) --sizes "$size" --precision "$type" \
+        run peers 230 peers.py --limit-s $((230 * slower - 45)) --sizes "$size" --precision "$type" \
             --levels attention_kept --kernel auto $compiled --rounds 2 ;;
     step) # levels and compilation, the fastest kernel; whether it stays below 24 GB is block+offload's row
-        step step 210 --buckets "$long" --kernels auto --compile "$compile" --rounds 2 \
+        step step 180 --buckets "$long" --kernels auto --compile "$compile" --rounds 2 \
             --levels attention_kept,block,block+offload ;;
     short) # the shorter buckets, where more may be kept
-        step short 120 --buckets "$short" --levels attention_kept,none --kernels auto --compile "${compile%%,*}" \
+        step short 100 --buckets "$short" --levels attention_kept,none --kernels auto --compile "${compile%%,*}" \
             --rounds 3 ;;
     zero3)
         step zero3 150 --buckets "${short%%,*}" --levels attention_kept --rounds 3 \
@@ -57,7 +60,7 @@ for part in $parts; do
     profile) # where the time of a step goes
         step profile 150 --buckets "${short##*,}" --levels attention_kept --kernels auto --rounds 2 --profile ;;
     *)
-        echo "no part is called $part: there are peers, step, short, zero3, precision, loss, profile" >&2
+        echo "no part is called $part: there are agree, peers, step, short, zero3, precision, loss, profile" >&2
         exit 2 ;;
     esac
 done

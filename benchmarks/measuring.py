@@ -227,6 +227,36 @@ class Trainer:
         free(self.device)
 
 
+def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
+    """The transformer's arguments in its dtype; rotary tables stay float32."""
+    return {
+        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
+        for name, value in inputs.items()
+    }
+
+
+def distance(one: torch.Tensor, other: torch.Tensor) -> float:
+    """Relative L2."""
+    return ((one - other).norm() / other.norm()).item()
+
+
+def make_batches(
+    size: Size, folder: ModelFolder, shape: ClipShape, timesteps: Sequence[int], device: torch.device
+) -> list[tuple[dict[str, Any], torch.Tensor]]:
+    """Inputs in bf16 and target of one clip of random numbers at every timestep."""
+    dtype = torch.bfloat16
+    text = torch.zeros(folder.geometry.text_tokens, folder.transformer_config["text_embed_dim"], dtype=dtype)
+    vae = random_vae(size, dtype, device)
+    conditioning = run_config("bf16", 1).conditioning
+    builder = StepBuilder(vae, folder.geometry, conditioning, alphas_cumprod(), text, device)
+    batch = random_batch(shape, 1, folder.geometry, folder.transformer_config["text_embed_dim"], "bf16")
+    kept = torch.zeros(1, dtype=torch.bool)
+    return [
+        builder.build(batch, shape, Draws(torch.tensor([timestep]), kept, kept, 0, 0, [number]))
+        for number, timestep in enumerate(timesteps)
+    ]
+
+
 def estimate_bytes(
     size: Size, cfg: RunConfig, ds_name: str, shape: ClipShape, batch_size: int, level: str, world: World
 ) -> int:
@@ -250,6 +280,14 @@ def fastest_kernel(size: Size, buckets: Sequence[str], precision: str, device: t
     for name, reason in failures.items():
         print(f"  attention, {tokens} tokens, {name}: not usable ({reason})")
     return kernel, times
+
+
+def deadline_of(limit_s: float | None) -> float | None:
+    """When, on time.monotonic(), this process is so many seconds old: what it took to import counts too."""
+    if limit_s is None:
+        return None
+    started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
+    return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started) + limit_s
 
 
 def wait(device: torch.device) -> None:
@@ -358,9 +396,10 @@ def interleaved(
     deadline: float | None = None,
     clock: str = "wall",
 ) -> dict[Any, Timing]:
-    """Time calls in turn, A B A B ..., `rounds` times, after one call of each that does not count.
+    """Time calls in turn, `rounds` times each: A A B B and then A B ..., the first call of each not counted.
 
-    The peak of memory is that of the uncounted call. A call that fails is left out from then on, and `recover` is
+    What counts begins right after it, so that a run which is cut short has figures. The peak of memory is that of the
+    uncounted call. A call that fails is left out from then on, and `recover` is
     called. deadline: of time.monotonic(); nothing is begun past it. Says what it does, so that a run which is ended
     from outside has not been for nothing.
     """
@@ -368,6 +407,16 @@ def interleaved(
 
     def late() -> bool:
         return deadline is not None and time.monotonic() > deadline
+
+    def count(name: Any) -> None:
+        if timings[name].error or late():
+            return
+        seconds = attempt(calls[name], device, timings[name], clock)
+        if seconds is None:
+            recover()
+            return
+        timings[name].seconds.append(seconds)
+        print(f"  {name}: {seconds:.3f} s", flush=True)
 
     for name, call in calls.items():
         timing = timings[name]
@@ -382,16 +431,10 @@ def interleaved(
         memory = f"peak {timing.peak / 1e9:.2f} GB" if timing.peak else ""
         told = timing.error if timing.first_s is None else f"{timing.first_s:.3f} s, first call"
         print(f"  {name}: {told}, {memory}", flush=True)
-    for _ in range(rounds):
-        for name, call in calls.items():
-            if timings[name].error or late():
-                continue
-            seconds = attempt(call, device, timings[name], clock)
-            if seconds is None:
-                recover()
-                continue
-            timings[name].seconds.append(seconds)
-            print(f"  {name}: {seconds:.3f} s", flush=True)
+        count(name)
+    for _ in range(rounds - 1):
+        for name in calls:
+            count(name)
     return timings
 
 

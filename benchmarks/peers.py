@@ -21,7 +21,6 @@ size.
 
 import argparse
 import contextlib
-import time
 from typing import Any
 
 import torch
@@ -34,6 +33,7 @@ from measuring import (
     Size,
     Trainer,
     alphas_cumprod,
+    deadline_of,
     fastest_kernel,
     free,
     held_bytes,
@@ -50,17 +50,26 @@ from measuring import (
     table,
 )
 from peft import LoraConfig
-from torch.nn.attention import sdpa_kernel
+from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogds.config import ATTENTION_KERNELS, RECOMPUTE_LEVELS
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.rope import rotary_tables
-from cogds.model.attention import KERNELS, use
+from cogds.model.attention import use
 from cogds.model.load import build_transformer
 from cogds.runtime.world import World, disconnect, read_world
 
 # A clip that costs next to nothing, to bring engines to where they always are.
 SMALL = ClipShape(5, 64, 64)
+
+# How diffusers is told to take a kernel of ours.
+BACKENDS: dict[str, SDPBackend | None] = {
+    "torch": None,
+    **dict.fromkeys(("flash", "flash3", "flash4"), SDPBackend.FLASH_ATTENTION),
+    "cudnn": SDPBackend.CUDNN_ATTENTION,
+    "efficient": SDPBackend.EFFICIENT_ATTENTION,
+    "math": SDPBackend.MATH,
+}
 
 
 class CommonStep:
@@ -71,7 +80,7 @@ class CommonStep:
     ):
         """weights: the base's, by diffusers' names, in this precision."""
         self.model, self.shape, self.device, self.vae = model_of(size), ClipShape.parse(size.bucket), device, vae
-        self.dtype, self.backend, rank = DTYPES[precision], KERNELS[kernel][0], size.lora_rank
+        self.dtype, self.backend, rank = DTYPES[precision], BACKENDS[kernel], size.lora_rank
         with torch.device("meta"):
             self.transformer: Any = CogVideoXTransformer3DModel.from_config(size.transformer)
         self.transformer.load_state_dict(weights, assign=True)
@@ -234,9 +243,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--rounds", type=int, default=2 if gpu else 5)
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
-    parser.add_argument("--limit-s", type=float, help="begin nothing new after so many seconds")
+    parser.add_argument("--limit-s", type=float, help="begin nothing new when the process is so old")
     args = parser.parse_args(argv)
-    deadline = time.monotonic() + args.limit_s if args.limit_s else None
+    deadline = deadline_of(args.limit_s)
     facts = machine(world.device)
     join(world)
     say_machine(facts)

@@ -22,14 +22,12 @@ from measuring import (
     DTYPES,
     SIZES,
     TARGETS,
-    Size,
-    alphas_cumprod,
+    cast,
+    distance,
     free,
     machine,
+    make_batches,
     model_of,
-    random_batch,
-    random_vae,
-    run_config,
     say_json,
     say_machine,
     table,
@@ -42,7 +40,6 @@ from cogds.errors import UserError
 from cogds.model.load import ModelFolder, build_transformer, find_model, load_transformer
 from cogds.model.lora import inject
 from cogds.model.quantize import BASES, MATMULS, PackedLinear, check_base, pack_block
-from cogds.training.step import Draws, StepBuilder
 
 TIMESTEPS = (125, 375, 625, 875)
 
@@ -118,34 +115,6 @@ def look(
     return row
 
 
-def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The transformer's arguments in its dtype; rotary tables stay float32."""
-    return {
-        name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
-        for name, value in inputs.items()
-    }
-
-
-def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Relative L2."""
-    return round(((one - other).norm() / other.norm()).item(), 5)
-
-
-def make_batches(size: Size, folder: ModelFolder, shape: ClipShape, device: Any) -> list[Any]:
-    """Inputs and target at every noise level."""
-    dtype = torch.bfloat16
-    text = torch.zeros(folder.geometry.text_tokens, folder.transformer_config["text_embed_dim"], dtype=dtype)
-    vae = random_vae(size, dtype, device)
-    conditioning = run_config("bf16", 1).conditioning
-    builder = StepBuilder(vae, folder.geometry, conditioning, alphas_cumprod(), text, device)
-    batch = random_batch(shape, 1, folder.geometry, folder.transformer_config["text_embed_dim"], "bf16")
-    kept = torch.zeros(1, dtype=torch.bool)
-    return [
-        builder.build(batch, shape, Draws(torch.tensor([timestep]), kept, kept, 0, 0, [number]))
-        for number, timestep in enumerate(TIMESTEPS)
-    ]
-
-
 HEAD = ("type", "base", "products", "weights MB", "loss", "change %", "worst %", "output", "gradient", "fwd+bwd s",
         "trained")  # fmt: skip
 
@@ -201,7 +170,7 @@ def main(argv: list[str] | None = None) -> None:
         parser.error(f"there is no {', '.join(strange)}: bases are {', '.join(BASES)}, products {', '.join(MATMULS)}")
     facts = machine(device)
     say_machine(facts)
-    batches = make_batches(size, folder, shape, device)
+    batches = make_batches(size, folder, shape, TIMESTEPS, device)
     kinds = [("bf16", "full", "full"), ("fp32", "full", "full")]
     for base in dict.fromkeys(["full", *bases]):
         able = matmuls if base in ("full", "float8") else {*matmuls} & {"full"}

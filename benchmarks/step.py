@@ -24,7 +24,6 @@ CPU: the process's, and what a GPU would need). Prints a table, then one line of
 
 import argparse
 import itertools
-import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import Any
@@ -38,6 +37,7 @@ from measuring import (
     Timing,
     Trainer,
     attempt,
+    deadline_of,
     estimate_bytes,
     fastest_kernel,
     free,
@@ -261,13 +261,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--deepspeed", type=listed, default=["zero2"], help="names of files in ds_configs/")
     parser.add_argument("--profile", action="store_true")
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
-    parser.add_argument("--limit-s", type=float, help="begin nothing new after so many seconds")
+    parser.add_argument("--limit-s", type=float, help="begin nothing new when the process is so old")
     parser.add_argument("--all", action="store_true", help="every combination, not one thing at a time")
     parser.add_argument("--lora-rank", type=int, help="none: the size's own (128 for the real one)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak-tflops", type=float, help="of this device; none: known for some GPUs, else measured")
     args = parser.parse_args(argv)
-    deadline = time.monotonic() + args.limit_s if args.limit_s else None
+    deadline = deadline_of(args.limit_s)
     facts = machine(world.device)
     join(world)
     say_machine(facts)

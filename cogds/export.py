@@ -249,8 +249,8 @@ def notes(facts: Mapping[str, Any], kind: str, output: Path, checked: bool) -> l
         lines.append("not compared with the base model: give --model to see whether the LoRA fits it")
     if kind == "merged" and factor != 1.0:
         lines.append(
-            f"it was trained with image latents '{convention}': that is within the weights now, and every tool feeds "
-            "them as diffusers does"
+            f"it was trained with image latents '{convention}': that is within the weights now, for tools that feed "
+            "image latents as diffusers does"
         )
     elif kind == "diffusers" and convention != "pipeline":
         lines.append(

@@ -6,6 +6,7 @@ import sys
 
 import pytest
 
+from cogds.config import RECOMPUTE_LEVELS
 from cogds.core.memory import COGVIDEOX_VAE
 from tests.conftest import ROOT, run_command
 from tests.core.test_memory import REAL, REAL_LORA, V15
@@ -26,6 +27,7 @@ LINES = [
     "peers --sizes tiny --rounds 1 --levels none --kernel auto",
     "memory",
     "quantised_loss --size tiny --bases int8 --matmuls full",
+    "agree --size tiny",
     "loop --sizes tiny --bucket 5x64x64 --steps 3",
     "scaling --size tiny --rounds 1 --parts tokens,batch,clips,paper --batch-sizes 1,2",
 ]
@@ -47,6 +49,16 @@ def result(outputs, name):
     assert found["benchmark"] == name
     assert {"device", "torch", "commit", "load_average"} <= set(found["machine"])
     return found, "\n".join(table)
+
+
+def test_agree(outputs):
+    found, table = result(outputs, "agree")
+    assert {(row["level"], row["kernel"]) for row in found["rows"]} == {
+        (level, kernel) for level in RECOMPUTE_LEVELS for kernel in ("torch", "flash", "math")
+    }
+    assert all(row["output"] < 1e-5 and row["gradient"] < 1e-5 for row in found["rows"])
+    assert found["num_wrong"] == 0
+    assert "as near as the plain way" in table
 
 
 def test_step(outputs):

@@ -6,24 +6,46 @@ All of them compute the same exact softmax attention; none is approximate.
 import contextlib
 import importlib.util
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch.nn import attention
-from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from cogds.errors import UserError
 
-# By our names: which of torch's backends, and which implementation of its flash backend.
-KERNELS: dict[str, tuple[SDPBackend | None, str | None]] = {
-    "torch": (None, None),  # torch's own choice
-    "flash": (SDPBackend.FLASH_ATTENTION, None),
-    "cudnn": (SDPBackend.CUDNN_ATTENTION, None),
-    "efficient": (SDPBackend.EFFICIENT_ATTENTION, None),
-    "flash3": (SDPBackend.FLASH_ATTENTION, "FA3"),
-    "flash4": (SDPBackend.FLASH_ATTENTION, "FA4"),
-    "math": (SDPBackend.MATH, None),
+_aten = torch.ops.aten
+
+
+def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    if query.is_cuda:
+        return _aten._scaled_dot_product_flash_attention(query, key, value)[0]
+    return _aten._scaled_dot_product_flash_attention_for_cpu(query, key, value)[0]
+
+
+def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    # Without a mask; with what the backward pass needs.
+    return _aten._scaled_dot_product_cudnn_attention(query, key, value, None, torch.is_grad_enabled())[0]
+
+
+def _efficient(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return _aten._scaled_dot_product_efficient_attention(query, key, value, None, torch.is_grad_enabled())[0]
+
+
+def _math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
+    return _aten._scaled_dot_product_attention_math(query, key, value)[0]
+
+
+# By our names: the operator, and which implementation of torch's flash operator. Operators and not `sdpa_kernel`, which
+# sets flags of the whole process, that another thread (T5 on the fly) would meet.
+KERNELS: dict[str, tuple[Callable[..., torch.Tensor], str | None]] = {
+    "torch": (F.scaled_dot_product_attention, None),  # torch's own choice
+    "flash": (_flash, None),
+    "cudnn": (_cudnn, None),
+    "efficient": (_efficient, None),
+    "flash3": (_flash, "FA3"),
+    "flash4": (_flash, "FA4"),
+    "math": (_math, None),
 }
 _PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
 # Not tried by `fastest`: it keeps the whole S x S matrix.
@@ -33,10 +55,8 @@ _REPEATS = 3
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: str = "torch") -> torch.Tensor:
     """Softmax attention without a mask: query, key, value and result [B, S, H, d]."""
-    backend = KERNELS[kernel][0]
-    with sdpa_kernel(backend) if backend is not None else contextlib.nullcontext():
-        out = F.scaled_dot_product_attention(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2))
-    return out.transpose(1, 2)
+    call = KERNELS[kernel][0]
+    return call(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
 
 
 def installed(device: torch.device) -> Iterator[str]:
@@ -50,7 +70,7 @@ def installed(device: torch.device) -> Iterator[str]:
 
 
 def _has_implementation(implementation: str) -> bool:
-    with contextlib.suppress(ModuleNotFoundError):
+    with contextlib.suppress(Exception):  # looking for a part of a package imports it: one made for another torch fails
         return hasattr(attention, "activate_flash_attention_impl") and (
             importlib.util.find_spec(_PACKAGES[implementation]) is not None
         )

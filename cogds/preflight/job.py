@@ -65,6 +65,18 @@ class Job:
         """GPU memory of every bucket."""
         return tuple(map(self.setting.estimate, self.buckets, self.batch_sizes, self.levels))
 
+    @cached_property
+    def offloaded_bytes(self) -> int:
+        """Host memory for a rank's share of the weights, where ZeRO-3 keeps them there. Pinned, each weight's share
+        takes the next power of two, as torch's allocator has it."""
+        offload = self.ds_config.get("zero_optimization", {}).get("offload_param", {})
+        if str(offload.get("device", "none")) != "cpu":
+            return 0
+        shares = [
+            -(-one.numel() // self.world.size) * self.bytes_each for one in empty_transformer(self.model).parameters()
+        ]
+        return sum(1 << (share - 1).bit_length() for share in shares) if offload.get("pin_memory") else sum(shares)
+
     @property
     def pinned_bytes(self) -> int:
         """Host memory that a rank pins for activations, in the bucket that takes most."""

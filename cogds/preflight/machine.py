@@ -11,6 +11,7 @@ import torch
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, by_value, differing, who
 from cogds.preflight.job import Job
 from cogds.report.text import gigabytes
+from cogds.runtime.ds_config import zero_stage
 
 # More than this in use on a GPU is more than a process's own context.
 OCCUPIED_BYTES = 2_000_000_000
@@ -54,13 +55,12 @@ def look_disk(job: Job) -> Facts:
     kept = cfg.checkpoint.keep_last + (
         cfg.train.num_steps // cfg.checkpoint.keep_every if cfg.checkpoint.keep_every else 0
     )
-    offloaded = "offload_param" in job.ds_config.get("zero_optimization", {})
-    sharded = job.ds_config.get("zero_optimization", {}).get("stage", 0) == 3
-    base = job.sizes.transformer.num_parameters * job.bytes_each
     # Weights are read one by one onto the device: below stage 3 every rank's whole, which is memory where there is no
     # GPU; at stage 3 its share, which is memory where parameters are offloaded.
-    on_host = not sharded and job.world.device.type == "cpu"
-    loading = base * num_local if on_host else base * num_local // job.world.size * (offloaded and sharded)
+    if zero_stage(job.ds_config) == 3:
+        loading = job.offloaded_bytes * num_local
+    else:
+        loading = job.sizes.transformer.num_parameters * job.bytes_each * num_local * (job.world.device.type == "cpu")
     return {
         "disk": {
             "output": [cfg.output_dir, free_bytes(cfg.output_dir), job.checkpoint_bytes * (kept + 1)],

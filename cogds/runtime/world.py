@@ -116,7 +116,8 @@ def export_rendezvous(world: World, environ: MutableMapping[str, str] = os.envir
     if "MASTER_PORT" not in environ:
         environ["MASTER_PORT"] = str(port or _free_port())
     environ["RANK"], environ["WORLD_SIZE"] = str(world.rank), str(world.size)
-    environ["LOCAL_RANK"] = str(world.local_rank)
+    # DeepSpeed takes it for the index of the GPU, of which a task may be shown only its own.
+    environ["LOCAL_RANK"] = str(world.device.index if world.device.type == "cuda" else world.local_rank)
 
 
 def set_network(world: World, network: NetworkConfig, environ: MutableMapping[str, str] = os.environ) -> None:
@@ -174,6 +175,9 @@ def _unreachable(host: str, port: int, timeout_s: float) -> str:
         time.sleep(0.2)
 
 
+_timeout = timedelta(minutes=30)
+
+
 def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConfig()) -> None:  # noqa: B008 (frozen)
     """Join the process group (NCCL on GPUs, gloo on CPUs). Collectives fail after `timeout_s` without an answer."""
     import deepspeed  # five seconds that an error in the command line should not take
@@ -184,6 +188,8 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     if world.local_rank == 0:
         _name_stale_locks()
     if world.device.type == "cuda":
+        # Clips of every length tear the allocator's memory into pieces. Read at the first allocation; not yet measured.
+        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
         torch.cuda.set_device(world.device)
     with without_printed():
         deepspeed.init_distributed(
@@ -193,8 +199,11 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
             rank=world.rank,
             world_size=world.size,
         )
-    if world.size > 1:
-        _on_cpus()  # where gloo cannot connect, that is said now and not after the first step
+    global _timeout
+    _timeout = timedelta(seconds=timeout_s)
+    if world.size > 1:  # where gloo cannot connect, that is said now and not after the first step
+        _on_cpus()
+        _for_objects()
 
 
 def _name_stale_locks(environ: Mapping[str, str] = os.environ) -> None:
@@ -236,6 +245,12 @@ def _on_cpus() -> Any:
     return dist.new_group(backend="gloo", timeout=timedelta(days=1))
 
 
+@functools.cache
+def _for_objects() -> Any:
+    """Another one, with the timeout that `connect` was given: what is pickled does not go through a GPU's memory."""
+    return dist.new_group(backend="gloo", timeout=_timeout)
+
+
 def lost_contact(error: RuntimeError) -> bool:
     """Whether an error says that another rank has died or cannot be reached. Gloo has no class of its own for it."""
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
@@ -265,7 +280,7 @@ def on_rank0(world: World, function: Callable[[], T]) -> T:
         except Exception as error:  # carried to the other ranks, then raised
             outcome[1] = error
     if world.size > 1:
-        dist.broadcast_object_list(outcome, src=0, device=world.device)
+        dist.broadcast_object_list(outcome, src=0, group=_for_objects())
     if outcome[1] is not None:
         if isinstance(outcome[1], UserError):
             outcome[1].shared = world.rank > 0
@@ -283,7 +298,7 @@ def dealt_by_rank0(world: World, function: Callable[[], list[T]]) -> T:
     if world.size == 1:
         return dealt[0]
     mine: list[Any] = [None]
-    dist.scatter_object_list(mine, dealt if world.rank == 0 else None, src=0)
+    dist.scatter_object_list(mine, dealt if world.rank == 0 else None, src=0, group=_for_objects())
     return mine[0]
 
 
@@ -314,7 +329,7 @@ def all_gather(world: World, value: T) -> list[T]:
     if world.size == 1:
         return [value]
     values: list[Any] = [None] * world.size
-    dist.all_gather_object(values, value)
+    dist.all_gather_object(values, value, group=_for_objects())
     return values
 
 
@@ -323,7 +338,7 @@ def broadcast(world: World, rank: int, value: T) -> T:
     if world.size == 1:
         return value
     outcome = [value if world.rank == rank else None]
-    dist.broadcast_object_list(outcome, src=rank, device=world.device)
+    dist.broadcast_object_list(outcome, src=rank, group=_for_objects())
     return outcome[0]  # type: ignore[return-value]
 
 

@@ -49,8 +49,15 @@ class Draws:
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A CPU tensor on the device, without waiting for what the device has still to do: a copy from pinned memory."""
-    if device.type != "cuda" or tensor.is_cuda:
+    """A tensor on the device, without waiting for what the device has still to do: copied from pinned memory.
+
+    One that is there already may have been made on another stream, which takes its memory back as soon as nobody holds
+    it: it is marked as in use here (torch, "CUDA semantics: use tensors created on a side stream").
+    """
+    if tensor.is_cuda:
+        tensor.record_stream(torch.cuda.current_stream(tensor.device))
+        return tensor
+    if device.type != "cuda":
         return tensor.to(device)
     return tensor.pin_memory().to(device, non_blocking=True)
 

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.config import ATTENTION_KERNELS
 from cogds.errors import UserError
@@ -27,6 +28,39 @@ def test_each_is_exact(kernel):
     query, key, value = torch.randn(3, 2, 7, 4, 16, dtype=torch.float64).unbind()
     out = attend(query, key, value, kernel)
     assert torch.allclose(out, plain(query, key, value), atol=1e-12)
+
+
+class Seen(TorchDispatchMode):
+    """Attention operators that ran, and the flags of the process meanwhile."""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if "attention" in func.name():
+            flags = torch.backends.cuda
+            self.calls.append((func.name(), flags.flash_sdp_enabled() and flags.math_sdp_enabled()))
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_kernel_is_called_by_its_name_and_no_other_thread_meets_a_flag():
+    one = torch.randn(1, 7, 4, 16)
+    with Seen() as seen:
+        attend(one, one, one, "flash")
+    assert seen.calls == [("aten::_scaled_dot_product_flash_attention_for_cpu", True)]
+    with Seen() as seen:
+        attend(one, one, one, "math")
+    assert all("flash" not in name and free for name, free in seen.calls)
+
+
+@pytest.mark.parametrize("error", [ImportError("undefined symbol: _ZN3c10"), OSError("libcudart.so.12: no such file")])
+def test_a_package_made_for_another_torch_is_none(monkeypatch, error):
+    def find(name):
+        raise type(error)(f"{name}: {error}")
+
+    monkeypatch.setattr(attention.importlib.util, "find_spec", find)
+    assert {"flash3", "flash4"}.isdisjoint(installed(torch.device("cuda")))
 
 
 def test_what_is_not_there_is_refused_by_name():

@@ -85,6 +85,17 @@ def test_rendezvous_keeps_what_the_launcher_set():
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("n1", "123")
 
 
+@pytest.mark.parametrize("shown, expected", [(1, "0"), (2, "1")])
+def test_the_gpu_that_deepspeed_takes_is_ours_where_a_task_sees_its_own_alone(monkeypatch, shown, expected):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: shown)
+    environ = dict(SLURM)
+    world = read_world(environ)
+    export_rendezvous(world, environ)
+    assert world.local_rank == 1
+    assert environ["LOCAL_RANK"] == expected == str(world.device.index)
+
+
 def test_alone_every_collective_is_the_identity():
     world = World(0, 1, 0, 1)
     assert on_rank0(world, lambda: 5) == 5

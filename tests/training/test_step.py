@@ -10,7 +10,7 @@ from cogds.config import ConditioningConfig
 from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape, latent_frames, padded_latent_frames
 from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_vae
-from cogds.training.step import Draws, StepBuilder, draw_dropouts, random_batch
+from cogds.training.step import Draws, StepBuilder, draw_dropouts, random_batch, to_device
 from tests.core.test_memory import V15
 
 # Landscape, portrait, square; latents odd (17, 9, 25, 1) and even (13, 21), so padded and not.
@@ -269,3 +269,18 @@ def test_random_batches_are_as_the_cache_gives_them_and_always_the_same():
         "moments": ((2, 32, 5, 8, 12), torch.bfloat16), "first_frame": ((2, 3, 64, 96), torch.uint8),
         "text_states": ((2, 226, 8), torch.bfloat16),
     }  # fmt: skip
+
+
+def test_what_another_stream_made_is_marked_as_in_use_here(monkeypatch):
+    """Made by the encoder's thread, its memory would be given to the next clip while this step still reads it."""
+
+    class OnGPU:
+        is_cuda, device, used_on = True, torch.device("cuda", 0), None
+
+        def record_stream(self, stream):
+            self.used_on = stream
+
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
+    made = OnGPU()
+    assert to_device(made, made.device) is made
+    assert made.used_on == "the stream of cuda:0"

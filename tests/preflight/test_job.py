@@ -1,0 +1,31 @@
+import pytest
+
+from cogds.preflight.job import load_job
+from cogds.runtime.world import World
+from tests.conftest import ROOT
+
+
+@pytest.fixture
+def job(tiny_model, tmp_path):
+    def load(name, world=World(0, 1, 0, 1), *more):  # noqa: B008 (frozen)
+        words = [f"model.path={tiny_model}", f"data.path={tmp_path}", "data.buckets=[9x64x96]", *more]
+        return load_job(None, ROOT / "launch/configs/demo.yaml", words, str(ROOT / f"ds_configs/{name}.json"), world)
+
+    return load
+
+
+def test_weights_that_wait_on_the_host_are_counted_as_torch_pins_them(job):
+    alone = job("zero3_offload", World(0, 1, 0, 1), "train.precision=bf16")
+    plain = 2 * alone.sizes.transformer.num_parameters
+    assert plain < alone.offloaded_bytes < 2 * plain
+    shared = job("zero3_offload", World(0, 2, 0, 2), "train.precision=bf16").offloaded_bytes
+    assert shared == pytest.approx(alone.offloaded_bytes / 2, rel=0.01)
+    alone.ds_config["zero_optimization"]["offload_param"]["pin_memory"] = False
+    del alone.__dict__["offloaded_bytes"]
+    assert alone.offloaded_bytes == plain
+    assert job("zero3").offloaded_bytes == job("zero2").offloaded_bytes == 0
+
+
+def test_activations_that_wait_on_the_host(job):
+    assert job("zero2").pinned_bytes == 0
+    assert job("zero2", World(0, 1, 0, 1), "train.recompute=block+offload").pinned_bytes > 0

@@ -4,12 +4,10 @@ The only reader of environment variables. `deepspeed` and `torchrun` set RANK an
 are mapped to them; a plain `python` is a world of one.
 """
 
-import contextlib
 import functools
 import os
 import re
 import socket
-import sys
 import time
 from collections.abc import Callable, Mapping, MutableMapping
 from dataclasses import dataclass
@@ -22,6 +20,7 @@ import torch.distributed as dist
 
 from cogds.config import NetworkConfig
 from cogds.errors import UserError
+from cogds.runtime.builds import clear_builds
 from cogds.runtime.chatter import leave_out, without_printed
 from cogds.runtime.network import interface_addresses, network_env, replaced
 
@@ -185,8 +184,7 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     leave_out()
     set_network(world, network)
     export_rendezvous(world)
-    if world.local_rank == 0:
-        _name_stale_locks()
+    clear_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions")))
     if world.device.type == "cuda":
         # Clips of every length tear the allocator's memory into pieces. Read at the first allocation; not yet measured.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -204,20 +202,6 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     if world.size > 1:  # where gloo cannot connect, that is said now and not after the first step
         _on_cpus()
         _for_objects()
-
-
-def _name_stale_locks(environ: Mapping[str, str] = os.environ) -> None:
-    """A process killed while it builds one of DeepSpeed's ops leaves a lock, on which all later ones wait for ever."""
-    root = Path(environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions"))
-    for lock in root.glob("**/lock"):
-        with contextlib.suppress(OSError):
-            minutes = (time.time() - lock.stat().st_mtime) / 60
-            print(
-                f"warning: {lock} has been there for {minutes:.0f} minutes: where no other process is building a "
-                "DeepSpeed op, one was killed while it did, and this run will wait for ever: delete the file",
-                file=sys.stderr,
-                flush=True,
-            )
 
 
 def any_rank(world: World, *flags: bool) -> tuple[bool, ...]:

@@ -3,7 +3,8 @@
 int8, float8   eight bits a number, a float32 scale for every row of a weight; torchao makes and reads them
 nf4            four bits a number, a float32 scale for every 64; bitsandbytes makes and reads them
 matmul=float8  the frozen weights multiply as float8, the other operand rounded to it row by row, in both directions;
-               torchao again. With base=full a weight is held twice, for either direction, in as many bytes as before
+               torchao makes the codes, torch multiplies. With base=full a weight is held twice, for either direction,
+               in as many bytes as before
 
 A weight is packed as it arrives and unpacked, one layer at a time, by the product that needs it, forward and backward.
 What is unpacked is not kept: a product and its gradient are one operation each for autograd and for the compiler,
@@ -128,36 +129,48 @@ def _unpack(kind: str, shape: Any, dtype: torch.dtype, parts: Any) -> torch.Tens
 def _float8_linear(
     rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
-    """rows W^T + bias with both operands in float8."""
-    from torchao.quantization import Float8MMConfig, Float8Tensor, PerRow
-    from torchao.quantization.quantize_.workflows import QuantizeTensorToFloat8Kwargs
-
-    weight = Float8Tensor(
-        codes,
-        scales,
-        block_size=[1, codes.shape[1]],
-        mm_config=Float8MMConfig(use_fast_accum=True),  # the kernel with scales by row is slow without
-        act_quant_kwargs=QuantizeTensorToFloat8Kwargs(granularity=PerRow(), hp_value_lb=_SMALLEST),
-        dtype=rows.dtype,
+    """rows W^T + bias in float8 on both sides, rows rounded row by row: plain operations, which a compiler fuses."""
+    largest = torch.finfo(codes.dtype).max
+    scale = rows.abs().amax(1, keepdim=True).float().clamp(min=_SMALLEST) / largest
+    rounded = (rows / scale).clamp(-largest, largest).to(codes.dtype)
+    # The kernel with scales by row is slow without fast accumulation.
+    return torch._scaled_mm(
+        rounded, codes.t(), scale_a=scale, scale_b=scales.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True
     )
-    return F.linear(rows, weight, bias)
+
+
+class _Float8Product(torch.autograd.Function):
+    """rows W^T + bias for a weight that is ready for float8 products: parts of `Packed`."""
+
+    @staticmethod
+    def forward(
+        ctx: Any, rows: torch.Tensor, bias: torch.Tensor | None, shape: tuple[int, int], *parts: torch.Tensor
+    ) -> torch.Tensor:
+        ctx.shape = shape
+        ctx.save_for_backward(*parts)
+        return _float8_linear(rows, parts[0], parts[1], bias)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
+        parts = ctx.saved_tensors
+        back = product_back(gradient.contiguous(), Packed(_MATMUL, ctx.shape, gradient.dtype, parts))
+        return back, None, None, *[None] * len(parts)
 
 
 @torch.library.custom_op("cogds::packed_product", mutates_args=())
 def _product(
     rows: torch.Tensor, kind: str, shape: list[int], parts: list[torch.Tensor], bias: torch.Tensor | None
 ) -> torch.Tensor:
-    if kind == _MATMUL:
-        return _float8_linear(rows, parts[0], parts[1], bias)
     return F.linear(rows, _unpack(kind, shape, rows.dtype, parts), bias)
 
 
 @torch.library.custom_op("cogds::packed_product_back", mutates_args=())
 def _product_back(gradient: torch.Tensor, kind: str, shape: list[int], parts: list[torch.Tensor]) -> torch.Tensor:
+    weight = _unpack(kind, shape, gradient.dtype, parts)
     if kind != _MATMUL:
-        return gradient @ _unpack(kind, shape, gradient.dtype, parts)
-    back = parts[2:] or _float8(_unpack(kind, shape, gradient.dtype, parts).t().contiguous())
-    return _float8_linear(gradient, back[0], back[1], None)
+        return gradient @ weight
+    codes, scales = _float8(weight.t().contiguous())
+    return _float8_linear(gradient, codes, scales, None)
 
 
 @_product.register_fake
@@ -184,12 +197,16 @@ _product.register_autograd(_backward, setup_context=_keep)
 
 
 def product(rows: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
-    """rows W^T + bias for rows [N, in] -> [N, out]. Differentiable in rows; codes and bias are frozen."""
+    """rows W^T + bias for rows [N, in] -> [N, out]; `product_back` is its gradient."""
+    if weight.kind == _MATMUL:  # nothing is unpacked
+        return _float8_linear(rows, weight.parts[0], weight.parts[1], bias)
     return _product(rows, weight.kind, list(weight.shape), list(weight.parts), bias)
 
 
 def product_back(gradient: torch.Tensor, weight: Packed) -> torch.Tensor:
     """gradient W for gradient [N, out] -> [N, in]."""
+    if weight.kind == _MATMUL and len(weight.parts) > 2:
+        return _float8_linear(gradient, weight.parts[2], weight.parts[3], None)
     return _product_back(gradient, weight.kind, list(weight.shape), list(weight.parts))
 
 
@@ -223,7 +240,12 @@ class PackedLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None
-        return product(x.flatten(0, -2), self.packed, self.bias).unflatten(0, x.shape[:-1])
+        rows, packed = x.flatten(0, -2), self.packed
+        if packed.kind == _MATMUL:
+            out = _Float8Product.apply(rows, self.bias, packed.shape, *packed.parts)
+        else:
+            out = product(rows, packed, self.bias)
+        return out.unflatten(0, x.shape[:-1])
 
 
 def pack_block(block: nn.Module, base: str, matmul: str, fill: bool) -> None:

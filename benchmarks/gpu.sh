@@ -4,15 +4,17 @@
 #     bash benchmarks/gpu.sh [FOLDER] [PART ...]
 #
 # Parts: agree peers step short (without any: these four, 590 s at most), then zero3, precision, loss, profile for
-# another fourteen minutes. `agree` comes first: what computes something else need not be timed. Logs, with a line of JSON at the end of each, go to FOLDER (outputs/gpu). It needs no model, no
-# clips and no network: weights are random. With SIZE=tiny it tries itself out on a CPU.
+# another fourteen minutes. `agree` comes first: what computes something else need not be timed. Logs, with a line of
+# JSON at the end of each, go to FOLDER (outputs/gpu). It needs no model, no clips and no network: weights are random.
+# With SIZE=tiny it tries itself out on a CPU. PYTHON is the interpreter, by default that of .venv. The code is 1 where
+# a part failed.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-outputs/gpu}
 shift || true
 parts=${*:-agree peers step short}
 size=${SIZE:-real}
-python=${PYTHON:-python3}
+python=${PYTHON:-$(test -x .venv/bin/python && echo .venv/bin/python || echo python3)} failed=0
 long=81x768x1360 short=49x480x720,81x480x720 compile=on,off compiled=--compile type=bf16 slower=1
 if [ "$size" = tiny ]; then
     long=17x64x96 short=5x64x64,9x64x64 compile=off compiled='' type=fp32 slower=10 # a CPU compiles for minutes
@@ -26,7 +28,9 @@ run() {
     shift 3
     echo "== $name: $script $*"
     timeout "$limit" "$python" -u "benchmarks/$script" "$@" >"$folder/$name.log" 2>&1
-    echo "   exit $? after $((SECONDS - before)) s"
+    local code=$?
+    echo "   exit $code after $((SECONDS - before)) s"
+    ((code == 0)) || failed=1
     grep -E '^(size|real|tiny|bf16|fp32|type|  attention|peak )' "$folder/$name.log" | cut -c1-250
     grep -q '^{"benchmark"' "$folder/$name.log" || tail -n 8 "$folder/$name.log"
 }
@@ -64,3 +68,4 @@ for part in $parts; do
         exit 2 ;;
     esac
 done
+exit "$failed"

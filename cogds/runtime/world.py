@@ -20,7 +20,7 @@ import torch.distributed as dist
 
 from cogds.config import NetworkConfig
 from cogds.errors import UserError
-from cogds.runtime.builds import clear_builds
+from cogds.runtime.builds import announce_build, clear_builds
 from cogds.runtime.chatter import leave_out, without_printed
 from cogds.runtime.network import interface_addresses, network_env, replaced
 
@@ -184,7 +184,10 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     leave_out()
     set_network(world, network)
     export_rendezvous(world)
-    clear_builds(Path(os.environ.get("TORCH_EXTENSIONS_DIR", Path.home() / ".cache/torch_extensions")))
+    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+    clear_builds(built)
+    if world.device.type == "cpu" and world.local_rank == 0:
+        announce_build(built, "deepspeed_shm_comm")
     if world.device.type == "cuda":
         # Clips of every length tear the allocator's memory into pieces. Read at the first allocation; not yet measured.
         os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")

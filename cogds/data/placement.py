@@ -75,10 +75,13 @@ def too_short(placement: Placement, table: pa.Table, buckets: Sequence[ClipShape
     """Rows that are usable but have no bucket -> why."""
     usable = pc.equal(table.column("status"), "ok").to_numpy(zero_copy_only=False)
     shortest = min(shape.frames for shape in buckets)
-    return {
-        int(row): f"too short: {placement.row_frames[row]} frames at {fps:g} fps, the shortest bucket has {shortest}"
-        for row in np.flatnonzero(usable & (placement.row_buckets < 0))
-    }
+
+    def why(num_frames: int) -> str:
+        if num_frames == 1:
+            return f"too short: a picture, and no bucket has one frame: the shortest has {shortest}"
+        return f"too short: {num_frames} frames at {fps:g} fps, the shortest bucket has {shortest}"
+
+    return {int(row): why(placement.row_frames[row]) for row in np.flatnonzero(usable & (placement.row_buckets < 0))}
 
 
 def _windows(

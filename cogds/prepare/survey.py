@@ -306,6 +306,14 @@ def evaluated_survey(
             f"trained: only the loss of trained clips is evaluated, which does not show overfitting; raise it (from "
             f"{least_share(first):g} on {first} is held out), or give eval.path"
         )
+    elif held_out is not None:
+        num, left = (len(np.unique(one.placement.rows)) for one in (held_out, found))
+        if num > 2 * max(1.0, cfg.eval.held_out * (num + left)):
+            warnings.append(
+                f"eval.held_out={cfg.eval.held_out:g} holds out {num} of {num + left} clips, which are not trained: "
+                "they are chosen by a hash of their names, and of few clips that may be many; lower it, or name those "
+                "that are to be evaluated by eval.path"
+            )
     wanted = cfg.eval.every is not None or cfg.sample.every is not None
     return (
         held_out.chosen(cfg.eval.num_clips) if wanted and held_out is not None else None,

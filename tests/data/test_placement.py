@@ -84,5 +84,5 @@ def test_what_is_too_short_is_told():
     placed = place(table, BUCKETS[:1], 16, "first", 0, seed=0, num_sets=2)
     assert too_short(placed, table, BUCKETS[:1], 16) == {
         1: "too short: 10 frames at 16 fps, the shortest bucket has 17",
-        4: "too short: 1 frames at 16 fps, the shortest bucket has 17",
+        4: "too short: a picture, and no bucket has one frame: the shortest has 17",
     }

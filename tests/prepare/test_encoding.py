@@ -155,7 +155,7 @@ def test_a_bad_file_is_left_out_with_its_reason(encode, drawn, tmp_path):
     reasons = reasons_of(data)
     assert set(reasons) == {"torn.mp4", "clip_1.mp4", "image_0.png"}
     assert "caption missing" in reasons["clip_1.mp4"]
-    assert reasons["image_0.png"] == "too short: 1 frames at 16 fps, the shortest bucket has 9"
+    assert reasons["image_0.png"] == "too short: a picture, and no bucket has one frame: the shortest has 9"
     assert (len(data.index), data.unusable.num, data.unusable.num_rows) == (5, 3, 8)
     with pytest.raises(UserError, match=r"3 of 8 clips cannot be used .* data\.max_unusable \(0\.3\)"):
         encode(folder, buckets, max_unusable=0.3)
@@ -399,6 +399,14 @@ def test_all_clips_are_evaluated_where_all_are_wanted(encode, drawn, monkeypatch
     monkeypatch.setattr(cogds.prepare.survey, "MAX_CANDIDATES", 1)
     assert names(encode(drawn, "eval.num_clips=100").trained) == ALL
     assert len(encode(drawn, "eval.num_clips=5").trained) == 5
+
+
+def test_more_held_out_than_asked_is_said(encode, drawn, capsys, monkeypatch):
+    encode(drawn, "eval.held_out=0.3")
+    assert "eval.held_out" not in capsys.readouterr().err
+    monkeypatch.setattr(cogds.prepare.survey, "_held_out", lambda table, *_: np.arange(len(table)) < 3)
+    encode(drawn, "eval.held_out=0.1")
+    assert "warning: eval.held_out=0.1 holds out 3 of 7 clips, which are not trained" in capsys.readouterr().err
 
 
 def test_nothing_and_everything_held_out_is_said(encode, drawn, capsys):

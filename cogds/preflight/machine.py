@@ -68,8 +68,7 @@ def look_disk(job: Job) -> Facts:
             "cache": [cfg.data.cache_dir, free_bytes(cfg.data.cache_dir), LOW_CACHE_BYTES],
             "tmp": [tempfile.gettempdir(), free_bytes(tempfile.gettempdir()), LOW_TMP_BYTES],
             "shm": [SHARED_MEMORY, free_bytes(SHARED_MEMORY), job.shared_memory_bytes * num_local],
-            # Activations come once the weights are where they stay.
-            "memory": ["memory", available_memory_bytes(), max(loading, job.pinned_bytes * num_local)],
+            "memory": ["memory", available_memory_bytes(), loading + job.pinned_bytes * num_local],
         }
     }
 
@@ -92,7 +91,7 @@ def judge_disk(facts: list[Facts]) -> list[Finding]:
     for key, level, why in (
         ("tmp", WARN, "for temporary files: set TMPDIR"),
         ("shm", FAIL, "for what the loaders have ready: give the container --shm-size, or lower data.num_workers"),
-        ("memory", WARN, "for loading the weights or what block+offload keeps there"),
+        ("memory", WARN, "for the weights and what block+offload keeps there"),
     ):
         short = [one for one in nodes if one["disk"][key][1] < one["disk"][key][2]]
         path, free, needed = min((one["disk"][key] for one in nodes), key=lambda disk: disk[1] - disk[2])

@@ -1,6 +1,7 @@
 import pytest
 
 from cogds.preflight.job import load_job
+from cogds.preflight.machine import look_disk
 from cogds.runtime.world import World
 from tests.conftest import ROOT
 
@@ -24,6 +25,13 @@ def test_weights_that_wait_on_the_host_are_counted_as_torch_pins_them(job):
     del alone.__dict__["offloaded_bytes"]
     assert alone.offloaded_bytes == plain
     assert job("zero3").offloaded_bytes == job("zero2").offloaded_bytes == 0
+
+
+def test_weights_and_activations_that_wait_on_the_host_are_there_at_once(job):
+    one = job("zero3_offload", World(0, 1, 0, 1), "train.recompute=block+offload")
+    needed = look_disk(one)["disk"]["memory"][2]
+    assert needed == one.offloaded_bytes + one.pinned_bytes
+    assert min(one.offloaded_bytes, one.pinned_bytes) > 0
 
 
 def test_activations_that_wait_on_the_host(job):

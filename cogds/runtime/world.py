@@ -179,7 +179,7 @@ _timeout = timedelta(minutes=30)
 
 def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConfig()) -> None:  # noqa: B008 (frozen)
     """Join the process group (NCCL on GPUs, gloo on CPUs). Collectives fail after `timeout_s` without an answer."""
-    import deepspeed  # five seconds that an error in the command line should not take
+    import deepspeed  # not by what never joins a process group
 
     leave_out()
     set_network(world, network)
@@ -190,7 +190,8 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
         announce_build(built, "deepspeed_shm_comm")
     if world.device.type == "cuda":
         # Clips of every length tear the allocator's memory into pieces. Read at the first allocation; not yet measured.
-        os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
+        if not settings("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
+            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(world.device)
     with without_printed():
         deepspeed.init_distributed(

@@ -69,6 +69,8 @@ class Monitor:
             self.ticker = Ticker(first_step, num_steps, style)
             self.also = also
             self.errands = Courier() if also else None  # its own: a service that does not answer holds up no file
+            if self.errands:
+                atexit.register(self.errands.settle, LEAVE_S)
 
     def record(
         self,
@@ -143,6 +145,7 @@ class Monitor:
             self.courier.close()
             if self.errands:
                 self.errands.close()
+                atexit.unregister(self.errands.settle)
             atexit.unregister(self.courier.settle)
 
     def _hand_lines(self, lines: list[bytes]) -> None:

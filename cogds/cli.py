@@ -17,7 +17,7 @@ from typing import Any, NoReturn
 from cogds.config import help_text
 from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
 from cogds.runtime.chatter import leave_out
-from cogds.runtime.world import connected, lost_contact, read_world
+from cogds.runtime.world import connected, contact_sentence, lost_contact, read_world
 
 leave_out()  # an entry point imports this before what loads diffusers and DeepSpeed
 
@@ -115,11 +115,7 @@ def _run(main: Callable[[], None]) -> int:
     except RuntimeError as error:
         if not lost_contact(error):
             raise
-        print(
-            f"rank {read_world().rank} ({socket.gethostname()}) lost contact with another rank, which has died or can "
-            f"no longer be reached: the job ends here, and the same command goes on from the last checkpoint: {error}",
-            file=sys.stderr,
-        )
+        print(contact_sentence(read_world(), error), file=sys.stderr)
         return EXIT_HUNG
     return 0
 

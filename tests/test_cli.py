@@ -1,13 +1,15 @@
 """The command line that all entry points share."""
 
 import base64
+import socket
 
 import pytest
+import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
 from cogds import cli, config
-from cogds.errors import UserError
+from cogds.errors import EXIT_HUNG, UserError
 
 
 def test_flags_may_stand_anywhere_between_overrides():
@@ -144,3 +146,24 @@ def test_a_folder_that_cannot_be_made_is_named(tmp_path):
         cli.make_folders({"output_dir": str(tmp_path / "file/run")})
     with pytest.raises(UserError, match=r"data\.cache_dir: cannot write into"):
         cli.make_folders({"output_dir": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "file")})
+
+
+def test_a_port_that_another_run_has_is_named(monkeypatch, capsys):
+    with socket.socket() as other:
+        other.bind(("", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        monkeypatch.setenv("MASTER_PORT", str(port))
+        assert cli.run(lambda: dist.TCPStore("127.0.0.1", port, 2, is_master=True)) == EXIT_HUNG
+    said = capsys.readouterr().err
+    assert f"cannot open port {port}" in said
+    assert "--master_port" in said
+    assert "lost contact" not in said
+
+
+def test_a_rank_that_has_died_is_told_as_lost(capsys):
+    def main() -> None:
+        raise dist.DistNetworkError("Connection reset by peer")
+
+    assert cli.run(main) == EXIT_HUNG
+    assert "lost contact with another rank" in capsys.readouterr().err

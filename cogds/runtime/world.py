@@ -244,6 +244,21 @@ def lost_contact(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
+def contact_sentence(world: World, error: RuntimeError, environ: Mapping[str, str] = os.environ) -> str:
+    """What is told of an error of which `lost_contact` is true."""
+    place = f"rank {world.rank} ({socket.gethostname()})"
+    if "EADDRINUSE" in str(error):
+        return (
+            f"{place} cannot open port {environ.get('MASTER_PORT')} (MASTER_PORT), where the ranks of a job meet: "
+            "another process has it, such as another run on this machine; give this one a port of its own "
+            "(deepspeed --master_port 29501), or wait until that one has ended"
+        )
+    return (
+        f"{place} lost contact with another rank, which has died or can no longer be reached: the job ends here, and "
+        f"the same command goes on from the last checkpoint: {error}"
+    )
+
+
 def connected() -> bool:
     """Whether this process has joined the process group."""
     return dist.is_initialized()

@@ -3,14 +3,11 @@
 Every command is the README's, run in a fresh clone; only the model (a tiny one), the clips and the length are given.
 """
 
-import contextlib
 import os
 import re
 import shutil
-import socket
 import subprocess
 import sys
-import time
 from pathlib import Path
 
 import pytest
@@ -23,7 +20,6 @@ from tests.readme import command
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 NUM_CLIPS = 10
 VENV = Path(sys.prefix)
-DEEPSPEED_PORT = 29500  # where no other is given
 
 
 @pytest.fixture(scope="module")
@@ -56,22 +52,10 @@ def run(clone, words, more=(), timeout_s=240):
     return done.stdout
 
 
-def await_free(port):
-    """Other tests run beside this one, and a newcomer names no port."""
-    end = time.monotonic() + 240
-    while True:
-        with contextlib.suppress(OSError), socket.socket() as sock:
-            sock.bind(("", port))
-            return
-        assert time.monotonic() < end, f"port {port} stays in use"
-        time.sleep(1)
-
-
 @pytest.fixture(scope="module")
 def demo(clone):
-    await_free(DEEPSPEED_PORT)
     said = run(clone, command("make demo"))
-    remove_shared_buffers([DEEPSPEED_PORT])
+    remove_shared_buffers([int(re.search(r"--master_port=(\d+)", said)[1])])
     return said
 
 

@@ -25,6 +25,7 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".testdata/torch_extensions"))
 
 
+@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
 def pytest_collection_modifyitems(items):
     """With several workers (make test), a file's tests share one, and those of tests/dist do: they share their runs."""
     for item in items:

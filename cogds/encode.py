@@ -15,6 +15,7 @@ from cogds.prepare.encoding import prepare
 from cogds.prepare.survey import make_buckets
 from cogds.runtime.interrupt import Interrupt, find_launchers
 from cogds.runtime.world import connect, disconnect, on_rank0, read_world
+from cogds.wording import counted
 
 
 def main(default_config: Path, argv: list[str] | None = None) -> None:
@@ -46,10 +47,10 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
         on_rank0(world, lambda: prune(cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
     data = prepare(cfg, model, buckets, world, retry=args.retry)
     if world.rank == 0:
-        apart = f", and {len(data.held_out)} that are only evaluated" if data.held_out is not None else ""
-        print(f"{len(data.index)} clips are encoded in {cache_dir}{apart}")
+        apart = f", and {len(data.held_out)} to be evaluated only" if data.held_out is not None else ""
+        print(f"{counted(len(data.index), 'clip')} encoded in {cache_dir}{apart}")
         if data.unusable.num:
-            print(f"{data.unusable.num} cannot be used, see {data.unusable.file}: {data.unusable.text()}")
+            print(f"{counted(data.unusable.num, 'clip')} not usable, see {data.unusable.file}: {data.unusable.text()}")
         if args.prune:
             kinds = {"clips": "clip_key", "captions": "caption_key"}
             keep = {kind: set().union(*(one.keys(name) for one in data.indices)) for kind, name in kinds.items()}
@@ -60,8 +61,8 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
                 if not path.name.startswith(tuple(one.path.stem for one in data.indices)):
                     path.unlink(missing_ok=True)
             print(
-                f"removed {pruned.num_entries} entries, {pruned.num_bytes / 1e9:.3f} GB; merged {pruned.num_merged} "
-                "small shards"
+                f"removed {counted(pruned.num_entries, 'entry')}, {pruned.num_bytes / 1e9:.3f} GB; merged "
+                f"{counted(pruned.num_merged, 'small shard')}"
             )
     disconnect()
 
@@ -71,8 +72,8 @@ def print_verified(report: VerifyReport) -> None:
     for one in report.damaged:
         print(f"removed {one.kind}/{one.place} {one.key}: {one.reason}")
     print(
-        f"{report.num_entries} entries are whole ({report.num_bytes / 1e9:.3f} GB), {report.num_failures} clips cannot "
-        f"be decoded, {len(report.damaged)} were damaged and removed: they are encoded anew by the next run"
+        f"{counted(report.num_entries, 'entry')} whole ({report.num_bytes / 1e9:.3f} GB), {report.num_failures} of "
+        f"clips that cannot be decoded, {len(report.damaged)} damaged and removed: the next run encodes them anew"
     )
 
 

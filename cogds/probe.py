@@ -38,6 +38,7 @@ from cogds.prepare.encoding import prepare
 from cogds.prepare.survey import make_buckets
 from cogds.runtime.world import World
 from cogds.training.step import Draws, StepBuilder
+from cogds.wording import counted
 
 NO_IMAGE = "no image"
 MIN_CLIPS = 4  # fewer have no standard error worth the name
@@ -115,8 +116,8 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     clips = clips[: args.clips]
     if len(clips) < MIN_CLIPS:
         raise UserError(
-            f"data.path={cfg.data.path} has {len(clips)} clips, too few to know how sure a difference is: give "
-            f"{MIN_CLIPS} or more"
+            f"data.path={cfg.data.path} has {counted(len(clips), 'clip')}, too few to know how sure a difference is: "
+            f"give {MIN_CLIPS} or more"
         )
     dtype = DTYPES[cfg.train.precision]
     transformer = load_evaluated(cfg, model, world.device, None)

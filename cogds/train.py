@@ -151,7 +151,7 @@ def train(
     run = Run(cfg, ds_config, model, buckets, world, data, plan, execution, first_step)
 
     def begin() -> None:
-        show([*summary(run, resume_from), *start], "cogds")
+        show([*summary(run, resume_from, dry_run), *start], "cogds")
         if dry_run:
             return
         checkpoints.check_space(output_dir, 0)  # before anything is moved

@@ -9,19 +9,21 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 FILES = sorted([*ROOT.glob("cogds/**/*.py"), *ROOT.glob("launch/*.py")])
 
+BASE = {"errors", "files", "progress", "wording", "config", "core"}
 # A layer may import itself and those named here. `assembly` is what stands directly in cogds/ and is not named itself.
 MAY_IMPORT = {
     "errors": set(),
     "files": set(),
     "progress": set(),
+    "wording": set(),
     "config": {"errors"},
     "core": {"errors"},
     "data": {"errors", "files", "progress", "core"},
     "model": {"errors", "files", "core"},
     "runtime": {"errors", "files", "config", "core", "data", "model"},
-    "prepare": {"errors", "files", "progress", "config", "core", "data", "model", "runtime"},
-    "training": {"errors", "files", "progress", "config", "core", "data", "model", "runtime", "prepare"},
-    "assembly": {"errors", "files", "progress", "config", "core", "data", "model", "runtime", "prepare", "training"},
+    "prepare": {*BASE, "data", "model", "runtime"},
+    "training": {*BASE, "data", "model", "runtime", "prepare"},
+    "assembly": {*BASE, "data", "model", "runtime", "prepare", "training"},
     "launch": {"assembly"},
 }
 # Third-party library -> where it may be imported (path prefixes below the root).

@@ -10,8 +10,8 @@ import torch
 
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, by_value, differing, who
 from cogds.preflight.job import Job
-from cogds.report.text import gigabytes
 from cogds.runtime.ds_config import zero_stage
+from cogds.wording import counted, gigabytes
 
 # More than this in use on a GPU is more than a process's own context.
 OCCUPIED_BYTES = 2_000_000_000
@@ -156,7 +156,9 @@ def judge_gpu(facts: list[Facts]) -> list[Finding]:
         )
     idle = [one for one in facts if one["gpu"]["num_visible"] > one["num_local"]]
     for (num, local), group in by_value(idle, lambda one: (one["gpu"]["num_visible"], one["num_local"])):
-        found.append(Finding("gpu", WARN, f"{num} GPUs, but {local} rank(s) a node on {who(group)}: GPUs stay idle"))
+        found.append(
+            Finding("gpu", WARN, f"{num} GPUs, but {counted(local, 'rank')} a node on {who(group)}: GPUs stay idle")
+        )
     least = min(facts, key=lambda one: one["gpu"]["free"] - one["gpu"]["needed"])["gpu"]
     estimate = f"{least['bucket']} takes about {gigabytes(least['needed'])} (an estimate)"
     text = f"{least['name']}: {gigabytes(least['free'])} free, {estimate}"

@@ -9,6 +9,7 @@ from rich.table import Table
 from rich.text import Text
 
 from cogds.preflight.finding import FAIL, OK, WARN, Finding
+from cogds.wording import counted
 
 _STYLES = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 PLAIN_WIDTH = 120
@@ -18,10 +19,10 @@ def verdict(findings: Sequence[Finding], num_ranks: int, num_nodes: int) -> str:
     """`ready: 16 ranks on 2 nodes`, or how many checks failed."""
     failed = len({one.check for one in findings if one.level == FAIL})
     warned = len({one.check for one in findings if one.level == WARN})
-    warnings = f", {warned} warning{'s' * (warned > 1)}" if warned else ""
+    warnings = f", {counted(warned, 'warning')}" if warned else ""
     if failed:
-        return f"not ready: {failed} check{'s' * (failed > 1)} failed{warnings}"
-    ranks = f"{num_ranks} rank{'s' * (num_ranks > 1)} on {num_nodes} node{'s' * (num_nodes > 1)}"
+        return f"not ready: {counted(failed, 'check')} failed{warnings}"
+    ranks = f"{counted(num_ranks, 'rank')} on {counted(num_nodes, 'node')}"
     return f"ready: {ranks}{warnings}"
 
 

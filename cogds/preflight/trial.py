@@ -12,13 +12,13 @@ from cogds.model.load import DTYPES
 from cogds.model.lora import inject
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, who
 from cogds.preflight.job import Job
-from cogds.report.text import gigabytes
 from cogds.runtime.engine import build_for_stage, start_engine
 from cogds.runtime.sequence import share_clips
 from cogds.runtime.tally import peak_memory_bytes
 from cogds.runtime.world import all_gather
 from cogds.training.execution import choose_execution, prepare_blocks
 from cogds.training.step import Draws, load_step_builder, random_batch
+from cogds.wording import gigabytes
 
 NUM_STEPS = 2
 # A second step, which is the one to believe, is taken where the first was quicker than this.

@@ -27,6 +27,7 @@ from cogds.errors import UserError
 from cogds.files import whole_file
 from cogds.model.load import ModelFolder
 from cogds.runtime.world import World, on_all_ranks, on_rank0
+from cogds.wording import counted
 
 NUM_EXAMPLES = 5
 # Of a bucket with twice as many clips or more, about so many, evenly spaced, may be chosen to be evaluated: each costs
@@ -52,8 +53,8 @@ class Unusable:
         if self.num > most * self.num_rows:
             where = f"; all of them are in {self.file}" if self.file else ""
             raise UserError(
-                f"{self.num} of {self.num_rows} clips cannot be used ({self.text()}), more than data.max_unusable "
-                f"({most:g}) allows{where}: mend or remove them, or raise data.max_unusable"
+                f"{self.num} of {counted(self.num_rows, 'clip')} cannot be used ({self.text()}), more than "
+                f"data.max_unusable ({most:g}) allows{where}: mend or remove them, or raise data.max_unusable"
             )
 
     def text(self) -> str:
@@ -171,7 +172,7 @@ class Survey:
             if self.held_out is not None:
                 parts.append(f"eval.held_out holds out {len(np.unique(self.held_out.placement.rows))}: lower it")
             raise UserError(
-                f"data.path: not one of the {unusable.num_rows} clips of {self.data_path} can be trained "
+                f"data.path: none of {counted(unusable.num_rows, 'clip')} of {self.data_path} can be trained "
                 f"({'; '.join(parts)})"
             )
 
@@ -289,12 +290,13 @@ def evaluated_survey(
         if not held_out.num_windows:
             unusable = held_out.unusable()
             raise UserError(
-                f"eval.path: not one of the {unusable.num_rows} clips of {held_out.data_path} can be evaluated "
+                f"eval.path: none of {counted(unusable.num_rows, 'clip')} of {held_out.data_path} can be evaluated "
                 f"({unusable.text()})"
             )
         if (unusable := held_out.unusable()).num:
             warnings.append(
-                f"{unusable.num} of the {unusable.num_rows} clips of eval.path cannot be evaluated: {unusable.text()}"
+                f"{unusable.num} of {counted(unusable.num_rows, 'clip')} of eval.path cannot be evaluated: "
+                f"{unusable.text()}"
             )
     elif cfg.eval.held_out and held_out is None:
         names = {
@@ -302,17 +304,17 @@ def evaluated_survey(
         }
         first = min(names, key=name_hash)
         warnings.append(
-            f"eval.held_out={cfg.eval.held_out:g} holds out none of the {len(names)} files that can be "
-            f"trained: only the loss of trained clips is evaluated, which does not show overfitting; raise it (from "
+            f"eval.held_out={cfg.eval.held_out:g} holds out none of {counted(len(names), 'file')} to be trained: "
+            f"only the loss of trained clips is evaluated, which does not show overfitting; raise it (from "
             f"{least_share(first):g} on {first} is held out), or give eval.path"
         )
     elif held_out is not None:
         num, left = (len(np.unique(one.placement.rows)) for one in (held_out, found))
         if num > 2 * max(1.0, cfg.eval.held_out * (num + left)):
             warnings.append(
-                f"eval.held_out={cfg.eval.held_out:g} holds out {num} of {num + left} clips, which are not trained: "
-                "they are chosen by a hash of their names, and of few clips that may be many; lower it, or name those "
-                "that are to be evaluated by eval.path"
+                f"eval.held_out={cfg.eval.held_out:g} holds out {num} of {counted(num + left, 'clip')}, which are not "
+                "trained: they are chosen by a hash of their names, and of few clips that may be many; lower it, or "
+                "name those that are to be evaluated by eval.path"
             )
     wanted = cfg.eval.every is not None or cfg.sample.every is not None
     return (

@@ -6,35 +6,9 @@ from rich.table import Table
 from rich.text import Text
 
 from cogds.report.facts import BucketReport, Report
+from cogds.wording import counted, duration, gigabytes, number, percent
 
 ESTIMATE_NOTE = "Memory is an estimate from the shapes, not yet compared with a GPU."
-
-
-def percent(share: float) -> str:
-    """A share as people read it: nothing is 0%, and little is never nothing."""
-    return "0%" if share <= 0 else "<1%" if share < 0.01 else f"{100 * share:.0f}%"
-
-
-def gigabytes(size: float) -> str:
-    """Bytes as GB (10^9), TB above a thousand, or MB or kB below one."""
-    if size >= 1e12:
-        return f"{size / 1e12:,.1f} TB"
-    if size >= 1e9:
-        return f"{size / 1e9:,.1f} GB"
-    return f"{size / 1e6:,.0f} MB" if size >= 1e6 or not size else f"{size / 1e3:,.0f} kB"
-
-
-def duration(seconds: float) -> str:
-    """Seconds as the unit that fits."""
-    for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
-        if seconds >= 2 * length:
-            return f"{seconds / length:,.1f} {unit}"
-    return f"{seconds:,.1f} s" if seconds < 10 else f"{seconds:,.0f} s"
-
-
-def number(value: float) -> str:
-    """A count with separators; a fraction only where it matters."""
-    return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
 
 
 def step_text(bucket: BucketReport) -> str:
@@ -64,7 +38,8 @@ def suggestion_lines(report: Report) -> list[str]:
 
 def held_out_lines(report: Report) -> list[str]:
     """What is held out, in a sentence; [] where nothing is."""
-    return [f"{report.num_held_out:,} clips are held out: evaluated, never trained."] if report.num_held_out else []
+    num = report.num_held_out
+    return [f"{counted(num, 'clip')} held out: evaluated, never trained."] if num else []
 
 
 def warning_lines(report: Report) -> list[str]:
@@ -72,16 +47,17 @@ def warning_lines(report: Report) -> list[str]:
     captions, lines = report.captions, [one.shortfall for one in report.buckets if one.num_samples and one.shortfall]
     if report.is_refused:
         lines.append(
-            f"Training will not start: {report.num_unusable:,} of {report.num_rows:,} clips cannot be used, and "
+            f"Training will not start: {report.num_unusable:,} of {counted(report.num_rows, 'clip')} cannot be used, "
+            f"and "
             f"data.max_unusable allows {percent(report.max_unusable)}."
         )
     if captions.num_missing:
-        lines.append(f"{captions.num_missing:,} clips have no caption.")
+        lines.append(f"{counted(captions.num_missing, 'clip')} without a caption.")
     if captions.num_empty:
-        lines.append(f"{captions.num_empty:,} clips have a caption that is empty.")
+        lines.append(f"{counted(captions.num_empty, 'clip')} with an empty caption.")
     if captions.num_too_long:
         lines.append(
-            f"{captions.num_too_long:,} captions are longer than {captions.limit} tokens: their ends are not seen."
+            f"{counted(captions.num_too_long, 'caption')} longer than {captions.limit} tokens: the end is not seen."
         )
     return lines
 
@@ -90,14 +66,15 @@ def short_report(report: Report) -> str:
     """A few lines for the start of training."""
     used = [one for one in report.buckets if one.num_samples]
     lines = [
-        f"{report.num_clips:,} of {report.num_rows:,} clips in {len(used)} of {len(report.buckets)} buckets, "
+        f"{report.num_clips:,} of {counted(report.num_rows, 'clip')} in {len(used)} of "
+        f"{counted(len(report.buckets), 'bucket')}, "
         f"{number(report.steps_per_epoch)} steps an epoch; {percent(report.mean('crop_share'))} of the picture is "
         f"cropped away on average",
         *held_out_lines(report),
     ]
     if report.num_unusable:
         common = ", ".join(f"{one.num_clips:,} x {one.phrase}" for one in report.reasons[:3])
-        lines.append(f"{report.num_unusable:,} clips are not trained: {common}")
+        lines.append(f"{counted(report.num_unusable, 'clip')} not trained: {common}")
     lines += warning_lines(report)
     if largest := report.largest:
         lines.append(
@@ -117,9 +94,10 @@ def print_report(report: Report, console: Console | None = None) -> None:
     epoch = "" if report.epoch_s is None else f", about {duration(report.epoch_s)}"
     console.print(
         Text(
-            f"{report.num_clips:,} of {report.num_rows:,} clips; {report.num_ranks} GPUs, {report.accumulation} "
-            f"micro-steps a step, {number(report.steps_per_epoch)} steps an epoch{epoch}; cache "
-            f"{gigabytes(report.cache_bytes)}, captions' {gigabytes(report.caption_cache_bytes)} included"
+            f"{report.num_clips:,} of {counted(report.num_rows, 'clip')}; {counted(report.num_ranks, 'GPU')}, "
+            f"{counted(report.accumulation, 'micro-step')} a step, {number(report.steps_per_epoch)} steps an "
+            f"epoch{epoch}; cache {gigabytes(report.cache_bytes)}, captions' "
+            f"{gigabytes(report.caption_cache_bytes)} included"
         )
     )
     for line in held_out_lines(report):

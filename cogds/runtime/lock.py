@@ -17,6 +17,16 @@ LOCK_FILE = "run.lock"
 # A run that was killed a moment ago, or has lost its node, still has it: SLURM is quick to start the next.
 WAIT_S = 120.0
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
+_descriptors: set[int] = set()  # of the locks that this process has taken
+
+
+def _let_go() -> None:
+    """In a forked child, such as a loader's worker: it may outlive a killed run for a while, and must not hold on."""
+    while _descriptors:
+        os.close(_descriptors.pop())
+
+
+os.register_at_fork(after_in_child=_let_go)
 
 
 @contextlib.contextmanager
@@ -26,11 +36,12 @@ def only_run(world: World, folder: Path, wait_s: float = WAIT_S) -> Iterator[Non
     Raises UserError where another one still does after `wait_s`. The lock goes with the process that holds it, however
     that ends. On a file system that has no locks the run goes on, and says so.
     """
-    descriptors: list[int] = []
+    own: list[int] = []
 
     def take() -> None:
         descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        descriptors.append(descriptor)
+        own.append(descriptor)
+        _descriptors.add(descriptor)
         _wait_for(descriptor, folder, wait_s)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
@@ -39,8 +50,10 @@ def only_run(world: World, folder: Path, wait_s: float = WAIT_S) -> Iterator[Non
         on_rank0(world, take)
         yield
     finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
+        for descriptor in own:
+            if descriptor in _descriptors:  # or this is a forked child, on its way out
+                _descriptors.remove(descriptor)
+                os.close(descriptor)
 
 
 def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:

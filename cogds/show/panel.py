@@ -10,37 +10,40 @@ from rich.panel import Panel
 from rich.text import Text
 
 from cogds.core.geometry import num_tokens
-from cogds.report.text import gigabytes
 from cogds.runtime.ds_config import zero_stage
 from cogds.show.terminal import is_terminal
 from cogds.training.execution import Sizes, execution_lines
 from cogds.training.resume import layout_of
 from cogds.training.run import Run
+from cogds.wording import counted, gigabytes, magnitude
 
 EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # of one number in the LoRA's file
 
 
-def summary(run: Run, resume_from: Path | None) -> list[str]:
+def summary(run: Run, resume_from: Path | None, dry_run: bool = False) -> list[str]:
     """Model, LoRA, ranks, buckets, memory, where things are written, and what will not be trained: a fact a line."""
     cfg, plan, data, sizes = run.cfg, run.plan, run.data, Sizes.of(run.cfg, run.model)
     sharing = f", {run.world.sequence} to a clip" if run.world.sequence > 1 else ""
     num_numbers = sizes.lora.num_parameters
     lines = [
-        f"model {cfg.model.path}, {count(sizes.transformer.num_parameters)} parameters",
+        f"model {cfg.model.path}, {magnitude(sizes.transformer.num_parameters)} parameters",
         f"LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}: "
-        f"{count(num_numbers)} parameters, {gigabytes(num_numbers * EXPORTED_BYTES[cfg.train.precision])}",
+        f"{magnitude(num_numbers)} parameters, {gigabytes(num_numbers * EXPORTED_BYTES[cfg.train.precision])}",
         f"{devices(run.world.device, run.world.size)}{sharing}, ZeRO stage {zero_stage(run.ds_config)}, "
         f"{cfg.train.precision}, "
-        f"{plan.accumulation} micro-steps a step, {plan.steps_per_epoch:.1f} steps an epoch, "
-        f"{cfg.train.num_steps:,} steps in all",
+        f"{counted(plan.accumulation, 'micro-step')} a step, {plan.steps_per_epoch:.1f} steps an epoch, "
+        f"{counted(cfg.train.num_steps, 'step')} in all",
     ]
     for shape, sets, local in zip(data.index.buckets, data.index.sizes, plan.local_batch_sizes):
         tokens = num_tokens(shape, run.model.geometry)
-        lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {sum(sets):>5} clips  batch {local} a rank")
+        lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {counted(sum(sets), 'clip'):>11}  batch {local} a rank")
     lines += execution_lines(run.execution, run.buckets, [sum(sets) for sets in data.index.sizes])
-    lines.append(f"written to {cfg.output_dir}; watch: tensorboard --logdir {Path(cfg.output_dir) / 'tensorboard'}")
+    written = f"written to {cfg.output_dir}; watch: tensorboard --logdir {Path(cfg.output_dir) / 'tensorboard'}"
+    lines.append(f"a run would be {written}" if dry_run else written)
     if data.unusable.num:
-        lines.append(f"{data.unusable.num} files cannot be trained, see {Path(cfg.output_dir) / 'unusable.jsonl'}:")
+        lines.append(
+            f"{counted(data.unusable.num, 'file')} cannot be trained, see {Path(cfg.output_dir) / 'unusable.jsonl'}:"
+        )
         lines += [f"  {path}: {reason}" for path, reason in data.unusable.examples]
     if resume_from:
         lines.append(f"resuming from {resume_from}")
@@ -52,16 +55,8 @@ def summary(run: Run, resume_from: Path | None) -> list[str]:
 def devices(device: torch.device, num_ranks: int) -> str:
     """`8 GPUs (NVIDIA H100 80GB HBM3)`, `2 ranks on CPUs`."""
     if device.type != "cuda":
-        return f"{num_ranks} rank{'s' * (num_ranks > 1)} on CPUs"
-    return f"{num_ranks} GPU{'s' * (num_ranks > 1)} ({torch.cuda.get_device_name(device)})"
-
-
-def count(number: float) -> str:
-    """A count of parameters: 5.57 B, 132.1 M, 40.3 k."""
-    for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
-        if number >= size:
-            return f"{number / size:.2f} {unit}" if unit == "B" else f"{number / size:.1f} {unit}"
-    return f"{number:.0f}"
+        return f"{counted(num_ranks, 'rank')} on CPUs"
+    return f"{counted(num_ranks, 'GPU')} ({torch.cuda.get_device_name(device)})"
 
 
 def show(lines: Sequence[str], title: str, console: Console | None = None) -> None:

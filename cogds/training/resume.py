@@ -16,6 +16,7 @@ from cogds.core.plan import Origin, Plan
 from cogds.data.index import ClipIndex
 from cogds.errors import UserError
 from cogds.prepare.encoding import EncodedData
+from cogds.wording import counted
 
 # Keys of the config that may differ from one part of a run to the next; all others must not. Data and model are known
 # by their content, the layout is the plan's matter.
@@ -77,7 +78,10 @@ def resumed_data(data: EncodedData, facts: Mapping[str, Any], cfg: RunConfig) ->
     if now - then or not then - now:
         print(f"of the clips of the run, {len(then - now)} are no longer in the data, and {len(now - then)} are new")
         return data
-    print(f"{len(then - now)} clips of the run are no longer in the data: it goes on with them as long as it can")
+    print(
+        f"no longer in the data: {counted(len(then - now), 'clip')} of the run, which goes on with them as long "
+        "as it can"
+    )
     # By weight they follow from the sizes, and stay what they were.
     by_weight = bool(cfg.data.sets) and cfg.data.sets[0].weight is not None
     repeats = tuple(facts["identity"]["repeats"]) if by_weight else data.mixture.repeats
@@ -104,4 +108,5 @@ def layout_of(plan: Plan) -> str:
     """The layout in words."""
     sizes = ", ".join(map(str, sorted(set(plan.batch_sizes))))
     order = "buckets of one cost" if plan.costs else "one bucket"
-    return f"{plan.world_size} ranks x {plan.accumulation} micro-steps, batches of {sizes}, {order} at a time"
+    layout = f"{counted(plan.world_size, 'rank')} x {counted(plan.accumulation, 'micro-step')}"
+    return f"{layout}, batches of {sizes}, {order} at a time"

@@ -5,6 +5,7 @@ prompt a line. Paths in it are taken from its folder.
 """
 
 import csv
+import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -52,16 +53,17 @@ def find_requests(prompts: Sequence[str], images: Sequence[str], file: str | Non
 def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
     """Numbers of lines, and what stands in them."""
     try:
-        lines = file.read_text(encoding="utf-8-sig").splitlines()
+        text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"--list {file} cannot be read ({reason}): give a text, .csv or .jsonl file in UTF-8") from None
     if file.suffix.lower() == ".csv":
-        reader = csv.DictReader(lines)
+        reader = csv.DictReader(io.StringIO(text))  # a prompt in quotes may go over several lines
         for row in reader:
             yield reader.line_num, {key: value for key, value in row.items() if value not in (None, "")}
         return
-    for number, line in enumerate(lines, 1):
+    # Not splitlines(): U+2028 and its like may stand in a prompt.
+    for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
         if file.suffix.lower() != ".jsonl":

@@ -2,6 +2,7 @@
 
 import hashlib
 import re
+import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -35,8 +36,8 @@ class Scene:
 
 
 def slug(text: str, length: int = 40) -> str:
-    """A text as part of a file's name: its first words, joined by dashes."""
-    words = re.findall(r"[a-z0-9]+", text.lower())
+    """A text as part of a file's name: its first words, of any language, joined by dashes."""
+    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
     return "-".join(words)[:length].rstrip("-") or "video"
 
 

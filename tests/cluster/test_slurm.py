@@ -158,4 +158,4 @@ def test_encode(lab, tiny_run, monkeypatch, tmp_path):
     here = {"cwd": tmp_path, "env": {"COGDS_DIR": str(ROOT)}}
     job = lab.sbatch("--nodes=2", ROOT / "launch/slurm/encode.sbatch", *words, **here)
     assert lab.wait(job, timeout_s=120) == "COMPLETED"
-    assert "7 clips are encoded" in (tmp_path / f"logs/cogds-encode-{job}-n1.log").read_text()
+    assert "7 clips encoded" in (tmp_path / f"logs/cogds-encode-{job}-n1.log").read_text()

@@ -149,7 +149,7 @@ def test_gpus():
     for change, words in (
         ({"name": "A100"}, "of several kinds"),
         ({"free": 60 * GB}, "20.0 GB are in use already on rank 1 (n2)"),
-        ({"num_visible": 8}, "8 GPUs, but 2 rank(s) a node on rank 1 (n2)"),
+        ({"num_visible": 8}, "8 GPUs, but 2 ranks a node on rank 1 (n2)"),
         ({"free": 79 * GB, "needed": 90 * GB}, "takes about 90.0 GB"),
     ):
         warned = [one for one in judge_gpu(ranks(gpu(), gpu(**change))) if one.level == WARN]

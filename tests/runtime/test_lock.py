@@ -1,7 +1,10 @@
 """Two runs, one folder: flock belongs to an open file, so two in one process are two."""
 
 import fcntl
+import os
+import signal
 import threading
+import time
 
 import pytest
 
@@ -36,6 +39,28 @@ def test_a_run_that_ends_makes_way(tmp_path):
     with only_run(ALONE, tmp_path, wait_s=30):
         assert left.is_set()
     thread.join()
+
+
+def test_a_forked_child_that_outlives_its_run_is_no_run(tmp_path):
+    told, tell = os.pipe()
+    run = os.fork()
+    if not run:
+        lock = only_run(ALONE, tmp_path)
+        lock.__enter__()
+        worker = os.fork()
+        if not worker:
+            time.sleep(60)
+        os.write(tell, b"%d" % worker)
+        os._exit(0)
+    worker = int(os.read(told, 20))
+    os.waitpid(run, 0)
+    try:
+        with only_run(ALONE, tmp_path, wait_s=0):
+            os.kill(worker, 0)  # it is there
+    finally:
+        os.kill(worker, signal.SIGKILL)
+        os.close(told)
+        os.close(tell)
 
 
 def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):

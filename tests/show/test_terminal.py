@@ -9,7 +9,7 @@ from rich.console import Console
 
 from cogds.runtime import chatter
 from cogds.show import panel, terminal
-from cogds.show.panel import count, show
+from cogds.show.panel import show
 from tests.conftest import ROOT
 
 
@@ -39,10 +39,6 @@ def test_a_terminal_gets_a_panel():
     assert drawn[0].startswith("╭─ cogds ─")
     assert "model /a [b]" in drawn[1]
     assert all(len(line) == 60 for line in drawn)
-
-
-def test_counts():
-    assert [count(one) for one in (5_571_594_880, 132_120_576, 2016, 7)] == ["5.57 B", "132.1 M", "2.0 k", "7"]
 
 
 HUSHED = """

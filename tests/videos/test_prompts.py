@@ -25,6 +25,9 @@ def test_flags_are_paired(prompts, images, expected):
         ("p.jsonl", '{"prompt": "x", "image": "i.png", "seed": 3}\n\n', [Request("x", "{}/i.png", None, 3)]),
         ("p.csv", 'prompt,image,size,seed\n"a, b",i.png,9x64x64,\n', [Request("a, b", "{}/i.png", "9x64x64")]),
         ("p.csv", "prompt,seed\nx,7\n", [Request("x", "given.png", None, 7)]),
+        ("p.csv", 'prompt,seed\n"two\nlines",7\n', [Request("two\nlines", "given.png", None, 7)]),
+        ("p.jsonl", '{"prompt": "a\u2028b"}', [Request("a\u2028b", "given.png")]),
+        ("p.txt", "x\r\ny\u2028z\n", [Request("x", "given.png"), Request("y\u2028z", "given.png")]),
         ("p.txt", "x\n\n  y \n", [Request("x", "given.png"), Request("y", "given.png")]),
     ],
 )

@@ -14,7 +14,7 @@ OFFLINE = $(if $(WHEELHOUSE),--no-index --find-links $(abspath $(WHEELHOUSE)))
 FITS = import sys, sysconfig; print(sys.implementation.cache_tag, sysconfig.get_platform())
 
 # Tests in as many processes as there are cores, up to four: each takes about 1 GB.
-WORKERS ?= --numprocesses auto --maxprocesses 4 --dist loadgroup
+WORKERS ?= --numprocesses auto --maxprocesses 4
 
 .PHONY: install wheelhouse demo test test-slow test-quant test-browser test-cluster test-endurance check format clean
 

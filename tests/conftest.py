@@ -25,12 +25,20 @@ os.environ["HF_HUB_OFFLINE"] = "1"
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".testdata/torch_extensions"))
 
 
-@pytest.hookimpl(tryfirst=True)  # before xdist reads the marks
-def pytest_collection_modifyitems(items):
-    """With several workers (make test), a file's tests share one, and those of tests/dist do: they share their runs."""
-    for item in items:
-        together = "tests/dist" if "dist" in item.path.parent.parts else str(item.path)
-        item.add_marker(pytest.mark.xdist_group(together))
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With several workers (make test), a file's tests share one, and those of tests/dist do: they share their runs.
+
+    Not by marks, `--dist loadgroup`: xdist 3.8 writes them into node ids that pytest 9.2 does not read.
+    """
+    from xdist.scheduler import LoadScopeScheduling
+
+    class Rooms(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            file = nodeid.partition("::")[0]
+            return "tests/dist" if file.startswith("tests/dist/") else file
+
+    return Rooms(config, log)
 
 
 @pytest.fixture(scope="session")

@@ -32,8 +32,10 @@ DEFAULT_PERSISTENT_NUMBERS = 100_000
 MODULES_AT_TURN = 12
 
 # Of a quantised base (`model.base`): bytes a number; numbers that share a float32 scale, None: a row of the weight;
-# and bytes a number of the one weight that is unpacked at a time (torchao does that in two float32 copies).
-BASES: dict[str, tuple[float, int | None, int]] = {"int8": (1, None, 8), "float8": (1, None, 8), "nf4": (0.5, 64, 4)}
+# and bytes a number of the one weight that is unpacked at a time (torchao does that by way of float32).
+BASES: dict[str, tuple[float, int | None, int]] = {"int8": (1, None, 6), "float8": (1, None, 10), "nf4": (0.5, 64, 2)}
+# The same of a float8 base that multiplies in float8: for the backward pass it is unpacked, turned and packed again.
+TURNED_BYTES = 17
 
 
 @dataclass(frozen=True)
@@ -179,19 +181,22 @@ def training_memory(
     rotary_bytes: int = 0,
     base: str = "full",
     sequence: int = 1,
+    matmul: str = "full",
 ) -> MemoryEstimate:
     """The memory of one rank that trains clips of this shape. An estimate, not yet compared with a GPU.
 
     zero: the `zero_optimization` section of a resolved DeepSpeed config; num_ranks: those that ZeRO shards over;
     precision: "bf16" or "fp32"; level: of `train.recompute`; rotary_bytes: of the tables of all buckets, which stay on
-    the device (`rotary_table_bytes` of each); base: "full" or of `BASES`; sequence: ranks that share a clip.
+    the device (`rotary_table_bytes` of each); base: "full" or of `BASES`; sequence: ranks that share a clip;
+    matmul: "full" or "float8".
 
     With P base and L adapter parameters, N ranks, b bytes a number (2 or 4) and B x T x d tokens of the transformer's
     width, T being a rank's share of them, U = B T d b:
 
         base weights      P b, or as `BASES` says for the blocks' linear layers; / N at stage 3; 0 with offload_param
         gathered weights  at stage 3: blocks that are whole at one time, see `_gathered_blocks`
-        unpacked weight   the largest, 4 d^2, where the base is quantised, in as many bytes as `BASES` says
+        unpacked weight   the largest, 4 d^2, where the base is quantised, in as many bytes as `BASES` says, or
+                          `TURNED_BYTES` where it multiplies in float8
         LoRA weights      L b; at stage 3 / N, and L b beside it where its matrices stay whole (persistence threshold);
                           0 for the share with offload_param
         LoRA gradients    L b; / N from stage 2; 0 with offload_optimizer from stage 2
@@ -204,7 +209,8 @@ def training_memory(
                           blocks' inputs on their way back from the host
         block activations what the recomputed block saves, where that is not kept already, and the gradients at its
                           worst moment (`_gradient_units`); at stage 3 at least the copy of a block's weights that
-                          DeepSpeed takes out of the buffer they were gathered in
+                          DeepSpeed takes out of the buffer they were gathered in; with float8 products what they
+                          add to it in a block that is not compiled (`_float8_units`)
     """
     bytes_each = 2 if precision == "bf16" else 4
     stage = int(zero.get("stage", 0))
@@ -219,10 +225,12 @@ def training_memory(
     on_gpu = 0 if stage == 3 and base_offloaded else 1
     block_bytes = _block_numbers(transformer, lora, zero) * bytes_each if stage == 3 else 0
     whole_lora = lora.num_parameters if stage == 3 and _lora_persists(transformer, lora, zero) else 0
+    in_block = _recomputed_units(level, saved, transformer, bytes_each) + _gradient_units(lora)
+    in_block += _float8_units(level) if matmul == "float8" else 0.0
     return MemoryEstimate(
         base_weights_bytes=shard(base_bytes(transformer, base, bytes_each), 3) * on_gpu,
         gathered_weights_bytes=round(_gathered_blocks(transformer, lora, zero) * block_bytes) if stage == 3 else 0,
-        unpacked_weight_bytes=0 if base == "full" else 4 * transformer.width**2 * BASES[base][2],
+        unpacked_weight_bytes=4 * transformer.width**2 * unpacked_bytes(base, matmul),
         lora_weights_bytes=(shard(lora.num_parameters, 3) * on_gpu + whole_lora) * bytes_each,
         lora_gradients_bytes=0 if optimizer_offloaded and stage >= 2 else shard(lora.num_parameters, 2) * bytes_each,
         optimizer_state_bytes=0 if optimizer_offloaded else shard(lora.num_parameters, 1) * (12 if stage else 8),
@@ -234,10 +242,7 @@ def training_memory(
         inputs_and_loss_bytes=batch_size * _inputs_and_loss_bytes(shape, geometry, transformer, bytes_each),
         cuda_context_bytes=CUDA_CONTEXT_BYTES,
         kept_activations_bytes=round(unit * _kept_units(level, saved, transformer, bytes_each)),
-        block_activations_bytes=max(
-            round(unit * (_recomputed_units(level, saved, transformer, bytes_each) + _gradient_units(lora))),
-            block_bytes,
-        ),
+        block_activations_bytes=max(round(unit * in_block), block_bytes),
         first_frame_encode_bytes=vae_encode_bytes(dataclasses.replace(shape, frames=1), False, vae, bytes_each),
         optimizer_step_bytes=0 if optimizer_offloaded or not stage else shard(lora.num_parameters, 1) * 4,
     )
@@ -342,6 +347,23 @@ def _gradient_units(lora: LoraSize) -> float:
     its output (1) and its input (4) beside that of the block's (1). What the last gate saved (1) is gone in both.
     """
     return (6 if "ff.net.2" in lora.block_layers else 9) - ("norm2.linear" in lora.block_layers)
+
+
+def _float8_units(level: str) -> float:
+    """What float8 products add to the worst moment of a block that is not compiled, in U.
+
+    Their rows are rounded by way of float32: of the feed-forward's width, 4 U, that is 8 U, and 2 U of codes. It comes
+    in the block's forward pass or in the backward pass of the feed-forward's first layer: beside less than what is
+    counted without them where the forward pass is not run again. Seen in runs of the real shapes without numbers.
+    """
+    return 3.0 if level == "none" else 8.0
+
+
+def unpacked_bytes(base: str, matmul: str) -> int:
+    """Bytes a number of a frozen weight while it is unpacked for a product."""
+    if base == "full":
+        return 0
+    return TURNED_BYTES if matmul == "float8" else BASES[base][2]
 
 
 def saved_units(transformer: TransformerSize, lora: LoraSize, bytes_each: int, sequence: int = 1) -> float:

@@ -132,7 +132,7 @@ def _float8_linear(
     """rows W^T + bias in float8 on both sides, rows rounded row by row: plain operations, which a compiler fuses."""
     largest = torch.finfo(codes.dtype).max
     scale = rows.abs().amax(1, keepdim=True).float().clamp(min=_SMALLEST) / largest
-    rounded = (rows / scale).clamp(-largest, largest).to(codes.dtype)
+    rounded = (rows / scale).clamp_(-largest, largest).to(codes.dtype)  # in place: it is in float32
     # The kernel with scales by row is slow without fast accumulation.
     return torch._scaled_mm(
         rounded, codes.t(), scale_a=scale, scale_b=scales.t(), bias=bias, out_dtype=rows.dtype, use_fast_accum=True

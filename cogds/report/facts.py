@@ -96,8 +96,8 @@ class Setup:
 
     batch_sizes: clips per rank and micro-step of each bucket; epoch_sizes: samples of each bucket that one epoch
     trains, repeats included (None: the clips' windows); zero: the resolved `zero_optimization` section; levels: what
-    each bucket recomputes (`train.recompute`); base: `model.base`; sequence: ranks that share a clip; gpu_bytes: memory
-    of one GPU, None on CPUs.
+    each bucket recomputes (`train.recompute`); base and matmul: of `model`; sequence: ranks that share a clip;
+    gpu_bytes: memory of one GPU, None on CPUs.
     """
 
     buckets: Sequence[ClipShape]
@@ -117,6 +117,7 @@ class Setup:
     rates: Rates | None = None
     max_unusable: float = 1.0
     base: str = "full"
+    matmul: str = "full"
     sequence: int = 1
     gpu_bytes: float | None = None
 
@@ -227,7 +228,7 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
     rotary = sum(rotary_table_bytes(shape, setup.geometry) for shape in setup.buckets)
     setting = Setting(
         setup.geometry, Sizes(setup.transformer, setup.lora), setup.vae, setup.zero, setup.num_ranks, setup.precision,
-        setup.base, setup.sequence, rotary,
+        setup.base, setup.sequence, rotary, setup.matmul,
     )  # fmt: skip
     buckets = []
     for index, shape in enumerate(setup.buckets):

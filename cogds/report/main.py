@@ -118,6 +118,7 @@ def run_report(
         max_unusable=cfg.data.max_unusable,
         rates=measured_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         base=cfg.model.base,
+        matmul=cfg.model.matmul,
         sequence=cfg.parallel.sequence,
         gpu_bytes=gpu_bytes,
     )

@@ -95,6 +95,7 @@ class Setting:
     base: str = "full"
     sequence: int = 1
     rotary_bytes: int = 0
+    matmul: str = "full"
 
     @classmethod
     def of(
@@ -115,6 +116,7 @@ class Setting:
             num_ranks=num_ranks,
             precision=cfg.train.precision,
             base=cfg.model.base,
+            matmul=cfg.model.matmul,
             sequence=cfg.parallel.sequence,
             rotary_bytes=sum(rotary_table_bytes(shape, model.geometry) for shape in buckets),
         )
@@ -123,7 +125,7 @@ class Setting:
         """The memory of a rank while it trains this bucket."""
         return training_memory(
             shape, batch_size, self.geometry, self.sizes.transformer, self.sizes.lora, self.vae, self.zero,
-            self.num_ranks, self.precision, level, self.rotary_bytes, self.base, self.sequence,
+            self.num_ranks, self.precision, level, self.rotary_bytes, self.base, self.sequence, self.matmul,
         )  # fmt: skip
 
     def pinned_bytes(self, shape: ClipShape, batch_size: int, level: str) -> int:

@@ -1,14 +1,11 @@
 """The arithmetic against the real classes: the bytes of every tensor that lives while they run, kernels' own aside."""
 
 import dataclasses
-import weakref
 
 import pytest
 import torch
 from diffusers import AutoencoderKLCogVideoX
 from peft import LoraConfig
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
 
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
 from cogds.core.memory import (
@@ -30,8 +27,10 @@ from cogds.core.memory import (
 from cogds.model import recompute
 from cogds.model import sequence as sequence_module
 from cogds.model import transformer as transformer_module
+from cogds.model.quantize import _MATMUL, Packed, PackedLinear, pack_block
 from cogds.model.sequence import SequenceGroup
 from cogds.model.transformer import Transformer
+from tests.live_bytes import LiveBytes
 
 LEVELS = ("none", "attention_kept", "block", "block+offload")
 V15 = ModelGeometry(
@@ -43,35 +42,6 @@ ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 REAL_LORA = LoraSize(132_120_576, 128, frozenset(ATTENTION))
 FULL = ClipShape(81, 768, 1360)
 FULL_UNIT = 45_106 * 3072 * 2  # its tokens' bytes in bf16
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations returned and that are still alive, and their peak."""
-
-    def __init__(self, known=()):
-        super().__init__()
-        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
-        self.live = self.peak = 0
-
-    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
-        result = function(*args, **(kwargs or {}))
-        for one in tree_leaves(result):
-            if isinstance(one, torch.Tensor) and one.untyped_storage()._cdata not in self.sizes:
-                storage = one.untyped_storage()
-                self.sizes[storage._cdata] = storage.nbytes()
-                weakref.finalize(storage, self.forget, storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-        return result
-
-    def forget(self, key):
-        self.live -= self.sizes.pop(key)
-
-    def discount(self, tensor):
-        """Leave a tensor out."""
-        key = tensor.untyped_storage()._cdata
-        self.live -= self.sizes[key]
-        self.sizes[key] = 0
 
 
 class Parked(recompute._Parked):
@@ -101,7 +71,18 @@ def flash(query, key, value, kernel):  # noqa: ARG001
     return operation(*(one.transpose(1, 2) for one in (query, key, value)))[0].transpose(1, 2)
 
 
-def train_once(monkeypatch, size, layers, rank, level, latents, text_tokens, dtype, device, sequence=1):
+def hold_in_float8(block):
+    """What `pack_block` makes of a block for float8 products, without numbers."""
+    pack_block(block, "full", "float8", fill=False)
+    for layer in block.modules():
+        if isinstance(layer, PackedLinear):
+            rows, columns = layer.shape
+            parts = [torch.empty(n, m, dtype=torch.float8_e4m3fn) for n, m in ((rows, columns), (columns, rows))]
+            scales = [torch.empty(n, 1) for n in (rows, columns)]
+            layer.packed = Packed(_MATMUL, layer.shape, torch.bfloat16, (parts[0], scales[0], parts[1], scales[1]))
+
+
+def train_once(monkeypatch, size, layers, rank, level, latents, text_tokens, dtype, device, sequence=1, pack=None):
     """Live bytes after the forward pass, and the peak of the backward pass, of the real transformer with a real LoRA.
 
     latents: frames, height and width; weights and inputs do not count. sequence: ranks that share the clip, of which
@@ -115,6 +96,8 @@ def train_once(monkeypatch, size, layers, rank, level, latents, text_tokens, dty
             sample_width=300, sample_height=300, sample_frames=81, patch_size=2, patch_size_t=2,
             max_text_seq_length=text_tokens, use_rotary_positional_embeddings=True, patch_bias=False,
         ).requires_grad_(False)  # fmt: skip
+        for block in transformer.transformer_blocks if pack else ():
+            pack(block)
         transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)))
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
@@ -141,9 +124,9 @@ def train_once(monkeypatch, size, layers, rank, level, latents, text_tokens, dty
         return kept, live.peak
 
 
-def estimated(shape, size, layers, rank, precision, level, sequence=1):
+def estimated(shape, size, layers, rank, precision, level, **more):
     lora, zero = LoraSize(0, rank, frozenset(layers)), {"stage": 1}
-    return training_memory(shape, 1, V15, size, lora, COGVIDEOX_VAE, zero, 1, precision, level, sequence=sequence)
+    return training_memory(shape, 1, V15, size, lora, COGVIDEOX_VAE, zero, 1, precision, level, **more)
 
 
 FEED = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
@@ -174,8 +157,21 @@ def test_activations_where_two_ranks_share_the_clip(monkeypatch, level):
     monkeypatch.setattr(sequence_module, "attend", flash)
     size = dataclasses.replace(REAL, num_layers=4)
     _, peak = train_once(monkeypatch, size, ATTENTION, 128, level, (22, 96, 170), 226, torch.bfloat16, "meta", 2)
-    estimate = estimated(FULL, size, ATTENTION, 128, "bf16", level, 2)
+    estimate = estimated(FULL, size, ATTENTION, 128, "bf16", level, sequence=2)
     assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.04)
+
+
+@pytest.mark.parametrize("layers", [ATTENTION, FEED], ids=["attention", "feed"])
+@pytest.mark.parametrize("level", ["none", "block"])
+def test_activations_of_float8_products(monkeypatch, level, layers):
+    """In a block that is not compiled: within 5%."""
+    monkeypatch.setattr(transformer_module, "attend", flash)
+    size = dataclasses.replace(REAL, num_layers=4)
+    _, peak = train_once(
+        monkeypatch, size, layers, 128, level, (22, 96, 170), 226, torch.bfloat16, "meta", pack=hold_in_float8
+    )
+    estimate = estimated(FULL, size, layers, 128, "bf16", level, matmul="float8")
+    assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.05)
 
 
 @pytest.mark.parametrize("level", LEVELS)

@@ -11,13 +11,14 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 
-from cogds.core.memory import TransformerSize, base_bytes
+from cogds.core.memory import TransformerSize, base_bytes, unpacked_bytes
 from cogds.errors import UserError
 from cogds.model import quantize
 from cogds.model.load import build_transformer, find_model, load_transformer
 from cogds.model.lora import check_start, export, inject, load_into, resolve_targets
 from cogds.model.quantize import PackedLinear, check_base, pack, pack_block, unpack
 from cogds.model.transformer import Transformer
+from tests.live_bytes import LiveBytes
 
 missing = [name for name in ("torchao", "bitsandbytes") if importlib.util.find_spec(name) is None]
 needs_libraries = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: pip install -e '.[quant]'")
@@ -332,3 +333,13 @@ def test_a_gpu_without_float8_is_told_of_int8(monkeypatch):
     with pytest.raises(UserError, match=r"8\.9 .*but this one has 8\.0: set model\.base=int8"):
         check_base("float8", "full", "bf16", 2, torch.device("cuda"))
     check_base("int8", "full", "bf16", 2, torch.device("cuda"))
+
+
+@needs_libraries
+@pytest.mark.parametrize("base, matmul", [kind for kind in KINDS if kind[0] != "full"])
+def test_a_weight_is_unpacked_in_the_memory_that_is_counted(base, matmul):
+    packed = pack(torch.randn(2048, 512).to(torch.bfloat16), base, matmul)
+    rows, kind, parts = torch.randn(4, 2048).to(torch.bfloat16), packed.kind, list(packed.parts)
+    with LiveBytes([rows, *parts]) as live:
+        quantize._product_back._init_fn(rows, kind, list(packed.shape), parts)
+    assert live.peak == pytest.approx(unpacked_bytes(base, matmul) * 2048 * 512, rel=0.03)

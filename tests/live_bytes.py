@@ -1,0 +1,36 @@
+"""What lives while tensors are computed, kernels' own memory aside."""
+
+import weakref
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+
+class LiveBytes(TorchDispatchMode):
+    """Bytes of the storages that operations returned and that are still alive, and their peak."""
+
+    def __init__(self, known=()):
+        super().__init__()
+        self.sizes = {tensor.untyped_storage()._cdata: 0 for tensor in known}
+        self.live = self.peak = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        for one in tree_leaves(result):
+            if isinstance(one, torch.Tensor) and one.untyped_storage()._cdata not in self.sizes:
+                storage = one.untyped_storage()
+                self.sizes[storage._cdata] = storage.nbytes()
+                weakref.finalize(storage, self.forget, storage._cdata)
+                self.live += storage.nbytes()
+                self.peak = max(self.peak, self.live)
+        return result
+
+    def forget(self, key):
+        self.live -= self.sizes.pop(key)
+
+    def discount(self, tensor):
+        """Leave a tensor out."""
+        key = tensor.untyped_storage()._cdata
+        self.live -= self.sizes[key]
+        self.sizes[key] = 0

@@ -100,7 +100,7 @@ def check_space(folder: Path, num_bytes: float) -> None:
         raise UserError(
             f"the disk of {folder} is nearly full: a checkpoint and its LoRA need {needed / 1e9:.2f} GB, "
             f"{free / 1e9:.2f} GB are free: make room, or lower checkpoint.keep_last; the same command then goes on "
-            "from the checkpoint before"
+            "from the last checkpoint, where there is one"
         )
 
 

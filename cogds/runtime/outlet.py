@@ -158,7 +158,7 @@ class Courier:
                 outlet.close()
         if num_left or not in_time:
             places = " and ".join(str(outlet.path) for outlet in self._outlets)
-            warn(f"{places}: the disk is too slow; {num_left} records or more were not written")
+            warn(f"{places}: too slow; {num_left} records or more were not written")
 
     def _work(self) -> None:
         while True:

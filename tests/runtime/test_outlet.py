@@ -42,7 +42,7 @@ def test_the_end_of_a_run_does_not_wait_for_ever_and_says_what_is_lost(tmp_path,
     assert outlet.is_asked.wait(10)
     courier.hand(outlet, [b"two", b"three"])
     courier.close(timeout_s=0.05)
-    assert f"{tmp_path}/file: the disk is too slow; 2 records or more were not written" in capsys.readouterr().err
+    assert f"{tmp_path}/file: too slow; 2 records or more were not written" in capsys.readouterr().err
     outlet.may_write.set()
 
 

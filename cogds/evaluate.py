@@ -51,6 +51,7 @@ from cogds.training.execution import Sizes
 from cogds.training.loop import Occasion
 from cogds.training.run import Run
 from cogds.training.step import Draws, StepBuilder, load_step_builder
+from cogds.wording import counted
 
 # What evaluation may take of the training time before that is warned of.
 MAX_SHARE = 0.05
@@ -222,9 +223,9 @@ class Evaluation:
 
     def __str__(self) -> str:
         num_trained = len(self.clips) - self.num_held_out
-        parts = [f"{self.num_held_out} that are not trained (eval/loss)"] if self.num_held_out else []
-        parts += [f"{num_trained} that are (eval/train_loss)"] if num_trained else []
-        return f"evaluating {' and '.join(parts)}, at {len(self.timesteps)} timesteps"
+        parts = [f"{counted(self.num_held_out, 'clip')} held out (eval/loss)"] if self.num_held_out else []
+        parts += [f"{counted(num_trained, 'clip')} of those trained (eval/train_loss)"] if num_trained else []
+        return f"evaluating {' and '.join(parts)}, at {counted(len(self.timesteps), 'timestep')}"
 
 
 def _stand_in(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tuple[dict[str, Any], torch.Tensor]:
@@ -326,8 +327,8 @@ def cost_lines(run: Run, evaluation: Evaluation, every: int) -> tuple[str, str]:
     num_steps = max(1, min(every, rest))
     share = share_of_training(run, evaluation, num_steps)
     line = (
-        f"{evaluation}, every {every} steps: about {100 * share:.1f}% of the training time, by arithmetic that counts "
-        "the transformer alone"
+        f"{evaluation}, every {counted(every, 'step')}: about {100 * share:.1f}% of the training time, by arithmetic "
+        "that counts the transformer alone"
     )
     if not evaluation.num_held_out:
         line += "; eval.held_out or eval.path would show overfitting"

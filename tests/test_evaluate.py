@@ -297,8 +297,8 @@ def test_what_it_costs_is_said_and_what_to_change(setting):
     line, nothing = cost_lines(run, one.evaluation, 100_000)
     assert nothing == ""
     assert line == (
-        "evaluating 1 that are not trained (eval/loss) and 1 that are (eval/train_loss), at 3 timesteps, every 100000 "
-        "steps: about 0.0% of the training time, by arithmetic that counts the transformer alone"
+        "evaluating 1 clip held out (eval/loss) and 1 clip of those trained (eval/train_loss), at 3 timesteps, every "
+        "100,000 steps: about 0.0% of the training time, by arithmetic that counts the transformer alone"
     )
     # 6 forward passes beside 4 steps, each of a forward pass, its recomputation and a backward pass.
     share = cogds.evaluate.share_of_training(run, one.evaluation, 4)

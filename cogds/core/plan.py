@@ -174,11 +174,6 @@ class MicroBatch:
         weight = self.world_size * self.accumulation * part.batch_size / (copies * self.step_draws)
         return (weight,) * part.batch_size
 
-    def idle_share(self, costs: Sequence[float]) -> float:
-        """Share of the ranks' time spent waiting for the slowest. costs: of one clip of each bucket."""
-        batches = [costs[part.bucket] * part.batch_size for part in map(self._part_of, range(self.world_size))]
-        return 1 - sum(batches) / (max(batches) * self.world_size)
-
     def batch_of(self, rank: int) -> tuple[Part, int]:
         """The part that the rank trains, and which of the part's batches."""
         if not 0 <= rank < self.world_size:
@@ -189,9 +184,6 @@ class MicroBatch:
                 break
             batch -= part.num_batches
         return part, batch
-
-    def _part_of(self, rank: int) -> Part:
-        return self.batch_of(rank)[0]
 
     def _slots_before(self, rank: int) -> int:
         rounds, batches = divmod(rank, self.num_batches)
@@ -276,20 +268,6 @@ class Plan:
     def cost_spreads(self) -> tuple[float, ...]:
         """Of each group, by how much its dearest batch costs more than its cheapest: 0.02 is 2%. 0 without costs."""
         return tuple(max(costs) / min(costs) - 1 for costs in map(self._batch_costs, self.groups))
-
-    @property
-    def idle_share(self) -> float:
-        """Share of all ranks' time spent waiting for the slowest, by the costs: an upper bound over whole epochs.
-
-        It takes every micro-step to hold the group's dearest batch. 0 without costs, and in groups of one bucket.
-        """
-        used = spent = 0.0
-        for buckets in self.groups:
-            costs = self._batch_costs(buckets)
-            num_batches = [self.sizes[b] / self.local_batch_sizes[b] for b in buckets]
-            used += sum(cost * num for cost, num in zip(costs, num_batches))
-            spent += max(costs) * sum(num_batches)
-        return 1 - used / spent
 
     @property
     def steps_per_epoch(self) -> float:

@@ -93,5 +93,19 @@ def test_slots_agree_whoever_draws_them():
     assert torch.equal(stratified_timesteps([4, 5], 6, 1000, seed=5, step=9), whole[4:])
 
 
+def test_every_part_of_the_place_matters():
+    places = [(seed, step) for seed in (0, 1) for step in (0, 1)]
+    drawn = {tuple(stratified_timesteps(range(4), 4, 1000, *place).tolist()) for place in places}
+    assert len(drawn) == len(places)
+    # Nor do seeds differ by the slices' order alone: of one slot there is only one.
+    assert len({stratified_timesteps([0], 1, 10**6, *place).item() for place in places}) == len(places)
+
+
+def test_the_timesteps_are_fixed_for_ever():
+    # A run resumed with another version of this code must draw the same: change these and you break resume.
+    assert stratified_timesteps(range(6), 6, 1000, seed=5, step=9).tolist() == [260, 994, 587, 736, 495, 115]
+    assert stratified_timesteps([70, 71, 511], 512, 1000, seed=0, step=10**6).tolist() == [653, 467, 886]
+
+
 def test_quarters():
     assert timestep_quarter(torch.tensor([0, 249, 250, 999]), 1000).tolist() == [0, 0, 1, 3]

@@ -3,12 +3,15 @@
 import numpy as np
 import pytest
 import torch
+from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 import cogds.training.step
 from cogds.config import ConditioningConfig
+from cogds.core.conditioning import sample_moments
 from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape, latent_frames, padded_latent_frames
+from cogds.core.rng import generator
 from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_vae
 from cogds.training.step import Draws, StepBuilder, draw_dropouts, random_batch, to_device
 from tests.core.test_memory import V15
@@ -222,18 +225,54 @@ def test_dropout_rates():
     assert torch.cat(caption).float().mean() == pytest.approx(0.1, abs=0.008)
 
 
-def test_image_noise_is_new_at_every_step_and_the_same_again(model):
+def test_the_caption_is_dropped_as_often_with_the_image_as_without():
+    config = ConditioningConfig(image_dropout=0.5, caption_dropout=0.5)
+    image, caption = draw_dropouts(config, 0, 0, range(8000))
+    joint = torch.bincount(2 * image + caption, minlength=4) / 8000
+    assert joint.tolist() == pytest.approx([0.25] * 4, abs=0.02)
+
+
+def test_image_noise_is_new_at_every_step_and_the_same_again(model, monkeypatch):
+    # So that an image's latents can differ by that noise alone.
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, _: self.mode())
+    encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
+    shape, nothing = ClipShape.parse("9x64x64"), torch.tensor([False])
+    batch = make_batch(shape, 1, encoder, vae)
+
+    def image(step, slot, image_noise=True):
+        builder = make_builder(model, encoder, vae, image_noise=image_noise)
+        draws = Draws(torch.tensor([500]), nothing, nothing, 0, step, [slot])
+        hidden = builder.build(batch, shape, draws)[0]["hidden_states"]
+        return hidden[:, :1, hidden.shape[2] // 2 :]
+
+    assert torch.equal(image(3, 0), image(3, 0))
+    assert not torch.equal(image(3, 0), image(4, 0))
+    assert not torch.equal(image(3, 0), image(3, 1))
+    assert torch.equal(image(3, 0, image_noise=False), image(4, 1, image_noise=False))
+    assert not torch.equal(image(3, 0), image(3, 0, image_noise=False))
+
+
+def test_whatever_is_random_in_a_sample_has_a_generator_of_its_own(model):
+    """By these names, for ever: a run resumed with another version of this code must draw the same noise."""
+    made = []
+
+    class Recorded(Draws):
+        def generators(self, purpose, device):
+            made.append((purpose, *super().generators(purpose, device)))
+            return [made[-1][1]]
+
     encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
     shape, nothing = ClipShape.parse("9x64x64"), torch.tensor([False])
     builder, batch = make_builder(model, encoder, vae, image_noise=True), make_batch(shape, 1, encoder, vae)
-
-    def hidden(step, slot):
-        draws = Draws(torch.tensor([500]), nothing, nothing, 0, step, [slot])
-        return builder.build(batch, shape, draws)[0]["hidden_states"]
-
-    assert torch.equal(hidden(3, 0), hidden(3, 0))
-    assert not torch.equal(hidden(3, 0), hidden(4, 0))
-    assert not torch.equal(hidden(3, 0), hidden(3, 1))
+    inputs, target = builder.build(batch, shape, Recorded(torch.tensor([999]), nothing, nothing, 5, 3, [7]))
+    assert sorted(purpose for purpose, _ in made) == ["image noise", "image posterior", "noise", "posterior"]
+    assert len({one.initial_seed() for _, one in made}) == 4
+    # At the last step abar is 0: x_t is the noise, and v = -x_0.
+    noise, posterior = (generator(5, 3, 7, purpose) for purpose in ("noise", "posterior"))
+    noisy = inputs["hidden_states"][:, :, : target.shape[2]]
+    assert torch.equal(noisy[0], torch.randn(noisy.shape[1:], generator=noise))
+    clip = sample_moments(batch["moments"], posterior)
+    torch.testing.assert_close(-target[:, -clip.shape[1] :], clip * vae.config.scaling_factor)
 
 
 def test_a_sample_gets_the_same_noise_whoever_trains_it(model):

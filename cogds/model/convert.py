@@ -100,8 +100,12 @@ def peft_config(adapter: Adapter) -> LoraConfig:
 
 
 def diffusers_header(config: LoraConfig, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The safetensors header of a LoRA in diffusers' format."""
-    adapter = {f"{DIFFUSERS_PREFIX}{key}": value for key, value in config.to_dict().items()}
+    """The safetensors header of a LoRA in diffusers' format.
+
+    Without the dropout it was trained with: diffusers would put it into the pipeline, and leave it switched on.
+    """
+    fields = config.to_dict() | {"lora_dropout": 0.0}
+    adapter = {f"{DIFFUSERS_PREFIX}{key}": value for key, value in fields.items()}
     return {
         "format": "pt",
         LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, default=sorted, sort_keys=True),

@@ -64,6 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     num_calls(pipeline, args.steps)  # refuses more than there are
     for number, lora in enumerate(loras):
         pipeline.load_lora_weights(lora.file, adapter_name=f"lora{number}", use_safetensors=True)
+    pipeline.transformer.eval()  # the dropout that a LoRA was trained with is loaded with it, and would be at work
     convention = agreed(loras, "image_latents", "pipeline", silent="pipeline")
     if use_convention(pipeline, convention) != 1.0:
         print(f"this LoRA was trained with image latents '{convention}', not as diffusers makes them: followed here")

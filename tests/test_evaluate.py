@@ -24,7 +24,7 @@ from cogds.evaluate import (
     undisturbed,
 )
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora import inject
+from cogds.model.lora import export, inject
 from cogds.prepare.encoding import prepare
 from cogds.prepare.order import batch_sizes, make_plan
 from cogds.prepare.survey import make_buckets
@@ -315,11 +315,44 @@ def test_the_mean_step_of_all_ranks_is_what_it_is_compared_with(setting):
     assert shares[1] == pytest.approx(shares[0] / 2, rel=0.2)
 
 
-def test_the_command_says_the_same(setting, forward, place, capsys):
-    expected = setting().evaluation.scalars(forward)
-    cogds.evaluate.main(None, [*place, "--config", str(_empty(place))])
-    (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-    assert json.loads(line) == pytest.approx(expected, rel=1e-5)
+@pytest.fixture
+def command(place, capsys):
+    """`command(*words)`: what the command prints, as a mapping."""
+
+    def run(*words):
+        cogds.evaluate.main(None, [*place, "--config", str(_empty(place)), *words])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        return json.loads(line)
+
+    return run
+
+
+def test_the_command_says_the_same(setting, forward, command):
+    assert command() == pytest.approx(setting().evaluation.scalars(forward), rel=1e-5)
+
+
+@pytest.mark.parametrize("recorded, asked, used", [
+    ("scaled", "pipeline", "scaled"), ("pipeline", "scaled", "pipeline"), (None, "scaled", "scaled"),
+])  # fmt: skip
+def test_the_command_scales_the_first_frame_as_the_lora_was_trained(
+    setting, forward, command, tiny_model, tmp_path, recorded, asked, used
+):
+    """The config's word counts only where the LoRA has none."""
+    few, key = "eval.num_clips=1", "conditioning.image_latents"
+    expected = {one: setting(few, f"{key}={one}").evaluation.scalars(forward) for one in ("pipeline", "scaled")}
+    assert expected["scaled"]["eval/loss"] != pytest.approx(expected["pipeline"]["eval/loss"], rel=1e-4)
+    transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
+    inject(transformer, 4, 8, 0.0, ("to_q",), seed=0)  # B is zero: the base model
+    weights = {name: one.detach() for name, one in transformer.named_parameters() if one.requires_grad}
+    export(tmp_path, transformer, weights, {"image_latents": recorded} if recorded else {})
+    assert command(few, f"{key}={asked}", "--lora", str(tmp_path)) == pytest.approx(expected[used], rel=1e-5)
+
+
+def test_the_command_evaluates_all_clips_if_it_is_told_to(setting, forward, command):
+    every, one = (setting(f"eval.num_clips={num}").evaluation.scalars(forward) for num in (100, 1))
+    assert one["eval/loss"] != pytest.approx(every["eval/loss"], rel=1e-4)
+    assert command("eval.num_clips=1") == pytest.approx(one, rel=1e-5)
+    assert command("eval.num_clips=1", "--all") == pytest.approx(every, rel=1e-5)
 
 
 def _empty(place):

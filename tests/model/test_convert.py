@@ -4,6 +4,7 @@ import json
 
 import pytest
 import torch
+from diffusers import CogVideoXImageToVideoPipeline
 from peft import LoraConfig, get_peft_model
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
@@ -11,8 +12,8 @@ from safetensors.torch import load_file, save_file
 from cogds.errors import UserError
 from cogds.model.convert import check_fits, load_adapter, save_comfyui, save_comfyui_wrapper, save_diffusers
 from cogds.model.formats import comfyui_name, layer_of_comfyui
-from cogds.model.load import empty_transformer, find_model
-from cogds.model.lora import linear_layers
+from cogds.model.load import empty_transformer, find_model, load_transformer
+from cogds.model.lora import export, inject, linear_layers
 from cogds.model.lora_file import read_lora
 from tests.model.adapters import base_transformer, output, output_in_diffusers, write_lora
 from tests.model.test_lora import ATTENTION, randomize
@@ -148,3 +149,14 @@ def test_a_file_with_names_of_neither_is_refused(tmp_path):
     save_file({"diffusion_model.blocks.0.q.hada_w1_a": torch.ones(2, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"holds 'diffusion_model.blocks.0.q.hada_w1_a', where names such as"):
         read_lora(tmp_path / "x.safetensors")
+
+
+def test_a_lora_that_was_trained_with_dropout_has_none_where_it_is_used(tiny_model, tmp_path):
+    """diffusers would put it into the pipeline's transformer, and nothing would switch it off."""
+    transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
+    randomize(inject(transformer, 4, 8.0, 0.5, ATTENTION, seed=0))
+    tensors = {name: one.detach() for name, one in transformer.named_parameters() if one.requires_grad}
+    file = export(tmp_path, transformer, tensors, {})
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(tiny_model)
+    pipeline.load_lora_weights(file)
+    torch.testing.assert_close(output(pipeline.transformer), output(transformer.eval()), atol=1e-5, rtol=0)

@@ -144,6 +144,30 @@ def test_changed_weights_and_files_miss_the_cache(encode, drawn, tiny_model, tmp
     assert {kind for kind, _ in count_encodes} == {"clips"}
 
 
+@pytest.mark.parametrize(
+    "part, kind",
+    [("text_encoder/*.safetensors", "captions"), ("tokenizer/*.json", "captions"), ("vae/*.safetensors", "clips")],
+)
+def test_a_changed_part_of_the_model_misses_what_it_makes_and_nothing_else(
+    encode, drawn, tiny_model, tmp_path, count_encodes, part, kind
+):
+    model, bucket = tmp_path / "model", "data.buckets=[1x64x64]"
+    shutil.copytree(tiny_model, model)
+    first = encode(drawn, bucket, f"model.path={model}")
+    before = list(count_encodes)
+    count_encodes.clear()
+    file = next(model.glob(part))
+    content = bytearray(file.read_bytes())
+    if file.suffix == ".json":
+        content += b"\n"
+    else:
+        content[-4] ^= 1  # the last bit of a weight
+    file.write_bytes(content)
+    assert encode(drawn, bucket, f"model.path={model}").fingerprint != first.fingerprint
+    assert [one for one, _ in count_encodes] == [one for one, _ in before if one == kind] != []
+    assert not set(count_encodes) & set(before)
+
+
 def test_a_bad_file_is_left_out_with_its_reason(encode, drawn, tmp_path):
     folder = tmp_path / "clips"
     shutil.copytree(drawn, folder)
@@ -361,7 +385,7 @@ def test_another_data_set_is_evaluated_instead(encode, drawn, real_clips, tmp_pa
     assert names(data.held_out) == ["man.mp4"]
     assert data.fingerprint == encode(drawn).fingerprint
     assert data.unusable.num == 0
-    assert "warning: 1 of the 2 clips of eval.path cannot be evaluated: 1 x" in capsys.readouterr().err
+    assert "warning: 1 of 2 clips of eval.path cannot be evaluated: 1 x" in capsys.readouterr().err
     with pytest.raises(UserError, match=r"^eval.path .*nowhere does not exist"):
         encode(drawn, f"eval.path={tmp_path / 'nowhere'}")
     (other / "man.mp4").unlink()

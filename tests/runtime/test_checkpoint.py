@@ -2,6 +2,7 @@
 
 import collections
 import json
+import os
 import pickle
 import shutil
 import threading
@@ -113,6 +114,42 @@ def test_a_save_that_fails_leaves_the_one_before(tmp_path, monkeypatch):
     assert found(tmp_path).name == "step-000001"
     save(tmp_path, 2)  # what the failed one left is no obstacle
     assert names(tmp_path) == ["latest", "step-000001", "step-000002"]
+
+
+def test_everything_is_on_the_disk_before_it_gets_its_name(tmp_path, monkeypatch):
+    """No kill shows it, since what was written stays in memory: it is for when the power fails."""
+    save(tmp_path, 1)
+    done = []
+
+    def name(path):
+        return Path(path).relative_to(tmp_path).as_posix()
+
+    def sync(handle, right=os.fsync):
+        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
+        content = {one.name: one.read_bytes() for one in (path.iterdir() if path.is_dir() else [path]) if one.is_file()}
+        done.append(("sync", name(path), content))
+        right(handle)
+
+    def moving(right):
+        return lambda old, new: done.append(("move", name(new))) or right(old, new)
+
+    with monkeypatch.context() as patch:
+        for call in ("rename", "replace"):
+            patch.setattr(os, call, moving(getattr(os, call)))
+        patch.setattr(os, "fsync", sync)
+        save(tmp_path, 2, keep_last=1)
+    assert [event[:2] for event in done] == [
+        ("sync", "step-000002.tmp/trainable.safetensors"),
+        ("sync", "step-000002.tmp/state.json"),
+        ("sync", "step-000002.tmp"),  # the names of the two
+        ("move", "step-000002"),
+        ("sync", "."),  # its own name
+        ("move", "latest"),
+        ("move", "step-000001.old.tmp"),  # the one before goes last
+    ]
+    tensors, state, folder = (content for _, _, content in done[:3])
+    final = {path.name: path.read_bytes() for path in (tmp_path / "step-000002").iterdir()}
+    assert tensors | state == folder == final  # nothing was written after it was synced
 
 
 def test_incomplete_ones_are_not_found(tmp_path):

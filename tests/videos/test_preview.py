@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 
+import cogds.sample
 import cogds.videos.preview
 from cogds.config import load_config, replace
 from cogds.core.geometry import ClipShape
@@ -21,7 +22,7 @@ from cogds.data.cache import Cache
 from cogds.data.video import probe_video
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer
-from cogds.model.lora import inject
+from cogds.model.lora import export, inject
 from cogds.prepare.desk import EncodingNames
 from cogds.runtime.world import World
 from cogds.training.step import load_step_builder
@@ -228,6 +229,33 @@ def test_a_video_larger_than_what_is_trained_is_warned_of_where_it_could_end_the
     said = capsys.readouterr().err
     assert ("videos of 9x64x96 take 80 tokens, and no bucket that is trained more than 64: if" in said) == told
     assert "9x64x64 take" not in said
+
+
+def test_the_first_frame_is_scaled_as_in_training_and_as_a_fresh_process_does_later(
+    previews, parts, tmp_path, monkeypatch
+):
+    last, image, module = {}, str(parts.folder / "first.png"), parts.engine.module
+    write_video = cogds.videos.preview.write_video
+    monkeypatch.setattr(
+        cogds.videos.preview, "write_video", lambda *args: last.update(preview=args[1]) or write_video(*args)
+    )
+    monkeypatch.setattr(cogds.sample, "write_video", lambda *args: last.update(sample=args[1].numpy()))
+    weights = {name: one.detach() for name, one in module.named_parameters() if one.requires_grad}
+    made = []
+    for convention in ("pipeline", "scaled"):
+        prompts = [{"prompt": "a red circle", "image": image, "size": "9x64x64"}]
+        changes = {"sample.prompts": prompts, "conditioning.image_latents": convention}
+        occasion, *_ = previews(output=tmp_path / convention, **changes)
+        occasion.act(2)
+        export(tmp_path / "lora", module, weights, {"image_latents": convention})
+        cogds.sample.main(
+            ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
+             "--image", image, "--size", "9x64x64", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
+        )  # fmt: skip
+        made.append(last["preview"].astype(int))
+        # As they are before they are compressed; in float32 that is one level of 255 at most, where it is rounded.
+        assert abs(made[-1] - last["sample"]).max() <= 1
+    assert abs(made[0] - made[1]).max() > 10
 
 
 def test_without_a_key_nothing_is_made(previews):

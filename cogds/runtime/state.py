@@ -96,9 +96,9 @@ def restore_state(engine: Any, state: TrainState, world: World) -> None:
         if odd := sorted(expected ^ set(state.tensors)):
             raise UserError(f"the checkpoint is of another LoRA: '{odd[0]}' is only in one of them")
         for name, parameter in parameters.items():
-            found = tuple(state.tensors[f"{WEIGHT}/{name}"].shape)
-            if found != tuple(_shape(parameter)):
-                raise UserError(f"the checkpoint is of another LoRA: '{name}' is {found}, not {_shape(parameter)}")
+            found, wanted = tuple(state.tensors[f"{WEIGHT}/{name}"].shape), tuple(_shape(parameter))
+            if found != wanted:
+                raise UserError(f"the checkpoint is of another LoRA: '{name}' is {found}, not {wanted}")
         return state.kinds, state.num_updates
 
     kinds, num_updates = on_rank0(world, checked)
@@ -169,6 +169,20 @@ def _set_counters(engine: Any, num_updates: float) -> None:
             holder[COUNTER].fill_(num_updates)
         elif COUNTER in holder:
             holder[COUNTER] = type(holder[COUNTER])(num_updates)
+    native = getattr(engine.basic_optimizer, "ds_opt_adam", None)
+    if native is not None:
+        _count_natively(native, engine.basic_optimizer, int(num_updates))
+
+
+def _count_natively(native: Any, optimizer: Any, num_updates: int) -> None:
+    """DeepSpeed's Adam on CPUs has a counter of its own, and multiplies powers of the betas step by step. Told a later
+    step it would raise them to it, which rounds otherwise: so it counts from the first, on a number that is no weight.
+    """
+    group, nothing = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
+    for step in range(1, num_updates + 1):
+        native.adam_update(
+            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *nothing
+        )
 
 
 def _make_optimizer_states(engine: Any) -> None:

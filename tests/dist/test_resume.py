@@ -2,11 +2,17 @@
 
 import json
 import shutil
+from types import SimpleNamespace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
+from cogds.config import load_config
+from cogds.model.load import empty_transformer, find_model
+from cogds.model.lora import inject
+from cogds.runtime.state import state_bytes
+from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses, metrics
 
 pytestmark = pytest.mark.dist
@@ -15,11 +21,11 @@ pytestmark = pytest.mark.dist
 SLOW = [pytest.param(ds, marks=pytest.mark.slow) for ds in ("zero2_offload", "zero3_offload")]
 
 
-@pytest.mark.parametrize("ds", ["zero2", *SLOW])
-def test_3_and_resume_and_3_are_6_bitwise(train_once, workshop, ds):
-    whole = train_once(ds, ds)
+def check_resuming(train_once, workshop, name, ds, *overrides, **options):
+    """That a run of 6 steps and one that was stopped on the way are one."""
+    whole = train_once(name, ds, *overrides, **options)
     # The run is stopped after step 5, two steps past its checkpoint of step 3: what came after that is trained again.
-    stopped = workshop / f"{ds}-stopped"
+    stopped = workshop / f"{name}-stopped"
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints/step-000006")
     (stopped / "checkpoints/latest").write_text("step-000003\n")
@@ -27,16 +33,47 @@ def test_3_and_resume_and_3_are_6_bitwise(train_once, workshop, ds):
     kept = [line for line in lines if json.loads(line)["step"] <= 5]
     (stopped / "metrics.jsonl").write_text("".join(kept))
     shutil.rmtree(stopped / "lora/step-000006")
-    resumed = train_once(f"{ds}-resumed", ds, f"output_dir={stopped}")
+    resumed = train_once(f"{name}-resumed", ds, f"output_dir={stopped}", *overrides, **options)
     assert resumed != stopped
     assert [line["step"] for line in metrics(stopped)] == [1, 2, 3, 4, 5, 6]
     assert losses(stopped) == losses(whole)
     assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(stopped).items())
     assert (stopped / "checkpoints/latest").read_text() == "step-000006\n"
+    saved, again = (load_file(one / "checkpoints/step-000006/trainable.safetensors") for one in (whole, stopped))
+    assert saved.keys() == again.keys()
+    assert all(torch.equal(tensor, again[name]) for name, tensor in saved.items())
+    return saved
+
+
+@pytest.mark.parametrize("ds", ["zero2", *SLOW])
+def test_3_and_resume_and_3_are_6_bitwise(train_once, workshop, ds):
+    check_resuming(train_once, workshop, ds, ds)
+
+
+# DeepSpeed's own for offload, beside torch's: without offload they are kernels for GPUs.
+OPTIMIZERS = {
+    # 0.99: of most betas the powers of a few steps are the same numbers however they are reckoned.
+    "cpu-adamw": {"type": "AdamW", "params": {"betas": [0.9, 0.99]}},
+    "cpu-lion": {"type": "Lion", "params": {"betas": [0.9, 0.99], "weight_decay": 0.1}},
+}
 
 
 @pytest.mark.slow
-def test_a_finished_run_says_so_and_does_nothing(train_once, run_train, workshop, tiny_model):
+@pytest.mark.timeout(900)  # the first time DeepSpeed compiles them, which takes minutes
+@pytest.mark.parametrize("name", OPTIMIZERS)
+def test_deepspeeds_own_optimizers_resume_bitwise(train_once, workshop, name):
+    ds = "zero2_offload"
+    config = json.loads((ROOT / f"ds_configs/{ds}.json").read_text()) | {"optimizer": OPTIMIZERS[name]}
+    file = workshop / f"{name}.json"
+    file.write_text(json.dumps(config))
+    saved = check_resuming(train_once, workshop, name, ds, "--deepspeed", file, ranks=1, timeout_s=600)
+    first = [tensor for key, tensor in saved.items() if key.startswith("exp_avg/")]
+    assert len(first) == len(adapter(workshop / name))
+    assert all(tensor.abs().max() > 0 for tensor in first)
+
+
+@pytest.mark.slow
+def test_a_finished_run_says_so_and_does_nothing(train_once, run_train):
     whole = train_once("zero2", "zero2")
     before = (whole / "metrics.jsonl").read_text()
     done = run_train(
@@ -87,7 +124,7 @@ def test_what_changed_is_named(train_once, run_train):
     assert "Traceback" not in done.stdout
 
 
-def test_a_checkpoint_is_the_adapter_and_its_moments(train_once):
+def test_a_checkpoint_is_the_adapter_and_its_moments(train_once, tiny_model):
     whole = train_once("zero2", "zero2")
     state = json.loads((whole / "checkpoints/step-000006/state.json").read_text())
     assert (state["step"], state["num_updates"]) == (6, 6)
@@ -98,3 +135,7 @@ def test_a_checkpoint_is_the_adapter_and_its_moments(train_once):
     for name, tensor in exported.items():
         key = name.removeprefix("transformer.").replace(".weight", ".default.weight")
         assert torch.equal(tensor, tensors[f"weight/{key}"])
+    # What is asked of the disk beforehand is what was written.
+    transformer, (cfg, _) = empty_transformer(find_model(str(tiny_model))), load_config(str(whole / "run.yaml"), [])
+    inject(transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, seed=0)
+    assert state_bytes(SimpleNamespace(module=transformer)) == sum(tensor.nbytes for tensor in tensors.values())

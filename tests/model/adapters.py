@@ -5,17 +5,13 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora import export, inject
-from tests.model.test_lora import ATTENTION, example_inputs
+from tests.model.test_lora import ATTENTION, example_inputs, randomize
 
 
 def write_lora(model_path, folder, rank=4, alpha=8.0, targets=ATTENTION, metadata=None):
     """A LoRA with random weights in diffusers' format; returns its folder."""
     transformer = load_transformer(find_model(str(model_path)), torch.float32)
-    draw = torch.Generator().manual_seed(rank)
-    with torch.no_grad():
-        for parameter in inject(transformer, rank, alpha, 0.0, targets, seed=0):
-            # Every layer has weights of its own, or mistaking one for another would not be seen.
-            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
+    randomize(inject(transformer, rank, alpha, 0.0, targets, seed=0), seed=rank)
     tensors = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
     return export(folder, transformer, tensors, metadata or {"image_latents": "pipeline"}).parent
 

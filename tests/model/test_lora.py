@@ -31,12 +31,12 @@ def example_inputs():
     }
 
 
-def randomize(parameters):
+def randomize(parameters, seed=0):
+    """Random weights. Every layer has its own, or mistaking one for another would not be seen."""
+    draw = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for parameter in parameters:
-            parameter.copy_(
-                torch.randn(parameter.shape, generator=torch.Generator().manual_seed(parameter.numel())) * 0.1
-            )
+            parameter.copy_(0.1 * torch.randn(parameter.shape, generator=draw))
 
 
 def test_targets_are_full_names_of_linear_layers(transformer):

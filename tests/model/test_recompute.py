@@ -1,6 +1,7 @@
 """Blocks' inputs in host memory: its pieces, and the GPU's way there and back with copies that are late."""
 
 import mmap
+import weakref
 from contextlib import contextmanager
 
 import pytest
@@ -60,34 +61,57 @@ def test_pieces_that_have_become_too_small_are_given_back_first(made):
 
 
 class LateStream(TorchDispatchMode):
-    """A stream whose copies are made when somebody waits for them, and not before; the other stream is never late."""
+    """A stream whose copies are made when the computing stream waits for them, and not before.
+
+    What a real one may do wrong, it does: a copy that was not told to wait for the computing stream comes before the
+    numbers that it is to read, or before the last use of the memory that it writes to; and what was let go of before it
+    was copied is another's by then. Whatever arrives in its place is no number.
+    """
 
     def __init__(self):
         super().__init__()
-        self.queued, self.num_done = [], 0
+        self.queued, self.num_done, self.in_time = [], 0, False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.copy_.default:
-            self.queued.append(args)
-            return args[0]
+            to, source = args[:2]
+            self.queued.append((to, weakref.ref(source), self.in_time))
+            self.in_time = False  # what is computed from now on is waited for anew
+            return to
         return function(*args, **(kwargs or {}))
 
     def record_event(self):
         return len(self.queued)
 
     def wait_stream(self, stream):
-        """What is queued there has been done."""
+        assert isinstance(stream, ComputingStream)
+        self.in_time = True
+
+    def make(self, num_copies):
+        for to, source_of, in_time in self.queued[self.num_done : num_copies]:
+            source = source_of()
+            if in_time and source is not None:
+                to.copy_(source)
+            else:
+                to.fill_(torch.nan)
+        self.num_done = max(self.num_done, num_copies)
+
+
+class ComputingStream:
+    """The other one, which is never late."""
+
+    def __init__(self, late):
+        self.late = late
 
     def wait_event(self, event):
-        for to, source, *_ in self.queued[self.num_done : event]:
-            to.copy_(source)
-        self.num_done = max(self.num_done, event)
+        self.late.make(event)
 
 
 @pytest.fixture
 def late(monkeypatch):
     """torch's streams, of which the second one is late."""
     stream = LateStream()
+    computing = ComputingStream(stream)
 
     @contextmanager
     def on(one):
@@ -95,7 +119,7 @@ def late(monkeypatch):
             yield
 
     monkeypatch.setattr(torch.cuda, "stream", on)
-    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: stream)
+    monkeypatch.setattr(torch.cuda, "current_stream", lambda _device: computing)
     return stream
 
 

@@ -14,10 +14,12 @@ from cogds.core.geometry import ClipShape
 from cogds.core.memory import BASES, COGVIDEOX_VAE, rotary_table_bytes
 from cogds.errors import UserError
 from cogds.model import quantize
-from cogds.model.load import find_model
+from cogds.model.load import find_model, load_transformer
+from cogds.model.lora import inject
 from cogds.runtime.world import World
 from cogds.training import execution as execution_module
 from cogds.training.execution import (
+    Execution,
     Setting,
     Sizes,
     check_execution,
@@ -26,9 +28,11 @@ from cogds.training.execution import (
     execution_lines,
     fits,
     missing_to_compile,
+    prepare_blocks,
     shortfall,
 )
 from tests.core.test_memory import FULL, REAL, REAL_LORA, V15
+from tests.model.test_lora import ATTENTION, example_inputs, randomize
 
 # As ds_configs/*.json are resolved for a width of 3072.
 ZERO2 = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 3072**2}
@@ -215,6 +219,26 @@ def test_bases_are_those_that_can_be_made(tiny_model):
         Sizes.of(configured(tiny_model), find_model(str(tiny_model))), BUCKETS, 2,
     )  # fmt: skip
     assert (setting.base, setting.sequence) == ("nf4", 2)
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.5])
+def test_blocks_that_were_prepared_draw_the_same_dropout_when_they_are_recomputed(tiny_model, dropout):
+    levels = RECOMPUTE_LEVELS
+    transformer = load_transformer(find_model(str(tiny_model)), torch.float32).train()
+    parameters = inject(transformer, 4, 8, dropout, ATTENTION, seed=0)
+    randomize(parameters)  # B is zero at first, and so would be A's gradients
+    prepare_blocks(transformer, Execution("torch", False, levels))
+    assert [block.has_dropout for block in transformer.transformer_blocks] == [dropout > 0] * 2
+
+    def gradients(level):
+        transformer.set_level(level)
+        torch.manual_seed(1)
+        return torch.autograd.grad(transformer(**example_inputs())[0].square().mean(), parameters)
+
+    expected = gradients(levels[0])
+    assert all(gradient.abs().max() > 0 for gradient in expected)
+    for level in levels[1:]:
+        assert all(map(torch.equal, gradients(level), expected)), level
 
 
 def test_no_memory_of_a_cpu_is_counted_on():

@@ -1,5 +1,6 @@
 """The largest bucket tried before the first step: when, on what, and what is said where it does not fit."""
 
+import contextlib
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from cogds.core.memory import COGVIDEOX_VAE
 from cogds.errors import UserError
 from cogds.runtime.world import World
 from cogds.training.execution import Execution, Setting, Sizes
-from cogds.training.rehearsal import Rehearsal, _hooks_put_aside, rehearse
+from cogds.training.rehearsal import Rehearsal, _hooks_put_aside, _missing_bytes, rehearse
 from tests.core.test_memory import REAL, REAL_LORA, V15
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(17, 64, 96), ClipShape(81, 768, 1360))
@@ -138,6 +139,56 @@ def test_hooks_of_zero3_are_put_aside_and_come_back():
         return len(calls)
 
     assert [backward(number) for number in (2, 3, 2)] == [1, 1, 2]
+
+
+GPU = torch.device("cuda")
+
+
+@pytest.mark.parametrize(
+    "number, state, missing",
+    # Of a trained number's 12 bytes in the optimizer 4 are its master weight, which is there from the start.
+    [(1, {}, 8_570), (2, {}, 8_570), (3, {}, 8_000), (2, {"resumed": 1}, 570), (3, {"resumed": 1}, 0)],
+)
+def test_what_the_first_steps_add_is_counted_beforehand(number, state, missing):
+    estimate = SimpleNamespace(optimizer_state_bytes=12_000, reduce_buffers_bytes=500, lora_gradients_bytes=70)
+    optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=state))
+    engine = SimpleNamespace(device=GPU, optimizer=optimizer)
+    assert _missing_bytes(estimate, engine, number) == missing
+    engine.device = torch.device("cpu")
+    assert _missing_bytes(estimate, engine, number) == 0
+
+
+@pytest.mark.parametrize("number, passes", [(2, 1), (3, 2)])
+def test_the_peak_on_a_gpu_is_that_of_the_try_and_is_not_left_to_the_first_step(monkeypatch, number, passes):
+    """A CPU in place of the GPU: what is asked of it, in which order."""
+    run, engine, builder = stage(number)
+    events, empty = [], torch.empty
+    run.world = SimpleNamespace(device=GPU, rank=0, size=1, sequence=1)
+    engine.device = GPU
+    engine.optimizer.optimizer = SimpleNamespace(state={})
+    engine.module.register_forward_hook(lambda *_: events.append("pass"))
+
+    def taken(*size, device=None, **options):
+        if device == GPU:
+            events.append(size)
+        return empty(*size if device != GPU else (0,), **options)
+
+    def peak(device):
+        assert device == GPU
+        events.append("measured")
+        return 5_000_000_000
+
+    monkeypatch.setattr(torch, "empty", taken)
+    monkeypatch.setattr(torch.random, "fork_rng", lambda _devices: contextlib.nullcontext())
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
+    monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append(f"{device} from zero"))
+    found = rehearse(run, engine, builder)
+    missing = _missing_bytes(run.execution.estimates[1], engine, number)
+    assert missing >= 8 * REAL_LORA.num_parameters
+    assert events == ["cuda from zero", (missing,), *["pass"] * passes, "measured", "cuda from zero"]
+    assert found.measured_bytes == 5_000_000_000
+    assert found.scalars()["memory/measured_gb"] == 5.0
+    assert "5.0 GB of tensors at the peak" in str(found)
 
 
 def test_prediction_beside_measurement():

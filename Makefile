@@ -42,10 +42,10 @@ wheelhouse: setup.py constraints.txt
 	$(PYTHON) -c '$(FITS)' > wheelhouse/fits
 
 # A port of its own, so that another run on this machine is in nobody's way.
-PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
+DEMO_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
 
 demo: install
-	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(PORT) launch/train.py --deepspeed ds_configs/zero2.json
+	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(DEMO_PORT) launch/train.py --deepspeed ds_configs/zero2.json
 
 test: install
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not endurance and not browser"

@@ -72,8 +72,9 @@ def print_verified(report: VerifyReport) -> None:
     for one in report.damaged:
         print(f"removed {one.kind}/{one.place} {one.key}: {one.reason}")
     print(
-        f"{counted(report.num_entries, 'entry')} whole ({report.num_bytes / 1e9:.3f} GB), {report.num_failures} of "
-        f"clips that cannot be decoded, {len(report.damaged)} damaged and removed: the next run encodes them anew"
+        f"{counted(report.num_entries, 'entry')} whole ({report.num_bytes / 1e9:.3f} GB), "
+        f"{counted(report.num_failures, 'clip')} not decodable, {len(report.damaged)} damaged and removed: the next "
+        "run encodes them anew"
     )
 
 

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
-EXIT_HUNG = 76  # or lost contact with another rank: run it again, but not for ever
+EXIT_HUNG = 76  # or lost contact with another rank, or the port is taken: run it again, but not for ever
 
 
 class Interrupted(Exception):

@@ -32,10 +32,10 @@ DEFAULT_PERSISTENT_NUMBERS = 100_000
 MODULES_AT_TURN = 12
 
 # Of a quantised base (`model.base`): bytes a number; numbers that share a float32 scale, None: a row of the weight;
-# and bytes a number of the one weight that is unpacked at a time (torchao does that by way of float32).
-BASES: dict[str, tuple[float, int | None, int]] = {"int8": (1, None, 6), "float8": (1, None, 10), "nf4": (0.5, 64, 2)}
+# and bytes a number of the one weight that is unpacked at a time, beside it (torchao does that by way of float32).
+BASES: dict[str, tuple[float, int | None, int]] = {"int8": (1, None, 4), "float8": (1, None, 8), "nf4": (0.5, 64, 0)}
 # The same of a float8 base that multiplies in float8: for the backward pass it is unpacked, turned and packed again.
-TURNED_BYTES = 17
+TURNED_BYTES = 15
 
 
 @dataclass(frozen=True)
@@ -195,7 +195,7 @@ def training_memory(
 
         base weights      P b, or as `BASES` says for the blocks' linear layers; / N at stage 3; 0 with offload_param
         gathered weights  at stage 3: blocks that are whole at one time, see `_gathered_blocks`
-        unpacked weight   the largest, 4 d^2, where the base is quantised, in as many bytes as `BASES` says, or
+        unpacked weight   the largest, 4 d^2, where the base is quantised, in b bytes and as many as `BASES` says, or
                           `TURNED_BYTES` where it multiplies in float8
         LoRA weights      L b; at stage 3 / N, and L b beside it where its matrices stay whole (persistence threshold);
                           0 for the share with offload_param
@@ -210,7 +210,7 @@ def training_memory(
         block activations what the recomputed block saves, where that is not kept already, and the gradients at its
                           worst moment (`_gradient_units`); at stage 3 at least the copy of a block's weights that
                           DeepSpeed takes out of the buffer they were gathered in; with float8 products what they
-                          add to it in a block that is not compiled (`_float8_units`)
+                          add, as in a block that is not compiled (`_float8_units`): a compiled one takes less
     """
     bytes_each = 2 if precision == "bf16" else 4
     stage = int(zero.get("stage", 0))
@@ -230,7 +230,7 @@ def training_memory(
     return MemoryEstimate(
         base_weights_bytes=shard(base_bytes(transformer, base, bytes_each), 3) * on_gpu,
         gathered_weights_bytes=round(_gathered_blocks(transformer, lora, zero) * block_bytes) if stage == 3 else 0,
-        unpacked_weight_bytes=4 * transformer.width**2 * unpacked_bytes(base, matmul),
+        unpacked_weight_bytes=4 * transformer.width**2 * unpacked_bytes(base, matmul, bytes_each),
         lora_weights_bytes=(shard(lora.num_parameters, 3) * on_gpu + whole_lora) * bytes_each,
         lora_gradients_bytes=0 if optimizer_offloaded and stage >= 2 else shard(lora.num_parameters, 2) * bytes_each,
         optimizer_state_bytes=0 if optimizer_offloaded else shard(lora.num_parameters, 1) * (12 if stage else 8),
@@ -359,11 +359,11 @@ def _float8_units(level: str) -> float:
     return 3.0 if level == "none" else 8.0
 
 
-def unpacked_bytes(base: str, matmul: str) -> int:
+def unpacked_bytes(base: str, matmul: str, bytes_each: int) -> int:
     """Bytes a number of a frozen weight while it is unpacked for a product."""
     if base == "full":
         return 0
-    return TURNED_BYTES if matmul == "float8" else BASES[base][2]
+    return bytes_each + (TURNED_BYTES if matmul == "float8" else BASES[base][2])
 
 
 def saved_units(transformer: TransformerSize, lora: LoraSize, bytes_each: int, sequence: int = 1) -> float:

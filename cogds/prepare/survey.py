@@ -53,7 +53,7 @@ class Unusable:
         if self.num > most * self.num_rows:
             where = f"; all of them are in {self.file}" if self.file else ""
             raise UserError(
-                f"{self.num} of {counted(self.num_rows, 'clip')} cannot be used ({self.text()}), more than "
+                f"{self.num:,} of {counted(self.num_rows, 'clip')} cannot be used ({self.text()}), more than "
                 f"data.max_unusable ({most:g}) allows{where}: mend or remove them, or raise data.max_unusable"
             )
 
@@ -172,7 +172,7 @@ class Survey:
             if self.held_out is not None:
                 parts.append(f"eval.held_out holds out {len(np.unique(self.held_out.placement.rows))}: lower it")
             raise UserError(
-                f"data.path: none of {counted(unusable.num_rows, 'clip')} of {self.data_path} can be trained "
+                f"data.path: 0 of {counted(unusable.num_rows, 'clip')} of {self.data_path} can be trained "
                 f"({'; '.join(parts)})"
             )
 
@@ -290,12 +290,12 @@ def evaluated_survey(
         if not held_out.num_windows:
             unusable = held_out.unusable()
             raise UserError(
-                f"eval.path: none of {counted(unusable.num_rows, 'clip')} of {held_out.data_path} can be evaluated "
+                f"eval.path: 0 of {counted(unusable.num_rows, 'clip')} of {held_out.data_path} can be evaluated "
                 f"({unusable.text()})"
             )
         if (unusable := held_out.unusable()).num:
             warnings.append(
-                f"{unusable.num} of {counted(unusable.num_rows, 'clip')} of eval.path cannot be evaluated: "
+                f"{unusable.num:,} of {counted(unusable.num_rows, 'clip')} of eval.path cannot be evaluated: "
                 f"{unusable.text()}"
             )
     elif cfg.eval.held_out and held_out is None:
@@ -312,9 +312,9 @@ def evaluated_survey(
         num, left = (len(np.unique(one.placement.rows)) for one in (held_out, found))
         if num > 2 * max(1.0, cfg.eval.held_out * (num + left)):
             warnings.append(
-                f"eval.held_out={cfg.eval.held_out:g} holds out {num} of {counted(num + left, 'clip')}, which are not "
-                "trained: they are chosen by a hash of their names, and of few clips that may be many; lower it, or "
-                "name those that are to be evaluated by eval.path"
+                f"eval.held_out={cfg.eval.held_out:g} holds out {num:,} of {counted(num + left, 'clip')}, which are "
+                "not trained: they are chosen by a hash of their names, and of few clips that may be many; lower it, "
+                "or name those that are to be evaluated by eval.path"
             )
     wanted = cfg.eval.every is not None or cfg.sample.every is not None
     return (

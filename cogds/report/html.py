@@ -23,7 +23,7 @@ from cogds.core.geometry import ClipShape
 from cogds.files import whole_file
 from cogds.report.facts import ClipTable, Report
 from cogds.report.text import ESTIMATE_NOTE, memory_text, step_text, suggestion_lines, warning_lines
-from cogds.wording import duration, gigabytes, number, percent
+from cogds.wording import counted, duration, gigabytes, number, percent
 
 # (path, kind, start_s, height, width) -> the frame on display then, uint8 [height, width, 3], or None where it cannot
 # be read. The size that is asked for has the clip's proportions.
@@ -97,7 +97,7 @@ def html_page(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: i
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    environment.filters |= {"percent": percent, "gigabytes": gigabytes, "duration": duration, "number": number}
+    environment.filters |= {one.__name__: one for one in (counted, percent, gigabytes, duration, number)}
     return environment.get_template("page.html.j2").render(
         report=report,
         name=name,

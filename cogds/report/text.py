@@ -48,8 +48,7 @@ def warning_lines(report: Report) -> list[str]:
     if report.is_refused:
         lines.append(
             f"Training will not start: {report.num_unusable:,} of {counted(report.num_rows, 'clip')} cannot be used, "
-            f"and "
-            f"data.max_unusable allows {percent(report.max_unusable)}."
+            f"and data.max_unusable allows {percent(report.max_unusable)}."
         )
     if captions.num_missing:
         lines.append(f"{counted(captions.num_missing, 'clip')} without a caption.")

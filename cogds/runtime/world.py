@@ -251,7 +251,7 @@ def contact_sentence(world: World, error: RuntimeError, environ: Mapping[str, st
         return (
             f"{place} cannot open port {environ.get('MASTER_PORT')} (MASTER_PORT), where the ranks of a job meet: "
             "another process has it, such as another run on this machine; give this one a port of its own "
-            "(deepspeed --master_port 29501), or wait until that one has ended"
+            "(deepspeed --master_port 29501; under srun, export MASTER_PORT), or wait until that one has ended"
         )
     return (
         f"{place} lost contact with another rank, which has died or can no longer be reached: the job ends here, and "

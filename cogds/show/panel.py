@@ -36,7 +36,7 @@ def summary(run: Run, resume_from: Path | None, dry_run: bool = False) -> list[s
     ]
     for shape, sets, local in zip(data.index.buckets, data.index.sizes, plan.local_batch_sizes):
         tokens = num_tokens(shape, run.model.geometry)
-        lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {counted(sum(sets), 'clip'):>11}  batch {local} a rank")
+        lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {counted(sum(sets), 'clip'):>13}  batch {local} a rank")
     lines += execution_lines(run.execution, run.buckets, [sum(sets) for sets in data.index.sizes])
     written = f"written to {cfg.output_dir}; watch: tensorboard --logdir {Path(cfg.output_dir) / 'tensorboard'}"
     lines.append(f"a run would be {written}" if dry_run else written)

@@ -1,7 +1,6 @@
 """What a video is made from: a prompt's states, a first frame, a size and a seed."""
 
 import hashlib
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -37,7 +36,8 @@ class Scene:
 
 def slug(text: str, length: int = 40) -> str:
     """A text as part of a file's name: its first words, of any language, joined by dashes."""
-    words = re.findall(r"[^\W_]+", unicodedata.normalize("NFKC", text).lower())
+    kept = (one if one.isalnum() or unicodedata.category(one)[0] == "M" else " " for one in text.lower())
+    words = unicodedata.normalize("NFKC", "".join(kept)).split()
     return "-".join(words)[:length].rstrip("-") or "video"
 
 

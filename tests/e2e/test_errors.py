@@ -93,7 +93,7 @@ def test_every_caption_missing(error_of, clips, tmp_path):
     for name in ("clip_0.mp4", "clip_1.mp4"):
         shutil.copy(clips / name, tmp_path / "clips")
     said = error_of(f"data.path={tmp_path / 'clips'}")
-    assert "none of 2 clips" in said
+    assert "0 of 2 clips" in said
     assert "2 x caption missing" in said
     assert "clip_0.mp4: caption missing: add a same-named .txt file" in said
 

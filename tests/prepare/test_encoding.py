@@ -389,7 +389,7 @@ def test_another_data_set_is_evaluated_instead(encode, drawn, real_clips, tmp_pa
     with pytest.raises(UserError, match=r"^eval.path .*nowhere does not exist"):
         encode(drawn, f"eval.path={tmp_path / 'nowhere'}")
     (other / "man.mp4").unlink()
-    with pytest.raises(UserError, match=r"^eval.path: none of 1 clip of .*other can be evaluated"):
+    with pytest.raises(UserError, match=r"^eval.path: 0 of 1 clip of .*other can be evaluated"):
         encode(drawn, f"eval.path={other}")
 
 
@@ -440,9 +440,7 @@ def test_nothing_and_everything_held_out_is_said(encode, drawn, capsys):
     assert "warning: eval.held_out=0.001 holds out none of 7 files to be trained" in said
     share, name = said.partition("raise it (from ")[2].partition(" is held out")[0].split(" on ")
     assert names(encode(drawn, f"eval.held_out={share}").held_out) == [name]
-    with pytest.raises(
-        UserError, match=r"none of 7 clips of .* can be trained \(eval.held_out holds out 7: lower it\)"
-    ):
+    with pytest.raises(UserError, match=r"0 of 7 clips of .* can be trained \(eval.held_out holds out 7: lower it\)"):
         encode(drawn, "eval.held_out=0.999")
 
 

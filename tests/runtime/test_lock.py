@@ -45,13 +45,15 @@ def test_a_forked_child_that_outlives_its_run_is_no_run(tmp_path):
     told, tell = os.pipe()
     run = os.fork()
     if not run:
-        lock = only_run(ALONE, tmp_path)
-        lock.__enter__()
-        worker = os.fork()
-        if not worker:
-            time.sleep(60)
-        os.write(tell, b"%d" % worker)
-        os._exit(0)
+        try:
+            lock = only_run(ALONE, tmp_path)
+            lock.__enter__()
+            if not os.fork():
+                os.write(tell, b"%d" % os.getpid())
+                time.sleep(60)
+        finally:
+            os._exit(0)
+    os.close(tell)
     worker = int(os.read(told, 20))
     os.waitpid(run, 0)
     try:
@@ -60,7 +62,6 @@ def test_a_forked_child_that_outlives_its_run_is_no_run(tmp_path):
     finally:
         os.kill(worker, signal.SIGKILL)
         os.close(told)
-        os.close(tell)
 
 
 def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):

@@ -11,6 +11,7 @@ from cogds.videos.scene import slug
         ("A fox, running_fast!", "a-fox-running-fast"),
         ("一只狐狸在雪地里奔跑。夜晚", "一只狐狸在雪地里奔跑-夜晚"),
         ("Ein Füchslein", "ein-füchslein"),
+        ("हिन्दी में", "हिन्दी-में"),  # vowels as marks
         ("../../etc/passwd", "etc-passwd"),
         ("🦊 ...", "video"),
         ("x" * 39 + " y", "x" * 39),

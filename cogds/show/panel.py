@@ -41,9 +41,8 @@ def summary(run: Run, resume_from: Path | None, dry_run: bool = False) -> list[s
     written = f"written to {cfg.output_dir}; watch: tensorboard --logdir {Path(cfg.output_dir) / 'tensorboard'}"
     lines.append(f"a run would be {written}" if dry_run else written)
     if data.unusable.num:
-        lines.append(
-            f"{counted(data.unusable.num, 'file')} cannot be trained, see {Path(cfg.output_dir) / 'unusable.jsonl'}:"
-        )
+        listed = "" if dry_run else f", see {Path(cfg.output_dir) / 'unusable.jsonl'}"
+        lines.append(f"{counted(data.unusable.num, 'file')} cannot be trained{listed}:")
         lines += [f"  {path}: {reason}" for path, reason in data.unusable.examples]
     if resume_from:
         lines.append(f"resuming from {resume_from}")

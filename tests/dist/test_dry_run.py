@@ -28,6 +28,7 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(run_train, word
     assert any(line.startswith("tried 17x64x96, batch 1, recompute none") for line in said)
     assert said[-1] == "dry run: ready to train, nothing was trained and nothing saved"
     assert sum("dry run" in line for line in said) == 1
+    assert any(line.startswith(f"a run would be written to {tmp_path / 'run'}") for line in said)
     assert not list((tmp_path / "run").iterdir())
     cache = stats(tmp_path / "cache")  # of captions the empty one, which every step needs
     assert {kind: found["entries"] for kind, found in cache.items() if found["entries"]} == {"captions": 1}

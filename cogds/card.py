@@ -21,8 +21,8 @@ from cogds.training.run import Run
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
 LICENSE = (
-    "The base model's license applies to this file too. Read the file `LICENSE` in the base model's repository: it "
-    "requires commercial users to register."
+    "The base model's license applies to this file too. Read the file `LICENSE` in the base model's repository. "
+    "CogVideoX's own license requires commercial users to register."
 )
 # Organizations that publish CogVideoX under "The CogVideoX License", with a LICENSE file in each repository.
 PUBLISHERS = ("zai-org", "THUDM")
@@ -212,6 +212,8 @@ def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
 def _introduction(facts: Mapping[str, Any], kind: str) -> str:
     base = hub_id(facts.get("base_model"))
     model = f"[{base}](https://huggingface.co/{base})" if base else "a CogVideoX image-to-video model"
+    if kind in MERGED and facts.get("exported_scale") == 0:
+        return f"The transformer of {model}. Exported with cogds."
     if kind in MERGED:
         return f"The transformer of {model} with a LoRA merged in. Trained with cogds."
     return f"A LoRA for {model}. Trained with cogds."
@@ -226,8 +228,8 @@ def _comfyui(facts: Mapping[str, Any], kind: str, file: str) -> str:
         )
     if kind == "comfyui":
         load = (
-            f"Copy `{file}` to `ComfyUI/models/loras`, load the base model with ComfyUI's own nodes and add "
-            "*LoraLoaderModelOnly* with strength 1."
+            f"Copy `{file}` to `ComfyUI/models/loras` and select it in *LoraLoaderModelOnly* with strength 1. The base "
+            "model must be a file in ComfyUI's names: `--to comfyui-merged --scale 0` exports one for this LoRA."
         )
     else:
         load = f"Copy `{file}` to `ComfyUI/models/diffusion_models` and select it in *Load Diffusion Model*."
@@ -236,8 +238,8 @@ def _comfyui(facts: Mapping[str, Any], kind: str, file: str) -> str:
         f"{load} This needs a ComfyUI with its own CogVideoX class (`comfy/ldm/cogvideo`, 2026).\n\n"
         "ComfyUI has no image-to-video node for CogVideoX (checked in version 0.33). These nodes work: "
         "*InstructPixToPixConditioning* with the first frame as `pixels`, *EmptyHunyuanLatentVideo*, and "
-        "*VOIDSampler* in *SamplerCustomAdvanced* with the scheduler `simple`. *KSampler* does not work: it scales the "
-        f"noise wrongly for this model.\n\n{_lengths(shape.frames)}"
+        "*VOIDSampler* in *SamplerCustomAdvanced* with the scheduler `simple`. *KSampler* does not work: its samplers "
+        f"give the model noise at the wrong scale.\n\n{_lengths(shape.frames)}"
     )
 
 
@@ -249,8 +251,8 @@ def _lengths(frames: int) -> str:
     return (
         f"For {frames} frames, set the length to {frames + 4}, and before *VAE Decode* remove the first latent frame "
         f"with *LatentCut* (dim `t`, index 1, amount {latents}). The model needs an even number of latent frames: "
-        "diffusers adds one in front and removes it in the same way, but ComfyUI adds a copy of the first frame at the "
-        "end, which spoils the last frames."
+        "diffusers adds one in front and removes it in the same way, but ComfyUI adds a copy of the first one at the "
+        "end, which spoils the video."
     )
 
 
@@ -268,7 +270,7 @@ def _convention(facts: Mapping[str, Any], kind: str) -> str:
     if convention == "scaled":
         return text + "This is what the LoRA expects."
     if kind == "comfyui":
-        return text + "The LoRA expects others, so export it with `--to comfyui-merged` instead."
+        return text + "The base model from `--to comfyui-merged --scale 0` corrects this for this LoRA."
     if "comfyui_strength" in facts:
         return text + f"Set `strength` of *CogVideo ImageEncode* to {facts['comfyui_strength']:.3g} to correct this."
     return text + "The LoRA expects others."

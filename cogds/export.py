@@ -283,7 +283,7 @@ def notes(facts: Mapping[str, Any], kind: str, output: Path, checked: bool) -> l
         )
     elif kind.startswith("comfyui") and convention != "scaled":
         if kind == "comfyui":
-            fix = "Use --to comfyui-merged, which puts the factor into the weights."
+            fix = "Use it with the base model that --to comfyui-merged --scale 0 exports, which corrects this."
         elif "comfyui_strength" in facts:
             fix = f"Set the strength of CogVideo ImageEncode to {facts['comfyui_strength']:.3g}."
         else:

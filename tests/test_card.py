@@ -115,7 +115,7 @@ def test_each_kind_has_its_own_instructions():
         assert "`m.safetensors`" in card
         assert "```python" not in card
         assert ("2.04" in card) is (kind == "comfyui-wrapper")
-        assert ("`--to comfyui-merged`" in card) is (kind == "comfyui")  # the only one whose latents nothing corrects
+        assert ("--scale 0" in card) is (kind == "comfyui")  # it needs the base model in ComfyUI's names
 
 
 @pytest.mark.parametrize("frames, latents", [(81, 21), (49, 13), (9, 3), (1, 1)])

@@ -1,22 +1,20 @@
-"""Layer names of CogVideoX's transformer in other tools (`lora_file` reads them, `convert` and `merge` write them).
+"""What other tools call the layers of CogVideoX's transformer: names only (`lora_file` reads, `convert` writes files).
 
-ComfyUI has its own class for this model: the same layers with the same shapes under other names. Its LoRA loader takes
-`diffusion_model.NAME.lora_down.weight` and `.lora_up.weight`, and multiplies by `NAME.alpha` over the rank, or by 1 if
-there is no alpha.
+ComfyUI has a class of its own for this model: the same layers, one linear map each, under other names. Its LoRA loader
+takes `diffusion_model.NAME.lora_down.weight` and `.lora_up.weight`, and multiplies by `NAME.alpha` over the rank, or by
+1 where there is no alpha.
 """
 
 import re
 
 COMFYUI_PREFIX = "diffusion_model."
-# diffusers' names -> ComfyUI's (comfy/ldm/cogvideo/model.py). Others are the same: patch_embed.*, norm*.*, proj_out.
+# Ours -> ComfyUI's. What is not here is called the same: patch_embed.*, norm*.linear, proj_out.
 _COMFYUI = (
     ("transformer_blocks", "blocks"),
     ("attn1.to_q", "q"),
     ("attn1.to_k", "k"),
     ("attn1.to_v", "v"),
     ("attn1.to_out.0", "attn_out"),
-    ("attn1.norm_q", "norm_q"),
-    ("attn1.norm_k", "norm_k"),
     ("ff.net.0.proj", "ff_proj"),
     ("ff.net.2", "ff_out"),
     ("time_embedding.linear_1", "time_embedding_linear_1"),
@@ -24,11 +22,13 @@ _COMFYUI = (
     ("ofs_embedding.linear_1", "ofs_embedding_linear_1"),
     ("ofs_embedding.linear_2", "ofs_embedding_linear_2"),
 )
+# Not linear layers: in full weights only.
+_COMFYUI_NORMS = (("attn1.norm_q", "norm_q"), ("attn1.norm_k", "norm_k"))
 
 
 def comfyui_name(layer: str) -> str:
     """`transformer_blocks.0.attn1.to_q` -> `blocks.0.q`."""
-    return _renamed(layer, dict(_COMFYUI))
+    return _renamed(layer, dict(_COMFYUI + _COMFYUI_NORMS))
 
 
 def layer_of_comfyui(name: str) -> str:

@@ -6,7 +6,7 @@ Trains models of random weights on drawn clips from a warm cache, with the very 
 loader processes, draws, inputs, forward, backward, optimizer, metrics, watchdog. Between two of its steps each of the
 others is taken once, on the same engine or the same base weights:
 
-    loop       cogds.training.loop.train_steps, from the start of one step to that of the next
+    loop       cogds.train.loop.train_steps, from the start of one step to that of the next
     bare       forward, loss, backward and step of the same engine, on inputs that were prepared
     inputs     preparing them: the first frame noised and through the VAE, noise, rotary tables
     plain      as bare, with torch's AdamW and clipping instead of DeepSpeed's engine
@@ -41,27 +41,27 @@ from measuring import (
     timed,
 )
 
-from cogds.config import replace
+from cogds.config.deepspeed import load_ds_config, resolve
+from cogds.config.schema import replace
 from cogds.core.diffusion import v_loss
-from cogds.data.synthetic import draw_clips
+from cogds.data.video.drawn import draw_clips
+from cogds.distributed.world import World, disconnect, read_world
+from cogds.encode.encoder import prepare
+from cogds.encode.order import make_plan
+from cogds.encode.survey import make_buckets
+from cogds.engine.checkpoint import Saver
+from cogds.engine.start import start_engine
+from cogds.metrics.jsonl import step_lines
+from cogds.metrics.monitor import Monitor
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora import inject
+from cogds.model.lora.adapter import inject
 from cogds.model.tiny import create_tiny_model
-from cogds.model.transformer import Transformer
-from cogds.prepare.encoding import prepare
-from cogds.prepare.order import make_plan
-from cogds.prepare.survey import make_buckets
-from cogds.runtime.checkpoint import Saver
-from cogds.runtime.ds_config import load_ds_config, resolve
-from cogds.runtime.engine import start_engine
-from cogds.runtime.interrupt import Interrupt
-from cogds.runtime.metrics import step_lines
-from cogds.runtime.monitor import Monitor
-from cogds.runtime.watchdog import Watchdog
-from cogds.runtime.world import World, disconnect, read_world
-from cogds.training.execution import choose_execution, prepare_blocks
-from cogds.training.loop import Run, draw, load_batches, train_steps
-from cogds.training.step import load_step_builder
+from cogds.model.transformer.forward import Transformer
+from cogds.process.signals import Interrupt
+from cogds.process.watchdog import Watchdog
+from cogds.train.loop import Run, draw, load_batches, train_steps
+from cogds.train.step import load_step_builder
+from cogds.train.tuning import choose_execution, prepare_blocks
 
 WAYS = ("loop", "bare", "inputs", "plain")
 

@@ -24,18 +24,18 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E402
 
-from cogds.config import RunConfig, load_config  # noqa: E402
+from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
+from cogds.config.schema import RunConfig, load_config  # noqa: E402
 from cogds.core.cost import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
-from cogds.model.attention import fastest  # noqa: E402
+from cogds.distributed.world import World, connect, connected  # noqa: E402
+from cogds.engine.start import build_for_stage, start_engine  # noqa: E402
 from cogds.model.load import DTYPES, ModelFolder  # noqa: E402
-from cogds.model.lora import inject  # noqa: E402
-from cogds.runtime.ds_config import load_ds_config, resolve  # noqa: E402
-from cogds.runtime.engine import build_for_stage, start_engine  # noqa: E402
-from cogds.runtime.world import World, connect, connected  # noqa: E402
-from cogds.training.execution import Setting, Sizes  # noqa: E402
-from cogds.training.step import Draws, StepBuilder, random_batch  # noqa: E402
+from cogds.model.lora.adapter import inject  # noqa: E402
+from cogds.model.transformer.attention import fastest  # noqa: E402
+from cogds.train.step import Draws, StepBuilder, random_batch  # noqa: E402
+from cogds.train.tuning import Setting, Sizes  # noqa: E402
 
 # For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}

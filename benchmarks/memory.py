@@ -11,10 +11,10 @@ from dataclasses import replace
 
 from measuring import SIZES, deepspeed_config, machine, model_of, run_config, say_json, table
 
-from cogds.config import RECOMPUTE_LEVELS
+from cogds.config.schema import RECOMPUTE_LEVELS
 from cogds.core.geometry import ClipShape
-from cogds.runtime.world import World, read_world
-from cogds.training.execution import Setting, Sizes
+from cogds.distributed.world import World, read_world
+from cogds.train.tuning import Setting, Sizes
 
 # A file of ds_configs/, ranks, `model.base`.
 SETTINGS = (

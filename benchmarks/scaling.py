@@ -39,7 +39,7 @@ from measuring import (
 
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.plan import Plan
-from cogds.runtime.world import World, all_gather, disconnect, read_world
+from cogds.distributed.world import World, all_gather, disconnect, read_world
 
 BUCKETS = {
     "tiny": ("5x64x64", "17x64x96"),

@@ -55,12 +55,12 @@ from measuring import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from cogds.config import ATTENTION_KERNELS, RECOMPUTE_LEVELS, RunConfig
+from cogds.config.schema import ATTENTION_KERNELS, RECOMPUTE_LEVELS, RunConfig
 from cogds.core.cost import step_flops
 from cogds.core.geometry import ClipShape, num_tokens
-from cogds.model.attention import use
-from cogds.model.quantize import BASES, MATMULS, check_base
-from cogds.runtime.world import World, disconnect, read_world
+from cogds.distributed.world import World, disconnect, read_world
+from cogds.model.transformer.attention import use
+from cogds.model.transformer.quantize import BASES, MATMULS, check_base
 
 
 @dataclass(frozen=True)

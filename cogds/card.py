@@ -15,8 +15,8 @@ import yaml
 
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
-from cogds.runtime.outlet import warn
-from cogds.training.run import Run
+from cogds.metrics.async_writer import warn
+from cogds.train.run import Run
 
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"

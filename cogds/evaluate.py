@@ -25,33 +25,33 @@ import numpy as np
 import torch
 
 from cogds.cli import parse_args
-from cogds.config import RunConfig, load_config, replace
+from cogds.config.schema import RunConfig, load_config, replace
 from cogds.core.conditioning import image_condition, transformer_inputs
 from cogds.core.cost import step_flops
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
 from cogds.core.permutation import keyed_hash
-from cogds.data.cache import Cache
-from cogds.data.dataset import Item, collate, read_encoded
-from cogds.data.index import ClipIndex, IndexedClip
+from cogds.data.cache.store import Cache
+from cogds.data.loading.dataset import Item, collate, read_encoded
+from cogds.data.loading.index import ClipIndex, IndexedClip
+from cogds.distributed.world import World, all_gather, any_rank, connect, disconnect, read_world
+from cogds.encode.encoder import EncodedData, prepare
+from cogds.encode.order import batch_sizes
+from cogds.encode.survey import make_buckets
 from cogds.errors import UserError
-from cogds.model.attention import use
+from cogds.formatting import counted
+from cogds.metrics.async_writer import warn
+from cogds.metrics.monitor import Monitor
+from cogds.model.evaluation_mode import call_aside, undisturbed
 from cogds.model.load import DTYPES, ModelFolder, find_model, load_transformer
-from cogds.model.lora import load_into
-from cogds.model.lora_file import read_metadata
-from cogds.model.quantize import check_base
-from cogds.prepare.encoding import EncodedData, prepare
-from cogds.prepare.order import batch_sizes
-from cogds.prepare.survey import make_buckets
-from cogds.runtime.monitor import Monitor
-from cogds.runtime.outlet import warn
-from cogds.runtime.world import World, all_gather, any_rank, connect, disconnect, read_world
-from cogds.training.aside import call_aside, undisturbed
-from cogds.training.execution import Sizes
-from cogds.training.loop import Occasion
-from cogds.training.run import Run
-from cogds.training.step import Draws, StepBuilder, load_step_builder
-from cogds.wording import counted
+from cogds.model.lora.adapter import load_into
+from cogds.model.lora.file import read_metadata
+from cogds.model.transformer.attention import use
+from cogds.model.transformer.quantize import check_base
+from cogds.train.loop import Occasion
+from cogds.train.run import Run
+from cogds.train.step import Draws, StepBuilder, load_step_builder
+from cogds.train.tuning import Sizes
 
 # What evaluation may take of the training time before that is warned of.
 MAX_SHARE = 0.05

@@ -14,7 +14,8 @@ from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, 
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError
 from cogds.files import whole_folder
-from cogds.model.convert import (
+from cogds.model.load import ModelFolder, empty_transformer, find_model
+from cogds.model.lora.convert import (
     check_fits,
     check_scale,
     load_adapter,
@@ -22,10 +23,9 @@ from cogds.model.convert import (
     save_comfyui_wrapper,
     save_diffusers,
 )
-from cogds.model.hub import check_repo, listed, push
-from cogds.model.load import ModelFolder, empty_transformer, find_model
-from cogds.model.lora_file import LoraFile, read_lora
-from cogds.model.merge import other_files, save_merged, save_other_parts, weights_of
+from cogds.model.lora.file import LoraFile, read_lora
+from cogds.model.lora.hub import check_repo, listed, push
+from cogds.model.lora.merge import other_files, save_merged, save_other_parts, weights_of
 
 FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", "merged")
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}

@@ -22,23 +22,23 @@ from typing import Any
 import torch
 
 from cogds.cli import parse_args
-from cogds.config import ConditioningConfig, load_config, replace
+from cogds.config.schema import ConditioningConfig, load_config, replace
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS, image_latent_scale
 from cogds.core.diffusion import x0_of_v
 from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.core.permutation import keyed_hash
-from cogds.data.cache import Cache, DamagedEntry
-from cogds.data.dataset import Item, collate, read_encoded
-from cogds.data.index import IndexedClip
+from cogds.data.cache.store import Cache, DamagedEntry
+from cogds.data.loading.dataset import Item, collate, read_encoded
+from cogds.data.loading.index import IndexedClip
+from cogds.demo import make_demo, only_own_demo
+from cogds.distributed.world import World
+from cogds.encode.encoder import prepare
+from cogds.encode.survey import make_buckets
 from cogds.errors import UserError
 from cogds.evaluate import load_evaluated, middles
+from cogds.formatting import counted
 from cogds.model.load import DTYPES, find_model, load_alphas_cumprod, load_vae
-from cogds.prepare.demo import make_demo, only_own_demo
-from cogds.prepare.encoding import prepare
-from cogds.prepare.survey import make_buckets
-from cogds.runtime.world import World
-from cogds.training.step import Draws, StepBuilder
-from cogds.wording import counted
+from cogds.train.step import Draws, StepBuilder
 
 NO_IMAGE = "no image"
 MIN_CLIPS = 4  # fewer have no standard error worth the name

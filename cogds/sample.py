@@ -14,16 +14,16 @@ import torch
 from PIL import Image
 
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
-from cogds.data.video import write_video
+from cogds.data.video.media import write_video
 from cogds.errors import UserError
 from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, empty_transformer, find_model
-from cogds.model.lora import linear_layers
-from cogds.model.lora_file import lora_file, opened, read_metadata
-from cogds.model.pipeline import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
-from cogds.videos.mosaic import evenly, grid, labelled, shrunk
+from cogds.model.lora.adapter import linear_layers
+from cogds.model.lora.file import lora_file, opened, read_metadata
+from cogds.model.pipelines import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
+from cogds.videos.image_grid import evenly, grid, labelled, shrunk
 from cogds.videos.prompts import find_requests
-from cogds.videos.scene import Scene, first_frame, slug
+from cogds.videos.sample_spec import Scene, first_frame, slug
 
 NO_PROMPT = ""
 CELL_WIDTH = 480  # pixels of a video in a grid

@@ -12,5 +12,5 @@ if __name__ == "__main__":
 
     with importing():
         from cogds.cli import run
-        from cogds.encode import main
+        from cogds.encode.main import main
     sys.exit(run(lambda: main(ROOT / "launch/configs/demo.yaml")))

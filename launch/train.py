@@ -12,5 +12,5 @@ if __name__ == "__main__":
 
     with importing():
         from cogds.cli import run
-        from cogds.train import main
+        from cogds.train.main import main
     sys.exit(run(lambda: main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")))

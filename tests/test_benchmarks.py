@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cogds.config import RECOMPUTE_LEVELS
+from cogds.config.schema import RECOMPUTE_LEVELS
 from cogds.core.memory import COGVIDEOX_VAE
 from tests.conftest import ROOT, run_command
 from tests.core.test_memory import REAL, REAL_LORA, V15
@@ -19,7 +19,7 @@ for line in {{lines!r}}:
     name, *arguments = line.split()
     print("===", name, flush=True)
     importlib.import_module(name).main(arguments)
-from cogds.runtime.world import disconnect
+from cogds.distributed.world import disconnect
 disconnect()
 """
 LINES = [
@@ -86,7 +86,7 @@ def test_peers(outputs):
 
 
 def test_memory(outputs):
-    """The real geometry: what docs/performance.md shows, and tests/training/test_execution.py has for the same."""
+    """The real geometry: what docs/performance.md shows, and tests/train/test_tuning.py has for the same."""
     found, table = result(outputs, "memory")
     rows = {(row["deepspeed"], row["ranks"], row["base"]): row for row in found["rows"]}
     levels = ("none", "attention_kept", "block", "block+offload")

@@ -20,12 +20,12 @@ from cogds.card import (
     snippet,
     write_card,
 )
-from cogds.config import load_config
+from cogds.config.schema import load_config
 from cogds.core.geometry import ClipShape
+from cogds.distributed.world import World
 from cogds.export import main
 from cogds.model.load import find_model
-from cogds.runtime.world import World
-from tests.model.adapters import write_lora
+from tests.model.lora.adapters import write_lora
 
 FACTS = {
     "step": 500, "base_model": "zai-org/CogVideoX1.5-5B-I2V", "rank": 128, "alpha": 64.0, "targets": ["to_q", "to_k"],

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogds import cli, config
+from cogds import cli
+from cogds.config import schema as config
 from cogds.errors import EXIT_HUNG, UserError
 
 

@@ -12,7 +12,7 @@ import cogds.export
 import cogds.probe
 import cogds.sample
 from tests.conftest import ROOT
-from tests.model.adapters import write_lora
+from tests.model.lora.adapters import write_lora
 
 PAGE = (ROOT / "docs/using-the-lora.md").read_text()
 COMMANDS = [

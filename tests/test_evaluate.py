@@ -11,8 +11,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cogds.evaluate
-from cogds.config import load_config
-from cogds.data.synthetic import draw_clips
+from cogds.config.schema import load_config
+from cogds.data.video.drawn import draw_clips
+from cogds.distributed.world import World
+from cogds.encode.encoder import prepare
+from cogds.encode.order import batch_sizes, make_plan
+from cogds.encode.survey import make_buckets
 from cogds.evaluate import (
     Evaluation,
     cost_lines,
@@ -24,13 +28,9 @@ from cogds.evaluate import (
     undisturbed,
 )
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora import export, inject
-from cogds.prepare.encoding import prepare
-from cogds.prepare.order import batch_sizes, make_plan
-from cogds.prepare.survey import make_buckets
-from cogds.runtime.world import World
-from cogds.training.execution import Execution
-from cogds.training.step import load_step_builder
+from cogds.model.lora.adapter import export, inject
+from cogds.train.step import load_step_builder
+from cogds.train.tuning import Execution
 
 ALONE = World(0, 1, 0, 1)
 

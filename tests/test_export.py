@@ -16,9 +16,9 @@ from safetensors import safe_open
 import cogds.export
 from cogds.errors import UserError
 from cogds.export import main
-from cogds.model.lora_file import read_metadata
-from tests.model.adapters import output, output_in_diffusers, write_lora
-from tests.model.test_lora import example_inputs
+from cogds.model.lora.file import read_metadata
+from tests.model.lora.adapters import output, output_in_diffusers, write_lora
+from tests.model.lora.test_adapter import example_inputs
 
 METADATA = {
     "image_latents": "pipeline", "rank": 4, "alpha": 8.0, "targets": ["to_q"], "step": 500, "fps": 16.0,

@@ -9,11 +9,11 @@ import torch
 import cogds.probe
 from cogds.core.conditioning import image_latent_scale
 from cogds.core.geometry import ClipShape
-from cogds.data.synthetic import draw_clips
+from cogds.data.video.drawn import draw_clips
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer, load_vae
 from cogds.probe import NO_IMAGE, Scores, builders_of, facts, first_frames, judge, main, measure, report
-from tests.training.test_step import make_builder
+from tests.train.test_step import make_builder
 
 SHAPE, NUM_CLIPS = ClipShape.parse("9x64x64"), 6
 

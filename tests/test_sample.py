@@ -11,11 +11,11 @@ import cogds.sample
 from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
-from cogds.model.lora import export, inject
-from cogds.model.pipeline import load_pipeline, num_calls, use_convention
+from cogds.model.lora.adapter import export, inject
+from cogds.model.pipelines import load_pipeline, num_calls, use_convention
 from cogds.sample import Lora, agreed, trained_buckets
-from cogds.videos.scene import first_frame, fitting_bucket
-from tests.training.test_step import build_ours, differences, pipeline_inputs
+from cogds.videos.sample_spec import first_frame, fitting_bucket
+from tests.train.test_step import build_ours, differences, pipeline_inputs
 
 
 @pytest.fixture(scope="module")

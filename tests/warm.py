@@ -127,8 +127,8 @@ if __name__ == "__main__":
     with importing():
         import deepspeed  # noqa: F401
 
-        import cogds.encode
-        import cogds.train  # noqa: F401
+        import cogds.encode.main
+        import cogds.train.main  # noqa: F401
 
     sys.stdout = answers
     if script := serve():

@@ -6,9 +6,9 @@ from typing import Any
 
 import torch
 
+from cogds.distributed.network import interface_addresses, nccl_interfaces
+from cogds.distributed.world import settings
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, by_value, differing, hosts, who
-from cogds.runtime.network import interface_addresses, nccl_interfaces
-from cogds.runtime.world import settings
 
 VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_", "FI_")
 MAX_SKEW_S = 60.0

@@ -6,19 +6,19 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from cogds.config import RunConfig, load_config, to_dict
+from cogds.config.deepspeed import load_ds_config, resolve
+from cogds.config.schema import RunConfig, load_config, to_dict
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate, cached_caption_bytes, cached_clip_bytes
+from cogds.demo import make_demo, only_own_demo
+from cogds.distributed.world import World, set_network
+from cogds.encode.order import batch_sizes
+from cogds.encode.survey import data_sets, make_buckets
 from cogds.model.load import ModelFolder, empty_transformer, find_model
-from cogds.model.lora import resolve_targets
-from cogds.model.sequence import check_sequence
+from cogds.model.lora.adapter import resolve_targets
+from cogds.model.transformer.sequence_parallel import check_sequence
 from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, differing
-from cogds.prepare.demo import make_demo, only_own_demo
-from cogds.prepare.order import batch_sizes
-from cogds.prepare.survey import data_sets, make_buckets
-from cogds.runtime.ds_config import load_ds_config, resolve
-from cogds.runtime.world import World, set_network
-from cogds.training.execution import Setting, Sizes, check_execution, choose_levels, memory_of
+from cogds.train.tuning import Setting, Sizes, check_execution, choose_levels, memory_of
 
 # DataLoader's own: batches that every worker has ready.
 PREFETCHED = 2

@@ -8,10 +8,10 @@ from typing import Any
 
 import torch
 
+from cogds.config.deepspeed import zero_stage
+from cogds.formatting import counted, gigabytes
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, by_value, differing, who
 from cogds.preflight.job import Job
-from cogds.runtime.ds_config import zero_stage
-from cogds.wording import counted, gigabytes
 
 # More than this in use on a GPU is more than a process's own context.
 OCCUPIED_BYTES = 2_000_000_000

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 
 from cogds.cli import parse_args
+from cogds.distributed.world import World, connect, disconnect, open_store, read_world
 from cogds.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from cogds.preflight.addresses import judge_addresses, look_addresses
 from cogds.preflight.exchange import judge_exchange, look_exchange
@@ -36,7 +37,6 @@ from cogds.preflight.roster import GIVEN_UP, Outcome, Roster, bounded
 from cogds.preflight.software import judge_tools, judge_versions, look_tools, look_versions
 from cogds.preflight.text import print_findings, verdict
 from cogds.preflight.trial import judge_trial, look_trial
-from cogds.runtime.world import World, connect, disconnect, open_store, read_world
 
 # Parts that may be skipped, in the order of the table.
 PARTS = ("versions", "tools", "sources", "disk", "gpu", "network", "folders", "exchange", "step")

@@ -12,9 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.preflight.finding import runs
-from cogds.runtime.world import World
 
 PREFIX = "preflight"
 ANSWER_S = 60.0  # how much longer ranks wait for rank 0 than rank 0 waits for them

@@ -14,8 +14,8 @@ from typing import Any
 import torch
 
 import cogds
+from cogds.distributed.world import World, settings
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, differing, who
-from cogds.runtime.world import World, settings
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy")
 IMPORT_LIMIT_S = 60.0

@@ -8,17 +8,17 @@ from typing import Any
 import torch
 
 from cogds.core.diffusion import v_loss
+from cogds.distributed.world import all_gather
+from cogds.engine.sequence_groups import share_clips
+from cogds.engine.start import build_for_stage, start_engine
+from cogds.formatting import gigabytes
+from cogds.metrics.step_metrics import peak_memory_bytes
 from cogds.model.load import DTYPES
-from cogds.model.lora import inject
+from cogds.model.lora.adapter import inject
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, who
 from cogds.preflight.job import Job
-from cogds.runtime.engine import build_for_stage, start_engine
-from cogds.runtime.sequence import share_clips
-from cogds.runtime.tally import peak_memory_bytes
-from cogds.runtime.world import all_gather
-from cogds.training.execution import choose_execution, prepare_blocks
-from cogds.training.step import Draws, load_step_builder, random_batch
-from cogds.wording import gigabytes
+from cogds.train.step import Draws, load_step_builder, random_batch
+from cogds.train.tuning import choose_execution, prepare_blocks
 
 NUM_STEPS = 2
 # A second step, which is the one to believe, is taken where the first was quicker than this.

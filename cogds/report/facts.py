@@ -35,7 +35,7 @@ from cogds.core.suggest import (
     suggest_buckets,
     suggest_lengths,
 )
-from cogds.training.execution import Setting, Sizes, shortfall
+from cogds.train.tuning import Setting, Sizes, shortfall
 
 # Rows are taken in pieces of this many, so that the numbers of twenty million never stand side by side.
 ROWS_AT_ONCE = 1 << 20

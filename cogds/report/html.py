@@ -21,9 +21,9 @@ from PIL import Image, ImageDraw
 from cogds.core.buckets import crop_share
 from cogds.core.geometry import ClipShape
 from cogds.files import whole_file
+from cogds.formatting import counted, duration, gigabytes, number, percent
 from cogds.report.facts import ClipTable, Report
 from cogds.report.text import ESTIMATE_NOTE, memory_text, step_text, suggestion_lines, warning_lines
-from cogds.wording import counted, duration, gigabytes, number, percent
 
 # (path, kind, start_s, height, width) -> the frame on display then, uint8 [height, width, 3], or None where it cannot
 # be read. The size that is asked for has the clip's proportions.

@@ -12,23 +12,23 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogds.cli import parse_args
-from cogds.config import RunConfig, load_config
+from cogds.config.deepspeed import load_ds_config, resolve
+from cogds.config.schema import RunConfig, load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
-from cogds.data.decode import DecodeTask, decode
-from cogds.data.pool import Failure, GuardedPool
+from cogds.data.video.decode_task import DecodeTask, decode
+from cogds.demo import make_demo, only_own_demo
+from cogds.distributed.world import World
+from cogds.encode.order import make_plan
+from cogds.encode.survey import Survey, make_buckets, survey, update_manifest
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, find_model, num_truncated
-from cogds.model.sequence import check_sequence
-from cogds.prepare.demo import make_demo, only_own_demo
-from cogds.prepare.order import make_plan
-from cogds.prepare.survey import Survey, make_buckets, survey, update_manifest
+from cogds.model.transformer.sequence_parallel import check_sequence
+from cogds.process.worker_pool import Failure, GuardedPool
 from cogds.report.facts import Captions, ClipTable, Report, Setup, make_report, measured_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
-from cogds.runtime.ds_config import load_ds_config, resolve
-from cogds.runtime.world import World
-from cogds.training.execution import Sizes, choose_levels
+from cogds.train.tuning import Sizes, choose_levels
 
 # More captions than this are not all tokenized: as many are taken, evenly spaced, and counted for the rest.
 MAX_TOKENIZED = 100_000

@@ -5,8 +5,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cogds.formatting import counted, duration, gigabytes, number, percent
 from cogds.report.facts import BucketReport, Report
-from cogds.wording import counted, duration, gigabytes, number, percent
 
 ESTIMATE_NOTE = "Memory is an estimate from the shapes, not yet compared with a GPU."
 

@@ -9,8 +9,8 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cogds.runtime.world import World, any_rank
-from cogds.training.aside import call_aside
+from cogds.distributed.world import World, any_rank
+from cogds.model.evaluation_mode import call_aside
 
 
 class Stopped(Exception):

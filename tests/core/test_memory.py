@@ -24,12 +24,13 @@ from cogds.core.memory import (
     vae_can_encode,
     vae_encode_bytes,
 )
-from cogds.model import quantize, recompute
-from cogds.model import sequence as sequence_module
-from cogds.model import transformer as transformer_module
-from cogds.model.quantize import _MATMUL, Packed, PackedLinear, pack_block
-from cogds.model.sequence import SequenceGroup
-from cogds.model.transformer import Transformer
+from cogds.model.transformer import checkpointing as recompute
+from cogds.model.transformer import forward as transformer_module
+from cogds.model.transformer import quantize
+from cogds.model.transformer import sequence_parallel as sequence_module
+from cogds.model.transformer.forward import Transformer
+from cogds.model.transformer.quantize import _MATMUL, Packed, PackedLinear, pack_block
+from cogds.model.transformer.sequence_parallel import SequenceGroup
 from tests.live_bytes import LiveBytes
 
 LEVELS = ("none", "attention_kept", "block", "block+offload")

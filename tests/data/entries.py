@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from cogds.data.cache import Cache, Writer
-from cogds.data.digest import digest
+from cogds.data.cache.keys import digest
+from cogds.data.cache.store import Cache, Writer
 
 
 def key_of(number):

@@ -51,13 +51,13 @@ def overrides(folder, layout, output, *more):
 
 def work(jobs):
     """In every rank: train the jobs, each a DeepSpeed config and overrides, one after another."""
-    from cogds.config import load_config
+    from cogds.config.schema import load_config
     from cogds.model.load import find_model
-    from cogds.runtime.ds_config import load_ds_config, resolve
-    from cogds.runtime.interrupt import Interrupt
-    from cogds.runtime.world import connect, disconnect, read_world
-    from cogds.prepare.survey import make_buckets
-    from cogds.train import train
+    from cogds.config.deepspeed import load_ds_config, resolve
+    from cogds.process.signals import Interrupt
+    from cogds.distributed.world import connect, disconnect, read_world
+    from cogds.encode.survey import make_buckets
+    from cogds.train.main import train
 
     world = read_world()
     connect(world, 300)
@@ -83,7 +83,7 @@ def launch(server, num_ranks, jobs, folder, timeout_s):
 
 
 def losses(folder):
-    from cogds.runtime.metrics import step_lines
+    from cogds.metrics.jsonl import step_lines
 
     return [line["train/loss"] for line in step_lines((folder / "metrics.jsonl").read_text())]
 
@@ -105,7 +105,7 @@ def visits(checkpoint, step, last):
 
 def run_matrix(folder, pairs, timeout_s=900):
     """`{(source, target): largest difference of a loss}`, and what is wrong, in words."""
-    from cogds.data.synthetic import draw_clips
+    from cogds.data.video.drawn import draw_clips
     from cogds.model.tiny import create_tiny_model
     from tests.warm import Server
 

@@ -9,12 +9,12 @@ sys.path.insert(0, str(ROOT))
 
 import numpy as np  # noqa: E402
 
-import cogds.videos.preview  # noqa: E402
+import cogds.train.samples  # noqa: E402
 from cogds.cli import run  # noqa: E402
-from cogds.runtime.world import read_world  # noqa: E402
-from cogds.train import main  # noqa: E402
+from cogds.distributed.world import read_world  # noqa: E402
+from cogds.train.main import main  # noqa: E402
 
-number, write_video = itertools.count(), cogds.videos.preview.write_video
+number, write_video = itertools.count(), cogds.train.samples.write_video
 
 
 def keep(path, frames, fps):
@@ -23,5 +23,5 @@ def keep(path, frames, fps):
     write_video(path, frames, fps)
 
 
-cogds.videos.preview.write_video = keep
+cogds.train.samples.write_video = keep
 sys.exit(run(lambda: main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")))

@@ -10,18 +10,18 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from cogds.config import load_config  # noqa: E402
+from cogds.config.schema import load_config  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape  # noqa: E402
-from cogds.training.execution import choose_execution, prepare_blocks  # noqa: E402
+from cogds.train.tuning import choose_execution, prepare_blocks  # noqa: E402
 from cogds.model.load import find_model  # noqa: E402
-from cogds.model.lora import inject  # noqa: E402
-from cogds.training.rehearsal import rehearse  # noqa: E402
-from cogds.runtime.ds_config import load_ds_config, resolve  # noqa: E402
-from cogds.runtime.engine import load_for_stage, set_learning_rate, start_engine  # noqa: E402
-from cogds.runtime.state import gather_state  # noqa: E402
-from cogds.runtime.world import connect, disconnect, read_world  # noqa: E402
-from cogds.training.step import Draws, load_step_builder, random_batch  # noqa: E402
+from cogds.model.lora.adapter import inject  # noqa: E402
+from cogds.train.memory_check import rehearse  # noqa: E402
+from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
+from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
+from cogds.engine.state import gather_state  # noqa: E402
+from cogds.distributed.world import connect, disconnect, read_world  # noqa: E402
+from cogds.train.step import Draws, load_step_builder, random_batch  # noqa: E402
 
 BUCKETS, BATCH_SIZES = (ClipShape(9, 64, 96), ClipShape(17, 96, 128)), (2, 1)
 NUM_STEPS, ACCUMULATION = 3, 2

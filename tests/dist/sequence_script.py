@@ -14,16 +14,16 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.sequence.layer import DistributedAttention  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
-from cogds.config import load_config  # noqa: E402
-from cogds.model.attention import attend  # noqa: E402
+from cogds.config.schema import load_config  # noqa: E402
+from cogds.model.transformer.attention import attend  # noqa: E402
 from cogds.model.load import find_model, load_transformer  # noqa: E402
-from cogds.model.lora import inject  # noqa: E402
-from cogds.model.sequence import attend_together  # noqa: E402
-from cogds.runtime.ds_config import load_ds_config, resolve  # noqa: E402
-from cogds.runtime.engine import load_for_stage, set_learning_rate, start_engine  # noqa: E402
-from cogds.runtime.sequence import share_clips  # noqa: E402
-from cogds.runtime.state import TrainState, restore_state, trainable  # noqa: E402
-from cogds.runtime.world import connect, disagreeing, disconnect, read_world  # noqa: E402
+from cogds.model.lora.adapter import inject  # noqa: E402
+from cogds.model.transformer.sequence_parallel import attend_together  # noqa: E402
+from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
+from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
+from cogds.engine.sequence_groups import share_clips  # noqa: E402
+from cogds.engine.state import TrainState, restore_state, trainable  # noqa: E402
+from cogds.distributed.world import connect, disagreeing, disconnect, read_world  # noqa: E402
 
 # Latents F, H, W: 15 video tokens; a portrait bucket, 10; each with its level of recomputation. 5 text tokens.
 SHAPES = {"odd": ((2, 6, 10), "attention_kept"), "portrait": ((4, 10, 2), "block")}

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from cogds.errors import UserError
-from cogds.train import main
+from cogds.train.main import main
 from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses
 

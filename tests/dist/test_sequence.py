@@ -9,7 +9,7 @@ from diffusers import CogVideoXTransformer3DModel
 
 from tests.conftest import ROOT
 from tests.dist.conftest import metrics
-from tests.model.test_transformer import V15
+from tests.model.transformer.test_forward import V15
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 

@@ -15,7 +15,7 @@ sys.path.insert(0, {root!r})
 import torch.distributed as dist
 from cogds.cli import run
 from cogds.errors import UserError
-from cogds.runtime.world import all_gather, all_reduce_sum, on_all_ranks, on_rank0, read_world
+from cogds.distributed.world import all_gather, all_reduce_sum, on_all_ranks, on_rank0, read_world
 import torch
 world = read_world()
 dist.init_process_group("gloo")

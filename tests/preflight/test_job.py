@@ -1,8 +1,8 @@
 import pytest
 
+from cogds.distributed.world import World
 from cogds.preflight.job import load_job
 from cogds.preflight.machine import look_disk
-from cogds.runtime.world import World
 from tests.conftest import ROOT
 
 

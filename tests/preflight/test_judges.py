@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.preflight import main
 from cogds.preflight.addresses import judge_addresses, look_addresses
@@ -15,7 +16,6 @@ from cogds.preflight.roster import GIVEN_UP
 from cogds.preflight.software import code_digest, judge_tools, judge_versions, look_tools, look_versions, needs_compiler
 from cogds.preflight.text import print_findings, verdict
 from cogds.preflight.trial import judge_trial, one_step_config
-from cogds.runtime.world import World
 
 GB = 10**9
 

@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cogds.videos.lockstep
-from cogds.runtime.world import World
+from cogds.distributed.world import World
 from cogds.videos.lockstep import Lockstep, Stopped
 
 

@@ -1,0 +1,118 @@
+"""Merged weights load in diffusers as they are, and give what base and LoRA give."""
+
+import json
+
+import pytest
+import torch
+from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
+from safetensors.torch import load_file, save_file
+
+from cogds.model.load import find_model
+from cogds.model.lora.file import read_lora
+from cogds.model.lora.merge import save_merged, save_other_parts, scaled_image_channels, shards_of, weights_of
+from tests.model.lora.adapters import base_transformer, output, output_in_diffusers, write_lora
+from tests.model.lora.test_adapter import ATTENTION, example_inputs
+from tests.model.lora.test_convert import KINDS
+
+
+def loaded(folder):
+    return CogVideoXTransformer3DModel.from_pretrained(folder, use_safetensors=True)
+
+
+def merge(tiny_model, folder, *loras, dtype=None, **options):
+    model = find_model(str(tiny_model))
+    loras = [(read_lora(path), weight) for path, weight in loras]
+    save_merged(folder, model, weights_of(model, dtype), loras, {"image_latents": "pipeline"}, **options)
+    return folder
+
+
+@pytest.mark.parametrize("rank, alpha, targets", KINDS)
+def test_the_output_is_base_and_lora(tiny_model, tmp_path, rank, alpha, targets):
+    lora = write_lora(tiny_model, tmp_path / "lora", rank, alpha, targets)
+    merged = loaded(merge(tiny_model, tmp_path / "merged", (lora, 1.0)))
+    expected = output_in_diffusers(tiny_model, (lora, 1.0))
+    assert (output(base_transformer(tiny_model)) - expected).abs().max() > 1e-2
+    assert (output(merged) - expected).abs().max() < 1e-5
+
+
+def test_several_with_weights_in_several_shards(tiny_model, tmp_path):
+    first = write_lora(tiny_model, tmp_path / "first")
+    second = write_lora(tiny_model, tmp_path / "second", 2, 3.0, ("to_k", "ff.net.2"))
+    folder = merge(tiny_model, tmp_path / "merged", (first, 0.7), (second, -0.5), shard_bytes=40_000)
+    expected = output_in_diffusers(tiny_model, (first, 0.7), (second, -0.5))
+    assert (output(loaded(folder)) - expected).abs().max() < 1e-5
+    index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
+    files = sorted(folder.glob("*.safetensors"))
+    assert len(files) > 3
+    assert index["weight_map"] == {name: file.name for file in files for name in load_file(file)}
+    assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in base_transformer(tiny_model).parameters())
+
+
+def test_what_no_lora_touches_is_the_base_bit_for_bit(tiny_model, tmp_path):
+    lora = write_lora(tiny_model, tmp_path / "lora", targets=("to_q",))
+    merged, base = loaded(merge(tiny_model, tmp_path / "m", (lora, 1.0))), base_transformer(tiny_model)
+    changed = {name for name, one in merged.state_dict().items() if not torch.equal(one, base.state_dict()[name])}
+    assert changed == {f"transformer_blocks.{block}.attn1.to_q.weight" for block in (0, 1)}
+
+
+def test_the_sum_is_rounded_once(tiny_model, tmp_path):
+    """Into bf16 from float32: a LoRA smaller than a weight's last bit still counts where it meets the rounding."""
+    lora = write_lora(tiny_model, tmp_path / "lora", targets=ATTENTION)
+    exact = loaded(merge(tiny_model, tmp_path / "exact", (lora, 1.0))).state_dict()
+    stored = load_file(
+        merge(tiny_model, tmp_path / "bf16", (lora, 1.0), dtype=torch.bfloat16) / "diffusion_pytorch_model.safetensors"
+    )
+    assert all(torch.equal(value, exact[name].to(torch.bfloat16)) for name, value in stored.items())
+
+
+@pytest.mark.parametrize("factor", [0.49, 0.7])
+def test_the_image_latents_factor_is_within_the_weights(tiny_model, tmp_path, factor):
+    lora = write_lora(tiny_model, tmp_path / "lora")
+    merged = loaded(merge(tiny_model, tmp_path / "merged", (lora, 1.0), image_factor=factor))
+    tuned = loaded(merge(tiny_model, tmp_path / "plain", (lora, 1.0)))
+    inputs = example_inputs()
+    inputs["hidden_states"][:, :, 8:] *= factor
+    with torch.no_grad():
+        expected = tuned(**inputs)[0]
+    assert (output(merged) - expected).abs().max() < 1e-5
+    assert (output(tuned) - expected).abs().max() > 1e-3
+
+
+def test_a_convolution_embeds_channels_first_too():
+    """CogVideoX 1.0's patch embedding."""
+    conv, inputs = torch.nn.Conv2d(4, 3, 2, stride=2), torch.randn(1, 4, 4, 4)
+    halved = inputs.clone()
+    halved[:, 2:] *= 0.5
+    expected = conv(halved)
+    conv.weight.data = scaled_image_channels(conv.weight.data, 4, 0.5)
+    torch.testing.assert_close(conv(inputs), expected)
+
+
+@pytest.mark.parametrize("copy", [True, False])
+def test_a_whole_pipeline(tiny_model, tmp_path, copy):
+    model = find_model(str(tiny_model))
+    merge(tiny_model, tmp_path / "whole/transformer", (write_lora(tiny_model, tmp_path / "lora"), 1.0))
+    save_other_parts(tmp_path / "whole", model, copy)
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(tmp_path / "whole", use_safetensors=True)
+    assert pipeline.vae.config.scaling_factor == 0.7
+    assert (tmp_path / "whole/vae/config.json").is_symlink() is not copy
+    find_model(str(tmp_path / "whole"))
+
+
+def test_shards_keep_the_order_and_the_bound(tiny_model):
+    weights = weights_of(find_model(str(tiny_model)))
+    shards = shards_of(weights, 50_000)
+    assert [weight for shard in shards for weight in shard] == weights
+    assert all(sum(weight.num_bytes for weight in shard) <= 50_000 or len(shard) == 1 for shard in shards)
+    assert len(shards_of(weights, 10**9)) == 1
+
+
+def test_a_base_of_integers_is_refused(tiny_model, tmp_path):
+    from cogds.errors import UserError
+    from cogds.model.lora.merge import ModelFolder
+
+    model = find_model(str(tiny_model))
+    (tmp_path / "transformer").mkdir()
+    save_file({"proj_out.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "transformer/x.safetensors")
+    with pytest.raises(UserError, match="stored as I8"):
+        weights_of(ModelFolder(tmp_path, model.transformer_config, model.vae_config, model.geometry))

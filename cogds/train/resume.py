@@ -5,6 +5,7 @@ changed, the data as it was, and the plan from where it stopped, in the layout t
 """
 
 import dataclasses
+from dataclasses import dataclass, field
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -14,9 +15,15 @@ from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
 from cogds.data.loading.index import ClipIndex
+from cogds.distributed.world import on_rank0
 from cogds.encode.encoder import EncodedData
+from cogds.engine import checkpoint as checkpoints
+from cogds.engine.state import TrainState
 from cogds.errors import UserError
 from cogds.formatting import counted
+from cogds.job import Job
+from cogds.model.load import empty_transformer
+from cogds.model.lora.adapter import check_start, describe_start, inject
 
 # Keys of the config that may differ from one part of a run to the next; all others must not. Data and model are known
 # by their content, the layout is the plan's matter.
@@ -27,6 +34,50 @@ MAY_CHANGE = (
     "train.max_bad_steps", "parallel.", "eval.every", "eval.path", "eval.num_", "sample.", "checkpoint.", "monitor.",
     "network.", "lora.init_from",
 )  # fmt: skip
+
+
+@dataclass
+class Start:
+    """What a run starts from: a checkpoint, a LoRA, or neither.
+
+    facts: what the checkpoint's state.json says. state: on rank 0, its tensors, until they are restored. notes: lines
+    for the summary.
+    """
+
+    checkpoint: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    state: TrainState = field(default_factory=lambda: TrainState({}))
+    init_from: str | None = None
+    notes: Sequence[str] = ()
+
+
+def find_start(job: Job) -> Start:
+    """Find and verify the checkpoint to resume from, else check `lora.init_from`. Collective.
+
+    Raises UserError for a damaged checkpoint, and for a LoRA that does not fit.
+    """
+    cfg, world = job.cfg, job.world
+    state = TrainState({})
+
+    def find() -> tuple[Path, dict[str, Any]] | None:
+        nonlocal state
+        found = checkpoints.find(Path(cfg.output_dir) / "checkpoints", cfg.checkpoint.resume)
+        if found:
+            state = found[2]
+        return found and found[:2]
+
+    if found := on_rank0(world, find):
+        return Start(*found, state)
+    if not cfg.lora.init_from:
+        return Start()
+    return Start(init_from=cfg.lora.init_from, notes=on_rank0(world, lambda: check_init(job, cfg.lora.init_from)))
+
+
+def check_init(job: Job, path: str) -> list[str]:
+    """Lines about the LoRA that a run starts with. Raises UserError if it does not fit."""
+    lora, probe = job.cfg.lora, empty_transformer(job.model)
+    inject(probe, lora.rank, lora.alpha, lora.dropout, lora.target_modules, job.cfg.seed)
+    return describe_start(check_start(probe, path), job.cfg.conditioning.image_latents)
 
 
 def identity(cfg: RunConfig, optimizer: str, weights: str, buckets: Sequence[ClipShape]) -> dict[str, Any]:

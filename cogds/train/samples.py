@@ -35,7 +35,6 @@ from cogds.metrics.async_writer import warn
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import undisturbed
 from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
-from cogds.train.loop import Occasion
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
@@ -55,7 +54,7 @@ def make_previews(
     monitor: Monitor,
     watch: Callable[[Callable[[], str]], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
-) -> Occasion | None:
+) -> "Previews | None":
     """The making of videos that `sample.every` asks for; None where there is none to make. Collective.
 
     watch: is told what is being done, call by call of the transformer (`Watchdog.watch`). stopping: whether this rank
@@ -68,11 +67,15 @@ def make_previews(
         return None
     previews = Previews(run, engine, builder, monitor, scenes, watch, stopping)
     on_rank0(run.world, previews.introduce)
-    return Occasion("making videos", run.cfg.sample.every, previews.make)
+    return previews
 
 
 class Previews:
-    """The videos of a run: what they are made from, and the base model's, which are made once."""
+    """Makes the videos of a run (`callbacks.Callback`). Those of the base model are made once."""
+
+    name = "making videos"
+    at_start = True
+    on_stop = False
 
     def __init__(
         self,
@@ -85,6 +88,7 @@ class Previews:
         stopping: Callable[[], bool],
     ):
         """scenes: by the name of their file, the same on all ranks."""
+        self.every = run.cfg.sample.every
         self._run, self._engine, self._builder, self._monitor = run, engine, builder, monitor
         self._scenes, self._watch, self._stopping = scenes, watch, stopping
         self._folder = Path(run.cfg.output_dir) / FOLDER
@@ -131,7 +135,7 @@ class Previews:
             "give sample.prompts a smaller size"
         )
 
-    def make(self, step: int) -> None:
+    def run(self, step: int) -> None:
         """The videos of the weights after `step` steps, and what is missing of the base model's. Collective."""
         start, world, scenes = time.perf_counter(), self._run.world, self._scenes
         there, missing = on_rank0(

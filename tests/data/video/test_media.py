@@ -629,7 +629,7 @@ def test_a_large_portrait_needs_little_memory(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((7680, 4320, 3), np.uint8)).save(tmp_path / "a.png")
     encode(tmp_path / "a.mp4", np.broadcast_to(np.uint8(90), (2, 7680, 4320, 3)), options={"preset": "ultrafast"})
     code = (
-        "import sys\nfrom cogds.core.geometry import ClipShape\nfrom cogds.data import video\n"
+        "import sys\nfrom cogds.core.geometry import ClipShape\nfrom cogds.data.video import media as video\n"
         "print(video.probe_video(sys.argv[1] + '/a.mp4').height)\n"
         "print(video.read_clip(sys.argv[1] + '/a.mp4', ClipShape(2, 480, 272), 25).shape)\n"
         "print(video.read_image(sys.argv[1] + '/a.png', 480, 272).shape)\n"

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cogds.config.schema import help_text
-from cogds.distributed.world import connected, contact_sentence, lost_contact, read_world
+from cogds.distributed.world import read_world
 from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
 from cogds.process.log_filters import leave_out
 
@@ -113,9 +113,12 @@ def _run(main: Callable[[], None]) -> int:
     except Interrupted:
         return EXIT_INTERRUPTED
     except RuntimeError as error:
-        if not lost_contact(error):
+        # Only now: it imports torch, which --help and mistakes on the command line should not wait for.
+        from cogds.distributed.process_group import is_lost_connection, lost_connection_message
+
+        if not is_lost_connection(error):
             raise
-        print(contact_sentence(read_world(), error), file=sys.stderr)
+        print(lost_connection_message(read_world(), error), file=sys.stderr)
         return EXIT_HUNG
     return 0
 
@@ -138,6 +141,15 @@ def _place(error: UserError) -> str | None:
         world = read_world()
     except UserError:  # then this is the error that is about to be told
         return ""
-    if error.shared or (world.local_rank and not connected()):
+    if error.shared or (world.local_rank and not _is_connected()):
         return None
     return f" on rank {world.rank} ({socket.gethostname()})" if world.rank else ""
+
+
+def _is_connected() -> bool:
+    """Whether this process has joined the process group; not without torch, which this does not import."""
+    if "torch" not in sys.modules:
+        return False
+    from cogds.distributed.process_group import is_connected
+
+    return is_connected()

@@ -34,7 +34,9 @@ from cogds.core.permutation import keyed_hash
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import ClipIndex, IndexedClip
-from cogds.distributed.world import World, all_gather, any_rank, connect, disconnect, read_world
+from cogds.distributed.collectives import all_gather, any_rank
+from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.world import World, read_world
 from cogds.encode.encoder import EncodedData, prepare
 from cogds.encode.order import batch_sizes
 from cogds.encode.survey import make_buckets

@@ -9,7 +9,9 @@ from cogds.cli import make_folders, parse_args
 from cogds.config.schema import load_config, replace
 from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
 from cogds.demo import make_demo, only_own_demo
-from cogds.distributed.world import connect, disconnect, on_rank0, read_world
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.world import read_world
 from cogds.encode.encoder import prepare
 from cogds.encode.encoding_plan import NO_CAPTION, EncodingNames
 from cogds.encode.survey import make_buckets

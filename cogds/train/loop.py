@@ -22,7 +22,8 @@ from cogds.core.rng import seed_global
 from cogds.core.schedule import learning_rate
 from cogds.data.loading.dataset import Bad, Batch, ClipDataset, collate, ignore_stop_signals
 from cogds.data.loading.sampler import BucketBatchSampler
-from cogds.distributed.world import World, all_gather, any_rank
+from cogds.distributed.collectives import all_gather, any_rank
+from cogds.distributed.world import World
 from cogds.encode.on_the_fly import BATCHES_AHEAD, ahead, stream_batches
 from cogds.engine.checkpoint import Saver
 from cogds.engine.start import set_learning_rate
@@ -323,9 +324,8 @@ def _name_bad(run: Run, step: int, trained: list[tuple[MicroBatch, torch.Tensor]
 
 
 def _too_many(named: list[str], num_bad: int, world: World) -> UserError:
-    error = UserError(
+    return UserError(
         f"{num_bad} steps in a row had a loss or gradient that is not finite (train.max_bad_steps), the last one with "
-        f"{'; '.join(named[:MAX_NAMED])}: lower optimizer.lr, look at these clips, and resume from the last checkpoint"
+        f"{'; '.join(named[:MAX_NAMED])}: lower optimizer.lr, look at these clips, and resume from the last checkpoint",
+        shared=world.rank > 0,
     )
-    error.shared = world.rank > 0
-    return error

@@ -19,8 +19,10 @@ from cogds.config.schema import RunConfig, load_config, replace, to_yaml
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.keys import digest, digest_files
 from cogds.demo import make_demo, only_own_demo
-from cogds.distributed.run_lock import only_run
-from cogds.distributed.world import World, connect, disconnect, on_rank0, read_world
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.run_lock import hold_run_lock
+from cogds.distributed.world import World, read_world
 from cogds.encode.encoder import prepare
 from cogds.encode.order import make_plan
 from cogds.encode.survey import Survey, make_buckets
@@ -89,7 +91,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     connect(world, cfg.train.timeout_s, cfg.network)
     on_rank0(world, lambda: make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir}))
     try:
-        with contextlib.nullcontext() if args.dry_run else only_run(world, Path(cfg.output_dir)):
+        with contextlib.nullcontext() if args.dry_run else hold_run_lock(world, Path(cfg.output_dir)):
             train(cfg, ds_config, model, buckets, world, interrupt, args.dry_run, args.quiet)
     except Interrupted:  # by all ranks together
         interrupt.ignore()

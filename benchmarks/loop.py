@@ -45,7 +45,8 @@ from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.schema import replace
 from cogds.core.diffusion import v_loss
 from cogds.data.video.drawn import draw_clips
-from cogds.distributed.world import World, disconnect, read_world
+from cogds.distributed.process_group import disconnect
+from cogds.distributed.world import World, read_world
 from cogds.encode.encoder import prepare
 from cogds.encode.order import make_plan
 from cogds.encode.survey import make_buckets

@@ -1,6 +1,6 @@
 """The arguments of every verb. This module and the config schema are all that `--help` imports: no torch.
 
-    args = parse_args("train", ["--config", "run.yaml", "train.num_steps=100"])
+args = parse_args("train", ["--config", "run.yaml", "train.num_steps=100"])
 """
 
 import argparse
@@ -45,12 +45,19 @@ class Verb:
 
 
 def shipped(folder: str, name: str) -> Path:
-    """A config file that comes with cogds: from the installed package, else from the checkout.
+    """A config that comes with cogds, in the installed package or in the checkout.
 
-    folder: "ds_configs" or "launch/configs".
+    folder: "ds_configs" or "run_configs".
     """
     installed = PACKAGE / folder / name
-    return installed if installed.is_file() else PACKAGE.parent / folder / name
+    checkout = PACKAGE.parent / {"ds_configs": "ds_configs", "run_configs": "launch/configs"}[folder] / name
+    return installed if installed.is_file() else checkout
+
+
+def find_config(text: str, folder: str, suffix: str) -> str:
+    """The path that `--config` or `--deepspeed` names: a file, or the bare name of a config that comes with cogds."""
+    named = shipped(folder, text + suffix)
+    return str(named) if "/" not in text and not Path(text).exists() and named.is_file() else text
 
 
 def parse_args(verb: str, argv: Sequence[str], prog: str = "") -> argparse.Namespace:
@@ -70,8 +77,8 @@ def parse_args(verb: str, argv: Sequence[str], prog: str = "") -> argparse.Names
     )
     if about.takes_config:
         parser.usage = "%(prog)s [--config RUN.yaml] [flags] [key.sub=value ...]"
-        parser.add_argument("--config", metavar="RUN.yaml", help="run config; key=value words win over it")
-        parser.add_argument("--deepspeed", metavar="DS.json", help="DeepSpeed config")
+        parser.add_argument("--config", metavar="RUN.yaml", help="run config, or the name of one that comes with cogds; key=value words win over it")
+        parser.add_argument("--deepspeed", metavar="DS.json", help="DeepSpeed config, or a name such as zero3")
     # DeepSpeed's launcher adds it. Ranks are read from the environment, which every launcher sets.
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     about.add_arguments(parser)
@@ -261,7 +268,9 @@ def _preflight(parser: argparse.ArgumentParser) -> None:
         default="",
         help=f"checks to leave out, of {', '.join(PREFLIGHT_CHECKS)}",
     )
-    parser.add_argument("--wait", metavar="S", type=_positive, default=60.0, help="time to wait for other ranks [s] (60)")
+    parser.add_argument(
+        "--wait", metavar="S", type=_positive, default=60.0, help="how long to wait for other ranks [s] (60)"
+    )
     _launcher_arguments(parser)
 
 

@@ -15,8 +15,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 
 import cogds
-from cogds.arguments import VERBS, parse_args, shipped
-from cogds.distributed.world import connected, contact_sentence, lost_contact, read_world
+from cogds.arguments import VERBS, find_config, parse_args, shipped
+from cogds.distributed.world import is_launched, read_world
 from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
 from cogds.process.log_filters import leave_out
 
@@ -43,11 +43,16 @@ def usage() -> str:
     return f"usage: cogds VERB ...\n\n{verbs}\n\n`cogds VERB --help` shows the flags of a verb. `cogds --version`"
 
 
-def call(verb: str, argv: Sequence[str], prog: str = "") -> None:
+def launch(verb: str) -> int:
+    """Run a verb as launch/VERB.py does, as one rank of those that a launcher started. Returns the exit code."""
+    return run(lambda: call(verb, sys.argv[1:], prog=f"launch/{verb}.py", starts_ranks=False))
+
+
+def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = True) -> None:
     """Parse a verb's arguments and run it. prog: the command's name in `--help`.
 
-    Replaces this process by DeepSpeed's launcher if several ranks are wanted and no launcher has started it. Raises
-    UserError for an unknown verb or argument.
+    starts_ranks: replace this process by DeepSpeed's launcher if several ranks are wanted and no launcher has started
+    it. Raises UserError for an unknown verb or argument.
     """
     if verb not in VERBS:
         raise UserError(
@@ -57,10 +62,12 @@ def call(verb: str, argv: Sequence[str], prog: str = "") -> None:
     about = VERBS[verb]
     if about.takes_config:
         args.is_demo = args.config is None  # the demo's config, which makes its own model and clips
-        args.config = args.config or str(shipped("launch/configs", DEMO_CONFIG))
-        args.deepspeed = args.deepspeed or str(shipped("ds_configs", DEFAULT_DEEPSPEED))
+        named = args.config and find_config(args.config, "run_configs", ".yaml")
+        args.config = named or str(shipped("run_configs", DEMO_CONFIG))
+        named = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
+        args.deepspeed = named or str(shipped("ds_configs", DEFAULT_DEEPSPEED))
     leave_out()  # before diffusers and DeepSpeed are imported: some messages come then
-    if about.is_launchable and (launcher := launcher_command(args, argv)):
+    if starts_ranks and about.is_launchable and (launcher := launcher_command(args, argv)):
         sys.stdout.flush()
         os.execv(launcher[0], launcher)
     with gc_at_rest():
@@ -68,7 +75,7 @@ def call(verb: str, argv: Sequence[str], prog: str = "") -> None:
     module.main(args)
 
 
-class gc_at_rest:  # noqa: N801 (a context manager)
+class gc_at_rest:
     """No garbage is collected inside, and the objects made inside never are.
 
     Importing torch, diffusers and DeepSpeed makes a million objects that live as long as the process. Searching them
@@ -88,8 +95,7 @@ def launcher_command(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
 
     Without --num-gpus and --hostfile, every GPU of this machine is used. A CPU machine gets one rank.
     """
-    started = any(name in os.environ for name in ("RANK", "SLURM_PROCID"))
-    if started:
+    if is_launched():
         if args.num_gpus or args.hostfile:
             raise UserError(
                 "command line: --num-gpus and --hostfile start ranks, but a launcher has started this process already. "
@@ -161,9 +167,11 @@ def _run(function: Callable[[], None]) -> int:
     except Interrupted:
         return EXIT_INTERRUPTED
     except RuntimeError as error:
-        if not lost_contact(error):
+        from cogds.distributed.process_group import is_lost_connection, lost_connection_message  # imports torch
+
+        if not is_lost_connection(error):
             raise
-        print(contact_sentence(read_world(), error), file=sys.stderr)
+        print(lost_connection_message(read_world(), error), file=sys.stderr)
         return EXIT_HUNG
     return 0
 
@@ -179,13 +187,19 @@ def _flush() -> None:
 def _place(error: UserError) -> str | None:
     """Which rank an error names; None if another process reports the same error.
 
-    Before the ranks are connected, all ranks of a node read the same input and fail alike: the first one reports.
+    Before the ranks are is_connected, all ranks of a node read the same input and fail alike: the first one reports.
     Later, an error that is not shared is this rank's own.
     """
     try:
         world = read_world()
     except UserError:  # this is the error that is about to be reported
         return ""
-    if error.shared or (world.local_rank and not connected()):
+    if error.shared or (world.local_rank and not _is_connected()):
         return None
     return f" on rank {world.rank} ({socket.gethostname()})" if world.rank else ""
+
+
+def _is_connected() -> bool:
+    """Whether this process has joined the process group, without importing torch for the question."""
+    group = sys.modules.get("cogds.distributed.process_group")
+    return group is not None and group.is_connected()

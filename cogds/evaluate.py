@@ -7,7 +7,8 @@ from typing import Any
 import torch
 
 from cogds.config.schema import RunConfig
-from cogds.distributed.world import connect, disconnect, read_world
+from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.world import read_world
 from cogds.encode.encoder import prepare
 from cogds.errors import UserError
 from cogds.job import load_job

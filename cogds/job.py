@@ -1,6 +1,6 @@
 """A resolved run: configs, model folder, buckets, sizes and memory model, each computed once. Every verb starts here.
 
-    job = load_job(args, read_world())
+job = load_job(args, read_world())
 """
 
 import argparse
@@ -107,8 +107,8 @@ def load_job(
 ) -> Job:
     """Resolve a command line. args: of `arguments.parse_args`. changes: config keys that the verb itself sets.
 
-    num_ranks: ranks of the run; default: those of `world`. Makes the demo's model and clips if the config asks for them.
-    Raises UserError for anything wrong with the configs or the model.
+    num_ranks: ranks of the run; default: those of `world`. Makes the demo's model and clips if the config asks for
+    them. Raises UserError for anything wrong with the configs or the model.
     """
     cfg, explicit = load_config(args.config, args.overrides)
     if args.is_demo:
@@ -127,7 +127,7 @@ def load_job(
 
 
 def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
-    """The run's buckets: the list in the config, or the generated grid. Raises UserError if the model cannot take one."""
+    """The buckets of the config, listed or generated. Raises UserError for one that the model cannot take."""
     if cfg.data.buckets:
         buckets = parse_buckets(cfg.data.buckets, model.geometry)
     else:

@@ -19,7 +19,7 @@ for line in {{lines!r}}:
     name, *arguments = line.split()
     print("===", name, flush=True)
     importlib.import_module(name).main(arguments)
-from cogds.distributed.world import disconnect
+from cogds.distributed.process_group import disconnect
 disconnect()
 """
 LINES = [

@@ -22,7 +22,8 @@ from cogds.data.cache.store import Cache, Writer
 from cogds.data.loading.index import ClipIndex
 from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
 from cogds.data.video.probe_task import reason_of
-from cogds.distributed.world import World, dealt_by_rank0, on_all_ranks, on_rank0
+from cogds.distributed.collectives import on_all_ranks, on_rank0, scatter_from_rank0
+from cogds.distributed.world import World
 from cogds.encode.encoding_plan import Desk, Finished, Work, is_tiled
 from cogds.encode.survey import (
     Survey,
@@ -178,7 +179,7 @@ def prepare(
         desks.append(Desk(cfg, model, found, held_out, trained))
         return desks[0].work(world.size)
 
-    mine = dealt_by_rank0(world, begin)
+    mine = scatter_from_rank0(world, begin)
     shard_bytes, dtype = int(cfg.data.shard_gb * 1e9), DTYPES[cfg.train.precision]
 
     def captions() -> None:

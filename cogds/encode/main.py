@@ -6,7 +6,9 @@ import json
 from cogds.cli import make_folders
 from cogds.config.schema import load_config
 from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
-from cogds.distributed.world import connect, disconnect, on_rank0, read_world
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.world import read_world
 from cogds.encode.encoder import EncodedData, prepare
 from cogds.encode.encoding_plan import NO_CAPTION, EncodingNames
 from cogds.formatting import counted

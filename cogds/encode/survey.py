@@ -23,7 +23,8 @@ from cogds.data.manifest.assignment import Placement, numbers, place, too_short
 from cogds.data.manifest.file_digests import fill_digests_begin, fill_digests_finish, fill_digests_share
 from cogds.data.manifest.scan import begin, finish, probe_share
 from cogds.data.manifest.table import DataSet, manifest_file, read
-from cogds.distributed.world import World, on_all_ranks, on_rank0
+from cogds.distributed.collectives import on_all_ranks, on_rank0
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.files import whole_file
 from cogds.formatting import counted

@@ -25,7 +25,8 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cogds.distributed.world import World, on_rank0
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.world import World
 from cogds.engine.state import TrainState
 from cogds.errors import UserError
 from cogds.files import whole_file

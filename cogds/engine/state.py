@@ -19,7 +19,8 @@ from deepspeed.utils import (
     safe_set_local_optimizer_state,
 )
 
-from cogds.distributed.world import World, on_rank0
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.world import World
 from cogds.engine.start import gathered
 from cogds.errors import UserError
 

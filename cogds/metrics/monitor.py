@@ -13,7 +13,8 @@ import numpy as np
 import torch
 
 from cogds.core.geometry import ClipShape
-from cogds.distributed.world import World, all_reduce_sum
+from cogds.distributed.collectives import all_reduce_sum
+from cogds.distributed.world import World
 from cogds.metrics.async_writer import Courier, Outlet, Sink, warn
 from cogds.metrics.jsonl import metrics_line
 from cogds.metrics.progress_line import LINES, Ticker

@@ -11,7 +11,8 @@ from cogds.config.schema import RunConfig, load_config, to_dict
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate, cached_caption_bytes, cached_clip_bytes
 from cogds.demo import make_demo, only_own_demo
-from cogds.distributed.world import World, set_network
+from cogds.distributed.network import set_network
+from cogds.distributed.world import World
 from cogds.encode.order import batch_sizes
 from cogds.encode.survey import data_sets, make_buckets
 from cogds.model.load import ModelFolder, empty_transformer, find_model

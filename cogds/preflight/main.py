@@ -17,7 +17,8 @@ from typing import Any
 import torch
 
 from cogds.cli import parse_args
-from cogds.distributed.world import World, connect, disconnect, open_store, read_world
+from cogds.distributed.process_group import connect, disconnect, open_store
+from cogds.distributed.world import World, read_world
 from cogds.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from cogds.preflight.addresses import judge_addresses, look_addresses
 from cogds.preflight.exchange import judge_exchange, look_exchange
@@ -76,9 +77,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
         os._exit(EXIT_USER_ERROR if failed else 0)
     disconnect()
     if failed:
-        error = UserError("not ready")
-        error.shared = True
-        raise error
+        raise UserError("not ready", shared=True)  # the findings are printed above
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:

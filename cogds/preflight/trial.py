@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cogds.core.diffusion import v_loss
-from cogds.distributed.world import all_gather
+from cogds.distributed.collectives import all_gather
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.start import build_for_stage, start_engine
 from cogds.formatting import gigabytes

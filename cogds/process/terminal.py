@@ -5,15 +5,15 @@ import os
 import sys
 from typing import TextIO
 
-from cogds.distributed.world import settings
 from cogds.process import progress
+from cogds.process.environment import environment_variables
 
 _spoken: TextIO | None = None  # stdout, where the rest of it is hushed
 
 
 def is_terminal(stream: TextIO) -> bool:
     """Whether somebody watches this stream as it is written. Under SLURM it is a log, whatever srun says."""
-    return stream.isatty() and not settings("SLURM_JOB_ID")
+    return stream.isatty() and not environment_variables("SLURM_JOB_ID")
 
 
 def hush() -> None:

@@ -29,7 +29,8 @@ from cogds.core.permutation import keyed_hash
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import ClipIndex, IndexedClip
-from cogds.distributed.world import World, all_gather, any_rank
+from cogds.distributed.collectives import all_gather, any_rank
+from cogds.distributed.world import World
 from cogds.encode.encoder import EncodedData
 from cogds.formatting import counted
 from cogds.metrics.async_writer import warn

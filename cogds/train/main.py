@@ -5,8 +5,10 @@ import contextlib
 from pathlib import Path
 
 from cogds.cli import make_folders
-from cogds.distributed.world import connect, disconnect, on_rank0, read_world
-from cogds.distributed.run_lock import only_run
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.run_lock import hold_run_lock
+from cogds.distributed.world import read_world
 from cogds.errors import Interrupted
 from cogds.job import load_job
 from cogds.process.signals import Interrupt, find_launchers
@@ -30,7 +32,7 @@ def main(args: argparse.Namespace) -> None:
     folders = {"output_dir": job.cfg.output_dir, "data.cache_dir": job.cfg.data.cache_dir}
     on_rank0(job.world, lambda: make_folders(folders))
     try:
-        with contextlib.nullcontext() if args.dry_run else only_run(job.world, Path(job.cfg.output_dir)):
+        with contextlib.nullcontext() if args.dry_run else hold_run_lock(job.world, Path(job.cfg.output_dir)):
             Trainer(job, stop, args.dry_run, args.quiet).run()
     except Interrupted:  # on all ranks
         stop.ignore()

@@ -21,7 +21,7 @@ from cogds.config.deepspeed import zero_stage
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate
-from cogds.distributed.world import any_rank
+from cogds.distributed.collectives import any_rank
 from cogds.errors import UserError
 from cogds.model.evaluation_mode import call_aside
 from cogds.train.loop import Run
@@ -93,13 +93,9 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
     if trouble is not None:
         raise trouble
     if failed:
-        elsewhere = UserError(f"another rank failed while {shape} was tried before the first step, and says why")
-        elsewhere.shared = True
-        raise elsewhere
+        raise UserError(f"another rank failed while {shape} was tried before the first step, and says why", shared=True)
     if full:
-        error_for_all = UserError(too_little or _refusal(run, bucket))
-        error_for_all.shared = world.rank > 0
-        raise error_for_all
+        raise UserError(too_little or _refusal(run, bucket), shared=world.rank > 0)
     measured = None
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(device)

@@ -5,8 +5,8 @@ changed, the data as it was, and the plan from where it stopped, in the layout t
 """
 
 import dataclasses
-from dataclasses import dataclass, field
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -15,7 +15,7 @@ from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
 from cogds.data.loading.index import ClipIndex
-from cogds.distributed.world import on_rank0
+from cogds.distributed.collectives import broadcast, on_rank0, rank0_only
 from cogds.encode.encoder import EncodedData
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.state import TrainState
@@ -57,20 +57,15 @@ def find_start(job: Job) -> Start:
     Raises UserError for a damaged checkpoint, and for a LoRA that does not fit.
     """
     cfg, world = job.cfg, job.world
-    state = TrainState({})
-
-    def find() -> tuple[Path, dict[str, Any]] | None:
-        nonlocal state
-        found = checkpoints.find(Path(cfg.output_dir) / "checkpoints", cfg.checkpoint.resume)
-        if found:
-            state = found[2]
-        return found and found[:2]
-
-    if found := on_rank0(world, find):
-        return Start(*found, state)
+    found = rank0_only(world, lambda: checkpoints.find(Path(cfg.output_dir) / "checkpoints", cfg.checkpoint.resume))
+    checkpoint, facts, state = found or (None, {}, TrainState({}))
+    checkpoint, facts = broadcast(world, 0, (checkpoint, facts))
+    if checkpoint:
+        return Start(checkpoint, facts, state)
     if not cfg.lora.init_from:
         return Start()
-    return Start(init_from=cfg.lora.init_from, notes=on_rank0(world, lambda: check_init(job, cfg.lora.init_from)))
+    init_from = cfg.lora.init_from
+    return Start(init_from=init_from, notes=on_rank0(world, lambda: check_init(job, init_from)))
 
 
 def check_init(job: Job, path: str) -> list[str]:

@@ -26,7 +26,8 @@ from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
 from cogds.data.loading.index import ClipIndex
 from cogds.data.video.media import read_clip, write_video
-from cogds.distributed.world import broadcast, lost_contact, on_rank0
+from cogds.distributed.collectives import broadcast, on_rank0
+from cogds.distributed.process_group import is_lost_connection
 from cogds.encode.encoding_plan import EncodingNames
 from cogds.engine.checkpoint import remove_folder, step_name
 from cogds.errors import UserError
@@ -206,7 +207,7 @@ class Previews:
             except Stopped:
                 raise
             except Exception as error:
-                if isinstance(error, RuntimeError) and lost_contact(error):
+                if isinstance(error, RuntimeError) and is_lost_connection(error):
                     raise  # nothing to mend: the same command goes on, as it is
                 if lockstep.in_forward and lockstep.needs_all:
                     if is_out_of_memory(error):

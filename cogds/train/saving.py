@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cogds.card import lora_facts, write_card
-from cogds.distributed.world import on_rank0
+from cogds.distributed.collectives import on_rank0
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.state import gather_state, state_bytes, trainable
 from cogds.metrics.monitor import Monitor

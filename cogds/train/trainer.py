@@ -1,7 +1,7 @@
 """One training run: data, model, engine, steps. Every rank runs the same `Trainer`.
 
-Whatever one rank meets (a signal, a failed save, a loss that is not finite), every rank learns of at the end of the same
-step, so that no rank waits for another forever.
+Events on one rank (a signal, a failed save, a loss that is not finite) are shared with every rank at the end of the
+same step, so that no rank waits for another forever.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ from cogds.core.diffusion import v_loss
 from cogds.core.plan import MicroBatch
 from cogds.core.rng import seed_global
 from cogds.core.schedule import learning_rate
-from cogds.distributed.world import all_gather, any_rank, on_rank0
+from cogds.distributed.collectives import all_gather, any_rank, on_rank0
 from cogds.encode.encoder import prepare
 from cogds.encode.survey import Survey
 from cogds.engine import checkpoint as checkpoints
@@ -109,9 +109,7 @@ class Trainer:
             on_rank0(world, lambda: check_matching(start.checkpoint, start.facts, fixed))
             plan = continued_plan(plan, start.facts, start.checkpoint)
         execution = choose_execution(job, plan.local_batch_sizes)
-        run = Run(
-            cfg, job.ds_config, job.model, job.buckets, world, data, plan, execution, start.facts.get("step", 0)
-        )
+        run = Run(cfg, job.ds_config, job.model, job.buckets, world, data, plan, execution, start.facts.get("step", 0))
         header = {
             "identity": fixed,
             "plan": dataclasses.asdict(plan),
@@ -144,9 +142,7 @@ class Trainer:
     def build(self, run: Run, start: Start) -> Any:
         """The DeepSpeed engine around the transformer with its LoRA, with a checkpoint's state if there is one."""
         cfg, world = run.cfg, run.world
-        transformer = load_for_stage(
-            run.model, self.job.dtype, run.ds_config, world, cfg.model.base, cfg.model.matmul
-        )
+        transformer = load_for_stage(run.model, self.job.dtype, run.ds_config, world, cfg.model.base, cfg.model.matmul)
         lora = cfg.lora
         parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
         if start.init_from:
@@ -175,7 +171,10 @@ class Trainer:
                 print(tried, flush=True)
         saving = CheckpointCallback(run, engine, monitor, header)
         is_stopping = lambda: bool(self.stop.requested)  # noqa: E731
-        optional = [make(run, engine, builder, monitor, watchdog.watch, is_stopping) for make in (make_evaluation, make_previews)]
+        optional = [
+            make(run, engine, builder, monitor, watchdog.watch, is_stopping)
+            for make in (make_evaluation, make_previews)
+        ]
         callbacks: list[Callback] = [*filter(None, optional), saving]
         self.stop.defer()
         inspect = FirstBatches(run, builder, monitor, warn).look if world.rank == 0 else None
@@ -255,9 +254,7 @@ def train_step(
     micro_batches, losses = plan.at(step), StepLosses(len(run.buckets), world.device)
     trained: list[tuple[MicroBatch, torch.Tensor]] = []
     rates = cfg.optimizer
-    lr = learning_rate(
-        step, rates.lr, rates.schedule, cfg.train.num_steps, rates.warmup_steps, rates.final_lr_ratio
-    )
+    lr = learning_rate(step, rates.lr, rates.schedule, cfg.train.num_steps, rates.warmup_steps, rates.final_lr_ratio)
     set_learning_rate(engine, lr)
     for number, micro_batch in enumerate(micro_batches):
         meter.begin("inputs")
@@ -316,9 +313,8 @@ def _name_bad(run: Run, step: int, trained: list[tuple[MicroBatch, torch.Tensor]
 
 def too_many_bad_steps(named: list[str], num_bad: int, rank: int) -> UserError:
     """The error that ends a run after `train.max_bad_steps` bad steps in a row."""
-    error = UserError(
+    return UserError(
         f"train.max_bad_steps: {num_bad} steps in a row had a loss or gradient that is not finite, the last one with "
-        f"{'; '.join(named[:MAX_NAMED])}. Lower optimizer.lr, check these clips, and resume from the last checkpoint."
+        f"{'; '.join(named[:MAX_NAMED])}. Lower optimizer.lr, check these clips, and resume from the last checkpoint.",
+        shared=rank > 0,
     )
-    error.shared = rank > 0
-    return error

@@ -31,13 +31,15 @@ from cogds.core.memory import (
     rotary_table_bytes,
     training_memory,
 )
-from cogds.distributed.world import World, all_gather, on_all_ranks, on_rank0, settings
+from cogds.distributed.collectives import all_gather, on_all_ranks, on_rank0
+from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
 from cogds.metrics.trackers import check_monitors
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.attention import fastest, use
 from cogds.model.transformer.quantize import check_base
+from cogds.process.environment import environment_variables
 
 # Of a GPU's memory, what an estimate may take: the rest is the allocator's holes and other processes'.
 USABLE_SHARE = 0.92
@@ -267,7 +269,7 @@ def missing_to_compile(device: torch.device, variables: Mapping[str, str] | None
     On GPUs triton, which has a C compiler build its launchers against Python's headers; on CPUs a C++ compiler.
     variables: CC and CXX of the environment.
     """
-    variables = settings("CC", "CXX") if variables is None else variables
+    variables = environment_variables("CC", "CXX") if variables is None else variables
     if device.type == "cuda":
         if importlib.util.find_spec("triton") is None:
             return "triton, which comes with torch's builds for GPUs"

@@ -55,7 +55,8 @@ def work(jobs):
     from cogds.model.load import find_model
     from cogds.config.deepspeed import load_ds_config, resolve
     from cogds.process.signals import Interrupt
-    from cogds.distributed.world import connect, disconnect, read_world
+    from cogds.distributed.process_group import connect, disconnect
+    from cogds.distributed.world import read_world
     from cogds.encode.survey import make_buckets
     from cogds.train.main import train
 

@@ -20,7 +20,8 @@ from cogds.train.memory_check import rehearse  # noqa: E402
 from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
 from cogds.engine.state import gather_state  # noqa: E402
-from cogds.distributed.world import connect, disconnect, read_world  # noqa: E402
+from cogds.distributed.process_group import connect, disconnect  # noqa: E402
+from cogds.distributed.world import read_world  # noqa: E402
 from cogds.train.step import Draws, load_step_builder, random_batch  # noqa: E402
 
 BUCKETS, BATCH_SIZES = (ClipShape(9, 64, 96), ClipShape(17, 96, 128)), (2, 1)

@@ -23,7 +23,9 @@ from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
 from cogds.engine.sequence_groups import share_clips  # noqa: E402
 from cogds.engine.state import TrainState, restore_state, trainable  # noqa: E402
-from cogds.distributed.world import connect, disagreeing, disconnect, read_world  # noqa: E402
+from cogds.distributed.collectives import disagreeing_data_ranks  # noqa: E402
+from cogds.distributed.process_group import connect, disconnect  # noqa: E402
+from cogds.distributed.world import read_world  # noqa: E402
 
 # Latents F, H, W: 15 video tokens; a portrait bucket, 10; each with its level of recomputation. 5 text tokens.
 SHAPES = {"odd": ((2, 6, 10), "attention_kept"), "portrait": ((4, 10, 2), "block")}
@@ -115,8 +117,8 @@ check_against_deepspeed(whole)
 model, report = find_model(str(model_path)), []
 for sequence in (2, 4):
     world = dataclasses.replace(whole, sequence=sequence)
-    assert disagreeing(world, world.data_rank) == []
-    assert disagreeing(world, int(world.rank == 0)) == [0]
+    assert disagreeing_data_ranks(world, world.data_rank) == []
+    assert disagreeing_data_ranks(world, int(world.rank == 0)) == [0]
     reference = alone(model, world.data_size)
     for stage in (1, 2, 3):
         for shape, (losses, gradients, norm) in shared(model, world, stage).items():

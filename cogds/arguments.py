@@ -77,8 +77,12 @@ def parse_args(verb: str, argv: Sequence[str], prog: str = "") -> argparse.Names
     )
     if about.takes_config:
         parser.usage = "%(prog)s [--config RUN.yaml] [flags] [key.sub=value ...]"
-        parser.add_argument("--config", metavar="RUN.yaml", help="run config, or the name of one that comes with cogds; key=value words win over it")
-        parser.add_argument("--deepspeed", metavar="DS.json", help="DeepSpeed config, or a name such as zero3")
+        parser.add_argument(
+            "--config",
+            metavar="RUN.yaml",
+            help="run config (file or shipped name); key=value words win over it",
+        )
+        parser.add_argument("--deepspeed", metavar="DS.json", help="DeepSpeed config (file or shipped name)")
     # DeepSpeed's launcher adds it. Ranks are read from the environment, which every launcher sets.
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     about.add_arguments(parser)

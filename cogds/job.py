@@ -5,7 +5,7 @@ job = load_job(args, read_world())
 
 import argparse
 import dataclasses
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -25,7 +25,7 @@ from cogds.core.vae_memory import vae_can_encode
 from cogds.data.cache.keys import digest, digest_files
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import World
-from cogds.errors import UserError
+from cogds.errors import UserError, did_you_mean
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence
@@ -75,9 +75,9 @@ class Job:
             num_ranks=self.num_ranks,
             precision=cfg.train.precision,
             buckets=self.buckets,
-            quantization=cfg.model.quantization,
-            fp8_matmul=cfg.model.fp8_matmul,
-            sequence_size=cfg.parallel.sequence_size,
+            quantization=cfg.model.base,
+            fp8_matmul=cfg.model.matmul == "float8",
+            sequence_parallel=cfg.parallel.sequence,
         )
 
     def plan(self, mixture: Mixture) -> Plan:
@@ -88,7 +88,7 @@ class Job:
         return Plan(
             mixture.virtual_sizes,
             self.batch_sizes,
-            self.num_ranks // cfg.parallel.sequence_size,
+            self.num_ranks // cfg.parallel.sequence,
             cfg.train.gradient_accumulation_steps,
             cfg.seed,
             costs=costs if cfg.data.sync == "cost" else (),
@@ -116,10 +116,10 @@ def load_job(
     ds_config = load_ds_config(args.deepspeed)
     cfg = replace(cfg, changes or {})
     num_ranks = num_ranks or world.size
-    world = dataclasses.replace(world, sequence_size=cfg.parallel.sequence_size)
+    world = dataclasses.replace(world, sequence=cfg.parallel.sequence)
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
-    check_sequence(cfg.parallel.sequence_size, num_ranks, model.transformer_config["num_attention_heads"])
+    check_sequence(cfg.parallel.sequence, num_ranks, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     targets = tuple(resolve_targets(empty_transformer(model), cfg.lora.target_modules))
     ds_config, cfg = resolve(ds_config, cfg, explicit, num_ranks, model.hidden_size, args.deepspeed)
@@ -142,3 +142,25 @@ def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
                 "without tiles, as the pipeline does. Choose a smaller bucket."
             )
     return buckets
+
+
+def choose_checkpointing(job: Job, batch_sizes: Sequence[int], gpu_bytes: float | None) -> tuple[str, ...]:
+    """The activation checkpointing mode of each bucket: the mode in the config, or for `auto` the fastest that fits.
+
+    gpu_bytes: memory of one GPU; None: anything fits. If no mode fits, the one that needs least. Raises UserError for
+    a bucket in the config that the run does not have.
+    """
+    names, given = [str(shape) for shape in job.buckets], job.cfg.train.recompute_by_bucket
+    for name in given:
+        if name not in names:
+            raise UserError(
+                f"train.recompute_by_bucket: {name} is not a bucket of this run{did_you_mean(name, names)}. "
+                f"Choose one of {', '.join(names)}."
+            )
+    modes = [given.get(name, job.cfg.train.recompute) for name in names]
+    if gpu_bytes is None:
+        return tuple("none" if mode == "auto" else mode for mode in modes)
+    return tuple(
+        job.memory.least_checkpointing(shape, batch_size, gpu_bytes) if mode == "auto" else mode
+        for shape, batch_size, mode in zip(job.buckets, batch_sizes, modes)
+    )

@@ -39,7 +39,6 @@ from cogds.model.evaluation_mode import call_aside, undisturbed
 from cogds.model.load import ModelFolder
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder
-from cogds.train.tuning import Sizes
 
 # What evaluation may take of the training time before that is warned of.
 MAX_SHARE = 0.05
@@ -304,8 +303,9 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
     Of an evaluation the VAE and the reading are not counted: a clip is read, and its first frame encoded, once for
     every batch of its timesteps.
     """
-    model, plan, geometry, levels = run.model, run.plan, run.model.geometry, run.execution.levels
-    num_lora = Sizes.of(run.cfg, model).lora.num_parameters
+    model, plan, geometry = run.model, run.plan, run.model.geometry
+    modes = [part.checkpointing for part in run.execution.buckets]
+    num_lora = run.job.memory.lora.num_parameters
     flops = [
         step_flops(num_tokens(shape, geometry), model.num_layers, model.hidden_size, num_lora) for shape in run.buckets
     ]
@@ -318,7 +318,7 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
     micro_steps = [
         num / (size * min(max(1, num // size), run.world.data_size)) for num, size in zip(counts, sizes, strict=True)
     ]
-    work = [num * size * one.done(level) for num, size, one, level in zip(micro_steps, sizes, flops, levels)]
+    work = [num * size * one.done(mode) for num, size, one, mode in zip(micro_steps, sizes, flops, modes)]
     return once / (plan.accumulation * sum(work) / sum(micro_steps) * num_steps)
 
 

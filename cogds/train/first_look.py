@@ -57,7 +57,7 @@ def settings(run: Run) -> dict[str, str | float | bool]:
         "train.precision": cfg.train.precision,
         "train.gradient_accumulation_steps": plan.accumulation,
         "tokens a rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
-        "recompute": ", ".join(sorted(set(run.execution.levels))),
+        "recompute": ", ".join(sorted({part.checkpointing for part in run.execution.buckets})),
         "ranks": run.world.size,
         "zero stage": zero_stage(run.ds_config),
         "model.base": cfg.model.base,

@@ -25,7 +25,7 @@ def main(args: argparse.Namespace) -> None:
     if args.quiet:
         hush()
     job = load_job(args, read_world(), changes=DRY_RUN if args.dry_run else {})
-    check_execution(job.cfg, job.ds_config, job.world)
+    check_execution(job)
     stop = Interrupt(find_launchers())
     stop.listen()
     connect(job.world, job.cfg.train.timeout_s, job.cfg.network)

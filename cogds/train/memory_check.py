@@ -20,13 +20,12 @@ import torch
 from cogds.config.deepspeed import zero_stage
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import MemoryEstimate
+from cogds.core.memory import USABLE_SHARE, MemoryEstimate
 from cogds.distributed.collectives import any_rank
 from cogds.errors import UserError
 from cogds.model.evaluation_mode import call_aside
-from cogds.train.loop import Run
+from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, random_batch
-from cogds.train.tuning import USABLE_SHARE
 
 
 @dataclass(frozen=True)
@@ -67,14 +66,12 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
     ranks share a clip, a pass is full of collectives: the others wait in one for the rank that failed, until the
     launcher ends them with it.
     """
-    cfg, world, execution = run.cfg, run.world, run.execution
-    device = world.device
+    cfg, world, device = run.cfg, run.world, run.world.device
     if cfg.train.rehearse == "off" or (cfg.train.rehearse == "auto" and device.type != "cuda"):
         return None
-    used = [bucket for bucket, sizes in enumerate(run.data.index.sizes) if sum(sizes)]
-    bucket = max(used, key=lambda one: _needs(execution.estimates[one]))
-    shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], execution.estimates[bucket]
-    level, stage = execution.levels[bucket], zero_stage(run.ds_config)
+    bucket, shape, part = max(run.used_buckets, key=lambda used: _needs(used[2].estimate))
+    size, estimate, level = run.plan.local_batch_sizes[bucket], part.estimate, part.checkpointing
+    stage = zero_stage(run.ds_config)
     start, too_little, trouble = time.perf_counter(), "", None
     try:
         _try(run, engine, builder, bucket)
@@ -106,11 +103,11 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
 
 def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
     """What this rank does of it."""
-    device, stage, level = run.world.device, zero_stage(run.ds_config), run.execution.levels[bucket]
-    shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], run.execution.estimates[bucket]
+    device, stage, part = run.world.device, zero_stage(run.ds_config), run.execution.buckets[bucket]
+    shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], part.estimate
     text_dim = builder.no_caption_states.shape[-1]
     batch = random_batch(shape, size, run.model.geometry, text_dim, run.cfg.train.precision)
-    engine.module.set_level(level)
+    engine.module.set_level(part.checkpointing)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     devices = [device] if device.type == "cuda" else []
@@ -180,12 +177,12 @@ def is_out_of_memory(error: Exception) -> bool:
 
 def _refusal(run: Run, bucket: int, error: Exception | None = None) -> str:
     """The sentence for a bucket that does not fit. error: of this rank."""
-    execution, shape, size = run.execution, run.buckets[bucket], run.plan.local_batch_sizes[bucket]
-    level, estimate = execution.levels[bucket], execution.estimates[bucket]
+    part, shape, size = run.execution.buckets[bucket], run.buckets[bucket], run.plan.local_batch_sizes[bucket]
+    level, estimate, gpu_bytes = part.checkpointing, part.estimate, run.execution.gpu_bytes
     where = f"rank {run.world.rank}" if error is not None else "another rank"
-    there = "" if execution.device_bytes is None else f" of {execution.device_bytes / 1e9:.1f} GB"
+    there = "" if gpu_bytes is None else f" of {gpu_bytes / 1e9:.1f} GB"
     said = f" ({str(error).splitlines()[0]})" if error is not None and str(error) else ""
-    advice = execution.shortfalls[bucket] if bucket < len(execution.shortfalls) else ""
+    advice = part.shortfall
     if not advice:
         advice = (
             f"the estimate is {estimate.total_bytes / 1e9:.1f} GB{there}, of which {USABLE_SHARE:.0%} count as usable: "

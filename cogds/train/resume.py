@@ -50,6 +50,10 @@ class Start:
     init_from: str | None = None
     notes: Sequence[str] = ()
 
+    def release(self) -> None:
+        """Free the memory of the checkpoint's tensors."""
+        self.state = TrainState({})
+
 
 def find_start(job: Job) -> Start:
     """Find and verify the checkpoint to resume from, else check `lora.init_from`. Collective.
@@ -91,13 +95,13 @@ def data_identity(data: EncodedData) -> dict[str, Any]:
     return {"data": data.fingerprint, "repeats": list(data.mixture.repeats)}
 
 
-def check_matching(checkpoint: Path, facts: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise UserError naming each part of a run's identity that is not what it was."""
-    saved = facts["identity"]
+def check_matching(start: Start, identity: Mapping[str, Any]) -> None:
+    """Raise UserError naming each part of the run's identity that differs from the checkpoint's."""
+    saved = start.facts["identity"]
     changed = [f"{name}: {then} then, {now} now" for name, then, now in _differences(saved, identity)]
     if changed:
         raise UserError(
-            f"cannot resume from {checkpoint}, because the run has changed: {'; '.join(changed)}. Set these back, or "
+            f"cannot resume from {start.checkpoint}, because the run has changed: {'; '.join(changed)}. Set these back, or "
             "start a new run with another output_dir (or checkpoint.resume=none)"
         )
 

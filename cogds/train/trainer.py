@@ -56,7 +56,7 @@ from cogds.train.samples import make_previews
 from cogds.train.saving import CheckpointCallback, check_space
 from cogds.train.step import load_step_builder
 from cogds.train.summary import show, summary
-from cogds.train.tuning import choose_execution, memory_of, prepare_blocks
+from cogds.train.tuning import choose_execution, gpu_memory, prepare_blocks
 
 # Clips that a message about a bad step names.
 MAX_NAMED = 8
@@ -97,7 +97,7 @@ class Trainer:
         job, cfg, world = self.job, self.job.cfg, self.job.world
         fixed = identity(cfg, job.ds_config["optimizer"]["type"], on_rank0(world, job.weights_digest), job.buckets)
         if start.checkpoint:  # before hours of encoding
-            on_rank0(world, lambda: check_matching(start.checkpoint, start.facts, fixed))
+            on_rank0(world, lambda: check_matching(start, fixed))
         if self.dry_run:
             start = dataclasses.replace(start, checkpoint=None, facts={})
         data = prepare(cfg, job.model, job.buckets, world, cfg.data.max_unusable, tell=self.report)
@@ -106,10 +106,10 @@ class Trainer:
         plan = job.plan(data.mixture)
         fixed |= data_identity(data)
         if start.checkpoint:
-            on_rank0(world, lambda: check_matching(start.checkpoint, start.facts, fixed))
+            on_rank0(world, lambda: check_matching(start, fixed))
             plan = continued_plan(plan, start.facts, start.checkpoint)
         execution = choose_execution(job, plan.local_batch_sizes)
-        run = Run(cfg, job.ds_config, job.model, job.buckets, world, data, plan, execution, start.facts.get("step", 0))
+        run = Run(job, data, plan, execution, start.facts.get("step", 0))
         header = {
             "identity": fixed,
             "plan": dataclasses.asdict(plan),
@@ -121,7 +121,7 @@ class Trainer:
     def report(self, survey: Survey) -> None:
         """Print what will be trained, on rank 0, before anything is encoded."""
         job = self.job
-        print(short_report(run_report(job, survey, clip_table(survey), memory_of(job.world.device))), flush=True)
+        print(short_report(run_report(job, survey, clip_table(survey), gpu_memory(job.world.device))), flush=True)
 
     def announce(self, run: Run, start: Start) -> None:
         """On rank 0: print the summary, and prepare the output folder."""
@@ -154,6 +154,7 @@ class Trainer:
         on_rank0(world, lambda: check_space(self.output_dir, engine))
         if start.checkpoint:
             restore_state(engine, start.state, world)
+            start.release()
         return engine
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -263,7 +264,7 @@ def train_step(
         bad_samples.add(batch.bad)
         # By the rank itself: ranks that share a clip must not drop the same positions of their parts.
         seed_global(cfg.seed, step * plan.accumulation + number, world.rank)
-        engine.module.set_level(run.execution.levels[batch.bucket])
+        engine.module.set_level(run.execution.buckets[batch.bucket].checkpointing)
         per_sample = v_loss(engine(**batch.inputs)[0], batch.target)
         loss = (batch.weights * per_sample).mean()
         meter.begin("backward")

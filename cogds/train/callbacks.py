@@ -20,10 +20,14 @@ class Callback(Protocol):
     resumes at a multiple of `every`. on_stop: also runs when the run is asked to stop.
     """
 
-    name: str
-    every: int
-    at_start: bool
-    on_stop: bool
+    @property
+    def name(self) -> str: ...
+    @property
+    def every(self) -> int: ...
+    @property
+    def at_start(self) -> bool: ...
+    @property
+    def on_stop(self) -> bool: ...
 
     def run(self, step: int) -> None:
         """Run after `step` optimizer steps. Collective."""

@@ -101,8 +101,8 @@ def check_matching(start: Start, identity: Mapping[str, Any]) -> None:
     changed = [f"{name}: {then} then, {now} now" for name, then, now in _differences(saved, identity)]
     if changed:
         raise UserError(
-            f"cannot resume from {start.checkpoint}, because the run has changed: {'; '.join(changed)}. Set these back, or "
-            "start a new run with another output_dir (or checkpoint.resume=none)"
+            f"{start.checkpoint}: cannot be resumed, because the run has changed: {'; '.join(changed)}. Set these "
+            "back, or start a new run with another output_dir or checkpoint.resume=none."
         )
 
 

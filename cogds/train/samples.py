@@ -89,7 +89,8 @@ class Previews:
         stopping: Callable[[], bool],
     ):
         """scenes: by the name of their file, the same on all ranks."""
-        self.every = run.cfg.sample.every
+        assert run.cfg.sample.every is not None
+        self.every: int = run.cfg.sample.every
         self._run, self._engine, self._builder, self._monitor = run, engine, builder, monitor
         self._scenes, self._watch, self._stopping = scenes, watch, stopping
         self._folder = Path(run.cfg.output_dir) / FOLDER

@@ -171,12 +171,9 @@ class Trainer:
             if world.rank == 0:
                 print(tried, flush=True)
         saving = CheckpointCallback(run, engine, monitor, header)
-        is_stopping = lambda: bool(self.stop.requested)  # noqa: E731
-        optional = [
-            make(run, engine, builder, monitor, watchdog.watch, is_stopping)
-            for make in (make_evaluation, make_previews)
-        ]
-        callbacks: list[Callback] = [*filter(None, optional), saving]
+        parts = (run, engine, builder, monitor, watchdog.watch, lambda: bool(self.stop.requested))
+        optional: list[Callback | None] = [make_evaluation(*parts), make_previews(*parts)]
+        callbacks = [callback for callback in (*optional, saving) if callback is not None]
         self.stop.defer()
         inspect = FirstBatches(run, builder, monitor, warn).look if world.rank == 0 else None
         bad_samples = Quarantine(world, self.output_dir, len(run.data.index), cfg.data.max_unusable)

@@ -18,6 +18,7 @@ from cogds.config.schema import help_text
 from cogds.distributed.world import read_world
 from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
 from cogds.process.log_filters import leave_out
+from cogds.process.logs import configure_logging
 
 leave_out()  # an entry point imports this before what loads diffusers and DeepSpeed
 
@@ -98,9 +99,17 @@ def make_folders(folders: Mapping[str, str]) -> None:
 def run(main: Callable[[], None]) -> int:
     """The exit code after main(), see `cogds.errors`. What the user can mend is one line; a bug keeps its traceback."""
     try:
+        configure_logging(_rank())
         return _run(main)
     finally:
         _flush()
+
+
+def _rank() -> int:
+    try:
+        return read_world().rank
+    except UserError:  # main raises it again
+        return 0
 
 
 def _run(main: Callable[[], None]) -> int:

@@ -13,6 +13,7 @@ import argparse
 import copy
 import dataclasses
 import json
+import logging
 import math
 import sys
 import time
@@ -42,7 +43,6 @@ from cogds.encode.order import batch_sizes
 from cogds.encode.survey import make_buckets
 from cogds.errors import UserError
 from cogds.formatting import counted
-from cogds.metrics.async_writer import warn
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import call_aside, undisturbed
 from cogds.model.load import DTYPES, ModelFolder, find_model, load_transformer
@@ -54,6 +54,8 @@ from cogds.train.loop import Occasion
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, load_step_builder
 from cogds.train.tuning import Sizes
+
+logger = logging.getLogger(__name__)
 
 # What evaluation may take of the training time before that is warned of.
 MAX_SHARE = 0.05
@@ -195,7 +197,7 @@ class Evaluation:
             unread |= theirs
         if self.world.rank == 0:
             for clip, reason in sorted(unread.items()):
-                warn(f"{self.clips[clip].path} is left out of this evaluation: {reason}")
+                logger.warning(f"{self.clips[clip].path} is left out of this evaluation: {reason}")
         return {sample: loss for sample, loss in found.items() if sample[0] not in unread}
 
     def _inputs(self, task: Task, bad: dict[int, str]) -> tuple[dict[str, Any], torch.Tensor]:
@@ -273,13 +275,13 @@ def make_evaluation(
     evaluation = Evaluation.of(run.cfg, run.data, builder, run.plan.local_batch_sizes, run.model, world)
     if evaluation is None:
         if world.rank == 0:
-            warn("not one clip that should be evaluated can be read: there is no evaluation")
+            logger.warning("not one clip that should be evaluated can be read: there is no evaluation")
         return None
     if world.rank == 0:
         line, too_much = cost_lines(run, evaluation, every)
-        print(line, flush=True)
+        logger.info(line)
         if too_much:
-            warn(too_much)
+            logger.warning(too_much)
 
     def forward(inputs: Mapping[str, Any]) -> torch.Tensor:
         return call_aside(engine, world.device, inputs)[0]

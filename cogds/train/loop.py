@@ -4,8 +4,8 @@ Whatever one rank meets (a signal, a save that failed, a loss that is not finite
 same step, so that none of them is ever left waiting.
 """
 
-import contextlib
 import functools
+import logging
 import math
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -37,6 +37,8 @@ from cogds.train.bad_samples import Quarantine
 from cogds.train.meter import Meter
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, draw_dropouts, to_device
+
+logger = logging.getLogger(__name__)
 
 # So many clips are named where a step went wrong.
 MAX_NAMED = 8
@@ -115,8 +117,7 @@ def train_steps(
     monitor.close()
     if not last:
         if world.rank == 0:
-            with contextlib.suppress(OSError):  # the launcher may be dead, and with it whoever reads
-                print(f"stopped and saved after step {step + 1}: the same command goes on", flush=True)
+            logger.info(f"stopped and saved after step {step + 1}: the same command goes on")
         raise Interrupted
 
 
@@ -317,9 +318,7 @@ def _name_bad(run: Run, step: int, trained: list[tuple[MicroBatch, torch.Tensor]
     if run.world.rank == 0:
         what = "loss" if culprits else "gradient (every loss is finite)"
         more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-        print(
-            f"step {step + 1} was skipped, its {what} is not finite: {'; '.join(named[:MAX_NAMED])}{more}", flush=True
-        )
+        logger.info(f"step {step + 1} was skipped, its {what} is not finite: {'; '.join(named[:MAX_NAMED])}{more}")
     return named
 
 

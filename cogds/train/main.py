@@ -3,6 +3,7 @@
 import contextlib
 import dataclasses
 import json
+import logging
 import shutil
 import sys
 import time
@@ -33,16 +34,14 @@ from cogds.engine.state import TrainState, gather_state, restore_state, state_by
 from cogds.errors import Interrupted
 from cogds.evaluate import make_evaluation
 from cogds.files import whole_file
-from cogds.metrics.async_writer import warn
 from cogds.metrics.jsonl import rewind_metrics
 from cogds.metrics.monitor import Monitor
-from cogds.metrics.progress_line import BAR, LINES, QUIET
 from cogds.metrics.trackers import relay_of
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import check_start, describe_start, export, inject, resolve_targets, start_from
 from cogds.model.transformer.sequence_parallel import check_sequence
+from cogds.process.logs import RESULT, configure_logging
 from cogds.process.signals import Interrupt, find_launchers
-from cogds.process.terminal import hush, is_terminal, last_words
 from cogds.process.watchdog import Watchdog
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
@@ -55,6 +54,8 @@ from cogds.train.samples import make_previews
 from cogds.train.step import load_step_builder
 from cogds.train.summary import show, summary
 from cogds.train.tuning import check_execution, choose_execution, memory_of, prepare_blocks
+
+logger = logging.getLogger(__name__)
 
 
 def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:
@@ -69,7 +70,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
         ),
     )  # fmt: skip
     if args.quiet:
-        hush()
+        configure_logging(read_world().rank, RESULT)
     cfg, explicit = load_config(args.config or str(default_config), args.overrides)
     if not args.config:
         cfg = only_own_demo(cfg, args.overrides)
@@ -92,7 +93,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     on_rank0(world, lambda: make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir}))
     try:
         with contextlib.nullcontext() if args.dry_run else hold_run_lock(world, Path(cfg.output_dir)):
-            train(cfg, ds_config, model, buckets, world, interrupt, args.dry_run, args.quiet)
+            train(cfg, ds_config, model, buckets, world, interrupt, args.dry_run)
     except Interrupted:  # by all ranks together
         interrupt.ignore()
         disconnect()
@@ -109,11 +110,10 @@ def train(
     world: World,
     interrupt: Interrupt,
     dry_run: bool = False,
-    quiet: bool = False,
 ) -> None:
     """Prepare the data, then train up to `train.num_steps`, from scratch or from a checkpoint. Collective.
 
-    dry_run: up to the first step, and nothing of the output folder is touched. quiet: no progress is shown.
+    dry_run: up to the first step, and nothing of the output folder is touched.
     Raises Interrupted where a rank was asked to stop, once everything is saved.
     """
     output_dir = Path(cfg.output_dir)
@@ -133,7 +133,7 @@ def train(
 
     def tell(survey: Survey) -> None:
         report = run_report(cfg, ds_config, model, survey, clip_table(survey), world.size, memory_of(world.device))
-        print(short_report(report), flush=True)
+        logger.info(short_report(report))
 
     weights = on_rank0(world, lambda: weights_digest(cfg, model))
     fixed = identity(cfg, ds_config["optimizer"]["type"], weights, buckets)
@@ -158,7 +158,7 @@ def train(
             return
         checkpoints.check_space(output_dir, 0)  # before anything is moved
         if aside := checkpoints.set_aside(output_dir, resume_from, first_step):
-            print(f"what an earlier run wrote is kept in {aside}")
+            logger.info(f"what an earlier run wrote is kept in {aside}")
         rewind_metrics(output_dir / "metrics.jsonl", first_step, made_again(cfg, first_step))
         for name, text in (("run.yaml", to_yaml(cfg)), ("ds_config.json", json.dumps(ds_config, indent=2))):
             with whole_file(output_dir / name) as partial:
@@ -170,8 +170,8 @@ def train(
     on_rank0(world, begin)
     if first_step >= cfg.train.num_steps:
         if world.rank == 0:
-            print(f"already trained to step {first_step}; raise train.num_steps to go on")
-            last_words(whereabouts(output_dir, first_step))
+            logger.info(f"already trained to step {first_step}; raise train.num_steps to go on")
+            logger.log(RESULT, whereabouts(output_dir, first_step))
         return
 
     dtype = DTYPES[cfg.train.precision]
@@ -192,11 +192,17 @@ def train(
     if dry_run:
         tried = rehearse(run, engine, builder)
         if world.rank == 0:
-            last_words(f"{tried}\ndry run: ready to train, nothing was trained and nothing saved")
+            logger.log(RESULT, f"{tried}\ndry run: ready to train, nothing was trained and nothing saved")
         return
-    style = QUIET if quiet else BAR if cfg.monitor.progress_bar and is_terminal(sys.stderr) else LINES
     monitor = Monitor(
-        world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.monitor.every, style, relay_of(engine)
+        world,
+        output_dir,
+        buckets,
+        first_step,
+        cfg.train.num_steps,
+        cfg.monitor.every,
+        cfg.monitor.progress_bar,
+        relay_of(engine),
     )
     show_settings(run, monitor)
     saver, watchdog = checkpoints.Saver(), Watchdog(world.rank, cfg.train.step_timeout_s, output_dir)
@@ -226,18 +232,18 @@ def train(
     if tried := rehearse(run, engine, builder):
         monitor.note(first_step, tried.scalars())
         if world.rank == 0:
-            print(tried, flush=True)
+            logger.info(str(tried))
     occasions: list[Occasion] = []
     if losses := make_evaluation(run, engine, builder, monitor, watchdog.watch, lambda: bool(interrupt.requested)):
         occasions.append(losses)
     if videos := make_previews(run, engine, builder, monitor, watchdog.watch, lambda: bool(interrupt.requested)):
         occasions.append(videos)
     interrupt.defer()
-    show_first = FirstBatches(run, builder, monitor, warn).look if world.rank == 0 else None
+    show_first = FirstBatches(run, builder, monitor).look if world.rank == 0 else None
     train_steps(run, engine, builder, monitor, saver, save, interrupt, watchdog, occasions, show_first)
     watchdog.close()
     if world.rank == 0:
-        last_words(whereabouts(output_dir, cfg.train.num_steps))
+        logger.log(RESULT, whereabouts(output_dir, cfg.train.num_steps))
 
 
 def made_again(cfg: RunConfig, first_step: int) -> tuple[str, ...]:

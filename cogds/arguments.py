@@ -86,6 +86,9 @@ def parse_args(verb: str, argv: Sequence[str], prog: str = "") -> argparse.Names
     # DeepSpeed's launcher adds it. Ranks are read from the environment, which every launcher sets.
     parser.add_argument("--local-rank", type=int, help=argparse.SUPPRESS)
     about.add_arguments(parser)
+    level = parser.add_mutually_exclusive_group()
+    level.add_argument("--quiet", action="store_true", help="print warnings, errors and the result only")
+    level.add_argument("--verbose", action="store_true", help="also print debug messages")
     args, words = parser.parse_known_args([_with_dashes(word) for word in unpacked(argv)])
     del args.local_rank
     flags = [flag for flag in parser._option_string_actions if flag != "--local-rank"]
@@ -165,17 +168,12 @@ def _launcher_arguments(parser: argparse.ArgumentParser) -> None:
     group.add_argument("--master-port", metavar="PORT", type=_count, help="port the ranks meet at (a free one)")
 
 
-def _verbosity_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--quiet", action="store_true", help="print errors, warnings and the final line only")
-
-
 def _train(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--dry-run",
         action="store_true",
         help="prepare data, model and engine and try the largest bucket; train and save nothing",
     )
-    _verbosity_arguments(parser)
     _launcher_arguments(parser)
 
 

@@ -5,6 +5,7 @@ alone, says the same.
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -15,8 +16,9 @@ import yaml
 
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
-from cogds.metrics.async_writer import warn
 from cogds.train.run import Run
+
+logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
@@ -92,7 +94,9 @@ def write_card(folder: Path, lora: Path, facts: Mapping[str, Any]) -> None:
         card = model_card(title, facts, "diffusers", str(lora), sample=sample)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     except Exception as error:  # whatever is in a prompt or a path
-        warn(f"{lora} has no model card ({type(error).__name__}: {error}); the LoRA itself is not touched by that")
+        logger.warning(
+            f"{lora} has no model card ({type(error).__name__}: {error}); the LoRA itself is not touched by that"
+        )
 
 
 def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file: str = "", sample: str = "") -> str:

@@ -7,6 +7,7 @@ are defined in `cogds.errors`.
 import argparse
 import gc
 import importlib
+import logging
 import os
 import socket
 import sys
@@ -19,6 +20,7 @@ from cogds.arguments import VERBS, find_config, parse_args, shipped
 from cogds.distributed.world import is_launched, read_world
 from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
 from cogds.process.log_filters import leave_out
+from cogds.process.logs import RESULT, configure_logging
 
 DEFAULT_DEEPSPEED = "zero2.json"
 DEMO_CONFIG = "demo.yaml"
@@ -70,6 +72,7 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     if starts_ranks and about.is_launchable and (launcher := launcher_command(args, argv)):
         sys.stdout.flush()
         os.execv(launcher[0], launcher)
+    configure_logging(read_world().rank, RESULT if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
     with gc_at_rest():
         module = importlib.import_module(about.module)
     module.main(args)

@@ -55,7 +55,7 @@ GATES = {
     "omegaconf": ("cogds/config/schema.py",),
     "safetensors": ("cogds/model/", "cogds/data/cache/shard.py", "cogds/engine/checkpoint.py"),
     "pyarrow": ("cogds/data/", "cogds/encode/", "cogds/report/"),
-    "tqdm": ("cogds/process/progress.py", "cogds/metrics/progress_line.py"),
+    "tqdm": ("cogds/process/progress.py", "cogds/metrics/training_progress.py", "cogds/process/logs.py"),
     "matplotlib": ("cogds/report/",),
     "jinja2": ("cogds/report/",),
     "rich": ("cogds/report/", "cogds/preflight/", "cogds/train/summary.py"),

@@ -5,6 +5,7 @@ every rank by itself, so that no launcher has to pass them on. The config wins o
 """
 
 import fcntl
+import logging
 import os
 import re
 import socket
@@ -14,6 +15,8 @@ from collections.abc import Mapping, MutableMapping
 from cogds.config.schema import NetworkConfig
 from cogds.distributed.world import World
 from cogds.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Names that must not be set here -> why.
 _REFUSED = {
@@ -116,10 +119,9 @@ def replaced(wanted: Mapping[str, str], environ: Mapping[str, str]) -> list[str]
 
 
 def set_network(world: World, network: NetworkConfig, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set the variables of the run config. Rank 0 reports those that replace a value of the environment."""
+    """Set the variables of the run config. Those that replace a value of the environment are logged."""
     place = f"rank {world.rank} on {socket.gethostname()}"
     wanted = network_env(network.interface, network.env, interface_addresses(), place)
-    if world.rank == 0:
-        for sentence in replaced(wanted, environ):
-            print(sentence, flush=True)
+    for sentence in replaced(wanted, environ):
+        logger.info(sentence)
     environ.update(wanted)

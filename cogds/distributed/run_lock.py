@@ -3,9 +3,9 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +13,8 @@ from pathlib import Path
 from cogds.distributed.collectives import rank0_only
 from cogds.distributed.world import World
 from cogds.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
 # A run that was killed a moment ago, or has lost its node, still has it: SLURM is quick to start the next.
@@ -68,14 +70,16 @@ def _release(descriptor: int) -> None:
 
 
 def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:
-    start, said = time.monotonic(), False
+    start, has_logged = time.monotonic(), False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except OSError as error:
             if error.errno not in _HELD:
-                print(f"warning: {folder} has no locks ({error}): see to it that no other run uses it", file=sys.stderr)
+                logger.warning(
+                    f"{folder}: no file locks on this file system ({error}). Make sure that no other run uses it."
+                )
                 return
         holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
         if time.monotonic() - start > wait_s:
@@ -83,7 +87,7 @@ def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:
                 f"output_dir: another run is writing into {folder} ({holder}): wait for it, end it, or choose another "
                 "output_dir"
             )
-        if not said:
-            print(f"another run is still writing into {folder} ({holder}): waiting for it", flush=True)
-            said = True
+        if not has_logged:
+            logger.info(f"{folder}: another run ({holder}) is still writing into it; waiting")
+            has_logged = True
         time.sleep(min(1.0, wait_s))

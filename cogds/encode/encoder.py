@@ -6,8 +6,9 @@ The work is dealt to the ranks by its cost, every entry is kept as soon as it is
 transformer comes.
 """
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -33,10 +34,11 @@ from cogds.encode.survey import (
     survey,
     update_manifest,
 )
-from cogds.metrics.async_writer import warn
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
-from cogds.process.progress import progress
+from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import Failure, GuardedPool
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ def encode_captions(captions: pa.Table, writer: Writer, model: ModelFolder, dtyp
     """Encode and keep these captions."""
     encoder = TextEncoder(model, dtype, world.device)
     rows = zip(captions.column("key").to_pylist(), captions.column("caption").to_pylist())
-    for key, caption in _progress(rows, len(captions), "captions", world):
+    for key, caption in progress_bar("encoding captions", "caption", len(captions), items=rows):
         writer.write(key.hex(), {"text_states": encoder.encode(caption)})
 
 
@@ -103,7 +105,7 @@ def encode_clips(
     unread = {}
     with decode_pool(cfg) as pool:
         decoded = pool.imap(tasks, ahead=1)
-        for clip, row in zip(_progress(decoded, len(rows), "clips", world), rows):
+        for clip, row in zip(progress_bar("encoding clips", "clip", len(rows), items=decoded), rows):
             if reason := _changed(row):
                 unread[row["key"]] = reason
             elif isinstance(clip, Failure) and clip.is_verdict:
@@ -144,10 +146,6 @@ def _changed(row: Mapping) -> str:
     return ""
 
 
-def _progress(items: Iterable, total: int, what: str, world: World) -> Iterable:
-    return progress(f"encoding {what}", what[:-1], total, shown=world.rank == 0, items=items)
-
-
 def prepare(
     cfg: RunConfig,
     model: ModelFolder,
@@ -175,7 +173,7 @@ def prepare(
         found.unusable().check_share(max_unusable)
         held_out, trained, warnings = evaluated_survey(cfg, found, other)
         for one in warnings:
-            warn(one)
+            logger.warning(one)
         desks.append(Desk(cfg, model, found, held_out, trained))
         return desks[0].work(world.size)
 
@@ -201,7 +199,7 @@ def prepare(
     def end() -> tuple[Finished, Mixture]:
         done = desks[0].finish(unread)
         for one in done.warnings:
-            warn(one)
+            logger.warning(one)
         done.unusable.check_share(max_unusable)
         return done, Mixture(done.index.sizes, desks[0].survey.repeats, cfg.seed)
 

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 
 from cogds.cli import make_folders
 from cogds.config.schema import load_config
@@ -13,7 +14,10 @@ from cogds.encode.encoder import EncodedData, prepare
 from cogds.encode.encoding_plan import NO_CAPTION, EncodingNames
 from cogds.formatting import counted
 from cogds.job import Job, load_job
+from cogds.process.logs import RESULT
 from cogds.process.signals import Interrupt, find_launchers
+
+logger = logging.getLogger(__name__)
 
 
 def main(args: argparse.Namespace) -> None:
@@ -35,9 +39,10 @@ def main(args: argparse.Namespace) -> None:
     data = prepare(cfg, job.model, job.buckets, world, retry=args.retry)
     if world.rank == 0:
         held_out = f", and {len(data.held_out)} for evaluation only" if data.held_out is not None else ""
-        print(f"{counted(len(data.index), 'clip')} encoded in {cache_dir}{held_out}")
+        logger.log(RESULT, f"{counted(len(data.index), 'clip')} encoded in {cache_dir}{held_out}")
         if data.unusable.num:
-            print(f"{counted(data.unusable.num, 'clip')} not usable, see {data.unusable.file}: {data.unusable.text()}")
+            unusable = f"{counted(data.unusable.num, 'clip')} not usable"
+            logger.log(RESULT, f"{unusable}, see {data.unusable.file}: {data.unusable.text()}")
         if args.prune:
             prune_unused(job, data)
     disconnect()
@@ -55,18 +60,20 @@ def prune_unused(job: Job, data: EncodedData) -> None:
     for path in set(data.index.path.parent.iterdir()):
         if not path.name.startswith(used):
             path.unlink(missing_ok=True)
-    print(
+    logger.log(
+        RESULT,
         f"removed {counted(pruned.num_entries, 'entry')}, {pruned.num_bytes / 1e9:.3f} GB; merged "
-        f"{counted(pruned.num_merged, 'small shard')}"
+        f"{counted(pruned.num_merged, 'small shard')}",
     )
 
 
 def print_verified(report: VerifyReport) -> None:
     """What a look at every entry found, for people."""
     for one in report.damaged:
-        print(f"removed {one.kind}/{one.place} {one.key}: {one.reason}")
-    print(
+        logger.log(RESULT, f"removed {one.kind}/{one.place} {one.key}: {one.reason}")
+    logger.log(
+        RESULT,
         f"{counted(report.num_entries, 'entry')} whole ({report.num_bytes / 1e9:.3f} GB), "
         f"{counted(report.num_failures, 'clip')} not decodable, {len(report.damaged)} damaged and removed: the next "
-        "run encodes them anew"
+        "run encodes them again",
     )

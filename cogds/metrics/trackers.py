@@ -6,13 +6,16 @@ DeepSpeed has the writers, and gives them the learning rate alone, over samples.
 
 import importlib.util
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cogds.errors import UserError
-from cogds.metrics.async_writer import WARN_EVERY_S, warn
+from cogds.metrics.async_writer import WARN_EVERY_S
+
+logger = logging.getLogger(__name__)
 
 # Section of a DeepSpeed config -> the package that DeepSpeed imports for it.
 PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
@@ -64,7 +67,7 @@ class Relay:
         except Exception as error:  # a service that cannot be reached is not worth a run
             if time.monotonic() - self._warned_at >= WARN_EVERY_S:
                 self._warned_at = time.monotonic()
-                warn(
+                logger.warning(
                     f"{self.path} failed ({type(error).__name__}: {error}): training goes on, and what it lacks "
                     "stands in metrics.jsonl and tensorboard/"
                 )

@@ -1,6 +1,7 @@
 """The report command: what will be trained and what will not, before the first GPU hour. It loads no weights."""
 
 import argparse
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -22,6 +23,8 @@ from cogds.report.facts import Captions, ClipTable, Report, Setup, make_report, 
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
 
+logger = logging.getLogger(__name__)
+
 # More captions than this are not all tokenized: as many are taken, evenly spaced, and counted for the rest.
 MAX_TOKENIZED = 100_000
 
@@ -37,7 +40,7 @@ def main(args: argparse.Namespace) -> None:
     if args.html:
         with frame_reader(job.cfg) as first_frame:
             write_html(Path(args.html), report, clips, first_frame, job.cfg.seed, args.config)
-        print(f"the same with pictures: {args.html}")
+        logger.info("wrote the page: %s", args.html)
 
 
 def clip_table(found: Survey) -> ClipTable:

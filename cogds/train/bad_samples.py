@@ -4,7 +4,7 @@ The file is for people. A resumed run tries them again, and so finds out alike w
 """
 
 import json
-import sys
+import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,6 +16,8 @@ from cogds.distributed.collectives import all_gather, all_reduce_sum, disagreein
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.metrics.async_writer import Outlet
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "quarantine.jsonl"
 
@@ -59,7 +61,7 @@ class Quarantine:
         if self.world.rank == 0:
             self.listed.write([json.dumps(bad._asdict()).encode() + b"\n" for bad in new.values()])
             for bad in new.values():
-                print(f"replaced by another clip of its bucket: {bad.path}: {bad.reason}", file=sys.stderr)
+                logger.warning(f"replaced by another clip of its bucket: {bad.path}: {bad.reason}")
         if len(self.rows) > self.most * self.num_clips:
             raise UserError(
                 f"{len(self.rows)} of {self.num_clips} clips turned out to be unusable, more than data.max_unusable "

@@ -11,6 +11,7 @@ A run evaluates beside its training (`make_evaluation`), the command a LoRA file
 
 import copy
 import dataclasses
+import logging
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -33,12 +34,13 @@ from cogds.distributed.collectives import all_gather, any_rank
 from cogds.distributed.world import World
 from cogds.encode.encoder import EncodedData
 from cogds.formatting import counted
-from cogds.metrics.async_writer import warn
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import call_aside, undisturbed
 from cogds.model.load import ModelFolder
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder
+
+logger = logging.getLogger(__name__)
 
 # What evaluation may take of the training time before that is warned of.
 MAX_SHARE = 0.05
@@ -179,7 +181,7 @@ class Evaluation:
             unread |= theirs
         if self.world.rank == 0:
             for clip, reason in sorted(unread.items()):
-                warn(f"{self.clips[clip].path} is left out of this evaluation: {reason}")
+                logger.warning(f"{self.clips[clip].path} is left out of this evaluation: {reason}")
         return {sample: loss for sample, loss in found.items() if sample[0] not in unread}
 
     def _inputs(self, task: Task, bad: dict[int, str]) -> tuple[dict[str, Any], torch.Tensor]:
@@ -257,13 +259,13 @@ def make_evaluation(
     evaluation = Evaluation.of(run.cfg, run.data, builder, run.plan.local_batch_sizes, run.model, world)
     if evaluation is None:
         if world.rank == 0:
-            warn("none of the clips to evaluate can be read: there is no evaluation")
+            logger.warning("none of the clips to evaluate can be read: there is no evaluation")
         return None
     if world.rank == 0:
         line, too_much = cost_lines(run, evaluation, every)
-        print(line, flush=True)
+        logger.info(line)
         if too_much:
-            warn(too_much)
+            logger.warning(too_much)
     return EvaluationCallback(evaluation, every, engine, monitor, watch, is_stopping)
 
 

@@ -12,7 +12,6 @@ from cogds.distributed.world import read_world
 from cogds.errors import Interrupted
 from cogds.job import load_job
 from cogds.process.signals import Interrupt, find_launchers
-from cogds.process.terminal import hush
 from cogds.train.trainer import Trainer
 from cogds.train.tuning import check_execution
 
@@ -22,8 +21,6 @@ DRY_RUN = {"data.encode": "on_the_fly", "train.rehearse": "on", "eval.every": No
 
 def main(args: argparse.Namespace) -> None:
     """Train. Everything that can be wrong with the input is reported before any weight is loaded."""
-    if args.quiet:
-        hush()
     job = load_job(args, read_world(), changes=DRY_RUN if args.dry_run else {})
     check_execution(job)
     stop = Interrupt(find_launchers())
@@ -33,7 +30,7 @@ def main(args: argparse.Namespace) -> None:
     on_rank0(job.world, lambda: make_folders(folders))
     try:
         with contextlib.nullcontext() if args.dry_run else hold_run_lock(job.world, Path(job.cfg.output_dir)):
-            Trainer(job, stop, args.dry_run, args.quiet).run()
+            Trainer(job, stop, args.dry_run).run()
     except Interrupted:  # on all ranks
         stop.ignore()
         disconnect()

@@ -5,6 +5,7 @@ changed, the data as it was, and the plan from where it stopped, in the layout t
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -24,6 +25,8 @@ from cogds.formatting import counted
 from cogds.job import Job
 from cogds.model.load import empty_transformer
 from cogds.model.lora.adapter import check_start, describe_start, inject
+
+logger = logging.getLogger(__name__)
 
 # Keys of the config that may differ from one part of a run to the next; all others must not. Data and model are known
 # by their content, the layout is the plan's matter.
@@ -126,9 +129,11 @@ def resumed_data(data: EncodedData, facts: Mapping[str, Any], cfg: RunConfig) ->
         return data
     then, now = saved.names(), data.index.names()
     if now - then or not then - now:
-        print(f"of the clips of the run, {len(then - now)} are no longer in the data, and {len(now - then)} are new")
+        logger.info(
+            f"of the clips of the run, {len(then - now)} are no longer in the data, and {len(now - then)} are new"
+        )
         return data
-    print(
+    logger.info(
         f"no longer in the data: {counted(len(then - now), 'clip')} of the run, which goes on with them as long "
         "as it can"
     )

@@ -8,6 +8,7 @@ killed.
 """
 
 import contextlib
+import logging
 import shutil
 import tempfile
 import time
@@ -32,7 +33,6 @@ from cogds.encode.encoding_plan import EncodingNames
 from cogds.engine.checkpoint import remove_folder, step_name
 from cogds.errors import UserError
 from cogds.files import whole_file, whole_folder
-from cogds.metrics.async_writer import warn
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import undisturbed
 from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
@@ -42,6 +42,8 @@ from cogds.train.step import StepBuilder
 from cogds.videos.image_grid import evenly, grid, labelled, shrunk
 from cogds.videos.lockstep import Lockstep, Stopped
 from cogds.videos.sample_spec import Scene, first_frame
+
+logger = logging.getLogger(__name__)
 
 FOLDER, BASE = "samples", "base"
 STRIP_FRAMES, STRIP_WIDTH = 8, 200  # frames of a strip, pixels of each
@@ -104,13 +106,12 @@ class Previews:
         run, sample = self._run, self._run.cfg.sample
         num_rounds = -(-len(self._scenes) // run.world.data_size)
         shapes = ", ".join(dict.fromkeys(str(scene.shape) for scene in self._scenes.values()))
-        print(
+        logger.info(
             f"videos every {sample.every} steps: {len(self._scenes)} of {shapes}, for which every rank calls the "
-            f"transformer {num_rounds * self._num_calls} times; into {self._folder}",
-            flush=True,
+            f"transformer {num_rounds * self._num_calls} times; into {self._folder}"
         )
         for line in dict.fromkeys(filter(None, map(self._risk, self._scenes.values()))):
-            warn(line)
+            logger.warning(line)
         self._monitor.text(FOLDER, "\n".join(f"{name}: {scene.prompt}" for name, scene in self._scenes.items()))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -121,7 +122,9 @@ class Previews:
                     if file.is_file():
                         self._base[name] = file.read_bytes()
         except OSError as error:
-            warn(f"{self._folder} cannot be written ({_reason(error)}): mend that, or the run's videos are lost")
+            logger.warning(
+                f"{self._folder} cannot be written ({_reason(error)}): mend that, or the run's videos are lost"
+            )
 
     def _risk(self, scene: Scene) -> str:
         """What is risked with a video of more tokens than any bucket that is trained, else ""."""
@@ -185,7 +188,9 @@ class Previews:
                 if isinstance(found, bytes):
                     videos[name] = found
                 elif world.rank == 0:
-                    warn(f"{whose} video of '{scenes[name].prompt}' could not be made: {found}; training goes on")
+                    logger.warning(
+                        f"{whose} video of '{scenes[name].prompt}' could not be made: {found}; training goes on"
+                    )
         return videos if world.rank == 0 else {}
 
     def _film_one(self, scene: Scene | None, whose: str) -> bytes | str:
@@ -261,7 +266,9 @@ class Previews:
                 for name, video in made.items():
                     (partial / f"{name}.mp4").write_bytes(video)
         except OSError as error:
-            warn(f"the videos of step {step} cannot be written into {folder} ({_reason(error)}): training goes on")
+            logger.warning(
+                f"the videos of step {step} cannot be written into {folder} ({_reason(error)}): training goes on"
+            )
 
     def _show(self, step: int, made: Mapping[str, bytes]) -> None:
         """In TensorBoard: strips of frames, and what plays, before and after, with the first frame beside them."""
@@ -276,7 +283,7 @@ class Previews:
                 self._monitor.picture(step, f"{FOLDER}/{name}", strips)
                 self._monitor.animation(step, f"{FOLDER}/{name}/clip", played, fps)
             except Exception as error:  # a picture for people is worth no run
-                warn(f"the video of '{scene.prompt}' cannot be shown: {_reason(error)}; training goes on")
+                logger.warning(f"the video of '{scene.prompt}' cannot be shown: {_reason(error)}; training goes on")
 
 
 def beside(first: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -308,13 +315,13 @@ def _find_scenes(run: Run) -> dict[str, Scene]:
                     states = cache.read("captions", key, places.place(key) or "")["text_states"]
                     scenes.append(_from_prompt(run, one, states))
                 except Exception as error:
-                    warn(f"sample.prompts[{number}], '{one.prompt}', is left out: {_reason(error)}")
+                    logger.warning(f"sample.prompts[{number}], '{one.prompt}', is left out: {_reason(error)}")
         else:
             scenes = _from_clips(run, cache)
     except Exception as error:
-        warn(f"no videos will be made during training: {_reason(error)}")
+        logger.warning(f"no videos will be made during training: {_reason(error)}")
     if not scenes:
-        warn("sample.every is set, but there is nothing left to make videos of: training goes on without")
+        logger.warning("sample.every is set, but there is nothing left to make videos of: training goes on without")
     return {scene.name(sample.num_steps, sample.guidance): scene for scene in scenes}
 
 
@@ -338,7 +345,7 @@ def _from_clips(run: Run, cache: Cache) -> list[Scene]:
             pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
             scenes.append(Scene(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
-            warn(f"the video of {clip.path} is left out: {_reason(error)}")
+            logger.warning(f"the video of {clip.path} is left out: {_reason(error)}")
     return scenes
 
 

@@ -4,13 +4,12 @@ Events on one rank (a signal, a failed save, a loss that is not finite) are shar
 same step, so that no rank waits for another forever.
 """
 
-import contextlib
 import dataclasses
 import functools
 import json
+import logging
 import math
 import shutil
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +30,13 @@ from cogds.engine.state import restore_state
 from cogds.errors import Interrupted, UserError
 from cogds.files import whole_file
 from cogds.job import Job
-from cogds.metrics.async_writer import warn
 from cogds.metrics.jsonl import rewind_metrics
 from cogds.metrics.monitor import Monitor
-from cogds.metrics.progress_line import BAR, LINES, QUIET
 from cogds.metrics.step_metrics import StepLosses
 from cogds.metrics.trackers import relay_of
 from cogds.model.lora.adapter import inject, start_from
+from cogds.process.logs import RESULT
 from cogds.process.signals import Interrupt
-from cogds.process.terminal import is_terminal, last_words
 from cogds.process.watchdog import Watchdog
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
@@ -58,6 +55,8 @@ from cogds.train.step import load_step_builder
 from cogds.train.summary import show, summary
 from cogds.train.tuning import choose_execution, gpu_memory, prepare_blocks
 
+logger = logging.getLogger(__name__)
+
 # Clips that a message about a bad step names.
 MAX_NAMED = 8
 
@@ -65,9 +64,9 @@ MAX_NAMED = 8
 class Trainer:
     """Trains up to `train.num_steps`, from scratch or from a checkpoint. All methods are collective."""
 
-    def __init__(self, job: Job, stop: Interrupt, dry_run: bool = False, quiet: bool = False):
-        """dry_run: stop before the first step and leave the output folder as it is. quiet: show no progress."""
-        self.job, self.stop, self.dry_run, self.quiet = job, stop, dry_run, quiet
+    def __init__(self, job: Job, stop: Interrupt, dry_run: bool = False):
+        """dry_run: stop before the first step and leave the output folder as it is."""
+        self.job, self.stop, self.dry_run = job, stop, dry_run
         self.output_dir = Path(job.cfg.output_dir)
 
     def run(self) -> None:
@@ -76,7 +75,8 @@ class Trainer:
         run, start, header = self.prepare(start)
         on_rank0(run.world, lambda: self.announce(run, start))
         if run.first_step >= run.cfg.train.num_steps:
-            self.end(run, f"already trained to step {run.first_step}; raise train.num_steps to train on\n")
+            logger.info("already trained to step %d; raise train.num_steps to train on", run.first_step)
+            self.end(run)
             return
         engine = self.build(run, start)
         builder = load_step_builder(
@@ -84,8 +84,7 @@ class Trainer:
         )
         if self.dry_run:
             tried = rehearse(run, engine, builder)
-            if run.world.rank == 0:
-                last_words(f"{tried}\ndry run: ready to train, nothing was trained and nothing saved")
+            logger.log(RESULT, "%s\ndry run: ready to train; nothing was trained or saved", tried)
             return
         self.train(run, engine, builder, header)
         self.end(run)
@@ -121,7 +120,7 @@ class Trainer:
     def report(self, survey: Survey) -> None:
         """Print what will be trained, on rank 0, before anything is encoded."""
         job = self.job
-        print(short_report(run_report(job, survey, clip_table(survey), gpu_memory(job.world.device))), flush=True)
+        logger.info(short_report(run_report(job, survey, clip_table(survey), gpu_memory(job.world.device))))
 
     def announce(self, run: Run, start: Start) -> None:
         """On rank 0: print the summary, and prepare the output folder."""
@@ -130,7 +129,7 @@ class Trainer:
             return
         checkpoints.check_space(self.output_dir, 0)  # before anything is moved
         if previous := checkpoints.set_aside(self.output_dir, start.checkpoint, run.first_step):
-            print(f"the files of an earlier run were moved to {previous}")
+            logger.info("moved the files of an earlier run to %s", previous)
         rewind_metrics(self.output_dir / "metrics.jsonl", run.first_step, tags_written_again(run))
         for name, text in (("run.yaml", to_yaml(run.cfg)), ("ds_config.json", json.dumps(run.ds_config, indent=2))):
             with whole_file(self.output_dir / name) as partial:
@@ -168,14 +167,13 @@ class Trainer:
         watchdog.watch(lambda: "trying the largest bucket before the first step")
         if tried := rehearse(run, engine, builder):
             monitor.note(run.first_step, tried.scalars())
-            if world.rank == 0:
-                print(tried, flush=True)
+            logger.info("%s", tried)
         saving = CheckpointCallback(run, engine, monitor, header)
         parts = (run, engine, builder, monitor, watchdog.watch, lambda: bool(self.stop.requested))
         optional: list[Callback | None] = [make_evaluation(*parts), make_previews(*parts)]
         callbacks = [callback for callback in (*optional, saving) if callback is not None]
         self.stop.defer()
-        inspect = FirstBatches(run, builder, monitor, warn).look if world.rank == 0 else None
+        inspect = FirstBatches(run, builder, monitor).look if world.rank == 0 else None
         bad_samples = Quarantine(world, self.output_dir, len(run.data.index), cfg.data.max_unusable)
         at_start = [one for one in callbacks if one.at_start and run.first_step % one.every == 0]
         run_callbacks(at_start, run.first_step, watchdog, monitor, world)
@@ -209,27 +207,22 @@ class Trainer:
         watchdog.rest()
         monitor.close()
         if not is_last:
-            if world.rank == 0:
-                with contextlib.suppress(OSError):  # the launcher may be dead, and nobody reads its pipe
-                    print(f"stopped and saved after step {step + 1}: run the same command to train on", flush=True)
+            logger.info("stopped and saved after step %d: run the same command to train on", step + 1)
             raise Interrupted
         watchdog.close()
 
     def monitor(self, run: Run, engine: Any) -> Monitor:
         """What writes the metrics."""
         cfg = run.cfg
-        is_bar = cfg.monitor.progress_bar and is_terminal(sys.stderr)
-        style = QUIET if self.quiet else BAR if is_bar else LINES
         return Monitor(
-            run.world, self.output_dir, run.buckets, run.first_step, cfg.train.num_steps, cfg.monitor.every, style,
-            relay_of(engine),
+            run.world, self.output_dir, run.buckets, run.first_step, cfg.train.num_steps, cfg.monitor.every,
+            cfg.monitor.progress_bar, relay_of(engine),
         )  # fmt: skip
 
-    def end(self, run: Run, note: str = "") -> None:
-        """On rank 0, print where the results are and how to watch them."""
-        if run.world.rank == 0:
-            lora = self.output_dir / "lora" / checkpoints.step_name(max(run.first_step, run.cfg.train.num_steps))
-            last_words(f"{note}LoRA: {lora}\nwatch: tensorboard --logdir {self.output_dir / 'tensorboard'}")
+    def end(self, run: Run) -> None:
+        """Log where the results are and how to watch them."""
+        lora = self.output_dir / "lora" / checkpoints.step_name(max(run.first_step, run.cfg.train.num_steps))
+        logger.log(RESULT, "LoRA: %s\nwatch: tensorboard --logdir %s", lora, self.output_dir / "tensorboard")
 
 
 def tags_written_again(run: Run) -> tuple[str, ...]:
@@ -302,10 +295,9 @@ def _name_bad(run: Run, step: int, trained: list[tuple[MicroBatch, torch.Tensor]
     every = [(rank, *sample) for rank, samples in enumerate(all_gather(run.world, own)) for sample in samples]
     culprits = [sample for sample in every if not math.isfinite(sample[3])]
     named = [f"rank {rank}, bucket {bucket}, {clip} (loss {loss:g})" for rank, bucket, clip, loss in culprits or every]
-    if run.world.rank == 0:
-        what = "loss" if culprits else "gradient (every loss is finite)"
-        more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-        print(f"skipped step {step + 1}, its {what} is not finite: {'; '.join(named[:MAX_NAMED])}{more}", flush=True)
+    what = "loss" if culprits else "gradient (every loss is finite)"
+    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    logger.info("skipped step %d, its %s is not finite: %s%s", step + 1, what, "; ".join(named[:MAX_NAMED]), more)
     return named
 
 

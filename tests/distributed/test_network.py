@@ -101,17 +101,14 @@ def test_variables_of_the_network_and_of_torch_are_taken(name):
     assert network_env(None, {name: "1"}, PRESENT, "rank 0 on n1") == {name: "1"}
 
 
-def test_the_config_wins_and_rank_0_says_so_once(capsys):
+def test_the_config_wins_over_the_environment_and_the_log_says_so_once(capsys):
     assert replaced({"A": "1", "B": "2"}, {"A": "1", "C": "3"}) == []
     network = NetworkConfig(env={"NCCL_DEBUG": "INFO", "NCCL_IB_DISABLE": "1"})
-    said = []
-    for rank in (0, 1):
-        environ = {"NCCL_DEBUG": "WARN"}
-        set_network(World(rank, 2, rank, 2), network, environ)
-        set_network(World(rank, 2, rank, 2), network, environ)
+    environ = {"NCCL_DEBUG": "WARN"}
+    for _ in range(2):
+        set_network(World(1, 2, 1, 2), network, environ)
         assert environ == {"NCCL_DEBUG": "INFO", "NCCL_IB_DISABLE": "1"}
-        said.append(capsys.readouterr().out)
-    assert said == ["NCCL_DEBUG=INFO of the run config replaces NCCL_DEBUG=WARN of the environment\n", ""]
+    assert capsys.readouterr().out.count("NCCL_DEBUG=WARN") == 1
 
 
 def test_the_loopback_of_this_machine_is_found():

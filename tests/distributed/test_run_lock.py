@@ -17,12 +17,9 @@ ALONE = World(0, 1, 0, 1)
 
 def test_a_second_run_is_refused_and_told_who_is_there(tmp_path, capsys):
     second = hold_run_lock(ALONE, tmp_path, wait_s=0.05)
-    with (
-        hold_run_lock(ALONE, tmp_path),
-        pytest.raises(UserError, match=r"another run is writing into .*\(process \d+ on "),
-    ):
+    with hold_run_lock(ALONE, tmp_path), pytest.raises(UserError, match=f"output_dir: .*process {os.getpid()}"):
         second.__enter__()
-    assert capsys.readouterr().out.count("waiting for it") == 1
+    assert capsys.readouterr().out.count(str(tmp_path)) == 1
     with hold_run_lock(ALONE, tmp_path, wait_s=0):
         pass
 
@@ -74,4 +71,4 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(fcntl, "flock", none)
     with hold_run_lock(ALONE, tmp_path):
         assert (tmp_path / LOCK_FILE).exists()
-    assert "has no locks" in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err

@@ -9,7 +9,6 @@ from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.metrics.jsonl import metrics_line
 from cogds.metrics.monitor import Monitor
-from cogds.metrics.progress_line import QUIET
 from cogds.metrics.step_metrics import StepLosses
 from cogds.metrics.trackers import Relay, check_monitors, relay_of
 
@@ -73,7 +72,7 @@ def test_the_engine_writes_no_more_itself():
 
 def test_it_gets_the_lines_of_the_file(tmp_path):
     kept = Kept()
-    monitor = Monitor(World(0, 1, 0, 1), tmp_path, [], 0, 10, 2, QUIET, Relay(kept))
+    monitor = Monitor(World(0, 1, 0, 1), tmp_path, [], 0, 10, 2, False, Relay(kept))
     for number in (1, 2, 3):
         losses = StepLosses(0, "cpu")
         monitor.record(number, {"train/lr": 0.5}, losses)

@@ -24,7 +24,7 @@ from cogds.data.cache.shard import (
 )
 from cogds.data.cache.staging import adopt, is_staged, new_staging, staged_files
 from cogds.data.cache.store import Cache
-from cogds.process.progress import progress
+from cogds.process.progress import progress_bar
 
 _OLD_FOLDER = re.compile("[0-9a-f]{2}")  # encoding version 1 had one file per entry, <kind>/<xx>/<key>.safetensors
 
@@ -87,7 +87,7 @@ def verify(root: Path | str, num_threads: int = 4, show_progress: bool = False) 
         paths = [*staged_files(folder), *shards_in(folder)]
         with ThreadPoolExecutor(num_threads) as pool:
             checking = pool.map(_check, paths)
-            results = progress(f"verifying {kind}", "file", len(paths), show_progress, items=checking)
+            results = progress_bar(f"verifying {kind}", "file", len(paths), show_progress, items=checking)
             for path, checked in zip(paths, results):
                 if checked is None:
                     continue

@@ -17,7 +17,7 @@ from cogds.cli import make_folders, parse_args
 from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.schema import RunConfig, load_config, replace, to_yaml
 from cogds.core.geometry import ClipShape
-from cogds.data.cache.keys import digest, digest_files
+from cogds.data.cache.keys import cache_key, digest_files
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.run_lock import only_run
 from cogds.distributed.world import World, connect, disconnect, on_rank0, read_world
@@ -256,7 +256,7 @@ def check_init(cfg: RunConfig, model: ModelFolder, path: str) -> list[str]:
 def weights_digest(cfg: RunConfig, model: ModelFolder) -> str:
     """Changes with the transformer's weights. Files that have not changed are not read again."""
     files = sorted(str(path) for path in (model.path / "transformer").iterdir() if path.is_file())
-    return digest({"files": list(digest_files(files, Path(cfg.data.cache_dir) / "files.json").values())})
+    return cache_key({"files": list(digest_files(files, Path(cfg.data.cache_dir) / "files.json").values())})
 
 
 def space_needed(engine: Any) -> float:

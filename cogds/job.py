@@ -22,7 +22,7 @@ from cogds.core.memory import LoraSize, MemoryModel, TransformerSize, ZeroSettin
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Plan
 from cogds.core.vae_memory import vae_can_encode
-from cogds.data.cache.keys import digest, digest_files
+from cogds.data.cache.keys import cache_key, digest_files
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
@@ -99,7 +99,7 @@ class Job:
         """A digest that changes with the transformer's weights. Files that have not changed are not read again."""
         files = sorted(str(path) for path in (self.model.path / "transformer").iterdir() if path.is_file())
         digests = digest_files(files, Path(self.cfg.data.cache_dir) / "files.json")
-        return digest({"files": list(digests.values())})
+        return cache_key({"files": list(digests.values())})
 
 
 def load_job(

@@ -24,7 +24,7 @@ from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS, image_latent_scale
 from cogds.core.diffusion import x0_of_v
 from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.core.permutation import keyed_hash
-from cogds.data.cache.store import Cache, DamagedEntry
+from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
 from cogds.distributed.world import World
@@ -160,7 +160,7 @@ def measure(
     for clip in clips:
         try:
             batch = collate([Item(read_encoded(cache, clip))]).tensors
-        except DamagedEntry as error:
+        except DamagedEntryError as error:
             raise UserError(str(error)) from None
         for name in scores:
             builder = builders.get(name) or next(iter(builders.values()))

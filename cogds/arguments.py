@@ -16,7 +16,9 @@ import cogds
 from cogds.config.schema import help_text
 from cogds.errors import UserError, did_you_mean
 
-EXPORT_FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", "merged")
+# Formats of `export`: merged ones hold full weights.
+MERGED_FORMATS = ("merged", "comfyui-merged")
+EXPORT_FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", *MERGED_FORMATS)
 EXPORT_DTYPES = ("bf16", "fp16", "fp32")
 PRECISIONS = ("bf16", "fp32")
 # The checks of `preflight` that can be skipped, in the order of its table.
@@ -241,7 +243,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("lora", nargs="+", metavar="LORA", help="LoRA file or folder, and its weight (1); several with --to merged")
+    add("lora", nargs="+", metavar="LORA", help="LoRA file or folder, and its weight (1); several to merge them")
     add("--to", required=True, choices=EXPORT_FORMATS, help="format")
     add("--output", required=True, metavar="FOLDER", help="new folder; its name becomes the LoRA's")
     add("--model", help="base model: hub id or diffusers folder (the model that the LoRA was trained on)")

@@ -1,8 +1,8 @@
 """Make videos from images and prompts, with the diffusers pipeline and LoRAs."""
 
 import argparse
+import logging
 import re
-import sys
 import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -21,9 +21,12 @@ from cogds.model.load import DTYPES, ModelFolder, TextEncoder, empty_transformer
 from cogds.model.lora.adapter import linear_layers
 from cogds.model.lora.file import lora_file, opened, read_metadata
 from cogds.model.pipelines import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
+from cogds.process.logs import RESULT
 from cogds.videos.image_grid import evenly, grid, labelled, shrunk
 from cogds.videos.prompts import find_requests
 from cogds.videos.sample_spec import Scene, first_frame, slug
+
+logger = logging.getLogger(__name__)
 
 NO_PROMPT = ""
 CELL_WIDTH = 480  # pixels of a video in a grid
@@ -39,9 +42,8 @@ class Lora:
     metadata: Mapping[str, Any]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check, sample, write. What can be wrong is said before the weights are loaded."""
-    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+def main(args: argparse.Namespace) -> None:
+    """Check, sample, write. Errors in the arguments are reported before any weight is loaded."""
     model = find_model(args.model)
     loras = find_loras(args.lora or [], model)
     requests = find_requests(args.prompt or [], args.image or [], args.list)
@@ -57,7 +59,7 @@ def main(argv: list[str] | None = None) -> None:
     if args.offload and device.type == "cpu":
         raise UserError("--offload is for a GPU, and there is none here: leave it out")
 
-    dtype = DTYPES[args.precision]
+    dtype = DTYPES[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
     prompts = dict.fromkeys([NO_PROMPT, *(one.prompt for one in requests)])
     states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
     pipeline = load_pipeline(model, dtype)
@@ -67,7 +69,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline.transformer.eval()  # the dropout that a LoRA was trained with is loaded with it, and would be at work
     convention = agreed(loras, "image_latents", "pipeline", silent="pipeline")
     if use_convention(pipeline, convention) != 1.0:
-        print(f"this LoRA was trained with image latents '{convention}', not as diffusers makes them: followed here")
+        logger.info("image latents are scaled as in the training of this LoRA (%s), not as diffusers does", convention)
     if args.offload == "sequential":
         pipeline.enable_sequential_cpu_offload()
     elif args.offload == "model":
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def write(path: Any, frames: torch.Tensor) -> None:
         write_video(path, frames, fps)
-        print(f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at {fps:g} fps: {path}", flush=True)
+        logger.log(RESULT, f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at {fps:g} fps: {path}")
 
     for number, (request, (shape, pixels), own_seeds) in enumerate(zip(requests, frames_and_shapes, seeds), 1):
         stem = f"{number:02d}-{slug(request.prompt)}"
@@ -102,48 +104,6 @@ def main(argv: list[str] | None = None) -> None:
         if len(own_seeds) * len(scales) > 1:
             _write_grid(folder / f"{stem}-grid", cells, fps)
     return None
-
-
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", required=True, help="hub id or diffusers folder of the base model")
-    add(
-        "--lora",
-        action="append",
-        nargs="+",
-        metavar=("LORA", "WEIGHT"),
-        help="LoRA file, or the folder that holds it, and its weight, 1 by default; may be given several times",
-    )
-    add(
-        "--lora-scale",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="strength of the LoRAs; 1 is as they were trained; several make a video each, and a grid of them",
-    )
-    add("--image", action="append", help="the first frame; resized to cover the size, then cropped; may be repeated")
-    add("--prompt", action="append", help="what the video shows; may be repeated, with as many images or one for all")
-    add(
-        "--list",
-        metavar="FILE",
-        help="instead: a .csv or .jsonl file with prompt, image, size and seed, or a text file with a prompt a line",
-    )
-    add("--output", default="sample.mp4", help="the mp4 to write; of several videos, the folder (without .mp4)")
-    add("--size", help="FRAMESxHEIGHTxWIDTH in pixels; default: the LoRA's bucket that fits the image")
-    add("--fps", type=float, help="frame rate of the mp4; default: what the LoRA was trained with")
-    add("--steps", type=int, default=50, help="denoising steps")
-    add("--guidance", type=float, default=6.0, help="classifier-free guidance; 1 turns it off")
-    add("--seed", type=int, nargs="+", default=[0], help="seed of the noise; several make a video each, and a grid")
-    add("--precision", choices=DTYPES, default="bf16" if torch.cuda.is_available() else "fp32")
-    add(
-        "--offload",
-        nargs="?",
-        const="model",
-        choices=("model", "sequential"),
-        help="keep on the GPU only the part that runs (model; slower), or only the layer (sequential; much slower)",
-    )
-    return parser
 
 
 def find_loras(given: Sequence[Sequence[str]], model: ModelFolder) -> list[Lora]:
@@ -180,10 +140,9 @@ def agreed(loras: Sequence[Lora], name: str, default: Any, silent: Any = None) -
     ]
     for file, value in said[1:]:
         if value != said[0][1]:
-            print(
-                f"warning: {said[0][0]} was trained with {name} {_text(said[0][1])}, {file} with {_text(value)}: the "
-                "first one is followed",
-                file=sys.stderr,
+            logger.warning(
+                f"{said[0][0]} was trained with {name} {_text(said[0][1])}, {file} with {_text(value)}: the "
+                "first one is followed"
             )
     return said[0][1] if said else default
 
@@ -229,4 +188,4 @@ def _write_grid(stem: Path, cells: Sequence[Sequence[tuple[str, np.ndarray]]], f
     ]
     with whole_file(f"{stem}.png") as partial:
         Image.fromarray(grid(strips)[0]).save(partial)
-    print(f"beside one another: {stem}.mp4 and {stem}.png", flush=True)
+    logger.log(RESULT, "grid of all: %s.mp4 and %s.png", stem, stem)

@@ -1,20 +1,22 @@
-"""What other tools call the layers of CogVideoX's transformer: names only (`lora_file` reads, `convert` writes files).
+"""Layer names of CogVideoX's transformer in other tools (`lora_file` reads them, `convert` and `merge` write them).
 
-ComfyUI has a class of its own for this model: the same layers, one linear map each, under other names. Its LoRA loader
-takes `diffusion_model.NAME.lora_down.weight` and `.lora_up.weight`, and multiplies by `NAME.alpha` over the rank, or by
-1 where there is no alpha.
+ComfyUI has its own class for this model: the same layers with the same shapes under other names. Its LoRA loader takes
+`diffusion_model.NAME.lora_down.weight` and `.lora_up.weight`, and multiplies by `NAME.alpha` over the rank, or by 1 if
+there is no alpha.
 """
 
 import re
 
 COMFYUI_PREFIX = "diffusion_model."
-# Ours -> ComfyUI's. What is not here is called the same: patch_embed.*, norm*.linear, proj_out.
+# diffusers' names -> ComfyUI's (comfy/ldm/cogvideo/model.py). Others are the same: patch_embed.*, norm*.*, proj_out.
 _COMFYUI = (
     ("transformer_blocks", "blocks"),
     ("attn1.to_q", "q"),
     ("attn1.to_k", "k"),
     ("attn1.to_v", "v"),
     ("attn1.to_out.0", "attn_out"),
+    ("attn1.norm_q", "norm_q"),
+    ("attn1.norm_k", "norm_k"),
     ("ff.net.0.proj", "ff_proj"),
     ("ff.net.2", "ff_out"),
     ("time_embedding.linear_1", "time_embedding_linear_1"),

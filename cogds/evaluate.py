@@ -2,23 +2,28 @@
 
 import argparse
 import json
+import logging
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from cogds.config.schema import RunConfig
+from cogds.config.schema.schema import RunConfig
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.world import read_world
 from cogds.encode.encoder import prepare
 from cogds.errors import UserError
 from cogds.job import load_job
 from cogds.model.load import DTYPES, ModelFolder, load_transformer
-from cogds.model.lora.adapter import load_into
-from cogds.model.lora.file import read_metadata
-from cogds.model.transformer.attention import use
-from cogds.model.transformer.quantize import check_base
+from cogds.model.lora.adapter import add_lora
+from cogds.model.lora.convert import check_all_fit, load_adapter
+from cogds.model.lora.file import LoraFile, described, read_loras
+from cogds.model.transformer.forward.attention import use
+from cogds.model.transformer.forward.quantize import check_base
 from cogds.train.evaluation import Evaluation
 from cogds.train.step import load_step_builder
+
+logger = logging.getLogger(__name__)
 
 ALL_CLIPS = 2**31 - 1
 
@@ -34,15 +39,19 @@ def main(args: argparse.Namespace) -> None:
     }
     if args.all:
         changes["eval.num_clips"] = ALL_CLIPS
-    if args.lora and (convention := read_metadata(args.lora).get("image_latents")):
+    loras = read_loras([args.lora] if args.lora else [], args.lora_alpha, "--lora-alpha")
+    if loras and (convention := loras[0].metadata.get("image_latents")):
         changes["conditioning.image_latents"] = convention  # as it was trained
     job = load_job(args, read_world(), changes=changes)
     cfg, model, world = job.cfg, job.model, job.world
+    check_all_fit(loras, model)
+    for lora in loras:
+        logger.info("\n".join(described(lora, "--lora-alpha")))
     check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
     data = prepare(cfg, model, job.buckets, world)
-    transformer = load_evaluated(cfg, model, world.device, args.lora)
+    transformer = load_evaluated(cfg, model, world.device, loras)
     builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, job.dtype, world.device)
     evaluation = Evaluation.of(cfg, data, builder, job.batch_sizes, model, world)
     if evaluation is None:
@@ -54,11 +63,11 @@ def main(args: argparse.Namespace) -> None:
         disconnect()
 
 
-def load_evaluated(cfg: RunConfig, model: ModelFolder, device: torch.device, lora: str | None) -> Any:
-    """The whole transformer as the config asks for it, with a LoRA or without, in evaluation mode."""
+def load_evaluated(cfg: RunConfig, model: ModelFolder, device: torch.device, loras: Sequence[LoraFile] = ()) -> Any:
+    """The whole transformer as the config asks for it, with LoRAs that fit it, in evaluation mode."""
     transformer = load_transformer(model, DTYPES[cfg.train.precision], device, cfg.model.base, cfg.model.matmul)
-    if lora:
-        load_into(transformer, lora)
+    for lora in loras:
+        add_lora(transformer, load_adapter(lora))
     if cfg.model.attention != "auto":
         use(cfg.model.attention, device)
         transformer.set_kernel(cfg.model.attention)

@@ -15,18 +15,18 @@ from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, 
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError
 from cogds.files import whole_folder
-from cogds.model.load import ModelFolder, empty_transformer, find_model
-from cogds.model.lora.convert import (
-    check_fits,
+from cogds.model.load import ModelFolder, find_model
+from cogds.model.lora.adapter.convert import (
+    check_all_fit,
     check_scale,
     load_adapter,
     save_comfyui,
     save_comfyui_wrapper,
     save_diffusers,
 )
-from cogds.model.lora.file import LoraFile, read_lora
-from cogds.model.lora.hub import check_repo, listed, push
-from cogds.model.lora.merge import (
+from cogds.model.lora.adapter.file import LoraFile, described, read_loras
+from cogds.model.lora.adapter.hub import check_repo, listed, push
+from cogds.model.lora.adapter.merge import (
     check_comfyui_supports,
     other_files,
     save_comfyui_merged,
@@ -64,7 +64,7 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {output}: already exists. Choose a new folder, or remove this one.")
     check_scale(args.scale)
-    given = parse_loras(args.lora, args.scale)
+    given = parse_loras(args.lora, args.scale, args.lora_alpha)
     if len(given) > 1 and args.to not in MERGED_FORMATS:
         raise UserError(
             f"--to {args.to}: takes one LoRA, but {len(given)} were given. Export them one by one, or merge them with "
@@ -72,9 +72,11 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
         )
     model = base_model(args.model, given, needed=args.to in MERGED_FORMATS)
     if model:
-        check_all_fit(given, model)
+        check_all_fit([one.file for one in given], model)
         if args.to == "comfyui-merged":
             check_comfyui_supports(model)
+    for one in given:
+        logger.info("\n".join(described(one.file, "--lora-alpha")))
     if args.push_to:
         given = [replace(one, file=replace(one.file, metadata=shareable(one.file.metadata))) for one in given]
     facts = facts_of(given, model)
@@ -103,7 +105,7 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
         logger.log(RESULT, "Uploaded: %s", push(output, args.push_to, args.public, api))
 
 
-def parse_loras(words: Sequence[str], scale: float) -> list[Given]:
+def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) -> list[Given]:
     """`PATH [WEIGHT] PATH [WEIGHT] ...`, the headers read; weights times `scale`.
 
     Raises UserError where a path is no LoRA, or a weight no number.
@@ -118,7 +120,8 @@ def parse_loras(words: Sequence[str], scale: float) -> list[Given]:
             given[-1] = (given[-1][0], number)
         else:
             raise UserError(f"there is no LoRA at {word}: give its path first, and its weight after it")
-    return [Given(read_lora(path), scale * weight) for path, weight in given]
+    files = read_loras([path for path, _ in given], alpha, "--lora-alpha")
+    return [Given(file, scale * weight) for file, (_, weight) in zip(files, given, strict=True)]
 
 
 def _number(word: str) -> float | None:
@@ -142,13 +145,6 @@ def base_model(path: str | None, given: Sequence[Given], needed: bool) -> ModelF
     if needed:
         raise UserError(f"{given[0].file.path} does not say what it was trained on: give --model")
     return None
-
-
-def check_all_fit(given: Sequence[Given], model: ModelFolder) -> None:
-    """Raise UserError, naming the layer, for a LoRA that was made for another model."""
-    shapes = {name: tuple(weight.shape) for name, weight in empty_transformer(model).named_parameters()}
-    for one in given:
-        check_fits(one.file, shapes, model.path)
 
 
 def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any]:

@@ -2,9 +2,8 @@
 
 import argparse
 import logging
-import re
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,12 +13,13 @@ import torch
 from PIL import Image
 
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
-from cogds.data.video.media import write_video
+from cogds.data.video.media.media import write_video
 from cogds.errors import UserError
 from cogds.files import whole_file
-from cogds.model.load import DTYPES, ModelFolder, TextEncoder, empty_transformer, find_model
-from cogds.model.lora.adapter import linear_layers
-from cogds.model.lora.file import lora_file, opened, read_metadata
+from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
+from cogds.model.lora.adapter import add_lora
+from cogds.model.lora.convert import check_all_fit, load_adapter
+from cogds.model.lora.file import LoraFile, described, read_loras
 from cogds.model.pipelines import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
 from cogds.process.logs import RESULT
 from cogds.videos.image_grid import evenly, grid, labelled, shrunk
@@ -35,17 +35,18 @@ STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames of a strip, pixels of each
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, its strength beside others, and what its trainer recorded."""
+    """A LoRA and its weight beside others."""
 
-    file: Path
+    file: LoraFile
     weight: float
-    metadata: Mapping[str, Any]
 
 
 def main(args: argparse.Namespace) -> None:
     """Check, sample, write. Errors in the arguments are reported before any weight is loaded."""
     model = find_model(args.model)
-    loras = find_loras(args.lora or [], model)
+    loras = find_loras(args.lora or [], args.lora_alpha, model)
+    for lora in loras:
+        logger.info("\n".join(described(lora.file, "--lora-alpha")))
     requests = find_requests(args.prompt or [], args.image or [], args.list)
     fps = args.fps or float(agreed(loras, "fps", TRAINED_FPS))
     buckets = trained_buckets(agreed(loras, "buckets", []))
@@ -65,8 +66,7 @@ def main(args: argparse.Namespace) -> None:
     pipeline = load_pipeline(model, dtype)
     num_calls(pipeline, args.steps)  # refuses more than there are
     for number, lora in enumerate(loras):
-        pipeline.load_lora_weights(lora.file, adapter_name=f"lora{number}", use_safetensors=True)
-    pipeline.transformer.eval()  # the dropout that a LoRA was trained with is loaded with it, and would be at work
+        add_lora(pipeline.transformer, load_adapter(lora.file), f"lora{number}")
     convention = agreed(loras, "image_latents", "pipeline", silent="pipeline")
     if use_convention(pipeline, convention) != 1.0:
         logger.info("image latents are scaled as in the training of this LoRA (%s), not as diffusers does", convention)
@@ -106,28 +106,20 @@ def main(args: argparse.Namespace) -> None:
     return None
 
 
-def find_loras(given: Sequence[Sequence[str]], model: ModelFolder) -> list[Lora]:
-    """The LoRAs of the command line, each a path and maybe a weight. Raises UserError where one does not fit."""
-    linears = set(linear_layers(empty_transformer(model))) if given else set()
-    loras = []
-    for path, *weights in given:
+def find_loras(given: Sequence[Sequence[str]], alpha: float | None, model: ModelFolder) -> list[Lora]:
+    """The LoRAs of the command line, each a path and an optional weight. Raises UserError if one does not fit."""
+    weights = []
+    for path, *words in given:
         try:
-            weight = float(*weights) if weights else 1.0
+            weights.append(float(*words) if words else 1.0)
         except (TypeError, ValueError):
             raise UserError(
-                f"--lora {path} {' '.join(weights)}: after the LoRA one number may stand, its weight; another LoRA "
-                "needs a --lora of its own"
+                f"--lora: {path} is followed by {' '.join(words)}, but takes one number, its weight. Pass another LoRA "
+                "with a --lora of its own."
             ) from None
-        file = lora_file(path)
-        with opened(file) as tensors:
-            names = [re.fullmatch(r"transformer\.(.+)\.lora_[AB]\.weight", name) for name in tensors.keys()]  # noqa: SIM118
-        if strange := sorted({match[1] for match in names if match} - linears):
-            raise UserError(
-                f"--lora {file} has a layer {strange[0]}, which the transformer in {model.path} has not: it was made "
-                "for another model; give the model that it was trained on"
-            )
-        loras.append(Lora(file, weight, read_metadata(file)))
-    return loras
+    files = read_loras([path for path, *_ in given], alpha, "--lora-alpha")
+    check_all_fit(files, model)
+    return [Lora(file, weight) for file, weight in zip(files, weights, strict=True)]
 
 
 def agreed(loras: Sequence[Lora], name: str, default: Any, silent: Any = None) -> Any:
@@ -135,8 +127,9 @@ def agreed(loras: Sequence[Lora], name: str, default: Any, silent: Any = None) -
 
     silent: what a LoRA that does not say it was trained with all the same; None: nobody knows.
     """
+    files = [lora.file for lora in loras]
     said = [
-        (lora.file, lora.metadata.get(name, silent)) for lora in loras if name in lora.metadata or silent is not None
+        (file.path, file.metadata.get(name, silent)) for file in files if name in file.metadata or silent is not None
     ]
     for file, value in said[1:]:
         if value != said[0][1]:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogds.config.schema import KEYS, RunConfig, get
+from cogds.config.schema.schema import KEYS, RunConfig, get
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
@@ -24,7 +24,8 @@ from cogds.errors import UserError
 from cogds.formatting import counted
 from cogds.job import Job
 from cogds.model.load import empty_transformer
-from cogds.model.lora.adapter import check_start, describe_start, inject
+from cogds.model.lora.adapter.adapter import INIT_ALPHA, check_start, describe_start, inject
+from cogds.model.lora.file import LoraFile, read_loras
 
 logger = logging.getLogger(__name__)
 
@@ -35,7 +36,7 @@ MAY_CHANGE = (
     "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
     "train.gradient_accumulation_steps", "train.recompute", "train.rehearse", "train.timeout_s", "train.step_timeout_s",
     "train.max_bad_steps", "parallel.", "eval.every", "eval.path", "eval.num_", "sample.", "checkpoint.", "monitor.",
-    "network.", "lora.init_from",
+    "network.", "lora.init_",
 )  # fmt: skip
 
 
@@ -50,7 +51,7 @@ class Start:
     checkpoint: Path | None = None
     facts: dict[str, Any] = field(default_factory=dict)
     state: TrainState = field(default_factory=lambda: TrainState({}))
-    init_from: str | None = None
+    init_from: LoraFile | None = None
     notes: Sequence[str] = ()
 
     def release(self) -> None:
@@ -71,15 +72,17 @@ def find_start(job: Job) -> Start:
         return Start(checkpoint, facts, state)
     if not cfg.lora.init_from:
         return Start()
-    init_from = cfg.lora.init_from
-    return Start(init_from=init_from, notes=on_rank0(world, lambda: check_init(job, init_from)))
+    lora = on_rank0(world, lambda: check_init(job))
+    return Start(init_from=lora, notes=describe_start(lora, cfg.conditioning.image_latents))
 
 
-def check_init(job: Job, path: str) -> list[str]:
-    """Lines about the LoRA that a run starts with. Raises UserError if it does not fit."""
+def check_init(job: Job) -> LoraFile:
+    """Read the header of the LoRA that the run starts with. Raises UserError if it does not fit."""
     lora, probe = job.cfg.lora, empty_transformer(job.model)
+    file = read_loras([str(lora.init_from)], lora.init_alpha, INIT_ALPHA)[0]
     inject(probe, lora.rank, lora.alpha, lora.dropout, lora.target_modules, job.cfg.seed)
-    return describe_start(check_start(probe, path), job.cfg.conditioning.image_latents)
+    check_start(probe, file)
+    return file
 
 
 def identity(cfg: RunConfig, optimizer: str, weights: str, buckets: Sequence[ClipShape]) -> dict[str, Any]:

@@ -17,9 +17,9 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from cogds.errors import UserError
-from cogds.model.formats import comfyui_name
 from cogds.model.load import PARTS, ModelFolder, transformer_weights
-from cogds.model.lora.file import OWN_METADATA_KEY, LoraFile, opened
+from cogds.model.lora.adapter.file import OWN_METADATA_KEY, LoraFile, opened
+from cogds.model.lora.formats import comfyui_name
 
 SHARD_BYTES = 2 * 10**9
 PATCH_EMBEDDING = "patch_embed.proj.weight"

@@ -54,7 +54,7 @@ setup(
         "pyarrow>=15",
         "pillow>=10",
         "decord>=0.6",
-        "av>=14",  # writes mp4, and reads what the container says of rotation and time
+        "av>=18,<20",  # both ends are tested; 19 needs Python 3.12
         "omegaconf>=2.4",
         "pyyaml",
         "tensorboard>=2.16",

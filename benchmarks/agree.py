@@ -32,11 +32,11 @@ from measuring import (
 )
 from quantised_loss import transformer_of
 
-from cogds.config.schema.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import RECOMPUTE_LEVELS
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape, num_tokens
-from cogds.model.lora.adapter.adapter import inject
-from cogds.model.transformer.forward.attention import installed, use
+from cogds.model.lora.adapter import inject
+from cogds.model.transformer.attention import installed, use
 
 SLACK = 1e-5  # of a distance, where the yardstick itself is nothing
 

@@ -32,7 +32,7 @@ import numpy as np
 from av.video.reformatter import Interpolation
 
 from cogds.core.geometry import ClipShape
-from cogds.data.video.media.media import probe_video, read_clip
+from cogds.data.video.media import probe_video, read_clip
 from cogds.process.worker_pool import Failure, GuardedPool
 
 NAMES = ("bigbuckbunny", "bikes", "carphone_pristine")

@@ -43,10 +43,10 @@ from measuring import (
     timed,
 )
 
-from cogds.config.schema.deepspeed import load_ds_config, resolve
-from cogds.config.schema.schema import replace
+from cogds.config.deepspeed import load_ds_config, resolve
+from cogds.config.schema import replace
 from cogds.core.diffusion import v_loss
-from cogds.data.video.media.drawn import draw_clips
+from cogds.data.video.drawn import draw_clips
 from cogds.distributed.process_group import disconnect
 from cogds.distributed.world import World, read_world
 from cogds.encode.encoder import prepare
@@ -56,9 +56,9 @@ from cogds.engine.start import start_engine
 from cogds.metrics.jsonl import step_lines
 from cogds.metrics.monitor import Monitor
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora.adapter.adapter import inject
+from cogds.model.lora.adapter import inject
 from cogds.model.tiny import create_tiny_model
-from cogds.model.transformer.forward.forward import Transformer
+from cogds.model.transformer.forward import Transformer
 from cogds.process.signals import Interrupt
 from cogds.process.watchdog import Watchdog
 from cogds.train.step import load_step_builder

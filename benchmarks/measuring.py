@@ -24,8 +24,8 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E402
 
-from cogds.config.schema.deepspeed import load_ds_config, resolve  # noqa: E402
-from cogds.config.schema.schema import RunConfig, load_config  # noqa: E402
+from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
+from cogds.config.schema import RunConfig, load_config  # noqa: E402
 from cogds.core.cost import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
@@ -33,8 +33,8 @@ from cogds.distributed.process_group import connect, is_connected  # noqa: E402
 from cogds.distributed.world import World  # noqa: E402
 from cogds.engine.start import build_for_stage, start_engine  # noqa: E402
 from cogds.model.load import DTYPES, ModelFolder  # noqa: E402
-from cogds.model.lora.adapter.adapter import inject  # noqa: E402
-from cogds.model.transformer.forward.attention import fastest  # noqa: E402
+from cogds.model.lora.adapter import inject  # noqa: E402
+from cogds.model.transformer.attention import fastest  # noqa: E402
 from cogds.train.step import Draws, StepBuilder, random_batch  # noqa: E402
 from cogds.train.tuning import memory_model  # noqa: E402
 

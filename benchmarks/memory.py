@@ -11,7 +11,7 @@ from dataclasses import replace
 
 from measuring import SIZES, deepspeed_config, machine, model_of, run_config, say_json, table
 
-from cogds.config.schema.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import RECOMPUTE_LEVELS
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World, read_world
 from cogds.train.tuning import memory_model

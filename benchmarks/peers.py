@@ -52,13 +52,13 @@ from measuring import (
 from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cogds.config.schema.schema import ATTENTION_KERNELS, RECOMPUTE_LEVELS
+from cogds.config.schema import ATTENTION_KERNELS, RECOMPUTE_LEVELS
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.rope import rotary_tables
 from cogds.distributed.process_group import disconnect
 from cogds.distributed.world import World, read_world
 from cogds.model.load import build_transformer
-from cogds.model.transformer.forward.attention import use
+from cogds.model.transformer.attention import use
 
 # A clip that costs next to nothing, to bring engines to where they always are.
 SMALL = ClipShape(5, 64, 64)

@@ -33,13 +33,13 @@ from measuring import (
     table,
 )
 
-from cogds.config.schema.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import RECOMPUTE_LEVELS
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, build_transformer, find_model, load_transformer
-from cogds.model.lora.adapter.adapter import inject
-from cogds.model.transformer.forward.quantize import BASES, MATMULS, PackedLinear, check_base, pack_block
+from cogds.model.lora.adapter import inject
+from cogds.model.transformer.quantize import BASES, MATMULS, PackedLinear, check_base, pack_block
 
 TIMESTEPS = (125, 375, 625, 875)
 

@@ -55,13 +55,13 @@ from measuring import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from cogds.config.schema.schema import ATTENTION_KERNELS, RECOMPUTE_LEVELS, RunConfig
+from cogds.config.schema import ATTENTION_KERNELS, RECOMPUTE_LEVELS, RunConfig
 from cogds.core.cost import step_flops
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.distributed.process_group import disconnect
 from cogds.distributed.world import World, read_world
-from cogds.model.transformer.forward.attention import use
-from cogds.model.transformer.forward.quantize import BASES, MATMULS, check_base
+from cogds.model.transformer.attention import use
+from cogds.model.transformer.quantize import BASES, MATMULS, check_base
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,7 @@
 """The quick start's own model and clips, made where they are missing."""
 
-from cogds.config.schema.schema import RunConfig, replace
-from cogds.data.video.media.drawn import draw_clips
+from cogds.config.schema import RunConfig, replace
+from cogds.data.video.drawn import draw_clips
 from cogds.model.tiny import create_tiny_model
 
 

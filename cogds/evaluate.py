@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cogds.config.schema.schema import RunConfig
+from cogds.config.schema import RunConfig
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.world import read_world
 from cogds.encode.encoder import prepare
@@ -18,8 +18,8 @@ from cogds.model.load import DTYPES, ModelFolder, load_transformer
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, load_adapter
 from cogds.model.lora.file import LoraFile, described, read_loras
-from cogds.model.transformer.forward.attention import use
-from cogds.model.transformer.forward.quantize import check_base
+from cogds.model.transformer.attention import use
+from cogds.model.transformer.quantize import check_base
 from cogds.train.evaluation import Evaluation
 from cogds.train.step import load_step_builder
 

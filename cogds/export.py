@@ -16,7 +16,7 @@ from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError
 from cogds.files import whole_folder
 from cogds.model.load import ModelFolder, find_model
-from cogds.model.lora.adapter.convert import (
+from cogds.model.lora.convert import (
     check_all_fit,
     check_scale,
     load_adapter,
@@ -24,9 +24,9 @@ from cogds.model.lora.adapter.convert import (
     save_comfyui_wrapper,
     save_diffusers,
 )
-from cogds.model.lora.adapter.file import LoraFile, described, read_loras
-from cogds.model.lora.adapter.hub import check_repo, listed, push
-from cogds.model.lora.adapter.merge import (
+from cogds.model.lora.file import LoraFile, described, read_loras
+from cogds.model.lora.hub import check_repo, listed, push
+from cogds.model.lora.merge import (
     check_comfyui_supports,
     other_files,
     save_comfyui_merged,

@@ -13,8 +13,8 @@ from typing import Any
 
 import torch
 
-from cogds.config.schema.deepspeed import load_ds_config, resolve
-from cogds.config.schema.schema import RunConfig, load_config, replace
+from cogds.config.deepspeed import load_ds_config, resolve
+from cogds.config.schema import RunConfig, load_config, replace
 from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.cost import clip_flops
 from cogds.core.geometry import ClipShape, num_tokens
@@ -22,13 +22,13 @@ from cogds.core.memory import LoraSize, MemoryModel, TransformerSize, ZeroSettin
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Plan
 from cogds.core.vae_memory import vae_can_encode
-from cogds.data.cache.store.keys import cache_key, digest_files
+from cogds.data.cache.keys import cache_key, digest_files
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
-from cogds.model.lora.adapter.adapter import resolve_targets
-from cogds.model.transformer.forward.sequence_parallel import check_sequence
+from cogds.model.lora.adapter import resolve_targets
+from cogds.model.transformer.sequence_parallel import check_sequence
 
 
 @dataclass(frozen=True)

@@ -19,12 +19,12 @@ from typing import Any
 
 import torch
 
-from cogds.config.schema.schema import ConditioningConfig
+from cogds.config.schema import ConditioningConfig
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS, image_latent_scale
 from cogds.core.diffusion import x0_of_v
 from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.core.permutation import keyed_hash
-from cogds.data.cache.store.store import Cache, DamagedEntryError
+from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
 from cogds.distributed.world import World

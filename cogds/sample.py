@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
-from cogds.data.video.media.media import write_video
+from cogds.data.video.media import write_video
 from cogds.errors import UserError
 from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model

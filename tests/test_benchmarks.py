@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cogds.config.schema.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import RECOMPUTE_LEVELS
 from cogds.core.vae_memory import COGVIDEOX_VAE
 from tests.conftest import ROOT, run_command
 from tests.published_model import LORA, TRANSFORMER, V15

@@ -7,15 +7,15 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cogds.encode.order import batch_sizes, make_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
 import cogds.evaluate
-from cogds.config.schema.schema import load_config
-from cogds.data.video.media.drawn import draw_clips
+from cogds.config.schema import load_config
+from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
-from cogds.encode.order import batch_sizes, make_plan
 from cogds.encode.survey import make_buckets
 from cogds.evaluate import (
     Evaluation,
@@ -28,7 +28,7 @@ from cogds.evaluate import (
     undisturbed,
 )
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora.adapter.adapter import export, inject
+from cogds.model.lora.adapter import export, inject
 from cogds.train.step import load_step_builder
 from cogds.train.tuning import Execution
 

@@ -9,7 +9,7 @@ import torch
 import cogds.probe
 from cogds.core.conditioning import image_latent_scale
 from cogds.core.geometry import ClipShape
-from cogds.data.video.media.drawn import draw_clips
+from cogds.data.video.drawn import draw_clips
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer, load_vae
 from cogds.probe import NO_IMAGE, Scores, builders_of, facts, first_frames, judge, main, measure, report

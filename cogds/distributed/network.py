@@ -12,7 +12,7 @@ import socket
 import struct
 from collections.abc import Mapping, MutableMapping
 
-from cogds.config.schema.schema import NetworkConfig
+from cogds.config.schema import NetworkConfig
 from cogds.distributed.world import World
 from cogds.errors import UserError
 

@@ -16,7 +16,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
-from cogds.config.schema.schema import NetworkConfig
+from cogds.config.schema import NetworkConfig
 from cogds.distributed.network import set_network
 from cogds.distributed.world import World
 from cogds.errors import UserError

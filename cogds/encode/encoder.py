@@ -15,14 +15,14 @@ from typing import Any
 import pyarrow as pa
 import torch
 
-from cogds.config.schema.schema import RunConfig
+from cogds.config.schema import RunConfig
 from cogds.core.conditioning import to_range
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
-from cogds.data.cache.store.store import Cache, CacheWriter
+from cogds.data.cache.store import Cache, CacheWriter
 from cogds.data.loading.index import ClipIndex
-from cogds.data.video.media.decode_task import DecodedClip, DecodeTask, decode
-from cogds.data.video.media.probe_task import reason_of
+from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
+from cogds.data.video.probe_task import reason_of
 from cogds.distributed.collectives import on_all_ranks, on_rank0, scatter_from_rank0
 from cogds.distributed.world import World
 from cogds.encode.encoding_plan import Desk, Finished, Work, is_tiled

@@ -13,12 +13,12 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.config.schema.schema import RunConfig
+from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.core.shares import deal
 from cogds.core.vae_memory import vae_can_encode, vae_encode_bytes
-from cogds.data.cache.store.keys import cache_key, digest_files
-from cogds.data.cache.store.store import Cache, Snapshot, key_array
+from cogds.data.cache.keys import cache_key, digest_files
+from cogds.data.cache.store import Cache, Snapshot, key_array
 from cogds.data.loading.index import ClipIndex, write_index
 from cogds.encode.survey import Survey, Unusable
 from cogds.errors import UserError

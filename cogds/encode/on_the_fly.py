@@ -13,10 +13,10 @@ from typing import Any, TypeVar
 
 import torch
 
-from cogds.config.schema.schema import RunConfig
+from cogds.config.schema import RunConfig
 from cogds.data.loading.dataset import Bad, Batch, ClipOrder, Item, collate
 from cogds.data.loading.sampler import Draw
-from cogds.data.video.media.decode_task import DecodedClip, DecodeTask
+from cogds.data.video.decode_task import DecodedClip, DecodeTask
 from cogds.distributed.world import World
 from cogds.encode.encoder import decode_pool, decode_task, encode_pixels
 from cogds.encode.encoding_plan import is_tiled

@@ -13,14 +13,14 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.config.schema.schema import RunConfig, SetConfig
+from cogds.config.schema import RunConfig, SetConfig
 from cogds.core.geometry import ClipShape
 from cogds.core.held_out import is_held_out, least_share, name_hash, portable_name, spread
 from cogds.core.mixture import repeats_of_weights
-from cogds.data.manifest.table.assignment import Placement, numbers, place, too_short
-from cogds.data.manifest.table.file_digests import fill_digests_begin, fill_digests_finish, fill_digests_share
-from cogds.data.manifest.table.scan import begin, finish, probe_share
-from cogds.data.manifest.table.table import DataSet, manifest_file, read
+from cogds.data.manifest.assignment import Placement, numbers, place, too_short
+from cogds.data.manifest.file_digests import fill_digests_begin, fill_digests_finish, fill_digests_share
+from cogds.data.manifest.scan import begin, finish, probe_share
+from cogds.data.manifest.table import DataSet, manifest_file, read
 from cogds.distributed.collectives import on_all_ranks, on_rank0
 from cogds.distributed.world import World
 from cogds.errors import UserError

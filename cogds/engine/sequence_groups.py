@@ -5,8 +5,8 @@ from datetime import timedelta
 import torch.distributed as dist
 
 from cogds.distributed.world import World
-from cogds.model.transformer.forward.forward import Transformer
-from cogds.model.transformer.forward.sequence_parallel import SequenceGroup
+from cogds.model.transformer.forward import Transformer
+from cogds.model.transformer.sequence_parallel import SequenceGroup
 
 
 def share_clips(transformer: Transformer, world: World, timeout_s: float) -> None:

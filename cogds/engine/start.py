@@ -7,10 +7,10 @@ from typing import Any
 import deepspeed
 import torch
 
-from cogds.config.schema.deepspeed import zero_stage
+from cogds.config.deepspeed import zero_stage
 from cogds.distributed.world import World
 from cogds.model.load import ModelFolder, build_transformer, fill_transformer, load_transformer
-from cogds.model.transformer.forward.forward import Block, Transformer
+from cogds.model.transformer.forward import Block, Transformer
 
 
 @contextmanager

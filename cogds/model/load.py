@@ -25,8 +25,8 @@ from transformers import AutoTokenizer, T5EncoderModel
 from cogds.core.geometry import ModelGeometry
 from cogds.core.vae_memory import VaeSize
 from cogds.errors import UserError
-from cogds.model.transformer.forward.forward import Transformer
-from cogds.model.transformer.forward.quantize import PackedLinear, pack_block
+from cogds.model.transformer.forward import Transformer
+from cogds.model.transformer.quantize import PackedLinear, pack_block
 
 # A bar for every part that loads, on every rank, says nothing that a user asked for.
 diffusers.utils.logging.disable_progress_bar()

@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from cogds.config.schema.deepspeed import zero_stage
+from cogds.config.deepspeed import zero_stage
 from cogds.formatting import counted, gigabytes
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, by_value, differing, who
 from cogds.preflight.job import CheckedJob

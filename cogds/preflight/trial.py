@@ -14,7 +14,7 @@ from cogds.engine.start import build_for_stage, start_engine
 from cogds.formatting import gigabytes
 from cogds.metrics.step_metrics import peak_memory_bytes
 from cogds.model.load import DTYPES
-from cogds.model.lora.adapter.adapter import inject
+from cogds.model.lora.adapter import inject
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, who
 from cogds.preflight.job import CheckedJob
 from cogds.train.step import Draws, load_step_builder, random_batch

@@ -343,7 +343,7 @@ def _call(function: Callable[[Task], Result], task: Task, memory_bytes: int) -> 
 
 
 def _failure_of(error: Exception, memory_bytes: int) -> Failure:
-    from cogds.data.video.media.media import DecodeError
+    from cogds.data.video.media import DecodeError
 
     if isinstance(error, DecodeError):
         return Failure(str(error), is_verdict=True)

@@ -10,10 +10,10 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.config.schema.schema import RunConfig
+from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
-from cogds.data.video.media.decode_task import DecodeTask, decode
+from cogds.data.video.decode_task import DecodeTask, decode
 from cogds.distributed.world import World
 from cogds.encode.survey import Survey, survey, update_manifest
 from cogds.job import Job, choose_checkpointing, load_job

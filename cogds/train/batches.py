@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from torch.utils.data import DataLoader
 
-from cogds.config.schema.schema import RunConfig
+from cogds.config.schema import RunConfig
 from cogds.core.diffusion import stratified_timesteps, timestep_quarter
 from cogds.core.plan import MicroBatch
 from cogds.data.loading.dataset import Bad, Batch, ClipDataset, collate, ignore_stop_signals

@@ -21,13 +21,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogds.config.schema.schema import RunConfig
+from cogds.config.schema import RunConfig
 from cogds.core.conditioning import image_condition, transformer_inputs
 from cogds.core.cost import step_flops
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
 from cogds.core.permutation import keyed_hash
-from cogds.data.cache.store.store import Cache
+from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import ClipIndex, IndexedClip
 from cogds.distributed.collectives import all_gather, any_rank

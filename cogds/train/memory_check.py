@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cogds.config.schema.deepspeed import zero_stage
+from cogds.config.deepspeed import zero_stage
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import USABLE_SHARE, MemoryEstimate

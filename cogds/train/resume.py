@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from cogds.config.schema.schema import KEYS, RunConfig, get
+from cogds.config.schema import KEYS, RunConfig, get
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
@@ -24,7 +24,7 @@ from cogds.errors import UserError
 from cogds.formatting import counted
 from cogds.job import Job
 from cogds.model.load import empty_transformer
-from cogds.model.lora.adapter.adapter import INIT_ALPHA, check_start, describe_start, inject
+from cogds.model.lora.adapter import INIT_ALPHA, check_start, describe_start, inject
 from cogds.model.lora.file import LoraFile, read_loras
 
 logger = logging.getLogger(__name__)

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 from typing import Any
 
-from cogds.config.schema.schema import RunConfig
+from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.core.plan import MicroBatch, Plan
 from cogds.data.loading.dataset import ClipOrder

@@ -19,14 +19,14 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogds.config.schema.deepspeed import zero_stage
-from cogds.config.schema.schema import PromptConfig
+from cogds.config.deepspeed import zero_stage
+from cogds.config.schema import PromptConfig
 from cogds.core.conditioning import transformer_inputs
 from cogds.core.geometry import ClipShape, num_tokens, padded_latent_frames
-from cogds.data.cache.store.store import Cache
+from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
 from cogds.data.loading.index import ClipIndex
-from cogds.data.video.media.media import read_clip, write_video
+from cogds.data.video.media import read_clip, write_video
 from cogds.distributed.collectives import broadcast, on_rank0
 from cogds.distributed.process_group import is_lost_connection
 from cogds.encode.encoding_plan import EncodingNames

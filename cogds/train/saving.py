@@ -12,7 +12,7 @@ from cogds.distributed.collectives import on_rank0
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.state import gather_state, state_bytes, trainable
 from cogds.metrics.monitor import Monitor
-from cogds.model.lora.adapter.adapter import export
+from cogds.model.lora.adapter import export
 from cogds.train.run import Run
 
 

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cogds.config.schema.schema import ConditioningConfig
+from cogds.config.schema import ConditioningConfig
 from cogds.core.conditioning import (
     drop,
     image_condition,

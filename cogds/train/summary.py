@@ -10,7 +10,7 @@ from rich.console import Console
 from rich.panel import Panel
 from rich.text import Text
 
-from cogds.config.schema.deepspeed import zero_stage
+from cogds.config.deepspeed import zero_stage
 from cogds.core.geometry import num_tokens
 from cogds.formatting import counted, gigabytes, magnitude
 from cogds.process.progress import is_terminal

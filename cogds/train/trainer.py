@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cogds.config.schema.schema import to_yaml
+from cogds.config.schema import to_yaml
 from cogds.core.diffusion import v_loss
 from cogds.core.plan import MicroBatch
 from cogds.core.rng import seed_global
@@ -34,7 +34,7 @@ from cogds.metrics.jsonl import rewind_metrics
 from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import StepLosses
 from cogds.metrics.trackers import relay_of
-from cogds.model.lora.adapter.adapter import inject, start_from
+from cogds.model.lora.adapter import inject, start_from
 from cogds.process.logs import RESULT
 from cogds.process.signals import Interrupt
 from cogds.process.watchdog import Watchdog

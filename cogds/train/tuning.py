@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from cogds.config.schema.deepspeed import zero_stage
+from cogds.config.deepspeed import zero_stage
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.memory import MemoryEstimate
 from cogds.core.memory_advice import explain_shortfall
@@ -26,8 +26,8 @@ from cogds.errors import UserError
 from cogds.formatting import gigabytes
 from cogds.job import Job, choose_checkpointing
 from cogds.metrics.trackers import check_monitors
-from cogds.model.transformer.forward.attention import fastest, use
-from cogds.model.transformer.forward.quantize import check_base
+from cogds.model.transformer.attention import fastest, use
+from cogds.model.transformer.quantize import check_base
 from cogds.process.environment import environment_variables
 
 

@@ -10,7 +10,7 @@ import torch
 
 from cogds.core.buckets import assign
 from cogds.core.geometry import ClipShape, ModelGeometry, check_shape
-from cogds.data.video.media.media import DecodeError, probe_image, read_image
+from cogds.data.video.media import DecodeError, probe_image, read_image
 from cogds.errors import UserError
 
 

@@ -47,7 +47,7 @@ while True:
 
 def materials(folder: Path) -> list[str]:
     """Make the tiny model and the clips in a folder; the words of a run of them whose steps are quick."""
-    from cogds.data.video.media.drawn import draw_clips
+    from cogds.data.video.drawn import draw_clips
     from cogds.model.tiny import create_tiny_model
 
     if not (folder / "model").exists():

@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from cogds.data.manifest.table import scan as inventory
-from cogds.data.video.media.media import write_video
-from cogds.data.video.media.probe_task import FileFacts, ProbeTask, probe_file
+from cogds.data.video.media import write_video
+from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file
 
 
 @pytest.fixture(scope="module")

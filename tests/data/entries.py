@@ -4,8 +4,8 @@ from pathlib import Path
 
 import torch
 
-from cogds.data.cache.store.keys import cache_key
-from cogds.data.cache.store.store import Cache
+from cogds.data.cache.keys import cache_key
+from cogds.data.cache.store import Cache
 
 
 def key_of(number):

@@ -13,7 +13,7 @@ from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
 from torch.fx import GraphModule  # noqa: E402
 
 from cogds.cli import run  # noqa: E402
-from cogds.model.transformer.forward.forward import Transformer  # noqa: E402
+from cogds.model.transformer.forward import Transformer  # noqa: E402
 from cogds.train.main import main  # noqa: E402
 
 graphs = []

@@ -51,9 +51,9 @@ def overrides(folder, layout, output, *more):
 
 def work(jobs):
     """In every rank: train the jobs, each a DeepSpeed config and overrides, one after another."""
-    from cogds.config.schema.schema import load_config
+    from cogds.config.schema import load_config
     from cogds.model.load import find_model
-    from cogds.config.schema.deepspeed import load_ds_config, resolve
+    from cogds.config.deepspeed import load_ds_config, resolve
     from cogds.process.signals import Interrupt
     from cogds.distributed.process_group import connect, disconnect
     from cogds.distributed.world import read_world
@@ -106,7 +106,7 @@ def visits(checkpoint, step, last):
 
 def run_matrix(folder, pairs, timeout_s=900):
     """`{(source, target): largest difference of a loss}`, and what is wrong, in words."""
-    from cogds.data.video.media.drawn import draw_clips
+    from cogds.data.video.drawn import draw_clips
     from cogds.model.tiny import create_tiny_model
     from tests.warm import Server
 

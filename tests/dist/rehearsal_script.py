@@ -10,14 +10,14 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from cogds.config.schema.schema import load_config  # noqa: E402
+from cogds.config.schema import load_config  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape  # noqa: E402
 from cogds.train.tuning import choose_execution, prepare_blocks  # noqa: E402
 from cogds.model.load import find_model  # noqa: E402
-from cogds.model.lora.adapter.adapter import inject  # noqa: E402
+from cogds.model.lora.adapter import inject  # noqa: E402
 from cogds.train.memory_check import rehearse  # noqa: E402
-from cogds.config.schema.deepspeed import load_ds_config, resolve  # noqa: E402
+from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
 from cogds.engine.state import gather_state  # noqa: E402
 from cogds.distributed.process_group import connect, disconnect  # noqa: E402

@@ -14,12 +14,12 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.sequence.layer import DistributedAttention  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
-from cogds.config.schema.schema import load_config  # noqa: E402
-from cogds.model.transformer.forward.attention import attend  # noqa: E402
+from cogds.config.schema import load_config  # noqa: E402
+from cogds.model.transformer.attention import attend  # noqa: E402
 from cogds.model.load import find_model, load_transformer  # noqa: E402
-from cogds.model.lora.adapter.adapter import inject  # noqa: E402
-from cogds.model.transformer.forward.sequence_parallel import attend_together  # noqa: E402
-from cogds.config.schema.deepspeed import load_ds_config, resolve  # noqa: E402
+from cogds.model.lora.adapter import inject  # noqa: E402
+from cogds.model.transformer.sequence_parallel import attend_together  # noqa: E402
+from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
 from cogds.engine.sequence_groups import share_clips  # noqa: E402
 from cogds.engine.state import TrainState, restore_state, trainable  # noqa: E402

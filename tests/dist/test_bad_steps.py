@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cogds.data.cache.store.shard import entry_record, write_shard
+from cogds.data.cache.shard import entry_record, write_shard
 from tests.dist.conftest import adapter, metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]

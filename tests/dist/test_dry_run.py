@@ -2,7 +2,7 @@
 
 import pytest
 
-from cogds.data.cache.store.maintenance import stats
+from cogds.data.cache.maintenance import stats
 
 pytestmark = pytest.mark.dist
 

@@ -4,7 +4,7 @@ import socket
 
 import pytest
 
-from cogds.config.schema.schema import NetworkConfig
+from cogds.config.schema import NetworkConfig
 from cogds.distributed.network import (
     gloo_interface,
     interface_addresses,

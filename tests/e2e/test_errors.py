@@ -13,7 +13,7 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    from cogds.data.video.media.drawn import draw_clips
+    from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("errors") / "clips"
     draw_clips(folder)

@@ -55,7 +55,7 @@ def test_no_command_is_left_out(file, run_by):
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory, tiny_model):
     """What makes the real run small: appended to the README's command, where the last word wins."""
-    from cogds.data.video.media.drawn import draw_clips
+    from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("readme")
     draw_clips(folder / "clips")

@@ -8,17 +8,17 @@ import pytest
 import torch
 from PIL import Image
 
-import cogds.data.cache.store.keys
-import cogds.data.video.media.media
+import cogds.data.cache.keys
+import cogds.data.video.media
 import cogds.encode.encoder
 import cogds.encode.encoding_plan
 import cogds.encode.survey
-from cogds.config.schema.schema import load_config
+from cogds.config.schema import load_config
 from cogds.core.conditioning import to_range
-from cogds.data.cache.store.store import Cache, CacheWriter
+from cogds.data.cache.store import Cache, CacheWriter
 from cogds.data.loading.dataset import read_encoded
-from cogds.data.video.media.drawn import draw_clips
-from cogds.data.video.media.media import read_clip
+from cogds.data.video.drawn import draw_clips
+from cogds.data.video.media import read_clip
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
 from cogds.encode.survey import make_buckets
@@ -120,9 +120,7 @@ def test_another_version_of_the_code_misses_the_cache(encode, drawn, count_encod
     """How frames are resized and cropped is code: whoever changes it raises the version."""
     encode(drawn)
     count_encodes.clear()
-    monkeypatch.setattr(
-        cogds.data.cache.store.keys, "ENCODING_VERSION", cogds.data.cache.store.keys.ENCODING_VERSION + 1
-    )
+    monkeypatch.setattr(cogds.data.cache.keys, "ENCODING_VERSION", cogds.data.cache.keys.ENCODING_VERSION + 1)
     encode(drawn)
     assert len([kind for kind, _ in count_encodes if kind == "clips"]) == 7
 
@@ -199,7 +197,7 @@ def test_a_file_that_fails_to_decode_is_not_tried_again(encode, drawn, tmp_path,
     def failing(task):
         tried.append(task.path)
         if task.path.endswith(("clip_2.mp4", "copy.mp4")):
-            raise cogds.data.video.media.media.DecodeError("the frame at 0.3 s is damaged")
+            raise cogds.data.video.media.DecodeError("the frame at 0.3 s is damaged")
         return decode(task)
 
     monkeypatch.setattr(cogds.encode.encoder, "decode", failing)

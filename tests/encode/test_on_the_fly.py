@@ -5,19 +5,19 @@ import time
 
 import pytest
 import torch
+from cogds.encode.order import make_plan
+from cogds.train.loop import Run, load_batches
 
-from cogds.config.schema.schema import load_config
-from cogds.data.cache.store.store import Cache
+from cogds.config.schema import load_config
+from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import ClipDataset, ClipOrder, collate, read_encoded
 from cogds.data.loading.sampler import BucketBatchSampler
-from cogds.data.video.media.drawn import draw_clips
+from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
 from cogds.encode.on_the_fly import ahead
-from cogds.encode.order import make_plan
 from cogds.encode.survey import make_buckets
 from cogds.model.load import find_model
-from cogds.train.loop import Run, load_batches
 from cogds.train.tuning import Execution
 
 ALONE = World(0, 1, 0, 1)

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds.config.schema.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import RECOMPUTE_LEVELS
 from cogds.model.evaluation_mode import call_aside, undisturbed
 from cogds.model.load import find_model, load_transformer
 

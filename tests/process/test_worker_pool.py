@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogds.data.video.media.media import DecodeError
+from cogds.data.video.media import DecodeError
 from cogds.process.worker_pool import OUT_OF_BAND_BYTES, STOP_SIGNALS, Failure, GuardedPool, deaf_children
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -147,7 +147,7 @@ def test_children_are_few_and_serve_all_calls() -> None:
 
 def test_a_child_imports_neither_torch_nor_a_decoder() -> None:
     """Its code is this package's and the function's module; the main module is not run again."""
-    modules = "cogds.process.worker_pool, cogds.data.video.media.media"
+    modules = "cogds.process.worker_pool, cogds.data.video.media"
     code = f"import sys, {modules}; print({{'torch', 'av', 'decord', 'PIL'}} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60, cwd=ROOT).strip() == "set()"
     with GuardedPool(act, 1, timeout_s=60, memory_bytes=1 << 30) as pool:

@@ -9,17 +9,17 @@ import functools
 import math
 from types import SimpleNamespace
 
+import cogds.train.loop
 import pytest
 import torch
+from cogds.train.loop import Occasion, Upcoming, draw, meet, micro_steps, train_step, train_steps
 
-import cogds.train.loop
-from cogds.config.schema.schema import load_config
+from cogds.config.schema import load_config
 from cogds.core.diffusion import stratified_timesteps
 from cogds.core.plan import Plan
 from cogds.data.loading.dataset import Batch
 from cogds.distributed.world import World
 from cogds.errors import UserError
-from cogds.train.loop import Occasion, Upcoming, draw, meet, micro_steps, train_step, train_steps
 from cogds.train.step import draw_dropouts
 
 # A step is two micro-steps and all eight clips: six of bucket 0, in twos on three ranks, and two of bucket 1, where

@@ -4,14 +4,14 @@ import shutil
 from types import SimpleNamespace
 
 import torch
+from cogds.encode.order import batch_sizes
 
-from cogds.config.schema.schema import load_config
+from cogds.config.schema import load_config
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
-from cogds.encode.order import batch_sizes
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora.adapter.adapter import inject
-from cogds.model.lora.adapter.file import read_lora
+from cogds.model.lora.adapter import inject
+from cogds.model.lora.file import read_lora
 from cogds.train.main import export_adapter, made_again, weights_digest
 
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from cogds.config.schema.schema import KEYS, load_config
+from cogds.config.schema import KEYS, load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.plan import Plan
 from cogds.errors import UserError

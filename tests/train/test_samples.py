@@ -17,15 +17,15 @@ from PIL import Image
 import cogds.sample
 import cogds.train.samples
 from cogds.cli import call
-from cogds.config.schema.schema import load_config, replace
+from cogds.config.schema import load_config, replace
 from cogds.core.geometry import ClipShape
-from cogds.data.cache.store.store import Cache
-from cogds.data.video.media.media import probe_video
+from cogds.data.cache.store import Cache
+from cogds.data.video.media import probe_video
 from cogds.distributed.world import World
 from cogds.encode.encoding_plan import EncodingNames
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer
-from cogds.model.lora.adapter.adapter import export, inject
+from cogds.model.lora.adapter import export, inject
 from cogds.train.samples import beside, evenly_spaced_rows, make_previews
 from cogds.train.step import load_step_builder
 

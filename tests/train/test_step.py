@@ -7,7 +7,7 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from PIL import Image
 
 import cogds.train.step
-from cogds.config.schema.schema import ConditioningConfig
+from cogds.config.schema import ConditioningConfig
 from cogds.core.conditioning import sample_moments
 from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape, latent_frames, padded_latent_frames

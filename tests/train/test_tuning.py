@@ -9,13 +9,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds.config.schema.schema import RECOMPUTE_LEVELS, load_config
+from cogds.config.schema import RECOMPUTE_LEVELS, load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import CHECKPOINTING_MODES, QUANTIZED_FORMATS
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora.adapter.adapter import inject
+from cogds.model.lora.adapter import inject
 from cogds.model.transformer.forward import quantize
 from cogds.train import tuning as execution_module
 from cogds.train.tuning import (

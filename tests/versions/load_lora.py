@@ -31,9 +31,9 @@ MAX_DIFFERENCE = 1e-5
 def write(folder):
     """Write the tiny model's transformer, LoRAs and what they should give into a new folder."""
     sys.path.insert(0, str(Path(__file__).resolve().parents[2]))
-    from cogds.model.lora.convert import Adapter, Layer, load_adapter, save_comfyui_wrapper, save_diffusers
     from cogds.model.load import find_model, load_transformer
     from cogds.model.lora.adapter import add_lora, export, inject, linear_layers
+    from cogds.model.lora.convert import Adapter, Layer, load_adapter, save_comfyui_wrapper, save_diffusers
     from cogds.model.lora.file import read_lora
     from cogds.model.tiny import create_tiny_model
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import torch
 
-from cogds.data.cache.store.shard import (
+from cogds.data.cache.shard import (
     SHARD_BYTES,
     SHARD_ENTRIES,
     SHARD_FILE,
@@ -23,7 +23,7 @@ from cogds.data.cache.store.shard import (
     storage_errors,
     write_shard,
 )
-from cogds.data.cache.store.store import Cache
+from cogds.data.cache.store import Cache
 from cogds.process.progress import progress_bar
 
 # Encoding version 1 kept each entry in a file of its own, <kind>/<xx>/<key>.safetensors. No key of today matches.

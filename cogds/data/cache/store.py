@@ -24,7 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from cogds.data.cache.store.shard import (
+from cogds.data.cache.shard import (
     KEY,
     SHARD_BYTES,
     SHARD_ENTRIES,

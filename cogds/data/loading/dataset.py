@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from cogds.core.mixture import Mixture
-from cogds.data.cache.store.store import Cache, DamagedEntryError
+from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.index import ClipIndex, IndexedClip
 from cogds.data.loading.sampler import Draw
 from cogds.errors import UserError

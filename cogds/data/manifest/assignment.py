@@ -11,7 +11,7 @@ import pyarrow.compute as pc
 from cogds.core.buckets import assign_all
 from cogds.core.geometry import ClipShape
 from cogds.core.windows import window_starts
-from cogds.data.video.media.media import TIME_TOLERANCE_S
+from cogds.data.video.media import TIME_TOLERANCE_S
 
 
 @dataclass(frozen=True)

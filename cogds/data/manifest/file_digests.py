@@ -9,10 +9,9 @@ from typing import Any
 
 import pyarrow.compute as pc
 
-from cogds.data.manifest.table import table as manifest
-from cogds.data.manifest.table.file_keys import first_of_each, look_up
-from cogds.data.manifest.table.rows import same_digests, with_digests, without_digest
-from cogds.data.manifest.table.scan_state import (
+from cogds.data.manifest.file_keys import first_of_each, look_up
+from cogds.data.manifest.rows import same_digests, with_digests, without_digest
+from cogds.data.manifest.scan_state import (
     ALONE,
     Job,
     Journal,
@@ -24,7 +23,8 @@ from cogds.data.manifest.table.scan_state import (
     remove,
     write_files,
 )
-from cogds.data.video.media.probe_task import reason_of
+from cogds.data.manifest.table import table as manifest
+from cogds.data.video.probe_task import reason_of
 from cogds.process.progress import progress_bar
 
 NUM_THREADS = 16  # on a shared file system, waiting is most of it

@@ -17,11 +17,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.data.manifest.table import table as manifest
-from cogds.data.manifest.table.file_keys import CONDITION, conditions, file_key, first_of_each, look_up
-from cogds.data.manifest.table.layouts import Entry, iter_entries
-from cogds.data.manifest.table.rows import entry_keys, facts_in, rows_of, same_digests
-from cogds.data.manifest.table.scan_state import (
+from cogds.data.manifest.file_keys import CONDITION, conditions, file_key, first_of_each, look_up
+from cogds.data.manifest.layouts import Entry, iter_entries
+from cogds.data.manifest.rows import entry_keys, facts_in, rows_of, same_digests
+from cogds.data.manifest.scan_state import (
     ALONE,
     ENTRIES,
     FILES,
@@ -38,8 +37,9 @@ from cogds.data.manifest.table.scan_state import (
     write_files,
     write_table,
 )
-from cogds.data.manifest.table.table import DataSet
-from cogds.data.video.media.probe_task import (
+from cogds.data.manifest.table import DataSet
+from cogds.data.manifest.table import table as manifest
+from cogds.data.video.probe_task import (
     PROBE_MEMORY_BYTES,
     PROBE_TIMEOUT_S,
     FileFacts,

@@ -24,7 +24,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.data.manifest.table.table import open_manifest, writing
+from cogds.data.manifest.table import open_manifest, writing
 from cogds.files import whole_file
 
 Share = tuple[int, int]  # this rank, number of ranks

@@ -16,7 +16,7 @@ from pathlib import Path
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cogds.data.manifest.table.layouts import MANIFEST_MARK
+from cogds.data.manifest.layouts import MANIFEST_MARK
 from cogds.errors import UserError
 from cogds.files import whole_file
 

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from cogds.core.geometry import ClipShape
-from cogds.data.video.media.media import read_clip, read_image
+from cogds.data.video.media import read_clip, read_image
 
 
 @dataclass(frozen=True)

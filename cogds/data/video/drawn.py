@@ -5,7 +5,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, ImageDraw
 
-from cogds.data.video.media.media import write_video
+from cogds.data.video.media import write_video
 from cogds.files import whole_folder
 
 # width, height, frames per second, seconds: landscape, portrait and square; 0.7 to 3 s.

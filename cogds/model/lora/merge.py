@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from cogds.errors import UserError
 from cogds.model.load import PARTS, ModelFolder, transformer_weights
-from cogds.model.lora.adapter.file import OWN_METADATA_KEY, LoraFile, opened
+from cogds.model.lora.file import OWN_METADATA_KEY, LoraFile, opened
 from cogds.model.lora.formats import comfyui_name
 
 SHARD_BYTES = 2 * 10**9

@@ -14,10 +14,10 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.activations import GELU
 from torch import nn
 
-from cogds.model.transformer.forward.attention import attend
-from cogds.model.transformer.forward.checkpointing import Offload, run
-from cogds.model.transformer.forward.fused import Modulation, gated_sum, linears, norm_modulate, norm_rotate
-from cogds.model.transformer.forward.sequence_parallel import SequenceGroup, attend_together, gather, own_share, shares
+from cogds.model.transformer.attention import attend
+from cogds.model.transformer.checkpointing import Offload, run
+from cogds.model.transformer.fused import Modulation, gated_sum, linears, norm_modulate, norm_rotate
+from cogds.model.transformer.sequence_parallel import SequenceGroup, attend_together, gather, own_share, shares
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
 

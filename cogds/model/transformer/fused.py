@@ -13,7 +13,7 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from cogds.model.transformer.forward.quantize import Packed, PackedLinear, product, product_back
+from cogds.model.transformer.quantize import Packed, PackedLinear, product, product_back
 
 Tensors = tuple[torch.Tensor | None, ...]
 

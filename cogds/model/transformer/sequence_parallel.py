@@ -19,7 +19,7 @@ import torch.distributed as dist
 from torch.distributed.distributed_c10d import _resolve_process_group
 
 from cogds.errors import UserError
-from cogds.model.transformer.forward.attention import attend
+from cogds.model.transformer.attention import attend
 
 
 @dataclass(frozen=True)

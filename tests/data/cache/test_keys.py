@@ -2,7 +2,7 @@ import os
 
 import pytest
 
-from cogds.data.cache.store.keys import cache_key, digest_files
+from cogds.data.cache.keys import cache_key, digest_files
 
 
 def test_every_field_makes_another_key():
@@ -29,7 +29,7 @@ def test_file_digests_follow_content_and_are_remembered(tmp_path, monkeypatch):
     first = digest_files([str(one), str(other), str(tmp_path / "gone")], memo)
     assert set(first) == {str(one), str(other)}
     assert first[str(one)] == first[str(other)]
-    monkeypatch.setattr("cogds.data.cache.store.keys._digest_file", lambda path: pytest.fail(f"{path} was read again"))
+    monkeypatch.setattr("cogds.data.cache.keys._digest_file", lambda path: pytest.fail(f"{path} was read again"))
     assert digest_files([str(one)], memo) == {str(one): first[str(one)]}
     monkeypatch.undo()
     one.write_bytes(b"y" * 100)

@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from cogds.data.cache.maintenance import PruneReport, prune, stats, verify
+from cogds.data.cache.store import Cache
 from cogds.data.cache.store import maintenance as maintenance_module
-from cogds.data.cache.store.maintenance import PruneReport, prune, stats, verify
-from cogds.data.cache.store.store import Cache
 from cogds.errors import UserError
 from tests.data.entries import entry, fail, files_in, flip, key_of, read, same, write
 
@@ -35,7 +35,7 @@ def test_a_file_that_may_not_be_read_is_not_removed(tmp_path, monkeypatch):
     def refused(*_, **__):
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr("cogds.data.cache.store.shard.safe_open", refused)
+    monkeypatch.setattr("cogds.data.cache.shard.safe_open", refused)
     for act in (verify, stats, prune):
         with pytest.raises(UserError, match=r"^data.cache_dir: .*\.safetensors"):
             act(tmp_path)
@@ -149,7 +149,7 @@ def test_merged_shards_are_bounded_in_entries(tmp_path, monkeypatch):
     for number in range(10):
         write(tmp_path, [number])
     write(tmp_path, range(10, 13))
-    monkeypatch.setattr("cogds.data.cache.store.maintenance.SHARD_ENTRIES", 4)
+    monkeypatch.setattr("cogds.data.cache.maintenance.SHARD_ENTRIES", 4)
     assert prune(tmp_path).num_merged == 10
     assert sorted(np.bincount(Cache(tmp_path).snapshot("clips").place_numbers)) == [2, 3, 4, 4]
     assert prune(tmp_path).num_merged == 0

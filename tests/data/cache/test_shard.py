@@ -6,8 +6,8 @@ import pytest
 import torch
 from safetensors import safe_open
 
-from cogds.data.cache.store.maintenance import verify
-from cogds.data.cache.store.store import Cache, DamagedEntryError
+from cogds.data.cache.maintenance import verify
+from cogds.data.cache.store import Cache, DamagedEntryError
 from tests.data.entries import entry, files_in, flip, key_of, same, write
 
 

@@ -6,8 +6,8 @@ from hypothesis import strategies as st
 
 from cogds.core.buckets import assign, assign_all
 from cogds.core.geometry import ClipShape
-from cogds.data.manifest.table.assignment import frames_at, place, too_short
-from cogds.data.video.media.media import VideoInfo, num_frames_at
+from cogds.data.manifest.assignment import frames_at, place, too_short
+from cogds.data.video.media import VideoInfo, num_frames_at
 
 BUCKETS = (ClipShape(17, 64, 96), ClipShape(9, 96, 64), ClipShape(33, 64, 96), ClipShape(1, 64, 64))
 

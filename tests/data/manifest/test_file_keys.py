@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from cogds.data.manifest.table.file_keys import conditions, file_key, first_of_each, keys_of, look_up
+from cogds.data.manifest.file_keys import conditions, file_key, first_of_each, keys_of, look_up
 
 CHUNKS = [[b"a", None, b"b"], [], [b"b", b"c", b"a"], [None]]
 

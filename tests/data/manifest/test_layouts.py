@@ -7,7 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cogds.data.manifest.table.layouts import MANIFEST_MARK, Entry, iter_entries
+from cogds.data.manifest.layouts import MANIFEST_MARK, Entry, iter_entries
 from cogds.errors import UserError
 
 OURS = {"path": "url", "caption": "alt text", "kind": "sort", "image": "still", "start_s": "from", "end_s": "to"}

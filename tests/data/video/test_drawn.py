@@ -4,11 +4,11 @@ from pathlib import Path
 import pytest
 
 from cogds.core.geometry import ClipShape
-from cogds.data.manifest.table.scan import update
-from cogds.data.manifest.table.table import DataSet, read
+from cogds.data.manifest.scan import update
+from cogds.data.manifest.table import DataSet, read
+from cogds.data.video.drawn import draw_clips
 from cogds.data.video.media import drawn as synthetic
-from cogds.data.video.media.drawn import draw_clips
-from cogds.data.video.media.media import read_clip
+from cogds.data.video.media import read_clip
 
 
 def files(folder: Path) -> dict[str, bytes]:

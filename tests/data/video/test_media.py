@@ -17,8 +17,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw
 
 from cogds.core.geometry import ClipShape
-from cogds.data.video.media import media as video
-from cogds.data.video.media.media import (
+from cogds.data.video.media import (
     DecodeError,
     num_frames_at,
     probe_image,
@@ -27,6 +26,7 @@ from cogds.data.video.media.media import (
     read_image,
     write_video,
 )
+from cogds.data.video.media import media as video
 from cogds.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -286,7 +286,7 @@ def test_both_decoders_in_either_import_order(tmp_path: Path, modules: str) -> N
     path = encode(tmp_path / "a.mp4", numbered(12))
     code = (
         f"import {modules}\nimport sys\nfrom cogds.core.geometry import ClipShape\n"
-        "from cogds.data.video.media.media import read_clip\n"
+        "from cogds.data.video.media import read_clip\n"
         "print(read_clip(sys.argv[1], ClipShape(9, 64, 96), 25).shape[0])"
     )
     done = subprocess.run([sys.executable, "-c", code, str(path)], capture_output=True, text=True, timeout=60)
@@ -294,7 +294,7 @@ def test_both_decoders_in_either_import_order(tmp_path: Path, modules: str) -> N
 
 
 def test_importing_loads_no_decoder() -> None:
-    code = "import sys, cogds.data.video.media.media; print({'av', 'decord', 'torch', 'PIL'} & set(sys.modules))"
+    code = "import sys, cogds.data.video.media; print({'av', 'decord', 'torch', 'PIL'} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60).strip() == "set()"
 
 
@@ -524,7 +524,7 @@ def test_memory_is_the_clip_and_a_few_frames(tmp_path: Path) -> None:
     frames = np.broadcast_to(np.uint8(90), (120, 720, 1280, 3))
     path = encode(tmp_path / "a.mp4", frames)
     code = (
-        "import sys\nfrom cogds.core.geometry import ClipShape\nfrom cogds.data.video.media.media import read_clip\n"
+        "import sys\nfrom cogds.core.geometry import ClipShape\nfrom cogds.data.video.media import read_clip\n"
         f"def peak(): return {PEAK_KB} // 1024\n"
         "for decoder in ('pyav', 'decord'):\n"
         "    read_clip(sys.argv[1], ClipShape(1, 32, 48), 25, decoder=decoder)\n"

@@ -4,8 +4,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogds.data.video.media.media import DecodeError, write_video
-from cogds.data.video.media.probe_task import FileFacts, ProbeTask, probe_file, reason_of
+from cogds.data.video.media import DecodeError, write_video
+from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file, reason_of
 
 
 def test_what_files_hold(tmp_path: Path) -> None:

@@ -4,7 +4,7 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora.adapter.adapter import export, inject
+from cogds.model.lora.adapter import export, inject
 from tests.model.lora.test_adapter import ATTENTION, example_inputs, randomize
 
 

@@ -8,8 +8,8 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 from safetensors.torch import load_file, save_file
 
 from cogds.model.load import find_model
-from cogds.model.lora.adapter.file import read_lora
-from cogds.model.lora.adapter.merge import save_merged, save_other_parts, scaled_image_channels, shards_of, weights_of
+from cogds.model.lora.file import read_lora
+from cogds.model.lora.merge import save_merged, save_other_parts, scaled_image_channels, shards_of, weights_of
 from tests.model.lora.adapters import base_transformer, output, output_in_diffusers, write_lora
 from tests.model.lora.test_adapter import ATTENTION, example_inputs
 from tests.model.lora.test_convert import KINDS
@@ -109,7 +109,7 @@ def test_shards_keep_the_order_and_the_bound(tiny_model):
 
 def test_a_base_of_integers_is_refused(tiny_model, tmp_path):
     from cogds.errors import UserError
-    from cogds.model.lora.adapter.merge import ModelFolder
+    from cogds.model.lora.merge import ModelFolder
 
     model = find_model(str(tiny_model))
     (tmp_path / "transformer").mkdir()

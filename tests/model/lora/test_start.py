@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 
 from cogds.errors import UserError
 from cogds.model.load import empty_transformer, find_model, load_transformer
-from cogds.model.lora.adapter.adapter import (
+from cogds.model.lora.adapter import (
     check_start,
     describe_start,
     export,
@@ -20,7 +20,7 @@ from cogds.model.lora.adapter.adapter import (
     start_from,
     targets_of,
 )
-from cogds.model.lora.adapter.file import read_lora
+from cogds.model.lora.file import read_lora
 from tests.model.lora.test_adapter import ATTENTION, example_inputs, randomize
 
 RANK = 4

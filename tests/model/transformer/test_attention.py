@@ -4,10 +4,10 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogds.config.schema.schema import ATTENTION_KERNELS
+from cogds.config.schema import ATTENTION_KERNELS
 from cogds.errors import UserError
+from cogds.model.transformer.attention import KERNELS, attend, fastest, installed, use
 from cogds.model.transformer.forward import attention
-from cogds.model.transformer.forward.attention import KERNELS, attend, fastest, installed, use
 
 CPU = torch.device("cpu")
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.errors import UserError
-from cogds.model.transformer.forward.checkpointing import HostMemory, Offload, Pinned
+from cogds.model.transformer.checkpointing import HostMemory, Offload, Pinned
 from tests.model.transformer.test_forward import ATTENTION, V15, inputs, outcome, pair
 
 PAGE = mmap.PAGESIZE

@@ -8,8 +8,8 @@ from peft import LoraConfig
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from cogds.model.transformer.forward.attention import attend
-from cogds.model.transformer.forward.forward import MAX_GRAPHS, Block, Transformer
+from cogds.model.transformer.attention import attend
+from cogds.model.transformer.forward import MAX_GRAPHS, Block, Transformer
 from tests.live_bytes import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -13,12 +13,12 @@ from torch._dynamo.backends.common import aot_autograd
 
 from cogds.core.memory import TransformerSize, base_bytes, unpacked_bytes
 from cogds.errors import UserError
-from cogds.model.transformer import quantize
 from cogds.model.load import build_transformer, find_model, load_transformer
 from cogds.model.lora.adapter import check_start, export, inject, resolve_targets
 from cogds.model.lora.file import read_lora
-from cogds.model.transformer.quantize import PackedLinear, check_base, pack, pack_block, unpack
+from cogds.model.transformer import quantize
 from cogds.model.transformer.forward import Transformer
+from cogds.model.transformer.quantize import PackedLinear, check_base, pack, pack_block, unpack
 from tests.live_bytes import LiveBytes
 
 missing = [name for name in ("torchao", "bitsandbytes") if importlib.util.find_spec(name) is None]

@@ -18,11 +18,11 @@ import cogds.train
 from cogds import cli
 from cogds.config.schema import load_config
 from cogds.errors import UserError
-from cogds.model.lora.convert import load_adapter, save_comfyui, save_comfyui_wrapper
-from cogds.model.lora.formats import comfyui_name, parse_key
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject, linear_layers, start_from
+from cogds.model.lora.convert import load_adapter, save_comfyui, save_comfyui_wrapper
 from cogds.model.lora.file import AlphaSource, read_lora
+from cogds.model.lora.formats import comfyui_name, parse_key
 from cogds.model.pipelines import load_pipeline
 from tests.model.adapters import base_transformer, output, output_in_diffusers
 from tests.model.test_lora import ATTENTION, randomize

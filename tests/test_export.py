@@ -17,7 +17,7 @@ import cogds.export
 from cogds.errors import UserError
 from cogds.export import main
 from cogds.model.lora.file import read_lora
-from tests.model.adapters import output, output_in_diffusers, write_lora
+from tests.model.lora.adapters import output, output_in_diffusers, write_lora
 from tests.model.test_lora import example_inputs
 
 METADATA = {

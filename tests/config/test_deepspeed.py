@@ -7,8 +7,8 @@ from typing import Any
 
 import pytest
 
-from cogds.config.schema import deepspeed as ds_config
-from cogds.config.schema import schema as config
+from cogds.config import deepspeed as ds_config
+from cogds.config import schema as config
 from cogds.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogds.config.schema import schema as config
+from cogds.config import schema as config
 from cogds.errors import UserError
 
 ROOT = Path(__file__).parents[2]

@@ -17,10 +17,11 @@ from cogds.core.memory import (
     base_weights_bytes,
     rotary_tables_bytes,
 )
-from cogds.model.transformer.forward import Transformer, quantize
-from cogds.model.transformer.forward import checkpointing as checkpointing_module
-from cogds.model.transformer.forward import forward as transformer_module
-from cogds.model.transformer.forward import sequence_parallel as sequence_module
+from cogds.model.transformer import checkpointing as checkpointing_module
+from cogds.model.transformer import forward as transformer_module
+from cogds.model.transformer import quantize
+from cogds.model.transformer import sequence_parallel as sequence_module
+from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.quantize import _MATMUL, Packed, PackedLinear, pack_block
 from cogds.model.transformer.sequence_parallel import SequenceGroup
 from tests.live_bytes import LiveBytes

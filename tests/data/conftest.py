@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogds.data.manifest.table import scan as inventory
+from cogds.data.manifest import scan as inventory
 from cogds.data.video.media import write_video
 from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file
 

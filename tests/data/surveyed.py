@@ -3,9 +3,9 @@
 import json
 from pathlib import Path
 
+from cogds.data.manifest import scan as inventory
+from cogds.data.manifest import table as manifest
 from cogds.data.manifest.table import DataSet
-from cogds.data.manifest.table import scan as inventory
-from cogds.data.manifest.table import table as manifest
 
 
 def survey(folder: Path, file: Path, **options: object) -> list[dict]:

@@ -16,7 +16,7 @@ from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import inject
-from cogds.model.transformer.forward import quantize
+from cogds.model.transformer import quantize
 from cogds.train import tuning as execution_module
 from cogds.train.tuning import (
     Execution,

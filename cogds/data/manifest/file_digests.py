@@ -9,6 +9,7 @@ from typing import Any
 
 import pyarrow.compute as pc
 
+from cogds.data.manifest import table as manifest
 from cogds.data.manifest.file_keys import first_of_each, look_up
 from cogds.data.manifest.rows import same_digests, with_digests, without_digest
 from cogds.data.manifest.scan_state import (
@@ -23,7 +24,6 @@ from cogds.data.manifest.scan_state import (
     remove,
     write_files,
 )
-from cogds.data.manifest.table import table as manifest
 from cogds.data.video.probe_task import reason_of
 from cogds.process.progress import progress_bar
 

@@ -10,11 +10,11 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cogds.data.manifest import scan_state as journal
+from cogds.data.manifest import table as manifest
 from cogds.data.manifest.file_keys import conditions, keys_of, look_up
 from cogds.data.manifest.scan_state import FACTS, FILES, Found
 from cogds.data.manifest.table import SCHEMA
-from cogds.data.manifest.table import scan_state as journal
-from cogds.data.manifest.table import table as manifest
 
 RANGE_SLACK_S = 0.5  # lists of scenes round their ends
 

@@ -17,6 +17,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cogds.data.manifest import table as manifest
 from cogds.data.manifest.file_keys import CONDITION, conditions, file_key, first_of_each, look_up
 from cogds.data.manifest.layouts import Entry, iter_entries
 from cogds.data.manifest.rows import entry_keys, facts_in, rows_of, same_digests
@@ -38,7 +39,6 @@ from cogds.data.manifest.scan_state import (
     write_table,
 )
 from cogds.data.manifest.table import DataSet
-from cogds.data.manifest.table import table as manifest
 from cogds.data.video.probe_task import (
     PROBE_MEMORY_BYTES,
     PROBE_TIMEOUT_S,

@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from cogds.data.video.media import media as video
+from cogds.data.video import media as video
 
 # A probe reads the file once and decodes one frame: seconds, even for gigabytes on a network disk.
 PROBE_TIMEOUT_S = 120.0

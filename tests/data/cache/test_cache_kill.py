@@ -8,12 +8,12 @@ import time
 import pytest
 import torch
 
+from cogds.data.cache import shard as shard_module
+from cogds.data.cache import store as store_module
 from cogds.data.cache.keys import cache_key
 from cogds.data.cache.maintenance import prune, stats, verify
 from cogds.data.cache.shard import SHARD_FILE
 from cogds.data.cache.store import Cache, key_array
-from cogds.data.cache.store import shard as shard_module
-from cogds.data.cache.store import store as store_module
 
 NUM_ENTRIES, NUM_KILLS = 400, 20
 ENTRIES_PER_SHARD = 5

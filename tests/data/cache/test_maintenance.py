@@ -6,9 +6,9 @@ import numpy as np
 import pytest
 import torch
 
+from cogds.data.cache import maintenance as maintenance_module
 from cogds.data.cache.maintenance import PruneReport, prune, stats, verify
 from cogds.data.cache.store import Cache
-from cogds.data.cache.store import maintenance as maintenance_module
 from cogds.errors import UserError
 from tests.data.entries import entry, fail, files_in, flip, key_of, read, same, write
 

@@ -8,10 +8,10 @@ import pyarrow as pa
 import pytest
 import torch
 
+from cogds.data.cache import store as store_module
 from cogds.data.cache.maintenance import prune, stats, verify
 from cogds.data.cache.shard import list_shard
 from cogds.data.cache.store import Cache, DamagedEntryError, key_array
-from cogds.data.cache.store import store as store_module
 from cogds.errors import UserError
 from cogds.files import process_tag
 from tests.data.entries import entry, fail, files_in, flip, key_of, read, same, stage, write

@@ -5,10 +5,10 @@ import os
 import pytest
 import torch
 
+from cogds.data.cache import store as store_module
 from cogds.data.cache.maintenance import prune, stats, verify
 from cogds.data.cache.shard import SHARD_FILE
 from cogds.data.cache.store import Cache
-from cogds.data.cache.store import store as store_module
 from cogds.files import process_tag
 from tests.data.entries import entry, fail, files_in, key_of, read, same, stage, write
 

@@ -7,10 +7,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogds.data.manifest import file_digests as contents
+from cogds.data.manifest import scan_state as journal
+from cogds.data.manifest import table as manifest
 from cogds.data.manifest.scan_state import ALONE
-from cogds.data.manifest.table import file_digests as contents
-from cogds.data.manifest.table import scan_state as journal
-from cogds.data.manifest.table import table as manifest
 from cogds.data.video.media import write_video
 from tests.data.surveyed import leftovers, names_of, rows_of_list, survey
 

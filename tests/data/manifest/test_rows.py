@@ -4,10 +4,10 @@ from pathlib import Path
 
 import pytest
 
+from cogds.data.manifest import file_digests as contents
+from cogds.data.manifest import scan as inventory
+from cogds.data.manifest import table as manifest
 from cogds.data.manifest.table import DataSet
-from cogds.data.manifest.table import file_digests as contents
-from cogds.data.manifest.table import scan as inventory
-from cogds.data.manifest.table import table as manifest
 from tests.data.surveyed import leftovers, names_of, rows_of_list, survey
 
 

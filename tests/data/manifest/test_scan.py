@@ -11,11 +11,11 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from cogds.data.manifest import file_digests as contents
+from cogds.data.manifest import scan as inventory
+from cogds.data.manifest import scan_state as journal
+from cogds.data.manifest import table as manifest
 from cogds.data.manifest.table import DataSet
-from cogds.data.manifest.table import file_digests as contents
-from cogds.data.manifest.table import scan as inventory
-from cogds.data.manifest.table import scan_state as journal
-from cogds.data.manifest.table import table as manifest
 from cogds.data.video.media import DecodeError, write_video
 from cogds.data.video.probe_task import FileFacts, ProbeTask
 from tests.data.surveyed import leftovers, names_of, survey

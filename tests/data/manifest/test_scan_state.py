@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
+from cogds.data.manifest import scan as inventory
+from cogds.data.manifest import scan_state as journal
 from cogds.data.manifest.scan_state import ALONE
 from cogds.data.manifest.table import DataSet
-from cogds.data.manifest.table import scan as inventory
-from cogds.data.manifest.table import scan_state as journal
 from cogds.data.video.media import write_video
 from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file
 from tests.data.surveyed import leftovers, names_of, survey

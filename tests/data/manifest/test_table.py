@@ -6,8 +6,8 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cogds.data.manifest import table as manifest
 from cogds.data.manifest.table import DataSet
-from cogds.data.manifest.table import table as manifest
 from cogds.errors import UserError
 from tests.data.surveyed import survey
 

@@ -12,11 +12,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cogds.data.manifest import file_digests as contents
+from cogds.data.manifest import scan as inventory
+from cogds.data.manifest import table as manifest
 from cogds.data.manifest.scan_state import ALONE
 from cogds.data.manifest.table import DataSet
-from cogds.data.manifest.table import file_digests as contents
-from cogds.data.manifest.table import scan as inventory
-from cogds.data.manifest.table import table as manifest
 from cogds.data.video.media import write_video
 from cogds.data.video.probe_task import FileFacts, ProbeTask
 

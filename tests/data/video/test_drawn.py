@@ -6,8 +6,8 @@ import pytest
 from cogds.core.geometry import ClipShape
 from cogds.data.manifest.scan import update
 from cogds.data.manifest.table import DataSet, read
+from cogds.data.video import drawn as synthetic
 from cogds.data.video.drawn import draw_clips
-from cogds.data.video.media import drawn as synthetic
 from cogds.data.video.media import read_clip
 
 

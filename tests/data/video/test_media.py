@@ -17,6 +17,7 @@ from av.video.reformatter import Interpolation
 from PIL import Image, ImageDraw
 
 from cogds.core.geometry import ClipShape
+from cogds.data.video import media as video
 from cogds.data.video.media import (
     DecodeError,
     num_frames_at,
@@ -26,7 +27,6 @@ from cogds.data.video.media import (
     read_image,
     write_video,
 )
-from cogds.data.video.media import media as video
 from cogds.errors import UserError
 
 ROOT = Path(__file__).resolve().parents[3]
@@ -687,7 +687,7 @@ def test_a_large_portrait_needs_little_memory(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((7680, 4320, 3), np.uint8)).save(tmp_path / "a.png")
     encode(tmp_path / "a.mp4", np.broadcast_to(np.uint8(90), (2, 7680, 4320, 3)), options={"preset": "ultrafast"})
     code = (
-        "import sys\nfrom cogds.core.geometry import ClipShape\nfrom cogds.data.video.media import media as video\n"
+        "import sys\nfrom cogds.core.geometry import ClipShape\nfrom cogds.data.video import media as video\n"
         "print(video.probe_video(sys.argv[1] + '/a.mp4').height)\n"
         "print(video.read_clip(sys.argv[1] + '/a.mp4', ClipShape(2, 480, 272), 25).shape)\n"
         "print(video.read_image(sys.argv[1] + '/a.png', 480, 272).shape)\n"

@@ -14,7 +14,7 @@ from cogds.model.load import empty_transformer, find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
 from cogds.model.lora.convert import check_fits, load_adapter, save_comfyui, save_comfyui_wrapper, save_diffusers
 from cogds.model.lora.file import read_lora
-from tests.model.adapters import base_transformer, output, output_in_diffusers, write_lora
+from tests.model.lora.adapters import base_transformer, output, output_in_diffusers, write_lora
 from tests.model.test_lora import ATTENTION, randomize
 
 # rank, alpha, layers: alpha/rank of 2, of 1.5 and of 1/4, all of them in one.

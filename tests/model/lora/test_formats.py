@@ -24,7 +24,7 @@ from cogds.model.lora.convert import load_adapter, save_comfyui, save_comfyui_wr
 from cogds.model.lora.file import AlphaSource, read_lora
 from cogds.model.lora.formats import comfyui_name, parse_key
 from cogds.model.pipelines import load_pipeline
-from tests.model.adapters import base_transformer, output, output_in_diffusers
+from tests.model.lora.adapters import base_transformer, output, output_in_diffusers
 from tests.model.test_lora import ATTENTION, randomize
 
 RANK, ALPHA = 4, 3

@@ -6,8 +6,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.config.schema import ATTENTION_KERNELS
 from cogds.errors import UserError
+from cogds.model.transformer import attention
 from cogds.model.transformer.attention import KERNELS, attend, fastest, installed, use
-from cogds.model.transformer.forward import attention
 
 CPU = torch.device("cpu")
 

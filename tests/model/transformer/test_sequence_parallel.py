@@ -10,8 +10,8 @@ import torch
 from peft import LoraConfig
 
 from cogds.errors import UserError
+from cogds.model.transformer import sequence_parallel as sequence
 from cogds.model.transformer.forward import Transformer
-from cogds.model.transformer.forward import sequence_parallel as sequence
 from cogds.model.transformer.sequence_parallel import SequenceGroup, attend_together, check_sequence, shares
 from tests.model.transformer.test_forward import LEVELS, V10, V15, all_linear, inputs
 

@@ -31,10 +31,14 @@ DEFAULT_PERSISTENT_NUMBERS = 100_000
 # the transformer itself.
 MODULES_AT_TURN = 12
 
-# Of a quantised base (`model.base`): bytes a number; numbers that share a float32 scale, None: a row of the weight;
-# and bytes a number of the one weight that is unpacked at a time, beside it (torchao does that by way of float32).
-BASES: dict[str, tuple[float, int | None, int]] = {"int8": (1, None, 4), "float8": (1, None, 8), "nf4": (0.5, 64, 0)}
-# The same of a float8 base that multiplies in float8: for the backward pass it is unpacked, turned and packed again.
+# Of quantized weights (`model.quantization`): bytes per number; numbers that share a float32 scale, None: one row;
+# and bytes per number of the one weight that is dequantized at a time (torchao goes through float32).
+QUANTIZED_BYTES: dict[str, tuple[float, int | None, int]] = {
+    "int8": (1, None, 4),
+    "fp8": (1, None, 8),
+    "nf4": (0.5, 64, 0),
+}
+# The same of fp8 weights with fp8 matmul: the backward pass dequantizes, transposes and quantizes them again.
 TURNED_BYTES = 15
 
 
@@ -177,26 +181,27 @@ def training_memory(
     zero: Mapping[str, Any],
     num_ranks: int,
     precision: str,
-    level: str,
+    checkpointing: str,
     rotary_bytes: int = 0,
-    base: str = "full",
-    sequence: int = 1,
-    matmul: str = "full",
+    quantization: str = "none",
+    sequence_size: int = 1,
+    fp8_matmul: bool = False,
 ) -> MemoryEstimate:
     """The memory of one rank that trains clips of this shape. An estimate, not yet compared with a GPU.
 
     zero: the `zero_optimization` section of a resolved DeepSpeed config; num_ranks: those that ZeRO shards over;
-    precision: "bf16" or "fp32"; level: of `train.recompute`; rotary_bytes: of the tables of all buckets, which stay on
-    the device (`rotary_table_bytes` of each); base: "full" or of `BASES`; sequence: ranks that share a clip;
-    matmul: "full" or "float8".
+    precision: "bf16" or "fp32"; checkpointing: of `train.activation_checkpointing`; rotary_bytes: of the tables of all
+    buckets, which stay on the device (`rotary_table_bytes` of each); quantization: "none" or of `QUANTIZED_BYTES`;
+    sequence_size: ranks that share a clip; fp8_matmul: of `model`.
 
     With P base and L adapter parameters, N ranks, b bytes a number (2 or 4) and B x T x d tokens of the transformer's
     width, T being a rank's share of them, U = B T d b:
 
-        base weights      P b, or as `BASES` says for the blocks' linear layers; / N at stage 3; 0 with offload_param
-        gathered weights  at stage 3: blocks that are whole at one time, see `_gathered_blocks`
-        unpacked weight   the largest, 4 d^2, where the base is quantised, in b bytes and as many as `BASES` says, or
-                          `TURNED_BYTES` where it multiplies in float8
+        base weights      P b, or as `QUANTIZED_BYTES` says for the blocks' linear layers; / N at stage 3; 0 with
+        offload_param gathered weights  at stage 3: blocks that are whole at one time, see `_gathered_blocks`
+        unpacked weight   the largest, 4 d^2, if the base is quantized, in b bytes and as many as `QUANTIZED_BYTES`
+        says, or
+                          `TURNED_BYTES` with fp8 matmul
         LoRA weights      L b; at stage 3 / N, and L b beside it where its matrices stay whole (persistence threshold);
                           0 for the share with offload_param
         LoRA gradients    L b; / N from stage 2; 0 with offload_optimizer from stage 2
@@ -204,13 +209,14 @@ def training_memory(
                           0 with offload_optimizer
         optimizer step    fp32 copy of the gradients, 4 L / N from stage 1; 0 with offload_optimizer
         reduce buffers    from stage 1: reduce_bucket_size b, twice where stages 1 and 2 overlap communication
-        kept activations  by level, a block: none: its input and what it saves (`saved_units`); attention_kept: its
-                          input, attention's output and statistics; block: its input; block+offload: nothing, but two
+        kept activations  by checkpointing mode, a block: none: its input and what it saves (`saved_units`); selective:
+        its
+                          input, attention's output and statistics; full: its input; full+offload: nothing, but two
                           blocks' inputs on their way back from the host
         block activations what the recomputed block saves, where that is not kept already, and the gradients at its
                           worst moment (`_gradient_units`); at stage 3 at least the copy of a block's weights that
-                          DeepSpeed takes out of the buffer they were gathered in; with float8 products what they
-                          add, as in a block that is not compiled (`_float8_units`): a compiled one takes less
+                          DeepSpeed takes out of the buffer they were gathered in; with fp8 matmul what it
+                          adds, as in a block that is not compiled (`_fp8_units`): a compiled one takes less
     """
     bytes_each = 2 if precision == "bf16" else 4
     stage = int(zero.get("stage", 0))
@@ -220,17 +226,17 @@ def training_memory(
         return -(-numbers // num_ranks) if stage >= from_stage else numbers
 
     num_buffers = 2 if stage in (1, 2) and zero.get("overlap_comm", False) else 1
-    unit = _unit_bytes(shape, batch_size, geometry, transformer, bytes_each, sequence)
-    saved = saved_units(transformer, lora, bytes_each, sequence)
+    unit = _unit_bytes(shape, batch_size, geometry, transformer, bytes_each, sequence_size)
+    saved = saved_units(transformer, lora, bytes_each, sequence_size)
     on_gpu = 0 if stage == 3 and base_offloaded else 1
     block_bytes = _block_numbers(transformer, lora, zero) * bytes_each if stage == 3 else 0
     whole_lora = lora.num_parameters if stage == 3 and _lora_persists(transformer, lora, zero) else 0
-    in_block = _recomputed_units(level, saved, transformer, bytes_each) + _gradient_units(lora)
-    in_block += _float8_units(level) if matmul == "float8" else 0.0
+    in_block = _recomputed_units(checkpointing, saved, transformer, bytes_each) + _gradient_units(lora)
+    in_block += _fp8_units(checkpointing) if fp8_matmul else 0.0
     return MemoryEstimate(
-        base_weights_bytes=shard(base_bytes(transformer, base, bytes_each), 3) * on_gpu,
+        base_weights_bytes=shard(base_bytes(transformer, quantization, bytes_each), 3) * on_gpu,
         gathered_weights_bytes=round(_gathered_blocks(transformer, lora, zero) * block_bytes) if stage == 3 else 0,
-        unpacked_weight_bytes=4 * transformer.width**2 * unpacked_bytes(base, matmul, bytes_each),
+        unpacked_weight_bytes=4 * transformer.width**2 * unpacked_bytes(quantization, fp8_matmul, bytes_each),
         lora_weights_bytes=(shard(lora.num_parameters, 3) * on_gpu + whole_lora) * bytes_each,
         lora_gradients_bytes=0 if optimizer_offloaded and stage >= 2 else shard(lora.num_parameters, 2) * bytes_each,
         optimizer_state_bytes=0 if optimizer_offloaded else shard(lora.num_parameters, 1) * (12 if stage else 8),
@@ -241,7 +247,7 @@ def training_memory(
         rotary_tables_bytes=rotary_bytes,
         inputs_and_loss_bytes=batch_size * _inputs_and_loss_bytes(shape, geometry, transformer, bytes_each),
         cuda_context_bytes=CUDA_CONTEXT_BYTES,
-        kept_activations_bytes=round(unit * _kept_units(level, saved, transformer, bytes_each)),
+        kept_activations_bytes=round(unit * _kept_units(checkpointing, saved, transformer, bytes_each)),
         block_activations_bytes=max(round(unit * in_block), block_bytes),
         first_frame_encode_bytes=vae_encode_bytes(dataclasses.replace(shape, frames=1), False, vae, bytes_each),
         optimizer_step_bytes=0 if optimizer_offloaded or not stage else shard(lora.num_parameters, 1) * 4,
@@ -254,10 +260,10 @@ def _unit_bytes(
     geometry: ModelGeometry,
     transformer: TransformerSize,
     bytes_each: int,
-    sequence: int,
+    sequence_size: int,
 ) -> int:
     """U: one tensor of the transformer's width over a rank's tokens, such as a block's input."""
-    return batch_size * -(-num_tokens(shape, geometry) // sequence) * transformer.width * bytes_each
+    return batch_size * -(-num_tokens(shape, geometry) // sequence_size) * transformer.width * bytes_each
 
 
 def pinned_bytes(
@@ -266,25 +272,25 @@ def pinned_bytes(
     geometry: ModelGeometry,
     transformer: TransformerSize,
     precision: str,
-    level: str,
-    sequence: int = 1,
+    checkpointing: str,
+    sequence_size: int = 1,
 ) -> int:
-    """Pinned host memory of one rank that trains clips of this shape: with block+offload every block's input, U, in
+    """Pinned host memory of one rank that trains clips of this shape: with full+offload every block's input, U, in
     whole pages; else 0. What the loaders and DeepSpeed's offload pin is not in it.
     """
-    if level != "block+offload":
+    if checkpointing != "full+offload":
         return 0
     bytes_each = 2 if precision == "bf16" else 4
-    unit = _unit_bytes(shape, batch_size, geometry, transformer, bytes_each, sequence)
+    unit = _unit_bytes(shape, batch_size, geometry, transformer, bytes_each, sequence_size)
     return transformer.num_layers * -(-unit // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
-def base_bytes(transformer: TransformerSize, base: str, bytes_each: int) -> int:
-    """The frozen weights, whole. base: "full", or of `BASES`: then the blocks' linear layers are quantised."""
+def base_bytes(transformer: TransformerSize, quantization: str, bytes_each: int) -> int:
+    """The frozen weights, whole. quantization: "none", or of `QUANTIZED_BYTES`, for the linear layers of the blocks."""
     total = transformer.num_parameters * bytes_each
-    if base == "full":
+    if quantization == "none":
         return total
-    each, group, _ = BASES[base]
+    each, group, _ = QUANTIZED_BYTES[quantization]
     numbers = transformer.block_linear_numbers
     scales = numbers // group if group else transformer.block_linear_rows
     return total - transformer.num_layers * (numbers * bytes_each - round(numbers * each) - 4 * scales)
@@ -326,17 +332,21 @@ def _attention_units(transformer: TransformerSize, bytes_each: int) -> float:
     return 1 + 4 * transformer.num_heads / (transformer.width * bytes_each)
 
 
-def _kept_units(level: str, saved: float, transformer: TransformerSize, bytes_each: int) -> float:
+def _kept_units(checkpointing: str, saved: float, transformer: TransformerSize, bytes_each: int) -> float:
     """What all blocks together keep for the backward pass, in U."""
-    each = {"none": 1 + saved, "attention_kept": 1 + _attention_units(transformer, bytes_each), "block": 1.0}
-    return min(2, transformer.num_layers) if level == "block+offload" else transformer.num_layers * each[level]
+    each = {"none": 1 + saved, "selective": 1 + _attention_units(transformer, bytes_each), "full": 1.0}
+    return (
+        min(2, transformer.num_layers)
+        if checkpointing == "full+offload"
+        else transformer.num_layers * each[checkpointing]
+    )
 
 
-def _recomputed_units(level: str, saved: float, transformer: TransformerSize, bytes_each: int) -> float:
+def _recomputed_units(checkpointing: str, saved: float, transformer: TransformerSize, bytes_each: int) -> float:
     """What a block saves when it is computed anew, in U."""
-    if level == "none":
+    if checkpointing == "none":
         return 0.0
-    return saved - (_attention_units(transformer, bytes_each) if level == "attention_kept" else 0.0)
+    return saved - (_attention_units(transformer, bytes_each) if checkpointing == "selective" else 0.0)
 
 
 def _gradient_units(lora: LoraSize) -> float:
@@ -349,24 +359,24 @@ def _gradient_units(lora: LoraSize) -> float:
     return (6 if "ff.net.2" in lora.block_layers else 9) - ("norm2.linear" in lora.block_layers)
 
 
-def _float8_units(level: str) -> float:
-    """What float8 products add to the worst moment of a block that is not compiled, in U.
+def _fp8_units(checkpointing: str) -> float:
+    """What fp8 matmul adds to the worst moment of a block that is not compiled, in U.
 
     Their rows are rounded by way of float32: of the feed-forward's width, 4 U, that is 8 U, and 2 U of codes. It comes
     in the block's forward pass or in the backward pass of the feed-forward's first layer: beside less than what is
     counted without them where the forward pass is not run again. Seen in runs of the real shapes without numbers.
     """
-    return 3.0 if level == "none" else 8.0
+    return 3.0 if checkpointing == "none" else 8.0
 
 
-def unpacked_bytes(base: str, matmul: str, bytes_each: int) -> int:
+def unpacked_bytes(quantization: str, fp8_matmul: bool, bytes_each: int) -> int:
     """Bytes a number of a frozen weight while it is unpacked for a product."""
-    if base == "full":
+    if quantization == "none":
         return 0
-    return bytes_each + (TURNED_BYTES if matmul == "float8" else BASES[base][2])
+    return bytes_each + (TURNED_BYTES if fp8_matmul else QUANTIZED_BYTES[quantization][2])
 
 
-def saved_units(transformer: TransformerSize, lora: LoraSize, bytes_each: int, sequence: int = 1) -> float:
+def saved_units(transformer: TransformerSize, lora: LoraSize, bytes_each: int, sequence_size: int = 1) -> float:
     """What autograd keeps of one block besides its input, as a multiple of U = tokens x width x bytes_each.
 
     The base is frozen, so a linear layer's input is kept only where an adapter reads it. In U:
@@ -374,8 +384,8 @@ def saved_units(transformer: TransformerSize, lora: LoraSize, bytes_each: int, s
         3 attention's q, k, v; 2 q and k before their norm; 1 attention's output; 1 input of the second norm;
         4 input of GELU                                                                    11, always
         1 input of q, k, v where one of them is adapted (attention's last layer reads attention's output itself; with
-        sequence > 1 a copy of it, 1); 1 of the feed-forward; 4 of its second layer; 1 what is gated, where the layer
-        that makes the gate is adapted
+        sequence_size > 1 a copy of it, 1); 1 of the feed-forward; 4 of its second layer; 1 what is gated, where the
+        layer that makes the gate is adapted
         rank / width for every adapter on a sequence
         float32 statistics: 2 a head for each of the norms of q and k, 1 a head for attention, 2 for each block norm
 
@@ -384,7 +394,7 @@ def saved_units(transformer: TransformerSize, lora: LoraSize, bytes_each: int, s
     layers = lora.block_layers
     units = 11.0
     units += any(name in layers for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v"))
-    units += sequence > 1 and "attn1.to_out.0" in layers
+    units += sequence_size > 1 and "attn1.to_out.0" in layers
     units += "ff.net.0.proj" in layers
     units += 4 * ("ff.net.2" in layers)
     units += sum(name in layers for name in ("norm1.linear", "norm2.linear"))

@@ -95,9 +95,9 @@ class Setup:
     """The run that is reported on.
 
     batch_sizes: clips per rank and micro-step of each bucket; epoch_sizes: samples of each bucket that one epoch
-    trains, repeats included (None: the clips' windows); zero: the resolved `zero_optimization` section; levels: what
-    each bucket recomputes (`train.recompute`); base and matmul: of `model`; sequence: ranks that share a clip;
-    gpu_bytes: memory of one GPU, None on CPUs.
+    trains, repeats included (None: the clips' windows); zero: the resolved `zero_optimization` section;
+    checkpointing_modes: what each bucket recomputes (`train.activation_checkpointing`); quantization and fp8_matmul:
+    of `model`; sequence_size: ranks that share a clip; gpu_bytes: memory of one GPU, None on CPUs.
     """
 
     buckets: Sequence[ClipShape]
@@ -110,21 +110,21 @@ class Setup:
     lora: LoraSize
     vae: VaeSize
     precision: str
-    levels: Sequence[str]
+    checkpointing_modes: Sequence[str]
     cached: bool = True
     epoch_sizes: Sequence[float] | None = None
     steps_per_epoch: float | None = None
     rates: Rates | None = None
     max_unusable: float = 1.0
-    base: str = "full"
-    matmul: str = "full"
-    sequence: int = 1
+    quantization: str = "none"
+    fp8_matmul: bool = False
+    sequence_size: int = 1
     gpu_bytes: float | None = None
 
     @property
     def data_ranks(self) -> int:
         """Ranks, or groups of ranks that share a clip, which train clips of their own."""
-        return self.num_ranks // self.sequence
+        return self.num_ranks // self.sequence_size
 
     @property
     def bytes_each(self) -> int:
@@ -136,8 +136,9 @@ class BucketReport:
     """One bucket. Shares are in [0, 1] and 0 where it has no clip; step_s is None where nothing was measured.
 
     micro_steps and steps: of one epoch. crop_share: mean share of the picture cut away; upscaled_share: of clips
-    that are enlarged; unused_share: mean share of a clip's frames that no sample takes. level: what is recomputed;
-    shortfall: a sentence where memory is not enough for it, else "". pinned_bytes: host memory of one GPU's process.
+    that are enlarged; unused_share: mean share of a clip's frames that no sample takes. checkpointing: what is
+    recomputed; shortfall: a sentence where memory is not enough for it, else "". pinned_bytes: host memory of one
+    GPU's process.
     """
 
     shape: ClipShape
@@ -151,7 +152,7 @@ class BucketReport:
     upscaled_share: float
     unused_share: float
     cache_bytes: int
-    level: str
+    checkpointing: str
     memory: MemoryEstimate
     pinned_bytes: int
     shortfall: str
@@ -228,7 +229,7 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
     rotary = sum(rotary_table_bytes(shape, setup.geometry) for shape in setup.buckets)
     setting = Setting(
         setup.geometry, Sizes(setup.transformer, setup.lora), setup.vae, setup.zero, setup.num_ranks, setup.precision,
-        setup.base, setup.sequence, rotary, setup.matmul,
+        setup.quantization, setup.sequence_size, rotary, setup.fp8_matmul,
     )  # fmt: skip
     buckets = []
     for index, shape in enumerate(setup.buckets):
@@ -251,10 +252,10 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
                     if setup.cached
                     else 0
                 ),
-                level=setup.levels[index],
-                memory=setting.estimate(shape, batch_size, setup.levels[index]),
-                pinned_bytes=setting.pinned_bytes(shape, batch_size, setup.levels[index]),
-                shortfall=shortfall(setting, shape, batch_size, setup.levels[index], setup.gpu_bytes),
+                checkpointing=setup.checkpointing_modes[index],
+                memory=setting.estimate(shape, batch_size, setup.checkpointing_modes[index]),
+                pinned_bytes=setting.pinned_bytes(shape, batch_size, setup.checkpointing_modes[index]),
+                shortfall=shortfall(setting, shape, batch_size, setup.checkpointing_modes[index], setup.gpu_bytes),
                 step_s=step_s,
                 step_is_measured=measured,
             )

@@ -28,7 +28,7 @@ from cogds.process.worker_pool import Failure, GuardedPool
 from cogds.report.facts import Captions, ClipTable, Report, Setup, make_report, measured_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
-from cogds.train.tuning import Sizes, choose_levels
+from cogds.train.tuning import Sizes, choose_checkpointing
 
 # More captions than this are not all tokenized: as many are taken, evenly spaced, and counted for the rest.
 MAX_TOKENIZED = 100_000
@@ -52,7 +52,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     ds_config = load_ds_config(ds_path)
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
-    check_sequence(cfg.parallel.sequence, args.num_gpus, model.transformer_config["num_attention_heads"])
+    check_sequence(cfg.parallel.sequence_size, args.num_gpus, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     ds_config, cfg = resolve(ds_config, cfg, explicit, args.num_gpus, model.hidden_size, ds_path)
     manifest = update_manifest(cfg, World(0, 1, 0, 1), digests=False)
@@ -97,7 +97,7 @@ def run_report(
     """The report of a run with a resolved DeepSpeed config. gpu_bytes: memory of one GPU; None: on CPUs."""
     sizes = Sizes.of(cfg, model)
     mixture = Mixture(found.placement.sizes, found.repeats, cfg.seed)
-    data_ranks = num_ranks // cfg.parallel.sequence
+    data_ranks = num_ranks // cfg.parallel.sequence_size
     plan = make_plan(cfg, mixture, found.buckets, model, data_ranks) if found.num_windows else None
     sizes_of_batches = plan.local_batch_sizes if plan else (1,) * len(found.buckets)
     setup = Setup(
@@ -111,15 +111,17 @@ def run_report(
         lora=sizes.lora,
         vae=model.vae_size,
         precision=cfg.train.precision,
-        levels=choose_levels(cfg, ds_config, model, found.buckets, sizes_of_batches, num_ranks, gpu_bytes),
+        checkpointing_modes=choose_checkpointing(
+            cfg, ds_config, model, found.buckets, sizes_of_batches, num_ranks, gpu_bytes
+        ),
         cached=cfg.data.encode == "cached",
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
         max_unusable=cfg.data.max_unusable,
         rates=measured_rates(Path(cfg.output_dir) / "metrics.jsonl"),
-        base=cfg.model.base,
-        matmul=cfg.model.matmul,
-        sequence=cfg.parallel.sequence,
+        quantization=cfg.model.quantization,
+        fp8_matmul=cfg.model.fp8_matmul,
+        sequence_size=cfg.parallel.sequence_size,
         gpu_bytes=gpu_bytes,
     )
     return make_report(clips, setup, count_captions(found.table, model))

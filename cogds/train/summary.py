@@ -23,7 +23,7 @@ EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # of one number in the LoRA's file
 def summary(run: Run, resume_from: Path | None, dry_run: bool = False) -> list[str]:
     """Model, LoRA, ranks, buckets, memory, where things are written, and what will not be trained: a fact a line."""
     cfg, plan, data, sizes = run.cfg, run.plan, run.data, Sizes.of(run.cfg, run.model)
-    sharing = f", {run.world.sequence} to a clip" if run.world.sequence > 1 else ""
+    sharing = f", {run.world.sequence_size} to a clip" if run.world.sequence_size > 1 else ""
     num_numbers = sizes.lora.num_parameters
     lines = [
         f"model {cfg.model.path}, {magnitude(sizes.transformer.num_parameters)} parameters",

@@ -1,10 +1,10 @@
-"""How the transformer runs here: attention kernel, compiled or not, and what each bucket recomputes.
+"""How the transformer runs here: attention kernel, compiled or not, and the activation checkpointing of each bucket.
 
     execution = choose_execution(cfg, ds_config, model, buckets, batch_sizes, world)
-    prepare_blocks(transformer, execution); transformer.set_level(execution.levels[bucket])
+    prepare_blocks(transformer, execution); transformer.set_checkpointing(execution.checkpointing_modes[bucket])
 
 Rank 0 measures and reckons, all do the same. None of it changes what is computed but in the last bits. Where a bucket
-does not fit by the memory model, that is said here, with what would help; `rehearsal` then tries it.
+does not fit by the memory model, that is said here, with what would help; `memory_check` then tries it.
 """
 
 import dataclasses
@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from cogds.config.deepspeed import zero_stage
-from cogds.config.schema import RECOMPUTE_LEVELS, RunConfig
+from cogds.config.schema import CHECKPOINTING_MODES, RunConfig
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
 from cogds.core.memory import (
     LoraSize,
@@ -37,7 +37,7 @@ from cogds.metrics.trackers import check_monitors
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.attention import fastest, use
-from cogds.model.transformer.quantize import check_base
+from cogds.model.transformer.quantize import check_quantization
 
 # Of a GPU's memory, what an estimate may take: the rest is the allocator's holes and other processes'.
 USABLE_SHARE = 0.92
@@ -47,14 +47,15 @@ MAX_REMEDIES = 6
 
 @dataclass(frozen=True)
 class Execution:
-    """kernel: of `model.attention.KERNELS`. levels: of `RECOMPUTE_LEVELS`, and estimates, by bucket. lines: why, for
-    people; the buckets' are `execution_lines`. device_bytes: of the smallest GPU, None on CPUs. shortfalls: by bucket,
-    "" where it fits. pinned: host memory of a rank, by bucket (`pinned_bytes`); ranks_a_node: that have as much.
+    """kernel: of `model.attention.KERNELS`. checkpointing_modes: of `CHECKPOINTING_MODES`, and estimates, by bucket.
+    lines: why, for people; the buckets' are `execution_lines`. device_bytes: of the smallest GPU, None on CPUs.
+    shortfalls: by bucket, "" where it fits. pinned: host memory of a rank, by bucket
+    (`pinned_bytes`); ranks_a_node: that have as much.
     """
 
     kernel: str
     compiled: bool
-    levels: tuple[str, ...]
+    checkpointing_modes: tuple[str, ...]
     lines: tuple[str, ...] = ()
     estimates: tuple[MemoryEstimate, ...] = ()
     device_bytes: float | None = None
@@ -76,15 +77,16 @@ class Sizes:
         layers, rank = dict(empty.named_modules()), cfg.lora.rank
         targets = resolve_targets(empty, cfg.lora.target_modules)
         numbers = sum(rank * (layers[name].in_features + layers[name].out_features) for name in targets)
-        base = sum(parameter.numel() for parameter in empty.parameters())
+        num_parameters = sum(parameter.numel() for parameter in empty.parameters())
         return cls(
-            TransformerSize.from_config(model.transformer_config, base), LoraSize.from_targets(targets, numbers, rank)
+            TransformerSize.from_config(model.transformer_config, num_parameters),
+            LoraSize.from_targets(targets, numbers, rank),
         )
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What a rank's memory depends on, but for the bucket, its batch and what it recomputes: see `training_memory`."""
+    """What a rank's memory depends on, besides the bucket, its batch and checkpointing mode: see `training_memory`."""
 
     geometry: ModelGeometry
     sizes: Sizes
@@ -92,10 +94,10 @@ class Setting:
     zero: Mapping[str, Any]
     num_ranks: int
     precision: str
-    base: str = "full"
-    sequence: int = 1
+    quantization: str = "none"
+    sequence_size: int = 1
     rotary_bytes: int = 0
-    matmul: str = "full"
+    fp8_matmul: bool = False
 
     @classmethod
     def of(
@@ -115,31 +117,32 @@ class Setting:
             zero=ds_config.get("zero_optimization", {}),
             num_ranks=num_ranks,
             precision=cfg.train.precision,
-            base=cfg.model.base,
-            matmul=cfg.model.matmul,
-            sequence=cfg.parallel.sequence,
+            quantization=cfg.model.quantization,
+            fp8_matmul=cfg.model.fp8_matmul,
+            sequence_size=cfg.parallel.sequence_size,
             rotary_bytes=sum(rotary_table_bytes(shape, model.geometry) for shape in buckets),
         )
 
-    def estimate(self, shape: ClipShape, batch_size: int, level: str) -> MemoryEstimate:
+    def estimate(self, shape: ClipShape, batch_size: int, checkpointing: str) -> MemoryEstimate:
         """The memory of a rank while it trains this bucket."""
         return training_memory(
             shape, batch_size, self.geometry, self.sizes.transformer, self.sizes.lora, self.vae, self.zero,
-            self.num_ranks, self.precision, level, self.rotary_bytes, self.base, self.sequence, self.matmul,
+            self.num_ranks, self.precision, checkpointing, self.rotary_bytes, self.quantization, self.sequence_size,
+            self.fp8_matmul,
         )  # fmt: skip
 
-    def pinned_bytes(self, shape: ClipShape, batch_size: int, level: str) -> int:
+    def pinned_bytes(self, shape: ClipShape, batch_size: int, checkpointing: str) -> int:
         """The pinned host memory of a rank while it trains this bucket."""
         return pinned_bytes(
-            shape, batch_size, self.geometry, self.sizes.transformer, self.precision, level, self.sequence
+            shape, batch_size, self.geometry, self.sizes.transformer, self.precision, checkpointing, self.sequence_size
         )
 
-    def least_recomputed(self, shape: ClipShape, batch_size: int, device_bytes: float) -> str:
-        """The level that recomputes least and fits; where none does, the one that needs least memory."""
-        for level in RECOMPUTE_LEVELS:
-            if fits(self.estimate(shape, batch_size, level), device_bytes):
-                return level
-        return RECOMPUTE_LEVELS[-1]
+    def least_checkpointing(self, shape: ClipShape, batch_size: int, device_bytes: float) -> str:
+        """The mode that recomputes least and fits; where none does, the one that needs the least memory."""
+        for checkpointing in CHECKPOINTING_MODES:
+            if fits(self.estimate(shape, batch_size, checkpointing), device_bytes):
+                return checkpointing
+        return CHECKPOINTING_MODES[-1]
 
 
 def fits(estimate: MemoryEstimate, device_bytes: float) -> bool:
@@ -152,7 +155,7 @@ def memory_of(device: torch.device) -> float | None:
     return float(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
 
 
-def choose_levels(
+def choose_checkpointing(
     cfg: RunConfig,
     ds_config: dict[str, Any],
     model: ModelFolder,
@@ -161,33 +164,40 @@ def choose_levels(
     num_ranks: int,
     device_bytes: float | None,
 ) -> tuple[str, ...]:
-    """What every bucket recomputes: as asked, or the least that fits a GPU of so many bytes; None: any memory will do.
+    """The activation checkpointing of every bucket: as configured, or the least that fits a GPU of `device_bytes`.
 
-    Where nothing fits, the level that needs least. Raises UserError for a bucket in `train.recompute_by_bucket` that
-    the run does not have.
+    device_bytes: None for no limit.
+
+    Where nothing fits, the mode that needs least. Raises UserError for a bucket in
+    `train.activation_checkpointing_by_bucket` that the run does not have.
     """
     names = [str(shape) for shape in buckets]
-    for name in cfg.train.recompute_by_bucket:
+    for name in cfg.train.activation_checkpointing_by_bucket:
         if name not in names:
             raise UserError(
-                f"train.recompute_by_bucket names {name}, which is no bucket of this run{did_you_mean(name, names)}; "
+                f"train.activation_checkpointing_by_bucket names {name}, which is no bucket of this "
+                f"run{did_you_mean(name, names)}; "
                 f"there are {', '.join(names)}"
             )
-    asked = [cfg.train.recompute_by_bucket.get(name, cfg.train.recompute) for name in names]
+    asked = [
+        cfg.train.activation_checkpointing_by_bucket.get(name, cfg.train.activation_checkpointing) for name in names
+    ]
     if "auto" not in asked:
         return tuple(asked)
     if device_bytes is None:
-        return tuple("none" if level == "auto" else level for level in asked)
+        return tuple("none" if checkpointing == "auto" else checkpointing for checkpointing in asked)
     setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), buckets, num_ranks)
     return tuple(
-        setting.least_recomputed(shape, batch_size, device_bytes) if level == "auto" else level
-        for shape, batch_size, level in zip(buckets, batch_sizes, asked)
+        setting.least_checkpointing(shape, batch_size, device_bytes) if checkpointing == "auto" else checkpointing
+        for shape, batch_size, checkpointing in zip(buckets, batch_sizes, asked)
     )
 
 
-def shortfall(setting: Setting, shape: ClipShape, batch_size: int, level: str, device_bytes: float | None) -> str:
-    """A sentence for a bucket that does not fit at its level, with what would make it fit; "" where it does."""
-    if device_bytes is None or fits(estimate := setting.estimate(shape, batch_size, level), device_bytes):
+def shortfall(
+    setting: Setting, shape: ClipShape, batch_size: int, checkpointing: str, device_bytes: float | None
+) -> str:
+    """A sentence for a bucket that does not fit in its checkpointing mode, with remedies; "" where it does."""
+    if device_bytes is None or fits(estimate := setting.estimate(shape, batch_size, checkpointing), device_bytes):
         return ""
     ways = list(itertools.islice(_remedies(setting, shape, batch_size, device_bytes), MAX_REMEDIES))
     advice = (
@@ -197,14 +207,14 @@ def shortfall(setting: Setting, shape: ClipShape, batch_size: int, level: str, d
     )
     return (
         f"{shape}, batch {batch_size}, will not fit: about {_gigabytes(estimate.total_bytes)} with "
-        f"train.recompute={level}, of {_gigabytes(device_bytes)} on a GPU; {advice}"
+        f"train.activation_checkpointing={checkpointing}, of {_gigabytes(device_bytes)} on a GPU; {advice}"
     )
 
 
 def _remedies(setting: Setting, shape: ClipShape, batch_size: int, device_bytes: float) -> Iterator[str]:
     """Changes of the run that make a bucket fit, in words: single ones, and where there are none, pairs.
 
-    Each is taken with the level of recomputing that is fastest with it; none at all means another level.
+    Each is taken with the checkpointing mode that is fastest with it; none at all means another mode.
     """
     changes = _changes(setting, batch_size)
     for count in range(3):
@@ -214,15 +224,19 @@ def _remedies(setting: Setting, shape: ClipShape, batch_size: int, device_bytes:
             if len(values) < len(chosen):
                 continue  # two values of one thing
             changed = dataclasses.replace(setting, **{name: values[name] for name in values if name != "batch_size"})
-            if changed.base != "full" and int(changed.zero.get("stage", 0)) == 3:
-                continue  # what is quantised is not shared out
+            if changed.quantization != "none" and int(changed.zero.get("stage", 0)) == 3:
+                continue  # quantized weights are not sharded
             size = values.get("batch_size", batch_size)
-            level = changed.least_recomputed(shape, size, device_bytes)
-            estimate = changed.estimate(shape, size, level)
+            checkpointing = changed.least_checkpointing(shape, size, device_bytes)
+            estimate = changed.estimate(shape, size, checkpointing)
             if fits(estimate, device_bytes):
                 names = " with ".join(name for name, _ in chosen)
                 memory = _gigabytes(estimate.total_bytes)
-                ways.append(f"{names} ({level}, {memory})" if names else f"train.recompute={level} ({memory})")
+                ways.append(
+                    f"{names} ({checkpointing}, {memory})"
+                    if names
+                    else f"train.activation_checkpointing={checkpointing} ({memory})"
+                )
         if ways:
             yield from ways
             return
@@ -238,22 +252,24 @@ def _changes(setting: Setting, batch_size: int) -> list[tuple[str, dict[str, Any
     if stage < 2 or (stage == 2 and not zero.get("offload_optimizer")):
         offloaded = {"stage": 2, **small, "overlap_comm": False, "offload_optimizer": on_host}
         changes.append(("--deepspeed ds_configs/zero2_offload.json", {"zero": offloaded}))
-    if setting.base == "full":
-        changes += [(f"model.base={base}", {"base": base}) for base in ("int8", "nf4")]
+    if setting.quantization == "none":
+        changes += [(f"model.quantization={kind}", {"quantization": kind}) for kind in ("int8", "nf4")]
         if setting.num_ranks > 1 and stage < 3:
             changes.append(("--deepspeed ds_configs/zero3.json", {"zero": {"stage": 3, **small}}))
         if not zero.get("offload_param"):
             whole = {"stage": 3, **small, "offload_optimizer": on_host, "offload_param": on_host}
             changes.append(("--deepspeed ds_configs/zero3_offload.json", {"zero": whole}))
     for number in (2, 4, 8):
-        if setting.sequence < number and setting.num_ranks % number == 0 and heads % number == 0:
-            changes.append((f"parallel.sequence={number}", {"sequence": number}))
+        if setting.sequence_size < number and setting.num_ranks % number == 0 and heads % number == 0:
+            changes.append((f"parallel.sequence_size={number}", {"sequence_size": number}))
     return changes
 
 
 def check_execution(cfg: RunConfig, ds_config: dict[str, Any], world: World) -> None:
     """Raise UserError for what this GPU or what is installed cannot do. Before any weight is loaded."""
-    check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, zero_stage(ds_config), world.device)
+    check_quantization(
+        cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, zero_stage(ds_config), world.device
+    )
     check_monitors(ds_config)
     if cfg.model.compile == "on" and (missing := missing_to_compile(world.device)):
         raise UserError(
@@ -298,12 +314,14 @@ def choose_execution(
 
     def choose() -> Execution:
         device_bytes = min(memories, default=None)
-        levels = choose_levels(cfg, ds_config, model, buckets, batch_sizes, world.size, device_bytes)
+        checkpointing_modes = choose_checkpointing(
+            cfg, ds_config, model, buckets, batch_sizes, world.size, device_bytes
+        )
         setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), buckets, world.size)
         lines, kernel = [], cfg.model.attention
         if kernel == "auto":
             tokens = max(num_tokens(shape, model.geometry) for shape in buckets)
-            heads = model.transformer_config["num_attention_heads"] // world.sequence
+            heads = model.transformer_config["num_attention_heads"] // world.sequence_size
             kernel, times, failures = (
                 ("torch", {}, {})
                 if device.type == "cpu"
@@ -319,15 +337,15 @@ def choose_execution(
         return Execution(
             kernel,
             compiled,
-            levels,
+            checkpointing_modes,
             tuple(lines),
-            tuple(map(setting.estimate, buckets, batch_sizes, levels)),
+            tuple(map(setting.estimate, buckets, batch_sizes, checkpointing_modes)),
             device_bytes,
             tuple(
-                shortfall(setting, shape, batch_size, level, device_bytes)
-                for shape, batch_size, level in zip(buckets, batch_sizes, levels)
+                shortfall(setting, shape, batch_size, checkpointing, device_bytes)
+                for shape, batch_size, checkpointing in zip(buckets, batch_sizes, checkpointing_modes)
             ),
-            tuple(map(setting.pinned_bytes, buckets, batch_sizes, levels)),
+            tuple(map(setting.pinned_bytes, buckets, batch_sizes, checkpointing_modes)),
             world.local_size,
         )
 
@@ -343,21 +361,21 @@ def execution_lines(execution: Execution, buckets: Sequence[ClipShape], num_clip
     if most := max((size for size, num in zip(execution.pinned, num_clips) if num), default=0):
         ranks = execution.ranks_a_node
         node = f", {_gigabytes(ranks * most)} a node of {ranks}" if ranks > 1 else ""
-        lines.append(f"block+offload keeps {_gigabytes(most)} of pinned host memory a GPU{node}")
-    for shape, num, level, estimate, short in zip(
-        buckets, num_clips, execution.levels, execution.estimates, execution.shortfalls
+        lines.append(f"full+offload keeps {_gigabytes(most)} of pinned host memory a GPU{node}")
+    for shape, num, checkpointing, estimate, short in zip(
+        buckets, num_clips, execution.checkpointing_modes, execution.estimates, execution.shortfalls
     ):
         if not num:
             continue
         memory = "" if there is None else f"  about {_gigabytes(estimate.total_bytes)} of {_gigabytes(there)}"
-        lines.append(f"  {shape!s:>14}  recompute {level:<14}{memory}".rstrip())
+        lines.append(f"  {shape!s:>14}  activation checkpointing {checkpointing:<12}{memory}".rstrip())
         if short:
             warnings.append(f"warning: {short}")
     return lines + warnings
 
 
 def prepare_blocks(transformer: Any, execution: Execution) -> None:
-    """Let a transformer's blocks run as chosen; each batch then says `set_level`."""
+    """Let a transformer's blocks run as chosen; each batch then says `set_checkpointing`."""
     transformer.set_kernel(execution.kernel)
     transformer.note_dropout()
     if execution.compiled:

@@ -24,7 +24,7 @@ from cogds.core.memory import (
     vae_can_encode,
     vae_encode_bytes,
 )
-from cogds.model.transformer import checkpointing as recompute
+from cogds.model.transformer import checkpointing as checkpointing_module
 from cogds.model.transformer import forward as transformer_module
 from cogds.model.transformer import quantize
 from cogds.model.transformer import sequence_parallel as sequence_module
@@ -33,7 +33,7 @@ from cogds.model.transformer.quantize import _MATMUL, Packed, PackedLinear, pack
 from cogds.model.transformer.sequence_parallel import SequenceGroup
 from tests.live_bytes import LiveBytes
 
-LEVELS = ("none", "attention_kept", "block", "block+offload")
+CHECKPOINTING_MODES = ("none", "selective", "full", "full+offload")
 V15 = ModelGeometry(
     vae_spatial=8, vae_temporal=4, latent_channels=16, patch_size=2, patch_size_t=2, sample_height=300,
     sample_width=300, sample_frames=81, text_tokens=226, head_dim=64, rope=True, learned_positions=False, ofs=True,
@@ -45,7 +45,7 @@ FULL = ClipShape(81, 768, 1360)
 FULL_UNIT = 45_106 * 3072 * 2  # its tokens' bytes in bf16
 
 
-class Parked(recompute._Parked):
+class Parked(checkpointing_module._Parked):
     """A block's input on the host, told from the GPU where both are one device: what waits there does not count, what
     has come back does."""
 
@@ -68,13 +68,13 @@ class Parked(recompute._Parked):
 def flash(query, key, value, kernel):  # noqa: ARG001
     """The operation that FlashAttention is on a GPU, and of which torch knows what it returns and keeps without one."""
     operation = torch.ops.aten._scaled_dot_product_flash_attention.default
-    assert operation in recompute._ATTENTION
+    assert operation in checkpointing_module._ATTENTION
     return operation(*(one.transpose(1, 2) for one in (query, key, value)))[0].transpose(1, 2)
 
 
-def hold_in_float8(block):
-    """What `pack_block` makes of a block for float8 products, without numbers."""
-    pack_block(block, "full", "float8", fill=False)
+def hold_in_fp8(block):
+    """What `pack_block` makes of a block for fp8 matmul, without numbers."""
+    pack_block(block, "none", True, fill=False)
     for layer in block.modules():
         if isinstance(layer, PackedLinear):
             rows, columns = layer.shape
@@ -83,11 +83,13 @@ def hold_in_float8(block):
             layer.packed = Packed(_MATMUL, layer.shape, torch.bfloat16, (parts[0], scales[0], parts[1], scales[1]))
 
 
-def train_once(monkeypatch, size, layers, rank, level, latents, text_tokens, dtype, device, sequence=1, pack=None):
+def train_once(
+    monkeypatch, size, layers, rank, checkpointing, latents, text_tokens, dtype, device, sequence_size=1, pack=None
+):
     """Live bytes after the forward pass, and the peak of the backward pass, of the real transformer with a real LoRA.
 
-    latents: frames, height and width; weights and inputs do not count. sequence: ranks that share the clip, of which
-    this is the first.
+    latents: frames, height and width; weights and inputs do not count. sequence_size: ranks that share the clip, of
+    which this is the first.
     """
     frames, height, width = latents
     with torch.device(device):
@@ -103,9 +105,9 @@ def train_once(monkeypatch, size, layers, rank, level, latents, text_tokens, dty
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
         transformer.train()
-        transformer.set_level(level)
-        if sequence > 1:
-            transformer.share_sequence(SequenceGroup("of which nothing is sent", sequence, 0))
+        transformer.set_checkpointing(checkpointing)
+        if sequence_size > 1:
+            transformer.share_sequence(SequenceGroup("of which nothing is sent", sequence_size, 0))
         tokens = frames // 2 * (height // 2) * (width // 2)
         inputs = {
             "hidden_states": torch.zeros(1, frames, 32, height, width, dtype=dtype),
@@ -117,7 +119,7 @@ def train_once(monkeypatch, size, layers, rank, level, latents, text_tokens, dty
         known = [*transformer.parameters(), *transformer.buffers(), *inputs.values(), *rotary]
         live = LiveBytes(known)
         monkeypatch.setattr(Parked, "live", live, raising=False)
-        monkeypatch.setattr(recompute, "_Parked", Parked)
+        monkeypatch.setattr(checkpointing_module, "_Parked", Parked)
         with live:
             output = transformer(**inputs, image_rotary_emb=rotary, return_dict=False)[0]
             kept, live.peak = live.live, 0
@@ -125,66 +127,70 @@ def train_once(monkeypatch, size, layers, rank, level, latents, text_tokens, dty
         return kept, live.peak
 
 
-def estimated(shape, size, layers, rank, precision, level, **more):
+def estimated(shape, size, layers, rank, precision, checkpointing, **more):
     lora, zero = LoraSize(0, rank, frozenset(layers)), {"stage": 1}
-    return training_memory(shape, 1, V15, size, lora, COGVIDEOX_VAE, zero, 1, precision, level, **more)
+    return training_memory(shape, 1, V15, size, lora, COGVIDEOX_VAE, zero, 1, precision, checkpointing, **more)
 
 
 FEED = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
 EVERY = (*FEED, "norm1.linear", "norm2.linear")
-CASES = [(ATTENTION, level) for level in LEVELS]
-CASES += [(layers, level) for layers in (ATTENTION[:1], FEED, EVERY) for level in ("none", "block")]
+CASES = [(ATTENTION, checkpointing) for checkpointing in CHECKPOINTING_MODES]
+CASES += [(layers, checkpointing) for layers in (ATTENTION[:1], FEED, EVERY) for checkpointing in ("none", "full")]
 
 
-@pytest.mark.parametrize("layers, level", CASES, ids=[f"{len(layers)}-{level}" for layers, level in CASES])
-def test_activations_of_the_real_width_and_length(monkeypatch, layers, level):
+@pytest.mark.parametrize(
+    "layers, checkpointing", CASES, ids=[f"{len(layers)}-{checkpointing}" for layers, checkpointing in CASES]
+)
+def test_activations_of_the_real_width_and_length(monkeypatch, layers, checkpointing):
     """Four blocks of the real model on a full clip's tokens, without memory for their numbers: within 4%.
 
     The first block keeps less than the rest: nothing before it is trained.
     """
     monkeypatch.setattr(transformer_module, "attend", flash)
     size = dataclasses.replace(REAL, num_layers=4)
-    kept, peak = train_once(monkeypatch, size, layers, 128, level, (22, 96, 170), 226, torch.bfloat16, "meta")
-    estimate = estimated(FULL, size, layers, 128, "bf16", level)
+    kept, peak = train_once(monkeypatch, size, layers, 128, checkpointing, (22, 96, 170), 226, torch.bfloat16, "meta")
+    estimate = estimated(FULL, size, layers, 128, "bf16", checkpointing)
     assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.04)
     # The output of the last block and the head's input are there too; nothing is on its way back from the host yet.
-    after = estimate.kept_activations_bytes if level != "block+offload" else 0
+    after = estimate.kept_activations_bytes if checkpointing != "full+offload" else 0
     assert after + 2 * FULL_UNIT == pytest.approx(kept, rel=0.04)
 
 
-@pytest.mark.parametrize("level", ["attention_kept", "block"])
-def test_activations_where_two_ranks_share_the_clip(monkeypatch, level):
+@pytest.mark.parametrize("checkpointing", ["selective", "full"])
+def test_activations_where_two_ranks_share_the_clip(monkeypatch, checkpointing):
     """Exchanges between ranks, too, only say what they return: within 4%."""
     monkeypatch.setattr(sequence_module, "attend", flash)
     size = dataclasses.replace(REAL, num_layers=4)
-    _, peak = train_once(monkeypatch, size, ATTENTION, 128, level, (22, 96, 170), 226, torch.bfloat16, "meta", 2)
-    estimate = estimated(FULL, size, ATTENTION, 128, "bf16", level, sequence=2)
+    _, peak = train_once(
+        monkeypatch, size, ATTENTION, 128, checkpointing, (22, 96, 170), 226, torch.bfloat16, "meta", 2
+    )
+    estimate = estimated(FULL, size, ATTENTION, 128, "bf16", checkpointing, sequence_size=2)
     assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.04)
 
 
 @pytest.mark.parametrize("layers", [ATTENTION, FEED], ids=["attention", "feed"])
-@pytest.mark.parametrize("level", ["none", "block"])
-def test_activations_of_float8_products(monkeypatch, level, layers):
+@pytest.mark.parametrize("checkpointing", ["none", "full"])
+def test_activations_of_fp8_products(monkeypatch, checkpointing, layers):
     """In a block that is not compiled: within 5%."""
     monkeypatch.setattr(transformer_module, "attend", flash)
     # peft asks for a weight's dtype and device; nothing else unpacks it.
     monkeypatch.setattr(quantize, "_unpack", lambda _, shape, dtype, __: torch.empty(shape, dtype=dtype))
     size = dataclasses.replace(REAL, num_layers=4)
     _, peak = train_once(
-        monkeypatch, size, layers, 128, level, (22, 96, 170), 226, torch.bfloat16, "meta", pack=hold_in_float8
+        monkeypatch, size, layers, 128, checkpointing, (22, 96, 170), 226, torch.bfloat16, "meta", pack=hold_in_fp8
     )
-    estimate = estimated(FULL, size, layers, 128, "bf16", level, matmul="float8")
+    estimate = estimated(FULL, size, layers, 128, "bf16", checkpointing, fp8_matmul=True)
     assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.05)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_activations_of_a_small_model_that_really_computes(monkeypatch, level):
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
+def test_activations_of_a_small_model_that_really_computes(monkeypatch, checkpointing):
     """float32 on the CPU, with torch's own attention kernel: within 3%."""
     size = TransformerSize(0, num_layers=3, num_heads=4, head_dim=64, text_dim=64)
     shape = ClipShape(21, 128, 160)
     assert num_tokens(shape, V15) == 3 * 8 * 10 + 226
-    _, peak = train_once(monkeypatch, size, ATTENTION, 4, level, (6, 16, 20), 226, torch.float32, "cpu")
-    estimate = estimated(shape, size, ATTENTION, 4, "fp32", level)
+    _, peak = train_once(monkeypatch, size, ATTENTION, 4, checkpointing, (6, 16, 20), 226, torch.float32, "cpu")
+    estimate = estimated(shape, size, ATTENTION, 4, "fp32", checkpointing)
     assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.03)
 
 
@@ -267,7 +273,16 @@ def test_a_full_clip_needs_tiles_on_a_gpu_of_24_gb():
     assert vae_encode_bytes(FULL, tiling=False) > 24e9 > 10 * vae_encode_bytes(FULL, tiling=True)
 
 
-def memory(num_ranks=1, batch_size=1, level="block", precision="bf16", base="full", sequence=1, shape=FULL, **zero):
+def memory(
+    num_ranks=1,
+    batch_size=1,
+    checkpointing="full",
+    precision="bf16",
+    quantization="none",
+    sequence_size=1,
+    shape=FULL,
+    **zero,
+):
     rotary = rotary_table_bytes(shape, V15)
     return training_memory(
         shape,
@@ -279,10 +294,10 @@ def memory(num_ranks=1, batch_size=1, level="block", precision="bf16", base="ful
         zero,
         num_ranks,
         precision,
-        level,
+        checkpointing,
         rotary,
-        base,
-        sequence,
+        quantization,
+        sequence_size,
     )
 
 
@@ -339,18 +354,16 @@ def test_the_base_in_fewer_bytes():
     assert size.num_layers * size.block_linear_rows == rows
     for bytes_each in (2, 4):
         rest = (total - numbers) * bytes_each
-        assert base_bytes(size, "full", bytes_each) == total * bytes_each
-        assert (
-            base_bytes(size, "int8", bytes_each) == base_bytes(size, "float8", bytes_each) == rest + numbers + 4 * rows
-        )
+        assert base_bytes(size, "none", bytes_each) == total * bytes_each
+        assert base_bytes(size, "int8", bytes_each) == base_bytes(size, "fp8", bytes_each) == rest + numbers + 4 * rows
         assert base_bytes(size, "nf4", bytes_each) == rest + numbers // 2 + 4 * numbers // 64
-    full, nf4 = memory(stage=2), memory(stage=2, base="nf4")
+    full, nf4 = memory(stage=2), memory(stage=2, quantization="nf4")
     assert full.base_weights_bytes > 3.5 * nf4.base_weights_bytes
     assert full.unpacked_weight_bytes == 0 < nf4.unpacked_weight_bytes
 
 
 def test_ranks_that_share_a_clip():
-    one, two, four = (memory(8, stage=2, sequence=number) for number in (1, 2, 4))
+    one, two, four = (memory(8, stage=2, sequence_size=number) for number in (1, 2, 4))
     assert one.kept_activations_bytes == pytest.approx(2 * two.kept_activations_bytes, rel=1e-4)
     # Attention's output comes back to its tokens' ranks as a copy, which the adapter behind it keeps.
     units = two.block_activations_bytes / (FULL_UNIT / 2)
@@ -392,7 +405,7 @@ def test_the_total_is_the_worst_moment():
 def test_a_full_clip_of_the_published_model():
     """32 and 35 GB have been published for it, of other trainers and with other buffers."""
     assert 28e9 < memory(stage=2, reduce_bucket_size=9_437_184, overlap_comm=True).total_bytes < 38e9
-    assert memory(stage=2, level="none").total_bytes > 150e9
+    assert memory(stage=2, checkpointing="none").total_bytes > 150e9
     double = memory(stage=2, batch_size=2)
     assert double.kept_activations_bytes == 2 * memory(stage=2).kept_activations_bytes
 
@@ -401,14 +414,14 @@ def test_host_memory_of_blocks_inputs():
     """In whole pages: 11.6 GB for a full clip of the published model."""
     pages = 42 * -(-FULL_UNIT // 4096) * 4096
 
-    def pinned(level="block+offload", batch_size=1, precision="bf16", sequence=1):
-        return pinned_bytes(FULL, batch_size, V15, REAL, precision, level, sequence)
+    def pinned(checkpointing="full+offload", batch_size=1, precision="bf16", sequence_size=1):
+        return pinned_bytes(FULL, batch_size, V15, REAL, precision, checkpointing, sequence_size)
 
     assert pinned() == pages == pytest.approx(11.64e9, rel=1e-3)
-    assert [pinned(level) for level in LEVELS[:3]] == [0, 0, 0]
+    assert [pinned(checkpointing) for checkpointing in CHECKPOINTING_MODES[:3]] == [0, 0, 0]
     assert pinned(batch_size=2) == pytest.approx(2 * pages, rel=1e-4)
     assert pinned(precision="fp32") == pytest.approx(2 * pages, rel=1e-4)
-    assert pinned(sequence=2) == pytest.approx(pages / 2, rel=1e-4)
+    assert pinned(sequence_size=2) == pytest.approx(pages / 2, rel=1e-4)
 
 
 def test_cache_and_tables():

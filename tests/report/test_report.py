@@ -63,7 +63,7 @@ def setup(**changes):
         Setup(
             buckets=BUCKETS, geometry=V15, batch_sizes=(2, 1, 1), num_ranks=2, accumulation=2,
             zero={"stage": 2, "reduce_bucket_size": 9_437_184}, transformer=REAL, lora=REAL_LORA, vae=COGVIDEOX_VAE,
-            precision="bf16", levels=("block",) * 3,
+            precision="bf16", checkpointing_modes=("full",) * 3,
         ),
         **changes,
     )  # fmt: skip
@@ -199,7 +199,7 @@ def test_tables_are_plain_where_there_is_no_terminal():
 
 
 def test_pinned_host_memory_is_said_where_there_is_any():
-    offloaded = report(ROWS[1:3], levels=("block+offload",) * 3)
+    offloaded = report(ROWS[1:3], checkpointing_modes=("full+offload",) * 3)
     assert offloaded.buckets[1].pinned_bytes == pytest.approx(42 * 264 * 2**20, rel=0.01)  # 42 blocks' inputs
     assert re.search(r"pinned host memory for it +11\.6 GB", printed(offloaded))
     assert "pinned host memory for it</th><td>11.6 GB" in html_page(offloaded, table(ROWS), no_frame)
@@ -210,12 +210,13 @@ def test_what_does_not_fit_is_said_with_what_would():
     found = report(gpu_bytes=24e9)
     sentence = found.buckets[1].shortfall
     assert sentence.startswith(
-        "81x768x1360, batch 1, will not fit: about 31.6 GB with train.recompute=block, of 24.0 GB on a GPU; "
+        "81x768x1360, batch 1, will not fit: about 31.6 GB with train.activation_checkpointing=full, of 24.0 GB on a "
+        "GPU; "
     )
-    assert "train.recompute=block+offload (20.5 GB)" in sentence
+    assert "train.activation_checkpointing=full+offload (20.5 GB)" in sentence
     assert sentence in short_report(found)
-    assert re.search(r"81x768x1360 .* block +31\.6 GB, too much", printed(found))
-    assert "<td>block</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
+    assert re.search(r"81x768x1360 .* full +31\.6 GB, too much", printed(found))
+    assert "<td>full</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
     # What no clip is in is not spoken of.
     assert "will not fit" not in short_report(report(ROWS[:1], batch_sizes=(1, 9, 9), gpu_bytes=80e9))
     fitting = report(gpu_bytes=80e9)

@@ -547,7 +547,8 @@ def _file_settings(path: str) -> Iterator[_Setting]:
             f"config file {path} must hold sections with keys, as in `train: {{num_steps: 1000}}`, but is a list"
         )
     for key, value in typing.cast(dict, OmegaConf.to_container(root, resolve=False)).items():
-        if key in {*_SECTIONS, "monitor"} and isinstance(value, dict | NoneType):  # None: a section with every line commented out
+        # None: a section with every line commented out.
+        if key in {*_SECTIONS, "monitor"} and isinstance(value, dict | NoneType):
             yield from ((f"in {path}", f"{key}.{name}", child) for name, child in (value or {}).items())
         else:
             yield f"in {path}", str(key), value

@@ -164,7 +164,7 @@ class Trainer:
         ds_config = deepspeed_config(ds_name, cfg, self.model, world)
         torch.manual_seed(0)
         self.transformer = transformer or build_for_stage(
-            self.model, self.dtype, ds_config, self.device, cfg.model.base, cfg.model.matmul
+            self.model, self.dtype, ds_config, self.device, cfg.model.quantization, cfg.model.fp8_matmul
         )
         parameters = inject(self.transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, cfg.seed)
         self.num_lora = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)

@@ -19,7 +19,7 @@ from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, load_adapter
 from cogds.model.lora.file import LoraFile, described, read_loras
 from cogds.model.transformer.attention import use
-from cogds.model.transformer.quantize import check_base
+from cogds.model.transformer.quantize import check_quantization
 from cogds.train.evaluation import Evaluation
 from cogds.train.step import load_step_builder
 
@@ -47,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     check_all_fit(loras, model)
     for lora in loras:
         logger.info("\n".join(described(lora, "--lora-alpha")))
-    check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, 0, world.device)
+    check_quantization(cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
     data = prepare(cfg, model, job.buckets, world)
@@ -65,7 +65,9 @@ def main(args: argparse.Namespace) -> None:
 
 def load_evaluated(cfg: RunConfig, model: ModelFolder, device: torch.device, loras: Sequence[LoraFile] = ()) -> Any:
     """The whole transformer as the config asks for it, with LoRAs that fit it, in evaluation mode."""
-    transformer = load_transformer(model, DTYPES[cfg.train.precision], device, cfg.model.base, cfg.model.matmul)
+    transformer = load_transformer(
+        model, DTYPES[cfg.train.precision], device, cfg.model.quantization, cfg.model.fp8_matmul
+    )
     for lora in loras:
         add_lora(transformer, load_adapter(lora))
     if cfg.model.attention != "auto":

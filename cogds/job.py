@@ -75,9 +75,9 @@ class Job:
             num_ranks=self.num_ranks,
             precision=cfg.train.precision,
             buckets=self.buckets,
-            quantization=cfg.model.base,
-            fp8_matmul=cfg.model.matmul == "float8",
-            sequence_parallel=cfg.parallel.sequence,
+            quantization=cfg.model.quantization,
+            fp8_matmul=cfg.model.fp8_matmul,
+            sequence_size=cfg.parallel.sequence_size,
         )
 
     def plan(self, mixture: Mixture) -> Plan:
@@ -88,7 +88,7 @@ class Job:
         return Plan(
             mixture.virtual_sizes,
             self.batch_sizes,
-            self.num_ranks // cfg.parallel.sequence,
+            self.num_ranks // cfg.parallel.sequence_size,
             cfg.train.gradient_accumulation_steps,
             cfg.seed,
             costs=costs if cfg.data.sync == "cost" else (),
@@ -116,10 +116,10 @@ def load_job(
     ds_config = load_ds_config(args.deepspeed)
     cfg = replace(cfg, changes or {})
     num_ranks = num_ranks or world.size
-    world = dataclasses.replace(world, sequence=cfg.parallel.sequence)
+    world = dataclasses.replace(world, sequence_size=cfg.parallel.sequence_size)
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
-    check_sequence(cfg.parallel.sequence, num_ranks, model.transformer_config["num_attention_heads"])
+    check_sequence(cfg.parallel.sequence_size, num_ranks, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     targets = tuple(resolve_targets(empty_transformer(model), cfg.lora.target_modules))
     ds_config, cfg = resolve(ds_config, cfg, explicit, num_ranks, model.hidden_size, args.deepspeed)
@@ -150,14 +150,14 @@ def choose_checkpointing(job: Job, batch_sizes: Sequence[int], gpu_bytes: float 
     gpu_bytes: memory of one GPU; None: anything fits. If no mode fits, the one that needs least. Raises UserError for
     a bucket in the config that the run does not have.
     """
-    names, given = [str(shape) for shape in job.buckets], job.cfg.train.recompute_by_bucket
+    names, given = [str(shape) for shape in job.buckets], job.cfg.train.activation_checkpointing_by_bucket
     for name in given:
         if name not in names:
             raise UserError(
-                f"train.recompute_by_bucket: {name} is not a bucket of this run{did_you_mean(name, names)}. "
-                f"Choose one of {', '.join(names)}."
+                f"train.activation_checkpointing_by_bucket: {name} is not a bucket of this run"
+                f"{did_you_mean(name, names)}. Choose one of {', '.join(names)}."
             )
-    modes = [given.get(name, job.cfg.train.recompute) for name in names]
+    modes = [given.get(name, job.cfg.train.activation_checkpointing) for name in names]
     if gpu_bytes is None:
         return tuple("none" if mode == "auto" else mode for mode in modes)
     return tuple(

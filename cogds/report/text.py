@@ -77,8 +77,9 @@ def short_report(report: Report) -> str:
     lines += warning_lines(report)
     if largest := report.largest:
         lines.append(
-            f"about {gigabytes(largest.memory.total_bytes)} of GPU memory for {largest.shape} with train.recompute="
-            f"{largest.level} (an estimate), {gigabytes(report.cache_bytes)} of cache"
+            f"about {gigabytes(largest.memory.total_bytes)} of GPU memory for {largest.shape} with "
+            f"train.activation_checkpointing="
+            f"{largest.checkpointing} (an estimate), {gigabytes(report.cache_bytes)} of cache"
         )
     return "\n".join(lines + suggestion_lines(report)[:1])
 
@@ -103,7 +104,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(Text(line))
     table = _table(
         *("bucket", "clips", "samples", "tokens", "batch", "micro-steps", "steps", "cropped", "enlarged", "unused"),
-        *("cache", "recompute", "GPU memory", "s/step"),
+        *("cache", "checkpointing", "GPU memory", "s/step"),
         console=console,
     )
     for one in report.buckets:
@@ -111,7 +112,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
             *map(str, (one.shape, f"{one.num_clips:,}", f"{one.num_samples:,}", f"{one.num_tokens:,}", one.batch_size)),
             *(number(one.micro_steps), number(one.steps)),
             *map(percent, (one.crop_share, one.upscaled_share, one.unused_share)),
-            *(gigabytes(one.cache_bytes), one.level, memory_text(one), step_text(one)),
+            *(gigabytes(one.cache_bytes), one.checkpointing, memory_text(one), step_text(one)),
             style="" if one.num_samples else "dim",
         )
     console.print(table)

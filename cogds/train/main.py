@@ -16,7 +16,7 @@ from cogds.train.trainer import Trainer
 from cogds.train.tuning import check_execution
 
 # A dry run encodes no clip, and tries the largest bucket on a CPU too.
-DRY_RUN = {"data.encode": "on_the_fly", "train.rehearse": "on", "eval.every": None, "sample.every": None}
+DRY_RUN = {"data.encode": "on_the_fly", "train.memory_check": "on", "eval.every": None, "sample.every": None}
 
 
 def main(args: argparse.Namespace) -> None:

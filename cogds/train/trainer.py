@@ -45,7 +45,7 @@ from cogds.train.batches import Prefetcher, load_batches, make_micro_steps
 from cogds.train.callbacks import TAG, Callback, run_callbacks
 from cogds.train.evaluation import make_evaluation
 from cogds.train.first_look import FirstBatches, show_settings
-from cogds.train.memory_check import rehearse
+from cogds.train.memory_check import check_memory
 from cogds.train.meter import Meter
 from cogds.train.resume import Start, check_matching, continued_plan, data_identity, find_start, identity, resumed_data
 from cogds.train.run import Run
@@ -83,7 +83,7 @@ class Trainer:
             run.model, run.cfg.conditioning, run.data.no_caption_states, self.job.dtype, run.world.device
         )
         if self.dry_run:
-            tried = rehearse(run, engine, builder)
+            tried = check_memory(run, engine, builder)
             logger.log(RESULT, "%s\ndry run: ready to train; nothing was trained or saved", tried)
             return
         self.train(run, engine, builder, header)
@@ -141,7 +141,9 @@ class Trainer:
     def build(self, run: Run, start: Start) -> Any:
         """The DeepSpeed engine around the transformer with its LoRA, with a checkpoint's state if there is one."""
         cfg, world = run.cfg, run.world
-        transformer = load_for_stage(run.model, self.job.dtype, run.ds_config, world, cfg.model.base, cfg.model.matmul)
+        transformer = load_for_stage(
+            run.model, self.job.dtype, run.ds_config, world, cfg.model.quantization, cfg.model.fp8_matmul
+        )
         lora = cfg.lora
         parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
         if start.init_from:
@@ -165,7 +167,7 @@ class Trainer:
         show_settings(run, monitor)
         watchdog = Watchdog(world.rank, cfg.train.step_timeout_s, self.output_dir)
         watchdog.watch(lambda: "trying the largest bucket before the first step")
-        if tried := rehearse(run, engine, builder):
+        if tried := check_memory(run, engine, builder):
             monitor.note(run.first_step, tried.scalars())
             logger.info("%s", tried)
         saving = CheckpointCallback(run, engine, monitor, header)
@@ -187,7 +189,7 @@ class Trainer:
             if is_written:
                 saving.finish(step + 1)
             is_last = step + 1 == cfg.train.num_steps
-            if (step + 1) % cfg.monitor.every == 0 or is_last or is_stopped:
+            if (step + 1) % cfg.metrics.every == 0 or is_last or is_stopped:
                 bad_samples.settle()
             if num_bad == cfg.train.max_bad_steps:
                 monitor.close()
@@ -215,8 +217,8 @@ class Trainer:
         """What writes the metrics."""
         cfg = run.cfg
         return Monitor(
-            run.world, self.output_dir, run.buckets, run.first_step, cfg.train.num_steps, cfg.monitor.every,
-            cfg.monitor.progress_bar, relay_of(engine),
+            run.world, self.output_dir, run.buckets, run.first_step, cfg.train.num_steps, cfg.metrics.every,
+            cfg.metrics.progress_bar, relay_of(engine),
         )  # fmt: skip
 
     def end(self, run: Run) -> None:
@@ -254,7 +256,7 @@ def train_step(
         bad_samples.add(batch.bad)
         # By the rank itself: ranks that share a clip must not drop the same positions of their parts.
         seed_global(cfg.seed, step * plan.accumulation + number, world.rank)
-        engine.module.set_level(run.execution.buckets[batch.bucket].checkpointing)
+        engine.module.set_checkpointing(run.execution.buckets[batch.bucket].checkpointing)
         per_sample = v_loss(engine(**batch.inputs)[0], batch.target)
         loss = (batch.weights * per_sample).mean()
         meter.begin("backward")

@@ -2,7 +2,7 @@
 
     execution = choose_execution(job, batch_sizes)
     prepare_blocks(transformer, execution)
-    transformer.set_level(execution.buckets[bucket].checkpointing)
+    transformer.set_checkpointing(execution.buckets[bucket].checkpointing)
 
 Rank 0 decides; every rank follows. The choice changes results in the last bits only.
 """
@@ -27,7 +27,7 @@ from cogds.formatting import gigabytes
 from cogds.job import Job, choose_checkpointing
 from cogds.metrics.trackers import check_monitors
 from cogds.model.transformer.attention import fastest, use
-from cogds.model.transformer.quantize import check_base
+from cogds.model.transformer.quantize import check_quantization
 from cogds.process.environment import environment_variables
 
 
@@ -66,7 +66,9 @@ def gpu_memory(device: torch.device) -> float | None:
 def check_execution(job: Job) -> None:
     """Raise UserError for a setting that this GPU or installation does not support, before any weight is loaded."""
     cfg, world = job.cfg, job.world
-    check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, zero_stage(job.ds_config), world.device)
+    check_quantization(
+        cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, zero_stage(job.ds_config), world.device
+    )
     check_monitors(job.ds_config)
     if cfg.model.compile == "on" and (missing := missing_to_compile(world.device)):
         raise UserError(
@@ -134,7 +136,7 @@ def _choose_kernel(job: Job) -> tuple[str, list[str]]:
     if device.type == "cpu":
         return "torch", ["attention kernel: torch"]
     tokens = max(num_tokens(shape, model.geometry) for shape in job.buckets)
-    heads = model.transformer_config["num_attention_heads"] // job.world.sequence
+    heads = model.transformer_config["num_attention_heads"] // job.world.sequence_size
     kernel, times, failures = fastest(tokens, heads, model.geometry.head_dim, job.dtype, device)
     timings = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in sorted(times.items()))
     return kernel, [

@@ -63,7 +63,7 @@ MEMORY = published_memory(zero=ZeroSettings(stage=2, reduce_bucket_size=9_437_18
 
 def setup(**changes):
     """The setup of a run. Changes may be fields of the memory model, too."""
-    ours = Setup(MEMORY, batch_sizes=(2, 1, 1), accumulation=2, checkpointing=("block",) * 3)
+    ours = Setup(MEMORY, batch_sizes=(2, 1, 1), accumulation=2, checkpointing=("full",) * 3)
     of_memory = {name: changes.pop(name) for name in list(changes) if name in MEMORY.__dataclass_fields__}
     return dataclasses.replace(ours, memory=dataclasses.replace(MEMORY, **of_memory), **changes)
 
@@ -198,7 +198,7 @@ def test_tables_are_plain_where_there_is_no_terminal():
 
 
 def test_pinned_host_memory_is_said_where_there_is_any():
-    offloaded = report(ROWS[1:3], checkpointing=("block+offload",) * 3)
+    offloaded = report(ROWS[1:3], checkpointing=("full+offload",) * 3)
     assert offloaded.buckets[1].pinned_bytes == pytest.approx(42 * 264 * 2**20, rel=0.01)  # 42 blocks' inputs
     assert re.search(r"pinned host memory for it +11\.6 GB", printed(offloaded))
     assert "pinned host memory for it</th><td>11.6 GB" in html_page(offloaded, table(ROWS), no_frame)
@@ -209,7 +209,7 @@ def test_what_does_not_fit_is_said_with_what_would():
     found = report(gpu_bytes=24e9)
     sentence = found.buckets[1].shortfall
     assert all(part in sentence for part in ("81x768x1360", "31.6 GB", "24.0 GB"))
-    assert "train.recompute=block+offload (20.5 GB)" in sentence
+    assert "train.activation_checkpointing=full+offload (20.5 GB)" in sentence
     assert sentence in short_report(found)
     assert re.search(r"81x768x1360 .* block +31\.6 GB, too much", printed(found))
     assert "<td>block</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)

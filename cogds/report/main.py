@@ -1,4 +1,4 @@
-"""The report command: what will be trained and what will not, before the first GPU hour. It loads no weights."""
+"""The report command: which clips will be trained, and at what cost. Loads no weights."""
 
 import argparse
 import sys
@@ -25,12 +25,12 @@ from cogds.errors import UserError
 from cogds.model.load import ModelFolder, find_model, num_truncated
 from cogds.model.transformer.sequence_parallel import check_sequence
 from cogds.process.worker_pool import Failure, GuardedPool
-from cogds.report.facts import Captions, ClipTable, Report, Setup, make_report, measured_rates
+from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, make_report, read_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
 from cogds.train.tuning import choose_levels, memory_model
 
-# More captions than this are not all tokenized: as many are taken, evenly spaced, and counted for the rest.
+# Of more captions than this, evenly spaced ones are tokenized and the count is extrapolated.
 MAX_TOKENIZED = 100_000
 
 
@@ -62,18 +62,28 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     print_report(report)
     if args.html:
         with frame_reader(cfg) as first_frame:
-            write_html(Path(args.html), report, clips, first_frame, cfg.seed, args.config or str(default_config))
+            write_html(args.html, report, clips, first_frame, cfg.seed, args.config or str(default_config))
         print(f"the same with pictures: {args.html}")
 
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_gpus", metavar="N", type=int, default=1, help="how many GPUs the run will have")
-    parser.add_argument("--gpu_memory", metavar="GB", type=float, default=80.0, help="memory of one GPU (80)")
-    parser.add_argument("--html", metavar="REPORT.html", help="write the report as a page with plots and pictures, too")
+    parser.add_argument("--num_gpus", metavar="N", type=int, default=1, help="number of GPUs of the run")
+    parser.add_argument("--gpu_memory", metavar="GB", type=float, default=80.0, help="memory of one GPU [GB]")
+    parser.add_argument(
+        "--html", metavar="REPORT.html", type=_page_file, help="also write the report as a page with plots and pictures"
+    )
+
+
+def _page_file(text: str) -> Path:
+    """Check before the report is made that its page can be written."""
+    file = Path(text)
+    if not file.parent.is_dir():
+        raise UserError(f"--html: no such directory: {file.parent}. Create it, or choose another file.")
+    return file
 
 
 def clip_table(found: Survey) -> ClipTable:
-    """The survey's rows as the report takes them: without those that are held out."""
+    """The rows of the survey, without held-out clips."""
     placement = found.placement
     windows = np.bincount(placement.rows, minlength=len(found.table))
     table, buckets, frames, num_held_out = found.table, placement.row_buckets, placement.row_frames, 0
@@ -94,13 +104,13 @@ def run_report(
     num_ranks: int,
     gpu_bytes: float | None,
 ) -> Report:
-    """The report of a run with a resolved DeepSpeed config. gpu_bytes: memory of one GPU; None: on CPUs."""
+    """Report on a run with a resolved DeepSpeed config. gpu_bytes: memory of one GPU, None on CPUs."""
     memory = memory_model(cfg, ds_config, model, found.buckets, num_ranks)
     mixture = Mixture(found.placement.sizes, found.repeats, cfg.seed)
     data_ranks = num_ranks // cfg.parallel.sequence
     plan = make_plan(cfg, mixture, found.buckets, model, data_ranks) if found.num_windows else None
     sizes_of_batches = plan.local_batch_sizes if plan else (1,) * len(found.buckets)
-    setup = Setup(
+    setup = TrainingSetup(
         memory=memory,
         batch_sizes=sizes_of_batches,
         accumulation=cfg.train.gradient_accumulation_steps,
@@ -109,14 +119,14 @@ def run_report(
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
         max_unusable=cfg.data.max_unusable,
-        rates=measured_rates(Path(cfg.output_dir) / "metrics.jsonl"),
+        rates=read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         gpu_bytes=gpu_bytes,
     )
     return make_report(clips, setup, count_captions(found.table, model))
 
 
 def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
-    """What the manifest says of captions. Those that are too long are counted with the model's tokenizer."""
+    """Count missing, empty and distinct captions, and with the model's tokenizer those that are too long."""
     column, usable = table.column("caption"), pc.equal(table.column("status"), "ok")
     distinct = pc.unique(column.filter(usable).drop_null())
     taken = distinct
@@ -135,7 +145,7 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
 
 @contextmanager
 def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
-    """What reads single frames in a child process that may crash or hang: such a clip has no picture."""
+    """Read single frames in a worker process. A clip that crashes or hangs the worker gives None."""
     memory_bytes = round(cfg.data.decode_memory_gb * 1e9)
     with GuardedPool(decode, 1, cfg.data.decode_timeout_s, memory_bytes) as pool:
 

@@ -76,7 +76,7 @@ def memory_model(
         buckets=tuple(buckets),
         quantization=cfg.model.base,
         fp8_matmul=cfg.model.matmul == "float8",
-        sequence_parallel=cfg.parallel.sequence,
+        sequence_parallel_size=cfg.parallel.sequence,
     )
 
 

@@ -150,7 +150,7 @@ def test_bases_are_those_that_can_be_made(tiny_model):
     assert CHECKPOINTING_MODES == RECOMPUTE_LEVELS
     cfg = configured(tiny_model, "model.base=nf4", "parallel.sequence=2")
     memory = memory_model(cfg, {}, find_model(str(tiny_model)), BUCKETS, 2)
-    assert (memory.quantization, memory.sequence_parallel, memory.buckets) == ("nf4", 2, BUCKETS)
+    assert (memory.quantization, memory.sequence_parallel_size, memory.buckets) == ("nf4", 2, BUCKETS)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -157,6 +157,14 @@ def _count(text: str) -> int:
     return number
 
 
+def _new_file(text: str) -> Path:
+    """A file in a folder that exists."""
+    file = Path(text)
+    if not file.parent.is_dir():
+        raise UserError(f"command line: no such directory: {file.parent}. Create it, or choose another file.")
+    return file
+
+
 def _positive(text: str) -> float:
     if not 0 < (number := float(text)) < float("inf"):
         raise argparse.ArgumentTypeError(f"{number:g} is not above 0")
@@ -190,7 +198,9 @@ def _encode(parser: argparse.ArgumentParser) -> None:
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", metavar="N", type=_count, default=1, help="GPUs of the run (1)")
     parser.add_argument("--gpu-memory", metavar="GB", type=_positive, default=80.0, help="memory of one GPU [GB] (80)")
-    parser.add_argument("--html", metavar="REPORT.html", help="also write the report as a page with plots and pictures")
+    parser.add_argument(
+        "--html", metavar="REPORT.html", type=_new_file, help="also write the report as a page with plots and pictures"
+    )
 
 
 def _evaluate(parser: argparse.ArgumentParser) -> None:

@@ -91,6 +91,7 @@ def _changes(model: MemoryModel, batch_size: int) -> list[tuple[str, dict[str, A
             settings = replace(defaults, stage=3, offload_optimizer=True, offload_param=True)
             changes.append(("--deepspeed ds_configs/zero3_offload.json", {"zero": settings}))
     for size in (2, 4, 8):
-        if model.sequence_size < size and model.num_ranks % size == 0 and model.transformer.num_heads % size == 0:
+        is_possible = model.num_ranks % size == 0 and model.transformer.num_heads % size == 0
+        if model.sequence_size < size and is_possible:
             changes.append((f"parallel.sequence_size={size}", {"sequence_size": size}))
     return changes

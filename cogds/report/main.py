@@ -1,4 +1,4 @@
-"""The report command: what will be trained and what will not, before the first GPU hour. It loads no weights."""
+"""The report verb: which clips will be trained, and at what cost. Loads no weights."""
 
 import argparse
 import logging
@@ -19,13 +19,13 @@ from cogds.encode.survey import Survey, survey, update_manifest
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import ModelFolder, num_truncated
 from cogds.process.worker_pool import Failure, GuardedPool
-from cogds.report.facts import Captions, ClipTable, Report, Setup, make_report, measured_rates
+from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, make_report, read_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
 
 logger = logging.getLogger(__name__)
 
-# More captions than this are not all tokenized: as many are taken, evenly spaced, and counted for the rest.
+# Of more captions than this, evenly spaced ones are tokenized and the count is extrapolated.
 MAX_TOKENIZED = 100_000
 
 
@@ -39,12 +39,12 @@ def main(args: argparse.Namespace) -> None:
     print_report(report)
     if args.html:
         with frame_reader(job.cfg) as first_frame:
-            write_html(Path(args.html), report, clips, first_frame, job.cfg.seed, args.config)
+            write_html(args.html, report, clips, first_frame, job.cfg.seed, args.config)
         logger.info("wrote the page: %s", args.html)
 
 
 def clip_table(found: Survey) -> ClipTable:
-    """The survey's rows as the report takes them: without those that are held out."""
+    """The rows of the survey, without held-out clips."""
     placement = found.placement
     windows = np.bincount(placement.rows, minlength=len(found.table))
     table, buckets, frames, num_held_out = found.table, placement.row_buckets, placement.row_frames, 0
@@ -61,7 +61,7 @@ def run_report(job: Job, found: Survey, clips: ClipTable, gpu_bytes: float | Non
     cfg, mixture = job.cfg, Mixture(found.placement.sizes, found.repeats, job.cfg.seed)
     plan = job.plan(mixture) if found.num_windows else None
     batch_sizes = plan.local_batch_sizes if plan else (1,) * len(job.buckets)
-    setup = Setup(
+    setup = TrainingSetup(
         memory=job.memory,
         batch_sizes=batch_sizes,
         accumulation=cfg.train.gradient_accumulation_steps,
@@ -70,14 +70,14 @@ def run_report(job: Job, found: Survey, clips: ClipTable, gpu_bytes: float | Non
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
         max_unusable=cfg.data.max_unusable,
-        rates=measured_rates(Path(cfg.output_dir) / "metrics.jsonl"),
+        rates=read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         gpu_bytes=gpu_bytes,
     )
     return make_report(clips, setup, count_captions(found.table, job.model))
 
 
 def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
-    """What the manifest says of captions. Those that are too long are counted with the model's tokenizer."""
+    """Count missing, empty and distinct captions, and with the model's tokenizer those that are too long."""
     column, usable = table.column("caption"), pc.equal(table.column("status"), "ok")
     distinct = pc.unique(column.filter(usable).drop_null())
     taken = distinct
@@ -96,7 +96,7 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
 
 @contextmanager
 def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
-    """What reads single frames in a child process that may crash or hang: such a clip has no picture."""
+    """Read single frames in a worker process. A clip that crashes or hangs the worker gives None."""
     memory_bytes = round(cfg.data.decode_memory_gb * 1e9)
     with GuardedPool(decode, 1, cfg.data.decode_timeout_s, memory_bytes) as pool:
 

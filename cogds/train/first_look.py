@@ -18,7 +18,7 @@ from cogds.core.cost import step_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.data.loading.dataset import Batch
-from cogds.metrics.figures import CELL, bar_chart, contact_sheet
+from cogds.metrics.figures import CELL, contact_sheet, share_chart
 from cogds.metrics.monitor import Monitor
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
@@ -84,7 +84,7 @@ def bucket_bars(run: Run) -> np.ndarray:
         ("tokens", shares([float(num * one) for num, one in zip(num_trained, tokens)])),
         ("cost", shares([num * one for num, one in zip(num_trained, costs)])),
     ]
-    return bar_chart("What an epoch consists of", [str(shape) for shape in run.buckets], series)
+    return share_chart("Shares of an epoch", [str(shape) for shape in run.buckets], series)
 
 
 def reason(error: Exception) -> str:

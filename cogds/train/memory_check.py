@@ -194,8 +194,8 @@ def _refusal(run: Run, bucket: int, error: Exception | None = None) -> str:
     gpu = "" if gpu_bytes is None else f" of {gpu_bytes / 1e9:.1f} GB"
     advice = part.shortfall or (
         f"The estimate was {part.estimate.total_bytes / 1e9:.1f} GB{gpu}, {USABLE_SHARE:.0%} of which is usable. Set "
-        "train.activation_checkpointing to a mode that keeps less, model.quantization=nf4, a smaller batch or a smaller "
-        "bucket, or use ds_configs/zero3.json on several GPUs."
+        "train.activation_checkpointing to a mode that keeps less, model.quantization=nf4, a smaller batch or bucket, "
+        "or use ds_configs/zero3.json on several GPUs."
     )
     return (
         f"data.buckets: {shape} with batch size {size} and train.activation_checkpointing={part.checkpointing} does "

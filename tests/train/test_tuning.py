@@ -152,7 +152,7 @@ def test_bases_are_those_that_can_be_made(tiny_model):
     assert CHECKPOINTING_MODES == CHECKPOINTING_MODES
     cfg = configured(tiny_model, "model.quantization=nf4", "parallel.sequence_size=2")
     memory = memory_model(cfg, {}, find_model(str(tiny_model)), BUCKETS, 2)
-    assert (memory.quantization, memory.sequence_parallel, memory.buckets) == ("nf4", 2, BUCKETS)
+    assert (memory.quantization, memory.sequence_parallel_size, memory.buckets) == ("nf4", 2, BUCKETS)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

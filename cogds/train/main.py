@@ -28,6 +28,7 @@ from cogds.encode.encoder import prepare
 from cogds.encode.order import make_plan
 from cogds.encode.survey import Survey, make_buckets
 from cogds.engine import checkpoint as checkpoints
+from cogds.engine.deepspeed_internals import detach_monitor
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.start import load_for_stage, start_engine
 from cogds.engine.state import TrainState, gather_state, restore_state, state_bytes, trainable
@@ -36,7 +37,7 @@ from cogds.evaluate import make_evaluation
 from cogds.files import whole_file
 from cogds.metrics.jsonl import rewind_metrics
 from cogds.metrics.monitor import Monitor
-from cogds.metrics.trackers import relay_of
+from cogds.metrics.trackers import Trackers
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import check_start, describe_start, export, inject, resolve_targets, start_from
 from cogds.model.transformer.sequence_parallel import check_sequence
@@ -194,6 +195,7 @@ def train(
         if world.rank == 0:
             logger.log(RESULT, f"{tried}\ndry run: ready to train, nothing was trained and nothing saved")
         return
+    trackers = detach_monitor(engine)
     monitor = Monitor(
         world,
         output_dir,
@@ -202,7 +204,7 @@ def train(
         cfg.train.num_steps,
         cfg.monitor.every,
         cfg.monitor.progress_bar,
-        relay_of(engine),
+        Trackers(trackers) if trackers else None,
     )
     show_settings(run, monitor)
     saver, watchdog = checkpoints.Saver(), Watchdog(world.rank, cfg.train.step_timeout_s, output_dir)

@@ -8,10 +8,7 @@ hook on each block, for the gradients of its parameters; it is put aside. What i
 blocks, which DeepSpeed records in its first pass, and which is the same in every one.
 """
 
-import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +19,11 @@ from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate
 from cogds.distributed.collectives import any_rank
+from cogds.engine.deepspeed_internals import (
+    has_optimizer_states,
+    release_gathered_weights,
+    without_zero3_backward_hooks,
+)
 from cogds.errors import UserError
 from cogds.model.evaluation_mode import call_aside
 from cogds.train.loop import Run
@@ -88,7 +90,7 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
                 raise UserError(too_little) from None
             raise
     if stage == 3:
-        engine.optimizer.parameter_offload.release_backward_leftovers()
+        release_gathered_weights(engine)
     full, failed = any_rank(world, bool(too_little), trouble is not None)
     if trouble is not None:
         raise trouble
@@ -114,7 +116,7 @@ def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _hooks_put_aside(engine.module, stage):
+    with torch.random.fork_rng(devices), without_zero3_backward_hooks(engine.module, stage):
         # What the first steps add and keep: with it, the peak is that of any later step.
         later = torch.empty(_missing_bytes(estimate, engine, stage), dtype=torch.uint8, device=device)
         # At stage 3 the first pass is recorded; only from the second on are weights fetched ahead.
@@ -135,24 +137,6 @@ def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], sha
         torch.cuda.synchronize(builder.device)  # what fails on the device, fails here
 
 
-@contextlib.contextmanager
-def _hooks_put_aside(module: torch.nn.Module, stage: int) -> Iterator[None]:
-    """Inside, ZeRO-3's hooks on blocks do not run: they would make gradients of zeros where none was accumulated, and
-    reduce them. Forward hooks and those that gather weights for the backward pass are others, and stay.
-    """
-    if stage < 3:
-        yield
-        return
-    hooked = [(one, one._backward_hooks) for one in module.modules() if one._backward_hooks]
-    try:
-        for one, _ in hooked:
-            one._backward_hooks = OrderedDict()
-        yield
-    finally:
-        for one, hooks in hooked:
-            one._backward_hooks = hooks
-
-
 def _needs(estimate: MemoryEstimate) -> tuple[int, int]:
     """To compare buckets by: short ones may all take what the VAE takes."""
     return estimate.total_bytes, estimate.kept_activations_bytes + estimate.block_activations_bytes
@@ -166,7 +150,7 @@ def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
     """
     if engine.device.type != "cuda":
         return 0
-    moments = 0 if engine.optimizer.optimizer.state else estimate.optimizer_state_bytes * 2 // 3
+    moments = 0 if has_optimizer_states(engine) else estimate.optimizer_state_bytes * 2 // 3
     return moments + (estimate.reduce_buffers_bytes + estimate.lora_gradients_bytes if stage < 3 else 0)
 
 

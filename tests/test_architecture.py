@@ -42,7 +42,7 @@ MAY_IMPORT = {
 }
 # Third-party library -> where it may be imported (path prefixes below the root).
 GATES = {
-    "deepspeed": ("cogds/engine/", "cogds/distributed/", "cogds/config/deepspeed.py", "cogds/train/norms.py"),
+    "deepspeed": ("cogds/engine/", "cogds/distributed/", "cogds/config/deepspeed.py"),
     "decord": ("cogds/data/video/media.py",),
     "av": ("cogds/data/video/media.py",),
     "peft": ("cogds/model/",),

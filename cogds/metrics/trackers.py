@@ -21,7 +21,7 @@ logger = logging.getLogger(__name__)
 PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 
 
-class Relay:
+class Trackers:
     """Takes lines of `metrics.jsonl` and hands their scalars on, in the order of their steps; never raises.
 
     A note of what was done after a step may come before that step's own line, or long after it. Weights & Biases drops
@@ -71,14 +71,6 @@ class Relay:
                     f"{self.path} failed ({type(error).__name__}: {error}): training goes on, and what it lacks "
                     "stands in metrics.jsonl and tensorboard/"
                 )
-
-
-def relay_of(engine: Any) -> Relay | None:
-    """The monitors that this engine's config switches on, None for none; the engine itself writes to them no more."""
-    if not engine.monitor.enabled:
-        return None
-    engine.monitor.enabled = False
-    return Relay(engine.monitor)
 
 
 def check_monitors(ds_config: Mapping[str, Any]) -> None:

@@ -8,10 +8,7 @@ parameters; that hook is removed for the time being. What remains at stage 3 is 
 records in its first pass, and which is the same in every pass.
 """
 
-import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +19,11 @@ from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import USABLE_SHARE, MemoryEstimate
 from cogds.distributed.collectives import any_rank
+from cogds.engine.deepspeed_internals import (
+    has_optimizer_states,
+    release_gathered_weights,
+    without_zero3_backward_hooks,
+)
 from cogds.errors import UserError
 from cogds.model.evaluation_mode import call_aside
 from cogds.train.run import Run
@@ -88,7 +90,7 @@ def check_memory(run: Run, engine: Any, builder: StepBuilder) -> MemoryCheck | N
                 raise UserError(too_little) from None
             raise
     if stage == 3:
-        engine.optimizer.parameter_offload.release_backward_leftovers()
+        release_gathered_weights(engine)
     is_full, has_failed = any_rank(world, bool(too_little), other_error is not None)
     if other_error is not None:
         raise other_error
@@ -120,7 +122,7 @@ def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _without_backward_hooks(engine.module, stage):
+    with torch.random.fork_rng(devices), without_zero3_backward_hooks(engine.module, stage):
         # Memory that the first steps allocate and keep. With it, the peak is that of any later step.
         later = torch.empty(_missing_bytes(estimate, engine, stage), dtype=torch.uint8, device=device)
         # At stage 3 DeepSpeed records the first pass and prefetches weights from the second on.
@@ -141,25 +143,6 @@ def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], sha
         torch.cuda.synchronize(builder.device)  # errors on the device surface here
 
 
-@contextlib.contextmanager
-def _without_backward_hooks(module: torch.nn.Module, stage: int) -> Iterator[None]:
-    """Disable ZeRO-3's hooks on blocks inside: with no accumulated gradients, they would reduce gradients of zeros.
-
-    Forward hooks, and those that gather weights for the backward pass, stay.
-    """
-    if stage < 3:
-        yield
-        return
-    hooked = [(submodule, submodule._backward_hooks) for submodule in module.modules() if submodule._backward_hooks]
-    try:
-        for submodule, _ in hooked:
-            submodule._backward_hooks = OrderedDict()
-        yield
-    finally:
-        for submodule, hooks in hooked:
-            submodule._backward_hooks = hooks
-
-
 def _needs(estimate: MemoryEstimate) -> tuple[int, int]:
     """Sort key of buckets; short ones may all need as much as the VAE, so activations break ties."""
     return estimate.total_bytes, estimate.kept_activations_bytes + estimate.block_activations_bytes
@@ -173,7 +156,7 @@ def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
     """
     if engine.device.type != "cuda":
         return 0
-    moments = 0 if engine.optimizer.optimizer.state else estimate.optimizer_state_bytes * 2 // 3
+    moments = 0 if has_optimizer_states(engine) else estimate.optimizer_state_bytes * 2 // 3
     return moments + (estimate.reduce_buffers_bytes + estimate.lora_gradients_bytes if stage < 3 else 0)
 
 

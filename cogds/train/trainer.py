@@ -24,6 +24,7 @@ from cogds.distributed.collectives import all_gather, any_rank, on_rank0
 from cogds.encode.encoder import prepare
 from cogds.encode.survey import Survey
 from cogds.engine import checkpoint as checkpoints
+from cogds.engine.deepspeed_internals import detach_monitor
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine
 from cogds.engine.state import restore_state
@@ -33,7 +34,7 @@ from cogds.job import Job
 from cogds.metrics.jsonl import rewind_metrics
 from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import StepLosses
-from cogds.metrics.trackers import relay_of
+from cogds.metrics.trackers import Trackers
 from cogds.model.lora.adapter import inject, start_from
 from cogds.process.logs import RESULT
 from cogds.process.signals import Interrupt
@@ -215,10 +216,10 @@ class Trainer:
 
     def monitor(self, run: Run, engine: Any) -> Monitor:
         """What writes the metrics."""
-        cfg = run.cfg
+        cfg, monitor = run.cfg, detach_monitor(engine)
         return Monitor(
             run.world, self.output_dir, run.buckets, run.first_step, cfg.train.num_steps, cfg.metrics.every,
-            cfg.metrics.progress_bar, relay_of(engine),
+            cfg.metrics.progress_bar, Trackers(monitor) if monitor else None,
         )  # fmt: skip
 
     def end(self, run: Run) -> None:

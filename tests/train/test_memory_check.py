@@ -11,7 +11,7 @@ from cogds.core.geometry import ClipShape
 from cogds.core.memory import ZeroSettings
 from cogds.distributed.world import World
 from cogds.errors import UserError
-from cogds.train.memory_check import MemoryCheck, _hooks_put_aside, _missing_bytes, check_memory
+from cogds.train.memory_check import MemoryCheck, _missing_bytes, check_memory
 from cogds.train.tuning import Execution
 from tests.published_model import LORA, V15, published_memory
 
@@ -130,19 +130,6 @@ def test_whatever_fails_on_one_rank_ends_all(monkeypatch):
     assert len(votes) == 2
 
 
-def test_hooks_of_zero3_are_put_aside_and_come_back():
-    module, calls = torch.nn.Linear(2, 2), []
-    module.register_full_backward_hook(lambda *_: calls.append(1))
-
-    def backward(number):
-        with _hooks_put_aside(module, number):
-            x = torch.ones(1, 2, requires_grad=True)
-            torch.autograd.grad(module(x).sum(), [module.weight, x])
-        return len(calls)
-
-    assert [backward(number) for number in (2, 3, 2)] == [1, 1, 2]
-
-
 GPU = torch.device("cuda")
 
 
@@ -153,8 +140,7 @@ GPU = torch.device("cuda")
 )
 def test_what_the_first_steps_add_is_counted_beforehand(number, state, missing):
     estimate = SimpleNamespace(optimizer_state_bytes=12_000, reduce_buffers_bytes=500, lora_gradients_bytes=70)
-    optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=state))
-    engine = SimpleNamespace(device=GPU, optimizer=optimizer)
+    engine = SimpleNamespace(device=GPU, basic_optimizer=SimpleNamespace(state=state))
     assert _missing_bytes(estimate, engine, number) == missing
     engine.device = torch.device("cpu")
     assert _missing_bytes(estimate, engine, number) == 0
@@ -167,7 +153,7 @@ def test_the_peak_on_a_gpu_is_that_of_the_try_and_is_not_left_to_the_first_step(
     events, empty = [], torch.empty
     run.world = SimpleNamespace(device=GPU, rank=0, size=1, sequence=1)
     engine.device = GPU
-    engine.optimizer.optimizer = SimpleNamespace(state={})
+    engine.basic_optimizer = SimpleNamespace(state={})
     engine.module.register_forward_hook(lambda *_: events.append("pass"))
 
     def taken(*size, device=None, **options):

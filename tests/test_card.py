@@ -9,6 +9,8 @@ import torch
 import yaml
 from PIL import Image
 
+import cogds.export
+from cogds.arguments import parse_args
 from cogds.card import (
     find_sample,
     front_matter,
@@ -23,7 +25,6 @@ from cogds.card import (
 from cogds.config.schema import load_config
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
-from cogds.export import main
 from cogds.model.load import find_model
 from tests.model.lora.adapters import write_lora
 
@@ -33,6 +34,11 @@ FACTS = {
     "buckets": ["1x768x1360", "81x768x1360", "49x480x720"], "example_prompt": 'a "cat" | runs `fast`\nuphill',
     "instance_prompt": "in the style of: mine",
 }  # fmt: skip
+
+def export(argv, api=None):
+    cogds.export.main(parse_args("export", argv), api)
+
+
 
 
 def test_the_front_matter_is_the_hubs():
@@ -153,7 +159,7 @@ def test_the_cards_code_makes_a_video(tiny_model, tmp_path, monkeypatch, kind, c
     lora = write_lora(tiny_model, tmp_path / "lora", metadata={
         "image_latents": convention, "buckets": ["9x64x96"], "fps": 8.0, "base_model": str(tiny_model),
     })  # fmt: skip
-    main([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
+    export([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
     Image.linear_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "first.png")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall("```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), flags=re.S)

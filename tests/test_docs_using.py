@@ -8,7 +8,7 @@ import sys
 import pytest
 from PIL import Image
 
-import cogds.export
+from cogds.cli import call
 import cogds.probe
 import cogds.sample
 from tests.conftest import ROOT
@@ -47,7 +47,7 @@ def test_exports(here, monkeypatch):
     commands = starting("launch/export.py")
     assert len(commands) == 6
     for words in commands:
-        cogds.export.main(words)
+        call("export", words)
         assert (here / words[words.index("--output") + 1] / "README.md").is_file()
     assert (here / "exports/my_style/my_style.safetensors").is_file()
     assert (here / "exports/my_model/model_index.json").is_file()

@@ -25,7 +25,7 @@ from cogds.model.lora.file import AlphaSource, read_lora
 from cogds.model.lora.formats import comfyui_name, parse_key
 from cogds.model.pipelines import load_pipeline
 from tests.model.lora.adapters import base_transformer, output, output_in_diffusers
-from tests.model.test_lora import ATTENTION, randomize
+from tests.model.lora.test_adapter import ATTENTION, randomize
 
 RANK, ALPHA = 4, 3
 SAT = {"to_q": "query_key_value.{}.0", "to_k": "query_key_value.{}.1", "to_v": "query_key_value.{}.2"}
@@ -217,7 +217,7 @@ def verbs(tiny_model, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(cogds.evaluate, "prepare", lambda *_: SimpleNamespace())
             patch.setattr(cogds.evaluate, "load_evaluated", lambda *args: stop(load(*args)))
-            main = lambda argv: cogds.evaluate.main(tmp_path / "none.yaml", argv)  # noqa: E731
+            main = lambda argv: call("evaluate", argv)  # noqa: E731
             (tmp_path / "none.yaml").write_text("{}")
             return until_loaded(main, [*config("train.precision=fp32"), "--lora", str(path), *options(alpha)])
 
@@ -236,7 +236,7 @@ def verbs(tiny_model, tmp_path, monkeypatch):
 
     def export(path, alpha):
         out = tmp_path / "exported"
-        cogds.export.main([str(path), "--to", "diffusers", "--output", str(out), "--model", str(tiny_model),
+        call("export", [str(path), "--to", "diffusers", "--output", str(out), "--model", str(tiny_model),
                            *options(alpha)])  # fmt: skip
         assert len(read_lora(out).pairs) == 8
         return output_in_diffusers(tiny_model, (out, 1.0))

@@ -8,9 +8,9 @@ import sys
 import pytest
 from PIL import Image
 
-from cogds.cli import call
 import cogds.probe
 import cogds.sample
+from cogds.cli import call
 from tests.conftest import ROOT
 from tests.model.lora.adapters import write_lora
 

@@ -185,7 +185,9 @@ def test_a_full_disk_is_said_before_it_is_written(tiny_model, lora, tmp_path, mo
 @pytest.mark.parametrize("convention, message", [("brighter", "'brighter'; known: pipeline, scaled, unscaled")])
 def test_an_unknown_convention_is_refused(tiny_model, lora, tmp_path, convention, message):
     with pytest.raises(UserError, match=message):
-        export([str(lora(convention)), "--to", "comfyui", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
+        export(
+            [str(lora(convention)), "--to", "comfyui", "--output", str(tmp_path / "out"), "--model", str(tiny_model)]
+        )
 
 
 def test_loras_of_different_conventions_are_not_merged(tiny_model, lora):

@@ -7,12 +7,12 @@ import pytest
 import torch
 
 import cogds.probe
+from cogds.cli import call
 from cogds.core.conditioning import image_latent_scale
 from cogds.core.geometry import ClipShape
 from cogds.data.video.drawn import draw_clips
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer, load_vae
-from cogds.cli import call
 from cogds.probe import NO_IMAGE, Scores, builders_of, facts, first_frames, judge, measure, report
 from tests.train.test_step import make_builder
 

@@ -67,7 +67,7 @@ def sample(model, tmp_path, monkeypatch):
     def sample(convention, *argv, weight=()):
         metadata = {"image_latents": convention, "buckets": ["1x64x96", "9x64x64", "9x64x96"], "fps": 8.0}
         export(tmp_path / convention, transformer, tensors, metadata)
-        call("sample", 
+        call("sample",
             ["--model", str(model.path), "--lora", str(tmp_path / convention), *weight,
              "--image", str(tmp_path / "first.png"), "--prompt", "a red circle", "--steps", "1", *argv]
         )  # fmt: skip

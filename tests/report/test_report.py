@@ -1,4 +1,3 @@
-import argparse
 import dataclasses
 import io
 import json
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from cogds.arguments import parse_args
 from cogds.core.buckets import crop_share
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import ZeroSettings
@@ -18,7 +18,6 @@ from cogds.errors import UserError
 from cogds.formatting import gigabytes
 from cogds.report.analysis import Captions, ClipTable, Rates, TrainingSetup, make_report, read_rates
 from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
-from cogds.arguments import parse_args
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
 from tests.published_model import V15, published_memory

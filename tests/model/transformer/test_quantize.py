@@ -187,7 +187,9 @@ def test_a_loaded_base_is_the_model_packed_and_never_held_in_full(tiny_model, qu
     parts = [one for layer in layers.values() for one in layer.packed.parts]
     held = sum(one.numel() * one.element_size() for one in [*parts, *own.values()])
     num_parameters = sum(one.numel() for one in full.parameters())
-    assert held == base_weights_bytes(TransformerSize.from_config(model.transformer_config, num_parameters), quantization, 4)
+    assert held == base_weights_bytes(
+        TransformerSize.from_config(model.transformer_config, num_parameters), quantization, 4
+    )
 
 
 @needs_libraries

@@ -56,7 +56,7 @@ test-slow: install
 # The base in 8 or 4 bits. Its libraries stay out of the other tests' way, whose every process they would slow down.
 test-quant: $(VENV)/quant/.installed
 	PYTHONPATH=$(abspath $(VENV)/quant) $(BIN)/python -m pytest $(WORKERS) -rs -m "not slow" \
-		tests/model/test_quantize.py tests/dist/test_quantize.py
+		tests/model/transformer/test_quantize.py tests/dist/test_quantize.py
 
 $(VENV)/quant/.installed: $(VENV)/.installed
 	rm -rf $(VENV)/quant

@@ -18,7 +18,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parents[1]
 sys.path.insert(0, str(ROOT))
 
-from cogds.runtime.metrics import step_lines  # noqa: E402
+from cogds.metrics.jsonl import step_lines  # noqa: E402
 
 
 def clips_folder(folder: Path) -> Path:

@@ -32,8 +32,8 @@ import numpy as np
 from av.video.reformatter import Interpolation
 
 from cogds.core.geometry import ClipShape
-from cogds.data.pool import Failure, GuardedPool
-from cogds.data.video import probe_video, read_clip
+from cogds.data.video.media import probe_video, read_clip
+from cogds.process.worker_pool import Failure, GuardedPool
 
 NAMES = ("bigbuckbunny", "bikes", "carphone_pristine")
 NUM_FRAMES, FPS = 49, 16.0

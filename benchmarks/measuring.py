@@ -24,18 +24,19 @@ sys.path.insert(0, str(ROOT))
 import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E402
 
-from cogds.config import RunConfig, load_config  # noqa: E402
+from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
+from cogds.config.schema import RunConfig, load_config  # noqa: E402
 from cogds.core.cost import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
-from cogds.model.attention import fastest  # noqa: E402
+from cogds.distributed.process_group import connect, is_connected  # noqa: E402
+from cogds.distributed.world import World  # noqa: E402
+from cogds.engine.start import build_for_stage, start_engine  # noqa: E402
 from cogds.model.load import DTYPES, ModelFolder  # noqa: E402
-from cogds.model.lora import inject  # noqa: E402
-from cogds.runtime.ds_config import load_ds_config, resolve  # noqa: E402
-from cogds.runtime.engine import build_for_stage, start_engine  # noqa: E402
-from cogds.runtime.world import World, connect, connected  # noqa: E402
-from cogds.training.execution import Setting, Sizes  # noqa: E402
-from cogds.training.step import Draws, StepBuilder, random_batch  # noqa: E402
+from cogds.model.lora.adapter import inject  # noqa: E402
+from cogds.model.transformer.attention import fastest  # noqa: E402
+from cogds.train.step import Draws, StepBuilder, random_batch  # noqa: E402
+from cogds.train.tuning import memory_model  # noqa: E402
 
 # For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -121,7 +122,7 @@ def deepspeed_config(name: str, cfg: RunConfig, model: ModelFolder, world: World
 
 def join(world: World) -> None:
     """Join the process group, where that has not been done."""
-    if not connected():
+    if not is_connected():
         connect(world, 600.0)
 
 
@@ -163,7 +164,7 @@ class Trainer:
         ds_config = deepspeed_config(ds_name, cfg, self.model, world)
         torch.manual_seed(0)
         self.transformer = transformer or build_for_stage(
-            self.model, self.dtype, ds_config, self.device, cfg.model.base, cfg.model.matmul
+            self.model, self.dtype, ds_config, self.device, cfg.model.quantization, cfg.model.fp8_matmul
         )
         parameters = inject(self.transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, cfg.seed)
         self.num_lora = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
@@ -263,8 +264,7 @@ def estimate_bytes(
     """What the memory model says that a step takes of a GPU's allocator: all but the CUDA context."""
     model = model_of(size)
     ds_config = deepspeed_config(ds_name, cfg, model, world)
-    setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), (shape,), world.size)
-    estimate = setting.estimate(shape, batch_size, level)
+    estimate = memory_model(cfg, ds_config, model, (shape,), world.size).estimate(shape, batch_size, level)
     return estimate.total_bytes - estimate.cuda_context_bytes
 
 

@@ -40,7 +40,7 @@ from cogds.core.cost import clip_flops
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Plan
-from cogds.data.index import SCHEMA, ClipIndex, write_index
+from cogds.data.loading.index import SCHEMA, ClipIndex, write_index
 
 NUM_CLIPS, NUM_BUCKETS, BATCH_SIZE, ACCUMULATION = 100_000_000, 30, 2, 1
 WORLD_SIZES = (1, 8, 64, 512)

@@ -17,9 +17,9 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cogds.runtime.checkpoint import Saver, write  # noqa: E402
-from cogds.runtime.state import TrainState  # noqa: E402
-from cogds.runtime.world import World  # noqa: E402
+from cogds.distributed.world import World  # noqa: E402
+from cogds.engine.checkpoint import Saver, write  # noqa: E402
+from cogds.engine.state import TrainState  # noqa: E402
 
 NUM_TENSORS = 1008  # 336 of a LoRA on the attention layers of the 5B model, and two moments of each
 

@@ -5,6 +5,7 @@ file alone.
 """
 
 import json
+import logging
 import os
 import re
 from collections.abc import Mapping
@@ -13,10 +14,12 @@ from typing import Any
 
 import yaml
 
+from cogds.arguments import MERGED_FORMATS
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
-from cogds.runtime.outlet import warn
-from cogds.training.run import Run
+from cogds.train.run import Run
+
+logger = logging.getLogger(__name__)
 
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
@@ -28,7 +31,6 @@ LICENSE = (
 PUBLISHERS = ("zai-org", "THUDM")
 # Kinds of exports whose file diffusers loads. The hub offers code for the `library_name`, so others must not have one.
 LOADED_BY_DIFFUSERS = ("diffusers", "comfyui-wrapper", "merged")
-MERGED = ("merged", "comfyui-merged")  # full weights; the other kinds are LoRA files
 
 
 def lora_facts(run: Run, step: int) -> dict[str, Any]:
@@ -38,7 +40,7 @@ def lora_facts(run: Run, step: int) -> dict[str, Any]:
     facts = {
         "step": step,
         "base_model": cfg.model.path,
-        "base": cfg.model.base,
+        "quantization": cfg.model.quantization,
         "rank": cfg.lora.rank,
         "alpha": cfg.lora.alpha,
         "targets": list(cfg.lora.target_modules),
@@ -96,7 +98,7 @@ def write_card(folder: Path, lora: Path, facts: Mapping[str, Any]) -> None:
         card = model_card(title, facts, "diffusers", str(lora), sample=sample)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     except Exception as error:  # prompts and paths may hold anything
-        warn(f"{lora}: the model card could not be written ({type(error).__name__}: {error}). The LoRA is complete.")
+        logger.warning(f"{lora}: no model card ({type(error).__name__}: {error}). The LoRA is complete.")
 
 
 def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file: str = "", sample: str = "") -> str:
@@ -135,9 +137,9 @@ def front_matter(facts: Mapping[str, Any], kind: str, sample: str = "") -> str:
             "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE",
         }
     if base:
-        matter |= {"base_model": base, "base_model_relation": "merge" if kind in MERGED else "adapter"}
+        matter |= {"base_model": base, "base_model_relation": "merge" if kind in MERGED_FORMATS else "adapter"}
     tags = ["cogvideox", "image-to-video"]
-    if kind not in MERGED:
+    if kind not in MERGED_FORMATS:
         tags.append("lora")
     if kind in LOADED_BY_DIFFUSERS:
         matter["library_name"] = "diffusers"
@@ -212,9 +214,9 @@ def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
 def _introduction(facts: Mapping[str, Any], kind: str) -> str:
     base = hub_id(facts.get("base_model"))
     model = f"[{base}](https://huggingface.co/{base})" if base else "a CogVideoX image-to-video model"
-    if kind in MERGED and facts.get("exported_scale") == 0:
+    if kind in MERGED_FORMATS and facts.get("exported_scale") == 0:
         return f"The transformer of {model}. Exported with cogds."
-    if kind in MERGED:
+    if kind in MERGED_FORMATS:
         return f"The transformer of {model} with a LoRA merged in. Trained with cogds."
     return f"A LoRA for {model}. Trained with cogds."
 
@@ -260,7 +262,7 @@ def _convention(facts: Mapping[str, Any], kind: str) -> str:
     """Describe the scale of the image latents, unless the tool uses the right one without help."""
     convention, factor = facts.get("image_latents", "pipeline"), facts.get("image_latent_factor", 1.0)
     comfyui = kind.startswith("comfyui")
-    if kind in MERGED or (factor == 1.0 and not comfyui):
+    if kind in MERGED_FORMATS or (factor == 1.0 and not comfyui):
         return ""
     compared = "as in diffusers" if factor == 1.0 else f"{factor:g} times those of diffusers"
     text = f"## Image latents\n\nTraining scaled the latents of the first frame as `{convention}`: {compared}. "
@@ -289,7 +291,7 @@ def _table(facts: Mapping[str, Any]) -> str:
         ("Frame rate", f"{facts['fps']:g}" if "fps" in facts else None),
         ("Image latents", facts.get("image_latents")),
         ("Precision", facts.get("precision")),
-        ("Base weights", facts.get("base") if facts.get("base") != "full" else None),
+        ("Quantization", facts.get("quantization") if facts.get("quantization") != "none" else None),
         ("Merged", facts.get("merged")),
         ("Strength", facts.get("exported_scale")),
         ("Seed", facts.get("seed")),

@@ -1,8 +1,8 @@
 """Export a LoRA for diffusers or ComfyUI, or merged into full weights; write a model card; upload to the hub."""
 
 import argparse
+import logging
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,22 +10,23 @@ from typing import Any
 
 import torch
 
-from cogds.card import CARD_NAME, MERGED, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
+from cogds.arguments import MERGED_FORMATS
+from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError
 from cogds.files import whole_folder
-from cogds.model.convert import (
-    check_fits,
+from cogds.model.load import ModelFolder, find_model
+from cogds.model.lora.convert import (
+    check_all_fit,
     check_scale,
     load_adapter,
     save_comfyui,
     save_comfyui_wrapper,
     save_diffusers,
 )
-from cogds.model.hub import check_repo, listed, push
-from cogds.model.load import ModelFolder, empty_transformer, find_model
-from cogds.model.lora_file import LoraFile, read_lora
-from cogds.model.merge import (
+from cogds.model.lora.file import LoraFile, described, read_loras
+from cogds.model.lora.hub import check_repo, listed, push
+from cogds.model.lora.merge import (
     check_comfyui_supports,
     other_files,
     save_comfyui_merged,
@@ -33,8 +34,10 @@ from cogds.model.merge import (
     save_other_parts,
     weights_of,
 )
+from cogds.process.logs import RESULT
 
-FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", *MERGED)
+logger = logging.getLogger(__name__)
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPARE_BYTES = 64e6  # disk space that an export leaves free
 WEAKENED_NAMES = ("orbit", "dimensionx")  # the wrapper weakens fused LoRAs whose path contains one of these
@@ -48,27 +51,32 @@ class Given:
     weight: float
 
 
-def main(argv: list[str] | None = None, api: Any = None) -> None:
+def main(args: argparse.Namespace, api: Any = None) -> None:
     """Run the command: check everything first, then write the folder, then upload it.
 
     api: A stand-in for the hub's `HfApi`.
     """
-    args = _parse(sys.argv[1:] if argv is None else argv)
+    if args.pipeline and args.to != "merged":
+        raise UserError(f"--pipeline {args.pipeline}: not available with --to {args.to}. Use --to merged.")
+    if args.public and not args.push_to:
+        raise UserError("--public: nothing is uploaded without --push-to. Add --push-to OWNER/NAME.")
     output = Path(args.output)
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {output}: already exists. Choose a new folder, or remove this one.")
     check_scale(args.scale)
-    given = parse_loras(args.lora, args.scale)
-    if len(given) > 1 and args.to not in MERGED:
+    given = parse_loras(args.lora, args.scale, args.lora_alpha)
+    if len(given) > 1 and args.to not in MERGED_FORMATS:
         raise UserError(
             f"--to {args.to}: takes one LoRA, but {len(given)} were given. Export them one by one, or merge them with "
-            f"--to {' or '.join(MERGED)}."
+            f"--to {' or '.join(MERGED_FORMATS)}."
         )
-    model = base_model(args.model, given, needed=args.to in MERGED)
+    model = base_model(args.model, given, needed=args.to in MERGED_FORMATS)
     if model:
-        check_all_fit(given, model)
+        check_all_fit([one.file for one in given], model)
         if args.to == "comfyui-merged":
             check_comfyui_supports(model)
+    for one in given:
+        logger.info("\n".join(described(one.file, "--lora-alpha")))
     if args.push_to:
         given = [replace(one, file=replace(one.file, metadata=shareable(one.file.metadata))) for one in given]
     facts = facts_of(given, model)
@@ -90,46 +98,14 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
         where = args.push_to or str(output)
         card = model_card(output.name, facts, args.to, where, file, SAMPLE_NAME if sample else "")
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
-    print("\n".join([f"{args.to}: {output}", *listed(output), *notes(facts, args.to, output, bool(model))]))
+    lines = [f"{args.to}: {output}", *listed(output), *notes(facts, args.to, output, bool(model))]
+    logger.log(RESULT, "\n".join(lines))
     if args.push_to:
-        print(f"Uploading these files to {args.push_to} ({'public' if args.public else 'private'}).")
-        print(f"Uploaded: {push(output, args.push_to, args.public, api)}")
+        logger.info("Uploading these files to %s (%s).", args.push_to, "public" if args.public else "private")
+        logger.log(RESULT, "Uploaded: %s", push(output, args.push_to, args.public, api))
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "lora",
-        nargs="+",
-        metavar="LORA",
-        help="LoRA file or folder, optionally followed by a weight; several for the merged formats",
-    )
-    parser.add_argument("--to", required=True, choices=FORMATS, help="output format")
-    parser.add_argument(
-        "--output", required=True, metavar="FOLDER", help="new folder; its name becomes the name of the export"
-    )
-    parser.add_argument("--model", help="hub id or folder of the base model; default: the model it was trained on")
-    parser.add_argument("--scale", type=float, default=1.0, help="factor on the trained strength; default: 1")
-    parser.add_argument(
-        "--dtype", choices=DTYPES, help="dtype of the weights; default: the LoRA's, or the model's if merged"
-    )
-    parser.add_argument(
-        "--pipeline",
-        choices=("link", "copy"),
-        help="with --to merged: write a whole pipeline folder, with links to or copies of the model's other parts",
-    )
-    parser.add_argument("--sample", metavar="MP4", help="video for the model card; default: one that the run generated")
-    parser.add_argument("--push-to", metavar="OWNER/NAME", help="private hub repository to upload the folder to")
-    parser.add_argument("--public", action="store_true", help="make the --push-to repository public")
-    args = parser.parse_args(argv)
-    if args.pipeline and args.to != "merged":
-        raise UserError(f"--pipeline {args.pipeline}: not available with --to {args.to}. Use --to merged.")
-    if args.public and not args.push_to:
-        raise UserError("--public: nothing is uploaded without --push-to. Add --push-to OWNER/NAME.")
-    return args
-
-
-def parse_loras(words: Sequence[str], scale: float) -> list[Given]:
+def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) -> list[Given]:
     """`PATH [WEIGHT] PATH [WEIGHT] ...`, the headers read; weights times `scale`.
 
     Raises UserError where a path is no LoRA, or a weight no number.
@@ -144,7 +120,8 @@ def parse_loras(words: Sequence[str], scale: float) -> list[Given]:
             given[-1] = (given[-1][0], number)
         else:
             raise UserError(f"there is no LoRA at {word}: give its path first, and its weight after it")
-    return [Given(read_lora(path), scale * weight) for path, weight in given]
+    files = read_loras([path for path, _ in given], alpha, "--lora-alpha")
+    return [Given(file, scale * weight) for file, (_, weight) in zip(files, given, strict=True)]
 
 
 def _number(word: str) -> float | None:
@@ -168,13 +145,6 @@ def base_model(path: str | None, given: Sequence[Given], needed: bool) -> ModelF
     if needed:
         raise UserError(f"{given[0].file.path} does not say what it was trained on: give --model")
     return None
-
-
-def check_all_fit(given: Sequence[Given], model: ModelFolder) -> None:
-    """Raise UserError, naming the layer, for a LoRA that was made for another model."""
-    shapes = {name: tuple(weight.shape) for name, weight in empty_transformer(model).named_parameters()}
-    for one in given:
-        check_fits(one.file, shapes, model.path)
 
 
 def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any]:
@@ -213,7 +183,7 @@ def num_bytes(
     given: Sequence[Given], model: ModelFolder | None, kind: str, dtype: torch.dtype | None, pipeline: str | None
 ) -> float:
     """Size of the export in bytes."""
-    if kind not in MERGED or model is None:
+    if kind not in MERGED_FORMATS or model is None:
         size = sum(one.file.path.stat().st_size for one in given)
         return size * 2 if dtype is torch.float32 else size
     others = sum(path.stat().st_size for path in other_files(model)) if pipeline == "copy" else 0
@@ -243,7 +213,7 @@ def write(
 ) -> str:
     """Write the weights into the folder; return the name of the file, or of the folder "transformer"."""
     file = folder / f"{name}.safetensors"
-    if kind in MERGED:
+    if kind in MERGED_FORMATS:
         assert model is not None
         loras = [(one.file, one.weight) for one in given]
         # The image-latent factor moves into the weights, so the header states what the result expects instead.

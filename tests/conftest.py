@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from cogds.process.logs import configure_logging
 from tests.warm import Server
 
 # The same examples every time, however busy the machine: a failure is a change's doing.
@@ -24,6 +25,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Compiled DeepSpeed ops of the test runs only: a killed run may leave a lock in it that would stop every later one.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".testdata/torch_extensions"))
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """Every test logs as rank 0 of a run does: INFO on stdout, warnings on stderr."""
+    configure_logging()
 
 
 @pytest.hookimpl(optionalhook=True)

@@ -11,6 +11,8 @@ from diffusers import CogVideoXImageToVideoPipeline
 from huggingface_hub import ModelCard
 from PIL import Image
 
+import cogds.export
+from cogds.arguments import EXPORT_FORMATS, parse_args
 from cogds.card import (
     find_sample,
     front_matter,
@@ -22,12 +24,11 @@ from cogds.card import (
     snippet,
     write_card,
 )
-from cogds.config import load_config
+from cogds.config.schema import load_config
 from cogds.core.geometry import ClipShape
-from cogds.export import FORMATS, main
+from cogds.distributed.world import World
 from cogds.model.load import find_model
-from cogds.runtime.world import World
-from tests.model.adapters import base_transformer, write_lora
+from tests.model.lora.adapters import base_transformer, write_lora
 
 FACTS = {
     "step": 500, "base_model": "zai-org/CogVideoX1.5-5B-I2V", "rank": 128, "alpha": 64.0, "targets": ["to_q", "to_k"],
@@ -35,6 +36,10 @@ FACTS = {
     "buckets": ["1x768x1360", "81x768x1360", "49x480x720"], "example_prompt": 'a "cat" | runs `fast`\nuphill',
     "instance_prompt": "in the style of: mine",
 }  # fmt: skip
+
+
+def export(argv, api=None):
+    cogds.export.main(parse_args("export", argv), api)
 
 
 def matter_of(*arguments):
@@ -62,11 +67,11 @@ def test_the_front_matter_is_the_hubs():
     assert matter_of({"base_model": "me/mine"}, "diffusers").license_name is None
 
 
-@pytest.mark.parametrize("kind", FORMATS)
+@pytest.mark.parametrize("kind", EXPORT_FORMATS)
 def test_the_library_is_one_that_loads_the_file(comfyui_model, tmp_path, kind):
     """The hub shows code of the card's library: a LoRA is loaded by the folder, merged weights as a transformer."""
     lora = write_lora(comfyui_model, tmp_path / "lora", metadata={"base_model": str(comfyui_model)})
-    main([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
+    export([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
     data = ModelCard.load(tmp_path / "out/README.md").data
     try:
         if kind == "merged":
@@ -110,7 +115,7 @@ def test_each_kind_has_its_own_instructions():
     assert "image_latents * 0.49" in model_card("m", scaled, "diffusers", "m")
     assert "image_latents *" not in model_card("m", scaled, "merged", "m")  # it is within the weights
     facts = {**FACTS, "comfyui_strength": 1 / 0.49}
-    cards = {kind: model_card("m", facts, kind, "m", "m.safetensors") for kind in FORMATS if "comfyui" in kind}
+    cards = {kind: model_card("m", facts, kind, "m", "m.safetensors") for kind in EXPORT_FORMATS if "comfyui" in kind}
     for kind, card in cards.items():
         assert "`m.safetensors`" in card
         assert "```python" not in card
@@ -213,7 +218,7 @@ def test_the_cards_code_makes_a_video(tiny_model, tmp_path, monkeypatch, kind, c
     lora = write_lora(tiny_model, tmp_path / "lora", metadata={
         "image_latents": convention, "buckets": ["9x64x96"], "fps": 8.0, "base_model": str(tiny_model),
     })  # fmt: skip
-    main([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
+    export([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
     Image.linear_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "first.png")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall("```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), flags=re.S)

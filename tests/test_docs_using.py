@@ -9,10 +9,11 @@ import pytest
 from PIL import Image
 
 import cogds.export
-import cogds.probe
-import cogds.sample
+from cogds.arguments import EXPORT_FORMATS, parse_args
+from cogds.cli import call
+from cogds.config.schema import load_config
 from tests.conftest import ROOT
-from tests.model.adapters import write_lora
+from tests.model.lora.adapters import write_lora
 
 PAGE = (ROOT / "docs/using-the-lora.md").read_text()
 COMMANDS = [
@@ -46,9 +47,9 @@ def test_exports(here, monkeypatch):
     monkeypatch.setattr(cogds.export, "push", lambda *_: "the hub")
     commands = starting("launch/export.py")
     assert len(commands) == 8
-    assert {words[words.index("--to") + 1] for words in commands} == set(cogds.export.FORMATS)
+    assert {words[words.index("--to") + 1] for words in commands} == set(EXPORT_FORMATS)
     for words in commands:
-        cogds.export.main(words)
+        call("export", words)
         assert (here / words[words.index("--output") + 1] / "README.md").is_file()
     assert (here / "exports/my_style/my_style.safetensors").is_file()
     assert (here / "exports/my_model/model_index.json").is_file()
@@ -67,8 +68,8 @@ def test_the_example_makes_a_video(here, comfyui_model, monkeypatch, capsys):
 
 def test_the_others_are_understood():
     for words in starting("launch/sample.py"):
-        cogds.sample._parser().parse_args(words)
+        parse_args("sample", words)
     ((*words,),) = starting("launch/probe.py")
-    args = cogds.probe.parse_args(words, "", cogds.probe._add_arguments)
-    cfg, _ = cogds.probe.load_config(str(ROOT / args.config), args.overrides)
+    args = parse_args("probe", words)
+    cfg, _ = load_config(str(ROOT / args.config), args.overrides)
     assert cfg.data.path == "/data/clips"

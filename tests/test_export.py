@@ -15,16 +15,20 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import cogds.export
+from cogds.arguments import parse_args
 from cogds.errors import UserError
-from cogds.export import main
-from cogds.model.lora_file import read_metadata
-from tests.model.adapters import output, output_in_diffusers, write_lora
-from tests.model.test_lora import example_inputs
+from cogds.model.lora.file import read_lora
+from tests.model.lora.adapters import output, output_in_diffusers, write_lora
+from tests.model.lora.test_adapter import example_inputs
 
 METADATA = {
     "image_latents": "pipeline", "rank": 4, "alpha": 8.0, "targets": ["to_q"], "step": 500, "fps": 16.0,
     "buckets": ["1x64x96", "9x64x96"], "base_model": "zai-org/CogVideoX1.5-5B-I2V",
 }  # fmt: skip
+
+
+def export(argv, api=None):
+    cogds.export.main(parse_args("export", argv), api)
 
 
 @pytest.fixture
@@ -54,7 +58,7 @@ def header(file):
 ])  # fmt: skip
 def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp_path, capsys, kind, file):
     out = tmp_path / "mine"
-    main([str(lora()), "--to", kind, "--output", str(out), "--model", str(tiny_model)])
+    export([str(lora()), "--to", kind, "--output", str(out), "--model", str(tiny_model)])
     assert header(out / file)["image_latents"] == "pipeline"
     assert header(out / file)["step"] == 500
     matter = front_matter(out)
@@ -71,13 +75,13 @@ def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp
 
 def test_another_convention_is_warned_of_or_within_the_weights(tiny_model, lora, tmp_path, capsys):
     folder = lora("scaled")
-    main([str(folder), "--to", "diffusers", "--output", str(tmp_path / "d"), "--model", str(tiny_model)])
+    export([str(folder), "--to", "diffusers", "--output", str(tmp_path / "d"), "--model", str(tiny_model)])
     assert "warning: " in capsys.readouterr().out
-    assert read_metadata(tmp_path / "d")["image_latents"] == "scaled"
+    assert read_lora(tmp_path / "d").metadata["image_latents"] == "scaled"
     assert "image_latents * 0.4" in (tmp_path / "d/README.md").read_text()
-    main([str(folder), "--to", "comfyui", "--output", str(tmp_path / "c"), "--model", str(tiny_model)])
+    export([str(folder), "--to", "comfyui", "--output", str(tmp_path / "c"), "--model", str(tiny_model)])
     assert "warning" not in capsys.readouterr().out
-    main([str(folder), "--to", "merged", "--output", str(tmp_path / "m"), "--model", str(tiny_model)])
+    export([str(folder), "--to", "merged", "--output", str(tmp_path / "m"), "--model", str(tiny_model)])
     assert "warning" not in capsys.readouterr().out
     said = header(tmp_path / "m/transformer/diffusion_pytorch_model.safetensors")
     assert (said["image_latents"], said["trained_image_latents"]) == ("pipeline", "scaled")
@@ -94,7 +98,7 @@ def test_comfyuis_merged_file_takes_the_latents_of_comfyuis_nodes(comfyui_model,
     """They are scaled by 0.7 whatever was trained: what is missing to the trained scale is within the weights."""
     lora = write_lora(comfyui_model, tmp_path / "lora", metadata={**METADATA, "image_latents": convention})
     out = tmp_path / "mine"
-    main([str(lora), "--to", "comfyui-merged", "--output", str(out), "--model", str(comfyui_model)])
+    export([str(lora), "--to", "comfyui-merged", "--output", str(out), "--model", str(comfyui_model)])
     assert "warning" not in capsys.readouterr().out
     said = header(out / "mine.safetensors")
     assert (said["image_latents"], said["trained_image_latents"]) == ("scaled", convention)
@@ -110,7 +114,7 @@ def test_comfyuis_merged_file_takes_the_latents_of_comfyuis_nodes(comfyui_model,
 def test_several_are_merged_with_their_weights(tiny_model, lora, tmp_path):
     first = lora()
     second = write_lora(tiny_model, tmp_path / "second", 2, 3.0, ("to_k",), {"image_latents": "pipeline"})
-    main([
+    export([
         str(first), "0.7", str(second), "-0.5", "--to", "merged", "--scale", "2", "--output", str(tmp_path / "out"),
         "--model", str(tiny_model), "--pipeline", "link", "--dtype", "fp32",
     ])  # fmt: skip
@@ -125,7 +129,7 @@ def test_the_runs_video_comes_along(tiny_model, lora, tmp_path):
     video = folder.parent.parent / "samples/step-000500/0.mp4"
     video.parent.mkdir(parents=True)
     video.write_bytes(b"video")
-    main([str(folder), "--to", "diffusers", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
+    export([str(folder), "--to", "diffusers", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
     assert (tmp_path / "out/sample.mp4").read_bytes() == b"video"
     assert 'src="sample.mp4"' in (tmp_path / "out/README.md").read_text()
     assert front_matter(tmp_path / "out")["widget"][0]["output"] == {"url": "sample.mp4"}
@@ -134,7 +138,7 @@ def test_the_runs_video_comes_along(tiny_model, lora, tmp_path):
 def test_nothing_is_fetched_to_check_a_lora(lora, tmp_path, monkeypatch, capsys):
     """The model that it was trained on is on the hub: 20 GB, only to compare sizes."""
     monkeypatch.setattr(cogds.export, "find_model", lambda path: pytest.fail(f"looked for {path}"))
-    main([str(lora()), "--to", "comfyui", "--output", str(tmp_path / "out")])
+    export([str(lora()), "--to", "comfyui", "--output", str(tmp_path / "out")])
     assert "--model" in capsys.readouterr().out  # how to compare it
 
 
@@ -153,7 +157,10 @@ Usage = namedtuple("Usage", "total used free")
         (["--to", "diffusers", "--public"], "--public: "),
         (["--to", "diffusers", "--sample", "nowhere.mp4"], "--sample nowhere.mp4: "),
         (["{lora}", "0.5", "{lora}", "--to", "comfyui"], "--to comfyui: .* 2 were given"),
-        (["{lora}", "much", "--to", "merged"], "there is no LoRA at much"),
+        (["{lora}", "much", "--to", "merged"], "much: no LoRA here"),
+        (["{lora}", "much", "--to", "merged"], "much"),
+        (["--to", "diffusers", "--lora-alpha", "8"], "--lora-alpha: .*names its alpha"),
+        (["--to", "diffusers", "--lora-alpha", "nan"], "--lora-alpha: "),
         (["0.7", "--to", "merged"], "give its path first"),
         (["--to", "diffusers", "--push-to", "nobody"], "is no repository of the hub: give OWNER/NAME"),
     ],
@@ -164,26 +171,28 @@ def test_what_cannot_be_is_said_and_nothing_is_left(tiny_model, tmp_path, words,
     places = {"there": tmp_path / "there", "model": tiny_model, "lora": folder}
     argv = ["--output", str(tmp_path / "out"), *(word.format(**places) for word in words)]
     with pytest.raises(UserError, match=message.format(**places)):
-        main(argv if not words[0].startswith("--") else [str(folder), *argv])
+        export(argv if not words[0].startswith("--") else [str(folder), *argv])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_said_before_it_is_written(tiny_model, lora, tmp_path, monkeypatch):
     monkeypatch.setattr(cogds.export.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 10**7))
     with pytest.raises(UserError, match=r"--output .*0\.01 GB free.* needs 0\.06 GB"):
-        main([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
+        export([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
     assert not (tmp_path / "out").exists()
 
 
 @pytest.mark.parametrize("convention, message", [("brighter", "'brighter'; known: pipeline, scaled, unscaled")])
 def test_an_unknown_convention_is_refused(tiny_model, lora, tmp_path, convention, message):
     with pytest.raises(UserError, match=message):
-        main([str(lora(convention)), "--to", "comfyui", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
+        export(
+            [str(lora(convention)), "--to", "comfyui", "--output", str(tmp_path / "out"), "--model", str(tiny_model)]
+        )
 
 
 def test_loras_of_different_conventions_are_not_merged(tiny_model, lora):
     with pytest.raises(UserError, match=r"\(pipeline, scaled\)"):
-        main([str(lora()), str(lora("scaled")), "--to", "merged", "--output", "x", "--model", str(tiny_model)])
+        export([str(lora()), str(lora("scaled")), "--to", "merged", "--output", "x", "--model", str(tiny_model)])
 
 
 def test_another_models_lora_is_refused(tiny_model, lora, tmp_path):
@@ -191,8 +200,8 @@ def test_another_models_lora_is_refused(tiny_model, lora, tmp_path):
     shutil.copytree(tiny_model, other)
     config = json.loads((other / "transformer/config.json").read_text())
     (other / "transformer/config.json").write_text(json.dumps(config | {"num_layers": 1}))
-    with pytest.raises(UserError, match=r"it has a layer transformer_blocks\.1\.attn1\.to_[kqv]\S*, which"):
-        main([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(other)])
+    with pytest.raises(UserError, match=r"layer transformer_blocks\.1\.attn1\.to_\S+ is .* and is missing"):
+        export([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(other)])
 
 
 class StandIn:
@@ -220,7 +229,7 @@ class StandIn:
 
 
 def pushed(lora, tmp_path, api, *words):
-    main([str(lora()), "--to", "diffusers", "--output", str(tmp_path / "out"), "--push-to", "me/mine", *words], api)
+    export([str(lora()), "--to", "diffusers", "--output", str(tmp_path / "out"), "--push-to", "me/mine", *words], api)
 
 
 @pytest.mark.parametrize("words, private", [((), True), (("--public",), False)])

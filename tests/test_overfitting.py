@@ -9,18 +9,18 @@ import pytest
 import torch
 from PIL import Image
 
-from cogds.config import load_config
+from cogds.config.schema import load_config
 from cogds.core.diffusion import stratified_timesteps, v_loss
 from cogds.core.held_out import is_held_out
-from cogds.data.cache import Cache
-from cogds.data.dataset import Item, collate, read_encoded
-from cogds.evaluate import Evaluation, deal_tasks, make_tasks
+from cogds.data.cache.store import Cache
+from cogds.data.loading.dataset import Item, collate, read_encoded
+from cogds.distributed.world import World
+from cogds.encode.encoder import prepare
+from cogds.job import make_buckets
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora import inject
-from cogds.prepare.encoding import prepare
-from cogds.prepare.survey import make_buckets
-from cogds.runtime.world import World
-from cogds.training.step import Draws, draw_dropouts, load_step_builder
+from cogds.model.lora.adapter import inject
+from cogds.train.evaluation import Evaluation, deal_tasks, make_tasks
+from cogds.train.step import Draws, draw_dropouts, load_step_builder
 
 pytestmark = pytest.mark.slow
 

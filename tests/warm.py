@@ -122,13 +122,13 @@ def serve():
 if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print while they are imported is no answer
     sys.path[0] = str(ROOT)
-    from cogds.start import importing
+    from cogds.cli import gc_at_rest
 
-    with importing():
+    with gc_at_rest():
         import deepspeed  # noqa: F401
 
-        import cogds.encode
-        import cogds.train  # noqa: F401
+        import cogds.encode.main
+        import cogds.train.main  # noqa: F401
 
     sys.stdout = answers
     if script := serve():

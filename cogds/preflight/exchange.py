@@ -5,9 +5,10 @@ import time
 
 import torch
 
+from cogds.distributed.collectives import all_reduce_sum, any_rank, barrier
+from cogds.distributed.world import World
+from cogds.formatting import gigabytes
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, who
-from cogds.runtime.world import World, all_reduce_sum, any_rank, barrier
-from cogds.wording import gigabytes
 
 SIZES = (1, 1000, 1_000_003)  # numbers; none of them needs to be a multiple of anything
 LARGE_BYTES = {"cuda": 256 << 20, "cpu": 8 << 20}

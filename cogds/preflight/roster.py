@@ -12,9 +12,9 @@ from typing import Any
 
 import torch.distributed as dist
 
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.preflight.finding import runs
-from cogds.runtime.world import World
 
 PREFIX = "preflight"
 ANSWER_S = 60.0  # how much longer ranks wait for rank 0 than rank 0 waits for them
@@ -123,13 +123,12 @@ class Roster:
         nodes = self.share(nodes, timeout_s)
         missing = [rank for rank, node in enumerate(nodes) if node is None]
         if missing:
-            error = UserError(
+            raise UserError(
                 f"{len(missing)} of {self.world.size} ranks did not answer within {timeout_s:g} s: {runs(missing)}; "
                 f"those that did are on {', '.join(dict.fromkeys(filter(None, nodes)))}: look at the launcher's "
-                "output, or give --wait more seconds"
+                "output, or give --wait more seconds",
+                shared=self.world.rank > 0,
             )
-            error.shared = self.world.rank > 0
-            raise error
         return nodes
 
     def give_up(self, what: str) -> None:

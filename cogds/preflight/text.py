@@ -8,8 +8,8 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cogds.formatting import counted
 from cogds.preflight.finding import FAIL, OK, WARN, Finding
-from cogds.wording import counted
 
 _STYLES = {OK: "green", WARN: "yellow", FAIL: "bold red"}
 PLAIN_WIDTH = 120

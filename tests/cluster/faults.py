@@ -16,7 +16,7 @@ import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
-from cogds.runtime.metrics import step_lines
+from cogds.metrics.jsonl import step_lines
 from tests.cluster.lab import ENDED, Lab, until
 from tests.conftest import ROOT
 
@@ -47,7 +47,7 @@ while True:
 
 def materials(folder: Path) -> list[str]:
     """Make the tiny model and the clips in a folder; the words of a run of them whose steps are quick."""
-    from cogds.data.synthetic import draw_clips
+    from cogds.data.video.drawn import draw_clips
     from cogds.model.tiny import create_tiny_model
 
     if not (folder / "model").exists():
@@ -58,7 +58,7 @@ def materials(folder: Path) -> list[str]:
         "--deepspeed", str(ROOT / "ds_configs/zero2.json"),
         f"model.path={folder / 'model'}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
         "data.buckets=[9x64x64, 1x64x64]", "data.num_workers=1", "train.precision=fp32", "lora.rank=4",
-        "train.recompute=none", "eval.every=null", "train.step_timeout_s=10", "optimizer.lr=1e-3",
+        "train.activation_checkpointing=none", "eval.every=null", "train.step_timeout_s=10", "optimizer.lr=1e-3",
     ]  # fmt: skip
 
 

@@ -7,9 +7,9 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogds.data import inventory
-from cogds.data.probe import FileFacts, ProbeTask, probe_file
-from cogds.data.video import write_video
+from cogds.data.manifest import scan as inventory
+from cogds.data.video.media import write_video
+from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file
 
 
 @pytest.fixture(scope="module")

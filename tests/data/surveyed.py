@@ -3,8 +3,9 @@
 import json
 from pathlib import Path
 
-from cogds.data import inventory, manifest
-from cogds.data.manifest import DataSet
+from cogds.data.manifest import scan as inventory
+from cogds.data.manifest import table as manifest
+from cogds.data.manifest.table import DataSet
 
 
 def survey(folder: Path, file: Path, **options: object) -> list[dict]:

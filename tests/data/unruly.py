@@ -2,7 +2,7 @@
 
 import time
 
-from cogds.data import decode as good
+from cogds.data.video import decode_task as good
 
 
 def decode(task: good.DecodeTask) -> good.DecodedClip:

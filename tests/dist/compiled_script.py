@@ -13,8 +13,8 @@ from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
 from torch.fx import GraphModule  # noqa: E402
 
 from cogds.cli import run  # noqa: E402
-from cogds.model.transformer import Transformer  # noqa: E402
-from cogds.train import main  # noqa: E402
+from cogds.model.transformer.forward import Transformer  # noqa: E402
+from cogds.cli import call  # noqa: E402
 
 graphs = []
 
@@ -27,7 +27,7 @@ def count(graph, example):
 
 
 def train():
-    main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")
+    call("train", sys.argv[1:], starts_ranks=False)
     Path(f"{os.environ['GRAPHS']}-{os.environ['RANK']}").write_text(" ".join(map(str, graphs)))
 
 

@@ -6,13 +6,13 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
-from cogds.runtime.metrics import step_lines
+from cogds.metrics.jsonl import step_lines
 
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory, tiny_model):
     """A folder with clips, a cache and the runs; `arguments` is what every run has in common."""
-    from cogds.data.synthetic import draw_clips
+    from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("workshop")
     draw_clips(folder / "clips")

@@ -7,10 +7,10 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogds.config import load_config
-from cogds.runtime.ds_config import load_ds_config, resolve
+from cogds.config.schema import load_config
+from cogds.config.deepspeed import load_ds_config, resolve
 from tests.conftest import ROOT, run_command
-from tests.model.test_lora import example_inputs
+from tests.model.lora.test_adapter import example_inputs
 
 pytestmark = pytest.mark.dist
 

@@ -8,16 +8,15 @@ ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
 if __name__ == "__main__":
-    import cogds.prepare.encoding
-    from cogds.cli import run
-    from cogds.encode import main
+    import cogds.encode.encoder
+    from cogds.cli import call, run
 
-    encode_pixels = cogds.prepare.encoding.encode_pixels
+    encode_pixels = cogds.encode.encoder.encode_pixels
 
     def counted(vae, pixels, tiled):
         with open(os.environ["ENCODED"], "a") as log:
             log.write("clip\n")
         return encode_pixels(vae, pixels, tiled)
 
-    cogds.prepare.encoding.encode_pixels = counted
-    sys.exit(run(lambda: main(ROOT / "launch/configs/demo.yaml")))
+    cogds.encode.encoder.encode_pixels = counted
+    sys.exit(run(lambda: call("encode", sys.argv[1:], starts_ranks=False)))

@@ -17,7 +17,7 @@ SCRIPT = ROOT / "tests/e2e/encode_script.py"
 
 @pytest.fixture
 def arguments(tiny_model, tmp_path):
-    from cogds.data.synthetic import draw_clips
+    from cogds.data.video.drawn import draw_clips
 
     draw_clips(tmp_path / "clips")
     return [

@@ -5,7 +5,7 @@ import shutil
 
 import pytest
 
-from cogds.runtime.metrics import step_lines
+from cogds.metrics.jsonl import step_lines
 from tests.conftest import ROOT
 
 pytestmark = pytest.mark.dist
@@ -13,7 +13,7 @@ pytestmark = pytest.mark.dist
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    from cogds.data.synthetic import draw_clips
+    from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("errors") / "clips"
     draw_clips(folder)
@@ -36,7 +36,8 @@ def no_weights(monkeypatch):
 @pytest.fixture
 def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # noqa: ARG001 (its presence is its effect)
     """`error_of(*argv)`: what the main command, of one process without a process group, says before it gives up."""
-    from cogds import cli, train
+    from cogds import cli
+    from cogds.train import main as train
 
     monkeypatch.setattr(train, "connect", lambda *_: None)
     monkeypatch.setattr(train, "disconnect", lambda: None)
@@ -48,8 +49,7 @@ def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # n
     ]  # fmt: skip
 
     def error_of(*argv):
-        default_ds, default_config = ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml"
-        assert cli.run(lambda: train.main(default_ds, default_config, [*good, *argv])) == 2
+        assert cli.run(lambda: cli.call("train", [*good, *argv], starts_ranks=False)) == 2
         said = [line for line in capsys.readouterr().err.splitlines() if "file/s]" not in line and line.strip()]
         assert len(said) == 1
         assert said[0].startswith("error: ")

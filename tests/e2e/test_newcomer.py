@@ -62,7 +62,7 @@ def demo(clone):
 @pytest.fixture(scope="module")
 def own(clone, demo):  # noqa: ARG001 (the tiny model is the demo's)
     """The run on ten clips of one's own; its folder."""
-    from cogds.data.synthetic import draw_clips
+    from cogds.data.video.drawn import draw_clips
 
     clips = clone / "clips"
     for seed in (0, 1):

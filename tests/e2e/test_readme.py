@@ -6,7 +6,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from cogds.runtime.metrics import step_lines
+from cogds.metrics.jsonl import step_lines
 from tests.board import tensorboard
 from tests.conftest import free_port, run_command
 from tests.readme import QUICKSTART, README, ROOT, command, commands
@@ -55,7 +55,7 @@ def test_no_command_is_left_out(file, run_by):
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory, tiny_model):
     """What makes the real run small: appended to the README's command, where the last word wins."""
-    from cogds.data.synthetic import draw_clips
+    from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("readme")
     draw_clips(folder / "clips")

@@ -4,6 +4,7 @@ import io
 
 import pytest
 
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.preflight import main
 from cogds.preflight.addresses import judge_addresses, look_addresses
@@ -15,7 +16,6 @@ from cogds.preflight.roster import GIVEN_UP
 from cogds.preflight.software import code_digest, judge_tools, judge_versions, look_tools, look_versions, needs_compiler
 from cogds.preflight.text import print_findings, verdict
 from cogds.preflight.trial import judge_trial, one_step_config
-from cogds.runtime.world import World
 
 GB = 10**9
 
@@ -251,8 +251,8 @@ def test_trial_steps():
     assert full.level == FAIL
     assert "does not fit into memory on rank 1 (n2): 79.0 GB of 80.0 GB taken, the estimate is 41.0 GB" in full.text
     assert "Try ds_configs/zero3.json" in full.text
-    known = ranks(trial(error="CUDA out of memory", advice="take model.base=nf4"))
-    assert only(judge_trial(known)).text.endswith("CUDA out of memory. take model.base=nf4")
+    known = ranks(trial(error="CUDA out of memory", advice="take model.quantization=nf4"))
+    assert only(judge_trial(known)).text.endswith("CUDA out of memory. take model.quantization=nf4")
     assert [one.level for one in judge_trial(ranks(trial(), trial(loss=None)))] == [OK, WARN]
 
 

@@ -1,0 +1,40 @@
+"""A clip as the VAE takes it. Runs in a `GuardedPool` child: a decoder that crashes, hangs or swells costs one clip."""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from cogds.core.geometry import ClipShape
+from cogds.data.video.media import read_clip, read_image
+
+
+@dataclass(frozen=True)
+class DecodeTask:
+    """What is decoded: see `index.IndexedClip` and `video.read_clip`."""
+
+    path: str
+    kind: str
+    image_path: str | None
+    start_s: float
+    shape: ClipShape
+    fps: float
+    decoder: str
+
+
+@dataclass(frozen=True)
+class DecodedClip:
+    """pixels uint8 [F, H, W, 3]; first_frame uint8 [H, W, 3]: the given conditioning image, or else frame 0."""
+
+    pixels: np.ndarray
+    first_frame: np.ndarray
+
+
+def decode(task: DecodeTask) -> DecodedClip:
+    """Decode, resample, resize and crop. Raises video.DecodeError."""
+    height, width = task.shape.height, task.shape.width
+    if task.kind == "image":
+        pixels = read_image(task.path, height, width)[None]
+    else:
+        pixels = read_clip(task.path, task.shape, task.fps, task.start_s, decoder=task.decoder)
+    first = read_image(task.image_path, height, width) if task.image_path else pixels[0]
+    return DecodedClip(pixels, first)

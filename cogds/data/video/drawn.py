@@ -1,0 +1,89 @@
+"""Clips that the project draws itself: for the quick start and for tests, without a download."""
+
+from pathlib import Path
+
+import numpy as np
+from PIL import Image, ImageDraw
+
+from cogds.data.video.media import write_video
+from cogds.files import whole_folder
+
+# width, height, frames per second, seconds: landscape, portrait and square; 0.7 to 3 s.
+_CLIPS = (
+    (320, 192, 16, 3.0),
+    (192, 320, 24, 2.0),
+    (256, 256, 30, 1.5),
+    (320, 240, 12, 2.5),
+    (240, 176, 25, 0.72),
+    (176, 304, 12, 1.5),
+)
+_COLOURS = {
+    "red": (220, 40, 40),
+    "green": (40, 180, 70),
+    "yellow": (235, 210, 50),
+    "white": (245, 245, 245),
+    "orange": (240, 140, 30),
+    "purple": (150, 60, 190),
+}
+_BACKGROUNDS = {"blue": (40, 70, 160), "grey": (110, 110, 115), "brown": (110, 75, 45), "teal": (20, 110, 115)}
+_SHAPES = ("circle", "square", "triangle")
+# What the caption says -> from where to where the centre moves, as shares of width and height.
+_MOVES = {
+    "from left to right": ((0.2, 0.5), (0.8, 0.5)),
+    "from right to left": ((0.8, 0.5), (0.2, 0.5)),
+    "from top to bottom": ((0.5, 0.2), (0.5, 0.8)),
+    "from bottom to top": ((0.5, 0.8), (0.5, 0.2)),
+}
+
+
+def draw_clips(folder: str | Path, seed: int = 0) -> None:
+    """Write six captioned clips and one captioned picture into a new folder: the same files for the same seed.
+
+    An existing folder is left as it is. Several ranks may do this at once: the clips are the same whoever draws them.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        return
+    rng = np.random.default_rng(seed)
+    with whole_folder(folder) as partial:
+        for number, (width, height, fps, length_s) in enumerate(_CLIPS):
+            shape, colour, background, move = _choose(rng)
+            num_frames = round(fps * length_s)
+            frames = np.stack(
+                [_draw(width, height, shape, colour, background, move, k / (num_frames - 1)) for k in range(num_frames)]
+            )
+            # One thread: x264 makes other bits of the same frames with another number of them.
+            write_video(partial / f"clip_{number}.mp4", frames, fps, num_threads=1)
+            caption = f"a {colour} {shape} moves {move} over a {background} background"
+            (partial / f"clip_{number}.txt").write_text(caption + "\n", encoding="utf-8")
+        shape, colour, background, move = _choose(rng)
+        Image.fromarray(_draw(320, 192, shape, colour, background, move, 0.5)).save(partial / "image_0.png")
+        caption = f"a {colour} {shape} in the middle of a {background} background"
+        (partial / "image_0.txt").write_text(caption + "\n", encoding="utf-8")
+
+
+def _choose(rng: np.random.Generator) -> tuple[str, str, str, str]:
+    shape, colour, background, move = (
+        options[int(rng.integers(len(options)))]
+        for options in (_SHAPES, list(_COLOURS), list(_BACKGROUNDS), list(_MOVES))
+    )
+    return shape, colour, background, move
+
+
+def _draw(width: int, height: int, shape: str, colour: str, background: str, move: str, progress: float) -> np.ndarray:
+    """One frame, uint8 [H, W, 3]; progress runs from 0 to 1."""
+    # The background is a gradient: a flat one has no texture that a model could get wrong.
+    light = np.linspace(0.7, 1.3, height)[:, None, None] * np.ones((1, width, 1))
+    canvas = np.clip(light * np.array(_BACKGROUNDS[background]), 0, 255).astype(np.uint8)
+    image = Image.fromarray(canvas)
+    draw = ImageDraw.Draw(image)
+    start, end = _MOVES[move]
+    x, y = ((a + (b - a) * progress) * side for a, b, side in zip(start, end, (width, height)))
+    r = min(width, height) / 6
+    if shape == "circle":
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=_COLOURS[colour])
+    elif shape == "square":
+        draw.rectangle((x - r, y - r, x + r, y + r), fill=_COLOURS[colour])
+    else:
+        draw.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=_COLOURS[colour])
+    return np.array(image)

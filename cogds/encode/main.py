@@ -1,0 +1,79 @@
+"""The encode verb: encode a dataset before training, or maintain the cache."""
+
+import argparse
+import json
+import logging
+
+from cogds.cli import make_folders
+from cogds.config.schema import load_config
+from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.world import read_world
+from cogds.encode.encoder import EncodedData, prepare
+from cogds.encode.encoding_plan import NO_CAPTION, EncodingNames
+from cogds.formatting import counted
+from cogds.job import Job, load_job
+from cogds.process.logs import RESULT
+from cogds.process.signals import Interrupt, find_launchers
+
+logger = logging.getLogger(__name__)
+
+
+def main(args: argparse.Namespace) -> None:
+    """Encode what the run's dataset lacks, or maintain the cache."""
+    if args.stats or args.verify:
+        cache_dir = load_config(args.config, args.overrides)[0].data.cache_dir
+        if args.stats:
+            print(json.dumps(stats(cache_dir), indent=2))
+        if args.verify:
+            print_verified(verify(cache_dir, show_progress=True))
+        return
+    job = load_job(args, read_world(), changes={"data.encode": "cached"})
+    cfg, world, cache_dir = job.cfg, job.world, job.cfg.data.cache_dir
+    Interrupt(find_launchers()).listen()  # every entry is kept as soon as it is made: nothing needs saving
+    connect(world, cfg.train.timeout_s, cfg.network)
+    on_rank0(world, lambda: make_folders({"data.cache_dir": cache_dir}))
+    if args.retry:
+        on_rank0(world, lambda: prune(cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
+    data = prepare(cfg, job.model, job.buckets, world, retry=args.retry)
+    if world.rank == 0:
+        held_out = f", and {len(data.held_out)} for evaluation only" if data.held_out is not None else ""
+        logger.log(RESULT, f"{counted(len(data.index), 'clip')} encoded in {cache_dir}{held_out}")
+        if data.unusable.num:
+            unusable = f"{counted(data.unusable.num, 'clip')} not usable"
+            logger.log(RESULT, f"{unusable}, see {data.unusable.file}: {data.unusable.text()}")
+        if args.prune:
+            prune_unused(job, data)
+    disconnect()
+
+
+def prune_unused(job: Job, data: EncodedData) -> None:
+    """Remove every entry and index of the cache that this run's dataset does not use."""
+    cfg = job.cfg
+    columns = {"clips": "clip_key", "captions": "caption_key"}
+    keep = {kind: set().union(*(index.keys(column) for index in data.indices)) for kind, column in columns.items()}
+    names, prompts = EncodingNames(cfg, job.model), [NO_CAPTION, *(prompt.prompt for prompt in cfg.sample.prompts)]
+    keep["captions"] |= {names.caption(prompt).hex() for prompt in prompts}
+    pruned = prune(cfg.data.cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
+    used = tuple(index.path.stem for index in data.indices)
+    for path in set(data.index.path.parent.iterdir()):
+        if not path.name.startswith(used):
+            path.unlink(missing_ok=True)
+    logger.log(
+        RESULT,
+        f"removed {counted(pruned.num_entries, 'entry')}, {pruned.num_bytes / 1e9:.3f} GB; merged "
+        f"{counted(pruned.num_merged, 'small shard')}",
+    )
+
+
+def print_verified(report: VerifyReport) -> None:
+    """What a look at every entry found, for people."""
+    for one in report.damaged:
+        logger.log(RESULT, f"removed {one.kind}/{one.place} {one.key}: {one.reason}")
+    logger.log(
+        RESULT,
+        f"{counted(report.num_entries, 'entry')} whole ({report.num_bytes / 1e9:.3f} GB), "
+        f"{counted(report.num_failures, 'clip')} not decodable, {len(report.damaged)} damaged and removed: the next "
+        "run encodes them again",
+    )

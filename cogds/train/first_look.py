@@ -1,0 +1,155 @@
+"""What TensorBoard shows of a run before its curves: settings, the buckets, and the first clips as the model sees them.
+
+Rank 0 shows its own clips. Nothing is drawn at random for it, so the run stays bit for bit what it would have been; a
+picture that cannot be made is warned of and ends nothing.
+"""
+
+import json
+import logging
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+
+from cogds.config.deepspeed import zero_stage
+from cogds.config.schema import to_yaml
+from cogds.core.cost import step_flops
+from cogds.core.geometry import num_tokens
+from cogds.core.plan import MicroBatch
+from cogds.data.loading.dataset import Batch
+from cogds.metrics.figures import CELL, contact_sheet, share_chart
+from cogds.metrics.monitor import Monitor
+from cogds.train.run import Run
+from cogds.train.step import StepBuilder
+
+logger = logging.getLogger(__name__)
+
+# What runs are compared by in TensorBoard's HParams tab.
+COMPARED = ("train/loss", "eval/loss", "eval/train_loss")
+MAX_DECODED = 4  # clips of a step that are decoded back
+
+
+def show_settings(run: Run, monitor: Monitor) -> None:
+    """The resolved configs as texts, the settings that runs are compared by, and the buckets as bars, by rank 0."""
+    if run.world.rank != 0:
+        return
+    monitor.text("config/run", to_yaml(run.cfg))
+    monitor.text("config/deepspeed", json.dumps(run.ds_config, indent=2))
+    monitor.hparams(settings(run), COMPARED)
+    try:
+        monitor.picture(run.first_step, "data/buckets", bucket_bars(run))
+    except Exception as error:
+        logger.warning(f"the buckets could not be drawn ({reason(error)}): training goes on")
+
+
+def settings(run: Run) -> dict[str, str | float | bool]:
+    """What one run differs from another by: plain values under the names of the config, and what follows from them."""
+    cfg, plan = run.cfg, run.plan
+    tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
+    return {
+        "optimizer.lr": cfg.optimizer.lr,
+        "optimizer.schedule": cfg.optimizer.schedule,
+        "optimizer.weight_decay": cfg.optimizer.weight_decay,
+        "lora.rank": cfg.lora.rank,
+        "lora.alpha": cfg.lora.alpha,
+        "lora.target_modules": ", ".join(cfg.lora.target_modules),
+        "train.num_steps": cfg.train.num_steps,
+        "train.precision": cfg.train.precision,
+        "train.gradient_accumulation_steps": plan.accumulation,
+        "tokens a rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
+        "recompute": ", ".join(sorted({part.checkpointing for part in run.execution.buckets})),
+        "ranks": run.world.size,
+        "zero stage": zero_stage(run.ds_config),
+        "model.quantization": cfg.model.quantization,
+        "model.path": cfg.model.path,
+        "conditioning.image_latents": cfg.conditioning.image_latents,
+        "clips": len(run.data.index),
+        "seed": cfg.seed,
+    }
+
+
+def bucket_bars(run: Run) -> np.ndarray:
+    """Each bucket's share of the clips, of the tokens and of the cost of an epoch."""
+    num_clips = [sum(sets) for sets in run.data.index.sizes]
+    num_trained = run.data.mixture.virtual_sizes
+    tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
+    costs = [step_flops(one, run.model.num_layers, run.model.hidden_size).counted for one in tokens]
+
+    def shares(values: list[float]) -> list[float]:
+        return [value / (sum(values) or 1.0) for value in values]
+
+    series = [
+        ("clips", shares([float(num) for num in num_clips])),
+        ("tokens", shares([float(num * one) for num, one in zip(num_trained, tokens)])),
+        ("cost", shares([num * one for num, one in zip(num_trained, costs)])),
+    ]
+    return share_chart("Shares of an epoch", [str(shape) for shape in run.buckets], series)
+
+
+def reason(error: Exception) -> str:
+    """What went wrong, in a line."""
+    return next(iter(str(error).splitlines()), "") or type(error).__name__
+
+
+class FirstBatches:
+    """Collects the first clips that this rank trains, and shows them. What goes wrong with that is warned of."""
+
+    def __init__(self, run: Run, builder: StepBuilder, monitor: Monitor) -> None:
+        self._run, self._builder, self._monitor = run, builder, monitor
+        self._frames: list[np.ndarray] = []
+        self._captions: list[str] = []
+        self._shown = False
+
+    def look(self, step: int, micro_batch: MicroBatch, batch: Batch) -> None:
+        """To be given every batch: optimizer step from 0, micro-step, tensors. Costs nothing once all are shown."""
+        cfg, passed = self._run.cfg.metrics, step - self._run.first_step
+        if cfg.show_clips and not self._shown:
+            try:
+                self._collect(step, batch)
+            except Exception as error:
+                self._done()
+                logger.warning(f"the first clips could not be drawn ({reason(error)}): training goes on")
+        if passed < cfg.show_batches:
+            try:
+                self._decode(step, micro_batch, batch)
+            except Exception as error:  # out of memory, most likely
+                logger.warning(f"the batch of step {step + 1} could not be decoded ({reason(error)}): training goes on")
+
+    def _collect(self, step: int, batch: Batch) -> None:
+        num = self._run.cfg.metrics.show_clips
+        clips = [self._run.data.index[row] for row in batch.rows]
+        for clip, frame in zip(clips[: num - len(self._frames)], batch.tensors["first_frame"]):
+            self._frames.append(_shrunk(frame))
+            self._captions.append(f"{clip.shape}  {clip.caption}")
+        if self._frames and (len(self._frames) >= num or step + 1 == self._run.cfg.train.num_steps):
+            self._monitor.picture(step + 1, "data/first_frames", contact_sheet(self._frames, self._captions))
+            self._done()
+
+    def _done(self) -> None:
+        self._shown, self._frames, self._captions = True, [], []
+
+    @torch.no_grad()
+    def _decode(self, step: int, micro_batch: MicroBatch, batch: Batch) -> None:
+        vae: Any = self._builder.vae
+        was_tiled = vae.use_tiling
+        vae.enable_tiling()
+        try:
+            for number, moments in enumerate(batch.tensors["moments"][:MAX_DECODED]):
+                mean = moments[None, : len(moments) // 2].to(self._builder.device, vae.dtype)
+                video = vae.decode(mean).sample[0].float()  # [3, F, H, W]
+                frames = ((video / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
+                where = f"data/decoded/{micro_batch.slots_of(self._run.world.data_rank)[number]}"
+                if len(frames) == 1:
+                    self._monitor.picture(step + 1, where, frames[0])
+                else:
+                    self._monitor.animation(step + 1, where, frames, self._run.cfg.data.fps)
+        finally:
+            vae.use_tiling = was_tiled
+
+
+def _shrunk(frame: torch.Tensor) -> np.ndarray:
+    """A first frame uint8 [3, H, W] as pixels [h, w, 3] of a contact sheet's width: a copy of its own, since a view
+    would keep the whole batch, which is pinned memory."""
+    image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
+    return np.array(image.resize((CELL, max(1, round(CELL * image.height / image.width))), Image.Resampling.LANCZOS))

@@ -1,0 +1,39 @@
+"""The train verb."""
+
+import argparse
+import contextlib
+from pathlib import Path
+
+from cogds.cli import make_folders
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.run_lock import hold_run_lock
+from cogds.distributed.world import read_world
+from cogds.errors import Interrupted
+from cogds.job import load_job
+from cogds.process.signals import Interrupt, find_launchers
+from cogds.train.trainer import Trainer
+from cogds.train.tuning import check_execution
+
+# A dry run encodes no clip, and tries the largest bucket on a CPU too.
+DRY_RUN = {"data.encode": "on_the_fly", "train.memory_check": "on", "eval.every": None, "sample.every": None}
+
+
+def main(args: argparse.Namespace) -> None:
+    """Train. Everything that can be wrong with the input is reported before any weight is loaded."""
+    job = load_job(args, read_world(), changes=DRY_RUN if args.dry_run else {})
+    check_execution(job)
+    stop = Interrupt(find_launchers())
+    stop.listen()
+    connect(job.world, job.cfg.train.timeout_s, job.cfg.network)
+    folders = {"output_dir": job.cfg.output_dir, "data.cache_dir": job.cfg.data.cache_dir}
+    on_rank0(job.world, lambda: make_folders(folders))
+    try:
+        with contextlib.nullcontext() if args.dry_run else hold_run_lock(job.world, Path(job.cfg.output_dir)):
+            Trainer(job, stop, args.dry_run).run()
+    except Interrupted:  # on all ranks
+        stop.ignore()
+        disconnect()
+        raise
+    disconnect()
+    stop.close()

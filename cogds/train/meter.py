@@ -1,0 +1,89 @@
+"""What every optimizer step is measured by: its time and where it goes, speed, memory, the LoRA's norms, coverage.
+
+Nothing is waited for: what is on the device goes to the monitor as tensors, and a GPU's phases are read one step late.
+"""
+
+import math
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from cogds.core.cost import PEAK_TFLOPS, step_flops
+from cogds.core.coverage import share_seen
+from cogds.core.geometry import num_tokens
+from cogds.core.plan import MicroBatch
+from cogds.metrics.step_metrics import Norms, OwnValues, peak_host_bytes, peak_memory_bytes
+from cogds.metrics.stopwatch import Phases, Stopwatch
+from cogds.train.norms import LoraNorms
+from cogds.train.run import Run
+
+
+class Meter:
+    """Measures the optimizer steps of one rank, one after another.
+
+    begin(phase): what comes from here on is "inputs", "forward", "backward" or "optimizer".
+    """
+
+    def __init__(self, run: Run, engine: Any) -> None:
+        self._run, device = run, run.world.device
+        self._clock, self._phases = Stopwatch(), Phases(device)
+        self.begin = self._phases.begin
+        self._norms = LoraNorms(engine, run.world, run.model.num_layers)
+        # At ZeRO-3 a forward pass gathers weights, and ranks that share a clip exchange attention within it: all end
+        # with the slowest, and their seconds say nothing of who that is.
+        self._apart = run.world.sequence_size == 1 and engine.zero_optimization_stage() < 3
+        self._wait_before_s, self._peak_bytes = math.nan, 0.0
+        self._tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
+        self._tflops = [
+            step_flops(tokens, run.model.num_layers, run.model.hidden_size).counted / 1e12 for tokens in self._tokens
+        ]
+        known = device.type == "cuda" and run.cfg.train.precision == "bf16"
+        self._peak_tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if known else None
+
+    def rest(self) -> None:
+        """What was done since the last step is no part of the next."""
+        self._clock.lap()
+
+    def before_update(self, step: int) -> None:
+        """The engine is about to change the weights in optimizer step `step` (0 is the first)."""
+        if self._norms_due(step):
+            self._norms.before()
+
+    def read(
+        self, step: int, micro_batches: Sequence[MicroBatch], wait_s: float
+    ) -> tuple[dict[str, float], OwnValues, Norms | None]:
+        """After step `step`: scalars, what is this rank's own, and norms where they are due. wait_s: for the loader."""
+        norms = self._norms.after() if self._norms_due(step) else None
+        phases, step_s, world = self._phases.lap(), self._clock.lap(), self._run.world
+        # The phases are this step's on a CPU, and those of the step before on a GPU.
+        on_cpu = world.device.type == "cpu"
+        waited_s = wait_s if on_cpu else self._wait_before_s
+        busy_s = waited_s + phases.get("forward", math.nan) if self._apart else math.nan
+        self._wait_before_s = wait_s
+        samples = [
+            (micro_batch.batch_size_of(rank), micro_batch.bucket_of(rank))
+            for micro_batch in micro_batches
+            for rank in range(world.data_size)
+        ]
+        tflops = sum(num * self._tflops[bucket] for num, bucket in samples) / step_s / world.size
+        scalars = {
+            "data/coverage": share_seen(self._run.plan.coverage(step + 1), self._run.data.mixture),
+            "perf/step_s": step_s,
+            "perf/data_wait_s": wait_s,
+            "perf/data_wait": wait_s / step_s,
+            **{f"perf/{name}_s": seconds for name, seconds in phases.items()},
+            "perf/samples_per_s": sum(micro_batch.num_slots for micro_batch in micro_batches) / step_s,
+            "perf/tokens_per_s": sum(num * self._tokens[bucket] for num, bucket in samples) / step_s,
+            "perf/tflops": tflops,
+        }
+        if self._peak_tflops:
+            scalars["perf/mfu"] = tflops / self._peak_tflops
+        # Of all steps so far: the allocator's own peak begins anew after an evaluation (`loop.meet`).
+        self._peak_bytes = max(self._peak_bytes, float(peak_memory_bytes(world.device)))
+        own = OwnValues(busy_s, self._peak_bytes, float(peak_host_bytes()))
+        return scalars, own, norms
+
+    def _norms_due(self, step: int) -> bool:
+        every = self._run.cfg.metrics.norms_every
+        return every is not None and (step + 1) % every == 0

@@ -1,0 +1,193 @@
+import json
+import os
+from collections.abc import Callable
+from pathlib import Path
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+import pytest
+
+from cogds.data.manifest.layouts import MANIFEST_MARK, Entry, iter_entries
+from cogds.errors import UserError
+
+OURS = {"path": "url", "caption": "alt text", "kind": "sort", "image": "still", "start_s": "from", "end_s": "to"}
+
+
+def read_entries(path: Path, columns: dict[str, str] | None = None) -> list[Entry]:
+    return list(iter_entries(path, columns))
+
+
+def put(folder: Path, **texts: str) -> Path:
+    for name, text in texts.items():
+        (folder / name.replace("__", ".")).write_text(text, encoding="utf-8")
+    return folder
+
+
+def entry(folder: Path, name: str, caption: str | None, kind: str = "video", image: str | None = None) -> Entry:
+    return Entry(str(folder / name), caption, kind, str(folder / image) if image else None)
+
+
+def test_folder_of_clips(tmp_path: Path) -> None:
+    (tmp_path / "sub dir").mkdir()
+    for name in ("b.MP4", "sub dir/ä clip.mkv", "a.png", "notes.md", ".hidden.mp4", "no caption.webm", "empty.mov"):
+        (tmp_path / name).touch()
+    put(tmp_path, b__txt="\ufeff a bee \n", a__txt="an a", empty__txt=" \n")
+    (tmp_path / "sub dir/ä clip.txt").write_text("zwölf", encoding="utf-8")
+    os.symlink(tmp_path, tmp_path / "sub dir" / "loop")
+    assert read_entries(tmp_path) == [
+        entry(tmp_path, "a.png", "an a", "image"),
+        entry(tmp_path, "b.MP4", "a bee"),
+        entry(tmp_path, "empty.mov", ""),
+        entry(tmp_path, "no caption.webm", None),
+        entry(tmp_path, "sub dir/ä clip.mkv", "zwölf"),
+    ]
+
+
+@pytest.mark.parametrize("captions", ["prompts.txt", "prompt.txt"])
+def test_lists_of_lines(tmp_path: Path, captions: str) -> None:
+    put(tmp_path, videos__txt="videos/1.mp4\r\n/abs/2.mp4\n\n")
+    (tmp_path / captions).write_text("one\u2028line\ntwo\n", encoding="utf-8")
+    want = [entry(tmp_path, "videos/1.mp4", "one\u2028line"), Entry("/abs/2.mp4", "two", "video")]
+    assert read_entries(tmp_path) == read_entries(tmp_path / "videos.txt") == want
+    put(tmp_path, images__txt="i/1.png\ni/2.png\n")
+    assert [e.image_path for e in read_entries(tmp_path)] == [str(tmp_path / "i/1.png"), str(tmp_path / "i/2.png")]
+
+
+def test_rows(tmp_path: Path) -> None:
+    want = [entry(tmp_path, "a b.mp4", "one, two"), entry(tmp_path, "c.png", None, "image")]
+    put(
+        tmp_path,
+        metadata__jsonl='\ufeff{"file_name": "a b.mp4", "text": " one, two"}\n\n{"file_name": "c.png", "text": null}',
+    )
+    assert read_entries(tmp_path) == want
+    (tmp_path / "metadata.jsonl").unlink()
+    put(tmp_path, metadata__csv='\ufefffile_name,text\na b.mp4,"one, two"\nc.png,\n')
+    assert read_entries(tmp_path) == read_entries(tmp_path / "metadata.csv") == [want[0], want[1]._replace(caption="")]
+    (tmp_path / "metadata.csv").unlink()
+    rows = [{"file_path": "a b.mp4", "text": "one, two", "type": "video"}, {"file_path": "c.png", "text": None}]
+    put(tmp_path, my_list__json=json.dumps(rows))
+    assert read_entries(tmp_path) == read_entries(tmp_path / "my_list.json") == want
+
+
+def no_files(folder: Path) -> Path:
+    return folder
+
+
+@pytest.mark.parametrize(
+    "make, says",
+    [
+        (lambda d: d / "nowhere", "does not exist"),
+        (no_files, "holds no clips: expected a folder of clips"),
+        (lambda d: put(d, videos__txt="a.mp4", metadata__jsonl="{}"), "metadata.jsonl, videos.txt"),
+        (lambda d: put(d, videos__txt="a.mp4\nb.mp4", prompts__txt="one"), "videos.txt has 2, prompts.txt has 1"),
+        (lambda d: put(d, videos__txt="a.mp4\n\nb.mp4", prompts__txt="1\n2\n3"), "videos.txt:2 is empty"),
+        (lambda d: put(d, videos__txt="a.mp4"), "lacks prompts.txt"),
+        (lambda d: put(d, videos__txt="a", prompts__txt="a", prompt__txt="a"), "keep one"),
+        (lambda d: put(d, prompts__txt="a") / "prompts.txt", "videos.txt"),
+        (lambda d: put(d, videos__txt="", prompts__txt=""), "lists no clips"),
+        (lambda d: put(d, metadata__jsonl='{"file_name": "a", "text": ""}\n{"file_name'), "jsonl:2 is not valid"),
+        (lambda d: put(d, metadata__jsonl='{"file_name": "a", "txt": ""}'), "lacks 'text'.*file_name, txt; rename"),
+        (lambda d: put(d, metadata__jsonl="[1]"), "jsonl:1 is a list"),
+        (lambda d: put(d, metadata__csv="file_name,text\na,b\nc\n"), "csv:3 lacks 'text'"),
+        (lambda d: put(d, metadata__csv='file_name,text\na,"b\n'), "not valid CSV"),
+        (lambda d: put(d, x__json='[{"file_path": "a", "text": "b"},\n{]'), "x.json:2 is not valid JSON"),
+        (lambda d: put(d, x__json="{}"), "holds a dict, not a list"),
+        (lambda d: put(d, x__json='[{"text": "b"}]'), "row 1 lacks 'file_path'.*text"),
+        (lambda d: put(d, x__json='[{"file_path": "a", "text": 5}]'), "row 1: the caption is 5, not a text"),
+        (lambda d: put(d, x__json='[{"file_path": "", "text": "x"}]'), "row 1: the path is ''"),
+        (lambda d: put(d, x__json='[{"file_path": "a", "text": "b", "type": "gif"}]'), "type 'gif' is unknown"),
+        (lambda d: put(d, x__json="[]", y__json="[]"), "x.json, y.json"),
+        (lambda d: put(d, x__json="[]"), "lists no clips"),
+        (lambda d: put(d, x__md="") / "x.md", "no list of clips: give a folder or one of .json"),
+        (lambda d: put(d, x__parquet=""), "x.parquet cannot be read as Parquet"),
+        (lambda d: put(d, metadata__csv="file_name,text\na,b, c\n"), "csv:2 has more cells .* quotes"),
+        (lambda d: put(d, metadata__csv="path,text,start_s\na,b,-1\n"), "csv:2: start_s is '-1', not a number"),
+        (lambda d: put(d, metadata__csv="path,text,end_s\na,b,x\n"), "csv:2: end_s is 'x', not a number"),
+        (lambda d: put(d, metadata__csv="path,text,start_s,end_s\na,b,2,2\n"), "csv:2: the clip ends at 2 s"),
+        (lambda d: put(d, x__json='[{"path": "a", "text": "b", "start_s": true}]'), "start_s is True"),
+        (lambda d: put(d, x__json='[{"path": "a", "text": "b", "image": 1}]'), "the image is 1, not a path"),
+        (lambda d: table(d, path=["a"], text=[1]), "column 'text' holds int64, not texts"),
+        (lambda d: table(d, path=["a"], text=["b"], end_s=["c"]), "column 'end_s' holds string, not numbers"),
+        (lambda d: table(d, path=["a", None], text=["b", "c"]), "row 2: the path is None, not a path"),
+        (lambda d: table(d, url=["a"], text=["b"]), "lacks 'file_name': its keys are url, text"),
+    ],
+)  # fmt: skip
+def test_errors_say_what_to_do(tmp_path: Path, make: Callable[[Path], Path], says: str) -> None:
+    with pytest.raises(UserError, match=says):
+        read_entries(make(tmp_path))
+
+
+def table(folder: Path, name: str = "metadata.parquet", /, **columns: list) -> Path:
+    pq.write_table(pa.table(columns), folder / name)
+    return folder
+
+
+def test_tables_with_ranges_images_and_any_names(tmp_path: Path) -> None:
+    rows = [
+        {"url": "a.mp4", "alt text": "one", "sort": None, "still": "i.png", "from": 0, "to": 2.5, "other": 1},
+        {"url": "/b.mp4", "alt text": None, "sort": "image", "still": None, "from": None, "to": None, "other": 1},
+    ]
+    want = [
+        Entry(str(tmp_path / "a.mp4"), "one", "video", str(tmp_path / "i.png"), None, 0.0, 2.5),
+        Entry("/b.mp4", None, "image"),
+    ]
+    put(tmp_path, l__jsonl="\n".join(map(json.dumps, rows)))
+    put(tmp_path, l__csv="url,alt text,sort,still,from,to\na.mp4,one,,i.png,0,2.5\n/b.mp4,,image,,,\n")
+    put(tmp_path, l__json=json.dumps(rows))
+    table(tmp_path, "l.parquet", **{name: [row[name] for row in rows] for name in rows[0]})
+    for file in ("l.jsonl", "l.json", "l.parquet"):
+        assert read_entries(tmp_path / file, OURS) == want
+    assert read_entries(tmp_path / "l.csv", OURS) == [want[0], want[1]._replace(caption="")]
+    with pytest.raises(
+        UserError, match=r"l.parquet lacks 'uri', which data.columns names for path \(did you mean 'url'"
+    ):
+        read_entries(tmp_path / "l.parquet", {"path": "uri"})
+
+
+def test_our_own_names_and_no_captions(tmp_path: Path) -> None:
+    table(tmp_path, path=["a.mp4"], kind=["image"], start_s=pa.array([float("nan")]))
+    with pytest.raises(UserError, match="lacks 'text'"):
+        read_entries(tmp_path)
+    assert list(iter_entries(tmp_path, None, need_captions=False)) == [entry(tmp_path, "a.mp4", None, "image")]
+
+
+def test_several_parquet_files_are_one_list_and_a_manifest_is_none(tmp_path: Path) -> None:
+    for part in (1, 0):
+        table(tmp_path, f"part-{part}.parquet", path=pa.array([f"{part}.mp4"]).dictionary_encode(), text=["x"])
+    manifest = pa.table({"path": ["c.mp4"]}).replace_schema_metadata({MANIFEST_MARK: b"1"})
+    pq.write_table(manifest, tmp_path / "manifest.parquet")
+    assert [Path(one.path).name for one in read_entries(tmp_path)] == ["0.mp4", "1.mp4"]
+
+
+def test_what_shares_a_clips_name_is_no_list(tmp_path: Path) -> None:
+    for name in ("a.mp4", "videos.mp4", "metadata.mov"):
+        (tmp_path / name).touch()
+    put(tmp_path, a__json='[{"fps": 1}]', a__txt="an a", videos__txt="v", metadata__csv="x", dataset_info__json="{}")
+    assert [(Path(one.path).name, one.caption) for one in read_entries(tmp_path)] == [
+        ("a.mp4", "an a"), ("metadata.mov", None), ("videos.mp4", "v")
+    ]  # fmt: skip
+
+
+def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
+    names = ["a-b.mp4", "a/z.mp4", "a.mp4", "a b/c.mp4", "b/a/x.mp4", "b/a.mp4", "B.mp4"]
+    for name in names:
+        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
+        (tmp_path / name).touch()
+    (tmp_path / "folder.mp4" / "inner").mkdir(parents=True)
+    (tmp_path / "folder.mp4" / "inner" / "x.mp4").touch()
+    want = sorted(str(tmp_path / name) for name in [*names, "folder.mp4"])
+    assert [one.path for one in read_entries(tmp_path)] == want
+
+
+def test_entries_come_as_they_are_read(tmp_path: Path) -> None:
+    put(tmp_path, l__jsonl='{"path": "a", "text": "b"}\nnot json\n')
+    entries = iter_entries(tmp_path / "l.jsonl")
+    assert next(entries).caption == "b"
+    with pytest.raises(UserError, match="jsonl:2 is not valid JSON"):
+        next(entries)
+
+
+def test_a_list_that_is_not_utf8(tmp_path: Path) -> None:
+    (tmp_path / "metadata.csv").write_bytes("file_name,text\na,ä\n".encode("latin-1"))
+    with pytest.raises(UserError, match="not UTF-8"):
+        read_entries(tmp_path)

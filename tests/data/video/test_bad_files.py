@@ -1,0 +1,221 @@
+"""Files as people have them: each costs itself at most, and the manifest says why."""
+
+import os
+import shutil
+import time
+from collections.abc import Iterator
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import numpy as np
+import pytest
+from PIL import Image
+
+from cogds.data.manifest import file_digests as contents
+from cogds.data.manifest import scan as inventory
+from cogds.data.manifest import table as manifest
+from cogds.data.manifest.scan_state import ALONE
+from cogds.data.manifest.table import DataSet
+from cogds.data.video.media import write_video
+from cogds.data.video.probe_task import FileFacts, ProbeTask
+
+
+def grey(count: int, height: int, width: int) -> np.ndarray:
+    return np.full((count, height, width, 3), 90, np.uint8)
+
+
+def audio_only(path: Path) -> None:
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=16000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
+        frame.sample_rate = 16000
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode(None))
+
+
+def variable_rate(path: Path) -> None:
+    """Frames at 0, 100, 150, 400, 420, 1000 ms."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=25)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        stream.codec_context.time_base = Fraction(1, 1000)
+        for pts in (0, 100, 150, 400, 420, 1000):
+            frame = av.VideoFrame.from_ndarray(grey(1, 48, 64)[0], format="rgb24")
+            frame.pts, frame.time_base = pts, Fraction(1, 1000)
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+
+
+def turned(path: Path) -> None:
+    """Stored 64x32, shown turned by a quarter: the matrix is written into the track's header."""
+    write_video(path, grey(5, 32, 64), 10)
+    data = bytearray(path.read_bytes())
+    upright = b"".join(n.to_bytes(4, "big") for n in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
+    quarter = b"".join((n % (1 << 32)).to_bytes(4, "big") for n in (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30))
+    at = data.index(b"tkhd")
+    at = data.index(upright, at)
+    data[at : at + 36] = quarter
+    path.write_bytes(data)
+
+
+def no_rate(path: Path) -> None:
+    """An AVI whose header says 0 frames a second."""
+    with av.open(str(path), "w", format="avi") as container:
+        stream = container.add_stream("mpeg4", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        for image in grey(3, 48, 64):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray(path.read_bytes())
+    at = data.index(b"strh") + 8  # fourcc, fourcc, flags, priority + language, initial frames, scale, rate
+    data[at + 20 : at + 28] = bytes(8)
+    path.write_bytes(data)
+
+
+def unusual_folder(folder: Path) -> None:
+    folder.mkdir()
+    write_video(folder / "good.mp4", np.random.default_rng(0).integers(0, 255, (20, 64, 96, 3), dtype=np.uint8), 10)
+    good = (folder / "good.mp4").read_bytes()
+    (folder / "zero.mp4").touch()
+    (folder / "truncated.mp4").write_bytes(good[: len(good) // 2])
+    (folder / "text.mp4").write_text("this is no video\n" * 100)
+    audio_only(folder / "audio.mp4")
+    write_video(folder / "one frame.mp4", grey(1, 32, 32), 10)
+    with av.open(str(folder / "one pixel.mkv"), "w") as container:
+        stream = container.add_stream("ffv1", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 1, 1, "yuv444p"
+        for image in grey(2, 1, 1):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    write_video(folder / "8k portrait.mp4", grey(1, 7680, 4320), 30)
+    variable_rate(folder / "variable.mp4")
+    turned(folder / "turned.mp4")
+    no_rate(folder / "no rate.avi")
+    shutil.copy(folder / "good.mp4", folder / "long caption.mp4")
+    for name in ("a b.mp4", 'it\'s "quoted".mp4', "two\nlines.mp4", "ünï 🎬 \u2028.mp4", "no caption.mp4"):
+        shutil.copy(folder / "good.mp4", folder / name)
+    with open(os.fsencode(folder) + b"/latin \xe9.mp4", "wb") as file:
+        file.write(good)
+    os.symlink("/nowhere/at all.mp4", folder / "broken link.mp4")
+    (folder / "folder.mp4").mkdir()
+    os.mkfifo(folder / "pipe.mp4")
+    Image.new("RGB", (1, 1)).save(folder / "dot.png")
+    (folder / "picture.jpg").write_bytes(b"\xff\xd8\xff\xe0 no more")
+    for path in list(folder.iterdir()):
+        if "no caption" not in path.name and "latin" not in os.fsdecode(os.fsencode(path.name)):
+            path.with_suffix(".txt").write_text("words " * (5000 if "long" in path.name else 1))
+
+
+@pytest.fixture(scope="module")
+def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict]]:
+    """The manifest's row of every file, by the file's name."""
+    folder = tmp_path_factory.mktemp("bad") / "files"
+    unusual_folder(folder)
+    file = folder.parent / "manifest.parquet"
+    inventory.update([DataSet(str(folder))], file, 2, timeout_s=60)
+    contents.fill_digests(file)
+    yield {os.path.basename(row["path"]): row for row in manifest.read(file).to_pylist()}
+    shutil.rmtree(folder)
+
+
+@pytest.mark.parametrize(
+    "name, phrase, says",
+    [
+        ("zero.mp4", "empty file", "0 bytes"),
+        ("truncated.mp4", "truncated", ""),
+        ("text.mp4", "cannot be opened", "as a video"),
+        ("audio.mp4", "no video in it", "audio only"),
+        ("no caption.mp4", "caption missing", "add a same-named .txt"),
+        ("latin \\xe9.mp4", "file name not UTF-8", "rename the file"),
+        ("broken link.mp4", "file missing", "does not exist"),
+        ("folder.mp4", "not a file", "it is a folder"),
+        ("pipe.mp4", "not a file", "a pipe"),
+        ("picture.jpg", "cannot be opened", "as an image"),
+    ],
+)
+def test_the_unusable_are_listed_with_their_reason(rows: dict[str, dict], name: str, phrase: str, says: str) -> None:
+    assert rows[name]["status"] == "unusable"
+    assert rows[name]["reason"].split(": ")[0] == phrase
+    assert says in rows[name]["reason"]
+    assert (rows[name]["frames"] is None) == (phrase != "caption missing")
+
+
+@pytest.mark.parametrize(
+    "name, frames, width, height",
+    [
+        ("good.mp4", 20, 96, 64),
+        ("one frame.mp4", 1, 32, 32),
+        ("one pixel.mkv", 2, 1, 1),
+        ("8k portrait.mp4", 1, 4320, 7680),
+        ("variable.mp4", 6, 64, 48),
+        ("turned.mp4", 5, 32, 64),
+        ("long caption.mp4", 20, 96, 64),
+        ("a b.mp4", 20, 96, 64),
+        ('it\'s "quoted".mp4', 20, 96, 64),
+        ("two\nlines.mp4", 20, 96, 64),
+        ("ünï 🎬 \u2028.mp4", 20, 96, 64),
+        ("dot.png", 1, 1, 1),
+    ],
+)
+def test_the_unusual_are_usable(rows: dict[str, dict], name: str, frames: int, width: int, height: int) -> None:
+    row = rows[name]
+    assert (row["status"], row["reason"]) == ("ok", None)
+    assert (row["frames"], row["width"], row["height"]) == (frames, width, height)
+    assert len(row["digest"]) == 16
+
+
+def test_details(rows: dict[str, dict]) -> None:
+    assert len(rows["long caption.mp4"]["caption"].split()) == 5000
+    assert rows["turned.mp4"]["rotation"] in (90, 270)
+    assert rows["variable.mp4"]["duration_s"] >= 1.0
+    # A header without a rate: whatever the reader makes of it, it is one or the other.
+    assert rows["no rate.avi"]["status"] == "unusable" or rows["no rate.avi"]["fps"] > 0
+    assert len(rows) == 23
+
+
+def test_a_file_that_goes_between_listing_and_probing_costs_itself(tmp_path: Path) -> None:
+    for name in ("a.mp4", "b.mp4"):
+        write_video(tmp_path / name, grey(5, 32, 32), 10)
+    file = tmp_path / "out" / "m.parquet"
+    job = inventory.begin([DataSet(str(tmp_path))], file, "x")
+    (tmp_path / "a.mp4").unlink()
+    inventory.probe_share(job, ALONE, 0)
+    inventory.finish(job)
+    assert manifest.read(file)["reason"].to_pylist() == ["file missing: the file does not exist", None]
+
+
+def unruly(task: ProbeTask) -> FileFacts:
+    """Runs in a child process."""
+    name = Path(task.path).stem
+    if name == "hang":
+        time.sleep(600)
+    if name == "crash":
+        os._exit(7)
+    if name == "eat":
+        held = []
+        while True:
+            held.append(bytearray(50_000_000))
+    return FileFacts(5, 10.0, 32, 32, 0, 0.5)
+
+
+def test_a_hang_a_crash_and_a_glutton_cost_one_file_each(tmp_path: Path) -> None:
+    names = ["1", "hang", "2", "crash", "3", "eat", "4"]
+    for name in names:
+        (tmp_path / f"{name}.mp4").touch()
+    file = tmp_path / "out" / "m.parquet"
+    job = inventory.begin([DataSet(str(tmp_path))], file, "x")
+    inventory.probe_share(job, ALONE, 2, timeout_s=3.0, memory_bytes=800_000_000, probe=unruly)
+    inventory.finish(job)
+    found = {Path(row["path"]).stem: row["reason"] for row in manifest.read(file).to_pylist()}
+    phrases = {"hang": "took too long", "crash": "crashed the decoder", "eat": "needed too much memory"}
+    assert {name: reason and reason.split(": ")[0] for name, reason in found.items()} == dict.fromkeys("1234") | phrases
+    # It may have been the machine: they are opened again, and nothing else is.
+    job = inventory.begin([DataSet(str(tmp_path))], file, "x")
+    assert inventory.probe_share(job, ALONE, 1, timeout_s=3.0, memory_bytes=800_000_000, probe=benign) == 3
+    inventory.finish(job)
+    assert {row["status"] for row in manifest.read(file).to_pylist()} == {"ok"}
+
+
+def benign(_: ProbeTask) -> FileFacts:
+    return FileFacts(5, 10.0, 32, 32, 0, 0.5)

@@ -1,0 +1,46 @@
+import os
+from pathlib import Path
+
+import pytest
+
+from cogds.core.geometry import ClipShape
+from cogds.data.manifest.scan import update
+from cogds.data.manifest.table import DataSet, read
+from cogds.data.video import drawn as synthetic
+from cogds.data.video.drawn import draw_clips
+from cogds.data.video.media import read_clip
+
+
+def files(folder: Path) -> dict[str, bytes]:
+    return {path.name: path.read_bytes() for path in folder.iterdir()}
+
+
+def test_clips_are_usable_and_the_same_for_a_seed(tmp_path: Path) -> None:
+    draw_clips(tmp_path / "a" / "clips")
+    draw_clips(tmp_path / "b")
+    draw_clips(tmp_path / "c", seed=1)
+    assert files(tmp_path / "a" / "clips") == files(tmp_path / "b") != files(tmp_path / "c")
+    update([DataSet(str(tmp_path / "b"))], tmp_path / "manifest.parquet", num_workers=0)
+    clips = read(tmp_path / "manifest.parquet").to_pylist()
+    assert {clip["status"] for clip in clips} == {"ok"}
+    assert [clip["kind"] for clip in clips] == ["video"] * 6 + ["image"]
+    assert {clip["fps"] for clip in clips} == {0, 12, 16, 24, 25, 30}
+    assert {(c["width"] > c["height"]) - (c["width"] < c["height"]) for c in clips} == {-1, 0, 1}
+    assert all(0.7 <= c["duration_s"] <= 3 and max(c["width"], c["height"]) <= 320 for c in clips[:-1])
+    frames = read_clip(clips[0]["path"], ClipShape(9, clips[0]["height"], clips[0]["width"]), fps=4).astype(float)
+    assert abs(frames[0] - frames[-1]).mean() > 2  # something moves
+
+
+def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+    draw_clips(tmp_path)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object, **__: object) -> None:
+        raise OSError("disk full")
+
+    monkeypatch.setattr(synthetic, "write_video", fail)
+    with pytest.raises(OSError, match="disk full"):
+        draw_clips(tmp_path / "clips")
+    assert not os.listdir(tmp_path)

@@ -1,0 +1,63 @@
+"""Rank and world size from the variables of each launcher."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+
+from cogds.distributed.world import World, read_world
+from cogds.errors import UserError
+from tests.conftest import ROOT
+
+SLURM = {
+    "SLURM_PROCID": "5",
+    "SLURM_STEP_NUM_TASKS": "8",
+    "SLURM_LOCALID": "1",
+    "SLURM_STEP_TASKS_PER_NODE": "4(x2)",
+    "SLURM_STEP_NODELIST": "gpu[07-08]",
+    "SLURM_JOB_ID": "4211",
+    "SLURM_STEP_ID": "0",
+}
+
+
+@pytest.mark.parametrize(
+    "environ, world",
+    [
+        ({}, World(0, 1, 0, 1)),
+        ({"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}, World(3, 4, 1, 2)),  # torchrun
+        ({"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_SIZE": "2"}, World(1, 2, 1, 2)),  # deepspeed
+        (SLURM, World(5, 8, 1, 4)),
+        ({**SLURM, "RANK": "0", "WORLD_SIZE": "2"}, World(0, 2, 0, 1)),  # a launcher inside srun
+        ({"SLURM_PROCID": "0", "SLURM_NTASKS": "8"}, World(0, 1, 0, 1)),  # a batch script is one process
+    ],
+)
+def test_the_variables_of_every_launcher_are_read(environ, world):
+    assert read_world(environ) == world
+
+
+@pytest.mark.parametrize("environ", [{"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "x", "WORLD_SIZE": "4"}])
+def test_a_contradiction_is_an_error_that_names_the_variable(environ):
+    with pytest.raises(UserError, match=f"RANK=.*{environ['RANK']}"):
+        read_world(environ)
+
+
+def test_neighboring_ranks_that_share_a_clip_are_one_data_parallel_rank():
+    worlds = [World(rank, 6, 0, 6, sequence=2) for rank in range(6)]
+    assert [world.data_rank for world in worlds] == [0, 0, 1, 1, 2, 2]
+    assert [world.sequence_rank for world in worlds] == [0, 1] * 3
+    assert {world.data_size for world in worlds} == {3}
+    alone = World(3, 6, 0, 6)
+    assert (alone.data_rank, alone.data_size, alone.sequence_rank) == (3, 6, 0)
+
+
+@pytest.mark.parametrize("num_visible_gpus, index", [(1, 0), (2, 1)])
+def test_the_device_is_this_ranks_gpu_even_if_the_task_sees_only_its_own(monkeypatch, num_visible_gpus, index):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible_gpus)
+    assert World(1, 2, 1, 2).device == torch.device("cuda", index)
+
+
+def test_the_command_line_reads_the_world_without_importing_torch():
+    code = "import cogds.distributed.world, cogds.process.environment, sys; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

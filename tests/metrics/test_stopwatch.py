@@ -1,0 +1,52 @@
+import torch
+
+from cogds.metrics import stopwatch as module
+from cogds.metrics.stopwatch import Phases
+
+
+def test_phases_of_a_step_add_up(monkeypatch):
+    now = [0.0]
+    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    phases = Phases(torch.device("cpu"))
+    assert phases.lap() == {}
+    for name, seconds in (("inputs", 1.0), ("forward", 2.0), ("backward", 4.0), ("forward", 8.0), ("", 16.0)):
+        phases.begin(name)
+        now[0] += seconds
+    assert phases.lap() == {"inputs": 1.0, "forward": 10.0, "backward": 4.0}
+    assert phases.lap() == {}
+
+
+class Event:
+    """A GPU's: the moment is known once the queue has come so far."""
+
+    queue_s, done = 0.0, True
+
+    def __init__(self, enable_timing):
+        assert enable_timing
+
+    def record(self):
+        self.at = Event.queue_s
+
+    def query(self):
+        return Event.done
+
+    def elapsed_time(self, other):
+        assert Event.done, "a wait for the GPU"
+        return 1e3 * (other.at - self.at)
+
+
+def test_a_gpus_phases_come_one_step_late_and_are_never_waited_for(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    phases = Phases(torch.device("cuda"))
+
+    def step(seconds):
+        phases.begin("forward")
+        Event.queue_s += seconds
+        return phases.lap()
+
+    assert step(1.0) == {}
+    assert step(2.0) == {"forward": 1.0}
+    Event.done = False
+    assert step(3.0) == {}
+    Event.done = True
+    assert step(4.0) == {"forward": 3.0}

@@ -1,0 +1,152 @@
+"""What TensorBoard's own readers make of our records."""
+
+import io
+
+import numpy as np
+import pytest
+from PIL import Image
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.custom_scalar import layout_pb2
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
+
+from cogds.distributed.world import World
+from cogds.metrics.images import encode_animation, encode_picture
+from cogds.metrics.monitor import Monitor
+from cogds.metrics.tensorboard import (
+    LAYOUT,
+    animation_record,
+    hparams_records,
+    layout_record,
+    open_board,
+    picture_record,
+)
+from tests.metrics.test_monitor import BUCKETS, losses, small_disk  # noqa: F401 (a fixture)
+
+
+def written(tmp_path, *records):
+    outlet = open_board(tmp_path / "tensorboard", 0)
+    outlet.write(records)
+    board = EventAccumulator(str(tmp_path / "tensorboard"))
+    board.Reload()
+    return board
+
+
+def gradient(height, width, num=None):
+    y, x = np.mgrid[:height, :width]
+    picture = np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 90)], axis=-1).astype(np.uint8)
+    return picture if num is None else np.stack([np.roll(picture, 8 * n, axis=1) for n in range(num)])
+
+
+def opened(event):
+    return Image.open(io.BytesIO(event.encoded_image_string))
+
+
+def test_a_picture_comes_back_pixel_for_pixel(tmp_path):
+    pixels = gradient(40, 64)
+    (event,) = written(tmp_path, picture_record(3, "data/one", pixels)).Images("data/one")
+    assert (event.step, event.height, event.width) == (3, 40, 64)
+    assert opened(event).format == "PNG"
+    assert np.array_equal(np.asarray(opened(event)), pixels)
+
+
+def test_a_large_picture_is_shrunk_and_a_noisy_one_is_a_jpeg():
+    data, height, width = encode_picture(gradient(100, 4096))
+    assert (height, width) == (50, 2048)
+    noise = np.random.default_rng(0).integers(0, 256, (800, 800, 3), dtype=np.uint8)
+    data, *_ = encode_picture(noise)
+    assert Image.open(io.BytesIO(data)).format == "JPEG"
+    assert len(data) < noise.size
+
+
+@pytest.mark.parametrize("fps, num, num_played, frame_ms", [(16, 81, 41, 120), (8, 9, 9, 120), (25, 50, 17, 120)])
+def test_an_animation_plays_at_its_own_speed(tmp_path, fps, num, num_played, frame_ms):
+    (event,) = written(tmp_path, animation_record(2, "clip", gradient(270, 960, num), fps)).Images("clip")
+    image = opened(event)
+    assert (event.step, event.height, event.width) == (2, 135, 480)
+    assert (image.format, image.n_frames, image.size) == ("GIF", num_played, (480, 135))
+    assert image.info["loop"] == 0
+    assert image.info["duration"] == pytest.approx(frame_ms, abs=10)  # a GIF counts in hundredths
+    played_s = num_played * image.info["duration"] / 1000
+    assert played_s == pytest.approx(num / fps, rel=0.1)
+    image.seek(num_played - 1)
+    last = np.asarray(image.convert("RGB")).astype(int)
+    image.seek(0)
+    assert np.abs(last - np.asarray(image.convert("RGB")).astype(int)).mean() > 10
+
+
+def test_a_long_animation_has_an_end():
+    data, *_ = encode_animation(gradient(16, 16, 400), 8)
+    assert Image.open(io.BytesIO(data)).n_frames <= 96
+
+
+@pytest.mark.parametrize("pixels", [np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8)])
+def test_what_is_no_picture_is_said_and_stops_nothing(tmp_path, pixels, capsys):
+    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, 0, 10, 1)
+    monitor.picture(1, "data/odd", pixels)
+    monitor.animation(1, "data/odd", pixels, 8)
+    monitor.close()
+    said = capsys.readouterr().err
+    assert said.count("data/odd was not written for TensorBoard (ValueError") == 2
+
+
+def test_other_ranks_write_nothing(tmp_path):
+    monitor = Monitor(World(1, 2, 1, 2), tmp_path, BUCKETS, 0, 10, 1)
+    monitor.note(1, {"a": 1.0})
+    monitor.text("a", "b")
+    monitor.picture(1, "a", gradient(8, 8))
+    monitor.animation(1, "a", gradient(8, 8, 2), 8)
+    monitor.hparams({"a": 1.0}, ["b"])
+    monitor.close()
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_layout_is_read_back_by_tensorboard(tmp_path):
+    (event,) = written(tmp_path, layout_record(LAYOUT)).Tensors("custom_scalars__config__")
+    layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
+    found = {one.title: {chart.title: list(chart.multiline.tag) for chart in one.chart} for one in layout.category}
+    assert found == LAYOUT
+
+
+def test_the_settings_are_read_back_by_tensorboard(tmp_path):
+    start, end = hparams_records({"lr": 1e-4, "rank": 128, "quantization": "none"}, ["train/loss"])
+    board = written(tmp_path, *start, end)
+    tags = {tag: board.SummaryMetadata(tag).plugin_data.content for tag in board.PluginTagToContent("hparams")}
+    session = HParamsPluginData.FromString(tags[hparams_metadata.SESSION_START_INFO_TAG]).session_start_info
+    assert session.hparams["rank"].number_value == 128
+    assert session.hparams["quantization"].string_value == "none"
+    experiment = HParamsPluginData.FromString(tags[hparams_metadata.EXPERIMENT_TAG]).experiment
+    assert [info.name.tag for info in experiment.metric_infos] == ["train/loss"]
+    assert hparams_metadata.SESSION_END_INFO_TAG in tags
+
+
+def test_a_full_disk_takes_the_pictures_later(small_disk, capsys):  # noqa: F811
+    monitor = Monitor(World(0, 1, 0, 1), small_disk, BUCKETS, 0, 10, 1)
+    picture = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)  # 77 kB on a disk of 64
+    monitor.picture(1, "data/large", picture)
+    monitor.record(1, {"train/lr": 0.5}, losses(1.0))
+    monitor.animation(1, "data/clip", gradient(32, 32, 4), 8)
+    assert monitor.courier.settle(10)
+    said = capsys.readouterr().err
+    assert said.count("No space left on device): training goes on") == 1
+    assert (small_disk / "metrics.jsonl").read_text().count('train/loss"') == 1
+    import subprocess
+
+    subprocess.run(["mount", "-o", "remount,size=1m", str(small_disk)], check=True)
+    monitor.close()
+    board = EventAccumulator(str(small_disk / "tensorboard"))
+    board.Reload()
+    assert board.Tags()["images"] == ["data/large", "data/clip"]
+    assert [event.step for event in board.Scalars("train/loss")] == [1]
+
+
+def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, capsys):
+    (tmp_path / "tensorboard").touch()
+    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, 0, 10, 1)
+    monitor.picture(1, "data/one", gradient(8, 8))
+    monitor.record(1, {"train/lr": 0.5}, losses(1.0))
+    monitor.close()
+    said = capsys.readouterr().err
+    assert "tensorboard/events" in said
+    assert "could not be written" in said
+    assert '"step": 1' in (tmp_path / "metrics.jsonl").read_text()

@@ -1,0 +1,352 @@
+"""The base in fewer bits: how far from the full one, what is kept of it, and that the LoRA on it is like any other."""
+
+import importlib.util
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+from functorch.compile import make_boxed_func, min_cut_rematerialization_partition
+from peft import get_peft_model_state_dict
+from safetensors import safe_open
+from safetensors.torch import load_file
+from torch._dynamo.backends.common import aot_autograd
+
+from cogds.core.memory import TransformerSize, base_weights_bytes, unpacked_weight_bytes
+from cogds.errors import UserError
+from cogds.model.load import build_transformer, find_model, load_transformer
+from cogds.model.lora.adapter import check_start, export, inject, resolve_targets
+from cogds.model.lora.file import read_lora
+from cogds.model.transformer import quantize
+from cogds.model.transformer.forward import Transformer
+from cogds.model.transformer.quantize import PackedLinear, check_quantization, pack, pack_block, unpack
+from tests.live_bytes import LiveBytes
+
+missing = [name for name in ("torchao", "bitsandbytes") if importlib.util.find_spec(name) is None]
+needs_libraries = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: pip install -e '.[quant]'")
+
+CPU = torch.device("cpu")
+ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
+KINDS = [("int8", False), ("fp8", False), ("nf4", False), ("none", True), ("fp8", True)]
+QUANTIZATIONS = ["int8", "fp8", "nf4"]
+# Of bf16: of the loss, the output and the LoRA's gradient, relative.
+DISTANCES = {
+    ("int8", False): (1e-3, 0.01, 0.03),
+    ("fp8", False): (2e-3, 0.02, 0.08),
+    ("nf4", False): (3e-3, 0.05, 0.25),
+    ("none", True): (2e-3, 0.03, 0.10),
+    ("fp8", True): (2e-3, 0.03, 0.12),
+}
+SMALL = {
+    "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 16, "out_channels": 8, "time_embed_dim": 64,
+    "ofs_embed_dim": 64, "text_embed_dim": 32, "num_layers": 3, "sample_width": 30, "sample_height": 30,
+    "sample_frames": 9, "patch_size": 2, "patch_size_t": 2, "max_text_seq_length": 8,
+    "use_rotary_positional_embeddings": True, "patch_bias": False,
+}  # fmt: skip
+# 0.14 billion parameters.
+MID = SMALL | {"num_attention_heads": 12, "num_layers": 12, "time_embed_dim": 512, "ofs_embed_dim": 512}
+
+
+def transformer_of(config, quantization="none", fp8_matmul=False, dtype=torch.bfloat16, lora=True):
+    """With the same random weights for every base, and a LoRA that already does something."""
+    torch.manual_seed(0)
+    transformer = Transformer(**config).requires_grad_(False)
+    for parameter in transformer.parameters():
+        parameter.data = parameter.data.to(dtype)
+    for block in transformer.transformer_blocks:
+        pack_block(block, quantization, fp8_matmul, fill=True)
+    if lora:
+        fill_lora(inject(transformer, 8, 8, 0.0, ATTENTION, seed=0))
+    return transformer
+
+
+def fill_lora(parameters):
+    numbers = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in parameters:
+            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=numbers))
+
+
+def inputs(config, dtype=torch.bfloat16, latents=(4, 8, 12)):
+    numbers, (frames, height, width) = torch.Generator().manual_seed(2), latents
+    tokens = frames // 2 * (height // 2) * (width // 2)
+    angles = torch.randn(tokens, config["attention_head_dim"] // 2, generator=numbers).repeat_interleave(2, 1)
+    states = (1, config["max_text_seq_length"], config["text_embed_dim"])
+    return {
+        "hidden_states": torch.randn(1, frames, 16, height, width, generator=numbers).to(dtype),
+        "encoder_hidden_states": torch.randn(states, generator=numbers).to(dtype),
+        "timestep": torch.tensor([500]),
+        "ofs": torch.full((1,), 2.0, dtype=dtype),
+        "image_rotary_emb": (angles.cos(), angles.sin()),
+        "return_dict": False,
+    }
+
+
+def outcome(transformer, batch):
+    """Loss against fixed noise, output, and the LoRA's gradients as one vector."""
+    transformer.zero_grad()
+    output = transformer(**batch)[0].float()
+    target = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
+    loss = (output - target).square().mean()
+    loss.backward()
+    gradients = [one.grad.float().flatten() for one in transformer.parameters() if one.requires_grad]
+    return loss.item(), output.detach(), torch.cat(gradients)
+
+
+def distance(one, other):
+    return ((one - other).norm() / other.norm()).item()
+
+
+@needs_libraries
+@pytest.mark.parametrize(
+    "config, latents", [(SMALL, (4, 8, 12)), pytest.param(MID, (2, 4, 4), marks=pytest.mark.slow)], ids=["small", "mid"]
+)
+def test_the_loss_is_as_near_to_the_full_base_as_stated(config, latents):
+    batch = inputs(config, latents=latents)
+    loss, output, gradient = outcome(transformer_of(config), batch)
+    found = {}
+    for quantization, fp8_matmul in KINDS:
+        own = outcome(transformer_of(config, quantization, fp8_matmul), batch)
+        found[quantization, fp8_matmul] = abs(own[0] / loss - 1), distance(own[1], output), distance(own[2], gradient)
+    for kind, limits in DISTANCES.items():
+        assert all(one < limit for one, limit in zip(found[kind], limits)), (kind, found[kind])
+    assert 0 < found["int8", False][1] < found["fp8", False][1] < found["nf4", False][1]
+
+
+@needs_libraries
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_packed_layer_computes_with_what_its_codes_stand_for(quantization, dtype):
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96, dtype=dtype).requires_grad_(False)
+    layer = PackedLinear(linear, quantization, False)
+    layer.fill(linear.weight)
+    assert (
+        distance(layer.weight.float(), linear.weight.float()) < {"int8": 0.008, "fp8": 0.03, "nf4": 0.1}[quantization]
+    )
+    x, gradient = torch.randn(2, 5, 64, dtype=dtype, requires_grad=True), torch.randn(2, 5, 96, dtype=dtype)
+    y = layer(x)
+    (to_x,) = torch.autograd.grad(y, x, gradient)
+    torch.testing.assert_close(y, torch.nn.functional.linear(x, layer.weight, linear.bias))
+    torch.testing.assert_close(to_x, gradient @ layer.weight)
+    assert (y.dtype, to_x.dtype, layer.weight.dtype) == (dtype,) * 3
+
+
+@needs_libraries
+@pytest.mark.parametrize("quantization, fp8_matmul", KINDS)
+def test_zeros_stay_zeros(quantization, fp8_matmul):
+    """The text's tokens have no gradient in the last block: a scale of 0 would make NaN of it."""
+    torch.manual_seed(0)
+    linear = torch.nn.Linear(64, 96, bias=False, dtype=torch.bfloat16).requires_grad_(False)
+    linear.weight[3] = 0
+    layer = PackedLinear(linear, quantization, fp8_matmul)
+    layer.fill(linear.weight)
+    x = torch.randn(7, 64, dtype=torch.bfloat16)
+    x[1] = 0
+    x.requires_grad_()
+    y = layer(x)
+    gradient = 1e-10 * torch.randn_like(y)  # as small as those of a mean over a clip
+    gradient[2] = 0
+    (to_x,) = torch.autograd.grad(y, x, gradient)
+    assert torch.equal(y[1], torch.zeros(96, dtype=torch.bfloat16))
+    assert torch.equal(y[:, 3], torch.zeros(7, dtype=torch.bfloat16))
+    assert torch.equal(to_x[2], torch.zeros(64, dtype=torch.bfloat16))
+    assert distance(to_x.float(), (gradient @ linear.weight).float()) < 0.15
+
+
+@needs_libraries
+@pytest.mark.parametrize("shape", [(7, 5), (96, 80)])
+def test_any_shape_can_be_packed(shape):
+    weight = torch.randn(shape)
+    for quantization in QUANTIZATIONS:
+        assert distance(unpack(pack(weight, quantization)), weight) < 0.15
+
+
+@needs_libraries
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_loaded_base_is_the_model_packed_and_never_held_in_full(tiny_model, quantization, monkeypatch):
+    model, largest = find_model(str(tiny_model)), []
+
+    def watched(weight, *args):
+        largest.append(weight.numel())
+        return pack(weight, *args)
+
+    monkeypatch.setattr(quantize, "pack", watched)
+    loaded, full = load_transformer(model, torch.float32, "cpu", quantization), load_transformer(model, torch.float32)
+    layers = {name: one for name, one in loaded.named_modules() if isinstance(one, PackedLinear)}
+    names = {name for name, one in full.transformer_blocks.named_modules() if isinstance(one, torch.nn.Linear)}
+    assert {name.removeprefix("transformer_blocks.") for name in layers} == names
+    for name, layer in layers.items():
+        expected = full.get_submodule(name)
+        assert torch.equal(layer.weight, unpack(pack(expected.weight, quantization)))
+        assert torch.equal(layer.bias, expected.bias)
+    assert len(largest) == len(layers)  # each was packed once, as it came: random weights are not
+    own, theirs = dict(loaded.named_parameters()), dict(full.named_parameters())
+    assert set(theirs) - set(own) == {f"{name}.weight" for name in layers}
+    assert all(torch.equal(one, theirs[name]) for name, one in own.items())
+    assert loaded.config == full.config
+    parts = [one for layer in layers.values() for one in layer.packed.parts]
+    held = sum(one.numel() * one.element_size() for one in [*parts, *own.values()])
+    num_parameters = sum(one.numel() for one in full.parameters())
+    assert held == base_weights_bytes(
+        TransformerSize.from_config(model.transformer_config, num_parameters), quantization, 4
+    )
+
+
+@needs_libraries
+def test_random_weights_are_packed_too(tiny_model):
+    transformer = build_transformer(find_model(str(tiny_model)), torch.bfloat16, "cpu", "int8")
+    assert transformer.transformer_blocks[1].ff.net[2].weight.float().std() > 0.01
+
+
+@needs_libraries
+@pytest.mark.parametrize("kind", KINDS)
+def test_recomputing_changes_no_bit(kind):
+    transformer, batch = transformer_of(SMALL, *kind), inputs(SMALL)
+    expected = outcome(transformer, batch)
+    for checkpointing in ("selective", "full", "full+offload"):
+        transformer.set_checkpointing(checkpointing)
+        found = outcome(transformer, batch)
+        assert torch.equal(found[1], expected[1])
+        assert torch.equal(found[2], expected[2])
+
+
+def packed_shapes(transformer):
+    """Of the weights, either way round."""
+    shapes = {layer.shape for layer in transformer.modules() if isinstance(layer, PackedLinear)}
+    return shapes | {shape[::-1] for shape in shapes}
+
+
+def saved_shapes(run):
+    """Of the floating-point tensors that autograd keeps."""
+    kept = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda one: kept.append(one) or one, lambda one: one):
+        run()
+    return {tuple(one.shape) for one in kept if one.dtype in (torch.bfloat16, torch.float32)}
+
+
+@needs_libraries
+@pytest.mark.parametrize("kind", KINDS)
+def test_no_unpacked_weight_waits_for_the_backward_pass(kind):
+    transformer, batch = transformer_of(SMALL, *kind), inputs(SMALL)
+    kept = saved_shapes(lambda: transformer(**batch))
+    assert kept
+    assert not kept & packed_shapes(transformer)
+
+
+@needs_libraries
+@pytest.mark.parametrize("kind", [KINDS[0], *(pytest.param(kind, marks=pytest.mark.slow) for kind in KINDS[1:])])
+def test_compiled_it_is_the_same_and_keeps_no_unpacked_weight(kind):
+    """With the partitioner of torch.compile's code generator, which would keep what both passes compute alike."""
+    kept = []
+
+    def forward_graph(graph, _example):
+        (output,) = (node for node in graph.graph.nodes if node.op == "output")
+        kept.extend(node.meta["val"] for node in output.args[0] if isinstance(node, torch.fx.Node))
+        return make_boxed_func(graph.forward)
+
+    config = SMALL | {"num_layers": 1}
+    transformer, batch = transformer_of(config, *kind), inputs(config)
+    expected = outcome(transformer, batch)
+    torch._dynamo.reset()
+    transformer.compile_blocks(
+        backend=aot_autograd(
+            fw_compiler=forward_graph,
+            bw_compiler=lambda graph, _example: make_boxed_func(graph.forward),
+            partition_fn=min_cut_rematerialization_partition,
+        )
+    )
+    found = outcome(transformer, batch)
+    assert distance(found[1], expected[1]) < 1e-2
+    assert distance(found[2], expected[2]) < 2e-2
+    kept = [one for one in kept if isinstance(one, torch.Tensor) and one.dtype is torch.bfloat16]
+    assert kept
+    # Sizes that depend on the clip are symbols.
+    fixed = {tuple(one.shape) for one in kept if all(type(size) is int for size in one.shape)}
+    assert not fixed & packed_shapes(transformer)
+
+
+@needs_libraries
+@pytest.mark.parametrize("quantization, fp8_matmul", KINDS)
+def test_a_lora_trained_on_it_is_a_lora_like_any_other(tiny_model, tmp_path, quantization, fp8_matmul):
+    """Trained on the packed base, exported, loaded by diffusers' own loader into diffusers' own transformer."""
+    model = find_model(str(tiny_model))
+    packed, full = (
+        load_transformer(model, torch.bfloat16, "cpu", *kind) for kind in ((quantization, fp8_matmul), ("none", False))
+    )
+    assert resolve_targets(packed, ["all-linear"]) == resolve_targets(full, ["all-linear"])
+    files = {}
+    for name, transformer in (("packed", packed), ("full", full)):
+        parameters = inject(transformer, 4, 8, 0.0, (*ATTENTION, "ff.net.2"), seed=0)
+        if name == "packed":
+            batch = inputs(SMALL | {"max_text_seq_length": 32, "attention_head_dim": 16}, latents=(2, 4, 6))
+            optimizer = torch.optim.AdamW(parameters, lr=0.03)
+            losses = []
+            for _ in range(4):
+                losses.append(outcome(transformer, batch)[0])
+                optimizer.step()
+            assert losses[-1] < losses[0]
+        tensors = {name: one.detach() for name, one in transformer.named_parameters() if one.requires_grad}
+        files[name] = export(tmp_path / name, transformer, tensors, {})
+    with safe_open(files["packed"], "pt") as one, safe_open(files["full"], "pt") as other:
+        assert set(one.keys()) == set(other.keys())
+        assert one.metadata() == other.metadata()
+    check_start(full, read_lora(files["packed"]))
+    plain = CogVideoXTransformer3DModel.from_pretrained(model.path / "transformer").to(torch.bfloat16)
+    before = plain(**batch)[0].float()
+    plain.load_lora_adapter(str(files["packed"]), use_safetensors=True)
+    trained, theirs = (
+        load_file(files["packed"]),
+        get_peft_model_state_dict(plain, adapter_name=next(iter(plain.peft_config))),
+    )
+    assert len(trained) == 2 * 2 * 5
+    assert all(torch.equal(theirs[name.removeprefix("transformer.")], tensor) for name, tensor in trained.items())
+    after, ours = plain(**batch)[0].float(), packed(**batch)[0].float()
+    assert distance(before, after) > 3 * distance(ours, after)
+    assert distance(ours, after) < 0.05
+
+
+@pytest.mark.parametrize(
+    "quantization, fp8_matmul, precision, stage, message",
+    [
+        ("int8", False, "bf16", 3, "model.quantization=int8 does not go with ZeRO stage 3"),
+        ("none", True, "bf16", 3, "model.fp8_matmul=true does not go with ZeRO stage 3"),
+        ("nf4", True, "bf16", 2, "needs fp8 weights; set model.quantization to fp8 or none"),
+        ("none", True, "fp32", 2, "needs train.precision=bf16, but it is fp32"),
+    ],
+)
+def test_what_cannot_be_is_said_before_anything_is_loaded(
+    monkeypatch, quantization, fp8_matmul, precision, stage, message
+):
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: name)
+    with pytest.raises(UserError, match=message):
+        check_quantization(quantization, fp8_matmul, precision, stage, CPU)
+
+
+def test_a_missing_library_is_named_with_what_brings_it(monkeypatch):
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda _name: None)
+    for quantization, fp8_matmul, library in (
+        ("int8", False, "torchao"),
+        ("nf4", False, "bitsandbytes"),
+        ("none", True, "torchao"),
+    ):
+        with pytest.raises(UserError, match=rf"needs {library}, which is not installed: pip install -e '.\[quant\]'"):
+            check_quantization(quantization, fp8_matmul, "bf16", 2, CPU)
+    check_quantization("none", False, "fp32", 3, CPU)
+
+
+def test_a_gpu_without_fp8_is_told_of_int8(monkeypatch):
+    monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
+    with pytest.raises(UserError, match=r"8\.9 .*but this one has 8\.0: set model\.quantization=int8"):
+        check_quantization("fp8", False, "bf16", 2, torch.device("cuda"))
+    check_quantization("int8", False, "bf16", 2, torch.device("cuda"))
+
+
+@needs_libraries
+@pytest.mark.parametrize("quantization, fp8_matmul", [kind for kind in KINDS if kind[0] != "none"])
+def test_a_weight_is_unpacked_in_the_memory_that_is_counted(quantization, fp8_matmul):
+    packed = pack(torch.randn(2048, 512).to(torch.bfloat16), quantization, fp8_matmul)
+    rows, kind, parts = torch.randn(4, 2048).to(torch.bfloat16), packed.kind, list(packed.parts)
+    with LiveBytes([rows, *parts]) as live:
+        quantize._product_back._init_fn(rows, kind, list(packed.shape), parts)
+    assert live.peak == pytest.approx(unpacked_weight_bytes(quantization, fp8_matmul, 2) * 2048 * 512, rel=0.03)

@@ -1,0 +1,214 @@
+"""One clip over several ranks against one rank: outputs and gradients. The ranks are threads, and their exchange a list
+that they share; tests/dist/test_sequence.py has processes and DeepSpeed."""
+
+import copy
+import threading
+from concurrent.futures import ThreadPoolExecutor
+
+import pytest
+import torch
+from peft import LoraConfig
+
+from cogds.errors import UserError
+from cogds.model.transformer import sequence_parallel as sequence
+from cogds.model.transformer.forward import Transformer
+from cogds.model.transformer.sequence_parallel import SequenceGroup, attend_together, check_sequence, shares
+from tests.model.transformer.test_forward import CHECKPOINTING_MODES, V10, V15, all_linear, inputs
+
+ODD = (2, 6, 10)  # 15 video tokens, and 5 of text
+PORTRAIT = (4, 10, 2)
+
+
+class Threads:
+    """all_to_all_single between threads. changed: what goes on its way to the others."""
+
+    def __init__(self, size, changed=lambda rows: rows):
+        self.size, self.changed = size, changed
+        self.local, self.barrier, self.boxes = threading.local(), threading.Barrier(size, timeout=60), [()] * size
+
+    def all_to_all_single(self, out, rows, taken, given, group):  # noqa: ARG002
+        rank = self.local.rank
+        self.boxes[rank] = self.changed(rows).split(given)
+        self.barrier.wait()
+        received = [box[rank] for box in self.boxes]
+        assert [len(one) for one in received] == taken
+        out.copy_(torch.cat(received))
+        self.barrier.wait()
+
+    def run(self, function):
+        """function(group) on every rank."""
+
+        def on(rank):
+            self.local.rank = rank
+            try:
+                return function(SequenceGroup("threads", self.size, rank))
+            except BaseException:
+                self.barrier.abort()
+                raise
+
+        with ThreadPoolExecutor(self.size) as pool:
+            return list(pool.map(on, range(self.size)))
+
+
+@pytest.fixture
+def threads(monkeypatch):
+    def make(size, **options):
+        made = Threads(size, **options)
+        monkeypatch.setattr(sequence.dist, "all_to_all_single", made.all_to_all_single)
+        monkeypatch.setattr(sequence, "_resolve_process_group", lambda name: name)
+        return made
+
+    return make
+
+
+def model(config, **lora):
+    torch.manual_seed(0)
+    transformer = Transformer(**config).requires_grad_(False)
+    transformer.add_adapter(LoraConfig(r=4, lora_alpha=8, target_modules=all_linear(transformer), **lora))
+    for parameter in transformer.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    return transformer.train()
+
+
+def outcome(transformer, batch, target):
+    loss = (transformer(**batch)[0] - target).square().mean()
+    loss.backward()
+    return loss.item(), {name: one.grad for name, one in transformer.named_parameters() if one.requires_grad}
+
+
+def compare(threads, transformer, batch, checkpointing="none"):
+    """Loss and gradients of one rank, and of those that share the clip: their mean, as data parallelism takes it."""
+    target = torch.randn_like(batch["hidden_states"][:, :, :4])
+    alone = outcome(copy.deepcopy(transformer), batch, target)
+
+    def on_rank(group):
+        mine = copy.deepcopy(transformer)
+        mine.share_sequence(group)
+        mine.set_checkpointing(checkpointing)
+        return outcome(mine, batch, target)
+
+    together = threads.run(on_rank)
+    mean = {name: torch.stack([grads[name] for _, grads in together]).mean(0) for name in together[0][1]}
+    return alone, ([loss for loss, _ in together], mean)
+
+
+def compiled(transformer, function):
+    """What function gives with compiled blocks, and how many graphs that took."""
+    graphs = []
+
+    def count(graph, example):
+        graphs.append(graph)
+        return torch._dynamo.lookup_backend("aot_eager_decomp_partition")(graph, example)
+
+    torch._dynamo.reset()
+    transformer.compile_blocks(backend=count)
+    return list(function()), len(graphs)
+
+
+def distances(ours, theirs):
+    assert set(ours) == set(theirs)
+    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours)
+
+
+@pytest.mark.parametrize("latents", [ODD, PORTRAIT], ids=["odd", "portrait"])
+@pytest.mark.parametrize(
+    "config", [V15, V10, V10 | {"use_rotary_positional_embeddings": False}], ids=["15", "10", "2b"]
+)
+@pytest.mark.parametrize("size", [2, 4])
+def test_shared_is_alone(threads, size, config, latents):
+    batch = inputs(config, latents=latents)
+    (loss, grads), (losses, mean) = compare(threads(size), model(config), batch)
+    assert losses == pytest.approx([loss] * size, rel=1e-6)
+    assert losses == [losses[0]] * size  # bit for bit, so that ranks of a group agree on what is finite
+    assert distances(mean, grads) < 1e-5
+
+
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES[1:])
+def test_what_is_recomputed_does_not_matter(threads, checkpointing):
+    (loss, grads), (losses, mean) = compare(threads(2), model(V15), inputs(V15, latents=ODD), checkpointing)
+    assert losses == pytest.approx([loss] * 2, rel=1e-6)
+    assert distances(mean, grads) < 1e-5
+
+
+def test_fewer_text_tokens_than_ranks(threads):
+    batch = inputs(V15, latents=ODD)
+    batch["encoder_hidden_states"] = batch["encoder_hidden_states"][:, :3]
+    (loss, grads), (losses, mean) = compare(threads(4), model(V15 | {"max_text_seq_length": 3}), batch)
+    assert losses == pytest.approx([loss] * 4, rel=1e-6)
+    assert distances(mean, grads) < 1e-5
+
+
+def test_a_token_that_does_not_arrive_is_seen(threads):
+    def without_the_first(rows):
+        rows = rows.clone()
+        rows[0] = 0
+        return rows
+
+    wrong = threads(2, changed=without_the_first)
+    (loss, grads), (losses, mean) = compare(wrong, model(V15), inputs(V15, latents=ODD))
+    assert losses[0] != pytest.approx(loss, rel=1e-6)
+    assert distances(mean, grads) > 1e-3
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_heads_and_tokens_come_back_where_they_were(threads, dtype):
+    whole = torch.randn(3, 2, 7, 4, 8, dtype=dtype)  # query, key and value [B, S, H, d]
+    counts = shares(7, 2)
+
+    def on_rank(group):
+        query, key, value = whole.split(counts, 2)[group.rank]
+        return attend_together(query, key, value, "torch", counts, group.name)
+
+    together = torch.cat(threads(2).run(on_rank), dim=1)
+    alone = torch.nn.functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in whole)).transpose(1, 2)
+    torch.testing.assert_close(together, alone)
+
+
+@pytest.mark.slow
+def test_compiled_blocks_exchange_too(monkeypatch):
+    """One rank of two, whose partner sends back what it gets: the exchange and its derivative are in the graph."""
+    order = []
+
+    def echo(out, rows, taken, given, group):  # noqa: ARG001
+        order.append(tuple(rows.shape))
+        out.copy_(rows[torch.arange(len(out)) % len(rows)])
+
+    monkeypatch.setattr(sequence.dist, "all_to_all_single", echo)
+    monkeypatch.setattr(sequence, "_resolve_process_group", lambda name: name)
+    ours = model(V15 | {"num_layers": 1})
+    ours.share_sequence(SequenceGroup("echo", 2, 0))
+    ours.set_checkpointing("selective")
+    batches = [inputs(V15, 1, latents) for latents in (ODD, PORTRAIT, (4, 4, 6))]
+
+    def outcomes():
+        for batch in batches:
+            ours.zero_grad()
+            yield outcome(ours, batch, 0.0)
+
+    plain = list(outcomes())
+    plain_order, order[:] = list(order), []
+    found, num_graphs = compiled(ours, outcomes)
+    assert order == plain_order
+    assert num_graphs <= 2  # the second where the counts, which are numbers and no sizes, are seen to differ
+    for (loss, grads), (expected, expected_grads) in zip(found, plain):
+        assert loss == pytest.approx(expected, rel=1e-6)
+        assert distances(grads, expected_grads) < 1e-5
+
+
+@pytest.mark.parametrize("num_tokens, size, expected", [(5, 2, (3, 2)), (4, 4, (1,) * 4), (3, 4, (1, 1, 1, 0))])
+def test_shares_differ_by_one_at_most(num_tokens, size, expected):
+    assert shares(num_tokens, size) == expected
+    assert tuple(len(part) for part in torch.arange(num_tokens).tensor_split(size)) == expected
+
+
+@pytest.mark.parametrize(
+    "size, num_ranks, num_heads, possible",
+    [(3, 6, 8, "1 or 2"), (4, 6, 48, "1 or 2 or 3 or 6"), (5, 10, 48, "1 or 2"), (2, 1, 48, "1")],
+)
+def test_sizes_that_do_not_divide_are_refused(size, num_ranks, num_heads, possible):
+    with pytest.raises(
+        UserError, match=rf"parallel.sequence_size is {size}, .* set it to {possible}, or start another"
+    ):
+        check_sequence(size, num_ranks, num_heads)
+    for allowed in map(int, possible.split(" or ")):
+        check_sequence(allowed, num_ranks, num_heads)

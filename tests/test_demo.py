@@ -1,0 +1,23 @@
+from pathlib import Path
+
+import pytest
+
+from cogds.config.schema import load_config
+from cogds.demo import only_own_demo
+
+ROOT = Path(__file__).resolve().parents[1]
+
+
+@pytest.mark.parametrize(
+    "overrides, tiny, clips",
+    [
+        ([], True, True),
+        (["model.path=x"], False, True),
+        (["data.path=x"], True, False),
+        (["model.path=x", "model.create_tiny=true", "data.path=y"], True, False),
+    ],
+)
+def test_the_demo_makes_nothing_at_a_path_that_the_user_gave(overrides, tiny, clips):
+    cfg, _ = load_config(str(ROOT / "launch/configs/demo.yaml"), overrides)
+    cfg = only_own_demo(cfg, overrides)
+    assert (cfg.model.create_tiny, cfg.data.draw_demo_clips) == (tiny, clips)

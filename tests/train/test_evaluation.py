@@ -1,0 +1,361 @@
+"""The evaluation loss: what is evaluated, that it is the same every time, and what it costs."""
+
+import dataclasses
+import json
+from collections import Counter
+from types import SimpleNamespace
+
+import pytest
+import torch
+from hypothesis import given
+from hypothesis import strategies as st
+
+import cogds.train.evaluation
+from cogds.cli import call
+from cogds.data.video.drawn import draw_clips
+from cogds.distributed.world import World
+from cogds.encode.encoder import prepare
+from cogds.model.evaluation_mode import undisturbed
+from cogds.model.load import find_model, load_transformer
+from cogds.model.lora.adapter import export, inject
+from cogds.train.evaluation import (
+    MAX_SHARE,
+    Evaluation,
+    cost_lines,
+    deal_tasks,
+    make_evaluation,
+    make_tasks,
+    mean_losses,
+    middles,
+    share_of_training,
+)
+from cogds.train.run import Run
+from cogds.train.step import load_step_builder
+from cogds.train.tuning import BucketExecution, Execution
+from tests.jobs import make_job
+
+ALONE = World(0, 1, 0, 1)
+
+
+# ---------------------------------------------------------------------------------------------------- what is done when
+
+
+def test_timesteps_are_the_middles_of_equal_parts():
+    assert middles(9, 1000) == [55, 166, 277, 388, 500, 611, 722, 833, 944]
+    assert middles(1, 1000) == [500]
+
+
+SIZES = st.lists(st.integers(1, 5), min_size=4, max_size=4)
+
+
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.integers(1, 9), SIZES, st.integers(1, 9))
+def test_every_sample_is_done_and_no_rank_has_nothing_to_do(buckets, num_timesteps, sizes, num_ranks):
+    tasks = make_tasks(buckets, num_timesteps, sizes)
+    samples = Counter(sample for task in tasks for sample in task.samples)
+    assert samples == Counter((clip, number) for clip in range(len(buckets)) for number in range(num_timesteps))
+    for task in tasks:
+        assert 1 <= len(task.samples) <= sizes[task.bucket]
+        assert {buckets[clip] for clip, _ in task.samples} == {task.bucket}
+    moments = deal_tasks(tasks, [1.0, 9.0, 4.0, 2.0], num_ranks)
+    assert all(len(moment) == num_ranks for moment in moments)
+    assert len(moments) == -(-len(tasks) // num_ranks)
+    assert {id(task) for moment in moments for task in moment} == {id(task) for task in tasks}
+
+
+def test_what_is_done_at_the_same_moment_costs_about_the_same():
+    tasks = make_tasks([0, 1, 0, 1], 2, [1, 1])
+    moments = deal_tasks(tasks, [1.0, 100.0], 2)
+    assert [[task.bucket for task in moment] for moment in moments] == [[1, 1], [1, 1], [0, 0], [0, 0]]
+
+
+def test_means_are_over_clips_and_timesteps_and_leave_out_what_is_not_there():
+    clips = [SimpleNamespace(shape=shape) for shape in ("a", "b", "a")]
+    losses = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 5.0, (1, 1): 7.0}
+    assert mean_losses(clips, 2, [250, 750], losses) == {
+        "eval/loss": 4.0, "eval/loss/t=250": 3.0, "eval/loss/t=750": 5.0, "eval/loss/bucket=a": 2.0,
+        "eval/loss/bucket=b": 6.0,
+    }  # fmt: skip
+    assert mean_losses(clips, 0, [50, 750], {(2, 0): 1.0, (2, 1): 2.0}) == {
+        "eval/train_loss": 1.5, "eval/train_loss/t=050": 1.0, "eval/train_loss/t=750": 2.0,
+        "eval/train_loss/bucket=a": 1.5,
+    }  # fmt: skip
+
+
+# ------------------------------------------------------------------------------------------------------ on a tiny model
+
+
+@pytest.fixture(scope="module")
+def place(tiny_model, tmp_path_factory):
+    """What the runs of this file have in common."""
+    folder = tmp_path_factory.mktemp("evaluated")
+    draw_clips(folder / "clips")
+    return [
+        f"model.path={tiny_model}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
+        "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.3",
+        "eval.num_timesteps=3",
+    ]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def setting(place):
+    """`setting(*overrides, world)`: config, model, data, and what evaluates it."""
+
+    def make(*overrides, world=ALONE):
+        job = make_job(*place, *overrides)
+        cfg, model, buckets = job.cfg, job.model, job.buckets
+        data = prepare(cfg, model, buckets, ALONE)
+        builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, torch.float32, ALONE.device)
+        evaluation = Evaluation.of(cfg, data, builder, job.batch_sizes, model, world)
+        return SimpleNamespace(
+            job=job,
+            cfg=cfg,
+            model=model,
+            buckets=buckets,
+            data=data,
+            builder=builder,
+            evaluation=evaluation,
+            world=world,
+        )
+
+    return make
+
+
+@pytest.fixture(scope="module")
+def forward(tiny_model):
+    transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
+    return lambda inputs: transformer(**inputs)[0]
+
+
+def test_two_evaluations_of_the_same_weights_are_identical(setting, forward):
+    one = setting()
+    found = one.evaluation.scalars(forward)
+    assert {"eval/loss", "eval/train_loss", "eval/loss/t=166", "eval/train_loss/bucket=9x64x96"} <= set(found)
+    torch.manual_seed(5)
+    assert one.evaluation.scalars(forward) == found
+    assert setting().evaluation.scalars(forward) == found
+    other = setting("seed=1").evaluation.scalars(forward)
+    assert other["eval/loss"] != found["eval/loss"]
+    assert other["eval/loss"] == pytest.approx(found["eval/loss"], rel=0.05)
+
+
+def test_it_is_the_same_on_any_number_of_ranks(setting, forward, monkeypatch):
+    alone = setting().evaluation.scalars(forward)
+    for size, sequence in ((2, 1), (5, 1), (2, 2)):
+        told = []
+        monkeypatch.setattr(
+            cogds.train.evaluation, "all_gather", lambda _, value, told=told: told.append(value) or told
+        )
+        num_passes = set()
+        for rank in range(size):
+            one = setting(world=World(rank, size, 0, 1, sequence)).evaluation
+            num_passes.add(len(one.moments))
+            last = one.scalars(forward)
+        assert last == alone
+        assert len(num_passes) == 1
+
+
+def test_a_loss_does_not_depend_on_the_other_clips_or_on_the_batch(setting, forward):
+    one = setting().evaluation
+    losses = one.losses(forward)
+    for clip in (0, len(one.clips) - 1):
+        tasks = make_tasks([one.clips[clip].bucket], len(one.timesteps), (1,) * 3)
+        moments = deal_tasks(tasks, (1.0,) * 3, 1)
+        alone = dataclasses.replace(one, clips=one.clips[clip : clip + 1], moments=moments).losses(forward)
+        assert alone == {(0, number): losses[clip, number] for number in range(3)}
+    batched = setting("train.batch_size=4").evaluation
+    assert len(batched.moments) < len(one.moments)
+    assert batched.losses(forward) == pytest.approx(losses, rel=1e-5)
+
+
+def test_nothing_is_dropped_and_no_noise_is_added_to_the_image(setting, forward):
+    overrides = (
+        "conditioning.image_dropout=1",
+        "conditioning.caption_dropout=1",
+        "conditioning.image_noise_log_mean=3",
+    )
+    one = setting(*overrides)
+    assert one.evaluation.scalars(forward) == setting().evaluation.scalars(forward)
+    assert one.builder.conditioning.image_noise  # training's is as it was
+
+
+def test_a_clip_that_cannot_be_read_is_left_out_and_named(setting, forward, caplog):
+    one = setting().evaluation
+    whole = one.scalars(forward)
+    gone = dataclasses.replace(one.clips[0], clip_key="0" * 32)
+    found = dataclasses.replace(one, clips=(gone, *one.clips[1:])).scalars(forward)
+    (warning,) = caplog.records
+    assert gone.path in warning.getMessage()
+    assert found["eval/loss"] != whole["eval/loss"]
+    assert found["eval/train_loss"] == whole["eval/train_loss"]
+    nothing = [dataclasses.replace(clip, clip_key="0" * 32) for clip in one.clips]
+    assert dataclasses.replace(one, clips=tuple(nothing)).scalars(forward) == {}
+
+
+@pytest.mark.parametrize("always", [False, True])
+def test_inputs_that_cannot_be_made_cost_a_clip_and_no_forward_pass(setting, forward, caplog, always):
+    """Such as for want of memory in the VAE: the other ranks take as many passes, of the same shapes."""
+    one, whole = setting("train.batch_size=2").evaluation, setting("train.batch_size=2").evaluation.scalars(forward)
+    build, passes, plain = one.builder.build, [], []
+
+    def fails(batch, shape, draws):
+        if always or shape.frames == 1:
+            raise torch.OutOfMemoryError  # without a word
+        return build(batch, shape, draws)
+
+    def shapes(kept):
+        def counted(inputs):
+            kept.append([inputs[name].shape for name in ("hidden_states", "encoder_hidden_states", "timestep")])
+            return forward(inputs)
+
+        return counted
+
+    one.scalars(shapes(plain))
+    one.builder.build = fails
+    found = one.scalars(shapes(passes))
+    assert passes == plain
+    assert "OutOfMemoryError" in caplog.text
+    if always:
+        assert found == {}
+    else:
+        left = {name for name in whole if name.endswith(("64x96", "96x64"))}
+        assert {name: found[name] for name in left} == {name: whole[name] for name in left}
+        assert not any("1x64x64" in name for name in found)
+
+
+# ------------------------------------------------------------------------------------------------------ beside training
+
+
+class Noted:
+    def __init__(self):
+        self.notes = {}
+
+    def note(self, step, scalars):
+        self.notes[step] = scalars
+
+
+def run_of(one, mode="none", **changes):
+    parts = tuple(BucketExecution(mode, None) for _ in one.job.buckets)
+    job = dataclasses.replace(one.job, world=one.world, num_ranks=one.world.size, **changes)
+    return Run(job, one.data, job.plan(one.data.mixture), Execution("torch", False, parts), first_step=0)
+
+
+def engine_of(module):
+    return SimpleNamespace(module=module, torch_autocast_enabled=lambda: False, torch_autocast_dtype=lambda: None)
+
+
+def test_a_transformer_that_is_trained_is_left_as_it_was(setting, forward):
+    one, monitor, watched = setting(), Noted(), []
+    transformer = load_transformer(one.model, torch.float32)
+    inject(transformer, 4, 8, 0.5, ("to_q",), seed=0)  # dropout that is not turned off would change the loss
+    transformer.train()
+    transformer.note_dropout()
+    transformer.set_checkpointing("full")
+    callback = make_evaluation(
+        run_of(one), engine_of(transformer), one.builder, monitor, lambda say: watched.append(say())
+    )
+    assert callback.every == 500
+    assert (callback.at_start, callback.on_stop) == (True, False)
+    before, modes = torch.get_rng_state(), [module.training for module in transformer.modules()]
+    callback.run(7)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert [module.training for module in transformer.modules()] == modes
+    assert {block.checkpointing for block in transformer.transformer_blocks} == {"full"}
+    assert all(parameter.grad is None for parameter in transformer.parameters())
+    assert monitor.notes[7].pop("eval/seconds") > 0
+    assert monitor.notes[7] == one.evaluation.scalars(forward)  # B is zero: the base model
+    assert watched[0] == f"evaluating after step 7, forward pass 1 of {len(one.evaluation.moments)}"
+
+
+def test_one_that_must_stop_has_no_loss(setting):
+    one, monitor = setting(), Noted()
+    stops = iter([False, False, True])
+    transformer = load_transformer(one.model, torch.float32)
+    make_evaluation(run_of(one), engine_of(transformer), one.builder, monitor, is_stopping=lambda: next(stops)).run(3)
+    assert monitor.notes == {}
+    assert list(stops) == []
+
+
+def test_never_is_never(setting):
+    assert make_evaluation(run_of(setting("eval.every=null")), None, None, None) is None
+
+
+def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(setting, forward):
+    one, graphs = setting("train.batch_size=2"), []
+    torch._dynamo.reset()
+    transformer = load_transformer(one.model, torch.float32)
+    transformer.compile_blocks(lambda graph, _: graphs.append(graph) or graph.forward)
+    with undisturbed(transformer, ALONE.device):
+        found = one.evaluation.scalars(lambda inputs: transformer(**inputs)[0])
+    torch._dynamo.reset()
+    assert len(one.evaluation.moments) > 6
+    assert 1 <= len(graphs) <= 2  # one for single clips, one for batches
+    assert found == pytest.approx(one.evaluation.scalars(forward), rel=1e-4)
+
+
+def test_the_cost_is_estimated_and_what_to_change_is_named(setting):
+    one = setting("eval.num_clips=1")
+    cheap = dataclasses.replace(one.cfg.eval, every=100_000)
+    long = dataclasses.replace(one.cfg, eval=cheap, train=dataclasses.replace(one.cfg.train, num_steps=1_000_000))
+    run = run_of(one, "full", cfg=long)
+    line, nothing = cost_lines(run, one.evaluation, 100_000)
+    assert nothing == ""
+    assert all(part in line for part in ("eval/loss", "eval/train_loss", "100,000 steps", "0.0%"))
+    # 6 forward passes beside 4 steps, each of a forward pass, its recomputation and a backward pass.
+    share = share_of_training(run, one.evaluation, 4)
+    assert 6 / (4 * 3.5) * 0.7 < share < 6 / (4 * 3) * 1.4
+    _, warning = cost_lines(run, one.evaluation, 4)
+    needed = int(warning.partition("eval.every=")[2].partition(" ")[0])
+    assert share_of_training(run, one.evaluation, needed) <= MAX_SHARE
+
+
+def test_the_mean_step_of_all_ranks_is_what_it_is_compared_with(setting):
+    one, two = setting(), setting(world=World(0, 2, 0, 2))
+    shares = [share_of_training(run_of(each), each.evaluation, 10) for each in (one, two)]
+    assert shares[1] == pytest.approx(shares[0] / 2, rel=0.2)
+
+
+@pytest.fixture
+def command(place, capsys):
+    """`command(*words)`: what the command prints, as a mapping."""
+
+    def run(*words):
+        call("evaluate", [*place, "--config", str(_empty(place)), *words])
+        (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
+        return json.loads(line)
+
+    return run
+
+
+def test_the_command_says_the_same(setting, forward, command):
+    assert command() == pytest.approx(setting().evaluation.scalars(forward), rel=1e-5)
+
+
+@pytest.mark.parametrize("recorded, asked, used", [
+    ("scaled", "pipeline", "scaled"), ("pipeline", "scaled", "pipeline"), (None, "scaled", "scaled"),
+])  # fmt: skip
+def test_the_command_scales_the_first_frame_as_the_lora_was_trained(
+    setting, forward, command, tiny_model, tmp_path, recorded, asked, used
+):
+    """The config's word counts only where the LoRA has none."""
+    few, key = "eval.num_clips=1", "conditioning.image_latents"
+    expected = {one: setting(few, f"{key}={one}").evaluation.scalars(forward) for one in ("pipeline", "scaled")}
+    assert expected["scaled"]["eval/loss"] != pytest.approx(expected["pipeline"]["eval/loss"], rel=1e-4)
+    transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
+    inject(transformer, 4, 8, 0.0, ("to_q",), seed=0)  # B is zero: the base model
+    weights = {name: one.detach() for name, one in transformer.named_parameters() if one.requires_grad}
+    export(tmp_path, transformer, weights, {"image_latents": recorded} if recorded else {})
+    assert command(few, f"{key}={asked}", "--lora", str(tmp_path)) == pytest.approx(expected[used], rel=1e-5)
+
+
+def test_the_command_evaluates_all_clips_if_it_is_told_to(setting, forward, command):
+    every, one = (setting(f"eval.num_clips={num}").evaluation.scalars(forward) for num in (100, 1))
+    assert one["eval/loss"] != pytest.approx(every["eval/loss"], rel=1e-4)
+    assert command("eval.num_clips=1") == pytest.approx(one, rel=1e-5)
+    assert command("eval.num_clips=1", "--all") == pytest.approx(every, rel=1e-5)
+
+
+def _empty(place):
+    path = place[2].partition("=")[2] + ".yaml"
+    with open(path, "w") as file:
+        file.write("output_dir: unused\n")
+    return path

@@ -1,0 +1,126 @@
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+
+import cogds.train.first_look
+from cogds.data.loading.dataset import Bad, Batch
+from cogds.train.first_look import FirstBatches, show_settings
+
+
+class Vae:
+    """Decodes to grey, or has no memory left."""
+
+    dtype, use_tiling = torch.float32, False
+
+    def __init__(self, fails):
+        self.fails, self.was_tiled = fails, []
+
+    def enable_tiling(self):
+        self.use_tiling = True
+
+    def decode(self, latents):
+        self.was_tiled.append(self.use_tiling)
+        if self.fails:
+            raise self.fails
+        assert latents.shape == (1, 2, 3, 4, 4)
+        return SimpleNamespace(sample=latents.new_zeros(1, 3, 9, 32, 32))
+
+
+@pytest.fixture
+def shown():
+    return []
+
+
+def first_batches(shown, vae, show_batches=0, show_clips=0):
+    cfg = SimpleNamespace(
+        metrics=SimpleNamespace(show_clips=show_clips, show_batches=show_batches),
+        train=SimpleNamespace(num_steps=9),
+        data=SimpleNamespace(fps=16.0),
+    )
+    index = [SimpleNamespace(shape="9x32x48", caption=caption) for caption in ("a cat", "a dog", "a cow")]
+    run = SimpleNamespace(cfg=cfg, first_step=4, world=SimpleNamespace(data_rank=0), data=SimpleNamespace(index=index))
+    monitor = SimpleNamespace(
+        animation=lambda step, name, frames, fps: shown.append((step, name, frames.shape, fps)),
+        picture=lambda step, name, pixels: shown.append((step, name, pixels)),
+    )
+    builder = SimpleNamespace(vae=vae, device=torch.device("cpu"))
+    return FirstBatches(run, builder, monitor)
+
+
+FAILURES = [None, RuntimeError("CUDA out of memory\nand more"), ValueError("odd"), torch.OutOfMemoryError()]
+
+
+@pytest.mark.parametrize("fails", FAILURES)
+def test_batches_are_decoded_for_so_many_steps_and_what_fails_stops_nothing(shown, fails, capsys):
+    vae = Vae(fails)
+    first = first_batches(shown, vae, 2)
+    batch = Batch({"moments": torch.zeros(1, 4, 3, 4, 4)})
+    before = torch.get_rng_state()
+    for step in range(4, 9):
+        first.look(step, SimpleNamespace(slots_of=lambda _: range(3, 4)), batch)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert vae.was_tiled == [True, True]
+    assert vae.use_tiling is False
+    if fails:
+        why = str(fails).partition("\n")[0] or "OutOfMemoryError"
+        warnings = capsys.readouterr().err.splitlines()
+        assert [f"step {n} " in line and why in line for n, line in zip((5, 6), warnings)] == [True, True]
+        assert shown == []
+    else:
+        assert shown == [(step, "data/decoded/3", (9, 32, 32, 3), 16.0) for step in (5, 6)]
+
+
+def frames(num):
+    """A batch of first frames, each of its own grey, in memory that is used again."""
+    return (torch.arange(1, num + 1, dtype=torch.uint8) * 60)[:, None, None, None].repeat(1, 3, 32, 48)
+
+
+@pytest.fixture
+def sheets(monkeypatch):
+    """What contact sheets are made of: greys and captions."""
+    made = []
+
+    def sheet(pictures, captions):
+        made.append(([int(picture.mean()) for picture in pictures], list(captions)))
+        return np.zeros((8, 8, 3), np.uint8)
+
+    monkeypatch.setattr(cogds.train.first_look, "contact_sheet", sheet)
+    return made
+
+
+def test_a_clip_that_stands_in_for_another_has_its_own_caption_and_pictures_their_own_memory(shown, sheets):
+    first, tensors = first_batches(shown, None, show_clips=3), {"first_frame": frames(2)}
+    first.look(4, None, Batch(tensors, (Bad(0, "a", "odd"),), (2, 1)))
+    assert sheets == []
+    assert sum(picture.nbytes for picture in first._frames) == 2 * 256 * 171 * 3
+    tensors["first_frame"].zero_()
+    first.look(5, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
+    assert sheets == [([60, 120, 60], ["9x32x48  a cow", "9x32x48  a dog", "9x32x48  a cat"])]
+    assert [one[:2] for one in shown] == [(6, "data/first_frames")]
+    first.look(6, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
+    assert len(shown) == 1
+    assert not first._frames
+    assert not first._captions
+
+
+def test_a_picture_that_fails_is_said_once_and_ends_nothing(shown, monkeypatch, capsys):
+    monkeypatch.setattr(cogds.train.first_look, "contact_sheet", lambda *_: 1 / 0)
+    first = first_batches(shown, None, show_clips=1)
+    for step in (4, 5):
+        first.look(step, None, Batch({"first_frame": frames(1)}, (), (0,)))
+    assert shown == []
+    assert capsys.readouterr().err.count("division by zero") == 1
+    assert not first._frames
+
+
+@pytest.mark.parametrize("rank", [0, 1])
+def test_bars_that_fail_are_said_by_rank_0(monkeypatch, capsys, rank):
+    for name in ("to_yaml", "settings"):
+        monkeypatch.setattr(cogds.train.first_look, name, lambda _: "")
+    monkeypatch.setattr(cogds.train.first_look, "bucket_bars", lambda _: 1 / 0)
+    monitor = SimpleNamespace(**dict.fromkeys(("text", "hparams", "picture"), lambda *_: None))
+    run = SimpleNamespace(cfg=None, ds_config={}, first_step=0, world=SimpleNamespace(rank=rank))
+    show_settings(run, monitor)
+    assert capsys.readouterr().err.count("the buckets could not be drawn (division by zero)") == (rank == 0)

@@ -1,0 +1,123 @@
+"""What may change over a run and what may not; that the numbers go on stands in tests/dist."""
+
+import dataclasses
+import json
+from types import SimpleNamespace
+
+import pytest
+
+from cogds.config.schema import KEYS, load_config
+from cogds.core.geometry import ClipShape
+from cogds.core.plan import Plan
+from cogds.errors import UserError
+from cogds.train.resume import MAY_CHANGE, check_matching, continued_plan, data_identity, identity
+
+DATA = SimpleNamespace(fingerprint="f", mixture=SimpleNamespace(repeats=(1.0,)))
+BUCKETS = (ClipShape(9, 64, 64),)
+
+
+def identity_of(*overrides, optimizer="AdamW", weights="w", data=DATA, buckets=BUCKETS):
+    cfg, _ = load_config(None, ["model.path=m", "data.path=d", *overrides])
+    return json.loads(json.dumps(identity(cfg, optimizer, weights, buckets) | data_identity(data)))
+
+
+def test_an_unchanged_run_matches():
+    check_matching("step-1", {"identity": identity_of()}, identity_of())
+
+
+@pytest.mark.parametrize(
+    "override",
+    ["output_dir=other", "train.num_steps=9", "train.gradient_accumulation_steps=4", "train.batch_size=2",
+     "optimizer.lr=1", "optimizer.betas=[0.5, 0.5]", "checkpoint.every=1", "checkpoint.keep_every=5", "metrics.every=5",
+     "network.interface=eth0", "data.num_workers=0", "data.sync=cost", "lora.init_from=a.safetensors",
+     "model.path=elsewhere", "eval.every=7", "eval.path=other", "eval.num_clips=3", "eval.num_timesteps=4"],
+)  # fmt: skip
+def test_what_may_change(override):
+    check_matching("step-1", {"identity": identity_of()}, identity_of(override))
+
+
+@pytest.mark.parametrize(
+    "override, says",
+    [
+        ("seed=1", "seed: 0 then, 1 now"),
+        ("lora.rank=8", "lora.rank: 128 then, 8 now"),
+        ("lora.target_modules=[to_q]", r"lora.target_modules: \['to_q', 'to_k', 'to_v', 'to_out.0'\] then, \['to_q'\]"),
+        ("conditioning.image_dropout=0.5", "conditioning.image_dropout: 0.05 then, 0.5 now"),
+        ("train.precision=fp32", "train.precision: bf16 then, fp32 now"),
+        ("eval.held_out=0.2", "eval.held_out: 0.0 then, 0.2 now"),
+    ],
+)
+def test_what_may_not_is_named(override, says):
+    with pytest.raises(UserError, match=f"cannot resume from step-1, because the run has changed: {says}") as error:
+        check_matching("step-1", {"identity": identity_of()}, identity_of(override))
+    assert str(error.value).count(" then, ") == 1
+
+
+def test_model_data_and_optimizer_may_not_change():
+    data = SimpleNamespace(fingerprint="g", mixture=SimpleNamespace(repeats=(2.0,)))
+    now = identity_of(optimizer="Lion", weights="v", data=data, buckets=(ClipShape(17, 64, 64),))
+    with pytest.raises(UserError) as error:
+        check_matching("c", {"identity": identity_of()}, now)
+    for part in ("model weights: w then, v now", "data: f then", "repeats: [1.0] then, [2.0] now",
+                 "buckets: ['9x64x64'] then", "optimizer: adamw then"):  # fmt: skip
+        assert part in str(error.value)
+
+
+def test_a_key_is_fixed_unless_it_is_named():
+    """So that a key that is new, or newly allowed to change, cannot change a run in silence: each is named here too."""
+    free = {name for name in KEYS if name.startswith(MAY_CHANGE)}
+    assert free == {
+        "output_dir",
+        "model.path", "model.revision", "model.create_tiny", "model.attention", "model.compile",
+        "data.path", "data.sets", "data.columns", "data.repeats", "data.default_caption", "data.max_unusable",
+        "data.manifest", "data.draw_demo_clips", "data.buckets", "data.bucket_sizes",
+        "data.bucket_aspect_ratios", "data.bucket_frames", "data.fps", "data.windows", "data.num_windows",
+        "data.encode", "data.vae_tiling", "data.decoder", "data.decode_timeout_s", "data.decode_memory_gb",
+        "data.sync", "data.cost_tolerance", "data.cache_dir", "data.shard_gb", "data.num_workers",
+        "lora.init_from", "lora.init_alpha",
+        "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.max_grad_norm",
+        "optimizer.schedule", "optimizer.warmup_steps", "optimizer.final_lr_ratio",
+        "train.num_steps", "train.batch_size", "train.tokens_per_batch", "train.gradient_accumulation_steps",
+        "train.activation_checkpointing", "train.activation_checkpointing_by_bucket", "train.memory_check",
+        "train.timeout_s",
+        "train.step_timeout_s", "train.max_bad_steps",
+        "parallel.sequence_size",
+        "eval.every", "eval.path", "eval.num_clips", "eval.num_timesteps",
+        "sample.every", "sample.prompts", "sample.num_clips", "sample.num_steps", "sample.guidance",
+        "sample.seed",
+        "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.resume",
+        "metrics.every", "metrics.progress_bar", "metrics.norms_every", "metrics.show_clips",
+        "metrics.show_batches",
+        "network.interface", "network.env",
+    }  # fmt: skip
+    assert set(KEYS) - free <= set(identity_of())
+
+
+def test_a_key_that_an_older_version_did_not_save_was_at_its_default():
+    older = {name: value for name, value in identity_of().items() if name != "lora.dropout"}
+    check_matching("c", {"identity": older}, identity_of())
+    with pytest.raises(UserError, match=r"lora.dropout: 0.0 then, 0.5 now"):
+        check_matching("c", {"identity": older}, identity_of("lora.dropout=0.5"))
+
+
+def facts_of(plan, step):
+    return json.loads(json.dumps({"step": step, "plan": dataclasses.asdict(plan)}))
+
+
+def test_the_plan_goes_on_in_any_layout():
+    plan = Plan((10, 7), (1, 1), world_size=2, accumulation=2, seed=3)
+    same = continued_plan(plan, facts_of(plan, 3), "c")
+    assert same == plan
+    wider = continued_plan(dataclasses.replace(plan, world_size=4), facts_of(plan, 3), "c")
+    assert (wider.world_size, wider.origin.step, wider.coverage(3)) == (4, 3, plan.coverage(3))
+    again = continued_plan(wider, facts_of(wider, 5), "c")
+    assert again == wider
+
+
+def test_a_plan_that_makes_no_sense_is_an_error():
+    plan = Plan((10,), (1,), world_size=2, accumulation=2, seed=3)
+    for change in ({"sizes": [3, 4]}, {"origin": {"step": -1}}, {"unknown": 1}):
+        facts = facts_of(plan, 3)
+        facts["plan"] |= change
+        with pytest.raises(UserError, match="holds no plan that can be gone on with"):
+            continued_plan(plan, facts, "c")

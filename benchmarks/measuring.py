@@ -163,7 +163,7 @@ class Trainer:
         ds_config = deepspeed_config(ds_name, cfg, self.model, world)
         torch.manual_seed(0)
         self.transformer = transformer or build_for_stage(
-            self.model, self.dtype, ds_config, self.device, cfg.model.base, cfg.model.matmul
+            self.model, self.dtype, ds_config, self.device, cfg.model.quantization, cfg.model.fp8_matmul
         )
         parameters = inject(self.transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, cfg.seed)
         self.num_lora = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
@@ -258,12 +258,12 @@ def make_batches(
 
 
 def estimate_bytes(
-    size: Size, cfg: RunConfig, ds_name: str, shape: ClipShape, batch_size: int, level: str, world: World
+    size: Size, cfg: RunConfig, ds_name: str, shape: ClipShape, batch_size: int, checkpointing: str, world: World
 ) -> int:
     """What the memory model says that a step takes of a GPU's allocator: all but the CUDA context."""
     model = model_of(size)
     ds_config = deepspeed_config(ds_name, cfg, model, world)
-    estimate = memory_model(cfg, ds_config, model, (shape,), world.size).estimate(shape, batch_size, level)
+    estimate = memory_model(cfg, ds_config, model, (shape,), world.size).estimate(shape, batch_size, checkpointing)
     return estimate.total_bytes - estimate.cuda_context_bytes
 
 

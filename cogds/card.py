@@ -34,7 +34,7 @@ def lora_facts(run: Run, step: int) -> dict[str, Any]:
     facts = {
         "step": step,
         "base_model": cfg.model.path,
-        "base": cfg.model.base,
+        "quantization": cfg.model.quantization,
         "rank": cfg.lora.rank,
         "alpha": cfg.lora.alpha,
         "targets": list(cfg.lora.target_modules),
@@ -236,7 +236,7 @@ def _table(facts: Mapping[str, Any]) -> str:
         ("Frame rate", f"{facts['fps']:g}" if "fps" in facts else None),
         ("Image latents", facts.get("image_latents")),
         ("Precision", facts.get("precision")),
-        ("Base weights", facts.get("base") if facts.get("base") != "full" else None),
+        ("Quantization", facts.get("quantization") if facts.get("quantization") != "none" else None),
         ("Merged", facts.get("merged")),
         ("Strength", facts.get("exported_scale")),
         ("Seed", facts.get("seed")),

@@ -47,7 +47,7 @@ from cogds.model.load import DTYPES, ModelFolder, find_model, load_transformer
 from cogds.model.lora.adapter import load_into
 from cogds.model.lora.file import read_metadata
 from cogds.model.transformer.attention import use
-from cogds.model.transformer.quantize import check_base
+from cogds.model.transformer.quantize import check_quantization
 from cogds.train.loop import Occasion
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, load_step_builder
@@ -303,7 +303,8 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
     Of an evaluation the VAE and the reading are not counted: a clip is read, and its first frame encoded, once for
     every batch of its timesteps.
     """
-    model, plan, geometry, levels = run.model, run.plan, run.model.geometry, run.execution.levels
+    model, plan, geometry = run.model, run.plan, run.model.geometry
+    checkpointing_modes = run.execution.checkpointing_modes
     num_lora = measure_sizes(run.cfg, model)[1].num_parameters
     flops = [
         step_flops(num_tokens(shape, geometry), model.num_layers, model.hidden_size, num_lora) for shape in run.buckets
@@ -317,7 +318,10 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
     micro_steps = [
         num / (size * min(max(1, num // size), run.world.data_size)) for num, size in zip(counts, sizes, strict=True)
     ]
-    work = [num * size * one.done(level) for num, size, one, level in zip(micro_steps, sizes, flops, levels)]
+    work = [
+        num * size * one.done(checkpointing)
+        for num, size, one, checkpointing in zip(micro_steps, sizes, flops, checkpointing_modes)
+    ]
     return once / (plan.accumulation * sum(work) / sum(micro_steps) * num_steps)
 
 
@@ -369,7 +373,7 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     )
     model = find_model(cfg.model.path, cfg.model.revision)
     buckets, world = make_buckets(cfg, model), read_world()
-    check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, 0, world.device)
+    check_quantization(cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
     data = prepare(cfg, model, buckets, world)
@@ -395,7 +399,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
 def load_evaluated(cfg: RunConfig, model: ModelFolder, device: torch.device, lora: str | None) -> Any:
     """The whole transformer as the config has it, with a LoRA or without, ready to compute."""
     dtype = DTYPES[cfg.train.precision]
-    transformer = load_transformer(model, dtype, device, cfg.model.base, cfg.model.matmul)
+    transformer = load_transformer(model, dtype, device, cfg.model.quantization, cfg.model.fp8_matmul)
     if lora:
         load_into(transformer, lora)
     if cfg.model.attention != "auto":

@@ -31,30 +31,30 @@ T = TypeVar("T")
 class World:
     """Global and node-local rank and size. Sizes count processes; one process drives one GPU.
 
-    sequence: how many neighbouring ranks share each clip. Together they are one rank of data parallelism, which is what
-    the plan, the sampler and the draws count.
+    sequence_size: how many neighbouring ranks share each clip. Together they are one rank of data parallelism, which
+    is what the plan, the sampler and the draws count.
     """
 
     rank: int
     size: int
     local_rank: int
     local_size: int
-    sequence: int = 1
+    sequence_size: int = 1
 
     @property
     def data_rank(self) -> int:
         """Which of the clips trained at the same moment is this rank's."""
-        return self.rank // self.sequence
+        return self.rank // self.sequence_size
 
     @property
     def data_size(self) -> int:
         """How many ranks or groups of ranks train clips of their own."""
-        return self.size // self.sequence
+        return self.size // self.sequence_size
 
     @property
     def sequence_rank(self) -> int:
         """This rank's place among those that share its clip."""
-        return self.rank % self.sequence
+        return self.rank % self.sequence_size
 
     @property
     def device(self) -> torch.device:
@@ -219,7 +219,7 @@ def any_rank(world: World, *flags: bool) -> tuple[bool, ...]:
 
 def disagreeing(world: World, value: int) -> list[int]:
     """The data-parallel ranks within which not all have the same value. Collective, on CPUs, where clips are shared."""
-    if world.sequence == 1:
+    if world.sequence_size == 1:
         return []
     votes = torch.full((2, world.data_size), torch.iinfo(torch.int64).min)
     votes[:, world.data_rank] = torch.tensor([value, -value])

@@ -18,7 +18,7 @@ from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence
 from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, differing
-from cogds.train.tuning import check_execution, choose_levels, memory_model, memory_of
+from cogds.train.tuning import check_execution, choose_checkpointing, memory_model, memory_of
 
 # DataLoader's own: batches that every worker has ready.
 PREFETCHED = 2
@@ -45,9 +45,9 @@ class Job:
         return batch_sizes(self.cfg, self.buckets, self.model)
 
     @cached_property
-    def levels(self) -> tuple[str, ...]:
-        """What every bucket recomputes on this GPU."""
-        return choose_levels(self.cfg, self.memory, self.batch_sizes, memory_of(self.world.device))
+    def checkpointing_modes(self) -> tuple[str, ...]:
+        """The activation checkpointing mode of every bucket on this GPU."""
+        return choose_checkpointing(self.cfg, self.memory, self.batch_sizes, memory_of(self.world.device))
 
     @cached_property
     def memory(self) -> MemoryModel:
@@ -56,7 +56,7 @@ class Job:
     @cached_property
     def estimates(self) -> tuple[MemoryEstimate, ...]:
         """GPU memory of every bucket."""
-        return tuple(map(self.memory.estimate, self.buckets, self.batch_sizes, self.levels))
+        return tuple(map(self.memory.estimate, self.buckets, self.batch_sizes, self.checkpointing_modes))
 
     @cached_property
     def offloaded_bytes(self) -> int:
@@ -73,7 +73,7 @@ class Job:
     @property
     def pinned_bytes(self) -> int:
         """Host memory that a rank pins for activations, in the bucket that takes most."""
-        return max(map(self.memory.pinned_host_bytes, self.buckets, self.batch_sizes, self.levels))
+        return max(map(self.memory.pinned_host_bytes, self.buckets, self.batch_sizes, self.checkpointing_modes))
 
     @property
     def largest(self) -> int:
@@ -132,11 +132,11 @@ def load_job(config: str | None, default_config: Path, overrides: list[str], ds_
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     buckets = make_buckets(cfg, model)
-    check_sequence(cfg.parallel.sequence, world.size, model.transformer_config["num_attention_heads"])
+    check_sequence(cfg.parallel.sequence_size, world.size, model.transformer_config["num_attention_heads"])
     targets = resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
     check_execution(cfg, ds_config, world)
-    return Job(cfg, ds_config, model, buckets, tuple(targets), replace(world, sequence=cfg.parallel.sequence))
+    return Job(cfg, ds_config, model, buckets, tuple(targets), replace(world, sequence_size=cfg.parallel.sequence_size))
 
 
 def judge_config(facts: list[Facts]) -> list[Finding]:

@@ -91,7 +91,7 @@ def judge_disk(facts: list[Facts]) -> list[Finding]:
     for key, level, why in (
         ("tmp", WARN, "for temporary files: set TMPDIR"),
         ("shm", FAIL, "for what the loaders have ready: give the container --shm-size, or lower data.num_workers"),
-        ("memory", WARN, "for the weights and what block+offload keeps there"),
+        ("memory", WARN, "for the weights and what full+offload keeps there"),
     ):
         short = [one for one in nodes if one["disk"][key][1] < one["disk"][key][2]]
         path, free, needed = min((one["disk"][key] for one in nodes), key=lambda disk: disk[1] - disk[2])

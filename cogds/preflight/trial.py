@@ -43,14 +43,16 @@ def look_trial(job: Job) -> Facts:
     try:
         execution = choose_execution(cfg, job.ds_config, model, job.buckets, job.batch_sizes, world)
         result["advice"] = execution.shortfalls[bucket]
-        transformer: Any = build_for_stage(model, dtype, job.ds_config, device, cfg.model.base, cfg.model.matmul)
+        transformer: Any = build_for_stage(
+            model, dtype, job.ds_config, device, cfg.model.quantization, cfg.model.fp8_matmul
+        )
         parameters = inject(
             transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed
         )
         transformer.train()
         prepare_blocks(transformer, execution)
         share_clips(transformer, world, cfg.train.timeout_s)
-        transformer.set_level(execution.levels[bucket])
+        transformer.set_checkpointing(execution.checkpointing_modes[bucket])
         engine = start_engine(transformer, parameters, one_step_config(job.ds_config, world.size))
         batch = random_batch(
             job.buckets[bucket], job.batch_sizes[bucket], model.geometry, job.memory.transformer.text_dim,
@@ -97,7 +99,8 @@ def judge_trial(facts: list[Facts]) -> list[Finding]:
         return [
             Finding("step", FAIL, f"{what} does not fit into memory on {who(full)}: {memory} taken, "
                     f"the estimate is {gigabytes(worst['estimate'])}; {worst['error']}. "
-                    + (worst["advice"] or "Try ds_configs/zero3.json, model.base=nf4, train.recompute=block+offload, a "
+                    + (worst["advice"] or "Try ds_configs/zero3.json, model.quantization=nf4, "
+                       "train.activation_checkpointing=full+offload, a "
                        "smaller batch or a smaller bucket"))
         ]  # fmt: skip
     found = []

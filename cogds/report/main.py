@@ -28,7 +28,7 @@ from cogds.process.worker_pool import Failure, GuardedPool
 from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, make_report, read_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
-from cogds.train.tuning import choose_levels, memory_model
+from cogds.train.tuning import choose_checkpointing, memory_model
 
 # Of more captions than this, evenly spaced ones are tokenized and the count is extrapolated.
 MAX_TOKENIZED = 100_000
@@ -52,7 +52,7 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     ds_config = load_ds_config(ds_path)
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
-    check_sequence(cfg.parallel.sequence, args.num_gpus, model.transformer_config["num_attention_heads"])
+    check_sequence(cfg.parallel.sequence_size, args.num_gpus, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     ds_config, cfg = resolve(ds_config, cfg, explicit, args.num_gpus, model.hidden_size, ds_path)
     manifest = update_manifest(cfg, World(0, 1, 0, 1), digests=False)
@@ -107,14 +107,14 @@ def run_report(
     """Report on a run with a resolved DeepSpeed config. gpu_bytes: memory of one GPU, None on CPUs."""
     memory = memory_model(cfg, ds_config, model, found.buckets, num_ranks)
     mixture = Mixture(found.placement.sizes, found.repeats, cfg.seed)
-    data_ranks = num_ranks // cfg.parallel.sequence
+    data_ranks = num_ranks // cfg.parallel.sequence_size
     plan = make_plan(cfg, mixture, found.buckets, model, data_ranks) if found.num_windows else None
     sizes_of_batches = plan.local_batch_sizes if plan else (1,) * len(found.buckets)
     setup = TrainingSetup(
         memory=memory,
         batch_sizes=sizes_of_batches,
         accumulation=cfg.train.gradient_accumulation_steps,
-        checkpointing=choose_levels(cfg, memory, sizes_of_batches, gpu_bytes),
+        checkpointing=choose_checkpointing(cfg, memory, sizes_of_batches, gpu_bytes),
         is_cached=cfg.data.encode == "cached",
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,

@@ -57,10 +57,10 @@ def settings(run: Run) -> dict[str, str | float | bool]:
         "train.precision": cfg.train.precision,
         "train.gradient_accumulation_steps": plan.accumulation,
         "tokens a rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
-        "recompute": ", ".join(sorted(set(run.execution.levels))),
+        "activation_checkpointing": ", ".join(sorted(set(run.execution.checkpointing_modes))),
         "ranks": run.world.size,
         "zero stage": zero_stage(run.ds_config),
-        "model.base": cfg.model.base,
+        "model.quantization": cfg.model.quantization,
         "model.path": cfg.model.path,
         "conditioning.image_latents": cfg.conditioning.image_latents,
         "clips": len(run.data.index),
@@ -102,7 +102,7 @@ class FirstBatches:
 
     def look(self, step: int, micro_batch: MicroBatch, batch: Batch) -> None:
         """To be given every batch: optimizer step from 0, micro-step, tensors. Costs nothing once all are shown."""
-        cfg, passed = self._run.cfg.monitor, step - self._run.first_step
+        cfg, passed = self._run.cfg.metrics, step - self._run.first_step
         if cfg.show_clips and not self._shown:
             try:
                 self._collect(step, batch)
@@ -116,7 +116,7 @@ class FirstBatches:
                 self._warn(f"the batch of step {step + 1} could not be decoded ({reason(error)}): training goes on")
 
     def _collect(self, step: int, batch: Batch) -> None:
-        num = self._run.cfg.monitor.show_clips
+        num = self._run.cfg.metrics.show_clips
         clips = [self._run.data.index[row] for row in batch.rows]
         for clip, frame in zip(clips[: num - len(self._frames)], batch.tensors["first_frame"]):
             self._frames.append(_shrunk(frame))

@@ -41,7 +41,7 @@ from cogds.train.step import Draws, StepBuilder, draw_dropouts, to_device
 MAX_NAMED = 8
 
 # Before the tags of what is noted of occasions.
-OCCASION = "occasion"
+CALLBACKS = "callbacks"
 
 # Is shown every batch before it is trained: optimizer step from 0, micro-step, its tensors.
 Look = Callable[[int, MicroBatch, Batch], None]
@@ -92,7 +92,7 @@ def train_steps(
         if written:
             finish_save(saver, world, monitor, step + 1)
         last = step + 1 == cfg.train.num_steps
-        if (step + 1) % cfg.monitor.every == 0 or last or stop:
+        if (step + 1) % cfg.metrics.every == 0 or last or stop:
             quarantine.settle()
         if num_bad == cfg.train.max_bad_steps:
             monitor.close()
@@ -131,7 +131,7 @@ def meet(occasions: Sequence[Occasion], step: int, watchdog: Watchdog, monitor: 
         watchdog.watch(functools.partial("{} after step {}".format, one.what, step))
         one.act(step)
     if occasions and world.device.type == "cuda":
-        monitor.note(step, {f"{OCCASION}/peak_memory_gb": peak_memory_bytes(world.device) / 1e9})
+        monitor.note(step, {f"{CALLBACKS}/peak_memory_gb": peak_memory_bytes(world.device) / 1e9})
         restart_peak(world.device)
 
 
@@ -259,7 +259,7 @@ def train_step(
         quarantine.add(this.bad)
         # By the rank itself: those that share a clip must not drop the same places of their parts.
         seed_global(cfg.seed, step * plan.accumulation + len(trained), world.rank)
-        engine.module.set_level(run.execution.levels[this.bucket])
+        engine.module.set_checkpointing(run.execution.checkpointing_modes[this.bucket])
         per_sample = v_loss(engine(**this.inputs)[0], this.target)
         loss = (this.weights * per_sample).mean()
         meter.begin("backward")

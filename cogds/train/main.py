@@ -45,8 +45,8 @@ from cogds.process.watchdog import Watchdog
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
 from cogds.train.first_look import FirstBatches, show_settings
-from cogds.train.loop import OCCASION, Occasion, finish_save, train_steps
-from cogds.train.memory_check import rehearse
+from cogds.train.loop import CALLBACKS, Occasion, finish_save, train_steps
+from cogds.train.memory_check import check_memory
 from cogds.train.resume import check_matching, continued_plan, data_identity, identity, resumed_data
 from cogds.train.run import Run
 from cogds.train.samples import make_previews
@@ -73,13 +73,13 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
         cfg = only_own_demo(cfg, args.overrides)
     ds_path = args.deepspeed or str(default_deepspeed)
     ds_config = load_ds_config(ds_path)
-    world = dataclasses.replace(read_world(), sequence=cfg.parallel.sequence)
+    world = dataclasses.replace(read_world(), sequence_size=cfg.parallel.sequence_size)
     if args.dry_run:  # no clip is encoded for it, and the largest bucket is tried on a CPU too
         nothing = {"eval.every": None, "sample.every": None}
-        cfg = replace(cfg, {"data.encode": "on_the_fly", "train.rehearse": "on", **nothing})
+        cfg = replace(cfg, {"data.encode": "on_the_fly", "train.memory_check": "on", **nothing})
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
-    check_sequence(world.sequence, world.size, model.transformer_config["num_attention_heads"])
+    check_sequence(world.sequence_size, world.size, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     resolve_targets(empty_transformer(model), cfg.lora.target_modules)
     ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
@@ -173,7 +173,7 @@ def train(
         return
 
     dtype = DTYPES[cfg.train.precision]
-    transformer = load_for_stage(model, dtype, ds_config, world, cfg.model.base, cfg.model.matmul)
+    transformer = load_for_stage(model, dtype, ds_config, world, cfg.model.quantization, cfg.model.fp8_matmul)
     parameters = inject(transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
     if init_from:
         start_from(transformer, init_from)
@@ -188,13 +188,13 @@ def train(
 
     builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
     if dry_run:
-        tried = rehearse(run, engine, builder)
+        tried = check_memory(run, engine, builder)
         if world.rank == 0:
             last_words(f"{tried}\ndry run: ready to train, nothing was trained and nothing saved")
         return
-    style = QUIET if quiet else BAR if cfg.monitor.progress_bar and is_terminal(sys.stderr) else LINES
+    style = QUIET if quiet else BAR if cfg.metrics.progress_bar and is_terminal(sys.stderr) else LINES
     monitor = Monitor(
-        world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.monitor.every, style, relay_of(engine)
+        world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.metrics.every, style, relay_of(engine)
     )
     show_settings(run, monitor)
     saver, watchdog = checkpoints.Saver(), Watchdog(world.rank, cfg.train.step_timeout_s, output_dir)
@@ -221,7 +221,7 @@ def train(
         monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - began})
 
     watchdog.watch(lambda: "trying the largest bucket before the first step")
-    if tried := rehearse(run, engine, builder):
+    if tried := check_memory(run, engine, builder):
         monitor.note(first_step, tried.scalars())
         if world.rank == 0:
             print(tried, flush=True)
@@ -243,7 +243,7 @@ def made_again(cfg: RunConfig, first_step: int) -> tuple[str, ...]:
     if first_step >= cfg.train.num_steps:
         return ()
     losses, videos = (every is not None and first_step % every == 0 for every in (cfg.eval.every, cfg.sample.every))
-    return ("eval/",) * losses + (f"{OCCASION}/",) * (losses or videos)
+    return ("eval/",) * losses + (f"{CALLBACKS}/",) * (losses or videos)
 
 
 def check_init(cfg: RunConfig, model: ModelFolder, path: str) -> list[str]:

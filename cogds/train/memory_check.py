@@ -29,7 +29,7 @@ from cogds.train.step import Draws, StepBuilder, random_batch
 
 
 @dataclass(frozen=True)
-class Rehearsal:
+class MemoryCheck:
     """What one bucket took. Bytes are of tensors: without the CUDA context, and what the allocator leaves in holes.
 
     measured_bytes: the peak; None on a CPU, where it would be the whole process's.
@@ -37,13 +37,16 @@ class Rehearsal:
 
     shape: ClipShape
     batch_size: int
-    level: str
+    checkpointing: str
     predicted_bytes: int
     measured_bytes: int | None
     seconds: float
 
     def __str__(self) -> str:
-        what = f"tried {self.shape}, batch {self.batch_size}, recompute {self.level}, in {self.seconds:.1f} s"
+        what = (
+            f"tried {self.shape}, batch {self.batch_size}, activation checkpointing {self.checkpointing}, "
+            f"in {self.seconds:.1f} s"
+        )
         if self.measured_bytes is None:
             return f"{what}; no memory is measured on a CPU"
         off = self.predicted_bytes / self.measured_bytes - 1
@@ -58,8 +61,8 @@ class Rehearsal:
         return found if self.measured_bytes is None else found | {"memory/measured_gb": self.measured_bytes / 1e9}
 
 
-def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
-    """Try the bucket of the run that takes most memory; None where `train.rehearse` has it left out. Collective.
+def check_memory(run: Run, engine: Any, builder: StepBuilder) -> MemoryCheck | None:
+    """Try the bucket of the run that takes most memory; None where `train.memory_check` has it left out. Collective.
 
     Weights, gradients, optimizer and random states are as they were. Raises UserError where memory is not enough, and
     what else goes wrong on the rank on which it does. At stages 1 and 2 all ranks raise together. At stage 3, and where
@@ -68,12 +71,12 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
     """
     cfg, world, execution = run.cfg, run.world, run.execution
     device = world.device
-    if cfg.train.rehearse == "off" or (cfg.train.rehearse == "auto" and device.type != "cuda"):
+    if cfg.train.memory_check == "off" or (cfg.train.memory_check == "auto" and device.type != "cuda"):
         return None
     used = [bucket for bucket, sizes in enumerate(run.data.index.sizes) if sum(sizes)]
     bucket = max(used, key=lambda one: _needs(execution.estimates[one]))
     shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], execution.estimates[bucket]
-    level, stage = execution.levels[bucket], zero_stage(run.ds_config)
+    checkpointing, stage = execution.checkpointing_modes[bucket], zero_stage(run.ds_config)
     start, too_little, trouble = time.perf_counter(), "", None
     try:
         _try(run, engine, builder, bucket)
@@ -82,7 +85,7 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
             too_little = _refusal(run, bucket, error)
         else:
             trouble = error
-        if stage == 3 or world.sequence > 1:
+        if stage == 3 or world.sequence_size > 1:
             if too_little:
                 raise UserError(too_little) from None
             raise
@@ -104,16 +107,20 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
         measured = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
     predicted = estimate.total_bytes - estimate.cuda_context_bytes
-    return Rehearsal(shape, size, level, predicted, measured, time.perf_counter() - start)
+    return MemoryCheck(shape, size, checkpointing, predicted, measured, time.perf_counter() - start)
 
 
 def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
     """What this rank does of it."""
-    device, stage, level = run.world.device, zero_stage(run.ds_config), run.execution.levels[bucket]
+    device, stage, checkpointing = (
+        run.world.device,
+        zero_stage(run.ds_config),
+        run.execution.checkpointing_modes[bucket],
+    )
     shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], run.execution.estimates[bucket]
     text_dim = builder.no_caption_states.shape[-1]
     batch = random_batch(shape, size, run.model.geometry, text_dim, run.cfg.train.precision)
-    engine.module.set_level(level)
+    engine.module.set_checkpointing(checkpointing)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     devices = [device] if device.type == "cuda" else []
@@ -184,7 +191,7 @@ def is_out_of_memory(error: Exception) -> bool:
 def _refusal(run: Run, bucket: int, error: Exception | None = None) -> str:
     """The sentence for a bucket that does not fit. error: of this rank."""
     execution, shape, size = run.execution, run.buckets[bucket], run.plan.local_batch_sizes[bucket]
-    level, estimate = execution.levels[bucket], execution.estimates[bucket]
+    checkpointing, estimate = execution.checkpointing_modes[bucket], execution.estimates[bucket]
     where = f"rank {run.world.rank}" if error is not None else "another rank"
     there = "" if execution.device_bytes is None else f" of {execution.device_bytes / 1e9:.1f} GB"
     said = f" ({str(error).splitlines()[0]})" if error is not None and str(error) else ""
@@ -192,10 +199,12 @@ def _refusal(run: Run, bucket: int, error: Exception | None = None) -> str:
     if not advice:
         advice = (
             f"the estimate is {estimate.total_bytes / 1e9:.1f} GB{there}, of which {USABLE_SHARE:.0%} count as usable: "
-            "take a level of train.recompute that keeps less, model.base=nf4, ds_configs/zero3.json on several GPUs, "
+            "take a mode of train.activation_checkpointing that keeps less, model.quantization=nf4, "
+            "ds_configs/zero3.json on several GPUs, "
             "a smaller batch or a smaller bucket"
         )
     return (
-        f"{shape}, batch {size}, with train.recompute={level} does not fit into the memory of {where}{said}, found "
+        f"{shape}, batch {size}, with train.activation_checkpointing={checkpointing} does not fit into the memory of "
+        f"{where}{said}, found "
         f"before the first step: {advice}"
     )

@@ -23,8 +23,9 @@ from cogds.formatting import counted
 MAY_CHANGE = (
     "output_dir", "model.path", "model.revision", "model.create_tiny", "model.attention", "model.compile", "data.",
     "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
-    "train.gradient_accumulation_steps", "train.recompute", "train.rehearse", "train.timeout_s", "train.step_timeout_s",
-    "train.max_bad_steps", "parallel.", "eval.every", "eval.path", "eval.num_", "sample.", "checkpoint.", "monitor.",
+    "train.gradient_accumulation_steps", "train.activation_checkpointing", "train.memory_check", "train.timeout_s",
+    "train.step_timeout_s",
+    "train.max_bad_steps", "parallel.", "eval.every", "eval.path", "eval.num_", "sample.", "checkpoint.", "metrics.",
     "network.", "lora.init_from",
 )  # fmt: skip
 

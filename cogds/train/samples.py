@@ -120,14 +120,15 @@ class Previews:
     def _risk(self, scene: Scene) -> str:
         """What is risked with a video of more tokens than any bucket that is trained, else ""."""
         run = self._run
-        stage, sharing = zero_stage(run.ds_config), run.world.sequence
+        stage, sharing = zero_stage(run.ds_config), run.world.sequence_size
         trained = [shape for shape, sizes in zip(run.buckets, run.data.index.sizes) if sum(sizes)]
         own, *most = (num_tokens(shape, run.model.geometry) for shape in (scene.shape, *trained))
         if (stage < 3 and sharing == 1) or own <= max(most):
             return ""
         return (
             f"videos of {scene.shape} take {own:,} tokens, and no bucket that is trained more than {max(most):,}: if "
-            f"memory runs out in one, {'ZeRO stage 3' if stage == 3 else f'parallel.sequence={sharing}'} ends the job; "
+            f"memory runs out in one, {'ZeRO stage 3' if stage == 3 else f'parallel.sequence_size={sharing}'} ends the "
+            f"job; "
             "give sample.prompts a smaller size"
         )
 
@@ -175,7 +176,7 @@ class Previews:
             mine = scenes[batch[world.data_rank]] if world.data_rank < len(batch) else None
             outcome = self._film_one(mine, whose)
             for number, name in enumerate(batch):
-                found = broadcast(world, number * world.sequence, outcome)
+                found = broadcast(world, number * world.sequence_size, outcome)
                 if isinstance(found, bytes):
                     videos[name] = found
                 elif world.rank == 0:

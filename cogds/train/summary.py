@@ -24,7 +24,7 @@ def summary(run: Run, resume_from: Path | None, dry_run: bool = False) -> list[s
     """Model, LoRA, ranks, buckets, memory, where things are written, and what will not be trained: a fact a line."""
     cfg, plan, data = run.cfg, run.plan, run.data
     transformer, lora = measure_sizes(cfg, run.model)
-    sharing = f", {run.world.sequence} to a clip" if run.world.sequence > 1 else ""
+    sharing = f", {run.world.sequence_size} to a clip" if run.world.sequence_size > 1 else ""
     num_numbers = lora.num_parameters
     lines = [
         f"model {cfg.model.path}, {magnitude(transformer.num_parameters)} parameters",

@@ -1,10 +1,10 @@
-"""How the transformer runs here: attention kernel, compiled or not, and what each bucket recomputes.
+"""How the transformer runs here: attention kernel, compiled or not, and the activation checkpointing of each bucket.
 
     execution = choose_execution(cfg, ds_config, model, buckets, batch_sizes, world)
-    prepare_blocks(transformer, execution); transformer.set_level(execution.levels[bucket])
+    prepare_blocks(transformer, execution); transformer.set_checkpointing(execution.checkpointing_modes[bucket])
 
 Rank 0 measures and reckons, all do the same. None of it changes what is computed but in the last bits. Where a bucket
-does not fit by the memory model, that is said here, with what would help; `rehearsal` then tries it.
+does not fit by the memory model, that is said here, with what would help; `memory_check` then tries it.
 """
 
 import importlib.util
@@ -28,19 +28,19 @@ from cogds.metrics.trackers import check_monitors
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.attention import fastest, use
-from cogds.model.transformer.quantize import check_base
+from cogds.model.transformer.quantize import check_quantization
 
 
 @dataclass(frozen=True)
 class Execution:
-    """kernel: of `model.attention.KERNELS`. levels: of `CHECKPOINTING_MODES`, and estimates, by bucket. lines: why, for
-    people; the buckets' are `execution_lines`. device_bytes: of the smallest GPU, None on CPUs. shortfalls: by bucket,
-    "" where it fits. pinned: host memory of a rank, by bucket (`pinned_host_bytes`); ranks_a_node: that have as much.
+    """kernel: of `model.attention.KERNELS`. checkpointing_modes and estimates: by bucket. lines: why, for people; the
+    buckets' are `execution_lines`. device_bytes: of the smallest GPU, None on CPUs. shortfalls: by bucket, "" where it
+    fits. pinned: host memory of a rank, by bucket (`pinned_host_bytes`); ranks_a_node: that have as much.
     """
 
     kernel: str
     compiled: bool
-    levels: tuple[str, ...]
+    checkpointing_modes: tuple[str, ...]
     lines: tuple[str, ...] = ()
     estimates: tuple[MemoryEstimate, ...] = ()
     device_bytes: float | None = None
@@ -74,9 +74,9 @@ def memory_model(
         num_ranks=num_ranks,
         precision=cfg.train.precision,
         buckets=tuple(buckets),
-        quantization=cfg.model.base,
-        fp8_matmul=cfg.model.matmul == "float8",
-        sequence_parallel_size=cfg.parallel.sequence,
+        quantization=cfg.model.quantization,
+        fp8_matmul=cfg.model.fp8_matmul,
+        sequence_parallel_size=cfg.parallel.sequence_size,
     )
 
 
@@ -85,33 +85,39 @@ def memory_of(device: torch.device) -> float | None:
     return float(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
 
 
-def choose_levels(
+def choose_checkpointing(
     cfg: RunConfig, memory: MemoryModel, batch_sizes: Sequence[int], device_bytes: float | None
 ) -> tuple[str, ...]:
-    """What every bucket recomputes: as asked, or the least that fits a GPU of so many bytes; None: any memory will do.
+    """The activation checkpointing of every bucket: as configured, or the least that fits a GPU of `device_bytes`.
 
-    Where nothing fits, the level that needs least. Raises UserError for a bucket in `train.recompute_by_bucket` that
-    the run does not have.
+    device_bytes: None for no limit.
+
+    Where nothing fits, the mode that needs least. Raises UserError for a bucket in
+    `train.activation_checkpointing_by_bucket` that the run does not have.
     """
     names = [str(shape) for shape in memory.buckets]
-    for name in cfg.train.recompute_by_bucket:
+    for name in cfg.train.activation_checkpointing_by_bucket:
         if name not in names:
             raise UserError(
-                f"train.recompute_by_bucket names {name}, which is no bucket of this run{did_you_mean(name, names)}; "
+                f"train.activation_checkpointing_by_bucket names {name}, which is no bucket of this "
+                f"run{did_you_mean(name, names)}; "
                 f"there are {', '.join(names)}"
             )
-    asked = [cfg.train.recompute_by_bucket.get(name, cfg.train.recompute) for name in names]
+    by_bucket, default = cfg.train.activation_checkpointing_by_bucket, cfg.train.activation_checkpointing
+    requested = [by_bucket.get(name, default) for name in names]
     if device_bytes is None:
-        return tuple("none" if level == "auto" else level for level in asked)
+        return tuple("none" if mode == "auto" else mode for mode in requested)
     return tuple(
-        memory.least_checkpointing(shape, batch_size, device_bytes) if level == "auto" else level
-        for shape, batch_size, level in zip(memory.buckets, batch_sizes, asked)
+        memory.least_checkpointing(shape, batch_size, device_bytes) if mode == "auto" else mode
+        for shape, batch_size, mode in zip(memory.buckets, batch_sizes, requested)
     )
 
 
 def check_execution(cfg: RunConfig, ds_config: dict[str, Any], world: World) -> None:
     """Raise UserError for what this GPU or what is installed cannot do. Before any weight is loaded."""
-    check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, zero_stage(ds_config), world.device)
+    check_quantization(
+        cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, zero_stage(ds_config), world.device
+    )
     check_monitors(ds_config)
     if cfg.model.compile == "on" and (missing := missing_to_compile(world.device)):
         raise UserError(
@@ -157,11 +163,11 @@ def choose_execution(
     def choose() -> Execution:
         device_bytes = min(memories, default=None)
         memory = memory_model(cfg, ds_config, model, buckets, world.size)
-        levels = choose_levels(cfg, memory, batch_sizes, device_bytes)
+        modes = choose_checkpointing(cfg, memory, batch_sizes, device_bytes)
         lines, kernel = [], cfg.model.attention
         if kernel == "auto":
             tokens = max(num_tokens(shape, model.geometry) for shape in buckets)
-            heads = model.transformer_config["num_attention_heads"] // world.sequence
+            heads = model.transformer_config["num_attention_heads"] // world.sequence_size
             kernel, times, failures = (
                 ("torch", {}, {})
                 if device.type == "cpu"
@@ -177,15 +183,15 @@ def choose_execution(
         return Execution(
             kernel,
             compiled,
-            levels,
+            modes,
             tuple(lines),
-            tuple(map(memory.estimate, buckets, batch_sizes, levels)),
+            tuple(map(memory.estimate, buckets, batch_sizes, modes)),
             device_bytes,
             tuple(
-                explain_shortfall(memory, shape, batch_size, level, device_bytes)
-                for shape, batch_size, level in zip(buckets, batch_sizes, levels)
+                explain_shortfall(memory, shape, batch_size, mode, device_bytes)
+                for shape, batch_size, mode in zip(buckets, batch_sizes, modes)
             ),
-            tuple(map(memory.pinned_host_bytes, buckets, batch_sizes, levels)),
+            tuple(map(memory.pinned_host_bytes, buckets, batch_sizes, modes)),
             world.local_size,
         )
 
@@ -201,21 +207,21 @@ def execution_lines(execution: Execution, buckets: Sequence[ClipShape], num_clip
     if most := max((size for size, num in zip(execution.pinned, num_clips) if num), default=0):
         ranks = execution.ranks_a_node
         node = f", {_gigabytes(ranks * most)} a node of {ranks}" if ranks > 1 else ""
-        lines.append(f"block+offload keeps {_gigabytes(most)} of pinned host memory a GPU{node}")
-    for shape, num, level, estimate, short in zip(
-        buckets, num_clips, execution.levels, execution.estimates, execution.shortfalls
+        lines.append(f"full+offload keeps {_gigabytes(most)} of pinned host memory a GPU{node}")
+    for shape, num, checkpointing, estimate, short in zip(
+        buckets, num_clips, execution.checkpointing_modes, execution.estimates, execution.shortfalls
     ):
         if not num:
             continue
         memory = "" if there is None else f"  about {_gigabytes(estimate.total_bytes)} of {_gigabytes(there)}"
-        lines.append(f"  {shape!s:>14}  recompute {level:<14}{memory}".rstrip())
+        lines.append(f"  {shape!s:>14}  activation checkpointing {checkpointing:<12}{memory}".rstrip())
         if short:
             warnings.append(f"warning: {short}")
     return lines + warnings
 
 
 def prepare_blocks(transformer: Any, execution: Execution) -> None:
-    """Let a transformer's blocks run as chosen; each batch then says `set_level`."""
+    """Let a transformer's blocks run as chosen; each batch then says `set_checkpointing`."""
     transformer.set_kernel(execution.kernel)
     transformer.note_dropout()
     if execution.compiled:

@@ -67,7 +67,7 @@ MEMORY = published_memory(zero=ZeroSettings(stage=2, reduce_bucket_size=9_437_18
 
 def setup(**changes):
     """The setup of a run. Changes may be fields of the memory model, too."""
-    ours = TrainingSetup(MEMORY, batch_sizes=(2, 1, 1), accumulation=2, checkpointing=("block",) * 3)
+    ours = TrainingSetup(MEMORY, batch_sizes=(2, 1, 1), accumulation=2, checkpointing=("full",) * 3)
     of_memory = {name: changes.pop(name) for name in list(changes) if name in MEMORY.__dataclass_fields__}
     return dataclasses.replace(ours, memory=dataclasses.replace(MEMORY, **of_memory), **changes)
 
@@ -230,7 +230,7 @@ def test_tables_are_plain_where_there_is_no_terminal():
 
 @pytest.mark.usefixtures("no_plots")
 def test_pinned_host_memory_is_said_where_there_is_any():
-    offloaded = report(ROWS[1:3], checkpointing=("block+offload",) * 3)
+    offloaded = report(ROWS[1:3], checkpointing=("full+offload",) * 3)
     assert offloaded.buckets[1].pinned_bytes == pytest.approx(42 * 264 * 2**20, rel=0.01)  # 42 blocks' inputs
     assert re.search(r"pinned .* 11\.6 GB", printed(offloaded))
     assert re.search(r"pinned .*</th><td>11\.6 GB", html_page(offloaded, table(ROWS), no_frame))
@@ -242,14 +242,14 @@ def test_what_does_not_fit_is_said_with_what_would():
     found = report(gpu_bytes=24e9)
     sentence = found.buckets[1].shortfall
     assert all(part in sentence for part in ("81x768x1360", "31.6 GB", "24.0 GB"))
-    assert "train.recompute=block+offload (20.5 GB)" in sentence
+    assert "train.activation_checkpointing=full+offload (20.5 GB)" in sentence
     assert sentence in short_report(found)
-    assert re.search(r"81x768x1360 .* block +31\.6 GB, too much", printed(found))
-    assert "<td>block</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
+    assert re.search(r"81x768x1360 .* full +31\.6 GB, too much", printed(found))
+    assert "<td>full</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
     # A bucket without clips may be too large.
     unused = report(ROWS[:1], batch_sizes=(1, 9, 9), gpu_bytes=80e9)
     assert unused.buckets[1].shortfall
-    assert "train.recompute=attention_kept" not in short_report(unused)
+    assert "train.activation_checkpointing=selective" not in short_report(unused)
     assert [bucket.shortfall for bucket in report(gpu_bytes=80e9).buckets] == [""] * 3
     assert "80.0 GB" in printed(report(gpu_bytes=80e9))
 
@@ -398,7 +398,7 @@ def test_labels_of_buckets_do_not_overlap(monkeypatch):
     buckets = tuple(ClipShape(81, height, width) for height in range(704, 1024, 32) for width in range(704, 1024, 32))
     rows = [("/a.mp4", 81, 768, 1360, 0, None)]
     html_page(
-        report(rows, buckets=buckets, batch_sizes=(1,) * 100, checkpointing=("block",) * 100), table(rows), no_frame
+        report(rows, buckets=buckets, batch_sizes=(1,) * 100, checkpointing=("full",) * 100), table(rows), no_frame
     )
     figure = figures[0]
     figure.canvas.draw()

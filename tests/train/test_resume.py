@@ -28,7 +28,7 @@ def test_an_unchanged_run_matches():
 @pytest.mark.parametrize(
     "override",
     ["output_dir=other", "train.num_steps=9", "train.gradient_accumulation_steps=4", "train.batch_size=2",
-     "optimizer.lr=1", "optimizer.betas=[0.5, 0.5]", "checkpoint.every=1", "checkpoint.keep_every=5", "monitor.every=5",
+     "optimizer.lr=1", "optimizer.betas=[0.5, 0.5]", "checkpoint.every=1", "checkpoint.keep_every=5", "metrics.every=5",
      "network.interface=eth0", "data.num_workers=0", "data.sync=cost", "lora.init_from=a.safetensors",
      "model.path=elsewhere", "eval.every=7", "eval.path=other", "eval.num_clips=3", "eval.num_timesteps=4"],
 )  # fmt: skip
@@ -78,15 +78,16 @@ def test_a_key_is_fixed_unless_it_is_named():
         "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.max_grad_norm",
         "optimizer.schedule", "optimizer.warmup_steps", "optimizer.final_lr_ratio",
         "train.num_steps", "train.batch_size", "train.tokens_per_batch", "train.gradient_accumulation_steps",
-        "train.recompute", "train.recompute_by_bucket", "train.rehearse", "train.timeout_s",
+        "train.activation_checkpointing", "train.activation_checkpointing_by_bucket", "train.memory_check",
+        "train.timeout_s",
         "train.step_timeout_s", "train.max_bad_steps",
-        "parallel.sequence",
+        "parallel.sequence_size",
         "eval.every", "eval.path", "eval.num_clips", "eval.num_timesteps",
         "sample.every", "sample.prompts", "sample.num_clips", "sample.num_steps", "sample.guidance",
         "sample.seed",
         "checkpoint.every", "checkpoint.keep_last", "checkpoint.keep_every", "checkpoint.resume",
-        "monitor.every", "monitor.progress_bar", "monitor.norms_every", "monitor.show_clips",
-        "monitor.show_batches",
+        "metrics.every", "metrics.progress_bar", "metrics.norms_every", "metrics.show_clips",
+        "metrics.show_batches",
         "network.interface", "network.env",
     }  # fmt: skip
     assert set(KEYS) - free <= set(identity_of())

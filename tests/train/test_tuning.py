@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds.config.schema import RECOMPUTE_LEVELS, load_config
+from cogds.config import schema
+from cogds.config.schema import load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import CHECKPOINTING_MODES, QUANTIZED_FORMATS
 from cogds.distributed.world import World
@@ -21,8 +22,8 @@ from cogds.train import tuning as execution_module
 from cogds.train.tuning import (
     Execution,
     check_execution,
+    choose_checkpointing,
     choose_execution,
-    choose_levels,
     execution_lines,
     memory_model,
     missing_to_compile,
@@ -45,32 +46,34 @@ BUCKETS = (ClipShape(9, 64, 96), ClipShape(49, 480, 720))
 def test_each_bucket_gets_what_fits(tiny_model):
     model, ds_config, sizes = find_model(str(tiny_model)), {"zero_optimization": ZERO2}, (1, 64)
 
-    def levels(device_bytes, *overrides):
+    def modes(device_bytes, *overrides):
         cfg = configured(tiny_model, *overrides)
-        return choose_levels(cfg, memory_model(cfg, ds_config, model, BUCKETS, 1), sizes, device_bytes)
+        return choose_checkpointing(cfg, memory_model(cfg, ds_config, model, BUCKETS, 1), sizes, device_bytes)
 
-    assert levels(None) == levels(80e9) == ("none", "none")
+    assert modes(None) == modes(80e9) == ("none", "none")
     memory = memory_model(configured(tiny_model), ds_config, model, BUCKETS, 1)
-    needs = [memory.estimate(BUCKETS[1], sizes[1], level).total_bytes for level in RECOMPUTE_LEVELS]
+    needs = [memory.estimate(BUCKETS[1], sizes[1], mode).total_bytes for mode in CHECKPOINTING_MODES]
     assert needs == sorted(needs, reverse=True)
-    for level, more, less in zip(RECOMPUTE_LEVELS[1:], needs, needs[1:]):
+    for checkpointing, more, less in zip(CHECKPOINTING_MODES[1:], needs, needs[1:]):
         if less < more:
-            assert levels((more + less) / 2 / 0.92) == ("none", level)
-    assert levels(1e6) == ("block+offload",) * 2
-    assert levels(1e6, "train.recompute=none", "train.recompute_by_bucket={9x64x96: block}") == ("block", "none")
+            assert modes((more + less) / 2 / 0.92) == ("none", checkpointing)
+    assert modes(1e6) == ("full+offload",) * 2
+    assert modes(
+        1e6, "train.activation_checkpointing=none", "train.activation_checkpointing_by_bucket={9x64x96: full}"
+    ) == ("full", "none")
     with pytest.raises(UserError, match=r"49x480x72, which is no bucket of this run \(did you mean '49x480x720'"):
-        levels(80e9, "train.recompute_by_bucket={49x480x72: block}")
+        modes(80e9, "train.activation_checkpointing_by_bucket={49x480x72: full}")
 
 
 def test_the_lines_at_the_start(tiny_model):
-    model, cfg = find_model(str(tiny_model)), configured(tiny_model, "train.recompute=block")
+    model, cfg = find_model(str(tiny_model)), configured(tiny_model, "train.activation_checkpointing=full")
     execution = choose_execution(cfg, {"zero_optimization": ZERO2}, model, BUCKETS, (1, 1), WORLD)
-    assert (execution.kernel, execution.compiled, execution.levels) == ("torch", False, ("block", "block"))
+    assert (execution.kernel, execution.compiled, execution.checkpointing_modes) == ("torch", False, ("full", "full"))
     lines = execution_lines(execution, BUCKETS, (3, 0))
-    assert [line for line in lines if line.startswith("  ")] == ["         9x64x96  recompute block"]
+    assert [line for line in lines if line.startswith("  ")] == ["         9x64x96  activation checkpointing full"]
     small = dataclasses.replace(execution, device_bytes=1e9, shortfalls=("too large", "too large as well"))
     lines = execution_lines(small, BUCKETS, (3, 0))
-    assert lines[-2].endswith("recompute block           about 1.0 GB of 1.0 GB")
+    assert lines[-2].endswith("activation checkpointing full          about 1.0 GB of 1.0 GB")
     assert lines[-1] == "warning: too large"
 
 
@@ -81,7 +84,7 @@ def on_a_gpu(monkeypatch, tiny_model, missing, *overrides):
     monkeypatch.setattr(execution_module, "use", lambda *_: None)
     monkeypatch.setattr(execution_module, "memory_of", lambda _: 80e9)
     monkeypatch.setattr(execution_module, "missing_to_compile", lambda _: missing)
-    world = SimpleNamespace(rank=0, size=1, sequence=1, local_size=2, device=torch.device("cuda"))
+    world = SimpleNamespace(rank=0, size=1, sequence_size=1, local_size=2, device=torch.device("cuda"))
     cfg = configured(tiny_model, *overrides)
     return choose_execution(cfg, {"zero_optimization": ZERO2}, find_model(str(tiny_model)), BUCKETS, (1, 1), world)
 
@@ -96,7 +99,7 @@ def test_a_kernel_that_does_not_work_is_named_at_the_start(monkeypatch, tiny_mod
 
 
 def test_host_memory_is_named_at_the_start(monkeypatch, tiny_model):
-    execution = on_a_gpu(monkeypatch, tiny_model, "", "train.recompute=block+offload")
+    execution = on_a_gpu(monkeypatch, tiny_model, "", "train.activation_checkpointing=full+offload")
     short, long = execution.pinned
     assert 0 < short < long
     execution = dataclasses.replace(execution, pinned=(int(3e9), int(11.6e9)))
@@ -104,10 +107,10 @@ def test_host_memory_is_named_at_the_start(monkeypatch, tiny_model):
     def said(*num_clips):
         return [line for line in execution_lines(execution, BUCKETS, num_clips) if "pinned" in line]
 
-    assert said(1, 1) == ["block+offload keeps 11.6 GB of pinned host memory a GPU, 23.2 GB a node of 2"]
-    assert said(1, 0) == ["block+offload keeps 3.0 GB of pinned host memory a GPU, 6.0 GB a node of 2"]
+    assert said(1, 1) == ["full+offload keeps 11.6 GB of pinned host memory a GPU, 23.2 GB a node of 2"]
+    assert said(1, 0) == ["full+offload keeps 3.0 GB of pinned host memory a GPU, 6.0 GB a node of 2"]
     assert said(0, 0) == []
-    assert on_a_gpu(monkeypatch, tiny_model, "", "train.recompute=block").pinned == (0, 0)
+    assert on_a_gpu(monkeypatch, tiny_model, "", "train.activation_checkpointing=full").pinned == (0, 0)
 
 
 def test_auto_compiles_where_it_can_and_says_where_it_cannot(monkeypatch, tiny_model):
@@ -146,31 +149,31 @@ def test_what_compiling_needs(monkeypatch, tmp_path):
 
 def test_bases_are_those_that_can_be_made(tiny_model):
     """The names, and the bytes, of `model.quantize`."""
-    assert ("full", *QUANTIZED_FORMATS) == quantize.BASES
-    assert CHECKPOINTING_MODES == RECOMPUTE_LEVELS
-    cfg = configured(tiny_model, "model.base=nf4", "parallel.sequence=2")
+    assert ("none", *QUANTIZED_FORMATS) == quantize.QUANTIZATIONS
+    assert CHECKPOINTING_MODES == schema.CHECKPOINTING_MODES
+    cfg = configured(tiny_model, "model.quantization=nf4", "parallel.sequence_size=2")
     memory = memory_model(cfg, {}, find_model(str(tiny_model)), BUCKETS, 2)
     assert (memory.quantization, memory.sequence_parallel_size, memory.buckets) == ("nf4", 2, BUCKETS)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_blocks_that_were_prepared_draw_the_same_dropout_when_they_are_recomputed(tiny_model, dropout):
-    levels = RECOMPUTE_LEVELS
+    modes = CHECKPOINTING_MODES
     transformer = load_transformer(find_model(str(tiny_model)), torch.float32).train()
     parameters = inject(transformer, 4, 8, dropout, ATTENTION, seed=0)
     randomize(parameters)  # B is zero at first, and so would be A's gradients
-    prepare_blocks(transformer, Execution("torch", False, levels))
+    prepare_blocks(transformer, Execution("torch", False, modes))
     assert [block.has_dropout for block in transformer.transformer_blocks] == [dropout > 0] * 2
 
-    def gradients(level):
-        transformer.set_level(level)
+    def gradients(checkpointing):
+        transformer.set_checkpointing(checkpointing)
         torch.manual_seed(1)
         return torch.autograd.grad(transformer(**example_inputs())[0].square().mean(), parameters)
 
-    expected = gradients(levels[0])
+    expected = gradients(modes[0])
     assert all(gradient.abs().max() > 0 for gradient in expected)
-    for level in levels[1:]:
-        assert all(map(torch.equal, gradients(level), expected)), level
+    for checkpointing in modes[1:]:
+        assert all(map(torch.equal, gradients(checkpointing), expected)), checkpointing
 
 
 def test_no_memory_of_a_cpu_is_counted_on():

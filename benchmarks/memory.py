@@ -11,12 +11,11 @@ Prints a table in GB, CUDA context included, then one line of JSON.
 import argparse
 from dataclasses import replace
 
-from measuring import SIZES, deepspeed_config, machine, model_of, run_config, say_json, table
+from measuring import SIZES, machine, make_job, model_of, run_config, say_json, table
 
 from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World, read_world
-from cogds.train.tuning import memory_model
 
 # A file of ds_configs/, ranks, `model.quantization`.
 SETTINGS = (
@@ -38,8 +37,8 @@ def main(argv: list[str] | None = None) -> None:
     cfg = run_config("bf16", args.lora_rank or size.lora_rank, f"train.batch_size={args.batch_size}")
     rows = []
     for name, num_ranks, quantization in SETTINGS:
-        ds_config = deepspeed_config(name, cfg, model, World(0, num_ranks, 0, num_ranks))
-        memory = replace(memory_model(cfg, ds_config, model, (shape,), num_ranks), quantization=quantization)
+        memory = make_job(cfg, name, model, shape, World(0, num_ranks, 0, num_ranks)).memory
+        memory = replace(memory, quantization=quantization)
         row = {"deepspeed": name, "ranks": num_ranks, "quantization": quantization}
         for mode in CHECKPOINTING_MODES:
             row[mode] = round(memory.estimate(shape, args.batch_size, mode).total_bytes / 1e9, 1)

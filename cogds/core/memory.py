@@ -200,7 +200,7 @@ class MemoryModel:
         precision: a key of `ELEMENT_BYTES`.
         buckets: all buckets of the run, since the rotary tables of all of them stay on the GPU.
         quantization: of the base weights, "none" or a key of `QUANTIZED_FORMATS`.
-        sequence_parallel_size: ranks that share a clip.
+        sequence_size: ranks that share a clip.
     """
 
     geometry: ModelGeometry
@@ -213,7 +213,7 @@ class MemoryModel:
     buckets: tuple[ClipShape, ...]
     quantization: str = "none"
     fp8_matmul: bool = False
-    sequence_parallel_size: int = 1
+    sequence_size: int = 1
 
     @property
     def element_bytes(self) -> int:
@@ -239,7 +239,7 @@ class MemoryModel:
             reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication
             kept activations   per block, by mode. none: the input and the tensors that autograd saves
                                (`saved_units`); selective: the input, attention's output and its statistic;
-                               block: the input; full+offload: nothing, but two inputs on their way back to the GPU
+                               full: the input; full+offload: nothing, but two inputs on their way back to the GPU
             block activations  the tensors that a recomputed block saves and the gradients at the peak of its backward
                                pass (`_gradient_units`); at stage 3 at least the copy of a block's weights that
                                DeepSpeed takes out of the gathered buffer; with fp8 matmuls additionally
@@ -318,7 +318,7 @@ class MemoryModel:
         layers, transformer = self.lora.block_layers, self.transformer
         units = 11.0
         units += any(name in layers for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v"))
-        units += self.sequence_parallel_size > 1 and "attn1.to_out.0" in layers
+        units += self.sequence_size > 1 and "attn1.to_out.0" in layers
         units += "ff.net.0.proj" in layers
         units += 4 * ("ff.net.2" in layers)
         units += sum(name in layers for name in ("norm1.linear", "norm2.linear"))
@@ -327,7 +327,7 @@ class MemoryModel:
 
     def _unit_bytes(self, shape: ClipShape, batch_size: int) -> int:
         """U: bytes of one hidden-state tensor over a rank's tokens, such as a block's input."""
-        num_rank_tokens = -(-num_tokens(shape, self.geometry) // self.sequence_parallel_size)
+        num_rank_tokens = -(-num_tokens(shape, self.geometry) // self.sequence_size)
         return batch_size * num_rank_tokens * self.transformer.width * self.element_bytes
 
     @property

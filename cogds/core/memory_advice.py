@@ -92,6 +92,6 @@ def _changes(model: MemoryModel, batch_size: int) -> list[tuple[str, dict[str, A
             changes.append(("--deepspeed ds_configs/zero3_offload.json", {"zero": settings}))
     for size in (2, 4, 8):
         is_possible = model.num_ranks % size == 0 and model.transformer.num_heads % size == 0
-        if model.sequence_parallel_size < size and is_possible:
-            changes.append((f"parallel.sequence_size={size}", {"sequence_parallel_size": size}))
+        if model.sequence_size < size and is_possible:
+            changes.append((f"parallel.sequence_size={size}", {"sequence_size": size}))
     return changes

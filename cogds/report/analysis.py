@@ -121,7 +121,7 @@ class TrainingSetup:
     @property
     def num_data_ranks(self) -> int:
         """Groups of ranks that train different clips."""
-        return self.memory.num_ranks // self.memory.sequence_parallel_size
+        return self.memory.num_ranks // self.memory.sequence_size
 
 
 @dataclass(frozen=True)

@@ -1,85 +1,46 @@
-"""The report command: which clips will be trained, and at what cost. Loads no weights."""
+"""The report verb: which clips will be trained, and at what cost. Loads no weights."""
 
 import argparse
-import sys
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.cli import parse_args
-from cogds.config.deepspeed import load_ds_config, resolve
-from cogds.config.schema import RunConfig, load_config
+from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.data.video.decode_task import DecodeTask, decode
-from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import World
-from cogds.encode.order import make_plan
-from cogds.encode.survey import Survey, make_buckets, survey, update_manifest
-from cogds.errors import UserError
-from cogds.model.load import ModelFolder, find_model, num_truncated
-from cogds.model.transformer.sequence_parallel import check_sequence
+from cogds.encode.survey import Survey, survey, update_manifest
+from cogds.job import Job, choose_checkpointing, load_job
+from cogds.model.load import ModelFolder, num_truncated
 from cogds.process.worker_pool import Failure, GuardedPool
 from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, make_report, read_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
-from cogds.train.tuning import choose_checkpointing, memory_model
+
+logger = logging.getLogger(__name__)
 
 # Of more captions than this, evenly spaced ones are tokenized and the count is extrapolated.
 MAX_TOKENIZED = 100_000
 
 
-def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:
+def main(args: argparse.Namespace) -> None:
     """Print the report of a run, and with --html write it as a page too."""
-    args = parse_args(
-        sys.argv[1:] if argv is None else argv,
-        "Tell what a run will train and what not. Loads no weights and trains nothing.",
-        _add_arguments,
-    )
-    if args.num_gpus < 1:
-        raise UserError(f"--num_gpus is {args.num_gpus} on the command line: it must be at least 1")
-    if args.gpu_memory <= 0:
-        raise UserError(f"--gpu_memory is {args.gpu_memory:g} on the command line: it must be more than 0, in GB")
-    cfg, explicit = load_config(args.config or str(default_config), args.overrides)
-    if not args.config:
-        cfg = only_own_demo(cfg, args.overrides)
-    ds_path = args.deepspeed or str(default_deepspeed)
-    ds_config = load_ds_config(ds_path)
-    make_demo(cfg)
-    model = find_model(cfg.model.path, cfg.model.revision)
-    check_sequence(cfg.parallel.sequence_size, args.num_gpus, model.transformer_config["num_attention_heads"])
-    buckets = make_buckets(cfg, model)
-    ds_config, cfg = resolve(ds_config, cfg, explicit, args.num_gpus, model.hidden_size, ds_path)
-    manifest = update_manifest(cfg, World(0, 1, 0, 1), digests=False)
-    found = survey(cfg, manifest, buckets)
+    job = load_job(args, World(0, 1, 0, 1), num_ranks=args.num_gpus)
+    manifest = update_manifest(job.cfg, job.world, digests=False)
+    found = survey(job.cfg, manifest, job.buckets)
     clips = clip_table(found)
-    report = run_report(cfg, ds_config, model, found, clips, args.num_gpus, args.gpu_memory * 1e9)
+    report = run_report(job, found, clips, args.gpu_memory * 1e9)
     print_report(report)
     if args.html:
-        with frame_reader(cfg) as first_frame:
-            write_html(args.html, report, clips, first_frame, cfg.seed, args.config or str(default_config))
-        print(f"the same with pictures: {args.html}")
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--num_gpus", metavar="N", type=int, default=1, help="number of GPUs of the run")
-    parser.add_argument("--gpu_memory", metavar="GB", type=float, default=80.0, help="memory of one GPU [GB]")
-    parser.add_argument(
-        "--html", metavar="REPORT.html", type=_page_file, help="also write the report as a page with plots and pictures"
-    )
-
-
-def _page_file(text: str) -> Path:
-    """Check before the report is made that its page can be written."""
-    file = Path(text)
-    if not file.parent.is_dir():
-        raise UserError(f"--html: no such directory: {file.parent}. Create it, or choose another file.")
-    return file
+        with frame_reader(job.cfg) as first_frame:
+            write_html(args.html, report, clips, first_frame, job.cfg.seed, args.config)
+        logger.info("wrote the page: %s", args.html)
 
 
 def clip_table(found: Survey) -> ClipTable:
@@ -95,26 +56,16 @@ def clip_table(found: Survey) -> ClipTable:
     return ClipTable(table, buckets, frames, windows, num_held_out)
 
 
-def run_report(
-    cfg: RunConfig,
-    ds_config: dict[str, Any],
-    model: ModelFolder,
-    found: Survey,
-    clips: ClipTable,
-    num_ranks: int,
-    gpu_bytes: float | None,
-) -> Report:
-    """Report on a run with a resolved DeepSpeed config. gpu_bytes: memory of one GPU, None on CPUs."""
-    memory = memory_model(cfg, ds_config, model, found.buckets, num_ranks)
-    mixture = Mixture(found.placement.sizes, found.repeats, cfg.seed)
-    data_ranks = num_ranks // cfg.parallel.sequence_size
-    plan = make_plan(cfg, mixture, found.buckets, model, data_ranks) if found.num_windows else None
-    sizes_of_batches = plan.local_batch_sizes if plan else (1,) * len(found.buckets)
+def run_report(job: Job, found: Survey, clips: ClipTable, gpu_bytes: float | None) -> Report:
+    """The report of a run. gpu_bytes: memory of one GPU; None: on CPUs."""
+    cfg, mixture = job.cfg, Mixture(found.placement.sizes, found.repeats, job.cfg.seed)
+    plan = job.plan(mixture) if found.num_windows else None
+    batch_sizes = plan.local_batch_sizes if plan else (1,) * len(job.buckets)
     setup = TrainingSetup(
-        memory=memory,
-        batch_sizes=sizes_of_batches,
+        memory=job.memory,
+        batch_sizes=batch_sizes,
         accumulation=cfg.train.gradient_accumulation_steps,
-        checkpointing=choose_checkpointing(cfg, memory, sizes_of_batches, gpu_bytes),
+        checkpointing=choose_checkpointing(job, batch_sizes, gpu_bytes),
         is_cached=cfg.data.encode == "cached",
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
@@ -122,7 +73,7 @@ def run_report(
         rates=read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         gpu_bytes=gpu_bytes,
     )
-    return make_report(clips, setup, count_captions(found.table, model))
+    return make_report(clips, setup, count_captions(found.table, job.model))
 
 
 def count_captions(table: pa.Table, model: ModelFolder) -> Captions:

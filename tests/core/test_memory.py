@@ -90,8 +90,8 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
             parameter.data = parameter.data.to(dtype)
         transformer.train()
         transformer.set_checkpointing(checkpointing)
-        if model.sequence_parallel_size > 1:
-            transformer.share_sequence(SequenceGroup("a group that sends nothing", model.sequence_parallel_size, 0))
+        if model.sequence_size > 1:
+            transformer.share_sequence(SequenceGroup("a group that sends nothing", model.sequence_size, 0))
         num_video_tokens = math.prod(token_grid(shape, V15))
         inputs = {
             "hidden_states": torch.zeros(1, frames, 32, height, width, dtype=dtype),
@@ -140,7 +140,7 @@ def test_activations_at_the_published_size(monkeypatch, layers, mode):
 def test_activations_with_sequence_parallelism(monkeypatch, mode):
     """On the meta device, where the collectives only return shapes: within 4%."""
     monkeypatch.setattr(sequence_module, "attend", flash_attention)
-    model = four_blocks(sequence_parallel_size=2)
+    model = four_blocks(sequence_size=2)
     _, peak = train_once(monkeypatch, model, FULL, mode, "meta")
     assert model.estimate(FULL, 1, mode).activations_bytes == pytest.approx(peak, rel=0.04)
 
@@ -246,7 +246,7 @@ def test_quantized_weights():
 
 
 def test_sequence_parallelism_divides_activations():
-    one, two, four = (estimate(8, stage=2, changes={"sequence_parallel_size": size}) for size in (1, 2, 4))
+    one, two, four = (estimate(8, stage=2, changes={"sequence_size": size}) for size in (1, 2, 4))
     assert one.kept_activations_bytes == pytest.approx(2 * two.kept_activations_bytes, rel=1e-4)
     # Attention's output returns to its tokens' ranks as a copy, which the output layer's LoRA saves.
     units = two.block_activations_bytes / (FULL_UNIT / 2)
@@ -310,7 +310,7 @@ def test_pinned_host_memory():
     assert [pinned(mode) for mode in CHECKPOINTING_MODES[:3]] == [0, 0, 0]
     assert pinned(batch_size=2) == pytest.approx(2 * pages, rel=1e-4)
     assert pinned(precision="fp32") == pytest.approx(2 * pages, rel=1e-4)
-    assert pinned(sequence_parallel_size=2) == pytest.approx(pages / 2, rel=1e-4)
+    assert pinned(sequence_size=2) == pytest.approx(pages / 2, rel=1e-4)
 
 
 # DeepSpeed configs as ds_configs/*.json are resolved for a width of 3072.
@@ -334,7 +334,7 @@ def test_the_published_model_on_80_gb():
     assert [gigabytes(eight_gpus, mode) for mode in CHECKPOINTING_MODES] == [170.9, 42.6, 30.9, 19.8]
     sharded = published_memory(zero=ZERO3, num_ranks=8)
     assert [gigabytes(sharded, mode) for mode in CHECKPOINTING_MODES] == [162.0, 33.7, 21.9, 10.8]
-    parallel = published_memory(zero=ZERO2, sequence_parallel_size=4, num_ranks=4)
+    parallel = published_memory(zero=ZERO2, sequence_size=4, num_ranks=4)
     assert parallel.least_checkpointing(FULL, 1, 80e9) == "none"
     assert one_gpu.least_checkpointing(FULL, 1, 1e9) == "full+offload"  # nothing fits
 

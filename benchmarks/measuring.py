@@ -26,17 +26,17 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E4
 
 from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
 from cogds.config.schema import RunConfig, load_config  # noqa: E402
-from cogds.core.cost import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
+from cogds.core.flops import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
 from cogds.distributed.process_group import connect, is_connected  # noqa: E402
 from cogds.distributed.world import World  # noqa: E402
 from cogds.engine.start import build_for_stage, start_engine  # noqa: E402
-from cogds.model.load import DTYPES, ModelFolder  # noqa: E402
-from cogds.model.lora.adapter import inject  # noqa: E402
+from cogds.job import Job  # noqa: E402
+from cogds.model.load import DTYPES, ModelFolder, empty_transformer  # noqa: E402
+from cogds.model.lora.adapter import inject, resolve_targets  # noqa: E402
 from cogds.model.transformer.attention import fastest  # noqa: E402
 from cogds.train.step import Draws, StepBuilder, random_batch  # noqa: E402
-from cogds.train.tuning import memory_model  # noqa: E402
 
 # For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -118,6 +118,13 @@ def deepspeed_config(name: str, cfg: RunConfig, model: ModelFolder, world: World
     """One of ds_configs/, in line with the run config. name: `zero2`."""
     path = str(ROOT / "ds_configs" / f"{name}.json")
     return resolve(load_ds_config(path), cfg, frozenset(), world.size, model.hidden_size, path)[0]
+
+
+def make_job(cfg: RunConfig, ds_name: str, model: ModelFolder, shape: ClipShape, world: World) -> Job:
+    """A run that trains one bucket, without data. ds_name: of ds_configs/, `zero2`."""
+    ds_config = deepspeed_config(ds_name, cfg, model, world)
+    targets = tuple(resolve_targets(empty_transformer(model), cfg.lora.target_modules))
+    return Job(cfg, ds_config, model, (shape,), targets, world, world.size)
 
 
 def join(world: World) -> None:
@@ -259,12 +266,11 @@ def make_batches(
 
 
 def estimate_bytes(
-    size: Size, cfg: RunConfig, ds_name: str, shape: ClipShape, batch_size: int, level: str, world: World
+    size: Size, cfg: RunConfig, ds_name: str, shape: ClipShape, batch_size: int, checkpointing: str, world: World
 ) -> int:
-    """What the memory model says that a step takes of a GPU's allocator: all but the CUDA context."""
-    model = model_of(size)
-    ds_config = deepspeed_config(ds_name, cfg, model, world)
-    estimate = memory_model(cfg, ds_config, model, (shape,), world.size).estimate(shape, batch_size, level)
+    """GPU memory of a step by the memory model, without the CUDA context."""
+    memory = make_job(cfg, ds_name, model_of(size), shape, world).memory
+    estimate = memory.estimate(shape, batch_size, checkpointing)
     return estimate.total_bytes - estimate.cuda_context_bytes
 
 

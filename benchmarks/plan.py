@@ -7,7 +7,7 @@ N rows, written into DIR (about 110 bytes a row; removed afterwards) and opened 
 batch's rows, and resident memory.
 
 Simulation: 4,915 clips of web and phone sizes and log-uniform lengths in 30 buckets, batch size 1, three epochs, on 8
-and 64 ranks; and 300 of them on 64. Time is what `core.cost.clip_flops` says. Beside the plan's two modes, three other
+and 64 ranks; and 300 of them on 64. Time is what `core.flops.forward_flops` says. Beside the plan's two modes, three other
 ways, written from their description: each rank shuffles for itself, so a step lasts as long as its dearest clip; all
 clips stretched to one shape; and every bucket floored to whole global batches, the rest dropped.
 
@@ -36,7 +36,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogds.core.buckets import assign, crop_share, generate_buckets
-from cogds.core.cost import clip_flops
+from cogds.core.flops import forward_flops
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Plan
@@ -239,7 +239,7 @@ class Clips:
 
     def costs(self) -> np.ndarray:
         """FLOP of one clip of each bucket."""
-        return np.array([clip_flops(num_tokens(shape, GEOMETRY), NUM_LAYERS, HIDDEN_SIZE) for shape in self.buckets])
+        return np.array([forward_flops(num_tokens(shape, GEOMETRY), NUM_LAYERS, HIDDEN_SIZE) for shape in self.buckets])
 
 
 def draw_clips(num_clips: int, seed: int = 0) -> Clips:
@@ -360,7 +360,7 @@ def simulate(num_clips: int, num_ranks: int, seed: int = 0) -> list[Outcome]:
     by_bucket = clips.costs()
     costs = by_bucket[clips.bucket_of]
     own = each_for_itself(clips, num_ranks)
-    one_cost = np.full(num_clips, clip_flops(num_tokens(ONE_SHAPE, GEOMETRY), NUM_LAYERS, HIDDEN_SIZE))
+    one_cost = np.full(num_clips, forward_flops(num_tokens(ONE_SHAPE, GEOMETRY), NUM_LAYERS, HIDDEN_SIZE))
     return [
         outcome("plan, bucket", num_ranks, clips, by_plan(clips, num_ranks, ()), costs),
         outcome("plan, cost", num_ranks, clips, by_plan(clips, num_ranks, by_bucket.tolist()), costs),

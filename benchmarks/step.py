@@ -56,7 +56,7 @@ from measuring import (
 from torch.profiler import ProfilerActivity, profile
 
 from cogds.config.schema import ATTENTION_KERNELS, CHECKPOINTING_MODES, RunConfig
-from cogds.core.cost import step_flops
+from cogds.core.flops import step_flops
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.distributed.process_group import disconnect
 from cogds.distributed.world import World, read_world

@@ -16,7 +16,7 @@ import torch
 from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.schema import RunConfig, load_config, replace
 from cogds.core.buckets import generate_buckets, parse_buckets
-from cogds.core.cost import clip_flops
+from cogds.core.flops import forward_flops
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.memory import LoraSize, MemoryModel, TransformerSize, ZeroSettings
 from cogds.core.mixture import Mixture
@@ -84,7 +84,7 @@ class Job:
         """The order of training from its first step. mixture: how often each clip is trained."""
         cfg, model = self.cfg, self.model
         tokens = [num_tokens(shape, model.geometry) for shape in self.buckets]
-        costs = tuple(clip_flops(count, model.num_layers, model.hidden_size) for count in tokens)
+        costs = tuple(forward_flops(count, model.num_layers, model.hidden_size) for count in tokens)
         return Plan(
             mixture.virtual_sizes,
             self.batch_sizes,

@@ -21,7 +21,7 @@ import torch
 
 from cogds.config.schema import ConditioningConfig
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS, image_latent_scale
-from cogds.core.diffusion import x0_of_v
+from cogds.core.diffusion import x0_from_v
 from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.core.permutation import keyed_hash
 from cogds.data.cache.store import Cache, DamagedEntryError
@@ -195,7 +195,7 @@ def _scores(
         zero.append(target[:, head].square().mean().item())
         if number == len(timesteps) // 2:
             noisy = inputs["hidden_states"][:, :, : target.shape[2]]
-            latents = x0_of_v(noisy, prediction, inputs["timestep"], builder.alphas_cumprod)[:, head.stop - 1]
+            latents = x0_from_v(noisy, prediction, inputs["timestep"], builder.alphas_cumprod)[:, head.stop - 1]
             seen = _pixel_errors(builder, latents, batch["first_frame"])
     return Scores(_mean(whole), _mean(first), *seen), _mean(zero)
 

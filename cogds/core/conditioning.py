@@ -20,7 +20,7 @@ IMAGE_LATENT_CONVENTIONS = ("pipeline", "scaled", "unscaled")
 OFS_VALUE = 2.0  # the pipeline's constant, `latents.new_full((1,), fill_value=2.0)`
 
 
-def to_range(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+def normalize_pixels(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """uint8 pixels -> [-1, 1], as diffusers' VideoProcessor.preprocess scales an image."""
     return (2.0 * (pixels.float() / 255.0) - 1.0).to(dtype)
 

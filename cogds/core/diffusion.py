@@ -40,7 +40,7 @@ def v_target(
     return alpha * noise.float() - sigma * latents.float()
 
 
-def x0_of_v(
+def x0_from_v(
     noisy: torch.Tensor, velocity: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
     """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v_t, float32 [B, F, C, H, W], for x_t and a (predicted) v_t."""

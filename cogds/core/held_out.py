@@ -37,7 +37,7 @@ def is_held_out(name: str, share: float) -> bool:
     return name_hash(name) < share * 2**64
 
 
-def least_share(name: str) -> float:
+def min_held_out_share(name: str) -> float:
     """The smallest share, in steps of 0.001, that holds this file out."""
     return (name_hash(name) * 1000 // 2**64 + 1) / 1000
 

@@ -85,7 +85,7 @@ class Mixture:
             yield self.clip(bucket, position + stride + turn)
 
 
-def repeats_of_weights(weights: Sequence[float], num_clips: Sequence[int]) -> tuple[float, ...]:
+def repeats_from_weights(weights: Sequence[float], num_clips: Sequence[int]) -> tuple[float, ...]:
     """Repeats that give each data set its weight's share of the training, an epoch being as long as all clips once.
 
     num_clips: of each data set, over all buckets. Raises UserError for a set without clips: nothing can be its share.

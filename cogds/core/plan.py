@@ -75,7 +75,7 @@ def clip_at(position: int, num_clips: int, bucket: int, seed: int) -> int:
     return permute(position % num_clips, num_clips, seed, bucket, position // num_clips)
 
 
-def batches_at_once(sizes: Sequence[int], batch_sizes: Sequence[int]) -> int:
+def max_batches_per_micro_step(sizes: Sequence[int], batch_sizes: Sequence[int]) -> int:
     """Batches that buckets of these sizes can give to one micro-step: one pass, and no clip falls behind.
 
     A bucket whose batches hold several clips may have one that ends a pass and begins the next, so is whole in
@@ -365,7 +365,7 @@ class Plan:
                 buckets
                 for buckets in groups
                 if max(local[b] for b in buckets) > 1
-                and batches_at_once([self.sizes[b] for b in buckets], [local[b] for b in buckets]) < self.world_size
+                and max_batches_per_micro_step([self.sizes[b] for b in buckets], [local[b] for b in buckets]) < self.world_size
             ]
             if not short:
                 return groups, tuple(local)
@@ -456,7 +456,7 @@ class _Group:
     @cached_property
     def most(self) -> int:
         """D: batches of one micro-step."""
-        return min(self.world_size, batches_at_once(self.sizes, self.batch_sizes))
+        return min(self.world_size, max_batches_per_micro_step(self.sizes, self.batch_sizes))
 
     @cached_property
     def first_most(self) -> int:

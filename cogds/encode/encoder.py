@@ -16,7 +16,7 @@ import pyarrow as pa
 import torch
 
 from cogds.config.schema import RunConfig
-from cogds.core.conditioning import to_range
+from cogds.core.conditioning import normalize_pixels
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.data.cache.store import Cache, CacheWriter
@@ -83,7 +83,7 @@ def encode_pixels(vae: Any, pixels: torch.Tensor, tiled: bool) -> torch.Tensor:
     """
     device, dtype = vae.device, vae.dtype
     (vae.enable_tiling if tiled else vae.disable_tiling)()
-    parts = [to_range(part.to(device), dtype) for part in pixels.split(8)]
+    parts = [normalize_pixels(part.to(device), dtype) for part in pixels.split(8)]
     video = torch.cat(parts).permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]
     return vae.encode(video).latent_dist.parameters[0]
 

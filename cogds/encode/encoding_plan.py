@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
-from cogds.core.shares import deal
+from cogds.core.load_balance import deal
 from cogds.core.vae_memory import vae_can_encode, vae_encode_bytes
 from cogds.data.cache.keys import cache_key, digest_files
 from cogds.data.cache.store import Cache, Snapshot, key_array

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from cogds.config.schema import RunConfig, SetConfig
 from cogds.core.geometry import ClipShape
-from cogds.core.held_out import is_held_out, least_share, name_hash, portable_name, spread
-from cogds.core.mixture import repeats_of_weights
+from cogds.core.held_out import is_held_out, min_held_out_share, name_hash, portable_name, spread
+from cogds.core.mixture import repeats_from_weights
 from cogds.data.manifest.assignment import Placement, numbers, place, too_short
 from cogds.data.manifest.file_digests import fill_digests_begin, fill_digests_finish, fill_digests_share
 from cogds.data.manifest.scan import begin, finish, probe_share
@@ -237,7 +237,7 @@ def _repeats(cfg: RunConfig, found: Survey) -> tuple[float, ...]:
     given = cfg.data.sets or (SetConfig("", cfg.data.repeats),)
     if given[0].weight is None:
         return tuple(one.repeats for one in given)
-    return repeats_of_weights([one.weight or 0.0 for one in given], np.sum(found.placement.sizes, axis=0).tolist())
+    return repeats_from_weights([one.weight or 0.0 for one in given], np.sum(found.placement.sizes, axis=0).tolist())
 
 
 def _root(one: DataSet) -> str:
@@ -286,7 +286,7 @@ def evaluated_survey(
         warnings.append(
             f"eval.held_out={cfg.eval.held_out:g} holds out none of {counted(len(names), 'file')} to be trained: "
             f"only the loss of trained clips is evaluated, which does not show overfitting; raise it (from "
-            f"{least_share(first):g} on {first} is held out), or give eval.path"
+            f"{min_held_out_share(first):g} on {first} is held out), or give eval.path"
         )
     elif held_out is not None:
         num, left = (len(np.unique(one.placement.rows)) for one in (held_out, found))

@@ -92,8 +92,8 @@ def short_report(report: Report) -> str:
     lines += warning_lines(report)
     if largest := report.largest:
         lines.append(
-            f"about {gigabytes(largest.memory.total_bytes)} of GPU memory for {largest.shape} with train.activation_checkpointing="
-            f"{largest.checkpointing} (calculated), {gigabytes(report.cache_bytes)} of cache"
+            f"about {gigabytes(largest.memory.total_bytes)} of GPU memory (calculated) for {largest.shape} with "
+            f"train.activation_checkpointing={largest.checkpointing}; {gigabytes(report.cache_bytes)} of cache"
         )
     return "\n".join(lines + suggestion_lines(report)[:1])
 

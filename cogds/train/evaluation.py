@@ -23,7 +23,7 @@ import torch
 
 from cogds.config.schema import RunConfig
 from cogds.core.conditioning import image_condition, transformer_inputs
-from cogds.core.cost import step_flops
+from cogds.core.flops import step_flops
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
 from cogds.core.permutation import keyed_hash

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from cogds.core.cost import PEAK_TFLOPS, step_flops
+from cogds.core.flops import PEAK_TFLOPS, step_flops
 from cogds.core.coverage import share_seen
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch

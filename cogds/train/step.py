@@ -18,7 +18,7 @@ from cogds.core.conditioning import (
     noise_first_frame,
     pad_front,
     sample_moments,
-    to_range,
+    normalize_pixels,
     transformer_inputs,
 )
 from cogds.core.diffusion import add_noise, v_target
@@ -128,7 +128,7 @@ class StepBuilder:
     @torch.no_grad()
     def image_latents(self, first_frames: torch.Tensor, draws: Draws) -> torch.Tensor:
         """Scaled latents [B, 1, C, H, W] of first frames uint8 [B, 3, H, W], encoded one by one as in the pipeline."""
-        pixels = to_range(to_device(first_frames, self.device), self.vae.dtype)
+        pixels = normalize_pixels(to_device(first_frames, self.device), self.vae.dtype)
         if self.conditioning.image_noise:
             log_mean, log_std = self.conditioning.image_noise_log_mean, self.conditioning.image_noise_log_std
             noised = [

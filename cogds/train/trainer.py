@@ -19,7 +19,7 @@ from cogds.config.schema import to_yaml
 from cogds.core.diffusion import v_loss
 from cogds.core.plan import MicroBatch
 from cogds.core.rng import seed_global
-from cogds.core.schedule import learning_rate
+from cogds.core.lr_schedule import learning_rate
 from cogds.distributed.collectives import all_gather, any_rank, on_rank0
 from cogds.encode.encoder import prepare
 from cogds.encode.survey import Survey

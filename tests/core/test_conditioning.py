@@ -10,7 +10,7 @@ from cogds.core.conditioning import (
     noise_first_frame,
     pad_front,
     sample_moments,
-    to_range,
+    normalize_pixels,
 )
 from cogds.errors import UserError
 
@@ -25,7 +25,7 @@ def test_posterior_sample_equals_diffusers():
 def test_pixel_range_equals_the_pipelines():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
     theirs = VideoProcessor(vae_scale_factor=8).preprocess((pixels.float() / 255)[None])
-    assert torch.equal(to_range(pixels, torch.float32), theirs[0])
+    assert torch.equal(normalize_pixels(pixels, torch.float32), theirs[0])
 
 
 @pytest.mark.parametrize("frames, patch, padded", [(5, 2, 6), (4, 2, 4), (1, 2, 2), (5, None, 5)])

@@ -2,7 +2,7 @@ import pytest
 import torch
 from diffusers import CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 
-from cogds.core.diffusion import add_noise, stratified_timesteps, timestep_quarter, v_loss, v_target, x0_of_v
+from cogds.core.diffusion import add_noise, stratified_timesteps, timestep_quarter, v_loss, v_target, x0_from_v
 
 SETTINGS = {
     "beta_schedule": "scaled_linear",
@@ -37,7 +37,7 @@ def test_the_clip_comes_back_from_its_noised_self_and_v(scheduler):
     latents, noise = torch.randn(2, 4, 3, 2, 4, 4)
     timesteps, abar = torch.tensor([0, 3, 500, 999]), scheduler.alphas_cumprod
     noisy, velocity = (one(latents, noise, timesteps, abar) for one in (add_noise, v_target))
-    torch.testing.assert_close(x0_of_v(noisy, velocity, timesteps, abar), latents, atol=1e-5, rtol=0)
+    torch.testing.assert_close(x0_from_v(noisy, velocity, timesteps, abar), latents, atol=1e-5, rtol=0)
 
 
 def test_the_fields_weighted_x0_loss_is_the_loss_on_v(scheduler):

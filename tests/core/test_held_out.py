@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogds.core.held_out import is_held_out, least_share, name_hash, portable_name, spread
+from cogds.core.held_out import is_held_out, min_held_out_share, name_hash, portable_name, spread
 
 
 @pytest.mark.parametrize(
@@ -49,7 +49,7 @@ def test_the_hash_stays():
 
 @given(st.text())
 def test_the_least_share_holds_a_file_out_and_a_step_less_does_not(name):
-    share = least_share(name)
+    share = min_held_out_share(name)
     assert is_held_out(name, share)
     assert not is_held_out(name, share - 0.001 - 1e-9)
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogds.core.mixture import Mixture, repeats_of_weights
+from cogds.core.mixture import Mixture, repeats_from_weights
 from cogds.core.plan import Plan
 from cogds.errors import UserError
 
@@ -100,11 +100,11 @@ def test_stand_ins_are_all_the_clips_of_the_bucket(mixture, position, stride):
 
 def test_shares_by_weight():
     # 900 and 100 clips, half and half: the large set's clips every other epoch or so, the small one's five times.
-    repeats = repeats_of_weights((2.0, 2.0), (900, 100))
+    repeats = repeats_from_weights((2.0, 2.0), (900, 100))
     assert repeats == pytest.approx((5 / 9, 5.0))
     mixture = Mixture(((600, 50), (300, 50)), repeats, 0)
     assert mixture.virtual_sets == ((333, 250), (167, 250))
-    assert repeats_of_weights((9.0, 1.0), (900, 100)) == (1.0, 1.0)
+    assert repeats_from_weights((9.0, 1.0), (900, 100)) == (1.0, 1.0)
 
 
 def test_the_clips_are_fixed_for_ever():
@@ -134,8 +134,8 @@ def test_numbers_that_make_no_mixture(sizes, repeats, message):
 
 def test_weights_that_cannot_be():
     with pytest.raises(UserError, match=r"data.sets\[1\] has weight 2 but not one clip"):
-        repeats_of_weights((1.0, 2.0), (5, 0))
+        repeats_from_weights((1.0, 2.0), (5, 0))
     with pytest.raises(UserError, match=r"data.sets\[0\] has weight 0.0: give a number above 0"):
-        repeats_of_weights((0.0, 2.0), (5, 3))
+        repeats_from_weights((0.0, 2.0), (5, 3))
     with pytest.raises(ValueError, match="2 data sets have 1 weights"):
-        repeats_of_weights((1.0,), (5, 3))
+        repeats_from_weights((1.0,), (5, 3))

@@ -32,7 +32,7 @@ def run(request, train_once, workshop):
 
 
 def test_speed_is_counted_from_the_work_of_all_ranks(run):
-    from cogds.core.cost import step_flops
+    from cogds.core.flops import step_flops
 
     for line in metrics(run[0]):
         (bucket,) = [name.partition("bucket=")[2] for name in line if name.startswith("train/loss/bucket=")]

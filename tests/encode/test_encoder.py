@@ -14,7 +14,7 @@ import cogds.encode.encoder
 import cogds.encode.encoding_plan
 import cogds.encode.survey
 from cogds.config.schema import load_config
-from cogds.core.conditioning import to_range
+from cogds.core.conditioning import normalize_pixels
 from cogds.data.cache.store import Cache, CacheWriter
 from cogds.data.loading.dataset import read_encoded
 from cogds.data.video.drawn import draw_clips
@@ -86,7 +86,7 @@ def test_samples_stand_in_bucket_order_with_their_encodings(encode, drawn, tiny_
     assert torch.equal(read["first_frame"], pixels[0].permute(2, 0, 1))
     vae = load_vae(find_model(str(tiny_model)), torch.float32, "cpu")
     with torch.no_grad():
-        video = to_range(pixels, torch.float32).permute(3, 0, 1, 2)[None]
+        video = normalize_pixels(pixels, torch.float32).permute(3, 0, 1, 2)[None]
         moments = vae.encode(video).latent_dist.parameters
     assert torch.equal(read["moments"], moments[0])
     assert read["text_states"].shape == (32, 32)

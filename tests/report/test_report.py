@@ -243,8 +243,8 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert all(part in sentence for part in ("81x768x1360", "31.6 GB", "24.0 GB"))
     assert "train.activation_checkpointing=full+offload (20.5 GB)" in sentence
     assert sentence in short_report(found)
-    assert re.search(r"81x768x1360 .* block +31\.6 GB, too much", printed(found))
-    assert "<td>block</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
+    assert re.search(r"81x768x1360 .* full +31\.6 GB, too much", printed(found))
+    assert "<td>full</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
     # A bucket without clips may be too large.
     unused = report(ROWS[:1], batch_sizes=(1, 9, 9), gpu_bytes=80e9)
     assert unused.buckets[1].shortfall

@@ -59,7 +59,7 @@ def make_builder(model, encoder, vae, **conditioning):
 
 def make_batch(shape, batch_size, encoder, vae):
     pixels = pixels_of(shape, batch_size)
-    videos = [cogds.train.step.to_range(clip, vae.dtype).transpose(0, 1)[None] for clip in pixels]
+    videos = [cogds.train.step.normalize_pixels(clip, vae.dtype).transpose(0, 1)[None] for clip in pixels]
     with torch.no_grad():
         moments = [vae.encode(video).latent_dist.parameters for video in videos]
     return {

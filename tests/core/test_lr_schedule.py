@@ -1,6 +1,6 @@
 import pytest
 
-from cogds.core.schedule import learning_rate
+from cogds.core.lr_schedule import learning_rate
 
 
 def rates(schedule, num_steps=11, warmup_steps=0, final_lr_ratio=0.0):

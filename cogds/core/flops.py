@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 # Of attention's forward work: the gradients of its two products take twice as much. A kernel that does not keep the
 # S x S matrix computes the first product once more.
-ATTENTION_BACKWARD, ATTENTION_BACKWARD_DONE = 2.0, 2.5
+BACKWARD_FACTOR, FLASH_BACKWARD_FACTOR = 2.0, 2.5
 
 
 # Dense bf16 TFLOP/s by the data sheets, without sparsity. By whole names: an H100 of another make has another peak, and
@@ -42,7 +42,7 @@ class StepFlops:
     @property
     def backward(self) -> float:
         """The base's backward pass: a frozen linear layer has no gradient of its weights to compute."""
-        return self.linears + ATTENTION_BACKWARD * self.attention
+        return self.linears + BACKWARD_FACTOR * self.attention
 
     @property
     def counted(self) -> float:
@@ -63,7 +63,7 @@ class StepFlops:
             "full": self.forward + self.lora,
             "full+offload": self.forward + self.lora,
         }[checkpointing]
-        backward = self.linears + ATTENTION_BACKWARD_DONE * self.attention
+        backward = self.linears + FLASH_BACKWARD_FACTOR * self.attention
         return self.forward + backward + 3 * self.lora + again
 
 
@@ -81,7 +81,7 @@ def step_flops(tokens: int, num_layers: int, hidden_size: int, num_lora_paramete
     )
 
 
-def clip_flops(tokens: int, num_layers: int, hidden_size: int) -> float:
+def forward_flops(tokens: int, num_layers: int, hidden_size: int) -> float:
     """Floating-point operations of one forward pass over a clip.
 
     CogVideoX-1.5 at 81x768x1360 (45,106 tokens): 1,479 TFLOP, of which attention is 71%.

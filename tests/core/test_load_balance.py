@@ -2,7 +2,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogds.core.shares import deal
+from cogds.core.load_balance import deal
 
 
 @given(st.lists(st.floats(0.01, 1e6), max_size=200), st.integers(1, 70))

@@ -296,7 +296,7 @@ def make_evaluation(
         with undisturbed(engine.module, world.device):
             scalars = evaluation.scalars(forward, go_on)
         if scalars:
-            monitor.note(step, scalars | {"eval/seconds": time.perf_counter() - start})
+            monitor.add_scalars(step, scalars | {"eval/seconds": time.perf_counter() - start})
 
     return Occasion("evaluating", every, act)
 

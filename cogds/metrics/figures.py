@@ -1,4 +1,4 @@
-"""Pictures of numbers and of clips, drawn with Pillow: pixels uint8 [H, W, 3]."""
+"""Charts and contact sheets drawn with Pillow, as pixels uint8 [H, W, 3]."""
 
 import textwrap
 from collections.abc import Sequence
@@ -7,16 +7,16 @@ import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
 BACKGROUND, INK, FAINT = (255, 255, 255), (40, 40, 40), (225, 225, 225)
-COLOURS = ((59, 130, 196), (224, 129, 43), (90, 160, 90))
+COLORS = ((59, 130, 196), (224, 129, 43), (90, 160, 90))
 FONT_SIZE = 15
-LINE = 20  # pixels from one line of text to the next
+LINE = 20  # height of a line of text, pixels
 GAP = 12
-CELL = 256  # width of a picture in a contact sheet
+CELL = 256  # width of an image in a contact sheet, pixels
 MAX_CAPTION_LINES = 4
 
 
 def bar_chart(title: str, labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]]) -> np.ndarray:
-    """Shares as bars: a group for every label, in it a bar of each series. Values are 0 to 1."""
+    """Draw shares (0 to 1) as horizontal bars: a group per label, with a bar of each series."""
     font = ImageFont.load_default(FONT_SIZE)
     left = max([round(font.getlength(label)) for label in labels], default=0) + 2 * GAP
     length, bar = 480, 14
@@ -26,25 +26,25 @@ def bar_chart(title: str, labels: Sequence[str], series: Sequence[tuple[str, Seq
     draw = ImageDraw.Draw(image)
     draw.text((GAP, GAP), title, INK, font)
     x = left
-    for (name, _), colour in zip(series, COLOURS):
-        draw.rectangle((x, GAP + LINE + 6, x + bar, GAP + LINE + 6 + bar), colour)
+    for (name, _), color in zip(series, COLORS):
+        draw.rectangle((x, GAP + LINE + 6, x + bar, GAP + LINE + 6 + bar), color)
         draw.text((x + bar + 6, GAP + LINE + 3), name, INK, font)
         x += bar + 6 + round(font.getlength(name)) + 2 * GAP
     most = max([value for _, values in series for value in values], default=0) or 1.0
     for row, label in enumerate(labels):
         y = 3 * LINE + GAP + row * group
         draw.text((GAP, y + (group - GAP - LINE) // 2), label, INK, font)
-        for (_, values), colour in zip(series, COLOURS):
+        for (_, values), color in zip(series, COLORS):
             end = left + round(length * values[row] / most)
             draw.rectangle((left, y, left + length, y + bar - 3), FAINT)
-            draw.rectangle((left, y, end, y + bar - 3), colour)
+            draw.rectangle((left, y, end, y + bar - 3), color)
             draw.text((left + length + 8, y - 4), f"{100 * values[row]:.1f}%", INK, font)
             y += bar
     return np.asarray(image)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], num_columns: int = 4) -> np.ndarray:
-    """Pictures uint8 [H, W, 3] of any sizes in a grid, each with its caption under it."""
+    """Draw images, uint8 [H, W, 3] of any sizes, in a grid, each with its caption below."""
     font = ImageFont.load_default(FONT_SIZE)
     per_line = CELL // 8
     texts = [textwrap.wrap(caption, per_line)[: MAX_CAPTION_LINES + 1] or [""] for caption in captions]

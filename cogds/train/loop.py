@@ -29,7 +29,7 @@ from cogds.engine.checkpoint import Saver
 from cogds.engine.start import set_learning_rate
 from cogds.errors import Interrupted, UserError
 from cogds.metrics.monitor import Monitor
-from cogds.metrics.step_metrics import StepLosses, peak_memory_bytes, restart_peak
+from cogds.metrics.step_metrics import StepLosses, peak_memory_bytes, reset_peak_memory
 from cogds.metrics.stopwatch import Stopwatch
 from cogds.process.signals import Interrupt
 from cogds.process.watchdog import Watchdog
@@ -128,20 +128,20 @@ def meet(occasions: Sequence[Occasion], step: int, watchdog: Watchdog, monitor: 
     process on the host cannot be restarted: what an occasion takes there stays in training's.
     """
     if occasions:
-        restart_peak(world.device)
+        reset_peak_memory(world.device)
     for one in occasions:
         watchdog.watch(functools.partial("{} after step {}".format, one.what, step))
         one.act(step)
     if occasions and world.device.type == "cuda":
-        monitor.note(step, {f"{OCCASION}/peak_memory_gb": peak_memory_bytes(world.device) / 1e9})
-        restart_peak(world.device)
+        monitor.add_scalars(step, {f"{OCCASION}/peak_memory_gb": peak_memory_bytes(world.device) / 1e9})
+        reset_peak_memory(world.device)
 
 
 def finish_save(saver: Saver, world: World, monitor: Monitor, step: int) -> None:
     """Wait for what is being saved, if anything is, and note how long it took. What failed raises. Collective."""
     seconds = saver.finish(world)
     if seconds is not None:
-        monitor.note(step, {"checkpoint/write_s": seconds})
+        monitor.add_scalars(step, {"checkpoint/write_s": seconds})
 
 
 def load_batches(run: Run) -> Iterator[Batch]:
@@ -281,7 +281,7 @@ def train_step(
         trained.append((micro_batch, per_sample.detach()))
     skipped = not engine.was_step_applied()
     measured, own, norms = meter.read(step, micro_batches, upcoming.waited_s())
-    monitor.record(
+    monitor.add_step(
         step + 1,
         {
             "train/lr": lr,

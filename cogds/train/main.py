@@ -228,11 +228,11 @@ def train(
                 )
 
             saver.start(write)
-        monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - began})
+        monitor.add_scalars(step, {"checkpoint/pause_s": time.perf_counter() - began})
 
     watchdog.watch(lambda: "trying the largest bucket before the first step")
     if tried := rehearse(run, engine, builder):
-        monitor.note(first_step, tried.scalars())
+        monitor.add_scalars(first_step, tried.scalars())
         if world.rank == 0:
             logger.info(str(tried))
     occasions: list[Occasion] = []

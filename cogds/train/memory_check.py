@@ -56,7 +56,7 @@ class Rehearsal:
         )
 
     def scalars(self) -> dict[str, float]:
-        """For `Monitor.note`."""
+        """For `Monitor.add_scalars`."""
         found = {"memory/predicted_gb": self.predicted_bytes / 1e9}
         return found if self.measured_bytes is None else found | {"memory/measured_gb": self.measured_bytes / 1e9}
 

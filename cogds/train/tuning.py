@@ -34,7 +34,7 @@ from cogds.core.memory import (
 from cogds.distributed.collectives import all_gather, on_all_ranks, on_rank0
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
-from cogds.metrics.trackers import check_monitors
+from cogds.metrics.trackers import check_tracker_packages
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.attention import fastest, use
@@ -256,7 +256,7 @@ def _changes(setting: Setting, batch_size: int) -> list[tuple[str, dict[str, Any
 def check_execution(cfg: RunConfig, ds_config: dict[str, Any], world: World) -> None:
     """Raise UserError for what this GPU or what is installed cannot do. Before any weight is loaded."""
     check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, zero_stage(ds_config), world.device)
-    check_monitors(ds_config)
+    check_tracker_packages(ds_config)
     if cfg.model.compile == "on" and (missing := missing_to_compile(world.device)):
         raise UserError(
             f"model.compile=on needs {missing}, on rank {world.rank}'s machine: install it, or set model.compile=off"

@@ -1,19 +1,19 @@
 import numpy as np
 
-from cogds.metrics.figures import COLOURS, bar_chart, contact_sheet
+from cogds.metrics.figures import COLORS, bar_chart, contact_sheet
 
 
-def count(pixels, colour):
-    return int((np.abs(pixels.astype(int) - colour).sum(axis=2) == 0).sum())
+def count(pixels, color):
+    return int((np.abs(pixels.astype(int) - color).sum(axis=2) == 0).sum())
 
 
 def test_bars_are_as_long_as_their_shares():
     pixels = bar_chart("What", ["81x768x1360", "1x64x64"], [("clips", [0.75, 0.25]), ("cost", [0.5, 0.0])])
-    legend = count(bar_chart("What", [], [("clips", []), ("cost", [])]), COLOURS[0])
-    clips, cost = (count(pixels, colour) - legend for colour in COLOURS[:2])
+    legend = count(bar_chart("What", [], [("clips", []), ("cost", [])]), COLORS[0])
+    clips, cost = (count(pixels, color) - legend for color in COLORS[:2])
     assert clips > 0
     assert abs(clips / cost - 2) < 0.02  # (0.75 + 0.25) / 0.5
-    assert count(pixels, COLOURS[2]) == 0
+    assert count(pixels, COLORS[2]) == 0
 
 
 def test_nothing_to_draw_is_drawn():

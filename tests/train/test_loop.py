@@ -96,7 +96,7 @@ class Monitor:
     def __init__(self):
         self.rates, self.shares = [], []
 
-    def record(self, _step, scalars, losses, _own, _norms):
+    def add_step(self, _step, scalars, losses, _own, _norms):
         self.rates.append(scalars["train/lr"])
         self.shares.append(losses.vector[0].item())
 
@@ -228,7 +228,7 @@ def occasions(memory, *peaks):
 
 def noted(due):
     notes, watched = [], []
-    monitor = SimpleNamespace(note=lambda step, scalars: notes.append((step, scalars)))
+    monitor = SimpleNamespace(add_scalars=lambda step, scalars: notes.append((step, scalars)))
     meet(due, 5, SimpleNamespace(watch=lambda say: watched.append(say())), monitor, World(0, 1, 0, 1))
     return notes, watched
 

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "files": set(),
     "formatting": set(),
     "config": {"errors"},
-    "core": {"errors"},
+    "core": {"errors", "formatting"},
     "process": {"errors", "files", "data"},
     "distributed": {"errors", "files", "config", "process"},
     "data": {"errors", "files", "core", "process"},
@@ -56,7 +56,7 @@ GATES = {
     "safetensors": ("cogds/model/", "cogds/data/cache/shard.py", "cogds/engine/checkpoint.py"),
     "pyarrow": ("cogds/data/", "cogds/encode/", "cogds/report/"),
     "tqdm": ("cogds/process/progress.py", "cogds/metrics/training_progress.py", "cogds/process/logs.py"),
-    "matplotlib": ("cogds/report/",),
+    "matplotlib": ("cogds/metrics/figures.py", "cogds/report/plots.py"),
     "jinja2": ("cogds/report/",),
     "rich": ("cogds/report/", "cogds/preflight/", "cogds/train/summary.py"),
     # core calls diffusers' pure functions (rotary tables) and none of its models

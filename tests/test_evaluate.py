@@ -7,6 +7,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from cogds.encode.order import batch_sizes, make_plan
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -15,7 +16,6 @@ from cogds.config.schema import load_config
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
-from cogds.encode.order import batch_sizes, make_plan
 from cogds.encode.survey import make_buckets
 from cogds.evaluate import (
     Evaluation,
@@ -224,10 +224,10 @@ class Noted:
         self.notes[step] = scalars
 
 
-def run_of(one, *levels):
+def run_of(one, *modes):
     data = one.data
     plan = make_plan(one.cfg, data.mixture, one.buckets, one.model, one.world.data_size)
-    execution = Execution("torch", False, levels or ("none",) * len(one.buckets))
+    execution = Execution("torch", False, modes or ("none",) * len(one.buckets))
     return SimpleNamespace(
         cfg=one.cfg, model=one.model, buckets=one.buckets, world=one.world, data=data, plan=plan, execution=execution,
         first_step=0,
@@ -244,7 +244,7 @@ def test_a_transformer_that_is_trained_is_left_as_it_was(setting, forward, capsy
     inject(transformer, 4, 8, 0.5, ("to_q",), seed=0)  # dropout that is not turned off would change the loss
     transformer.train()
     transformer.note_dropout()
-    transformer.set_level("block")
+    transformer.set_checkpointing("full")
     occasion = make_evaluation(
         run_of(one), engine_of(transformer), one.builder, monitor, lambda say: watched.append(say())
     )
@@ -254,7 +254,7 @@ def test_a_transformer_that_is_trained_is_left_as_it_was(setting, forward, capsy
     occasion.act(7)
     assert torch.equal(torch.get_rng_state(), before)
     assert [module.training for module in transformer.modules()] == modes
-    assert {block.level for block in transformer.transformer_blocks} == {"block"}
+    assert {block.checkpointing for block in transformer.transformer_blocks} == {"full"}
     assert all(parameter.grad is None for parameter in transformer.parameters())
     assert monitor.notes[7].pop("eval/seconds") > 0
     assert monitor.notes[7] == one.evaluation.scalars(forward)  # B is zero: the base model
@@ -292,7 +292,7 @@ def test_what_it_costs_is_said_and_what_to_change(setting):
     one = setting("eval.num_clips=1")
     cheap = dataclasses.replace(one.cfg.eval, every=100_000)
     long = dataclasses.replace(one.cfg, eval=cheap, train=dataclasses.replace(one.cfg.train, num_steps=1_000_000))
-    run = run_of(one, "block", "block", "block")
+    run = run_of(one, "full", "full", "full")
     run.cfg = long
     line, nothing = cost_lines(run, one.evaluation, 100_000)
     assert nothing == ""

@@ -112,7 +112,7 @@ def any_rank(world: World, *flags: bool) -> tuple[bool, ...]:
 
 def disagreeing_data_ranks(world: World, value: int) -> list[int]:
     """Return the data-parallel ranks whose sequence-parallel ranks do not all have the same value."""
-    if world.sequence == 1:
+    if world.sequence_size == 1:
         return []
     votes = torch.full((2, world.data_size), torch.iinfo(torch.int64).min)
     votes[:, world.data_rank] = torch.tensor([value, -value])

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 class World:
     """Global and node-local rank and size. Sizes count processes; each process drives one GPU.
 
-    sequence: number of neighboring ranks that share each clip (sequence parallelism). Together they are one
+    sequence_size: number of neighboring ranks that share each clip (sequence parallelism). Together they are one
     data-parallel rank: the plan, the sampler and the random draws count data-parallel ranks.
     """
 
@@ -28,22 +28,22 @@ class World:
     size: int
     local_rank: int
     local_size: int
-    sequence: int = 1
+    sequence_size: int = 1
 
     @property
     def data_rank(self) -> int:
         """Data-parallel rank: the index of this rank's clip among those trained at the same time."""
-        return self.rank // self.sequence
+        return self.rank // self.sequence_size
 
     @property
     def data_size(self) -> int:
         """Number of data-parallel ranks."""
-        return self.size // self.sequence
+        return self.size // self.sequence_size
 
     @property
     def sequence_rank(self) -> int:
         """Index of this rank among those that share its clip."""
-        return self.rank % self.sequence
+        return self.rank % self.sequence_size
 
     @property
     def device(self) -> "torch.device":
@@ -53,6 +53,11 @@ class World:
         if torch.cuda.is_available():
             return torch.device("cuda", self.local_rank % torch.cuda.device_count())
         return torch.device("cpu")
+
+
+def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
+    """Whether a launcher started this process as one of its ranks: `deepspeed`, `torchrun` or `srun`."""
+    return {"RANK", "WORLD_SIZE"} <= environ.keys() or {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environ.keys()
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:

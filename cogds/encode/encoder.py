@@ -19,7 +19,7 @@ from cogds.config.schema import RunConfig
 from cogds.core.conditioning import to_range
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
-from cogds.data.cache.store import Cache, Writer
+from cogds.data.cache.store import Cache, CacheWriter
 from cogds.data.loading.index import ClipIndex
 from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
 from cogds.data.video.probe_task import reason_of
@@ -65,7 +65,9 @@ class EncodedData:
         return [one for one in (self.index, self.held_out, self.trained) if one is not None]
 
 
-def encode_captions(captions: pa.Table, writer: Writer, model: ModelFolder, dtype: torch.dtype, world: World) -> None:
+def encode_captions(
+    captions: pa.Table, writer: CacheWriter, model: ModelFolder, dtype: torch.dtype, world: World
+) -> None:
     """Encode and keep these captions."""
     encoder = TextEncoder(model, dtype, world.device)
     rows = zip(captions.column("key").to_pylist(), captions.column("caption").to_pylist())
@@ -88,7 +90,7 @@ def encode_pixels(vae: Any, pixels: torch.Tensor, tiled: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_clips(
-    clips: pa.Table, writer: Writer, buckets: Sequence[ClipShape], model: ModelFolder, cfg: RunConfig, world: World
+    clips: pa.Table, writer: CacheWriter, buckets: Sequence[ClipShape], model: ModelFolder, cfg: RunConfig, world: World
 ) -> dict[bytes, str]:
     """Encode and keep these clips, decoded ahead of the VAE in guarded processes.
 

@@ -40,7 +40,7 @@ class Quarantine:
         Raises UserError where such ranks did not find the same: they would train parts of different clips.
         """
         if odd := disagreeing_data_ranks(self.world, zlib.crc32(repr([one.row for one in bad]).encode())):
-            size = self.world.sequence
+            size = self.world.sequence_size
             ranks = ", ".join(f"{number * size} to {number * size + size - 1}" for number in odd)
             raise UserError(
                 f"of the ranks {ranks}, which share a clip, some could not read what others could"

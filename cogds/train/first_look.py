@@ -18,7 +18,7 @@ from cogds.core.cost import step_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.data.loading.dataset import Batch
-from cogds.metrics.figures import CELL, bar_chart, contact_sheet
+from cogds.metrics.figures import CELL, contact_sheet, share_chart
 from cogds.metrics.monitor import Monitor
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
@@ -58,10 +58,10 @@ def settings(run: Run) -> dict[str, str | float | bool]:
         "train.precision": cfg.train.precision,
         "train.gradient_accumulation_steps": plan.accumulation,
         "tokens a rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
-        "recompute": ", ".join(sorted(set(run.execution.levels))),
+        "recompute": ", ".join(sorted({part.checkpointing for part in run.execution.buckets})),
         "ranks": run.world.size,
         "zero stage": zero_stage(run.ds_config),
-        "model.base": cfg.model.base,
+        "model.quantization": cfg.model.quantization,
         "model.path": cfg.model.path,
         "conditioning.image_latents": cfg.conditioning.image_latents,
         "clips": len(run.data.index),
@@ -84,7 +84,7 @@ def bucket_bars(run: Run) -> np.ndarray:
         ("tokens", shares([float(num * one) for num, one in zip(num_trained, tokens)])),
         ("cost", shares([num * one for num, one in zip(num_trained, costs)])),
     ]
-    return bar_chart("What an epoch consists of", [str(shape) for shape in run.buckets], series)
+    return share_chart("Shares of an epoch", [str(shape) for shape in run.buckets], series)
 
 
 def reason(error: Exception) -> str:
@@ -103,7 +103,7 @@ class FirstBatches:
 
     def look(self, step: int, micro_batch: MicroBatch, batch: Batch) -> None:
         """To be given every batch: optimizer step from 0, micro-step, tensors. Costs nothing once all are shown."""
-        cfg, passed = self._run.cfg.monitor, step - self._run.first_step
+        cfg, passed = self._run.cfg.metrics, step - self._run.first_step
         if cfg.show_clips and not self._shown:
             try:
                 self._collect(step, batch)
@@ -117,7 +117,7 @@ class FirstBatches:
                 logger.warning(f"the batch of step {step + 1} could not be decoded ({reason(error)}): training goes on")
 
     def _collect(self, step: int, batch: Batch) -> None:
-        num = self._run.cfg.monitor.show_clips
+        num = self._run.cfg.metrics.show_clips
         clips = [self._run.data.index[row] for row in batch.rows]
         for clip, frame in zip(clips[: num - len(self._frames)], batch.tensors["first_frame"]):
             self._frames.append(_shrunk(frame))

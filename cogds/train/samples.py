@@ -36,7 +36,6 @@ from cogds.files import whole_file, whole_folder
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import undisturbed
 from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
-from cogds.train.loop import Occasion
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
@@ -58,7 +57,7 @@ def make_previews(
     monitor: Monitor,
     watch: Callable[[Callable[[], str]], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
-) -> Occasion | None:
+) -> "Previews | None":
     """The making of videos that `sample.every` asks for; None where there is none to make. Collective.
 
     watch: is told what is being done, call by call of the transformer (`Watchdog.watch`). stopping: whether this rank
@@ -71,11 +70,15 @@ def make_previews(
         return None
     previews = Previews(run, engine, builder, monitor, scenes, watch, stopping)
     on_rank0(run.world, previews.introduce)
-    return Occasion("making videos", run.cfg.sample.every, previews.make)
+    return previews
 
 
 class Previews:
-    """The videos of a run: what they are made from, and the base model's, which are made once."""
+    """Makes the videos of a run (`callbacks.Callback`). Those of the base model are made once."""
+
+    name = "making videos"
+    at_start = True
+    on_stop = False
 
     def __init__(
         self,
@@ -88,6 +91,8 @@ class Previews:
         stopping: Callable[[], bool],
     ):
         """scenes: by the name of their file, the same on all ranks."""
+        assert run.cfg.sample.every is not None
+        self.every: int = run.cfg.sample.every
         self._run, self._engine, self._builder, self._monitor = run, engine, builder, monitor
         self._scenes, self._watch, self._stopping = scenes, watch, stopping
         self._folder = Path(run.cfg.output_dir) / FOLDER
@@ -124,18 +129,19 @@ class Previews:
     def _risk(self, scene: Scene) -> str:
         """What is risked with a video of more tokens than any bucket that is trained, else ""."""
         run = self._run
-        stage, sharing = zero_stage(run.ds_config), run.world.sequence
+        stage, sharing = zero_stage(run.ds_config), run.world.sequence_size
         trained = [shape for shape, sizes in zip(run.buckets, run.data.index.sizes) if sum(sizes)]
         own, *most = (num_tokens(shape, run.model.geometry) for shape in (scene.shape, *trained))
         if (stage < 3 and sharing == 1) or own <= max(most):
             return ""
         return (
             f"videos of {scene.shape} take {own:,} tokens, and no bucket that is trained more than {max(most):,}: if "
-            f"memory runs out in one, {'ZeRO stage 3' if stage == 3 else f'parallel.sequence={sharing}'} ends the job; "
+            f"memory runs out in one, {'ZeRO stage 3' if stage == 3 else f'parallel.sequence_size={sharing}'} ends the "
+            f"job; "
             "give sample.prompts a smaller size"
         )
 
-    def make(self, step: int) -> None:
+    def run(self, step: int) -> None:
         """The videos of the weights after `step` steps, and what is missing of the base model's. Collective."""
         start, world, scenes = time.perf_counter(), self._run.world, self._scenes
         there, missing = on_rank0(
@@ -179,7 +185,7 @@ class Previews:
             mine = scenes[batch[world.data_rank]] if world.data_rank < len(batch) else None
             outcome = self._film_one(mine, whose)
             for number, name in enumerate(batch):
-                found = broadcast(world, number * world.sequence, outcome)
+                found = broadcast(world, number * world.sequence_size, outcome)
                 if isinstance(found, bytes):
                     videos[name] = found
                 elif world.rank == 0:

@@ -45,7 +45,7 @@ def overrides(folder, layout, output, *more):
         "data.buckets=[9x64x64]", "data.num_workers=0", f"output_dir={folder / output}", "train.precision=fp32",
         f"train.gradient_accumulation_steps={CLIPS_A_STEP // layout[0]}", f"train.num_steps={LAST}", "lora.rank=3",
         "lora.alpha=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", f"checkpoint.every={SAVED}",
-        "monitor.progress_bar=false", "eval.every=null", *more,
+        "metrics.progress_bar=false", "eval.every=null", *more,
     ]  # fmt: skip
 
 

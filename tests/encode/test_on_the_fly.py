@@ -5,6 +5,8 @@ import time
 
 import pytest
 import torch
+from cogds.encode.order import make_plan
+from cogds.train.loop import Run, load_batches
 
 from cogds.config.schema import load_config
 from cogds.data.cache.store import Cache
@@ -14,10 +16,8 @@ from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
 from cogds.encode.on_the_fly import ahead
-from cogds.encode.order import make_plan
 from cogds.encode.survey import make_buckets
 from cogds.model.load import find_model
-from cogds.train.loop import Run, load_batches
 from cogds.train.tuning import Execution
 
 ALONE = World(0, 1, 0, 1)

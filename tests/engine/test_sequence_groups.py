@@ -1,4 +1,4 @@
-"""What counts ranks and what counts groups of them, where `parallel.sequence` ranks share a clip."""
+"""What counts ranks and what counts groups of them, where `parallel.sequence_size` ranks share a clip."""
 
 import pytest
 
@@ -13,13 +13,13 @@ from tests.conftest import ROOT
 
 def test_a_batch_counts_clips_and_not_ranks():
     shared = {**ZERO2, "train_batch_size": 6}
-    out, cfg = resolve(shared, "train.batch_size=3", "parallel.sequence=2", world_size=4)
-    assert cfg.parallel.sequence == 2
+    out, cfg = resolve(shared, "train.batch_size=3", "parallel.sequence_size=2", world_size=4)
+    assert cfg.parallel.sequence_size == 2
     assert "train_batch_size" not in out  # DeepSpeed takes ranks for clips, and what is left is right for it
     assert out["train_micro_batch_size_per_gpu"] == 3
-    said = refused(shared, "train.batch_size=3", "parallel.sequence=4", world_size=4)
+    said = refused(shared, "train.batch_size=3", "parallel.sequence_size=4", world_size=4)
     assert "x 1 groups of 4 ranks is 3: set gradient_accumulation_steps to 2" in said
-    assert "parallel.sequence" in refused({**ZERO2, "sequence_parallel_size": 2})
+    assert "parallel.sequence_size" in refused({**ZERO2, "sequence_parallel_size": 2})
     assert "communication_data_type" in refused({**ZERO2, "seq_parallel_communication_data_type": "fp32"})
 
 
@@ -42,9 +42,14 @@ def test_ranks_of_a_clip_must_read_the_same_files(tmp_path, monkeypatch, rank, s
 
 
 def test_what_does_not_divide_is_said_before_anything_is_loaded(tiny_model, tmp_path):
-    settings = [f"model.path={tiny_model}", f"output_dir={tmp_path / 'out'}", "data.path=unused", "parallel.sequence=2"]
+    settings = [
+        f"model.path={tiny_model}",
+        f"output_dir={tmp_path / 'out'}",
+        "data.path=unused",
+        "parallel.sequence_size=2",
+    ]
     with pytest.raises(
-        UserError, match=r"parallel.sequence is 2, .* number of ranks, 1, and .* heads, 2: set it to 1,"
+        UserError, match=r"parallel.sequence_size is 2, .* number of ranks, 1, and .* heads, 2: set it to 1,"
     ):
         main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml", settings)
     assert not (tmp_path / "out").exists()

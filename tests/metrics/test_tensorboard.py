@@ -107,12 +107,12 @@ def test_the_layout_is_read_back_by_tensorboard(tmp_path):
 
 
 def test_the_settings_are_read_back_by_tensorboard(tmp_path):
-    start, end = hparams_records({"lr": 1e-4, "rank": 128, "base": "full"}, ["train/loss"])
+    start, end = hparams_records({"lr": 1e-4, "rank": 128, "quantization": "none"}, ["train/loss"])
     board = written(tmp_path, *start, end)
     tags = {tag: board.SummaryMetadata(tag).plugin_data.content for tag in board.PluginTagToContent("hparams")}
     session = HParamsPluginData.FromString(tags[hparams_metadata.SESSION_START_INFO_TAG]).session_start_info
     assert session.hparams["rank"].number_value == 128
-    assert session.hparams["base"].string_value == "full"
+    assert session.hparams["quantization"].string_value == "none"
     experiment = HParamsPluginData.FromString(tags[hparams_metadata.EXPERIMENT_TAG]).experiment
     assert [info.name.tag for info in experiment.metric_infos] == ["train/loss"]
     assert hparams_metadata.SESSION_END_INFO_TAG in tags

@@ -35,7 +35,7 @@ def shown():
 
 def first_batches(shown, vae, show_batches=0, show_clips=0):
     cfg = SimpleNamespace(
-        monitor=SimpleNamespace(show_clips=show_clips, show_batches=show_batches),
+        metrics=SimpleNamespace(show_clips=show_clips, show_batches=show_batches),
         train=SimpleNamespace(num_steps=9),
         data=SimpleNamespace(fps=16.0),
     )

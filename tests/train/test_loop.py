@@ -1,25 +1,25 @@
 """One rank's steps with an engine that only writes down what is asked of it, and what is done beside training.
 
 What a step asks for: the learning rate, the weights of the plan, the draws, torch's own random numbers, the bucket's
-recompute level, a gradient that is not finite where the loss is not; and how many such steps end a run. (That a model
-learns from it is tested by real runs, in tests/dist.)
+activation checkpointing, a gradient that is not finite where the loss is not; and how many such steps end a run. (That
+a model learns from it is tested by real runs, in tests/dist.)
 """
 
 import functools
 import math
 from types import SimpleNamespace
 
+import cogds.train.loop
 import pytest
 import torch
+from cogds.train.loop import Occasion, Upcoming, draw, meet, micro_steps, train_step, train_steps
 
-import cogds.train.loop
 from cogds.config.schema import load_config
 from cogds.core.diffusion import stratified_timesteps
 from cogds.core.plan import Plan
 from cogds.data.loading.dataset import Batch
 from cogds.distributed.world import World
 from cogds.errors import UserError
-from cogds.train.loop import Occasion, Upcoming, draw, meet, micro_steps, train_step, train_steps
 from cogds.train.step import draw_dropouts
 
 # A step is two micro-steps and all eight clips: six of bucket 0, in twos on three ranks, and two of bucket 1, where
@@ -29,8 +29,8 @@ PLAN = Plan((6, 2), (2, 2), world_size=3, accumulation=2, seed=0)
 TARGETS = ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (7.0, 8.0))
 MEAN_LOSS = sum(target**2 for bucket in TARGETS for target in bucket) / 8
 # Every two share a clip.
-SIX_RANKS = [World(rank, 6, rank, 6, sequence=2) for rank in range(6)]
-LEVELS = ("the level of bucket 0", "the level of bucket 1")
+SIX_RANKS = [World(rank, 6, rank, 6, sequence_size=2) for rank in range(6)]
+CHECKPOINTING_MODES = ("checkpointing of bucket 0", "checkpointing of bucket 1")
 
 
 class Engine:
@@ -39,12 +39,12 @@ class Engine:
     def __init__(self):
         self.weight = torch.zeros((), requires_grad=True)
         self.optimizer = SimpleNamespace(param_groups=[{"lr": math.nan}])
-        self.module = SimpleNamespace(set_level=functools.partial(setattr, self, "level"))
-        # One entry a micro-step: (bucket, level), a random number, the loss, the learning rate.
+        self.module = SimpleNamespace(set_checkpointing=functools.partial(setattr, self, "checkpointing"))
+        # One entry a micro-step: (bucket, checkpointing), a random number, the loss, the learning rate.
         self.ran, self.drawn, self.losses, self.rates = [], [], [], []
 
     def __call__(self, timestep, bucket):
-        self.ran.append((bucket, self.level))
+        self.ran.append((bucket, self.checkpointing))
         self.drawn.append(torch.rand(()).item())
         return [self.weight.expand(len(timestep), 1)]
 
@@ -70,7 +70,8 @@ def configured(*overrides):
 def run_of(world, *overrides, plan=PLAN, first_step=0):
     return SimpleNamespace(
         cfg=configured(*overrides), world=world, plan=plan, first_step=first_step, buckets=(0, 1),
-        execution=SimpleNamespace(levels=LEVELS), data=SimpleNamespace(index=()), clips=lambda _: ["a.mp4"],
+        execution=SimpleNamespace(checkpointing_modes=CHECKPOINTING_MODES), data=SimpleNamespace(index=()),
+        clips=lambda _: ["a.mp4"],
     )  # fmt: skip
 
 
@@ -147,7 +148,7 @@ def test_every_forward_pass_draws_other_numbers_and_the_same_where_a_run_goes_on
 
 def test_a_forward_pass_has_its_buckets_level():
     engine, _ = trained(run_of(World(0, 3, 0, 3)))
-    assert set(engine.ran) == set(enumerate(LEVELS))
+    assert set(engine.ran) == set(enumerate(CHECKPOINTING_MODES))
 
 
 @pytest.mark.parametrize("image, caption", [(1, 0), (0.5, 0.5)])
@@ -235,7 +236,7 @@ def noted(due):
 
 def test_the_peak_of_an_occasion_is_noted_and_is_not_trainings(gpu):
     notes, watched = noted(occasions(gpu, 6e9, 5e9))
-    assert notes == [(5, {"occasion/peak_memory_gb": 6.0})]  # not the 9 of training before it
+    assert notes == [(5, {"callbacks/peak_memory_gb": 6.0})]  # not the 9 of training before it
     assert gpu.peak == 4e9
     assert watched == ["doing 6000000000.0 after step 5", "doing 5000000000.0 after step 5"]
 

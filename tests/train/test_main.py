@@ -4,11 +4,11 @@ import shutil
 from types import SimpleNamespace
 
 import torch
+from cogds.encode.order import batch_sizes
 
 from cogds.config.schema import load_config
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
-from cogds.encode.order import batch_sizes
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import inject
 from cogds.model.lora.file import read_lora
@@ -43,8 +43,8 @@ def test_the_weights_digest_follows_the_weights(tiny_model, tmp_path):
 def test_what_is_due_where_a_run_goes_on_is_noted_again_and_nothing_else():
     cfg = config("eval.every=4", "sample.every=6", "train.num_steps=24")
     found = {step: made_again(cfg, step) for step in (3, 4, 6, 12, 24)}
-    both = ("eval/", "occasion/")
-    assert found == {3: (), 4: both, 6: ("occasion/",), 12: both, 24: ()}  # after the last nothing is done
+    both = ("eval/", "callbacks/")
+    assert found == {3: (), 4: both, 6: ("callbacks/",), 12: both, 24: ()}  # after the last nothing is done
     assert made_again(config("eval.every=null"), 4) == ()
 
 

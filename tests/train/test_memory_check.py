@@ -8,12 +8,12 @@ import torch
 
 from cogds.config.schema import load_config
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import COGVIDEOX_VAE
+from cogds.core.memory import ZeroSettings
 from cogds.distributed.world import World
 from cogds.errors import UserError
-from cogds.train.memory_check import Rehearsal, _missing_bytes, rehearse
-from cogds.train.tuning import Execution, Setting, Sizes
-from tests.core.test_memory import REAL, REAL_LORA, V15
+from cogds.train.memory_check import MemoryCheck, _missing_bytes, check_memory
+from cogds.train.tuning import Execution
+from tests.published_model import LORA, V15, published_memory
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(17, 64, 96), ClipShape(81, 768, 1360))
 
@@ -25,7 +25,7 @@ class Model(torch.nn.Module):
         super().__init__()
         self.weight, self.error, self.levels, self.shapes = torch.nn.Parameter(torch.ones(())), error, [], []
 
-    def set_level(self, level):
+    def set_checkpointing(self, level):
         self.levels.append(level)
 
     def forward(self, x):
@@ -47,15 +47,15 @@ class Builder:
 
 def stage(number, error=None, asked="on", sequence=1):
     """A run whose largest bucket has no clip, its engine and builder."""
-    cfg, _ = load_config(None, ["model.path=unused", "data.path=unused", f"train.rehearse={asked}"])
-    setting = Setting(V15, Sizes(REAL, REAL_LORA), COGVIDEOX_VAE, {"stage": number}, 1, "bf16")
-    levels, sizes = ("block",) * 3, (1, 2, 1)
+    cfg, _ = load_config(None, ["model.path=unused", "data.path=unused", f"train.memory_check={asked}"])
+    memory = published_memory(zero=ZeroSettings(stage=number), buckets=())
+    levels, sizes = ("full",) * 3, (1, 2, 1)
     run = SimpleNamespace(
         cfg=cfg, world=World(0, 1, 0, 1, sequence), buckets=BUCKETS, model=SimpleNamespace(geometry=V15),
         data=SimpleNamespace(index=SimpleNamespace(sizes=((5,), (0, 1), (0, 0)))),
         ds_config={"zero_optimization": {"stage": number}}, plan=SimpleNamespace(local_batch_sizes=sizes),
         execution=Execution(
-            "torch", False, levels, (), tuple(map(setting.estimate, BUCKETS, sizes, levels)), 24e9, ("", "", "")
+            "torch", False, levels, (), tuple(map(memory.estimate, BUCKETS, sizes, levels)), 24e9, ("", "", "")
         ),
     )  # fmt: skip
     engine = SimpleNamespace(
@@ -70,19 +70,19 @@ def stage(number, error=None, asked="on", sequence=1):
 def test_the_largest_bucket_that_has_clips_is_tried_and_leaves_no_trace(number, passes):
     run, engine, builder = stage(number)
     before = torch.get_rng_state()
-    found = rehearse(run, engine, builder)
+    found = check_memory(run, engine, builder)
     assert torch.equal(torch.get_rng_state(), before)
     assert engine.module.weight.grad is None
-    assert engine.module.levels == ["block"]
+    assert engine.module.levels == ["full"]
     assert engine.module.shapes == [(2, 32, 5, 8, 12)] * passes
-    assert (found.shape, found.batch_size, found.level) == (BUCKETS[1], 2, "block")
+    assert (found.shape, found.batch_size, found.level) == (BUCKETS[1], 2, "full")
     assert found.predicted_bytes == run.execution.estimates[1].total_bytes - 1_000_000_000
     assert set(found.scalars()) == {"memory/predicted_gb"}
     assert "tried 17x64x96, batch 2, recompute block" in str(found)
 
 
 def test_it_is_for_gpus_unless_asked_for():
-    assert rehearse(*stage(2, asked="auto")) is rehearse(*stage(2, asked="off")) is None
+    assert check_memory(*stage(2, asked="auto")) is check_memory(*stage(2, asked="off")) is None
 
 
 @pytest.mark.parametrize("number, sequence", [(2, 1), (3, 1), (2, 2)])
@@ -90,19 +90,21 @@ def test_what_does_not_fit_is_said(number, sequence):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more")
     run, engine, builder = stage(number, error, sequence=sequence)
     with pytest.raises(UserError) as raised:
-        rehearse(run, engine, builder)
+        check_memory(run, engine, builder)
     text = str(raised.value)
-    assert text.startswith("17x64x96, batch 2, with train.recompute=block does not fit into the memory of rank 0 (CUDA")
+    assert text.startswith(
+        "17x64x96, batch 2, with train.activation_checkpointing=full does not fit into the memory of rank 0 (CUDA"
+    )
     assert "allocate 20 GiB)" in text
     assert "of 24.0 GB" in text
     with pytest.raises(RuntimeError, match="another thing"):
-        rehearse(*stage(number, RuntimeError("another thing"), sequence=sequence))
+        check_memory(*stage(number, RuntimeError("another thing"), sequence=sequence))
 
 
 def test_all_ranks_raise_where_one_fails(monkeypatch):
     monkeypatch.setattr("cogds.train.memory_check.any_rank", lambda *_: (True, False))
     with pytest.raises(UserError, match="does not fit into the memory of another rank, found before the first step"):
-        rehearse(*stage(2))
+        check_memory(*stage(2))
 
 
 def test_whatever_fails_on_one_rank_ends_all(monkeypatch):
@@ -116,15 +118,15 @@ def test_whatever_fails_on_one_rank_ends_all(monkeypatch):
     monkeypatch.setattr("cogds.train.memory_check.any_rank", vote)
     error = ValueError("a defect")
     with pytest.raises(ValueError, match="a defect") as raised:
-        rehearse(*stage(2, error))
+        check_memory(*stage(2, error))
     assert raised.value is error
     with pytest.raises(UserError, match="another rank failed while 17x64x96 was tried") as raised:
-        rehearse(*stage(2))
+        check_memory(*stage(2))
     assert raised.value.shared
     assert votes == [(False, True), (False, False)]
     # Where a pass is full of collectives there is no vote to come to.
     with pytest.raises(ValueError, match="a defect"):
-        rehearse(*stage(3, error))
+        check_memory(*stage(3, error))
     assert len(votes) == 2
 
 
@@ -168,9 +170,9 @@ def test_the_peak_on_a_gpu_is_that_of_the_try_and_is_not_left_to_the_first_step(
     monkeypatch.setattr(torch.random, "fork_rng", lambda _devices: contextlib.nullcontext())
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append(f"{device} from zero"))
-    found = rehearse(run, engine, builder)
+    found = check_memory(run, engine, builder)
     missing = _missing_bytes(run.execution.estimates[1], engine, number)
-    assert missing >= 8 * REAL_LORA.num_parameters
+    assert missing >= 8 * LORA.num_parameters
     assert events == ["cuda from zero", (missing,), *["pass"] * passes, "measured", "cuda from zero"]
     assert found.measured_bytes == 5_000_000_000
     assert found.scalars()["memory/measured_gb"] == 5.0
@@ -178,9 +180,9 @@ def test_the_peak_on_a_gpu_is_that_of_the_try_and_is_not_left_to_the_first_step(
 
 
 def test_prediction_beside_measurement():
-    found = Rehearsal(ClipShape(81, 768, 1360), 1, "attention_kept", 44_000_000_000, 40_000_000_000, 31.5)
+    found = MemoryCheck(ClipShape(81, 768, 1360), 1, "selective", 44_000_000_000, 40_000_000_000, 31.5)
     assert str(found) == (
-        "tried 81x768x1360, batch 1, recompute attention_kept, in 31.5 s: 40.0 GB of tensors at the peak, 44.0 GB "
+        "tried 81x768x1360, batch 1, recompute selective, in 31.5 s: 40.0 GB of tensors at the peak, 44.0 GB "
         "predicted (+10%)"
     )
     assert found.scalars() == {"memory/predicted_gb": 44.0, "memory/measured_gb": 40.0}

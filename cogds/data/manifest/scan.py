@@ -39,7 +39,14 @@ from cogds.data.manifest.scan_state import (
     write_table,
 )
 from cogds.data.manifest.table import DataSet
-from cogds.data.video.probe_task import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, FileFacts, ProbeTask, probe_file, reason_of
+from cogds.data.video.probe_task import (
+    PROBE_MEMORY_BYTES,
+    PROBE_TIMEOUT_S,
+    FileFacts,
+    ProbeTask,
+    probe_file,
+    reason_of,
+)
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import Failure, GuardedPool
 

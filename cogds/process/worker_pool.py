@@ -31,6 +31,8 @@ from dataclasses import dataclass
 from types import TracebackType
 from typing import Any, Generic, TypeVar
 
+from cogds.process.signals import block_stop_signals
+
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
@@ -39,26 +41,10 @@ START_TIMEOUT_S = 300.0  # imports on a busy network disk
 OUT_OF_BAND_BYTES = 1 << 20  # buffers from this size on travel as memory, not as a pickle
 _ALIGNMENT = 64
 _LENGTH = struct.Struct("<Q")
-# What asks a run to stop. Ctrl-C goes to the whole terminal group, a launcher or SLURM ends a whole tree: a run that
-# saves first still needs its children, and ends them itself.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 _BOOTSTRAP = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
     "from cogds.process.worker_pool import _serve; _serve(int(sys.argv[1]))"
 )
-
-
-@contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes that this thread starts in here never get STOP_SIGNALS, from their first moment on.
-
-    They inherit what this thread blocks; the process's other threads take its own signals meanwhile.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 @dataclass(frozen=True)
@@ -225,7 +211,10 @@ class _Child:
 
     def __init__(self, function: Callable[[Any], Any], timeout_s: float, memory_bytes: int) -> None:
         self.socket, theirs = socket.socketpair()
-        with theirs, deaf_children():  # ours must be the only other end: then a death reads as the end of the stream
+        with (
+            theirs,
+            block_stop_signals(),
+        ):  # ours must be the only other end: then a death reads as the end of the stream
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), json.dumps(sys.path)],
                 pass_fds=[theirs.fileno()],

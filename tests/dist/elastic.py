@@ -54,7 +54,7 @@ def work(jobs):
     from cogds.config.schema import load_config
     from cogds.model.load import find_model
     from cogds.config.deepspeed import load_ds_config, resolve
-    from cogds.process.signals import Interrupt
+    from cogds.process.signals import StopRequest
     from cogds.distributed.process_group import connect, disconnect
     from cogds.distributed.world import read_world
     from cogds.encode.survey import make_buckets
@@ -68,7 +68,7 @@ def work(jobs):
         path = str(ROOT / f"ds_configs/{config}.json")
         Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
         ds_config, cfg = resolve(load_ds_config(path), cfg, explicit, world.size, model.hidden_size, path)
-        train(cfg, ds_config, model, make_buckets(cfg, model), world, Interrupt())
+        train(cfg, ds_config, model, make_buckets(cfg, model), world, StopRequest())
     disconnect()
 
 

@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from cogds.data.video.media import DecodeError
-from cogds.process.worker_pool import OUT_OF_BAND_BYTES, STOP_SIGNALS, Failure, GuardedPool, deaf_children
+from cogds.process.signals import STOP_SIGNALS, block_stop_signals
+from cogds.process.worker_pool import OUT_OF_BAND_BYTES, Failure, GuardedPool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -191,7 +192,7 @@ def test_children_outlive_what_asks_the_whole_tree_to_stop(pool: GuardedPool[Any
     (tmp_path / "go").touch()
     waiter.join(60)
     assert (tmp_path / "outcomes").read_text() == "['told', 1]"
-    with deaf_children():
+    with block_stop_signals():
         newborn = subprocess.Popen([sys.executable, "-c", "print('born')"], stdout=subprocess.PIPE)
         for number in STOP_SIGNALS:
             newborn.send_signal(number)

@@ -110,9 +110,9 @@ class Watchdog:
         file = self._folder / f"hung-rank-{self._rank}.txt"
         text = (
             f"rank {self._rank} ({socket.gethostname()}, process {os.getpid()}) hangs: {activity}, for {hung_s:.0f} s "
-            f"(train.step_timeout_s is {self._limit_s:g}). It ends with exit code {EXIT_HUNG}; its stacks are below and "
-            f"in {file}. Run the same command again to continue from the last checkpoint. To find the cause, look for "
-            "the rank whose stack differs from the others, and check its node."
+            f"(train.step_timeout_s is {self._limit_s:g}). It ends with exit code {EXIT_HUNG}; its stacks are below "
+            f"and in {file}. Run the same command again to continue from the last checkpoint. To find the cause, look "
+            "for the rank whose stack differs from the others, and check its node."
         )
         write_stderr(text)
         faulthandler.dump_traceback(2)

@@ -21,9 +21,9 @@ from cogds.data.video.drawn import draw_clips
 from cogds.data.video.media import read_clip
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
-from cogds.encode.survey import make_buckets
 from cogds.errors import UserError
 from cogds.files import process_tag
+from cogds.job import make_buckets
 from cogds.model.load import find_model, load_vae
 from tests.data import unruly
 

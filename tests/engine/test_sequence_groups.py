@@ -2,13 +2,12 @@
 
 import pytest
 
+from cogds.cli import call
 from cogds.data.loading.dataset import Bad
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.train import bad_samples as quarantine
-from cogds.train.main import main
 from tests.config.test_deepspeed import ZERO2, refused, resolve
-from tests.conftest import ROOT
 
 
 def test_a_batch_counts_clips_and_not_ranks():
@@ -51,5 +50,5 @@ def test_what_does_not_divide_is_said_before_anything_is_loaded(tiny_model, tmp_
     with pytest.raises(
         UserError, match=r"parallel.sequence_size is 2, .* number of ranks, 1, and .* heads, 2: set it to 1,"
     ):
-        main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml", settings)
+        call("train", settings, starts_ranks=False)
     assert not (tmp_path / "out").exists()

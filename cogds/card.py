@@ -180,7 +180,8 @@ def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
     else:
         lines += [
             f"pipe = CogVideoXImageToVideoPipeline.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16)",
-            f"pipe.load_lora_weights({_quoted(where)})",
+            # Offline, diffusers before 0.40 requires the name.
+            f'pipe.load_lora_weights({_quoted(where)}, weight_name="pytorch_lora_weights.safetensors")',
         ]
     if factor != 1.0:
         lines += [

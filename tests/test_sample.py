@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cogds.sample
+from cogds.cli import call
 from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
@@ -16,7 +17,7 @@ from cogds.model.lora.file import AlphaSource, LoraFile
 from cogds.model.pipelines import load_pipeline, num_calls, use_convention
 from cogds.sample import Lora, agreed, trained_buckets
 from cogds.videos.sample_spec import first_frame, fitting_bucket
-from tests.training.test_step import build_ours, differences, pipeline_inputs
+from tests.train.test_step import build_ours, differences, pipeline_inputs
 
 
 @pytest.fixture(scope="module")
@@ -66,7 +67,7 @@ def sample(model, tmp_path, monkeypatch):
     def sample(convention, *argv, weight=()):
         metadata = {"image_latents": convention, "buckets": ["1x64x96", "9x64x64", "9x64x96"], "fps": 8.0}
         export(tmp_path / convention, transformer, tensors, metadata)
-        cogds.sample.main(
+        call("sample",
             ["--model", str(model.path), "--lora", str(tmp_path / convention), *weight,
              "--image", str(tmp_path / "first.png"), "--prompt", "a red circle", "--steps", "1", *argv]
         )  # fmt: skip

@@ -1,4 +1,3 @@
-import argparse
 import dataclasses
 import io
 import json
@@ -10,6 +9,7 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from cogds.arguments import parse_args
 from cogds.core.buckets import crop_share
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import ZeroSettings
@@ -18,7 +18,6 @@ from cogds.errors import UserError
 from cogds.formatting import gigabytes
 from cogds.report.analysis import Captions, ClipTable, Rates, TrainingSetup, make_report, read_rates
 from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
-from cogds.report.main import _add_arguments
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
 from tests.published_model import V15, published_memory
@@ -344,11 +343,9 @@ def test_the_file_is_whole(tmp_path):
 
 
 def test_a_page_in_a_folder_that_does_not_exist_is_refused(tmp_path):
-    parser = argparse.ArgumentParser()
-    _add_arguments(parser)
-    assert parser.parse_args(["--html", str(tmp_path / "report.html")]).html == tmp_path / "report.html"
-    with pytest.raises(UserError, match=rf"--html: .*{re.escape(str(tmp_path / 'none'))}"):
-        parser.parse_args(["--html", str(tmp_path / "none" / "report.html")])
+    assert parse_args("report", ["--html", str(tmp_path / "report.html")]).html == tmp_path / "report.html"
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "none"))):
+        parse_args("report", ["--html", str(tmp_path / "none" / "report.html")])
     assert not (tmp_path / "none").exists()
 
 

@@ -15,7 +15,7 @@ from cogds.model.lora.adapter import export, inject
 from cogds.model.lora.convert import check_fits, load_adapter, save_comfyui, save_comfyui_wrapper, save_diffusers
 from cogds.model.lora.file import read_lora
 from tests.model.lora.adapters import base_transformer, output, output_in_diffusers, write_lora
-from tests.model.test_lora import ATTENTION, randomize
+from tests.model.lora.test_adapter import ATTENTION, randomize
 
 # rank, alpha, layers: alpha/rank of 2, of 1.5 and of 1/4, all of them in one.
 KINDS = [(4, 8.0, ATTENTION), (3, 4.5, ("to_q", "ff.net.2")), (4, 1.0, ("all-linear",))]

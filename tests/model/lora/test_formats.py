@@ -12,11 +12,8 @@ from PIL import Image
 from safetensors.torch import load_file, save_file
 
 import cogds.evaluate
-import cogds.export
 import cogds.sample
-import cogds.train
 from cogds import cli
-from cogds.config.schema import load_config
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject, linear_layers, start_from
@@ -24,8 +21,10 @@ from cogds.model.lora.convert import load_adapter, save_comfyui, save_comfyui_wr
 from cogds.model.lora.file import AlphaSource, read_lora
 from cogds.model.lora.formats import comfyui_name, parse_key
 from cogds.model.pipelines import load_pipeline
+from cogds.train.resume import check_init
+from tests.jobs import make_job
 from tests.model.lora.adapters import base_transformer, output, output_in_diffusers
-from tests.model.test_lora import ATTENTION, randomize
+from tests.model.lora.test_adapter import ATTENTION, randomize
 
 RANK, ALPHA = 4, 3
 SAT = {"to_q": "query_key_value.{}.0", "to_k": "query_key_value.{}.1", "to_v": "query_key_value.{}.2"}
@@ -205,11 +204,12 @@ def verbs(tiny_model, tmp_path, monkeypatch):
     def train(path, alpha):
         words = [f"lora.init_from={path}", f"lora.rank={RANK}", "lora.alpha=5"]
         words += [f"lora.init_alpha={alpha}"] if alpha else []
-        cfg, _ = load_config(None, config(*words))
-        assert f"8 layers, rank {RANK}, " in cogds.train.check_init(cfg, model)[0]
+        job = make_job(*config(*words))
+        cfg, file = job.cfg, check_init(job)
+        assert (len(file.pairs), file.ranks) == (8, [RANK])
         transformer = load_transformer(model, torch.float32)
         inject(transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, cfg.seed)
-        start_from(transformer, cogds.train.init_lora(cfg))
+        start_from(transformer, file)
         return output(transformer)
 
     def evaluate(path, alpha):
@@ -217,7 +217,7 @@ def verbs(tiny_model, tmp_path, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(cogds.evaluate, "prepare", lambda *_: SimpleNamespace())
             patch.setattr(cogds.evaluate, "load_evaluated", lambda *args: stop(load(*args)))
-            main = lambda argv: cogds.evaluate.main(tmp_path / "none.yaml", argv)  # noqa: E731
+            main = lambda argv: cli.call("evaluate", argv)  # noqa: E731
             (tmp_path / "none.yaml").write_text("{}")
             return until_loaded(main, [*config("train.precision=fp32"), "--lora", str(path), *options(alpha)])
 
@@ -232,11 +232,11 @@ def verbs(tiny_model, tmp_path, monkeypatch):
             patch.setattr(cogds.sample, "sample_latents", lambda pipeline, *_: stop(pipeline.transformer))
             argv = ["--model", str(tiny_model), "--image", str(tmp_path / "first.png"), "--prompt", "a ball"]
             argv += ["--size", "9x64x96", "--output", str(tmp_path / "a.mp4"), "--lora", str(path), *options(alpha)]
-            return until_loaded(cogds.sample.main, argv)
+            return until_loaded(lambda argv: cli.call("sample", argv), argv)
 
     def export(path, alpha):
         out = tmp_path / "exported"
-        cogds.export.main([str(path), "--to", "diffusers", "--output", str(out), "--model", str(tiny_model),
+        cli.call("export", [str(path), "--to", "diffusers", "--output", str(out), "--model", str(tiny_model),
                            *options(alpha)])  # fmt: skip
         assert len(read_lora(out).pairs) == 8
         return output_in_diffusers(tiny_model, (out, 1.0))

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 
-from cogds.core.memory import TransformerSize, base_bytes, unpacked_bytes
+from cogds.core.memory import TransformerSize, base_weights_bytes, unpacked_weight_bytes
 from cogds.errors import UserError
 from cogds.model.load import build_transformer, find_model, load_transformer
 from cogds.model.lora.adapter import check_start, export, inject, resolve_targets
@@ -187,7 +187,9 @@ def test_a_loaded_base_is_the_model_packed_and_never_held_in_full(tiny_model, qu
     parts = [one for layer in layers.values() for one in layer.packed.parts]
     held = sum(one.numel() * one.element_size() for one in [*parts, *own.values()])
     num_parameters = sum(one.numel() for one in full.parameters())
-    assert held == base_bytes(TransformerSize.from_config(model.transformer_config, num_parameters), quantization, 4)
+    assert held == base_weights_bytes(
+        TransformerSize.from_config(model.transformer_config, num_parameters), quantization, 4
+    )
 
 
 @needs_libraries
@@ -347,4 +349,4 @@ def test_a_weight_is_unpacked_in_the_memory_that_is_counted(quantization, fp8_ma
     rows, kind, parts = torch.randn(4, 2048).to(torch.bfloat16), packed.kind, list(packed.parts)
     with LiveBytes([rows, *parts]) as live:
         quantize._product_back._init_fn(rows, kind, list(packed.shape), parts)
-    assert live.peak == pytest.approx(unpacked_bytes(quantization, fp8_matmul, 2) * 2048 * 512, rel=0.03)
+    assert live.peak == pytest.approx(unpacked_weight_bytes(quantization, fp8_matmul, 2) * 2048 * 512, rel=0.03)

@@ -18,7 +18,16 @@ from pathlib import Path
 import cogds
 from cogds.arguments import VERBS, find_config, parse_args, shipped
 from cogds.distributed.world import is_launched, read_world
-from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
+from cogds.errors import (
+    EXIT_BUG,
+    EXIT_HUNG,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    BugReported,
+    Interrupted,
+    UserError,
+    did_you_mean,
+)
 from cogds.process.log_filters import install_log_filters
 from cogds.process.logs import RESULT, configure_logging
 
@@ -167,6 +176,8 @@ def _run(function: Callable[[], None]) -> int:
         if (place := _place(error)) is not None:
             print(f"error{place}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BugReported:
+        return EXIT_BUG
     except Interrupted:
         return EXIT_INTERRUPTED
     except RuntimeError as error:

@@ -21,6 +21,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from cogds.errors import brief
+from cogds.process.logs import log_failure
+
 logger = logging.getLogger(__name__)
 
 MAX_PENDING_BYTES = 256 << 20  # of records that a disk refuses
@@ -155,6 +158,6 @@ class AsyncWriter:
             try:
                 sink.write(records)
             except Exception as error:  # a bug in one sink must not stop the others
-                logger.warning(f"{sink.path}: {type(error).__name__}: {error}")
+                log_failure(logger, f"{sink.path}: {brief(error)}", error)
             finally:
                 self._queue.task_done()

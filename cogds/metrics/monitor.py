@@ -15,6 +15,7 @@ import torch
 from cogds.core.geometry import ClipShape
 from cogds.distributed.collectives import all_reduce_sum
 from cogds.distributed.world import World
+from cogds.errors import brief
 from cogds.metrics.async_writer import AppendFile, AsyncWriter, Sink
 from cogds.metrics.jsonl import metrics_line
 from cogds.metrics.step_metrics import RankValues, SquaredNorms, StepLosses, StepMetrics
@@ -29,6 +30,7 @@ from cogds.metrics.tensorboard import (
     text_record,
 )
 from cogds.metrics.training_progress import TrainingProgress
+from cogds.process.logs import log_failure
 
 logger = logging.getLogger(__name__)
 
@@ -160,6 +162,6 @@ class Monitor:
         try:
             record = make_record()
         except Exception as error:  # an image must not end a run
-            logger.warning(f"{name}: cannot be written for TensorBoard ({type(error).__name__}: {error}).")
+            log_failure(logger, f"{name}: cannot be written for TensorBoard ({brief(error)}).", error)
             return
         self.writer.submit(self.event_file, [record])

@@ -12,8 +12,9 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cogds.errors import UserError
+from cogds.errors import UserError, brief
 from cogds.metrics.async_writer import WARN_INTERVAL_S
+from cogds.process.logs import log_failure
 
 logger = logging.getLogger(__name__)
 
@@ -67,9 +68,11 @@ class Trackers:
         except Exception as error:  # a service that cannot be reached must not end a run
             if time.monotonic() - self._warned_at >= WARN_INTERVAL_S:
                 self._warned_at = time.monotonic()
-                logger.warning(
-                    f"{self.path}: {type(error).__name__}: {error}. Training continues; metrics.jsonl and tensorboard/ "
-                    "have the values that are missing there."
+                log_failure(
+                    logger,
+                    f"{self.path}: {brief(error)}. Training continues; metrics.jsonl and tensorboard/ have the values "
+                    "that are missing there.",
+                    error,
                 )
 
 

@@ -60,7 +60,7 @@ class CheckpointCallback:
     @property
     def is_written(self) -> bool:
         """Whether a save has ended, well or not, that `finish` has not been called for. Rank 0 only."""
-        return self._saver.done
+        return self._saver.is_done
 
     def finish(self, step: int) -> None:
         """Wait for the save in progress, if any, and record its duration. Raises its error. Collective."""

@@ -60,7 +60,7 @@ def step_of(step):
     return {"train/lr": step / 8}, losses(float(step))
 
 
-def test_one_object_per_step_and_the_same_scalars_in_tensorboard(tmp_path):
+def test_each_step_is_a_line_and_the_same_scalars_are_in_tensorboard(tmp_path):
     monitor = make(tmp_path)
     monitor.add_step(1, {"train/lr": 0.5, "train/grad_norm": None}, losses(1.0))
     monitor.add_step(2, {"train/lr": 0.25, "train/grad_norm": torch.tensor(3.0)}, losses(2.0, bucket=1))
@@ -80,7 +80,7 @@ def test_one_object_per_step_and_the_same_scalars_in_tensorboard(tmp_path):
     assert board_of(tmp_path, "train/lr") == [(1, 0.5), (2, 0.25)]
 
 
-def test_losses_of_several_micro_steps_are_collected():
+def test_losses_of_several_micro_steps_add_up():
     one = StepLosses(2, torch.device("cpu"))
     one.add(torch.tensor(0.5), torch.tensor([1.0]), 0, torch.tensor([2]))
     one.add(torch.tensor(0.25), torch.tensor([3.0, 5.0]), 0, torch.tensor([2, 2]))
@@ -122,7 +122,7 @@ def test_a_resumed_run_appends(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
-def test_a_text_is_tensorboards_alone(tmp_path):
+def test_a_text_is_only_in_tensorboard(tmp_path):
     monitor = make(tmp_path)
     monitor.add_text("config/run", "seed: 7\nlr: 1")
     monitor.close()
@@ -131,7 +131,7 @@ def test_a_text_is_tensorboards_alone(tmp_path):
     assert lines(tmp_path) == []
 
 
-def test_a_note_is_a_line_of_its_own_and_no_step(tmp_path):
+def test_a_note_is_a_line_of_its_own_and_not_a_step(tmp_path):
     monitor = make(tmp_path)
     monitor.add_scalars(0, {"eval/loss": 0.75})
     monitor.add_step(1, {"train/lr": 0.1}, losses(1.0))
@@ -160,7 +160,7 @@ def test_a_resumed_run_keeps_the_notes_up_to_its_step(tmp_path):
     assert board_of(tmp_path, "eval/loss") == noted
 
 
-def test_a_note_that_is_made_again_stands_once(tmp_path):
+def test_a_repeated_note_is_there_once(tmp_path):
     """An evaluation that is due where the run goes on: step 2 is evaluated before it was saved, and after that."""
     monitor = make(tmp_path)
     for step in (1, 2, 3):
@@ -181,7 +181,7 @@ def test_a_note_that_is_made_again_stands_once(tmp_path):
     assert board_of(tmp_path, "train/lr") == [(1, 0.125), (2, 0.25)]
 
 
-def test_what_is_not_finite_is_null_in_json_and_itself_in_tensorboard(tmp_path):
+def test_a_value_that_is_not_finite_is_null_in_json_and_itself_in_tensorboard(tmp_path):
     monitor = make(tmp_path)
     monitor.add_step(1, {"train/lr": 0.1, "train/grad_norm": math.inf}, losses(math.nan))
     monitor.close()
@@ -214,7 +214,7 @@ def fill(folder):
             file.write(bytes(512))
 
 
-def test_a_full_disk_stops_nothing_and_what_it_refused_comes_later(small_disk, capsys):
+def test_a_full_disk_ends_nothing_and_its_records_are_written_later(small_disk, capsys):
     monitor = make(small_disk)
     monitor.add_step(1, *step_of(1))
     fill(small_disk)
@@ -238,7 +238,7 @@ def test_a_full_disk_stops_nothing_and_what_it_refused_comes_later(small_disk, c
     assert board_of(small_disk, "train/lr") == [(step, step / 8) for step in range(1, 61)]
 
 
-def test_what_a_full_disk_never_took_is_said_at_the_end(small_disk, capsys):
+def test_records_that_a_full_disk_never_took_are_reported_at_the_end(small_disk, capsys):
     monitor = make(small_disk)
     fill(small_disk)
     for step in range(1, 60):
@@ -249,7 +249,7 @@ def test_what_a_full_disk_never_took_is_said_at_the_end(small_disk, capsys):
     assert f"{small_disk}/tensorboard/events" in of_events
 
 
-def test_a_disk_that_turned_read_only_stops_nothing(small_disk, capsys):
+def test_a_disk_that_turns_read_only_ends_nothing(small_disk, capsys):
     monitor = make(small_disk)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
     monitor.add_step(1, *step_of(1))
@@ -262,7 +262,7 @@ def test_a_disk_that_turned_read_only_stops_nothing(small_disk, capsys):
 
 
 @pytest.mark.parametrize("gone", ["tensorboard", "."])
-def test_a_folder_that_is_gone_is_made_again_one_that_is_a_file_is_said(tmp_path, gone, capsys):
+def test_a_missing_folder_is_created_again_and_a_file_in_its_place_reported(tmp_path, gone, capsys):
     output = tmp_path / "run"
     output.mkdir()
     monitor = make(output)
@@ -278,7 +278,7 @@ def test_a_folder_that_is_gone_is_made_again_one_that_is_a_file_is_said(tmp_path
     assert f"warning: {output}/tensorboard/events" in capsys.readouterr().err
 
 
-def test_an_output_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
+def test_an_output_without_a_reader_ends_nothing(tmp_path, monkeypatch):
     """The terminal is gone, or the launcher at the other end of the pipe."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -301,7 +301,7 @@ def test_an_output_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", ["folder", "bytes"])
-def test_metrics_that_cannot_be_taken_over_are_said_before_the_run(tmp_path, bad):
+def test_metrics_that_cannot_be_kept_are_an_error_before_the_run(tmp_path, bad):
     file = tmp_path / "metrics.jsonl"
     rewind_metrics(file, 3)  # not there: nothing to take over
     assert not list(tmp_path.iterdir())

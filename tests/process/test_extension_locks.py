@@ -81,7 +81,7 @@ def test_only_a_process_that_would_remove_a_lock_waits_for_its_build(tmp_path, c
 
 def test_compilers_that_outlive_a_killed_build_are_waited_for(tmp_path, capsys):
     lock = leave_lock(tmp_path)
-    compiler = subprocess.Popen(["sleep", "2"], cwd=lock.parent)
+    compiler = subprocess.Popen(["sleep", "0.7"], cwd=lock.parent)
     remove_stale_locks(tmp_path)
     assert compiler.poll() == 0
     assert str(lock) in capsys.readouterr().err

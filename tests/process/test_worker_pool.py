@@ -159,7 +159,7 @@ def test_a_worker_imports_neither_torch_nor_a_decoder() -> None:
     assert "torch" not in modules
 
 
-@pytest.mark.parametrize("num_workers", [1, 2])
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_each_failure_loses_only_its_own_task(num_workers: int) -> None:
     tasks = ["exit", 1, "segfault", 2, "eat slowly", 3, "eat at once", 4, "decode error", 5, "stale", 6, "exit", 7,
              "eat shared", 8]  # fmt: skip
@@ -315,7 +315,9 @@ def test_closing_kills_a_hung_worker_and_abandons_its_outcomes(tmp_path: Path) -
     assert not waiter.is_alive()
 
 
-@pytest.mark.parametrize("state", ["idle", "hang", pytest.param("hold the lock", marks=pytest.mark.slow)])
+@pytest.mark.parametrize(
+    "state", ["hang", *(pytest.param(s, marks=pytest.mark.slow) for s in ("idle", "hold the lock"))]
+)
 def test_workers_end_with_a_killed_parent(state: str) -> None:
     """Also where another process, forked by the parent, holds the parent's end of the socket open."""
     code = f"""

@@ -8,7 +8,7 @@ up to the last wanted one, make an RGB array of the source's size of each and ke
 loops have FFmpeg (bicubic) scale each of them to the size that covers the bucket. "ours" are `read_clip`: what is
 wanted, scaled and cropped. (A bare loop that throws its arrays away writes the same warm memory again and again, and
 is 20 ms faster at 1280x720: that is the price of new memory for 135 MB.)
-Then the same clips through a GuardedPool of two children, wall time, against two bare processes.
+Then the same clips through a WorkerPool of two children, wall time, against two bare processes.
 
 Prints tables and one line of JSON with the ratios bare / ours of the times, that is ours / bare of the throughput.
 """
@@ -32,8 +32,8 @@ import numpy as np
 from av.video.reformatter import Interpolation
 
 from cogds.core.geometry import ClipShape
-from cogds.data.video.media import probe_video, read_clip
-from cogds.process.worker_pool import Failure, GuardedPool
+from cogds.data.video.media import DecodeError, probe_video, read_clip
+from cogds.process.worker_pool import TaskFailure, WorkerPool
 
 NAMES = ("bigbuckbunny", "bikes", "carphone_pristine")
 NUM_FRAMES, FPS = 49, 16.0
@@ -136,11 +136,11 @@ def single(tasks: dict[tuple[str, str], Task], rounds: int) -> dict[tuple[str, s
     return {key: {name: statistics.median(all_ms) for name, all_ms in row.items()} for key, row in times.items()}
 
 
-def pooled(tasks: list[Task], name: str, pools: dict[str, GuardedPool]) -> float:
+def pooled(tasks: list[Task], name: str, pools: dict[str, WorkerPool]) -> float:
     """Wall seconds of many tasks in the children of a pool."""
     start = time.perf_counter()
     for outcome in pools[name].imap(tasks, ahead=1):
-        if isinstance(outcome, Failure):
+        if isinstance(outcome, TaskFailure):
             raise RuntimeError(outcome.reason)
     return time.perf_counter() - start
 
@@ -184,7 +184,7 @@ def main() -> None:
 
     names = ("ours_pyav", "ours_decord", "bare_pyav", "scaled_pyav")
     pools = {
-        name: GuardedPool(getattr(importable, name), POOL_CHILDREN, timeout_s=120, memory_bytes=4 << 30)
+        name: WorkerPool(getattr(importable, name), POOL_CHILDREN, 120, 4 << 30, (DecodeError,))
         for name in names
     }  # fmt: skip
     print(f"clips per second, {POOL_CHILDREN} children, wall, median of {POOL_ROUNDS}")

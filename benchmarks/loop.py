@@ -59,7 +59,7 @@ from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import inject
 from cogds.model.tiny import create_tiny_model
 from cogds.model.transformer.forward import Transformer
-from cogds.process.signals import Interrupt
+from cogds.process.signals import StopRequest
 from cogds.process.watchdog import Watchdog
 from cogds.train.step import load_step_builder
 from cogds.train.tuning import choose_execution, prepare_blocks
@@ -163,7 +163,7 @@ def measure(
     draws = draw(micro_batch, 0, len(builder.alphas_cumprod), cfg, world)
     inputs, target = builder.build(batch, buckets[0], draws)
     transformer.set_checkpointing(execution.checkpointing_modes[0])
-    watchdog, interrupt = Watchdog(world.rank, 3600.0, folder), Interrupt()
+    watchdog, interrupt = Watchdog(world.rank, 3600.0, folder), StopRequest()
 
     def bare() -> None:
         loss = v_loss(engine(**inputs)[0], target).mean()

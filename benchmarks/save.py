@@ -34,7 +34,7 @@ def main() -> None:
     saver, longest_s = Saver(), 0.0
     saver.start(lambda: write(args.folder, 1, state, {}, 1, None) and None)
     before = time.perf_counter()
-    while not saver.done:
+    while not saver.is_done:
         time.sleep(0.001)
         now = time.perf_counter()
         longest_s, before = max(longest_s, now - before), now

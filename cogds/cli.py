@@ -18,8 +18,17 @@ from pathlib import Path
 import cogds
 from cogds.arguments import VERBS, find_config, parse_args, shipped
 from cogds.distributed.world import is_launched, read_world
-from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
-from cogds.process.log_filters import leave_out
+from cogds.errors import (
+    EXIT_BUG,
+    EXIT_HUNG,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    BugReported,
+    Interrupted,
+    UserError,
+    did_you_mean,
+)
+from cogds.process.log_filters import install_log_filters
 from cogds.process.logs import RESULT, configure_logging
 
 DEFAULT_DEEPSPEED = "zero2.json"
@@ -68,7 +77,7 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
         args.config = named or str(shipped("run_configs", DEMO_CONFIG))
         named = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
         args.deepspeed = named or str(shipped("ds_configs", DEFAULT_DEEPSPEED))
-    leave_out()  # before diffusers and DeepSpeed are imported: some messages come then
+    install_log_filters()  # before diffusers and DeepSpeed are imported: some messages come then
     if starts_ranks and about.is_launchable and (launcher := launcher_command(args, argv)):
         sys.stdout.flush()
         os.execv(launcher[0], launcher)
@@ -167,6 +176,8 @@ def _run(function: Callable[[], None]) -> int:
         if (place := _place(error)) is not None:
             print(f"error{place}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BugReported:
+        return EXIT_BUG
     except Interrupted:
         return EXIT_INTERRUPTED
     except RuntimeError as error:

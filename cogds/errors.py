@@ -9,13 +9,22 @@ import difflib
 from collections.abc import Iterable
 from typing import Self
 
+EXIT_BUG = 1  # as for any exception that Python does not catch
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 EXIT_HUNG = 76  # hung, lost the connection to another rank, or the port is taken: run it again, but not forever
 
+# Exceptions that come from a bug and never from a file, a machine or a network. `except BUGS: raise` goes before
+# `except Exception` if a library has no base class for its errors.
+BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
+
 
 class Interrupted(Exception):
     """The run was asked to stop and has stopped; the same command continues it."""
+
+
+class BugReported(Exception):
+    """A bug whose traceback is already printed, by this rank or another: the process ends with EXIT_BUG."""
 
 
 class UserError(Exception):
@@ -31,6 +40,14 @@ class UserError(Exception):
     def as_shared(self) -> Self:
         """Return the same error for a rank that need not report it."""
         return type(self)(str(self), shared=True)
+
+
+def brief(error: BaseException) -> str:
+    """Return `Type: message` of an exception in one line; of a UserError only the message."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, UserError) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

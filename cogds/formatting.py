@@ -1,20 +1,20 @@
-"""Numbers in sentences."""
+"""Numbers and units as text."""
 
 
 def counted(value: float, noun: str) -> str:
-    """`1 clip`, `12,000 clips`, `4.5 steps`, `2 entries`. noun: regular, in the singular."""
+    """Return `1 clip`, `12,000 clips`, `4.5 steps` or `2 entries`. noun: a regular one, in the singular."""
     plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
     text = number(value)
     return f"{text} {noun if text == '1' else plural}"
 
 
 def percent(share: float) -> str:
-    """A share as people read it: nothing is 0%, and little is never nothing."""
+    """Return a share as a percentage: 0 is `0%`, and anything below 1% is `<1%`."""
     return "0%" if share <= 0 else "<1%" if share < 0.01 else f"{100 * share:.0f}%"
 
 
 def gigabytes(size: float) -> str:
-    """Bytes as GB (10^9), TB above a thousand, or MB or kB below one."""
+    """Return bytes as GB (10^9 bytes), or as TB, MB or kB if that is closer."""
     if size >= 1e12:
         return f"{size / 1e12:,.1f} TB"
     if size >= 1e9:
@@ -23,7 +23,7 @@ def gigabytes(size: float) -> str:
 
 
 def duration(seconds: float) -> str:
-    """Seconds as the unit that fits."""
+    """Return seconds in the unit that fits."""
     for unit, length in (("days", 86_400), ("h", 3_600), ("min", 60)):
         if seconds >= 2 * length:
             return f"{seconds / length:,.1f} {unit}"
@@ -31,12 +31,12 @@ def duration(seconds: float) -> str:
 
 
 def number(value: float) -> str:
-    """A count with separators; a fraction only where it matters."""
+    """Return a number with thousands separators, and with one decimal below 100 if it has any."""
     return f"{value:,.0f}" if value >= 100 or value == int(value) else f"{value:,.1f}"
 
 
 def magnitude(value: float) -> str:
-    """A count of parameters: 5.57 B, 132.1 M, 40.3 k."""
+    """Return a number of parameters: `5.57 B`, `132.1 M`, `40.3 k`."""
     for unit, size in (("B", 1e9), ("M", 1e6), ("k", 1e3)):
         if value >= size:
             return f"{value / size:.2f} {unit}" if unit == "B" else f"{value / size:.1f} {unit}"

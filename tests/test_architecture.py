@@ -19,7 +19,7 @@ MAY_IMPORT = {
     "formatting": set(),
     "config": {"errors"},
     "core": {"errors", "formatting"},
-    "process": {"errors", "files", "data"},
+    "process": {"errors", "files"},
     "distributed": {"errors", "files", "config", "process"},
     "data": {"errors", "files", "core", "process"},
     "model": {"errors", "files", "core"},

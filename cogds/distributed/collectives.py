@@ -11,25 +11,31 @@ import torch.distributed as dist
 
 from cogds.distributed.process_group import gloo_groups
 from cogds.distributed.world import World
-from cogds.errors import UserError
+from cogds.errors import BugReported, Interrupted, UserError, brief
 
 T = TypeVar("T")
 
 
 def on_rank0(world: World, function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 and return its result on every rank. What it raises is raised on every rank."""
-    result, error = broadcast(world, 0, _try_on_rank0(world, function))
-    _raise(world, error)
+    """Run `function` on rank 0 and return its result on every rank.
+
+    What it raises is raised on every rank: UserError and Interrupted themselves, anything else as BugReported on the
+    other ranks.
+    """
+    result, own_error = _try_on_rank0(world, function)
+    result, error = broadcast(world, 0, (result, _error_elsewhere(own_error)))
+    _raise(own_error or error)
     return result  # type: ignore[return-value]
 
 
 def rank0_only(world: World, function: Callable[[], T]) -> T | None:
     """Run `function` on rank 0 and return its result on rank 0 only; the other ranks get None.
 
-    The result need not be picklable. What it raises is raised on every rank.
+    The result need not be picklable. Errors are raised on every rank, as by `on_rank0`.
     """
-    result, error = _try_on_rank0(world, function)
-    _raise(world, broadcast(world, 0, error))
+    result, own_error = _try_on_rank0(world, function)
+    error = broadcast(world, 0, _error_elsewhere(own_error))
+    _raise(own_error or error)
     return result
 
 
@@ -38,14 +44,20 @@ def _try_on_rank0(world: World, function: Callable[[], T]) -> tuple[T | None, Ex
         return None, None
     try:
         return function(), None
-    except Exception as error:  # raised by `_raise`, on every rank
+    except Exception as error:  # raised once the other ranks know
         return None, error
 
 
-def _raise(world: World, error: Exception | None) -> None:
-    """Raise rank 0's error, if there is one; rank 0 alone reports it."""
-    if isinstance(error, UserError) and world.rank > 0:
-        raise error.as_shared()
+def _error_elsewhere(error: Exception | None) -> Exception | None:
+    """Return what the other ranks raise if this rank raises `error`: this rank alone reports it."""
+    if isinstance(error, UserError):
+        return error.as_shared()
+    if error is None or isinstance(error, Interrupted):
+        return error
+    return BugReported(f"another rank failed: {brief(error)}")
+
+
+def _raise(error: Exception | None) -> None:
     if error is not None:
         raise error
 
@@ -66,7 +78,8 @@ def scatter_from_rank0(world: World, function: Callable[[], list[T]]) -> T:
 def on_all_ranks(world: World, function: Callable[[], T]) -> list[T]:
     """Run `function` on every rank and return all results, in rank order, on every rank.
 
-    If it raises on any rank, every rank raises: that rank its own error, the others a shared UserError.
+    If it raises on any rank, every rank raises: that rank its own error; the others BugReported if a rank has a bug,
+    else a shared UserError.
     """
     result: Any = None
     own_error: Exception | None = None
@@ -74,13 +87,16 @@ def on_all_ranks(world: World, function: Callable[[], T]) -> list[T]:
         result = function()
     except Exception as error:  # raised below, once every rank has got here
         own_error = error
-    results = all_gather(world, (result, own_error and f"{type(own_error).__name__}: {own_error}"))
-    if own_error is not None:
-        raise own_error
-    for rank, (_, failure) in enumerate(results):
-        if failure:
-            raise UserError(f"rank {rank} failed: {failure}", shared=True)
-    return [value for value, _ in results]
+    outcomes = all_gather(world, (result, own_error and brief(own_error), isinstance(own_error, UserError)))
+    _raise(own_error)
+    failures = [
+        (f"rank {rank} failed: {message}", is_user_error)
+        for rank, (_, message, is_user_error) in enumerate(outcomes)
+        if message
+    ]
+    for message, is_user_error in sorted(failures, key=lambda failure: failure[1]):  # a bug first
+        raise UserError(message, shared=True) if is_user_error else BugReported(message)
+    return [value for value, _, _ in outcomes]
 
 
 def all_gather(world: World, value: T) -> list[T]:

@@ -1,7 +1,7 @@
-"""How ranks reach one another: what `network.interface` and `network.env` of the run config set on every rank.
+"""Network settings of the run config, `network.interface` and `network.env`, as environment variables of every rank.
 
-NCCL and gloo read environment variables when the process group is made. `world.connect` sets them just before, on
-every rank by itself, so that no launcher has to pass them on. The config wins over the environment.
+NCCL and gloo read environment variables when the process group is created. `connect` sets them just before that, on
+every rank, so that no launcher has to pass them on. The config wins over the environment.
 """
 
 import fcntl
@@ -18,18 +18,18 @@ from cogds.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Names that must not be set here -> why.
+# Names that network.env must not set -> reason.
 _REFUSED = {
-    r"RANK|WORLD_SIZE|NODE_RANK|(LOCAL|GROUP|ROLE|MASTER|TORCHELASTIC|SLURM)_.*": "the launcher sets it",
-    r"(CUDA|HIP|ROCR|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_ORDER": "the launcher deals the GPUs",
-    r"PATH|HOME|TMPDIR|SHELL|IFS|BASH_.*|LD_.*|PYTHON.*|OMP_.*|MKL_.*|KMP_.*": "it is read before the run config is: "
-    "export it before the launch",
+    r"RANK|WORLD_SIZE|NODE_RANK|(LOCAL|GROUP|ROLE|MASTER|TORCHELASTIC|SLURM)_.*": "The launcher sets it.",
+    r"(CUDA|HIP|ROCR|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_ORDER": "The launcher assigns the GPUs.",
+    r"PATH|HOME|TMPDIR|SHELL|IFS|BASH_.*|LD_.*|PYTHON.*|OMP_.*|MKL_.*|KMP_.*": "It is read before the run config. "
+    "Export it before the launch.",
 }
 _SIOCGIFADDR = 0x8915  # linux/sockios.h
 
 
 def interface_addresses() -> dict[str, str]:
-    """The network interfaces of this node -> their IPv4 address, empty where they have none."""
+    """Return the IPv4 address of each network interface of this node, "" if it has none."""
     addresses = {}
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as sock:
         for _, name in socket.if_nameindex():
@@ -42,86 +42,94 @@ def interface_addresses() -> dict[str, str]:
 
 
 def matching_interfaces(selection: str, present: Mapping[str, str]) -> list[str]:
-    """The interfaces that NCCL would choose from: `eth` is a beginning, `=eth0` the whole name, `^` before either
-    excludes, commas separate several. In the order of the selection, or of `present` where it excludes."""
+    """Return the interfaces that match a selection in NCCL's syntax, in its order (in that of `present` for `^`).
+
+    `eth` is a prefix, `=eth0` a whole name, `^` before either excludes, commas separate several.
+    """
     excludes = selection.startswith("^")
     rest = selection.removeprefix("^")
-    exact = rest.startswith("=")
-    # A port may stand behind the name; it is NCCL's alone.
-    wanted = [one.strip().partition(":")[0] for one in rest.removeprefix("=").split(",") if one.strip()]
+    is_exact = rest.startswith("=")
+    # A port may follow the name; only NCCL uses it.
+    wanted = [word.strip().partition(":")[0] for word in rest.removeprefix("=").split(",") if word.strip()]
 
-    def matches(name: str, one: str) -> bool:
-        return name == one if exact else name.startswith(one)
+    def matches(name: str, word: str) -> bool:
+        return name == word if is_exact else name.startswith(word)
 
     if excludes:
-        return [name for name in present if not any(matches(name, one) for one in wanted)]
-    # The very name first: `eth1` is not meant to be eth10.
-    chosen = [name for one in wanted for name in sorted(present, key=lambda name: name != one) if matches(name, one)]
-    return list(dict.fromkeys(chosen))
+        return [name for name in present if not any(matches(name, word) for word in wanted)]
+    # The exact name comes first: `eth1` does not mean eth10.
+    names = [name for word in wanted for name in sorted(present, key=lambda name: name != word) if matches(name, word)]
+    return list(dict.fromkeys(names))
 
 
 def gloo_interface(selection: str, present: Mapping[str, str]) -> str:
-    """The one interface that gloo, which takes exact names, is given: the first that matches and has an address.
+    """Return the interface for gloo, which takes exact names: the first that matches and has an address.
 
-    The loopback only where nothing else is left. "" where nothing matches.
+    The loopback interface is the last choice. Returns "" if none matches.
     """
-    found = matching_interfaces(selection, present)
-    return min(found, key=lambda name: (name == "lo", not present[name]), default="")
+    names = matching_interfaces(selection, present)
+    return min(names, key=lambda name: (name == "lo", not present[name]), default="")
 
 
 def nccl_interfaces(selection: str, present: Mapping[str, str]) -> list[str]:
-    """The interfaces that NCCL uses, the first of them to get started. selection: NCCL_SOCKET_IFNAME, "" if not set.
+    """Return the interfaces that NCCL uses; it starts with the first. selection: NCCL_SOCKET_IFNAME, "" if not set.
 
-    By itself it takes InfiniBand's, else any but docker's and the loopback, else those. Only ones with an address.
+    Without a selection it takes InfiniBand interfaces, else any but docker's and the loopback, else those. Only
+    interfaces with an address count.
     """
     usable = {name: address for name, address in present.items() if address}
-    choices = [selection] if selection else ["ib", "^docker,lo", "docker", "lo"]
-    return next((found for choice in choices if (found := matching_interfaces(choice, usable))), [])
+    selections = [selection] if selection else ["ib", "^docker,lo", "docker", "lo"]
+    return next((names for choice in selections if (names := matching_interfaces(choice, usable))), [])
 
 
 def network_env(
     interface: str | None, env: Mapping[str, str], present: Mapping[str, str], place: str
 ) -> dict[str, str]:
-    """What to set on this rank. present: this node's interfaces (`interface_addresses`); place: for the errors, `rank
-    3 on node2`. Raises UserError where the interface is not there, or a name must not be set."""
+    """Return the variables to set on this rank.
+
+    present: this node's interfaces (`interface_addresses`). place: for messages, `rank 3 on node2`.
+
+    Raises:
+        UserError: The interface does not exist, or a variable must not be set.
+    """
     for name, value in env.items():
         _check_variable(name, value)
-    wanted = {}
+    variables = {}
     if interface is not None:
         gloo = gloo_interface(interface, present)
         if not gloo:
             raise UserError(
-                f"network.interface is {interface}, but {place} has no such interface: it has {', '.join(present)}; "
-                "set one that every node has (eth means all that begin so, =eth0 this one, ^docker all others)"
+                f"network.interface: {place} has no interface that matches {interface}; it has {', '.join(present)}. "
+                "Choose one that every node has: eth (prefix), =eth0 (whole name) or ^docker (all others)."
             )
-        wanted = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": gloo}
-        for name in wanted:
+        variables = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": gloo}
+        for name in variables:
             if name in env:
-                raise UserError(f"network.interface and {name} in network.env are both set: remove one of them")
-    return {**wanted, **env}
+                raise UserError(f"network.env: {name} is set, and network.interface too. Remove one of them.")
+    return {**variables, **env}
 
 
 def _check_variable(name: str, value: str) -> None:
-    for pattern, why in _REFUSED.items():
+    for pattern, reason in _REFUSED.items():
         if re.fullmatch(pattern, name, re.IGNORECASE):
-            raise UserError(f"{name} cannot be set in network.env: {why}")
+            raise UserError(f"network.env: {name} cannot be set there. {reason}")
     if not re.fullmatch(r"[A-Za-z_]\w*", name, re.ASCII) or "\0" in value:
-        raise UserError(f"network.env: '{name}' is no name of an environment variable with a text; write NAME: 'text'")
+        raise UserError(f"network.env: '{name}' is not an environment variable with a text value. Write NAME: 'text'.")
 
 
-def replaced(wanted: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
-    """Sentences on the variables that the environment has with another value."""
+def overridden(variables: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
+    """Return a message for each variable that has another value in the environment."""
     return [
-        f"{name}={value} of the run config replaces {name}={environ[name]} of the environment"
-        for name, value in wanted.items()
+        f"{name}={value} of the run config overrides {name}={environ[name]} of the environment"
+        for name, value in variables.items()
         if environ.get(name, value) != value
     ]
 
 
 def set_network(world: World, network: NetworkConfig, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set the variables of the run config. Those that replace a value of the environment are logged."""
+    """Set the variables of the run config. Those that have another value in the environment are logged."""
     place = f"rank {world.rank} on {socket.gethostname()}"
-    wanted = network_env(network.interface, network.env, interface_addresses(), place)
-    for sentence in replaced(wanted, environ):
-        logger.info(sentence)
-    environ.update(wanted)
+    variables = network_env(network.interface, network.env, interface_addresses(), place)
+    for message in overridden(variables, environ):
+        logger.info(message)
+    environ.update(variables)

@@ -21,8 +21,8 @@ from cogds.distributed.network import set_network
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.process.environment import environment_variables
-from cogds.process.extension_locks import announce_build, clear_builds
-from cogds.process.log_filters import leave_out, without_printed
+from cogds.process.extension_locks import announce_build, remove_stale_locks
+from cogds.process.log_filters import filter_stdout, install_log_filters
 
 
 class GlooGroups:
@@ -141,11 +141,11 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     """Join the process group (NCCL on GPUs, gloo on CPUs). Collectives fail after `timeout_s` without an answer."""
     import deepspeed  # slow to import, and many users of this module never join a process group
 
-    leave_out()
+    install_log_filters()
     set_network(world, network)
     export_rendezvous(world)
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
-    clear_builds(built)
+    remove_stale_locks(built)
     if world.device.type == "cpu" and world.local_rank == 0:
         announce_build(built, "deepspeed_shm_comm")
     if world.device.type == "cuda":
@@ -154,7 +154,7 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
         if not environment_variables("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
             os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(world.device)
-    with without_printed():
+    with filter_stdout():
         deepspeed.init_distributed(
             auto_mpi_discovery=False,
             timeout=timedelta(seconds=timeout_s),

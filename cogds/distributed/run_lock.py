@@ -1,4 +1,4 @@
-"""One run at a time writes into an output folder: two would mix their checkpoints and metrics."""
+"""A lock on the output folder, because two runs in one folder would mix their checkpoints and metrics."""
 
 import contextlib
 import errno
@@ -17,7 +17,7 @@ from cogds.errors import UserError
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
-# A run that was killed a moment ago, or has lost its node, still has it: SLURM is quick to start the next.
+# A run that was just killed, or has lost its node, still holds the lock, and SLURM starts the next one quickly.
 WAIT_S = 120.0
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _descriptors: set[int] = set()  # of the locks that this process holds
@@ -78,14 +78,14 @@ def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:
         except OSError as error:
             if error.errno not in _HELD:
                 logger.warning(
-                    f"{folder}: no file locks on this file system ({error}). Make sure that no other run uses it."
+                    f"{folder}: the file system has no locks ({error}). Make sure that no other run uses the folder."
                 )
                 return
         holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
         if time.monotonic() - start > wait_s:
             raise UserError(
-                f"output_dir: another run is writing into {folder} ({holder}): wait for it, end it, or choose another "
-                "output_dir"
+                f"output_dir: another run ({holder}) is writing into {folder}. Wait for it, end it, or choose another "
+                "output_dir."
             )
         if not has_logged:
             logger.info(f"{folder}: another run ({holder}) is still writing into it; waiting")

@@ -22,6 +22,7 @@ from cogds.core.mixture import Mixture
 from cogds.data.cache.store import Cache, CacheWriter
 from cogds.data.loading.index import ClipIndex
 from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
+from cogds.data.video.media import DecodeError
 from cogds.data.video.probe_task import reason_of
 from cogds.distributed.collectives import on_all_ranks, on_rank0, scatter_from_rank0
 from cogds.distributed.world import World
@@ -36,7 +37,7 @@ from cogds.encode.survey import (
 )
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
 from cogds.process.progress import progress_bar
-from cogds.process.worker_pool import Failure, GuardedPool
+from cogds.process.worker_pool import TaskFailure, WorkerPool
 
 logger = logging.getLogger(__name__)
 
@@ -110,9 +111,9 @@ def encode_clips(
         for clip, row in zip(progress_bar("encoding clips", "clip", len(rows), items=decoded), rows):
             if reason := _changed(row):
                 unread[row["key"]] = reason
-            elif isinstance(clip, Failure) and clip.is_verdict:
+            elif isinstance(clip, TaskFailure) and clip.is_permanent:
                 writer.fail(row["key"].hex(), reason_of(clip.reason))
-            elif isinstance(clip, Failure):
+            elif isinstance(clip, TaskFailure):
                 unread[row["key"]] = reason_of(clip.reason)
             else:
                 pixels, first = torch.from_numpy(clip.pixels), torch.from_numpy(clip.first_frame)
@@ -128,10 +129,10 @@ def decode_task(
     return DecodeTask(path, kind, image_path, start_s, shape, cfg.data.fps, cfg.data.decoder)
 
 
-def decode_pool(cfg: RunConfig) -> GuardedPool[DecodeTask, DecodedClip]:
+def decode_pool(cfg: RunConfig) -> WorkerPool[DecodeTask, DecodedClip]:
     """The processes that decode, bounded as the config says."""
     memory_bytes = int(cfg.data.decode_memory_gb * 1e9)
-    return GuardedPool(decode, cfg.data.num_workers, cfg.data.decode_timeout_s, memory_bytes)
+    return WorkerPool(decode, cfg.data.num_workers, cfg.data.decode_timeout_s, memory_bytes, (DecodeError,))
 
 
 def _changed(row: Mapping) -> str:

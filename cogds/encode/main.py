@@ -15,7 +15,7 @@ from cogds.encode.encoding_plan import NO_CAPTION, EncodingNames
 from cogds.formatting import counted
 from cogds.job import Job, load_job
 from cogds.process.logs import RESULT
-from cogds.process.signals import Interrupt, find_launchers
+from cogds.process.signals import StopRequest, find_launchers
 
 logger = logging.getLogger(__name__)
 
@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
         return
     job = load_job(args, read_world(), changes={"data.encode": "cached"})
     cfg, world, cache_dir = job.cfg, job.world, job.cfg.data.cache_dir
-    Interrupt(find_launchers()).listen()  # every entry is kept as soon as it is made: nothing needs saving
+    StopRequest(find_launchers()).listen()  # every entry is kept as soon as it is made: nothing needs saving
     connect(world, cfg.train.timeout_s, cfg.network)
     on_rank0(world, lambda: make_folders({"data.cache_dir": cache_dir}))
     if args.retry:

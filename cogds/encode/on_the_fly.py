@@ -21,7 +21,7 @@ from cogds.distributed.world import World
 from cogds.encode.encoder import decode_pool, decode_task, encode_pixels
 from cogds.encode.encoding_plan import is_tiled
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
-from cogds.process.worker_pool import Failure
+from cogds.process.worker_pool import TaskFailure
 
 T = TypeVar("T")
 
@@ -77,9 +77,13 @@ def stream_batches(
                 clip = next(decoded)
                 first = submitted.popleft()
 
-                def load(row: int, first: int = first, clip: DecodedClip | Failure = clip) -> Any:
+                def load(row: int, first: int = first, clip: DecodedClip | TaskFailure = clip) -> Any:
                     found = clip if row == first else next(spare.imap([task(row)]))
-                    return Bad(row, index[row].path, found.reason) if isinstance(found, Failure) else encode(row, found)
+                    return (
+                        Bad(row, index[row].path, found.reason)
+                        if isinstance(found, TaskFailure)
+                        else encode(row, found)
+                    )
 
                 items.append(Item(*order.first_good(draw, quarantined, load)))
             made = collate(items)

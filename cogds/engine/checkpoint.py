@@ -1,12 +1,12 @@
-"""The life of a checkpoint: written aside, complete or absent, found again, verified before anything is loaded.
+"""Checkpoints: written beside their final place, complete or absent, and verified before anything is loaded.
 
-    output_dir/checkpoints/latest               the name of the newest complete one, for people and scripts
-    output_dir/checkpoints/step-000500/         trainable.safetensors, and state.json, written last
+    output_dir/checkpoints/latest               name of the newest complete checkpoint, for people and scripts
+    output_dir/checkpoints/step-000500/         trainable.safetensors, and state.json, which is written last
 
-Rank 0 writes into `step-N.tmp` while training goes on: the tensors, then state.json with the digest of each file; both
-are brought to the disk, the folder is renamed, `latest` replaced, and only then are old ones pruned. Sample order and
-random draws follow from the step number: there is no loader or generator state. Everything in it is data: JSON and
-safetensors.
+Rank 0 writes into `step-N.tmp` while training continues: the tensors, then state.json with the digest of each file.
+Both are flushed to the disk, the folder is renamed, `latest` is replaced, and only then are old checkpoints removed.
+Sample order and random draws follow from the step number, so there is no state of a loader or generator. A checkpoint
+holds only data: JSON and safetensors.
 """
 
 import errno
@@ -20,7 +20,7 @@ import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
@@ -36,83 +36,113 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 TENSORS_FILE = "trainable.safetensors"
 LATEST_FILE = "latest"
-OWN_FILES = (
+RUN_FILES = (
     "checkpoints", "lora", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl",
     "quarantine.jsonl", "samples",
 )  # fmt: skip
-# What is left free beside a checkpoint: logs, metrics, and whoever else writes there.
+# Left free beside a checkpoint for logs, metrics, and other users of the disk.
 SPARE_BYTES = 64e6
 STEP_NAME = re.compile(r"step-\d{6,}")
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint that is not what was written, or never was one."""
+    """A checkpoint whose files are not what was written, or a folder that never was a checkpoint."""
+
+
+class Checkpoint(NamedTuple):
+    """A verified checkpoint. header: the content of its state.json."""
+
+    path: Path
+    header: dict[str, Any]
+    state: TrainState
 
 
 def step_name(step: int) -> str:
-    """`step-000500`: the name of a checkpoint and of a LoRA export."""
+    """Return the name of a checkpoint and of a LoRA export: `step-000500`."""
     return f"step-{step:06d}"
 
 
 def step_of(path: Path) -> int:
-    """The step of a folder that `step_name` named."""
+    """Return the step of a folder that `step_name` named."""
     return int(path.name.rpartition("-")[2])
 
 
-def _is_own(path: Path) -> bool:
-    """Whether `step_name` names it: a user's `step-000500-backup` is no matter of ours."""
+def _is_step_folder(path: Path) -> bool:
+    """Whether `step_name` named the folder. A user's `step-000500-backup` is left alone."""
     return STEP_NAME.fullmatch(path.name) is not None
 
 
-def start_point(resume: str, facts: Mapping[str, Any]) -> str:
-    """Where a run began: a checkpoint that it was told to begin with, or "". Kept in its checkpoints."""
-    return facts.get("start", "") if resume in ("auto", "none") else str(Path(resume).resolve())
+def start_point(resume: str, header: Mapping[str, Any]) -> str:
+    """Return the checkpoint that a run was told to start from (stored in its own checkpoints), or ""."""
+    return header.get("start", "") if resume in ("auto", "none") else str(Path(resume).resolve())
+
+
+# ------------------------------------------------------------------------------------------------ folders and disk
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Give a finished folder its name; one of that name (the same step, trained again) makes way."""
+    """Rename a complete folder; a folder that has the name (the same step, trained again) is removed."""
     if final.exists():
         remove_folder(final)
     partial.rename(final)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder that is never seen in part, whenever the removal is cut short: its name goes first."""
+    """Remove a folder. It is renamed first, so that it is never seen in part if the removal is interrupted."""
     shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.tmp")))
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what a killed save has left in a folder of checkpoints or exports."""
-    for left in folder.glob("*.tmp"):
-        if left.is_dir():
-            shutil.rmtree(left)
+    """Remove what an interrupted save left in a folder of checkpoints or exports."""
+    for partial in folder.glob("*.tmp"):
+        if partial.is_dir():
+            shutil.rmtree(partial)
         else:
-            left.unlink()
+            partial.unlink()
 
 
-def complete(checkpoints: Path) -> list[Path]:
-    """Complete checkpoints, oldest first."""
-    found = (file.parent for file in checkpoints.glob(f"step-*/{STATE_FILE}"))
-    return sorted(filter(_is_own, found), key=step_of)
+def complete_checkpoints(checkpoints: Path) -> list[Path]:
+    """Return the complete checkpoints of a folder, oldest first."""
+    folders = (file.parent for file in checkpoints.glob(f"step-*/{STATE_FILE}"))
+    return sorted(filter(_is_step_folder, folders), key=step_of)
 
 
 def check_space(folder: Path, num_bytes: float) -> None:
-    """Raise UserError where the disk has no room for so many bytes more: before writing, not in the middle of it."""
+    """Check that the disk has room for `num_bytes` more, before they are written.
+
+    Raises:
+        UserError: It has not.
+    """
     free, needed = shutil.disk_usage(folder).free, num_bytes + SPARE_BYTES
     if free < needed:
         raise UserError(
-            f"the disk of {folder} is nearly full: a checkpoint and its LoRA need {needed / 1e9:.2f} GB, "
-            f"{free / 1e9:.2f} GB are free: make room, or lower checkpoint.keep_last; the same command then goes on "
-            "from the last checkpoint, where there is one"
+            f"{folder}: the disk is nearly full; a checkpoint and its LoRA need {needed / 1e9:.2f} GB, and "
+            f"{free / 1e9:.2f} GB are free. Make room or lower checkpoint.keep_last, then run the same command again "
+            "to continue from the last checkpoint."
         )
 
 
-def write(
-    checkpoints: Path, step: int, state: TrainState, facts: Mapping[str, Any], keep_last: int, keep_every: int | None
-) -> Path:
-    """Write checkpoint `step` with `facts` (JSON-able) in its state.json, then prune those that are not to be kept.
+def _flush_to_disk(path: Path) -> None:
+    """Make the content of a file, or the names in a folder, survive a power failure."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    except OSError as error:
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot
+            raise
+    finally:
+        os.close(handle)
 
-    Whatever it raises, the checkpoints before it stay.
+
+# ------------------------------------------------------------------------------------------------ writing
+
+
+def write(
+    checkpoints: Path, step: int, state: TrainState, header: Mapping[str, Any], keep_last: int, keep_every: int | None
+) -> Path:
+    """Write checkpoint `step` with a JSON-able `header` in its state.json, then remove those not to be kept.
+
+    If it raises, the earlier checkpoints are still there.
     """
     final = checkpoints / step_name(step)
     partial = final.with_name(f"{final.name}.tmp")
@@ -120,86 +150,130 @@ def write(
     remove_partial(checkpoints)
     partial.mkdir()
     save_file(state.tensors, partial / TENSORS_FILE)
-    _to_disk(partial / TENSORS_FILE)
-    files = {TENSORS_FILE: _fingerprint(partial / TENSORS_FILE)}
-    facts = {"step": step, "num_updates": state.num_updates, "files": files, **facts}
-    (partial / STATE_FILE).write_text(json.dumps({**facts, "digest": _digest(facts)}, indent=2))
-    _to_disk(partial / STATE_FILE)
-    _to_disk(partial)
+    _flush_to_disk(partial / TENSORS_FILE)
+    files = {TENSORS_FILE: _file_digest(partial / TENSORS_FILE)}
+    header = {"step": step, "num_updates": state.num_updates, "files": files, **header}
+    (partial / STATE_FILE).write_text(json.dumps({**header, "digest": _header_digest(header)}, indent=2))
+    _flush_to_disk(partial / STATE_FILE)
+    _flush_to_disk(partial)
     replace_folder(partial, final)
-    _to_disk(checkpoints)
+    _flush_to_disk(checkpoints)
     with whole_file(checkpoints / LATEST_FILE) as latest:
         latest.write_text(final.name + "\n")
-    for old in complete(checkpoints)[: -max(keep_last, 1)]:
+    for old in complete_checkpoints(checkpoints)[: -max(keep_last, 1)]:
         if old != final and not (keep_every and step_of(old) % keep_every == 0):
             remove_folder(old)
     return final
 
 
-def _to_disk(path: Path) -> None:
-    """What was written survives a power failure; of a folder, its names do."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks have none
-            raise
-    finally:
-        os.close(handle)
+class Saver:
+    """Writes in a background thread on rank 0, one save at a time. Every rank has one."""
+
+    def __init__(self) -> None:
+        self._executor = ThreadPoolExecutor(1, "saver")
+        self._save: Future[float] | None = None
+
+    def start(self, write: Callable[[], None]) -> None:
+        """Call `write` in the background. The save before must be finished."""
+
+        def timed_write() -> float:
+            start = time.perf_counter()
+            try:
+                write()
+            except (OSError, SafetensorError) as error:
+                raise UserError(
+                    f"output_dir: saving failed ({error}). Correct that, then run the same command again to continue "
+                    "from the checkpoint before."
+                ) from None
+            return time.perf_counter() - start
+
+        self._save = self._executor.submit(timed_write)
+
+    @property
+    def is_done(self) -> bool:
+        """Whether a save has ended, with or without an error, for which `finish` has not been called."""
+        return self._save is not None and self._save.done()
+
+    def finish(self, world: World) -> float | None:
+        """Wait for the save in progress and return its seconds; None if there is none. Collective.
+
+        Raises:
+            UserError: The save failed, because of the disk.
+        """
+        save, self._save = self._save, None
+        return on_rank0(world, lambda: save.result() if save else None)
 
 
-def _fingerprint(path: Path) -> dict[str, Any]:
+# ------------------------------------------------------------------------------------------------ reading
+
+
+def _file_digest(path: Path) -> dict[str, Any]:
     with path.open("rb") as file:
         return {"bytes": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
 
 
-def _digest(facts: Mapping[str, Any]) -> str:
-    """Of what state.json holds, however it is laid out."""
-    return hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()
+def _header_digest(header: Mapping[str, Any]) -> str:
+    """Return a digest of the values, whatever the layout of the file."""
+    return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
-def read_facts(checkpoint: Path) -> dict[str, Any]:
-    """What state.json holds, once every file was found to be as it was written. Raises DamagedCheckpoint."""
+def read_header(checkpoint: Path) -> dict[str, Any]:
+    """Return the content of state.json after verifying every file of the checkpoint.
+
+    Raises:
+        DamagedCheckpoint: A file is missing, unreadable, or not what was written.
+    """
+    file = checkpoint / STATE_FILE
     try:
-        facts = json.loads((checkpoint / STATE_FILE).read_text())
-        if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
-            raise DamagedCheckpoint(
-                f"{checkpoint} names no files with their digests in its {STATE_FILE}: it is damaged, or of a version "
-                "of cogds from before it kept them"
-            )
-        if facts.pop("digest", "") != _digest(facts) or facts["step"] != step_of(checkpoint):
-            raise DamagedCheckpoint(f"{checkpoint / STATE_FILE} is damaged: it is not what was written")
-        for name, expected in facts["files"].items():
-            found = _fingerprint(checkpoint / Path(name).name)
-            if found != expected:
-                what = f"{found['bytes']} bytes instead of {expected['bytes']}"
-                differs = "other content" if found["bytes"] == expected["bytes"] else what
-                raise DamagedCheckpoint(f"{checkpoint / name} is damaged: it has {differs} than was written")
+        try:
+            header = json.loads(file.read_text())
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{file}: is damaged ({error}).") from None
+        if not isinstance(header, dict) or not isinstance(header.get("files"), dict):
+            raise DamagedCheckpoint(f"{file}: has no digests of files, because it is damaged or from an early version.")
+        if header.pop("digest", "") != _header_digest(header) or header["step"] != step_of(checkpoint):
+            raise DamagedCheckpoint(f"{file}: is damaged: its content is not what was written.")
+        for name, expected in header["files"].items():
+            path = checkpoint / Path(name).name
+            digest = _file_digest(path)
+            if digest["bytes"] != expected["bytes"]:
+                raise DamagedCheckpoint(
+                    f"{path}: is damaged: it has {digest['bytes']} bytes instead of {expected['bytes']}."
+                )
+            if digest != expected:
+                raise DamagedCheckpoint(f"{path}: is damaged: its content is not what was written.")
     except OSError as error:
-        raise DamagedCheckpoint(f"{checkpoint} cannot be read ({error})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{checkpoint / STATE_FILE} is damaged ({error})") from None
-    return facts
+        raise DamagedCheckpoint(f"{error.filename or file}: cannot be read ({error.strerror or error}).") from None
+    return header
 
 
-def read_train_state(checkpoint: Path, facts: Mapping[str, Any]) -> TrainState:
-    """The state that `facts`, of `read_facts`, belong to. Raises DamagedCheckpoint where it is no safetensors file."""
+def read_checkpoint(path: Path) -> Checkpoint:
+    """Verify and read a checkpoint.
+
+    Raises:
+        DamagedCheckpoint: A file is missing, unreadable, not what was written, or not a safetensors file.
+    """
+    header = read_header(path)
     try:
-        tensors = load_file(checkpoint / TENSORS_FILE)
+        tensors = load_file(path / TENSORS_FILE)
     except (SafetensorError, OSError) as error:
         raise DamagedCheckpoint(
-            f"{checkpoint / TENSORS_FILE} is not a safetensors file ({error}); nothing else is loaded, least of all "
-            "pickled objects"
+            f"{path / TENSORS_FILE}: is not a safetensors file ({error}). No other format is read, because pickled "
+            "objects can run code."
         ) from None
-    return TrainState(tensors, float(facts["num_updates"]))
+    return Checkpoint(path, header, TrainState(tensors, float(header["num_updates"])))
 
 
-def find(checkpoints: Path, resume: str) -> tuple[Path, dict[str, Any], TrainState] | None:
-    """What to resume from, as `checkpoint.resume` says, verified: its path, facts and state. None for a fresh start.
+def find(checkpoints: Path, resume: str) -> Checkpoint | None:
+    """Find and verify the checkpoint that `checkpoint.resume` names; None to start from scratch.
 
-    `auto` is the newest sound one; damaged ones are named on the way. `none` is a fresh start, anything else the folder
-    of a checkpoint to begin with: a run that began with it goes on from its own newest. Raises UserError where a path
-    is no sound checkpoint, and where `auto` finds only damaged ones: a run never starts afresh by itself.
+    resume: `auto` is the newest undamaged checkpoint, and damaged ones are reported. `none` starts from scratch.
+    Anything else is the folder of a checkpoint to start from; a run that has already started from it continues from
+    its own newest checkpoint.
+
+    Raises:
+        UserError: The folder is not a checkpoint or is damaged, or `auto` finds only damaged ones: a run never starts
+            from scratch by itself.
     """
     if resume == "none":
         return None
@@ -207,89 +281,54 @@ def find(checkpoints: Path, resume: str) -> tuple[Path, dict[str, Any], TrainSta
         path = Path(resume)
         if not (path / STATE_FILE).is_file():
             raise UserError(
-                f"checkpoint.resume: {resume} is not a complete checkpoint (it has no {STATE_FILE}); "
-                f"give a folder such as {checkpoints / step_name(500)}, or auto"
+                f"checkpoint.resume: {resume} is not a complete checkpoint: it has no {STATE_FILE}. Pass a folder such "
+                f"as {checkpoints / step_name(500)}, or auto."
             )
-        starts = (_start_of(own) for own in reversed(complete(checkpoints)))
+        starts = (_start_point_of(own) for own in reversed(complete_checkpoints(checkpoints)))
         if next((start for start in starts if start is not None), None) != start_point(resume, {}):
-            facts = read_facts(path)
-            return path, facts, read_train_state(path, facts)
-    candidates = complete(checkpoints)[::-1]
+            return read_checkpoint(path)
+    candidates = complete_checkpoints(checkpoints)[::-1]
     for path in candidates:
         try:
-            facts = read_facts(path)
-            return path, facts, read_train_state(path, facts)
+            return read_checkpoint(path)
         except DamagedCheckpoint as error:
-            logger.warning(f"{error}; trying the checkpoint before it")
+            logger.warning(f"{error} Trying the checkpoint before it.")
     if candidates:
         raise UserError(
-            f"not one of the {len(candidates)} checkpoints in {checkpoints} is sound: the reasons stand above; "
-            "checkpoint.resume=none starts afresh and keeps them"
+            f"checkpoint.resume: all {len(candidates)} checkpoints in {checkpoints} are damaged, see the warnings "
+            "above. Set checkpoint.resume=none to start from scratch; they are kept."
         )
     return None
 
 
-def _start_of(checkpoint: Path) -> str | None:
+def _start_point_of(checkpoint: Path) -> str | None:
     try:
-        return read_facts(checkpoint).get("start")
+        return read_header(checkpoint).get("start")
     except DamagedCheckpoint:
         return None
 
 
-class Saver:
-    """Writes behind the training's back, on rank 0, one thing at a time. Every rank has one."""
-
-    def __init__(self) -> None:
-        self._thread = ThreadPoolExecutor(1, "cogds-save")
-        self._writing: Future[float] | None = None
-
-    def start(self, write: Callable[[], None]) -> None:
-        """Call `write` in the background. The one before must have been finished."""
-
-        def timed() -> float:
-            start = time.perf_counter()
-            try:
-                write()
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"saving failed ({error}): the run ends here; the same command goes on from the checkpoint before, "
-                    "once the disk takes it"
-                ) from None
-            return time.perf_counter() - start
-
-        self._writing = self._thread.submit(timed)
-
-    @property
-    def done(self) -> bool:
-        """Whether something was written, or failed to be, and is not yet finished with."""
-        return self._writing is not None and self._writing.done()
-
-    def finish(self, world: World) -> float | None:
-        """Wait for what is being written; its seconds, None where nothing was. What failed raises. Collective."""
-        writing, self._writing = self._writing, None
-        return on_rank0(world, lambda: writing.result() if writing else None)
-
-
 def set_aside(output_dir: Path, resume_from: Path | None, step: int) -> Path | None:
-    """Move what an earlier run left out of the way, losing nothing; returns where to, None if there was nothing.
+    """Move the files of an earlier run to `previous-N` and return that folder; None if there is nothing to move.
 
-    For a run that goes on from a checkpoint of its own, that is what lies past `step`; else it is everything.
+    A run that continues from its own checkpoint moves only what is after `step`; any other run moves everything.
     """
     if resume_from and resume_from.resolve().parent == (output_dir / "checkpoints").resolve():
-        steps = (path for kind in ("checkpoints", "lora", "samples") for path in (output_dir / kind).glob("step-*"))
-        old = [path for path in steps if _is_own(path) and step_of(path) > step]
+        folders = (path for kind in ("checkpoints", "lora", "samples") for path in (output_dir / kind).glob("step-*"))
+        old = [path for path in folders if _is_step_folder(path) and step_of(path) > step]
     else:
-        old = [output_dir / name for name in OWN_FILES if (output_dir / name).exists()]
+        old = [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]
     if not old:
         return None
     number = 1
-    while (aside := output_dir / f"previous-{number}").exists():
+    while (previous := output_dir / f"previous-{number}").exists():
         number += 1
-    if (output_dir / "metrics.jsonl").exists() and output_dir / "metrics.jsonl" not in old:
-        aside.mkdir()
-        shutil.copy(output_dir / "metrics.jsonl", aside)  # the run itself goes on in the first of its lines
+    metrics = output_dir / "metrics.jsonl"
+    if metrics.exists() and metrics not in old:
+        previous.mkdir()
+        shutil.copy(metrics, previous)  # the run itself keeps the lines up to `step`
     for path in old:
-        kept = aside / path.relative_to(output_dir)
+        kept = previous / path.relative_to(output_dir)
         kept.parent.mkdir(parents=True, exist_ok=True)
         path.rename(kept)
-    return aside
+    return previous

@@ -1,4 +1,4 @@
-"""The ranks that share a clip (`parallel.sequence_size`): neighbors, so that their exchange stays within a node."""
+"""Process groups of ranks that share a clip. They are neighbors, so that their traffic stays within a node."""
 
 from datetime import timedelta
 
@@ -10,9 +10,9 @@ from cogds.model.transformer.sequence_parallel import SequenceGroup
 
 
 def share_clips(transformer: Transformer, world: World, timeout_s: float) -> None:
-    """Let every `world.sequence_size` ranks share their clips from now on; nothing where that is 1. Collective.
+    """Make every `world.sequence_size` neighboring ranks share their clips; nothing if it is 1. Collective.
 
-    Raises in all of them where one does not answer for `timeout_s`.
+    timeout_s: how long the collectives of a group wait for a rank before they raise on the others.
     """
     if world.sequence_size == 1:
         return

@@ -1,7 +1,7 @@
-"""What training changes, whole: taken out of any ZeRO stage, world size and offload, and put back into any other.
+"""The state that training changes, gathered from any ZeRO stage, world size and offload, and restored into any other.
 
-Of every trainable parameter, by name and in float32: its master weight, and what the optimizer keeps of it (AdamW: two
-moments). A LoRA's are small enough for one copy in the host memory of rank 0, whatever they were spread over.
+It has, for every trainable parameter, the float32 master weight and the optimizer's states (two moments for AdamW). For
+a LoRA this is small enough for one copy in the host memory of rank 0.
 """
 
 from collections.abc import Mapping
@@ -30,14 +30,16 @@ from cogds.engine.start import gathered
 from cogds.errors import UserError
 
 WEIGHT = "weight"
-COUNTER = "step"  # what optimizers call the number of steps they have taken
+STEP_COUNTER = "step"  # the optimizers' name for the number of steps they have taken
+ADVICE = "Set lora.* as in the checkpoint, or start a new run with checkpoint.resume=none."
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """tensors: `KIND/NAME` -> float32, on the CPU; kinds are `weight` and the optimizer's own, such as `exp_avg`.
+    """State of training.
 
-    num_updates: steps that the optimizer has taken; skipped ones are not among them.
+    tensors: `KIND/NAME` -> float32 on the CPU, where KIND is `weight` or a state of the optimizer, such as `exp_avg`.
+    num_updates: number of steps that the optimizer has taken, without skipped ones.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -45,26 +47,26 @@ class TrainState:
 
     @property
     def kinds(self) -> list[str]:
-        """The kinds, the weight first."""
+        """The kinds of tensors, `weight` first."""
         return sorted({name.partition("/")[0] for name in self.tensors}, key=lambda kind: (kind != WEIGHT, kind))
 
     def weights(self, like: Mapping[str, torch.dtype]) -> dict[str, torch.Tensor]:
-        """The weights by parameter name, in the dtypes that the model computes with."""
+        """Return the weights by parameter name, in the model's own dtypes."""
         return {name: self.tensors[f"{WEIGHT}/{name}"].to(dtype) for name, dtype in like.items()}
 
 
 def trainable(engine: Any) -> dict[str, torch.nn.Parameter]:
-    """The parameters that are trained, by name."""
+    """Return the trainable parameters by name."""
     return {name: parameter for name, parameter in engine.module.named_parameters() if parameter.requires_grad}
 
 
 def state_bytes(engine: Any) -> int:
-    """Size of the state with two moments: what a checkpoint takes."""
+    """Return the size of the state with two moments, which is that of a checkpoint."""
     return sum(12 * full_shape(parameter).numel() for parameter in trainable(engine).values())
 
 
 def gather_state(engine: Any, world: World) -> TrainState:
-    """The state as it is now, on rank 0; the others get an empty one. Collective."""
+    """Return the current state on rank 0, and an empty one on the other ranks. Collective."""
     kinds, num_updates = _optimizer_kinds(engine)
     tensors = {}
     for name, parameter in trainable(engine).items():
@@ -78,33 +80,38 @@ def gather_state(engine: Any, world: World) -> TrainState:
         if world.rank == 0 and engine.zero_optimization_stage() < 3:
             _check_same(name, parameter, tensors[f"{WEIGHT}/{name}"])
     if not kinds and engine.global_steps > engine.skipped_steps:
-        raise RuntimeError(
-            f"{type(engine.basic_optimizer).__name__} has taken steps, but keeps nothing where it should"
-        )
+        raise RuntimeError(f"{type(engine.basic_optimizer).__name__} has taken steps, but its states are not found")
     return TrainState(tensors, num_updates)
 
 
 def _check_same(name: str, parameter: torch.nn.Parameter, master: torch.Tensor) -> None:
-    """A master weight that is not the model's own would be another parameter's, or a part of one: never save that."""
+    """Check that the master weight is the model's own, and not another parameter's or a part: never save that."""
     if not torch.equal(master.to(parameter.dtype), parameter.detach().cpu()):
-        raise RuntimeError(f"what DeepSpeed gives for '{name}' is not what the model computes with: nothing was saved")
+        raise RuntimeError(f"DeepSpeed's master weight of '{name}' is not the model's weight; nothing is saved")
 
 
 def restore_state(engine: Any, state: TrainState, world: World) -> None:
-    """Give a fresh engine the state that rank 0 has; what the others give is not looked at. Collective.
+    """Restore rank 0's state into a new engine; the other ranks' argument is ignored. Collective.
 
-    Raises UserError where the state is not of these parameters.
+    Raises:
+        UserError: The state belongs to other parameters.
     """
     parameters = trainable(engine)
 
     def checked() -> tuple[list[str], float]:
         expected = {f"{kind}/{name}" for kind in state.kinds for name in parameters}
-        if odd := sorted(expected ^ set(state.tensors)):
-            raise UserError(f"the checkpoint is of another LoRA: '{odd[0]}' is only in one of them")
+        if different := sorted(expected ^ set(state.tensors)):
+            where = "checkpoint" if different[0] in state.tensors else "run"
+            raise UserError(
+                f"checkpoint.resume: the checkpoint has another LoRA: '{different[0]}' is only in the {where}. {ADVICE}"
+            )
         for name, parameter in parameters.items():
-            found, wanted = tuple(state.tensors[f"{WEIGHT}/{name}"].shape), tuple(full_shape(parameter))
-            if found != wanted:
-                raise UserError(f"the checkpoint is of another LoRA: '{name}' is {found}, not {wanted}")
+            saved, expected_shape = tuple(state.tensors[f"{WEIGHT}/{name}"].shape), tuple(full_shape(parameter))
+            if saved != expected_shape:
+                raise UserError(
+                    f"checkpoint.resume: the checkpoint has another LoRA: '{name}' has shape {saved} instead of "
+                    f"{expected_shape}. {ADVICE}"
+                )
         return state.kinds, state.num_updates
 
     kinds, num_updates = on_rank0(world, checked)
@@ -129,26 +136,27 @@ def _set(engine: Any, parameter: Any, kind: str, value: torch.Tensor, world: Wor
         safe_set_full_fp32_param(parameter, value)
     else:
         safe_set_full_optimizer_state(parameter, value, kind)
-    if kind == WEIGHT:  # the copy that the model computes with
+    if kind == WEIGHT:  # the model's own copy
         with gathered([parameter], stage, modifier_rank=0), torch.no_grad():
             if stage < 3 or world.rank == 0:
                 parameter.data.copy_(value)
 
 
 def _optimizer_kinds(engine: Any) -> tuple[list[str], float]:
-    """What the optimizer keeps of every weight, and how many steps it has taken. Nothing before the first."""
-    for partition, kept in optimizer_states(engine):
-        kinds = [key for key, value in kept.items() if torch.is_tensor(value) and value.shape == partition.shape]
-        counters = [kept.get(COUNTER), *(group.get(COUNTER) for group in engine.basic_optimizer.param_groups)]
-        return sorted(kinds), max((float(one) for one in counters if one is not None), default=0.0)
+    """Return the names of the optimizer's states, and its number of steps; none before the first step."""
+    for partition, states in optimizer_states(engine):
+        kinds = [name for name, value in states.items() if torch.is_tensor(value) and value.shape == partition.shape]
+        holders = [states, *engine.basic_optimizer.param_groups]
+        counters = [float(holder[STEP_COUNTER]) for holder in holders if holder.get(STEP_COUNTER) is not None]
+        return sorted(kinds), max(counters, default=0.0)
     return [], 0.0
 
 
 def _set_counters(engine: Any, num_updates: float) -> None:
-    holders = [*(kept for _, kept in optimizer_states(engine)), *engine.basic_optimizer.param_groups]
+    holders = [*(states for _, states in optimizer_states(engine)), *engine.basic_optimizer.param_groups]
     for holder in holders:
-        if torch.is_tensor(holder.get(COUNTER)):
-            holder[COUNTER].fill_(num_updates)
-        elif COUNTER in holder:
-            holder[COUNTER] = type(holder[COUNTER])(num_updates)
+        if torch.is_tensor(holder.get(STEP_COUNTER)):
+            holder[STEP_COUNTER].fill_(num_updates)
+        elif STEP_COUNTER in holder:
+            holder[STEP_COUNTER] = type(holder[STEP_COUNTER])(num_updates)
     set_native_step_counter(engine, int(num_updates))

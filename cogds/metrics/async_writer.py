@@ -1,13 +1,19 @@
-"""Records on their way to the end of a file, so that no disk ends a run or holds up a step.
+"""Writes metrics in a background thread, so that a full, slow or hung disk neither ends a run nor delays a step.
 
-`Outlet` appends and never raises: what cannot be written is kept, said, and written later. `Courier` is the thread
-that does it while training goes on.
+    writer, file = AsyncWriter(), AppendFile(path)
+    writer.submit(file, [b"..."])
+    writer.close()
+
+TensorBoard's own writer is not used: its thread loses what it could not write, raises on the next call, and then
+writes nothing more.
 """
 
+import atexit
 import contextlib
 import logging
 import math
 import os
+import queue
 import threading
 import time
 from collections import deque
@@ -15,160 +21,143 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+from cogds.errors import brief
+from cogds.process.logs import log_failure
+
 logger = logging.getLogger(__name__)
 
-MAX_KEPT = 10_000  # records that wait for a disk, about 10 MB of scalars
-MAX_KEPT_BYTES = 256 << 20  # and of pictures
-WARN_EVERY_S = 60.0
-CLOSE_S = 60.0  # how long the end of a run waits for a disk that does not answer
+MAX_PENDING_BYTES = 256 << 20  # of records that a disk refuses
+MAX_QUEUED = 1000  # submissions that wait for a disk that does not answer
+WARN_INTERVAL_S = 60.0
+CLOSE_TIMEOUT_S = 60.0
+EXIT_TIMEOUT_S = 5.0  # if an error ends the run before `close`
 
 
-class Outlet:
-    """Records on their way to the end of one file. What cannot be written is kept and goes before the next ones.
+class Sink(Protocol):
+    """Where an AsyncWriter writes records."""
 
-    It never raises. The file is opened for each writing: one that was held open would go on in a folder that is
-    gone. TensorBoard's own writer is not used: its thread loses what it could not write, says so with the next call,
-    and is dead from then on.
+    @property
+    def path(self) -> Path | str:
+        """The name of the place in messages."""
+
+    def write(self, records: Sequence[bytes] = ()) -> None:
+        """Write the records, and those that could not be written before. Does not raise if the place fails."""
+
+    def close(self) -> None:
+        """Try once more to write what could not be written before."""
+
+
+class AppendFile:
+    """Appends whole records to a file. What the disk refuses is kept, reported, and written with the next records.
+
+    The file is opened for each write: a file that was kept open would be written in a folder that is gone.
     """
 
-    def __init__(self, path: Path, head: bytes = b"") -> None:
-        """head: what the file begins with. Its folder is made where that folder's parent is there."""
+    def __init__(self, path: Path, header: bytes = b"") -> None:
+        """header: first bytes of the file. The folder of the file is created if that folder's parent exists."""
         self.path, self.num_lost = path, 0
-        self._head, self._kept, self._kept_bytes = head, deque[bytes](), 0
-        self._torn_at: int | None = None  # what stands from this byte on was written in part
+        self._header = header
+        self._pending, self._pending_bytes = deque[bytes](), 0
+        self._whole_bytes: int | None = None  # after a failed write: what follows in the file is an incomplete record
         self._warned_at = -math.inf
 
     def write(self, records: Sequence[bytes] = ()) -> None:
-        """Append the records, after those that were kept."""
-        self._kept.extend(records)
-        self._kept_bytes += sum(map(len, records))
-        while len(self._kept) > MAX_KEPT or (self._kept_bytes > MAX_KEPT_BYTES and len(self._kept) > 1):
-            self._kept_bytes -= len(self._kept.popleft())
+        """Append the records, after those that are pending. Never raises OSError."""
+        self._pending.extend(records)
+        self._pending_bytes += sum(map(len, records))
+        while self._pending_bytes > MAX_PENDING_BYTES and len(self._pending) > 1:
+            self._pending_bytes -= len(self._pending.popleft())
             self.num_lost += 1
         try:
-            self._append(b"".join(self._kept))
+            self._append(b"".join(self._pending))
         except OSError as error:
-            if time.monotonic() - self._warned_at >= WARN_EVERY_S:
+            if time.monotonic() - self._warned_at >= WARN_INTERVAL_S:
                 self._warned_at = time.monotonic()
                 logger.warning(
-                    f"{self.path} cannot be written ({error.strerror or error}): training goes on; "
-                    f"{len(self._kept)} records wait for the disk{self._losses()}"
+                    f"{self.path}: cannot be written ({error.strerror or error}); {len(self._pending)} records wait"
+                    f"{self._losses()}. Training continues. Make room or correct the permissions."
                 )
             return
         if self._warned_at > -math.inf:
-            logger.warning(f"{self.path} is written again, {len(self._kept)} records with it{self._losses()}")
+            logger.warning(f"{self.path}: is written again, with {len(self._pending)} records{self._losses()}.")
             self._warned_at = -math.inf
-        self._kept.clear()
-        self._kept_bytes = 0
+        self._pending.clear()
+        self._pending_bytes = 0
 
     def close(self) -> None:
-        """Try a last time, and say what is left unwritten."""
-        if self._kept:
+        """Try once more, and report what is left."""
+        if self._pending:
             self.write()
-        if num := len(self._kept):
-            logger.warning(f"the last {num} records of {self.path} could not be written{self._losses()}")
+        if self._pending:
+            logger.warning(f"{self.path}: the last {len(self._pending)} records are not written{self._losses()}.")
 
     def _losses(self) -> str:
-        return f"; {self.num_lost} older ones are lost" if self.num_lost else ""
+        return f", {self.num_lost} older ones are lost" if self.num_lost else ""
 
     def _append(self, records: bytes) -> None:
         with contextlib.suppress(FileExistsError):
             self.path.parent.mkdir()
-        descriptor = os.open(self.path, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o666)
         try:
-            size = os.fstat(descriptor).st_size
-            if self._torn_at is not None and self._torn_at < size:
-                size = self._torn_at
-                os.ftruncate(descriptor, size)
-            rest = memoryview(records if size else self._head + records)
-            self._torn_at, end = size, size
-            try:
-                while rest:
-                    num = os.pwrite(descriptor, rest, end)
-                    rest, end = rest[num:], end + num
-            except OSError:
-                with contextlib.suppress(OSError):  # else the next call, which knows where
-                    os.ftruncate(descriptor, size)
-                raise
-        finally:
-            os.close(descriptor)  # where a network disk says that it is full
-        self._torn_at = None
+            with self.path.open("ab") as file:  # a network disk may say that it is full only when the file is closed
+                size = file.seek(0, os.SEEK_END)
+                if self._whole_bytes is not None and self._whole_bytes < size:
+                    size = file.truncate(self._whole_bytes)
+                self._whole_bytes = size
+                file.write(records if size else self._header + records)
+        except OSError:
+            if self._whole_bytes is not None:
+                with contextlib.suppress(OSError):  # else the next call does it
+                    os.truncate(self.path, self._whole_bytes)
+            raise
+        self._whole_bytes = None
 
 
-class Sink(Protocol):
-    """What a Courier hands records to."""
-
-    @property
-    def path(self) -> Path | str:
-        """Where they go, for people."""
-
-    def write(self, records: Sequence[bytes] = ()) -> None:
-        """Take the records. Never raises for the place they go to."""
-
-    def close(self) -> None:
-        """Try a last time what was kept."""
-
-
-class Courier:
-    """One thread that hands records to outlets: a disk that takes a minute holds up nobody but it.
-
-    What waits for it is bounded; past that the newest records are dropped and counted.
-    """
+class AsyncWriter:
+    """A thread that writes records to sinks, in order. A disk that hangs holds up only this thread."""
 
     def __init__(self) -> None:
-        self._changed = threading.Condition()
-        self._waiting: deque[tuple[Sink, Sequence[bytes]]] = deque()
-        self._waiting_bytes = self._num_dropped = 0
-        self._outlets: list[Sink] = []
-        self._busy = self._ended = False
-        # A daemon: a disk that never answers again must not keep the process.
-        threading.Thread(target=self._work, name="cogds-monitor", daemon=True).start()
+        self._queue: queue.Queue[tuple[Sink, Sequence[bytes]] | None] = queue.Queue(MAX_QUEUED)
+        self._sinks: list[Sink] = []
+        self._num_dropped = 0
+        atexit.register(self.drain, EXIT_TIMEOUT_S)
+        # A daemon, so that a disk that never answers does not keep the process alive.
+        threading.Thread(target=self._run, name="async-writer", daemon=True).start()
 
-    def hand(self, outlet: Sink, records: Sequence[bytes] = ()) -> None:
-        """Have the records written. Returns at once."""
-        size = sum(map(len, records))
-        with self._changed:
-            if self._waiting and (self._waiting_bytes + size > MAX_KEPT_BYTES or len(self._waiting) >= MAX_KEPT):
-                self._num_dropped += len(records)
-                return
-            if outlet not in self._outlets:
-                self._outlets.append(outlet)
-            self._waiting.append((outlet, records))
-            self._waiting_bytes += size
-            self._changed.notify_all()
+    def submit(self, sink: Sink, records: Sequence[bytes] = ()) -> None:
+        """Have the records written and return at once. Records are dropped and counted while the queue is full."""
+        if sink not in self._sinks:
+            self._sinks.append(sink)
+        try:
+            self._queue.put_nowait((sink, records))
+        except queue.Full:
+            self._num_dropped += len(records)
 
-    def settle(self, timeout_s: float = CLOSE_S) -> bool:
-        """Wait until all of it has been tried; False where the disk took longer than this."""
-        with self._changed:
-            return self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
+    def drain(self, timeout_s: float) -> bool:
+        """Wait until everything submitted has been tried; return False if that takes longer than `timeout_s`."""
+        with self._queue.all_tasks_done:
+            return self._queue.all_tasks_done.wait_for(lambda: not self._queue.unfinished_tasks, timeout_s)
 
-    def close(self, timeout_s: float = CLOSE_S) -> None:
-        """Wait for what is under way, have what was refused tried a last time, and say what is lost."""
-        with self._changed:
-            self._ended = True
-            self._changed.notify_all()
-            in_time = self._changed.wait_for(lambda: not self._waiting and not self._busy, timeout_s)
-            num_left = sum(len(records) for _, records in self._waiting) + self._num_dropped
+    def close(self, timeout_s: float = CLOSE_TIMEOUT_S) -> None:
+        """Wait for the thread, have the sinks try once more, and report what is lost."""
+        atexit.unregister(self.drain)
+        in_time = self.drain(timeout_s)
         if in_time:
-            for outlet in self._outlets:
-                outlet.close()
-        if num_left or not in_time:
-            places = " and ".join(str(outlet.path) for outlet in self._outlets)
-            logger.warning(f"{places}: too slow; {num_left} records or more were not written")
+            for sink in self._sinks:
+                sink.close()
+            self._queue.put(None)
+        if self._num_dropped or not in_time:
+            num_queued = sum(len(item[1]) for item in list(self._queue.queue) if item)
+            logger.warning(
+                f"{', '.join(str(sink.path) for sink in self._sinks)}: too slow; at least "
+                f"{self._num_dropped + num_queued} records are not written."
+            )
 
-    def _work(self) -> None:
-        while True:
-            with self._changed:
-                self._changed.wait_for(lambda: self._waiting or self._ended)
-                if not self._waiting:
-                    return
-                outlet, records = self._waiting.popleft()
-                self._waiting_bytes -= sum(map(len, records))
-                self._busy = True
+    def _run(self) -> None:
+        while item := self._queue.get():
+            sink, records = item
             try:
-                outlet.write(records)
-            except Exception as error:  # a bug here must not stop what comes after
-                logger.warning(f"{outlet.path}: {type(error).__name__}: {error}")
-            with self._changed:
-                self._busy = False
-                self._changed.notify_all()
+                sink.write(records)
+            except Exception as error:  # a bug in one sink must not stop the others
+                log_failure(logger, f"{sink.path}: {brief(error)}", error)
+            finally:
+                self._queue.task_done()

@@ -1,7 +1,7 @@
-"""`metrics.jsonl`: the scalars of a run, one JSON object a line.
+"""`metrics.jsonl`: the scalars of a run, one JSON object per line.
 
-A line is an optimizer step's, which has `train/loss`, or a note of what happened beside the steps (an evaluation, a
-save) when so many had been trained. Whatever reads it tells them apart by that name (`step_lines`).
+A line belongs to an optimizer step and has `train/loss`, or it is a note about what happened between two steps (an
+evaluation, a save) and names the last step before it. Readers tell them apart by `train/loss` (`step_lines`).
 """
 
 import json
@@ -15,48 +15,49 @@ from cogds.files import whole_file
 
 
 def metrics_line(step: int, scalars: Mapping[str, float]) -> bytes:
-    """One line. What is not finite is null, JSON has no word for it."""
+    """Return one line. Values that are not finite are null, because JSON cannot represent them."""
     finite = {name: value if math.isfinite(value) else None for name, value in scalars.items()}
     return json.dumps({"step": step, **finite}, allow_nan=False).encode() + b"\n"
 
 
 def step_lines(text: str) -> list[dict[str, Any]]:
-    """The lines of optimizer steps, as objects; notes and a line cut short are left out."""
+    """Return the lines of optimizer steps, as objects, without notes and without an incomplete last line."""
     whole = text[: text.rfind("\n") + 1].splitlines()
     return [record for line in whole if "train/loss" in (record := json.loads(line))]
 
 
-def rewind_metrics(file: Path, step: int, again: tuple[str, ...] = ()) -> None:
-    """Drop the lines past `step` (and what a kill or a power cut left half), so that a resumed run writes each step
-    once. A note belongs to the step that it names: what was noted when `step` steps had been trained stays.
+def rewind_metrics(file: Path, step: int, repeated: tuple[str, ...] = ()) -> None:
+    """Remove the lines after `step`, and incomplete lines, so that a resumed run writes each step once.
 
-    again: beginnings of tags that the run is about to note anew at `step`; notes there that hold any of them go.
+    Notes that name `step` itself stay, except those with a tag that starts with any of `repeated`: the resumed run
+    writes these again.
 
-    Raises UserError where the file is there and cannot be read or replaced: no run has begun that this ends.
+    Raises:
+        UserError: The file exists and cannot be read or replaced.
     """
     try:
         with file.open("rb") as lines, whole_file(file) as partial, partial.open("wb") as kept:
             for line in lines:
-                at = _step_of(line)
-                if at < step or (at == step and not _is_note_of(line, again)):
+                line_step = _step_of(line)
+                if line_step < step or (line_step == step and not _is_note(line, repeated)):
                     kept.write(line.rstrip(b"\n") + b"\n")
     except FileNotFoundError:
         return
     except OSError as error:
         raise UserError(
-            f"{file}: the metrics of the steps before {step} cannot be taken over ({error.strerror or error}): mend "
-            "that, or move the file away to begin a new one"
+            f"{file}: the metrics up to step {step} cannot be kept ({error.strerror or error}). Correct that, or move "
+            "the file away to start a new one."
         ) from None
 
 
-def _is_note_of(line: bytes, prefixes: tuple[str, ...]) -> bool:
-    """Whether a whole line is no step's, and holds a tag that begins so."""
+def _is_note(line: bytes, prefixes: tuple[str, ...]) -> bool:
+    """Whether a complete line is a note with a tag that starts with any of the prefixes."""
     record = json.loads(line)
     return "train/loss" not in record and any(tag.startswith(prefixes) for tag in record)
 
 
 def _step_of(line: bytes) -> float:
-    """The step of a line of metrics; infinite where it is none."""
+    """Return the step of a line, or infinity if it is not a line of metrics."""
     try:
         return float(json.loads(line)["step"])
     except (ValueError, KeyError, TypeError):

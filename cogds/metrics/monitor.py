@@ -1,10 +1,9 @@
-"""What the run says of itself: TensorBoard, `metrics.jsonl` and a line on the terminal, all from the same scalars.
+"""Writes the metrics of a run to TensorBoard, `metrics.jsonl`, the trackers and the progress line.
 
-A step hands over its losses as tensors and is not waited for: once every few steps they are summed over the ranks and
-read. Rank 0 writes, on a thread (`metrics.async_writer`): neither a full disk nor a slow one ends a run or holds it up.
+A step hands over its losses as tensors, which are summed over the ranks and read once every few steps, so that no step
+waits for the GPU. Rank 0 writes, in a background thread (`async_writer`).
 """
 
-import atexit
 import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -16,31 +15,31 @@ import torch
 from cogds.core.geometry import ClipShape
 from cogds.distributed.collectives import all_reduce_sum
 from cogds.distributed.world import World
-from cogds.metrics.async_writer import Courier, Outlet, Sink
+from cogds.errors import brief
+from cogds.metrics.async_writer import AppendFile, AsyncWriter, Sink
 from cogds.metrics.jsonl import metrics_line
-from cogds.metrics.step_metrics import Norms, OwnValues, StepLosses, Tally
+from cogds.metrics.step_metrics import RankValues, SquaredNorms, StepLosses, StepMetrics
 from cogds.metrics.tensorboard import (
     LAYOUT,
-    animation_record,
+    event_file,
+    gif_record,
     hparams_records,
+    image_record,
     layout_record,
-    open_board,
-    picture_record,
     scalars_record,
     text_record,
 )
 from cogds.metrics.training_progress import TrainingProgress
+from cogds.process.logs import log_failure
 
 logger = logging.getLogger(__name__)
-
-LEAVE_S = 5.0  # how long an error that ends a run waits for what is being written
 
 
 class Monitor:
     """Collects one record per optimizer step on every rank; rank 0 writes them.
 
-    What is written beside the steps (`note`, `text`, `picture`, `animation`, `hparams`) may be called on every rank or
-    on rank 0 alone: nothing of it is collective, the other ranks do nothing, and none of it raises for a disk.
+    `add_step`, `flush` and `close` are called on all ranks. The other methods are not collective and do nothing on
+    ranks other than 0. No method raises because of a disk.
     """
 
     def __init__(
@@ -52,43 +51,42 @@ class Monitor:
         num_steps: int,
         every: int,
         use_bar: bool = True,
-        also: Sink | None = None,
+        trackers: Sink | None = None,
     ):
-        """first_step: steps already trained, to which `rewind_metrics` has been. every: steps between two flushes.
+        """first_step: number of steps already trained, the argument of `rewind_metrics`. every: steps between flushes.
 
-        use_bar: draw a progress bar if stderr is a terminal. also: takes the lines of `metrics.jsonl` too.
+        use_bar: show a progress bar if stderr is a terminal. trackers: also receives the lines of `metrics.jsonl`.
         """
         self.world, self.buckets, self.every = world, buckets, every
-        self.pending: list[Tally] = []
-        self.writes = world.rank == 0
-        self._at_end: list[bytes] = []
-        if self.writes:
-            self.metrics = Outlet(output_dir / "metrics.jsonl")
-            self.board = open_board(output_dir / "tensorboard", first_step)
-            self.courier = Courier()
-            atexit.register(self.courier.settle, LEAVE_S)  # where an error ends the run before `close`
-            self.courier.hand(self.metrics)
-            self.courier.hand(self.board, [layout_record(LAYOUT)])
-            self.courier.settle(1.0)  # what is wrong with the folder is said before the run, where that is quick
-            self.progress = TrainingProgress(first_step, num_steps, use_bar=use_bar)
-            self.also = also
-            self.errands = Courier() if also else None  # its own: a service that does not answer holds up no file
-            if self.errands:
-                atexit.register(self.errands.settle, LEAVE_S)
+        self.pending: list[StepMetrics] = []
+        self.is_writer = world.rank == 0
+        if not self.is_writer:
+            return
+        self.metrics_file = AppendFile(output_dir / "metrics.jsonl")
+        self.event_file = event_file(output_dir / "tensorboard", first_step)
+        self.last_events: list[bytes] = []
+        self.writer = AsyncWriter()
+        self.writer.submit(self.metrics_file)
+        self.writer.submit(self.event_file, [layout_record(LAYOUT)])
+        self.writer.drain(1.0)  # reports a folder that cannot be written before the run, if the disk is quick
+        self.progress = TrainingProgress(first_step, num_steps, use_bar=use_bar)
+        self.trackers = trackers
+        # A thread of its own: a service that does not answer must not hold up the files.
+        self.tracker_writer = AsyncWriter() if trackers else None
 
-    def record(
+    def add_step(
         self,
         step: int,
         scalars: dict[str, Any],
         losses: StepLosses,
-        own: OwnValues = OwnValues(),  # noqa: B008 (frozen)
-        norms: Norms | None = None,
+        values: RankValues = RankValues(),  # noqa: B008 (frozen)
+        norms: SquaredNorms | None = None,
     ) -> None:
-        """Hand over optimizer step `step` (1 is the first). Collective every `every` steps.
+        """Hand over optimizer step `step` (the first is 1). Collective every `every` steps.
 
-        scalars: numbers, tensors that are read when all are, or None. norms: on all ranks or on none.
+        scalars: numbers, tensors (read at the flush), or None. norms: given on all ranks or on none.
         """
-        self.pending.append(Tally({"step": step, **scalars}, losses.vector, own, norms))
+        self.pending.append(StepMetrics({"step": step, **scalars}, losses.vector, values, norms))
         if step % self.every == 0:
             self.flush()
 
@@ -96,75 +94,74 @@ class Monitor:
         """Sum the pending steps over the ranks and write them. Collective."""
         if not self.pending:
             return
-        vectors = [tally.vector(self.world.rank, self.world.size) for tally in self.pending]
-        # A host sync: everything up to here was only queued on the device.
+        vectors = [metrics.to_vector(self.world.rank, self.world.size) for metrics in self.pending]
+        # This waits for the GPU; everything before was only queued on it.
         sums = all_reduce_sum(self.world, torch.cat(vectors)).tolist()
-        tallies, self.pending = self.pending, []
-        if not self.writes:
+        pending, self.pending = self.pending, []
+        if not self.is_writer:
             return
-        lines, events, labels, start = [], [], [f"bucket={bucket}" for bucket in self.buckets], 0
-        for tally, vector in zip(tallies, vectors):
-            scalars, end = tally.scalars, start + len(vector)
-            step = scalars.pop("step")
-            named = tally.named(sums[start:end], self.world.size, labels)
-            named |= {name: float(value) for name, value in scalars.items() if value is not None}
-            lines.append(metrics_line(step, named))
-            events.append(scalars_record(step, named))
+        lines, events, start = [], [], 0
+        labels = [f"bucket={bucket}" for bucket in self.buckets]
+        for metrics, vector in zip(pending, vectors):
+            end = start + len(vector)
+            step = metrics.scalars["step"]
+            scalars = metrics.reduced(sums[start:end], self.world.size, labels)
+            scalars |= {
+                name: float(value) for name, value in metrics.scalars.items() if name != "step" and value is not None
+            }
+            lines.append(metrics_line(step, scalars))
+            events.append(scalars_record(step, scalars))
             start = end
-        self.progress.update(step, named)
-        self._hand_lines(lines)
-        self.courier.hand(self.board, events)
+        self.progress.update(step, scalars)
+        self._submit_lines(lines)
+        self.writer.submit(self.event_file, events)
 
-    def note(self, step: int, scalars: Mapping[str, float]) -> None:
-        """Scalars of what happens beside the steps, such as a save or an evaluation, when `step` steps were trained."""
-        if self.writes and scalars:
-            self._hand_lines([metrics_line(step, scalars)])
-            self.courier.hand(self.board, [scalars_record(step, scalars)])
+    def add_scalars(self, step: int, scalars: Mapping[str, float]) -> None:
+        """Write scalars that do not belong to an optimizer step, such as an evaluation's after `step` steps."""
+        if self.is_writer and scalars:
+            self._submit_lines([metrics_line(step, scalars)])
+            self.writer.submit(self.event_file, [scalars_record(step, scalars)])
 
-    def text(self, name: str, text: str) -> None:
-        """A text for TensorBoard, such as the resolved config, shown as it is."""
-        self._hand(name, lambda: text_record(name, text))
+    def add_text(self, name: str, text: str) -> None:
+        """Write a text to TensorBoard, such as the resolved config; it is shown verbatim."""
+        self._submit_event(name, lambda: text_record(name, text))
 
-    def picture(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """A picture for TensorBoard, uint8 [H, W, 3]; a large one is shrunk (`metrics.images`)."""
-        self._hand(name, lambda: picture_record(step, name, pixels))
+    def add_image(self, step: int, name: str, pixels: np.ndarray) -> None:
+        """Write an image, uint8 [H, W, 3], to TensorBoard; a large one is made smaller (`metrics.images`)."""
+        self._submit_event(name, lambda: image_record(step, name, pixels))
 
-    def animation(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
-        """A clip that plays among TensorBoard's images, uint8 [F, H, W, 3]: a GIF of at most 480 pixels and 8 fps."""
-        self._hand(name, lambda: animation_record(step, name, frames, fps))
+    def add_video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
+        """Write a clip, uint8 [F, H, W, 3], to TensorBoard's images, as a GIF of at most 480 pixels and 8 fps."""
+        self._submit_event(name, lambda: gif_record(step, name, frames, fps))
 
-    def hparams(self, settings: Mapping[str, str | float | bool], metrics: Sequence[str]) -> None:
-        """What TensorBoard's HParams tab compares this run by: settings, and the tags of scalars."""
-        if self.writes:
+    def add_hparams(self, settings: Mapping[str, str | float | bool], metrics: Sequence[str]) -> None:
+        """Write what TensorBoard's HParams tab compares runs by: settings, and tags of scalars."""
+        if self.is_writer:
             start, end = hparams_records(settings, metrics)
-            self._at_end = [end]
-            self.courier.hand(self.board, start)
+            self.last_events = [end]
+            self.writer.submit(self.event_file, start)
 
     def close(self) -> None:
         """Flush and close. Collective."""
         self.flush()
-        if self.writes:
+        if self.is_writer:
             self.progress.close()
-            self.courier.hand(self.board, self._at_end)
-            self.courier.close()
-            if self.errands:
-                self.errands.close()
-                atexit.unregister(self.errands.settle)
-            atexit.unregister(self.courier.settle)
+            self.writer.submit(self.event_file, self.last_events)
+            self.writer.close()
+            if self.tracker_writer:
+                self.tracker_writer.close()
 
-    def _hand_lines(self, lines: list[bytes]) -> None:
-        self.courier.hand(self.metrics, lines)
-        if self.also and self.errands:
-            self.errands.hand(self.also, lines)
+    def _submit_lines(self, lines: list[bytes]) -> None:
+        self.writer.submit(self.metrics_file, lines)
+        if self.trackers and self.tracker_writer:
+            self.tracker_writer.submit(self.trackers, lines)
 
-    def _hand(self, name: str, record: Callable[[], bytes]) -> None:
-        if not self.writes:
+    def _submit_event(self, name: str, make_record: Callable[[], bytes]) -> None:
+        if not self.is_writer:
             return
         try:
-            records = [record()]
-        except Exception as error:  # a picture is not worth a run
-            logger.warning(
-                f"{name} was not written for TensorBoard ({type(error).__name__}: {error}): training goes on"
-            )
+            record = make_record()
+        except Exception as error:  # an image must not end a run
+            log_failure(logger, f"{name}: cannot be written for TensorBoard ({brief(error)}).", error)
             return
-        self.courier.hand(self.board, records)
+        self.writer.submit(self.event_file, [record])

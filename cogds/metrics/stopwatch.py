@@ -1,4 +1,4 @@
-"""Where the time of a step goes, found without waiting for a GPU."""
+"""Timers for the phases of a step that do not wait for the GPU."""
 
 import itertools
 import time
@@ -7,32 +7,33 @@ import torch
 
 
 class Stopwatch:
-    """Seconds since the last reading."""
+    """Measures the seconds between readings."""
 
     def __init__(self) -> None:
         self.last = time.perf_counter()
 
     def lap(self) -> float:
+        """Return the seconds since the last reading."""
         now = time.perf_counter()
         elapsed, self.last = now - self.last, now
         return elapsed
 
 
-class Phases:
-    """Seconds of a step by phase: each begins where another ends.
+class PhaseTimer:
+    """Measures the seconds of a step by phase; each phase starts when another ends.
 
-    On a GPU the phases are those of its own queue, between events that are read one step late, when they have long
-    happened: nothing is waited for. On a CPU they are the host's.
+    On a GPU these are the phases of its own queue, between events that are read one step later, when they have long
+    happened, so that nothing is waited for. On a CPU they are the host's.
     """
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
+        self._is_gpu = device.type == "cuda"
         self._marks: list[tuple[str, float | torch.cuda.Event]] = []
-        self._before: list[tuple[str, float | torch.cuda.Event]] = []
+        self._previous_marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def begin(self, name: str) -> None:
-        """What comes from here on belongs to this phase; "" to none."""
-        if not self._on_gpu:
+        """Start a phase; "" starts a time that belongs to none."""
+        if not self._is_gpu:
             self._marks.append((name, time.perf_counter()))
             return
         event = torch.cuda.Event(enable_timing=True)
@@ -40,20 +41,21 @@ class Phases:
         self._marks.append((name, event))
 
     def lap(self) -> dict[str, float]:
-        """The step is over: its phases, or, on a GPU, those of the step before; {} where there was none yet."""
+        """End the step and return its phases in seconds; on a GPU those of the step before, or {} if unknown."""
         self.begin("")
-        self._before, self._marks, marks = self._marks, [], self._before if self._on_gpu else self._marks
+        marks = self._previous_marks if self._is_gpu else self._marks
+        self._previous_marks, self._marks = self._marks, []
         end = marks[-1][1] if marks else 0.0
         if not isinstance(end, float) and not end.query():
             return {}
-        found: dict[str, float] = {}
+        seconds: dict[str, float] = {}
         for (name, start), (_, stop) in itertools.pairwise(marks):
             if name:
-                found[name] = found.get(name, 0.0) + _between(start, stop)
-        return found
+                seconds[name] = seconds.get(name, 0.0) + _seconds_between(start, stop)
+        return seconds
 
 
-def _between(start: "float | torch.cuda.Event", stop: "float | torch.cuda.Event") -> float:
+def _seconds_between(start: "float | torch.cuda.Event", stop: "float | torch.cuda.Event") -> float:
     if isinstance(start, float) or isinstance(stop, float):
         return float(stop) - float(start)  # type: ignore[arg-type]
     return start.elapsed_time(stop) / 1e3

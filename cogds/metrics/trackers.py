@@ -1,6 +1,6 @@
-"""The numbers of a run for the monitors that a DeepSpeed config switches on: Weights & Biases, Comet, CSV, TensorBoard.
+"""Trackers that the DeepSpeed config enables: Weights & Biases, Comet, CSV.
 
-DeepSpeed has the writers, and gives them the learning rate alone, over samples. Here they get what stands in
+DeepSpeed has the writers, but gives them only the learning rate, over samples. cogds gives them the scalars of
 `metrics.jsonl`, over steps.
 """
 
@@ -12,51 +12,52 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cogds.errors import UserError
-from cogds.metrics.async_writer import WARN_EVERY_S
+from cogds.errors import UserError, brief
+from cogds.metrics.async_writer import WARN_INTERVAL_S
+from cogds.process.logs import log_failure
 
 logger = logging.getLogger(__name__)
 
-# Section of a DeepSpeed config -> the package that DeepSpeed imports for it.
+# Section of the DeepSpeed config -> the package that DeepSpeed imports for it.
 PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 
 
 class Trackers:
-    """Takes lines of `metrics.jsonl` and hands their scalars on, in the order of their steps; never raises.
+    """Receives lines of `metrics.jsonl` and passes their scalars on in the order of their steps. Never raises.
 
-    A note of what was done after a step may come before that step's own line, or long after it. Weights & Biases drops
-    what goes back in steps: the first is held until its step has come, the second stands at the newest step.
+    A note may come before the line of its step, or long after it, and Weights & Biases drops values whose step is lower
+    than one it already has. So an early note is held until its step comes, and a late one is given the newest step.
     """
 
-    path = "DeepSpeed's monitor"  # for what is said of it
+    path = "trackers of the DeepSpeed config"  # for messages, see `Sink`
 
     def __init__(self, monitor: Any) -> None:
-        """monitor: a DeepSpeed engine's, which has `write_events([(name, value, step), ...])`."""
+        """monitor: a DeepSpeed engine's monitor, which has `write_events([(name, value, step), ...])`."""
         self._monitor = monitor
         self._held: list[dict[str, Any]] = []
-        self._newest = self._last = -math.inf
+        self._newest_step = self._last_written = -math.inf
         self._warned_at = -math.inf
 
     def write(self, records: Sequence[bytes] = ()) -> None:
-        """Hand on these lines, and those held before whose step has come."""
+        """Pass on these lines, and held ones whose step has come."""
         lines = [json.loads(line) for line in records]
-        self._newest = max([self._newest, *(line["step"] for line in lines if "train/loss" in line)])
+        self._newest_step = max([self._newest_step, *(line["step"] for line in lines if "train/loss" in line)])
         self._held = sorted(self._held + lines, key=lambda line: line["step"])
-        ready = [line for line in self._held if line["step"] <= self._newest]
+        ready = [line for line in self._held if line["step"] <= self._newest_step]
         self._held = self._held[len(ready) :]
-        self._hand_on(ready)
+        self._write_events(ready)
 
     def close(self) -> None:
-        """Hand on what is left."""
+        """Pass on what is held."""
         lines, self._held = self._held, []
-        self._hand_on(lines)
+        self._write_events(lines)
 
-    def _hand_on(self, lines: list[dict[str, Any]]) -> None:
+    def _write_events(self, lines: list[dict[str, Any]]) -> None:
         events = []
         for line in lines:
-            self._last = max(self._last, line["step"])
+            self._last_written = max(self._last_written, line["step"])
             events += [
-                (name, math.nan if value is None else value, int(self._last))
+                (name, math.nan if value is None else value, int(self._last_written))
                 for name, value in line.items()
                 if name != "step"
             ]
@@ -64,20 +65,26 @@ class Trackers:
             return
         try:
             self._monitor.write_events(events)
-        except Exception as error:  # a service that cannot be reached is not worth a run
-            if time.monotonic() - self._warned_at >= WARN_EVERY_S:
+        except Exception as error:  # a service that cannot be reached must not end a run
+            if time.monotonic() - self._warned_at >= WARN_INTERVAL_S:
                 self._warned_at = time.monotonic()
-                logger.warning(
-                    f"{self.path} failed ({type(error).__name__}: {error}): training goes on, and what it lacks "
-                    "stands in metrics.jsonl and tensorboard/"
+                log_failure(
+                    logger,
+                    f"{self.path}: {brief(error)}. Training continues; metrics.jsonl and tensorboard/ have the values "
+                    "that are missing there.",
+                    error,
                 )
 
 
-def check_monitors(ds_config: Mapping[str, Any]) -> None:
-    """Raise UserError where a monitor is switched on whose package is not installed."""
+def check_tracker_packages(ds_config: Mapping[str, Any]) -> None:
+    """Check that the packages of the enabled trackers are installed.
+
+    Raises:
+        UserError: One is not.
+    """
     for section, package in PACKAGES.items():
         if ds_config.get(section, {}).get("enabled") is True and importlib.util.find_spec(package) is None:
             raise UserError(
-                f"{section}.enabled is true in the DeepSpeed config, but the package {package} is not installed: "
-                f"pip install {package}, or delete the section"
+                f"{section}.enabled: is true in the DeepSpeed config, but the package {package} is not installed. "
+                f"Run pip install {package}, or delete the section."
             )

@@ -1,9 +1,9 @@
-"""Locks of the ops that torch builds for DeepSpeed at their first use.
+"""Stale locks of the C++ extensions that torch compiles for DeepSpeed at their first use.
 
-While one process builds an op, a file `lock` stands beside it, and the others wait until it is gone. A process that is
-killed meanwhile leaves it, and every later one would wait for ever. A build has ninja and compilers working in the op's
-folder; and every process of ours holds a lock that the kernel takes back from the dead. Where neither is seen, what was
-left is removed.
+While a process compiles an extension, a file `lock` is in the extension's folder, and other processes wait until it is
+gone. A killed process leaves the file behind, and every later process would wait forever. This module removes such
+locks. It tells them from locks of running builds in two ways: ninja and the compilers run in the extension's folder,
+and every cogds process holds a file lock that the kernel releases when the process ends.
 """
 
 import contextlib
@@ -17,77 +17,77 @@ from pathlib import Path
 logger = logging.getLogger(__name__)
 
 NAME = "cogds.lock"
-YOUNG_S = 60.0  # so long a lock of which nothing is known may be of a build on another node
-BUILD_S = 900.0
-_held: list[int] = []  # for as long as the process lives: ops are built at several moments
+# A lock that is younger may belong to a build on another node.
+MIN_STALE_AGE_S = 60.0
+BUILD_TIMEOUT_S = 900.0
+_descriptors: list[int] = []  # file locks, held as long as the process lives: extensions are built at several moments
 
 
-def clear_builds(root: Path) -> None:
-    """Remove locks of builds that died below torch's folder of built ops. Every process calls it before an op may be
-    built.
+def remove_stale_locks(root: Path) -> None:
+    """Remove stale locks from torch's folder of extensions. Call it in every process before an extension may be built.
 
-    Where another process of ours uses the folder too, which may build on another node, nothing is removed: locks of
-    which nothing is known after a minute are named on stderr.
+    If another cogds process uses the folder, which may be on another node, nothing is removed. Locks that no process
+    of this machine explains are then reported after MIN_STALE_AGE_S.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _held.append(os.open(root / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+        _descriptors.append(os.open(root / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
     except OSError:  # a home that cannot be written: nothing is built there
         return
     try:
-        fcntl.flock(_held[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
+        fcntl.flock(_descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        _await(lambda: not _unknown(root, YOUNG_S), YOUNG_S)
-        for lock in _unknown(root):
+        _wait_until(lambda: not _unexplained_locks(root, MIN_STALE_AGE_S), MIN_STALE_AGE_S)
+        for lock in _unexplained_locks(root):
             logger.warning(
-                f"{lock} is there and nobody builds here: if no other machine builds this DeepSpeed op, a "
-                "process was killed while it did, and this run will wait for ever: delete the file"
+                f"{lock}: no process of this machine builds this DeepSpeed extension. If none on another machine does "
+                "either, a killed process left the file and this run will wait forever. Delete the file."
             )
     else:
-        # Compilers may have outlived who started them: another build would write the same files.
-        _await(lambda: not any(map(_is_built, _locks(root))), BUILD_S)
-        for lock in _unknown(root):
+        # Compilers may outlive the process that started them, and a second build would write the same files.
+        _wait_until(lambda: not any(map(_is_being_built, _locks(root))), BUILD_TIMEOUT_S)
+        for lock in _unexplained_locks(root):
             with contextlib.suppress(OSError):
                 lock.unlink()
-                logger.warning(f"removed {lock}, which a process left that was killed while it built a DeepSpeed op")
-    with contextlib.suppress(OSError):  # a file system without such locks
-        fcntl.flock(_held[-1], fcntl.LOCK_SH)
+                logger.warning(f"{lock}: removed. A process was killed while it built this DeepSpeed extension.")
+    with contextlib.suppress(OSError):  # a file system without locks
+        fcntl.flock(_descriptors[-1], fcntl.LOCK_SH)
 
 
-def announce_build(root: Path, op: str) -> None:
-    """Say that this op will be built, where it has not been: nothing else says it, and it looks like a hang."""
-    if not any(root.glob(f"{op}/*.so")) and not any(root.glob(f"*/{op}/*.so")):
-        logger.info(f"building DeepSpeed's {op} in {root}, once: a minute, or some on a busy machine")
+def announce_build(root: Path, extension: str) -> None:
+    """Log that the extension will be built, if it is not there yet. Without a message the build looks like a hang."""
+    if not any(root.glob(f"{extension}/*.so")) and not any(root.glob(f"*/{extension}/*.so")):
+        logger.info(f"building DeepSpeed's {extension} in {root}; this happens once and takes a minute or more")
 
 
 def _locks(root: Path) -> list[Path]:
-    """Where torch puts them: empty files, one or two folders down."""
-    found = [*root.glob("*/lock"), *root.glob("*/*/lock")]
-    return [lock for lock in found if lock.is_file() and not lock.stat().st_size]
+    """Return torch's lock files: empty files, one or two folders down."""
+    files = [*root.glob("*/lock"), *root.glob("*/*/lock")]
+    return [file for file in files if file.is_file() and not file.stat().st_size]
 
 
-def _unknown(root: Path, younger_than_s: float | None = None) -> list[Path]:
-    """Locks of ops that nobody builds on this machine."""
-    found = []
+def _unexplained_locks(root: Path, max_age_s: float | None = None) -> list[Path]:
+    """Return locks of extensions that no process of this machine builds."""
+    locks = []
     for lock in _locks(root):
-        with contextlib.suppress(OSError):  # it has just gone
-            young = younger_than_s is None or time.time() - lock.stat().st_mtime < younger_than_s
-            if young and not _is_built(lock):
-                found.append(lock)
-    return found
+        with contextlib.suppress(OSError):  # it has just been removed
+            is_young = max_age_s is None or time.time() - lock.stat().st_mtime < max_age_s
+            if is_young and not _is_being_built(lock):
+                locks.append(lock)
+    return locks
 
 
-def _is_built(lock: Path) -> bool:
-    """Whether a process of this machine works in the op's folder."""
+def _is_being_built(lock: Path) -> bool:
+    """Whether a process of this machine has the extension's folder as its working directory."""
     folder = str(lock.parent.resolve())
     for process in Path("/proc").glob("[0-9]*"):
-        with contextlib.suppress(OSError):  # it has ended, or is another user's
+        with contextlib.suppress(OSError):  # it has ended, or belongs to another user
             if os.readlink(process / "cwd") == folder:
                 return True
     return False
 
 
-def _await(condition: Callable[[], bool], bound_s: float) -> None:
-    end = time.monotonic() + bound_s
+def _wait_until(condition: Callable[[], bool], timeout_s: float) -> None:
+    end = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < end:
         time.sleep(0.5)

@@ -1,32 +1,31 @@
-"""What libraries say of themselves while they start, and nobody who trains can act on: left out, by its own words.
+"""Filters for messages of libraries that appear at every start and that no user can act on.
 
-Nothing else of theirs is touched: no level is raised and no stream is closed, so an error always comes through.
+Each message is listed. No level is raised and no stream is closed, so errors always come through.
 """
 
 import contextlib
 import io
 import logging
 import re
-import sys
 import warnings
 from collections.abc import Iterator
 
-# Logger -> the beginning of what it need not say, as a regular expression.
+# Logger -> regular expression for the start of a message.
 LOGGED = {
-    "torchao": r"Failed to load .*\.so",  # kernels for GPUs of another kind
+    "torchao": r"Failed to load .*\.so",  # kernels for other GPUs
     "torch.utils._pytree": r".* is an Enum subclass",
     "diffusers.quantizers.torchao.torchao_quantizer": r"Unable to import `torchao` Tensor objects",
-    "DeepSpeed": r"Setting accelerator to CPU",  # the panel says on what a run trains
+    "DeepSpeed": r"Setting accelerator to CPU",  # the startup summary names the device
 }
-# Category, message, module; as `warnings.filterwarnings` takes them.
+# Category, message and module, as in `warnings.filterwarnings`.
 WARNED: tuple[tuple[type[Warning], str, str], ...] = (
-    (FutureWarning, "", r"torch\.distributed"),  # DeepSpeed calls what torch has renamed
+    (FutureWarning, "", r"torch\.distributed"),  # DeepSpeed calls functions that torch has renamed
 )
-# Whole lines that are printed.
+# Whole lines on stdout.
 PRINTED = r"DeepSpeed \S+ built successfully"
 
 
-class _Without(logging.Filter):
+class _MessageFilter(logging.Filter):
     def __init__(self, pattern: str) -> None:
         super().__init__()
         self._pattern = re.compile(pattern)
@@ -35,24 +34,24 @@ class _Without(logging.Filter):
         return record.levelno >= logging.ERROR or not self._pattern.match(record.getMessage())
 
 
-def leave_out() -> None:
-    """From here on. To be called before the libraries are imported: some of it is said then."""
+def install_log_filters() -> None:
+    """Install the filters. Call it before the libraries are imported, because some messages come at import."""
     for name, pattern in LOGGED.items():
         logger = logging.getLogger(name)
-        if not any(isinstance(one, _Without) for one in logger.filters):
-            logger.addFilter(_Without(pattern))
+        if not any(isinstance(installed, _MessageFilter) for installed in logger.filters):
+            logger.addFilter(_MessageFilter(pattern))
     for category, message, module in WARNED:
         warnings.filterwarnings("ignore", message, category, module)
 
 
 @contextlib.contextmanager
-def without_printed(pattern: str = PRINTED) -> Iterator[None]:
-    """Inside, what is printed on stdout waits; after it all is printed but the lines that match."""
-    kept = io.StringIO()
+def filter_stdout(pattern: str = PRINTED) -> Iterator[None]:
+    """Hold back what is printed inside, and print it at the end without the lines that match."""
+    printed = io.StringIO()
     try:
-        with contextlib.redirect_stdout(kept):
+        with contextlib.redirect_stdout(printed):
             yield
     finally:
-        for line in kept.getvalue().splitlines():
+        for line in printed.getvalue().splitlines():
             if not re.fullmatch(pattern, line):
-                print(line, file=sys.stdout, flush=True)
+                print(line, flush=True)

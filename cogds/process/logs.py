@@ -12,6 +12,8 @@ import logging
 import socket
 import sys
 
+from cogds.errors import UserError
+
 RESULT = 25  # between INFO and WARNING
 logging.addLevelName(RESULT, "RESULT")
 
@@ -27,6 +29,12 @@ def configure_logging(rank: int = 0, level: int = logging.INFO) -> None:
     logger.handlers = [handler]
     logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
     logger.propagate = False  # libraries add handlers to the root logger, and every line would come twice
+
+
+def log_failure(logger: logging.Logger, message: str, error: BaseException) -> None:
+    """Log a warning about an exception that must not end the run, with its traceback if it may be a bug."""
+    is_no_bug = isinstance(error, (UserError, OSError))
+    logger.warning(message, exc_info=None if is_no_bug else error)
 
 
 class ConsoleHandler(logging.Handler):

@@ -43,7 +43,7 @@ def progress_bar(
 
 def log_options(interval_s: float) -> dict[str, Any]:
     """Options of a tqdm bar that writes a line to the log every `interval_s`."""
-    return {"file": _LogFile(), "mininterval": interval_s, "maxinterval": 2 * interval_s}
+    return {"file": _LogFile(), "position": 0, "mininterval": interval_s, "maxinterval": 2 * interval_s}
 
 
 class _LogFile:

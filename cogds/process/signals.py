@@ -1,7 +1,7 @@
-"""Whether this process has been asked to stop: by a signal, or by the death of the launcher that started it.
+"""Requests to stop this process: by a signal, or because the launcher that started it has died.
 
-A thread hears it: the main thread may wait in a collective for minutes, and no Python handler runs meanwhile. The
-interpreter's own handler, in C, writes the signal's number to that thread at once.
+A thread receives them: the main thread may wait in a collective for minutes, and no Python signal handler runs
+meanwhile. The interpreter's own handler, in C, writes the number of the signal to that thread at once.
 """
 
 import contextlib
@@ -12,170 +12,200 @@ import socket
 import sys
 import threading
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from cogds.errors import EXIT_INTERRUPTED
-from cogds.process.worker_pool import STOP_SIGNALS
 
+T = TypeVar("T")
+
+# Signals that ask a run to stop. Ctrl-C goes to the whole group of a terminal, a launcher or SLURM signals a whole
+# process tree. A run that saves first still needs its child processes, and ends them itself (`block_stop_signals`).
+STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHER_DIED = "its launcher has died"
-SAME_REQUEST_S = 3.0  # launchers send two signals in a row, and Ctrl-C comes from the terminal and from the launcher
-LOOK_S = 1.0  # how often the launcher is looked at
-SAY_S = 2.0  # a pipe that nobody reads holds up the end of a process no longer
-# These come first and a signal that ends the job follows, while a save still has time: nobody is impatient.
-_WARNINGS = ("SIGUSR1", LAUNCHER_DIED)
-# How the command of a process that launches ranks looks: `python -u -m MODULE` or `python FILE`; what follows are the
-# script's arguments. `deepspeed` starts a launcher on every node, and with one node it is that launcher's parent.
+# Requests within this time are the same one: launchers send two signals in a row, and Ctrl-C comes from the terminal
+# and from the launcher.
+SAME_REQUEST_S = 3.0
+LAUNCHER_POLL_S = 1.0
+# A pipe that nobody reads delays the end of a process by at most this.
+MESSAGE_TIMEOUT_S = 2.0
+# These come first, and a signal that ends the job follows while a save still has time: it does not mean "at once".
+_ADVANCE_WARNINGS = ("SIGUSR1", LAUNCHER_DIED)
+# Commands that launch ranks: `python -u -m MODULE` or `python FILE`, then the script's arguments. `deepspeed` starts a
+# launcher on every node; on a single node it is that launcher's parent.
 _LAUNCHERS = (
     "deepspeed.launcher.launch", "deepspeed/launcher/launch.py", "torch.distributed.run", "/torchrun",
     "deepspeed.launcher.runner", "deepspeed/launcher/runner.py", "/deepspeed",
 )  # fmt: skip
-_COMMAND_WORDS = 4
+_NUM_COMMAND_WORDS = 4
+
+
+@contextlib.contextmanager
+def block_stop_signals() -> Iterator[None]:
+    """Start child processes that never receive STOP_SIGNALS, from their first moment on.
+
+    They inherit the signals that this thread blocks. The other threads of this process still receive its own.
+    """
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
 def find_launchers() -> tuple[int, ...]:
-    """The processes above this one that launch ranks, the nearest first: SLURM's daemon of the job step, torchrun, or
-    DeepSpeed's launcher on this node and the `deepspeed` that started it."""
-    found: list[int] = []
-    while (parent := _parent(found[-1] if found else os.getpid())) and _launches(parent):
-        found.append(parent)
-    return tuple(found)
+    """Return the process ids of the launchers above this process, nearest first.
+
+    They are SLURM's daemon of the job step, torchrun, or DeepSpeed's launcher on this node and the `deepspeed` that
+    started it.
+    """
+    launchers: list[int] = []
+    while (parent := _parent(launchers[-1] if launchers else os.getpid())) and _is_launcher(parent):
+        launchers.append(parent)
+    return tuple(launchers)
 
 
 def _parent(pid: int) -> int:
-    """0 where there is none, or the process is gone."""
+    """Return the parent's process id, or 0 if there is none or the process is gone."""
     try:
         return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
     except OSError:
         return 0
 
 
-def _launches(pid: int) -> bool:
+def _is_launcher(pid: int) -> bool:
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
         return False
     # SLURM itself does not miss its daemon, and would never end the rank.
     return command.startswith("slurmstepd: ") or any(
-        word.endswith(_LAUNCHERS) for word in command.split("\0")[:_COMMAND_WORDS]
+        word.endswith(_LAUNCHERS) for word in command.split("\0")[:_NUM_COMMAND_WORDS]
     )
 
 
-def run_bounded(function: Callable[[], Any], bound_s: float) -> None:
-    """Run `function` in a thread and go on after `bound_s` at the latest. What it raises is not heard."""
+def run_with_timeout(function: Callable[[], T], timeout_s: float, default: T) -> T:
+    """Run `function` in a thread and return its result, or `default` if it raises or takes longer than `timeout_s`."""
+    results = [default]
 
     def run() -> None:
         with contextlib.suppress(BaseException):
-            function()
+            results[0] = function()
 
-    with contextlib.suppress(RuntimeError):  # no thread can be had
-        thread = threading.Thread(target=run, daemon=True, name="bounded")
+    with contextlib.suppress(RuntimeError):  # no thread can be started
+        thread = threading.Thread(target=run, daemon=True, name="with-timeout")
         thread.start()
-        thread.join(bound_s)
+        thread.join(timeout_s)
+    return results[0]
 
 
-def say(text: str) -> None:
-    """A line on stderr, past Python's own buffers: whoever holds their locks may be stuck."""
+def write_stderr(text: str) -> None:
+    """Write a line to stderr without Python's buffers and logging, whose locks a stuck thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
 
-class Interrupt:
+class StopRequest:
     """Whether this process has been asked to stop.
 
-    requested: "" or what asked, such as "SIGTERM" or LAUNCHER_DIED.
+    requested: "" or the reason, such as "SIGTERM" or LAUNCHER_DIED.
     """
 
     def __init__(self, launchers: Sequence[int] = ()) -> None:
-        """launchers: of `find_launchers`, whose death is a request."""
+        """launchers: process ids from `find_launchers`, whose death is a request."""
         self.requested = ""
         self._launchers = tuple(launchers)
-        self._asked_at, self._deferred = 0.0, False
-        self._before: dict[signal.Signals, Any] = {}
-        self._mouth, self._ear = socket.socketpair()
-        self._mouth.setblocking(False)
-        self._thread = threading.Thread(target=self._hear, daemon=True, name="interrupt")
+        self._requested_at, self._is_deferred = 0.0, False
+        self._previous_handlers: dict[signal.Signals, Any] = {}
+        self._write_end, self._read_end = socket.socketpair()
+        self._write_end.setblocking(False)
+        self._thread = threading.Thread(target=self._run, daemon=True, name="stop-request")
 
     def listen(self) -> None:
-        """From now on SIGTERM, SIGUSR1 and SIGINT are ours. Until `defer` the first one ends the process at once with
-        EXIT_INTERRUPTED: while data is prepared there is nothing to save. Once, in the main thread."""
-        self._fd_before = signal.set_wakeup_fd(self._mouth.fileno(), warn_on_full_buffer=False)
-        # A forked child would speak with its parent's mouth.
-        os.register_at_fork(after_in_child=self._fall_silent)
+        """Handle STOP_SIGNALS. Until `defer`, the first one ends the process at once with EXIT_INTERRUPTED.
+
+        While data is prepared there is nothing to save. Call it once, in the main thread.
+        """
+        self._previous_fd = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
+        # A forked child would write to its parent's socket.
+        os.register_at_fork(after_in_child=self._reset_in_child)
         for number in STOP_SIGNALS:
-            self._before[number] = signal.signal(number, _nothing)
-            # A library's call that waits is restarted by the kernel, not broken off.
+            self._previous_handlers[number] = signal.signal(number, _do_nothing)
+            # The kernel restarts a system call that a library waits in, instead of ending it.
             signal.siginterrupt(number, False)
         self._thread.start()
 
     def defer(self) -> None:
-        """From now on the first request only sets `requested`; one that comes later ends the process at once."""
-        self._deferred = True
+        """From now on the first request only sets `requested`, and a later one ends the process at once."""
+        self._is_deferred = True
 
     def ignore(self) -> None:
-        """From now on nothing is heard: what was asked for is done. Python gives its handlers up while it ends, and a
-        signal that comes late, of a launcher that ends all ranks, would make another exit code."""
+        """Ignore signals from now on, because the request has been carried out.
+
+        Python removes its handlers while it ends. A signal that comes then, from a launcher that ends all ranks, would
+        change the exit code.
+        """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
 
     def close(self) -> None:
-        """Give the signals back. May be called twice."""
-        if not self._before:
+        """Restore the previous handlers. May be called twice."""
+        if not self._previous_handlers:
             return
-        for number, handler in self._before.items():
+        for number, handler in self._previous_handlers.items():
             signal.signal(number, signal.SIG_DFL if handler is None else handler)
-        self._before = {}
-        signal.set_wakeup_fd(self._fd_before)
-        self._mouth.close()
+        self._previous_handlers = {}
+        signal.set_wakeup_fd(self._previous_fd)
+        self._write_end.close()
         self._thread.join()
-        self._ear.close()
+        self._read_end.close()
 
-    def _fall_silent(self) -> None:
-        if self._before:
+    def _reset_in_child(self) -> None:
+        if self._previous_handlers:
             signal.set_wakeup_fd(-1)
 
-    def _hear(self) -> None:
+    def _run(self) -> None:
         poll = select.poll()
-        poll.register(self._ear, select.POLLIN)
+        poll.register(self._read_end, select.POLLIN)
         while True:
-            if poll.poll(LOOK_S * 1000):
-                numbers = self._ear.recv(4096)
+            if poll.poll(LAUNCHER_POLL_S * 1000):
+                numbers = self._read_end.recv(4096)
                 if not numbers:
                     return
                 for number in numbers:
                     if number in STOP_SIGNALS:
-                        self._ask(signal.Signals(number).name)
+                        self._request(signal.Signals(number).name)
             if not self.requested and self._launchers != self._ancestors():
-                self._ask(LAUNCHER_DIED)
+                self._request(LAUNCHER_DIED)
 
     def _ancestors(self) -> tuple[int, ...]:
-        """As many of the processes above this one as there were launchers: an orphan's are others."""
-        found = [os.getpid()]
+        """Return as many processes above this one as there were launchers; those of an orphan are others."""
+        pids = [os.getpid()]
         for _ in self._launchers:
-            found.append(_parent(found[-1]))
-        return tuple(found[1:])
+            pids.append(_parent(pids[-1]))
+        return tuple(pids[1:])
 
-    def _ask(self, what: str) -> None:
-        if not self._deferred:
-            _end(f"{what}: stopping at once, nothing needs saving yet")
-        if not self.requested or (self.requested in _WARNINGS and what != self.requested):
-            self._asked_at, self.requested = time.monotonic(), what
-            say(f"{what}: saving at the end of this step (again to stop at once)")
-        elif time.monotonic() - self._asked_at > SAME_REQUEST_S:
-            _end(f"{what} again: stopping at once")
-
-
-def _nothing(number: int, frame: Any) -> None:
-    """The thread does what is to be done; without a handler the process would end."""
+    def _request(self, reason: str) -> None:
+        if not self._is_deferred:
+            _exit_now(f"{reason}: stopping at once; there is nothing to save yet")
+        if not self.requested or (self.requested in _ADVANCE_WARNINGS and reason != self.requested):
+            self._requested_at, self.requested = time.monotonic(), reason
+            write_stderr(f"{reason}: saving at the end of this step (send it again to stop at once)")
+        elif time.monotonic() - self._requested_at > SAME_REQUEST_S:
+            _exit_now(f"{reason} again: stopping at once")
 
 
-def _end(text: str) -> None:
-    def speak() -> None:
-        say(text)
+def _do_nothing(number: int, frame: Any) -> None:
+    """Handle a signal: the thread acts on it; without a handler, the signal would end the process."""
+
+
+def _exit_now(text: str) -> None:
+    def report() -> None:
+        write_stderr(text)
         sys.stdout.flush()
 
     try:
-        run_bounded(speak, SAY_S)
+        run_with_timeout(report, MESSAGE_TIMEOUT_S, None)
     finally:
         os._exit(EXIT_INTERRUPTED)

@@ -1,12 +1,16 @@
-"""Child processes that can be killed, one task in flight in each: a crash, a hang or a glutton costs its task alone.
+"""Worker processes that can be killed: one that crashes, hangs or runs out of memory loses only its own task.
 
-concurrent.futures cannot: one death breaks its pool and every task in flight, and a hung worker cannot be ended.
-multiprocessing's spawn runs the main module again in every child, which for a training script imports torch: seconds
-and half a gigabyte each. So a child is a plain new interpreter that imports the function's module and nothing else,
-at the other end of a unix socket. In this process each child has a thread that sends, waits, watches and replaces.
+    with WorkerPool(decode, 4, timeout_s=120, memory_bytes=4 << 30, permanent_errors=(DecodeError,)) as pool:
+        for outcome in pool.imap(tasks):  # a result of `decode`, or a TaskFailure
 
-Large arrays come back through anonymous memory (memfd) whose descriptor travels over the socket: nothing is left in
-/dev/shm by a killed child, and a container's small /dev/shm is no limit.
+Why not a library: concurrent.futures cannot end a worker that hangs, and one crash fails every task in flight. pebble
+handles both, but its workers share one pipe for results: a decoded clip (254 MB) takes 5 times as long as through the
+anonymous memory used here. They also run the main module again. A worker here is a new interpreter that imports the
+module of the function and nothing else: importing torch would take seconds and half a gigabyte in each.
+
+In this process, each worker has a thread that sends tasks, waits, watches and replaces the worker. Large arrays come
+back in anonymous memory (memfd) whose descriptor travels over the socket: a killed worker leaves nothing behind, and a
+container's small /dev/shm is no limit.
 """
 
 import contextlib
@@ -16,118 +20,160 @@ import os
 import pickle
 import queue
 import resource
-import select
 import signal
-import socket
-import struct
 import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
 from dataclasses import dataclass
+from multiprocessing import Pipe, reduction
+from multiprocessing.connection import Connection
 from types import TracebackType
 from typing import Any, Generic, TypeVar
+
+from cogds.process.signals import block_stop_signals
 
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-POLL_S = 0.1  # how often a child's time and memory are looked at
+POLL_INTERVAL_S = 0.1  # between looks at a worker's time and memory
 START_TIMEOUT_S = 300.0  # imports on a busy network disk
-OUT_OF_BAND_BYTES = 1 << 20  # buffers from this size on travel as memory, not as a pickle
+OUT_OF_BAND_BYTES = 1 << 20  # larger buffers travel as memory instead of in a pickle
 _ALIGNMENT = 64
-_LENGTH = struct.Struct("<Q")
-# What asks a run to stop. Ctrl-C goes to the whole terminal group, a launcher or SLURM ends a whole tree: a run that
-# saves first still needs its children, and ends them itself.
-STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
-_BOOTSTRAP = (
+_WORKER_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
-    "from cogds.process.worker_pool import _serve; _serve(int(sys.argv[1]))"
+    "from cogds.process.worker_pool import _work; _work(int(sys.argv[1]))"
 )
 
 
-@contextlib.contextmanager
-def deaf_children() -> Iterator[None]:
-    """Processes that this thread starts in here never get STOP_SIGNALS, from their first moment on.
-
-    They inherit what this thread blocks; the process's other threads take its own signals meanwhile.
-    """
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
-    try:
-        yield
-    finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-
-
 @dataclass(frozen=True)
-class Failure:
-    """What became of a task that gave no result.
+class TaskFailure:
+    """Why a task has no result, if that is not a bug.
 
-    reason: "took more than 120 s", "crashed its process (code -11)", "needed more than 4 GB of memory", the sentence
-    of the DecodeError that the function raised, or "failed: Type: text" for any other exception. is_verdict: it was a
-    DecodeError, which says something of the file; the others may be the machine's doing, and not come again.
+    reason: "took more than 120 s", "crashed its process (code -11)", "needed more than 4 GB of memory", the message of
+    a permanent error, or "failed: Type: message" for an OSError. is_permanent: the function raised a permanent error,
+    which says something about the task itself. Other failures may come from the machine and not happen again.
     """
 
     reason: str
-    is_verdict: bool = False
+    is_permanent: bool = False
 
 
-class GuardedPool(Generic[Task, Result]):
-    """`function` of many tasks, in num_children processes that start with the first task and serve all calls.
+class WorkerError(Exception):
+    """A bug in the function of a task: it raised an exception that is not a TaskFailure. Has the worker's traceback."""
 
-    function: importable by name from a module other than `__main__` (a functools.partial of one will do). timeout_s
-    bounds one task. memory_bytes bounds the child's whole resident memory, its interpreter and libraries included
-    (about 0.1 GB), and how much more it may ask for than it had at its start. A child that holds more than half of
-    it between two tasks is replaced. num_children 0 runs the tasks in this process, one after the other, without
-    any bound: a crash there is a crash of the run.
+
+@dataclass(frozen=True)
+class _Bug:
+    """What a worker sends instead of a result if its function has a bug."""
+
+    traceback: str
+
+
+@dataclass(frozen=True)
+class _Job:
+    """What a worker does with each task, and its limits."""
+
+    function: Callable[[Any], Any]
+    timeout_s: float
+    memory_bytes: int
+    permanent_errors: tuple[type[Exception], ...]
+
+    def run(self, task: Any) -> Any:
+        """Return the outcome of a task. Raises only bugs."""
+        try:
+            return self.function(task)
+        except Exception as error:
+            if (failure := self.failure(error)) is None:
+                raise
+            return failure
+
+    def failure(self, error: Exception) -> TaskFailure | None:
+        """Return the failure that an exception stands for; None for a bug."""
+        match error:
+            case _ if isinstance(error, self.permanent_errors):
+                return TaskFailure(str(error), is_permanent=True)
+            case MemoryError():
+                return self.out_of_memory()
+            case OSError():
+                return TaskFailure(f"failed: {type(error).__name__}: {error}")
+        return None
+
+    def out_of_memory(self) -> TaskFailure:
+        return TaskFailure(f"needed more than {self.memory_bytes / 1e9:.3g} GB of memory")
+
+    def timed_out(self) -> TaskFailure:
+        return TaskFailure(f"took more than {self.timeout_s:g} s")
+
+
+class WorkerPool(Generic[Task, Result]):
+    """Runs `function` on many tasks in worker processes, which start with the first task and serve all calls.
+
+    Args:
+        function: Importable by name from a module other than `__main__`, or a functools.partial of such a function.
+        num_workers: Number of processes. With 0, tasks run in this process, one after another, without any limit.
+        timeout_s: Limit for one task.
+        memory_bytes: Limit for a worker's resident memory, including its interpreter and libraries (about 0.1 GB), and
+            for what it allocates after its start. A worker that holds more than half of it between two tasks is
+            replaced.
+        permanent_errors: Exceptions of `function` that say something about the task itself.
     """
 
     def __init__(
-        self, function: Callable[[Task], Result], num_children: int, timeout_s: float, memory_bytes: int
+        self,
+        function: Callable[[Task], Result],
+        num_workers: int,
+        timeout_s: float,
+        memory_bytes: int,
+        permanent_errors: tuple[type[Exception], ...] = (),
     ) -> None:
-        if getattr(getattr(function, "func", function), "__module__", None) == "__main__" and num_children > 0:
-            raise ValueError("the function of a GuardedPool must stand in a module that a child can import")
-        self._function, self._num_children = function, max(0, num_children)
-        self._timeout_s, self._memory_bytes = timeout_s, memory_bytes
-        self._todo: queue.SimpleQueue[tuple[Future[Result | Failure], Task] | None] = queue.SimpleQueue()
+        if getattr(getattr(function, "func", function), "__module__", None) == "__main__" and num_workers > 0:
+            raise ValueError("the function of a WorkerPool must be in a module that a worker can import")
+        self._job, self._num_workers = _Job(function, timeout_s, memory_bytes, permanent_errors), max(0, num_workers)
+        self._queue: queue.SimpleQueue[tuple[Future[Result | TaskFailure], Task] | None] = queue.SimpleQueue()
+        self._lock = threading.Lock()  # of the attributes below
         self._threads: list[threading.Thread] = []
-        self._children: set[_Child] = set()
-        self._lock = threading.Lock()  # of _threads, _children and _closed
-        self._closed = False
+        self._workers: set[_Worker] = set()
+        self._is_closed = False
 
-    def imap(self, tasks: Iterable[Task], ahead: int = 0) -> Iterator[Result | Failure]:
-        """One outcome for each task, in their order.
+    def imap(self, tasks: Iterable[Task], ahead: int = 0) -> Iterator[Result | TaskFailure]:
+        """Yield the outcome of each task, in the order of the tasks.
 
-        Tasks are drawn as they are needed, in the caller's thread: beside the outcome that was given out last there
-        are at most num_children + ahead begun, waiting for their turn or queued. The children go on while the caller
-        is busy. Where the iterator is closed early, what runs ends unheard and the pool stays usable.
-        Raises RuntimeError where a child cannot start at all.
+        Tasks are drawn in the caller's thread: besides the outcome that was yielded last, at most num_workers + ahead
+        tasks are queued, running or finished. Workers run on while the caller is busy. If the iterator is closed
+        early, the results of running tasks are dropped and the pool stays usable.
+
+        Raises:
+            WorkerError: `function` has a bug (without workers, the exception itself).
+            RuntimeError: A worker cannot start.
         """
-        if self._closed:
+        if self._is_closed:
             raise ValueError("the pool is closed")
-        if not self._num_children:
-            return (_call(self._function, task, self._memory_bytes) for task in tasks)
-        return self._imap_children(tasks, self._num_children + max(0, ahead))
+        if not self._num_workers:
+            return map(self._job.run, tasks)
+        return self._imap_in_workers(tasks, self._num_workers + max(0, ahead))
 
     def close(self) -> None:
-        """End the children, whatever they do. May be called twice."""
+        """Kill the workers, whatever they do. May be called twice."""
         with self._lock:
-            self._closed = True
+            self._is_closed = True
             threads, self._threads = self._threads, []
-            for child in self._children:
-                child.process.kill()
+            for worker in self._workers:
+                worker.process.kill()
         for _ in threads:
-            self._todo.put(None)
+            self._queue.put(None)
         for thread in threads:
             thread.join()
         with contextlib.suppress(queue.Empty):
             while True:
-                if (item := self._todo.get_nowait()) is not None:
+                if (item := self._queue.get_nowait()) is not None:
                     item[0].cancel()
 
-    def __enter__(self) -> "GuardedPool[Task, Result]":
+    def __enter__(self) -> "WorkerPool[Task, Result]":
         return self
 
     def __exit__(
@@ -135,146 +181,147 @@ class GuardedPool(Generic[Task, Result]):
     ) -> None:
         self.close()
 
-    def _imap_children(self, tasks: Iterable[Task], num_outstanding: int) -> Iterator[Result | Failure]:
-        pending: deque[Future[Result | Failure]] = deque()
-        todo = iter(tasks)
+    def _imap_in_workers(self, tasks: Iterable[Task], num_outstanding: int) -> Iterator[Result | TaskFailure]:
+        pending: deque[Future[Result | TaskFailure]] = deque()
+        remaining = iter(tasks)
 
-        def fill() -> None:
+        def submit_tasks() -> None:
             while len(pending) < num_outstanding:
                 try:
-                    task = next(todo)
+                    task = next(remaining)
                 except StopIteration:
                     return
-                future: Future[Result | Failure] = Future()
-                pending.append(future)
-                with self._lock:
-                    if self._closed:
-                        raise ValueError("the pool is closed")
-                    if len(self._threads) < min(self._num_children, len(pending)):
-                        # Daemon: an interpreter that ends does not wait for a task; its children see it gone.
-                        thread = threading.Thread(target=self._tend, daemon=True, name="guarded-pool")
-                        self._threads.append(thread)
-                        thread.start()
-                    self._todo.put((future, task))
+                pending.append(self._submit(task, len(pending) + 1))
 
         try:
-            fill()
+            submit_tasks()
             while pending:
                 outcome = pending.popleft().result()
-                fill()  # before the caller gets busy with this one
+                submit_tasks()  # before the caller gets busy with this outcome
                 yield outcome
                 del outcome  # may be a gigabyte, and the caller may be done with it
         finally:
             for future in pending:
                 future.cancel()
 
-    # ------------------------------------------------------------------------------------ in the thread of a child
+    def _submit(self, task: Task, num_pending: int) -> "Future[Result | TaskFailure]":
+        future: Future[Result | TaskFailure] = Future()
+        with self._lock:
+            if self._is_closed:
+                raise ValueError("the pool is closed")
+            if len(self._threads) < min(self._num_workers, num_pending):
+                # A daemon: an interpreter that ends does not wait for a task, and the workers notice that it ended.
+                self._threads.append(threading.Thread(target=self._serve_worker, daemon=True, name="worker-pool"))
+                self._threads[-1].start()
+            self._queue.put((future, task))
+        return future
 
-    def _tend(self) -> None:
-        """A thread's life: one child, replaced where it dies, and one task after the other."""
-        child: _Child | None = None
-        while (item := self._todo.get()) is not None and not self._closed:
+    # ------------------------------------------------------------------------------------- in the thread of a worker
+
+    def _serve_worker(self) -> None:
+        """Run tasks in one worker, which is replaced if it dies, until the pool is closed."""
+        worker: _Worker | None = None
+        while (item := self._queue.get()) is not None and not self._is_closed:
             future, task = item
             if not future.set_running_or_notify_cancel():
                 continue
             try:
-                if child is not None and (
-                    child.process.poll() is not None or child.resident_bytes() > self._memory_bytes // 2
-                ):
-                    self._end(child)
-                    child = None
-                child = child or self._start()
-                outcome = child.run(task, self._timeout_s, self._memory_bytes)
+                if worker is None or worker.needs_replacement():
+                    self._end(worker)
+                    worker = self._start()
+                outcome = worker.run(task)
             except BaseException as error:
                 future.set_exception(error)
-                if child is not None:
-                    self._end(child)
-                    child = None
+                self._end(worker)
+                worker = None
                 continue
-            if not child.usable:
-                self._end(child)
-                child = None
-            future.set_result(outcome)
+            if isinstance(outcome, _Bug):
+                future.set_exception(WorkerError(f"{task!r} ran into a bug in a worker process:\n{outcome.traceback}"))
+            else:
+                future.set_result(outcome)
             del item, future, task, outcome
         if item is not None:
             item[0].cancel()
-        if child is not None:
-            self._end(child)
+        self._end(worker)
 
-    def _start(self) -> "_Child":
-        child = _Child(self._function, self._timeout_s, self._memory_bytes)
+    def _start(self) -> "_Worker":
+        worker = _Worker(self._job)
         with self._lock:
-            self._children.add(child)
-            if self._closed:
-                child.process.kill()
+            self._workers.add(worker)
+            if self._is_closed:
+                worker.process.kill()
         try:
-            child.await_ready()
+            worker.wait_until_ready()
         except BaseException:
-            self._end(child)
+            self._end(worker)
             raise
-        return child
+        return worker
 
-    def _end(self, child: "_Child") -> None:
-        with self._lock:
-            self._children.discard(child)
-        child.end()
+    def _end(self, worker: "_Worker | None") -> None:
+        if worker is not None:
+            with self._lock:
+                self._workers.discard(worker)
+            worker.end()
 
 
-class _Child:
-    """One process and the socket to it."""
+class _Worker:
+    """A worker process, seen from this process."""
 
-    def __init__(self, function: Callable[[Any], Any], timeout_s: float, memory_bytes: int) -> None:
-        self.socket, theirs = socket.socketpair()
-        with theirs, deaf_children():  # ours must be the only other end: then a death reads as the end of the stream
+    def __init__(self, job: _Job) -> None:
+        self.job = job
+        self.connection, worker_end = Pipe()
+        # This process must not keep the other end open: then the death of the worker reads as the end of the stream.
+        with worker_end, block_stop_signals():
             self.process = subprocess.Popen(
-                [sys.executable, "-c", _BOOTSTRAP, str(theirs.fileno()), json.dumps(sys.path)],
-                pass_fds=[theirs.fileno()],
+                [sys.executable, "-c", _WORKER_CODE, str(worker_end.fileno()), json.dumps(sys.path)],
+                pass_fds=[worker_end.fileno()],
                 stdin=subprocess.DEVNULL,
             )
-        self.usable = True
-        self.setup = pickle.dumps((function, os.getpid(), timeout_s, memory_bytes))
 
-    def await_ready(self) -> None:
-        """Hand over the function; the time of imports is not the first task's."""
+    def wait_until_ready(self) -> None:
+        """Send the job and wait for the imports, whose time does not count for the first task.
+
+        Raises:
+            RuntimeError: The worker cannot start.
+        """
         try:
-            _send(self.socket, self.setup)
-            self.socket.settimeout(START_TIMEOUT_S)
-            _receive(self.socket)
+            self.connection.send((self.job, os.getpid()))
+            if not self.connection.poll(START_TIMEOUT_S):
+                raise TimeoutError
+            self.connection.recv()
         except (EOFError, OSError) as error:
             self.process.kill()
             raise RuntimeError(
-                f"a child process could not start (code {self.process.wait()}, {type(error).__name__}); "
-                "what it printed above says why"
+                f"a worker process could not start (exit code {self.process.wait()}, {type(error).__name__}); see its "
+                "output above"
             ) from None
 
-    def run(self, task: Any, timeout_s: float, memory_bytes: int) -> Any:
-        """The outcome of one task. Where the child is killed or dead, `usable` is false after it."""
-        message = pickle.dumps(task, protocol=5)
-        deadline = time.monotonic() + timeout_s
-        poll = select.poll()
-        poll.register(self.socket, select.POLLIN)
+    def run(self, task: Any) -> Any:
+        """Return the outcome of a task. The process has ended afterwards if it crashed or went beyond a limit."""
+        deadline = time.monotonic() + self.job.timeout_s
         try:
-            self.socket.settimeout(timeout_s)
-            _send(self.socket, message)
-            while not poll.poll(POLL_S * 1000):
-                if self.resident_bytes() > memory_bytes:
-                    return self._kill(_too_much_memory(memory_bytes))
+            self.connection.send(task)
+            while not self.connection.poll(POLL_INTERVAL_S):
+                if self.resident_bytes() > self.job.memory_bytes:
+                    self.end()
+                    return self.job.out_of_memory()
                 if time.monotonic() > deadline:
-                    return self._kill(f"took more than {timeout_s:g} s")
-            self.socket.settimeout(max(POLL_S, deadline - time.monotonic()))
-            return _receive(self.socket)
-        except TimeoutError:
-            return self._kill(f"took more than {timeout_s:g} s")
+                    self.end()
+                    return self.job.timed_out()
+            return _receive_outcome(self.connection)
         except (EOFError, ConnectionError):
-            self.usable = False
             with contextlib.suppress(subprocess.TimeoutExpired):
-                # It hung up and is about to end by itself: that code says more than that of our kill.
+                # It closed the connection and is about to end: its own exit code says more than that of a kill.
                 self.process.wait(timeout=5.0)
             self.end()
-            return Failure(f"crashed its process (code {self.process.returncode})")
+            return TaskFailure(f"crashed its process (code {self.process.returncode})")
+
+    def needs_replacement(self) -> bool:
+        """Whether the process has ended, or holds so much memory that the next task might not fit."""
+        return self.process.poll() is not None or self.resident_bytes() > self.job.memory_bytes // 2
 
     def resident_bytes(self) -> int:
-        """0 where the process is gone."""
+        """Return the worker's resident memory, or 0 if the process is gone."""
         try:
             with open(f"/proc/{self.process.pid}/statm") as file:
                 return int(file.read().split()[1]) * mmap.PAGESIZE
@@ -282,160 +329,117 @@ class _Child:
             return 0
 
     def end(self) -> None:
+        """Kill the process. May be called twice."""
         self.process.kill()
         self.process.wait()
-        self.socket.close()
-
-    def _kill(self, reason: str) -> Failure:
-        self.usable = False
-        self.end()
-        return Failure(reason)
+        self.connection.close()
 
 
-# ------------------------------------------------------------------------------------------------ in the child
+# ------------------------------------------------------------------------------------------------ in the worker
 
 
-def _serve(descriptor: int) -> None:
-    """A child's life: the function of what arrives, until the other end closes or the parent is gone."""
-    connection = socket.socket(fileno=descriptor)
+def _work(descriptor: int) -> None:
+    """Run tasks until the other end closes or the parent is gone."""
+    connection = Connection(descriptor)
     try:
-        function, parent, timeout_s, memory_bytes = _receive(connection)
+        job, parent = connection.recv()
     except (EOFError, ConnectionError):
         return
-    threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
-    # The parent looks ten times a second, and 0.1 s is enough to touch a gigabyte: the kernel refuses at once.
-    limit = _data_bytes() + memory_bytes
-    hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
-    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
-    _send(connection, pickle.dumps(None))
+    threading.Thread(target=_exit_with, args=(parent,), daemon=True).start()
+    _limit_memory(job.memory_bytes)
+    connection.send(None)
     while True:
         try:
-            task = _receive(connection)
+            task = connection.recv()
         except (EOFError, ConnectionError):
             return
-        # A task that hangs and holds the interpreter's lock stops `_leave_with` too: the kernel's clock ends both.
-        signal.setitimer(signal.ITIMER_REAL, timeout_s + 10.0)
-        outcome = _call(function, task, memory_bytes)
+        # A task that hangs and holds the GIL stops `_exit_with` too: the kernel's timer ends both.
+        signal.setitimer(signal.ITIMER_REAL, job.timeout_s + 10.0)
+        try:
+            outcome = job.run(task)
+        except Exception:
+            outcome = _Bug(traceback.format_exc())
         del task
         try:
-            _send_result(connection, outcome)
+            _send_outcome(connection, outcome)
         except BrokenPipeError:
             return
-        except Exception as error:  # what cannot be pickled, or finds no memory: nothing was sent yet
-            _send_result(connection, _failure_of(error, memory_bytes))
+        except Exception as error:  # it cannot be pickled, or there is no memory: nothing has been sent yet
+            _send_outcome(connection, job.failure(error) or _Bug(traceback.format_exc()))
         del outcome
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
 
-def _leave_with(parent: int) -> None:
-    # Not PR_SET_PDEATHSIG: that follows the thread that started the child, and such threads end. Not the end of the
-    # stream alone: a process that the parent forked may hold the other end open, and a busy child does not read.
+def _exit_with(parent: int) -> None:
+    """Exit when the parent process has ended.
+
+    PR_SET_PDEATHSIG follows the thread that started this process, and such threads end. The end of the stream is not
+    enough: a process that the parent forked may hold the other end open, and a busy worker does not read.
+    """
     while os.getppid() == parent:
         time.sleep(0.5)
     os._exit(1)
 
 
-def _call(function: Callable[[Task], Result], task: Task, memory_bytes: int) -> Result | Failure:
-    try:
-        return function(task)
-    except Exception as error:  # one task never stops the rest
-        return _failure_of(error, memory_bytes)
+def _limit_memory(num_bytes: int) -> None:
+    """Let the kernel refuse more private memory than this from now on.
 
-
-def _failure_of(error: Exception, memory_bytes: int) -> Failure:
-    from cogds.data.video.media import DecodeError
-
-    if isinstance(error, DecodeError):
-        return Failure(str(error), is_verdict=True)
-    if isinstance(error, MemoryError):
-        return Failure(_too_much_memory(memory_bytes))
-    return Failure(f"failed: {type(error).__name__}: {error}")
-
-
-def _too_much_memory(memory_bytes: int) -> str:
-    return f"needed more than {memory_bytes / 1e9:.3g} GB of memory"
-
-
-def _data_bytes() -> int:
-    """Private writable memory that this process has asked for: what RLIMIT_DATA counts."""
+    The parent looks ten times a second, but a process can touch a gigabyte in 0.1 s.
+    """
     with open("/proc/self/statm") as file:
-        return int(file.read().split()[5]) * mmap.PAGESIZE
+        allocated_bytes = int(file.read().split()[5]) * mmap.PAGESIZE  # what RLIMIT_DATA counts
+    limit, hard = allocated_bytes + num_bytes, resource.getrlimit(resource.RLIMIT_DATA)[1]
+    resource.setrlimit(resource.RLIMIT_DATA, (limit if hard == resource.RLIM_INFINITY else min(limit, hard), hard))
 
 
-# ------------------------------------------------------------------------------------------------ over the socket
-# A message is its length, then a pickle of (payload, sizes). Where there are sizes, a descriptor travels with the
-# length: memory that holds the payload's large buffers, each from a multiple of _ALIGNMENT on.
+# ------------------------------------------------------------------------------------------------ outcomes
+# An outcome is (pickle, sizes of its large buffers). If there are any, the descriptor of the memory that holds them
+# follows; each buffer starts at a multiple of _ALIGNMENT.
 
 
-def _send(connection: socket.socket, message: bytes) -> None:
-    _send_frame(connection, pickle.dumps((message, []), protocol=5), None)
+def _send_outcome(connection: Connection, outcome: Any) -> None:
+    buffers: list[memoryview] = []
 
-
-def _send_result(connection: socket.socket, result: Any) -> None:
-    large: list[memoryview] = []
-
-    def in_band(buffer: pickle.PickleBuffer) -> bool:
+    def is_in_band(buffer: pickle.PickleBuffer) -> bool:
         view = buffer.raw()
         if view.nbytes < OUT_OF_BAND_BYTES:
             return True
-        large.append(view)
+        buffers.append(view)
         return False
 
-    payload = pickle.dumps(result, protocol=5, buffer_callback=in_band)
-    sizes = [view.nbytes for view in large]
-    frame = pickle.dumps((payload, sizes), protocol=5)
-    if not large:
-        _send_frame(connection, frame, None)
+    payload = pickle.dumps(outcome, protocol=5, buffer_callback=is_in_band)
+    sizes = [view.nbytes for view in buffers]
+    if not buffers:
+        connection.send((payload, sizes))
         return
-    descriptor = os.memfd_create("result", os.MFD_CLOEXEC)
+    descriptor = os.memfd_create("outcome", os.MFD_CLOEXEC)
     try:
-        for view, offset in zip(large, _offsets(sizes)):
-            done = 0
-            while done < view.nbytes:  # one call writes 2 GiB at most
-                done += os.pwrite(descriptor, view[done:], offset + done)
-        _send_frame(connection, frame, descriptor)
+        for view, offset in zip(buffers, _offsets(sizes)):
+            num_written = 0
+            while num_written < view.nbytes:  # one call writes at most 2 GiB
+                num_written += os.pwrite(descriptor, view[num_written:], offset + num_written)
+        connection.send((payload, sizes))
+        reduction.send_handle(connection, descriptor, None)
     finally:
         os.close(descriptor)
 
 
-def _send_frame(connection: socket.socket, frame: bytes, descriptor: int | None) -> None:
-    if descriptor is None:
-        connection.sendall(_LENGTH.pack(len(frame)))
-    else:
-        socket.send_fds(connection, [_LENGTH.pack(len(frame))], [descriptor])
-    connection.sendall(frame)
+def _receive_outcome(connection: Connection) -> Any:
+    """Return the next outcome. Its large arrays are in the worker's memory, writable, copied only when written to.
 
-
-def _receive(connection: socket.socket) -> Any:
-    """The next object. Its large arrays lie in the sender's memory, private and writable: no copy until written to.
-
-    Raises EOFError where the other end closed.
+    Raises:
+        EOFError: The other end is closed.
     """
-    header, descriptors, _, _ = socket.recv_fds(connection, _LENGTH.size, 1, socket.MSG_CMSG_CLOEXEC)
+    payload, sizes = connection.recv()
+    if not sizes:
+        return pickle.loads(payload)
+    descriptor = reduction.recv_handle(connection)
     try:
-        header += _receive_exactly(connection, _LENGTH.size - len(header)) if header else b""
-        if not header:
-            raise EOFError("the other end closed")
-        payload, sizes = pickle.loads(_receive_exactly(connection, _LENGTH.unpack(header)[0]))
-        if not sizes:
-            return pickle.loads(payload)
         offsets = _offsets(sizes)
-        memory = memoryview(mmap.mmap(descriptors[0], offsets[-1] + sizes[-1], access=mmap.ACCESS_COPY))
-        return pickle.loads(payload, buffers=[memory[start : start + size] for start, size in zip(offsets, sizes)])
+        memory = memoryview(mmap.mmap(descriptor, offsets[-1] + sizes[-1], access=mmap.ACCESS_COPY))
     finally:
-        for descriptor in descriptors:
-            os.close(descriptor)
-
-
-def _receive_exactly(connection: socket.socket, num_bytes: int) -> bytearray:
-    data = bytearray(num_bytes)
-    view, done = memoryview(data), 0
-    while done < num_bytes:
-        received = connection.recv_into(view[done:])
-        if not received:
-            raise EOFError("the other end closed")
-        done += received
-    return data
+        os.close(descriptor)
+    return pickle.loads(payload, buffers=[memory[start : start + size] for start, size in zip(offsets, sizes)])
 
 
 def _offsets(sizes: list[int]) -> list[int]:

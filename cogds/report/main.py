@@ -14,11 +14,12 @@ from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.data.video.decode_task import DecodeTask, decode
+from cogds.data.video.media import DecodeError
 from cogds.distributed.world import World
 from cogds.encode.survey import Survey, survey, update_manifest
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import ModelFolder, num_truncated
-from cogds.process.worker_pool import Failure, GuardedPool
+from cogds.process.worker_pool import TaskFailure, WorkerPool
 from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, make_report, read_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
@@ -98,11 +99,11 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
 def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
     """Read single frames in a worker process. A clip that crashes or hangs the worker gives None."""
     memory_bytes = round(cfg.data.decode_memory_gb * 1e9)
-    with GuardedPool(decode, 1, cfg.data.decode_timeout_s, memory_bytes) as pool:
+    with WorkerPool(decode, 1, cfg.data.decode_timeout_s, memory_bytes, (DecodeError,)) as pool:
 
         def read(path: str, kind: str, start_s: float, height: int, width: int) -> np.ndarray | None:
             shape = ClipShape(1, height, width)
             outcome = next(pool.imap([DecodeTask(path, kind, None, start_s, shape, cfg.data.fps, cfg.data.decoder)]))
-            return None if isinstance(outcome, Failure) else outcome.first_frame
+            return None if isinstance(outcome, TaskFailure) else outcome.first_frame
 
         yield read

@@ -15,7 +15,7 @@ from cogds.data.loading.dataset import Bad
 from cogds.distributed.collectives import all_gather, all_reduce_sum, disagreeing_data_ranks
 from cogds.distributed.world import World
 from cogds.errors import UserError
-from cogds.metrics.async_writer import Outlet
+from cogds.metrics.async_writer import AppendFile
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ class Quarantine:
 
     def __init__(self, world: World, output_dir: Path, num_clips: int, most: float):
         self.world, self.file, self.num_clips, self.most = world, output_dir / FILE_NAME, num_clips, most
-        self.listed = Outlet(self.file)
+        self.listed = AppendFile(self.file)
         self.found: list[Bad] = []
         self.rows: set[int] = set()
 

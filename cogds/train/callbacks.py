@@ -6,7 +6,7 @@ from typing import Protocol
 
 from cogds.distributed.world import World
 from cogds.metrics.monitor import Monitor
-from cogds.metrics.step_metrics import peak_memory_bytes, restart_peak
+from cogds.metrics.step_metrics import peak_memory_bytes, reset_peak_memory
 from cogds.process.watchdog import Watchdog
 
 # Prefix of the tags that describe the callbacks themselves.
@@ -41,10 +41,10 @@ def run_callbacks(callbacks: Sequence[Callback], step: int, watchdog: Watchdog, 
     """
     if not callbacks:
         return
-    restart_peak(world.device)
+    reset_peak_memory(world.device)
     for callback in callbacks:
         watchdog.watch(functools.partial("{} after step {}".format, callback.name, step))
         callback.run(step)
     if world.device.type == "cuda":
-        monitor.note(step, {f"{TAG}/peak_memory_gb": peak_memory_bytes(world.device) / 1e9})
-        restart_peak(world.device)
+        monitor.add_scalars(step, {f"{TAG}/peak_memory_gb": peak_memory_bytes(world.device) / 1e9})
+        reset_peak_memory(world.device)

@@ -296,7 +296,7 @@ class EvaluationCallback:
         with undisturbed(self.engine.module, world.device):
             scalars = self.evaluation.scalars(lambda inputs: call_aside(self.engine, world.device, inputs)[0], go_on)
         if scalars:
-            self.monitor.note(step, scalars | {"eval/seconds": time.perf_counter() - start})
+            self.monitor.add_scalars(step, scalars | {"eval/seconds": time.perf_counter() - start})
 
 
 def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float:

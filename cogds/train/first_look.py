@@ -34,11 +34,11 @@ def show_settings(run: Run, monitor: Monitor) -> None:
     """The resolved configs as texts, the settings that runs are compared by, and the buckets as bars, by rank 0."""
     if run.world.rank != 0:
         return
-    monitor.text("config/run", to_yaml(run.cfg))
-    monitor.text("config/deepspeed", json.dumps(run.ds_config, indent=2))
-    monitor.hparams(settings(run), COMPARED)
+    monitor.add_text("config/run", to_yaml(run.cfg))
+    monitor.add_text("config/deepspeed", json.dumps(run.ds_config, indent=2))
+    monitor.add_hparams(settings(run), COMPARED)
     try:
-        monitor.picture(run.first_step, "data/buckets", bucket_bars(run))
+        monitor.add_image(run.first_step, "data/buckets", bucket_bars(run))
     except Exception as error:
         logger.warning(f"the buckets could not be drawn ({reason(error)}): training goes on")
 
@@ -123,7 +123,7 @@ class FirstBatches:
             self._frames.append(_shrunk(frame))
             self._captions.append(f"{clip.shape}  {clip.caption}")
         if self._frames and (len(self._frames) >= num or step + 1 == self._run.cfg.train.num_steps):
-            self._monitor.picture(step + 1, "data/first_frames", contact_sheet(self._frames, self._captions))
+            self._monitor.add_image(step + 1, "data/first_frames", contact_sheet(self._frames, self._captions))
             self._done()
 
     def _done(self) -> None:
@@ -141,9 +141,9 @@ class FirstBatches:
                 frames = ((video / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
                 where = f"data/decoded/{micro_batch.slots_of(self._run.world.data_rank)[number]}"
                 if len(frames) == 1:
-                    self._monitor.picture(step + 1, where, frames[0])
+                    self._monitor.add_image(step + 1, where, frames[0])
                 else:
-                    self._monitor.animation(step + 1, where, frames, self._run.cfg.data.fps)
+                    self._monitor.add_video(step + 1, where, frames, self._run.cfg.data.fps)
         finally:
             vae.use_tiling = was_tiled
 

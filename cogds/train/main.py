@@ -11,7 +11,7 @@ from cogds.distributed.run_lock import hold_run_lock
 from cogds.distributed.world import read_world
 from cogds.errors import Interrupted
 from cogds.job import load_job
-from cogds.process.signals import Interrupt, find_launchers
+from cogds.process.signals import StopRequest, find_launchers
 from cogds.train.trainer import Trainer
 from cogds.train.tuning import check_execution
 
@@ -23,7 +23,7 @@ def main(args: argparse.Namespace) -> None:
     """Train. Everything that can be wrong with the input is reported before any weight is loaded."""
     job = load_job(args, read_world(), changes=DRY_RUN if args.dry_run else {})
     check_execution(job)
-    stop = Interrupt(find_launchers())
+    stop = StopRequest(find_launchers())
     stop.listen()
     connect(job.world, job.cfg.train.timeout_s, job.cfg.network)
     folders = {"output_dir": job.cfg.output_dir, "data.cache_dir": job.cfg.data.cache_dir}

@@ -58,7 +58,7 @@ class MemoryCheck:
         )
 
     def scalars(self) -> dict[str, float]:
-        """Tags and values for `Monitor.note`."""
+        """Tags and values for `Monitor.add_scalars`."""
         predicted = {"memory/predicted_gb": self.predicted_bytes / 1e9}
         return (
             predicted if self.measured_bytes is None else predicted | {"memory/measured_gb": self.measured_bytes / 1e9}

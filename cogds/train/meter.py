@@ -13,8 +13,8 @@ from cogds.core.flops import PEAK_TFLOPS, step_flops
 from cogds.core.coverage import share_seen
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
-from cogds.metrics.step_metrics import Norms, OwnValues, peak_host_bytes, peak_memory_bytes
-from cogds.metrics.stopwatch import Phases, Stopwatch
+from cogds.metrics.step_metrics import RankValues, SquaredNorms, peak_host_bytes, peak_memory_bytes
+from cogds.metrics.stopwatch import PhaseTimer, Stopwatch
 from cogds.train.norms import LoraNorms
 from cogds.train.run import Run
 
@@ -27,7 +27,7 @@ class Meter:
 
     def __init__(self, run: Run, engine: Any) -> None:
         self._run, device = run, run.world.device
-        self._clock, self._phases = Stopwatch(), Phases(device)
+        self._clock, self._phases = Stopwatch(), PhaseTimer(device)
         self.begin = self._phases.begin
         self._norms = LoraNorms(engine, run.world, run.model.num_layers)
         # At ZeRO-3 a forward pass gathers weights, and ranks that share a clip exchange attention within it: all end
@@ -52,7 +52,7 @@ class Meter:
 
     def read(
         self, step: int, micro_batches: Sequence[MicroBatch], wait_s: float
-    ) -> tuple[dict[str, float], OwnValues, Norms | None]:
+    ) -> tuple[dict[str, float], RankValues, SquaredNorms | None]:
         """After step `step`: scalars, what is this rank's own, and norms where they are due. wait_s: for the loader."""
         norms = self._norms.after() if self._norms_due(step) else None
         phases, step_s, world = self._phases.lap(), self._clock.lap(), self._run.world
@@ -81,7 +81,7 @@ class Meter:
             scalars["perf/mfu"] = tflops / self._peak_tflops
         # Of all steps so far: the allocator's own peak begins anew after an evaluation (`loop.meet`).
         self._peak_bytes = max(self._peak_bytes, float(peak_memory_bytes(world.device)))
-        own = OwnValues(busy_s, self._peak_bytes, float(peak_host_bytes()))
+        own = RankValues(busy_s, self._peak_bytes, float(peak_host_bytes()))
         return scalars, own, norms
 
     def _norms_due(self, step: int) -> bool:

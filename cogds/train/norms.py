@@ -14,7 +14,7 @@ import torch
 from cogds.distributed.world import World
 from cogds.engine.deepspeed_internals import local_master_weight
 from cogds.engine.state import trainable
-from cogds.metrics.step_metrics import Norms
+from cogds.metrics.step_metrics import SquaredNorms
 
 NUM_GROUPS = 4
 _BLOCK = re.compile(r"transformer_blocks\.(\d+)\.")
@@ -34,7 +34,7 @@ def group_label(blocks: range) -> str:
 
 
 class LoraNorms:
-    """Norms of the adapters' weights (of their B matrices) and of one optimizer step's change to all of them."""
+    """SquaredNorms of the adapters' weights (of their B matrices) and of one optimizer step's change to all of them."""
 
     def __init__(self, engine: Any, world: World, num_blocks: int) -> None:
         groups = depth_groups(num_blocks)
@@ -53,7 +53,7 @@ class LoraNorms:
         The activations are gone by then, so the peak of memory does not rise."""
         self._before = [local_master_weight(parameter, self._rank).clone() for _, _, parameter in self._parts]
 
-    def after(self) -> Norms:
+    def after(self) -> SquaredNorms:
         """This rank's part of the norms, after the step."""
         num = len(self.names) // 2
         squares = torch.zeros(2 * num, dtype=torch.float64, device=self._device)
@@ -63,7 +63,7 @@ class LoraNorms:
                 squares[group] += _square(now).to(self._device)
             squares[num + group] += _square(now - before).to(self._device)
         self._before = []
-        return Norms(self.names, squares)
+        return SquaredNorms(self.names, squares)
 
 
 def _square(values: torch.Tensor) -> torch.Tensor:

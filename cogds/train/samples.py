@@ -112,7 +112,7 @@ class Previews:
         )
         for line in dict.fromkeys(filter(None, map(self._risk, self._scenes.values()))):
             logger.warning(line)
-        self._monitor.text(FOLDER, "\n".join(f"{name}: {scene.prompt}" for name, scene in self._scenes.items()))
+        self._monitor.add_text(FOLDER, "\n".join(f"{name}: {scene.prompt}" for name, scene in self._scenes.items()))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
@@ -168,7 +168,7 @@ class Previews:
                 made = {name: self._base[name] for name in scenes if name in self._base}
             self._keep(step, made)
             self._show(step, made)
-        self._monitor.note(step, {"sample/seconds": time.perf_counter() - start})
+        self._monitor.add_scalars(step, {"sample/seconds": time.perf_counter() - start})
 
     def _is_there(self, step: int) -> bool:
         """Whether the run goes on from a step whose videos it has made before."""
@@ -281,8 +281,8 @@ class Previews:
                 videos |= {f"step {step}": video} if step or not videos else {}
                 frames = {label: _decoded(one, scene.shape, fps) for label, one in videos.items()}
                 strips, played = beside(scene.pixels, frames)
-                self._monitor.picture(step, f"{FOLDER}/{name}", strips)
-                self._monitor.animation(step, f"{FOLDER}/{name}/clip", played, fps)
+                self._monitor.add_image(step, f"{FOLDER}/{name}", strips)
+                self._monitor.add_video(step, f"{FOLDER}/{name}/clip", played, fps)
             except Exception as error:  # a picture for people is worth no run
                 logger.warning(f"the video of '{scene.prompt}' cannot be shown: {_reason(error)}; training goes on")
 

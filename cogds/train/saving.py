@@ -47,7 +47,7 @@ class CheckpointCallback:
         dtypes = {name: parameter.dtype for name, parameter in trainable(self._engine).items()}
         if self._run.world.rank == 0:
             self._saver.start(lambda: self._write(step, state, dtypes))
-        self._monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - began})
+        self._monitor.add_scalars(step, {"checkpoint/pause_s": time.perf_counter() - began})
 
     def _write(self, step: int, state: Any, dtypes: Mapping[str, torch.dtype]) -> None:
         settings = self._run.cfg.checkpoint
@@ -60,13 +60,13 @@ class CheckpointCallback:
     @property
     def is_written(self) -> bool:
         """Whether a save has ended, well or not, that `finish` has not been called for. Rank 0 only."""
-        return self._saver.done
+        return self._saver.is_done
 
     def finish(self, step: int) -> None:
         """Wait for the save in progress, if any, and record its duration. Raises its error. Collective."""
         seconds = self._saver.finish(self._run.world)
         if seconds is not None:
-            self._monitor.note(step, {"checkpoint/write_s": seconds})
+            self._monitor.add_scalars(step, {"checkpoint/write_s": seconds})
 
 
 def check_space(output_dir: Path, engine: Any) -> None:

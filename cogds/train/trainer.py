@@ -37,7 +37,7 @@ from cogds.metrics.step_metrics import StepLosses
 from cogds.metrics.trackers import Trackers
 from cogds.model.lora.adapter import inject, start_from
 from cogds.process.logs import RESULT
-from cogds.process.signals import Interrupt
+from cogds.process.signals import StopRequest
 from cogds.process.watchdog import Watchdog
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
@@ -65,7 +65,7 @@ MAX_NAMED = 8
 class Trainer:
     """Trains up to `train.num_steps`, from scratch or from a checkpoint. All methods are collective."""
 
-    def __init__(self, job: Job, stop: Interrupt, dry_run: bool = False):
+    def __init__(self, job: Job, stop: StopRequest, dry_run: bool = False):
         """dry_run: stop before the first step and leave the output folder as it is."""
         self.job, self.stop, self.dry_run = job, stop, dry_run
         self.output_dir = Path(job.cfg.output_dir)
@@ -169,7 +169,7 @@ class Trainer:
         watchdog = Watchdog(world.rank, cfg.train.step_timeout_s, self.output_dir)
         watchdog.watch(lambda: "trying the largest bucket before the first step")
         if tried := check_memory(run, engine, builder):
-            monitor.note(run.first_step, tried.scalars())
+            monitor.add_scalars(run.first_step, tried.scalars())
             logger.info("%s", tried)
         saving = CheckpointCallback(run, engine, monitor, header)
         parts = (run, engine, builder, monitor, watchdog.watch, lambda: bool(self.stop.requested))
@@ -284,7 +284,7 @@ def train_step(
         "train/epoch": plan.epoch_of(step),
         **measured,
     }
-    monitor.record(step + 1, scalars, losses, own, norms)
+    monitor.add_step(step + 1, scalars, losses, own, norms)
     return _name_bad(run, step, trained) if is_skipped else []
 
 

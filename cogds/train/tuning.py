@@ -25,7 +25,7 @@ from cogds.distributed.collectives import all_gather, on_all_ranks, on_rank0
 from cogds.errors import UserError
 from cogds.formatting import gigabytes
 from cogds.job import Job, choose_checkpointing
-from cogds.metrics.trackers import check_monitors
+from cogds.metrics.trackers import check_tracker_packages
 from cogds.model.transformer.attention import fastest, use
 from cogds.model.transformer.quantize import check_quantization
 from cogds.process.environment import environment_variables
@@ -69,7 +69,7 @@ def check_execution(job: Job) -> None:
     check_quantization(
         cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, zero_stage(job.ds_config), world.device
     )
-    check_monitors(job.ds_config)
+    check_tracker_packages(job.ds_config)
     if cfg.model.compile == "on" and (missing := missing_to_compile(world.device)):
         raise UserError(
             f"model.compile: compiling needs {missing}, which rank {world.rank} does not find. Install it, or set "

@@ -12,9 +12,11 @@ sys.path.insert(0, str(ROOT))
 from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
 from torch.fx import GraphModule  # noqa: E402
 
-from cogds.cli import run  # noqa: E402
+from cogds.cli import (
+    call,
+    run,
+)
 from cogds.model.transformer.forward import Transformer  # noqa: E402
-from cogds.cli import call  # noqa: E402
 
 graphs = []
 

@@ -53,7 +53,7 @@ def work(jobs):
     """In every rank: train the jobs, each a DeepSpeed config and overrides, one after another."""
     from cogds.distributed.process_group import connect, disconnect
     from cogds.distributed.world import read_world
-    from cogds.process.signals import Interrupt
+    from cogds.process.signals import StopRequest
     from cogds.train.trainer import Trainer
     from tests.jobs import make_job
 
@@ -62,7 +62,7 @@ def work(jobs):
     for deepspeed, words in jobs:
         job = make_job(*words, config=ROOT / "launch/configs/demo.yaml", deepspeed=deepspeed, world=world)
         Path(job.cfg.output_dir).mkdir(parents=True, exist_ok=True)
-        Trainer(job, Interrupt()).run()
+        Trainer(job, StopRequest()).run()
     disconnect()
 
 

@@ -12,17 +12,17 @@ import torch  # noqa: E402
 
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape  # noqa: E402
-from cogds.train.tuning import choose_execution, prepare_blocks  # noqa: E402
+from cogds.distributed.process_group import connect, disconnect  # noqa: E402
+from cogds.distributed.world import read_world  # noqa: E402
+from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
+from cogds.engine.state import gather_state  # noqa: E402
 from cogds.model.load import find_model  # noqa: E402
 from cogds.model.lora.adapter import inject  # noqa: E402
 from cogds.train.memory_check import check_memory  # noqa: E402
-from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
-from cogds.engine.state import gather_state  # noqa: E402
-from cogds.distributed.process_group import connect, disconnect  # noqa: E402
-from cogds.distributed.world import read_world  # noqa: E402
 from cogds.train.run import Run  # noqa: E402
-from tests.jobs import make_job  # noqa: E402
 from cogds.train.step import Draws, load_step_builder, random_batch  # noqa: E402
+from cogds.train.tuning import choose_execution, prepare_blocks  # noqa: E402
+from tests.jobs import make_job  # noqa: E402
 
 BUCKETS, BATCH_SIZES = (ClipShape(9, 64, 96), ClipShape(17, 96, 128)), (2, 1)
 NUM_STEPS, ACCUMULATION = 3, 2

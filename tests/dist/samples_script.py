@@ -10,9 +10,11 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 import cogds.train.samples  # noqa: E402
-from cogds.cli import run  # noqa: E402
+from cogds.cli import (
+    call,
+    run,
+)
 from cogds.distributed.world import read_world  # noqa: E402
-from cogds.cli import call  # noqa: E402
 
 number, write_video = itertools.count(), cogds.train.samples.write_video
 

@@ -14,18 +14,18 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.sequence.layer import DistributedAttention  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
-from cogds.config.schema import load_config  # noqa: E402
-from cogds.model.transformer.attention import attend  # noqa: E402
-from cogds.model.load import find_model, load_transformer  # noqa: E402
-from cogds.model.lora.adapter import inject  # noqa: E402
-from cogds.model.transformer.sequence_parallel import attend_together  # noqa: E402
 from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
-from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
-from cogds.engine.sequence_groups import share_clips  # noqa: E402
-from cogds.engine.state import TrainState, restore_state, trainable  # noqa: E402
+from cogds.config.schema import load_config  # noqa: E402
 from cogds.distributed.collectives import disagreeing_data_ranks  # noqa: E402
 from cogds.distributed.process_group import connect, disconnect  # noqa: E402
 from cogds.distributed.world import read_world  # noqa: E402
+from cogds.engine.sequence_groups import share_clips  # noqa: E402
+from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
+from cogds.engine.state import TrainState, restore_state, trainable  # noqa: E402
+from cogds.model.load import find_model, load_transformer  # noqa: E402
+from cogds.model.lora.adapter import inject  # noqa: E402
+from cogds.model.transformer.attention import attend  # noqa: E402
+from cogds.model.transformer.sequence_parallel import attend_together  # noqa: E402
 
 # Latents F, H, W: 15 video tokens; a portrait bucket, 10; each with its level of recomputation. 5 text tokens.
 SHAPES = {"odd": ((2, 6, 10), "selective"), "portrait": ((4, 10, 2), "full")}

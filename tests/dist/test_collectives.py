@@ -14,14 +14,14 @@ from cogds.distributed.collectives import (
     all_gather, all_reduce_sum, any_rank, broadcast, on_all_ranks, on_rank0, rank0_only, scatter_from_rank0
 )
 from cogds.distributed.world import read_world
-from cogds.errors import UserError
+from cogds.errors import BugReported, UserError
 
 world = read_world()
 dist.init_process_group("gloo")
 
-def fail_on(rank):
+def fail_on(rank, error=UserError("the disk is full")):
     if world.rank == rank:
-        raise UserError("the disk is full")
+        raise error
     return world.rank * 10
 
 def check():
@@ -41,11 +41,15 @@ for name, case in {
     "on_rank0": lambda: on_rank0(world, lambda: fail_on(0)),
     "rank0_only": lambda: rank0_only(world, lambda: fail_on(0)),
     "scatter_from_rank0": lambda: scatter_from_rank0(world, lambda: fail_on(0)),
+    "a bug, on_all_ranks": lambda: on_all_ranks(world, lambda: fail_on(1, TypeError("planted"))),
+    "a bug, on_rank0": lambda: on_rank0(world, lambda: fail_on(0, TypeError("planted"))),
 }.items():
     try:
         case()
     except UserError as error:
         outcome = "follows" if error.shared else f"reports {error}"
+    except (TypeError, BugReported) as error:
+        outcome = type(error).__name__
     else:
         outcome = "went on"
     outcomes = all_gather(world, outcome)
@@ -66,4 +70,6 @@ def test_values_arrive_where_they_should_and_a_failure_on_one_rank_is_raised_on_
     assert outcomes == [
         ["on_all_ranks", *from_rank0[::-1]],
         *([name, *from_rank0] for name in ("on_rank0", "rank0_only", "scatter_from_rank0")),
+        ["a bug, on_all_ranks", "BugReported", "TypeError"],
+        ["a bug, on_rank0", "TypeError", "BugReported"],
     ]

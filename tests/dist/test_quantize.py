@@ -4,8 +4,8 @@ import importlib.util
 
 import pytest
 
-from cogds.errors import UserError
 from cogds.cli import call
+from cogds.errors import UserError
 from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses
 

@@ -9,9 +9,9 @@ import torch
 from safetensors.torch import load_file
 
 from cogds.config.schema import load_config
+from cogds.engine.state import state_bytes
 from cogds.model.load import empty_transformer, find_model
 from cogds.model.lora.adapter import inject
-from cogds.engine.state import state_bytes
 from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses, metrics
 

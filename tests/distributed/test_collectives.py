@@ -11,7 +11,7 @@ from cogds.distributed.collectives import (
     scatter_from_rank0,
 )
 from cogds.distributed.world import World
-from cogds.errors import UserError
+from cogds.errors import Interrupted, UserError
 
 ALONE = World(0, 1, 0, 1)
 
@@ -26,7 +26,9 @@ def test_in_a_world_of_one_rank_every_collective_is_the_identity():
 
 
 @pytest.mark.parametrize("collective", [on_rank0, rank0_only, scatter_from_rank0, on_all_ranks])
-@pytest.mark.parametrize("error", [UserError("no"), OSError("full")], ids=["UserError", "OSError"])
+@pytest.mark.parametrize(
+    "error", [UserError("no"), OSError("full"), Interrupted()], ids=lambda error: type(error).__name__
+)
 def test_a_rank_raises_its_own_error_unchanged(collective, error):
     def fail():
         raise error

@@ -1,4 +1,4 @@
-"""What network.interface and network.env set, and what they must not."""
+"""What network.interface and network.env set, and what they refuse."""
 
 import socket
 
@@ -11,7 +11,7 @@ from cogds.distributed.network import (
     matching_interfaces,
     nccl_interfaces,
     network_env,
-    replaced,
+    overridden,
     set_network,
 )
 from cogds.distributed.world import World
@@ -41,12 +41,12 @@ PRESENT = {
         ("ib", ["ib0"], "ib0"),
     ],
 )
-def test_interfaces_are_chosen_as_nccl_does_and_gloo_is_given_one(selection, nccl, gloo):
+def test_interfaces_match_as_in_nccl_and_gloo_gets_a_single_one(selection, nccl, gloo):
     assert matching_interfaces(selection, PRESENT) == nccl
     assert gloo_interface(selection, PRESENT) == gloo
 
 
-def test_what_nccl_takes_by_itself():
+def test_without_a_selection_nccl_chooses():
     assert nccl_interfaces("", PRESENT) == ["eth10", "eth1"]
     assert nccl_interfaces("", {**PRESENT, "ib0": "10.1.0.1"}) == ["ib0"]
     assert nccl_interfaces("", {"lo": "127.0.0.1", "docker0": "172.17.0.1"}) == ["docker0"]
@@ -63,46 +63,33 @@ def test_the_interface_and_the_free_variables_are_set():
     }
 
 
-def test_an_interface_that_is_not_there_is_named_with_those_that_are():
-    with pytest.raises(UserError, match=r"ib7, but rank 3 on n2 has no such interface: it has lo, eth10, eth1"):
+def test_a_missing_interface_is_an_error_that_lists_the_present_ones():
+    with pytest.raises(UserError, match=r"^network\.interface: rank 3 on n2 .*ib7.*lo, eth10, eth1"):
         network_env("ib7", {}, PRESENT, "rank 3 on n2")
 
 
-def test_two_words_on_one_variable_are_refused():
-    with pytest.raises(UserError, match=r"network\.interface and NCCL_SOCKET_IFNAME in network\.env are both set"):
+def test_a_variable_that_is_set_twice_is_refused():
+    with pytest.raises(UserError, match=r"^network\.env: NCCL_SOCKET_IFNAME .*network\.interface"):
         network_env("eth1", {"NCCL_SOCKET_IFNAME": "eth1"}, PRESENT, "rank 0 on n1")
 
 
 @pytest.mark.parametrize(
-    "name, why",
-    [
-        ("RANK", "the launcher sets it"),
-        ("LOCAL_WORLD_SIZE", "the launcher sets it"),
-        ("MASTER_PORT", "the launcher sets it"),
-        ("SLURM_PROCID", "the launcher sets it"),
-        ("CUDA_VISIBLE_DEVICES", "deals the GPUs"),
-        ("PATH", "before the launch"),
-        ("LD_PRELOAD", "before the launch"),
-        ("ld_library_path", "before the launch"),
-        ("PYTHONPATH", "before the launch"),
-        ("OMP_NUM_THREADS", "before the launch"),
-        ("NCCL DEBUG", "no name"),
-        ("A=B", "no name"),
-        ("", "no name"),
-    ],
-)
-def test_dangerous_and_useless_variables_are_refused(name, why):
-    with pytest.raises(UserError, match=why):
+    "name",
+    ["RANK", "LOCAL_WORLD_SIZE", "MASTER_PORT", "SLURM_PROCID", "CUDA_VISIBLE_DEVICES", "PATH", "LD_PRELOAD",
+     "ld_library_path", "PYTHONPATH", "OMP_NUM_THREADS", "NCCL DEBUG", "A=B", ""],
+)  # fmt: skip
+def test_variables_that_would_break_the_run_or_have_no_effect_are_refused(name):
+    with pytest.raises(UserError, match=rf"^network\.env: '?{name}"):
         network_env(None, {name: "1"}, PRESENT, "rank 0 on n1")
 
 
 @pytest.mark.parametrize("name", ["NCCL_DEBUG", "TORCH_NCCL_BLOCKING_WAIT", "PYTORCH_CUDA_ALLOC_CONF", "FI_PROVIDER"])
-def test_variables_of_the_network_and_of_torch_are_taken(name):
+def test_variables_of_the_network_and_of_torch_are_accepted(name):
     assert network_env(None, {name: "1"}, PRESENT, "rank 0 on n1") == {name: "1"}
 
 
 def test_the_config_wins_over_the_environment_and_the_log_says_so_once(capsys):
-    assert replaced({"A": "1", "B": "2"}, {"A": "1", "C": "3"}) == []
+    assert overridden({"A": "1", "B": "2"}, {"A": "1", "C": "3"}) == []
     network = NetworkConfig(env={"NCCL_DEBUG": "INFO", "NCCL_IB_DISABLE": "1"})
     environ = {"NCCL_DEBUG": "WARN"}
     for _ in range(2):
@@ -111,12 +98,12 @@ def test_the_config_wins_over_the_environment_and_the_log_says_so_once(capsys):
     assert capsys.readouterr().out.count("NCCL_DEBUG=WARN") == 1
 
 
-def test_the_loopback_of_this_machine_is_found():
+def test_the_interfaces_of_this_machine_are_found():
     addresses = interface_addresses()
     assert addresses["lo"] == "127.0.0.1"
     assert set(addresses) == {name for _, name in socket.if_nameindex()}
     environ: dict[str, str] = {}
     set_network(World(1, 2, 1, 2), NetworkConfig(interface="=lo"), environ)
     assert environ == {"NCCL_SOCKET_IFNAME": "=lo", "GLOO_SOCKET_IFNAME": "lo"}
-    with pytest.raises(UserError, match=f"rank 1 on {socket.gethostname()} has no such interface: it has .*lo"):
+    with pytest.raises(UserError, match=f"rank 1 on {socket.gethostname()} .*nowhere.*lo"):
         set_network(World(1, 2, 1, 2), NetworkConfig(interface="nowhere"), {})

@@ -24,7 +24,7 @@ def test_first_host_of_a_slurm_list(nodelist, host):
     assert first_slurm_host(nodelist) == host
 
 
-def test_an_empty_node_list_is_named():
+def test_an_empty_node_list_is_an_error():
     with pytest.raises(UserError, match="SLURM_STEP_NODELIST"):
         first_slurm_host("")
 

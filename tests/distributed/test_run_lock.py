@@ -1,4 +1,4 @@
-"""Two runs, one folder: flock belongs to an open file, so two in one process are two."""
+"""Two runs in one folder. flock belongs to an open file, so one process can hold two locks."""
 
 import fcntl
 import os
@@ -15,7 +15,7 @@ from cogds.errors import UserError
 ALONE = World(0, 1, 0, 1)
 
 
-def test_a_second_run_is_refused_and_told_who_is_there(tmp_path, capsys):
+def test_a_second_run_is_refused_with_the_holders_process(tmp_path, capsys):
     second = hold_run_lock(ALONE, tmp_path, wait_s=0.05)
     with hold_run_lock(ALONE, tmp_path), pytest.raises(UserError, match=f"output_dir: .*process {os.getpid()}"):
         second.__enter__()
@@ -24,7 +24,7 @@ def test_a_second_run_is_refused_and_told_who_is_there(tmp_path, capsys):
         pass
 
 
-def test_a_run_that_ends_makes_way(tmp_path):
+def test_a_waiting_run_starts_when_the_first_ends(tmp_path):
     entered, left = threading.Event(), threading.Event()
 
     def first():
@@ -41,7 +41,7 @@ def test_a_run_that_ends_makes_way(tmp_path):
     thread.join()
 
 
-def test_a_forked_child_that_outlives_its_run_is_no_run(tmp_path):
+def test_a_forked_child_does_not_keep_the_lock(tmp_path):
     told, tell = os.pipe()
     run = os.fork()
     if not run:
@@ -64,7 +64,7 @@ def test_a_forked_child_that_outlives_its_run_is_no_run(tmp_path):
         os.close(told)
 
 
-def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
+def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
     def none(*_):
         raise OSError(95, "Operation not supported")
 

@@ -43,7 +43,7 @@ def test_a_contradiction_is_an_error_that_names_the_variable(environ):
 
 
 def test_neighboring_ranks_that_share_a_clip_are_one_data_parallel_rank():
-    worlds = [World(rank, 6, 0, 6, sequence=2) for rank in range(6)]
+    worlds = [World(rank, 6, 0, 6, sequence_size=2) for rank in range(6)]
     assert [world.data_rank for world in worlds] == [0, 0, 1, 1, 2, 2]
     assert [world.sequence_rank for world in worlds] == [0, 1] * 3
     assert {world.data_size for world in worlds} == {3}

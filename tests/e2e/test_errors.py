@@ -41,7 +41,7 @@ def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # n
 
     monkeypatch.setattr(train, "connect", lambda *_: None)
     monkeypatch.setattr(train, "disconnect", lambda: None)
-    monkeypatch.setattr(train.Interrupt, "listen", lambda _: None)  # pytest keeps its signals
+    monkeypatch.setattr(train.StopRequest, "listen", lambda _: None)  # pytest keeps its signals
     good = [
         f"model.path={tiny_model}", f"data.path={clips}", f"data.cache_dir={tmp_path / 'cache'}",
         f"output_dir={tmp_path / 'run'}", "data.buckets=[9x64x64, 1x64x64]", "data.num_workers=0",

@@ -231,7 +231,7 @@ def test_a_file_that_goes_or_changes_meanwhile_is_told_and_not_kept(encode, draw
     folder = tmp_path / "clips"
     shutil.copytree(drawn, folder)
 
-    class Meanwhile(cogds.encode.encoder.GuardedPool):
+    class Meanwhile(cogds.encode.encoder.WorkerPool):
         def imap(self, tasks, ahead=0):
             for clip in super().imap(tasks, ahead):
                 (folder / "clip_0.mp4").unlink(missing_ok=True)
@@ -239,7 +239,7 @@ def test_a_file_that_goes_or_changes_meanwhile_is_told_and_not_kept(encode, draw
                 yield clip
 
     with monkeypatch.context() as patch:
-        patch.setattr(cogds.encode.encoder, "GuardedPool", Meanwhile)
+        patch.setattr(cogds.encode.encoder, "WorkerPool", Meanwhile)
         data = encode(folder)
     reasons = reasons_of(data)
     assert set(reasons) == {"clip_0.mp4", "clip_1.mp4"}

@@ -1,4 +1,4 @@
-"""A save killed at any moment: the checkpoints before it stay, and the next save leaves nothing else behind."""
+"""A save that is killed: the checkpoints before it stay, and the next save removes what it left."""
 
 import os
 import random
@@ -64,6 +64,7 @@ def phase(folder, size_bytes):
     return "no state.json" if not (partial[0] / checkpoint.STATE_FILE).exists() else "state.json"
 
 
+@pytest.mark.slow
 def test_a_save_killed_at_any_moment(tmp_path):
     """Twenty kills spread over the length of a save, and more until each of its long phases was hit."""
     num_elements, generator = 2_500_000, random.Random(0)  # 30 MB
@@ -100,9 +101,9 @@ def test_a_save_killed_at_any_moment(tmp_path):
     assert names(tmp_path) == ["latest", checkpoint.step_name(last), checkpoint.step_name(last + 1)]
 
 
-@pytest.mark.parametrize("step", [4, 3], ids=["new", "again"])
-def test_a_save_killed_before_each_thing_it_does_to_the_disk(tmp_path, step):
-    """The n-th such thing, for each n there is: opening, renaming, removing, making a folder."""
+@pytest.mark.parametrize("step", [4, pytest.param(3, marks=pytest.mark.slow)], ids=["new", "again"])
+def test_a_save_killed_before_each_change_on_the_disk(tmp_path, step):
+    """The n-th change, for each n: opening, renaming or removing a file, creating a folder."""
     seen = []
     for place in range(1, 100):
         folder = tmp_path / str(place)

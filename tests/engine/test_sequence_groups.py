@@ -25,7 +25,7 @@ def test_a_batch_counts_clips_and_not_ranks():
 @pytest.mark.parametrize("rank, shared", [(0, False), (1, True), (2, False), (3, True)])
 def test_ranks_of_a_clip_must_read_the_same_files(tmp_path, monkeypatch, rank, shared):
     """Rank 0 says it, and whoever has something to add."""
-    world, bad = World(rank, 4, 0, 4, sequence=2), [Bad(7, "/a.mp4", "gone")] if rank == 2 else []
+    world, bad = World(rank, 4, 0, 4, sequence_size=2), [Bad(7, "/a.mp4", "gone")] if rank == 2 else []
     kept = quarantine.Quarantine(world, tmp_path, num_clips=100, most=0.1)
     monkeypatch.setattr(quarantine, "disagreeing_data_ranks", lambda _world, _value: [1])
     with pytest.raises(UserError, match="of the ranks 2 to 3, which share a clip, some could not read") as error:

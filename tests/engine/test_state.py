@@ -87,7 +87,7 @@ def same(one, other):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("num_steps", [0, 3])
-def test_a_fresh_engine_goes_on_where_another_was(made, dtype, num_steps):
+def test_a_new_engine_continues_where_another_stopped(made, dtype, num_steps):
     engine = made(dtype)
     engine.train(num_steps)
     saved = gather_state(engine, WORLD)
@@ -102,8 +102,8 @@ def test_a_fresh_engine_goes_on_where_another_was(made, dtype, num_steps):
     assert same(gather_state(fresh, WORLD), gather_state(engine, WORLD))
 
 
-def test_a_counter_that_the_optimizer_keeps_to_itself_is_counted_up_from_the_first_step(made):
-    """As DeepSpeed's Adam on CPUs has one: told a later step at once, it would round powers of the betas otherwise."""
+def test_a_native_step_counter_counts_from_the_first_step(made):
+    """DeepSpeed's CPU Adam has one; given a later step at once, it would round powers of the betas differently."""
     engine = made()
     engine.train(3)
     fresh, told = made(seed=1), []
@@ -114,29 +114,29 @@ def test_a_counter_that_the_optimizer_keeps_to_itself_is_counted_up_from_the_fir
     assert told == [(1, 0.0), (2, 0.0), (3, 0.0)]
 
 
-def test_a_master_weight_that_is_not_the_models_is_never_saved(made):
+def test_a_master_weight_of_another_parameter_is_never_saved(made):
     engine = made(torch.bfloat16)
     gather_state(engine, WORLD)  # a rounded weight is its own
     a, b, _ = engine.slices
     engine.slices[a], engine.slices[b] = engine.slices[b], engine.slices[a]  # as another order of them would have it
-    with pytest.raises(RuntimeError, match="what DeepSpeed gives for 'a' is not what the model computes with: nothing"):
+    with pytest.raises(RuntimeError, match="'a'"):
         gather_state(engine, WORLD)
 
 
-def test_one_number_that_is_not_the_models_is_enough(made):
+def test_one_wrong_number_is_enough_to_refuse_a_save(made):
     engine = made()
     engine.train(1)
     engine.partition[-1] += 1e-3
-    with pytest.raises(RuntimeError, match="'c' is not what the model computes with"):
+    with pytest.raises(RuntimeError, match="'c'"):
         gather_state(engine, WORLD)
 
 
-def test_an_optimizer_that_has_taken_steps_and_keeps_nothing_is_not_saved(made):
+def test_an_optimizer_without_states_after_steps_is_not_saved(made):
     engine = made()
     engine.global_steps = engine.skipped_steps = 2  # no gradient was finite: nothing is missing
     assert gather_state(engine, WORLD).kinds == ["weight"]
     engine.global_steps = 3
-    with pytest.raises(RuntimeError, match="AdamW has taken steps, but keeps nothing where it should"):
+    with pytest.raises(RuntimeError, match="AdamW"):
         gather_state(engine, WORLD)
 
 
@@ -147,13 +147,13 @@ def without(tensors, *names):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: without(t, "weight/b", "exp_avg/b", "exp_avg_sq/b"), "'exp_avg/b' is only in one of them"),
-        (lambda t: without(t, "exp_avg_sq/c"), "'exp_avg_sq/c' is only in one of them"),
-        (lambda t: t | {"weight/d": torch.ones(2)}, "'weight/d' is only in one of them"),
-        (lambda t: t | {"weight/a": t["weight/a"][:, :1]}, r"'a' is \(3, 1\), not \(3, 2\)$"),
+        (lambda t: without(t, "weight/b", "exp_avg/b", "exp_avg_sq/b"), "'exp_avg/b'"),
+        (lambda t: without(t, "exp_avg_sq/c"), "'exp_avg_sq/c'"),
+        (lambda t: t | {"weight/d": torch.ones(2)}, "'weight/d'"),
+        (lambda t: t | {"weight/a": t["weight/a"][:, :1]}, r"'a' .*\(3, 1\) .*\(3, 2\)"),
         # As many numbers, and for `b` a shape that would be broadcast.
-        (lambda t: t | {"weight/a": t["weight/a"].T}, r"'a' is \(2, 3\), not \(3, 2\)$"),
-        (lambda t: t | {"weight/b": t["weight/b"][:1]}, r"'b' is \(1, 3\), not \(2, 3\)$"),
+        (lambda t: t | {"weight/a": t["weight/a"].T}, r"'a' .*\(2, 3\) .*\(3, 2\)"),
+        (lambda t: t | {"weight/b": t["weight/b"][:1]}, r"'b' .*\(1, 3\) .*\(2, 3\)"),
     ],
 )
 def test_the_state_of_another_lora_is_refused_and_changes_nothing(made, change, message):
@@ -162,7 +162,7 @@ def test_the_state_of_another_lora_is_refused_and_changes_nothing(made, change, 
     saved = gather_state(engine, WORLD)
     fresh = made(seed=1)
     before = gather_state(fresh, WORLD)
-    with pytest.raises(UserError, match=f"the checkpoint is of another LoRA: {message}"):
+    with pytest.raises(UserError, match=rf"^checkpoint\.resume: .*{message}"):
         restore_state(fresh, TrainState(change(saved.tensors), 2), WORLD)
     assert same(gather_state(fresh, WORLD), before)
 

@@ -1,148 +1,163 @@
-import errno
-import os
+"""A disk that is full, slow, hung or back again: what is written, what waits, what is lost, and what is reported."""
+
+import resource
 import threading
 
 import pytest
 
-from cogds.metrics import async_writer as module
-from cogds.metrics.async_writer import MAX_KEPT, WARN_EVERY_S, Courier, Outlet
+from cogds.metrics import async_writer
+from cogds.metrics.async_writer import WARN_INTERVAL_S, AppendFile, AsyncWriter
 
 
-class SlowOutlet(Outlet):
-    """A disk that takes each writing when it is let: what a network file system does that has lost its server."""
+class SlowFile(AppendFile):
+    """A file on a disk that answers when `may_write` is set, like a network file system without its server."""
 
     def __init__(self, path):
         super().__init__(path)
-        self.may_write, self.is_asked = threading.Event(), threading.Event()
+        self.may_write, self.is_writing = threading.Event(), threading.Event()
+        self.threads = set()
 
     def write(self, records=()):
-        self.is_asked.set()
+        self.threads.add(threading.current_thread())
+        self.is_writing.set()
         self.may_write.wait(30)
         super().write(records)
 
 
-def test_a_disk_that_does_not_answer_holds_up_nobody(tmp_path):
-    courier, outlet = Courier(), SlowOutlet(tmp_path / "file")
-    threads = []
-    outlet.write = lambda records=(), write=outlet.write: (threads.append(threading.current_thread()), write(records))
+@pytest.fixture
+def writer():
+    writer = AsyncWriter()
+    yield writer
+    writer.close(timeout_s=0)
+
+
+@pytest.fixture
+def slow_file(tmp_path):
+    file = SlowFile(tmp_path / "file")
+    yield file
+    file.may_write.set()
+
+
+def test_a_hung_disk_delays_nobody_and_gets_everything_in_order(writer, slow_file):
     for number in range(100):
-        courier.hand(outlet, [b"%d\n" % number])
-    assert outlet.is_asked.wait(10)
-    assert not (tmp_path / "file").exists()
-    assert not courier.settle(0.05)
-    outlet.may_write.set()
-    courier.close()
-    assert (tmp_path / "file").read_text().split() == [str(number) for number in range(100)]
-    assert threading.main_thread() not in threads
+        writer.submit(slow_file, [b"%d\n" % number])
+    assert slow_file.is_writing.wait(10)
+    assert not slow_file.path.exists()
+    assert not writer.drain(0.05)
+    slow_file.may_write.set()
+    writer.close()
+    assert slow_file.path.read_text().split() == [str(number) for number in range(100)]
+    assert threading.current_thread() not in slow_file.threads
 
 
-def test_the_end_of_a_run_does_not_wait_for_ever_and_says_what_is_lost(tmp_path, capsys):
-    courier, outlet = Courier(), SlowOutlet(tmp_path / "file")
-    courier.hand(outlet, [b"one"])
-    assert outlet.is_asked.wait(10)
-    courier.hand(outlet, [b"two", b"three"])
-    courier.close(timeout_s=0.05)
-    assert f"{tmp_path}/file: too slow; 2 records or more were not written" in capsys.readouterr().err
-    outlet.may_write.set()
+def test_closing_does_not_wait_forever_and_reports_how_much_is_lost(writer, slow_file, capsys):
+    writer.submit(slow_file, [b"one"])
+    assert slow_file.is_writing.wait(10)
+    writer.submit(slow_file, [b"two", b"three"])
+    writer.close(timeout_s=0.05)
+    (warning,) = capsys.readouterr().err.splitlines()
+    assert str(slow_file.path) in warning
+    assert " 2 records" in warning
 
 
-def test_what_waits_is_bounded(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "MAX_KEPT_BYTES", 10)
-    courier, outlet = Courier(), SlowOutlet(tmp_path / "file")
-    courier.hand(outlet, [b"first"])
-    assert outlet.is_asked.wait(10)
+def test_the_queue_is_bounded(monkeypatch, slow_file, capsys):
+    monkeypatch.setattr(async_writer, "MAX_QUEUED", 1)
+    writer = AsyncWriter()
+    writer.submit(slow_file, [b"first"])
+    assert slow_file.is_writing.wait(10)
     for _ in range(5):
-        courier.hand(outlet, [b"123456"])
-    outlet.may_write.set()
-    courier.close()
-    assert (tmp_path / "file").read_text() == "first123456"
-    assert "4 records or more were not written" in capsys.readouterr().err
+        writer.submit(slow_file, [b"123456"])
+    slow_file.may_write.set()
+    writer.close()
+    assert slow_file.path.read_text() == "first123456"
+    assert " 4 records" in capsys.readouterr().err
 
 
-def test_a_bug_in_one_writing_stops_none_after_it(tmp_path, capsys):
-    courier, good, bad = Courier(), Outlet(tmp_path / "good"), Outlet(tmp_path / "bad")
+def test_a_bug_in_one_sink_does_not_stop_the_others(writer, tmp_path, capsys):
+    good, bad = AppendFile(tmp_path / "good"), AppendFile(tmp_path / "bad")
     bad.write = lambda _=(): 1 / 0
-    courier.hand(bad, [b"x"])
-    courier.hand(good, [b"y"])
-    courier.close()
-    assert (tmp_path / "good").read_text() == "y"
-    assert "bad: ZeroDivisionError" in capsys.readouterr().err
+    writer.submit(bad, [b"x"])
+    writer.submit(good, [b"y"])
+    writer.close()
+    assert good.path.read_text() == "y"
+    assert f"{bad.path}: ZeroDivisionError" in capsys.readouterr().err
 
 
-def test_pictures_that_wait_are_bounded_by_their_size(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(module, "MAX_KEPT_BYTES", 100)
-    outlet = Outlet(tmp_path / "no" / "folder" / "file")
+@pytest.fixture
+def missing_folder(tmp_path):
+    """A file that cannot be written until its folder's parent exists."""
+    return AppendFile(tmp_path / "no/folder/file")
+
+
+def test_pending_records_are_bounded_and_their_loss_is_reported(missing_folder, monkeypatch, capsys):
+    monkeypatch.setattr(async_writer, "MAX_PENDING_BYTES", 100)
     for number in range(5):
-        outlet.write([b"%d" % number * 40])
-    (tmp_path / "no").mkdir()
-    outlet.write([b"."])
-    assert (tmp_path / "no/folder/file").read_text() == "3" * 40 + "4" * 40 + "."
-    assert "3 older ones are lost" in capsys.readouterr().err
+        missing_folder.write([b"%d" % number * 40])
+    missing_folder.path.parent.parent.mkdir()
+    missing_folder.write([b"."])
+    assert missing_folder.path.read_text() == "3" * 40 + "4" * 40 + "."
+    assert ", 3 older ones are lost" in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_warnings_come_once_a_minute(tmp_path, monkeypatch, capsys):
+def test_a_failing_file_is_reported_once_a_minute(missing_folder, monkeypatch, capsys):
     now = [1000.0]
-    monkeypatch.setattr(module.time, "monotonic", lambda: now[0])
-    outlet = Outlet(tmp_path / "no" / "folder" / "file")
-    said = []
+    monkeypatch.setattr(async_writer.time, "monotonic", lambda: now[0])
+    num_warnings = []
     for _ in range(5):
         for _ in range(100):
-            outlet.write([b"x"])
-        said.append(len(capsys.readouterr().err.splitlines()))
-        now[0] += WARN_EVERY_S / 2 + 1
-    assert said == [1, 0, 1, 0, 1]
+            missing_folder.write([b"x"])
+        num_warnings.append(len(capsys.readouterr().err.splitlines()))
+        now[0] += WARN_INTERVAL_S / 2 + 1
+    assert num_warnings == [1, 0, 1, 0, 1]
 
 
-def test_what_is_kept_is_bounded_and_what_that_loses_is_said(tmp_path, capsys):
-    outlet = Outlet(tmp_path / "no" / "folder" / "file")
-    for k in range(3):
-        outlet.write([b"%d-%d\n" % (k, n) for n in range(MAX_KEPT // 2)])
-    outlet.write([b"last\n"])
-    (tmp_path / "no").mkdir()
-    outlet.write()
-    written = (tmp_path / "no/folder/file").read_text().splitlines()
-    assert len(written) == MAX_KEPT
-    assert (written[0], written[-1]) == ("1-1", "last")
-    assert f"{MAX_KEPT} records with it; {MAX_KEPT // 2 + 1} older ones are lost" in capsys.readouterr().err
+@pytest.fixture
+def limited():
+    """`limited(size)` bounds the size of files that this process writes: the kernel writes in part up to there."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
+    resource.setrlimit(resource.RLIMIT_FSIZE, before)
 
 
-@pytest.mark.parametrize("late", [False, True])
-def test_half_a_record_never_stays(tmp_path, monkeypatch, late):
-    """Written in part, or refused when the file is closed, as network disks do; the file is cut at the next chance."""
-    outlet, failing = Outlet(tmp_path / "file", b"head\n"), [True]
-    outlet.write([b"one\n"])
-    real_pwrite, real_truncate, real_close = os.pwrite, os.ftruncate, os.close
+@pytest.mark.parametrize("keeps_record", [True, False])
+@pytest.mark.parametrize("is_removed_at_once", [True, False])
+def test_an_incomplete_record_never_stays(tmp_path, limited, monkeypatch, keeps_record, is_removed_at_once):
+    def refuse(*_):
+        raise OSError(5, "Input/output error")
 
-    def fail(*_):
-        raise OSError(errno.EDQUOT, "Disk quota exceeded")
+    if not is_removed_at_once:
+        monkeypatch.setattr(async_writer.os, "truncate", refuse)
+    file = AppendFile(tmp_path / "file", b"header\n")
+    file.write([b"one\n"])
+    limited(13)
+    file.write([b"two\n"])
+    assert file.path.read_bytes() == b"header\none\n" + b"tw" * (not is_removed_at_once)
+    if not keeps_record:
+        monkeypatch.setattr(async_writer, "MAX_PENDING_BYTES", 1)
+    limited(resource.RLIM_INFINITY)
+    file.write([b"three\n"])
+    assert file.path.read_bytes() == b"header\none\n" + b"two\n" * keeps_record + b"three\n"
 
-    def pwrite(descriptor, data, offset):
-        if failing and not late:
-            if len(data) > 3:
-                return real_pwrite(descriptor, data[:3], offset)
-            fail()
-        return real_pwrite(descriptor, data, offset)
 
-    def close(descriptor):
-        real_close(descriptor)
-        if failing and late:
-            fail()
+def test_a_disk_that_refuses_when_the_file_is_closed_loses_nothing(tmp_path, monkeypatch):
+    """As network disks do: everything is written, and the error comes late."""
+    file = AppendFile(tmp_path / "file")
+    file.write([b"one\n"])
+    open_file = type(file.path).open
 
-    monkeypatch.setattr(module.os, "pwrite", pwrite)
-    monkeypatch.setattr(module.os, "close", close)
-    monkeypatch.setattr(module.os, "ftruncate", lambda *args: fail() if failing else real_truncate(*args))
-    outlet.write([b"two\n"])
-    assert (tmp_path / "file").read_bytes() != b"head\none\n"
-    outlet.write([b"three\n"])
-    failing.clear()
-    outlet.write([b"four\n"])
-    whole = b"head\none\ntwo\nthree\nfour\n"
-    assert (tmp_path / "file").read_bytes() == whole
-    # Where the record itself was given up meanwhile, too.
-    monkeypatch.setattr(module, "MAX_KEPT", 1)
-    outlet = Outlet(tmp_path / "file")
-    failing.append(True)
-    outlet.write([b"a long record\n"])
-    failing.clear()
-    outlet.write([b"x\n"])
-    assert (tmp_path / "file").read_bytes() == whole + b"x\n"
+    class LateError:
+        def __init__(self, path):
+            self.file = open_file(path, "ab")
+
+        def __enter__(self):
+            return self.file
+
+        def __exit__(self, *_):
+            self.file.close()
+            raise OSError(122, "Disk quota exceeded")
+
+    monkeypatch.setattr(type(file.path), "open", lambda path, _mode: LateError(path))
+    file.write([b"two\n"])
+    monkeypatch.undo()
+    file.write([b"three\n"])
+    assert file.path.read_text() == "one\ntwo\nthree\n"

@@ -20,20 +20,20 @@ from cogds.metrics.step_metrics import StepLosses
 BUCKETS = (ClipShape(9, 64, 64), ClipShape(17, 64, 96))
 
 
-class Settled(Monitor):
-    """One whose thread has tried everything when a call returns."""
+class DrainedMonitor(Monitor):
+    """A monitor whose thread has tried everything when a call returns."""
 
-    def record(self, *args, **options):
-        super().record(*args, **options)
-        assert self.courier.settle(10)
+    def add_step(self, *args, **options):
+        super().add_step(*args, **options)
+        assert self.writer.drain(10)
 
-    def note(self, *args):
-        super().note(*args)
-        assert self.courier.settle(10)
+    def add_scalars(self, *args):
+        super().add_scalars(*args)
+        assert self.writer.drain(10)
 
 
 def make(tmp_path, first_step=0, every=1):
-    return Settled(World(0, 1, 0, 1), tmp_path, BUCKETS, first_step, 10, every)
+    return DrainedMonitor(World(0, 1, 0, 1), tmp_path, BUCKETS, first_step, 10, every)
 
 
 def losses(value, bucket=0):
@@ -60,10 +60,10 @@ def step_of(step):
     return {"train/lr": step / 8}, losses(float(step))
 
 
-def test_one_object_per_step_and_the_same_scalars_in_tensorboard(tmp_path):
+def test_each_step_is_a_line_and_the_same_scalars_are_in_tensorboard(tmp_path):
     monitor = make(tmp_path)
-    monitor.record(1, {"train/lr": 0.5, "train/grad_norm": None}, losses(1.0))
-    monitor.record(2, {"train/lr": 0.25, "train/grad_norm": torch.tensor(3.0)}, losses(2.0, bucket=1))
+    monitor.add_step(1, {"train/lr": 0.5, "train/grad_norm": None}, losses(1.0))
+    monitor.add_step(2, {"train/lr": 0.25, "train/grad_norm": torch.tensor(3.0)}, losses(2.0, bucket=1))
     monitor.close()
     first, second = lines(tmp_path)
     assert first == {
@@ -80,7 +80,7 @@ def test_one_object_per_step_and_the_same_scalars_in_tensorboard(tmp_path):
     assert board_of(tmp_path, "train/lr") == [(1, 0.5), (2, 0.25)]
 
 
-def test_losses_of_several_micro_steps_are_collected():
+def test_losses_of_several_micro_steps_add_up():
     one = StepLosses(2, torch.device("cpu"))
     one.add(torch.tensor(0.5), torch.tensor([1.0]), 0, torch.tensor([2]))
     one.add(torch.tensor(0.25), torch.tensor([3.0, 5.0]), 0, torch.tensor([2, 2]))
@@ -90,11 +90,11 @@ def test_losses_of_several_micro_steps_are_collected():
 def test_nothing_is_written_before_the_flush(tmp_path):
     monitor = make(tmp_path, every=3)
     for step in (1, 2):
-        monitor.record(step, {"train/lr": 0.1}, losses(1.0))
+        monitor.add_step(step, {"train/lr": 0.1}, losses(1.0))
     assert lines(tmp_path) == []
-    monitor.record(3, {"train/lr": 0.1}, losses(1.0))
+    monitor.add_step(3, {"train/lr": 0.1}, losses(1.0))
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3]
-    monitor.record(4, {"train/lr": 0.1}, losses(1.0))
+    monitor.add_step(4, {"train/lr": 0.1}, losses(1.0))
     monitor.close()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2, 3, 4]
 
@@ -110,11 +110,11 @@ def test_a_resumed_run_rewinds_and_drops_a_line_cut_short(tmp_path, step, kept):
 def test_a_resumed_run_appends(tmp_path):
     monitor = make(tmp_path)
     for step in (1, 2, 3):
-        monitor.record(step, {"train/lr": 0.1}, losses(1.0))
+        monitor.add_step(step, {"train/lr": 0.1}, losses(1.0))
     monitor.close()
     rewind_metrics(tmp_path / "metrics.jsonl", 2)
     monitor = make(tmp_path, first_step=2)
-    monitor.record(3, {"train/lr": 0.2}, losses(1.0))
+    monitor.add_step(3, {"train/lr": 0.2}, losses(1.0))
     monitor.close()
     assert [(line["step"], line["train/lr"]) for line in lines(tmp_path)] == [(1, 0.1), (2, 0.1), (3, 0.2)]
     assert board_of(tmp_path, "train/loss") == [(1, 1.0), (2, 1.0), (3, 1.0)]
@@ -122,21 +122,21 @@ def test_a_resumed_run_appends(tmp_path):
     assert len(list((tmp_path / "tensorboard").iterdir())) == 2
 
 
-def test_a_text_is_tensorboards_alone(tmp_path):
+def test_a_text_is_only_in_tensorboard(tmp_path):
     monitor = make(tmp_path)
-    monitor.text("config/run", "seed: 7\nlr: 1")
+    monitor.add_text("config/run", "seed: 7\nlr: 1")
     monitor.close()
     (event,) = loaded(tmp_path).Tensors("config/run/text_summary")
     assert event.tensor_proto.string_val == [b"    seed: 7\n    lr: 1"]
     assert lines(tmp_path) == []
 
 
-def test_a_note_is_a_line_of_its_own_and_no_step(tmp_path):
+def test_a_note_is_a_line_of_its_own_and_not_a_step(tmp_path):
     monitor = make(tmp_path)
-    monitor.note(0, {"eval/loss": 0.75})
-    monitor.record(1, {"train/lr": 0.1}, losses(1.0))
-    monitor.note(1, {"eval/loss": 0.5, "eval/odd": math.nan})
-    monitor.note(1, {})
+    monitor.add_scalars(0, {"eval/loss": 0.75})
+    monitor.add_step(1, {"train/lr": 0.1}, losses(1.0))
+    monitor.add_scalars(1, {"eval/loss": 0.5, "eval/odd": math.nan})
+    monitor.add_scalars(1, {})
     monitor.close()
     text = (tmp_path / "metrics.jsonl").read_text()
     assert lines(tmp_path)[0] == {"step": 0, "eval/loss": 0.75}
@@ -148,29 +148,29 @@ def test_a_note_is_a_line_of_its_own_and_no_step(tmp_path):
 def test_a_resumed_run_keeps_the_notes_up_to_its_step(tmp_path):
     monitor = make(tmp_path)
     for step in (1, 2, 3):
-        monitor.record(step, {"train/lr": 0.1}, losses(1.0))
-        monitor.note(step, {"eval/loss": 1.0 / step})
+        monitor.add_step(step, {"train/lr": 0.1}, losses(1.0))
+        monitor.add_scalars(step, {"eval/loss": 1.0 / step})
     monitor.close()
     rewind_metrics(tmp_path / "metrics.jsonl", 2)
     monitor = make(tmp_path, first_step=2)
-    monitor.note(3, {"eval/loss": 7.0})
+    monitor.add_scalars(3, {"eval/loss": 7.0})
     monitor.close()
     noted = [(line["step"], line["eval/loss"]) for line in lines(tmp_path) if "eval/loss" in line]
     assert noted == [(1, 1.0), (2, 0.5), (3, 7.0)]
     assert board_of(tmp_path, "eval/loss") == noted
 
 
-def test_a_note_that_is_made_again_stands_once(tmp_path):
+def test_a_repeated_note_is_there_once(tmp_path):
     """An evaluation that is due where the run goes on: step 2 is evaluated before it was saved, and after that."""
     monitor = make(tmp_path)
     for step in (1, 2, 3):
-        monitor.record(step, {"train/lr": step / 8}, losses(1.0))
-        monitor.note(step, {"eval/loss": 1.0 / step})
-        monitor.note(step, {"checkpoint/pause_s": 1.0})
+        monitor.add_step(step, {"train/lr": step / 8}, losses(1.0))
+        monitor.add_scalars(step, {"eval/loss": 1.0 / step})
+        monitor.add_scalars(step, {"checkpoint/pause_s": 1.0})
     monitor.close()
     rewind_metrics(tmp_path / "metrics.jsonl", 2, ("eval/",))
     monitor = make(tmp_path, first_step=2)
-    monitor.note(2, {"eval/loss": 0.5})
+    monitor.add_scalars(2, {"eval/loss": 0.5})
     monitor.close()
     noted = [(line["step"], line["eval/loss"]) for line in lines(tmp_path) if "eval/loss" in line]
     assert noted == [(1, 1.0), (2, 0.5)]
@@ -181,9 +181,9 @@ def test_a_note_that_is_made_again_stands_once(tmp_path):
     assert board_of(tmp_path, "train/lr") == [(1, 0.125), (2, 0.25)]
 
 
-def test_what_is_not_finite_is_null_in_json_and_itself_in_tensorboard(tmp_path):
+def test_a_value_that_is_not_finite_is_null_in_json_and_itself_in_tensorboard(tmp_path):
     monitor = make(tmp_path)
-    monitor.record(1, {"train/lr": 0.1, "train/grad_norm": math.inf}, losses(math.nan))
+    monitor.add_step(1, {"train/lr": 0.1, "train/grad_norm": math.inf}, losses(math.nan))
     monitor.close()
     assert not {"NaN", "Infinity"} & set((tmp_path / "metrics.jsonl").read_text().replace(",", " ").split())
     (line,) = lines(tmp_path)
@@ -214,50 +214,47 @@ def fill(folder):
             file.write(bytes(512))
 
 
-def test_a_full_disk_stops_nothing_and_what_it_refused_comes_later(small_disk, capsys):
+def test_a_full_disk_ends_nothing_and_its_records_are_written_later(small_disk, capsys):
     monitor = make(small_disk)
-    monitor.record(1, *step_of(1))
+    monitor.add_step(1, *step_of(1))
     fill(small_disk)
     # More than fits into the last page of either file: some of it is written in part.
     for step in range(2, 60):
-        monitor.record(step, *step_of(step))
+        monitor.add_step(step, *step_of(step))
     shown = lines(small_disk)  # whole lines all the while
     assert [line["step"] for line in shown] == list(range(1, len(shown) + 1))
     assert len(shown) < 59
     warnings = capsys.readouterr().err.splitlines()
     # Which one first depends on how full their last pages were.
-    assert {line.split(" cannot")[0].split("/")[-1][:12] for line in warnings} == {"metrics.json", "events.out.t"}
+    assert {line.partition(": cannot")[0].split("/")[-1][:12] for line in warnings} == {"metrics.json", "events.out.t"}
     assert len(warnings) == 2
-    assert "No space left on device): training goes on" in warnings[0]
+    assert "No space left on device" in warnings[0]
     (small_disk / "filler").unlink()
-    monitor.record(60, *step_of(60))
+    monitor.add_step(60, *step_of(60))
     monitor.close()
-    said = capsys.readouterr().err
-    assert said.count("is written again") == 2
-    assert "could not be written" not in said
+    warnings = capsys.readouterr().err.splitlines()
+    assert ["is written again" in line for line in warnings] == [True, True]
     assert [line["step"] for line in lines(small_disk)] == list(range(1, 61))
     assert board_of(small_disk, "train/lr") == [(step, step / 8) for step in range(1, 61)]
 
 
-def test_what_a_full_disk_never_took_is_said_at_the_end(small_disk, capsys):
+def test_records_that_a_full_disk_never_took_are_reported_at_the_end(small_disk, capsys):
     monitor = make(small_disk)
     fill(small_disk)
     for step in range(1, 60):
-        monitor.record(step, *step_of(step))
+        monitor.add_step(step, *step_of(step))
     monitor.close()
-    said = capsys.readouterr().err.splitlines()[2:]
-    shown = lines(small_disk)
-    assert f"the last {59 - len(shown)} records of {small_disk}/metrics.jsonl could not be written" in said[0]
-    assert "tensorboard/events" in said[1]
-    assert len(said) == 2
+    of_metrics, of_events = capsys.readouterr().err.splitlines()[2:]
+    assert f"{small_disk}/metrics.jsonl: the last {59 - len(lines(small_disk))} records" in of_metrics
+    assert f"{small_disk}/tensorboard/events" in of_events
 
 
-def test_a_disk_that_turned_read_only_stops_nothing(small_disk, capsys):
+def test_a_disk_that_turns_read_only_ends_nothing(small_disk, capsys):
     monitor = make(small_disk)
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True)
-    monitor.record(1, *step_of(1))
+    monitor.add_step(1, *step_of(1))
     subprocess.run(["mount", "-o", "remount,rw", str(small_disk)], check=True)
-    monitor.record(2, *step_of(2))
+    monitor.add_step(2, *step_of(2))
     monitor.close()
     assert capsys.readouterr().err.count("Read-only file system") == 2
     assert [line["step"] for line in lines(small_disk)] == [1, 2]
@@ -265,23 +262,23 @@ def test_a_disk_that_turned_read_only_stops_nothing(small_disk, capsys):
 
 
 @pytest.mark.parametrize("gone", ["tensorboard", "."])
-def test_a_folder_that_is_gone_is_made_again_one_that_is_a_file_is_said(tmp_path, gone, capsys):
+def test_a_missing_folder_is_created_again_and_a_file_in_its_place_reported(tmp_path, gone, capsys):
     output = tmp_path / "run"
     output.mkdir()
     monitor = make(output)
-    monitor.record(1, *step_of(1))
+    monitor.add_step(1, *step_of(1))
     shutil.rmtree(output / gone)
-    monitor.record(2, *step_of(2))
+    monitor.add_step(2, *step_of(2))
     assert board_of(output, "train/lr") == [(2, 0.25)]
     assert capsys.readouterr().err == ""
     shutil.rmtree(output / gone)
     (output / gone).touch()
-    monitor.record(3, *step_of(3))
+    monitor.add_step(3, *step_of(3))
     monitor.close()
-    assert f"the last 1 records of {output}/tensorboard" in capsys.readouterr().err
+    assert f"warning: {output}/tensorboard/events" in capsys.readouterr().err
 
 
-def test_an_output_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
+def test_an_output_without_a_reader_ends_nothing(tmp_path, monkeypatch):
     """The terminal is gone, or the launcher at the other end of the pipe."""
     reader, writer = os.pipe()
     os.close(reader)
@@ -292,10 +289,10 @@ def test_an_output_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
     monitor = make(tmp_path)
     monkeypatch.setattr(sys, "stdout", pipe)
     monkeypatch.setattr(sys, "stderr", pipe)
-    monitor.record(1, *step_of(1))
+    monitor.add_step(1, *step_of(1))
     (tmp_path / "tensorboard").rename(tmp_path / "aside")
     (tmp_path / "tensorboard").touch()
-    monitor.record(2, *step_of(2))
+    monitor.add_step(2, *step_of(2))
     monitor.close()
     monkeypatch.undo()
     assert [line["step"] for line in lines(tmp_path)] == [1, 2]
@@ -304,13 +301,13 @@ def test_an_output_that_nobody_reads_stops_nothing(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("bad", ["folder", "bytes"])
-def test_metrics_that_cannot_be_taken_over_are_said_before_the_run(tmp_path, bad):
+def test_metrics_that_cannot_be_kept_are_an_error_before_the_run(tmp_path, bad):
     file = tmp_path / "metrics.jsonl"
     rewind_metrics(file, 3)  # not there: nothing to take over
     assert not list(tmp_path.iterdir())
     if bad == "folder":
         file.mkdir()
-        with pytest.raises(UserError, match="the metrics of the steps before 3 cannot be taken over"):
+        with pytest.raises(UserError, match=str(file)):
             rewind_metrics(file, 3)
         return
     # What a power cut leaves; the last line has all but its end of line.

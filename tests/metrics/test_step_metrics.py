@@ -3,30 +3,30 @@ import math
 import pytest
 import torch
 
-from cogds.metrics.step_metrics import Norms, OwnValues, StepLosses, Tally
+from cogds.metrics.step_metrics import RankValues, SquaredNorms, StepLosses, StepMetrics
 
 LABELS = ["bucket=a", "bucket=b"]
 
 
-def tally(loss, own, squares=None):
+def metrics(loss, values, squares=None):
     losses = StepLosses(2, torch.device("cpu"))
     losses.add(torch.tensor(loss), torch.tensor([loss]), 1, torch.tensor([3]))
-    norms = None if squares is None else Norms(["lora/a", "lora/b"], torch.tensor(squares, dtype=torch.float64))
-    return Tally({"step": 1}, losses.vector, own, norms)
+    norms = None if squares is None else SquaredNorms(["lora/a", "lora/b"], torch.tensor(squares, dtype=torch.float64))
+    return StepMetrics({"step": 1}, losses.vector, values, norms)
 
 
-def together(*ranks):
-    sums = sum(one.vector(rank, len(ranks)) for rank, one in enumerate(ranks))
-    return ranks[0].named(sums.tolist(), len(ranks), LABELS)
+def reduce(*ranks):
+    sums = sum(one.to_vector(rank, len(ranks)) for rank, one in enumerate(ranks))
+    return ranks[0].reduced(sums.tolist(), len(ranks), LABELS)
 
 
-def test_one_sum_brings_together_what_three_ranks_know():
-    found = together(
-        tally(1.0, OwnValues(2.0, 3e9, 7e9), [9.0, 1.0]),
-        tally(2.0, OwnValues(3.0, 5e9, 6e9), [16.0, 0.0]),
-        tally(3.0, OwnValues(6.0, 4e9, 8e9), [0.0, 0.0]),
+def test_one_sum_over_ranks_reduces_everything():
+    scalars = reduce(
+        metrics(1.0, RankValues(2.0, 3e9, 7e9), [9.0, 1.0]),
+        metrics(2.0, RankValues(3.0, 5e9, 6e9), [16.0, 0.0]),
+        metrics(3.0, RankValues(6.0, 4e9, 8e9), [0.0, 0.0]),
     )
-    assert found == {
+    assert scalars == {
         "train/loss": 6.0,
         "train/loss/bucket=b": 2.0,
         "train/loss/t_q4": 2.0,
@@ -38,17 +38,17 @@ def test_one_sum_brings_together_what_three_ranks_know():
     }
 
 
-def test_what_one_rank_does_not_know_yet_is_left_out():
-    found = together(tally(1.0, OwnValues(2.0, 3e9, 7e9)), tally(1.0, OwnValues(math.nan, 5e9, 6e9)))
-    assert "perf/rank_skew" not in found
-    assert found["perf/peak_memory_gb"] == 5.0
+def test_a_value_that_one_rank_does_not_know_is_left_out():
+    scalars = reduce(metrics(1.0, RankValues(2.0, 3e9, 7e9)), metrics(1.0, RankValues(math.nan, 5e9, 6e9)))
+    assert "perf/rank_skew" not in scalars
+    assert scalars["perf/peak_memory_gb"] == 5.0
 
 
-def test_one_rank_has_nobody_to_be_slower_than():
-    assert "perf/rank_skew" not in together(tally(1.0, OwnValues(2.0, 1e9, 1e9)))
+def test_a_single_rank_has_no_skew():
+    assert "perf/rank_skew" not in reduce(metrics(1.0, RankValues(2.0, 1e9, 1e9)))
 
 
 def test_bytes_are_not_rounded():
-    assert together(tally(0.0, OwnValues(1.0, 80_123_456_789.0, 1.0)))["perf/peak_memory_gb"] == pytest.approx(
+    assert reduce(metrics(0.0, RankValues(1.0, 80_123_456_789.0, 1.0)))["perf/peak_memory_gb"] == pytest.approx(
         80.123456789, rel=1e-12
     )

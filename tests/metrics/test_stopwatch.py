@@ -1,13 +1,13 @@
 import torch
 
 from cogds.metrics import stopwatch as module
-from cogds.metrics.stopwatch import Phases
+from cogds.metrics.stopwatch import PhaseTimer
 
 
 def test_phases_of_a_step_add_up(monkeypatch):
     now = [0.0]
     monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
-    phases = Phases(torch.device("cpu"))
+    phases = PhaseTimer(torch.device("cpu"))
     assert phases.lap() == {}
     for name, seconds in (("inputs", 1.0), ("forward", 2.0), ("backward", 4.0), ("forward", 8.0), ("", 16.0)):
         phases.begin(name)
@@ -37,7 +37,7 @@ class Event:
 
 def test_a_gpus_phases_come_one_step_late_and_are_never_waited_for(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
-    phases = Phases(torch.device("cuda"))
+    phases = PhaseTimer(torch.device("cuda"))
 
     def step(seconds):
         phases.begin("forward")

@@ -5,21 +5,21 @@ import sys
 
 import pytest
 
-from cogds.process.log_filters import without_printed
+from cogds.process.log_filters import filter_stdout
 from tests.conftest import ROOT
 
 SCRIPT = """
 import logging, warnings
-from cogds.process.log_filters import leave_out, without_printed
-leave_out()
-leave_out()
+from cogds.process.log_filters import install_log_filters, filter_stdout
+install_log_filters()
+install_log_filters()
 logging.getLogger("torchao").warning("Failed to load /x/_C.so: no")
 logging.getLogger("torchao").error("Failed to load /x/_C.so: and it matters")
 logging.getLogger("DeepSpeed").warning("Setting accelerator to CPU. If")
 logging.getLogger("DeepSpeed").warning("loss scale is 1")
 warnings.warn_explicit("renamed", FutureWarning, "f.py", 1, module="torch.distributed.c10d")
 warnings.warn_explicit("look here", FutureWarning, "f.py", 2, module="mine")
-with without_printed():
+with filter_stdout():
     print("DeepSpeed deepspeed.ops.comm_op built successfully")
     print("something else")
 """
@@ -38,6 +38,6 @@ def test_what_is_printed_before_an_error_is_kept(capsys):
         print("it went wrong")
         raise ValueError("no")
 
-    with pytest.raises(ValueError, match="no"), without_printed():
+    with pytest.raises(ValueError, match="no"), filter_stdout():
         fail()
     assert capsys.readouterr().out == "it went wrong\n"

@@ -7,7 +7,8 @@ import sys
 
 import pytest
 
-from cogds.process.logs import RESULT, configure_logging
+from cogds.errors import UserError
+from cogds.process.logs import RESULT, configure_logging, log_failure
 
 logger = logging.getLogger("cogds.test")
 
@@ -50,6 +51,19 @@ def test_configuring_twice_prints_once(capsys):
     configure_logging()
     logger.info("fact")
     assert capsys.readouterr().out == "fact\n"
+
+
+@pytest.mark.parametrize(
+    "error, has_traceback", [(UserError("no disk"), False), (OSError("full"), False), (TypeError("planted"), True)]
+)
+def test_a_failure_that_may_be_a_bug_is_logged_with_its_traceback(capsys, error, has_traceback):
+    try:
+        raise error
+    except Exception as caught:
+        log_failure(logger, "one image is missing", caught)
+    warning = capsys.readouterr().err
+    assert warning.startswith("warning: one image is missing\n")
+    assert ("Traceback" in warning and __file__ in warning) == has_traceback
 
 
 def test_libraries_keep_their_own_loggers(capsys, caplog):

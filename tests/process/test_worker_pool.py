@@ -18,7 +18,8 @@ import numpy as np
 import pytest
 
 from cogds.data.video.media import DecodeError
-from cogds.process.worker_pool import OUT_OF_BAND_BYTES, STOP_SIGNALS, Failure, GuardedPool, deaf_children
+from cogds.process.signals import STOP_SIGNALS, block_stop_signals
+from cogds.process.worker_pool import OUT_OF_BAND_BYTES, TaskFailure, WorkerError, WorkerPool
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -52,8 +53,10 @@ def act(task: Any) -> Any:
             act.kept = np.ones(200_000_000, np.uint8)  # type: ignore[attr-defined]
         case "decode error":
             raise DecodeError("it is no video")
-        case "value error":
-            raise ValueError("that is wrong")
+        case "stale":
+            raise OSError("stale file handle")
+        case TypeError() | AttributeError() | ValueError():
+            raise task
         case "unpicklable":
             return lambda: None
         case "modules":
@@ -73,12 +76,12 @@ def act(task: Any) -> Any:
 
 
 @pytest.fixture(scope="module")
-def pool() -> Iterator[GuardedPool[Any, Any]]:
-    with GuardedPool(act, 2, timeout_s=60, memory_bytes=1 << 30) as pool:
+def pool() -> Iterator[WorkerPool[Any, Any]]:
+    with WorkerPool(act, 2, timeout_s=60, memory_bytes=1 << 30) as pool:
         yield pool
 
 
-def run(pool: GuardedPool[Any, Any], *tasks: Any) -> list[Any]:
+def run(pool: WorkerPool[Any, Any], *tasks: Any) -> list[Any]:
     return list(pool.imap(tasks))
 
 
@@ -97,13 +100,13 @@ def until(condition: Any, bound_s: float = 20.0) -> bool:
     return bool(condition())
 
 
-def test_order_is_that_of_the_tasks(pool: GuardedPool[Any, Any]) -> None:
+def test_outcomes_are_in_the_order_of_the_tasks(pool: WorkerPool[Any, Any]) -> None:
     tasks = [0.3, 0.0, 0.2, 0.0, 0.1] + [float(k) / 1000 for k in range(50)]
     assert list(pool.imap(tasks, ahead=3)) == tasks
     assert run(pool) == []
 
 
-def test_tasks_are_drawn_as_they_are_needed(pool: GuardedPool[Any, Any]) -> None:
+def test_tasks_are_drawn_as_they_are_needed(pool: WorkerPool[Any, Any]) -> None:
     drawn: list[int] = []
 
     def endless() -> Iterator[int]:
@@ -123,7 +126,7 @@ def test_tasks_are_drawn_as_they_are_needed(pool: GuardedPool[Any, Any]) -> None
         assert run(pool, 1, 2) == [1, 2]
 
 
-def test_children_go_on_while_the_caller_is_busy(pool: GuardedPool[Any, Any], tmp_path: Path) -> None:
+def test_workers_run_on_while_the_caller_is_busy(pool: WorkerPool[Any, Any], tmp_path: Path) -> None:
     outcomes = pool.imap([0, 1, ("touch", 1), ("write", str(tmp_path / "begun"))])
     next(outcomes)
     next(outcomes)
@@ -133,8 +136,8 @@ def test_children_go_on_while_the_caller_is_busy(pool: GuardedPool[Any, Any], tm
     os.kill(int((tmp_path / "begun").read_text()), signal.SIGKILL)
 
 
-def test_children_are_few_and_serve_all_calls() -> None:
-    with GuardedPool(act, 2, timeout_s=60, memory_bytes=1 << 30) as pool:
+def test_workers_serve_all_calls() -> None:
+    with WorkerPool(act, 2, timeout_s=60, memory_bytes=1 << 30) as pool:
         pids = set(run(pool, *["pid"] * 40)) | set(run(pool, *["pid"] * 40))
         assert 1 <= len(pids) <= 2
         assert os.getpid() not in pids
@@ -145,40 +148,58 @@ def test_children_are_few_and_serve_all_calls() -> None:
     pool.close()
 
 
-def test_a_child_imports_neither_torch_nor_a_decoder() -> None:
+def test_a_worker_imports_neither_torch_nor_a_decoder() -> None:
     """Its code is this package's and the function's module; the main module is not run again."""
     modules = "cogds.process.worker_pool, cogds.data.video.media"
     code = f"import sys, {modules}; print({{'torch', 'av', 'decord', 'PIL'}} & set(sys.modules))"
     assert subprocess.check_output([sys.executable, "-c", code], text=True, timeout=60, cwd=ROOT).strip() == "set()"
-    with GuardedPool(act, 1, timeout_s=60, memory_bytes=1 << 30) as pool:
+    with WorkerPool(act, 1, timeout_s=60, memory_bytes=1 << 30) as pool:
         (modules,) = pool.imap(["modules"])
     assert "cogds.process.worker_pool" in modules
     assert "torch" not in modules
 
 
-@pytest.mark.parametrize("num_children", [1, 2])
-def test_each_misfortune_costs_its_task_and_nothing_else(num_children: int) -> None:
-    tasks = ["exit", 1, "segfault", 2, "eat slowly", 3, "eat at once", 4, "decode error", 5, "value error", 6,
-             "unpicklable", 7, "exit", 8, "eat shared", 9]  # fmt: skip
-    with GuardedPool(act, num_children, timeout_s=60, memory_bytes=400_000_000) as pool:
+@pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
+def test_each_failure_loses_only_its_own_task(num_workers: int) -> None:
+    tasks = ["exit", 1, "segfault", 2, "eat slowly", 3, "eat at once", 4, "decode error", 5, "stale", 6, "exit", 7,
+             "eat shared", 8]  # fmt: skip
+    with WorkerPool(act, num_workers, 60, 400_000_000, (DecodeError,)) as pool:
         outcomes = run(pool, *tasks)
-        assert outcomes[1::2] == list(range(1, 10))
-        exited, segfault, slow, at_once, decode, value, pickle, again, shared = outcomes[::2]
-        assert exited == again == Failure("crashed its process (code 7)")
-        assert segfault == Failure("crashed its process (code -11)")
-        assert slow == at_once == shared == Failure("needed more than 0.4 GB of memory")
-        assert decode == Failure("it is no video", is_verdict=True)
-        assert value == Failure("failed: ValueError: that is wrong")
-        assert pickle.reason.startswith("failed: ")
+    assert outcomes[1::2] == list(range(1, 9))
+    exited, segfault, slow, at_once, decode, stale, again, shared = outcomes[::2]
+    assert exited == again == TaskFailure("crashed its process (code 7)")
+    assert segfault == TaskFailure("crashed its process (code -11)")
+    assert slow == at_once == shared == TaskFailure("needed more than 0.4 GB of memory")
+    assert decode == TaskFailure("it is no video", is_permanent=True)
+    assert stale == TaskFailure("failed: OSError: stale file handle")
+
+
+@pytest.mark.parametrize("error", [TypeError("planted"), AttributeError("planted"), ValueError("planted")])
+def test_a_bug_is_raised_with_its_traceback(pool: WorkerPool[Any, Any], error: Exception) -> None:
+    with pytest.raises(WorkerError) as caught:
+        run(pool, 1, error, 2)
+    text = str(caught.value)
+    assert repr(error) in text  # the task
+    assert text.rstrip().endswith(f"{type(error).__name__}: planted")
+    assert "in act\n" in text
+    assert run(pool, 3, 4) == [3, 4]
+    with WorkerPool(act, 0, 60, 1 << 30) as alone, pytest.raises(type(error), match="planted"):
+        run(alone, 1, error)
+
+
+def test_a_result_that_cannot_be_pickled_is_a_bug(pool: WorkerPool[Any, Any]) -> None:
+    with pytest.raises(WorkerError, match="pickle"):
+        run(pool, "unpicklable")
+    assert run(pool, 1) == [1]
 
 
 @pytest.mark.parametrize("task", ["hang", "hold the lock"])
-def test_a_hang_costs_its_task_and_nothing_else(task: str) -> None:
-    with GuardedPool(act, 2, timeout_s=1.0, memory_bytes=1 << 30) as pool:
-        assert run(pool, 1, task, 2, 3) == [1, Failure("took more than 1 s"), 2, 3]
+def test_a_hang_loses_only_its_own_task(task: str) -> None:
+    with WorkerPool(act, 2, timeout_s=1.0, memory_bytes=1 << 30) as pool:
+        assert run(pool, 1, task, 2, 3) == [1, TaskFailure("took more than 1 s"), 2, 3]
 
 
-def test_children_outlive_what_asks_the_whole_tree_to_stop(pool: GuardedPool[Any, Any], tmp_path: Path) -> None:
+def test_workers_survive_signals_to_the_whole_process_tree(pool: WorkerPool[Any, Any], tmp_path: Path) -> None:
     """Idle, at work, and from their first moment on: a run that saves first still needs them."""
     (before,) = pool.imap(["pid"])
     outcomes = pool.imap([("tell", str(tmp_path / "begun")), 1])
@@ -191,7 +212,7 @@ def test_children_outlive_what_asks_the_whole_tree_to_stop(pool: GuardedPool[Any
     (tmp_path / "go").touch()
     waiter.join(60)
     assert (tmp_path / "outcomes").read_text() == "['told', 1]"
-    with deaf_children():
+    with block_stop_signals():
         newborn = subprocess.Popen([sys.executable, "-c", "print('born')"], stdout=subprocess.PIPE)
         for number in STOP_SIGNALS:
             newborn.send_signal(number)
@@ -199,27 +220,27 @@ def test_children_outlive_what_asks_the_whole_tree_to_stop(pool: GuardedPool[Any
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
 
 
-def test_a_child_that_keeps_its_memory_is_replaced() -> None:
-    with GuardedPool(act, 1, timeout_s=60, memory_bytes=350_000_000) as pool:
+def test_a_worker_that_keeps_its_memory_is_replaced() -> None:
+    with WorkerPool(act, 1, timeout_s=60, memory_bytes=350_000_000) as pool:
         outcomes = run(pool, "pid", "pid", "keep", "pid", "keep", "pid")
     assert outcomes[0] == outcomes[1]
     assert len({outcomes[1], outcomes[3], outcomes[5]}) == 3
-    assert not any(isinstance(outcome, Failure) for outcome in outcomes)
+    assert not any(isinstance(outcome, TaskFailure) for outcome in outcomes)
 
 
-def test_a_child_that_died_idle_costs_no_task(pool: GuardedPool[Any, Any]) -> None:
+def test_a_worker_that_dies_idle_loses_no_task(pool: WorkerPool[Any, Any]) -> None:
     for pid in set(run(pool, *["pid"] * 10)):
         os.kill(pid, signal.SIGKILL)
         assert until(lambda pid=pid: not alive(pid))
     assert run(pool, 1, 2, 3, 4) == [1, 2, 3, 4]
 
 
-def test_large_arrays_come_whole_writable_and_are_let_go(pool: GuardedPool[Any, Any]) -> None:
+def test_large_arrays_arrive_whole_and_writable_and_are_released(pool: WorkerPool[Any, Any]) -> None:
     def descriptors() -> int:
         """Those of the memory that arrays travel in: others come and go in a process of many tests."""
         gc.collect()
         links = [f"/proc/self/fd/{one}" for one in os.listdir("/proc/self/fd")]
-        return sum("memfd:result" in os.readlink(one) for one in links if os.path.lexists(one))
+        return sum("memfd:outcome" in os.readlink(one) for one in links if os.path.lexists(one))
 
     run(pool, 1, 2)
     before = descriptors()
@@ -235,9 +256,7 @@ def test_large_arrays_come_whole_writable_and_are_let_go(pool: GuardedPool[Any, 
     assert OUT_OF_BAND_BYTES < 500_000 * 8
 
 
-def test_torch_takes_the_arrays_without_a_warning(
-    pool: GuardedPool[Any, Any], recwarn: pytest.WarningsRecorder
-) -> None:
+def test_torch_takes_the_arrays_without_a_warning(pool: WorkerPool[Any, Any], recwarn: pytest.WarningsRecorder) -> None:
     import torch
 
     (outcome,) = pool.imap([("big", 2)])
@@ -245,13 +264,13 @@ def test_torch_takes_the_arrays_without_a_warning(
     assert not [one for one in recwarn if "writable" in str(one.message)]
 
 
-def test_no_children_means_this_process() -> None:
-    with GuardedPool(act, 0, timeout_s=1, memory_bytes=1) as pool:
-        assert run(pool, "pid", "decode error", 2) == [os.getpid(), Failure("it is no video", is_verdict=True), 2]
+def test_without_workers_tasks_run_in_this_process() -> None:
+    with WorkerPool(act, 0, 1, 1, (DecodeError,)) as pool:
+        assert run(pool, "pid", "decode error", 2) == [os.getpid(), TaskFailure("it is no video", is_permanent=True), 2]
 
 
-def test_a_child_that_cannot_start_stops_the_caller(capfd: pytest.CaptureFixture[str]) -> None:
-    pool: GuardedPool[Any, Any] = GuardedPool(_Unloadable(), 2, timeout_s=60, memory_bytes=1 << 30)
+def test_a_worker_that_cannot_start_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+    pool: WorkerPool[Any, Any] = WorkerPool(_Unloadable(), 2, timeout_s=60, memory_bytes=1 << 30)
     with pool, pytest.raises(RuntimeError, match="could not start"):
         run(pool, 1, 2, 3)
     assert "no such luck" in capfd.readouterr().err
@@ -269,7 +288,7 @@ def _raise(text: str) -> None:
     raise ImportError(text)
 
 
-def test_an_error_of_the_task_list_is_the_callers(pool: GuardedPool[Any, Any]) -> None:
+def test_an_error_of_the_task_iterator_is_raised_to_the_caller(pool: WorkerPool[Any, Any]) -> None:
     def torn() -> Iterator[int]:
         yield 1
         raise KeyError("list")
@@ -279,8 +298,8 @@ def test_an_error_of_the_task_list_is_the_callers(pool: GuardedPool[Any, Any]) -
     assert run(pool, 1, 2) == [1, 2]
 
 
-def test_closing_ends_a_hung_child_and_abandoned_outcomes(tmp_path: Path) -> None:
-    pool = GuardedPool(act, 2, timeout_s=600, memory_bytes=1 << 30)
+def test_closing_kills_a_hung_worker_and_abandons_its_outcomes(tmp_path: Path) -> None:
+    pool = WorkerPool(act, 2, timeout_s=600, memory_bytes=1 << 30)
     outcomes = pool.imap([("write", str(tmp_path / "pid")), 1, 2, 3, 4])
 
     def wait() -> None:
@@ -296,15 +315,17 @@ def test_closing_ends_a_hung_child_and_abandoned_outcomes(tmp_path: Path) -> Non
     assert not waiter.is_alive()
 
 
-@pytest.mark.parametrize("state", ["idle", "hang", pytest.param("hold the lock", marks=pytest.mark.slow)])
-def test_children_die_with_a_killed_parent(state: str) -> None:
+@pytest.mark.parametrize(
+    "state", ["hang", *(pytest.param(s, marks=pytest.mark.slow) for s in ("idle", "hold the lock"))]
+)
+def test_workers_end_with_a_killed_parent(state: str) -> None:
     """Also where another process, forked by the parent, holds the parent's end of the socket open."""
     code = f"""
         import os, sys, threading, time
         from pathlib import Path
-        from cogds.process.worker_pool import GuardedPool
+        from cogds.process.worker_pool import WorkerPool
         from tests.process.test_worker_pool import act
-        pool = GuardedPool(act, 2, timeout_s=5, memory_bytes=1 << 30)
+        pool = WorkerPool(act, 2, timeout_s=5, memory_bytes=1 << 30)
         pids = set(pool.imap(["pid"] * 20))
         if {state!r} != "idle":
             threading.Thread(target=lambda: list(pool.imap([{state!r}] * 2)), daemon=True).start()

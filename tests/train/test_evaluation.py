@@ -229,7 +229,7 @@ class Noted:
     def __init__(self):
         self.notes = {}
 
-    def note(self, step, scalars):
+    def add_scalars(self, step, scalars):
         self.notes[step] = scalars
 
 

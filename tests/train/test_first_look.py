@@ -42,8 +42,8 @@ def first_batches(shown, vae, show_batches=0, show_clips=0):
     index = [SimpleNamespace(shape="9x32x48", caption=caption) for caption in ("a cat", "a dog", "a cow")]
     run = SimpleNamespace(cfg=cfg, first_step=4, world=SimpleNamespace(data_rank=0), data=SimpleNamespace(index=index))
     monitor = SimpleNamespace(
-        animation=lambda step, name, frames, fps: shown.append((step, name, frames.shape, fps)),
-        picture=lambda step, name, pixels: shown.append((step, name, pixels)),
+        add_video=lambda step, name, frames, fps: shown.append((step, name, frames.shape, fps)),
+        add_image=lambda step, name, pixels: shown.append((step, name, pixels)),
     )
     builder = SimpleNamespace(vae=vae, device=torch.device("cpu"))
     return FirstBatches(run, builder, monitor)
@@ -120,7 +120,7 @@ def test_bars_that_fail_are_said_by_rank_0(monkeypatch, capsys, rank):
     for name in ("to_yaml", "settings"):
         monkeypatch.setattr(cogds.train.first_look, name, lambda _: "")
     monkeypatch.setattr(cogds.train.first_look, "bucket_bars", lambda _: 1 / 0)
-    monitor = SimpleNamespace(**dict.fromkeys(("text", "hparams", "picture"), lambda *_: None))
+    monitor = SimpleNamespace(**dict.fromkeys(("add_text", "add_hparams", "add_image"), lambda *_: None))
     run = SimpleNamespace(cfg=None, ds_config={}, first_step=0, world=SimpleNamespace(rank=rank))
     show_settings(run, monitor)
     assert capsys.readouterr().err.count("the buckets could not be drawn (division by zero)") == (rank == 0)

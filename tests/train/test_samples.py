@@ -39,16 +39,16 @@ class Board:
         self.notes, self.pictures, self.animations, self.texts = [], {}, {}, {}
         self.fps = 0.0
 
-    def note(self, step, scalars):
+    def add_scalars(self, step, scalars):
         self.notes.append((step, *scalars))
 
-    def text(self, name, text):
+    def add_text(self, name, text):
         self.texts[name] = text
 
-    def picture(self, step, name, pixels):
+    def add_image(self, step, name, pixels):
         self.pictures[step, name] = pixels
 
-    def animation(self, step, name, frames, fps):
+    def add_video(self, step, name, frames, fps):
         self.animations[step, name], self.fps = frames, fps
 
 

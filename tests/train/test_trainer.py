@@ -99,7 +99,7 @@ class Monitor:
     def __init__(self):
         self.rates, self.shares = [], []
 
-    def record(self, _step, scalars, losses, _own, _norms):
+    def add_step(self, _step, scalars, losses, _own, _norms):
         self.rates.append(scalars["train/lr"])
         self.shares.append(losses.vector[0].item())
 
@@ -205,7 +205,7 @@ def callback(memory, peak):
 
 def notes_of(callbacks):
     notes, watched = [], []
-    monitor = SimpleNamespace(note=lambda step, scalars: notes.append((step, scalars)))
+    monitor = SimpleNamespace(add_scalars=lambda step, scalars: notes.append((step, scalars)))
     watchdog = SimpleNamespace(watch=lambda describe: watched.append(describe()))
     run_callbacks(callbacks, 5, watchdog, monitor, World(0, 1, 0, 1))
     return notes, watched

@@ -21,7 +21,7 @@ from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.index import ClipIndex, IndexedClip
 from cogds.data.loading.sampler import Draw
 from cogds.errors import UserError
-from cogds.process.worker_pool import STOP_SIGNALS
+from cogds.process.signals import STOP_SIGNALS
 
 T = TypeVar("T")
 

@@ -39,6 +39,7 @@ from cogds.data.manifest.scan_state import (
     write_table,
 )
 from cogds.data.manifest.table import DataSet
+from cogds.data.video.media import DecodeError
 from cogds.data.video.probe_task import (
     PROBE_MEMORY_BYTES,
     PROBE_TIMEOUT_S,
@@ -48,7 +49,7 @@ from cogds.data.video.probe_task import (
     reason_of,
 )
 from cogds.process.progress import progress_bar
-from cogds.process.worker_pool import Failure, GuardedPool
+from cogds.process.worker_pool import TaskFailure, WorkerPool
 
 ENTRIES_AT_ONCE = 1 << 16
 NUM_THREADS = 16  # for stat: on a shared file system, waiting is most of it
@@ -150,8 +151,8 @@ def probe_share(
 ) -> int:
     """Second step, on every rank: look at the share's files and open those that are new or changed.
 
-    num_workers: child processes of this rank; see `pool.GuardedPool` for them, timeout_s and memory_bytes. Rank 0
-    shows a bar. Returns how many files were opened.
+    num_workers: worker processes of this rank; see `WorkerPool` for them, timeout_s and memory_bytes. Rank 0 shows a
+    bar. Returns how many files were opened.
     """
     shown = share[0] == 0
     batches = files_of(job, share)
@@ -169,15 +170,15 @@ def probe_share(
 
         with (
             progress_bar("surveying files", "file", num_files, shown, initial=num_files - num_todo) as bar,
-            GuardedPool(probe, min(num_workers, num_todo), timeout_s, memory_bytes) as pool,
+            WorkerPool(probe, min(num_workers, num_todo), timeout_s, memory_bytes, (DecodeError,)) as pool,
         ):
             for outcome in pool.imap(tasks(), ahead=4 * num_workers):
                 known = held.popleft()
-                if not isinstance(outcome, Failure):
+                if not isinstance(outcome, TaskFailure):
                     journal.add(known | outcome._asdict())
                 else:
                     # Without size and time where the machine may be at fault: such a file is opened again next time.
-                    facts = known if outcome.is_verdict else {"key": known["key"]}
+                    facts = known if outcome.is_permanent else {"key": known["key"]}
                     journal.add(facts | {"reason": reason_of(outcome.reason)})
                 bar.update()
     return num_todo

@@ -1,4 +1,4 @@
-"""A clip as the VAE takes it. Runs in a `GuardedPool` child: a decoder that crashes, hangs or swells costs one clip."""
+"""A clip as the VAE takes it. Runs in a `WorkerPool` child: a decoder that crashes, hangs or swells costs one clip."""
 
 from dataclasses import dataclass
 

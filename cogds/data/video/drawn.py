@@ -17,7 +17,7 @@ _CLIPS = (
     (240, 176, 25, 0.72),
     (176, 304, 12, 1.5),
 )
-_COLOURS = {
+_COLORS = {
     "red": (220, 40, 40),
     "green": (40, 180, 70),
     "yellow": (235, 210, 50),
@@ -47,30 +47,30 @@ def draw_clips(folder: str | Path, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     with whole_folder(folder) as partial:
         for number, (width, height, fps, length_s) in enumerate(_CLIPS):
-            shape, colour, background, move = _choose(rng)
+            shape, color, background, move = _choose(rng)
             num_frames = round(fps * length_s)
             frames = np.stack(
-                [_draw(width, height, shape, colour, background, move, k / (num_frames - 1)) for k in range(num_frames)]
+                [_draw(width, height, shape, color, background, move, k / (num_frames - 1)) for k in range(num_frames)]
             )
             # One thread: x264 makes other bits of the same frames with another number of them.
             write_video(partial / f"clip_{number}.mp4", frames, fps, num_threads=1)
-            caption = f"a {colour} {shape} moves {move} over a {background} background"
+            caption = f"a {color} {shape} moves {move} over a {background} background"
             (partial / f"clip_{number}.txt").write_text(caption + "\n", encoding="utf-8")
-        shape, colour, background, move = _choose(rng)
-        Image.fromarray(_draw(320, 192, shape, colour, background, move, 0.5)).save(partial / "image_0.png")
-        caption = f"a {colour} {shape} in the middle of a {background} background"
+        shape, color, background, move = _choose(rng)
+        Image.fromarray(_draw(320, 192, shape, color, background, move, 0.5)).save(partial / "image_0.png")
+        caption = f"a {color} {shape} in the middle of a {background} background"
         (partial / "image_0.txt").write_text(caption + "\n", encoding="utf-8")
 
 
 def _choose(rng: np.random.Generator) -> tuple[str, str, str, str]:
-    shape, colour, background, move = (
+    shape, color, background, move = (
         options[int(rng.integers(len(options)))]
-        for options in (_SHAPES, list(_COLOURS), list(_BACKGROUNDS), list(_MOVES))
+        for options in (_SHAPES, list(_COLORS), list(_BACKGROUNDS), list(_MOVES))
     )
-    return shape, colour, background, move
+    return shape, color, background, move
 
 
-def _draw(width: int, height: int, shape: str, colour: str, background: str, move: str, progress: float) -> np.ndarray:
+def _draw(width: int, height: int, shape: str, color: str, background: str, move: str, progress: float) -> np.ndarray:
     """One frame, uint8 [H, W, 3]; progress runs from 0 to 1."""
     # The background is a gradient: a flat one has no texture that a model could get wrong.
     light = np.linspace(0.7, 1.3, height)[:, None, None] * np.ones((1, width, 1))
@@ -81,9 +81,9 @@ def _draw(width: int, height: int, shape: str, colour: str, background: str, mov
     x, y = ((a + (b - a) * progress) * side for a, b, side in zip(start, end, (width, height)))
     r = min(width, height) / 6
     if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=_COLOURS[colour])
+        draw.ellipse((x - r, y - r, x + r, y + r), fill=_COLORS[color])
     elif shape == "square":
-        draw.rectangle((x - r, y - r, x + r, y + r), fill=_COLOURS[colour])
+        draw.rectangle((x - r, y - r, x + r, y + r), fill=_COLORS[color])
     else:
-        draw.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=_COLOURS[colour])
+        draw.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=_COLORS[color])
     return np.array(image)

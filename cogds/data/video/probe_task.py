@@ -1,4 +1,4 @@
-"""What one file of a dataset holds. `probe_file` runs in a `GuardedPool` child: a file that crashes it costs itself."""
+"""What one file of a dataset holds. `probe_file` runs in a `WorkerPool` child: a file that crashes it costs itself."""
 
 import re
 from typing import NamedTuple

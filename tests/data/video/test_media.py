@@ -569,7 +569,7 @@ def test_a_circle_stays_a_circle(tmp_path: Path, source: tuple[int, int], target
 
 
 def lossless(path: Path, image: np.ndarray, num_frames: int = 3) -> Path:
-    """A clip that holds this picture bit for bit, without a colour matrix."""
+    """A clip that holds this picture bit for bit, without a color matrix."""
     with av.open(str(path), "w") as container:
         stream = container.add_stream("libx264rgb", rate=25, options={"qp": "0"})
         stream.height, stream.width = image.shape[:2]
@@ -629,12 +629,12 @@ def test_real_clips_are_resized_well(name: str, target: tuple[int, int]) -> None
     assert psnr(by_decord, want) > 38
 
 
-COLOURS = {"red": (200, 30, 40), "green": (40, 180, 60), "blue": (30, 60, 190), "skin": (220, 170, 140)}
+COLORS = {"red": (200, 30, 40), "green": (40, 180, 60), "blue": (30, 60, 190), "skin": (220, 170, 140)}
 MATRICES = {"bt709": (0.2126, 0.0722), "smpte170m": (0.299, 0.114), "bt2020nc": (0.2627, 0.0593)}
 
 
-def coloured(path: Path, rgb: Sequence[int], pixels: str, matrix: str | None, full: bool, codec: str) -> Path:
-    """One colour, converted here by the definition: Y = Kr R + Kg G + Kb B, Cb = (B - Y) / 2 / (1 - Kb), ..."""
+def colored(path: Path, rgb: Sequence[int], pixels: str, matrix: str | None, full: bool, codec: str) -> Path:
+    """One color, converted here by the definition: Y = Kr R + Kg G + Kb B, Cb = (B - Y) / 2 / (1 - Kb), ..."""
     red, blue = MATRICES[matrix or "smpte170m"]
     r, g, b = (value / 255 for value in rgb)
     y = red * r + (1 - red - blue) * g + blue * b
@@ -667,11 +667,11 @@ def coloured(path: Path, rgb: Sequence[int], pixels: str, matrix: str | None, fu
     ("yuv420p10le", "bt2020nc", False, "libx265"), ("yuv444p", "bt709", False, "libx264"),
     ("yuv422p10le", "bt709", False, "libx264"), ("yuv444p", None, False, "libx264"),
 ])  # fmt: skip
-def test_colours_follow_the_tags(
+def test_colors_follow_the_tags(
     tmp_path: Path, pixels: str, matrix: str | None, full: bool, codec: str, size: tuple[int, int]
 ) -> None:
-    for name, rgb in COLOURS.items():
-        path = coloured(tmp_path / f"{name}.mp4", rgb, pixels, matrix, full, codec)
+    for name, rgb in COLORS.items():
+        path = colored(tmp_path / f"{name}.mp4", rgb, pixels, matrix, full, codec)
         image = read_clip(path, ClipShape(1, *size), 25)[0]
         # The plain conversion, where nothing is resized, truncates.
         assert np.abs(image.astype(int) - rgb).max() <= (3 if size == (128, 192) else 1), name

@@ -35,7 +35,7 @@ from cogds.model.load import DTYPES, ModelFolder  # noqa: E402
 from cogds.model.lora.adapter import inject  # noqa: E402
 from cogds.model.transformer.attention import fastest  # noqa: E402
 from cogds.train.step import Draws, StepBuilder, random_batch  # noqa: E402
-from cogds.train.tuning import Setting, Sizes  # noqa: E402
+from cogds.train.tuning import memory_model  # noqa: E402
 
 # For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -263,8 +263,7 @@ def estimate_bytes(
     """What the memory model says that a step takes of a GPU's allocator: all but the CUDA context."""
     model = model_of(size)
     ds_config = deepspeed_config(ds_name, cfg, model, world)
-    setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), (shape,), world.size)
-    estimate = setting.estimate(shape, batch_size, level)
+    estimate = memory_model(cfg, ds_config, model, (shape,), world.size).estimate(shape, batch_size, level)
     return estimate.total_bytes - estimate.cuda_context_bytes
 
 

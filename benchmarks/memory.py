@@ -14,7 +14,7 @@ from measuring import SIZES, deepspeed_config, machine, model_of, run_config, sa
 from cogds.config.schema import RECOMPUTE_LEVELS
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World, read_world
-from cogds.train.tuning import Setting, Sizes
+from cogds.train.tuning import memory_model
 
 # A file of ds_configs/, ranks, `model.base`.
 SETTINGS = (
@@ -34,14 +34,14 @@ def main(argv: list[str] | None = None) -> None:
     size = SIZES[args.size]
     model, shape = model_of(size), ClipShape.parse(args.bucket or size.bucket)
     cfg = run_config("bf16", args.lora_rank or size.lora_rank, f"train.batch_size={args.batch_size}")
-    sizes, rows = Sizes.of(cfg, model), []
+    rows = []
     for name, num_ranks, base in SETTINGS:
         ds_config = deepspeed_config(name, cfg, model, World(0, num_ranks, 0, num_ranks))
-        setting = replace(Setting.of(cfg, ds_config, model, sizes, (shape,), num_ranks), base=base)
+        memory = replace(memory_model(cfg, ds_config, model, (shape,), num_ranks), quantization=base)
         row = {"deepspeed": name, "ranks": num_ranks, "base": base}
         for level in RECOMPUTE_LEVELS:
-            row[level] = round(setting.estimate(shape, args.batch_size, level).total_bytes / 1e9, 1)
-        row["pinned"] = round(setting.pinned_bytes(shape, args.batch_size, "block+offload") / 1e9, 1)
+            row[level] = round(memory.estimate(shape, args.batch_size, level).total_bytes / 1e9, 1)
+        row["pinned"] = round(memory.pinned_host_bytes(shape, args.batch_size, "block+offload") / 1e9, 1)
         rows.append(row)
     print(f"{size.name}, {shape}, batch {args.batch_size}, LoRA rank {cfg.lora.rank}, bf16: GB a GPU, by arithmetic")
     head = ("deepspeed", "GPUs", "base", *RECOMPUTE_LEVELS, "host memory a GPU of block+offload")

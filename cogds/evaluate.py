@@ -51,7 +51,7 @@ from cogds.model.transformer.quantize import check_base
 from cogds.train.loop import Occasion
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, load_step_builder
-from cogds.train.tuning import Sizes
+from cogds.train.tuning import measure_sizes
 
 # What evaluation may take of the training time before that is warned of.
 MAX_SHARE = 0.05
@@ -304,7 +304,7 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
     every batch of its timesteps.
     """
     model, plan, geometry, levels = run.model, run.plan, run.model.geometry, run.execution.levels
-    num_lora = Sizes.of(run.cfg, model).lora.num_parameters
+    num_lora = measure_sizes(run.cfg, model)[1].num_parameters
     flops = [
         step_flops(num_tokens(shape, geometry), model.num_layers, model.hidden_size, num_lora) for shape in run.buckets
     ]

@@ -18,7 +18,7 @@ MAY_IMPORT = {
     "files": set(),
     "formatting": set(),
     "config": {"errors"},
-    "core": {"errors"},
+    "core": {"errors", "formatting"},
     "process": {"errors", "files", "distributed", "data"},
     "distributed": {"errors", "files", "config", "process"},
     "data": {"errors", "files", "core", "process"},

@@ -7,9 +7,9 @@ import sys
 import pytest
 
 from cogds.config.schema import RECOMPUTE_LEVELS
-from cogds.core.memory import COGVIDEOX_VAE
+from cogds.core.vae_memory import COGVIDEOX_VAE
 from tests.conftest import ROOT, run_command
-from tests.core.test_memory import REAL, REAL_LORA, V15
+from tests.published_model import LORA, TRANSFORMER, V15
 
 # One process for all: most of each is imports.
 SCRIPT = f"""
@@ -174,8 +174,8 @@ def test_the_real_size_is_the_published_model(scripts):
     model, cfg = measuring.model_of(size), measuring.run_config("bf16", size.lora_rank)
     assert model.geometry == V15
     assert measuring.num_tokens(measuring.ClipShape.parse(size.bucket), model.geometry) == 45_106
-    sizes = measuring.Sizes.of(cfg, model)
-    assert (sizes.transformer, sizes.lora, model.vae_size) == (REAL, REAL_LORA, COGVIDEOX_VAE)
+    sizes = measuring.measure_sizes(cfg, model)
+    assert (*sizes, model.vae_size) == (TRANSFORMER, LORA, COGVIDEOX_VAE)
 
 
 @pytest.mark.parametrize(

@@ -15,8 +15,8 @@ import pyarrow.compute as pc
 
 from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import vae_can_encode, vae_encode_bytes
 from cogds.core.shares import deal
+from cogds.core.vae_memory import vae_can_encode, vae_encode_bytes
 from cogds.data.cache.keys import cache_key, digest_files
 from cogds.data.cache.store import Cache, Snapshot, key_array
 from cogds.data.loading.index import ClipIndex, write_index

@@ -17,8 +17,8 @@ from cogds.config.schema import RunConfig, SetConfig
 from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.geometry import ClipShape
 from cogds.core.held_out import is_held_out, least_share, name_hash, portable_name, spread
-from cogds.core.memory import vae_can_encode
 from cogds.core.mixture import repeats_of_weights
+from cogds.core.vae_memory import vae_can_encode
 from cogds.data.manifest.assignment import Placement, numbers, place, too_short
 from cogds.data.manifest.file_digests import fill_digests_begin, fill_digests_finish, fill_digests_share
 from cogds.data.manifest.scan import begin, finish, probe_share

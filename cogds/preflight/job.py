@@ -8,8 +8,8 @@ from typing import Any
 
 from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.schema import RunConfig, load_config, to_dict
-from cogds.core.geometry import ClipShape
-from cogds.core.memory import MemoryEstimate, cached_caption_bytes, cached_clip_bytes
+from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
+from cogds.core.memory import MemoryEstimate, MemoryModel
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import World, set_network
 from cogds.encode.order import batch_sizes
@@ -18,7 +18,7 @@ from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence
 from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, differing
-from cogds.train.tuning import Setting, Sizes, check_execution, choose_levels, memory_of
+from cogds.train.tuning import check_execution, choose_levels, memory_model, memory_of
 
 # DataLoader's own: batches that every worker has ready.
 PREFETCHED = 2
@@ -45,25 +45,18 @@ class Job:
         return batch_sizes(self.cfg, self.buckets, self.model)
 
     @cached_property
-    def sizes(self) -> Sizes:
-        return Sizes.of(self.cfg, self.model)
-
-    @cached_property
     def levels(self) -> tuple[str, ...]:
         """What every bucket recomputes on this GPU."""
-        return choose_levels(
-            self.cfg, self.ds_config, self.model, self.buckets, self.batch_sizes, self.world.size,
-            memory_of(self.world.device),
-        )  # fmt: skip
+        return choose_levels(self.cfg, self.memory, self.batch_sizes, memory_of(self.world.device))
 
     @cached_property
-    def setting(self) -> Setting:
-        return Setting.of(self.cfg, self.ds_config, self.model, self.sizes, self.buckets, self.world.size)
+    def memory(self) -> MemoryModel:
+        return memory_model(self.cfg, self.ds_config, self.model, self.buckets, self.world.size)
 
     @cached_property
     def estimates(self) -> tuple[MemoryEstimate, ...]:
         """GPU memory of every bucket."""
-        return tuple(map(self.setting.estimate, self.buckets, self.batch_sizes, self.levels))
+        return tuple(map(self.memory.estimate, self.buckets, self.batch_sizes, self.levels))
 
     @cached_property
     def offloaded_bytes(self) -> int:
@@ -80,7 +73,7 @@ class Job:
     @property
     def pinned_bytes(self) -> int:
         """Host memory that a rank pins for activations, in the bucket that takes most."""
-        return max(map(self.setting.pinned_bytes, self.buckets, self.batch_sizes, self.levels))
+        return max(map(self.memory.pinned_host_bytes, self.buckets, self.batch_sizes, self.levels))
 
     @property
     def largest(self) -> int:
@@ -90,14 +83,14 @@ class Job:
     @property
     def checkpoint_bytes(self) -> int:
         """One checkpoint, float32 weights and two moments, with its exported LoRA."""
-        return self.sizes.lora.num_parameters * (12 + self.bytes_each)
+        return self.memory.lora.num_parameters * (12 + self.bytes_each)
 
     @property
     def shared_memory_bytes(self) -> int:
         """What the loaders of one rank keep in /dev/shm: the batches that they are ahead. 0 where there are none."""
         if self.cfg.data.encode != "cached":
             return 0
-        text_dim, geometry = self.sizes.transformer.text_dim, self.model.geometry
+        text_dim, geometry = self.memory.transformer.text_dim, self.model.geometry
         batches = (
             size * (cached_clip_bytes(shape, geometry, self.bytes_each)
                     + cached_caption_bytes(geometry, text_dim, self.bytes_each))

@@ -60,7 +60,7 @@ def look_disk(job: Job) -> Facts:
     if zero_stage(job.ds_config) == 3:
         loading = job.offloaded_bytes * num_local
     else:
-        loading = job.sizes.transformer.num_parameters * job.bytes_each * num_local * (job.world.device.type == "cpu")
+        loading = job.memory.transformer.num_parameters * job.bytes_each * num_local * (job.world.device.type == "cpu")
     return {
         "disk": {
             "output": [cfg.output_dir, free_bytes(cfg.output_dir), job.checkpoint_bytes * (kept + 1)],

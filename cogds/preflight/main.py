@@ -153,7 +153,7 @@ class Preflight:
         timeout_s = CONNECT_LIMIT_S + EXCHANGE_LIMIT_S + STEP_LIMIT_S  # the bounds here come first
         if not self._together("connect", lambda: self._connect(timeout_s, job), lambda _: [], CONNECT_LIMIT_S):
             return
-        numbers = job.sizes.lora.num_parameters * job.bytes_each
+        numbers = job.memory.lora.num_parameters * job.bytes_each
         if "exchange" not in self.skipped and not self._together(
             "exchange", lambda: look_exchange(self.world, numbers), judge_exchange, EXCHANGE_LIMIT_S
         ):

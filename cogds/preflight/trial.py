@@ -53,7 +53,7 @@ def look_trial(job: Job) -> Facts:
         transformer.set_level(execution.levels[bucket])
         engine = start_engine(transformer, parameters, one_step_config(job.ds_config, world.size))
         batch = random_batch(
-            job.buckets[bucket], job.batch_sizes[bucket], model.geometry, job.sizes.transformer.text_dim,
+            job.buckets[bucket], job.batch_sizes[bucket], model.geometry, job.memory.transformer.text_dim,
             cfg.train.precision,
         )  # fmt: skip
         builder = load_step_builder(model, cfg.conditioning, batch["text_states"][0], dtype, device)

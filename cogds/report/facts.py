@@ -8,22 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
-from cogds.core.memory import (
-    LoraSize,
-    MemoryEstimate,
-    TransformerSize,
-    VaeSize,
-    cached_caption_bytes,
-    cached_clip_bytes,
-    rotary_table_bytes,
-)
+from cogds.core.geometry import ClipShape, ModelGeometry, cached_caption_bytes, cached_clip_bytes, num_tokens
+from cogds.core.memory import MemoryEstimate, MemoryModel
+from cogds.core.memory_advice import explain_shortfall
 from cogds.core.suggest import (
     ClipSizes,
     Suggestion,
@@ -35,7 +27,6 @@ from cogds.core.suggest import (
     suggest_buckets,
     suggest_lengths,
 )
-from cogds.train.tuning import Setting, Sizes, shortfall
 
 # Rows are taken in pieces of this many, so that the numbers of twenty million never stand side by side.
 ROWS_AT_ONCE = 1 << 20
@@ -94,41 +85,40 @@ class Rates:
 class Setup:
     """The run that is reported on.
 
-    batch_sizes: clips per rank and micro-step of each bucket; epoch_sizes: samples of each bucket that one epoch
-    trains, repeats included (None: the clips' windows); zero: the resolved `zero_optimization` section; levels: what
-    each bucket recomputes (`train.recompute`); base and matmul: of `model`; sequence: ranks that share a clip;
-    gpu_bytes: memory of one GPU, None on CPUs.
+    Attributes:
+        batch_sizes: clips per rank and micro-step, by bucket.
+        accumulation: micro-steps per optimizer step.
+        checkpointing: activation checkpointing mode, by bucket.
+        is_cached: whether clips are encoded into a cache before training.
+        epoch_sizes: samples of each bucket in one epoch, repeats included. None: the clips' windows.
+        steps_per_epoch: optimizer steps. None: calculated from the samples.
+        max_unusable: share of unusable clips up to which training starts.
+        gpu_bytes: memory of one GPU, None on CPUs.
     """
 
-    buckets: Sequence[ClipShape]
-    geometry: ModelGeometry
+    memory: MemoryModel
     batch_sizes: Sequence[int]
-    num_ranks: int
     accumulation: int
-    zero: Mapping[str, Any]
-    transformer: TransformerSize
-    lora: LoraSize
-    vae: VaeSize
-    precision: str
-    levels: Sequence[str]
-    cached: bool = True
+    checkpointing: Sequence[str]
+    is_cached: bool = True
     epoch_sizes: Sequence[float] | None = None
     steps_per_epoch: float | None = None
     rates: Rates | None = None
     max_unusable: float = 1.0
-    base: str = "full"
-    matmul: str = "full"
-    sequence: int = 1
     gpu_bytes: float | None = None
 
     @property
-    def data_ranks(self) -> int:
-        """Ranks, or groups of ranks that share a clip, which train clips of their own."""
-        return self.num_ranks // self.sequence
+    def buckets(self) -> tuple[ClipShape, ...]:
+        return self.memory.buckets
 
     @property
-    def bytes_each(self) -> int:
-        return 2 if self.precision == "bf16" else 4
+    def geometry(self) -> ModelGeometry:
+        return self.memory.geometry
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Groups of ranks that train different clips."""
+        return self.memory.num_ranks // self.memory.sequence_parallel
 
 
 @dataclass(frozen=True)
@@ -223,13 +213,9 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
     samples = sums["samples"] if setup.epoch_sizes is None else np.asarray(setup.epoch_sizes, np.float64)
     # Where a bucket has fewer batches than there are ranks, the others train copies: see core.plan.
     local = np.minimum(setup.batch_sizes, np.maximum(1, samples))
-    micro_steps = samples / (local * np.clip(samples // local, 1, setup.data_ranks))
+    micro_steps = samples / (local * np.clip(samples // local, 1, setup.num_data_ranks))
     steps = micro_steps / setup.accumulation
-    rotary = sum(rotary_table_bytes(shape, setup.geometry) for shape in setup.buckets)
-    setting = Setting(
-        setup.geometry, Sizes(setup.transformer, setup.lora), setup.vae, setup.zero, setup.num_ranks, setup.precision,
-        setup.base, setup.sequence, rotary, setup.matmul,
-    )  # fmt: skip
+    memory, element_bytes = setup.memory, setup.memory.element_bytes
     buckets = []
     for index, shape in enumerate(setup.buckets):
         num_clips, batch_size = int(sums["clips"][index]), setup.batch_sizes[index]
@@ -247,30 +233,30 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
                 upscaled_share=float(sums["upscaled"][index] / max(1, num_clips)),
                 unused_share=float(sums["unused"][index] / max(1, num_clips)),
                 cache_bytes=(
-                    int(sums["samples"][index]) * cached_clip_bytes(shape, setup.geometry, setup.bytes_each)
-                    if setup.cached
+                    int(sums["samples"][index]) * cached_clip_bytes(shape, setup.geometry, element_bytes)
+                    if setup.is_cached
                     else 0
                 ),
-                level=setup.levels[index],
-                memory=setting.estimate(shape, batch_size, setup.levels[index]),
-                pinned_bytes=setting.pinned_bytes(shape, batch_size, setup.levels[index]),
-                shortfall=shortfall(setting, shape, batch_size, setup.levels[index], setup.gpu_bytes),
+                level=setup.checkpointing[index],
+                memory=memory.estimate(shape, batch_size, setup.checkpointing[index]),
+                pinned_bytes=memory.pinned_host_bytes(shape, batch_size, setup.checkpointing[index]),
+                shortfall=explain_shortfall(memory, shape, batch_size, setup.checkpointing[index], setup.gpu_bytes),
                 step_s=step_s,
                 step_is_measured=measured,
             )
         )
     known = [one.step_s for one in buckets if one.num_samples]
     reasons, num_others = _reasons(clips)
-    caption_bytes = cached_caption_bytes(setup.geometry, setup.transformer.text_dim, setup.bytes_each)
+    caption_bytes = cached_caption_bytes(setup.geometry, memory.transformer.text_dim, element_bytes)
     return Report(
         num_rows=len(clips.table) + clips.num_held_out,
         buckets=tuple(buckets),
         reasons=reasons,
         num_other_reasons=num_others,
         captions=captions,
-        caption_cache_bytes=captions.num_distinct * caption_bytes if setup.cached else 0,
+        caption_cache_bytes=captions.num_distinct * caption_bytes if setup.is_cached else 0,
         steps_per_epoch=float(steps.sum()) if setup.steps_per_epoch is None else setup.steps_per_epoch,
-        num_ranks=setup.num_ranks,
+        num_ranks=memory.num_ranks,
         accumulation=setup.accumulation,
         epoch_s=None if None in known else sum(one.steps * (one.step_s or 0) for one in buckets),
         rate_source=setup.rates.source if setup.rates else "",
@@ -317,7 +303,7 @@ def _step_s(shape: ClipShape, batch_size: int, setup: Setup) -> tuple[float | No
         return None, False
     if str(shape) in setup.rates.step_s:
         return setup.rates.step_s[str(shape)], True
-    tokens = num_tokens(shape, setup.geometry) * batch_size * setup.data_ranks * setup.accumulation
+    tokens = num_tokens(shape, setup.geometry) * batch_size * setup.num_data_ranks * setup.accumulation
     return tokens / setup.rates.tokens_per_s, False
 
 

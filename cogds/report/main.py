@@ -28,7 +28,7 @@ from cogds.process.worker_pool import Failure, GuardedPool
 from cogds.report.facts import Captions, ClipTable, Report, Setup, make_report, measured_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
-from cogds.train.tuning import Sizes, choose_levels
+from cogds.train.tuning import choose_levels, memory_model
 
 # More captions than this are not all tokenized: as many are taken, evenly spaced, and counted for the rest.
 MAX_TOKENIZED = 100_000
@@ -95,31 +95,21 @@ def run_report(
     gpu_bytes: float | None,
 ) -> Report:
     """The report of a run with a resolved DeepSpeed config. gpu_bytes: memory of one GPU; None: on CPUs."""
-    sizes = Sizes.of(cfg, model)
+    memory = memory_model(cfg, ds_config, model, found.buckets, num_ranks)
     mixture = Mixture(found.placement.sizes, found.repeats, cfg.seed)
     data_ranks = num_ranks // cfg.parallel.sequence
     plan = make_plan(cfg, mixture, found.buckets, model, data_ranks) if found.num_windows else None
     sizes_of_batches = plan.local_batch_sizes if plan else (1,) * len(found.buckets)
     setup = Setup(
-        buckets=found.buckets,
-        geometry=model.geometry,
+        memory=memory,
         batch_sizes=sizes_of_batches,
-        num_ranks=num_ranks,
         accumulation=cfg.train.gradient_accumulation_steps,
-        zero=ds_config.get("zero_optimization", {}),
-        transformer=sizes.transformer,
-        lora=sizes.lora,
-        vae=model.vae_size,
-        precision=cfg.train.precision,
-        levels=choose_levels(cfg, ds_config, model, found.buckets, sizes_of_batches, num_ranks, gpu_bytes),
-        cached=cfg.data.encode == "cached",
+        checkpointing=choose_levels(cfg, memory, sizes_of_batches, gpu_bytes),
+        is_cached=cfg.data.encode == "cached",
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
         max_unusable=cfg.data.max_unusable,
         rates=measured_rates(Path(cfg.output_dir) / "metrics.jsonl"),
-        base=cfg.model.base,
-        matmul=cfg.model.matmul,
-        sequence=cfg.parallel.sequence,
         gpu_bytes=gpu_bytes,
     )
     return make_report(clips, setup, count_captions(found.table, model))

@@ -20,13 +20,12 @@ import torch
 from cogds.config.deepspeed import zero_stage
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import MemoryEstimate
+from cogds.core.memory import USABLE_SHARE, MemoryEstimate
 from cogds.distributed.world import any_rank
 from cogds.errors import UserError
 from cogds.model.evaluation_mode import call_aside
 from cogds.train.loop import Run
 from cogds.train.step import Draws, StepBuilder, random_batch
-from cogds.train.tuning import USABLE_SHARE
 
 
 @dataclass(frozen=True)

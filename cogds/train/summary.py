@@ -15,18 +15,19 @@ from cogds.formatting import counted, gigabytes, magnitude
 from cogds.process.terminal import is_terminal
 from cogds.train.resume import layout_of
 from cogds.train.run import Run
-from cogds.train.tuning import Sizes, execution_lines
+from cogds.train.tuning import execution_lines, measure_sizes
 
 EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # of one number in the LoRA's file
 
 
 def summary(run: Run, resume_from: Path | None, dry_run: bool = False) -> list[str]:
     """Model, LoRA, ranks, buckets, memory, where things are written, and what will not be trained: a fact a line."""
-    cfg, plan, data, sizes = run.cfg, run.plan, run.data, Sizes.of(run.cfg, run.model)
+    cfg, plan, data = run.cfg, run.plan, run.data
+    transformer, lora = measure_sizes(cfg, run.model)
     sharing = f", {run.world.sequence} to a clip" if run.world.sequence > 1 else ""
-    num_numbers = sizes.lora.num_parameters
+    num_numbers = lora.num_parameters
     lines = [
-        f"model {cfg.model.path}, {magnitude(sizes.transformer.num_parameters)} parameters",
+        f"model {cfg.model.path}, {magnitude(transformer.num_parameters)} parameters",
         f"LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}: "
         f"{magnitude(num_numbers)} parameters, {gigabytes(num_numbers * EXPORTED_BYTES[cfg.train.precision])}",
         f"{devices(run.world.device, run.world.size)}{sharing}, ZeRO stage {zero_stage(run.ds_config)}, "

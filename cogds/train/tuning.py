@@ -7,12 +7,10 @@ Rank 0 measures and reckons, all do the same. None of it changes what is compute
 does not fit by the memory model, that is said here, with what would help; `rehearsal` then tries it.
 """
 
-import dataclasses
 import importlib.util
-import itertools
 import shutil
 import sysconfig
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,17 +18,10 @@ from typing import Any
 import torch
 
 from cogds.config.deepspeed import zero_stage
-from cogds.config.schema import RECOMPUTE_LEVELS, RunConfig
-from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
-from cogds.core.memory import (
-    LoraSize,
-    MemoryEstimate,
-    TransformerSize,
-    VaeSize,
-    pinned_bytes,
-    rotary_table_bytes,
-    training_memory,
-)
+from cogds.config.schema import RunConfig
+from cogds.core.geometry import ClipShape, num_tokens
+from cogds.core.memory import LoraSize, MemoryEstimate, MemoryModel, TransformerSize, ZeroSettings
+from cogds.core.memory_advice import explain_shortfall
 from cogds.distributed.world import World, all_gather, on_all_ranks, on_rank0, settings
 from cogds.errors import UserError, did_you_mean
 from cogds.metrics.trackers import check_monitors
@@ -39,17 +30,12 @@ from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.attention import fastest, use
 from cogds.model.transformer.quantize import check_base
 
-# Of a GPU's memory, what an estimate may take: the rest is the allocator's holes and other processes'.
-USABLE_SHARE = 0.92
-# So many ways out are named for a bucket that does not fit.
-MAX_REMEDIES = 6
-
 
 @dataclass(frozen=True)
 class Execution:
-    """kernel: of `model.attention.KERNELS`. levels: of `RECOMPUTE_LEVELS`, and estimates, by bucket. lines: why, for
+    """kernel: of `model.attention.KERNELS`. levels: of `CHECKPOINTING_MODES`, and estimates, by bucket. lines: why, for
     people; the buckets' are `execution_lines`. device_bytes: of the smallest GPU, None on CPUs. shortfalls: by bucket,
-    "" where it fits. pinned: host memory of a rank, by bucket (`pinned_bytes`); ranks_a_node: that have as much.
+    "" where it fits. pinned: host memory of a rank, by bucket (`pinned_host_bytes`); ranks_a_node: that have as much.
     """
 
     kernel: str
@@ -63,88 +49,35 @@ class Execution:
     ranks_a_node: int = 1
 
 
-@dataclass(frozen=True)
-class Sizes:
-    """What the memory model asks of a transformer and its LoRA, found without reading a weight."""
-
-    transformer: TransformerSize
-    lora: LoraSize
-
-    @classmethod
-    def of(cls, cfg: RunConfig, model: ModelFolder) -> "Sizes":
-        empty = empty_transformer(model)
-        layers, rank = dict(empty.named_modules()), cfg.lora.rank
-        targets = resolve_targets(empty, cfg.lora.target_modules)
-        numbers = sum(rank * (layers[name].in_features + layers[name].out_features) for name in targets)
-        base = sum(parameter.numel() for parameter in empty.parameters())
-        return cls(
-            TransformerSize.from_config(model.transformer_config, base), LoraSize.from_targets(targets, numbers, rank)
-        )
+def measure_sizes(cfg: RunConfig, model: ModelFolder) -> tuple[TransformerSize, LoraSize]:
+    """Sizes of the run's transformer and LoRA, found without reading a weight."""
+    empty = empty_transformer(model)
+    layers, rank = dict(empty.named_modules()), cfg.lora.rank
+    targets = resolve_targets(empty, cfg.lora.target_modules)
+    num_lora = sum(rank * (layers[name].in_features + layers[name].out_features) for name in targets)
+    num_base = sum(parameter.numel() for parameter in empty.parameters())
+    transformer = TransformerSize.from_config(model.transformer_config, num_base)
+    return transformer, LoraSize.from_targets(targets, num_lora, rank)
 
 
-@dataclass(frozen=True)
-class Setting:
-    """What a rank's memory depends on, but for the bucket, its batch and what it recomputes: see `training_memory`."""
-
-    geometry: ModelGeometry
-    sizes: Sizes
-    vae: VaeSize
-    zero: Mapping[str, Any]
-    num_ranks: int
-    precision: str
-    base: str = "full"
-    sequence: int = 1
-    rotary_bytes: int = 0
-    matmul: str = "full"
-
-    @classmethod
-    def of(
-        cls,
-        cfg: RunConfig,
-        ds_config: Mapping[str, Any],
-        model: ModelFolder,
-        sizes: Sizes,
-        buckets: Sequence[ClipShape],
-        num_ranks: int,
-    ) -> "Setting":
-        """Of a run with a resolved DeepSpeed config on so many ranks."""
-        return cls(
-            geometry=model.geometry,
-            sizes=sizes,
-            vae=model.vae_size,
-            zero=ds_config.get("zero_optimization", {}),
-            num_ranks=num_ranks,
-            precision=cfg.train.precision,
-            base=cfg.model.base,
-            matmul=cfg.model.matmul,
-            sequence=cfg.parallel.sequence,
-            rotary_bytes=sum(rotary_table_bytes(shape, model.geometry) for shape in buckets),
-        )
-
-    def estimate(self, shape: ClipShape, batch_size: int, level: str) -> MemoryEstimate:
-        """The memory of a rank while it trains this bucket."""
-        return training_memory(
-            shape, batch_size, self.geometry, self.sizes.transformer, self.sizes.lora, self.vae, self.zero,
-            self.num_ranks, self.precision, level, self.rotary_bytes, self.base, self.sequence, self.matmul,
-        )  # fmt: skip
-
-    def pinned_bytes(self, shape: ClipShape, batch_size: int, level: str) -> int:
-        """The pinned host memory of a rank while it trains this bucket."""
-        return pinned_bytes(
-            shape, batch_size, self.geometry, self.sizes.transformer, self.precision, level, self.sequence
-        )
-
-    def least_recomputed(self, shape: ClipShape, batch_size: int, device_bytes: float) -> str:
-        """The level that recomputes least and fits; where none does, the one that needs least memory."""
-        for level in RECOMPUTE_LEVELS:
-            if fits(self.estimate(shape, batch_size, level), device_bytes):
-                return level
-        return RECOMPUTE_LEVELS[-1]
-
-
-def fits(estimate: MemoryEstimate, device_bytes: float) -> bool:
-    """Whether a GPU of so many bytes is enough, by the estimate, with some to spare."""
-    return estimate.total_bytes <= USABLE_SHARE * device_bytes
+def memory_model(
+    cfg: RunConfig, ds_config: Mapping[str, Any], model: ModelFolder, buckets: Sequence[ClipShape], num_ranks: int
+) -> MemoryModel:
+    """The memory model of a run with a resolved DeepSpeed config."""
+    transformer, lora = measure_sizes(cfg, model)
+    return MemoryModel(
+        geometry=model.geometry,
+        transformer=transformer,
+        lora=lora,
+        vae=model.vae_size,
+        zero=ZeroSettings.from_config(ds_config.get("zero_optimization", {})),
+        num_ranks=num_ranks,
+        precision=cfg.train.precision,
+        buckets=tuple(buckets),
+        quantization=cfg.model.base,
+        fp8_matmul=cfg.model.matmul == "float8",
+        sequence_parallel=cfg.parallel.sequence,
+    )
 
 
 def memory_of(device: torch.device) -> float | None:
@@ -153,20 +86,14 @@ def memory_of(device: torch.device) -> float | None:
 
 
 def choose_levels(
-    cfg: RunConfig,
-    ds_config: dict[str, Any],
-    model: ModelFolder,
-    buckets: Sequence[ClipShape],
-    batch_sizes: Sequence[int],
-    num_ranks: int,
-    device_bytes: float | None,
+    cfg: RunConfig, memory: MemoryModel, batch_sizes: Sequence[int], device_bytes: float | None
 ) -> tuple[str, ...]:
     """What every bucket recomputes: as asked, or the least that fits a GPU of so many bytes; None: any memory will do.
 
     Where nothing fits, the level that needs least. Raises UserError for a bucket in `train.recompute_by_bucket` that
     the run does not have.
     """
-    names = [str(shape) for shape in buckets]
+    names = [str(shape) for shape in memory.buckets]
     for name in cfg.train.recompute_by_bucket:
         if name not in names:
             raise UserError(
@@ -174,81 +101,12 @@ def choose_levels(
                 f"there are {', '.join(names)}"
             )
     asked = [cfg.train.recompute_by_bucket.get(name, cfg.train.recompute) for name in names]
-    if "auto" not in asked:
-        return tuple(asked)
     if device_bytes is None:
         return tuple("none" if level == "auto" else level for level in asked)
-    setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), buckets, num_ranks)
     return tuple(
-        setting.least_recomputed(shape, batch_size, device_bytes) if level == "auto" else level
-        for shape, batch_size, level in zip(buckets, batch_sizes, asked)
+        memory.least_checkpointing(shape, batch_size, device_bytes) if level == "auto" else level
+        for shape, batch_size, level in zip(memory.buckets, batch_sizes, asked)
     )
-
-
-def shortfall(setting: Setting, shape: ClipShape, batch_size: int, level: str, device_bytes: float | None) -> str:
-    """A sentence for a bucket that does not fit at its level, with what would make it fit; "" where it does."""
-    if device_bytes is None or fits(estimate := setting.estimate(shape, batch_size, level), device_bytes):
-        return ""
-    ways = list(itertools.islice(_remedies(setting, shape, batch_size, device_bytes), MAX_REMEDIES))
-    advice = (
-        f"by the same arithmetic these fit: {'; '.join(ways)}"
-        if ways
-        else "no setting here makes it fit: take a smaller bucket or a larger GPU"
-    )
-    return (
-        f"{shape}, batch {batch_size}, will not fit: about {_gigabytes(estimate.total_bytes)} with "
-        f"train.recompute={level}, of {_gigabytes(device_bytes)} on a GPU; {advice}"
-    )
-
-
-def _remedies(setting: Setting, shape: ClipShape, batch_size: int, device_bytes: float) -> Iterator[str]:
-    """Changes of the run that make a bucket fit, in words: single ones, and where there are none, pairs.
-
-    Each is taken with the level of recomputing that is fastest with it; none at all means another level.
-    """
-    changes = _changes(setting, batch_size)
-    for count in range(3):
-        ways = []
-        for chosen in itertools.combinations(changes, count):
-            values = {name: value for _, change in chosen for name, value in change.items()}
-            if len(values) < len(chosen):
-                continue  # two values of one thing
-            changed = dataclasses.replace(setting, **{name: values[name] for name in values if name != "batch_size"})
-            if changed.base != "full" and int(changed.zero.get("stage", 0)) == 3:
-                continue  # what is quantised is not shared out
-            size = values.get("batch_size", batch_size)
-            level = changed.least_recomputed(shape, size, device_bytes)
-            estimate = changed.estimate(shape, size, level)
-            if fits(estimate, device_bytes):
-                names = " with ".join(name for name, _ in chosen)
-                memory = _gigabytes(estimate.total_bytes)
-                ways.append(f"{names} ({level}, {memory})" if names else f"train.recompute={level} ({memory})")
-        if ways:
-            yield from ways
-            return
-
-
-def _changes(setting: Setting, batch_size: int) -> list[tuple[str, dict[str, Any]]]:
-    """What may be changed: how to ask for it, and the fields of `Setting` (and `batch_size`) that it changes."""
-    zero, changes = setting.zero, list[tuple[str, dict[str, Any]]]()
-    stage, heads = int(zero.get("stage", 0)), setting.sizes.transformer.num_heads
-    small, on_host = {name: zero[name] for name in ("reduce_bucket_size",) if name in zero}, {"device": "cpu"}
-    if batch_size > 1:
-        changes.append(("train.batch_size=1 train.tokens_per_batch=null", {"batch_size": 1}))
-    if stage < 2 or (stage == 2 and not zero.get("offload_optimizer")):
-        offloaded = {"stage": 2, **small, "overlap_comm": False, "offload_optimizer": on_host}
-        changes.append(("--deepspeed ds_configs/zero2_offload.json", {"zero": offloaded}))
-    if setting.base == "full":
-        changes += [(f"model.base={base}", {"base": base}) for base in ("int8", "nf4")]
-        if setting.num_ranks > 1 and stage < 3:
-            changes.append(("--deepspeed ds_configs/zero3.json", {"zero": {"stage": 3, **small}}))
-        if not zero.get("offload_param"):
-            whole = {"stage": 3, **small, "offload_optimizer": on_host, "offload_param": on_host}
-            changes.append(("--deepspeed ds_configs/zero3_offload.json", {"zero": whole}))
-    for number in (2, 4, 8):
-        if setting.sequence < number and setting.num_ranks % number == 0 and heads % number == 0:
-            changes.append((f"parallel.sequence={number}", {"sequence": number}))
-    return changes
 
 
 def check_execution(cfg: RunConfig, ds_config: dict[str, Any], world: World) -> None:
@@ -298,8 +156,8 @@ def choose_execution(
 
     def choose() -> Execution:
         device_bytes = min(memories, default=None)
-        levels = choose_levels(cfg, ds_config, model, buckets, batch_sizes, world.size, device_bytes)
-        setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), buckets, world.size)
+        memory = memory_model(cfg, ds_config, model, buckets, world.size)
+        levels = choose_levels(cfg, memory, batch_sizes, device_bytes)
         lines, kernel = [], cfg.model.attention
         if kernel == "auto":
             tokens = max(num_tokens(shape, model.geometry) for shape in buckets)
@@ -321,13 +179,13 @@ def choose_execution(
             compiled,
             levels,
             tuple(lines),
-            tuple(map(setting.estimate, buckets, batch_sizes, levels)),
+            tuple(map(memory.estimate, buckets, batch_sizes, levels)),
             device_bytes,
             tuple(
-                shortfall(setting, shape, batch_size, level, device_bytes)
+                explain_shortfall(memory, shape, batch_size, level, device_bytes)
                 for shape, batch_size, level in zip(buckets, batch_sizes, levels)
             ),
-            tuple(map(setting.pinned_bytes, buckets, batch_sizes, levels)),
+            tuple(map(memory.pinned_host_bytes, buckets, batch_sizes, levels)),
             world.local_size,
         )
 

@@ -8,12 +8,12 @@ import torch
 
 from cogds.config.schema import load_config
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import COGVIDEOX_VAE
+from cogds.core.memory import ZeroSettings
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.train.memory_check import Rehearsal, _hooks_put_aside, _missing_bytes, rehearse
-from cogds.train.tuning import Execution, Setting, Sizes
-from tests.core.test_memory import REAL, REAL_LORA, V15
+from cogds.train.tuning import Execution
+from tests.published_model import LORA, V15, published_memory
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(17, 64, 96), ClipShape(81, 768, 1360))
 
@@ -48,14 +48,14 @@ class Builder:
 def stage(number, error=None, asked="on", sequence=1):
     """A run whose largest bucket has no clip, its engine and builder."""
     cfg, _ = load_config(None, ["model.path=unused", "data.path=unused", f"train.rehearse={asked}"])
-    setting = Setting(V15, Sizes(REAL, REAL_LORA), COGVIDEOX_VAE, {"stage": number}, 1, "bf16")
+    memory = published_memory(zero=ZeroSettings(stage=number), buckets=())
     levels, sizes = ("block",) * 3, (1, 2, 1)
     run = SimpleNamespace(
         cfg=cfg, world=World(0, 1, 0, 1, sequence), buckets=BUCKETS, model=SimpleNamespace(geometry=V15),
         data=SimpleNamespace(index=SimpleNamespace(sizes=((5,), (0, 1), (0, 0)))),
         ds_config={"zero_optimization": {"stage": number}}, plan=SimpleNamespace(local_batch_sizes=sizes),
         execution=Execution(
-            "torch", False, levels, (), tuple(map(setting.estimate, BUCKETS, sizes, levels)), 24e9, ("", "", "")
+            "torch", False, levels, (), tuple(map(memory.estimate, BUCKETS, sizes, levels)), 24e9, ("", "", "")
         ),
     )  # fmt: skip
     engine = SimpleNamespace(
@@ -184,7 +184,7 @@ def test_the_peak_on_a_gpu_is_that_of_the_try_and_is_not_left_to_the_first_step(
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append(f"{device} from zero"))
     found = rehearse(run, engine, builder)
     missing = _missing_bytes(run.execution.estimates[1], engine, number)
-    assert missing >= 8 * REAL_LORA.num_parameters
+    assert missing >= 8 * LORA.num_parameters
     assert events == ["cuda from zero", (missing,), *["pass"] * passes, "measured", "cuda from zero"]
     assert found.measured_bytes == 5_000_000_000
     assert found.scalars()["memory/measured_gb"] == 5.0

@@ -11,7 +11,7 @@ import torch
 
 from cogds.config.schema import RECOMPUTE_LEVELS, load_config
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import BASES, COGVIDEOX_VAE, rotary_table_bytes
+from cogds.core.memory import CHECKPOINTING_MODES, QUANTIZED_FORMATS
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer
@@ -20,84 +20,18 @@ from cogds.model.transformer import quantize
 from cogds.train import tuning as execution_module
 from cogds.train.tuning import (
     Execution,
-    Setting,
-    Sizes,
     check_execution,
     choose_execution,
     choose_levels,
     execution_lines,
-    fits,
+    memory_model,
     missing_to_compile,
     prepare_blocks,
-    shortfall,
 )
-from tests.core.test_memory import FULL, REAL, REAL_LORA, V15
 from tests.model.lora.test_adapter import ATTENTION, example_inputs, randomize
 
-# As ds_configs/*.json are resolved for a width of 3072.
 ZERO2 = {"stage": 2, "overlap_comm": False, "reduce_bucket_size": 3072**2}
-ZERO2_OFFLOAD = ZERO2 | {"offload_optimizer": {"device": "cpu"}}
-ZERO3 = ZERO2 | {
-    "stage": 3, "stage3_prefetch_bucket_size": 14 * 3072**2, "stage3_max_live_parameters": 42 * 3072**2,
-    "stage3_max_reuse_distance": 42 * 3072**2, "stage3_param_persistence_threshold": 200 * 3072,
-}  # fmt: skip
-ZERO3_OFFLOAD = ZERO3 | {"offload_optimizer": {"device": "cpu"}, "offload_param": {"device": "cpu"}}
 WORLD = World(0, 1, 0, 1)
-
-
-def real(zero=ZERO2, num_ranks=1, base="full", sequence=1):
-    """The published model with a LoRA of rank 128, 81x768x1360, bf16."""
-    rotary = rotary_table_bytes(FULL, V15)
-    sizes = Sizes(REAL, REAL_LORA)
-    return Setting(V15, sizes, COGVIDEOX_VAE, zero, num_ranks, "bf16", base, sequence, rotary)
-
-
-def gigabytes(setting, level):
-    return round(setting.estimate(FULL, 1, level).total_bytes / 1e9, 1)
-
-
-def test_the_real_model_on_80_gb():
-    """What is predicted, not measured: auto keeps attention's outputs, and 44 GB are taken."""
-    assert real().least_recomputed(FULL, 1, 80e9) == "attention_kept"
-    assert [gigabytes(real(), level) for level in RECOMPUTE_LEVELS] == [172.5, 44.2, 32.5, 21.4]
-    assert [gigabytes(real(num_ranks=8), level) for level in RECOMPUTE_LEVELS] == [170.9, 42.6, 30.9, 19.8]
-    assert [gigabytes(real(ZERO3, 8), level) for level in RECOMPUTE_LEVELS] == [162.0, 33.7, 21.9, 10.8]
-    assert real(sequence=4, num_ranks=4).least_recomputed(FULL, 1, 80e9) == "none"
-
-
-@pytest.mark.parametrize(
-    "zero, base, offloaded, block",
-    [
-        (ZERO2, "full", 21.4, 32.5), (ZERO2_OFFLOAD, "full", 19.5, 30.6), (ZERO2_OFFLOAD, "int8", 14.2, 25.3),
-        (ZERO2, "nf4", 13.5, 24.6), (ZERO2_OFFLOAD, "nf4", 11.6, 22.7), (ZERO3_OFFLOAD, "full", 9.2, 20.3),
-    ],
-)  # fmt: skip
-def test_settings_under_24_gb(zero, base, offloaded, block):
-    """One GPU. With the blocks' inputs on the host each fits; with them on the GPU, only what ZeRO-3 offloads does."""
-    setting = real(zero, base=base)
-    assert (gigabytes(setting, "block+offload"), gigabytes(setting, "block")) == (offloaded, block)
-    assert setting.least_recomputed(FULL, 1, 24e9) == ("block" if zero is ZERO3_OFFLOAD else "block+offload")
-    assert fits(setting.estimate(FULL, 1, "block+offload"), 24e9)
-
-
-def test_what_does_not_fit_is_said_with_what_would():
-    setting = real(num_ranks=8)
-    assert shortfall(setting, FULL, 1, "block+offload", 24e9) == shortfall(setting, FULL, 1, "none", None) == ""
-    # Another level is the first thing to try.
-    assert shortfall(setting, FULL, 1, "none", 80e9) == (
-        "81x768x1360, batch 1, will not fit: about 170.9 GB with train.recompute=none, of 80.0 GB on a GPU; by the "
-        "same arithmetic these fit: train.recompute=attention_kept (42.6 GB)"
-    )
-    sentence = shortfall(setting, FULL, 1, "block+offload", 16e9)
-    for way in ("model.base=int8 (", "model.base=nf4 (", "ds_configs/zero3.json (", "ds_configs/zero3_offload.json ("):
-        assert way in sentence
-    # One alone is not enough for four clips at once.
-    pairs = shortfall(real(), FULL, 4, "block", 12e9)
-    assert "train.batch_size=1 train.tokens_per_batch=null with " in pairs
-    # What is quantised cannot be shared out.
-    assert "zero3" not in shortfall(real(base="nf4", num_ranks=8), FULL, 1, "none", 10e9)
-    assert "take a smaller bucket or a larger GPU" in shortfall(real(), FULL, 1, "block", 4e9)
-    assert "parallel.sequence=2 (" in shortfall(real(ZERO2_OFFLOAD, 2), ClipShape(161, 768, 1360), 1, "block", 26e9)
 
 
 def configured(model, *overrides):
@@ -113,12 +47,11 @@ def test_each_bucket_gets_what_fits(tiny_model):
 
     def levels(device_bytes, *overrides):
         cfg = configured(tiny_model, *overrides)
-        return choose_levels(cfg, ds_config, model, BUCKETS, sizes, 1, device_bytes)
+        return choose_levels(cfg, memory_model(cfg, ds_config, model, BUCKETS, 1), sizes, device_bytes)
 
     assert levels(None) == levels(80e9) == ("none", "none")
-    cfg = configured(tiny_model)
-    setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), BUCKETS, 1)
-    needs = [setting.estimate(BUCKETS[1], sizes[1], level).total_bytes for level in RECOMPUTE_LEVELS]
+    memory = memory_model(configured(tiny_model), ds_config, model, BUCKETS, 1)
+    needs = [memory.estimate(BUCKETS[1], sizes[1], level).total_bytes for level in RECOMPUTE_LEVELS]
     assert needs == sorted(needs, reverse=True)
     for level, more, less in zip(RECOMPUTE_LEVELS[1:], needs, needs[1:]):
         if less < more:
@@ -213,12 +146,11 @@ def test_what_compiling_needs(monkeypatch, tmp_path):
 
 def test_bases_are_those_that_can_be_made(tiny_model):
     """The names, and the bytes, of `model.quantize`."""
-    assert ("full", *BASES) == quantize.BASES
-    setting = Setting.of(
-        configured(tiny_model, "model.base=nf4", "parallel.sequence=2"), {}, find_model(str(tiny_model)),
-        Sizes.of(configured(tiny_model), find_model(str(tiny_model))), BUCKETS, 2,
-    )  # fmt: skip
-    assert (setting.base, setting.sequence) == ("nf4", 2)
+    assert ("full", *QUANTIZED_FORMATS) == quantize.BASES
+    assert CHECKPOINTING_MODES == RECOMPUTE_LEVELS
+    cfg = configured(tiny_model, "model.base=nf4", "parallel.sequence=2")
+    memory = memory_model(cfg, {}, find_model(str(tiny_model)), BUCKETS, 2)
+    assert (memory.quantization, memory.sequence_parallel, memory.buckets) == ("nf4", 2, BUCKETS)
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])

@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 
-from cogds.core.memory import TransformerSize, base_bytes, unpacked_bytes
+from cogds.core.memory import TransformerSize, base_weights_bytes, unpacked_weight_bytes
 from cogds.errors import UserError
 from cogds.model.load import build_transformer, find_model, load_transformer
 from cogds.model.lora.adapter import check_start, export, inject, load_into, resolve_targets
@@ -184,7 +184,7 @@ def test_a_loaded_base_is_the_model_packed_and_never_held_in_full(tiny_model, ba
     parts = [one for layer in layers.values() for one in layer.packed.parts]
     held = sum(one.numel() * one.element_size() for one in [*parts, *own.values()])
     num_parameters = sum(one.numel() for one in full.parameters())
-    assert held == base_bytes(TransformerSize.from_config(model.transformer_config, num_parameters), base, 4)
+    assert held == base_weights_bytes(TransformerSize.from_config(model.transformer_config, num_parameters), base, 4)
 
 
 @needs_libraries
@@ -342,4 +342,4 @@ def test_a_weight_is_unpacked_in_the_memory_that_is_counted(base, matmul):
     rows, kind, parts = torch.randn(4, 2048).to(torch.bfloat16), packed.kind, list(packed.parts)
     with LiveBytes([rows, *parts]) as live:
         quantize._product_back._init_fn(rows, kind, list(packed.shape), parts)
-    assert live.peak == pytest.approx(unpacked_bytes(base, matmul, 2) * 2048 * 512, rel=0.03)
+    assert live.peak == pytest.approx(unpacked_weight_bytes(base, matmul == "float8", 2) * 2048 * 512, rel=0.03)

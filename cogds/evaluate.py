@@ -35,9 +35,10 @@ from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import ClipIndex, IndexedClip
 from cogds.distributed.world import World, all_gather, any_rank, connect, disconnect, read_world
-from cogds.encode.encoder import EncodedData, prepare
+from cogds.encode.buckets import make_buckets
+from cogds.encode.encoder import encode_dataset
+from cogds.encode.encoding_plan import EncodedData
 from cogds.encode.order import batch_sizes
-from cogds.encode.survey import make_buckets
 from cogds.errors import UserError
 from cogds.formatting import counted
 from cogds.metrics.async_writer import warn
@@ -235,7 +236,7 @@ def _stand_in(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tuple[
     frames += padding_frames(frames, geometry.patch_size_t)
     height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
     latents = torch.zeros(batch_size, frames, geometry.latent_channels, height, width, device=builder.device)
-    text = builder.no_caption_states.expand(batch_size, -1, -1)
+    text = builder.empty_caption_states.expand(batch_size, -1, -1)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
     image = image_condition(latents[:, :1], frames)
     return transformer_inputs(latents, image, text, timesteps, builder.rotary(shape), geometry), latents
@@ -372,10 +373,10 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
-    data = prepare(cfg, model, buckets, world)
+    data = encode_dataset(cfg, model, buckets, world)
     transformer = load_evaluated(cfg, model, world.device, args.lora)
     builder = load_step_builder(
-        model, cfg.conditioning, data.no_caption_states, DTYPES[cfg.train.precision], world.device
+        model, cfg.conditioning, data.empty_caption_states, DTYPES[cfg.train.precision], world.device
     )
     evaluation = Evaluation.of(cfg, data, builder, batch_sizes(cfg, buckets, model), model, world)
     if evaluation is None:

@@ -32,8 +32,8 @@ from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import World
-from cogds.encode.encoder import prepare
-from cogds.encode.survey import make_buckets
+from cogds.encode.buckets import make_buckets
+from cogds.encode.encoder import encode_dataset
 from cogds.errors import UserError
 from cogds.evaluate import load_evaluated, middles
 from cogds.formatting import counted
@@ -111,7 +111,7 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     make_demo(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     world = World(0, 1, 0, 1)
-    data = prepare(cfg, model, make_buckets(cfg, model), world)
+    data = encode_dataset(cfg, model, make_buckets(cfg, model), world)
     clips = [one[row] for one in (data.trained, data.held_out) if one is not None for row in range(len(one))]
     clips = clips[: args.clips]
     if len(clips) < MIN_CLIPS:
@@ -125,7 +125,7 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
 
     def builder(conditioning: ConditioningConfig) -> StepBuilder:
         abar = load_alphas_cumprod(model)
-        return StepBuilder(vae, model.geometry, conditioning, abar, data.no_caption_states, world.device)
+        return StepBuilder(vae, model.geometry, conditioning, abar, data.empty_caption_states, world.device)
 
     builders = builders_of(builder, cfg.conditioning)
     timesteps = middles(args.timesteps, len(next(iter(builders.values())).alphas_cumprod))

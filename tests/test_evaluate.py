@@ -14,9 +14,9 @@ import cogds.evaluate
 from cogds.config.schema import load_config
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
-from cogds.encode.encoder import prepare
+from cogds.encode.buckets import make_buckets
+from cogds.encode.encoder import encode_dataset
 from cogds.encode.order import batch_sizes, make_plan
-from cogds.encode.survey import make_buckets
 from cogds.evaluate import (
     Evaluation,
     cost_lines,
@@ -102,8 +102,8 @@ def setting(place):
         cfg, _ = load_config(None, [*place, *overrides])
         model = find_model(cfg.model.path)
         buckets = make_buckets(cfg, model)
-        data = prepare(cfg, model, buckets, ALONE)
-        builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, torch.float32, ALONE.device)
+        data = encode_dataset(cfg, model, buckets, ALONE)
+        builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, torch.float32, ALONE.device)
         evaluation = Evaluation.of(cfg, data, builder, batch_sizes(cfg, buckets, model), model, world)
         return SimpleNamespace(
             cfg=cfg, model=model, buckets=buckets, data=data, builder=builder, evaluation=evaluation, world=world

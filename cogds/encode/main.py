@@ -10,9 +10,10 @@ from cogds.config.schema import load_config, replace
 from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import connect, disconnect, on_rank0, read_world
-from cogds.encode.encoder import prepare
-from cogds.encode.encoding_plan import NO_CAPTION, EncodingNames
-from cogds.encode.survey import make_buckets
+from cogds.encode.buckets import make_buckets
+from cogds.encode.cache_keys import CacheKeys
+from cogds.encode.encoder import encode_dataset
+from cogds.encode.encoding_plan import EMPTY_CAPTION
 from cogds.formatting import counted
 from cogds.model.load import find_model
 from cogds.process.signals import Interrupt, find_launchers
@@ -45,20 +46,22 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     on_rank0(world, lambda: make_folders({"data.cache_dir": cache_dir}))
     if args.retry:
         on_rank0(world, lambda: prune(cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
-    data = prepare(cfg, model, buckets, world, retry=args.retry)
+    data = encode_dataset(cfg, model, buckets, world, retry_failed=args.retry)
     if world.rank == 0:
         apart = f", and {len(data.held_out)} to be evaluated only" if data.held_out is not None else ""
         print(f"{counted(len(data.index), 'clip')} encoded in {cache_dir}{apart}")
         if data.unusable.num:
-            print(f"{counted(data.unusable.num, 'clip')} not usable, see {data.unusable.file}: {data.unusable.text()}")
+            print(
+                f"{counted(data.unusable.num, 'clip')} not usable, see {data.unusable.file}: {data.unusable.summary()}"
+            )
         if args.prune:
             kinds = {"clips": "clip_key", "captions": "caption_key"}
-            keep = {kind: set().union(*(one.keys(name) for one in data.indices)) for kind, name in kinds.items()}
-            names, of_no_clip = EncodingNames(cfg, model), [NO_CAPTION, *(one.prompt for one in cfg.sample.prompts)]
+            keep = {kind: set().union(*(one.keys(name) for one in data.indexes)) for kind, name in kinds.items()}
+            names, of_no_clip = CacheKeys(cfg, model), [EMPTY_CAPTION, *(one.prompt for one in cfg.sample.prompts)]
             keep["captions"] |= {names.caption(text).hex() for text in of_no_clip}
             pruned = prune(cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
             for path in set(data.index.path.parent.iterdir()):
-                if not path.name.startswith(tuple(one.path.stem for one in data.indices)):
+                if not path.name.startswith(tuple(one.path.stem for one in data.indexes)):
                     path.unlink(missing_ok=True)
             print(
                 f"removed {counted(pruned.num_entries, 'entry')}, {pruned.num_bytes / 1e9:.3f} GB; merged "

@@ -12,8 +12,9 @@ from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_byt
 from cogds.core.memory import MemoryEstimate, MemoryModel
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import World, set_network
+from cogds.encode.buckets import make_buckets
 from cogds.encode.order import batch_sizes
-from cogds.encode.survey import data_sets, make_buckets
+from cogds.encode.scan_data import data_sets
 from cogds.model.load import ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence

@@ -1,4 +1,4 @@
-"""What will be trained and what will not: facts out of a survey. `text` and `html` show them.
+"""What will be trained and what will not: facts about the clips of a run. `text` and `html` show them.
 
 Nothing here opens a clip or a model, and nothing loops over clips: twenty million rows cost some seconds.
 """

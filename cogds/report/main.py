@@ -19,8 +19,10 @@ from cogds.core.mixture import Mixture
 from cogds.data.video.decode_task import DecodeTask, decode
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import World
+from cogds.encode.buckets import make_buckets
+from cogds.encode.clip_set import ClipSet, load_clip_set
 from cogds.encode.order import make_plan
-from cogds.encode.survey import Survey, make_buckets, survey, update_manifest
+from cogds.encode.scan_data import scan_data
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, find_model, num_truncated
 from cogds.model.transformer.sequence_parallel import check_sequence
@@ -55,10 +57,9 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     check_sequence(cfg.parallel.sequence, args.num_gpus, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     ds_config, cfg = resolve(ds_config, cfg, explicit, args.num_gpus, model.hidden_size, ds_path)
-    manifest = update_manifest(cfg, World(0, 1, 0, 1), digests=False)
-    found = survey(cfg, manifest, buckets)
-    clips = clip_table(found)
-    report = run_report(cfg, ds_config, model, found, clips, args.num_gpus, args.gpu_memory * 1e9)
+    clip_set = load_clip_set(cfg, scan_data(cfg, World(0, 1, 0, 1)), buckets)
+    clips = clip_table(clip_set)
+    report = run_report(cfg, ds_config, model, clip_set, clips, args.num_gpus, args.gpu_memory * 1e9)
     print_report(report)
     if args.html:
         with frame_reader(cfg) as first_frame:
@@ -72,14 +73,14 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--html", metavar="REPORT.html", help="write the report as a page with plots and pictures, too")
 
 
-def clip_table(found: Survey) -> ClipTable:
-    """The survey's rows as the report takes them: without those that are held out."""
-    placement = found.placement
-    windows = np.bincount(placement.rows, minlength=len(found.table))
-    table, buckets, frames, num_held_out = found.table, placement.row_buckets, placement.row_frames, 0
-    if found.held_out is not None:
+def clip_table(clips: ClipSet) -> ClipTable:
+    """The rows of the manifest for the report, without the clips that are held out."""
+    assignment = clips.assignment
+    windows = np.bincount(assignment.rows, minlength=len(clips.table))
+    table, buckets, frames, num_held_out = clips.table, assignment.row_buckets, assignment.row_frames, 0
+    if clips.held_out is not None:
         left = np.ones(len(table), bool)
-        left[found.held_out.placement.rows] = False
+        left[clips.held_out.assignment.rows] = False
         table, buckets, frames, windows = table.filter(pa.array(left)), buckets[left], frames[left], windows[left]
         num_held_out = int((~left).sum())
     return ClipTable(table, buckets, frames, windows, num_held_out)
@@ -89,17 +90,17 @@ def run_report(
     cfg: RunConfig,
     ds_config: dict[str, Any],
     model: ModelFolder,
-    found: Survey,
+    clip_set: ClipSet,
     clips: ClipTable,
     num_ranks: int,
     gpu_bytes: float | None,
 ) -> Report:
     """The report of a run with a resolved DeepSpeed config. gpu_bytes: memory of one GPU; None: on CPUs."""
-    memory = memory_model(cfg, ds_config, model, found.buckets, num_ranks)
-    mixture = Mixture(found.placement.sizes, found.repeats, cfg.seed)
+    memory = memory_model(cfg, ds_config, model, clip_set.buckets, num_ranks)
+    mixture = Mixture(clip_set.assignment.sizes, clip_set.repeats, cfg.seed)
     data_ranks = num_ranks // cfg.parallel.sequence
-    plan = make_plan(cfg, mixture, found.buckets, model, data_ranks) if found.num_windows else None
-    sizes_of_batches = plan.local_batch_sizes if plan else (1,) * len(found.buckets)
+    plan = make_plan(cfg, mixture, clip_set.buckets, model, data_ranks) if clip_set.num_clips else None
+    sizes_of_batches = plan.local_batch_sizes if plan else (1,) * len(clip_set.buckets)
     setup = Setup(
         memory=memory,
         batch_sizes=sizes_of_batches,
@@ -112,7 +113,7 @@ def run_report(
         rates=measured_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         gpu_bytes=gpu_bytes,
     )
-    return make_report(clips, setup, count_captions(found.table, model))
+    return make_report(clips, setup, count_captions(clip_set.table, model))
 
 
 def count_captions(table: pa.Table, model: ModelFolder) -> Captions:

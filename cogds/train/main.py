@@ -21,9 +21,10 @@ from cogds.data.cache.keys import cache_key, digest_files
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.run_lock import only_run
 from cogds.distributed.world import World, connect, disconnect, on_rank0, read_world
-from cogds.encode.encoder import prepare
+from cogds.encode.buckets import make_buckets
+from cogds.encode.clip_set import ClipSet
+from cogds.encode.encoder import encode_dataset
 from cogds.encode.order import make_plan
-from cogds.encode.survey import Survey, make_buckets
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.start import load_for_stage, start_engine
@@ -129,8 +130,8 @@ def train(
     init_from = None if found else cfg.lora.init_from
     start = on_rank0(world, lambda: check_init(cfg, model, init_from)) if init_from else []
 
-    def tell(survey: Survey) -> None:
-        report = run_report(cfg, ds_config, model, survey, clip_table(survey), world.size, memory_of(world.device))
+    def print_report(clips: ClipSet) -> None:
+        report = run_report(cfg, ds_config, model, clips, clip_table(clips), world.size, memory_of(world.device))
         print(short_report(report), flush=True)
 
     weights = on_rank0(world, lambda: weights_digest(cfg, model))
@@ -138,7 +139,7 @@ def train(
     if found:  # before hours of encoding
         on_rank0(world, lambda: check_matching(found, facts, fixed))
     resume_from, facts = (None, {}) if dry_run else (found, facts)
-    data = prepare(cfg, model, buckets, world, cfg.data.max_unusable, tell=tell)
+    data = encode_dataset(cfg, model, buckets, world, max_unusable=cfg.data.max_unusable, on_selected=print_report)
     if resume_from:
         data = on_rank0(world, lambda: resumed_data(data, facts, cfg))
     plan = make_plan(cfg, data.mixture, buckets, model, world.data_size)
@@ -186,7 +187,7 @@ def train(
         restore_state(engine, saved, world)
         saved = TrainState({})
 
-    builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
+    builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, dtype, world.device)
     if dry_run:
         tried = rehearse(run, engine, builder)
         if world.rank == 0:

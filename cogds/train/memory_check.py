@@ -111,7 +111,7 @@ def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
     """What this rank does of it."""
     device, stage, level = run.world.device, zero_stage(run.ds_config), run.execution.levels[bucket]
     shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], run.execution.estimates[bucket]
-    text_dim = builder.no_caption_states.shape[-1]
+    text_dim = builder.empty_caption_states.shape[-1]
     batch = random_batch(shape, size, run.model.geometry, text_dim, run.cfg.train.precision)
     engine.module.set_level(level)
     if device.type == "cuda":

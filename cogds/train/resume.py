@@ -14,7 +14,7 @@ from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
 from cogds.data.loading.index import ClipIndex
-from cogds.encode.encoder import EncodedData
+from cogds.encode.encoding_plan import EncodedData
 from cogds.errors import UserError
 from cogds.formatting import counted
 

@@ -56,7 +56,7 @@ def work(jobs):
     from cogds.config.deepspeed import load_ds_config, resolve
     from cogds.process.signals import Interrupt
     from cogds.distributed.world import connect, disconnect, read_world
-    from cogds.encode.survey import make_buckets
+    from cogds.encode.buckets import make_buckets
     from cogds.train.main import train
 
     world = read_world()

@@ -12,10 +12,10 @@ from cogds.data.loading.dataset import ClipDataset, ClipOrder, collate, read_enc
 from cogds.data.loading.sampler import BucketBatchSampler
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
-from cogds.encode.encoder import prepare
+from cogds.encode.buckets import make_buckets
+from cogds.encode.encoder import encode_dataset
 from cogds.encode.on_the_fly import ahead
 from cogds.encode.order import make_plan
-from cogds.encode.survey import make_buckets
 from cogds.model.load import find_model
 from cogds.train.loop import Run, load_batches
 from cogds.train.tuning import Execution
@@ -37,7 +37,7 @@ def start(tiny_model, tmp_path):
         )  # fmt: skip
         model = find_model(cfg.model.path)
         buckets = make_buckets(cfg, model)
-        data = prepare(cfg, model, buckets, ALONE)
+        data = encode_dataset(cfg, model, buckets, ALONE)
         plan = make_plan(cfg, data.mixture, buckets, model, 1)
         order = ClipOrder(data.index, data.mixture)
         draws = list(BucketBatchSampler(plan, 0, 0, 20))

@@ -14,7 +14,7 @@ from typing import Any
 
 from cogds.files import whole_file
 
-# Increase it whenever the same inputs would give other tensors: for changes of resampling, cropping or an entry's parts.
+# Increase it whenever the same inputs would give other tensors, such as after a change of resampling or cropping.
 ENCODING_VERSION = 2
 
 

@@ -94,8 +94,8 @@ def verify(root: Path | str, num_threads: int = 4, show_progress: bool = False) 
         shards = shards_in(folder)
         with ThreadPoolExecutor(num_threads) as threads:
             checks = threads.map(_check_shard, shards)
-            checks = progress(f"verifying {kind}", "file", len(shards), show_progress, items=checks)
-            for path, checked in zip(shards, checks):
+            bar = progress(f"verifying {kind}", "file", len(shards), show_progress, items=checks)
+            for path, checked in zip(shards, bar):
                 num_entries += len(checked.entries)
                 num_failures += len(checked.failures)
                 num_bytes += checked.num_bytes

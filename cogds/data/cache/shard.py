@@ -41,7 +41,7 @@ class DamageError(Exception):
 
 
 def entry_record(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """The record of an entry with tensors (dense, on the CPU): a CRC-32 of the key and each name, dtype, shape, data."""
+    """The record of an entry with tensors: a CRC-32 of the key and of each tensor's name, dtype, shape and data."""
     crc = zlib.crc32(key.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

@@ -192,9 +192,7 @@ def scan_file(task: ProbeTask) -> dict[str, Any]:
     return {"size": size, "mtime_ns": mtime_ns, "digest": digest, **properties}
 
 
-def _changed_files(
-    batches: Sequence[pa.RecordBatch], writer: ResultWriter, is_shown: bool
-) -> Iterator[pa.RecordBatch]:
+def _changed_files(batches: Sequence[pa.RecordBatch], writer: ResultWriter, is_shown: bool) -> Iterator[pa.RecordBatch]:
     """The files that are new or changed, with size and mtime_ns. Writes results of those that cannot be opened."""
     with (
         progress("checking files", "file", sum(map(len, batches)), is_shown) as bar,

@@ -8,7 +8,7 @@ from safetensors import safe_open
 
 from cogds.data.cache.maintenance import verify
 from cogds.data.cache.store import Cache, DamagedEntryError
-from tests.data.entries import entry, files_in, flip, key_of, read, same, write
+from tests.data.entries import entry, files_in, flip, key_of, same, write
 
 
 def test_the_files_are_ordinary_safetensors(tmp_path):

@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from cogds.core.buckets import assign, assign_all
 from cogds.core.geometry import ClipShape
-from cogds.data.manifest.assignment import WindowRule, assign_rows, num_frames_at as num_frames_of_rows, too_short_reasons
+from cogds.data.manifest.assignment import WindowRule, assign_rows, too_short_reasons
+from cogds.data.manifest.assignment import num_frames_at as num_frames_of_rows
 from cogds.data.video.media import VideoInfo, num_frames_at
 
 BUCKETS = (ClipShape(17, 64, 96), ClipShape(9, 96, 64), ClipShape(33, 64, 96), ClipShape(1, 64, 64))

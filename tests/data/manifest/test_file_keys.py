@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from cogds.data.manifest.file_keys import condition_kinds, file_key, first_occurrences, file_keys, look_up
+from cogds.data.manifest.file_keys import condition_kinds, file_key, file_keys, first_occurrences, look_up
 
 CHUNKS = [[b"a", None, b"b"], [], [b"b", b"c", b"a"], [None]]
 

@@ -2,11 +2,11 @@
 
     python benchmarks/agree.py [--size mid] [--bucket FxHxW] [--precision bf16|fp32] [--limit-s S]
 
-Recompute levels, attention kernels, compiled or not: the output of one clip and the LoRA's gradients, each as its
-distance (relative L2) from float32 with nothing recomputed and torch's own kernel. The plain way in the same precision
-is the yardstick: a way that is more than twice as far is wrong, and so is one that fails with a kernel that works
-otherwise; then the code is 1. A kernel that cannot do this GPU, type or shape is a row that says so. Random weights and
-inputs. Prints a table, then one line of JSON.
+Activation checkpointing, attention kernels, compiled or not: the output of one clip and the LoRA's gradients, each as
+its distance (relative L2) from float32 with nothing recomputed and torch's own kernel. The plain way in the same
+precision is the yardstick: a way that is more than twice as far is wrong, and so is one that fails with a kernel that
+works otherwise; then the code is 1. A kernel that cannot do this GPU, type or shape is a row that says so. Random
+weights and inputs. Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -30,9 +30,9 @@ from measuring import (
     say_machine,
     table,
 )
-from quantised_loss import transformer_of
+from quantized_loss import transformer_of
 
-from cogds.config.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.model.lora.adapter import inject
@@ -40,7 +40,7 @@ from cogds.model.transformer.attention import installed, use
 
 SLACK = 1e-5  # of a distance, where the yardstick itself is nothing
 
-Way = tuple[str, str, bool]  # level, kernel, compiled
+Way = tuple[str, str, bool]  # checkpointing, kernel, compiled
 
 
 def with_lora(transformer: Any, rank: int) -> list[torch.nn.Parameter]:
@@ -68,9 +68,9 @@ def outcome(
 
 def ways(kernels: list[str], compiled: bool) -> list[Way]:
     """The plain one first; compiled ones last, which take longest, with the first kernel that is not torch's."""
-    found: list[Way] = [(level, kernel, False) for kernel in kernels for level in RECOMPUTE_LEVELS]
+    found: list[Way] = [(checkpointing, kernel, False) for kernel in kernels for checkpointing in CHECKPOINTING_MODES]
     fused = [kernel for kernel in kernels if kernel not in ("torch", "math")]
-    return found + [(level, (fused or ["torch"])[0], True) for level in RECOMPUTE_LEVELS if compiled]
+    return found + [(checkpointing, (fused or ["torch"])[0], True) for checkpointing in CHECKPOINTING_MODES if compiled]
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -90,17 +90,17 @@ def main(argv: list[str] | None = None) -> None:
     say_machine(facts)
     ((inputs, target),) = make_batches(size, folder, shape, [500], device)
 
-    exact = transformer_of(folder, True, "fp32", "full", "full", device)
+    exact = transformer_of(folder, True, "fp32", "none", False, device)
     reference = outcome(exact, with_lora(exact, size.lora_rank), cast(inputs, torch.float32), target)
     del exact
     free(device)
-    transformer = transformer_of(folder, True, args.precision, "full", "full", device)
+    transformer = transformer_of(folder, True, args.precision, "none", False, device)
     parameters = with_lora(transformer, size.lora_rank)
     inputs = cast(inputs, dtype)
     rows: list[dict[str, Any]] = []
     works: set[str] = set()  # kernels
-    for level, kernel, compiled in ways(list(installed(device)), args.compile):
-        row: dict[str, Any] = {"level": level, "kernel": kernel, "compiled": compiled}
+    for checkpointing, kernel, compiled in ways(list(installed(device)), args.compile):
+        row: dict[str, Any] = {"checkpointing": checkpointing, "kernel": kernel, "compiled": compiled}
         rows.append(row)
         if deadline is not None and time.monotonic() > deadline:
             row["error"] = "no time left"
@@ -108,7 +108,7 @@ def main(argv: list[str] | None = None) -> None:
         try:
             use(kernel, device)
             transformer.set_kernel(kernel)
-            transformer.set_level(level)
+            transformer.set_checkpointing(checkpointing)
             if compiled and not rows[-2]["compiled"]:
                 transformer.compile_blocks()
             found = outcome(transformer, parameters, inputs, target)
@@ -120,18 +120,18 @@ def main(argv: list[str] | None = None) -> None:
         row["output"], row["gradient"] = map(distance, found, reference)
         plain = rows[0] if "output" in rows[0] else row
         row["wrong"] = any(row[name] > 2 * plain[name] + SLACK for name in ("output", "gradient"))
-        print(f"  {level}, {kernel}, {'compiled' if compiled else 'eager'}: {row}", flush=True)
+        print(f"  {checkpointing}, {kernel}, {'compiled' if compiled else 'eager'}: {row}", flush=True)
 
     if "output" not in rows[0]:
         sys.exit(f"there is nothing to compare with, the plain way did not run: {rows[0]['error']}")
     print(f"{size.name}, {shape}, {num_tokens(shape, folder.geometry)} tokens, {args.precision}")
-    head = ("level", "kernel", "compiled", "output", "gradient", "")
+    head = ("checkpointing", "kernel", "compiled", "output", "gradient", "")
     cells = []
     for row in rows:
         numbers = (f"{row[name]:.2e}" if name in row else None for name in ("output", "gradient"))
         verdict = "WRONG" if row.get("wrong") else "" if "error" in row else "as near as the plain way"
         told = " ".join(filter(None, (verdict, row.get("error", ""))))
-        cells.append([row["level"], row["kernel"], row["compiled"], *numbers, told[:60]])
+        cells.append([row["checkpointing"], row["kernel"], row["compiled"], *numbers, told[:60]])
     print(table(head, cells))
     num_wrong = sum(row.get("wrong", False) for row in rows)
     say_json(

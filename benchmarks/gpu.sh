@@ -40,29 +40,29 @@ step() { run "$1" "$2" step.py --limit-s $(($2 * slower - 45)) --sizes "$size" -
 
 for part in $parts; do
     case $part in
-    agree) # levels, kernels and compilation against float32, on a model of 0.14 billion parameters
+    agree) # checkpointing, kernels and compilation against float32, on a model of 0.14 billion parameters
         # shellcheck disable=SC2086
         run agree 80 agree.py --limit-s $((80 * slower - 25)) --size "${size/real/mid}" --precision "$type" $compiled ;;
     peers) # ours, compiled, against the common step, at the size that matters; the fastest kernel there for both
         # shellcheck disable=SC2086 # $compiled is a word or none
         run peers 230 peers.py --limit-s $((230 * slower - 45)) --sizes "$size" --precision "$type" \
-            --levels attention_kept --kernel auto $compiled --rounds 2 ;;
-    step) # levels and compilation, the fastest kernel; whether it stays below 24 GB is block+offload's row
+            --checkpointing selective --kernel auto $compiled --rounds 2 ;;
+    step) # checkpointing and compilation, the fastest kernel; whether it stays below 24 GB is full+offload's row
         step step 180 --buckets "$long" --kernels auto --compile "$compile" --rounds 2 \
-            --levels attention_kept,block,block+offload ;;
+            --checkpointing selective,full,full+offload ;;
     short) # the shorter buckets, where more may be kept
-        step short 100 --buckets "$short" --levels attention_kept,none --kernels auto --compile "${compile%%,*}" \
+        step short 100 --buckets "$short" --checkpointing selective,none --kernels auto --compile "${compile%%,*}" \
             --rounds 3 ;;
     zero3)
-        step zero3 150 --buckets "${short%%,*}" --levels attention_kept --rounds 3 \
+        step zero3 150 --buckets "${short%%,*}" --checkpointing selective --rounds 3 \
             --deepspeed zero2,zero3,zero3_offload ;;
     precision) # needs torchao and bitsandbytes; what cannot be had is a row that says so
-        step precision 300 --buckets "$long" --levels attention_kept --kernels auto --rounds 1 \
-            --bases full,int8,float8,nf4 --matmuls full,float8 ;;
-    loss) # what the same bases and products do to the loss, on random weights
-        run loss 240 quantised_loss.py --size "$size" --bucket "${short%%,*}" ;;
+        step precision 300 --buckets "$long" --checkpointing selective --kernels auto --rounds 1 \
+            --quantizations none,int8,fp8,nf4 --fp8-matmul off,on ;;
+    loss) # what the same quantizations do to the loss, on random weights
+        run loss 240 quantized_loss.py --size "$size" --bucket "${short%%,*}" ;;
     profile) # where the time of a step goes
-        step profile 150 --buckets "${short##*,}" --levels attention_kept --kernels auto --rounds 2 --profile ;;
+        step profile 150 --buckets "${short##*,}" --checkpointing selective --kernels auto --rounds 2 --profile ;;
     *)
         echo "no part is called $part: there are agree, peers, step, short, zero3, precision, loss, profile" >&2
         exit 2 ;;

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cogds.encode.order import make_plan
+from cogds.train.loop import Run, draw, load_batches, train_steps
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from measuring import (
     CLOCKS,
@@ -45,12 +47,12 @@ from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.schema import replace
 from cogds.core.diffusion import v_loss
 from cogds.data.video.drawn import draw_clips
-from cogds.distributed.world import World, disconnect, read_world
-from cogds.encode.buckets import make_buckets
+from cogds.distributed.process_group import disconnect
+from cogds.distributed.world import World, read_world
 from cogds.encode.encoder import encode_dataset
-from cogds.encode.order import make_plan
 from cogds.engine.checkpoint import Saver
 from cogds.engine.start import start_engine
+from cogds.job import make_buckets
 from cogds.metrics.jsonl import step_lines
 from cogds.metrics.monitor import Monitor
 from cogds.model.load import find_model, load_transformer
@@ -59,7 +61,6 @@ from cogds.model.tiny import create_tiny_model
 from cogds.model.transformer.forward import Transformer
 from cogds.process.signals import Interrupt
 from cogds.process.watchdog import Watchdog
-from cogds.train.loop import Run, draw, load_batches, train_steps
 from cogds.train.step import load_step_builder
 from cogds.train.tuning import choose_execution, prepare_blocks
 
@@ -97,7 +98,7 @@ class Plain:
         transformer.requires_grad_(False)
         parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, run.cfg.seed)
         prepare_blocks(transformer.train(), run.execution)
-        transformer.set_level(run.execution.levels[0])
+        transformer.set_checkpointing(run.execution.checkpointing_modes[0])
         optimizer = torch.optim.AdamW(
             parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay
         )
@@ -139,7 +140,7 @@ def measure(
     cfg = run_config(
         precision, size.lora_rank, f"model.path={path}", f"data.path={folder / 'clips'}",
         f"data.cache_dir={folder / 'cache'}", f"output_dir={folder / 'run'}", f"data.buckets=[{bucket}]",
-        "monitor.progress_bar=false",
+        "metrics.progress_bar=false",
     )  # fmt: skip
     ds_path = str(ROOT / "ds_configs/zero2.json")
     model = find_model(cfg.model.path)
@@ -161,7 +162,7 @@ def measure(
     batch = next(iter(load_batches(whole))).tensors
     draws = draw(micro_batch, 0, len(builder.alphas_cumprod), cfg, world)
     inputs, target = builder.build(batch, buckets[0], draws)
-    transformer.set_level(execution.levels[0])
+    transformer.set_checkpointing(execution.checkpointing_modes[0])
     watchdog, interrupt = Watchdog(world.rank, 3600.0, folder), Interrupt()
 
     def bare() -> None:
@@ -173,7 +174,7 @@ def measure(
         last = first + num_steps
         run = Run(replace(cfg, {"train.num_steps": last}), ds_config, model, buckets, world, data, plan, execution,
                   first)  # fmt: skip
-        monitor = Monitor(world, Path(cfg.output_dir), buckets, first, last, cfg.monitor.every)
+        monitor = Monitor(world, Path(cfg.output_dir), buckets, first, last, cfg.metrics.every)
         marks: Any = Marks(watchdog, clock, between)
         train_steps(run, engine, builder, monitor, Saver(), lambda _: None, interrupt, marks)
         return marks.steps_s[1 : num_steps - 1]
@@ -202,7 +203,8 @@ def measure(
     found = {way: round(statistics.median(every), 5) for way, every in seconds.items()}
     spread = {way: [round(min(every), 5), round(max(every), 5)] for way, every in seconds.items()}
     return {
-        "size": size.name, "bucket": bucket, "level": execution.levels[0], "median_s": found, "spread_s": spread,
+        "size": size.name, "bucket": bucket, "checkpointing": execution.checkpointing_modes[0],
+        "median_s": found, "spread_s": spread,
         "num_counted": len(seconds["loop"]),
         "loop_overhead": round(found["loop"] / found["bare"] - 1, 4),
         "loop_overhead_without_inputs": round((found["loop"] - found["inputs"]) / found["bare"] - 1, 4),

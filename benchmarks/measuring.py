@@ -29,7 +29,8 @@ from cogds.config.schema import RunConfig, load_config  # noqa: E402
 from cogds.core.cost import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
-from cogds.distributed.world import World, connect, connected  # noqa: E402
+from cogds.distributed.process_group import connect, is_connected  # noqa: E402
+from cogds.distributed.world import World  # noqa: E402
 from cogds.engine.start import build_for_stage, start_engine  # noqa: E402
 from cogds.model.load import DTYPES, ModelFolder  # noqa: E402
 from cogds.model.lora.adapter import inject  # noqa: E402
@@ -121,7 +122,7 @@ def deepspeed_config(name: str, cfg: RunConfig, model: ModelFolder, world: World
 
 def join(world: World) -> None:
     """Join the process group, where that has not been done."""
-    if not connected():
+    if not is_connected():
         connect(world, 600.0)
 
 
@@ -163,7 +164,7 @@ class Trainer:
         ds_config = deepspeed_config(ds_name, cfg, self.model, world)
         torch.manual_seed(0)
         self.transformer = transformer or build_for_stage(
-            self.model, self.dtype, ds_config, self.device, cfg.model.base, cfg.model.matmul
+            self.model, self.dtype, ds_config, self.device, cfg.model.quantization, cfg.model.fp8_matmul
         )
         parameters = inject(self.transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, cfg.seed)
         self.num_lora = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)

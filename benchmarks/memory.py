@@ -11,12 +11,12 @@ from dataclasses import replace
 
 from measuring import SIZES, deepspeed_config, machine, model_of, run_config, say_json, table
 
-from cogds.config.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World, read_world
 from cogds.train.tuning import memory_model
 
-# A file of ds_configs/, ranks, `model.base`.
+# A file of ds_configs/, ranks, `model.quantization`.
 SETTINGS = (
     ("zero2", 1, "full"), ("zero2", 8, "full"), ("zero2_offload", 1, "full"), ("zero2", 1, "int8"),
     ("zero2", 1, "nf4"), ("zero2_offload", 1, "nf4"), ("zero3", 8, "full"), ("zero3_offload", 1, "full"),
@@ -39,12 +39,12 @@ def main(argv: list[str] | None = None) -> None:
         ds_config = deepspeed_config(name, cfg, model, World(0, num_ranks, 0, num_ranks))
         memory = replace(memory_model(cfg, ds_config, model, (shape,), num_ranks), quantization=base)
         row = {"deepspeed": name, "ranks": num_ranks, "base": base}
-        for level in RECOMPUTE_LEVELS:
+        for level in CHECKPOINTING_MODES:
             row[level] = round(memory.estimate(shape, args.batch_size, level).total_bytes / 1e9, 1)
-        row["pinned"] = round(memory.pinned_host_bytes(shape, args.batch_size, "block+offload") / 1e9, 1)
+        row["pinned"] = round(memory.pinned_host_bytes(shape, args.batch_size, "full+offload") / 1e9, 1)
         rows.append(row)
     print(f"{size.name}, {shape}, batch {args.batch_size}, LoRA rank {cfg.lora.rank}, bf16: GB a GPU, by arithmetic")
-    head = ("deepspeed", "GPUs", "base", *RECOMPUTE_LEVELS, "host memory a GPU of block+offload")
+    head = ("deepspeed", "GPUs", "base", *CHECKPOINTING_MODES, "host memory a GPU of full+offload")
     print(table(head, [list(row.values()) for row in rows]))
     say_json("memory", machine(read_world().device), size=size.name, bucket=str(shape), rows=rows)
 

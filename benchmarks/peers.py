@@ -1,6 +1,6 @@
 """Our training step against the one that trainers of this model have in common, on identical work in one run.
 
-    python benchmarks/peers.py [--sizes tiny,mid | real] [--precision fp32|bf16] [--levels L,...] [--kernel K]
+    python benchmarks/peers.py [--sizes tiny,mid | real] [--precision fp32|bf16] [--checkpointing L,...] [--kernel K]
         [--compile] [--rounds 5]
 
 The common step, written from its description, on diffusers' own CogVideoXTransformer3DModel: the clip goes through the
@@ -10,8 +10,8 @@ as it comes, trained in the transformer's type by torch's AdamW after clipping t
 
 Ours is the step that training does: the clip's moments from the cache, DeepSpeed with ZeRO-2, which keeps float32
 masters. Both noise the first frame and encode it, use the same base weights (in memory once), LoRA, batch and attention
-kernel. The common step is measured with the clip's encoding and without it (latents given), ours at every level asked
-for: the first makes the ratios (on a CPU none, on a GPU attention_kept), and block recomputes as much as the common
+kernel. The common step is measured with the clip's encoding and without it (latents given), ours in every mode asked
+for: the first makes the ratios (on a CPU none, on a GPU selective), and full recomputes as much as the common
 step. All take turns.
 
 Memory is the peak of a step, less what the other way's LoRA and optimizer hold meanwhile. On a CPU it is the process's,
@@ -52,10 +52,11 @@ from measuring import (
 from peft import LoraConfig
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from cogds.config.schema import ATTENTION_KERNELS, RECOMPUTE_LEVELS
+from cogds.config.schema import ATTENTION_KERNELS, CHECKPOINTING_MODES
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.rope import rotary_tables
-from cogds.distributed.world import World, disconnect, read_world
+from cogds.distributed.process_group import disconnect
+from cogds.distributed.world import World, read_world
 from cogds.model.load import build_transformer
 from cogds.model.transformer.attention import use
 
@@ -171,7 +172,7 @@ def difference(common: CommonStep, ours: Trainer) -> dict[str, float]:
 def compare(
     size: Size,
     precision: str,
-    levels: list[str],
+    modes: list[str],
     kernel: str,
     compiled: bool,
     rounds: int,
@@ -200,14 +201,17 @@ def compare(
     free(device)
     held.append(held_bytes(device))
 
-    def our_step(level: str) -> None:
-        ours.transformer.set_level(level)
+    def our_step(checkpointing: str) -> None:
+        ours.transformer.set_checkpointing(checkpointing)
         ours.step(common.shape)
 
     calls = {
         "common, VAE in the loop": lambda: common.step(True),
         "common, latents given": lambda: common.step(False),
-        **{f"ours, {level}": lambda level=level: our_step(level) for level in levels},
+        **{
+            f"ours, {checkpointing}": lambda checkpointing=checkpointing: our_step(checkpointing)
+            for checkpointing in modes
+        },
     }
     timings = interleaved(calls, rounds, device, deadline=deadline, clock=clock)
     rows = {}
@@ -221,9 +225,9 @@ def compare(
     found |= {"kernel": kernel, "rows": rows}
     found["same_work"] = {name: float(f"{value:.6g}") for name, value in alike.items()}
     for name, theirs in (("ratio", "common, VAE in the loop"), ("ratio_without_vae", "common, latents given")):
-        for level in levels:
-            key = name if level == levels[0] else f"{name}_{level}"
-            a, b = timings[f"ours, {level}"].median_s, timings[theirs].median_s
+        for checkpointing in modes:
+            key = name if checkpointing == modes[0] else f"{name}_{checkpointing}"
+            a, b = timings[f"ours, {checkpointing}"].median_s, timings[theirs].median_s
             found[key] = round(a / b, 4) if a and b else None
     return found
 
@@ -236,8 +240,10 @@ def main(argv: list[str] | None = None) -> None:
     sizes = ["real"] if gpu else ["tiny", "mid"]
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=sizes, help=", ".join(SIZES))
     parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=DTYPES)
-    levels = ["attention_kept" if gpu else "none", "block"]
-    parser.add_argument("--levels", type=lambda text: text.split(","), default=levels, help=", ".join(RECOMPUTE_LEVELS))
+    modes = ["selective" if gpu else "none", "full"]
+    parser.add_argument(
+        "--checkpointing", type=lambda text: text.split(","), default=modes, help=", ".join(CHECKPOINTING_MODES)
+    )
     kernels = ("auto", *ATTENTION_KERNELS)
     parser.add_argument("--kernel", default="torch", choices=kernels, help="of both ways; auto: the fastest here")
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
@@ -251,7 +257,7 @@ def main(argv: list[str] | None = None) -> None:
     say_machine(facts)
     results = [
         compare(
-            SIZES[name], args.precision, args.levels, args.kernel, args.compile, args.rounds, world, deadline,
+            SIZES[name], args.precision, args.checkpointing, args.kernel, args.compile, args.rounds, world, deadline,
             args.clock,
         )
         for name in args.sizes
@@ -271,7 +277,12 @@ def main(argv: list[str] | None = None) -> None:
     for result in results:
         print(f"{result['size']}: attention kernel of both: {result['kernel']}; same work: {result['same_work']}")
     last = results[-1]
-    named = {"precision": args.precision, "kernel": last["kernel"], "compiled": args.compile, "levels": args.levels}
+    named = {
+        "precision": args.precision,
+        "kernel": last["kernel"],
+        "compiled": args.compile,
+        "checkpointing": args.checkpointing,
+    }
     named |= {"clock": args.clock}
     ratios = {name: value for name, value in last.items() if name.startswith("ratio")}
     say_json("peers", facts, **named, results=results, size=last["size"], **ratios)

@@ -39,7 +39,9 @@ from measuring import (
 
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.plan import Plan
-from cogds.distributed.world import World, all_gather, disconnect, read_world
+from cogds.distributed.collectives import all_gather
+from cogds.distributed.process_group import disconnect
+from cogds.distributed.world import World, read_world
 
 BUCKETS = {
     "tiny": ("5x64x64", "17x64x96"),
@@ -47,7 +49,7 @@ BUCKETS = {
     "real": ("49x480x720", "81x480x720", "81x768x1360"),
 }
 NUM_CLIPS = (1_000, 100_000, 10_000_000)
-LEVEL = "block"
+CHECKPOINTING = "full"
 
 
 def time_shapes(
@@ -55,7 +57,7 @@ def time_shapes(
 ) -> list[dict[str, Any]]:
     """A step of every (bucket, batch size), in turn on one engine."""
     trainer = Trainer(size, run_config(precision, size.lora_rank), "zero2", world)
-    trainer.transformer.set_level(LEVEL)
+    trainer.transformer.set_checkpointing(CHECKPOINTING)
     timings = interleaved(
         {
             (bucket, batch): lambda bucket=bucket, batch=batch: trainer.step(ClipShape.parse(bucket), batch)
@@ -93,7 +95,7 @@ def work(args: argparse.Namespace, world: World) -> None:
     """One rank of the weak scaling: a step a round; rank 0 prints the slowest rank's seconds."""
     size = SIZES[args.size]
     trainer = Trainer(size, run_config(args.precision, size.lora_rank), args.deepspeed, world)
-    trainer.transformer.set_level(LEVEL)
+    trainer.transformer.set_checkpointing(CHECKPOINTING)
     shape = ClipShape.parse(args.bucket or size.bucket)
     timing = interleaved({"step": lambda: trainer.step(shape)}, args.rounds, world.device)["step"]
     every = all_gather(world, (timing.seconds, timing.error))
@@ -258,7 +260,7 @@ def main(argv: list[str] | None = None) -> None:
             ]  # fmt: skip
             print(table(("GPUs", *ways), cells))
         result["links"] = [asdict(links) for links in LINKS]
-    say_json("scaling", facts, size=size.name, precision=args.precision, level=LEVEL, **result)
+    say_json("scaling", facts, size=size.name, precision=args.precision, checkpointing=CHECKPOINTING, **result)
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
-"""How fast a training step is, by bucket, recompute level, attention kernel, compilation, base, ZeRO stage.
+"""How fast a training step is, by bucket, checkpointing, attention kernel, compilation, quantization and ZeRO.
 
-    python benchmarks/step.py [--sizes tiny,mid | real] [--buckets ...] [--levels ...] [--kernels ...]
-        [--compile off,on] [--bases full,int8,nf4] [--matmuls full,float8] [--precisions bf16,fp32]
+    python benchmarks/step.py [--sizes tiny,mid | real] [--buckets ...] [--checkpointing ...] [--kernels ...]
+        [--compile off,on] [--quantizations none,int8,nf4] [--fp8-matmul off,on] [--precisions bf16,fp32]
         [--deepspeed zero2,zero3] [--all] [--rounds 3]
 
 A step is what training does: the noised first frame through the VAE, noise, forward, backward, clipping, AdamW. Weights
@@ -9,9 +9,9 @@ and batches are random numbers, made on the device. On a CPU the models are tiny
 GPU CogVideoX-1.5's real geometry.
 
 The first of every list makes the plain baseline; the other values are varied one at a time, with --all in every
-combination. What differs in level, kernel or compilation runs in one engine, in turn (A B A B); base, precision and
-stage need an engine of their own, where the baseline's level, kernel and compilation come again. A variant that does
-not fit into memory, or cannot run here, is a row that says so.
+combination. What differs in checkpointing, kernel or compilation runs in one engine, in turn (A B A B); quantization,
+precision and stage need an engine of their own, where the baseline's checkpointing, kernel and compilation come again.
+A variant that does not fit into memory, or cannot run here, is a row that says so.
 
 TFLOP/s and MFU count the frozen base's forward and backward pass: no weight gradients, no adapter, nothing that is
 recomputed (1,479 + 2,529 = 4,008 TFLOP at 81x768x1360). The floor is everything that is computed, adapter and
@@ -55,12 +55,13 @@ from measuring import (
 )
 from torch.profiler import ProfilerActivity, profile
 
-from cogds.config.schema import ATTENTION_KERNELS, RECOMPUTE_LEVELS, RunConfig
+from cogds.config.schema import ATTENTION_KERNELS, CHECKPOINTING_MODES, RunConfig
 from cogds.core.cost import step_flops
 from cogds.core.geometry import ClipShape, num_tokens
-from cogds.distributed.world import World, disconnect, read_world
+from cogds.distributed.process_group import disconnect
+from cogds.distributed.world import World, read_world
 from cogds.model.transformer.attention import use
-from cogds.model.transformer.quantize import BASES, MATMULS, check_base
+from cogds.model.transformer.quantize import QUANTIZATIONS, check_quantization
 
 
 @dataclass(frozen=True)
@@ -69,18 +70,18 @@ class Variant:
 
     bucket: str
     batch_size: int
-    level: str
+    checkpointing: str
     kernel: str
     compiled: str
-    base: str
-    matmul: str
+    quantization: str
+    fp8_matmul: str
     precision: str
     deepspeed: str
 
     @property
     def engine(self) -> tuple[str, ...]:
         """What an engine is built for."""
-        return self.base, self.matmul, self.precision, self.deepspeed
+        return self.quantization, self.fp8_matmul, self.precision, self.deepspeed
 
     def __str__(self) -> str:
         return " ".join(map(str, asdict(self).values()))
@@ -106,7 +107,9 @@ def engines(found: Sequence[Variant], plain: Variant) -> Iterator[list[Variant]]
     """Variants that one engine runs, the baseline's of each bucket first."""
     for engine in dict.fromkeys(one.engine for one in found):
         own = [one for one in found if one.engine == engine]
-        again = [replace(one, level=plain.level, kernel=plain.kernel, compiled=plain.compiled) for one in own]
+        again = [
+            replace(one, checkpointing=plain.checkpointing, kernel=plain.kernel, compiled=plain.compiled) for one in own
+        ]
         yield list(dict.fromkeys([*again, *own]))
 
 
@@ -121,7 +124,9 @@ class Measured:
         """A new engine; what an old one held is given back, for after a failure its state is anyone's guess."""
         self.close()
         first = self.first
-        check_base(first.base, first.matmul, first.precision, int(first.deepspeed[4]), self.world.device)
+        check_quantization(
+            first.quantization, first.fp8_matmul == "on", first.precision, int(first.deepspeed[4]), self.world.device
+        )
         self.trainer = Trainer(self.size, engine_config(first, self.lora_rank), first.deepspeed, self.world)
 
     def close(self) -> None:
@@ -138,7 +143,7 @@ class Measured:
             trainer = self.trainer
             assert trainer is not None
             trainer.transformer.set_kernel(variant.kernel)
-            trainer.transformer.set_level(variant.level)
+            trainer.transformer.set_checkpointing(variant.checkpointing)
             trainer.set_compiled(variant.compiled == "on")
             use(variant.kernel, trainer.device)
             trainer.step(shape, variant.batch_size)
@@ -177,7 +182,7 @@ def measure(
             rows[one] = row_of(one, timing, size, num_lora, peak, rows.get(baseline))
     for one, row in rows.items():
         cfg, shape = engine_config(one, lora_rank), ClipShape.parse(one.bucket)
-        estimate = estimate_bytes(size, cfg, one.deepspeed, shape, one.batch_size, one.level, world)
+        estimate = estimate_bytes(size, cfg, one.deepspeed, shape, one.batch_size, one.checkpointing, world)
         row["estimate_gb"] = round(estimate / 1e9, 3)
     return list(rows.values())
 
@@ -194,7 +199,11 @@ def say_profile(call: Callable[[], None], device: torch.device) -> None:
 
 def engine_config(variant: Variant, lora_rank: int) -> RunConfig:
     """The run's config."""
-    held = (f"model.base={variant.base}", f"model.matmul={variant.matmul}", f"train.batch_size={variant.batch_size}")
+    held = (
+        f"model.quantization={variant.quantization}",
+        f"model.fp8_matmul={variant.fp8_matmul}",
+        f"train.batch_size={variant.batch_size}",
+    )
     return run_config(variant.precision, lora_rank, *held)
 
 
@@ -209,7 +218,7 @@ def row_of(
     row: dict[str, Any] = {"size": size.name, **asdict(variant), "tokens": tokens * batch_size}
     row |= {"counted_tflop": round(batch_size * flops.counted / 1e12, 4)}
     if peak:
-        row["floor_s"] = round(batch_size * flops.done(variant.level) / peak / 1e12, 4)
+        row["floor_s"] = round(batch_size * flops.done(variant.checkpointing) / peak / 1e12, 4)
     row |= timing.numbers()
     if median_s := timing.median_s:
         row["tokens_per_s"] = round(tokens * batch_size / median_s, 1)
@@ -223,8 +232,8 @@ def row_of(
     return row
 
 
-HEAD = ("size", "bucket", "batch", "level", "kernel", "compile", "type", "base", "products", "deepspeed",
-        "s/step (least-most)", "to first", "tokens/s", "TFLOP/s", "MFU", "peak GB", "model GB",
+HEAD = ("size", "bucket", "batch", "checkpointing", "kernel", "compile", "type", "quantization", "fp8 matmul",
+        "deepspeed", "s/step (least-most)", "to first", "tokens/s", "TFLOP/s", "MFU", "peak GB", "model GB",
         "floor s", "1st call s")  # fmt: skip
 
 
@@ -233,9 +242,10 @@ def cells(row: dict[str, Any]) -> list[Any]:
     text = seconds_text(row)
     share = f"{row['mfu']:.1%}" if "mfu" in row else None
     return [
-        row["size"], row["bucket"], row["batch_size"], row["level"], row["kernel"], row["compiled"], row["precision"],
-        row["base"], row["matmul"], row["deepspeed"], text, row.get("to_baseline"), row.get("tokens_per_s"),
-        row.get("tflops"), share, row.get("peak_gb"), row["estimate_gb"], row.get("floor_s"), row.get("first_s"),
+        row["size"], row["bucket"], row["batch_size"], row["checkpointing"], row["kernel"], row["compiled"],
+        row["precision"], row["quantization"], row["fp8_matmul"], row["deepspeed"], text, row.get("to_baseline"),
+        row.get("tokens_per_s"), row.get("tflops"), share, row.get("peak_gb"), row["estimate_gb"], row.get("floor_s"),
+        row.get("first_s"),
     ]  # fmt: skip
 
 
@@ -251,12 +261,12 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--sizes", type=listed, default=["real"] if gpu else ["tiny", "mid"], help=", ".join(SIZES))
     parser.add_argument("--buckets", type=listed, help="FRAMESxHEIGHTxWIDTH; none: the size's own")
     parser.add_argument("--batch-sizes", type=lambda text: [int(one) for one in text.split(",")], default=[1])
-    levels = ["block", "attention_kept", "none", "block+offload"]
-    parser.add_argument("--levels", type=listed, default=levels, help=", ".join(RECOMPUTE_LEVELS))
+    modes = ["full", "selective", "none", "full+offload"]
+    parser.add_argument("--checkpointing", type=listed, default=modes, help=", ".join(CHECKPOINTING_MODES))
     parser.add_argument("--kernels", type=listed, default=["torch"], help="auto, " + ", ".join(ATTENTION_KERNELS))
     parser.add_argument("--compile", type=listed, default=["off"], help="off, on")
-    parser.add_argument("--bases", type=listed, default=["full"], help=", ".join(BASES))
-    parser.add_argument("--matmuls", type=listed, default=["full"], help=", ".join(MATMULS))
+    parser.add_argument("--quantizations", type=listed, default=["none"], help=", ".join(QUANTIZATIONS))
+    parser.add_argument("--fp8-matmul", type=listed, default=["off"], help="off, on")
     parser.add_argument("--precisions", type=listed, default=["bf16" if gpu else "fp32"], help=", ".join(DTYPES))
     parser.add_argument("--deepspeed", type=listed, default=["zero2"], help="names of files in ds_configs/")
     parser.add_argument("--profile", action="store_true")
@@ -282,9 +292,9 @@ def main(argv: list[str] | None = None) -> None:
             kernel, attention_s[name] = fastest_kernel(size, buckets, args.precisions[0], world.device)
             kernels = list(dict.fromkeys(kernel if one == "auto" else one for one in kernels))
         choices = {
-            "bucket": buckets, "batch_size": args.batch_sizes, "level": args.levels,
-            "kernel": kernels, "compiled": args.compile, "base": args.bases, "matmul": args.matmuls,
-            "precision": args.precisions, "deepspeed": args.deepspeed,
+            "bucket": buckets, "batch_size": args.batch_sizes, "checkpointing": args.checkpointing,
+            "kernel": kernels, "compiled": args.compile, "quantization": args.quantizations,
+            "fp8_matmul": args.fp8_matmul, "precision": args.precisions, "deepspeed": args.deepspeed,
         }  # fmt: skip
         rank = args.lora_rank or size.lora_rank
         found = variants(choices, args.all)

@@ -6,7 +6,7 @@ import sys
 
 import pytest
 
-from cogds.config.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.core.vae_memory import COGVIDEOX_VAE
 from tests.conftest import ROOT, run_command
 from tests.published_model import LORA, TRANSFORMER, V15
@@ -19,7 +19,7 @@ for line in {{lines!r}}:
     name, *arguments = line.split()
     print("===", name, flush=True)
     importlib.import_module(name).main(arguments)
-from cogds.distributed.world import disconnect
+from cogds.distributed.process_group import disconnect
 disconnect()
 """
 LINES = [
@@ -54,7 +54,7 @@ def result(outputs, name):
 def test_agree(outputs):
     found, table = result(outputs, "agree")
     assert {(row["level"], row["kernel"]) for row in found["rows"]} == {
-        (level, kernel) for level in RECOMPUTE_LEVELS for kernel in ("torch", "flash", "math")
+        (level, kernel) for level in CHECKPOINTING_MODES for kernel in ("torch", "flash", "math")
     }
     assert all(row["output"] < 1e-5 and row["gradient"] < 1e-5 for row in found["rows"])
     assert found["num_wrong"] == 0
@@ -65,8 +65,8 @@ def test_step(outputs):
     found, table = result(outputs, "step")
     rows = found["rows"]
     assert [(row["level"], row["kernel"], row["deepspeed"]) for row in rows if row["kernel"] != "math"] == [
-        ("block", rows[0]["kernel"], "zero2"), ("none", rows[0]["kernel"], "zero2"),
-        ("block", rows[0]["kernel"], "zero3"),
+        ("full", rows[0]["kernel"], "zero2"), ("none", rows[0]["kernel"], "zero2"),
+        ("full", rows[0]["kernel"], "zero3"),
     ]  # fmt: skip
     assert all(row["median_s"] > 0 and row["mfu"] > 0 and row["estimate_gb"] > 0 for row in rows)
     assert rows[0]["to_baseline"] == 1.0
@@ -89,10 +89,10 @@ def test_memory(outputs):
     """The real geometry: what docs/performance.md shows, and tests/train/test_tuning.py has for the same."""
     found, table = result(outputs, "memory")
     rows = {(row["deepspeed"], row["ranks"], row["base"]): row for row in found["rows"]}
-    levels = ("none", "attention_kept", "block", "block+offload")
-    assert [rows["zero2", 1, "full"][level] for level in levels] == [172.5, 44.2, 32.5, 21.4]
+    levels = ("none", "selective", "full", "full+offload")
+    assert [rows["zero2", 1, "none"][level] for level in levels] == [172.5, 44.2, 32.5, 21.4]
     assert [rows["zero3", 8, "full"][level] for level in levels] == [162.0, 33.7, 21.9, 10.8]
-    assert rows["zero2_offload", 1, "nf4"]["block+offload"] == 11.6
+    assert rows["zero2_offload", 1, "nf4"]["full+offload"] == 11.6
     assert {row["pinned"] for row in rows.values()} == {11.6}
     assert "by arithmetic" in table
     shown = (ROOT / "docs/performance.md").read_text()
@@ -197,7 +197,7 @@ def test_mfu_is_of_the_very_product(scripts, monkeypatch, name, peak):
     assert name in source
     assert measuring.peak_tflops(None, torch.float32, gpu)[0] is None
     assert measuring.peak_tflops(50.0, torch.float32, gpu) == (50.0, "given")
-    variant = step.Variant("17x64x96", 1, "block", "torch", "off", "full", "full", "bf16", "zero2")
+    variant = step.Variant("17x64x96", 1, "full", "torch", "off", "full", "full", "bf16", "zero2")
     row = step.row_of(variant, measuring.Timing([1.0], 2.0), measuring.SIZES["tiny"], 0, found, None)
     assert ("mfu" in row) == ("floor_s" in row) == (peak is not None)
     assert row["tokens_per_s"] == 104
@@ -207,7 +207,7 @@ def test_mfu_is_of_the_very_product(scripts, monkeypatch, name, peak):
 def test_one_thing_at_a_time_or_every_combination(scripts):
     step = scripts("step")
     choices = {
-        "bucket": ["a", "b"], "batch_size": [1], "level": ["block", "none"], "kernel": ["torch"],
+        "bucket": ["a", "b"], "batch_size": [1], "level": ["full", "none"], "kernel": ["torch"],
         "compiled": ["off", "on"], "base": ["full"], "matmul": ["full"], "precision": ["bf16"],
         "deepspeed": ["zero2", "zero3"],
     }  # fmt: skip
@@ -217,7 +217,7 @@ def test_one_thing_at_a_time_or_every_combination(scripts):
     groups = list(step.engines(single, single[0]))
     assert [len(group) for group in groups] == [6, 2]
     # Each engine measures the baseline's way of running first.
-    assert all((group[0].level, group[0].compiled) == ("block", "off") for group in groups)
+    assert all((group[0].level, group[0].compiled) == ("full", "off") for group in groups)
 
 
 def test_communication_on_paper(scripts):

@@ -77,8 +77,8 @@ REFUSED: dict[str, str] = {
     "optimizer.params.max_grad_norm": "DeepSpeed clips by gradient_clipping: delete it and set optimizer.max_grad_norm "
     "in the run config",
     "pipeline": "the transformer is not a pipeline of stages: delete it, and use zero_optimization to shard the model",
-    "sequence_parallel_size": "it is parallel.sequence of the run config: set that, and delete it here",
-    "data_parallel_size": "it follows from the number of ranks and parallel.sequence: delete it",
+    "sequence_parallel_size": "it is parallel.sequence_size of the run config: set that, and delete it here",
+    "data_parallel_size": "it follows from the number of ranks and parallel.sequence_size: delete it",
     "seq_parallel_communication_data_type": "gradients travel as communication_data_type says, also where ranks share "
     "a clip: set that",
     **dict.fromkeys(
@@ -293,7 +293,11 @@ def _resolve_shared(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[str]
 
 
 def _resolve_train_batch_size(ds: dict[str, Any], cfg: RunConfig, num_ranks: int, ds_path: str) -> None:
-    micro, accumulation, sequence = cfg.train.batch_size, cfg.train.gradient_accumulation_steps, cfg.parallel.sequence
+    micro, accumulation, sequence = (
+        cfg.train.batch_size,
+        cfg.train.gradient_accumulation_steps,
+        cfg.parallel.sequence_size,
+    )
     world_size, who = num_ranks // sequence, f"groups of {sequence} ranks" if sequence > 1 else "ranks"
     total, stated = micro * accumulation * world_size, ds.get("train_batch_size", "auto")
     if stated not in ("auto", total):

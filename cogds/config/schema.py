@@ -28,12 +28,11 @@ def field_(default: Any, help: str, unit: str = "", **limits: Any) -> Any:
     return dataclasses.field(default=default, metadata={"help": help, "unit": unit, **limits})
 
 
-# Attention kernels and what may be recomputed, by the names of `model.attention` and `train.recompute`.
+# Attention kernels and what may be recomputed, by the names of `model.attention` and `train.activation_checkpointing`.
 ATTENTION_KERNELS = ("torch", "flash", "cudnn", "efficient", "flash3", "flash4", "math")
-RECOMPUTE_LEVELS = ("none", "attention_kept", "block", "block+offload")
-# How the frozen weights are held and multiplied, by the names of `model.base` and `model.matmul`.
-BASES = ("full", "int8", "float8", "nf4")
-MATMULS = ("full", "float8")
+CHECKPOINTING_MODES = ("none", "selective", "full", "full+offload")
+# Formats of the frozen weights, by the names of `model.quantization`.
+QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
 
 # What a table's column may hold, by our names.
 COLUMNS = ("path", "caption", "kind", "image", "start_s", "end_s")
@@ -61,17 +60,14 @@ class ModelConfig:
         "torch.compile the transformer's block; auto: on GPUs",
         choices=("auto", "on", "off"),
     )
-    base: str = field_(
-        "full",
-        "how the frozen weights of the blocks are held: in train.precision, in 8 bits (int8 or float8, by torchao) or "
-        "in 4 (nf4, by bitsandbytes)",
-        choices=BASES,
+    quantization: str = field_(
+        "none",
+        "format of the blocks' frozen weights; none: train.precision; int8 and fp8 by torchao, nf4 (4 bits) by "
+        "bitsandbytes",
+        choices=QUANTIZATIONS,
     )
-    matmul: str = field_(
-        "full",
-        "how they multiply: in train.precision, or both sides in float8, where the GPU has it, with a base of full or "
-        "float8",
-        choices=MATMULS,
+    fp8_matmul: bool = field_(
+        False, "multiply in fp8, forward and backward; needs quantization none or fp8 and a GPU with fp8"
     )
 
 
@@ -179,8 +175,9 @@ class LoraConfig:
         "which linear layers get an adapter, by the end of their name; or all-linear",
     )
     init_from: str | None = field_(
-        None, "start from this LoRA: a .safetensors file or folder, of diffusers or PEFT, of the same rank and layers"
+        None, "start from this LoRA: a .safetensors file or folder, in any format, of the same rank and layers"
     )
+    init_alpha: float | None = field_(None, "alpha of lora.init_from if its file names none; null: its rank", gt=0)
 
 
 @dataclass(frozen=True)
@@ -203,23 +200,23 @@ class TrainConfig:
         None, "instead of batch_size: a bucket's batch is as many clips as fit in this, at least one", "tokens", ge=1
     )
     gradient_accumulation_steps: int = field_(1, "micro-steps per optimizer step", "micro-steps", ge=1)
-    recompute: str = field_(
+    activation_checkpointing: str = field_(
         "auto",
-        "activations that the backward pass computes anew: none; all but attention's outputs (attention_kept); the "
-        "whole block; and its input kept in host memory (block+offload); auto: the first that fits, for every bucket",
-        choices=("auto", *RECOMPUTE_LEVELS),
+        "activations that the backward pass computes anew: none; all but attention's outputs (selective); the "
+        "whole block; and its input kept in host memory (full+offload); auto: the first that fits, for every bucket",
+        choices=("auto", *CHECKPOINTING_MODES),
     )
     # A dict has no hash: trees that differ only here share one, which is allowed.
-    recompute_by_bucket: dict[str, str] = dataclasses.field(
+    activation_checkpointing_by_bucket: dict[str, str] = dataclasses.field(
         default_factory=dict,
         hash=False,
         metadata={
-            "help": "train.recompute of single buckets, such as {81x768x1360: block}",
+            "help": "train.activation_checkpointing of single buckets, such as {81x768x1360: full}",
             "unit": "",
-            "choices": ("auto", *RECOMPUTE_LEVELS),
+            "choices": ("auto", *CHECKPOINTING_MODES),
         },
     )
-    rehearse: str = field_(
+    memory_check: str = field_(
         "auto",
         "try the bucket that takes most memory before the first step, so that a run that cannot fit fails at once; "
         "auto: on GPUs",
@@ -245,7 +242,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class ParallelConfig:
-    sequence: int = field_(
+    sequence_size: int = field_(
         1,
         "how many ranks share one clip, each with a part of its tokens (DeepSpeed's Ulysses); divides the number of "
         "ranks and of the model's attention heads",
@@ -320,7 +317,7 @@ class CheckpointConfig:
 
 
 @dataclass(frozen=True)
-class MonitorConfig:
+class MetricsConfig:
     every: int = field_(1, "write to TensorBoard, metrics and progress so often", "optimizer steps", ge=1)
     progress_bar: bool = field_(True, "show a progress bar on a terminal")
     norms_every: int | None = field_(
@@ -367,7 +364,7 @@ class RunConfig:
     eval: EvalConfig = dataclasses.field(default_factory=EvalConfig)
     sample: SampleConfig = dataclasses.field(default_factory=SampleConfig)
     checkpoint: CheckpointConfig = dataclasses.field(default_factory=CheckpointConfig)
-    monitor: MonitorConfig = dataclasses.field(default_factory=MonitorConfig)
+    metrics: MetricsConfig = dataclasses.field(default_factory=MetricsConfig)
     network: NetworkConfig = dataclasses.field(default_factory=NetworkConfig)
 
 
@@ -421,6 +418,25 @@ _ALTERNATIVES = (
     ("data.path", "data.sets"),
     ("eval.held_out", "eval.path"),
 )
+
+# Removed names of keys and values: refused, with the new name.
+RENAMED = {
+    "train.recompute": "train.activation_checkpointing",
+    "train.recompute_by_bucket": "train.activation_checkpointing_by_bucket",
+    "train.gradient_checkpointing": "train.activation_checkpointing",
+    "train.rehearse": "train.memory_check",
+    "model.base": "model.quantization",
+    "model.matmul": "model.fp8_matmul",
+    "parallel.sequence": "parallel.sequence_size",
+    "monitor": "metrics",
+    "data.bucket_areas": "data.bucket_sizes",
+}
+_CHECKPOINTING_VALUES = {"attention_kept": "selective", "block": "full", "block+offload": "full+offload"}
+RENAMED_VALUES = {
+    "model.quantization": {"full": "none", "float8": "fp8"},
+    "train.activation_checkpointing": _CHECKPOINTING_VALUES,
+    "train.activation_checkpointing_by_bucket": _CHECKPOINTING_VALUES,
+}
 
 _Setting = tuple[str, str, Any]  # where it was set ("in run.yaml"), dotted key, value
 _COMMAND_LINE = "on the command line"
@@ -532,7 +548,8 @@ def _file_settings(path: str) -> Iterator[_Setting]:
             f"config file {path} must hold sections with keys, as in `train: {{num_steps: 1000}}`, but is a list"
         )
     for key, value in typing.cast(dict, OmegaConf.to_container(root, resolve=False)).items():
-        if key in _SECTIONS and isinstance(value, dict | NoneType):  # None: a section with every line commented out
+        # None: a section with every line commented out.
+        if key in {*_SECTIONS, "monitor"} and isinstance(value, dict | NoneType):
             yield from ((f"in {path}", f"{key}.{name}", child) for name, child in (value or {}).items())
         else:
             yield f"in {path}", str(key), value
@@ -585,6 +602,10 @@ def _apply(cfg: RunConfig, settings: Sequence[_Setting]) -> RunConfig:
     for name, key in KEYS.items():
         _check_value(name, key, get(result, name), places.get(name, "by default"))
     _check_sets(result.data, places)
+    if result.lora.init_alpha is not None and not result.lora.init_from:
+        raise UserError(
+            f"lora.init_alpha: set {places['lora.init_alpha']}, but lora.init_from is not. Set that, or remove this."
+        )
     for name in ("bucket_sizes", "bucket_aspect_ratios", "bucket_frames"):
         if not result.data.buckets and not getattr(result.data, name):
             raise UserError(
@@ -705,6 +726,8 @@ def _check_value(name: str, key: _Key, value: Any, where: str) -> None:
         if isinstance(one, float) and not math.isfinite(one):
             raise refuse("a finite number")
         if "choices" in limits and one not in limits["choices"]:
+            if new := RENAMED_VALUES.get(name, {}).get(one):
+                raise UserError(f"{name}: the value {one}, set {where}, is now called {new}. Use {new}.")
             near = difflib.get_close_matches(one, limits["choices"], n=1)
             raise refuse(f"one of {', '.join(limits['choices'])}" + (f" (did you mean '{near[0]}'?)" if near else ""))
         for limit, holds, words in (
@@ -718,6 +741,9 @@ def _check_value(name: str, key: _Key, value: Any, where: str) -> None:
 
 
 def _unknown_key(where: str, name: str) -> UserError:
+    section, dot, leaf = name.partition(".")
+    if new := RENAMED.get(name) or (dot and section in RENAMED and f"{RENAMED[section]}.{leaf}"):
+        return UserError(f"{name}: set {where}, but its name is now {new}. Use {new}.")
     if name in _SECTIONS:
         example = next(key for key in KEYS if key.startswith(f"{name}."))
         return UserError(f"{name} {where} is a section, not a value: set its keys, for example {example}")

@@ -52,17 +52,17 @@ class StepFlops:
         """
         return self.forward + self.backward
 
-    def done(self, level: str) -> float:
+    def done(self, checkpointing: str) -> float:
         """What a GPU computes: with the adapter (its gradients are twice its forward pass) and all that is recomputed.
 
-        level: of `train.recompute`.
+        checkpointing: of `train.activation_checkpointing`.
         """
         again = {
             "none": 0.0,
-            "attention_kept": self.linears + self.lora,
-            "block": self.forward + self.lora,
-            "block+offload": self.forward + self.lora,
-        }[level]
+            "selective": self.linears + self.lora,
+            "full": self.forward + self.lora,
+            "full+offload": self.forward + self.lora,
+        }[checkpointing]
         backward = self.linears + ATTENTION_BACKWARD_DONE * self.attention
         return self.forward + backward + 3 * self.lora + again
 

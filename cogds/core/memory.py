@@ -19,7 +19,7 @@ from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens, padded_lat
 from cogds.core.vae_memory import VaeSize, vae_encode_bytes
 
 # Activation checkpointing modes, from the fastest to the one that needs the least memory.
-CHECKPOINTING_MODES = ("none", "attention_kept", "block", "block+offload")
+CHECKPOINTING_MODES = ("none", "selective", "full", "full+offload")
 # Bytes per element of the frozen weights, the LoRA and the activations.
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 # The share of a GPU's memory that an estimate may use. The rest is for fragmentation and other processes.
@@ -50,7 +50,7 @@ class QuantizedFormat:
 
 QUANTIZED_FORMATS = {
     "int8": QuantizedFormat(1, None, 4),
-    "float8": QuantizedFormat(1, None, 8),
+    "fp8": QuantizedFormat(1, None, 8),
     "nf4": QuantizedFormat(0.5, 64, 0),
 }
 # unpacking_bytes with fp8 matmuls: the backward pass unpacks the weight, transposes it and packs it again.
@@ -199,8 +199,8 @@ class MemoryModel:
         num_ranks: ranks that ZeRO shards over.
         precision: a key of `ELEMENT_BYTES`.
         buckets: all buckets of the run, since the rotary tables of all of them stay on the GPU.
-        quantization: of the base weights, "full" or a key of `QUANTIZED_FORMATS`.
-        sequence_parallel: ranks that share a clip.
+        quantization: of the base weights, "none" or a key of `QUANTIZED_FORMATS`.
+        sequence_size: ranks that share a clip.
     """
 
     geometry: ModelGeometry
@@ -211,9 +211,9 @@ class MemoryModel:
     num_ranks: int
     precision: str
     buckets: tuple[ClipShape, ...]
-    quantization: str = "full"
+    quantization: str = "none"
     fp8_matmul: bool = False
-    sequence_parallel: int = 1
+    sequence_size: int = 1
 
     @property
     def element_bytes(self) -> int:
@@ -238,8 +238,8 @@ class MemoryModel:
             optimizer step     fp32 copy of the gradients, 4 L / N from stage 1; 0 with offload_optimizer
             reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication
             kept activations   per block, by mode. none: the input and the tensors that autograd saves
-                               (`saved_units`); attention_kept: the input, attention's output and its statistic;
-                               block: the input; block+offload: nothing, but two inputs on their way back to the GPU
+                               (`saved_units`); selective: the input, attention's output and its statistic;
+                               full: the input; full+offload: nothing, but two inputs on their way back to the GPU
             block activations  the tensors that a recomputed block saves and the gradients at the peak of its backward
                                pass (`_gradient_units`); at stage 3 at least the copy of a block's weights that
                                DeepSpeed takes out of the gathered buffer; with fp8 matmuls additionally
@@ -282,11 +282,11 @@ class MemoryModel:
         )  # fmt: skip
 
     def pinned_host_bytes(self, shape: ClipShape, batch_size: int, checkpointing: str) -> int:
-        """Pinned host memory of a rank for activations: every block's input, in whole pages, with block+offload.
+        """Pinned host memory of a rank for activations: every block's input, in whole pages, with full+offload.
 
         Does not include memory pinned by data loaders and by DeepSpeed's offload.
         """
-        if checkpointing != "block+offload":
+        if checkpointing != "full+offload":
             return 0
         num_pages = -(-self._unit_bytes(shape, batch_size) // mmap.PAGESIZE)
         return self.transformer.num_layers * num_pages * mmap.PAGESIZE
@@ -318,7 +318,7 @@ class MemoryModel:
         layers, transformer = self.lora.block_layers, self.transformer
         units = 11.0
         units += any(name in layers for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v"))
-        units += self.sequence_parallel > 1 and "attn1.to_out.0" in layers
+        units += self.sequence_size > 1 and "attn1.to_out.0" in layers
         units += "ff.net.0.proj" in layers
         units += 4 * ("ff.net.2" in layers)
         units += sum(name in layers for name in ("norm1.linear", "norm2.linear"))
@@ -327,7 +327,7 @@ class MemoryModel:
 
     def _unit_bytes(self, shape: ClipShape, batch_size: int) -> int:
         """U: bytes of one hidden-state tensor over a rank's tokens, such as a block's input."""
-        num_rank_tokens = -(-num_tokens(shape, self.geometry) // self.sequence_parallel)
+        num_rank_tokens = -(-num_tokens(shape, self.geometry) // self.sequence_size)
         return batch_size * num_rank_tokens * self.transformer.width * self.element_bytes
 
     @property
@@ -340,16 +340,16 @@ class MemoryModel:
         num_layers = self.transformer.num_layers
         return {
             "none": num_layers * (1 + self.saved_units),
-            "attention_kept": num_layers * (1 + self._attention_units),
-            "block": float(num_layers),
-            "block+offload": float(min(2, num_layers)),
+            "selective": num_layers * (1 + self._attention_units),
+            "full": float(num_layers),
+            "full+offload": float(min(2, num_layers)),
         }[checkpointing]
 
     def _recomputed_units(self, checkpointing: str) -> float:
         """Tensors that a block saves when it is recomputed, in U."""
         if checkpointing == "none":
             return 0.0
-        return self.saved_units - (self._attention_units if checkpointing == "attention_kept" else 0.0)
+        return self.saved_units - (self._attention_units if checkpointing == "selective" else 0.0)
 
     @property
     def _gradient_units(self) -> float:
@@ -408,7 +408,7 @@ class MemoryModel:
 def base_weights_bytes(transformer: TransformerSize, quantization: str, element_bytes: int) -> int:
     """All frozen weights, unsharded. With quantization, the linear layers of the blocks are quantized."""
     total = transformer.num_parameters * element_bytes
-    if quantization == "full":
+    if quantization == "none":
         return total
     packed, weights = QUANTIZED_FORMATS[quantization], transformer.block_weights
     num_scales = weights // packed.scale_group if packed.scale_group else transformer.block_rows
@@ -418,7 +418,7 @@ def base_weights_bytes(transformer: TransformerSize, quantization: str, element_
 
 def unpacked_weight_bytes(quantization: str, fp8_matmul: bool, element_bytes: int) -> int:
     """Bytes per element of a quantized weight while it is unpacked for a matmul."""
-    if quantization == "full":
+    if quantization == "none":
         return 0
     unpacking = FP8_MATMUL_UNPACKING_BYTES if fp8_matmul else QUANTIZED_FORMATS[quantization].unpacking_bytes
     return element_bytes + unpacking

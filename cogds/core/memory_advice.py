@@ -27,7 +27,7 @@ class Remedy:
     def __str__(self) -> str:
         memory = gigabytes(self.total_bytes)
         if not self.arguments:
-            return f"train.recompute={self.checkpointing} ({memory})"
+            return f"train.activation_checkpointing={self.checkpointing} ({memory})"
         return f"{' with '.join(self.arguments)} ({self.checkpointing}, {memory})"
 
 
@@ -45,7 +45,7 @@ def find_remedies(model: MemoryModel, shape: ClipShape, batch_size: int, gpu_byt
                 continue  # two values for one field
             size = fields.pop("batch_size", batch_size)
             changed = replace(model, **fields)
-            if changed.quantization != "full" and changed.zero.stage == 3:
+            if changed.quantization != "none" and changed.zero.stage == 3:
                 continue  # ZeRO-3 cannot shard quantized weights
             mode = changed.least_checkpointing(shape, size, gpu_bytes)
             estimate = changed.estimate(shape, size, mode)
@@ -70,7 +70,7 @@ def explain_shortfall(
     )
     return (
         f"bucket {shape} with batch size {batch_size} does not fit: it needs about {gigabytes(estimate.total_bytes)} "
-        f"with train.recompute={checkpointing}, and the GPU has {gigabytes(gpu_bytes)}. {advice}"
+        f"with train.activation_checkpointing={checkpointing}, and the GPU has {gigabytes(gpu_bytes)}. {advice}"
     )
 
 
@@ -83,14 +83,15 @@ def _changes(model: MemoryModel, batch_size: int) -> list[tuple[str, dict[str, A
     if zero.stage < 2 or (zero.stage == 2 and not zero.offload_optimizer):
         settings = replace(defaults, stage=2, offload_optimizer=True)
         changes.append(("--deepspeed ds_configs/zero2_offload.json", {"zero": settings}))
-    if model.quantization == "full":
-        changes += [(f"model.base={name}", {"quantization": name}) for name in ("int8", "nf4")]
+    if model.quantization == "none":
+        changes += [(f"model.quantization={name}", {"quantization": name}) for name in ("int8", "nf4")]
         if model.num_ranks > 1 and zero.stage < 3:
             changes.append(("--deepspeed ds_configs/zero3.json", {"zero": replace(defaults, stage=3)}))
         if not zero.offload_param:
             settings = replace(defaults, stage=3, offload_optimizer=True, offload_param=True)
             changes.append(("--deepspeed ds_configs/zero3_offload.json", {"zero": settings}))
     for size in (2, 4, 8):
-        if model.sequence_parallel < size and model.num_ranks % size == 0 and model.transformer.num_heads % size == 0:
-            changes.append((f"parallel.sequence={size}", {"sequence_parallel": size}))
+        is_possible = model.num_ranks % size == 0 and model.transformer.num_heads % size == 0
+        if model.sequence_size < size and is_possible:
+            changes.append((f"parallel.sequence_size={size}", {"sequence_size": size}))
     return changes

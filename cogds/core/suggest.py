@@ -47,7 +47,7 @@ class Fit:
     misfit: mean over all clips of 1 - (share of the picture kept) x (share of the trained pixels that are in the file
     and not created by upscaling); 1 for a clip without a bucket.
     crop: mean share of the picture cropped away, over the clips that have a bucket.
-    upscaled: share of all clips that are upscaled.
+    upscaled: share of the clips that have a bucket which are upscaled.
     too_short: share of all clips without a bucket.
     """
 
@@ -110,7 +110,7 @@ def fit(sizes: ClipSizes, buckets: Sequence[ClipShape]) -> Fit:
     return Fit(
         misfit=float((misfit * sizes.counts).sum() / total),
         crop=float((crop * sizes.counts)[has_bucket].sum() / trained),
-        upscaled=float(sizes.counts[upscaled].sum() / total),
+        upscaled=float(sizes.counts[upscaled].sum() / trained),
         too_short=float(sizes.counts[~has_bucket].sum() / total),
     )
 

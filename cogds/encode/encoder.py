@@ -7,8 +7,8 @@ share the work by its cost.
 
 import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
-from typing import Any
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any, cast
 
 import pyarrow as pa
 import torch
@@ -19,13 +19,14 @@ from cogds.core.geometry import ClipShape
 from cogds.data.cache.store import Cache, CacheWriter
 from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
 from cogds.data.video.probe_task import reason_of
-from cogds.distributed.world import World, dealt_by_rank0, on_all_ranks, on_rank0
+from cogds.distributed.collectives import on_all_ranks, on_rank0, rank0_only, scatter_from_rank0
+from cogds.distributed.world import World
 from cogds.encode.cache_keys import is_tiled
 from cogds.encode.clip_set import ClipSet, evaluation_clips, load_clip_set
-from cogds.encode.encoding_plan import EncodedData, EncodingPlan, EncodingWork
+from cogds.encode.encoding_plan import EncodedData, EncodingPlan
 from cogds.encode.scan_data import scan_data, scan_evaluation_data
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
-from cogds.process.progress import progress
+from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import Failure, GuardedPool
 
 logger = logging.getLogger(__name__)
@@ -55,9 +56,8 @@ def encode_dataset(
     """
     manifest = scan_data(cfg, world, retry_failed)
     eval_manifest = scan_evaluation_data(cfg, world, retry_failed)
-    plans: list[EncodingPlan] = []  # of rank 0
 
-    def share_work() -> list[EncodingWork]:
+    def make_plan() -> EncodingPlan:
         clips = load_clip_set(cfg, manifest, buckets)
         clips.check_not_empty()
         on_selected(clips)
@@ -65,10 +65,10 @@ def encode_dataset(
         held_out, trained, warnings = evaluation_clips(cfg, clips, eval_manifest)
         for warning in warnings:
             logger.warning(warning)
-        plans.append(EncodingPlan(cfg, model, clips, held_out, trained))
-        return plans[0].work(world.size)
+        return EncodingPlan(cfg, model, clips, held_out, trained)
 
-    work = dealt_by_rank0(world, share_work)
+    plan = cast(EncodingPlan, rank0_only(world, make_plan))  # None on the other ranks, which do not use it
+    work = scatter_from_rank0(world, lambda: plan.work(world.size))
     cache, shard_bytes = Cache(cfg.data.cache_dir), int(cfg.data.shard_gb * 1e9)
 
     def encode_own_captions() -> None:
@@ -88,7 +88,7 @@ def encode_dataset(
         torch.cuda.empty_cache()
 
     def finish() -> EncodedData:
-        data = plans[0].finish(failures)
+        data = plan.finish(failures)
         data.unusable.check_share(max_unusable)
         return data
 
@@ -99,7 +99,7 @@ def encode_captions(captions: pa.Table, writer: CacheWriter, model: ModelFolder,
     """Encode captions (`EncodingWork.captions`) into the cache."""
     encoder = TextEncoder(model, DTYPES[cfg.train.precision], world.device)
     rows = zip(captions.column("key").to_pylist(), captions.column("caption").to_pylist())
-    for key, caption in _progress(rows, len(captions), "captions", world):
+    for key, caption in progress_bar("encoding captions", "caption", len(captions), items=rows):
         writer.write(key.hex(), {"text_states": encoder.encode(caption)})
 
 
@@ -124,7 +124,7 @@ def encode_clips(
     failures = {}
     with decode_pool(cfg) as pool:
         decoded = pool.imap(tasks, ahead=1)
-        for clip, row in zip(_progress(decoded, len(rows), "clips", world), rows):
+        for clip, row in zip(progress_bar("encoding clips", "clip", len(rows), items=decoded), rows):
             if reason := _change_reason(row):
                 failures[row["key"]] = reason
             elif isinstance(clip, Failure) and clip.is_verdict:
@@ -176,7 +176,3 @@ def _change_reason(row: Mapping) -> str:
         if (status.st_size, status.st_mtime_ns) != (row[f"{prefix}size"], row[f"{prefix}mtime_ns"]):
             return f"changed while it was encoded: {path}; start again"
     return ""
-
-
-def _progress(items: Iterable, total: int, name: str, world: World) -> Iterable:
-    return progress(f"encoding {name}", name[:-1], total, shown=world.rank == 0, items=items)

@@ -6,7 +6,8 @@ from pathlib import Path
 from cogds.config.schema import RunConfig
 from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
 from cogds.data.manifest.table import DataSet, manifest_file
-from cogds.distributed.world import World, on_all_ranks, on_rank0
+from cogds.distributed.collectives import on_all_ranks, on_rank0
+from cogds.distributed.world import World
 from cogds.errors import UserError
 
 

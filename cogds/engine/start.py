@@ -28,17 +28,17 @@ def build_for_stage(
     dtype: torch.dtype,
     ds_config: dict[str, Any],
     device: torch.device,
-    base: str = "full",
-    matmul: str = "full",
+    quantization: str = "none",
+    fp8_matmul: bool = False,
 ) -> Transformer:
     """The frozen transformer with random weights: whole on `device` below stage 3, partitioned over the ranks at stage
     3. Collective.
 
     A block is one unit of ZeRO-3: its weights come together before it runs, forward and backward.
-    base, matmul: how the blocks hold and multiply their weights (`model.quantize`); full at stage 3 (`check_base`).
+    quantization, fp8_matmul: of the blocks' weights (`model.quantize`); none at stage 3 (`check_quantization`).
     """
     if zero_stage(ds_config) < 3:
-        return build_transformer(model, dtype, device, base, matmul)
+        return build_transformer(model, dtype, device, quantization, fp8_matmul)
     # The dtype goes in through the config: `zero.Init(dtype=...)` ignores it where the accelerator has no fp16.
     init_config = {**ds_config, "bf16": {"enabled": dtype is torch.bfloat16}}
     with deepspeed.zero.Init(config_dict_or_path=init_config):
@@ -53,8 +53,8 @@ def load_for_stage(
     dtype: torch.dtype,
     ds_config: dict[str, Any],
     world: World,
-    base: str = "full",
-    matmul: str = "full",
+    quantization: str = "none",
+    fp8_matmul: bool = False,
 ) -> Transformer:
     """`build_for_stage` with the model's weights, filled one by one: no process holds all of them in host memory.
 
@@ -62,7 +62,7 @@ def load_for_stage(
     Raises UserError where the files and the config disagree on a weight. Collective.
     """
     if zero_stage(ds_config) < 3:
-        return load_transformer(model, dtype, world.device, base, matmul)
+        return load_transformer(model, dtype, world.device, quantization, fp8_matmul)
     transformer = build_for_stage(model, dtype, ds_config, world.device)
 
     def put(tensor: torch.Tensor, weight: Any) -> None:

@@ -54,7 +54,7 @@ LAYOUT: dict[str, dict[str, list[str]]] = {
         "saves, seconds": [r"^checkpoint/.*_s$"],
     },
     "memory": {
-        "peak of the device, GB": [r"^(perf|occasion)/peak_memory_gb$", r"^memory/(predicted|measured)_gb$"],
+        "peak of the device, GB": [r"^(perf|callbacks)/peak_memory_gb$", r"^memory/(predicted|measured)_gb$"],
         "peak of the host, GB": [r"^perf/peak_host_memory_gb$"],
     },
     "data": {

@@ -19,16 +19,16 @@ def call_aside(engine: Any, device: torch.device, inputs: Mapping[str, Any]) -> 
 @contextlib.contextmanager
 def undisturbed(transformer: Any, device: torch.device) -> Iterator[None]:
     """Inside, a transformer that is trained computes without dropout and keeps nothing; after it all is as it was:
-    every module's mode, every block's recompute level, the random states."""
+    every module's mode, every block's activation checkpointing, the random states."""
     modes = [(module, module.training) for module in transformer.modules()]
-    levels = [(block, block.level) for block in transformer.transformer_blocks]
+    checkpointing_modes = [(block, block.checkpointing) for block in transformer.transformer_blocks]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():
         transformer.eval()
-        transformer.set_level("none")
+        transformer.set_checkpointing("none")
         try:
             yield
         finally:
-            for block, level in levels:
-                block.level = level
+            for block, checkpointing in checkpointing_modes:
+                block.checkpointing = checkpointing
             for module, training in modes:
                 module.training = training

@@ -168,15 +168,15 @@ def load_transformer(
     model: ModelFolder,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    base: str = "full",
-    matmul: str = "full",
+    quantization: str = "none",
+    fp8_matmul: bool = False,
 ) -> Transformer:
     """The transformer with its weights, frozen. Read one by one: only `device` ever holds all of them, and where they
     are packed (`build_transformer`) nothing does.
 
     Raises UserError where the files and the config disagree on a weight.
     """
-    transformer = build_transformer(model, dtype, device, base, matmul, fill=False)
+    transformer = build_transformer(model, dtype, device, quantization, fp8_matmul, fill=False)
 
     def put(place: Any, weight: Any) -> None:
         if isinstance(place, PackedLinear):
@@ -192,13 +192,13 @@ def build_transformer(
     model: ModelFolder,
     dtype: torch.dtype,
     device: torch.device | str = "cpu",
-    base: str = "full",
-    matmul: str = "full",
+    quantization: str = "none",
+    fp8_matmul: bool = False,
     fill: bool = True,
 ) -> Transformer:
     """The transformer with random weights, frozen, as the caller's context has it (`zero.Init`).
 
-    base, matmul: how the blocks hold and multiply theirs (`quantize`), which one block at a time has in full.
+    quantization, fp8_matmul: of the blocks (`quantize`); only one block at a time holds its full weights.
     fill: false leaves what is packed without weights, for `fill_transformer` to give.
     """
 
@@ -209,12 +209,12 @@ def build_transformer(
     torch.set_default_dtype(dtype)  # a float32 copy of it might not fit
     try:
         with torch.device(device):
-            if base == "full" and matmul == "full":
+            if quantization == "none" and not fp8_matmul:
                 return build(model.num_layers)
             transformer = build(0)
             for _ in range(model.num_layers):
                 block = build(1).transformer_blocks[0]
-                pack_block(block, base, matmul, fill)
+                pack_block(block, quantization, fp8_matmul, fill)
                 transformer.transformer_blocks.append(block)
             transformer.register_to_config(num_layers=model.num_layers)
             return transformer

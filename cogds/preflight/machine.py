@@ -11,7 +11,7 @@ import torch
 from cogds.config.deepspeed import zero_stage
 from cogds.formatting import counted, gigabytes
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, by_value, differing, who
-from cogds.preflight.job import Job
+from cogds.preflight.job import CheckedJob
 
 # More than this in use on a GPU is more than a process's own context.
 OCCUPIED_BYTES = 2_000_000_000
@@ -47,7 +47,7 @@ def available_memory_bytes() -> int:
     return max(available, 0)
 
 
-def look_disk(job: Job) -> Facts:
+def look_disk(job: CheckedJob) -> Facts:
     """Free and needed bytes of this node: `output`, `cache`, `tmp`, `shm` and `memory`. {} but on one rank a node."""
     if job.world.local_rank:
         return {"disk": {}}
@@ -91,7 +91,7 @@ def judge_disk(facts: list[Facts]) -> list[Finding]:
     for key, level, why in (
         ("tmp", WARN, "for temporary files: set TMPDIR"),
         ("shm", FAIL, "for what the loaders have ready: give the container --shm-size, or lower data.num_workers"),
-        ("memory", WARN, "for the weights and what block+offload keeps there"),
+        ("memory", WARN, "for the weights and what full+offload keeps there"),
     ):
         short = [one for one in nodes if one["disk"][key][1] < one["disk"][key][2]]
         path, free, needed = min((one["disk"][key] for one in nodes), key=lambda disk: disk[1] - disk[2])
@@ -107,7 +107,7 @@ def judge_disk(facts: list[Facts]) -> list[Finding]:
     return found
 
 
-def look_gpu(job: Job) -> Facts:
+def look_gpu(job: CheckedJob) -> Facts:
     """`gpu`: name, uuid, total, free and needed bytes, and how many GPUs the rank sees; None without one."""
     device = job.world.device
     if device.type != "cuda":

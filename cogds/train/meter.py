@@ -32,7 +32,7 @@ class Meter:
         self._norms = LoraNorms(engine, run.world, run.model.num_layers)
         # At ZeRO-3 a forward pass gathers weights, and ranks that share a clip exchange attention within it: all end
         # with the slowest, and their seconds say nothing of who that is.
-        self._apart = run.world.sequence == 1 and engine.zero_optimization_stage() < 3
+        self._apart = run.world.sequence_size == 1 and engine.zero_optimization_stage() < 3
         self._wait_before_s, self._peak_bytes = math.nan, 0.0
         self._tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
         self._tflops = [
@@ -85,5 +85,5 @@ class Meter:
         return scalars, own, norms
 
     def _norms_due(self, step: int) -> bool:
-        every = self._run.cfg.monitor.norms_every
+        every = self._run.cfg.metrics.norms_every
         return every is not None and (step + 1) % every == 0

@@ -1,5 +1,6 @@
 """What is about to be trained, for people: one panel on a terminal, the same lines elsewhere."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,10 +13,12 @@ from rich.text import Text
 from cogds.config.deepspeed import zero_stage
 from cogds.core.geometry import num_tokens
 from cogds.formatting import counted, gigabytes, magnitude
-from cogds.process.terminal import is_terminal
+from cogds.process.progress import is_terminal
 from cogds.train.resume import layout_of
 from cogds.train.run import Run
-from cogds.train.tuning import execution_lines, measure_sizes
+from cogds.train.tuning import execution_lines
+
+logger = logging.getLogger(__name__)
 
 EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # of one number in the LoRA's file
 
@@ -23,8 +26,8 @@ EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # of one number in the LoRA's file
 def summary(run: Run, resume_from: Path | None, dry_run: bool = False) -> list[str]:
     """Model, LoRA, ranks, buckets, memory, where things are written, and what will not be trained: a fact a line."""
     cfg, plan, data = run.cfg, run.plan, run.data
-    transformer, lora = measure_sizes(cfg, run.model)
-    sharing = f", {run.world.sequence} to a clip" if run.world.sequence > 1 else ""
+    transformer, lora = run.job.memory.transformer, run.job.memory.lora
+    sharing = f", {run.world.sequence_size} to a clip" if run.world.sequence_size > 1 else ""
     num_numbers = lora.num_parameters
     lines = [
         f"model {cfg.model.path}, {magnitude(transformer.num_parameters)} parameters",
@@ -62,7 +65,8 @@ def devices(device: torch.device, num_ranks: int) -> str:
 def show(lines: Sequence[str], title: str, console: Console | None = None) -> None:
     """Print the lines, in a frame on a terminal. Never coloured or wrapped elsewhere: a log is searched by line."""
     if console is None and not is_terminal(sys.stdout):
-        print("\n".join(lines), flush=True)
+        logger.info("\n".join(lines))
         return
     # Paths and reasons are data: Text keeps rich from reading [brackets] in them.
-    (console or Console()).print(Panel(Text("\n".join(lines)), title=title, title_align="left", border_style="dim"))
+    if console or logger.isEnabledFor(logging.INFO):
+        (console or Console()).print(Panel(Text("\n".join(lines)), title=title, title_align="left", border_style="dim"))

@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cogds.distributed.world import World, any_rank
+from cogds.distributed.collectives import any_rank
+from cogds.distributed.world import World
 from cogds.model.evaluation_mode import call_aside
 
 
@@ -46,7 +47,7 @@ class Lockstep:
     @property
     def needs_all(self) -> bool:
         """Whether a call that fails on one rank leaves others waiting in it."""
-        return self._idle_inputs is not None or self._world.sequence > 1
+        return self._idle_inputs is not None or self._world.sequence_size > 1
 
     def cache_context(self, _name: str) -> contextlib.AbstractContextManager[None]:
         """For the pipeline; nothing is cached here."""
@@ -73,7 +74,7 @@ class Lockstep:
         self._begin_call(self._num_calls - self._num_left)
         world = self._world
         lost = [failed and number == world.data_rank for number in range(world.data_size)]
-        stop, *lost = any_rank(world, self._stopping(), *(lost if world.sequence > 1 else ()))
+        stop, *lost = any_rank(world, self._stopping(), *(lost if world.sequence_size > 1 else ()))
         self._agreed = True
         if stop:
             raise Stopped

@@ -58,7 +58,7 @@ def materials(folder: Path) -> list[str]:
         "--deepspeed", str(ROOT / "ds_configs/zero2.json"),
         f"model.path={folder / 'model'}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
         "data.buckets=[9x64x64, 1x64x64]", "data.num_workers=1", "train.precision=fp32", "lora.rank=4",
-        "train.recompute=none", "eval.every=null", "train.step_timeout_s=10", "optimizer.lr=1e-3",
+        "train.activation_checkpointing=none", "eval.every=null", "train.step_timeout_s=10", "optimizer.lr=1e-3",
     ]  # fmt: skip
 
 

@@ -335,3 +335,39 @@ def test_the_demo_config_is_small_and_self_contained():
 def test_the_reference_is_current():
     """`python docs/configuration.py` writes it."""
     assert (ROOT / "docs/configuration.md").read_text() == config.reference()
+
+
+REMOVED = {
+    "train.recompute=none": "train.activation_checkpointing",
+    "train.recompute_by_bucket={9x64x64: none}": "train.activation_checkpointing_by_bucket",
+    "train.gradient_checkpointing=true": "train.activation_checkpointing",
+    "train.rehearse=on": "train.memory_check",
+    "model.base=int8": "model.quantization",
+    "model.matmul=float8": "model.fp8_matmul",
+    "parallel.sequence=2": "parallel.sequence_size",
+    "monitor.every=2": "metrics.every",
+    "data.bucket_areas=[768x1360]": "data.bucket_sizes",
+    "model.quantization=full": "none",
+    "model.quantization=float8": "fp8",
+    "train.activation_checkpointing=attention_kept": "selective",
+    "train.activation_checkpointing=block": "full",
+    "train.activation_checkpointing=block+offload": "full+offload",
+    "train.activation_checkpointing_by_bucket={9x64x64: block}": "full",
+}
+
+
+@pytest.mark.parametrize("setting", REMOVED)
+def test_a_removed_name_is_refused_with_the_new_one(setting, tmp_path):
+    name, _, value = setting.partition("=")
+    section, _, leaf = name.partition(".")
+    yaml = f"{section}: {{{leaf}: {value}}}"
+    for refuse in (lambda: load(setting), lambda: load(yaml=yaml, tmp=tmp_path)):
+        with pytest.raises(UserError, match=rf"^{name}: .* Use {REMOVED[setting].replace('+', '[+]')}\.$"):
+            refuse()
+
+
+def test_every_removed_name_is_tested():
+    values = {f"{key}={old}" for key, renamed in config.RENAMED_VALUES.items() for old in renamed}
+    given = " ".join(REMOVED)
+    assert all(name in given for name in config.RENAMED)
+    assert all(value in given or "by_bucket" in value for value in values)

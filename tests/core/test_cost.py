@@ -30,11 +30,11 @@ def test_the_adapter_multiplies_each_number_once_a_token():
 
 
 def test_what_is_recomputed_is_done_but_not_counted():
-    none, kept, block = (REAL.done(level) for level in ("none", "attention_kept", "block"))
+    none, kept, block = (REAL.done(checkpointing) for checkpointing in ("none", "selective", "full"))
     assert none == pytest.approx(REAL.counted + 0.5 * REAL.attention + 3 * REAL.lora)
     assert kept - none == pytest.approx(REAL.linears + REAL.lora)
     assert block - none == pytest.approx(REAL.forward + REAL.lora)
-    assert REAL.done("block+offload") == block
+    assert REAL.done("full+offload") == block
 
 
 def test_the_work_of_a_block_counted_by_torch():

@@ -58,7 +58,7 @@ def flash_attention(query, key, value, kernel):  # noqa: ARG001
 
 def pack_for_fp8_matmul(block):
     """Like `pack_block` for fp8 matmuls, without values."""
-    pack_block(block, "full", "float8", fill=False)
+    pack_block(block, "none", True, fill=False)
     for layer in block.modules():
         if isinstance(layer, PackedLinear):
             rows, columns = layer.shape
@@ -89,9 +89,9 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
         transformer.train()
-        transformer.set_level(checkpointing)
-        if model.sequence_parallel > 1:
-            transformer.share_sequence(SequenceGroup("a group that sends nothing", model.sequence_parallel, 0))
+        transformer.set_checkpointing(checkpointing)
+        if model.sequence_size > 1:
+            transformer.share_sequence(SequenceGroup("a group that sends nothing", model.sequence_size, 0))
         num_video_tokens = math.prod(token_grid(shape, V15))
         inputs = {
             "hidden_states": torch.zeros(1, frames, 32, height, width, dtype=dtype),
@@ -119,7 +119,7 @@ def four_blocks(layers=ATTENTION, **changes):
 FEED_FORWARD = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
 ALL_LAYERS = (*FEED_FORWARD, "norm1.linear", "norm2.linear")
 CASES = [(ATTENTION, mode) for mode in CHECKPOINTING_MODES]
-CASES += [(layers, mode) for layers in (ATTENTION[:1], FEED_FORWARD, ALL_LAYERS) for mode in ("none", "block")]
+CASES += [(layers, mode) for layers in (ATTENTION[:1], FEED_FORWARD, ALL_LAYERS) for mode in ("none", "full")]
 
 
 @pytest.mark.parametrize("layers, mode", CASES, ids=[f"{len(layers)}-{mode}" for layers, mode in CASES])
@@ -132,21 +132,21 @@ def test_activations_at_the_published_size(monkeypatch, layers, mode):
     assert estimate.activations_bytes == pytest.approx(peak, rel=0.04)
     # After the forward pass, the last block's output and the head's input are alive too, and no input is on its way
     # back from the host yet.
-    expected = estimate.kept_activations_bytes if mode != "block+offload" else 0
+    expected = estimate.kept_activations_bytes if mode != "full+offload" else 0
     assert expected + 2 * FULL_UNIT == pytest.approx(kept, rel=0.04)
 
 
-@pytest.mark.parametrize("mode", ["attention_kept", "block"])
+@pytest.mark.parametrize("mode", ["selective", "full"])
 def test_activations_with_sequence_parallelism(monkeypatch, mode):
     """On the meta device, where the collectives only return shapes: within 4%."""
     monkeypatch.setattr(sequence_module, "attend", flash_attention)
-    model = four_blocks(sequence_parallel=2)
+    model = four_blocks(sequence_size=2)
     _, peak = train_once(monkeypatch, model, FULL, mode, "meta")
     assert model.estimate(FULL, 1, mode).activations_bytes == pytest.approx(peak, rel=0.04)
 
 
 @pytest.mark.parametrize("layers", [ATTENTION, FEED_FORWARD], ids=["attention", "feed_forward"])
-@pytest.mark.parametrize("mode", ["none", "block"])
+@pytest.mark.parametrize("mode", ["none", "full"])
 def test_activations_of_fp8_matmuls(monkeypatch, mode, layers):
     """In a block that is not compiled: within 5%."""
     monkeypatch.setattr(transformer_module, "attend", flash_attention)
@@ -177,7 +177,7 @@ def test_saved_tensors_follow_the_adapted_layers():
     assert units("ff.net.2") - units() == 4
 
 
-def estimate(num_ranks=1, batch_size=1, mode="block", shape=FULL, changes=None, **section):
+def estimate(num_ranks=1, batch_size=1, mode="full", shape=FULL, changes=None, **section):
     """Of the published model with a `zero_optimization` section."""
     model = published_memory(zero=ZeroSettings.from_config(section), num_ranks=num_ranks, **(changes or {}))
     return model.estimate(shape, batch_size, mode)
@@ -236,9 +236,9 @@ def test_quantized_weights():
     assert size.num_layers * size.block_rows == rows
     for element_bytes in (2, 4):
         rest = (total - weights) * element_bytes
-        assert base_weights_bytes(size, "full", element_bytes) == total * element_bytes
+        assert base_weights_bytes(size, "none", element_bytes) == total * element_bytes
         assert base_weights_bytes(size, "int8", element_bytes) == rest + weights + 4 * rows
-        assert base_weights_bytes(size, "float8", element_bytes) == rest + weights + 4 * rows
+        assert base_weights_bytes(size, "fp8", element_bytes) == rest + weights + 4 * rows
         assert base_weights_bytes(size, "nf4", element_bytes) == rest + weights // 2 + 4 * weights // 64
     full, nf4 = estimate(stage=2), estimate(stage=2, changes={"quantization": "nf4"})
     assert full.base_weights_bytes > 3.5 * nf4.base_weights_bytes
@@ -246,7 +246,7 @@ def test_quantized_weights():
 
 
 def test_sequence_parallelism_divides_activations():
-    one, two, four = (estimate(8, stage=2, changes={"sequence_parallel": size}) for size in (1, 2, 4))
+    one, two, four = (estimate(8, stage=2, changes={"sequence_size": size}) for size in (1, 2, 4))
     assert one.kept_activations_bytes == pytest.approx(2 * two.kept_activations_bytes, rel=1e-4)
     # Attention's output returns to its tokens' ranks as a copy, which the output layer's LoRA saves.
     units = two.block_activations_bytes / (FULL_UNIT / 2)
@@ -293,7 +293,7 @@ def test_total_of_a_full_clip():
 
 def test_rotary_tables_of_all_buckets_are_counted():
     short = ClipShape(49, 480, 720)
-    one, two = (published_memory(buckets=buckets).estimate(FULL, 1, "block") for buckets in ((FULL,), (FULL, short)))
+    one, two = (published_memory(buckets=buckets).estimate(FULL, 1, "full") for buckets in ((FULL,), (FULL, short)))
     assert rotary_tables_bytes(FULL, V15) == one.rotary_tables_bytes == 2 * 4 * 44_880 * 64
     assert two.rotary_tables_bytes - one.rotary_tables_bytes == rotary_tables_bytes(short, V15)
     assert two.total_bytes > one.total_bytes
@@ -303,14 +303,14 @@ def test_pinned_host_memory():
     """Every block's input in whole pages: 11.6 GB for a full clip of the published model."""
     pages = 42 * -(-FULL_UNIT // 4096) * 4096
 
-    def pinned(mode="block+offload", batch_size=1, **changes):
+    def pinned(mode="full+offload", batch_size=1, **changes):
         return published_memory(**changes).pinned_host_bytes(FULL, batch_size, mode)
 
     assert pinned() == pages == pytest.approx(11.64e9, rel=1e-3)
     assert [pinned(mode) for mode in CHECKPOINTING_MODES[:3]] == [0, 0, 0]
     assert pinned(batch_size=2) == pytest.approx(2 * pages, rel=1e-4)
     assert pinned(precision="fp32") == pytest.approx(2 * pages, rel=1e-4)
-    assert pinned(sequence_parallel=2) == pytest.approx(pages / 2, rel=1e-4)
+    assert pinned(sequence_size=2) == pytest.approx(pages / 2, rel=1e-4)
 
 
 # DeepSpeed configs as ds_configs/*.json are resolved for a width of 3072.
@@ -329,28 +329,28 @@ def gigabytes(model, mode):
 
 def test_the_published_model_on_80_gb():
     one_gpu, eight_gpus = published_memory(zero=ZERO2), published_memory(zero=ZERO2, num_ranks=8)
-    assert one_gpu.least_checkpointing(FULL, 1, 80e9) == "attention_kept"
+    assert one_gpu.least_checkpointing(FULL, 1, 80e9) == "selective"
     assert [gigabytes(one_gpu, mode) for mode in CHECKPOINTING_MODES] == [172.5, 44.2, 32.5, 21.4]
     assert [gigabytes(eight_gpus, mode) for mode in CHECKPOINTING_MODES] == [170.9, 42.6, 30.9, 19.8]
     sharded = published_memory(zero=ZERO3, num_ranks=8)
     assert [gigabytes(sharded, mode) for mode in CHECKPOINTING_MODES] == [162.0, 33.7, 21.9, 10.8]
-    parallel = published_memory(zero=ZERO2, sequence_parallel=4, num_ranks=4)
+    parallel = published_memory(zero=ZERO2, sequence_size=4, num_ranks=4)
     assert parallel.least_checkpointing(FULL, 1, 80e9) == "none"
-    assert one_gpu.least_checkpointing(FULL, 1, 1e9) == "block+offload"  # nothing fits
+    assert one_gpu.least_checkpointing(FULL, 1, 1e9) == "full+offload"  # nothing fits
 
 
 @pytest.mark.parametrize(
     "zero, quantization, offloaded, on_gpu",
     [
-        (ZERO2, "full", 21.4, 32.5), (ZERO2_OFFLOAD, "full", 19.5, 30.6), (ZERO2_OFFLOAD, "int8", 14.2, 25.3),
-        (ZERO2, "nf4", 13.5, 24.6), (ZERO2_OFFLOAD, "nf4", 11.6, 22.7), (ZERO3_OFFLOAD, "full", 9.2, 20.3),
+        (ZERO2, "none", 21.4, 32.5), (ZERO2_OFFLOAD, "none", 19.5, 30.6), (ZERO2_OFFLOAD, "int8", 14.2, 25.3),
+        (ZERO2, "nf4", 13.5, 24.6), (ZERO2_OFFLOAD, "nf4", 11.6, 22.7), (ZERO3_OFFLOAD, "none", 9.2, 20.3),
     ],
 )  # fmt: skip
 def test_settings_for_24_gb(zero, quantization, offloaded, on_gpu):
     """On one GPU, every setting fits with the blocks' inputs on the host; only ZeRO-3 with offload fits without."""
     model = published_memory(zero=zero, quantization=quantization)
-    assert (gigabytes(model, "block+offload"), gigabytes(model, "block")) == (offloaded, on_gpu)
-    assert model.least_checkpointing(FULL, 1, 24e9) == ("block" if zero is ZERO3_OFFLOAD else "block+offload")
+    assert (gigabytes(model, "full+offload"), gigabytes(model, "full")) == (offloaded, on_gpu)
+    assert model.least_checkpointing(FULL, 1, 24e9) == ("full" if zero is ZERO3_OFFLOAD else "full+offload")
 
 
 def test_cache_sizes():

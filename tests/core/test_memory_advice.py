@@ -13,22 +13,22 @@ def arguments(model, shape, batch_size, gpu_bytes):
 def test_another_checkpointing_mode_comes_first():
     model = published_memory(zero=ZERO2, num_ranks=8)
     (remedy,) = find_remedies(model, FULL, 1, 80e9)
-    assert (remedy.arguments, remedy.checkpointing) == ((), "attention_kept")
-    assert remedy.total_bytes == model.estimate(FULL, 1, "attention_kept").total_bytes
+    assert (remedy.arguments, remedy.checkpointing) == ((), "selective")
+    assert remedy.total_bytes == model.estimate(FULL, 1, "selective").total_bytes
 
 
 def test_single_changes_then_pairs():
     single = arguments(published_memory(zero=ZERO2, num_ranks=8), FULL, 1, 16e9)
     assert all(len(remedy) == 1 for remedy in single)
     assert {
-        "model.base=int8", "model.base=nf4", "--deepspeed ds_configs/zero3.json",
+        "model.quantization=int8", "model.quantization=nf4", "--deepspeed ds_configs/zero3.json",
         "--deepspeed ds_configs/zero3_offload.json",
     } <= {remedy[0] for remedy in single}  # fmt: skip
     pairs = arguments(published_memory(zero=ZERO2), FULL, 4, 12e9)
     assert all(len(remedy) == 2 for remedy in pairs)
     assert ("train.batch_size=1 train.tokens_per_batch=null", "--deepspeed ds_configs/zero3_offload.json") in pairs
     long = arguments(published_memory(zero=ZERO2_OFFLOAD, num_ranks=2), ClipShape(161, 768, 1360), 1, 26e9)
-    assert ("parallel.sequence=2",) in long
+    assert ("parallel.sequence_size=2",) in long
 
 
 def test_every_remedy_fits():
@@ -43,15 +43,17 @@ def test_quantized_weights_are_not_sharded():
     # A pair of changes does not combine them either.
     pairs = arguments(published_memory(zero=ZERO2, num_ranks=8), FULL, 4, 13e9)
     assert len(pairs[0]) == 2
-    assert not any("zero3" in str(pair) and "model.base" in str(pair) for pair in pairs)
+    assert not any("zero3" in str(pair) and "model.quantization" in str(pair) for pair in pairs)
 
 
 def test_what_is_said_of_a_bucket():
     model = published_memory(zero=ZERO2)
-    assert explain_shortfall(model, FULL, 1, "block+offload", 24e9) == ""
+    assert explain_shortfall(model, FULL, 1, "full+offload", 24e9) == ""
     assert explain_shortfall(model, FULL, 1, "none", None) == ""
     text = explain_shortfall(model, FULL, 1, "none", 80e9)
-    assert all(part in text for part in ("81x768x1360", "172.5 GB", "80.0 GB", "train.recompute=attention_kept"))
+    assert all(
+        part in text for part in ("81x768x1360", "172.5 GB", "80.0 GB", "train.activation_checkpointing=selective")
+    )
     assert find_remedies(model, FULL, 1, 4e9) == []
-    assert explain_shortfall(model, FULL, 1, "block", 4e9)
+    assert explain_shortfall(model, FULL, 1, "full", 4e9)
     assert dataclasses.asdict(model)["zero"]["stage"] == 2  # the run's own settings are unchanged

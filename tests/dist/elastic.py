@@ -45,29 +45,24 @@ def overrides(folder, layout, output, *more):
         "data.buckets=[9x64x64]", "data.num_workers=0", f"output_dir={folder / output}", "train.precision=fp32",
         f"train.gradient_accumulation_steps={CLIPS_A_STEP // layout[0]}", f"train.num_steps={LAST}", "lora.rank=3",
         "lora.alpha=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", f"checkpoint.every={SAVED}",
-        "monitor.progress_bar=false", "eval.every=null", *more,
+        "metrics.progress_bar=false", "eval.every=null", *more,
     ]  # fmt: skip
 
 
 def work(jobs):
     """In every rank: train the jobs, each a DeepSpeed config and overrides, one after another."""
-    from cogds.config.schema import load_config
-    from cogds.model.load import find_model
-    from cogds.config.deepspeed import load_ds_config, resolve
+    from cogds.distributed.process_group import connect, disconnect
+    from cogds.distributed.world import read_world
     from cogds.process.signals import Interrupt
-    from cogds.distributed.world import connect, disconnect, read_world
-    from cogds.encode.buckets import make_buckets
-    from cogds.train.main import train
+    from cogds.train.trainer import Trainer
+    from tests.jobs import make_job
 
     world = read_world()
     connect(world, 300)
-    for config, texts in jobs:
-        cfg, explicit = load_config(str(ROOT / "launch/configs/demo.yaml"), texts)
-        model = find_model(cfg.model.path, None)
-        path = str(ROOT / f"ds_configs/{config}.json")
-        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-        ds_config, cfg = resolve(load_ds_config(path), cfg, explicit, world.size, model.hidden_size, path)
-        train(cfg, ds_config, model, make_buckets(cfg, model), world, Interrupt())
+    for deepspeed, words in jobs:
+        job = make_job(*words, config=ROOT / "launch/configs/demo.yaml", deepspeed=deepspeed, world=world)
+        Path(job.cfg.output_dir).mkdir(parents=True, exist_ok=True)
+        Trainer(job, Interrupt()).run()
     disconnect()
 
 

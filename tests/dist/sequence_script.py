@@ -23,10 +23,12 @@ from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
 from cogds.engine.sequence_groups import share_clips  # noqa: E402
 from cogds.engine.state import TrainState, restore_state, trainable  # noqa: E402
-from cogds.distributed.world import connect, disagreeing, disconnect, read_world  # noqa: E402
+from cogds.distributed.collectives import disagreeing_data_ranks  # noqa: E402
+from cogds.distributed.process_group import connect, disconnect  # noqa: E402
+from cogds.distributed.world import read_world  # noqa: E402
 
 # Latents F, H, W: 15 video tokens; a portrait bucket, 10; each with its level of recomputation. 5 text tokens.
-SHAPES = {"odd": ((2, 6, 10), "attention_kept"), "portrait": ((4, 10, 2), "block")}
+SHAPES = {"odd": ((2, 6, 10), "selective"), "portrait": ((4, 10, 2), "full")}
 LORA = (4, 8, 0.0, ("all-linear",), 0)
 
 
@@ -77,7 +79,7 @@ def shared(model, world, stage):
     """The same of the world's ranks, and what DeepSpeed says that the gradient's norm is."""
     path = str(ROOT / f"ds_configs/zero{stage}.json")
     settings = ["model.path=unused", "data.path=unused", "train.precision=fp32", "train.batch_size=2"]
-    cfg, explicit = load_config(None, [*settings, f"parallel.sequence={world.sequence}"])
+    cfg, explicit = load_config(None, [*settings, f"parallel.sequence_size={world.sequence_size}"])
     ds_config, _ = resolve(load_ds_config(path), cfg, explicit, world.size, 64, path)
     transformer = load_for_stage(model, torch.float32, ds_config, world)
     parameters = inject(transformer, *LORA)
@@ -89,7 +91,7 @@ def shared(model, world, stage):
     set_learning_rate(engine, 0.0)  # so that every shape meets the same weights
     found = {}
     for shape, (_, level) in SHAPES.items():
-        transformer.set_level(level)
+        transformer.set_checkpointing(level)
         loss = loss_of(engine, shape, world.data_rank)
         engine.backward(loss)
         gradients = {name: safe_get_full_grad(one).clone() for name, one in ours.items()}
@@ -115,8 +117,8 @@ check_against_deepspeed(whole)
 model, report = find_model(str(model_path)), []
 for sequence in (2, 4):
     world = dataclasses.replace(whole, sequence=sequence)
-    assert disagreeing(world, world.data_rank) == []
-    assert disagreeing(world, int(world.rank == 0)) == [0]
+    assert disagreeing_data_ranks(world, world.data_rank) == []
+    assert disagreeing_data_ranks(world, int(world.rank == 0)) == [0]
     reference = alone(model, world.data_size)
     for stage in (1, 2, 3):
         for shape, (losses, gradients, norm) in shared(model, world, stage).items():

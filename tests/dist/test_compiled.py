@@ -8,14 +8,14 @@ from tests.dist.conftest import losses
 pytestmark = [pytest.mark.dist, pytest.mark.slow]  # minutes
 
 
-@pytest.mark.parametrize("ds, level", [("zero2", "attention_kept"), ("zero3", "none")])
-def test_losses_are_those_of_the_plain_block(train_once, workshop, warm, tmp_path, ds, level):
+@pytest.mark.parametrize("ds, checkpointing", [("zero2", "selective"), ("zero3", "none")])
+def test_losses_are_those_of_the_plain_block(train_once, workshop, warm, tmp_path, ds, checkpointing):
     whole = train_once(ds, ds)
     done = warm(
         ROOT / "tests/dist/compiled_script.py",
         [
             "--deepspeed", ROOT / f"ds_configs/{ds}.json", "--config", whole / "run.yaml", "model.compile=on",
-            f"train.recompute={level}", f"output_dir={workshop / f'compiled-{ds}-{level}'}",
+            f"train.activation_checkpointing={checkpointing}", f"output_dir={workshop / f'compiled-{ds}-{checkpointing}'}",
         ],
         ranks=2, env={"GRAPHS": str(tmp_path / "graphs")},
     )  # fmt: skip
@@ -24,5 +24,5 @@ def test_losses_are_those_of_the_plain_block(train_once, workshop, warm, tmp_pat
         graphs = [int(number) for number in (tmp_path / f"graphs-{rank}").read_text().split()]
         # The block with gradients and, for evaluation, without; not once a bucket. ZeRO-3 may add a small graph.
         assert 1 <= len([number for number in graphs if number >= 10]) <= 2, graphs
-    found, expected = losses(workshop / f"compiled-{ds}-{level}"), losses(whole)
+    found, expected = losses(workshop / f"compiled-{ds}-{checkpointing}"), losses(whole)
     assert found == pytest.approx(expected, rel=1e-5)

@@ -25,7 +25,7 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(run_train, word
     assert any(
         line.startswith("LoRA rank 4, alpha 16 on to_q, to_k, to_v, to_out.0: 2.0 k parameters") for line in said
     )
-    assert any(line.startswith("tried 17x64x96, batch 1, recompute none") for line in said)
+    assert any(line.startswith("tried 17x64x96, batch 1, activation checkpointing none") for line in said)
     assert said[-1] == "dry run: ready to train, nothing was trained and nothing saved"
     assert sum("dry run" in line for line in said) == 1
     assert any(line.startswith(f"a run would be written to {tmp_path / 'run'}") for line in said)

@@ -12,7 +12,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 # Dropout, so that the random states count; every bucket in batches of one and of two.
 OVERRIDES = (
-    "eval.held_out=0.3", "eval.num_timesteps=3", "eval.num_clips=3", "lora.dropout=0.2", "train.rehearse=off",
+    "eval.held_out=0.3", "eval.num_timesteps=3", "eval.num_clips=3", "lora.dropout=0.2", "train.memory_check=off",
     "train.num_steps=4", "train.gradient_accumulation_steps=1", "checkpoint.every=2", "train.batch_size=2",
 )  # fmt: skip
 

@@ -26,7 +26,7 @@ def run(request, train_once, workshop):
     file.write_text(json.dumps(ds_config))
     return train_once(
         f"monitored-{request.param}", request.param, "--deepspeed", file, "train.gradient_accumulation_steps=1",
-        "checkpoint.every=5", "monitor.every=2", "monitor.norms_every=2", "monitor.show_batches=1",
+        "checkpoint.every=5", "metrics.every=2", "metrics.norms_every=2", "metrics.show_batches=1",
         f"optimizer.max_grad_norm={MAX_GRAD_NORM}", "train.precision=bf16", "optimizer.lr=1e-5",
     ), folder  # fmt: skip
 

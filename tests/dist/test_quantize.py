@@ -5,29 +5,29 @@ import importlib.util
 import pytest
 
 from cogds.errors import UserError
-from cogds.train.main import main
+from cogds.cli import call
 from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses
 
 pytestmark = pytest.mark.dist
 CONFIG = ROOT / "launch/configs/cogvideox1.5_i2v_lora.yaml"
 KINDS = [
-    ("zero2", "fp32", "int8", "full"),
-    pytest.param("zero1", "bf16", "nf4", "full", marks=pytest.mark.slow),
-    pytest.param("zero2_offload", "bf16", "int8", "full", marks=pytest.mark.slow),
-    pytest.param("zero2", "bf16", "float8", "float8", marks=pytest.mark.slow),
+    ("zero2", "fp32", "int8", "false"),
+    pytest.param("zero1", "bf16", "nf4", "false", marks=pytest.mark.slow),
+    pytest.param("zero2_offload", "bf16", "int8", "false", marks=pytest.mark.slow),
+    pytest.param("zero2", "bf16", "fp8", "true", marks=pytest.mark.slow),
 ]
 missing = [name for name in ("torchao", "bitsandbytes") if importlib.util.find_spec(name) is None]
 needs_libraries = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: pip install -e '.[quant]'")
 
 
 @needs_libraries
-@pytest.mark.parametrize("ds, precision, base, matmul", KINDS)
-def test_losses_are_near_those_of_the_full_base(train_once, ds, precision, base, matmul):
+@pytest.mark.parametrize("ds, precision, quantization, fp8_matmul", KINDS)
+def test_losses_are_near_those_of_the_full_base(train_once, ds, precision, quantization, fp8_matmul):
     """Two ranks: DeepSpeed broadcasts, casts and saves what it sees of the model."""
     settings = [] if precision == "fp32" else ["train.precision=bf16"]
     reference = train_once("zero2-bf16" if settings else "zero2", "zero2", *settings)
-    run = train_once(f"{ds}-{base}-{matmul}", ds, *settings, f"model.base={base}", f"model.matmul={matmul}")
+    run = train_once(f"{ds}-{quantization}-{fp8_matmul}", ds, *settings, f"model.quantization={quantization}", f"model.fp8_matmul={fp8_matmul}")
     assert losses(run) == pytest.approx(losses(reference), rel=0.02)
     assert losses(run) != losses(reference)
     expected, found = adapter(reference), adapter(run)
@@ -37,6 +37,6 @@ def test_losses_are_near_those_of_the_full_base(train_once, ds, precision, base,
 
 def test_stage_3_is_refused_before_anything_else_is_done(tiny_model, tmp_path):
     arguments = [f"model.path={tiny_model}", f"data.path={tmp_path}", f"output_dir={tmp_path / 'run'}"]
-    with pytest.raises(UserError, match=r"model.base=int8 does not go with ZeRO stage 3.*take stage 2"):
-        main(ROOT / "ds_configs/zero3.json", CONFIG, [*arguments, "model.base=int8"])
+    with pytest.raises(UserError, match=r"model.quantization=int8 does not go with ZeRO stage 3.*take stage 2"):
+        call("train", ["--deepspeed", "zero3", *arguments, "model.quantization=int8"])
     assert not (tmp_path / "run").exists()

@@ -20,8 +20,8 @@ def test_values_are_read_off_the_device_by_deepspeed_and_the_monitor_only(worksh
         [
             f"model.path={tiny_model}", f"data.path={workshop / 'clips'}", f"data.cache_dir={workshop / 'cache'}",
             "data.buckets=[17x64x96, 1x64x64]", f"output_dir={tmp_path / 'run'}", f"train.num_steps={NUM_STEPS}",
-            "train.gradient_accumulation_steps=3", "data.num_workers=0", "lora.rank=4", f"monitor.every={NUM_STEPS}",
-            "train.recompute=attention_kept",
+            "train.gradient_accumulation_steps=3", "data.num_workers=0", "lora.rank=4", f"metrics.every={NUM_STEPS}",
+            "train.activation_checkpointing=selective",
         ],
         env={"READS": str(reads)},
     )  # fmt: skip

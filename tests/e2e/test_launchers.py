@@ -122,7 +122,7 @@ def test_a_deepspeed_that_is_stopped_leaves_a_saved_run_and_nobody_behind(demo, 
     folder, _ = demo
     run = folder / f"outputs/{stop.__name__}"
     words = f"--num_gpus 2 --master_port {free_port()} launch/train.py --deepspeed ds_configs/zero2.json"
-    more = f"output_dir={run} train.num_steps=100000 eval.every=null monitor.every=1"
+    more = f"output_dir={run} train.num_steps=100000 eval.every=null metrics.every=1"
     process = subprocess.Popen(
         [Path(sys.executable).parent / "deepspeed", *words.split(), *more.split()],
         cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,

@@ -59,7 +59,7 @@ def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model
     run_train(
         *common, f"output_dir={tmp_path / 'run'}",
         "lora.target_modules=[all-linear]", "lora.rank=32", "lora.alpha=64",
-        "train.num_steps=200", "train.batch_size=4", "eval.every=null", "train.recompute=none",
+        "train.num_steps=200", "train.batch_size=4", "eval.every=null", "train.activation_checkpointing=none",
         "optimizer.lr=5e-3", "optimizer.warmup_steps=10", "optimizer.schedule=cosine",
         # By heart, not in general: what is evaluated is what is trained.
         "conditioning.image_noise=false", "conditioning.image_dropout=0", "conditioning.caption_dropout=0",

@@ -28,8 +28,8 @@ def run_folder(tmp_path_factory, tiny_model, run_train):
         "--deepspeed", "ds_configs/zero2.json", f"model.path={tiny_model}", f"data.path={folder / 'clips'}",
         f"data.cache_dir={folder / 'cache'}", "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]",
         f"output_dir={folder / 'run'}", "train.num_steps=12", "train.precision=fp32", "data.num_workers=0",
-        "lora.rank=4", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", "monitor.norms_every=2",
-        "monitor.show_clips=6", "monitor.show_batches=3", "eval.every=6", "eval.held_out=0.2", "eval.num_clips=2",
+        "lora.rank=4", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", "metrics.norms_every=2",
+        "metrics.show_clips=6", "metrics.show_batches=3", "eval.every=6", "eval.held_out=0.2", "eval.num_clips=2",
         ranks=1, launcher="warm",
     )  # fmt: skip
     return folder / "run"

@@ -21,13 +21,13 @@ from cogds.data.loading.dataset import read_encoded
 from cogds.data.video.drawn import draw_clips
 from cogds.data.video.media import read_clip
 from cogds.distributed.world import World
-from cogds.encode.buckets import make_buckets
 from cogds.encode.clip_set import load_clip_set
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EncodingPlan
 from cogds.encode.scan_data import scan_data
 from cogds.errors import UserError
 from cogds.files import process_tag
+from cogds.job import make_buckets
 from cogds.model.load import find_model, load_vae
 from tests.data import unruly
 

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds.config.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.model.evaluation_mode import call_aside, undisturbed
 from cogds.model.load import find_model, load_transformer
 
@@ -15,18 +15,18 @@ def test_every_block_and_module_is_as_it_was_whatever_happens(tiny_model):
     transformer = load_transformer(find_model(str(tiny_model)), torch.float32).train()
     transformer.proj_out.eval()
     for number, block in enumerate(transformer.transformer_blocks):
-        block.level = RECOMPUTE_LEVELS[1 + number % 2]
-    levels = [block.level for block in transformer.transformer_blocks]
-    modes, random = [module.training for module in transformer.modules()], torch.get_rng_state()
+        block.checkpointing = CHECKPOINTING_MODES[1 + number % 2]
+    modes = [block.checkpointing for block in transformer.transformer_blocks]
+    training, random = [module.training for module in transformer.modules()], torch.get_rng_state()
     with contextlib.suppress(ZeroDivisionError), undisturbed(transformer, torch.device("cpu")):
         assert not any(module.training for module in transformer.modules())
-        assert {block.level for block in transformer.transformer_blocks} == {"none"}
+        assert {block.checkpointing for block in transformer.transformer_blocks} == {"none"}
         assert not torch.is_grad_enabled()
         torch.rand(1)
         raise ZeroDivisionError
-    assert len(set(levels)) > 1
-    assert [block.level for block in transformer.transformer_blocks] == levels
-    assert [module.training for module in transformer.modules()] == modes
+    assert len(set(modes)) > 1
+    assert [block.checkpointing for block in transformer.transformer_blocks] == modes
+    assert [module.training for module in transformer.modules()] == training
     assert torch.equal(torch.get_rng_state(), random)
     assert torch.is_grad_enabled()
 

@@ -28,7 +28,7 @@ def test_weights_that_wait_on_the_host_are_counted_as_torch_pins_them(job):
 
 
 def test_weights_and_activations_that_wait_on_the_host_are_there_at_once(job):
-    one = job("zero3_offload", World(0, 1, 0, 1), "train.recompute=block+offload")
+    one = job("zero3_offload", World(0, 1, 0, 1), "train.activation_checkpointing=full+offload")
     needed = look_disk(one)["disk"]["memory"][2]
     assert needed == one.offloaded_bytes + one.pinned_bytes
     assert min(one.offloaded_bytes, one.pinned_bytes) > 0
@@ -36,4 +36,4 @@ def test_weights_and_activations_that_wait_on_the_host_are_there_at_once(job):
 
 def test_activations_that_wait_on_the_host(job):
     assert job("zero2").pinned_bytes == 0
-    assert job("zero2", World(0, 1, 0, 1), "train.recompute=block+offload").pinned_bytes > 0
+    assert job("zero2", World(0, 1, 0, 1), "train.activation_checkpointing=full+offload").pinned_bytes > 0

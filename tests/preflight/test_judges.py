@@ -251,8 +251,8 @@ def test_trial_steps():
     assert full.level == FAIL
     assert "does not fit into memory on rank 1 (n2): 79.0 GB of 80.0 GB taken, the estimate is 41.0 GB" in full.text
     assert "Try ds_configs/zero3.json" in full.text
-    known = ranks(trial(error="CUDA out of memory", advice="take model.base=nf4"))
-    assert only(judge_trial(known)).text.endswith("CUDA out of memory. take model.base=nf4")
+    known = ranks(trial(error="CUDA out of memory", advice="take model.quantization=nf4"))
+    assert only(judge_trial(known)).text.endswith("CUDA out of memory. take model.quantization=nf4")
     assert [one.level for one in judge_trial(ranks(trial(), trial(loss=None)))] == [OK, WARN]
 
 

@@ -14,15 +14,15 @@ from cogds.train.meter import Meter
 
 @pytest.fixture
 def meter(monkeypatch):
-    """`meter(stage, sequence)`: of a run with one tiny bucket, on the last of four ranks."""
+    """`meter(stage, sequence_size)`: of a run with one tiny bucket, on the last of four ranks."""
     monkeypatch.setattr(cogds.train.meter, "num_tokens", lambda *_: 32)
 
-    def make(stage=2, sequence=1):
+    def make(stage=2, sequence_size=1):
         run = SimpleNamespace(
-            world=World(3, 4, 3, 4, sequence), buckets=("bucket",), model=SimpleNamespace(
+            world=World(3, 4, 3, 4, sequence_size), buckets=("bucket",), model=SimpleNamespace(
                 geometry=None, num_layers=2, hidden_size=32
             ),
-            cfg=SimpleNamespace(monitor=SimpleNamespace(norms_every=None), train=SimpleNamespace(precision="bf16")),
+            cfg=SimpleNamespace(metrics=SimpleNamespace(norms_every=None), train=SimpleNamespace(precision="bf16")),
             plan=SimpleNamespace(coverage=lambda _: (0,)), data=SimpleNamespace(mixture=Mixture(((1,),), (1.0,), 0)),
         )  # fmt: skip
         engine = SimpleNamespace(module=torch.nn.Module(), zero_optimization_stage=lambda: stage)
@@ -40,7 +40,7 @@ def step(meter):
 def test_a_rank_knows_how_long_it_was_busy_where_none_waits_for_another_in_it(meter):
     assert 0.5 <= step(meter()).busy_s < math.inf
     assert math.isnan(step(meter(stage=3)).busy_s)
-    assert math.isnan(step(meter(sequence=2)).busy_s)
+    assert math.isnan(step(meter(sequence_size=2)).busy_s)
 
 
 def test_the_peak_is_that_of_all_steps_though_the_allocators_begins_anew(meter, monkeypatch):

@@ -16,6 +16,7 @@ from PIL import Image
 
 import cogds.sample
 import cogds.train.samples
+from cogds.cli import call
 from cogds.config.schema import load_config, replace
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.store import Cache
@@ -131,7 +132,7 @@ def test_videos_of_the_base_model_once_and_of_every_step(previews):
 
 def test_nothing_else_is_changed(previews, parts):
     transformer, vae = parts.engine.module.train(), parts.builder.vae
-    transformer.set_level("block")
+    transformer.set_checkpointing("full")
     vae.enable_tiling()
     occasion, *_ = previews()
     parameters = {name: (one.clone(), one.requires_grad) for name, one in transformer.named_parameters()}
@@ -140,7 +141,7 @@ def test_nothing_else_is_changed(previews, parts):
     occasion.act(2)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(module.training for module in transformer.modules())
-    assert {block.level for block in transformer.transformer_blocks} == {"block"}
+    assert {block.checkpointing for block in transformer.transformer_blocks} == {"full"}
     assert vae.use_tiling
     vae.disable_tiling()
     assert occasion.act.__self__._pipeline.transformer is transformer  # and nothing of the last video
@@ -248,8 +249,7 @@ def test_the_first_frame_is_scaled_as_in_training_and_as_a_fresh_process_does_la
         occasion, *_ = previews(output=tmp_path / convention, **changes)
         occasion.act(2)
         export(tmp_path / "lora", module, weights, {"image_latents": convention})
-        cogds.sample.main(
-            ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
+        call("sample", ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
              "--image", image, "--size", "9x64x64", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
         )  # fmt: skip
         made.append(last["preview"].astype(int))
@@ -401,7 +401,7 @@ def test_clips_are_spread_over_the_buckets_that_move():
 
 def test_before_and_after_stand_beside_the_first_frame():
     first = np.full((96, 64, 3), 10, np.uint8)
-    base, now = (np.full((9, 96, 64, 3), level, np.uint8) for level in (100, 200))
+    base, now = (np.full((9, 96, 64, 3), gray, np.uint8) for gray in (100, 200))
     strips, played = beside(first, {"base": base, "step 5": now})
     assert strips.shape == (2 * (96 + 18) + 4, 9 * 64 + 8 * 4, 3)
     assert (strips[18 : 18 + 96, :64] == 10).all()

@@ -72,7 +72,7 @@ def test_all_stop_before_the_same_call(idle):
 def test_a_rank_that_shares_the_video_gives_up_with_the_one_that_failed(monkeypatch):
     """Ranks 0 and 1 share one, 2 and 3 another. Rank 1 fails after two calls."""
     failed = []
-    world = [World(rank, 4, rank, 4, sequence=2) for rank in range(4)]
+    world = [World(rank, 4, rank, 4, sequence_size=2) for rank in range(4)]
 
     def vote(_world, stop, *lost):
         failed.append(lost)

@@ -14,7 +14,7 @@ from typing import Any
 
 from cogds.files import whole_file
 
-# Increase it whenever the same inputs would give other tensors, such as after a change of resampling or cropping.
+# Increase it whenever the same inputs would give other tensors, such as after changes of resampling or cropping.
 ENCODING_VERSION = 2
 
 

@@ -24,7 +24,7 @@ from cogds.data.cache.shard import (
     write_shard,
 )
 from cogds.data.cache.store import Cache
-from cogds.process.progress import progress
+from cogds.process.progress import progress_bar
 
 # Encoding version 1 kept each entry in a file of its own, <kind>/<xx>/<key>.safetensors. No key of today matches.
 _OLD_FOLDER = re.compile("[0-9a-f]{2}")
@@ -94,7 +94,7 @@ def verify(root: Path | str, num_threads: int = 4, show_progress: bool = False) 
         shards = shards_in(folder)
         with ThreadPoolExecutor(num_threads) as threads:
             checks = threads.map(_check_shard, shards)
-            bar = progress(f"verifying {kind}", "file", len(shards), show_progress, items=checks)
+            bar = progress_bar(f"verifying {kind}", "file", len(shards), show_progress, items=checks)
             for path, checked in zip(shards, bar):
                 num_entries += len(checked.entries)
                 num_failures += len(checked.failures)

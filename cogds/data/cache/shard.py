@@ -41,7 +41,7 @@ class DamageError(Exception):
 
 
 def entry_record(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """The record of an entry with tensors: a CRC-32 of the key and of each tensor's name, dtype, shape and data."""
+    """An entry's record: a CRC-32 of its key and each tensor's name, dtype, shape and data (dense, on the CPU)."""
     crc = zlib.crc32(key.encode())
     for name in sorted(tensors):
         tensor = tensors[name]

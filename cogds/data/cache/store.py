@@ -118,7 +118,7 @@ class Cache:
         self.root = Path(root)
         if self.root.exists() and not self.root.is_dir():
             raise UserError(
-                f"data.cache_dir: {self.root} is a file, not a folder. Move it, or set data.cache_dir to a folder."
+                f"data.cache_dir: {self.root} is a file, not a folder. Move it, or set another data.cache_dir."
             )
         self._newer: dict[str, Snapshot] = {}
 

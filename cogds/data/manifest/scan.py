@@ -43,7 +43,7 @@ from cogds.data.manifest.scan_state import (
 )
 from cogds.data.manifest.table import DataSet, read_manifest_batches, write_manifest
 from cogds.data.video.probe_task import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, ProbeTask, probe_file, reason_of
-from cogds.process.progress import progress
+from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import Failure, GuardedPool
 
 ENTRIES_PER_BATCH = 1 << 16
@@ -154,7 +154,7 @@ def scan_share(
         num_changed = sum(map(len, changed))
         tasks = (ProbeTask(row["kind"], row["path"]) for row in _rows(changed))
         with (
-            progress("scanning files", "file", num_files, is_shown, num_files - num_changed) as bar,
+            progress_bar("scanning files", "file", num_files, is_shown, initial=num_files - num_changed) as bar,
             GuardedPool(scan_file, min(num_workers, num_changed), timeout_s, memory_bytes) as pool,
         ):
             for row, result in zip(_rows(changed), pool.imap(tasks, ahead=4 * num_workers)):
@@ -195,7 +195,7 @@ def scan_file(task: ProbeTask) -> dict[str, Any]:
 def _changed_files(batches: Sequence[pa.RecordBatch], writer: ResultWriter, is_shown: bool) -> Iterator[pa.RecordBatch]:
     """The files that are new or changed, with size and mtime_ns. Writes results of those that cannot be opened."""
     with (
-        progress("checking files", "file", sum(map(len, batches)), is_shown) as bar,
+        progress_bar("checking files", "file", sum(map(len, batches)), is_shown) as bar,
         ThreadPoolExecutor(_NUM_THREADS) as threads,
     ):
         for batch, stamps in zip(batches, threads.map(_stamps, batches)):

@@ -1,10 +1,10 @@
 """What of a block's activations is kept for the backward pass, and what is computed anew or brought back.
 
 none            everything is kept: the fastest, and by far the largest
-attention_kept  a block's input and its attention's output (with its log-sum-exp) are kept, the rest is recomputed:
+selective       a block's input and its attention's output (with its log-sum-exp) are kept, the rest is recomputed:
                 attention is most of the work of a long clip and little of the memory
-block           a block's input is kept, everything in it is computed twice
-block+offload   and that input waits in pinned host memory, copied while the GPU computes
+full            a block's input is kept, everything in it is computed twice
+full+offload    and that input waits in pinned host memory, copied while the GPU computes
 """
 
 import functools
@@ -41,15 +41,17 @@ def _keep_attention(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) 
     return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run(level: str, function: Callable[..., torch.Tensor], *args: Any, has_dropout: bool = False) -> torch.Tensor:
-    """function(*args), its activations kept as `level` says.
+def run(
+    checkpointing: str, function: Callable[..., torch.Tensor], *args: Any, has_dropout: bool = False
+) -> torch.Tensor:
+    """function(*args), its activations kept as `checkpointing` says.
 
     has_dropout: the random state is kept too, so that the second time drops the same.
     """
-    if level == "none" or not torch.is_grad_enabled():
+    if checkpointing == "none" or not torch.is_grad_enabled():
         return function(*args)
     more: dict[str, Any] = {}
-    if level == "attention_kept":
+    if checkpointing == "selective":
         more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=has_dropout, **more)
 
@@ -69,8 +71,9 @@ class Pinned:
             torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.numbers.data_ptr(), num_bytes, 0))
         except (OSError, torch.cuda.CudaError) as error:
             raise UserError(
-                f"train.recompute=block+offload cannot pin {num_bytes / 1e6:.0f} MB more of this machine's memory "
-                f"({error}): take a level that keeps the blocks' inputs on the GPU, fewer ranks a node or a smaller "
+                f"train.activation_checkpointing=full+offload cannot pin {num_bytes / 1e6:.0f} MB more of this "
+                f"machine's memory "
+                f"({error}): take a mode that keeps the blocks' inputs on the GPU, fewer ranks a node or a smaller "
                 "bucket, or give the job more memory"
             ) from None
         # Memory must not be given back while CUDA counts on it. When the process ends, that is the driver's affair.

@@ -2,7 +2,7 @@
 
 Text and video tokens stay one sequence from the first block to the last (diffusers joins and splits it twice a block),
 what depends on the timestep alone is computed outside of what is recomputed, a LoRA adds to its layer within the matrix
-product, and each block keeps as much of its activations as it is told (`recompute`). Same numbers as diffusers' up to
+product, and each block keeps as much of its activations as `set_checkpointing` says. Same numbers as diffusers' up to
 the last bits; the tests compare outputs and gradients.
 """
 
@@ -21,21 +21,21 @@ from cogds.model.transformer.sequence_parallel import SequenceGroup, attend_toge
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
 
-# Of the compiled block, in one process: four levels; single clips or batches; with gradients or without; the LoRA on or
-# off; a whole clip or a share of it.
+# Of the compiled block, in one process: four checkpointing modes; single clips or batches; with gradients or without;
+# the LoRA on or off; a whole clip or a share of it.
 MAX_GRAPHS = 4 * 2 * 2 * 2 * 2
 
 
 class Block(nn.Module):
     """diffusers' CogVideoXBlock on one sequence, text tokens first.
 
-    kernel: of `attention.KERNELS`. level: of `recompute.LEVELS`, or what `Transformer.set` puts there.
+    kernel: of `attention.KERNELS`. checkpointing: of `CHECKPOINTING_MODES`, set by `Transformer.set_checkpointing`.
     """
 
     def __init__(self, block: Any):
         super().__init__()
         self.norm1, self.attn1, self.norm2, self.ff = block.norm1, block.attn1, block.norm2, block.ff
-        self.kernel, self.level, self.has_dropout = "torch", "none", False
+        self.kernel, self.checkpointing, self.has_dropout = "torch", "none", False
         self.offload: Offload | None = None
         self.group = ""  # name of the process group whose ranks share the sequence
         self._body: Any = self.body  # compiled, where that was asked for
@@ -44,7 +44,13 @@ class Block(nn.Module):
         body = torch.compile(self.body, backend=backend)
 
         def run_compiled(
-            level: str, x: torch.Tensor, first: Any, second: Any, rotary: Rotary, num_text: int, counts: tuple[int, ...]
+            checkpointing: str,
+            x: torch.Tensor,
+            first: Any,
+            second: Any,
+            rotary: Rotary,
+            num_text: int,
+            counts: tuple[int, ...],
         ) -> Any:
             # Said beforehand, or the second length would compile anew.
             for tensor, axis in ((x, 1), *((table, 0) for table in rotary or ())):
@@ -52,7 +58,7 @@ class Block(nn.Module):
             if len(x) > 1:
                 for tensor in (x, *first, *second):
                     torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            return body(level, x, first, second, rotary, num_text, counts)
+            return body(checkpointing, x, first, second, rotary, num_text, counts)
 
         self._body = run_compiled
 
@@ -66,19 +72,19 @@ class Block(nn.Module):
         modulations = [
             Modulation(*norm.linear(norm.silu(temb))[:, None].chunk(6, dim=-1)) for norm in (self.norm1, self.norm2)
         ]
-        if self.level == "block+offload" and torch.is_grad_enabled():
+        if self.checkpointing == "full+offload" and torch.is_grad_enabled():
             assert self.offload is not None
             with self.offload.keep(x):
-                return self._body("block", x, *modulations, rotary, num_text, counts)
-        return self._body(self.level, x, *modulations, rotary, num_text, counts)
+                return self._body("full", x, *modulations, rotary, num_text, counts)
+        return self._body(self.checkpointing, x, *modulations, rotary, num_text, counts)
 
     def body(
-        self, level: str, x: torch.Tensor, first: Modulation, second: Modulation, rotary: Rotary, num_text: int,
+        self, checkpointing: str, x: torch.Tensor, first: Modulation, second: Modulation, rotary: Rotary, num_text: int,
         counts: tuple[int, ...] = (),
     ) -> torch.Tensor:  # fmt: skip
-        """What is recomputed as `level` says, and compiled."""
+        """What is recomputed as `checkpointing` says, and compiled."""
         inputs = (x, first, second, rotary, num_text, counts)
-        return run(level, self._attend_and_feed, *inputs, has_dropout=self.has_dropout)
+        return run(checkpointing, self._attend_and_feed, *inputs, has_dropout=self.has_dropout)
 
     def _attend_and_feed(
         self, x: torch.Tensor, first: Modulation, second: Modulation, rotary: Rotary, num_text: int,
@@ -135,14 +141,14 @@ class Transformer(CogVideoXTransformer3DModel):
         for block in self.transformer_blocks:
             block.has_dropout = any(isinstance(one, nn.Dropout) and one.p > 0 for one in block.modules())
 
-    def set_level(self, level: str) -> None:
-        """What every block keeps for the backward pass from now on (`recompute`)."""
-        if level == "block+offload" and self.transformer_blocks[0].offload is None:
+    def set_checkpointing(self, checkpointing: str) -> None:
+        """What every block keeps for the backward pass from now on (`checkpointing`)."""
+        if checkpointing == "full+offload" and self.transformer_blocks[0].offload is None:
             offload = Offload(next(self.parameters()).device)
             for block in self.transformer_blocks:
                 block.offload = offload
         for block in self.transformer_blocks:
-            block.level = level
+            block.checkpointing = checkpointing
 
     def share_sequence(self, group: SequenceGroup) -> None:
         """From now on every clip is shared by the ranks of `group`: all of them take it, and get the whole output."""
@@ -152,7 +158,7 @@ class Transformer(CogVideoXTransformer3DModel):
 
     def compile_blocks(self, backend: Any = "inductor") -> None:
         """Compile the block, once for all of them. Every bucket runs the same code: at most one compilation for single
-        clips and one for batches, for each level that is used, with gradients and without."""
+        clips and one for batches, for each checkpointing mode that is used, with gradients and without."""
         self.make_blocks_alike()
         # Past its limit, which is 8, Dynamo runs a block as it is, and says so in its own log only.
         limits = torch._dynamo.config

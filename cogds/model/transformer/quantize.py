@@ -1,10 +1,10 @@
 """The frozen base held smaller: the linear layers of the blocks with codes and scales in place of their weights.
 
-int8, float8   eight bits a number, a float32 scale for every row of a weight; torchao makes and reads them
+int8, fp8      eight bits a number, a float32 scale for every row of a weight; torchao makes and reads them
 nf4            four bits a number, a float32 scale for every 64; bitsandbytes makes and reads them
-matmul=float8  the frozen weights multiply as float8, the other operand rounded to it row by row, in both directions;
-               torchao makes the codes, torch multiplies. With base=full a weight is held twice, for either direction,
-               in as many bytes as before
+fp8_matmul     the frozen weights multiply as float8, the other operand rounded to it row by row, in both directions;
+               torchao makes the codes, torch multiplies. With quantization=none a weight is held twice, for either
+               direction, in as many bytes as before
 
 A weight is packed as it arrives and unpacked, one layer at a time, by the product that needs it, forward and backward.
 What is unpacked is not kept: a product and its gradient are one operation each for autograd and for the compiler,
@@ -20,24 +20,23 @@ from torch import nn
 
 from cogds.errors import UserError
 
-BASES = ("full", "int8", "float8", "nf4")
-MATMULS = ("full", "float8")
-# Kinds of `Packed`: a base, or float8 on both sides of the product.
-_MATMUL = "float8 matmul"
-_LIBRARIES = {"int8": "torchao", "float8": "torchao", _MATMUL: "torchao", "nf4": "bitsandbytes"}
+QUANTIZATIONS = ("none", "int8", "fp8", "nf4")
+# Kinds of `Packed`: a quantization, or float8 on both sides of the product.
+_MATMUL = "fp8 matmul"
+_LIBRARIES = {"int8": "torchao", "fp8": "torchao", _MATMUL: "torchao", "nf4": "bitsandbytes"}
 _NF4_BLOCK = 64
 # A row of zeros (the last block's text tokens have no gradient) has no largest value to scale by: torchao takes this.
 _SMALLEST = 1e-30
-# What torch's float8 product asks of a weight's sides.
+# What torch's fp8 matmul asks of a weight's sides.
 _DIVISOR = 16
 # Ada and Hopper are the first with float8.
-_FLOAT8_CAPABILITY = (8, 9)
+_FP8_CAPABILITY = (8, 9)
 
 
 class Packed(NamedTuple):
     """A weight [out, in] as a library holds it. dtype: what it unpacks to.
 
-    parts: codes and scales; of a float8 product that is ready for the way back too, those of the transposed weight.
+    parts: codes and scales; with fp8 matmul, if ready for the way back too, those of the transposed weight.
     """
 
     kind: str
@@ -46,40 +45,42 @@ class Packed(NamedTuple):
     parts: tuple[torch.Tensor, ...]
 
 
-def check_base(base: str, matmul: str, precision: str, stage: int, device: torch.device) -> None:
-    """Raise UserError where the base cannot be held or multiplied so: in this run, on this device, as installed.
+def check_quantization(quantization: str, fp8_matmul: bool, precision: str, stage: int, device: torch.device) -> None:
+    """Raise UserError if this run, this device or what is installed rules the quantization out.
 
-    base, matmul: `model.base` and `model.matmul`; precision: `train.precision`; stage: of ZeRO.
+    quantization, fp8_matmul: of `model`; precision: `train.precision`; stage: of ZeRO.
     """
-    if base == "full" and matmul == "full":
+    if quantization == "none" and not fp8_matmul:
         return
-    keys = [("model.base", base), ("model.matmul", matmul)]
-    asked = " and ".join(f"{key}={value}" for key, value in keys if value != "full")
-    if matmul == "float8" and base not in ("full", "float8"):
-        raise UserError(f"{asked}: a float8 product needs float8 weights; set model.base to float8 or full")
+    keys = {"model.quantization=" + quantization: quantization != "none", "model.fp8_matmul=true": fp8_matmul}
+    asked = " and ".join(key for key, is_set in keys.items() if is_set)
+    if fp8_matmul and quantization not in ("none", "fp8"):
+        raise UserError(f"{asked}: fp8 matmul needs fp8 weights; set model.quantization to fp8 or none")
     if stage == 3:
         raise UserError(
             f"{asked} does not go with ZeRO stage 3, which shares out whole weights of one number format, not codes "
-            "with scales: take stage 2 (ds_configs/zero2.json), where each GPU holds the small base, or model.base=full"
+            "with scales: take stage 2 (ds_configs/zero2.json), where each GPU holds the quantized base, or "
+            "model.quantization=none"
         )
-    if matmul == "float8" and precision != "bf16":
-        raise UserError(f"{asked} needs train.precision=bf16, but it is {precision}: a float8 product gives bf16")
-    for kind in {base, matmul} - {"full"}:
+    if fp8_matmul and precision != "bf16":
+        raise UserError(f"{asked} needs train.precision=bf16, but it is {precision}: fp8 matmul gives bf16")
+    for kind in {quantization, *([_MATMUL] if fp8_matmul else [])} - {"none"}:
         library = _LIBRARIES[kind]
         if importlib.util.find_spec(library) is None:
             raise UserError(f"{asked} needs {library}, which is not installed: pip install -e '.[quant]'")
-    if device.type == "cuda" and "float8" in (base, matmul):
+    if device.type == "cuda" and (quantization == "fp8" or fp8_matmul):
         capability = torch.cuda.get_device_capability(device)
-        if capability < _FLOAT8_CAPABILITY:
+        if capability < _FP8_CAPABILITY:
             raise UserError(
                 f"{asked} needs a GPU with float8, compute capability 8.9 (Ada, Hopper), but this one has "
-                f"{capability[0]}.{capability[1]}: set model.base=int8, which is as small, and model.matmul=full"
+                f"{capability[0]}.{capability[1]}: set model.quantization=int8, which is as small, and "
+                f"model.fp8_matmul=false"
             )
 
 
-def pack(weight: torch.Tensor, base: str, matmul: str = "full") -> Packed:
-    """A weight [out, in] in codes. matmul="float8": ready for float8 products, whatever the base."""
-    kind = _MATMUL if matmul == "float8" else base
+def pack(weight: torch.Tensor, quantization: str, fp8_matmul: bool = False) -> Packed:
+    """A weight [out, in] in codes. fp8_matmul=True: ready for fp8 matmul, whatever the quantization."""
+    kind = _MATMUL if fp8_matmul else quantization
     if kind == "nf4":
         from bitsandbytes.functional import quantize_4bit
 
@@ -90,13 +91,13 @@ def pack(weight: torch.Tensor, base: str, matmul: str = "full") -> Packed:
 
         parts = _parts(Int8Tensor.from_hp(weight, granularity=PerRow()))
     else:
-        parts = _float8(weight)
-        if kind == _MATMUL and base == "full":
-            parts += _float8(weight.t().contiguous())
+        parts = _fp8(weight)
+        if kind == _MATMUL and quantization == "none":
+            parts += _fp8(weight.t().contiguous())
     return Packed(kind, (weight.shape[0], weight.shape[1]), weight.dtype, tuple(parts))
 
 
-def _float8(weight: torch.Tensor) -> list[torch.Tensor]:
+def _fp8(weight: torch.Tensor) -> list[torch.Tensor]:
     from torchao.quantization import Float8Tensor, PerRow
 
     return _parts(Float8Tensor.from_hp(weight, granularity=PerRow(), hp_value_lb=_SMALLEST))
@@ -126,7 +127,7 @@ def _unpack(kind: str, shape: Any, dtype: torch.dtype, parts: Any) -> torch.Tens
     return Float8Tensor(codes, scales, block_size=per_row, dtype=dtype).dequantize()
 
 
-def _float8_linear(
+def _fp8_linear(
     rows: torch.Tensor, codes: torch.Tensor, scales: torch.Tensor, bias: torch.Tensor | None
 ) -> torch.Tensor:
     """rows W^T + bias in float8 on both sides, rows rounded row by row: plain operations, which a compiler fuses."""
@@ -139,8 +140,8 @@ def _float8_linear(
     )
 
 
-class _Float8Product(torch.autograd.Function):
-    """rows W^T + bias for a weight that is ready for float8 products: parts of `Packed`."""
+class _Fp8Product(torch.autograd.Function):
+    """rows W^T + bias for a weight that is ready for fp8 matmul: parts of `Packed`."""
 
     @staticmethod
     def forward(
@@ -148,7 +149,7 @@ class _Float8Product(torch.autograd.Function):
     ) -> torch.Tensor:
         ctx.shape = shape
         ctx.save_for_backward(*parts)
-        return _float8_linear(rows, parts[0], parts[1], bias)
+        return _fp8_linear(rows, parts[0], parts[1], bias)
 
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> tuple[Any, ...]:
@@ -169,8 +170,8 @@ def _product_back(gradient: torch.Tensor, kind: str, shape: list[int], parts: li
     weight = _unpack(kind, shape, gradient.dtype, parts)
     if kind != _MATMUL:
         return gradient @ weight
-    codes, scales = _float8(weight.t().contiguous())
-    return _float8_linear(gradient, codes, scales, None)
+    codes, scales = _fp8(weight.t().contiguous())
+    return _fp8_linear(gradient, codes, scales, None)
 
 
 @_product.register_fake
@@ -199,14 +200,14 @@ _product.register_autograd(_backward, setup_context=_keep)
 def product(rows: torch.Tensor, weight: Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """rows W^T + bias for rows [N, in] -> [N, out]; `product_back` is its gradient."""
     if weight.kind == _MATMUL:  # nothing is unpacked
-        return _float8_linear(rows, weight.parts[0], weight.parts[1], bias)
+        return _fp8_linear(rows, weight.parts[0], weight.parts[1], bias)
     return _product(rows, weight.kind, list(weight.shape), list(weight.parts), bias)
 
 
 def product_back(gradient: torch.Tensor, weight: Packed) -> torch.Tensor:
     """gradient W for gradient [N, out] -> [N, in]."""
     if weight.kind == _MATMUL and len(weight.parts) > 2:
-        return _float8_linear(gradient, weight.parts[2], weight.parts[3], None)
+        return _fp8_linear(gradient, weight.parts[2], weight.parts[3], None)
     return _product_back(gradient, weight.kind, list(weight.shape), list(weight.parts))
 
 
@@ -217,10 +218,10 @@ class PackedLinear(nn.Linear):
     it where it was filled. `weight` unpacks it at every look, for whoever asks for its dtype and device (peft).
     """
 
-    def __init__(self, linear: nn.Linear, base: str, matmul: str):
+    def __init__(self, linear: nn.Linear, quantization: str, fp8_matmul: bool):
         nn.Module.__init__(self)
         self.in_features, self.out_features, self.bias = linear.in_features, linear.out_features, linear.bias
-        self.base, self.matmul = base, matmul
+        self.quantization, self.fp8_matmul = quantization, fp8_matmul
         self.packed: Packed | None = None
 
     @property
@@ -236,31 +237,31 @@ class PackedLinear(nn.Linear):
     @torch.no_grad()
     def fill(self, weight: torch.Tensor) -> None:
         """Pack this weight [out, in], in its dtype and on its device."""
-        self.packed = pack(weight, self.base, self.matmul)
+        self.packed = pack(weight, self.quantization, self.fp8_matmul)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         assert self.packed is not None
         rows, packed = x.flatten(0, -2), self.packed
         if packed.kind == _MATMUL:
-            out = _Float8Product.apply(rows, self.bias, packed.shape, *packed.parts)
+            out = _Fp8Product.apply(rows, self.bias, packed.shape, *packed.parts)
         else:
             out = product(rows, packed, self.bias)
         return out.unflatten(0, x.shape[:-1])
 
 
-def pack_block(block: nn.Module, base: str, matmul: str, fill: bool) -> None:
+def pack_block(block: nn.Module, quantization: str, fp8_matmul: bool, fill: bool) -> None:
     """Put `PackedLinear`s in place of a block's linear layers. fill: with their weights, else empty.
 
-    float8 products are for the layers on a sequence: those that make shift, scale and gate have a row a clip.
+    fp8 matmul is for the layers on a sequence: those that make shift, scale and gate have a row a clip.
     """
     for name, linear in list(block.named_modules()):
         if not isinstance(linear, nn.Linear):
             continue
         long = not name.startswith("norm") and not (linear.in_features % _DIVISOR or linear.out_features % _DIVISOR)
-        own = matmul if long else "full"
-        if base == "full" and own == "full":
+        own = fp8_matmul and long
+        if quantization == "none" and not own:
             continue
-        packed = PackedLinear(linear, base, own)
+        packed = PackedLinear(linear, quantization, own)
         if fill:
             packed.fill(linear.weight)
         block.set_submodule(name, packed)

@@ -36,7 +36,8 @@ def check_sequence(size: int, num_ranks: int, num_heads: int) -> None:
     possible = [n for n in range(1, num_ranks + 1) if num_ranks % n == 0 and num_heads % n == 0]
     if size not in possible:
         raise UserError(
-            f"parallel.sequence is {size}, but a clip is shared by as many ranks as divide both the number of ranks, "
+            f"parallel.sequence_size is {size}, but a clip is shared by as many ranks as divide both the number of "
+            f"ranks, "
             f"{num_ranks}, and the model's attention heads, {num_heads}: set it to {' or '.join(map(str, possible))}, "
             "or start another number of ranks"
         )

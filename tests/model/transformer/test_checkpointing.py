@@ -126,7 +126,7 @@ def late(monkeypatch):
 def offloaded(late):
     """A transformer whose blocks' inputs go to the host as on a GPU."""
     _, ours = pair(V15, ATTENTION)
-    ours.set_level("block+offload")
+    ours.set_checkpointing("full+offload")
     offload = ours.transformer_blocks[0].offload
     offload.stream, offload.memory = late, HostMemory(Piece)
     return ours, offload
@@ -144,7 +144,7 @@ def test_on_a_gpu_too_no_bit_changes_and_memory_stays_what_it_is(made, late):
     assert made == [3 * PAGE] * 3 + [6 * PAGE] * 3
     assert [piece.num_bytes for piece in offload.memory.free] == [6 * PAGE] * 3
     assert late.num_done == len(late.queued) >= 3 * (3 + 1)  # blocks of three clips go, and come unless they are here
-    ours.set_level("none")
+    ours.set_checkpointing("none")
     for batch, (output, gradients) in zip(batches, found):
         expected = outcome(ours, batch)
         assert torch.equal(output, expected[0])

@@ -13,7 +13,7 @@ from cogds.model.transformer.forward import MAX_GRAPHS, Block, Transformer
 from tests.live_bytes import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-LEVELS = ("none", "attention_kept", "block", "block+offload")
+CHECKPOINTING_MODES = ("none", "selective", "full", "full+offload")
 # CogVideoX-1.5, tiny; 1.0 has patches of one frame, 1.0-I2V learned positions, 1.0-2B no rotary tables.
 V15 = {
     "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 8, "out_channels": 4, "time_embed_dim": 32,
@@ -116,14 +116,14 @@ def test_what_is_not_a_plain_lora_runs_as_peft_has_it(lora):
 
 
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.5}], ids=["plain", "dropout"])
-@pytest.mark.parametrize("level", LEVELS[1:])
-def test_recomputing_changes_no_bit(level, lora):
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES[1:])
+def test_recomputing_changes_no_bit(checkpointing, lora):
     _, ours = pair(V15, "all", **lora)
     ours.note_dropout()
     batch = inputs(V15)
     torch.manual_seed(1)
     expected = outcome(ours, batch)
-    ours.set_level(level)
+    ours.set_checkpointing(checkpointing)
     torch.manual_seed(1)
     found = outcome(ours, batch)
     assert torch.equal(found[0], expected[0])
@@ -142,9 +142,9 @@ class Calls(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-def calls_of_attention(level):
+def calls_of_attention(checkpointing):
     _, ours = pair(V15, ATTENTION)
-    ours.set_level(level)
+    ours.set_checkpointing(checkpointing)
     batch = inputs(V15)
     with Calls() as calls:
         outcome(ours, batch)
@@ -155,15 +155,15 @@ def calls_of_attention(level):
 
 
 def test_attention_is_recomputed_only_where_the_whole_block_is():
-    (kept, none), (attention, partly), (twice, block) = map(calls_of_attention, LEVELS[:3])
+    (kept, none), (attention, partly), (twice, block) = map(calls_of_attention, CHECKPOINTING_MODES[:3])
     assert (kept, attention, twice) == (3, 3, 6)
     assert none < partly == block
 
 
-def kept_on_the_device(level):
+def kept_on_the_device(checkpointing):
     """Bytes that are alive after the forward pass, but for what would wait in a GPU's host memory."""
     _, ours = pair(V15, ATTENTION)
-    ours.set_level(level)
+    ours.set_checkpointing(checkpointing)
     batch = inputs(V15)
     given = [one for one in batch.values() if isinstance(one, torch.Tensor)]
     with LiveBytes([*ours.parameters(), *ours.buffers(), *given, *batch["image_rotary_emb"]]) as live:
@@ -176,7 +176,7 @@ def kept_on_the_device(level):
 
 
 def test_each_level_keeps_less_than_the_one_before():
-    none, attention, block, offload = map(kept_on_the_device, LEVELS)
+    none, attention, block, offload = map(kept_on_the_device, CHECKPOINTING_MODES)
     unit, statistics = 2 * (12 + 5) * 64 * 4, 2 * (12 + 5) * 4 * 4
     assert none > 4 * attention
     assert attention - block == 3 * (unit + statistics)  # attention's outputs, of three blocks
@@ -185,7 +185,7 @@ def test_each_level_keeps_less_than_the_one_before():
 
 def test_inputs_of_blocks_go_to_the_host_and_come_back():
     _, ours = pair(V15, ATTENTION)
-    ours.set_level("block+offload")
+    ours.set_checkpointing("full+offload")
     output = ours(**inputs(V15))[0]
     offload = ours.transformer_blocks[0].offload
     assert len(offload._waiting) == 3
@@ -196,7 +196,7 @@ def test_inputs_of_blocks_go_to_the_host_and_come_back():
 def test_without_gradients_nothing_is_kept():
     _, ours = pair(V15, ATTENTION)
     batch = inputs(V15)
-    ours.set_level("block+offload")
+    ours.set_checkpointing("full+offload")
     with torch.no_grad():
         ours(**batch)
     assert not ours.transformer_blocks[0].offload._waiting
@@ -215,11 +215,11 @@ def compiled(ours, shapes):
     return [outcome(ours, shape) for shape in shapes], len(graphs)
 
 
-@pytest.mark.parametrize("level", LEVELS)
-def test_one_compilation_serves_all_buckets(level):
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
+def test_one_compilation_serves_all_buckets(checkpointing):
     """One for single clips and one for batches, whatever their number and size."""
     _, ours = pair(V15, ATTENTION)
-    ours.set_level(level)
+    ours.set_checkpointing(checkpointing)
     sizes = [(4, 4, 6), (6, 6, 4), (2, 4, 4), (4, 8, 8), (8, 4, 10)]
     batches = [inputs(V15, batch, latents) for batch in (1, 2) for latents in sizes]
     plain = [outcome(ours, one) for one in batches]
@@ -232,7 +232,8 @@ def test_one_compilation_serves_all_buckets(level):
 
 @pytest.mark.slow
 def test_every_way_of_running_is_compiled_however_many_there_are():
-    """Dynamo's own limit is 8 graphs; past it a block would run as it is. 4 levels, 1 or 2 clips, gradients or none."""
+    """Dynamo's own limit is 8 graphs; past it a block would run as it is. 4 checkpointing
+    modes, 1 or 2 clips, gradients or none."""
     _, ours = pair(V15, ATTENTION)
     graphs, batches = [], [inputs(V15, batch, (2, 2, 2)) for batch in (1, 2)]
 
@@ -243,8 +244,8 @@ def test_every_way_of_running_is_compiled_however_many_there_are():
     torch._dynamo.reset()
     with torch._dynamo.config.patch(recompile_limit=8):
         ours.compile_blocks(backend=count)
-        for level in LEVELS[:3]:
-            ours.set_level(level)
+        for checkpointing in CHECKPOINTING_MODES[:3]:
+            ours.set_checkpointing(checkpointing)
             for batch in batches:
                 for grad in (True, False):
                     with torch.set_grad_enabled(grad):
@@ -261,9 +262,9 @@ def test_every_way_of_running_is_compiled_however_many_there_are():
 @pytest.mark.slow
 @pytest.mark.timeout(900)
 def test_generated_code_gives_the_same_numbers():
-    """With the code generator that training uses, which takes minutes here: one block, one level, one length."""
+    """With the code generator that training uses, which takes minutes here: one block, mode and length."""
     _, ours = pair(V15 | {"num_layers": 1}, ATTENTION)
-    ours.set_level("attention_kept")
+    ours.set_checkpointing("selective")
     batch = inputs(V15, 1, (2, 4, 4))
     expected = outcome(ours, batch)
     torch._dynamo.reset()
@@ -275,10 +276,10 @@ def test_generated_code_gives_the_same_numbers():
     assert worst(found[1], expected[1]) < 5e-6
 
 
-def partitioned(level):
+def partitioned(checkpointing):
     """Of the compiled block: how often its backward graph runs attention, and the bytes its forward graph keeps."""
     _, ours = pair(V15, ATTENTION)
-    ours.set_level(level)
+    ours.set_checkpointing(checkpointing)
     graphs = {}
 
     def look(name):
@@ -302,7 +303,7 @@ def partitioned(level):
 
 
 def test_the_compiler_keeps_and_recomputes_as_told():
-    (kept, none), (attention, partly), (twice, block) = map(partitioned, LEVELS[:3])
+    (kept, none), (attention, partly), (twice, block) = map(partitioned, CHECKPOINTING_MODES[:3])
     assert (kept, attention, twice) == (0, 0, 1)
     assert none > partly > block
 

@@ -14,10 +14,11 @@ from torch._dynamo.backends.common import aot_autograd
 from cogds.core.memory import TransformerSize, base_weights_bytes, unpacked_weight_bytes
 from cogds.errors import UserError
 from cogds.model.load import build_transformer, find_model, load_transformer
-from cogds.model.lora.adapter import check_start, export, inject, load_into, resolve_targets
+from cogds.model.lora.adapter import check_start, export, inject, resolve_targets
+from cogds.model.lora.file import read_lora
 from cogds.model.transformer import quantize
 from cogds.model.transformer.forward import Transformer
-from cogds.model.transformer.quantize import PackedLinear, check_base, pack, pack_block, unpack
+from cogds.model.transformer.quantize import PackedLinear, check_quantization, pack, pack_block, unpack
 from tests.live_bytes import LiveBytes
 
 missing = [name for name in ("torchao", "bitsandbytes") if importlib.util.find_spec(name) is None]
@@ -25,15 +26,15 @@ needs_libraries = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(mi
 
 CPU = torch.device("cpu")
 ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-KINDS = [("int8", "full"), ("float8", "full"), ("nf4", "full"), ("full", "float8"), ("float8", "float8")]
-BASES = ["int8", "float8", "nf4"]
+KINDS = [("int8", False), ("fp8", False), ("nf4", False), ("none", True), ("fp8", True)]
+QUANTIZATIONS = ["int8", "fp8", "nf4"]
 # Of bf16: of the loss, the output and the LoRA's gradient, relative.
 DISTANCES = {
-    ("int8", "full"): (1e-3, 0.01, 0.03),
-    ("float8", "full"): (2e-3, 0.02, 0.08),
-    ("nf4", "full"): (3e-3, 0.05, 0.25),
-    ("full", "float8"): (2e-3, 0.03, 0.10),
-    ("float8", "float8"): (2e-3, 0.03, 0.12),
+    ("int8", False): (1e-3, 0.01, 0.03),
+    ("fp8", False): (2e-3, 0.02, 0.08),
+    ("nf4", False): (3e-3, 0.05, 0.25),
+    ("none", True): (2e-3, 0.03, 0.10),
+    ("fp8", True): (2e-3, 0.03, 0.12),
 }
 SMALL = {
     "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 16, "out_channels": 8, "time_embed_dim": 64,
@@ -45,14 +46,14 @@ SMALL = {
 MID = SMALL | {"num_attention_heads": 12, "num_layers": 12, "time_embed_dim": 512, "ofs_embed_dim": 512}
 
 
-def transformer_of(config, base="full", matmul="full", dtype=torch.bfloat16, lora=True):
+def transformer_of(config, quantization="none", fp8_matmul=False, dtype=torch.bfloat16, lora=True):
     """With the same random weights for every base, and a LoRA that already does something."""
     torch.manual_seed(0)
     transformer = Transformer(**config).requires_grad_(False)
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(dtype)
     for block in transformer.transformer_blocks:
-        pack_block(block, base, matmul, fill=True)
+        pack_block(block, quantization, fp8_matmul, fill=True)
     if lora:
         fill_lora(inject(transformer, 8, 8, 0.0, ATTENTION, seed=0))
     return transformer
@@ -103,23 +104,25 @@ def test_the_loss_is_as_near_to_the_full_base_as_stated(config, latents):
     batch = inputs(config, latents=latents)
     loss, output, gradient = outcome(transformer_of(config), batch)
     found = {}
-    for base, matmul in KINDS:
-        own = outcome(transformer_of(config, base, matmul), batch)
-        found[base, matmul] = abs(own[0] / loss - 1), distance(own[1], output), distance(own[2], gradient)
+    for quantization, fp8_matmul in KINDS:
+        own = outcome(transformer_of(config, quantization, fp8_matmul), batch)
+        found[quantization, fp8_matmul] = abs(own[0] / loss - 1), distance(own[1], output), distance(own[2], gradient)
     for kind, limits in DISTANCES.items():
         assert all(one < limit for one, limit in zip(found[kind], limits)), (kind, found[kind])
-    assert 0 < found["int8", "full"][1] < found["float8", "full"][1] < found["nf4", "full"][1]
+    assert 0 < found["int8", False][1] < found["fp8", False][1] < found["nf4", False][1]
 
 
 @needs_libraries
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("base", BASES)
-def test_a_packed_layer_computes_with_what_its_codes_stand_for(base, dtype):
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_packed_layer_computes_with_what_its_codes_stand_for(quantization, dtype):
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 96, dtype=dtype).requires_grad_(False)
-    layer = PackedLinear(linear, base, "full")
+    layer = PackedLinear(linear, quantization, False)
     layer.fill(linear.weight)
-    assert distance(layer.weight.float(), linear.weight.float()) < {"int8": 0.008, "float8": 0.03, "nf4": 0.1}[base]
+    assert (
+        distance(layer.weight.float(), linear.weight.float()) < {"int8": 0.008, "fp8": 0.03, "nf4": 0.1}[quantization]
+    )
     x, gradient = torch.randn(2, 5, 64, dtype=dtype, requires_grad=True), torch.randn(2, 5, 96, dtype=dtype)
     y = layer(x)
     (to_x,) = torch.autograd.grad(y, x, gradient)
@@ -129,13 +132,13 @@ def test_a_packed_layer_computes_with_what_its_codes_stand_for(base, dtype):
 
 
 @needs_libraries
-@pytest.mark.parametrize("base, matmul", KINDS)
-def test_zeros_stay_zeros(base, matmul):
+@pytest.mark.parametrize("quantization, fp8_matmul", KINDS)
+def test_zeros_stay_zeros(quantization, fp8_matmul):
     """The text's tokens have no gradient in the last block: a scale of 0 would make NaN of it."""
     torch.manual_seed(0)
     linear = torch.nn.Linear(64, 96, bias=False, dtype=torch.bfloat16).requires_grad_(False)
     linear.weight[3] = 0
-    layer = PackedLinear(linear, base, matmul)
+    layer = PackedLinear(linear, quantization, fp8_matmul)
     layer.fill(linear.weight)
     x = torch.randn(7, 64, dtype=torch.bfloat16)
     x[1] = 0
@@ -154,13 +157,13 @@ def test_zeros_stay_zeros(base, matmul):
 @pytest.mark.parametrize("shape", [(7, 5), (96, 80)])
 def test_any_shape_can_be_packed(shape):
     weight = torch.randn(shape)
-    for base in BASES:
-        assert distance(unpack(pack(weight, base)), weight) < 0.15
+    for quantization in QUANTIZATIONS:
+        assert distance(unpack(pack(weight, quantization)), weight) < 0.15
 
 
 @needs_libraries
-@pytest.mark.parametrize("base", BASES)
-def test_a_loaded_base_is_the_model_packed_and_never_held_in_full(tiny_model, base, monkeypatch):
+@pytest.mark.parametrize("quantization", QUANTIZATIONS)
+def test_a_loaded_base_is_the_model_packed_and_never_held_in_full(tiny_model, quantization, monkeypatch):
     model, largest = find_model(str(tiny_model)), []
 
     def watched(weight, *args):
@@ -168,13 +171,13 @@ def test_a_loaded_base_is_the_model_packed_and_never_held_in_full(tiny_model, ba
         return pack(weight, *args)
 
     monkeypatch.setattr(quantize, "pack", watched)
-    loaded, full = load_transformer(model, torch.float32, "cpu", base), load_transformer(model, torch.float32)
+    loaded, full = load_transformer(model, torch.float32, "cpu", quantization), load_transformer(model, torch.float32)
     layers = {name: one for name, one in loaded.named_modules() if isinstance(one, PackedLinear)}
     names = {name for name, one in full.transformer_blocks.named_modules() if isinstance(one, torch.nn.Linear)}
     assert {name.removeprefix("transformer_blocks.") for name in layers} == names
     for name, layer in layers.items():
         expected = full.get_submodule(name)
-        assert torch.equal(layer.weight, unpack(pack(expected.weight, base)))
+        assert torch.equal(layer.weight, unpack(pack(expected.weight, quantization)))
         assert torch.equal(layer.bias, expected.bias)
     assert len(largest) == len(layers)  # each was packed once, as it came: random weights are not
     own, theirs = dict(loaded.named_parameters()), dict(full.named_parameters())
@@ -184,7 +187,9 @@ def test_a_loaded_base_is_the_model_packed_and_never_held_in_full(tiny_model, ba
     parts = [one for layer in layers.values() for one in layer.packed.parts]
     held = sum(one.numel() * one.element_size() for one in [*parts, *own.values()])
     num_parameters = sum(one.numel() for one in full.parameters())
-    assert held == base_weights_bytes(TransformerSize.from_config(model.transformer_config, num_parameters), base, 4)
+    assert held == base_weights_bytes(
+        TransformerSize.from_config(model.transformer_config, num_parameters), quantization, 4
+    )
 
 
 @needs_libraries
@@ -198,8 +203,8 @@ def test_random_weights_are_packed_too(tiny_model):
 def test_recomputing_changes_no_bit(kind):
     transformer, batch = transformer_of(SMALL, *kind), inputs(SMALL)
     expected = outcome(transformer, batch)
-    for level in ("attention_kept", "block", "block+offload"):
-        transformer.set_level(level)
+    for checkpointing in ("selective", "full", "full+offload"):
+        transformer.set_checkpointing(checkpointing)
         found = outcome(transformer, batch)
         assert torch.equal(found[1], expected[1])
         assert torch.equal(found[2], expected[2])
@@ -261,12 +266,12 @@ def test_compiled_it_is_the_same_and_keeps_no_unpacked_weight(kind):
 
 
 @needs_libraries
-@pytest.mark.parametrize("base, matmul", KINDS)
-def test_a_lora_trained_on_it_is_a_lora_like_any_other(tiny_model, tmp_path, base, matmul):
+@pytest.mark.parametrize("quantization, fp8_matmul", KINDS)
+def test_a_lora_trained_on_it_is_a_lora_like_any_other(tiny_model, tmp_path, quantization, fp8_matmul):
     """Trained on the packed base, exported, loaded by diffusers' own loader into diffusers' own transformer."""
     model = find_model(str(tiny_model))
     packed, full = (
-        load_transformer(model, torch.bfloat16, "cpu", *kind) for kind in ((base, matmul), ("full", "full"))
+        load_transformer(model, torch.bfloat16, "cpu", *kind) for kind in ((quantization, fp8_matmul), ("none", False))
     )
     assert resolve_targets(packed, ["all-linear"]) == resolve_targets(full, ["all-linear"])
     files = {}
@@ -285,10 +290,10 @@ def test_a_lora_trained_on_it_is_a_lora_like_any_other(tiny_model, tmp_path, bas
     with safe_open(files["packed"], "pt") as one, safe_open(files["full"], "pt") as other:
         assert set(one.keys()) == set(other.keys())
         assert one.metadata() == other.metadata()
-    check_start(full, files["packed"])
+    check_start(full, read_lora(files["packed"]))
     plain = CogVideoXTransformer3DModel.from_pretrained(model.path / "transformer").to(torch.bfloat16)
     before = plain(**batch)[0].float()
-    load_into(plain, files["packed"])
+    plain.load_lora_adapter(str(files["packed"]), use_safetensors=True)
     trained, theirs = (
         load_file(files["packed"]),
         get_peft_model_state_dict(plain, adapter_name=next(iter(plain.peft_config))),
@@ -301,45 +306,47 @@ def test_a_lora_trained_on_it_is_a_lora_like_any_other(tiny_model, tmp_path, bas
 
 
 @pytest.mark.parametrize(
-    "base, matmul, precision, stage, message",
+    "quantization, fp8_matmul, precision, stage, message",
     [
-        ("int8", "full", "bf16", 3, "model.base=int8 does not go with ZeRO stage 3"),
-        ("full", "float8", "bf16", 3, "model.matmul=float8 does not go with ZeRO stage 3"),
-        ("nf4", "float8", "bf16", 2, "needs float8 weights; set model.base to float8 or full"),
-        ("full", "float8", "fp32", 2, "needs train.precision=bf16, but it is fp32"),
+        ("int8", False, "bf16", 3, "model.quantization=int8 does not go with ZeRO stage 3"),
+        ("none", True, "bf16", 3, "model.fp8_matmul=true does not go with ZeRO stage 3"),
+        ("nf4", True, "bf16", 2, "needs fp8 weights; set model.quantization to fp8 or none"),
+        ("none", True, "fp32", 2, "needs train.precision=bf16, but it is fp32"),
     ],
 )
-def test_what_cannot_be_is_said_before_anything_is_loaded(monkeypatch, base, matmul, precision, stage, message):
+def test_what_cannot_be_is_said_before_anything_is_loaded(
+    monkeypatch, quantization, fp8_matmul, precision, stage, message
+):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: name)
     with pytest.raises(UserError, match=message):
-        check_base(base, matmul, precision, stage, CPU)
+        check_quantization(quantization, fp8_matmul, precision, stage, CPU)
 
 
 def test_a_missing_library_is_named_with_what_brings_it(monkeypatch):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda _name: None)
-    for base, matmul, library in (
-        ("int8", "full", "torchao"),
-        ("nf4", "full", "bitsandbytes"),
-        ("full", "float8", "torchao"),
+    for quantization, fp8_matmul, library in (
+        ("int8", False, "torchao"),
+        ("nf4", False, "bitsandbytes"),
+        ("none", True, "torchao"),
     ):
         with pytest.raises(UserError, match=rf"needs {library}, which is not installed: pip install -e '.\[quant\]'"):
-            check_base(base, matmul, "bf16", 2, CPU)
-    check_base("full", "full", "fp32", 3, CPU)
+            check_quantization(quantization, fp8_matmul, "bf16", 2, CPU)
+    check_quantization("none", False, "fp32", 3, CPU)
 
 
-def test_a_gpu_without_float8_is_told_of_int8(monkeypatch):
+def test_a_gpu_without_fp8_is_told_of_int8(monkeypatch):
     monkeypatch.setattr(quantize.importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda _device: (8, 0))
-    with pytest.raises(UserError, match=r"8\.9 .*but this one has 8\.0: set model\.base=int8"):
-        check_base("float8", "full", "bf16", 2, torch.device("cuda"))
-    check_base("int8", "full", "bf16", 2, torch.device("cuda"))
+    with pytest.raises(UserError, match=r"8\.9 .*but this one has 8\.0: set model\.quantization=int8"):
+        check_quantization("fp8", False, "bf16", 2, torch.device("cuda"))
+    check_quantization("int8", False, "bf16", 2, torch.device("cuda"))
 
 
 @needs_libraries
-@pytest.mark.parametrize("base, matmul", [kind for kind in KINDS if kind[0] != "full"])
-def test_a_weight_is_unpacked_in_the_memory_that_is_counted(base, matmul):
-    packed = pack(torch.randn(2048, 512).to(torch.bfloat16), base, matmul)
+@pytest.mark.parametrize("quantization, fp8_matmul", [kind for kind in KINDS if kind[0] != "none"])
+def test_a_weight_is_unpacked_in_the_memory_that_is_counted(quantization, fp8_matmul):
+    packed = pack(torch.randn(2048, 512).to(torch.bfloat16), quantization, fp8_matmul)
     rows, kind, parts = torch.randn(4, 2048).to(torch.bfloat16), packed.kind, list(packed.parts)
     with LiveBytes([rows, *parts]) as live:
         quantize._product_back._init_fn(rows, kind, list(packed.shape), parts)
-    assert live.peak == pytest.approx(unpacked_weight_bytes(base, matmul == "float8", 2) * 2048 * 512, rel=0.03)
+    assert live.peak == pytest.approx(unpacked_weight_bytes(quantization, fp8_matmul, 2) * 2048 * 512, rel=0.03)

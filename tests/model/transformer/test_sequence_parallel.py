@@ -13,7 +13,7 @@ from cogds.errors import UserError
 from cogds.model.transformer import sequence_parallel as sequence
 from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.sequence_parallel import SequenceGroup, attend_together, check_sequence, shares
-from tests.model.transformer.test_forward import LEVELS, V10, V15, all_linear, inputs
+from tests.model.transformer.test_forward import CHECKPOINTING_MODES, V10, V15, all_linear, inputs
 
 ODD = (2, 6, 10)  # 15 video tokens, and 5 of text
 PORTRAIT = (4, 10, 2)
@@ -76,7 +76,7 @@ def outcome(transformer, batch, target):
     return loss.item(), {name: one.grad for name, one in transformer.named_parameters() if one.requires_grad}
 
 
-def compare(threads, transformer, batch, level="none"):
+def compare(threads, transformer, batch, checkpointing="none"):
     """Loss and gradients of one rank, and of those that share the clip: their mean, as data parallelism takes it."""
     target = torch.randn_like(batch["hidden_states"][:, :, :4])
     alone = outcome(copy.deepcopy(transformer), batch, target)
@@ -84,7 +84,7 @@ def compare(threads, transformer, batch, level="none"):
     def on_rank(group):
         mine = copy.deepcopy(transformer)
         mine.share_sequence(group)
-        mine.set_level(level)
+        mine.set_checkpointing(checkpointing)
         return outcome(mine, batch, target)
 
     together = threads.run(on_rank)
@@ -123,9 +123,9 @@ def test_shared_is_alone(threads, size, config, latents):
     assert distances(mean, grads) < 1e-5
 
 
-@pytest.mark.parametrize("level", LEVELS[1:])
-def test_what_is_recomputed_does_not_matter(threads, level):
-    (loss, grads), (losses, mean) = compare(threads(2), model(V15), inputs(V15, latents=ODD), level)
+@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES[1:])
+def test_what_is_recomputed_does_not_matter(threads, checkpointing):
+    (loss, grads), (losses, mean) = compare(threads(2), model(V15), inputs(V15, latents=ODD), checkpointing)
     assert losses == pytest.approx([loss] * 2, rel=1e-6)
     assert distances(mean, grads) < 1e-5
 
@@ -177,7 +177,7 @@ def test_compiled_blocks_exchange_too(monkeypatch):
     monkeypatch.setattr(sequence, "_resolve_process_group", lambda name: name)
     ours = model(V15 | {"num_layers": 1})
     ours.share_sequence(SequenceGroup("echo", 2, 0))
-    ours.set_level("attention_kept")
+    ours.set_checkpointing("selective")
     batches = [inputs(V15, 1, latents) for latents in (ODD, PORTRAIT, (4, 4, 6))]
 
     def outcomes():
@@ -206,7 +206,9 @@ def test_shares_differ_by_one_at_most(num_tokens, size, expected):
     [(3, 6, 8, "1 or 2"), (4, 6, 48, "1 or 2 or 3 or 6"), (5, 10, 48, "1 or 2"), (2, 1, 48, "1")],
 )
 def test_sizes_that_do_not_divide_are_refused(size, num_ranks, num_heads, possible):
-    with pytest.raises(UserError, match=rf"parallel.sequence is {size}, .* set it to {possible}, or start another"):
+    with pytest.raises(
+        UserError, match=rf"parallel.sequence_size is {size}, .* set it to {possible}, or start another"
+    ):
         check_sequence(size, num_ranks, num_heads)
     for allowed in map(int, possible.split(" or ")):
         check_sequence(allowed, num_ranks, num_heads)

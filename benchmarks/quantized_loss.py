@@ -1,7 +1,7 @@
-"""What a smaller base, and float8 products, cost in loss: each against the full base in bf16, on the same batches.
+"""What quantization and fp8 matmul cost in loss, against the base in bf16, on the same batches.
 
-    python benchmarks/quantised_loss.py [--size mid | --model FOLDER] [--bucket 17x192x256] [--steps 0]
-        [--bases int8,float8,nf4] [--matmuls full,float8]
+    python benchmarks/quantized_loss.py [--size mid | --model FOLDER] [--bucket 17x192x256] [--steps 0]
+        [--quantizations int8,fp8,nf4] [--fp8-matmul off,on]
 
 The loss at four noise levels with a LoRA that adds nothing yet, how far the output and the LoRA's gradients are from
 the full base's (relative L2), what the base's weights take, and the seconds of a forward and backward pass. The full
@@ -33,27 +33,29 @@ from measuring import (
     table,
 )
 
-from cogds.config.schema import RECOMPUTE_LEVELS
+from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, build_transformer, find_model, load_transformer
 from cogds.model.lora.adapter import inject
-from cogds.model.transformer.quantize import BASES, MATMULS, PackedLinear, check_base, pack_block
+from cogds.model.transformer.quantize import QUANTIZATIONS, PackedLinear, check_quantization, pack_block
 
 TIMESTEPS = (125, 375, 625, 875)
 
 
-def transformer_of(folder: ModelFolder, is_random: bool, precision: str, base: str, matmul: str, device: Any) -> Any:
-    """The transformer with this base; random weights are the same for every base, drawn in bf16."""
+def transformer_of(
+    folder: ModelFolder, is_random: bool, precision: str, quantization: str, fp8_matmul: bool, device: Any
+) -> Any:
+    """The quantized transformer; random weights are the same for every quantization, drawn in bf16."""
     if not is_random:
-        return load_transformer(folder, DTYPES[precision], device, base, matmul)
+        return load_transformer(folder, DTYPES[precision], device, quantization, fp8_matmul)
     torch.manual_seed(0)
     transformer = build_transformer(folder, torch.bfloat16, device)
     for parameter in transformer.parameters():
         parameter.data = parameter.data.to(DTYPES[precision])
     for block in transformer.transformer_blocks:
-        pack_block(block, base, matmul, fill=True)
+        pack_block(block, quantization, fp8_matmul, fill=True)
     return transformer
 
 
@@ -84,20 +86,20 @@ def mean(numbers: list[float]) -> float:
 def look(
     folder: ModelFolder,
     is_random: bool,
-    kind: tuple[str, str, str],
+    kind: tuple[str, str, bool],
     batches: list[tuple[dict[str, Any], torch.Tensor]],
     args: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Any]:
-    """What there is to see of one base. kind: precision, base, matmul."""
-    precision, base, matmul = kind
-    check_base(base, matmul, precision, 2, device)
-    transformer = transformer_of(folder, is_random, precision, base, matmul, device)
-    row: dict[str, Any] = {"precision": precision, "base": base, "matmul": matmul}
+    """Measurements of one quantization. kind: precision, quantization, fp8_matmul."""
+    precision, quantization, fp8_matmul = kind
+    check_quantization(quantization, fp8_matmul, precision, 2, device)
+    transformer = transformer_of(folder, is_random, precision, quantization, fp8_matmul, device)
+    row: dict[str, Any] = {"precision": precision, "quantization": quantization, "fp8_matmul": fp8_matmul}
     row["weights_mb"] = round(held_bytes(transformer) / 1e6, 3)
     parameters = inject(transformer, args.rank, float(args.rank), 0.0, TARGETS, 0)
     transformer.train()
-    transformer.set_level(args.level)
+    transformer.set_checkpointing(args.checkpointing)
     batches = [(cast(inputs, DTYPES[precision]), target) for inputs, target in batches]
     with torch.no_grad():
         row["output"] = torch.cat([transformer(**inputs)[0].float().flatten().cpu() for inputs, _ in batches])
@@ -115,13 +117,13 @@ def look(
     return row
 
 
-HEAD = ("type", "base", "products", "weights MB", "loss", "change %", "worst %", "output", "gradient", "fwd+bwd s",
-        "trained")  # fmt: skip
+HEAD = ("type", "quantization", "fp8 matmul", "weights MB", "loss", "change %", "worst %", "output", "gradient",
+        "fwd+bwd s", "trained")  # fmt: skip
 
 
 def cells(row: dict[str, Any]) -> list[Any]:
     """A row of the table."""
-    start = [row["precision"], row["base"], row["matmul"]]
+    start = [row["precision"], row["quantization"], row["fp8_matmul"]]
     if "error" in row:
         return [*start, None, "not run", *[None] * 6]
     trained = row["trained_loss"]
@@ -147,17 +149,17 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Look at every base, print the table, print the line."""
+    """Measure every quantization, print the table, print the line."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, help="of a model of random weights; tiny on a CPU, real on a GPU")
     parser.add_argument("--model", help="a model folder or hub id, instead of random weights")
     parser.add_argument("--bucket", help="FRAMESxHEIGHTxWIDTH")
-    parser.add_argument("--bases", default="int8,float8,nf4")
-    parser.add_argument("--matmuls", default="full,float8")
+    parser.add_argument("--quantizations", default="int8,fp8,nf4")
+    parser.add_argument("--fp8-matmul", default="off,on")
     parser.add_argument("--steps", type=int, default=0, help="train the LoRA so many optimizer steps")
     parser.add_argument("--lr", type=float, default=1e-3, help="of these steps")
     parser.add_argument("--rank", type=int, help="of the LoRA")
-    parser.add_argument("--level", default="block", choices=RECOMPUTE_LEVELS, help="what is recomputed")
+    parser.add_argument("--checkpointing", default="full", choices=CHECKPOINTING_MODES, help="what is recomputed")
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = SIZES[args.size or ("real" if device.type == "cuda" or args.model else "tiny")]
@@ -165,19 +167,21 @@ def main(argv: list[str] | None = None) -> None:
     if args.model:
         size = replace(size, name=args.model, transformer=folder.transformer_config, vae=folder.vae_config)
     shape, args.rank = ClipShape.parse(args.bucket or size.bucket), args.rank or size.lora_rank
-    bases, matmuls = args.bases.split(","), args.matmuls.split(",")
-    if strange := {*bases} - {*BASES} | {*matmuls} - {*MATMULS}:
-        parser.error(f"there is no {', '.join(strange)}: bases are {', '.join(BASES)}, products {', '.join(MATMULS)}")
+    quantizations, switches = args.quantizations.split(","), args.fp8_matmul.split(",")
+    if unknown := {*quantizations} - {*QUANTIZATIONS} | {*switches} - {"off", "on"}:
+        parser.error(f"unknown {', '.join(unknown)}: quantizations are {', '.join(QUANTIZATIONS)}; fp8-matmul off, on")
     facts = machine(device)
     say_machine(facts)
     batches = make_batches(size, folder, shape, TIMESTEPS, device)
-    kinds = [("bf16", "full", "full"), ("fp32", "full", "full")]
-    for base in dict.fromkeys(["full", *bases]):
-        able = matmuls if base in ("full", "float8") else {*matmuls} & {"full"}
-        kinds += [("bf16", base, matmul) for matmul in able if (base, matmul) != ("full", "full")]
+    kinds = [("bf16", "none", False), ("fp32", "none", False)]
+    for quantization in dict.fromkeys(["none", *quantizations]):
+        able = switches if quantization in ("none", "fp8") else {*switches} & {"off"}
+        kinds += [
+            ("bf16", quantization, switch == "on") for switch in able if (quantization, switch) != ("none", "off")
+        ]
     rows: list[dict[str, Any]] = []
     for kind in kinds:
-        row = dict(zip(("precision", "base", "matmul"), kind))
+        row = dict(zip(("precision", "quantization", "fp8_matmul"), kind))
         try:
             rows.append(look(folder, not args.model, kind, batches, args, device))
         except UserError as error:
@@ -192,10 +196,10 @@ def main(argv: list[str] | None = None) -> None:
     print(table(HEAD, [cells(row) for row in rows]))
     for row in rows:
         if "error" in row:
-            print(f"{row['base']}, {row['matmul']}: {row['error']}")
+            print(f"{row['quantization']}, fp8 matmul {row['fp8_matmul']}: {row['error']}")
     say_json(
-        "quantised_loss", facts, size=size.name, weights=args.model or "random", bucket=str(shape), rank=args.rank,
-        steps=args.steps, lr=args.lr, level=args.level, rows=rows,
+        "quantized_loss", facts, size=size.name, weights=args.model or "random", bucket=str(shape), rank=args.rank,
+        steps=args.steps, lr=args.lr, checkpointing=args.checkpointing, rows=rows,
     )  # fmt: skip
 
 

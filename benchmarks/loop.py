@@ -49,10 +49,10 @@ from cogds.core.diffusion import v_loss
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.process_group import disconnect
 from cogds.distributed.world import World, read_world
-from cogds.encode.encoder import prepare
-from cogds.encode.survey import make_buckets
+from cogds.encode.encoder import encode_dataset
 from cogds.engine.checkpoint import Saver
 from cogds.engine.start import start_engine
+from cogds.job import make_buckets
 from cogds.metrics.jsonl import step_lines
 from cogds.metrics.monitor import Monitor
 from cogds.model.load import find_model, load_transformer
@@ -147,7 +147,7 @@ def measure(
     ds_config, cfg = resolve(load_ds_config(ds_path), cfg, frozenset(), world.size, model.hidden_size, ds_path)
     Path(cfg.output_dir).mkdir()
     buckets = make_buckets(cfg, model)
-    data = prepare(cfg, model, buckets, world)
+    data = encode_dataset(cfg, model, buckets, world)
     plan = make_plan(cfg, data.mixture, buckets, model, world.data_size)
     execution = choose_execution(cfg, ds_config, model, buckets, plan.local_batch_sizes, world)
     whole = Run(replace(cfg, {"train.num_steps": 1}), ds_config, model, buckets, world, data, plan, execution, 0)
@@ -157,7 +157,7 @@ def measure(
     parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
     prepare_blocks(transformer.train(), execution)
     engine = start_engine(transformer, parameters, ds_config)
-    builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, DTYPES[precision], world.device)
+    builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, DTYPES[precision], world.device)
     (micro_batch,) = plan.at(0)
     batch = next(iter(load_batches(whole))).tensors
     draws = draw(micro_batch, 0, len(builder.alphas_cumprod), cfg, world)

@@ -26,8 +26,8 @@ from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E4
 
 from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
 from cogds.config.schema import RunConfig, load_config  # noqa: E402
-from cogds.core.flops import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
+from cogds.core.flops import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
 from cogds.distributed.process_group import connect, is_connected  # noqa: E402
 from cogds.distributed.world import World  # noqa: E402

@@ -7,8 +7,8 @@ N rows, written into DIR (about 110 bytes a row; removed afterwards) and opened 
 batch's rows, and resident memory.
 
 Simulation: 4,915 clips of web and phone sizes and log-uniform lengths in 30 buckets, batch size 1, three epochs, on 8
-and 64 ranks; and 300 of them on 64. Time is what `core.flops.forward_flops` says. Beside the plan's two modes, three other
-ways, written from their description: each rank shuffles for itself, so a step lasts as long as its dearest clip; all
+and 64 ranks; and 300 of them on 64. Time is `core.flops.forward_flops`. Beside the plan's two modes, three other ways,
+written from their description: each rank shuffles for itself, so a step lasts as long as its dearest clip; all
 clips stretched to one shape; and every bucket floored to whole global batches, the rest dropped.
 
 Prints tables, then one line of JSON.

@@ -11,7 +11,7 @@ import torch
 from cogds.config.schema import RunConfig
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.world import read_world
-from cogds.encode.encoder import prepare
+from cogds.encode.encoder import encode_dataset
 from cogds.errors import UserError
 from cogds.job import load_job
 from cogds.model.load import DTYPES, ModelFolder, load_transformer
@@ -50,9 +50,9 @@ def main(args: argparse.Namespace) -> None:
     check_quantization(cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
-    data = prepare(cfg, model, job.buckets, world)
+    data = encode_dataset(cfg, model, job.buckets, world)
     transformer = load_evaluated(cfg, model, world.device, loras)
-    builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, job.dtype, world.device)
+    builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device)
     evaluation = Evaluation.of(cfg, data, builder, job.batch_sizes, model, world)
     if evaluation is None:
         raise UserError(f"data.path: none of the clips to evaluate in {cfg.data.path} can be read. Repair them.")

@@ -28,7 +28,7 @@ from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
 from cogds.distributed.world import World
-from cogds.encode.encoder import prepare
+from cogds.encode.encoder import encode_dataset
 from cogds.errors import UserError
 from cogds.evaluate import load_evaluated
 from cogds.formatting import counted
@@ -99,7 +99,7 @@ def main(args: argparse.Namespace) -> None:
     changes = {"data.encode": "on_the_fly", "eval.every": 1, "eval.num_clips": args.clips}
     job = load_job(args, World(0, 1, 0, 1), changes=changes)
     cfg, model, world = job.cfg, job.model, job.world
-    data = prepare(cfg, model, job.buckets, world)
+    data = encode_dataset(cfg, model, job.buckets, world)
     clips = [index[row] for index in (data.trained, data.held_out) if index is not None for row in range(len(index))]
     clips = clips[: args.clips]
     if len(clips) < MIN_CLIPS:
@@ -113,7 +113,7 @@ def main(args: argparse.Namespace) -> None:
 
     def builder(conditioning: ConditioningConfig) -> StepBuilder:
         abar = load_alphas_cumprod(model)
-        return StepBuilder(vae, model.geometry, conditioning, abar, data.no_caption_states, world.device)
+        return StepBuilder(vae, model.geometry, conditioning, abar, data.empty_caption_states, world.device)
 
     builders = builders_of(builder, cfg.conditioning)
     timesteps = middles(args.timesteps, len(next(iter(builders.values())).alphas_cumprod))

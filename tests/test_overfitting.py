@@ -15,7 +15,7 @@ from cogds.core.held_out import is_held_out
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.distributed.world import World
-from cogds.encode.encoder import prepare
+from cogds.encode.encoder import encode_dataset
 from cogds.job import make_buckets
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import inject
@@ -53,9 +53,9 @@ class Trained:
              "eval.num_clips=4"],
         )  # fmt: skip
         model = find_model(self.cfg.model.path)
-        data = prepare(self.cfg, model, make_buckets(self.cfg, model), ALONE)
+        data = encode_dataset(self.cfg, model, make_buckets(self.cfg, model), ALONE)
         assert (len(data.held_out), len(data.trained), len(data.index)) == (4, 2, 2)
-        no_caption = data.no_caption_states
+        no_caption = data.empty_caption_states
         self.builder = load_step_builder(model, self.cfg.conditioning, no_caption, torch.float32, ALONE.device)
         if size > 64:  # to encode a grey first frame would take most of the time
             latents = size // model.geometry.vae_spatial

@@ -365,7 +365,8 @@ class Plan:
                 buckets
                 for buckets in groups
                 if max(local[b] for b in buckets) > 1
-                and max_batches_per_micro_step([self.sizes[b] for b in buckets], [local[b] for b in buckets]) < self.world_size
+                and max_batches_per_micro_step([self.sizes[b] for b in buckets], [local[b] for b in buckets])
+                < self.world_size
             ]
             if not short:
                 return groups, tuple(local)

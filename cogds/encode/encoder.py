@@ -1,16 +1,14 @@
-"""From a dataset to samples that can be trained: survey, place, encode what is missing, index.
+"""From a data set to encoded clips that can be trained: scan, assign to buckets, encode what the cache lacks, index.
 
-Everything that depends only on the clip and the model is computed here, once, and kept: the VAE's moments of the clip,
-its first frame's pixels (the image noise is drawn anew at every step, before the VAE), and the caption's T5 states.
-The work is dealt to the ranks by its cost, every entry is kept as soon as it is made, and T5 is gone before the
-transformer comes.
+What depends only on the clip and the model is computed once and kept: the moments of the VAE's posterior, the pixels
+of the first frame (their noise is drawn at every step, before the VAE), and the T5 states of the caption. The ranks
+share the work by its cost.
 """
 
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
-from typing import Any
+from typing import Any, cast
 
 import pyarrow as pa
 import torch
@@ -18,23 +16,16 @@ import torch
 from cogds.config.schema import RunConfig
 from cogds.core.conditioning import normalize_pixels
 from cogds.core.geometry import ClipShape
-from cogds.core.mixture import Mixture
 from cogds.data.cache.store import Cache, CacheWriter
-from cogds.data.loading.index import ClipIndex
 from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
 from cogds.data.video.media import DecodeError
 from cogds.data.video.probe_task import reason_of
-from cogds.distributed.collectives import on_all_ranks, on_rank0, scatter_from_rank0
+from cogds.distributed.collectives import on_all_ranks, on_rank0, rank0_only, scatter_from_rank0
 from cogds.distributed.world import World
-from cogds.encode.encoding_plan import Desk, Finished, Work, is_tiled
-from cogds.encode.survey import (
-    Survey,
-    Unusable,
-    evaluated_survey,
-    other_manifest,
-    survey,
-    update_manifest,
-)
+from cogds.encode.cache_keys import is_tiled
+from cogds.encode.clip_set import ClipSet, evaluation_clips, load_clip_set
+from cogds.encode.encoding_plan import EncodedData, EncodingPlan
+from cogds.encode.scan_data import scan_data, scan_evaluation_data
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import TaskFailure, WorkerPool
@@ -42,45 +33,117 @@ from cogds.process.worker_pool import TaskFailure, WorkerPool
 logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class EncodedData:
-    """What is trained, and what is not. All ranks hold the same, and none of it grows with the number of clips.
+def encode_dataset(
+    cfg: RunConfig,
+    model: ModelFolder,
+    buckets: tuple[ClipShape, ...],
+    world: World,
+    *,
+    max_unusable: float = 1.0,
+    retry_failed: bool = False,
+    on_selected: Callable[[ClipSet], None] = lambda _: None,
+) -> EncodedData:
+    """Scan a run's data sets and encode what the cache lacks. Collective; all ranks return the same.
 
-    index: the clips, in the order of the plan; mixture: how often each data set is trained; unusable: what is left
-    out. no_caption_states [text_tokens, dim]: T5 states of the empty caption. fingerprint: changes when any encoding
-    of what is trained does. held_out: clips that are evaluated and never trained, at most eval.num_clips; trained:
-    as many of `index`, evaluated too. Both are encoded whatever data.encode is, and None where there are none.
+    A file that cannot be used is among `unusable`, and never ends the run.
+
+    Args:
+        max_unusable: share of the clips that may be unusable.
+        retry_failed: open files again that could not be used in an earlier run.
+        on_selected: called on rank 0 with the clips to train, before anything is encoded.
+
+    Raises:
+        UserError: no clip is left, or more than `max_unusable` are unusable.
     """
+    manifest = scan_data(cfg, world, retry_failed)
+    eval_manifest = scan_evaluation_data(cfg, world, retry_failed)
 
-    index: ClipIndex
-    mixture: Mixture
-    unusable: Unusable
-    no_caption_states: torch.Tensor
-    fingerprint: str
-    held_out: ClipIndex | None = None
-    trained: ClipIndex | None = None
+    def make_plan() -> EncodingPlan:
+        clips = load_clip_set(cfg, manifest, buckets)
+        clips.check_not_empty()
+        on_selected(clips)
+        clips.unusable().check_share(max_unusable)
+        held_out, trained, warnings = evaluation_clips(cfg, clips, eval_manifest)
+        for warning in warnings:
+            logger.warning(warning)
+        return EncodingPlan(cfg, model, clips, held_out, trained)
 
-    @property
-    def indices(self) -> list[ClipIndex]:
-        """All there are."""
-        return [one for one in (self.index, self.held_out, self.trained) if one is not None]
+    plan = cast(EncodingPlan, rank0_only(world, make_plan))  # None on the other ranks, which do not use it
+    work = scatter_from_rank0(world, lambda: plan.work(world.size))
+    cache, shard_bytes = Cache(cfg.data.cache_dir), int(cfg.data.shard_gb * 1e9)
+
+    def encode_own_captions() -> None:
+        if len(work.captions):
+            with cache.writer("captions", shard_bytes) as writer:
+                encode_captions(work.captions, writer, model, cfg, world)
+
+    def encode_own_clips() -> dict[bytes, str]:
+        if not len(work.clips):
+            return {}
+        with cache.writer("clips", shard_bytes) as writer:
+            return encode_clips(work.clips, writer, buckets, model, cfg, world)
+
+    on_all_ranks(world, encode_own_captions)
+    failures = {key: reason for share in on_all_ranks(world, encode_own_clips) for key, reason in share.items()}
+    if world.device.type == "cuda":
+        torch.cuda.empty_cache()
+
+    def finish() -> EncodedData:
+        data = plan.finish(failures)
+        data.unusable.check_share(max_unusable)
+        return data
+
+    return on_rank0(world, finish)
 
 
-def encode_captions(
-    captions: pa.Table, writer: CacheWriter, model: ModelFolder, dtype: torch.dtype, world: World
-) -> None:
-    """Encode and keep these captions."""
-    encoder = TextEncoder(model, dtype, world.device)
+def encode_captions(captions: pa.Table, writer: CacheWriter, model: ModelFolder, cfg: RunConfig, world: World) -> None:
+    """Encode captions (`EncodingWork.captions`) into the cache."""
+    encoder = TextEncoder(model, DTYPES[cfg.train.precision], world.device)
     rows = zip(captions.column("key").to_pylist(), captions.column("caption").to_pylist())
     for key, caption in progress_bar("encoding captions", "caption", len(captions), items=rows):
         writer.write(key.hex(), {"text_states": encoder.encode(caption)})
 
 
-def encode_pixels(vae: Any, pixels: torch.Tensor, tiled: bool) -> torch.Tensor:
-    """Moments [2C, F, h, w] of a clip uint8 [F, H, W, 3], in the VAE's dtype, on its device.
+@torch.no_grad()
+def encode_clips(
+    clips: pa.Table, writer: CacheWriter, buckets: Sequence[ClipShape], model: ModelFolder, cfg: RunConfig, world: World
+) -> dict[bytes, str]:
+    """Encode clips (`EncodingWork.clips`) into the cache. Worker processes decode them ahead of the VAE.
 
-    The VAE goes through the clip in batches of 8 frames by itself. Brought to its range in such batches too: at once, a
-    float32 copy of an 81x768x1360 clip would take 1 GB.
+    A clip that cannot be decoded is recorded in the cache, so that no later run tries it again.
+
+    Returns:
+        The keys of the clips that a later run tries again, with the reasons: files that are missing, changed since the
+        scan, took too long or too much memory, or crashed the decoder.
+    """
+    vae = load_vae(model, DTYPES[cfg.train.precision], world.device)
+    rows = clips.to_pylist()
+    tasks = (
+        decode_task(cfg, row["path"], row["kind"], row["image_path"], row["start_s"], buckets[row["bucket"]])
+        for row in rows
+    )
+    failures = {}
+    with decode_pool(cfg) as pool:
+        decoded = pool.imap(tasks, ahead=1)
+        for clip, row in zip(progress_bar("encoding clips", "clip", len(rows), items=decoded), rows):
+            if reason := _change_reason(row):
+                failures[row["key"]] = reason
+            elif isinstance(clip, TaskFailure) and clip.is_permanent:
+                writer.fail(row["key"].hex(), reason_of(clip.reason))
+            elif isinstance(clip, TaskFailure):
+                failures[row["key"]] = reason_of(clip.reason)
+            else:
+                pixels, first_frame = torch.from_numpy(clip.pixels), torch.from_numpy(clip.first_frame)
+                moments = encode_pixels(vae, pixels, is_tiled(cfg, model, buckets[row["bucket"]]))
+                writer.write(row["key"].hex(), {"moments": moments, "first_frame": first_frame.permute(2, 0, 1)})
+    return failures
+
+
+def encode_pixels(vae: Any, pixels: torch.Tensor, tiled: bool) -> torch.Tensor:
+    """Encode a clip uint8 [F, H, W, 3] to moments [2C, F', H', W'], in the VAE's dtype and on its device.
+
+    The VAE itself encodes 8 frames at a time. They are converted as many at a time, too: at once, a float32 copy of an
+    81x768x1360 clip would take 1 GB.
     """
     device, dtype = vae.device, vae.dtype
     (vae.enable_tiling if tiled else vae.disable_tiling)()
@@ -89,126 +152,28 @@ def encode_pixels(vae: Any, pixels: torch.Tensor, tiled: bool) -> torch.Tensor:
     return vae.encode(video).latent_dist.parameters[0]
 
 
-@torch.no_grad()
-def encode_clips(
-    clips: pa.Table, writer: CacheWriter, buckets: Sequence[ClipShape], model: ModelFolder, cfg: RunConfig, world: World
-) -> dict[bytes, str]:
-    """Encode and keep these clips, decoded ahead of the VAE in guarded processes.
-
-    A clip that the decoder refuses is kept as failed, with its reason, and is not tried again. Returns those that may
-    succeed another time, key -> reason: files that have gone or changed since they were listed, or took too long or
-    too much memory, or ended the decoding process.
-    """
-    vae = load_vae(model, DTYPES[cfg.train.precision], world.device)
-    rows = clips.to_pylist()
-    tasks = (
-        decode_task(cfg, row["path"], row["kind"], row["image_path"], row["start_s"], buckets[row["bucket"]])
-        for row in rows
-    )
-    unread = {}
-    with decode_pool(cfg) as pool:
-        decoded = pool.imap(tasks, ahead=1)
-        for clip, row in zip(progress_bar("encoding clips", "clip", len(rows), items=decoded), rows):
-            if reason := _changed(row):
-                unread[row["key"]] = reason
-            elif isinstance(clip, TaskFailure) and clip.is_permanent:
-                writer.fail(row["key"].hex(), reason_of(clip.reason))
-            elif isinstance(clip, TaskFailure):
-                unread[row["key"]] = reason_of(clip.reason)
-            else:
-                pixels, first = torch.from_numpy(clip.pixels), torch.from_numpy(clip.first_frame)
-                moments = encode_pixels(vae, pixels, is_tiled(cfg, model, buckets[row["bucket"]]))
-                writer.write(row["key"].hex(), {"moments": moments, "first_frame": first.permute(2, 0, 1)})
-    return unread
-
-
 def decode_task(
     cfg: RunConfig, path: str, kind: str, image_path: str | None, start_s: float, shape: ClipShape
 ) -> DecodeTask:
-    """What a decoding process is told of one clip."""
+    """The task of decoding one clip."""
     return DecodeTask(path, kind, image_path, start_s, shape, cfg.data.fps, cfg.data.decoder)
 
 
 def decode_pool(cfg: RunConfig) -> WorkerPool[DecodeTask, DecodedClip]:
-    """The processes that decode, bounded as the config says."""
+    """The worker processes that decode, with the bounds of the config."""
     memory_bytes = int(cfg.data.decode_memory_gb * 1e9)
     return WorkerPool(decode, cfg.data.num_workers, cfg.data.decode_timeout_s, memory_bytes, (DecodeError,))
 
 
-def _changed(row: Mapping) -> str:
-    """Why a file is no longer the one that was listed, if so: its encoding would have another's name."""
+def _change_reason(row: Mapping) -> str:
+    """Why the files of a clip are not those that were scanned, "" if they are: its key would be wrong."""
     for prefix, path in (("", row["path"]), ("image_", row["image_path"])):
         if path is None:
             continue
         try:
-            stat = os.stat(path)
+            status = os.stat(path)
         except OSError as error:
             return f"disappeared: {path}: {error.strerror}"
-        if (stat.st_size, stat.st_mtime_ns) != (row[f"{prefix}size"], row[f"{prefix}mtime_ns"]):
+        if (status.st_size, status.st_mtime_ns) != (row[f"{prefix}size"], row[f"{prefix}mtime_ns"]):
             return f"changed while it was encoded: {path}; start again"
     return ""
-
-
-def prepare(
-    cfg: RunConfig,
-    model: ModelFolder,
-    buckets: tuple[ClipShape, ...],
-    world: World,
-    max_unusable: float = 1.0,
-    retry: bool = False,
-    tell: Callable[[Survey], None] = lambda _: None,
-) -> EncodedData:
-    """Survey, place and encode the dataset; every rank returns the same. Collective.
-
-    A file that cannot be used is among `unusable`, never a crash. retry: try again what failed before. tell: is
-    given the survey on rank 0, before anything is encoded. Raises UserError where nothing is left, or where more than
-    the share `max_unusable` is left out.
-    """
-    cache = Cache(cfg.data.cache_dir)
-    manifest = update_manifest(cfg, world, digests=cfg.data.encode == "cached", retry=retry)
-    other = other_manifest(cfg, world, retry)
-    desks: list[Desk] = []  # rank 0's alone: it grows with the clips
-
-    def begin() -> list[Work]:
-        found = survey(cfg, manifest, buckets)
-        found.check_any_left()
-        tell(found)
-        found.unusable().check_share(max_unusable)
-        held_out, trained, warnings = evaluated_survey(cfg, found, other)
-        for one in warnings:
-            logger.warning(one)
-        desks.append(Desk(cfg, model, found, held_out, trained))
-        return desks[0].work(world.size)
-
-    mine = scatter_from_rank0(world, begin)
-    shard_bytes, dtype = int(cfg.data.shard_gb * 1e9), DTYPES[cfg.train.precision]
-
-    def captions() -> None:
-        if len(mine.captions):
-            with cache.writer("captions", shard_bytes) as writer:
-                encode_captions(mine.captions, writer, model, dtype, world)
-
-    def clips() -> dict[bytes, str]:
-        if not len(mine.clips):
-            return {}
-        with cache.writer("clips", shard_bytes) as writer:
-            return encode_clips(mine.clips, writer, buckets, model, cfg, world)
-
-    on_all_ranks(world, captions)
-    unread = {key: reason for share in on_all_ranks(world, clips) for key, reason in share.items()}
-    if world.device.type == "cuda":
-        torch.cuda.empty_cache()
-
-    def end() -> tuple[Finished, Mixture]:
-        done = desks[0].finish(unread)
-        for one in done.warnings:
-            logger.warning(one)
-        done.unusable.check_share(max_unusable)
-        return done, Mixture(done.index.sizes, desks[0].survey.repeats, cfg.seed)
-
-    done, mixture = on_rank0(world, end)
-    key, place = on_rank0(world, lambda: desks[0].no_caption())
-    no_caption_states = cache.read("captions", key, place)["text_states"]
-    return EncodedData(
-        done.index, mixture, done.unusable, no_caption_states, done.fingerprint, done.held_out, done.trained
-    )

@@ -10,8 +10,9 @@ from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
 from cogds.distributed.collectives import on_rank0
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.world import read_world
-from cogds.encode.encoder import EncodedData, prepare
-from cogds.encode.encoding_plan import NO_CAPTION, EncodingNames
+from cogds.encode.cache_keys import CacheKeys
+from cogds.encode.encoder import encode_dataset
+from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
 from cogds.formatting import counted
 from cogds.job import Job, load_job
 from cogds.process.logs import RESULT
@@ -36,13 +37,13 @@ def main(args: argparse.Namespace) -> None:
     on_rank0(world, lambda: make_folders({"data.cache_dir": cache_dir}))
     if args.retry:
         on_rank0(world, lambda: prune(cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
-    data = prepare(cfg, job.model, job.buckets, world, retry=args.retry)
+    data = encode_dataset(cfg, job.model, job.buckets, world, retry_failed=args.retry)
     if world.rank == 0:
         held_out = f", and {len(data.held_out)} for evaluation only" if data.held_out is not None else ""
         logger.log(RESULT, f"{counted(len(data.index), 'clip')} encoded in {cache_dir}{held_out}")
         if data.unusable.num:
             unusable = f"{counted(data.unusable.num, 'clip')} not usable"
-            logger.log(RESULT, f"{unusable}, see {data.unusable.file}: {data.unusable.text()}")
+            logger.log(RESULT, f"{unusable}, see {data.unusable.file}: {data.unusable.summary()}")
         if args.prune:
             prune_unused(job, data)
     disconnect()
@@ -52,11 +53,11 @@ def prune_unused(job: Job, data: EncodedData) -> None:
     """Remove every entry and index of the cache that this run's dataset does not use."""
     cfg = job.cfg
     columns = {"clips": "clip_key", "captions": "caption_key"}
-    keep = {kind: set().union(*(index.keys(column) for index in data.indices)) for kind, column in columns.items()}
-    names, prompts = EncodingNames(cfg, job.model), [NO_CAPTION, *(prompt.prompt for prompt in cfg.sample.prompts)]
+    keep = {kind: set().union(*(index.keys(column) for index in data.indexes)) for kind, column in columns.items()}
+    names, prompts = CacheKeys(cfg, job.model), [EMPTY_CAPTION, *(prompt.prompt for prompt in cfg.sample.prompts)]
     keep["captions"] |= {names.caption(prompt).hex() for prompt in prompts}
     pruned = prune(cfg.data.cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
-    used = tuple(index.path.stem for index in data.indices)
+    used = tuple(index.path.stem for index in data.indexes)
     for path in set(data.index.path.parent.iterdir()):
         if not path.name.startswith(used):
             path.unlink(missing_ok=True)

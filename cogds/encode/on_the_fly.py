@@ -18,8 +18,8 @@ from cogds.data.loading.dataset import Bad, Batch, ClipOrder, Item, collate
 from cogds.data.loading.sampler import Draw
 from cogds.data.video.decode_task import DecodedClip, DecodeTask
 from cogds.distributed.world import World
+from cogds.encode.cache_keys import is_tiled
 from cogds.encode.encoder import decode_pool, decode_task, encode_pixels
-from cogds.encode.encoding_plan import is_tiled
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
 from cogds.process.worker_pool import TaskFailure
 

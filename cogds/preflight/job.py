@@ -11,7 +11,7 @@ from cogds.core.geometry import cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import MemoryEstimate
 from cogds.distributed.network import set_network
 from cogds.distributed.world import World
-from cogds.encode.survey import data_sets
+from cogds.encode.scan_data import data_sets
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import empty_transformer
 from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, differing

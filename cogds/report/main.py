@@ -16,7 +16,8 @@ from cogds.core.mixture import Mixture
 from cogds.data.video.decode_task import DecodeTask, decode
 from cogds.data.video.media import DecodeError
 from cogds.distributed.world import World
-from cogds.encode.survey import Survey, survey, update_manifest
+from cogds.encode.clip_set import ClipSet, load_clip_set
+from cogds.encode.scan_data import scan_data
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import ModelFolder, num_truncated
 from cogds.process.worker_pool import TaskFailure, WorkerPool
@@ -33,10 +34,9 @@ MAX_TOKENIZED = 100_000
 def main(args: argparse.Namespace) -> None:
     """Print the report of a run, and with --html write it as a page too."""
     job = load_job(args, World(0, 1, 0, 1), num_ranks=args.num_gpus)
-    manifest = update_manifest(job.cfg, job.world, digests=False)
-    found = survey(job.cfg, manifest, job.buckets)
-    clips = clip_table(found)
-    report = run_report(job, found, clips, args.gpu_memory * 1e9)
+    clip_set = load_clip_set(job.cfg, scan_data(job.cfg, job.world), job.buckets)
+    clips = clip_table(clip_set)
+    report = run_report(job, clip_set, clips, args.gpu_memory * 1e9)
     print_report(report)
     if args.html:
         with frame_reader(job.cfg) as first_frame:
@@ -44,23 +44,23 @@ def main(args: argparse.Namespace) -> None:
         logger.info("wrote the page: %s", args.html)
 
 
-def clip_table(found: Survey) -> ClipTable:
-    """The rows of the survey, without held-out clips."""
-    placement = found.placement
-    windows = np.bincount(placement.rows, minlength=len(found.table))
-    table, buckets, frames, num_held_out = found.table, placement.row_buckets, placement.row_frames, 0
-    if found.held_out is not None:
+def clip_table(clips: ClipSet) -> ClipTable:
+    """The rows of the manifest, without held-out clips."""
+    assignment = clips.assignment
+    windows = np.bincount(assignment.rows, minlength=len(clips.table))
+    table, buckets, frames, num_held_out = clips.table, assignment.row_buckets, assignment.row_frames, 0
+    if clips.held_out is not None:
         left = np.ones(len(table), bool)
-        left[found.held_out.placement.rows] = False
+        left[clips.held_out.assignment.rows] = False
         table, buckets, frames, windows = table.filter(pa.array(left)), buckets[left], frames[left], windows[left]
         num_held_out = int((~left).sum())
     return ClipTable(table, buckets, frames, windows, num_held_out)
 
 
-def run_report(job: Job, found: Survey, clips: ClipTable, gpu_bytes: float | None) -> Report:
+def run_report(job: Job, clip_set: ClipSet, clips: ClipTable, gpu_bytes: float | None) -> Report:
     """The report of a run. gpu_bytes: memory of one GPU; None: on CPUs."""
-    cfg, mixture = job.cfg, Mixture(found.placement.sizes, found.repeats, job.cfg.seed)
-    plan = job.plan(mixture) if found.num_windows else None
+    cfg, mixture = job.cfg, Mixture(clip_set.assignment.sizes, clip_set.repeats, job.cfg.seed)
+    plan = job.plan(mixture) if clip_set.num_clips else None
     batch_sizes = plan.local_batch_sizes if plan else (1,) * len(job.buckets)
     setup = TrainingSetup(
         memory=job.memory,
@@ -74,7 +74,7 @@ def run_report(job: Job, found: Survey, clips: ClipTable, gpu_bytes: float | Non
         rates=read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         gpu_bytes=gpu_bytes,
     )
-    return make_report(clips, setup, count_captions(found.table, job.model))
+    return make_report(clips, setup, count_captions(clip_set.table, job.model))
 
 
 def count_captions(table: pa.Table, model: ModelFolder) -> Captions:

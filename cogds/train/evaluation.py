@@ -23,8 +23,8 @@ import torch
 
 from cogds.config.schema import RunConfig
 from cogds.core.conditioning import image_condition, transformer_inputs
-from cogds.core.flops import step_flops
 from cogds.core.diffusion import v_loss
+from cogds.core.flops import step_flops
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
 from cogds.core.permutation import keyed_hash
 from cogds.data.cache.store import Cache
@@ -32,7 +32,7 @@ from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import ClipIndex, IndexedClip
 from cogds.distributed.collectives import all_gather, any_rank
 from cogds.distributed.world import World
-from cogds.encode.encoder import EncodedData
+from cogds.encode.encoding_plan import EncodedData
 from cogds.formatting import counted
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import call_aside, undisturbed
@@ -223,7 +223,7 @@ def _stand_in(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tuple[
     frames += padding_frames(frames, geometry.patch_size_t)
     height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
     latents = torch.zeros(batch_size, frames, geometry.latent_channels, height, width, device=builder.device)
-    text = builder.no_caption_states.expand(batch_size, -1, -1)
+    text = builder.empty_caption_states.expand(batch_size, -1, -1)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
     image = image_condition(latents[:, :1], frames)
     return transformer_inputs(latents, image, text, timesteps, builder.rotary(shape), geometry), latents

@@ -9,8 +9,8 @@ from typing import Any
 
 import torch
 
-from cogds.core.flops import PEAK_TFLOPS, step_flops
 from cogds.core.coverage import share_seen
+from cogds.core.flops import PEAK_TFLOPS, step_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.metrics.step_metrics import RankValues, SquaredNorms, peak_host_bytes, peak_memory_bytes

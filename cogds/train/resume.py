@@ -17,7 +17,7 @@ from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
 from cogds.data.loading.index import ClipIndex
 from cogds.distributed.collectives import broadcast, on_rank0, rank0_only
-from cogds.encode.encoder import EncodedData
+from cogds.encode.encoding_plan import EncodedData
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.state import TrainState
 from cogds.errors import UserError

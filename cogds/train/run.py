@@ -9,7 +9,7 @@ from cogds.core.plan import MicroBatch, Plan
 from cogds.data.loading.dataset import ClipOrder
 from cogds.data.loading.sampler import draws_of
 from cogds.distributed.world import World
-from cogds.encode.encoder import EncodedData
+from cogds.encode.encoding_plan import EncodedData
 from cogds.job import Job
 from cogds.model.load import ModelFolder
 from cogds.train.tuning import BucketExecution, Execution

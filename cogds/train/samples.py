@@ -29,7 +29,7 @@ from cogds.data.loading.index import ClipIndex
 from cogds.data.video.media import read_clip, write_video
 from cogds.distributed.collectives import broadcast, on_rank0
 from cogds.distributed.process_group import is_lost_connection
-from cogds.encode.encoding_plan import EncodingNames
+from cogds.encode.cache_keys import CacheKeys
 from cogds.engine.checkpoint import remove_folder, step_name
 from cogds.errors import UserError
 from cogds.files import whole_file, whole_folder
@@ -208,7 +208,7 @@ class Previews:
             self._pipeline.transformer = lockstep
             try:
                 latents = sample_latents(
-                    self._pipeline, scene.pixels, scene.states, run.data.no_caption_states, scene.shape,
+                    self._pipeline, scene.pixels, scene.states, run.data.empty_caption_states, scene.shape,
                     sample.num_steps, sample.guidance, scene.seed,
                 )  # fmt: skip
             except Stopped:
@@ -237,7 +237,7 @@ class Previews:
 
     def _idle_inputs(self) -> dict[str, Any]:
         """The smallest call of the transformer, of the model's dtype."""
-        geometry, states = self._run.model.geometry, self._builder.no_caption_states[None]
+        geometry, states = self._run.model.geometry, self._builder.empty_caption_states[None]
         shape = min(self._run.buckets, key=lambda one: num_tokens(one, geometry))
         height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
         latents = states.new_zeros(
@@ -309,7 +309,7 @@ def _find_scenes(run: Run) -> dict[str, Scene]:
     try:
         cache = Cache(run.cfg.data.cache_dir)
         if sample.prompts:
-            names, places = EncodingNames(run.cfg, run.model), cache.snapshot("captions")
+            names, places = CacheKeys(run.cfg, run.model), cache.snapshot("captions")
             for number, one in enumerate(sample.prompts):
                 try:
                     key = names.caption(one.prompt).hex()

@@ -16,9 +16,9 @@ from cogds.core.conditioning import (
     image_condition,
     image_latent_scale,
     noise_first_frame,
+    normalize_pixels,
     pad_front,
     sample_moments,
-    normalize_pixels,
     transformer_inputs,
 )
 from cogds.core.diffusion import add_noise, v_target
@@ -89,12 +89,12 @@ def random_batch(
 
 
 def load_step_builder(
-    model: ModelFolder, conditioning: ConditioningConfig, no_caption_states: torch.Tensor, dtype: torch.dtype,
+    model: ModelFolder, conditioning: ConditioningConfig, empty_caption_states: torch.Tensor, dtype: torch.dtype,
     device: torch.device,
 ) -> "StepBuilder":  # fmt: skip
     """A StepBuilder with the model's own VAE, in the transformer's dtype as in the pipeline, and its schedule."""
     vae = load_vae(model, dtype, device)
-    return StepBuilder(vae, model.geometry, conditioning, load_alphas_cumprod(model), no_caption_states, device)
+    return StepBuilder(vae, model.geometry, conditioning, load_alphas_cumprod(model), empty_caption_states, device)
 
 
 class StepBuilder:
@@ -106,13 +106,13 @@ class StepBuilder:
         geometry: ModelGeometry,
         conditioning: ConditioningConfig,
         alphas_cumprod: torch.Tensor,
-        no_caption_states: torch.Tensor,
+        empty_caption_states: torch.Tensor,
         device: torch.device,
     ):
-        """no_caption_states [text_tokens, dim]: the T5 states of the empty caption."""
+        """empty_caption_states [text_tokens, dim]: the T5 states of the empty caption."""
         self.vae, self.geometry, self.conditioning, self.device = vae, geometry, conditioning, device
         self.alphas_cumprod = alphas_cumprod.to(device)
-        self.no_caption_states = no_caption_states.to(device)
+        self.empty_caption_states = empty_caption_states.to(device)
         self.scaling_factor = float(vae.config.scaling_factor)
         self.image_scale = image_latent_scale(
             self.scaling_factor, bool(vae.config.invert_scale_latents), conditioning.image_latents
@@ -158,7 +158,7 @@ class StepBuilder:
         image = self.image_latents(batch["first_frame"], draws)
         image = drop(image, image.new_zeros(()), to_device(draws.drop_image, self.device))
         text = to_device(batch["text_states"], self.device)
-        text = drop(text, self.no_caption_states, to_device(draws.drop_caption, self.device))
+        text = drop(text, self.empty_caption_states, to_device(draws.drop_caption, self.device))
         inputs = transformer_inputs(
             add_noise(latents, noise, timesteps, self.alphas_cumprod),
             image_condition(image, latents.shape[1]),

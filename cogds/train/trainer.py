@@ -17,12 +17,12 @@ import torch
 
 from cogds.config.schema import to_yaml
 from cogds.core.diffusion import v_loss
+from cogds.core.lr_schedule import learning_rate
 from cogds.core.plan import MicroBatch
 from cogds.core.rng import seed_global
-from cogds.core.lr_schedule import learning_rate
 from cogds.distributed.collectives import all_gather, any_rank, on_rank0
-from cogds.encode.encoder import prepare
-from cogds.encode.survey import Survey
+from cogds.encode.clip_set import ClipSet
+from cogds.encode.encoder import encode_dataset
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.deepspeed_internals import detach_monitor
 from cogds.engine.sequence_groups import share_clips
@@ -81,7 +81,7 @@ class Trainer:
             return
         engine = self.build(run, start)
         builder = load_step_builder(
-            run.model, run.cfg.conditioning, run.data.no_caption_states, self.job.dtype, run.world.device
+            run.model, run.cfg.conditioning, run.data.empty_caption_states, self.job.dtype, run.world.device
         )
         if self.dry_run:
             tried = check_memory(run, engine, builder)
@@ -100,7 +100,9 @@ class Trainer:
             on_rank0(world, lambda: check_matching(start, fixed))
         if self.dry_run:
             start = dataclasses.replace(start, checkpoint=None, facts={})
-        data = prepare(cfg, job.model, job.buckets, world, cfg.data.max_unusable, tell=self.report)
+        data = encode_dataset(
+            cfg, job.model, job.buckets, world, max_unusable=cfg.data.max_unusable, on_selected=self.report
+        )
         if start.checkpoint:
             data = on_rank0(world, lambda: resumed_data(data, start.facts, cfg))
         plan = job.plan(data.mixture)
@@ -118,10 +120,10 @@ class Trainer:
         }
         return run, start, header
 
-    def report(self, survey: Survey) -> None:
+    def report(self, clips: ClipSet) -> None:
         """Print what will be trained, on rank 0, before anything is encoded."""
         job = self.job
-        logger.info(short_report(run_report(job, survey, clip_table(survey), gpu_memory(job.world.device))))
+        logger.info(short_report(run_report(job, clips, clip_table(clips), gpu_memory(job.world.device))))
 
     def announce(self, run: Run, start: Start) -> None:
         """On rank 0: print the summary, and prepare the output folder."""

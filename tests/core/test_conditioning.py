@@ -8,9 +8,9 @@ from cogds.core.conditioning import (
     image_condition,
     image_latent_scale,
     noise_first_frame,
+    normalize_pixels,
     pad_front,
     sample_moments,
-    normalize_pixels,
 )
 from cogds.errors import UserError
 

@@ -452,7 +452,10 @@ def test_far_steps_add_up(plan, step):
     batches = [Fraction(had, batch) for had, batch in zip(before, plan.local_batch_sizes)]
     assert all(had.denominator == 1 for had in batches)
     most = [
-        min(plan.world_size, max_batches_per_micro_step([plan.sizes[b] for b in g], [plan.local_batch_sizes[b] for b in g]))
+        min(
+            plan.world_size,
+            max_batches_per_micro_step([plan.sizes[b] for b in g], [plan.local_batch_sizes[b] for b in g]),
+        )
         for g in plan.groups
     ]
     assert step * plan.accumulation == sum(sum(batches[b] for b in g) / d for g, d in zip(plan.groups, most) if d)

@@ -1,4 +1,4 @@
-"""Clips to survey, and which of them are opened."""
+"""Clips to scan, and which of them are opened."""
 
 import shutil
 from pathlib import Path
@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogds.data.manifest import scan as inventory
+from cogds.data.manifest import scan as scan_module
 from cogds.data.video.media import write_video
 from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file
 
@@ -40,5 +40,5 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         names.append(Path(task.path).name)
         return probe_file(task)
 
-    monkeypatch.setattr(inventory.probe_share, "__defaults__", (*inventory.probe_share.__defaults__[:2], spy))
+    monkeypatch.setattr(scan_module, "probe_file", spy)
     return names

@@ -11,7 +11,7 @@ from cogds.data.loading.dataset import ClipDataset, ClipOrder, collate, read_enc
 from cogds.data.loading.sampler import BucketBatchSampler
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
-from cogds.encode.encoder import prepare
+from cogds.encode.encoder import encode_dataset
 from cogds.encode.on_the_fly import ahead
 from cogds.train.batches import Run, load_batches
 from cogds.train.tuning import Execution
@@ -31,7 +31,7 @@ def start(tiny_model, tmp_path):
             "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=1", "train.precision=fp32",
             "train.num_steps=6", "train.batch_size=2", *overrides,
         )  # fmt: skip
-        data = prepare(job.cfg, job.model, job.buckets, ALONE)
+        data = encode_dataset(job.cfg, job.model, job.buckets, ALONE)
         plan = job.plan(data.mixture)
         order = ClipOrder(data.index, data.mixture)
         draws = list(BucketBatchSampler(plan, 0, 0, 20))

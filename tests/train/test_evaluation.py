@@ -14,7 +14,7 @@ import cogds.train.evaluation
 from cogds.cli import call
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
-from cogds.encode.encoder import prepare
+from cogds.encode.encoder import encode_dataset
 from cogds.model.evaluation_mode import undisturbed
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
@@ -103,8 +103,8 @@ def setting(place):
     def make(*overrides, world=ALONE):
         job = make_job(*place, *overrides)
         cfg, model, buckets = job.cfg, job.model, job.buckets
-        data = prepare(cfg, model, buckets, ALONE)
-        builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, torch.float32, ALONE.device)
+        data = encode_dataset(cfg, model, buckets, ALONE)
+        builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, torch.float32, ALONE.device)
         evaluation = Evaluation.of(cfg, data, builder, job.batch_sizes, model, world)
         return SimpleNamespace(
             job=job,

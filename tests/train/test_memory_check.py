@@ -37,7 +37,7 @@ class Model(torch.nn.Module):
 
 
 class Builder:
-    device, no_caption_states, alphas_cumprod = torch.device("cpu"), torch.zeros(226, 8), torch.ones(1000)
+    device, empty_caption_states, alphas_cumprod = torch.device("cpu"), torch.zeros(226, 8), torch.ones(1000)
 
     def build(self, batch, shape, draws):
         assert batch["first_frame"].shape[-2:] == (shape.height, shape.width)

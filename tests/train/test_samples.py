@@ -22,7 +22,7 @@ from cogds.core.geometry import ClipShape
 from cogds.data.cache.store import Cache
 from cogds.data.video.media import probe_video
 from cogds.distributed.world import World
-from cogds.encode.encoding_plan import EncodingNames
+from cogds.encode.cache_keys import CacheKeys
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
@@ -70,7 +70,7 @@ def parts(tiny_model, tmp_path_factory):
         f"sample.prompts=[{{prompt: a red circle, image: {folder / 'first.png'}}}, "
         f"{{prompt: a blue star, image: {folder / 'first.png'}, size: 9x64x64, seed: 4}}]",
     ])  # fmt: skip
-    encoder, names = TextEncoder(model, torch.float32, "cpu"), EncodingNames(cfg, model)
+    encoder, names = TextEncoder(model, torch.float32, "cpu"), CacheKeys(cfg, model)
     with Cache(cfg.data.cache_dir).writer("captions") as writer:
         for text in ("a red circle", "a blue star"):
             writer.write(names.caption(text).hex(), {"text_states": encoder.encode(text)})
@@ -89,7 +89,7 @@ def previews(parts, tmp_path):
     def make(first_step=0, stopping=lambda: False, output=None, stage=2, buckets=BUCKETS, **changes):
         cfg = replace(parts.cfg, {"output_dir": str(output or tmp_path / "run"), **changes})
         index = SimpleNamespace(sizes=((0, 0), (1, 0), (0, 2)))
-        data = SimpleNamespace(no_caption_states=parts.empty, index=index)
+        data = SimpleNamespace(empty_caption_states=parts.empty, index=index)
         run = SimpleNamespace(
             cfg=cfg, model=parts.model, buckets=buckets, world=World(0, 1, 0, 1), data=data, first_step=first_step,
             ds_config={"zero_optimization": {"stage": stage}},

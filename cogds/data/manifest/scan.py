@@ -1,14 +1,19 @@
-"""Making the manifest: the data sets are listed, their files opened, and what they hold is written down.
+"""The scan of the data sets, which makes the manifest.
 
-Three steps, of which many ranks share the second: `begin` lists the data sets into a work folder beside the manifest
-(`journal`), `probe_share` opens the files that are new or changed, `finish` writes the table.
+It has three steps. All ranks share the second one:
+
+    scan = start_scan(sets, manifest)                   # rank 0: list the clips of the data sets
+    scan_share(scan, (rank, num_ranks), num_workers)    # every rank: probe and digest the files that are new or changed
+    finish_scan(scan)                                   # rank 0: write the manifest
+
+Files that have not changed since an earlier scan are not opened.
 """
 
+import hashlib
 import itertools
 import os
 import stat
-from collections import deque
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
@@ -17,84 +22,68 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.data.manifest import table as manifest
-from cogds.data.manifest.file_keys import CONDITION, conditions, file_key, first_of_each, look_up
+from cogds.data.manifest.file_keys import CONDITION, condition_kinds, file_key, first_occurrences, look_up
 from cogds.data.manifest.layouts import Entry, iter_entries
-from cogds.data.manifest.rows import entry_keys, facts_in, rows_of, same_digests
+from cogds.data.manifest.rows import build_rows, entry_keys, results_in
 from cogds.data.manifest.scan_state import (
-    ALONE,
-    ENTRIES,
-    FILES,
-    Found,
-    Job,
-    Journal,
+    ENTRY_SCHEMA,
+    FILE_SCHEMA,
+    Results,
+    ResultWriter,
+    Scan,
     Share,
     files_of,
-    locked,
-    new_job,
+    manifest_lock,
+    new_scan,
     read_batches,
-    read_parts,
-    remove,
+    read_results,
+    remove_state,
     write_files,
     write_table,
 )
-from cogds.data.manifest.table import DataSet
+from cogds.data.manifest.table import DataSet, read_manifest_batches, write_manifest
 from cogds.data.video.media import DecodeError
-from cogds.data.video.probe_task import (
-    PROBE_MEMORY_BYTES,
-    PROBE_TIMEOUT_S,
-    FileFacts,
-    ProbeTask,
-    probe_file,
-    reason_of,
-)
+from cogds.data.video.probe_task import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, ProbeTask, probe_file, reason_of
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import TaskFailure, WorkerPool
 
-ENTRIES_AT_ONCE = 1 << 16
-NUM_THREADS = 16  # for stat: on a shared file system, waiting is most of it
+ENTRIES_PER_BATCH = 1 << 16
+_NUM_THREADS = 16  # on a network file system, `stat` is mostly waiting
+
+# --- the first step
 
 
-def update(
-    sets: Sequence[DataSet],
-    file: Path,
-    num_workers: int,
-    default_caption: str | None = None,
-    timeout_s: float = PROBE_TIMEOUT_S,
-    memory_bytes: int = PROBE_MEMORY_BYTES,
-    retry_failed: bool = False,
-) -> None:
-    """All three steps in one process."""
-    job = begin(sets, file, default_caption, retry_failed)
-    probe_share(job, ALONE, num_workers, timeout_s, memory_bytes)
-    finish(job)
+def start_scan(
+    sets: Sequence[DataSet], manifest: Path, default_caption: str | None = None, retry_failed: bool = False
+) -> Scan:
+    """First step, on rank 0: list the clips of the data sets.
 
+    Args:
+        default_caption: caption of clips that have none.
+        retry_failed: open files again that could not be used, even if they have not changed.
 
-# ------------------------------------------------------------------------------------------------------ the first step
-
-
-def begin(sets: Sequence[DataSet], file: Path, default_caption: str | None = None, retry_failed: bool = False) -> Job:
-    """First step, on rank 0: list the data sets.
-
-    default_caption: of clips that have none. retry_failed: open files again that failed in an earlier run though they
-    have not changed. Raises UserError for what `layouts.iter_entries` refuses, and where `file` is something else.
+    Raises:
+        UserError: a data set cannot be read (`layouts.iter_entries`), or `manifest` is another file.
     """
-    job = new_job(file, default_caption)
+    scan = new_scan(manifest, default_caption)
     try:
-        write_table(job.entries, ENTRIES, _list_entries(sets, need_captions=default_caption is None))
+        write_table(scan.entries, ENTRY_SCHEMA, _list_entries(sets, need_captions=default_caption is None))
     except BaseException:
-        remove(job, ())
+        remove_state(scan)
         raise
-    facts = _known_facts(job).rows
-    known = facts.filter(pc.is_valid(facts["frames"])) if retry_failed else facts
-    return write_files(job, _list_files(job.entries, known), first_of_each(entry_keys(job.entries)))
+    known = _known_results(scan).rows
+    # A usable file without a digest was scanned by cogds 0.1, which digested later.
+    is_usable = pc.is_valid(known["frames"])
+    is_complete = pc.or_(pc.invert(is_usable), pc.is_valid(known["digest"]))
+    known = known.filter(pc.and_(is_complete, is_usable) if retry_failed else is_complete)
+    return write_files(scan, _list_files(scan.entries, known), first_occurrences(entry_keys(scan.entries)))
 
 
 def _list_entries(sets: Sequence[DataSet], need_captions: bool) -> Iterator[pa.RecordBatch]:
-    """ENTRIES of all data sets."""
-    for number, one in enumerate(sets):
-        entries = iter_entries(one.path, one.columns, need_captions)
-        while chunk := list(itertools.islice(entries, ENTRIES_AT_ONCE)):
+    """The entries (ENTRY_SCHEMA) of all data sets."""
+    for number, data_set in enumerate(sets):
+        entries = iter_entries(data_set.path, data_set.columns, need_captions)
+        while chunk := list(itertools.islice(entries, ENTRIES_PER_BATCH)):
             yield _entry_batch(chunk, number)
 
 
@@ -104,18 +93,19 @@ def _entry_batch(entries: Sequence[Entry], set_number: int) -> pa.RecordBatch:
     columns["key"] = [file_key(kind, path) for kind, path in zip(columns["kind"], columns["path"])]
     columns["image_key"] = [path and file_key(CONDITION, path) for path in columns["image_path"]]
     try:
-        return pa.RecordBatch.from_pydict(columns, ENTRIES)
-    except UnicodeEncodeError:  # rare: worth a look at every text only then
+        return pa.RecordBatch.from_pydict(columns, ENTRY_SCHEMA)
+    except UnicodeEncodeError:  # rare, so only then look at every text
         for row, caption in enumerate(columns["caption"]):
-            if caption != _printable(caption):
-                columns["caption"][row], columns["caption_error"][row] = None, "it holds half a character (a surrogate)"
+            if caption != _escape(caption):
+                columns["caption"][row] = None
+                columns["caption_error"][row] = "it holds half of a surrogate pair, which is not a character"
         for name in ("path", "image_path", "caption_error"):
-            columns[name] = list(map(_printable, columns[name]))
-        return pa.RecordBatch.from_pydict(columns, ENTRIES)
+            columns[name] = list(map(_escape, columns[name]))
+        return pa.RecordBatch.from_pydict(columns, ENTRY_SCHEMA)
 
 
-def _printable(text: str | None) -> str | None:
-    """The same text, or with escapes where it is no Unicode: a file name of other bytes, half a surrogate pair."""
+def _escape(text: str | None) -> str | None:
+    """The text with escapes for what is not Unicode: other bytes in a file name, half of a surrogate pair."""
     if text is None:
         return None
     try:
@@ -126,125 +116,145 @@ def _printable(text: str | None) -> str | None:
 
 
 def _list_files(entries: Path, known: pa.Table) -> Iterator[pa.RecordBatch]:
-    """FILES of all entries, as often as these have them; known: FACTS."""
-    found = look_up(known.select(["key", "size", "mtime_ns"]), entry_keys(entries))
+    """The files (FILE_SCHEMA) of all entries, with duplicates. known: results of earlier scans."""
+    known_stamps = look_up(known.select(["key", "size", "mtime_ns"]), entry_keys(entries))
     for batch in read_batches(entries):
         for key, path, kinds in (
             ("key", "path", batch.column("kind")),
-            ("image_key", "image_path", conditions(len(batch))),
+            ("image_key", "image_path", condition_kinds(len(batch))),
         ):
-            facts = next(found)
-            columns = [batch.column(key), kinds, batch.column(path), facts["size"], facts["mtime_ns"]]
-            yield pa.record_batch(columns, FILES)
+            stamps = next(known_stamps)
+            columns = [batch.column(key), kinds, batch.column(path), stamps["size"], stamps["mtime_ns"]]
+            yield pa.record_batch(columns, FILE_SCHEMA)
 
 
-# ----------------------------------------------------------------------------------------------------- the second step
+# --- the second step
 
 
-def probe_share(
-    job: Job,
+def scan_share(
+    scan: Scan,
     share: Share,
     num_workers: int,
     timeout_s: float = PROBE_TIMEOUT_S,
     memory_bytes: int = PROBE_MEMORY_BYTES,
-    probe: Callable[[ProbeTask], FileFacts] = probe_file,
 ) -> int:
-    """Second step, on every rank: look at the share's files and open those that are new or changed.
+    """Second step, on every rank: open the files of this rank that are new or changed. Rank 0 shows progress.
 
-    num_workers: worker processes of this rank; see `WorkerPool` for them, timeout_s and memory_bytes. Rank 0 shows a
-    bar. Returns how many files were opened.
+    Args:
+        num_workers: worker processes of this rank, each bounded by timeout_s per file and memory_bytes
+            (`worker_pool.WorkerPool`).
+
+    Returns:
+        The number of files that were opened.
     """
-    shown = share[0] == 0
-    batches = files_of(job, share)
+    is_shown = share[0] == 0
+    batches = files_of(scan, share)
     num_files = sum(map(len, batches))
-    with Journal(job, share, "facts") as journal:
-        todo = list(_to_probe(batches, journal, shown))
-        num_todo = sum(map(len, todo))
-        held: deque[dict[str, Any]] = deque()
-
-        def tasks() -> Iterator[ProbeTask]:
-            for batch in todo:
-                for row in batch.to_pylist():
-                    held.append({name: row[name] for name in ("key", "size", "mtime_ns")})
-                    yield ProbeTask(row["kind"], row["path"])
-
+    with ResultWriter(scan, share) as writer:
+        changed = list(_changed_files(batches, writer, is_shown))
+        num_changed = sum(map(len, changed))
+        tasks = (ProbeTask(row["kind"], row["path"]) for row in _rows(changed))
         with (
-            progress_bar("surveying files", "file", num_files, shown, initial=num_files - num_todo) as bar,
-            WorkerPool(probe, min(num_workers, num_todo), timeout_s, memory_bytes, (DecodeError,)) as pool,
+            progress_bar("scanning files", "file", num_files, is_shown, initial=num_files - num_changed) as bar,
+            WorkerPool(scan_file, min(num_workers, num_changed), timeout_s, memory_bytes, (DecodeError,)) as pool,
         ):
-            for outcome in pool.imap(tasks(), ahead=4 * num_workers):
-                known = held.popleft()
-                if not isinstance(outcome, TaskFailure):
-                    journal.add(known | outcome._asdict())
-                else:
-                    # Without size and time where the machine may be at fault: such a file is opened again next time.
-                    facts = known if outcome.is_permanent else {"key": known["key"]}
-                    journal.add(facts | {"reason": reason_of(outcome.reason)})
+            for row, result in zip(_rows(changed), pool.imap(tasks, ahead=4 * num_workers)):
+                if not isinstance(result, TaskFailure):
+                    writer.add({"key": row["key"], **result})
+                elif result.is_permanent:
+                    del row["kind"], row["path"]
+                    writer.add({**row, "reason": reason_of(result.reason)})
+                else:  # the machine may be at fault, so the next scan opens the file again
+                    writer.add({"key": row["key"], "reason": reason_of(result.reason)})
                 bar.update()
-    return num_todo
+    return num_changed
 
 
-def _to_probe(batches: Sequence[pa.RecordBatch], journal: Journal, shown: bool) -> Iterator[pa.RecordBatch]:
-    """Of the files those to open, with their size and time. What cannot be opened at all is put down at once."""
+def _rows(batches: Sequence[pa.RecordBatch]) -> Iterator[dict[str, Any]]:
+    for batch in batches:
+        yield from batch.to_pylist()
+
+
+def scan_file(task: ProbeTask) -> dict[str, Any]:
+    """Probe a file and digest its content. Returns columns of RESULT_SCHEMA. Raises DecodeError if it cannot be used.
+
+    The digest reads what the probe has just brought into the system's file cache.
+    """
+    try:
+        size, mtime_ns = _stamp(os.stat(task.path))
+        properties = probe_file(task)._asdict()
+        with open(task.path, "rb") as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
+            is_same = _stamp(os.fstat(file.fileno())) == (size, mtime_ns)
+    except OSError as error:
+        return {"reason": reason_of(_open_problem(error))}
+    if not is_same:
+        return {"reason": "file changed: it was written to while it was scanned; start again when it is complete"}
+    return {"size": size, "mtime_ns": mtime_ns, "digest": digest, **properties}
+
+
+def _changed_files(batches: Sequence[pa.RecordBatch], writer: ResultWriter, is_shown: bool) -> Iterator[pa.RecordBatch]:
+    """The files that are new or changed, with size and mtime_ns. Writes results of those that cannot be opened."""
     with (
-        progress_bar("looking at files", "file", sum(map(len, batches)), shown) as bar,
-        ThreadPoolExecutor(NUM_THREADS) as threads,
+        progress_bar("checking files", "file", sum(map(len, batches)), is_shown) as bar,
+        ThreadPoolExecutor(_NUM_THREADS) as threads,
     ):
-        for batch, stats in zip(batches, threads.map(_stats, batches)):
+        for batch, stamps in zip(batches, threads.map(_stamps, batches)):
             bar.update(len(batch))
             known = zip(batch.column("known_size").to_pylist(), batch.column("known_mtime_ns").to_pylist())
-            rows = [row for row, (now, old) in enumerate(zip(stats, known)) if now != old]
-            for row in rows:
-                if isinstance(reason := stats[row], str):
-                    journal.add({"key": batch.column("key")[row].as_py(), "reason": reason})
-            if rows := [row for row in rows if not isinstance(stats[row], str)]:
-                sizes, times = zip(*(stats[row] for row in rows))
-                taken = [batch.column(name).take(pa.array(rows)) for name in ("key", "kind", "path")]
-                yield pa.record_batch(
-                    [*taken, pa.array(sizes), pa.array(times)], ["key", "kind", "path", "size", "mtime_ns"]
-                )
+            changed = [row for row, (new, old) in enumerate(zip(stamps, known)) if new != old]
+            for row in changed:
+                if isinstance(problem := stamps[row], str):
+                    writer.add({"key": batch.column("key")[row].as_py(), "reason": problem})
+            if changed := [row for row in changed if not isinstance(stamps[row], str)]:
+                sizes, times = zip(*(stamps[row] for row in changed))
+                columns = [batch.column(name).take(pa.array(changed)) for name in ("key", "kind", "path")]
+                names = ["key", "kind", "path", "size", "mtime_ns"]
+                yield pa.record_batch([*columns, pa.array(sizes), pa.array(times)], names)
 
 
-def _stats(batch: pa.RecordBatch) -> list[tuple[int, int] | str]:
-    """(size, mtime_ns) of every file, or why it cannot be opened."""
-    return [_stat(path) for path in batch.column("path").to_pylist()]
+def _stamps(batch: pa.RecordBatch) -> list[tuple[int, int] | str]:
+    """(size, mtime_ns) of every file, or the reason why it cannot be opened."""
+    return [_stamp_or_reason(path) for path in batch.column("path").to_pylist()]
 
 
-def _stat(path: str) -> tuple[int, int] | str:
+def _stamp_or_reason(path: str) -> tuple[int, int] | str:
     try:
-        found = os.stat(path)
-    except (FileNotFoundError, NotADirectoryError):
-        return reason_of("the file does not exist")
-    except (OSError, ValueError) as error:  # a name with a null character in it is a ValueError
-        return reason_of(f"it cannot be opened: {getattr(error, 'strerror', None) or error}")
-    if stat.S_ISDIR(found.st_mode):
+        status = os.stat(path)
+    except (OSError, ValueError) as error:  # a name with a null character is a ValueError
+        return reason_of(_open_problem(error))
+    if stat.S_ISDIR(status.st_mode):
         return reason_of("it is a folder, not a file")
-    if not stat.S_ISREG(found.st_mode):  # opening a pipe would wait for ever
+    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
         return reason_of("it is a device, a pipe or a socket, not a file")
-    return found.st_size, found.st_mtime_ns
+    return _stamp(status)
 
 
-# ------------------------------------------------------------------------------------------------------ the third step
+def _stamp(status: os.stat_result) -> tuple[int, int]:
+    return status.st_size, status.st_mtime_ns
 
 
-def finish(job: Job) -> None:
-    """Third step, on rank 0 when all shares are done: write the manifest and remove what the shares left."""
-    with locked(job):
-        facts = _known_facts(job)
-        manifest.write(job.file, rows_of(job.entries, facts, job.default_caption))
-        remove(job, facts.parts)
+def _open_problem(error: OSError | ValueError) -> str:
+    if isinstance(error, FileNotFoundError | NotADirectoryError):
+        return "the file does not exist"
+    return f"it cannot be opened: {getattr(error, 'strerror', None) or error}"
 
 
-def _known_facts(job: Job) -> Found:
-    """What is known of files: found out since the manifest was written, and what stands in it."""
-    new = read_parts(job, "facts")  # before the manifest: who removes parts writes that first
-    tables = [new.rows]
-    if job.file.exists():
-        tables += [one for batch in manifest.read_batches(job.file) for one in facts_in(batch)]
-    facts = pa.concat_tables(tables)
-    digests = read_parts(job, "digests").rows
-    if len(digests):  # of a run that was killed before it could write them into the manifest
-        (found,) = look_up(digests, [facts["key"].combine_chunks()])
-        digest = pc.coalesce(facts["digest"], same_digests(found, facts["size"], facts["mtime_ns"]))
-        facts = facts.set_column(facts.schema.get_field_index("digest"), "digest", digest)
-    return replace(new, rows=facts)
+# --- the third step
+
+
+def finish_scan(scan: Scan) -> None:
+    """Third step, on rank 0 after all ranks: write the manifest and remove the scan's state."""
+    with manifest_lock(scan):
+        results = _known_results(scan)
+        write_manifest(scan.manifest, build_rows(scan.entries, results, scan.default_caption))
+        remove_state(scan, results.files)
+
+
+def _known_results(scan: Scan) -> Results:
+    """The partial results, then the results in the manifest."""
+    partial = read_results(scan)  # before the manifest: a run writes that before it removes partial results
+    tables = [partial.rows]
+    if scan.manifest.exists():
+        tables += [table for batch in read_manifest_batches(scan.manifest) for table in results_in(batch)]
+    return replace(partial, rows=pa.concat_tables(tables))

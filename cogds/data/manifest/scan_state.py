@@ -1,17 +1,15 @@
-"""The work folder of a survey under way, beside the manifest: what is listed, what is found out so far, locks.
+"""The state of a scan: a work folder beside the manifest with the entries, the files to scan, and partial results.
 
-Several runs may survey the same data at once: every run has files of its own here. What a share finds out is kept in
-parts, small whole files, as it goes: a killed run loses half a minute. A later run takes parts over, whoever left
-them; the last step of a run writes them into the manifest and removes them.
+Several runs may scan the same data at once; each has files of its own. A rank writes what it finds as small complete
+files, at least every half minute, so that a killed run loses no more than that. Later runs use the partial results of
+all runs. The last step of a scan moves them into the manifest and removes them.
 """
 
 import contextlib
 import dataclasses
 import fcntl
-import hashlib
 import itertools
 import os
-import re
 import time
 import uuid
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,17 +22,16 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.data.manifest.table import open_manifest, writing
-from cogds.files import whole_file
+from cogds.data.manifest.table import open_manifest, write_errors
+from cogds.files import is_abandoned, is_temporary, process_tag, whole_file
 
-Share = tuple[int, int]  # this rank, number of ranks
-ALONE: Share = (0, 1)
+Share = tuple[int, int]  # rank, number of ranks
 
-JOURNAL_FILES, JOURNAL_S = 2000, 30.0  # a part is written after so many files or seconds, whichever comes first
-STALE_S = 86400.0  # files of a run that was killed are removed when they are older
+# Partial results are written after this many files or seconds, whichever comes first.
+FLUSH_FILES, FLUSH_S = 2000, 30.0
 
-# Path, caption and image_path as text; key and image_key: null where the name cannot be written as text.
-ENTRIES = pa.schema(
+# key, image_key: null if the name is not valid UTF-8. path, caption, image_path: with escapes in that case.
+ENTRY_SCHEMA = pa.schema(
     [
         ("path", pa.string()),
         ("kind", pa.string()),
@@ -48,8 +45,8 @@ ENTRIES = pa.schema(
         ("image_key", pa.binary(16)),
     ]
 )
-# The distinct files that shares go through. known_size, known_mtime_ns: of what an earlier run found out; else null.
-FILES = pa.schema(
+# The distinct files. known_size, known_mtime_ns: of the file when an earlier scan read it, else null.
+FILE_SCHEMA = pa.schema(
     [
         ("key", pa.binary(16)),
         ("kind", pa.string()),
@@ -58,9 +55,9 @@ FILES = pa.schema(
         ("known_mtime_ns", pa.int64()),
     ]
 )
-# What a file holds, by the file's key. size, mtime_ns: when it did; null where the file could not be looked at, and
-# then reason says why. frames is null where the file cannot be used, and reason says why.
-FACTS = pa.schema(
+# What a file of this size and modification time holds. A file that cannot be used has a reason, and frames is null.
+# A failure that may not come again, such as a missing file or a timeout, has no size either.
+RESULT_SCHEMA = pa.schema(
     [
         ("key", pa.binary(16)),
         ("size", pa.int64()),
@@ -75,35 +72,28 @@ FACTS = pa.schema(
         ("digest", pa.binary(16)),
     ]
 )
-# A digest of the content that a file had at that size and time; null where it could not be read, and why.
-DIGESTS = pa.schema(
-    [
-        ("key", pa.binary(16)),
-        ("size", pa.int64()),
-        ("mtime_ns", pa.int64()),
-        ("digest", pa.binary(16)),
-        ("reason", pa.string()),
-    ]
-)
-# What shares find out -> its columns, and the one that is null where a file was no good.
-PARTS = {"facts": (FACTS, "size"), "digests": (DIGESTS, "digest")}
+_RESULTS = "results-"
 
 
 @dataclass(frozen=True)
-class Job:
-    """A survey under way, the same on all ranks: the manifest, and this run's files in the work folder.
+class Scan:
+    """A scan in progress, the same on all ranks.
 
-    num_files: distinct files that the shares go through together.
+    Attributes:
+        manifest: the manifest that it will write.
+        run: a name that no other run has; it begins with the time.
+        num_files: number of distinct files, of all ranks.
+        default_caption: caption of clips that have none.
     """
 
-    file: Path
+    manifest: Path
     run: str
     num_files: int
     default_caption: str | None = None
 
     @property
     def folder(self) -> Path:
-        return self.file.with_name(f"{self.file.name}.work")
+        return self.manifest.with_name(f"{self.manifest.name}.work")
 
     @property
     def entries(self) -> Path:
@@ -114,151 +104,148 @@ class Job:
         return self.folder / f"files-{self.run}.arrow"
 
 
-def new_job(file: Path, default_caption: str | None = None) -> Job:
-    """A run of its own, and the work folder without what dead runs left there (but their parts, which are read)."""
-    if file.exists():
-        with open_manifest(file):
-            pass  # what is no manifest is told now, not after hours of probing
-    job = Job(file, f"{time.time_ns():020d}-{os.getpid()}-{_host()}-{uuid.uuid4().hex[:4]}", 0, default_caption)
-    with writing(file):
-        job.folder.mkdir(parents=True, exist_ok=True)
-        for one in os.scandir(job.folder):
-            is_part = one.name.startswith(tuple(f"{what}-" for what in PARTS)) and ".tmp" not in one.name
-            if not is_part and _is_dead(one):
-                Path(one.path).unlink(missing_ok=True)
-    return job
+def new_scan(manifest: Path, default_caption: str | None = None) -> Scan:
+    """Create the work folder and remove what killed runs left in it, except for their partial results.
+
+    Raises UserError if the manifest is another file or the folder cannot be written.
+    """
+    if manifest.exists():
+        with open_manifest(manifest):
+            pass  # raise for another file now, not after hours of scanning
+    scan = Scan(manifest, f"{time.time_ns():020d}-{process_tag()}-{uuid.uuid4().hex[:4]}", 0, default_caption)
+    with write_errors(manifest):
+        scan.folder.mkdir(parents=True, exist_ok=True)
+        for path in scan.folder.iterdir():
+            is_result = path.name.startswith(_RESULTS) and not is_temporary(path)
+            if not is_result and is_abandoned(path):
+                path.unlink(missing_ok=True)
+    return scan
 
 
-def _is_dead(one: os.DirEntry) -> bool:
-    """Whether the run that a file belongs to has ended. On another machine only its age tells."""
-    match = re.search(r"-\d{20}-(\d+)-(\w+)-", one.name)
-    try:
-        if match and match[2] == _host():
-            return not os.path.exists(f"/proc/{match[1]}")
-        return time.time() - one.stat().st_mtime > STALE_S
-    except FileNotFoundError:
-        return False
-
-
-def _host() -> str:
-    return hashlib.blake2b(os.uname().nodename.encode(), digest_size=4).hexdigest()
-
-
-# ------------------------------------------------------------------------------------------------ tables in the folder
+# --- tables in the work folder
 
 
 def write_table(file: Path, schema: pa.Schema, batches: Iterable[pa.RecordBatch]) -> None:
-    """Write a table of the work folder. Raises UserError where there is no room."""
-    with writing(file), whole_file(file) as partial, pa.ipc.new_file(str(partial), schema) as writer:
+    """Write a table of the work folder. Raises UserError if it cannot be written."""
+    with write_errors(file), whole_file(file) as partial, pa.ipc.new_file(str(partial), schema) as writer:
         for batch in batches:
             writer.write_batch(batch)
 
 
 def read_batches(file: Path) -> Iterator[pa.RecordBatch]:
-    """Its batches as they were written, mapped: they take no memory."""
+    """Read a table batch by batch as it was written; memory-mapped, so that it takes no memory."""
     with pa.memory_map(str(file)) as mapped, pa.ipc.open_file(mapped) as reader:
         yield from map(reader.get_batch, range(reader.num_record_batches))
 
 
-def write_files(job: Job, files: Iterable[pa.RecordBatch], fresh: Sequence[np.ndarray]) -> Job:
-    """Write down what the shares go through: FILES with repetitions, and which of them are `fresh`. Gives their job."""
-    num_files = sum(int(mask.sum()) for mask in fresh)
-    # Shares are every so many batches: small enough to be even, and not more than ten thousand.
-    rows = min(1024, max(1, num_files // 8192))
-    distinct = (batch.filter(pa.array(mask)) for batch, mask in zip(files, fresh))
-    slices = (batch.slice(start, rows) for batch in distinct for start in range(0, len(batch), rows))
-    write_table(job.files, FILES, slices)
-    return dataclasses.replace(job, num_files=num_files)
+def write_files(scan: Scan, files: Iterable[pa.RecordBatch], is_first: Sequence[np.ndarray]) -> Scan:
+    """Write the files to scan (FILE_SCHEMA, with duplicates) and return the scan with their number.
+
+    is_first: masks of the rows that are not duplicates of earlier ones.
+    """
+    num_files = sum(int(mask.sum()) for mask in is_first)
+    # Ranks take batches in turn: small batches, so that shares are even, but at most some ten thousand.
+    batch_size = min(1024, max(1, num_files // 8192))
+    distinct = (batch.filter(pa.array(mask)) for batch, mask in zip(files, is_first))
+    slices = (batch.slice(start, batch_size) for batch in distinct for start in range(0, len(batch), batch_size))
+    write_table(scan.files, FILE_SCHEMA, slices)
+    return dataclasses.replace(scan, num_files=num_files)
 
 
-def files_of(job: Job, share: Share) -> list[pa.RecordBatch]:
-    """The files of one share."""
-    return list(itertools.islice(read_batches(job.files), share[0], None, share[1]))
+def files_of(scan: Scan, share: Share) -> list[pa.RecordBatch]:
+    """The files of one rank."""
+    return list(itertools.islice(read_batches(scan.files), share[0], None, share[1]))
 
 
-# ---------------------------------------------------------------------------------------------- what shares find out
+# --- partial results
 
 
-class Journal:
-    """What a share has found out so far, in parts: whole files, each soon after its rows are known."""
+class ResultWriter:
+    """Writes a rank's results (RESULT_SCHEMA) as partial results: complete files with the rows since the last one."""
 
-    def __init__(self, job: Job, share: Share, what: str) -> None:
-        self.folder, self.stem, self.schema = job.folder, f"{what}-{job.run}-{share[0]:05d}", PARTS[what][0]
-        self.rows: list[dict[str, Any]] = []
-        self.since, self.num_parts = time.monotonic(), 0
+    def __init__(self, scan: Scan, share: Share) -> None:
+        self._folder, self._stem = scan.folder, f"{_RESULTS}{scan.run}-{share[0]:05d}"
+        self._num_files = 0
+        self._clear()
+
+    def _clear(self) -> None:
+        self._rows: list[dict[str, Any]] = []
+        self._last_flush_s = time.monotonic()
 
     def add(self, row: dict[str, Any]) -> None:
-        """Put down one row; columns that it lacks are null."""
-        self.rows.append(row)
-        if len(self.rows) >= JOURNAL_FILES or time.monotonic() - self.since >= JOURNAL_S:
-            self.write()
+        """Add a row; columns that it lacks are null."""
+        self._rows.append(row)
+        if len(self._rows) >= FLUSH_FILES or time.monotonic() - self._last_flush_s >= FLUSH_S:
+            self.flush()
 
-    def write(self) -> None:
-        """Write a part of the rows that are in none."""
-        if self.rows:
-            part = self.folder / f"{self.stem}-{self.num_parts:06d}.arrow"
-            write_table(part, self.schema, [pa.RecordBatch.from_pylist(self.rows, self.schema)])
-            self.num_parts += 1
-        self.rows, self.since = [], time.monotonic()
+    def flush(self) -> None:
+        """Write the rows added since the last flush."""
+        if self._rows:
+            file = self._folder / f"{self._stem}-{self._num_files:06d}.arrow"
+            write_table(file, RESULT_SCHEMA, [pa.RecordBatch.from_pylist(self._rows, RESULT_SCHEMA)])
+            self._num_files += 1
+        self._clear()
 
-    def __enter__(self) -> "Journal":
+    def __enter__(self) -> "ResultWriter":
         return self
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        self.write()  # after an error or Ctrl-C too
+        self.flush()  # after an error or Ctrl-C, too
 
 
 @dataclass(frozen=True)
-class Found:
-    """What shares found out: rows of any run, the newest first; failed: of this run, where a file was no good.
+class Results:
+    """Results of scans (RESULT_SCHEMA).
 
-    parts: the files that were read for it.
+    Attributes:
+        rows: of all runs, the newest first.
+        failed: failures of this run that a later one tries again, so they are in no manifest.
+        files: the partial results that were read.
     """
 
     rows: pa.Table
     failed: pa.Table
-    parts: Sequence[Path]
+    files: Sequence[Path]
 
 
-def read_parts(job: Job, what: str) -> Found:
-    """What is in the parts of all runs, or in this run's where it failed: a later run tries that again."""
-    schema, column = PARTS[what]
-    # A name begins with the run's time.
-    files = sorted((one for one in job.folder.glob(f"{what}-*.arrow") if ".tmp" not in one.name), reverse=True)
-    every, own = [schema.empty_table()], [schema.empty_table()]
+def read_results(scan: Scan) -> Results:
+    """Read the partial results of all runs."""
+    # Names begin with the time.
+    files = sorted((path for path in scan.folder.glob(f"{_RESULTS}*") if not is_temporary(path)), reverse=True)
+    every, own = [RESULT_SCHEMA.empty_table()], [RESULT_SCHEMA.empty_table()]
     for file in files:
         try:
             with pa.OSFile(str(file)) as opened:
                 table = pa.ipc.open_file(opened).read_all()
-        except FileNotFoundError:  # another run has just written it into the manifest
+        except FileNotFoundError:  # another run has just moved it into the manifest
             continue
-        if table.schema.equals(schema):  # else left by another version
+        if table.schema.equals(RESULT_SCHEMA):  # else of another version
             every.append(table)
-            own += [table] if job.run in file.name else []
-    found, failed = pa.concat_tables(every), pa.concat_tables(own)
-    return Found(found.filter(pc.is_valid(found[column])), failed.filter(pc.is_null(failed[column])), files)
+            own += [table] if scan.run in file.name else []
+    rows, failed = pa.concat_tables(every), pa.concat_tables(own)
+    return Results(rows.filter(pc.is_valid(rows["size"])), failed.filter(pc.is_null(failed["size"])), files)
 
 
-# ------------------------------------------------------------------------------------------------------- the last step
+# --- the last step
 
 
 @contextlib.contextmanager
-def locked(job: Job) -> Iterator[None]:
-    """One run at a time reads the manifest and replaces it: else what another has just added to it would be lost."""
-    folder = os.open(job.file.parent, os.O_RDONLY)
+def manifest_lock(scan: Scan) -> Iterator[None]:
+    """One run at a time reads and replaces the manifest; otherwise it could lose what another has just added."""
+    folder = os.open(scan.manifest.parent, os.O_RDONLY)
     try:
-        with contextlib.suppress(OSError):  # some network file systems have no such locks
+        with contextlib.suppress(OSError):  # some network file systems have no locks
             fcntl.flock(folder, fcntl.LOCK_EX)
         yield
     finally:
         os.close(folder)
 
 
-def remove(job: Job, parts: Iterable[Path]) -> None:
-    """Remove a run's files, and parts that are in the manifest now."""
-    for file in (*parts, job.entries, job.files):
+def remove_state(scan: Scan, results: Iterable[Path] = ()) -> None:
+    """Remove the scan's files, and partial results that are in the manifest now."""
+    for file in (*results, scan.entries, scan.files):
         file.unlink(missing_ok=True)
-    with contextlib.suppress(OSError):  # another run's files are in it, or it is gone
-        job.folder.rmdir()
+    with contextlib.suppress(OSError):  # it holds another run's files, or is gone
+        scan.folder.rmdir()

@@ -1,7 +1,7 @@
-"""The manifest: one Parquet table with a row for every clip of every data set, and what its file holds.
+"""The manifest: a Parquet table with a row for every clip of every data set, and what the clip's file holds.
 
-This file owns the table: its columns, where it is, how it is opened and replaced. `inventory` makes it, `contents`
-adds digests, `rows` says what stands in a row.
+This module owns the table's columns, where it is, and how it is read and replaced. `scan` makes it, `rows` computes its
+rows, and `assignment` assigns the rows to buckets.
 """
 
 import contextlib
@@ -20,9 +20,9 @@ from cogds.data.manifest.layouts import MANIFEST_MARK
 from cogds.errors import UserError
 from cogds.files import whole_file
 
-ROWS_AT_ONCE = 1 << 16
+ROWS_PER_BATCH = 1 << 16
 
-# status: "ok", or "unusable" and reason says why. The image is the clip's conditioning image, where one is given.
+# status: "ok", or "unusable" with the reason. image_*: the clip's conditioning image, if one is given.
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -53,70 +53,80 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class DataSet:
-    """A folder, list or table of clips, and what a table calls its columns: see `layouts.iter_entries`."""
+    """A folder, list or table of clips. columns: our column names -> the table's (`layouts.iter_entries`)."""
 
     path: str
     columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def manifest_file(sets: Sequence[DataSet], cache_dir: str | Path, manifest: str | None = None) -> Path:
-    """Where the manifest is: `manifest` if given, else a place in cache_dir named after the data sets."""
+    """Path of the manifest: `manifest` if given, else a name in `cache_dir` that follows from the data sets."""
     if manifest is not None:
         return Path(os.path.abspath(os.path.expanduser(manifest)))
-    paths = [os.path.abspath(os.path.expanduser(one.path)) for one in sets]
-    fields = json.dumps([[path, sorted(one.columns.items())] for path, one in zip(paths, sets)])
+    paths = [os.path.abspath(os.path.expanduser(data_set.path)) for data_set in sets]
+    fields = json.dumps([[path, sorted(data_set.columns.items())] for path, data_set in zip(paths, sets)])
     name = re.sub(r"[^\w.-]", "_", Path(paths[0]).name, flags=re.ASCII) or "data"
     digest = hashlib.blake2b(fields.encode(errors="surrogateescape"), digest_size=4).hexdigest()
     return Path(os.path.abspath(cache_dir)) / "manifests" / f"{name[:64]}-{digest}.parquet"
 
 
-def read(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
-    """The manifest's table (SCHEMA), or some of its columns. Raises UserError where it is not there or no manifest."""
+def read_manifest(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
+    """Read the manifest (SCHEMA), or some of its columns. Raises UserError as `open_manifest`."""
     with open_manifest(file) as table:
         return table.read(columns=list(columns) if columns else None)
 
 
-def read_batches(file: Path, columns: Sequence[str] | None = None) -> Iterator[pa.RecordBatch]:
-    """The same, ROWS_AT_ONCE rows at a time."""
+def read_manifest_batches(file: Path) -> Iterator[pa.RecordBatch]:
+    """Read the manifest ROWS_PER_BATCH rows at a time. Raises UserError as `open_manifest`."""
     with open_manifest(file) as table:
-        yield from table.iter_batches(ROWS_AT_ONCE, columns=list(columns) if columns else None)
+        yield from table.iter_batches(ROWS_PER_BATCH)
 
 
-def write(file: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """Replace the manifest by these rows (SCHEMA). Raises UserError where that cannot be."""
-    with writing(file), whole_file(file) as partial, pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer:
+def write_manifest(file: Path, batches: Iterable[pa.RecordBatch]) -> None:
+    """Replace the manifest by these rows (SCHEMA). Raises UserError if it cannot be written."""
+    with (
+        write_errors(file),
+        whole_file(file) as partial,
+        pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer,
+    ):
         for batch in batches:
             writer.write_batch(batch)
 
 
 @contextlib.contextmanager
 def open_manifest(file: Path) -> Iterator[pq.ParquetFile]:
-    """The file, opened. Raises UserError where it is not there, torn, a table of something else or of another time."""
+    """Open the manifest. Raises UserError if it is missing, damaged, another table or of another version."""
     try:
         opened = pq.ParquetFile(file)
     except FileNotFoundError:
-        raise UserError(f"there is no manifest {file}: check the spelling of data.manifest") from None
+        raise UserError(f"data.manifest: no such file: {file}. Check the spelling.") from None
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
-        raise UserError(f"the manifest {file} cannot be read ({reason}): delete it, it is made anew") from None
+        raise UserError(
+            f"data.manifest: cannot read {file} ({reason}). Delete it; the next run makes a new one."
+        ) from None
     with opened:
         mark = (opened.schema_arrow.metadata or {}).get(MANIFEST_MARK)
         if mark is None:
             raise UserError(
-                f"{file} is a table of something else and would be overwritten: give data.manifest another name"
+                f"data.manifest: {file} is not a manifest of cogds and would be overwritten. Choose another name."
             )
         if mark != SCHEMA.metadata[MANIFEST_MARK]:
-            raise UserError(f"the manifest {file} was written by another version: delete it, it is made anew")
+            raise UserError(
+                f"data.manifest: {file} was written by another version of cogds. Delete it; the next run makes a new "
+                "one."
+            )
         yield opened
 
 
 @contextlib.contextmanager
-def writing(file: Path) -> Iterator[None]:
-    """Say it as a UserError where the manifest, or a file beside it, cannot be written."""
+def write_errors(file: Path) -> Iterator[None]:
+    """Turn errors of writing the manifest or a file beside it into UserErrors."""
     try:
         yield
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         raise UserError(
-            f"{file} cannot be written ({reason}): make room there, or give data.manifest a place"
+            f"data.manifest: cannot write {file} ({reason}). Free some space there, or set data.manifest to another "
+            "path."
         ) from None

@@ -429,7 +429,7 @@ def _read_decord(
     os.environ.setdefault("DECORD_EOF_RETRY_MAX", "256")
     import decord
 
-    decord.logging.set_checkpointing(decord.logging.QUIET)
+    decord.logging.set_level(decord.logging.QUIET)
     _, frame = next(frames)
     if frame.colorspace not in _DECORD_SPACES or frame.color_range == _FULL_RANGE:
         raise _DecordUnfitError("its colours are not tagged as BT.601 of limited range")

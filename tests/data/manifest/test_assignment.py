@@ -6,7 +6,8 @@ from hypothesis import strategies as st
 
 from cogds.core.buckets import assign, assign_all
 from cogds.core.geometry import ClipShape
-from cogds.data.manifest.assignment import frames_at, place, too_short
+from cogds.data.manifest.assignment import WindowRule, assign_rows, too_short_reasons
+from cogds.data.manifest.assignment import num_frames_at as num_frames_of_rows
 from cogds.data.video.media import VideoInfo, num_frames_at
 
 BUCKETS = (ClipShape(17, 64, 96), ClipShape(9, 96, 64), ClipShape(33, 64, 96), ClipShape(1, 64, 64))
@@ -52,37 +53,38 @@ def test_frames_are_counted_as_the_decoder_counts_them(num_frames, rate, fps, st
     info = VideoInfo(num_frames, rate, 10, 10, num_frames / rate)
     for start, end in ((None, None), (start_s, None), (start_s, start_s + length_s)):
         table = manifest((num_frames, info.duration_s, 10, 10, start, end, 0, "ok"))
-        assert frames_at(table, fps)[0] == num_frames_at(info, fps, start or 0.0, end)
+        assert num_frames_of_rows(table, fps)[0] == num_frames_at(info, fps, start or 0.0, end)
 
 
 def test_rows_stand_by_bucket_then_set_then_row():
-    placed = place(manifest(*CLIPS), BUCKETS, 16, "first", 0, seed=0, num_sets=2)
+    assigned = assign_rows(manifest(*CLIPS), BUCKETS, WindowRule(16), num_sets=2)
     # The longest that fits: 48 frames have 33, 1.5 s have 17, 10 portrait ones 9.
-    assert placed.row_buckets.tolist() == [2, 1, -1, 0, 3, 2]
-    assert placed.rows.tolist() == [3, 1, 0, 5, 4]
-    assert placed.sizes == ((1, 0), (0, 1), (1, 1), (1, 0))
-    assert placed.starts_s.tolist() == [2.0, 0, 0, 0, 0]
-    assert placed.buckets.tolist() == [0, 1, 2, 2, 3]
+    assert assigned.row_buckets.tolist() == [2, 1, -1, 0, 3, 2]
+    assert assigned.rows.tolist() == [3, 1, 0, 5, 4]
+    assert assigned.sizes == ((1, 0), (0, 1), (1, 1), (1, 0))
+    assert assigned.starts_s.tolist() == [2.0, 0, 0, 0, 0]
+    assert assigned.buckets.tolist() == [0, 1, 2, 2, 3]
 
 
 def test_windows_stay_in_their_range():
     table = manifest((480, 30.0, 96, 64, 5.0, 15.0, 0, "ok"), (48, 3.0, 96, 64, None, None, 0, "ok"))
-    every = place(table, BUCKETS[:1], 16, "all", 0, seed=0, num_sets=1)
+    every = assign_rows(table, BUCKETS[:1], WindowRule(16, "all", 0, seed=0), num_sets=1)
     assert every.sizes == ((9 + 2,),)
     assert np.allclose(every.starts_s, [5 + 17 / 16 * k for k in range(9)] + [0, 17 / 16])
-    uniform = place(table, BUCKETS[:1], 16, "uniform", 3, seed=0, num_sets=1)
+    uniform = assign_rows(table, BUCKETS[:1], WindowRule(16, "uniform", 3, seed=0), num_sets=1)
     assert uniform.rows.tolist() == [0, 0, 0, 1, 1, 1]
     assert (uniform.starts_s[0], uniform.starts_s[2]) == (5.0, pytest.approx(5 + (160 - 17) / 16))
-    random = place(table, BUCKETS[:1], 16, "random", 0, seed=0, num_sets=1)
+    random, again, other = (
+        assign_rows(table, BUCKETS[:1], WindowRule(16, "random", seed=seed), num_sets=1) for seed in (0, 0, 1)
+    )
     assert 5 <= random.starts_s[0] <= 15 - 17 / 16
-    assert place(table, BUCKETS[:1], 16, "random", 0, seed=0, num_sets=1).starts_s.tolist() == random.starts_s.tolist()
-    assert place(table, BUCKETS[:1], 16, "random", 0, seed=1, num_sets=1).starts_s.tolist() != random.starts_s.tolist()
+    assert random.starts_s.tolist() == again.starts_s.tolist() != other.starts_s.tolist()
 
 
-def test_what_is_too_short_is_told():
+def test_clips_that_are_too_short_for_every_bucket_have_a_reason():
     table = manifest(*CLIPS)
-    placed = place(table, BUCKETS[:1], 16, "first", 0, seed=0, num_sets=2)
-    assert too_short(placed, table, BUCKETS[:1], 16) == {
-        1: "too short: 10 frames at 16 fps, the shortest bucket has 17",
-        4: "too short: a picture, and no bucket has one frame: the shortest has 17",
-    }
+    assigned = assign_rows(table, BUCKETS[:1], WindowRule(16), num_sets=2)
+    reasons = too_short_reasons(assigned, table, BUCKETS[:1], 16)
+    assert sorted(reasons) == [1, 4]
+    assert all(reason.startswith("too short: ") and "17" in reason for reason in reasons.values())
+    assert "10 frames" in reasons[1]

@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from cogds.data.manifest.file_keys import conditions, file_key, first_of_each, keys_of, look_up
+from cogds.data.manifest.file_keys import condition_kinds, file_key, file_keys, first_occurrences, look_up
 
 CHUNKS = [[b"a", None, b"b"], [], [b"b", b"c", b"a"], [None]]
 
@@ -13,15 +13,15 @@ def keys(*letters: bytes | None) -> pa.Array:
 
 def test_a_key_is_of_the_file_and_how_it_is_opened() -> None:
     paths = pa.array(["/a", "/b", None])
-    videos, images = keys_of(pa.array(["video"] * 3), paths), keys_of(conditions(3), paths)
+    videos, images = file_keys(pa.array(["video"] * 3), paths), file_keys(condition_kinds(3), paths)
     assert len({*videos.to_pylist()[:2], *images.to_pylist()[:2]}) == 4
     assert (videos[2].as_py(), images[2].as_py()) == (None, None)
     assert videos[0].as_py() == file_key("video", "/a")
     assert file_key("video", "/\udce9") is None
 
 
-def test_the_first_of_each_key() -> None:
-    fresh = first_of_each([keys(*chunk) for chunk in CHUNKS])
+def test_the_first_occurrences_key() -> None:
+    fresh = first_occurrences([keys(*chunk) for chunk in CHUNKS])
     assert [mask.tolist() for mask in fresh] == [[True, False, True], [], [False, True, False], [False]]
 
 

@@ -1,4 +1,4 @@
-"""The survey: what is not opened twice, what ranks share, and what many batches come to."""
+"""The scan: what is opened again, what is digested, what ranks share, and how many batches are joined."""
 
 import json
 import os
@@ -11,91 +11,142 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
-from cogds.data.manifest import file_digests as contents
-from cogds.data.manifest import scan as inventory
-from cogds.data.manifest import scan_state as journal
-from cogds.data.manifest import table as manifest
-from cogds.data.manifest.table import DataSet
+from cogds.data.manifest import scan as scan_module
+from cogds.data.manifest import scan_state
+from cogds.data.manifest import table as table_module
+from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
+from cogds.data.manifest.table import DataSet, read_manifest, write_manifest
 from cogds.data.video.media import DecodeError, write_video
-from cogds.data.video.probe_task import FileFacts, ProbeTask
-from tests.data.surveyed import leftovers, names_of, survey
+from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file
+from tests.data.scanned import leftovers, names_of, rows_of_list, scan_folder, scan_sets
 
 
-def test_only_what_is_new_or_changed_is_opened(folder: Path, tmp_path: Path, opened: list[str], clip: Path) -> None:
+def test_only_new_and_changed_files_are_opened(folder: Path, tmp_path: Path, opened: list[str], clip: Path) -> None:
     file = tmp_path / "manifest.parquet"
-    first = survey(folder, file)
+    first = scan_folder(folder, file)
     assert opened == ["a.mp4", "b.mp4", "c.mp4", "d.png"]
     opened.clear()
     (folder / "a.txt").write_text("other words")
-    again = survey(folder, file)
+    again = scan_folder(folder, file)
     assert opened == []
     assert again == [first[0] | {"caption": "other words"}, *first[1:]]
     shutil.copy(clip, folder / "e.mp4")
     write_video(folder / "b.mp4", np.zeros((7, 32, 48, 3), np.uint8), 10)
-    rows = survey(folder, file)
+    rows = scan_folder(folder, file)
     assert opened == ["b.mp4", "e.mp4"]
     assert [row["frames"] for row in rows] == [5, 7, 5, 1, 5]
 
 
-def test_what_failed_is_opened_again_when_it_changes_or_on_demand(
+def test_digests_follow_the_content(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "manifest.parquet"
+    first = [row["digest"] for row in scan_folder(folder, file)]
+    assert first[0] == first[1] == first[2] != first[3]
+    content = bytearray((folder / "b.mp4").read_bytes())
+    content[-1] ^= 1
+    (folder / "b.mp4").write_bytes(content)  # the same size, another time
+    again = [row["digest"] for row in scan_folder(folder, file)]
+    assert again[1] not in (None, first[1])
+    assert [again[row] == first[row] for row in (0, 2, 3)] == [True] * 3
+
+
+def test_files_without_a_digest_are_scanned_again(folder: Path, tmp_path: Path, opened: list[str]) -> None:
+    """cogds 0.1 wrote the digests later, and of usable rows only."""
+    file = tmp_path / "manifest.parquet"
+    rows = scan_folder(folder, file)
+    digests = pa.array([None, *(row["digest"] for row in rows[1:])], pa.binary(16))
+    table = read_manifest(file)
+    table = table.set_column(table.column_names.index("digest"), table.schema.field("digest"), digests)
+    write_manifest(file, table.to_batches())
+    opened.clear()
+    assert scan_folder(folder, file) == rows
+    assert opened == ["a.mp4"]
+
+
+def test_a_file_that_changes_while_it_is_scanned_is_unusable_until_the_next_scan(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def probe(task: ProbeTask) -> FileFacts:
+        properties = probe_file(task)
+        if task.path.endswith("b.mp4"):
+            os.utime(task.path, ns=(5, 5))
+        if task.path.endswith("c.mp4"):
+            os.unlink(task.path)
+        return properties
+
+    file = tmp_path / "manifest.parquet"
+    shutil.copy(folder / "d.png", folder / "e.png")
+    (tmp_path / "c.mp4").write_bytes((folder / "c.mp4").read_bytes())
+    lines = [
+        {"path": str(folder / "a.mp4"), "image": str(folder / "e.png")},
+        {"path": str(folder / "b.mp4")},
+        {"path": str(folder / "c.mp4")},
+    ]
+    with monkeypatch.context() as patch:
+        patch.setattr(scan_module, "probe_file", probe)
+        rows = rows_of_list(tmp_path, file, lines)
+    assert [row["status"] for row in rows] == ["ok", "unusable", "unusable"]
+    assert [row["reason"].split(":")[0] for row in rows[1:]] == ["file changed", "file missing"]
+    (tmp_path / "c.mp4").rename(folder / "c.mp4")
+    rows = rows_of_list(tmp_path, file, lines)
+    assert names_of(rows, "unusable") == []
+    assert all(row["digest"] for row in rows)
+
+
+def test_unusable_files_are_opened_again_when_they_change_or_on_demand(
     folder: Path, tmp_path: Path, opened: list[str], clip: Path
 ) -> None:
     file = tmp_path / "manifest.parquet"
     (folder / "b.mp4").write_bytes(b"")
-    rows = survey(folder, file)
-    assert rows[1]["reason"] == "empty file: the file is empty (0 bytes)"
+    rows = scan_folder(folder, file)
+    assert rows[1]["reason"].startswith("empty file: ")
     opened.clear()
-    assert survey(folder, file) == rows
+    assert scan_folder(folder, file) == rows
     assert opened == []
-    assert survey(folder, file, retry_failed=True) == rows
+    assert scan_folder(folder, file, retry_failed=True) == rows
     assert opened == ["b.mp4"]
     opened.clear()
     shutil.copy(clip, folder / "b.mp4")
-    assert names_of(survey(folder, file), "unusable") == []
+    assert names_of(scan_folder(folder, file), "unusable") == []
     assert opened == ["b.mp4"]
 
 
-def test_a_file_that_disappears_is_unusable_and_known_again_when_it_comes_back(
+def test_a_file_that_disappears_is_unusable_and_not_opened_again_when_it_is_back(
     folder: Path, tmp_path: Path, opened: list[str]
 ) -> None:
     file = tmp_path / "manifest.parquet"
     lines = [{"path": str(folder / f"{name}.mp4"), "text": "x"} for name in "ab"]
     (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    first = survey(tmp_path / "l.jsonl", file)
-    contents.fill_digests(file)
+    first = scan_folder(tmp_path / "l.jsonl", file)
     for _ in range(2):
         os.rename(folder / "a.mp4", tmp_path / "away.mp4")
-        rows = survey(tmp_path / "l.jsonl", file)
-        assert rows[0]["reason"] == "file missing: the file does not exist"
+        rows = scan_folder(tmp_path / "l.jsonl", file)
+        assert rows[0]["reason"].startswith("file missing: ")
         assert names_of(rows, "ok") == ["b.mp4"]
         os.rename(tmp_path / "away.mp4", folder / "a.mp4")
     opened.clear()
-    rows = survey(tmp_path / "l.jsonl", file)
+    assert scan_folder(tmp_path / "l.jsonl", file) == first
     assert opened == []
-    assert [row | {"digest": None} for row in rows] == first
-    assert all(row["digest"] for row in rows)
 
 
 def test_several_data_sets(folder: Path, tmp_path: Path) -> None:
     pq.write_table(pa.table({"url": [str(folder / "a.mp4")], "words": ["again"]}), tmp_path / "t.parquet")
     sets = [DataSet(str(folder)), DataSet(str(tmp_path / "t.parquet"), {"path": "url", "caption": "words"})]
-    inventory.update(sets, tmp_path / "m.parquet", 0)
-    rows = manifest.read(tmp_path / "m.parquet", ["set", "caption"]).to_pylist()
+    rows = scan_sets(sets, tmp_path / "m.parquet")
     assert [row["set"] for row in rows] == [0, 0, 0, 0, 1]
     assert rows[4]["caption"] == "again"
 
 
-@pytest.mark.parametrize("num_ranks", [2, 3, 7])
+@pytest.mark.parametrize("num_ranks", [2, 7])
 def test_ranks_share_the_files(folder: Path, tmp_path: Path, num_ranks: int, opened: list[str]) -> None:
-    alone = survey(folder, tmp_path / "alone.parquet")
+    alone = scan_folder(folder, tmp_path / "alone.parquet")
     opened.clear()
     file = tmp_path / "shared.parquet"
-    job = inventory.begin([DataSet(str(folder))], file)
-    assert job.num_files == 4
-    assert sum(inventory.probe_share(job, (rank, num_ranks), 0) for rank in range(num_ranks)) == 4
+    scan = start_scan([DataSet(str(folder))], file)
+    assert scan.num_files == 4
+    assert sum(scan_share(scan, (rank, num_ranks), 0) for rank in range(num_ranks)) == 4
     assert sorted(opened) == ["a.mp4", "b.mp4", "c.mp4", "d.png"]
-    inventory.finish(job)
-    assert manifest.read(file).to_pylist() == alone
+    finish_scan(scan)
+    assert read_manifest(file).to_pylist() == alone
     assert leftovers(file) == ["alone.parquet", "clips"]
 
 
@@ -107,21 +158,24 @@ def by_name(task: ProbeTask) -> FileFacts:
 
 
 def test_many_rows_in_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small chunks, so that every border is crossed; the order and each file's own facts must come out."""
-    monkeypatch.setattr(inventory, "ENTRIES_AT_ONCE", 64)
-    monkeypatch.setattr(manifest, "ROWS_AT_ONCE", 30)
-    monkeypatch.setattr(journal, "JOURNAL_FILES", 50)
+    """Small batches, so that every border is crossed; the order and each file's own properties must come out."""
+    monkeypatch.setattr(scan_module, "ENTRIES_PER_BATCH", 64)
+    monkeypatch.setattr(scan_module, "probe_file", by_name)
+    monkeypatch.setattr(table_module, "ROWS_PER_BATCH", 30)
+    monkeypatch.setattr(scan_state, "FLUSH_FILES", 50)
     for i in range(300):
         (tmp_path / f"{i}.mp4").write_bytes(b"x" * i)
     numbers = np.random.default_rng(0).integers(0, 300, 1000).tolist()
     (tmp_path / "l.csv").write_text("path,text\n" + "".join(f"{i}.mp4,caption {i}\n" for i in numbers))
-    job = inventory.begin([DataSet(str(tmp_path / "l.csv"))], tmp_path / "m.parquet")
-    assert job.num_files == len(set(numbers))
-    for rank in (0, 1):
-        inventory.probe_share(job, (rank, 2), 0, probe=by_name)
-    inventory.finish(job)
-    table = manifest.read(tmp_path / "m.parquet")
-    assert table["size"].to_pylist() == numbers
-    assert table["caption"].to_pylist() == [f"caption {i}" for i in numbers]
-    assert table["frames"].to_pylist() == [i or None for i in numbers]
-    assert pc.sum(pc.equal(table["status"], "unusable")).as_py() == numbers.count(0)
+    for _ in range(2):  # new, then from the manifest
+        scan = start_scan([DataSet(str(tmp_path / "l.csv"))], tmp_path / "m.parquet")
+        assert scan.num_files == len(set(numbers))
+        for rank in (0, 1):
+            scan_share(scan, (rank, 2), 0)
+        finish_scan(scan)
+        table = read_manifest(tmp_path / "m.parquet")
+        assert table["size"].to_pylist() == numbers
+        assert table["caption"].to_pylist() == [f"caption {i}" for i in numbers]
+        assert table["frames"].to_pylist() == [i or None for i in numbers]
+        assert len(pc.unique(table["digest"])) == len(set(numbers))
+        assert pc.sum(pc.equal(table["status"], "unusable")).as_py() == numbers.count(0)

@@ -4,11 +4,10 @@ from pathlib import Path
 import pytest
 
 from cogds.core.geometry import ClipShape
-from cogds.data.manifest.scan import update
-from cogds.data.manifest.table import DataSet, read
 from cogds.data.video import drawn as synthetic
 from cogds.data.video.drawn import draw_clips
 from cogds.data.video.media import read_clip
+from tests.data.scanned import scan_folder
 
 
 def files(folder: Path) -> dict[str, bytes]:
@@ -20,8 +19,7 @@ def test_clips_are_usable_and_the_same_for_a_seed(tmp_path: Path) -> None:
     draw_clips(tmp_path / "b")
     draw_clips(tmp_path / "c", seed=1)
     assert files(tmp_path / "a" / "clips") == files(tmp_path / "b") != files(tmp_path / "c")
-    update([DataSet(str(tmp_path / "b"))], tmp_path / "manifest.parquet", num_workers=0)
-    clips = read(tmp_path / "manifest.parquet").to_pylist()
+    clips = scan_folder(tmp_path / "b", tmp_path / "manifest.parquet")
     assert {clip["status"] for clip in clips} == {"ok"}
     assert [clip["kind"] for clip in clips] == ["video"] * 6 + ["image"]
     assert {clip["fps"] for clip in clips} == {0, 12, 16, 24, 25, 30}

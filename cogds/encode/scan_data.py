@@ -1,0 +1,48 @@
+"""The scan of a run's data sets, shared by all ranks."""
+
+from dataclasses import replace
+from pathlib import Path
+
+from cogds.config.schema import RunConfig
+from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
+from cogds.data.manifest.table import DataSet, manifest_file
+from cogds.distributed.collectives import on_all_ranks, on_rank0
+from cogds.distributed.world import World
+from cogds.errors import UserError
+
+
+def data_sets(cfg: RunConfig) -> list[DataSet]:
+    """The run's data sets, in the order of their numbers."""
+    if cfg.data.sets:
+        return [DataSet(data_set.path, data_set.columns) for data_set in cfg.data.sets]
+    return [DataSet(cfg.data.path, cfg.data.columns)]
+
+
+def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
+    """Bring the manifest up to date and return its path. Collective.
+
+    retry_failed: open files again that could not be used.
+    """
+    file = manifest_file(data_sets(cfg), cfg.data.cache_dir, cfg.data.manifest)
+    scan = on_rank0(world, lambda: start_scan(data_sets(cfg), file, cfg.data.default_caption, retry_failed))
+    share, memory_bytes = (world.rank, world.size), int(cfg.data.decode_memory_gb * 1e9)
+    on_all_ranks(world, lambda: scan_share(scan, share, cfg.data.num_workers, cfg.data.decode_timeout_s, memory_bytes))
+    on_rank0(world, lambda: finish_scan(scan))
+    return file
+
+
+def evaluation_config(cfg: RunConfig) -> RunConfig:
+    """The config of a run that would train the data set in eval.path."""
+    data = replace(cfg.data, path=cfg.eval.path or "", sets=(), repeats=1.0, manifest=None)
+    return replace(cfg, data=data, eval=replace(cfg.eval, path=None, held_out=0.0))
+
+
+def scan_evaluation_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path | None:
+    """`scan_data` for the data set in eval.path; None if there is none. Collective."""
+    if cfg.eval.path is None:
+        return None
+    try:
+        return scan_data(evaluation_config(cfg), world, retry_failed)
+    except UserError as error:
+        error.args = (str(error).replace("data.path", "eval.path"),)
+        raise

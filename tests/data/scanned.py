@@ -1,0 +1,33 @@
+"""What the tests of the manifest share: a scan in one process, and what it leaves."""
+
+import json
+from collections.abc import Sequence
+from pathlib import Path
+
+from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
+from cogds.data.manifest.table import DataSet, read_manifest
+
+
+def scan_sets(sets: Sequence[DataSet], file: Path, num_workers: int = 0, **options: object) -> list[dict]:
+    """Scan the data sets in one process and return the manifest's rows. options: of `start_scan`."""
+    scan = start_scan(sets, file, **options)  # type: ignore[arg-type]
+    scan_share(scan, (0, 1), num_workers)
+    finish_scan(scan)
+    return read_manifest(file).to_pylist()
+
+
+def scan_folder(folder: Path, file: Path, **options: object) -> list[dict]:
+    return scan_sets([DataSet(str(folder))], file, **options)
+
+
+def rows_of_list(tmp_path: Path, file: Path, lines: list[dict]) -> list[dict]:
+    (tmp_path / "l.jsonl").write_text("\n".join(json.dumps({"text": "x"} | line) for line in lines))
+    return scan_folder(tmp_path / "l.jsonl", file)
+
+
+def names_of(rows: list[dict], status: str) -> list[str]:
+    return [Path(row["path"]).name for row in rows if row["status"] == status]
+
+
+def leftovers(file: Path) -> list[str]:
+    return sorted(path.name for path in file.parent.iterdir() if path != file)

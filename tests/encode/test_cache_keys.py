@@ -1,0 +1,40 @@
+"""Cache keys never change: other keys would make every user encode everything again."""
+
+from types import SimpleNamespace
+
+import numpy as np
+import pyarrow as pa
+
+from cogds.config.schema import load_config
+from cogds.core.geometry import ClipShape
+from cogds.data.manifest.assignment import BucketAssignment
+from cogds.encode.cache_keys import CacheKeys
+from cogds.encode.clip_set import ClipSet
+
+
+def test_keys_are_those_of_version_0_1(tmp_path):
+    for part in ("vae", "text_encoder", "tokenizer"):
+        (tmp_path / part).mkdir()
+        (tmp_path / part / "weights").write_bytes(part.encode())
+    cfg, _ = load_config(
+        None,
+        [f"model.path={tmp_path}", "data.path=/clips", f"data.cache_dir={tmp_path / 'cache'}", "data.vae_tiling=off",
+         "train.precision=bf16"],
+    )  # fmt: skip
+    keys = CacheKeys(cfg, SimpleNamespace(path=tmp_path, geometry=SimpleNamespace(text_tokens=226)))
+    assert keys.caption("a cat").hex() == "d4b1b41b49c98fefc157f713ccf53abd"
+    assert keys.caption("").hex() == "bb29a41d02bdf799bf3f344469fd7896"
+    table = pa.table(
+        {
+            "kind": ["video", "image"],
+            "digest": pa.array([b"a" * 16, b"b" * 16], pa.binary(16)),
+            "image_digest": pa.array([None, b"c" * 16], pa.binary(16)),
+        }
+    )
+    rows = np.arange(2)
+    assignment = BucketAssignment(rows, np.array([0.0, 1.5]), ((2,),), np.zeros(2, np.int16), np.full(2, 9))
+    clips = ClipSet(table, assignment, (ClipShape(9, 64, 96),), (1.0,), 16.0, "/clips")
+    assert [key.hex() for key in keys.clips(clips).to_pylist()] == [
+        "71bc9ff061ae332b167684bd27190f06",
+        "b909522e40542a9007bcf54355325f09",
+    ]

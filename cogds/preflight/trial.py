@@ -99,7 +99,8 @@ def judge_trial(facts: list[Facts]) -> list[Finding]:
         return [
             Finding("step", FAIL, f"{what} does not fit into memory on {who(full)}: {memory} taken, "
                     f"the estimate is {gigabytes(worst['estimate'])}; {worst['error']}. "
-                    + (worst["advice"] or "Try ds_configs/zero3.json, model.quantization=nf4, train.activation_checkpointing=full+offload, a "
+                    + (worst["advice"] or "Try ds_configs/zero3.json, model.quantization=nf4, "
+                       "train.activation_checkpointing=full+offload, a "
                        "smaller batch or a smaller bucket"))
         ]  # fmt: skip
     found = []

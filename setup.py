@@ -32,6 +32,7 @@ setup(
         "decord>=0.6",
         "av>=14",  # writes mp4, and reads what the container says of rotation and time
         "omegaconf>=2.4",
+        "pydantic>=2.5",
         "pyyaml",
         "tensorboard>=2.16",
         "tqdm",

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NoReturn
 
-from cogds.config.schema import help_text
+from cogds.config.reference import help_text
 from cogds.distributed.world import connected, contact_sentence, lost_contact, read_world
 from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
 from cogds.process.log_filters import leave_out

@@ -25,7 +25,8 @@ import numpy as np
 import torch
 
 from cogds.cli import parse_args
-from cogds.config.schema import RunConfig, load_config, replace
+from cogds.config.loading import load_config, replace
+from cogds.config.schema import RunConfig
 from cogds.core.conditioning import image_condition, transformer_inputs
 from cogds.core.cost import step_flops
 from cogds.core.diffusion import v_loss

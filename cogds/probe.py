@@ -22,7 +22,8 @@ from typing import Any
 import torch
 
 from cogds.cli import parse_args
-from cogds.config.schema import ConditioningConfig, load_config, replace
+from cogds.config.loading import load_config, replace
+from cogds.config.schema import ConditioningConfig
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS, image_latent_scale
 from cogds.core.diffusion import x0_of_v
 from cogds.core.geometry import ClipShape, latent_frames, padding_frames
@@ -159,7 +160,7 @@ def builders_of(
     """
     builders: dict[str, StepBuilder] = {}
     for name in IMAGE_LATENT_CONVENTIONS:
-        one = make(dataclasses.replace(conditioning, image_latents=name, image_noise=False))
+        one = make(conditioning.model_copy(update={"image_latents": name, "image_noise": False}))
         if one.image_scale not in [other.image_scale for other in builders.values()]:
             builders[name] = one
     return builders

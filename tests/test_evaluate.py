@@ -11,7 +11,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 import cogds.evaluate
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config, replace
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
@@ -290,8 +290,7 @@ def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(setting, forwa
 
 def test_what_it_costs_is_said_and_what_to_change(setting):
     one = setting("eval.num_clips=1")
-    cheap = dataclasses.replace(one.cfg.eval, every=100_000)
-    long = dataclasses.replace(one.cfg, eval=cheap, train=dataclasses.replace(one.cfg.train, num_steps=1_000_000))
+    long = replace(one.cfg, {"eval.every": 100_000, "train.num_steps": 1_000_000})
     run = run_of(one, "full", "full", "full")
     run.cfg = long
     line, nothing = cost_lines(run, one.evaluation, 100_000)

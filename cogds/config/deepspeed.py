@@ -14,7 +14,8 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cogds.config.schema import RunConfig, get, replace
+from cogds.config.loading import replace
+from cogds.config.schema import RunConfig, get
 from cogds.errors import UserError, did_you_mean
 
 

@@ -6,7 +6,7 @@ import sys
 from pathlib import Path
 
 from cogds.cli import make_folders, parse_args
-from cogds.config.schema import load_config, replace
+from cogds.config.loading import load_config, replace
 from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
 from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import connect, disconnect, on_rank0, read_world

@@ -13,7 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.config.schema import RunConfig, SetConfig
+from cogds.config.schema import RunConfig
 from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.geometry import ClipShape
 from cogds.core.held_out import is_held_out, least_share, name_hash, portable_name, spread
@@ -197,9 +197,8 @@ def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
 
 def data_sets(cfg: RunConfig) -> list[DataSet]:
     """The run's data sets, in the order of their numbers."""
-    if cfg.data.sets:
-        return [DataSet(one.path, one.columns) for one in cfg.data.sets]
-    return [DataSet(cfg.data.path, cfg.data.columns)]
+    given = cfg.data.sets or (cfg.data,)
+    return [DataSet(one.path, {str(name): column for name, column in one.columns.items()}) for one in given]
 
 
 def update_manifest(cfg: RunConfig, world: World, digests: bool, retry: bool = False) -> Path:
@@ -254,7 +253,9 @@ def survey(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]) -> Su
 
 def _repeats(cfg: RunConfig, found: Survey) -> tuple[float, ...]:
     """Of each data set, given or from its weight."""
-    given = cfg.data.sets or (SetConfig("", cfg.data.repeats),)
+    given = cfg.data.sets
+    if not given:
+        return (cfg.data.repeats,)
     if given[0].weight is None:
         return tuple(one.repeats for one in given)
     return repeats_of_weights([one.weight or 0.0 for one in given], np.sum(found.placement.sizes, axis=0).tolist())
@@ -326,5 +327,6 @@ def evaluated_survey(
 
 def evaluated_data(cfg: RunConfig) -> RunConfig:
     """The config of the data set that eval.path names, as if it were trained."""
-    data = replace(cfg.data, path=cfg.eval.path or "", sets=(), repeats=1.0, manifest=None)
-    return replace(cfg, data=data, eval=replace(cfg.eval, path=None, held_out=0.0))
+    data = {"path": cfg.eval.path, "sets": (), "repeats": 1.0, "manifest": None}
+    evaluation = cfg.eval.model_copy(update={"path": None, "held_out": 0.0})
+    return cfg.model_copy(update={"data": cfg.data.model_copy(update=data), "eval": evaluation})

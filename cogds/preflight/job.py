@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from cogds.config.deepspeed import load_ds_config, resolve
-from cogds.config.schema import RunConfig, load_config, to_dict
+from cogds.config.loading import load_config, to_dict
+from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate, cached_caption_bytes, cached_clip_bytes
 from cogds.demo import make_demo, only_own_demo

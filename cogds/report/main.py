@@ -13,7 +13,8 @@ import pyarrow.compute as pc
 
 from cogds.cli import parse_args
 from cogds.config.deepspeed import load_ds_config, resolve
-from cogds.config.schema import RunConfig, load_config
+from cogds.config.loading import load_config
+from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.data.video.decode_task import DecodeTask, decode

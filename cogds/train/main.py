@@ -15,7 +15,8 @@ import torch
 from cogds.card import lora_facts, write_card
 from cogds.cli import make_folders, parse_args
 from cogds.config.deepspeed import load_ds_config, resolve
-from cogds.config.schema import RunConfig, load_config, replace, to_yaml
+from cogds.config.loading import load_config, replace, to_yaml
+from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.keys import digest, digest_files
 from cogds.demo import make_demo, only_own_demo

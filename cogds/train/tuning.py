@@ -318,7 +318,8 @@ def choose_execution(
             cfg, ds_config, model, buckets, batch_sizes, world.size, device_bytes
         )
         setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), buckets, world.size)
-        lines, kernel = [], cfg.model.attention
+        lines: list[str] = []
+        kernel: str = cfg.model.attention
         if kernel == "auto":
             tokens = max(num_tokens(shape, model.geometry) for shape in buckets)
             heads = model.transformer_config["num_attention_heads"] // world.sequence_size

@@ -8,7 +8,8 @@ from typing import Any
 import pytest
 
 from cogds.config import deepspeed as ds_config
-from cogds.config import schema as config
+from cogds.config.loading import load_config
+from cogds.config.schema import get
 from cogds.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -17,7 +18,7 @@ ZERO2: dict[str, Any] = {"zero_optimization": {"stage": 2}}
 
 
 def resolve(ds: dict[str, Any], *overrides: str, world_size: int = 2, hidden_size: int | None = 64) -> tuple:
-    cfg, explicit = config.load_config(None, ["model.path=m", "data.path=d", *overrides])
+    cfg, explicit = load_config(None, ["model.path=m", "data.path=d", *overrides])
     return ds_config.resolve(ds, cfg, explicit, world_size, hidden_size, "x.json")
 
 
@@ -37,7 +38,7 @@ def autos(node: Any) -> list:
 @pytest.mark.parametrize("run", ["demo", "cogvideox1.5_i2v_lora"])
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
 def test_every_shipped_file_resolves_with_every_shipped_run(file, run):
-    cfg, explicit = config.load_config(str(ROOT / f"launch/configs/{run}.yaml"), ["data.path=d"])
+    cfg, explicit = load_config(str(ROOT / f"launch/configs/{run}.yaml"), ["data.path=d"])
     ds, same = ds_config.resolve(ds_config.load_ds_config(str(file)), cfg, explicit, 8, 3072, str(file))
     assert same == cfg
     assert autos(ds) == []
@@ -151,7 +152,7 @@ def with_value(path: str, value: Any) -> dict[str, Any]:
 @pytest.mark.parametrize("path, value, key, other", SHARED_CASES)
 def test_a_value_of_the_deepspeed_file_wins_over_a_default_and_reaches_the_run_config(path, value, key, other):
     out, cfg = resolve(with_value(path, value))
-    found = config.get(cfg, key)
+    found = get(cfg, key)
     assert (list(found) if isinstance(found, tuple) else found) == value
     assert out["train_batch_size"] == cfg.train.batch_size * cfg.train.gradient_accumulation_steps * 2
     message = refused(with_value(path, value), f"{key}={other}")
@@ -167,7 +168,7 @@ def test_every_shared_key_is_covered():
 
 def test_a_value_of_the_wrong_kind_names_both_keys():
     message = refused(with_value("gradient_accumulation_steps", 2.5))
-    assert "train.gradient_accumulation_steps must be a whole number, but is 2.5" in message
+    assert "train.gradient_accumulation_steps: must be a whole number, but is 2.5" in message
     assert "(gradient_accumulation_steps)" in message
 
 

@@ -51,7 +51,7 @@ def overrides(folder, layout, output, *more):
 
 def work(jobs):
     """In every rank: train the jobs, each a DeepSpeed config and overrides, one after another."""
-    from cogds.config.schema import load_config
+    from cogds.config.loading import load_config
     from cogds.model.load import find_model
     from cogds.config.deepspeed import load_ds_config, resolve
     from cogds.process.signals import Interrupt

@@ -10,7 +10,7 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from cogds.config.schema import load_config  # noqa: E402
+from cogds.config.loading import load_config  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape  # noqa: E402
 from cogds.train.tuning import choose_execution, prepare_blocks  # noqa: E402

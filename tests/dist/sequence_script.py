@@ -14,7 +14,7 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.sequence.layer import DistributedAttention  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
-from cogds.config.schema import load_config  # noqa: E402
+from cogds.config.loading import load_config  # noqa: E402
 from cogds.model.transformer.attention import attend  # noqa: E402
 from cogds.model.load import find_model, load_transformer  # noqa: E402
 from cogds.model.lora.adapter import inject  # noqa: E402

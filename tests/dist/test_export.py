@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.config.deepspeed import load_ds_config, resolve
 from tests.conftest import ROOT, run_command
 from tests.model.lora.test_adapter import example_inputs

@@ -13,7 +13,7 @@ import cogds.data.video.media
 import cogds.encode.encoder
 import cogds.encode.encoding_plan
 import cogds.encode.survey
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.core.conditioning import to_range
 from cogds.data.cache.store import Cache, Writer
 from cogds.data.loading.dataset import read_encoded

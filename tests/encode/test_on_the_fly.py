@@ -6,7 +6,7 @@ import time
 import pytest
 import torch
 
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import ClipDataset, ClipOrder, collate, read_encoded
 from cogds.data.loading.sampler import BucketBatchSampler

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import cogds.train.loop
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.core.diffusion import stratified_timesteps
 from cogds.core.plan import Plan
 from cogds.data.loading.dataset import Batch

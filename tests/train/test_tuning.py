@@ -9,7 +9,8 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds.config.schema import CHECKPOINTING_MODES, load_config
+from cogds.config.loading import load_config
+from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import COGVIDEOX_VAE, QUANTIZED_BYTES, rotary_table_bytes
 from cogds.distributed.world import World

@@ -87,7 +87,8 @@ def to_yaml(cfg: RunConfig) -> str:
 
 def is_run_config(tree: Any) -> bool:
     """Whether a parsed file has the top-level keys of a run config rather than a DeepSpeed config."""
-    return isinstance(tree, dict) and bool(tree.keys() & (SECTIONS | KEYS.keys())) and not tree.keys() & _DEEPSPEED_KEYS
+    own_keys = (SECTIONS | KEYS.keys()) - {"optimizer", "checkpoint"}  # DeepSpeed has these too
+    return isinstance(tree, dict) and bool(tree.keys() & own_keys) and not tree.keys() & _DEEPSPEED_KEYS
 
 
 def _escape(node: Any) -> Any:

@@ -86,7 +86,7 @@ class _ReadKeys(dict):
         return super().__contains__(key)
 
     def get(self, key: str, default: Any = None) -> Any:
-        return self[key] if key in self else default
+        return self[key] if key in self else default  # noqa: SIM401 (get is this function)
 
     def __getitem__(self, key: str) -> Any:
         self.read.add(key)

@@ -1,19 +1,43 @@
 """Packaging. Ranges, not pins: a GPU user keeps the torch build they have. constraints.txt pins the tested set."""
 
+import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
 
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cogds/__init__.py").read_text())[1]
+
 setup(
     name="cogds",
-    version="0.1.0",
+    version=VERSION,
     description="LoRA fine-tuning of CogVideoX-1.5 image-to-video with DeepSpeed, on one GPU or hundreds",
-    long_description=Path(__file__).with_name("README.md").read_text(),
+    long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.11",
-    packages=find_packages(include=["cogds", "cogds.*"]),
-    package_data={"cogds.report": ["*.j2"]},
+    classifiers=[
+        "Development Status :: 4 - Beta",
+        "Environment :: GPU :: NVIDIA CUDA",
+        "Intended Audience :: Science/Research",
+        "Operating System :: POSIX :: Linux",
+        "Programming Language :: Python :: 3",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Programming Language :: Python :: 3.13",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+        "Typing :: Typed",
+    ],
+    # The configs are in ds_configs/ and launch/configs/ of the checkout, and in the package once it is installed.
+    packages=[*find_packages(include=["cogds", "cogds.*"]), "cogds.ds_configs", "cogds.run_configs"],
+    package_dir={"cogds.ds_configs": "ds_configs", "cogds.run_configs": "launch/configs"},
+    package_data={
+        "cogds": ["py.typed"],
+        "cogds.report": ["*.j2"],
+        "cogds.ds_configs": ["*.json"],
+        "cogds.run_configs": ["*.yaml"],
+    },
+    entry_points={"console_scripts": ["cogds = cogds.cli:main"]},
     install_requires=[
         "torch>=2.6",
         "deepspeed>=0.17",
@@ -30,7 +54,7 @@ setup(
         "pyarrow>=15",
         "pillow>=10",
         "decord>=0.6",
-        "av>=14",  # writes mp4, and reads what the container says of rotation and time
+        "av>=18,<20",  # both ends are tested; 19 needs Python 3.12
         "omegaconf>=2.4",
         "pydantic>=2.5",
         "pyyaml",

@@ -25,6 +25,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from cogds.encode.order import make_plan
+from cogds.train.loop import Run, draw, load_batches, train_steps
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from measuring import (
     CLOCKS,
@@ -45,9 +47,9 @@ from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.loading import replace
 from cogds.core.diffusion import v_loss
 from cogds.data.video.drawn import draw_clips
-from cogds.distributed.world import World, disconnect, read_world
+from cogds.distributed.process_group import disconnect
+from cogds.distributed.world import World, read_world
 from cogds.encode.encoder import prepare
-from cogds.encode.order import make_plan
 from cogds.encode.survey import make_buckets
 from cogds.engine.checkpoint import Saver
 from cogds.engine.start import start_engine
@@ -59,7 +61,6 @@ from cogds.model.tiny import create_tiny_model
 from cogds.model.transformer.forward import Transformer
 from cogds.process.signals import Interrupt
 from cogds.process.watchdog import Watchdog
-from cogds.train.loop import Run, draw, load_batches, train_steps
 from cogds.train.step import load_step_builder
 from cogds.train.tuning import choose_execution, prepare_blocks
 

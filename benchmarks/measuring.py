@@ -30,13 +30,14 @@ from cogds.config.schema import RunConfig  # noqa: E402
 from cogds.core.cost import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
-from cogds.distributed.world import World, connect, connected  # noqa: E402
+from cogds.distributed.process_group import connect, is_connected  # noqa: E402
+from cogds.distributed.world import World  # noqa: E402
 from cogds.engine.start import build_for_stage, start_engine  # noqa: E402
 from cogds.model.load import DTYPES, ModelFolder  # noqa: E402
 from cogds.model.lora.adapter import inject  # noqa: E402
 from cogds.model.transformer.attention import fastest  # noqa: E402
 from cogds.train.step import Draws, StepBuilder, random_batch  # noqa: E402
-from cogds.train.tuning import Setting, Sizes  # noqa: E402
+from cogds.train.tuning import memory_model  # noqa: E402
 
 # For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
@@ -122,7 +123,7 @@ def deepspeed_config(name: str, cfg: RunConfig, model: ModelFolder, world: World
 
 def join(world: World) -> None:
     """Join the process group, where that has not been done."""
-    if not connected():
+    if not is_connected():
         connect(world, 600.0)
 
 
@@ -259,13 +260,12 @@ def make_batches(
 
 
 def estimate_bytes(
-    size: Size, cfg: RunConfig, ds_name: str, shape: ClipShape, batch_size: int, checkpointing: str, world: World
+    size: Size, cfg: RunConfig, ds_name: str, shape: ClipShape, batch_size: int, level: str, world: World
 ) -> int:
     """What the memory model says that a step takes of a GPU's allocator: all but the CUDA context."""
     model = model_of(size)
     ds_config = deepspeed_config(ds_name, cfg, model, world)
-    setting = Setting.of(cfg, ds_config, model, Sizes.of(cfg, model), (shape,), world.size)
-    estimate = setting.estimate(shape, batch_size, checkpointing)
+    estimate = memory_model(cfg, ds_config, model, (shape,), world.size).estimate(shape, batch_size, level)
     return estimate.total_bytes - estimate.cuda_context_bytes
 
 

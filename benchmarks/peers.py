@@ -55,7 +55,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 from cogds.config.schema import ATTENTION_KERNELS, CHECKPOINTING_MODES
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.rope import rotary_tables
-from cogds.distributed.world import World, disconnect, read_world
+from cogds.distributed.process_group import disconnect
+from cogds.distributed.world import World, read_world
 from cogds.model.load import build_transformer
 from cogds.model.transformer.attention import use
 

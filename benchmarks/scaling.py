@@ -39,7 +39,9 @@ from measuring import (
 
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.plan import Plan
-from cogds.distributed.world import World, all_gather, disconnect, read_world
+from cogds.distributed.collectives import all_gather
+from cogds.distributed.process_group import disconnect
+from cogds.distributed.world import World, read_world
 
 BUCKETS = {
     "tiny": ("5x64x64", "17x64x96"),

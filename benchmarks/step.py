@@ -58,7 +58,8 @@ from torch.profiler import ProfilerActivity, profile
 from cogds.config.schema import ATTENTION_KERNELS, CHECKPOINTING_MODES, RunConfig
 from cogds.core.cost import step_flops
 from cogds.core.geometry import ClipShape, num_tokens
-from cogds.distributed.world import World, disconnect, read_world
+from cogds.distributed.process_group import disconnect
+from cogds.distributed.world import World, read_world
 from cogds.model.transformer.attention import use
 from cogds.model.transformer.quantize import QUANTIZATIONS, check_quantization
 

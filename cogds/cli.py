@@ -1,111 +1,168 @@
-"""The command line that all entry points share, and how they end.
+"""The command line: `cogds VERB ...`, and launch/VERB.py for launchers.
 
-deepspeed launch/train.py --deepspeed ds_configs/zero2.json [--config run.yaml] [key.sub=value ...]
+Arguments are parsed before torch is imported, so that `--help` and every argument error answer at once. All exit codes
+are defined in `cogds.errors`.
 """
 
 import argparse
-import base64
-import binascii
+import gc
+import importlib
+import logging
 import os
 import socket
 import sys
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NoReturn
 
-from cogds.config.reference import help_text
-from cogds.distributed.world import connected, contact_sentence, lost_contact, read_world
+import cogds
+from cogds.arguments import VERBS, find_config, parse_args, shipped
+from cogds.distributed.world import is_launched, read_world
 from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
 from cogds.process.log_filters import leave_out
+from cogds.process.logs import RESULT, configure_logging
 
-leave_out()  # an entry point imports this before what loads diffusers and DeepSpeed
-
-
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message} on the command line: --help shows what is accepted")
+DEFAULT_DEEPSPEED = "zero2.json"
+DEMO_CONFIG = "demo.yaml"
 
 
-def unpacked(argv: Sequence[str]) -> list[str]:
-    """The words of a command line, `--packed=TEXT` replaced by the words in it.
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run `cogds VERB ...` and return the exit code."""
+    words = list(sys.argv[1:] if argv is None else argv)
+    if not words or words[0] in ("-h", "--help"):
+        print(usage())
+        return 0
+    if words[0] == "--version":
+        print(f"cogds {cogds.__version__}")
+        return 0
+    return run(lambda: call(words[0], words[1:]))
 
-    launch/hostfile.sh packs them, because remote shells split and run what is in a word: TEXT is the base64 (the
-    variant for URLs) of the words, each ended by a zero byte. Raises UserError where it is not.
+
+def usage() -> str:
+    """The verbs, one per line."""
+    width = max(map(len, VERBS)) + 2
+    verbs = "\n".join(f"  {name:{width}}{verb.summary}" for name, verb in VERBS.items())
+    return f"usage: cogds VERB ...\n\n{verbs}\n\n`cogds VERB --help` shows the flags of a verb. `cogds --version`"
+
+
+def launch(verb: str) -> int:
+    """Run a verb as launch/VERB.py does, as one rank of those that a launcher started. Returns the exit code."""
+    return run(lambda: call(verb, sys.argv[1:], prog=f"launch/{verb}.py", starts_ranks=False))
+
+
+def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = True) -> None:
+    """Parse a verb's arguments and run it. prog: the command's name in `--help`.
+
+    starts_ranks: replace this process by DeepSpeed's launcher if several ranks are wanted and no launcher has started
+    it. Raises UserError for an unknown verb or argument.
     """
-    words: list[str] = []
-    for word in argv:
-        flag, _, text = word.partition("=")
-        if flag != "--packed":
-            words.append(word)
-            continue
-        try:
-            packed = base64.b64decode(text.encode(), altchars=b"-_", validate=True)
-        except (binascii.Error, ValueError):
-            packed = b"?"
-        if packed and not packed.endswith(b"\0"):
+    if verb not in VERBS:
+        raise UserError(
+            f"command line: unknown verb '{verb}'{did_you_mean(verb, VERBS)}. Choose one of {', '.join(VERBS)}."
+        )
+    args = parse_args(verb, argv, prog)
+    about = VERBS[verb]
+    if about.takes_config:
+        args.is_demo = args.config is None  # the demo's config, which makes its own model and clips
+        named = args.config and find_config(args.config, "run_configs", ".yaml")
+        args.config = named or str(shipped("run_configs", DEMO_CONFIG))
+        named = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
+        args.deepspeed = named or str(shipped("ds_configs", DEFAULT_DEEPSPEED))
+    leave_out()  # before diffusers and DeepSpeed are imported: some messages come then
+    if starts_ranks and about.is_launchable and (launcher := launcher_command(args, argv)):
+        sys.stdout.flush()
+        os.execv(launcher[0], launcher)
+    configure_logging(read_world().rank, RESULT if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
+    with gc_at_rest():
+        module = importlib.import_module(about.module)
+    module.main(args)
+
+
+class gc_at_rest:
+    """No garbage is collected inside, and the objects made inside never are.
+
+    Importing torch, diffusers and DeepSpeed makes a million objects that live as long as the process. Searching them
+    for garbage took 3 of the 11 seconds that the imports needed (docs/performance.md).
+    """
+
+    def __enter__(self) -> None:
+        gc.disable()
+
+    def __exit__(self, *_: object) -> None:
+        gc.enable()
+        gc.freeze()
+
+
+def launcher_command(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
+    """The command that starts the ranks through DeepSpeed's launcher; [] if this process is to run the verb itself.
+
+    Without --num-gpus and --hostfile, every GPU of this machine is used. A CPU machine gets one rank.
+    """
+    if is_launched():
+        if args.num_gpus or args.hostfile:
             raise UserError(
-                f"--packed={text[:60]} on the command line is damaged: launch/hostfile.sh makes it, nobody else has to"
+                "command line: --num-gpus and --hostfile start ranks, but a launcher has started this process already. "
+                "Pass them to `cogds` or to that launcher, not to both."
             )
-        words += [os.fsdecode(one) for one in packed.split(b"\0")[:-1]]
+        return []
+    num_ranks = args.num_gpus or _num_gpus()
+    if num_ranks == 1 and not args.hostfile:
+        return []
+    where = ["--hostfile", args.hostfile] if args.hostfile else []
+    if args.num_gpus or not args.hostfile:
+        where += ["--num_gpus", str(num_ranks)]
+    port = args.master_port or (29500 if args.hostfile else _free_port())
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port)]
+    return [*launcher, "--no_local_rank", "--module", "cogds", args.verb, *_without_launcher_flags(argv)]
+
+
+def _num_gpus() -> int:
+    """GPUs of this machine; 1 if it has none."""
+    import torch
+
+    return torch.cuda.device_count() or 1
+
+
+def _without_launcher_flags(argv: Sequence[str]) -> list[str]:
+    """The words that the ranks get."""
+    words, skips = [], False
+    for word in argv:
+        name = word.partition("=")[0].replace("_", "-")
+        if skips or name in ("--num-gpus", "--hostfile", "--master-port"):
+            skips = not skips and "=" not in word
+        else:
+            words.append(word)
     return words
 
 
-def parse_args(
-    argv: Sequence[str], doc: str, add_arguments: Callable[[argparse.ArgumentParser], Any] | None = None
-) -> argparse.Namespace:
-    """`.deepspeed` and `.config` (paths or None) and `.overrides` (the `key.sub=value` texts, in order).
-
-    doc: the entry point's own sentence for --help. add_arguments: adds its own --flags.
-    """
-    parser = _Parser(
-        usage="%(prog)s [--deepspeed DS.json] [--config RUN.yaml] [key.sub=value ...]",
-        description=doc,
-        epilog=f"keys of the run config:\n\n{help_text()}",
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    parser.add_argument("--deepspeed", metavar="DS.json", help="the DeepSpeed config")
-    parser.add_argument("--config", metavar="RUN.yaml", help="the run config; overrides win over it")
-    # The deepspeed launcher adds it. The rank comes from the environment, which every launcher sets.
-    parser.add_argument("--local_rank", "--local-rank", type=int, help=argparse.SUPPRESS)
-    if add_arguments:
-        add_arguments(parser)
-    # Overrides are what is left over, so that they may stand before, between and after the flags.
-    args, overrides = parser.parse_known_args(unpacked(argv))
-    for text in overrides:
-        if text.startswith("-"):
-            flag = text.split("=")[0]
-            near = did_you_mean(flag, parser._option_string_actions)
-            raise UserError(f"unknown flag {flag} on the command line{near}: --help lists flags and keys")
-    del args.local_rank
-    args.overrides = overrides
-    return args
+def _free_port() -> int:
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
 
 
 def make_folders(folders: Mapping[str, str]) -> None:
-    """Make the folders that a command writes into, key of the config -> folder. Raises UserError where one cannot be
-    made or written."""
+    """Make the folders that a command writes to, config key -> folder. Raises UserError if one cannot be written."""
     for key, folder in folders.items():
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=folder).close()
         except OSError as error:
             reason = error.strerror or str(error)
-            raise UserError(f"{key}: cannot write into {folder} ({reason}): choose another folder") from None
+            raise UserError(f"{key}: cannot write to {folder} ({reason}). Choose another folder.") from None
 
 
-def run(main: Callable[[], None]) -> int:
-    """The exit code after main(), see `cogds.errors`. What the user can mend is one line; a bug keeps its traceback."""
+def run(function: Callable[[], None]) -> int:
+    """The exit code after `function()`. An error that the user can fix is one line; a bug keeps its traceback."""
     try:
-        return _run(main)
+        return _run(function)
     finally:
         _flush()
 
 
-def _run(main: Callable[[], None]) -> int:
+def _run(function: Callable[[], None]) -> int:
     try:
-        main()
+        function()
     except UserError as error:
         if (place := _place(error)) is not None:
             print(f"error{place}: {error}", file=sys.stderr)
@@ -113,15 +170,17 @@ def _run(main: Callable[[], None]) -> int:
     except Interrupted:
         return EXIT_INTERRUPTED
     except RuntimeError as error:
-        if not lost_contact(error):
+        from cogds.distributed.process_group import is_lost_connection, lost_connection_message  # imports torch
+
+        if not is_lost_connection(error):
             raise
-        print(contact_sentence(read_world(), error), file=sys.stderr)
+        print(lost_connection_message(read_world(), error), file=sys.stderr)
         return EXIT_HUNG
     return 0
 
 
 def _flush() -> None:
-    """Python's own flush at the end makes the exit code 120 where nobody reads any more."""
+    """Flush stdout; if its reader is gone, Python's own flush at exit would make the exit code 120."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -129,15 +188,21 @@ def _flush() -> None:
 
 
 def _place(error: UserError) -> str | None:
-    """What an error says of where it happened; None where another process says the same.
+    """Which rank an error names; None if another process reports the same error.
 
-    Before the ranks are connected, all ranks of a node read the same input and fail alike: the first of them speaks.
-    Later, what is not shared is this rank's own trouble.
+    Before the ranks are is_connected, all ranks of a node read the same input and fail alike: the first one reports.
+    Later, an error that is not shared is this rank's own.
     """
     try:
         world = read_world()
-    except UserError:  # then this is the error that is about to be told
+    except UserError:  # this is the error that is about to be reported
         return ""
-    if error.shared or (world.local_rank and not connected()):
+    if error.shared or (world.local_rank and not _is_connected()):
         return None
     return f" on rank {world.rank} ({socket.gethostname()})" if world.rank else ""
+
+
+def _is_connected() -> bool:
+    """Whether this process has joined the process group, without importing torch for the question."""
+    group = sys.modules.get("cogds.distributed.process_group")
+    return group is not None and group.is_connected()

@@ -1,32 +1,39 @@
-"""What a user can put right: one exception class, whose message is the whole story.
+"""Errors that the user can correct, and the exit codes of all commands.
 
-A message says what is wrong, where, what was found and what to do. Entry points print it without a
-traceback and exit with code 2; anything else that is raised is a bug and keeps its traceback. Here stand all exit
-codes; docs/operations.md says what to do about each.
+The message of a UserError is `<key or file>: <what is wrong, with the value found>. <What to do.>`. Commands print it
+without a traceback and exit with code 2. Any other exception is a bug and keeps its traceback. docs/operations.md says
+what to do about each exit code.
 """
 
 import difflib
 from collections.abc import Iterable
+from typing import Self
 
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
-EXIT_HUNG = 76  # or lost contact with another rank, or the port is taken: run it again, but not for ever
+EXIT_HUNG = 76  # hung, lost the connection to another rank, or the port is taken: run it again, but not forever
 
 
 class Interrupted(Exception):
-    """The run was asked to stop and has done so; the same command goes on with it."""
+    """The run was asked to stop and has stopped; the same command continues it."""
 
 
 class UserError(Exception):
-    """Something in the user's input, files or environment that the message tells how to mend.
+    """A mistake in the user's input, files or environment. The message says how to correct it.
 
-    shared: rank 0 raised it too and says it; this rank has nothing to add.
+    shared: another rank raises the same error and reports it, so this rank prints nothing.
     """
 
-    shared = False
+    def __init__(self, message: str, *, shared: bool = False) -> None:
+        super().__init__(message)
+        self.shared = shared
+
+    def as_shared(self) -> Self:
+        """Return the same error for a rank that need not report it."""
+        return type(self)(str(self), shared=True)
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:
-    """` (did you mean 'x'?)` for the nearest valid name, or an empty string where none is near."""
+    """Return ` (did you mean 'x'?)` for the nearest valid name, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""

@@ -1,8 +1,8 @@
-"""A LoRA for other tools: diffusers, ComfyUI, or merged into full weights; with a model card, and onto the hub."""
+"""Export a LoRA for diffusers or ComfyUI, or merged into full weights; write a model card; upload to the hub."""
 
 import argparse
+import logging
 import shutil
-import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -10,27 +10,37 @@ from typing import Any
 
 import torch
 
+from cogds.arguments import MERGED_FORMATS
 from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError
 from cogds.files import whole_folder
-from cogds.model.load import ModelFolder, empty_transformer, find_model
+from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora.convert import (
-    check_fits,
+    check_all_fit,
     check_scale,
     load_adapter,
     save_comfyui,
     save_comfyui_wrapper,
     save_diffusers,
 )
-from cogds.model.lora.file import LoraFile, read_lora
+from cogds.model.lora.file import LoraFile, described, read_loras
 from cogds.model.lora.hub import check_repo, listed, push
-from cogds.model.lora.merge import other_files, save_merged, save_other_parts, weights_of
+from cogds.model.lora.merge import (
+    check_comfyui_supports,
+    other_files,
+    save_comfyui_merged,
+    save_merged,
+    save_other_parts,
+    weights_of,
+)
+from cogds.process.logs import RESULT
 
-FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", "merged")
+logger = logging.getLogger(__name__)
+
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SPARE_BYTES = 64e6  # left free beside what is written
-WEAKENED_NAMES = ("orbit", "dimensionx")  # by the wrapper, where it fuses LoRAs of such names
+SPARE_BYTES = 64e6  # disk space that an export leaves free
+WEAKENED_NAMES = ("orbit", "dimensionx")  # the wrapper weakens fused LoRAs whose path contains one of these
 
 
 @dataclass(frozen=True)
@@ -41,22 +51,32 @@ class Given:
     weight: float
 
 
-def main(argv: list[str] | None = None, api: Any = None) -> None:
-    """Parse, check, write, push. What can be wrong is said before anything is written.
+def main(args: argparse.Namespace, api: Any = None) -> None:
+    """Run the command: check everything first, then write the folder, then upload it.
 
-    api: stands in for the hub.
+    api: A stand-in for the hub's `HfApi`.
     """
-    args = _parse(sys.argv[1:] if argv is None else argv)
+    if args.pipeline and args.to != "merged":
+        raise UserError(f"--pipeline {args.pipeline}: not available with --to {args.to}. Use --to merged.")
+    if args.public and not args.push_to:
+        raise UserError("--public: nothing is uploaded without --push-to. Add --push-to OWNER/NAME.")
     output = Path(args.output)
     if output.exists() or output.is_symlink():
-        raise UserError(f"--output {output} is there already: give a folder that is not, or remove it")
+        raise UserError(f"--output {output}: already exists. Choose a new folder, or remove this one.")
     check_scale(args.scale)
-    given = parse_loras(args.lora, args.scale)
-    if len(given) > 1 and args.to != "merged":
-        raise UserError(f"{len(given)} LoRAs were given, which only --to merged makes one of: export them one by one")
-    model = base_model(args.model, given, needed=args.to == "merged")
+    given = parse_loras(args.lora, args.scale, args.lora_alpha)
+    if len(given) > 1 and args.to not in MERGED_FORMATS:
+        raise UserError(
+            f"--to {args.to}: takes one LoRA, but {len(given)} were given. Export them one by one, or merge them with "
+            f"--to {' or '.join(MERGED_FORMATS)}."
+        )
+    model = base_model(args.model, given, needed=args.to in MERGED_FORMATS)
     if model:
-        check_all_fit(given, model)
+        check_all_fit([one.file for one in given], model)
+        if args.to == "comfyui-merged":
+            check_comfyui_supports(model)
+    for one in given:
+        logger.info("\n".join(described(one.file, "--lora-alpha")))
     if args.push_to:
         given = [replace(one, file=replace(one.file, metadata=shareable(one.file.metadata))) for one in given]
     facts = facts_of(given, model)
@@ -66,7 +86,7 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
     dtype = DTYPES.get(args.dtype)
     sample = Path(args.sample) if args.sample else find_sample(Path(args.lora[0]))
     if sample and not sample.is_file():
-        raise UserError(f"--sample {sample} is not there: give a video, or leave it out")
+        raise UserError(f"--sample {sample}: no such file. Give a video, or omit --sample.")
     check_space(
         output, num_bytes(given, model, args.to, dtype, args.pipeline) + (sample.stat().st_size if sample else 0)
     )
@@ -78,39 +98,14 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
         where = args.push_to or str(output)
         card = model_card(output.name, facts, args.to, where, file, SAMPLE_NAME if sample else "")
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
-    print("\n".join([f"{args.to}: {output}", *listed(output), *notes(facts, args.to, output, bool(model))]))
+    lines = [f"{args.to}: {output}", *listed(output), *notes(facts, args.to, output, bool(model))]
+    logger.log(RESULT, "\n".join(lines))
     if args.push_to:
-        print(f"uploading these files to {args.push_to}, {'public' if args.public else 'private'}")
-        print(f"on the hub: {push(output, args.push_to, args.public, api)}")
+        logger.info("Uploading these files to %s (%s).", args.push_to, "public" if args.public else "private")
+        logger.log(RESULT, "Uploaded: %s", push(output, args.push_to, args.public, api))
 
 
-def _parse(argv: Sequence[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument(
-        "lora", nargs="+", metavar="LORA", help="LoRA file or folder, and maybe a weight after it; several for merged"
-    )
-    parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder; its name is the LoRA's")
-    parser.add_argument("--model", help="hub id or folder of the base model; default: the one it was trained on")
-    parser.add_argument("--scale", type=float, default=1.0, help="times its strength; default 1, as it was trained")
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as the LoRA's, merged as the model's")
-    parser.add_argument(
-        "--pipeline",
-        choices=("link", "copy"),
-        help="merged only: make a whole pipeline folder, with links to the model's other parts, or copies",
-    )
-    parser.add_argument("--sample", metavar="MP4", help="a video for the card; default: one that the run made")
-    parser.add_argument("--push-to", metavar="OWNER/NAME", help="upload the folder to the hub, as a private repository")
-    parser.add_argument("--public", action="store_true", help="let everybody see what --push-to uploads")
-    args = parser.parse_args(argv)
-    if args.pipeline and args.to != "merged":
-        raise UserError(f"--pipeline {args.pipeline} goes with --to merged: a LoRA is no pipeline")
-    if args.public and not args.push_to:
-        raise UserError("--public goes with --push-to OWNER/NAME")
-    return args
-
-
-def parse_loras(words: Sequence[str], scale: float) -> list[Given]:
+def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) -> list[Given]:
     """`PATH [WEIGHT] PATH [WEIGHT] ...`, the headers read; weights times `scale`.
 
     Raises UserError where a path is no LoRA, or a weight no number.
@@ -125,7 +120,8 @@ def parse_loras(words: Sequence[str], scale: float) -> list[Given]:
             given[-1] = (given[-1][0], number)
         else:
             raise UserError(f"there is no LoRA at {word}: give its path first, and its weight after it")
-    return [Given(read_lora(path), scale * weight) for path, weight in given]
+    files = read_loras([path for path, _ in given], alpha, "--lora-alpha")
+    return [Given(file, scale * weight) for file, (_, weight) in zip(files, given, strict=True)]
 
 
 def _number(word: str) -> float | None:
@@ -151,35 +147,29 @@ def base_model(path: str | None, given: Sequence[Given], needed: bool) -> ModelF
     return None
 
 
-def check_all_fit(given: Sequence[Given], model: ModelFolder) -> None:
-    """Raise UserError, naming the layer, for a LoRA that was made for another model."""
-    shapes = {name: tuple(weight.shape) for name, weight in empty_transformer(model).named_parameters()}
-    for one in given:
-        check_fits(one.file, shapes, model.path)
-
-
 def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any]:
-    """What is known of the LoRA, for its header and its card; of several, the first one's.
+    """Collect the facts for the header and the model card; if several LoRAs are given, from the first one.
 
-    Raises UserError for an image-latent convention that is not known, and where several differ in it.
+    Raises:
+        UserError: An image-latent convention is unknown, or the LoRAs differ in it.
     """
     conventions = {one.file.metadata.get("image_latents", "pipeline"): one for one in given}
     for convention, one in conventions.items():
         if convention not in IMAGE_LATENT_CONVENTIONS:
             raise UserError(
-                f"{one.file.path} was trained with image latents '{convention}', which is none of "
-                f"{', '.join(IMAGE_LATENT_CONVENTIONS)}: it was made by a newer version of this project"
+                f"{one.file.path}: unknown image latents '{convention}'; known: {', '.join(IMAGE_LATENT_CONVENTIONS)}. "
+                "Update cogds: a newer version wrote this file."
             )
     if len(conventions) > 1:
         raise UserError(
-            f"the LoRAs were trained with different image latents ({', '.join(sorted(conventions))}): one model cannot "
-            "be fed both ways; merge those of one kind"
+            f"{given[0].file.path}: the LoRAs were trained with different image latents "
+            f"({', '.join(sorted(conventions))}), and a model takes only one kind. Merge LoRAs of the same kind."
         )
     convention = next(iter(conventions))
     facts = dict(given[0].file.metadata)
     if model:
         facts["image_latent_factor"] = pipeline_factor(model.vae_config, convention)
-        # The wrapper's own factor is the scaling factor, whatever the VAE says.
+        # ComfyUI and the wrapper multiply image latents by the scaling factor, whatever the VAE's config says.
         facts["comfyui_strength"] = facts["image_latent_factor"] / pipeline_factor(model.vae_config, "scaled")
         facts.setdefault("base_model", str(model.path))
     if len(given) > 1:
@@ -192,8 +182,8 @@ def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any
 def num_bytes(
     given: Sequence[Given], model: ModelFolder | None, kind: str, dtype: torch.dtype | None, pipeline: str | None
 ) -> float:
-    """What an export writes."""
-    if kind != "merged" or model is None:
+    """Size of the export in bytes."""
+    if kind not in MERGED_FORMATS or model is None:
         size = sum(one.file.path.stat().st_size for one in given)
         return size * 2 if dtype is torch.float32 else size
     others = sum(path.stat().st_size for path in other_files(model)) if pipeline == "copy" else 0
@@ -201,13 +191,13 @@ def num_bytes(
 
 
 def check_space(output: Path, needed: float) -> None:
-    """Raise UserError where the disk has no room: before writing, not in the middle of it."""
+    """Raise UserError if the disk of `output` lacks space for `needed` bytes."""
     folder = next(path for path in output.absolute().parents if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
         raise UserError(
-            f"the disk of {folder} has {free / 1e9:.2f} GB free, and the export takes "
-            f"{(needed + SPARE_BYTES) / 1e9:.2f} GB: make room, or choose another --output"
+            f"--output {output}: its disk has {free / 1e9:.2f} GB free, but the export needs "
+            f"{(needed + SPARE_BYTES) / 1e9:.2f} GB. Free space, or choose another --output."
         )
 
 
@@ -221,14 +211,19 @@ def write(
     dtype: torch.dtype | None,
     pipeline: str | None,
 ) -> str:
-    """Write the weights into the folder; returns the file's name, or "transformer" where it is a folder."""
-    if kind == "merged":
+    """Write the weights into the folder; return the name of the file, or of the folder "transformer"."""
+    file = folder / f"{name}.safetensors"
+    if kind in MERGED_FORMATS:
         assert model is not None
         loras = [(one.file, one.weight) for one in given]
-        # What the header says is how to feed it: the factor is within the weights from here on.
-        header = {**facts, "image_latents": "pipeline", "trained_image_latents": facts.get("image_latents", "pipeline")}
-        factor = header.pop("image_latent_factor")
-        header.pop("comfyui_strength")
+        # The image-latent factor moves into the weights, so the header states what the result expects instead.
+        header = {**facts, "trained_image_latents": facts.get("image_latents", "pipeline")}
+        factor, comfyui_factor = header.pop("image_latent_factor"), header.pop("comfyui_strength")
+        if kind == "comfyui-merged":
+            header["image_latents"] = "scaled"
+            save_comfyui_merged(file, model, weights_of(model, dtype), loras, header, comfyui_factor)
+            return file.name
+        header["image_latents"] = "pipeline"
         save_merged(folder / "transformer", model, weights_of(model, dtype), loras, header, factor)
         if pipeline:
             save_other_parts(folder, model, copy=pipeline == "copy")
@@ -236,36 +231,36 @@ def write(
     adapter = load_adapter(given[0].file, given[0].weight, dtype)
     if kind == "diffusers":
         return save_diffusers(adapter, folder).name
-    file = folder / f"{name}.safetensors"
     (save_comfyui if kind == "comfyui" else save_comfyui_wrapper)(adapter, file)
     return file.name
 
 
 def notes(facts: Mapping[str, Any], kind: str, output: Path, checked: bool) -> list[str]:
-    """What whoever uses the export has to know, for people."""
+    """Lines printed after the export: what its users must know."""
     lines = []
     convention, factor = facts.get("image_latents", "pipeline"), facts.get("image_latent_factor")
+    trained = f"the LoRA was trained with image latents '{convention}'"
     if not checked:
-        lines.append("not compared with the base model: give --model to see whether the LoRA fits it")
+        lines.append("The LoRA was not compared with a base model. Pass --model to check that it fits.")
     if kind == "merged" and factor != 1.0:
-        lines.append(
-            f"it was trained with image latents '{convention}': that is within the weights now, for tools that feed "
-            "image latents as diffusers does"
-        )
+        lines.append(f"Note: {trained}. The weights include the factor, so diffusers needs no extra code.")
+    elif kind == "comfyui-merged" and convention != "scaled":
+        lines.append(f"Note: {trained}. The weights include the factor, so ComfyUI's nodes need no setting.")
     elif kind == "diffusers" and convention != "pipeline":
         lines.append(
-            f"warning: it was trained with image latents '{convention}', which other tools do not know of: "
-            "launch/sample.py and the card's snippet follow it, and so does --to merged"
+            f"warning: {trained}, which other tools ignore. launch/sample.py and the model card's code apply them; "
+            "--to merged puts them into the weights."
         )
     elif kind.startswith("comfyui") and convention != "scaled":
-        lines.append(
-            f"warning: it was trained with image latents '{convention}', and ComfyUI's nodes make them 'scaled', "
-            "whatever LoRA is loaded"
-        )
-        if kind == "comfyui-wrapper" and "comfyui_strength" in facts:
-            lines[-1] += f": set strength of CogVideo ImageEncode to {facts['comfyui_strength']:.3g}"
+        if kind == "comfyui":
+            fix = "Use --to comfyui-merged, which puts the factor into the weights."
+        elif "comfyui_strength" in facts:
+            fix = f"Set the strength of CogVideo ImageEncode to {facts['comfyui_strength']:.3g}."
+        else:
+            fix = "Pass --model to see which strength of CogVideo ImageEncode corrects this."
+        lines.append(f"warning: {trained}, but ComfyUI's nodes always use 'scaled'. {fix}")
     if kind == "comfyui-wrapper" and (words := [word for word in WEAKENED_NAMES if word in str(output).lower()]):
-        lines.append(f"warning: the wrapper weakens fused LoRAs with '{words[0]}' in their path: rename the file")
+        lines.append(f"warning: the wrapper weakens fused LoRAs with '{words[0]}' in their path. Rename the file.")
     if facts.get("base_model") and not hub_id(facts["base_model"]):
-        lines.append(f"the card names no base model of the hub: it was trained on the folder {facts['base_model']}")
+        lines.append(f"The model card names no base model on the hub: {facts['base_model']} is a local folder.")
     return lines

@@ -1,27 +1,72 @@
-"""Files and folders that are complete or absent: made under another name, then renamed.
+"""Files and folders that are complete or absent: written under a temporary name, then renamed.
 
-A killed process leaves at worst a `.tmp` beside the place, never half a file in it.
+A killed process leaves at most a `.tmp` file beside the final one, never half a file under the final name.
 """
 
+import functools
+import hashlib
 import os
+import re
 import shutil
+import time
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+ABANDONED_AFTER_S = 86400.0  # age at which a file of a process on another machine counts as abandoned
 
-def _beside(path: Path) -> Path:
-    # Not the process id: two nodes on a shared file system may have the same.
-    return path.with_name(f"{path.stem}.{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
+
+def process_tag() -> str:
+    """`<host>@<process id>`, for names of files by which `is_abandoned` recognizes the process that owns them."""
+    return f"{_host_tag()}@{os.getpid()}"
+
+
+@functools.cache
+def _host_tag() -> str:
+    # Containers on one machine may share its host name but not its process ids.
+    host = f"{os.uname().nodename} {os.readlink('/proc/self/ns/pid')}"
+    return hashlib.blake2b(host.encode(), digest_size=4).hexdigest()
+
+
+def is_abandoned(path: Path | str) -> bool:
+    """Whether the process named in a file's name has ended, or cannot be checked and the file is a day old."""
+    match = re.search(r"([0-9a-f]{8})@(\d+)", os.path.basename(path))
+    if match and match[1] == _host_tag():
+        return not os.path.exists(f"/proc/{match[2]}")
+    try:
+        return time.time() - os.stat(path).st_mtime > ABANDONED_AFTER_S
+    except FileNotFoundError:
+        return False
+
+
+def is_temporary(path: Path | str) -> bool:
+    """Whether a file or folder has a name of `temporary_name`."""
+    return ".tmp" in os.path.basename(path)
+
+
+def remove_abandoned(folder: Path | str) -> None:
+    """Remove the temporary files and folders that killed processes left in a folder."""
+    try:
+        names = os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return
+    for path in (Path(folder, name) for name in names if is_temporary(name)):
+        if is_abandoned(path):
+            shutil.rmtree(path) if path.is_dir() else path.unlink(missing_ok=True)
+
+
+def temporary_name(path: Path) -> Path:
+    """A new name beside `path`, with its suffix, that tells `is_abandoned` which process owns it."""
+    return path.with_name(f"{path.stem}.{process_tag()}-{uuid.uuid4().hex[:8]}.tmp{path.suffix}")
 
 
 @contextmanager
 def whole_file(path: Path | str) -> Iterator[Path]:
-    """Write to the path that this gives; it replaces `path` when the block ends without an error."""
+    """Yield a temporary path to write to; it replaces `path` if the block ends without an error."""
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = _beside(path)
+    partial = temporary_name(path)
     try:
         yield partial
         os.replace(partial, path)
@@ -31,12 +76,12 @@ def whole_file(path: Path | str) -> Iterator[Path]:
 
 @contextmanager
 def whole_folder(path: Path | str) -> Iterator[Path]:
-    """Fill the folder that this gives; it becomes `path` when the block ends without an error.
+    """Yield a temporary folder to fill; it becomes `path` if the block ends without an error.
 
-    Where another process was first and `path` is there already, that one stays.
+    If another process was faster and `path` exists by then, that folder is kept.
     """
     path = Path(path)
-    partial = _beside(path)
+    partial = temporary_name(path)
     partial.mkdir(parents=True)
     try:
         yield partial

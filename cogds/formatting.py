@@ -1,10 +1,11 @@
 """Numbers in sentences."""
 
 
-def counted(number: int, noun: str) -> str:
-    """`1 clip`, `12,000 clips`, `2 entries`. noun: in the singular, a regular one."""
-    many = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
-    return f"{number:,} {noun if number == 1 else many}"
+def counted(value: float, noun: str) -> str:
+    """`1 clip`, `12,000 clips`, `4.5 steps`, `2 entries`. noun: regular, in the singular."""
+    plural = f"{noun[:-1]}ies" if noun.endswith("y") else f"{noun}s"
+    text = number(value)
+    return f"{text} {noun if text == '1' else plural}"
 
 
 def percent(share: float) -> str:

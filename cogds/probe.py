@@ -13,32 +13,28 @@ import argparse
 import dataclasses
 import json
 import math
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cogds.cli import parse_args
-from cogds.config.loading import load_config, replace
 from cogds.config.schema import ConditioningConfig
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS, image_latent_scale
 from cogds.core.diffusion import x0_of_v
 from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.core.permutation import keyed_hash
-from cogds.data.cache.store import Cache, DamagedEntry
+from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
-from cogds.demo import make_demo, only_own_demo
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
-from cogds.encode.survey import make_buckets
 from cogds.errors import UserError
-from cogds.evaluate import load_evaluated, middles
+from cogds.evaluate import load_evaluated
 from cogds.formatting import counted
-from cogds.model.load import DTYPES, find_model, load_alphas_cumprod, load_vae
+from cogds.job import load_job
+from cogds.model.load import DTYPES, load_alphas_cumprod, load_vae
+from cogds.train.evaluation import middles
 from cogds.train.step import Draws, StepBuilder
 
 NO_IMAGE = "no image"
@@ -95,33 +91,24 @@ class Verdict:
     differences: Mapping[str, Difference]
 
 
-def main(default_config: Path, argv: list[str] | None = None) -> None:
+def main(args: argparse.Namespace) -> None:
     """Print a table and one line of JSON: which image-latent convention the model's weights expect."""
-    args = parse_args(
-        sys.argv[1:] if argv is None else argv,
-        "Measure which scale of the image latents the base model expects, on the run's own clips. One process.",
-        _add_arguments,
-    )
-    cfg, _ = load_config(args.config or str(default_config), args.overrides)
-    if not args.config:
-        cfg = only_own_demo(cfg, args.overrides)
     if args.clips < MIN_CLIPS:
-        raise UserError(f"--clips {args.clips} are too few to know how sure a difference is: give {MIN_CLIPS} or more")
-    # What is evaluated is encoded, and nothing else.
-    cfg = replace(cfg, {"data.encode": "on_the_fly", "eval.every": 1, "eval.num_clips": args.clips})
-    make_demo(cfg)
-    model = find_model(cfg.model.path, cfg.model.revision)
-    world = World(0, 1, 0, 1)
-    data = prepare(cfg, model, make_buckets(cfg, model), world)
-    clips = [one[row] for one in (data.trained, data.held_out) if one is not None for row in range(len(one))]
+        raise UserError(f"--clips: {args.clips} are too few for a standard error. Pass {MIN_CLIPS} or more.")
+    # Only the evaluated clips are encoded.
+    changes = {"data.encode": "on_the_fly", "eval.every": 1, "eval.num_clips": args.clips}
+    job = load_job(args, World(0, 1, 0, 1), changes=changes)
+    cfg, model, world = job.cfg, job.model, job.world
+    data = prepare(cfg, model, job.buckets, world)
+    clips = [index[row] for index in (data.trained, data.held_out) if index is not None for row in range(len(index))]
     clips = clips[: args.clips]
     if len(clips) < MIN_CLIPS:
         raise UserError(
-            f"data.path={cfg.data.path} has {counted(len(clips), 'clip')}, too few to know how sure a difference is: "
-            f"give {MIN_CLIPS} or more"
+            f"data.path: {cfg.data.path} has {counted(len(clips), 'clip')}, too few for a standard error. "
+            f"Give {MIN_CLIPS} or more."
         )
     dtype = DTYPES[cfg.train.precision]
-    transformer = load_evaluated(cfg, model, world.device, None)
+    transformer = load_evaluated(cfg, model, world.device)
     vae = load_vae(model, dtype, world.device)
 
     def builder(conditioning: ConditioningConfig) -> StepBuilder:
@@ -138,17 +125,6 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     scales = {name: image_latent_scale(factor, inverted, name) for name in IMAGE_LATENT_CONVENTIONS}
     print("\n".join(report(scores, zeros, verdict, scales, len(clips), cfg.conditioning.image_latents)))
     print(json.dumps(facts(scores, zeros, verdict, scales, len(clips), timesteps)))
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--clips", type=int, default=16, help="measure so many clips (default 16)")
-    parser.add_argument("--timesteps", type=_positive, default=3, help="at so many timesteps each (default 3)")
-
-
-def _positive(text: str) -> int:
-    if (number := int(text)) < 1:
-        raise argparse.ArgumentTypeError("at least 1")
-    return number
 
 
 def builders_of(
@@ -184,7 +160,7 @@ def measure(
     for clip in clips:
         try:
             batch = collate([Item(read_encoded(cache, clip))]).tensors
-        except DamagedEntry as error:
+        except DamagedEntryError as error:
             raise UserError(str(error)) from None
         for name in scores:
             builder = builders.get(name) or next(iter(builders.values()))

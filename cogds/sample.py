@@ -1,10 +1,9 @@
 """Make videos from images and prompts, with the diffusers pipeline and LoRAs."""
 
 import argparse
-import re
-import sys
+import logging
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,13 +16,17 @@ from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video.media import write_video
 from cogds.errors import UserError
 from cogds.files import whole_file
-from cogds.model.load import DTYPES, ModelFolder, TextEncoder, empty_transformer, find_model
-from cogds.model.lora.adapter import linear_layers
-from cogds.model.lora.file import lora_file, opened, read_metadata
+from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
+from cogds.model.lora.adapter import add_lora
+from cogds.model.lora.convert import check_all_fit, load_adapter
+from cogds.model.lora.file import LoraFile, described, read_loras
 from cogds.model.pipelines import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
+from cogds.process.logs import RESULT
 from cogds.videos.image_grid import evenly, grid, labelled, shrunk
 from cogds.videos.prompts import find_requests
 from cogds.videos.sample_spec import Scene, first_frame, slug
+
+logger = logging.getLogger(__name__)
 
 NO_PROMPT = ""
 CELL_WIDTH = 480  # pixels of a video in a grid
@@ -32,18 +35,18 @@ STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames of a strip, pixels of each
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, its strength beside others, and what its trainer recorded."""
+    """A LoRA and its weight beside others."""
 
-    file: Path
+    file: LoraFile
     weight: float
-    metadata: Mapping[str, Any]
 
 
-def main(argv: list[str] | None = None) -> None:
-    """Parse, check, sample, write. What can be wrong is said before the weights are loaded."""
-    args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+def main(args: argparse.Namespace) -> None:
+    """Check, sample, write. Errors in the arguments are reported before any weight is loaded."""
     model = find_model(args.model)
-    loras = find_loras(args.lora or [], model)
+    loras = find_loras(args.lora or [], args.lora_alpha, model)
+    for lora in loras:
+        logger.info("\n".join(described(lora.file, "--lora-alpha")))
     requests = find_requests(args.prompt or [], args.image or [], args.list)
     fps = args.fps or float(agreed(loras, "fps", TRAINED_FPS))
     buckets = trained_buckets(agreed(loras, "buckets", []))
@@ -57,17 +60,16 @@ def main(argv: list[str] | None = None) -> None:
     if args.offload and device.type == "cpu":
         raise UserError("--offload is for a GPU, and there is none here: leave it out")
 
-    dtype = DTYPES[args.precision]
+    dtype = DTYPES[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
     prompts = dict.fromkeys([NO_PROMPT, *(one.prompt for one in requests)])
     states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
     pipeline = load_pipeline(model, dtype)
     num_calls(pipeline, args.steps)  # refuses more than there are
     for number, lora in enumerate(loras):
-        pipeline.load_lora_weights(lora.file, adapter_name=f"lora{number}", use_safetensors=True)
-    pipeline.transformer.eval()  # the dropout that a LoRA was trained with is loaded with it, and would be at work
+        add_lora(pipeline.transformer, load_adapter(lora.file), f"lora{number}")
     convention = agreed(loras, "image_latents", "pipeline", silent="pipeline")
     if use_convention(pipeline, convention) != 1.0:
-        print(f"this LoRA was trained with image latents '{convention}', not as diffusers makes them: followed here")
+        logger.info("image latents are scaled as in the training of this LoRA (%s), not as diffusers does", convention)
     if args.offload == "sequential":
         pipeline.enable_sequential_cpu_offload()
     elif args.offload == "model":
@@ -85,7 +87,7 @@ def main(argv: list[str] | None = None) -> None:
 
     def write(path: Any, frames: torch.Tensor) -> None:
         write_video(path, frames, fps)
-        print(f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at {fps:g} fps: {path}", flush=True)
+        logger.log(RESULT, f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at {fps:g} fps: {path}")
 
     for number, (request, (shape, pixels), own_seeds) in enumerate(zip(requests, frames_and_shapes, seeds), 1):
         stem = f"{number:02d}-{slug(request.prompt)}"
@@ -104,70 +106,20 @@ def main(argv: list[str] | None = None) -> None:
     return None
 
 
-def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    add = parser.add_argument
-    add("--model", required=True, help="hub id or diffusers folder of the base model")
-    add(
-        "--lora",
-        action="append",
-        nargs="+",
-        metavar=("LORA", "WEIGHT"),
-        help="LoRA file, or the folder that holds it, and its weight, 1 by default; may be given several times",
-    )
-    add(
-        "--lora-scale",
-        type=float,
-        nargs="+",
-        default=[1.0],
-        help="strength of the LoRAs; 1 is as they were trained; several make a video each, and a grid of them",
-    )
-    add("--image", action="append", help="the first frame; resized to cover the size, then cropped; may be repeated")
-    add("--prompt", action="append", help="what the video shows; may be repeated, with as many images or one for all")
-    add(
-        "--list",
-        metavar="FILE",
-        help="instead: a .csv or .jsonl file with prompt, image, size and seed, or a text file with a prompt a line",
-    )
-    add("--output", default="sample.mp4", help="the mp4 to write; of several videos, the folder (without .mp4)")
-    add("--size", help="FRAMESxHEIGHTxWIDTH in pixels; default: the LoRA's bucket that fits the image")
-    add("--fps", type=float, help="frame rate of the mp4; default: what the LoRA was trained with")
-    add("--steps", type=int, default=50, help="denoising steps")
-    add("--guidance", type=float, default=6.0, help="classifier-free guidance; 1 turns it off")
-    add("--seed", type=int, nargs="+", default=[0], help="seed of the noise; several make a video each, and a grid")
-    add("--precision", choices=DTYPES, default="bf16" if torch.cuda.is_available() else "fp32")
-    add(
-        "--offload",
-        nargs="?",
-        const="model",
-        choices=("model", "sequential"),
-        help="keep on the GPU only the part that runs (model; slower), or only the layer (sequential; much slower)",
-    )
-    return parser
-
-
-def find_loras(given: Sequence[Sequence[str]], model: ModelFolder) -> list[Lora]:
-    """The LoRAs of the command line, each a path and maybe a weight. Raises UserError where one does not fit."""
-    linears = set(linear_layers(empty_transformer(model))) if given else set()
-    loras = []
-    for path, *weights in given:
+def find_loras(given: Sequence[Sequence[str]], alpha: float | None, model: ModelFolder) -> list[Lora]:
+    """The LoRAs of the command line, each a path and an optional weight. Raises UserError if one does not fit."""
+    weights = []
+    for path, *words in given:
         try:
-            weight = float(*weights) if weights else 1.0
+            weights.append(float(*words) if words else 1.0)
         except (TypeError, ValueError):
             raise UserError(
-                f"--lora {path} {' '.join(weights)}: after the LoRA one number may stand, its weight; another LoRA "
-                "needs a --lora of its own"
+                f"--lora: {path} is followed by {' '.join(words)}, but takes one number, its weight. Pass another LoRA "
+                "with a --lora of its own."
             ) from None
-        file = lora_file(path)
-        with opened(file) as tensors:
-            names = [re.fullmatch(r"transformer\.(.+)\.lora_[AB]\.weight", name) for name in tensors.keys()]  # noqa: SIM118
-        if strange := sorted({match[1] for match in names if match} - linears):
-            raise UserError(
-                f"--lora {file} has a layer {strange[0]}, which the transformer in {model.path} has not: it was made "
-                "for another model; give the model that it was trained on"
-            )
-        loras.append(Lora(file, weight, read_metadata(file)))
-    return loras
+    files = read_loras([path for path, *_ in given], alpha, "--lora-alpha")
+    check_all_fit(files, model)
+    return [Lora(file, weight) for file, weight in zip(files, weights, strict=True)]
 
 
 def agreed(loras: Sequence[Lora], name: str, default: Any, silent: Any = None) -> Any:
@@ -175,15 +127,15 @@ def agreed(loras: Sequence[Lora], name: str, default: Any, silent: Any = None) -
 
     silent: what a LoRA that does not say it was trained with all the same; None: nobody knows.
     """
+    files = [lora.file for lora in loras]
     said = [
-        (lora.file, lora.metadata.get(name, silent)) for lora in loras if name in lora.metadata or silent is not None
+        (file.path, file.metadata.get(name, silent)) for file in files if name in file.metadata or silent is not None
     ]
     for file, value in said[1:]:
         if value != said[0][1]:
-            print(
-                f"warning: {said[0][0]} was trained with {name} {_text(said[0][1])}, {file} with {_text(value)}: the "
-                "first one is followed",
-                file=sys.stderr,
+            logger.warning(
+                f"{said[0][0]} was trained with {name} {_text(said[0][1])}, {file} with {_text(value)}: the "
+                "first one is followed"
             )
     return said[0][1] if said else default
 
@@ -229,4 +181,4 @@ def _write_grid(stem: Path, cells: Sequence[Sequence[tuple[str, np.ndarray]]], f
     ]
     with whole_file(f"{stem}.png") as partial:
         Image.fromarray(grid(strips)[0]).save(partial)
-    print(f"beside one another: {stem}.mp4 and {stem}.png", flush=True)
+    logger.log(RESULT, "grid of all: %s.mp4 and %s.png", stem, stem)

@@ -1,15 +1,11 @@
 #!/usr/bin/env python
-"""python launch/export.py LORA --to diffusers|comfyui|comfyui-wrapper|merged --output FOLDER [--model MODEL]"""
+"""`cogds export` for launchers: see `python launch/export.py --help`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
-
 if __name__ == "__main__":
-    from cogds.start import importing
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
+    from cogds.cli import launch
 
-    with importing():
-        from cogds.cli import run
-        from cogds.export import main
-    sys.exit(run(main))
+    sys.exit(launch("export"))

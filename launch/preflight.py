@@ -1,16 +1,11 @@
 #!/usr/bin/env python
-"""deepspeed launch/preflight.py [--deepspeed DS.json] [--config run.yaml] [--skip PART] [key.sub=value ...]"""
+"""`cogds preflight` for launchers: see `python launch/preflight.py --help`."""
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
-
 if __name__ == "__main__":
-    from cogds.start import importing
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
+    from cogds.cli import launch
 
-    with importing():
-        from cogds.cli import run
-        from cogds.preflight.main import main
-    sys.exit(run(lambda: main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")))
+    sys.exit(launch("preflight"))

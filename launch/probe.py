@@ -1,16 +1,11 @@
 #!/usr/bin/env python
-"""python launch/probe.py [--config run.yaml] [--clips 16] [--timesteps 3] [key.sub=value ...]"""
+"""`cogds probe` for launchers: see `python launch/probe.py --help`."""
 
 import sys
 from pathlib import Path
 
-ROOT = Path(__file__).resolve().parent.parent
-sys.path.insert(0, str(ROOT))  # runs from a checkout without being installed
-
 if __name__ == "__main__":
-    from cogds.start import importing
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
+    from cogds.cli import launch
 
-    with importing():
-        from cogds.cli import run
-        from cogds.probe import main
-    sys.exit(run(lambda: main(ROOT / "launch/configs/demo.yaml")))
+    sys.exit(launch("probe"))

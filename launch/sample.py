@@ -1,15 +1,11 @@
 #!/usr/bin/env python
-"""python launch/sample.py --model MODEL --lora LORA --image IMAGE --prompt PROMPT [--output sample.mp4]"""
+"""`cogds sample` for launchers: see `python launch/sample.py --help`."""
 
 import sys
 from pathlib import Path
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
-
 if __name__ == "__main__":
-    from cogds.start import importing
+    sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # runs from a checkout without being installed
+    from cogds.cli import launch
 
-    with importing():
-        from cogds.cli import run
-        from cogds.sample import main
-    sys.exit(run(main))
+    sys.exit(launch("sample"))

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 from hypothesis import settings
 
+from cogds.process.logs import configure_logging
 from tests.warm import Server
 
 # The same examples every time, however busy the machine: a failure is a change's doing.
@@ -23,6 +25,12 @@ os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
 # Compiled DeepSpeed ops of the test runs only: a killed run may leave a lock in it that would stop every later one.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".testdata/torch_extensions"))
+
+
+@pytest.fixture(autouse=True)
+def logs():
+    """Every test logs as rank 0 of a run does: INFO on stdout, warnings on stderr."""
+    configure_logging()
 
 
 @pytest.hookimpl(optionalhook=True)
@@ -48,6 +56,27 @@ def tiny_model(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("tiny") / "model"
     create_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def comfyui_model(tiny_model, tmp_path_factory):
+    """Path of a tiny model with the sizes that ComfyUI's class fixes: 64 channels per head, 16 latent channels."""
+    import torch
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+    path = tmp_path_factory.mktemp("comfyui") / "model"
+    shutil.copytree(tiny_model, path)
+    sizes = {
+        "transformer": (CogVideoXTransformer3DModel, {"attention_head_dim": 64, "in_channels": 32, "out_channels": 16}),
+        "vae": (AutoencoderKLCogVideoX, {"latent_channels": 16}),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for part, (model_class, changes) in sizes.items():
+            config = model_class.load_config(path, subfolder=part) | changes
+            shutil.rmtree(path / part)
+            model_class.from_config(config).save_pretrained(path / part)
     return path
 
 

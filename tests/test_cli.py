@@ -1,94 +1,76 @@
-"""The command line that all entry points share."""
+"""Running a verb: exit codes, which rank reports an error, and the launcher that starts ranks."""
 
-import base64
+import gc
 import socket
+import sys
 
 import pytest
 import torch.distributed as dist
-from hypothesis import given
-from hypothesis import strategies as st
 
 from cogds import cli
-from cogds.config.reference import help_text
+from cogds.arguments import parse_args
 from cogds.errors import EXIT_HUNG, UserError
 
 
-def test_flags_may_stand_anywhere_between_overrides():
-    args = cli.parse_args(
-        [
-            "--local_rank=1",
-            "a=1",
-            "--config",
-            "r.yaml",
-            "conditioning.image_noise_log_mean=-2",
-            "--deepspeed",
-            "d.json",
-        ],
-        "doc",
-    )
-    assert vars(args) == {
-        "config": "r.yaml",
-        "deepspeed": "d.json",
-        "overrides": ["a=1", "conditioning.image_noise_log_mean=-2"],
-    }
-    assert vars(cli.parse_args([], "doc")) == {"config": None, "deepspeed": None, "overrides": []}
-    assert cli.parse_args(["--out", "x"], "doc", lambda p: p.add_argument("--out") and None).out == "x"
+def test_objects_of_imports_are_never_searched_for_garbage():
+    try:
+        with cli.gc_at_rest():
+            assert not gc.isenabled()
+            kept = [[]]
+        assert gc.isenabled()
+        assert not any(thing is kept for thing in gc.get_objects())
+        with pytest.raises(ModuleNotFoundError), cli.gc_at_rest():
+            import cogds.nothing  # noqa: F401
+        assert gc.isenabled()
+    finally:
+        gc.unfreeze()
 
 
-words = st.lists(st.text(st.characters(exclude_characters="\0", exclude_categories=["Cs"]), max_size=20), max_size=5)
+@pytest.fixture
+def alone(monkeypatch):
+    for name in ("RANK", "WORLD_SIZE", "SLURM_PROCID", "SLURM_STEP_NUM_TASKS"):
+        monkeypatch.delenv(name, raising=False)
+    return monkeypatch
 
 
-def pack(words):
-    data = b"".join(word.encode("utf-8", "surrogateescape") + b"\0" for word in words)
-    return "--packed=" + base64.urlsafe_b64encode(data).decode()
+@pytest.mark.parametrize("num_gpus, asked, ranks", [(0, [], 1), (1, [], 1), (8, [], 8), (8, ["--num-gpus", "2"], 2)])
+def test_ranks_are_started_on_all_gpus_or_as_many_as_asked(num_gpus, asked, ranks, alone):
+    alone.setattr("torch.cuda.device_count", lambda: num_gpus)
+    argv = ["--config", "a.yaml", *asked, "train.num_steps=3"]
+    command = cli.launcher_command(parse_args("train", argv), argv)
+    if ranks == 1:
+        assert command == []
+        return
+    assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
+    assert command[command.index("--num_gpus") + 1] == str(ranks)
+    # What the ranks get is what was asked for, without what the launcher takes.
+    assert command[command.index("--module") :] == [
+        "--module",
+        "cogds",
+        "train",
+        "--config",
+        "a.yaml",
+        "train.num_steps=3",
+    ]
 
 
-@given(words)
-def test_packed_words_come_out_as_they_went_in(words):
-    assert cli.unpacked(["--local_rank=1", pack(words), "a=b"]) == ["--local_rank=1", *words, "a=b"]
+@pytest.mark.usefixtures("alone")
+def test_a_hostfile_is_given_to_the_launcher():
+    argv = ["--hostfile=hosts", "--master_port", "4000", "lora.rank=4"]
+    command = cli.launcher_command(parse_args("encode", argv), argv)
+    assert command[3:7] == ["--hostfile", "hosts", "--master_port", "4000"]
+    assert command[-4:] == ["--module", "cogds", "encode", "lora.rank=4"]
 
 
-def test_packed_words_are_parsed_like_others():
-    words = ["--config", "a b.yaml", "data.default_caption=it's\n$(x)", ""]
-    args = cli.parse_args(["--local_rank=0", pack(words)], "doc")
-    assert args.config == "a b.yaml"
-    assert args.overrides == words[2:]
-    # Bytes that are no text, as a file's name may be.
-    assert cli.unpacked([pack([b"\xff=1".decode("utf-8", "surrogateescape")])]) == ["\udcff=1"]
-
-
-@pytest.mark.parametrize("text", ["YQ==", "a", "YQ", "?", "é", "Y Q A=", "YQA=YQA"])
-def test_a_damaged_packed_word_is_refused(text):
-    with pytest.raises(UserError, match=r"--packed=.* is damaged: launch/hostfile\.sh makes it"):
-        cli.unpacked(["--packed=" + text])
-
-
-@pytest.mark.parametrize(
-    "argv, parts",
-    [
-        (["--deepspeed_config", "x.json"], ["unknown flag --deepspeed_config", "did you mean '--deepspeed'?"]),
-        (["--confg=x"], ["unknown flag --confg", "did you mean '--config'?"]),
-        (["--conf", "x"], ["unknown flag --conf", "did you mean '--config'?"]),
-        (["-q"], ["unknown flag -q"]),
-        (["--deepspeed"], ["--deepspeed", "expected one argument"]),
-    ],
-)
-def test_unknown_flags_are_refused_with_the_nearest(argv, parts):
-    with pytest.raises(UserError) as error:
-        cli.parse_args(argv, "doc")
-    for part in [*parts, "on the command line", "--help"]:
-        assert part in str(error.value)
-
-
-def test_help_prints_usage_and_every_key(capsys):
-    with pytest.raises(SystemExit) as done:
-        cli.parse_args(["--help"], "Train a LoRA.")
-    out = capsys.readouterr().out
-    assert done.value.code == 0
-    assert "usage: " in out
-    assert "Train a LoRA." in out
-    assert "local_rank" not in out
-    assert help_text() in out
+def test_ranks_are_not_started_twice(alone):
+    for environ in ({"RANK": "0", "WORLD_SIZE": "1"}, {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "4"}):
+        for name, value in environ.items():
+            alone.setenv(name, value)
+        assert cli.launcher_command(parse_args("train", []), []) == []
+        with pytest.raises(UserError, match="--num-gpus"):
+            cli.launcher_command(parse_args("train", ["--num-gpus", "2"]), ["--num-gpus", "2"])
+        for name in environ:
+            alone.delenv(name)
 
 
 @pytest.mark.parametrize(
@@ -118,17 +100,15 @@ def test_a_user_error_is_one_line_a_node_and_code_2(environ, says, monkeypatch, 
 def test_what_rank_0_says_too_is_said_once_and_a_ranks_own_trouble_is_always_told(monkeypatch, capsys):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
-    monkeypatch.setattr(cli, "connected", lambda: True)
+    monkeypatch.setattr("cogds.distributed.process_group.is_connected", lambda: True)
     monkeypatch.setattr(cli.socket, "gethostname", lambda: "node1")
-    error = UserError("the cache is damaged")
 
-    def main() -> None:
-        raise error
+    def fail(shared):
+        raise UserError("the cache is damaged", shared=shared)
 
-    assert cli.run(main) == 2
+    assert cli.run(lambda: fail(shared=False)) == 2
     assert capsys.readouterr().err == "error on rank 3 (node1): the cache is damaged\n"
-    error.shared = True
-    assert cli.run(main) == 2
+    assert cli.run(lambda: fail(shared=True)) == 2
     assert capsys.readouterr().err == ""
 
 
@@ -143,9 +123,9 @@ def test_a_bug_keeps_its_traceback_and_success_is_0():
 
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"output_dir: cannot write into .*file/run"):
+    with pytest.raises(UserError, match=r"^output_dir: "):
         cli.make_folders({"output_dir": str(tmp_path / "file/run")})
-    with pytest.raises(UserError, match=r"data\.cache_dir: cannot write into"):
+    with pytest.raises(UserError, match=r"^data\.cache_dir: "):
         cli.make_folders({"output_dir": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "file")})
 
 
@@ -159,7 +139,6 @@ def test_a_port_that_another_run_has_is_named(monkeypatch, capsys):
     said = capsys.readouterr().err
     assert f"cannot open port {port}" in said
     assert "--master_port" in said
-    assert "lost contact" not in said
 
 
 def test_a_rank_that_has_died_is_told_as_lost(capsys):
@@ -167,4 +146,4 @@ def test_a_rank_that_has_died_is_told_as_lost(capsys):
         raise dist.DistNetworkError("Connection reset by peer")
 
     assert cli.run(main) == EXIT_HUNG
-    assert "lost contact with another rank" in capsys.readouterr().err
+    assert "Connection reset by peer" in capsys.readouterr().err

@@ -8,9 +8,9 @@ import sys
 import pytest
 from PIL import Image
 
-import cogds.export
 import cogds.probe
 import cogds.sample
+from cogds.cli import call
 from tests.conftest import ROOT
 from tests.model.lora.adapters import write_lora
 
@@ -47,7 +47,7 @@ def test_exports(here, monkeypatch):
     commands = starting("launch/export.py")
     assert len(commands) == 6
     for words in commands:
-        cogds.export.main(words)
+        call("export", words)
         assert (here / words[words.index("--output") + 1] / "README.md").is_file()
     assert (here / "exports/my_style/my_style.safetensors").is_file()
     assert (here / "exports/my_model/model_index.json").is_file()

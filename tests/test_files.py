@@ -1,6 +1,9 @@
+import os
+import time
+
 import pytest
 
-from cogds.files import whole_file, whole_folder
+from cogds.files import ABANDONED_AFTER_S, is_abandoned, process_tag, remove_abandoned, whole_file, whole_folder
 
 
 def names(folder):
@@ -42,3 +45,18 @@ def test_a_failure_leaves_no_folder(tmp_path):
     with pytest.raises(ValueError, match="no"), whole_folder(tmp_path / "a"):
         raise ValueError("no")
     assert names(tmp_path) == []
+
+
+def test_temporary_files_of_ended_processes_are_removed(tmp_path):
+    host = process_tag().split("@")[0]
+    ended, old = tmp_path / f"a.{host}@999999999-1.tmp", tmp_path / "b.00000000@1-1.tmp.json"
+    recent, own = tmp_path / "c.00000000@1-1.tmp", tmp_path / f"d.{process_tag()}-1.tmp"
+    other = tmp_path / f"e.{host}@999999999-1.json"  # no temporary file
+    for path in (ended, old, recent, own, other):
+        path.touch()
+    day_ago = time.time() - ABANDONED_AFTER_S - 1
+    os.utime(old, (day_ago, day_ago))
+    assert [is_abandoned(path) for path in (ended, old, recent, own, other)] == [True, True, False, False, True]
+    remove_abandoned(tmp_path)
+    assert names(tmp_path) == sorted(path.name for path in (recent, own, other))
+    remove_abandoned(tmp_path / "nowhere")

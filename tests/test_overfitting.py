@@ -16,10 +16,10 @@ from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
-from cogds.encode.survey import make_buckets
-from cogds.evaluate import Evaluation, deal_tasks, make_tasks
+from cogds.job import make_buckets
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import inject
+from cogds.train.evaluation import Evaluation, deal_tasks, make_tasks
 from cogds.train.step import Draws, draw_dropouts, load_step_builder
 
 pytestmark = pytest.mark.slow

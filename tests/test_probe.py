@@ -7,12 +7,13 @@ import pytest
 import torch
 
 import cogds.probe
+from cogds.cli import call
 from cogds.core.conditioning import image_latent_scale
 from cogds.core.geometry import ClipShape
 from cogds.data.video.drawn import draw_clips
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer, load_vae
-from cogds.probe import NO_IMAGE, Scores, builders_of, facts, first_frames, judge, main, measure, report
+from cogds.probe import NO_IMAGE, Scores, builders_of, facts, first_frames, judge, measure, report
 from tests.train.test_step import make_builder
 
 SHAPE, NUM_CLIPS = ClipShape.parse("9x64x64"), 6
@@ -170,7 +171,7 @@ def test_the_command(tiny_model, tmp_path, capsys):
         f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
         "data.buckets=[9x64x64]", "train.precision=fp32",
     ]  # fmt: skip
-    main(tmp_path / "none.yaml", [*common, "--config", "launch/configs/demo.yaml", "--clips", "4", "--timesteps", "1",
+    call("probe", [*common, "--config", "launch/configs/demo.yaml", "--clips", "4", "--timesteps", "1",
                                   "model.create_tiny=false", "data.draw_demo_clips=false"])  # fmt: skip
     lines = capsys.readouterr().out.splitlines()
     assert "cannot tell: " in lines[-2]
@@ -178,4 +179,4 @@ def test_the_command(tiny_model, tmp_path, capsys):
     assert (found["verdict"], found["num_clips"], found["timesteps"]) == (None, 4, [500])
     assert found["first_loss"].keys() == {"pipeline", "scaled", "unscaled", NO_IMAGE}
     with pytest.raises(UserError, match="too few to know how sure"):
-        main(tmp_path / "none.yaml", ["--config", "launch/configs/demo.yaml", "--clips", "2"])
+        call("probe", ["--config", "launch/configs/demo.yaml", "--clips", "2"])

@@ -122,9 +122,9 @@ def serve():
 if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print while they are imported is no answer
     sys.path[0] = str(ROOT)
-    from cogds.start import importing
+    from cogds.cli import gc_at_rest
 
-    with importing():
+    with gc_at_rest():
         import deepspeed  # noqa: F401
 
         import cogds.encode.main

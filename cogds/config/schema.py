@@ -163,7 +163,14 @@ class LoraConfig(Section):
     target_modules: tuple[Text, ...] = key(
         ("to_q", "to_k", "to_v", "to_out.0"), "linear layers with an adapter, by the end of their name; or all-linear"
     )
-    init_from: Text | None = key(None, "initial LoRA in diffusers or PEFT format, a .safetensors file or a folder")
+    init_from: Text | None = key(None, "initial LoRA of the same rank and layers, a .safetensors file or a folder")
+    init_alpha: float | None = key(None, "alpha of lora.init_from if its file has none; null: its rank", gt=0)
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        if self.init_alpha is not None and self.init_from is None:
+            raise ValueError("lora.init_alpha: set without lora.init_from. Set lora.init_from too, or remove it.")
+        return self
 
 
 class OptimizerConfig(Section):

@@ -39,7 +39,7 @@ def generate_buckets(
     for texts that are not such, and for frames that the model cannot take.
     """
     ratios = [_parse_ratio(text) for text in aspect_ratios]
-    pictures = {_size(*_sides(text, ratio), geometry) for text in sizes for ratio in ratios}
+    pictures = {nearest_size(*_sides(text, ratio), geometry) for text in sizes for ratio in ratios}
     buckets = sorted({ClipShape(num_frames, *picture) for num_frames in frames for picture in pictures})
     for shape in buckets:
         check_shape(shape, geometry)
@@ -119,7 +119,7 @@ def _parse_ratio(text: str) -> float:
     return int(match[1]) / int(match[2])
 
 
-def _size(height: float, width: float, geometry: ModelGeometry) -> tuple[int, int]:
+def nearest_size(height: float, width: float, geometry: ModelGeometry) -> tuple[int, int]:
     """Height and width nearest to these, on the model's grid and within its rotary axes."""
     step = geometry.pixel_multiple
     if geometry.rope and geometry.patch_size_t:

@@ -142,3 +142,15 @@ def check_shape(shape: ClipShape, geometry: ModelGeometry) -> None:
             f"bucket {shape} is longer than the model's rotary axis: at most {sample.height} pixels high and "
             f"{sample.width} wide; choose a smaller bucket"
         )
+
+
+def cached_clip_bytes(shape: ClipShape, geometry: ModelGeometry, element_bytes: int) -> int:
+    """An encoded clip in the cache, without headers: moments [2C, F, h, w] and the first frame, uint8 [3, H, W]."""
+    height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
+    moments = 2 * geometry.latent_channels * latent_frames(shape.frames, geometry) * height * width
+    return moments * element_bytes + 3 * shape.height * shape.width
+
+
+def cached_caption_bytes(geometry: ModelGeometry, text_dim: int, element_bytes: int) -> int:
+    """The text states [text_tokens, text_dim] of one caption in the cache."""
+    return geometry.text_tokens * text_dim * element_bytes

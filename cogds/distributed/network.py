@@ -5,12 +5,18 @@ every rank by itself, so that no launcher has to pass them on. The config wins o
 """
 
 import fcntl
+import logging
+import os
 import re
 import socket
 import struct
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 
+from cogds.config.schema import NetworkConfig
+from cogds.distributed.world import World
 from cogds.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 # Names that must not be set here -> why.
 _REFUSED = {
@@ -110,3 +116,12 @@ def replaced(wanted: Mapping[str, str], environ: Mapping[str, str]) -> list[str]
         for name, value in wanted.items()
         if environ.get(name, value) != value
     ]
+
+
+def set_network(world: World, network: NetworkConfig, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set the variables of the run config. Those that replace a value of the environment are logged."""
+    place = f"rank {world.rank} on {socket.gethostname()}"
+    wanted = network_env(network.interface, network.env, interface_addresses(), place)
+    for sentence in replaced(wanted, environ):
+        logger.info(sentence)
+    environ.update(wanted)

@@ -3,68 +3,83 @@
 import contextlib
 import errno
 import fcntl
+import logging
 import os
 import socket
-import sys
 import time
 from collections.abc import Iterator
 from pathlib import Path
 
-from cogds.distributed.world import World, on_rank0
+from cogds.distributed.collectives import rank0_only
+from cogds.distributed.world import World
 from cogds.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
 # A run that was killed a moment ago, or has lost its node, still has it: SLURM is quick to start the next.
 WAIT_S = 120.0
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
-_descriptors: set[int] = set()  # of the locks that this process has taken
+_descriptors: set[int] = set()  # of the locks that this process holds
 
 
-def _let_go() -> None:
-    """In a forked child, such as a loader's worker: it may outlive a killed run for a while, and must not hold on."""
+def _close_all() -> None:
+    """In a forked child, such as a data loader's worker: it may outlive a killed run and must not keep its lock."""
     while _descriptors:
         os.close(_descriptors.pop())
 
 
-os.register_at_fork(after_in_child=_let_go)
+os.register_at_fork(after_in_child=_close_all)
 
 
 @contextlib.contextmanager
-def only_run(world: World, folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
-    """Inside the block no other run may write into the folder. Collective.
+def hold_run_lock(world: World, folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
+    """Keep every other run from writing into the folder while the block runs. Collective.
 
-    Raises UserError where another one still does after `wait_s`. The lock goes with the process that holds it, however
-    that ends. On a file system that has no locks the run goes on, and says so.
+    The kernel releases the lock when the process that holds it ends, however it ends. On a file system without locks
+    the run continues with a warning.
+
+    Raises:
+        UserError: Another run still holds the lock after `wait_s`.
     """
-    own: list[int] = []
+    descriptor = rank0_only(world, lambda: _acquire(folder, wait_s))
+    try:
+        yield
+    finally:
+        if descriptor is not None:
+            _release(descriptor)
 
-    def take() -> None:
-        descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
-        own.append(descriptor)
-        _descriptors.add(descriptor)
+
+def _acquire(folder: Path, wait_s: float) -> int:
+    descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
+    _descriptors.add(descriptor)
+    try:
         _wait_for(descriptor, folder, wait_s)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
+    except BaseException:
+        _release(descriptor)
+        raise
+    return descriptor
 
-    try:
-        on_rank0(world, take)
-        yield
-    finally:
-        for descriptor in own:
-            if descriptor in _descriptors:  # or this is a forked child, on its way out
-                _descriptors.remove(descriptor)
-                os.close(descriptor)
+
+def _release(descriptor: int) -> None:
+    if descriptor in _descriptors:  # else this is a forked child that is about to end
+        _descriptors.remove(descriptor)
+        os.close(descriptor)
 
 
 def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:
-    start, said = time.monotonic(), False
+    start, has_logged = time.monotonic(), False
     while True:
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             return
         except OSError as error:
             if error.errno not in _HELD:
-                print(f"warning: {folder} has no locks ({error}): see to it that no other run uses it", file=sys.stderr)
+                logger.warning(
+                    f"{folder}: no file locks on this file system ({error}). Make sure that no other run uses it."
+                )
                 return
         holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
         if time.monotonic() - start > wait_s:
@@ -72,7 +87,7 @@ def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:
                 f"output_dir: another run is writing into {folder} ({holder}): wait for it, end it, or choose another "
                 "output_dir"
             )
-        if not said:
-            print(f"another run is still writing into {folder} ({holder}): waiting for it", flush=True)
-            said = True
+        if not has_logged:
+            logger.info(f"{folder}: another run ({holder}) is still writing into it; waiting")
+            has_logged = True
         time.sleep(min(1.0, wait_s))

@@ -6,8 +6,9 @@ The work is dealt to the ranks by its cost, every entry is kept as soon as it is
 transformer comes.
 """
 
+import logging
 import os
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,11 +19,12 @@ from cogds.config.schema import RunConfig
 from cogds.core.conditioning import to_range
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
-from cogds.data.cache.store import Cache, Writer
+from cogds.data.cache.store import Cache, CacheWriter
 from cogds.data.loading.index import ClipIndex
 from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
 from cogds.data.video.probe_task import reason_of
-from cogds.distributed.world import World, dealt_by_rank0, on_all_ranks, on_rank0
+from cogds.distributed.collectives import on_all_ranks, on_rank0, scatter_from_rank0
+from cogds.distributed.world import World
 from cogds.encode.encoding_plan import Desk, Finished, Work, is_tiled
 from cogds.encode.survey import (
     Survey,
@@ -32,10 +34,11 @@ from cogds.encode.survey import (
     survey,
     update_manifest,
 )
-from cogds.metrics.async_writer import warn
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
-from cogds.process.progress import progress
+from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import Failure, GuardedPool
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -62,11 +65,13 @@ class EncodedData:
         return [one for one in (self.index, self.held_out, self.trained) if one is not None]
 
 
-def encode_captions(captions: pa.Table, writer: Writer, model: ModelFolder, dtype: torch.dtype, world: World) -> None:
+def encode_captions(
+    captions: pa.Table, writer: CacheWriter, model: ModelFolder, dtype: torch.dtype, world: World
+) -> None:
     """Encode and keep these captions."""
     encoder = TextEncoder(model, dtype, world.device)
     rows = zip(captions.column("key").to_pylist(), captions.column("caption").to_pylist())
-    for key, caption in _progress(rows, len(captions), "captions", world):
+    for key, caption in progress_bar("encoding captions", "caption", len(captions), items=rows):
         writer.write(key.hex(), {"text_states": encoder.encode(caption)})
 
 
@@ -85,7 +90,7 @@ def encode_pixels(vae: Any, pixels: torch.Tensor, tiled: bool) -> torch.Tensor:
 
 @torch.no_grad()
 def encode_clips(
-    clips: pa.Table, writer: Writer, buckets: Sequence[ClipShape], model: ModelFolder, cfg: RunConfig, world: World
+    clips: pa.Table, writer: CacheWriter, buckets: Sequence[ClipShape], model: ModelFolder, cfg: RunConfig, world: World
 ) -> dict[bytes, str]:
     """Encode and keep these clips, decoded ahead of the VAE in guarded processes.
 
@@ -102,7 +107,7 @@ def encode_clips(
     unread = {}
     with decode_pool(cfg) as pool:
         decoded = pool.imap(tasks, ahead=1)
-        for clip, row in zip(_progress(decoded, len(rows), "clips", world), rows):
+        for clip, row in zip(progress_bar("encoding clips", "clip", len(rows), items=decoded), rows):
             if reason := _changed(row):
                 unread[row["key"]] = reason
             elif isinstance(clip, Failure) and clip.is_verdict:
@@ -143,10 +148,6 @@ def _changed(row: Mapping) -> str:
     return ""
 
 
-def _progress(items: Iterable, total: int, what: str, world: World) -> Iterable:
-    return progress(f"encoding {what}", what[:-1], total, shown=world.rank == 0, items=items)
-
-
 def prepare(
     cfg: RunConfig,
     model: ModelFolder,
@@ -174,11 +175,11 @@ def prepare(
         found.unusable().check_share(max_unusable)
         held_out, trained, warnings = evaluated_survey(cfg, found, other)
         for one in warnings:
-            warn(one)
+            logger.warning(one)
         desks.append(Desk(cfg, model, found, held_out, trained))
         return desks[0].work(world.size)
 
-    mine = dealt_by_rank0(world, begin)
+    mine = scatter_from_rank0(world, begin)
     shard_bytes, dtype = int(cfg.data.shard_gb * 1e9), DTYPES[cfg.train.precision]
 
     def captions() -> None:
@@ -200,7 +201,7 @@ def prepare(
     def end() -> tuple[Finished, Mixture]:
         done = desks[0].finish(unread)
         for one in done.warnings:
-            warn(one)
+            logger.warning(one)
         done.unusable.check_share(max_unusable)
         return done, Mixture(done.index.sizes, desks[0].survey.repeats, cfg.seed)
 

@@ -15,10 +15,9 @@ import pyarrow.compute as pc
 
 from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import vae_can_encode, vae_encode_bytes
 from cogds.core.shares import deal
-from cogds.data.cache.keys import digest, digest_files
-from cogds.data.cache.staging import adopt
+from cogds.core.vae_memory import vae_can_encode, vae_encode_bytes
+from cogds.data.cache.keys import cache_key, digest_files
 from cogds.data.cache.store import Cache, Snapshot, key_array
 from cogds.data.loading.index import ClipIndex, write_index
 from cogds.encode.survey import Survey, Unusable
@@ -58,7 +57,7 @@ class EncodingNames:
         self.vae = [digests[path] for path in parts["vae"]]
         text = [digests[path] for path in parts["text_encoder"] + parts["tokenizer"]]
         fields = {"encoder": text, "tokens": model.geometry.text_tokens, "dtype": cfg.train.precision}
-        self.caption_prefix = digest(fields).encode()
+        self.caption_prefix = cache_key(fields).encode()
 
     def caption(self, caption: str) -> bytes:
         """Key of a caption's states."""
@@ -71,7 +70,7 @@ class EncodingNames:
     def clips(self, survey: Survey) -> pa.FixedSizeBinaryArray:
         """Keys of all windows of a survey, in its order."""
         prefixes = [
-            digest(
+            cache_key(
                 {
                     "bucket": str(shape),
                     "fps": self.cfg.data.fps,
@@ -232,7 +231,7 @@ class Desk:
     def work(self, num_ranks: int) -> list[Work]:
         """What every rank is to encode, dealt by cost. What killed writers left is taken over first."""
         for kind in ("captions", "clips"):
-            adopt(self.cache.root, kind)
+            self.cache.remove_abandoned(kind)
         keys = pa.concat_arrays([*(part.caption_keys for part in self._cached), _binary(b"".join(self.texts.values()))])
         texts = pa.concat_arrays(
             [*(part.captions for part in self._cached), pa.array(list(self.texts), self.part.captions.type)]

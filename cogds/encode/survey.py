@@ -14,20 +14,18 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogds.config.schema import RunConfig
-from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.geometry import ClipShape
 from cogds.core.held_out import is_held_out, least_share, name_hash, portable_name, spread
-from cogds.core.memory import vae_can_encode
 from cogds.core.mixture import repeats_of_weights
 from cogds.data.manifest.assignment import Placement, numbers, place, too_short
 from cogds.data.manifest.file_digests import fill_digests_begin, fill_digests_finish, fill_digests_share
 from cogds.data.manifest.scan import begin, finish, probe_share
 from cogds.data.manifest.table import DataSet, manifest_file, read
-from cogds.distributed.world import World, on_all_ranks, on_rank0
+from cogds.distributed.collectives import on_all_ranks, on_rank0
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.files import whole_file
 from cogds.formatting import counted
-from cogds.model.load import ModelFolder
 
 NUM_EXAMPLES = 5
 # Of a bucket with twice as many clips or more, about so many, evenly spaced, may be chosen to be evaluated: each costs
@@ -177,24 +175,6 @@ class Survey:
             )
 
 
-def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
-    """The run's buckets: the explicit list, or the generated grid. Raises UserError for what the model cannot take."""
-    if cfg.data.buckets:
-        buckets = parse_buckets(cfg.data.buckets, model.geometry)
-    else:
-        buckets = generate_buckets(
-            cfg.data.bucket_sizes, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, model.geometry
-        )
-    for shape in buckets:
-        # Every step encodes a clip's first frame as the pipeline does: in one piece.
-        if not vae_can_encode(replace(shape, frames=1), tiling=False, vae=model.vae_size):
-            raise UserError(
-                f"bucket {shape} does not fit the model: its VAE cannot encode a picture of {shape.height}x"
-                f"{shape.width} in one piece, as the pipeline does; choose a smaller bucket"
-            )
-    return buckets
-
-
 def data_sets(cfg: RunConfig) -> list[DataSet]:
     """The run's data sets, in the order of their numbers."""
     given = cfg.data.sets or (cfg.data,)
@@ -327,6 +307,6 @@ def evaluated_survey(
 
 def evaluated_data(cfg: RunConfig) -> RunConfig:
     """The config of the data set that eval.path names, as if it were trained."""
-    data = {"path": cfg.eval.path, "sets": (), "repeats": 1.0, "manifest": None}
+    data = cfg.data.model_copy(update={"path": cfg.eval.path, "sets": (), "repeats": 1.0, "manifest": None})
     evaluation = cfg.eval.model_copy(update={"path": None, "held_out": 0.0})
-    return cfg.model_copy(update={"data": cfg.data.model_copy(update=data), "eval": evaluation})
+    return cfg.model_copy(update={"data": data, "eval": evaluation})

@@ -12,10 +12,10 @@ safetensors.
 import errno
 import hashlib
 import json
+import logging
 import os
 import re
 import shutil
-import sys
 import time
 from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -25,10 +25,13 @@ from typing import Any
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cogds.distributed.world import World, on_rank0
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.world import World
 from cogds.engine.state import TrainState
 from cogds.errors import UserError
 from cogds.files import whole_file
+
+logger = logging.getLogger(__name__)
 
 STATE_FILE = "state.json"
 TENSORS_FILE = "trainable.safetensors"
@@ -217,7 +220,7 @@ def find(checkpoints: Path, resume: str) -> tuple[Path, dict[str, Any], TrainSta
             facts = read_facts(path)
             return path, facts, read_train_state(path, facts)
         except DamagedCheckpoint as error:
-            print(f"WARNING: {error}; trying the checkpoint before it", file=sys.stderr, flush=True)
+            logger.warning(f"{error}; trying the checkpoint before it")
     if candidates:
         raise UserError(
             f"not one of the {len(candidates)} checkpoints in {checkpoints} is sound: the reasons stand above; "

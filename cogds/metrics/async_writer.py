@@ -5,9 +5,9 @@ that does it while training goes on.
 """
 
 import contextlib
+import logging
 import math
 import os
-import sys
 import threading
 import time
 from collections import deque
@@ -15,16 +15,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
 
+logger = logging.getLogger(__name__)
+
 MAX_KEPT = 10_000  # records that wait for a disk, about 10 MB of scalars
 MAX_KEPT_BYTES = 256 << 20  # and of pictures
 WARN_EVERY_S = 60.0
 CLOSE_S = 60.0  # how long the end of a run waits for a disk that does not answer
-
-
-def warn(text: str) -> None:
-    """Say it on stderr, which may be a file on the same full disk, or a pipe whose reader is gone."""
-    with contextlib.suppress(OSError, ValueError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
 
 
 class Outlet:
@@ -54,13 +50,13 @@ class Outlet:
         except OSError as error:
             if time.monotonic() - self._warned_at >= WARN_EVERY_S:
                 self._warned_at = time.monotonic()
-                warn(
+                logger.warning(
                     f"{self.path} cannot be written ({error.strerror or error}): training goes on; "
                     f"{len(self._kept)} records wait for the disk{self._losses()}"
                 )
             return
         if self._warned_at > -math.inf:
-            warn(f"{self.path} is written again, {len(self._kept)} records with it{self._losses()}")
+            logger.warning(f"{self.path} is written again, {len(self._kept)} records with it{self._losses()}")
             self._warned_at = -math.inf
         self._kept.clear()
         self._kept_bytes = 0
@@ -70,7 +66,7 @@ class Outlet:
         if self._kept:
             self.write()
         if num := len(self._kept):
-            warn(f"the last {num} records of {self.path} could not be written{self._losses()}")
+            logger.warning(f"the last {num} records of {self.path} could not be written{self._losses()}")
 
     def _losses(self) -> str:
         return f"; {self.num_lost} older ones are lost" if self.num_lost else ""
@@ -158,7 +154,7 @@ class Courier:
                 outlet.close()
         if num_left or not in_time:
             places = " and ".join(str(outlet.path) for outlet in self._outlets)
-            warn(f"{places}: too slow; {num_left} records or more were not written")
+            logger.warning(f"{places}: too slow; {num_left} records or more were not written")
 
     def _work(self) -> None:
         while True:
@@ -172,7 +168,7 @@ class Courier:
             try:
                 outlet.write(records)
             except Exception as error:  # a bug here must not stop what comes after
-                warn(f"{outlet.path}: {type(error).__name__}: {error}")
+                logger.warning(f"{outlet.path}: {type(error).__name__}: {error}")
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()

@@ -1,62 +1,138 @@
-"""Pictures of numbers and of clips, drawn with Pillow: pixels uint8 [H, W, 3]."""
+"""Plots (matplotlib) and contact sheets (Pillow), for TensorBoard and for the report page.
 
+with plot_style():
+    figure = new_figure(6.4, 3)
+    draw_bars(figure.subplots(), ["81x768x1360"], [("clips", [12])])
+    pixels = to_pixels(figure)  # or to_svg(figure, "Clips by bucket.")
+"""
+
+import html
+import io
+import re
 import textwrap
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from PIL import Image, ImageDraw, ImageFont
 
-BACKGROUND, INK, FAINT = (255, 255, 255), (40, 40, 40), (225, 225, 225)
-COLOURS = ((59, 130, 196), (224, 129, 43), (90, 160, 90))
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+# Readable on white and on black.
+BLUE, ORANGE, GREEN, GRAY = "#3b82c4", "#e0812b", "#5aa05a", "#8a8f98"
+PURPLE, PALE_ORANGE = "#7a6bb5", "#f0b27a"
+# In an SVG, this color is replaced by that of the page's text.
+INK = "#010203"
+STYLE: dict[Any, Any] = {
+    "svg.fonttype": "none",  # keep text as text: small files, sharp, and accessible to screen readers
+    "font.family": ["sans-serif"],
+    "font.size": 10,
+    "text.color": INK,
+    "axes.labelcolor": INK,
+    "axes.edgecolor": INK,
+    "xtick.color": INK,
+    "ytick.color": INK,
+    "axes.spines.top": False,
+    "axes.spines.right": False,
+}
+
+BACKGROUND, TEXT_COLOR = (255, 255, 255), (40, 40, 40)
 FONT_SIZE = 15
-LINE = 20  # pixels from one line of text to the next
+LINE_HEIGHT = 20  # pixels
 GAP = 12
-CELL = 256  # width of a picture in a contact sheet
+CELL = 256  # width of a picture in a contact sheet, in pixels
 MAX_CAPTION_LINES = 4
 
 
-def bar_chart(title: str, labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]]) -> np.ndarray:
-    """Shares as bars: a group for every label, in it a bar of each series. Values are 0 to 1."""
-    font = ImageFont.load_default(FONT_SIZE)
-    left = max([round(font.getlength(label)) for label in labels], default=0) + 2 * GAP
-    length, bar = 480, 14
-    group = bar * len(series) + GAP
-    height = 3 * LINE + 2 * GAP + group * len(labels)
-    image = Image.new("RGB", (left + length + 80, height), BACKGROUND)
-    draw = ImageDraw.Draw(image)
-    draw.text((GAP, GAP), title, INK, font)
-    x = left
-    for (name, _), colour in zip(series, COLOURS):
-        draw.rectangle((x, GAP + LINE + 6, x + bar, GAP + LINE + 6 + bar), colour)
-        draw.text((x + bar + 6, GAP + LINE + 3), name, INK, font)
-        x += bar + 6 + round(font.getlength(name)) + 2 * GAP
-    most = max([value for _, values in series for value in values], default=0) or 1.0
-    for row, label in enumerate(labels):
-        y = 3 * LINE + GAP + row * group
-        draw.text((GAP, y + (group - GAP - LINE) // 2), label, INK, font)
-        for (_, values), colour in zip(series, COLOURS):
-            end = left + round(length * values[row] / most)
-            draw.rectangle((left, y, left + length, y + bar - 3), FAINT)
-            draw.rectangle((left, y, end, y + bar - 3), colour)
-            draw.text((left + length + 8, y - 4), f"{100 * values[row]:.1f}%", INK, font)
-            y += bar
-    return np.asarray(image)
+@contextmanager
+def plot_style() -> Iterator[None]:
+    """Use the common style for figures created and converted inside."""
+    import matplotlib  # imported here because it takes a second
+
+    with matplotlib.rc_context(STYLE):
+        yield
+
+
+def new_figure(width: float, height: float) -> "Figure":
+    """A figure of this size in inches, without global state and without a display."""
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(width, height), layout="constrained")
+
+
+def draw_bars(
+    axes: "Axes", labels: Sequence[str], series: Sequence[tuple[str, Sequence[float], str]], label_format: str = ""
+) -> None:
+    """Draw horizontal bars: one group per label, top to bottom.
+
+    series: (name, a value per label, color); label_format: of the value beside each bar, such as `%.1f`.
+    """
+    thickness = 0.8 / len(series)
+    for index, (name, values, color) in enumerate(series):
+        offset = (index - (len(series) - 1) / 2) * thickness
+        bars = axes.barh(np.arange(len(labels)) + offset, values, thickness, color=color, label=name)
+        if label_format:
+            axes.bar_label(bars, fmt=label_format, padding=3, fontsize=9)
+    axes.set_yticks(range(len(labels)), labels)
+    axes.invert_yaxis()
+
+
+def to_svg(figure: "Figure", label: str) -> str:
+    """Convert to an `<svg>` element for inlining in a page. label: a description, unique within the page."""
+    import matplotlib
+
+    buffer = io.StringIO()
+    # Metadata would contain a date and addresses.
+    nothing: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    with matplotlib.rc_context({"svg.hashsalt": label}):
+        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+    svg = buffer.getvalue()
+    svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
+    svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)
+    # Names such as `figure_1` occur in every plot, and nothing refers to them.
+    svg = re.sub(r' id="[A-Za-z]+[A-Za-z0-9.]*_\d+"', "", svg)
+    return svg.replace("<svg ", f'<svg role="img" aria-label="{html.escape(label)}" ', 1)
+
+
+def to_pixels(figure: "Figure") -> np.ndarray:
+    """Convert to pixels, uint8 [H, W, 3], on white."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()
+    return np.asarray(canvas.buffer_rgba())[..., :3].copy()
+
+
+def share_chart(title: str, labels: Sequence[str], series: Sequence[tuple[str, Sequence[float]]]) -> np.ndarray:
+    """Draw shares in [0, 1] as bars, one group per label: uint8 [H, W, 3]. series: (name, a value per label)."""
+    with plot_style():
+        figure = new_figure(7, 1.2 + 0.2 * len(series) * max(1, len(labels)))
+        axes = figure.subplots()
+        colors = (BLUE, ORANGE, GREEN, GRAY)
+        percents = [(name, [100 * value for value in values]) for name, values in series]
+        draw_bars(axes, labels, [(*bars, color) for bars, color in zip(percents, colors)], "%.1f%%")
+        axes.set(title=title, xlabel="share [%]")
+        axes.margins(x=0.12)
+        figure.legend(loc="outside lower center", ncols=len(series), frameon=False)
+        return to_pixels(figure)
 
 
 def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], num_columns: int = 4) -> np.ndarray:
-    """Pictures uint8 [H, W, 3] of any sizes in a grid, each with its caption under it."""
+    """Arrange pictures, uint8 [H, W, 3] of any sizes, in a grid with a caption under each: uint8 [H, W, 3]."""
     font = ImageFont.load_default(FONT_SIZE)
-    per_line = CELL // 8
-    texts = [textwrap.wrap(caption, per_line)[: MAX_CAPTION_LINES + 1] or [""] for caption in captions]
-    texts = [[*t[: MAX_CAPTION_LINES - 1], t[MAX_CAPTION_LINES - 1][:-1] + "…"] if len(t) > MAX_CAPTION_LINES else t
-             for t in texts]  # fmt: skip
+    texts = [
+        textwrap.wrap(caption, CELL // 8, max_lines=MAX_CAPTION_LINES, placeholder=" …") or [""] for caption in captions
+    ]
     cells = []
     for picture in pictures:
         image = Image.fromarray(picture)
         cells.append(image.resize((CELL, max(1, round(CELL * image.height / image.width))), Image.Resampling.LANCZOS))
     num_columns = min(num_columns, len(cells))
     rows = [range(start, min(start + num_columns, len(cells))) for start in range(0, len(cells), num_columns)]
-    heights = [max(cells[n].height + LINE * len(texts[n]) for n in row) + 2 * GAP for row in rows]
+    heights = [max(cells[n].height + LINE_HEIGHT * len(texts[n]) for n in row) + 2 * GAP for row in rows]
     sheet = Image.new("RGB", (num_columns * (CELL + GAP) + GAP, sum(heights) + GAP), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     top = GAP
@@ -65,6 +141,6 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], num_c
             x = GAP + column * (CELL + GAP)
             sheet.paste(cells[n], (x, top))
             for line, text in enumerate(texts[n]):
-                draw.text((x, top + cells[n].height + 4 + line * LINE), text, INK, font)
+                draw.text((x, top + cells[n].height + 4 + line * LINE_HEIGHT), text, TEXT_COLOR, font)
         top += height
     return np.asarray(sheet)

@@ -5,6 +5,7 @@ read. Rank 0 writes, on a thread (`metrics.async_writer`): neither a full disk n
 """
 
 import atexit
+import logging
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -13,10 +14,10 @@ import numpy as np
 import torch
 
 from cogds.core.geometry import ClipShape
-from cogds.distributed.world import World, all_reduce_sum
-from cogds.metrics.async_writer import Courier, Outlet, Sink, warn
+from cogds.distributed.collectives import all_reduce_sum
+from cogds.distributed.world import World
+from cogds.metrics.async_writer import Courier, Outlet, Sink
 from cogds.metrics.jsonl import metrics_line
-from cogds.metrics.progress_line import LINES, Ticker
 from cogds.metrics.step_metrics import Norms, OwnValues, StepLosses, Tally
 from cogds.metrics.tensorboard import (
     LAYOUT,
@@ -28,6 +29,9 @@ from cogds.metrics.tensorboard import (
     scalars_record,
     text_record,
 )
+from cogds.metrics.training_progress import TrainingProgress
+
+logger = logging.getLogger(__name__)
 
 LEAVE_S = 5.0  # how long an error that ends a run waits for what is being written
 
@@ -47,12 +51,12 @@ class Monitor:
         first_step: int,
         num_steps: int,
         every: int,
-        style: str = LINES,
+        use_bar: bool = True,
         also: Sink | None = None,
     ):
         """first_step: steps already trained, to which `rewind_metrics` has been. every: steps between two flushes.
 
-        style: of the Ticker. also: takes the lines of `metrics.jsonl` too.
+        use_bar: draw a progress bar if stderr is a terminal. also: takes the lines of `metrics.jsonl` too.
         """
         self.world, self.buckets, self.every = world, buckets, every
         self.pending: list[Tally] = []
@@ -66,7 +70,7 @@ class Monitor:
             self.courier.hand(self.metrics)
             self.courier.hand(self.board, [layout_record(LAYOUT)])
             self.courier.settle(1.0)  # what is wrong with the folder is said before the run, where that is quick
-            self.ticker = Ticker(first_step, num_steps, style)
+            self.progress = TrainingProgress(first_step, num_steps, use_bar=use_bar)
             self.also = also
             self.errands = Courier() if also else None  # its own: a service that does not answer holds up no file
             if self.errands:
@@ -106,8 +110,8 @@ class Monitor:
             named |= {name: float(value) for name, value in scalars.items() if value is not None}
             lines.append(metrics_line(step, named))
             events.append(scalars_record(step, named))
-            self.ticker.step(step, named)
             start = end
+        self.progress.update(step, named)
         self._hand_lines(lines)
         self.courier.hand(self.board, events)
 
@@ -140,7 +144,7 @@ class Monitor:
         """Flush and close. Collective."""
         self.flush()
         if self.writes:
-            self.ticker.close()
+            self.progress.close()
             self.courier.hand(self.board, self._at_end)
             self.courier.close()
             if self.errands:
@@ -159,6 +163,8 @@ class Monitor:
         try:
             records = [record()]
         except Exception as error:  # a picture is not worth a run
-            warn(f"{name} was not written for TensorBoard ({type(error).__name__}: {error}): training goes on")
+            logger.warning(
+                f"{name} was not written for TensorBoard ({type(error).__name__}: {error}): training goes on"
+            )
             return
         self.courier.hand(self.board, records)

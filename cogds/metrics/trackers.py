@@ -6,19 +6,22 @@ DeepSpeed has the writers, and gives them the learning rate alone, over samples.
 
 import importlib.util
 import json
+import logging
 import math
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from cogds.errors import UserError
-from cogds.metrics.async_writer import WARN_EVERY_S, warn
+from cogds.metrics.async_writer import WARN_EVERY_S
+
+logger = logging.getLogger(__name__)
 
 # Section of a DeepSpeed config -> the package that DeepSpeed imports for it.
 PACKAGES = {"wandb": "wandb", "comet": "comet_ml"}
 
 
-class Relay:
+class Trackers:
     """Takes lines of `metrics.jsonl` and hands their scalars on, in the order of their steps; never raises.
 
     A note of what was done after a step may come before that step's own line, or long after it. Weights & Biases drops
@@ -64,18 +67,10 @@ class Relay:
         except Exception as error:  # a service that cannot be reached is not worth a run
             if time.monotonic() - self._warned_at >= WARN_EVERY_S:
                 self._warned_at = time.monotonic()
-                warn(
+                logger.warning(
                     f"{self.path} failed ({type(error).__name__}: {error}): training goes on, and what it lacks "
                     "stands in metrics.jsonl and tensorboard/"
                 )
-
-
-def relay_of(engine: Any) -> Relay | None:
-    """The monitors that this engine's config switches on, None for none; the engine itself writes to them no more."""
-    if not engine.monitor.enabled:
-        return None
-    engine.monitor.enabled = False
-    return Relay(engine.monitor)
 
 
 def check_monitors(ds_config: Mapping[str, Any]) -> None:

@@ -23,7 +23,7 @@ from safetensors import safe_open
 from transformers import AutoTokenizer, T5EncoderModel
 
 from cogds.core.geometry import ModelGeometry
-from cogds.core.memory import VaeSize
+from cogds.core.vae_memory import VaeSize
 from cogds.errors import UserError
 from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.quantize import PackedLinear, pack_block

@@ -7,8 +7,8 @@ from typing import Any
 import torch
 
 from cogds.distributed.network import interface_addresses, nccl_interfaces
-from cogds.distributed.world import settings
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, by_value, differing, hosts, who
+from cogds.process.environment import environment_variables
 
 VARIABLES = ("NCCL_", "GLOO_", "TORCH_NCCL_", "UCX_", "FI_")
 MAX_SKEW_S = 60.0
@@ -35,7 +35,7 @@ def _own_address_towards(address: str) -> str:
 
 def look_addresses(clock_s: float) -> Facts:
     """`net`: how this node sees the master and itself. clock_s: its time of day, taken when all ranks took theirs."""
-    environ, present = settings("MASTER_", *VARIABLES), interface_addresses()
+    environ, present = environment_variables("MASTER_", *VARIABLES), interface_addresses()
     master = environ.get("MASTER_ADDR", "")
     master_ip = _resolve(master) if master else ""
     own_ip = _own_address_towards(master_ip) if master_ip else ""

@@ -5,7 +5,8 @@ import time
 
 import torch
 
-from cogds.distributed.world import World, all_reduce_sum, any_rank, barrier
+from cogds.distributed.collectives import all_reduce_sum, any_rank, barrier
+from cogds.distributed.world import World
 from cogds.formatting import gigabytes
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, who
 

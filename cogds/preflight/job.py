@@ -1,70 +1,43 @@
 """The job that is about to be run, read as the run reads it, and what it will need. No weights are loaded."""
 
+import argparse
 from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from dataclasses import fields
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
-from cogds.config.deepspeed import load_ds_config, resolve
-from cogds.config.loading import load_config, to_dict
-from cogds.config.schema import RunConfig
-from cogds.core.geometry import ClipShape
-from cogds.core.memory import MemoryEstimate, cached_caption_bytes, cached_clip_bytes
-from cogds.demo import make_demo, only_own_demo
-from cogds.distributed.world import World, set_network
-from cogds.encode.order import batch_sizes
-from cogds.encode.survey import data_sets, make_buckets
-from cogds.model.load import ModelFolder, empty_transformer, find_model
-from cogds.model.lora.adapter import resolve_targets
-from cogds.model.transformer.sequence_parallel import check_sequence
+from cogds.config.loading import to_dict
+from cogds.core.geometry import cached_caption_bytes, cached_clip_bytes
+from cogds.core.memory import MemoryEstimate
+from cogds.distributed.network import set_network
+from cogds.distributed.world import World
+from cogds.encode.survey import data_sets
+from cogds.job import Job, choose_checkpointing, load_job
+from cogds.model.load import empty_transformer
 from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, differing
-from cogds.train.tuning import Setting, Sizes, check_execution, choose_checkpointing, memory_of
+from cogds.train.tuning import check_execution, gpu_memory
 
 # DataLoader's own: batches that every worker has ready.
 PREFETCHED = 2
 
 
-@dataclass(frozen=True)
-class Job:
-    """A run's config, resolved for this many ranks, and its model."""
-
-    cfg: RunConfig
-    ds_config: dict[str, Any]
-    model: ModelFolder
-    buckets: tuple[ClipShape, ...]
-    targets: tuple[str, ...]
-    world: World
+class CheckedJob(Job):
+    """A job and what it needs of each machine. No weights are loaded."""
 
     @property
     def bytes_each(self) -> int:
-        """Of one number of the transformer."""
-        return 2 if self.cfg.train.precision == "bf16" else 4
+        """Bytes per element of the transformer."""
+        return self.memory.element_bytes
 
     @cached_property
-    def batch_sizes(self) -> tuple[int, ...]:
-        return batch_sizes(self.cfg, self.buckets, self.model)
-
-    @cached_property
-    def sizes(self) -> Sizes:
-        return Sizes.of(self.cfg, self.model)
-
-    @cached_property
-    def checkpointing_modes(self) -> tuple[str, ...]:
-        """The activation checkpointing of every bucket on this GPU."""
-        return choose_checkpointing(
-            self.cfg, self.ds_config, self.model, self.buckets, self.batch_sizes, self.world.size,
-            memory_of(self.world.device),
-        )  # fmt: skip
-
-    @cached_property
-    def setting(self) -> Setting:
-        return Setting.of(self.cfg, self.ds_config, self.model, self.sizes, self.buckets, self.world.size)
+    def checkpointing(self) -> tuple[str, ...]:
+        """Activation checkpointing mode of each bucket on this GPU."""
+        return choose_checkpointing(self, self.batch_sizes, gpu_memory(self.world.device))
 
     @cached_property
     def estimates(self) -> tuple[MemoryEstimate, ...]:
         """GPU memory of every bucket."""
-        return tuple(map(self.setting.estimate, self.buckets, self.batch_sizes, self.checkpointing_modes))
+        return tuple(map(self.memory.estimate, self.buckets, self.batch_sizes, self.checkpointing))
 
     @cached_property
     def offloaded_bytes(self) -> int:
@@ -81,7 +54,7 @@ class Job:
     @property
     def pinned_bytes(self) -> int:
         """Host memory that a rank pins for activations, in the bucket that takes most."""
-        return max(map(self.setting.pinned_bytes, self.buckets, self.batch_sizes, self.checkpointing_modes))
+        return max(map(self.memory.pinned_host_bytes, self.buckets, self.batch_sizes, self.checkpointing))
 
     @property
     def largest(self) -> int:
@@ -91,14 +64,14 @@ class Job:
     @property
     def checkpoint_bytes(self) -> int:
         """One checkpoint, float32 weights and two moments, with its exported LoRA."""
-        return self.sizes.lora.num_parameters * (12 + self.bytes_each)
+        return self.memory.lora.num_parameters * (12 + self.bytes_each)
 
     @property
     def shared_memory_bytes(self) -> int:
         """What the loaders of one rank keep in /dev/shm: the batches that they are ahead. 0 where there are none."""
         if self.cfg.data.encode != "cached":
             return 0
-        text_dim, geometry = self.sizes.transformer.text_dim, self.model.geometry
+        text_dim, geometry = self.memory.transformer.text_dim, self.model.geometry
         batches = (
             size * (cached_clip_bytes(shape, geometry, self.bytes_each)
                     + cached_caption_bytes(geometry, text_dim, self.bytes_each))
@@ -130,21 +103,12 @@ def _flat(node: Any, path: str = "") -> Sequence[tuple[str, Any]]:
     return [(path, node)]
 
 
-def load_job(config: str | None, default_config: Path, overrides: list[str], ds_path: str, world: World) -> Job:
-    """Read the run's config as `train` does, and set its network variables. Raises UserError for what is wrong."""
-    cfg, explicit = load_config(config or str(default_config), overrides)
-    if not config:
-        cfg = only_own_demo(cfg, overrides)
-    ds_config = load_ds_config(ds_path)
-    set_network(world, cfg.network)
-    make_demo(cfg)
-    model = find_model(cfg.model.path, cfg.model.revision)
-    buckets = make_buckets(cfg, model)
-    check_sequence(cfg.parallel.sequence_size, world.size, model.transformer_config["num_attention_heads"])
-    targets = resolve_targets(empty_transformer(model), cfg.lora.target_modules)
-    ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
-    check_execution(cfg, ds_config, world)
-    return Job(cfg, ds_config, model, buckets, tuple(targets), replace(world, sequence_size=cfg.parallel.sequence_size))
+def load_checked_job(args: argparse.Namespace, world: World) -> CheckedJob:
+    """Read the run's config as `train` does and set its network variables. Raises UserError for anything wrong."""
+    job = load_job(args, world)
+    set_network(job.world, job.cfg.network)
+    check_execution(job)
+    return CheckedJob(**{field.name: getattr(job, field.name) for field in fields(Job)})
 
 
 def judge_config(facts: list[Facts]) -> list[Finding]:

@@ -11,7 +11,7 @@ import torch
 from cogds.config.deepspeed import zero_stage
 from cogds.formatting import counted, gigabytes
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, by_value, differing, who
-from cogds.preflight.job import Job
+from cogds.preflight.job import CheckedJob
 
 # More than this in use on a GPU is more than a process's own context.
 OCCUPIED_BYTES = 2_000_000_000
@@ -47,7 +47,7 @@ def available_memory_bytes() -> int:
     return max(available, 0)
 
 
-def look_disk(job: Job) -> Facts:
+def look_disk(job: CheckedJob) -> Facts:
     """Free and needed bytes of this node: `output`, `cache`, `tmp`, `shm` and `memory`. {} but on one rank a node."""
     if job.world.local_rank:
         return {"disk": {}}
@@ -60,7 +60,7 @@ def look_disk(job: Job) -> Facts:
     if zero_stage(job.ds_config) == 3:
         loading = job.offloaded_bytes * num_local
     else:
-        loading = job.sizes.transformer.num_parameters * job.bytes_each * num_local * (job.world.device.type == "cpu")
+        loading = job.memory.transformer.num_parameters * job.bytes_each * num_local * (job.world.device.type == "cpu")
     return {
         "disk": {
             "output": [cfg.output_dir, free_bytes(cfg.output_dir), job.checkpoint_bytes * (kept + 1)],
@@ -107,7 +107,7 @@ def judge_disk(facts: list[Facts]) -> list[Finding]:
     return found
 
 
-def look_gpu(job: Job) -> Facts:
+def look_gpu(job: CheckedJob) -> Facts:
     """`gpu`: name, uuid, total, free and needed bytes, and how many GPUs the rank sees; None without one."""
     device = job.world.device
     if device.type != "cuda":

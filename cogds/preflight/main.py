@@ -11,13 +11,13 @@ import sys
 import time
 import uuid
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any
 
 import torch
 
-from cogds.cli import parse_args
-from cogds.distributed.world import World, connect, disconnect, open_store, read_world
+from cogds.arguments import PREFLIGHT_CHECKS
+from cogds.distributed.process_group import connect, disconnect, open_store
+from cogds.distributed.world import World, read_world
 from cogds.errors import EXIT_USER_ERROR, UserError, did_you_mean
 from cogds.preflight.addresses import judge_addresses, look_addresses
 from cogds.preflight.exchange import judge_exchange, look_exchange
@@ -31,16 +31,13 @@ from cogds.preflight.folders import (
     remove_marks,
     unseen_marks,
 )
-from cogds.preflight.job import Job, judge_config, load_job
+from cogds.preflight.job import CheckedJob, judge_config, load_checked_job
 from cogds.preflight.machine import judge_disk, judge_gpu, look_disk, look_gpu
 from cogds.preflight.roster import GIVEN_UP, Outcome, Roster, bounded
 from cogds.preflight.software import judge_tools, judge_versions, look_tools, look_versions
 from cogds.preflight.text import print_findings, verdict
 from cogds.preflight.trial import judge_trial, look_trial
 
-# Parts that may be skipped, in the order of the table.
-PARTS = ("versions", "tools", "sources", "disk", "gpu", "network", "folders", "exchange", "step")
-DEFAULT_WAIT_S = 60.0
 LOAD_LIMIT_S = 60.0
 LOOK_LIMIT_S = 30.0  # of one look of a rank at its own machine
 MARKS_WAIT_S = 35.0  # NFS clients believe what they know of a folder for 30 s
@@ -53,22 +50,14 @@ Look = Callable[[], Facts]
 Judge = Callable[[list[Facts]], list[Finding]]
 
 
-def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:
-    """The whole command. Raises UserError, told already, where a check failed."""
-    args = parse_args(
-        sys.argv[1:] if argv is None else argv,
-        "Check on all ranks, in about a minute, whether a run can start: launch it as the run.",
-        _add_arguments,
-    )
+def main(args: argparse.Namespace) -> None:
+    """Check everything and print a table. Raises UserError, already reported, if a check failed."""
     skipped = parts_to_skip(args.skip)
-    if not 0 < args.wait < 86_400:
-        raise UserError(f"--wait is {args.wait:g} on the command line: it must be a number of seconds above 0")
     world = read_world()
     roster = Roster(world, open_store(world, args.wait))
     preflight = Preflight(world, roster, skipped, args.wait)
     nodes = roster.call(socket.gethostname(), args.wait)
-    ds_path = args.deepspeed or str(default_deepspeed)
-    preflight.run(lambda: load_job(args.config, default_config, args.overrides, ds_path, world))
+    preflight.run(lambda: load_checked_job(args, world))
     failed = preflight.tell(nodes)
     sys.stdout.flush()
     if preflight.is_stuck:
@@ -76,25 +65,16 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
         os._exit(EXIT_USER_ERROR if failed else 0)
     disconnect()
     if failed:
-        error = UserError("not ready")
-        error.shared = True
-        raise error
-
-
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--skip", metavar="PART[,PART...]", default="", help=f"leave out some of {', '.join(PARTS)}")
-    parser.add_argument(
-        "--wait", metavar="S", type=float, default=DEFAULT_WAIT_S, help="how long ranks are waited for [seconds]"
-    )
+        raise UserError("not ready", shared=True)  # the findings are printed above
 
 
 def parts_to_skip(text: str) -> frozenset[str]:
     """The parts named, separated by commas. Raises UserError for one that does not exist."""
     parts = [part.strip() for part in text.split(",") if part.strip()]
     for part in parts:
-        if part not in PARTS:
-            near = did_you_mean(part, PARTS)
-            raise UserError(f"--skip {part} on the command line{near}: there is {', '.join(PARTS)}")
+        if part not in PREFLIGHT_CHECKS:
+            near = did_you_mean(part, PREFLIGHT_CHECKS)
+            raise UserError(f"--skip {part} on the command line{near}: there is {', '.join(PREFLIGHT_CHECKS)}")
     return frozenset(parts)
 
 
@@ -123,12 +103,12 @@ class Preflight:
         self.findings: list[Finding] = []
         self.is_stuck = False  # a thread hangs, or the ranks are not all at the same place of a collective
 
-    def run(self, load: Callable[[], Job]) -> None:
+    def run(self, load: Callable[[], CheckedJob]) -> None:
         """Everything. What cannot be looked at without something that failed is left out."""
         # All ranks have just been released by the roll call, within milliseconds.
         clock_s = time.time()
         outcome = self._bounded(load, LOAD_LIMIT_S)
-        job: Job | None = outcome.value
+        job: CheckedJob | None = outcome.value
         looks: dict[str, tuple[Look, Judge]] = {"versions": (look_versions, judge_versions)}
         if job:
             cfg, model = job.cfg, job.model
@@ -153,7 +133,7 @@ class Preflight:
         timeout_s = CONNECT_LIMIT_S + EXCHANGE_LIMIT_S + STEP_LIMIT_S  # the bounds here come first
         if not self._together("connect", lambda: self._connect(timeout_s, job), lambda _: [], CONNECT_LIMIT_S):
             return
-        numbers = job.sizes.lora.num_parameters * job.bytes_each
+        numbers = job.memory.lora.num_parameters * job.bytes_each
         if "exchange" not in self.skipped and not self._together(
             "exchange", lambda: look_exchange(self.world, numbers), judge_exchange, EXCHANGE_LIMIT_S
         ):
@@ -161,7 +141,7 @@ class Preflight:
         if "step" not in self.skipped:
             self._together("step", lambda: look_trial(job), judge_trial, STEP_LIMIT_S)
 
-    def _connect(self, timeout_s: float, job: Job) -> Facts:
+    def _connect(self, timeout_s: float, job: CheckedJob) -> Facts:
         connect(self.world, timeout_s, job.cfg.network)
         return {}
 

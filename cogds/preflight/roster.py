@@ -123,13 +123,12 @@ class Roster:
         nodes = self.share(nodes, timeout_s)
         missing = [rank for rank, node in enumerate(nodes) if node is None]
         if missing:
-            error = UserError(
+            raise UserError(
                 f"{len(missing)} of {self.world.size} ranks did not answer within {timeout_s:g} s: {runs(missing)}; "
                 f"those that did are on {', '.join(dict.fromkeys(filter(None, nodes)))}: look at the launcher's "
-                "output, or give --wait more seconds"
+                "output, or give --wait more seconds",
+                shared=self.world.rank > 0,
             )
-            error.shared = self.world.rank > 0
-            raise error
         return nodes
 
     def give_up(self, what: str) -> None:

@@ -14,8 +14,9 @@ from typing import Any
 import torch
 
 import cogds
-from cogds.distributed.world import World, settings
+from cogds.distributed.world import World
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, differing, who
+from cogds.process.environment import environment_variables
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy")
 IMPORT_LIMIT_S = 60.0
@@ -91,7 +92,8 @@ def _cannot_import(module: str) -> str:
 def _locks() -> list[str]:
     """Lock files that a killed compilation left: whoever needs that op next waits for them for ever."""
     folder = Path(
-        settings("TORCH_EXTENSIONS_DIR").get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions"
+        environment_variables("TORCH_EXTENSIONS_DIR").get("TORCH_EXTENSIONS_DIR")
+        or Path.home() / ".cache/torch_extensions"
     )
     now = time.time()
     locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]

@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from cogds.core.diffusion import v_loss
-from cogds.distributed.world import all_gather
+from cogds.distributed.collectives import all_gather
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.start import build_for_stage, start_engine
 from cogds.formatting import gigabytes
@@ -16,7 +16,7 @@ from cogds.metrics.step_metrics import peak_memory_bytes
 from cogds.model.load import DTYPES
 from cogds.model.lora.adapter import inject
 from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, who
-from cogds.preflight.job import Job
+from cogds.preflight.job import CheckedJob
 from cogds.train.step import Draws, load_step_builder, random_batch
 from cogds.train.tuning import choose_execution, prepare_blocks
 
@@ -33,7 +33,7 @@ def one_step_config(ds_config: dict[str, Any], num_ranks: int) -> dict[str, Any]
     return changed
 
 
-def look_trial(job: Job) -> Facts:
+def look_trial(job: CheckedJob) -> Facts:
     """`trial`: the bucket, seconds of each step, the loss, peak and total bytes of memory. Collective."""
     cfg, world, model = job.cfg, job.world, job.model
     dtype, bucket, device = DTYPES[cfg.train.precision], job.largest, world.device
@@ -41,8 +41,8 @@ def look_trial(job: Job) -> Facts:
     result |= {"estimate": job.estimates[bucket].total_bytes, "device": device.type, "advice": ""}
     start = time.perf_counter()
     try:
-        execution = choose_execution(cfg, job.ds_config, model, job.buckets, job.batch_sizes, world)
-        result["advice"] = execution.shortfalls[bucket]
+        execution = choose_execution(job, job.batch_sizes)
+        result["advice"] = execution.buckets[bucket].shortfall
         transformer: Any = build_for_stage(
             model, dtype, job.ds_config, device, cfg.model.quantization, cfg.model.fp8_matmul
         )
@@ -52,10 +52,10 @@ def look_trial(job: Job) -> Facts:
         transformer.train()
         prepare_blocks(transformer, execution)
         share_clips(transformer, world, cfg.train.timeout_s)
-        transformer.set_checkpointing(execution.checkpointing_modes[bucket])
+        transformer.set_checkpointing(execution.buckets[bucket].checkpointing)
         engine = start_engine(transformer, parameters, one_step_config(job.ds_config, world.size))
         batch = random_batch(
-            job.buckets[bucket], job.batch_sizes[bucket], model.geometry, job.sizes.transformer.text_dim,
+            job.buckets[bucket], job.batch_sizes[bucket], model.geometry, job.memory.transformer.text_dim,
             cfg.train.precision,
         )  # fmt: skip
         builder = load_step_builder(model, cfg.conditioning, batch["text_states"][0], dtype, device)

@@ -8,11 +8,13 @@ left is removed.
 
 import contextlib
 import fcntl
+import logging
 import os
-import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
+
+logger = logging.getLogger(__name__)
 
 NAME = "cogds.lock"
 YOUNG_S = 60.0  # so long a lock of which nothing is known may be of a build on another node
@@ -37,8 +39,8 @@ def clear_builds(root: Path) -> None:
     except OSError:
         _await(lambda: not _unknown(root, YOUNG_S), YOUNG_S)
         for lock in _unknown(root):
-            _say(
-                f"warning: {lock} is there and nobody builds here: if no other machine builds this DeepSpeed op, a "
+            logger.warning(
+                f"{lock} is there and nobody builds here: if no other machine builds this DeepSpeed op, a "
                 "process was killed while it did, and this run will wait for ever: delete the file"
             )
     else:
@@ -47,7 +49,7 @@ def clear_builds(root: Path) -> None:
         for lock in _unknown(root):
             with contextlib.suppress(OSError):
                 lock.unlink()
-                _say(f"removed {lock}, which a process left that was killed while it built a DeepSpeed op")
+                logger.warning(f"removed {lock}, which a process left that was killed while it built a DeepSpeed op")
     with contextlib.suppress(OSError):  # a file system without such locks
         fcntl.flock(_held[-1], fcntl.LOCK_SH)
 
@@ -55,7 +57,7 @@ def clear_builds(root: Path) -> None:
 def announce_build(root: Path, op: str) -> None:
     """Say that this op will be built, where it has not been: nothing else says it, and it looks like a hang."""
     if not any(root.glob(f"{op}/*.so")) and not any(root.glob(f"*/{op}/*.so")):
-        _say(f"building DeepSpeed's {op} in {root}, once: a minute, or some on a busy machine")
+        logger.info(f"building DeepSpeed's {op} in {root}, once: a minute, or some on a busy machine")
 
 
 def _locks(root: Path) -> list[Path]:
@@ -89,7 +91,3 @@ def _await(condition: Callable[[], bool], bound_s: float) -> None:
     end = time.monotonic() + bound_s
     while not condition() and time.monotonic() < end:
         time.sleep(0.5)
-
-
-def _say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)

@@ -1,31 +1,62 @@
-"""Progress bars, on a terminal and in a log."""
+"""Progress bars: on a terminal they move, elsewhere (a file, SLURM) they are a log line now and then."""
 
+import logging
 import sys
 from collections.abc import Iterable
-from typing import Any
+from typing import Any, TextIO
 
 from tqdm import tqdm
 
-LOG_EVERY_S = 30.0  # where there is no terminal, every update is a line of its own
+from cogds.process.environment import environment_variables
 
-_hushed = False
+LOG_INTERVAL_S = 30.0
+LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}"
 
-
-def hush() -> None:
-    """No bar is shown from here on."""
-    global _hushed
-    _hushed = True
+logger = logging.getLogger(__name__)
 
 
-def progress(
-    what: str, unit: str, total: int, shown: bool = True, initial: int = 0, items: Iterable[Any] | None = None
+def is_terminal(stream: TextIO) -> bool:
+    """Whether a person watches the stream as it is written. Under SLURM it is a log, even if srun makes it a tty."""
+    return stream.isatty() and not environment_variables("SLURM_JOB_ID")
+
+
+def progress_bar(
+    description: str,
+    unit: str,
+    total: int,
+    show: bool = True,
+    *,
+    initial: int = 0,
+    items: Iterable[Any] | None = None,
 ) -> tqdm:
-    """A bar with rate and time left, around `items` or moved by `update`. shown: False says nothing at all.
+    """Return a bar with rate and time left, around `items` or moved by `update`.
 
-    On a terminal it moves; elsewhere (a file, SLURM) it is one line now and then.
+    It is shown if INFO is logged, that is on rank 0 without --quiet. In a log, what takes less than LOG_INTERVAL_S
+    writes nothing.
     """
-    interval_s = 0.1 if sys.stderr.isatty() else LOG_EVERY_S
-    return tqdm(
-        items, desc=what, total=total, initial=initial, unit=unit, disable=_hushed or not shown, dynamic_ncols=True,
-        mininterval=interval_s, maxinterval=max(10.0, interval_s),
-    )  # fmt: skip
+    options: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
+    if not is_terminal(sys.stderr):
+        options = log_options(LOG_INTERVAL_S) | {"bar_format": LOG_FORMAT, "delay": LOG_INTERVAL_S}
+    hidden = not (show and logger.isEnabledFor(logging.INFO))
+    return tqdm(items, desc=description, total=total, initial=initial, unit=unit, disable=hidden, **options)
+
+
+def log_options(interval_s: float) -> dict[str, Any]:
+    """Options of a tqdm bar that writes a line to the log every `interval_s`."""
+    return {"file": _LogFile(), "mininterval": interval_s, "maxinterval": 2 * interval_s}
+
+
+class _LogFile:
+    """What tqdm draws, as lines of the log; it draws some of them twice."""
+
+    def __init__(self) -> None:
+        self._last_line = ""
+
+    def write(self, text: str) -> None:
+        line = text.strip()
+        if line and line != self._last_line:
+            self._last_line = line
+            logger.info(line)
+
+    def flush(self) -> None:
+        """Nothing is buffered."""

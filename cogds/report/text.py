@@ -6,45 +6,62 @@ from rich.table import Table
 from rich.text import Text
 
 from cogds.formatting import counted, duration, gigabytes, number, percent
-from cogds.report.facts import BucketReport, Report
+from cogds.report.analysis import BucketReport, Report
 
-ESTIMATE_NOTE = "Memory is an estimate from the shapes, not yet compared with a GPU."
+ESTIMATE_NOTE = "Memory is calculated from shapes. It has not been compared with a GPU."
+NOT_MEASURED = "not measured"
 
 
 def step_text(bucket: BucketReport) -> str:
-    """Seconds per step: measured, `~` where only the run's mean rate is known, or "not measured"."""
+    """Time per step: measured, with `~` if it follows from the run's mean rate, or NOT_MEASURED."""
     if bucket.step_s is None:
-        return "not measured"
+        return NOT_MEASURED
     return ("" if bucket.step_is_measured else "~") + duration(bucket.step_s)
 
 
 def memory_text(bucket: BucketReport) -> str:
-    """What a bucket takes on a GPU, and whether that is too much."""
+    """GPU memory of a bucket, and whether it exceeds the GPU."""
     return gigabytes(bucket.memory.total_bytes) + (", too much" if bucket.shortfall else "")
 
 
+def epoch_text(report: Report) -> str:
+    """`2 GPUs, gradient accumulation 1, 4.5 steps per epoch (about 3 h)`."""
+    time = "" if report.epoch_s is None else f" (about {duration(report.epoch_s)})"
+    return (
+        f"{counted(report.num_ranks, 'GPU')}, gradient accumulation {report.accumulation}, "
+        f"{counted(report.steps_per_epoch, 'step')} per epoch{time}"
+    )
+
+
 def suggestion_lines(report: Report) -> list[str]:
-    """The suggestion in sentences; [] where there is none."""
-    if (found := report.suggestion) is None:
+    """Sentences about better buckets, [] if there are none."""
+    if (suggestion := report.suggestion) is None:
         return []
-    before, after = found.before, found.after
+    before, after = suggestion.before, suggestion.after
     return [
-        f"The buckets fit these clips badly: {percent(before.crop)} of the picture is cropped away on average, "
-        f"{percent(before.upscaled)} of clips are enlarged, {percent(before.too_short)} are too short.",
-        f"With data.buckets=[{', '.join(found.buckets)}] it would be {percent(after.crop)}, "
+        f"The buckets fit these clips badly: {percent(report.crop_share)} of the picture is cropped away on average, "
+        f"{percent(report.upscaled_share)} of the trained clips are upscaled, and {percent(before.too_short)} of all "
+        "clips are too short.",
+        f"With data.buckets=[{', '.join(suggestion.buckets)}], it would be {percent(after.crop)}, "
         f"{percent(after.upscaled)} and {percent(after.too_short)}.",
     ]
 
 
 def held_out_lines(report: Report) -> list[str]:
-    """What is held out, in a sentence; [] where nothing is."""
+    """A sentence about held-out clips, [] if there are none."""
     num = report.num_held_out
-    return [f"{counted(num, 'clip')} held out: evaluated, never trained."] if num else []
+    return [f"{counted(num, 'clip')} held out for evaluation."] if num else []
+
+
+def empty_bucket_lines(report: Report) -> list[str]:
+    """A sentence about buckets without clips, [] if there are none."""
+    empty = [str(bucket.shape) for bucket in report.buckets if not bucket.num_samples]
+    return [f"{counted(len(empty), 'bucket')} without clips: {', '.join(empty)}."] if empty else []
 
 
 def warning_lines(report: Report) -> list[str]:
-    """What stops a run or does not fit, and what is wrong with captions, in sentences; [] where nothing is."""
-    captions, lines = report.captions, [one.shortfall for one in report.buckets if one.num_samples and one.shortfall]
+    """Sentences about buckets that do not fit, too many unusable clips, and bad captions; [] if there are none."""
+    captions, lines = report.captions, [bucket.shortfall for bucket in report.used_buckets if bucket.shortfall]
     if report.is_refused:
         lines.append(
             f"Training will not start: {report.num_unusable:,} of {counted(report.num_rows, 'clip')} cannot be used, "
@@ -56,86 +73,69 @@ def warning_lines(report: Report) -> list[str]:
         lines.append(f"{counted(captions.num_empty, 'clip')} with an empty caption.")
     if captions.num_too_long:
         lines.append(
-            f"{counted(captions.num_too_long, 'caption')} longer than {captions.limit} tokens: the end is not seen."
+            f"{counted(captions.num_too_long, 'caption')} longer than {captions.limit} tokens: the rest is cut off."
         )
     return lines
 
 
 def short_report(report: Report) -> str:
     """A few lines for the start of training."""
-    used = [one for one in report.buckets if one.num_samples]
     lines = [
-        f"{report.num_clips:,} of {counted(report.num_rows, 'clip')} in {len(used)} of "
-        f"{counted(len(report.buckets), 'bucket')}, "
-        f"{number(report.steps_per_epoch)} steps an epoch; {percent(report.mean('crop_share'))} of the picture is "
-        f"cropped away on average",
+        f"{report.num_clips:,} of {counted(report.num_rows, 'clip')} in {len(report.used_buckets)} of "
+        f"{counted(len(report.buckets), 'bucket')}, {counted(report.steps_per_epoch, 'step')} per epoch; "
+        f"{percent(report.crop_share)} of the picture is cropped away on average",
         *held_out_lines(report),
     ]
     if report.num_unusable:
-        common = ", ".join(f"{one.num_clips:,} x {one.phrase}" for one in report.reasons[:3])
-        lines.append(f"{counted(report.num_unusable, 'clip')} not trained: {common}")
+        reasons = ", ".join(f"{reason.num_clips:,} x {reason.phrase}" for reason in report.reasons[:3])
+        lines.append(f"{counted(report.num_unusable, 'clip')} not trained: {reasons}")
     lines += warning_lines(report)
     if largest := report.largest:
         lines.append(
             f"about {gigabytes(largest.memory.total_bytes)} of GPU memory for {largest.shape} with "
-            f"train.activation_checkpointing="
-            f"{largest.checkpointing} (an estimate), {gigabytes(report.cache_bytes)} of cache"
+            f"train.activation_checkpointing={largest.checkpointing} (calculated), {gigabytes(report.cache_bytes)} of cache"
         )
     return "\n".join(lines + suggestion_lines(report)[:1])
 
 
 def print_report(report: Report, console: Console | None = None) -> None:
-    """The whole report as tables. On what is no terminal: plain text, 160 columns wide."""
+    """Print the whole report as tables. Without a terminal: plain text, 160 columns wide."""
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=max(console.width, 160), color_system=None, highlight=False)
-    # File names and captions are data: Text and markup=False keep rich from reading [brackets] in them.
-    console.print(Text("What will be trained", style="bold"))
-    epoch = "" if report.epoch_s is None else f", about {duration(report.epoch_s)}"
+    # File names and captions are data: Text keeps rich from interpreting [brackets] in them.
+    console.print(Text("Clips that will be trained", style="bold"))
     console.print(
         Text(
-            f"{report.num_clips:,} of {counted(report.num_rows, 'clip')}; {counted(report.num_ranks, 'GPU')}, "
-            f"{counted(report.accumulation, 'micro-step')} a step, {number(report.steps_per_epoch)} steps an "
-            f"epoch{epoch}; cache {gigabytes(report.cache_bytes)}, captions' "
-            f"{gigabytes(report.caption_cache_bytes)} included"
+            f"{report.num_clips:,} of {counted(report.num_rows, 'clip')}; {epoch_text(report)}; "
+            f"cache {gigabytes(report.cache_bytes)}, including {gigabytes(report.caption_cache_bytes)} for captions"
         )
     )
     for line in held_out_lines(report):
         console.print(Text(line))
-    table = _table(
-        *("bucket", "clips", "samples", "tokens", "batch", "micro-steps", "steps", "cropped", "enlarged", "unused"),
-        *("cache", "checkpointing", "GPU memory", "s/step"),
-        console=console,
-    )
-    for one in report.buckets:
-        table.add_row(
-            *map(str, (one.shape, f"{one.num_clips:,}", f"{one.num_samples:,}", f"{one.num_tokens:,}", one.batch_size)),
-            *(number(one.micro_steps), number(one.steps)),
-            *map(percent, (one.crop_share, one.upscaled_share, one.unused_share)),
-            *(gigabytes(one.cache_bytes), one.checkpointing, memory_text(one), step_text(one)),
-            style="" if one.num_samples else "dim",
-        )
-    console.print(table)
+    console.print(_bucket_table(report, console))
+    for line in empty_bucket_lines(report):
+        console.print(Text(line, style="dim"))
     console.print(Text(ESTIMATE_NOTE, style="dim"))
     if report.rate_source:
-        console.print(Text(f"Rates of {report.rate_source}; ~: from its mean rate over all buckets.", style="dim"))
+        console.print(Text(f"Step times from {report.rate_source}; ~ follows from its mean rate.", style="dim"))
     if len(report.set_clips) > 1:
         clips = ", ".join(f"set {index}: {num:,}" for index, num in enumerate(report.set_clips))
         console.print(Text(f"Clips by data set: {clips}"))
     if largest := report.largest:
-        console.print(Text(f"\nGPU memory of {largest.shape}, the largest", style="bold"))
+        console.print(Text(f"\nGPU memory of {largest.shape}, the bucket that needs the most", style="bold"))
         terms = _table("part", "size", console=console)
         for name, size in largest.memory.terms().items():
             terms.add_row(name, gigabytes(size))
-        terms.add_row("at the worst moment", gigabytes(largest.memory.total_bytes), style="bold")
+        terms.add_row("peak", gigabytes(largest.memory.total_bytes), style="bold")
         if report.gpu_bytes is not None:
-            terms.add_row("a GPU has", gigabytes(report.gpu_bytes))
+            terms.add_row("GPU size", gigabytes(report.gpu_bytes))
         if largest.pinned_bytes:
-            terms.add_row("pinned host memory for it", gigabytes(largest.pinned_bytes))
+            terms.add_row("pinned host memory per GPU", gigabytes(largest.pinned_bytes))
         console.print(terms)
     if report.num_unusable:
-        console.print(Text("\nWhat will not be trained", style="bold"))
-        reasons = _table("clips", "why", "for example", console=console)
+        console.print(Text("\nClips that will not be trained", style="bold"))
+        reasons = _table("clips", "reason", "examples", console=console)
         for reason in report.reasons:
             reasons.add_row(f"{reason.num_clips:,}", Text(reason.phrase), Text("\n".join(map(repr, reason.examples))))
         if report.num_other_reasons:
@@ -145,9 +145,27 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(Text(line))
 
 
+def _bucket_table(report: Report, console: Console) -> Table:
+    table = _table(
+        *("bucket", "clips", "samples", "tokens", "batch", "micro-steps", "steps", "cropped", "upscaled", "unused"),
+        *("cache", "checkpointing", "GPU memory", "time/step"),
+        console=console,
+    )
+    for bucket in report.used_buckets:
+        counts = (bucket.num_clips, bucket.num_samples, bucket.num_tokens, bucket.batch_size)
+        table.add_row(
+            str(bucket.shape),
+            *(f"{count:,}" for count in counts),
+            *(number(bucket.micro_steps), number(bucket.steps)),
+            *map(percent, (bucket.crop_share, bucket.upscaled_share, bucket.unused_share)),
+            *(gigabytes(bucket.cache_bytes), bucket.checkpointing, memory_text(bucket), step_text(bucket)),
+        )
+    return table
+
+
 def _table(*columns: str, console: Console) -> Table:
-    """A table whose columns of numbers stand right; without lines where there is no terminal."""
+    """A table with right-aligned numbers. Without rules if there is no terminal."""
     table = Table(box=box.SIMPLE_HEAD if console.is_terminal else None, pad_edge=False)
     for column in columns:
-        table.add_column(column, justify="left" if column in ("bucket", "why", "for example", "part") else "right")
+        table.add_column(column, justify="left" if column in ("bucket", "reason", "examples", "part") else "right")
     return table

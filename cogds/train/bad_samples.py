@@ -4,7 +4,7 @@ The file is for people. A resumed run tries them again, and so finds out alike w
 """
 
 import json
-import sys
+import logging
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,9 +12,12 @@ from pathlib import Path
 import torch
 
 from cogds.data.loading.dataset import Bad
-from cogds.distributed.world import World, all_gather, all_reduce_sum, disagreeing
+from cogds.distributed.collectives import all_gather, all_reduce_sum, disagreeing_data_ranks
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.metrics.async_writer import Outlet
+
+logger = logging.getLogger(__name__)
 
 FILE_NAME = "quarantine.jsonl"
 
@@ -36,15 +39,14 @@ class Quarantine:
 
         Raises UserError where such ranks did not find the same: they would train parts of different clips.
         """
-        if odd := disagreeing(self.world, zlib.crc32(repr([one.row for one in bad]).encode())):
+        if odd := disagreeing_data_ranks(self.world, zlib.crc32(repr([one.row for one in bad]).encode())):
             size = self.world.sequence_size
             ranks = ", ".join(f"{number * size} to {number * size + size - 1}" for number in odd)
-            error = UserError(
+            raise UserError(
                 f"of the ranks {ranks}, which share a clip, some could not read what others could"
-                f"{''.join(f' ({one.path}: {one.reason})' for one in bad)}: look at their nodes' disks, and resume"
+                f"{''.join(f' ({one.path}: {one.reason})' for one in bad)}: look at their nodes' disks, and resume",
+                shared=self.world.rank > 0 and not (bad and self.world.data_rank in odd),
             )
-            error.shared = self.world.rank > 0 and not (bad and self.world.data_rank in odd)
-            raise error
         self.found += bad
 
     def settle(self) -> None:
@@ -59,11 +61,10 @@ class Quarantine:
         if self.world.rank == 0:
             self.listed.write([json.dumps(bad._asdict()).encode() + b"\n" for bad in new.values()])
             for bad in new.values():
-                print(f"replaced by another clip of its bucket: {bad.path}: {bad.reason}", file=sys.stderr)
+                logger.warning(f"replaced by another clip of its bucket: {bad.path}: {bad.reason}")
         if len(self.rows) > self.most * self.num_clips:
-            error = UserError(
+            raise UserError(
                 f"{len(self.rows)} of {self.num_clips} clips turned out to be unusable, more than data.max_unusable "
-                f"({self.most:g}) allows: see {self.file}; mend the files, or the cache with launch/encode.py --verify"
+                f"({self.most:g}) allows: see {self.file}; mend the files, or the cache with launch/encode.py --verify",
+                shared=self.world.rank > 0,
             )
-            error.shared = self.world.rank > 0
-            raise error

@@ -5,7 +5,7 @@ picture that cannot be made is warned of and ends nothing.
 """
 
 import json
-from collections.abc import Callable
+import logging
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from cogds.core.cost import step_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.data.loading.dataset import Batch
-from cogds.metrics.async_writer import warn
-from cogds.metrics.figures import CELL, bar_chart, contact_sheet
+from cogds.metrics.figures import CELL, contact_sheet, share_chart
 from cogds.metrics.monitor import Monitor
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
+
+logger = logging.getLogger(__name__)
 
 # What runs are compared by in TensorBoard's HParams tab.
 COMPARED = ("train/loss", "eval/loss", "eval/train_loss")
@@ -39,7 +40,7 @@ def show_settings(run: Run, monitor: Monitor) -> None:
     try:
         monitor.picture(run.first_step, "data/buckets", bucket_bars(run))
     except Exception as error:
-        warn(f"the buckets could not be drawn ({reason(error)}): training goes on")
+        logger.warning(f"the buckets could not be drawn ({reason(error)}): training goes on")
 
 
 def settings(run: Run) -> dict[str, str | float | bool]:
@@ -57,7 +58,7 @@ def settings(run: Run) -> dict[str, str | float | bool]:
         "train.precision": cfg.train.precision,
         "train.gradient_accumulation_steps": plan.accumulation,
         "tokens a rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
-        "activation_checkpointing": ", ".join(sorted(set(run.execution.checkpointing_modes))),
+        "recompute": ", ".join(sorted({part.checkpointing for part in run.execution.buckets})),
         "ranks": run.world.size,
         "zero stage": zero_stage(run.ds_config),
         "model.quantization": cfg.model.quantization,
@@ -83,7 +84,7 @@ def bucket_bars(run: Run) -> np.ndarray:
         ("tokens", shares([float(num * one) for num, one in zip(num_trained, tokens)])),
         ("cost", shares([num * one for num, one in zip(num_trained, costs)])),
     ]
-    return bar_chart("What an epoch consists of", [str(shape) for shape in run.buckets], series)
+    return share_chart("Shares of an epoch", [str(shape) for shape in run.buckets], series)
 
 
 def reason(error: Exception) -> str:
@@ -94,8 +95,8 @@ def reason(error: Exception) -> str:
 class FirstBatches:
     """Collects the first clips that this rank trains, and shows them. What goes wrong with that is warned of."""
 
-    def __init__(self, run: Run, builder: StepBuilder, monitor: Monitor, warn: Callable[[str], None]) -> None:
-        self._run, self._builder, self._monitor, self._warn = run, builder, monitor, warn
+    def __init__(self, run: Run, builder: StepBuilder, monitor: Monitor) -> None:
+        self._run, self._builder, self._monitor = run, builder, monitor
         self._frames: list[np.ndarray] = []
         self._captions: list[str] = []
         self._shown = False
@@ -108,12 +109,12 @@ class FirstBatches:
                 self._collect(step, batch)
             except Exception as error:
                 self._done()
-                self._warn(f"the first clips could not be drawn ({reason(error)}): training goes on")
+                logger.warning(f"the first clips could not be drawn ({reason(error)}): training goes on")
         if passed < cfg.show_batches:
             try:
                 self._decode(step, micro_batch, batch)
             except Exception as error:  # out of memory, most likely
-                self._warn(f"the batch of step {step + 1} could not be decoded ({reason(error)}): training goes on")
+                logger.warning(f"the batch of step {step + 1} could not be decoded ({reason(error)}): training goes on")
 
     def _collect(self, step: int, batch: Batch) -> None:
         num = self._run.cfg.metrics.show_clips

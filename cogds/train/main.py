@@ -1,280 +1,39 @@
-"""Train a LoRA: config -> data -> plan -> engine -> loop. The order of things, and nothing else, stands here."""
+"""The train verb."""
 
+import argparse
 import contextlib
-import dataclasses
-import json
-import shutil
-import sys
-import time
-from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
 
-import torch
-
-from cogds.card import lora_facts, write_card
-from cogds.cli import make_folders, parse_args
-from cogds.config.deepspeed import load_ds_config, resolve
-from cogds.config.loading import load_config, replace, to_yaml
-from cogds.config.schema import RunConfig
-from cogds.core.geometry import ClipShape
-from cogds.data.cache.keys import digest, digest_files
-from cogds.demo import make_demo, only_own_demo
-from cogds.distributed.run_lock import only_run
-from cogds.distributed.world import World, connect, disconnect, on_rank0, read_world
-from cogds.encode.encoder import prepare
-from cogds.encode.order import make_plan
-from cogds.encode.survey import Survey, make_buckets
-from cogds.engine import checkpoint as checkpoints
-from cogds.engine.sequence_groups import share_clips
-from cogds.engine.start import load_for_stage, start_engine
-from cogds.engine.state import TrainState, gather_state, restore_state, state_bytes, trainable
+from cogds.cli import make_folders
+from cogds.distributed.collectives import on_rank0
+from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.run_lock import hold_run_lock
+from cogds.distributed.world import read_world
 from cogds.errors import Interrupted
-from cogds.evaluate import make_evaluation
-from cogds.files import whole_file
-from cogds.metrics.async_writer import warn
-from cogds.metrics.jsonl import rewind_metrics
-from cogds.metrics.monitor import Monitor
-from cogds.metrics.progress_line import BAR, LINES, QUIET
-from cogds.metrics.trackers import relay_of
-from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
-from cogds.model.lora.adapter import check_start, describe_start, export, inject, resolve_targets, start_from
-from cogds.model.transformer.sequence_parallel import check_sequence
+from cogds.job import load_job
 from cogds.process.signals import Interrupt, find_launchers
-from cogds.process.terminal import hush, is_terminal, last_words
-from cogds.process.watchdog import Watchdog
-from cogds.report.main import clip_table, run_report
-from cogds.report.text import short_report
-from cogds.train.first_look import FirstBatches, show_settings
-from cogds.train.loop import CALLBACKS, Occasion, finish_save, train_steps
-from cogds.train.memory_check import check_memory
-from cogds.train.resume import check_matching, continued_plan, data_identity, identity, resumed_data
-from cogds.train.run import Run
-from cogds.train.samples import make_previews
-from cogds.train.step import load_step_builder
-from cogds.train.summary import show, summary
-from cogds.train.tuning import check_execution, choose_execution, memory_of, prepare_blocks
+from cogds.train.trainer import Trainer
+from cogds.train.tuning import check_execution
+
+# A dry run encodes no clip, and tries the largest bucket on a CPU too.
+DRY_RUN = {"data.encode": "on_the_fly", "train.memory_check": "on", "eval.every": None, "sample.every": None}
 
 
-def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:
-    """The whole command. Everything that can be wrong with the input is said before any weight is loaded."""
-    args = parse_args(
-        sys.argv[1:] if argv is None else argv,
-        "Train a CogVideoX image-to-video LoRA with DeepSpeed.",
-        lambda parser: (
-            parser.add_argument("--dry-run", action="store_true", help="everything but training: data, checks, "
-                                "model, engine, and the largest bucket tried; leaves no step and no checkpoint"),
-            parser.add_argument("--quiet", action="store_true", help="errors, warnings and the final line only"),
-        ),
-    )  # fmt: skip
-    if args.quiet:
-        hush()
-    cfg, explicit = load_config(args.config or str(default_config), args.overrides)
-    if not args.config:
-        cfg = only_own_demo(cfg, args.overrides)
-    ds_path = args.deepspeed or str(default_deepspeed)
-    ds_config = load_ds_config(ds_path)
-    world = dataclasses.replace(read_world(), sequence_size=cfg.parallel.sequence_size)
-    if args.dry_run:  # no clip is encoded for it, and the largest bucket is tried on a CPU too
-        nothing = {"eval.every": None, "sample.every": None}
-        cfg = replace(cfg, {"data.encode": "on_the_fly", "train.memory_check": "on", **nothing})
-    make_demo(cfg)
-    model = find_model(cfg.model.path, cfg.model.revision)
-    check_sequence(world.sequence_size, world.size, model.transformer_config["num_attention_heads"])
-    buckets = make_buckets(cfg, model)
-    resolve_targets(empty_transformer(model), cfg.lora.target_modules)
-    ds_config, cfg = resolve(ds_config, cfg, explicit, world.size, model.hidden_size, ds_path)
-    check_execution(cfg, ds_config, world)
-    interrupt = Interrupt(find_launchers())
-    interrupt.listen()
-    connect(world, cfg.train.timeout_s, cfg.network)
-    on_rank0(world, lambda: make_folders({"output_dir": cfg.output_dir, "data.cache_dir": cfg.data.cache_dir}))
+def main(args: argparse.Namespace) -> None:
+    """Train. Everything that can be wrong with the input is reported before any weight is loaded."""
+    job = load_job(args, read_world(), changes=DRY_RUN if args.dry_run else {})
+    check_execution(job)
+    stop = Interrupt(find_launchers())
+    stop.listen()
+    connect(job.world, job.cfg.train.timeout_s, job.cfg.network)
+    folders = {"output_dir": job.cfg.output_dir, "data.cache_dir": job.cfg.data.cache_dir}
+    on_rank0(job.world, lambda: make_folders(folders))
     try:
-        with contextlib.nullcontext() if args.dry_run else only_run(world, Path(cfg.output_dir)):
-            train(cfg, ds_config, model, buckets, world, interrupt, args.dry_run, args.quiet)
-    except Interrupted:  # by all ranks together
-        interrupt.ignore()
+        with contextlib.nullcontext() if args.dry_run else hold_run_lock(job.world, Path(job.cfg.output_dir)):
+            Trainer(job, stop, args.dry_run).run()
+    except Interrupted:  # on all ranks
+        stop.ignore()
         disconnect()
         raise
     disconnect()
-    interrupt.close()
-
-
-def train(
-    cfg: RunConfig,
-    ds_config: dict[str, Any],
-    model: ModelFolder,
-    buckets: tuple[ClipShape, ...],
-    world: World,
-    interrupt: Interrupt,
-    dry_run: bool = False,
-    quiet: bool = False,
-) -> None:
-    """Prepare the data, then train up to `train.num_steps`, from scratch or from a checkpoint. Collective.
-
-    dry_run: up to the first step, and nothing of the output folder is touched. quiet: no progress is shown.
-    Raises Interrupted where a rank was asked to stop, once everything is saved.
-    """
-    output_dir = Path(cfg.output_dir)
-    checkpoint_dir = output_dir / "checkpoints"
-    saved = TrainState({})  # what a checkpoint brings, on rank 0
-
-    def look() -> tuple[Path, dict[str, Any]] | None:
-        nonlocal saved
-        found = checkpoints.find(checkpoint_dir, cfg.checkpoint.resume)
-        if found:
-            saved = found[2]
-        return found and found[:2]
-
-    found, facts = on_rank0(world, look) or (None, {})
-    init_from = None if found else cfg.lora.init_from
-    start = on_rank0(world, lambda: check_init(cfg, model, init_from)) if init_from else []
-
-    def tell(survey: Survey) -> None:
-        report = run_report(cfg, ds_config, model, survey, clip_table(survey), world.size, memory_of(world.device))
-        print(short_report(report), flush=True)
-
-    weights = on_rank0(world, lambda: weights_digest(cfg, model))
-    fixed = identity(cfg, ds_config["optimizer"]["type"], weights, buckets)
-    if found:  # before hours of encoding
-        on_rank0(world, lambda: check_matching(found, facts, fixed))
-    resume_from, facts = (None, {}) if dry_run else (found, facts)
-    data = prepare(cfg, model, buckets, world, cfg.data.max_unusable, tell=tell)
-    if resume_from:
-        data = on_rank0(world, lambda: resumed_data(data, facts, cfg))
-    plan = make_plan(cfg, data.mixture, buckets, model, world.data_size)
-    fixed |= data_identity(data)
-    if resume_from:
-        on_rank0(world, lambda: check_matching(resume_from, facts, fixed))
-        plan = continued_plan(plan, facts, resume_from)
-    first_step = facts.get("step", 0)
-    execution = choose_execution(cfg, ds_config, model, buckets, plan.local_batch_sizes, world)
-    run = Run(cfg, ds_config, model, buckets, world, data, plan, execution, first_step)
-
-    def begin() -> None:
-        show([*summary(run, resume_from, dry_run), *start], "cogds")
-        if dry_run:
-            return
-        checkpoints.check_space(output_dir, 0)  # before anything is moved
-        if aside := checkpoints.set_aside(output_dir, resume_from, first_step):
-            print(f"what an earlier run wrote is kept in {aside}")
-        rewind_metrics(output_dir / "metrics.jsonl", first_step, made_again(cfg, first_step))
-        for name, text in (("run.yaml", to_yaml(cfg)), ("ds_config.json", json.dumps(ds_config, indent=2))):
-            with whole_file(output_dir / name) as partial:
-                partial.write_text(text, encoding="utf-8")
-        if data.unusable.file:
-            with whole_file(output_dir / "unusable.jsonl") as partial:
-                shutil.copyfile(data.unusable.file, partial)
-
-    on_rank0(world, begin)
-    if first_step >= cfg.train.num_steps:
-        if world.rank == 0:
-            print(f"already trained to step {first_step}; raise train.num_steps to go on")
-            last_words(whereabouts(output_dir, first_step))
-        return
-
-    dtype = DTYPES[cfg.train.precision]
-    transformer = load_for_stage(model, dtype, ds_config, world, cfg.model.quantization, cfg.model.fp8_matmul)
-    parameters = inject(transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
-    if init_from:
-        start_from(transformer, init_from)
-    transformer.train()
-    prepare_blocks(transformer, execution)
-    share_clips(transformer, world, cfg.train.timeout_s)
-    engine = start_engine(transformer, parameters, ds_config)
-    on_rank0(world, lambda: checkpoints.check_space(output_dir, space_needed(engine)))
-    if resume_from:
-        restore_state(engine, saved, world)
-        saved = TrainState({})
-
-    builder = load_step_builder(model, cfg.conditioning, data.no_caption_states, dtype, world.device)
-    if dry_run:
-        tried = check_memory(run, engine, builder)
-        if world.rank == 0:
-            last_words(f"{tried}\ndry run: ready to train, nothing was trained and nothing saved")
-        return
-    style = QUIET if quiet else BAR if cfg.metrics.progress_bar and is_terminal(sys.stderr) else LINES
-    monitor = Monitor(
-        world, output_dir, buckets, first_step, cfg.train.num_steps, cfg.metrics.every, style, relay_of(engine)
-    )
-    show_settings(run, monitor)
-    saver, watchdog = checkpoints.Saver(), Watchdog(world.rank, cfg.train.step_timeout_s, output_dir)
-    start_point = checkpoints.start_point(cfg.checkpoint.resume, facts)
-    about = {"identity": fixed, "plan": dataclasses.asdict(plan), "index": data.index.path.name, "start": start_point}
-
-    def save(step: int) -> None:
-        began = time.perf_counter()
-        finish_save(saver, world, monitor, step)  # the one before
-        on_rank0(world, lambda: checkpoints.check_space(output_dir, space_needed(engine)))
-        state = gather_state(engine, world)
-        # Now: while the thread writes, videos of the base model may have the LoRA switched off.
-        dtypes = {name: one.dtype for name, one in trainable(engine).items()}
-        if world.rank == 0:
-
-            def write() -> None:
-                folder = output_dir / "lora" / checkpoints.step_name(step)
-                export_adapter(transformer, state.weights(dtypes), run, folder)
-                checkpoints.write(
-                    checkpoint_dir, step, state, about, cfg.checkpoint.keep_last, cfg.checkpoint.keep_every
-                )
-
-            saver.start(write)
-        monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - began})
-
-    watchdog.watch(lambda: "trying the largest bucket before the first step")
-    if tried := check_memory(run, engine, builder):
-        monitor.note(first_step, tried.scalars())
-        if world.rank == 0:
-            print(tried, flush=True)
-    occasions: list[Occasion] = []
-    if losses := make_evaluation(run, engine, builder, monitor, watchdog.watch, lambda: bool(interrupt.requested)):
-        occasions.append(losses)
-    if videos := make_previews(run, engine, builder, monitor, watchdog.watch, lambda: bool(interrupt.requested)):
-        occasions.append(videos)
-    interrupt.defer()
-    show_first = FirstBatches(run, builder, monitor, warn).look if world.rank == 0 else None
-    train_steps(run, engine, builder, monitor, saver, save, interrupt, watchdog, occasions, show_first)
-    watchdog.close()
-    if world.rank == 0:
-        last_words(whereabouts(output_dir, cfg.train.num_steps))
-
-
-def made_again(cfg: RunConfig, first_step: int) -> tuple[str, ...]:
-    """Beginnings of the tags that a run which goes on at this step notes anew at its start (`loop.Occasion`)."""
-    if first_step >= cfg.train.num_steps:
-        return ()
-    losses, videos = (every is not None and first_step % every == 0 for every in (cfg.eval.every, cfg.sample.every))
-    return ("eval/",) * losses + (f"{CALLBACKS}/",) * (losses or videos)
-
-
-def check_init(cfg: RunConfig, model: ModelFolder, path: str) -> list[str]:
-    """What a run that begins with this LoRA begins with, for people. Raises UserError where it does not fit."""
-    probe = empty_transformer(model)
-    inject(probe, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
-    return describe_start(check_start(probe, path), cfg.conditioning.image_latents)
-
-
-def weights_digest(cfg: RunConfig, model: ModelFolder) -> str:
-    """Changes with the transformer's weights. Files that have not changed are not read again."""
-    files = sorted(str(path) for path in (model.path / "transformer").iterdir() if path.is_file())
-    return digest({"files": list(digest_files(files, Path(cfg.data.cache_dir) / "files.json").values())})
-
-
-def space_needed(engine: Any) -> float:
-    """Bytes that one save writes: the state, and the LoRA, at most a third of it."""
-    return 4 / 3 * state_bytes(engine)
-
-
-def export_adapter(transformer: Any, weights: Mapping[str, torch.Tensor], run: Run, folder: Path) -> None:
-    """Write the LoRA's weights and its card into `folder`, complete or absent. weights: by parameter name, whole."""
-    partial, facts = folder.with_name(folder.name + ".tmp"), lora_facts(run, checkpoints.step_of(folder))
-    checkpoints.remove_partial(folder.parent)
-    export(partial, transformer, weights, facts)
-    write_card(partial, folder, facts)
-    checkpoints.replace_folder(partial, folder)
-
-
-def whereabouts(output_dir: Path, step: int) -> str:
-    """Where what a finished run made is, and how to look at it."""
-    lora = output_dir / "lora" / checkpoints.step_name(step)
-    return f"LoRA: {lora}\nwatch: tensorboard --logdir {output_dir / 'tensorboard'}"
+    stop.close()

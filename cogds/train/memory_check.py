@@ -1,17 +1,14 @@
-"""The largest bucket, tried before the first step: a run that cannot fit fails in its first minute, not in its tenth
-hour, when it first meets that bucket.
+"""The memory check: the largest bucket is trained once before the first step.
 
-One forward and backward pass on random numbers, by all ranks together, which leaves no trace: the engine's module is
-called and not the engine, and the gradients are returned (`torch.autograd.grad`) and not accumulated, so that none of
-DeepSpeed's hooks on parameters runs, nothing is reduced and no micro-step is counted. At stage 3 DeepSpeed also has a
-hook on each block, for the gradients of its parameters; it is put aside. What is left of it there is the order of the
-blocks, which DeepSpeed records in its first pass, and which is the same in every one.
+A run that cannot fit then fails in its first minute, not in the hour in which it first meets that bucket. All ranks run
+one forward and backward pass on random numbers that leaves no trace: it calls the engine's module, not the engine, and
+returns the gradients (`torch.autograd.grad`) instead of accumulating them. So none of DeepSpeed's parameter hooks runs,
+nothing is reduced and no micro-step is counted. At stage 3 DeepSpeed also hooks each block for the gradients of its
+parameters; that hook is removed for the time being. What remains at stage 3 is the order of the blocks, which DeepSpeed
+records in its first pass, and which is the same in every pass.
 """
 
-import contextlib
 import time
-from collections import OrderedDict
-from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -20,20 +17,24 @@ import torch
 from cogds.config.deepspeed import zero_stage
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import MemoryEstimate
-from cogds.distributed.world import any_rank
+from cogds.core.memory import USABLE_SHARE, MemoryEstimate
+from cogds.distributed.collectives import any_rank
+from cogds.engine.deepspeed_internals import (
+    has_optimizer_states,
+    release_gathered_weights,
+    without_zero3_backward_hooks,
+)
 from cogds.errors import UserError
 from cogds.model.evaluation_mode import call_aside
-from cogds.train.loop import Run
+from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, random_batch
-from cogds.train.tuning import USABLE_SHARE
 
 
 @dataclass(frozen=True)
 class MemoryCheck:
-    """What one bucket took. Bytes are of tensors: without the CUDA context, and what the allocator leaves in holes.
+    """The memory that one bucket took. Bytes are of tensors, without the CUDA context and fragmentation.
 
-    measured_bytes: the peak; None on a CPU, where it would be the whole process's.
+    measured_bytes: peak; None on a CPU, where only the peak of the whole process is known.
     """
 
     shape: ClipShape
@@ -44,145 +45,123 @@ class MemoryCheck:
     seconds: float
 
     def __str__(self) -> str:
-        what = (
-            f"tried {self.shape}, batch {self.batch_size}, activation checkpointing {self.checkpointing}, "
-            f"in {self.seconds:.1f} s"
+        tried = (
+            f"memory check: {self.shape}, batch {self.batch_size}, activation checkpointing {self.checkpointing}, "
+            f"{self.seconds:.1f} s"
         )
         if self.measured_bytes is None:
-            return f"{what}; no memory is measured on a CPU"
-        off = self.predicted_bytes / self.measured_bytes - 1
+            return f"{tried}; memory is not measured on a CPU"
+        error = self.predicted_bytes / self.measured_bytes - 1
         return (
-            f"{what}: {self.measured_bytes / 1e9:.1f} GB of tensors at the peak, {self.predicted_bytes / 1e9:.1f} GB "
-            f"predicted ({100 * off:+.0f}%)"
+            f"{tried}: {self.measured_bytes / 1e9:.1f} GB of tensors at the peak, {self.predicted_bytes / 1e9:.1f} GB "
+            f"predicted ({100 * error:+.0f}%)"
         )
 
     def scalars(self) -> dict[str, float]:
-        """For `Monitor.note`."""
-        found = {"memory/predicted_gb": self.predicted_bytes / 1e9}
-        return found if self.measured_bytes is None else found | {"memory/measured_gb": self.measured_bytes / 1e9}
+        """Tags and values for `Monitor.note`."""
+        predicted = {"memory/predicted_gb": self.predicted_bytes / 1e9}
+        return (
+            predicted if self.measured_bytes is None else predicted | {"memory/measured_gb": self.measured_bytes / 1e9}
+        )
 
 
 def check_memory(run: Run, engine: Any, builder: StepBuilder) -> MemoryCheck | None:
-    """Try the bucket of the run that takes most memory; None where `train.memory_check` has it left out. Collective.
+    """Train the bucket that takes most memory once; None if `train.memory_check` is off. Collective.
 
-    Weights, gradients, optimizer and random states are as they were. Raises UserError where memory is not enough, and
-    what else goes wrong on the rank on which it does. At stages 1 and 2 all ranks raise together. At stage 3, and where
-    ranks share a clip, a pass is full of collectives: the others wait in one for the rank that failed, until the
-    launcher ends them with it.
+    Leaves weights, gradients, optimizer and random states unchanged. Raises UserError if memory is not enough, and any
+    other error on the rank that meets it. At stages 1 and 2 all ranks raise together. At stage 3, and if ranks share a
+    clip, the other ranks wait in a collective until the launcher ends them with the rank that failed.
     """
-    cfg, world, execution = run.cfg, run.world, run.execution
-    device = world.device
+    cfg, world, device = run.cfg, run.world, run.world.device
     if cfg.train.memory_check == "off" or (cfg.train.memory_check == "auto" and device.type != "cuda"):
         return None
-    used = [bucket for bucket, sizes in enumerate(run.data.index.sizes) if sum(sizes)]
-    bucket = max(used, key=lambda one: _needs(execution.estimates[one]))
-    shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], execution.estimates[bucket]
-    checkpointing, stage = execution.checkpointing_modes[bucket], zero_stage(run.ds_config)
-    start, too_little, trouble = time.perf_counter(), "", None
+    bucket, shape, part = max(run.used_buckets, key=lambda used: _needs(used[2].estimate))
+    stage, start = zero_stage(run.ds_config), time.perf_counter()
+    too_little, other_error = "", None
     try:
         _try(run, engine, builder, bucket)
-    except Exception as error:  # told below, once every rank has got here
+    except Exception as error:  # raised below, once every rank has voted
         if is_out_of_memory(error):
             too_little = _refusal(run, bucket, error)
         else:
-            trouble = error
+            other_error = error
         if stage == 3 or world.sequence_size > 1:
             if too_little:
                 raise UserError(too_little) from None
             raise
     if stage == 3:
-        engine.optimizer.parameter_offload.release_backward_leftovers()
-    full, failed = any_rank(world, bool(too_little), trouble is not None)
-    if trouble is not None:
-        raise trouble
-    if failed:
-        elsewhere = UserError(f"another rank failed while {shape} was tried before the first step, and says why")
-        elsewhere.shared = True
-        raise elsewhere
-    if full:
-        error_for_all = UserError(too_little or _refusal(run, bucket))
-        error_for_all.shared = world.rank > 0
-        raise error_for_all
+        release_gathered_weights(engine)
+    is_full, has_failed = any_rank(world, bool(too_little), other_error is not None)
+    if other_error is not None:
+        raise other_error
+    if has_failed:
+        raise UserError(f"memory check: another rank failed while {shape} was tried, and reports why.", shared=True)
+    if is_full:
+        raise UserError(too_little or _refusal(run, bucket), shared=world.rank > 0)
     measured = None
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(device)
         torch.cuda.reset_peak_memory_stats(device)
-    predicted = estimate.total_bytes - estimate.cuda_context_bytes
-    return MemoryCheck(shape, size, checkpointing, predicted, measured, time.perf_counter() - start)
+    return MemoryCheck(
+        shape,
+        run.plan.local_batch_sizes[bucket],
+        part.checkpointing,
+        part.estimate.total_bytes - part.estimate.cuda_context_bytes,
+        measured,
+        time.perf_counter() - start,
+    )
 
 
 def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
-    """What this rank does of it."""
-    device, stage, checkpointing = (
-        run.world.device,
-        zero_stage(run.ds_config),
-        run.execution.checkpointing_modes[bucket],
-    )
-    shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], run.execution.estimates[bucket]
+    """Run this rank's passes."""
+    device, stage, part = run.world.device, zero_stage(run.ds_config), run.execution.buckets[bucket]
+    shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], part.estimate
     text_dim = builder.no_caption_states.shape[-1]
     batch = random_batch(shape, size, run.model.geometry, text_dim, run.cfg.train.precision)
-    engine.module.set_checkpointing(checkpointing)
+    engine.module.set_checkpointing(part.checkpointing)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     devices = [device] if device.type == "cuda" else []
-    with torch.random.fork_rng(devices), _hooks_put_aside(engine.module, stage):
-        # What the first steps add and keep: with it, the peak is that of any later step.
+    with torch.random.fork_rng(devices), without_zero3_backward_hooks(engine.module, stage):
+        # Memory that the first steps allocate and keep. With it, the peak is that of any later step.
         later = torch.empty(_missing_bytes(estimate, engine, stage), dtype=torch.uint8, device=device)
-        # At stage 3 the first pass is recorded; only from the second on are weights fetched ahead.
+        # At stage 3 DeepSpeed records the first pass and prefetches weights from the second on.
         for _ in range(2 if stage == 3 else 1):
             _pass(engine, builder, batch, shape, size)
         del later
 
 
 def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], shape: ClipShape, size: int) -> None:
-    """Forward and backward; the gradients are let go."""
+    """Forward and backward; the gradients are discarded."""
     kept = torch.zeros(size, dtype=torch.bool)
     draws = Draws(torch.full((size,), len(builder.alphas_cumprod) // 2), kept, kept, 0, 0, range(size))
     inputs, target = builder.build(batch, shape, draws)
     output = call_aside(engine, builder.device, inputs)[0]
-    parameters = [one for one in engine.module.parameters() if one.requires_grad]
+    parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     torch.autograd.grad(v_loss(output, target).mean(), parameters)
     if builder.device.type == "cuda":
-        torch.cuda.synchronize(builder.device)  # what fails on the device, fails here
-
-
-@contextlib.contextmanager
-def _hooks_put_aside(module: torch.nn.Module, stage: int) -> Iterator[None]:
-    """Inside, ZeRO-3's hooks on blocks do not run: they would make gradients of zeros where none was accumulated, and
-    reduce them. Forward hooks and those that gather weights for the backward pass are others, and stay.
-    """
-    if stage < 3:
-        yield
-        return
-    hooked = [(one, one._backward_hooks) for one in module.modules() if one._backward_hooks]
-    try:
-        for one, _ in hooked:
-            one._backward_hooks = OrderedDict()
-        yield
-    finally:
-        for one, hooks in hooked:
-            one._backward_hooks = hooks
+        torch.cuda.synchronize(builder.device)  # errors on the device surface here
 
 
 def _needs(estimate: MemoryEstimate) -> tuple[int, int]:
-    """To compare buckets by: short ones may all take what the VAE takes."""
+    """Sort key of buckets; short ones may all need as much as the VAE, so activations break ties."""
     return estimate.total_bytes, estimate.kept_activations_bytes + estimate.block_activations_bytes
 
 
 def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
-    """Of the estimate, what DeepSpeed makes in its first steps only; 0 on a CPU.
+    """The part of the estimate that DeepSpeed allocates during its first steps; 0 on a CPU.
 
-    Adam's moments, two of the optimizer's three tensors; below stage 3 also the buffers of the reduction and the
-    gradients between micro-steps.
+    These are Adam's moments, two of the optimizer's three tensors, and below stage 3 also the reduction's buffers and
+    the gradients between micro-steps.
     """
     if engine.device.type != "cuda":
         return 0
-    moments = 0 if engine.optimizer.optimizer.state else estimate.optimizer_state_bytes * 2 // 3
+    moments = 0 if has_optimizer_states(engine) else estimate.optimizer_state_bytes * 2 // 3
     return moments + (estimate.reduce_buffers_bytes + estimate.lora_gradients_bytes if stage < 3 else 0)
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch, CUDA or cuBLAS says so; only torch has a class of its own for it."""
+    """Whether torch, CUDA or cuBLAS ran out of memory; only torch has a class of its own for it."""
     if not isinstance(error, RuntimeError):
         return False
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
@@ -190,22 +169,18 @@ def is_out_of_memory(error: Exception) -> bool:
 
 
 def _refusal(run: Run, bucket: int, error: Exception | None = None) -> str:
-    """The sentence for a bucket that does not fit. error: of this rank."""
-    execution, shape, size = run.execution, run.buckets[bucket], run.plan.local_batch_sizes[bucket]
-    checkpointing, estimate = execution.checkpointing_modes[bucket], execution.estimates[bucket]
-    where = f"rank {run.world.rank}" if error is not None else "another rank"
-    there = "" if execution.device_bytes is None else f" of {execution.device_bytes / 1e9:.1f} GB"
-    said = f" ({str(error).splitlines()[0]})" if error is not None and str(error) else ""
-    advice = execution.shortfalls[bucket] if bucket < len(execution.shortfalls) else ""
-    if not advice:
-        advice = (
-            f"the estimate is {estimate.total_bytes / 1e9:.1f} GB{there}, of which {USABLE_SHARE:.0%} count as usable: "
-            "take a mode of train.activation_checkpointing that keeps less, model.quantization=nf4, "
-            "ds_configs/zero3.json on several GPUs, "
-            "a smaller batch or a smaller bucket"
-        )
+    """The message for a bucket that does not fit. error: of this rank."""
+    part, shape, size = run.execution.buckets[bucket], run.buckets[bucket], run.plan.local_batch_sizes[bucket]
+    gpu_bytes = run.execution.gpu_bytes
+    rank = f"rank {run.world.rank}" if error is not None else "another rank"
+    reason = f" ({str(error).splitlines()[0]})" if error is not None and str(error) else ""
+    gpu = "" if gpu_bytes is None else f" of {gpu_bytes / 1e9:.1f} GB"
+    advice = part.shortfall or (
+        f"The estimate was {part.estimate.total_bytes / 1e9:.1f} GB{gpu}, {USABLE_SHARE:.0%} of which is usable. Set "
+        "train.activation_checkpointing to a mode that keeps less, model.quantization=nf4, a smaller batch or bucket, "
+        "or use ds_configs/zero3.json on several GPUs."
+    )
     return (
-        f"{shape}, batch {size}, with train.activation_checkpointing={checkpointing} does not fit into the memory of "
-        f"{where}{said}, found "
-        f"before the first step: {advice}"
+        f"data.buckets: {shape} with batch size {size} and train.activation_checkpointing={part.checkpointing} does "
+        f"not fit into the memory of {rank}{reason}. {advice}"
     )

@@ -10,9 +10,9 @@ import re
 from typing import Any
 
 import torch
-from deepspeed.utils import safe_get_local_fp32_param
 
 from cogds.distributed.world import World
+from cogds.engine.deepspeed_internals import local_master_weight
 from cogds.engine.state import trainable
 from cogds.metrics.step_metrics import Norms
 
@@ -51,31 +51,19 @@ class LoraNorms:
     def before(self) -> None:
         """Keep the masters as they are before an optimizer step: as large as this rank's share of them, until `after`.
         The activations are gone by then, so the peak of memory does not rise."""
-        self._before = [_master(parameter, self._rank).clone() for _, _, parameter in self._parts]
+        self._before = [local_master_weight(parameter, self._rank).clone() for _, _, parameter in self._parts]
 
     def after(self) -> Norms:
         """This rank's part of the norms, after the step."""
         num = len(self.names) // 2
         squares = torch.zeros(2 * num, dtype=torch.float64, device=self._device)
         for (group, is_up, parameter), before in zip(self._parts, self._before):
-            now = _master(parameter, self._rank)
+            now = local_master_weight(parameter, self._rank)
             if is_up:
                 squares[group] += _square(now).to(self._device)
             squares[num + group] += _square(now - before).to(self._device)
         self._before = []
         return Norms(self.names, squares)
-
-
-def _master(parameter: Any, rank: int) -> torch.Tensor:
-    """This rank's share of a parameter's master, flat float32: the shares of all ranks are all of it, once."""
-    if hasattr(parameter, "ds_tensor"):  # stage 3; the last shares are padded
-        share = safe_get_local_fp32_param(parameter).flatten()
-        start = share.numel() * torch.distributed.get_rank(parameter.ds_process_group)
-        return share[: max(0, min(share.numel(), parameter.ds_numel - start))]
-    if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2: the piece of it in this rank's partition, if there is any
-        mapping = parameter._hp_mapping
-        return mapping.get_hp_fragment().detach().flatten() if mapping is not None else torch.empty(0)
-    return parameter.detach().float().flatten()[: parameter.numel() if rank == 0 else 0]  # stage 0: each has all
 
 
 def _square(values: torch.Tensor) -> torch.Tensor:

@@ -5,7 +5,9 @@ changed, the data as it was, and the plan from where it stopped, in the layout t
 """
 
 import dataclasses
+import logging
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -14,9 +16,18 @@ from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
 from cogds.data.loading.index import ClipIndex
+from cogds.distributed.collectives import broadcast, on_rank0, rank0_only
 from cogds.encode.encoder import EncodedData
+from cogds.engine import checkpoint as checkpoints
+from cogds.engine.state import TrainState
 from cogds.errors import UserError
 from cogds.formatting import counted
+from cogds.job import Job
+from cogds.model.load import empty_transformer
+from cogds.model.lora.adapter import INIT_ALPHA, check_start, describe_start, inject
+from cogds.model.lora.file import LoraFile, read_loras
+
+logger = logging.getLogger(__name__)
 
 # Keys of the config that may differ from one part of a run to the next; all others must not. Data and model are known
 # by their content, the layout is the plan's matter.
@@ -24,10 +35,54 @@ MAY_CHANGE = (
     "output_dir", "model.path", "model.revision", "model.create_tiny", "model.attention", "model.compile", "data.",
     "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
     "train.gradient_accumulation_steps", "train.activation_checkpointing", "train.memory_check", "train.timeout_s",
-    "train.step_timeout_s",
-    "train.max_bad_steps", "parallel.", "eval.every", "eval.path", "eval.num_", "sample.", "checkpoint.", "metrics.",
-    "network.", "lora.init_from",
+    "train.step_timeout_s", "train.max_bad_steps", "parallel.", "eval.every", "eval.path", "eval.num_", "sample.",
+    "checkpoint.", "metrics.", "network.", "lora.init_from", "lora.init_alpha",
 )  # fmt: skip
+
+
+@dataclass
+class Start:
+    """What a run starts from: a checkpoint, a LoRA, or neither.
+
+    facts: what the checkpoint's state.json says. state: on rank 0, its tensors, until they are restored. notes: lines
+    for the summary.
+    """
+
+    checkpoint: Path | None = None
+    facts: dict[str, Any] = field(default_factory=dict)
+    state: TrainState = field(default_factory=lambda: TrainState({}))
+    init_from: LoraFile | None = None
+    notes: Sequence[str] = ()
+
+    def release(self) -> None:
+        """Free the memory of the checkpoint's tensors."""
+        self.state = TrainState({})
+
+
+def find_start(job: Job) -> Start:
+    """Find and verify the checkpoint to resume from, else check `lora.init_from`. Collective.
+
+    Raises UserError for a damaged checkpoint, and for a LoRA that does not fit.
+    """
+    cfg, world = job.cfg, job.world
+    found = rank0_only(world, lambda: checkpoints.find(Path(cfg.output_dir) / "checkpoints", cfg.checkpoint.resume))
+    checkpoint, facts, state = found or (None, {}, TrainState({}))
+    checkpoint, facts = broadcast(world, 0, (checkpoint, facts))
+    if checkpoint:
+        return Start(checkpoint, facts, state)
+    if not cfg.lora.init_from:
+        return Start()
+    lora = on_rank0(world, lambda: check_init(job))
+    return Start(init_from=lora, notes=describe_start(lora, cfg.conditioning.image_latents))
+
+
+def check_init(job: Job) -> LoraFile:
+    """Read the header of the LoRA that the run starts with. Raises UserError if it does not fit."""
+    lora, probe = job.cfg.lora, empty_transformer(job.model)
+    file = read_loras([str(lora.init_from)], lora.init_alpha, INIT_ALPHA)[0]
+    inject(probe, lora.rank, lora.alpha, lora.dropout, lora.target_modules, job.cfg.seed)
+    check_start(probe, file)
+    return file
 
 
 def identity(cfg: RunConfig, optimizer: str, weights: str, buckets: Sequence[ClipShape]) -> dict[str, Any]:
@@ -46,14 +101,14 @@ def data_identity(data: EncodedData) -> dict[str, Any]:
     return {"data": data.fingerprint, "repeats": list(data.mixture.repeats)}
 
 
-def check_matching(checkpoint: Path, facts: Mapping[str, Any], identity: Mapping[str, Any]) -> None:
-    """Raise UserError naming each part of a run's identity that is not what it was."""
-    saved = facts["identity"]
+def check_matching(start: Start, identity: Mapping[str, Any]) -> None:
+    """Raise UserError naming each part of the run's identity that differs from the checkpoint's."""
+    saved = start.facts["identity"]
     changed = [f"{name}: {then} then, {now} now" for name, then, now in _differences(saved, identity)]
     if changed:
         raise UserError(
-            f"cannot resume from {checkpoint}, because the run has changed: {'; '.join(changed)}. Set these back, or "
-            "start a new run with another output_dir (or checkpoint.resume=none)"
+            f"{start.checkpoint}: cannot be resumed, because the run has changed: {'; '.join(changed)}. Set these "
+            "back, or start a new run with another output_dir or checkpoint.resume=none."
         )
 
 
@@ -77,9 +132,11 @@ def resumed_data(data: EncodedData, facts: Mapping[str, Any], cfg: RunConfig) ->
         return data
     then, now = saved.names(), data.index.names()
     if now - then or not then - now:
-        print(f"of the clips of the run, {len(then - now)} are no longer in the data, and {len(now - then)} are new")
+        logger.info(
+            f"of the clips of the run, {len(then - now)} are no longer in the data, and {len(now - then)} are new"
+        )
         return data
-    print(
+    logger.info(
         f"no longer in the data: {counted(len(then - now), 'clip')} of the run, which goes on with them as long "
         "as it can"
     )

@@ -1,4 +1,4 @@
-"""What a run is made of, in one value."""
+"""What a run is made of once its data is encoded, in one value."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -10,36 +10,62 @@ from cogds.data.loading.dataset import ClipOrder
 from cogds.data.loading.sampler import draws_of
 from cogds.distributed.world import World
 from cogds.encode.encoder import EncodedData
+from cogds.job import Job
 from cogds.model.load import ModelFolder
-from cogds.train.tuning import Execution
+from cogds.train.tuning import BucketExecution, Execution
 
 
 @dataclass(frozen=True)
 class Run:
-    """What a run is made of, from its first step to its last."""
+    """A job with its data, the order of training and how it executes. first_step: steps already trained."""
 
-    cfg: RunConfig
-    ds_config: dict[str, Any]
-    model: ModelFolder
-    buckets: tuple[ClipShape, ...]
-    world: World
+    job: Job
     data: EncodedData
     plan: Plan
     execution: Execution
     first_step: int
 
     @property
+    def cfg(self) -> RunConfig:
+        return self.job.cfg
+
+    @property
+    def ds_config(self) -> dict[str, Any]:
+        return self.job.ds_config
+
+    @property
+    def model(self) -> ModelFolder:
+        return self.job.model
+
+    @property
+    def buckets(self) -> tuple[ClipShape, ...]:
+        return self.job.buckets
+
+    @property
+    def world(self) -> World:
+        return self.job.world
+
+    @property
     def order(self) -> ClipOrder:
-        """Which clip a place of the plan stands for."""
+        """Maps positions in the plan to clips."""
         return ClipOrder(self.data.index, self.data.mixture)
 
+    @property
+    def used_buckets(self) -> list[tuple[int, ClipShape, BucketExecution]]:
+        """The buckets that have clips: index, shape, how they are trained."""
+        return [
+            (bucket, shape, self.execution.buckets[bucket])
+            for bucket, (shape, sizes) in enumerate(zip(self.buckets, self.data.index.sizes))
+            if sum(sizes)
+        ]
+
     def clips(self, micro_batch: MicroBatch) -> list[str]:
-        """The files that this rank trains in a micro-step, as the plan has it."""
+        """The files that this rank trains in a micro-step, according to the plan."""
         order = self.order
         return [self.data.index[next(order.rows(draw))].path for draw in draws_of(micro_batch, self.world.data_rank)]
 
     def describe(self, step: int) -> str:
-        """What this rank does in an optimizer step, for people."""
+        """Describe this rank's work in an optimizer step (0 is the first), for messages."""
         parts = [
             f"bucket {self.buckets[micro_batch.bucket_of(self.world.data_rank)]}: {', '.join(self.clips(micro_batch))}"
             for micro_batch in self.plan.at(step)

@@ -8,6 +8,7 @@ killed.
 """
 
 import contextlib
+import logging
 import shutil
 import tempfile
 import time
@@ -26,22 +27,23 @@ from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
 from cogds.data.loading.index import ClipIndex
 from cogds.data.video.media import read_clip, write_video
-from cogds.distributed.world import broadcast, lost_contact, on_rank0
+from cogds.distributed.collectives import broadcast, on_rank0
+from cogds.distributed.process_group import is_lost_connection
 from cogds.encode.encoding_plan import EncodingNames
 from cogds.engine.checkpoint import remove_folder, step_name
 from cogds.errors import UserError
 from cogds.files import whole_file, whole_folder
-from cogds.metrics.async_writer import warn
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import undisturbed
 from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
-from cogds.train.loop import Occasion
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
 from cogds.videos.image_grid import evenly, grid, labelled, shrunk
 from cogds.videos.lockstep import Lockstep, Stopped
 from cogds.videos.sample_spec import Scene, first_frame
+
+logger = logging.getLogger(__name__)
 
 FOLDER, BASE = "samples", "base"
 STRIP_FRAMES, STRIP_WIDTH = 8, 200  # frames of a strip, pixels of each
@@ -55,7 +57,7 @@ def make_previews(
     monitor: Monitor,
     watch: Callable[[Callable[[], str]], None] = lambda _: None,
     stopping: Callable[[], bool] = lambda: False,
-) -> Occasion | None:
+) -> "Previews | None":
     """The making of videos that `sample.every` asks for; None where there is none to make. Collective.
 
     watch: is told what is being done, call by call of the transformer (`Watchdog.watch`). stopping: whether this rank
@@ -68,11 +70,15 @@ def make_previews(
         return None
     previews = Previews(run, engine, builder, monitor, scenes, watch, stopping)
     on_rank0(run.world, previews.introduce)
-    return Occasion("making videos", run.cfg.sample.every, previews.make)
+    return previews
 
 
 class Previews:
-    """The videos of a run: what they are made from, and the base model's, which are made once."""
+    """Makes the videos of a run (`callbacks.Callback`). Those of the base model are made once."""
+
+    name = "making videos"
+    at_start = True
+    on_stop = False
 
     def __init__(
         self,
@@ -85,6 +91,8 @@ class Previews:
         stopping: Callable[[], bool],
     ):
         """scenes: by the name of their file, the same on all ranks."""
+        assert run.cfg.sample.every is not None
+        self.every: int = run.cfg.sample.every
         self._run, self._engine, self._builder, self._monitor = run, engine, builder, monitor
         self._scenes, self._watch, self._stopping = scenes, watch, stopping
         self._folder = Path(run.cfg.output_dir) / FOLDER
@@ -98,13 +106,12 @@ class Previews:
         run, sample = self._run, self._run.cfg.sample
         num_rounds = -(-len(self._scenes) // run.world.data_size)
         shapes = ", ".join(dict.fromkeys(str(scene.shape) for scene in self._scenes.values()))
-        print(
+        logger.info(
             f"videos every {sample.every} steps: {len(self._scenes)} of {shapes}, for which every rank calls the "
-            f"transformer {num_rounds * self._num_calls} times; into {self._folder}",
-            flush=True,
+            f"transformer {num_rounds * self._num_calls} times; into {self._folder}"
         )
         for line in dict.fromkeys(filter(None, map(self._risk, self._scenes.values()))):
-            warn(line)
+            logger.warning(line)
         self._monitor.text(FOLDER, "\n".join(f"{name}: {scene.prompt}" for name, scene in self._scenes.items()))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
@@ -115,7 +122,9 @@ class Previews:
                     if file.is_file():
                         self._base[name] = file.read_bytes()
         except OSError as error:
-            warn(f"{self._folder} cannot be written ({_reason(error)}): mend that, or the run's videos are lost")
+            logger.warning(
+                f"{self._folder} cannot be written ({_reason(error)}): mend that, or the run's videos are lost"
+            )
 
     def _risk(self, scene: Scene) -> str:
         """What is risked with a video of more tokens than any bucket that is trained, else ""."""
@@ -132,7 +141,7 @@ class Previews:
             "give sample.prompts a smaller size"
         )
 
-    def make(self, step: int) -> None:
+    def run(self, step: int) -> None:
         """The videos of the weights after `step` steps, and what is missing of the base model's. Collective."""
         start, world, scenes = time.perf_counter(), self._run.world, self._scenes
         there, missing = on_rank0(
@@ -180,7 +189,9 @@ class Previews:
                 if isinstance(found, bytes):
                     videos[name] = found
                 elif world.rank == 0:
-                    warn(f"{whose} video of '{scenes[name].prompt}' could not be made: {found}; training goes on")
+                    logger.warning(
+                        f"{whose} video of '{scenes[name].prompt}' could not be made: {found}; training goes on"
+                    )
         return videos if world.rank == 0 else {}
 
     def _film_one(self, scene: Scene | None, whose: str) -> bytes | str:
@@ -203,7 +214,7 @@ class Previews:
             except Stopped:
                 raise
             except Exception as error:
-                if isinstance(error, RuntimeError) and lost_contact(error):
+                if isinstance(error, RuntimeError) and is_lost_connection(error):
                     raise  # nothing to mend: the same command goes on, as it is
                 if lockstep.in_forward and lockstep.needs_all:
                     if is_out_of_memory(error):
@@ -256,7 +267,9 @@ class Previews:
                 for name, video in made.items():
                     (partial / f"{name}.mp4").write_bytes(video)
         except OSError as error:
-            warn(f"the videos of step {step} cannot be written into {folder} ({_reason(error)}): training goes on")
+            logger.warning(
+                f"the videos of step {step} cannot be written into {folder} ({_reason(error)}): training goes on"
+            )
 
     def _show(self, step: int, made: Mapping[str, bytes]) -> None:
         """In TensorBoard: strips of frames, and what plays, before and after, with the first frame beside them."""
@@ -271,7 +284,7 @@ class Previews:
                 self._monitor.picture(step, f"{FOLDER}/{name}", strips)
                 self._monitor.animation(step, f"{FOLDER}/{name}/clip", played, fps)
             except Exception as error:  # a picture for people is worth no run
-                warn(f"the video of '{scene.prompt}' cannot be shown: {_reason(error)}; training goes on")
+                logger.warning(f"the video of '{scene.prompt}' cannot be shown: {_reason(error)}; training goes on")
 
 
 def beside(first: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -303,13 +316,13 @@ def _find_scenes(run: Run) -> dict[str, Scene]:
                     states = cache.read("captions", key, places.place(key) or "")["text_states"]
                     scenes.append(_from_prompt(run, one, states))
                 except Exception as error:
-                    warn(f"sample.prompts[{number}], '{one.prompt}', is left out: {_reason(error)}")
+                    logger.warning(f"sample.prompts[{number}], '{one.prompt}', is left out: {_reason(error)}")
         else:
             scenes = _from_clips(run, cache)
     except Exception as error:
-        warn(f"no videos will be made during training: {_reason(error)}")
+        logger.warning(f"no videos will be made during training: {_reason(error)}")
     if not scenes:
-        warn("sample.every is set, but there is nothing left to make videos of: training goes on without")
+        logger.warning("sample.every is set, but there is nothing left to make videos of: training goes on without")
     return {scene.name(sample.num_steps, sample.guidance): scene for scene in scenes}
 
 
@@ -333,7 +346,7 @@ def _from_clips(run: Run, cache: Cache) -> list[Scene]:
             pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
             scenes.append(Scene(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
-            warn(f"the video of {clip.path} is left out: {_reason(error)}")
+            logger.warning(f"the video of {clip.path} is left out: {_reason(error)}")
     return scenes
 
 

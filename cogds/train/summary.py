@@ -1,5 +1,6 @@
 """What is about to be trained, for people: one panel on a terminal, the same lines elsewhere."""
 
+import logging
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,21 +13,24 @@ from rich.text import Text
 from cogds.config.deepspeed import zero_stage
 from cogds.core.geometry import num_tokens
 from cogds.formatting import counted, gigabytes, magnitude
-from cogds.process.terminal import is_terminal
+from cogds.process.progress import is_terminal
 from cogds.train.resume import layout_of
 from cogds.train.run import Run
-from cogds.train.tuning import Sizes, execution_lines
+from cogds.train.tuning import execution_lines
+
+logger = logging.getLogger(__name__)
 
 EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # of one number in the LoRA's file
 
 
 def summary(run: Run, resume_from: Path | None, dry_run: bool = False) -> list[str]:
     """Model, LoRA, ranks, buckets, memory, where things are written, and what will not be trained: a fact a line."""
-    cfg, plan, data, sizes = run.cfg, run.plan, run.data, Sizes.of(run.cfg, run.model)
+    cfg, plan, data = run.cfg, run.plan, run.data
+    transformer, lora = run.job.memory.transformer, run.job.memory.lora
     sharing = f", {run.world.sequence_size} to a clip" if run.world.sequence_size > 1 else ""
-    num_numbers = sizes.lora.num_parameters
+    num_numbers = lora.num_parameters
     lines = [
-        f"model {cfg.model.path}, {magnitude(sizes.transformer.num_parameters)} parameters",
+        f"model {cfg.model.path}, {magnitude(transformer.num_parameters)} parameters",
         f"LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}: "
         f"{magnitude(num_numbers)} parameters, {gigabytes(num_numbers * EXPORTED_BYTES[cfg.train.precision])}",
         f"{devices(run.world.device, run.world.size)}{sharing}, ZeRO stage {zero_stage(run.ds_config)}, "
@@ -61,7 +65,8 @@ def devices(device: torch.device, num_ranks: int) -> str:
 def show(lines: Sequence[str], title: str, console: Console | None = None) -> None:
     """Print the lines, in a frame on a terminal. Never coloured or wrapped elsewhere: a log is searched by line."""
     if console is None and not is_terminal(sys.stdout):
-        print("\n".join(lines), flush=True)
+        logger.info("\n".join(lines))
         return
     # Paths and reasons are data: Text keeps rich from reading [brackets] in them.
-    (console or Console()).print(Panel(Text("\n".join(lines)), title=title, title_align="left", border_style="dim"))
+    if console or logger.isEnabledFor(logging.INFO):
+        (console or Console()).print(Panel(Text("\n".join(lines)), title=title, title_align="left", border_style="dim"))

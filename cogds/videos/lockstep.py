@@ -9,7 +9,8 @@ import contextlib
 from collections.abc import Callable, Mapping
 from typing import Any
 
-from cogds.distributed.world import World, any_rank
+from cogds.distributed.collectives import any_rank
+from cogds.distributed.world import World
 from cogds.model.evaluation_mode import call_aside
 
 

@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cogds.cli import unpacked
+from cogds.arguments import unpacked
 from tests.cluster.conftest import ODD
 from tests.cluster.lab import until
 from tests.conftest import ROOT, run_command

@@ -1,28 +1,21 @@
-"""The arithmetic against the real classes: the bytes of every tensor that lives while they run, kernels' own aside."""
+"""The memory model against the real classes: the bytes of all tensors alive while they run."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
-from diffusers import AutoencoderKLCogVideoX
 from peft import LoraConfig
 
-from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
+from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes, padded_latent_frames, token_grid
 from cogds.core.memory import (
-    COGVIDEOX_VAE,
+    CHECKPOINTING_MODES,
     CUDA_CONTEXT_BYTES,
     LoraSize,
     TransformerSize,
-    VaeSize,
-    base_bytes,
-    cached_caption_bytes,
-    cached_clip_bytes,
-    pinned_bytes,
-    rotary_table_bytes,
-    saved_units,
-    training_memory,
-    vae_can_encode,
-    vae_encode_bytes,
+    ZeroSettings,
+    base_weights_bytes,
+    rotary_tables_bytes,
 )
 from cogds.model.transformer import checkpointing as checkpointing_module
 from cogds.model.transformer import forward as transformer_module
@@ -32,22 +25,13 @@ from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.quantize import _MATMUL, Packed, PackedLinear, pack_block
 from cogds.model.transformer.sequence_parallel import SequenceGroup
 from tests.live_bytes import LiveBytes
+from tests.published_model import ATTENTION, FULL, LORA, TRANSFORMER, V15, published_memory
 
-CHECKPOINTING_MODES = ("none", "selective", "full", "full+offload")
-V15 = ModelGeometry(
-    vae_spatial=8, vae_temporal=4, latent_channels=16, patch_size=2, patch_size_t=2, sample_height=300,
-    sample_width=300, sample_frames=81, text_tokens=226, head_dim=64, rope=True, learned_positions=False, ofs=True,
-)  # fmt: skip
-REAL = TransformerSize(5_571_594_880, num_layers=42, num_heads=48, head_dim=64, text_dim=4096)
-ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
-REAL_LORA = LoraSize(132_120_576, 128, frozenset(ATTENTION))
-FULL = ClipShape(81, 768, 1360)
-FULL_UNIT = 45_106 * 3072 * 2  # its tokens' bytes in bf16
+FULL_UNIT = 45_106 * 3072 * 2  # bytes of its hidden states in bf16
 
 
 class Parked(checkpointing_module._Parked):
-    """A block's input on the host, told from the GPU where both are one device: what waits there does not count, what
-    has come back does."""
+    """A block's input on the host, where host and GPU are one device: counted only while it is back on the "GPU"."""
 
     live: LiveBytes
 
@@ -65,15 +49,15 @@ class Parked(checkpointing_module._Parked):
         return tensor
 
 
-def flash(query, key, value, kernel):  # noqa: ARG001
-    """The operation that FlashAttention is on a GPU, and of which torch knows what it returns and keeps without one."""
+def flash_attention(query, key, value, kernel):  # noqa: ARG001
+    """FlashAttention's operator. Without a GPU, torch still knows the shapes that it returns and saves."""
     operation = torch.ops.aten._scaled_dot_product_flash_attention.default
     assert operation in checkpointing_module._ATTENTION
-    return operation(*(one.transpose(1, 2) for one in (query, key, value)))[0].transpose(1, 2)
+    return operation(*(tensor.transpose(1, 2) for tensor in (query, key, value)))[0].transpose(1, 2)
 
 
-def hold_in_fp8(block):
-    """What `pack_block` makes of a block for fp8 matmul, without numbers."""
+def pack_for_fp8_matmul(block):
+    """Like `pack_block` for fp8 matmuls, without values."""
     pack_block(block, "none", True, fill=False)
     for layer in block.modules():
         if isinstance(layer, PackedLinear):
@@ -83,41 +67,40 @@ def hold_in_fp8(block):
             layer.packed = Packed(_MATMUL, layer.shape, torch.bfloat16, (parts[0], scales[0], parts[1], scales[1]))
 
 
-def train_once(
-    monkeypatch, size, layers, rank, checkpointing, latents, text_tokens, dtype, device, sequence_size=1, pack=None
-):
-    """Live bytes after the forward pass, and the peak of the backward pass, of the real transformer with a real LoRA.
+def train_once(monkeypatch, model, shape, checkpointing, device):
+    """Train the real transformer with a real LoRA, as `model` describes them, for one step on rank 0.
 
-    latents: frames, height and width; weights and inputs do not count. sequence_size: ranks that share the clip, of
-    which this is the first.
+    Returns the live bytes after the forward pass and the peak of the backward pass, without weights and inputs.
     """
-    frames, height, width = latents
+    size, dtype = model.transformer, {"bf16": torch.bfloat16, "fp32": torch.float32}[model.precision]
+    frames, height, width = padded_latent_frames(shape.frames, V15), shape.height // 8, shape.width // 8
     with torch.device(device):
         transformer = Transformer(
             num_attention_heads=size.num_heads, attention_head_dim=size.head_dim, in_channels=32, out_channels=16,
             time_embed_dim=32, ofs_embed_dim=32, text_embed_dim=size.text_dim, num_layers=size.num_layers,
             sample_width=300, sample_height=300, sample_frames=81, patch_size=2, patch_size_t=2,
-            max_text_seq_length=text_tokens, use_rotary_positional_embeddings=True, patch_bias=False,
+            max_text_seq_length=V15.text_tokens, use_rotary_positional_embeddings=True, patch_bias=False,
         ).requires_grad_(False)  # fmt: skip
-        for block in transformer.transformer_blocks if pack else ():
-            pack(block)
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(layers)))
+        if model.fp8_matmul:
+            for block in transformer.transformer_blocks:
+                pack_for_fp8_matmul(block)
+        rank = model.lora.rank
+        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(model.lora.block_layers)))
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
         transformer.train()
         transformer.set_checkpointing(checkpointing)
-        if sequence_size > 1:
-            transformer.share_sequence(SequenceGroup("of which nothing is sent", sequence_size, 0))
-        tokens = frames // 2 * (height // 2) * (width // 2)
+        if model.sequence_size > 1:
+            transformer.share_sequence(SequenceGroup("a group that sends nothing", model.sequence_size, 0))
+        num_video_tokens = math.prod(token_grid(shape, V15))
         inputs = {
             "hidden_states": torch.zeros(1, frames, 32, height, width, dtype=dtype),
-            "encoder_hidden_states": torch.zeros(1, text_tokens, size.text_dim, dtype=dtype),
+            "encoder_hidden_states": torch.zeros(1, V15.text_tokens, size.text_dim, dtype=dtype),
             "timestep": torch.zeros(1, dtype=torch.long),
             "ofs": torch.zeros(1, dtype=dtype),
         }
-        rotary = (torch.zeros(tokens, size.head_dim), torch.zeros(tokens, size.head_dim))
-        known = [*transformer.parameters(), *transformer.buffers(), *inputs.values(), *rotary]
-        live = LiveBytes(known)
+        rotary = (torch.zeros(num_video_tokens, size.head_dim), torch.zeros(num_video_tokens, size.head_dim))
+        live = LiveBytes([*transformer.parameters(), *transformer.buffers(), *inputs.values(), *rotary])
         monkeypatch.setattr(Parked, "live", live, raising=False)
         monkeypatch.setattr(checkpointing_module, "_Parked", Parked)
         with live:
@@ -127,220 +110,119 @@ def train_once(
         return kept, live.peak
 
 
-def estimated(shape, size, layers, rank, precision, checkpointing, **more):
-    lora, zero = LoraSize(0, rank, frozenset(layers)), {"stage": 1}
-    return training_memory(shape, 1, V15, size, lora, COGVIDEOX_VAE, zero, 1, precision, checkpointing, **more)
+def four_blocks(layers=ATTENTION, **changes):
+    """Four blocks of the published model. All but the first, which has nothing trained before it, need the same."""
+    lora = LoraSize(0, 128, frozenset(layers))
+    return published_memory(transformer=dataclasses.replace(TRANSFORMER, num_layers=4), lora=lora, **changes)
 
 
-FEED = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
-EVERY = (*FEED, "norm1.linear", "norm2.linear")
-CASES = [(ATTENTION, checkpointing) for checkpointing in CHECKPOINTING_MODES]
-CASES += [(layers, checkpointing) for layers in (ATTENTION[:1], FEED, EVERY) for checkpointing in ("none", "full")]
+FEED_FORWARD = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
+ALL_LAYERS = (*FEED_FORWARD, "norm1.linear", "norm2.linear")
+CASES = [(ATTENTION, mode) for mode in CHECKPOINTING_MODES]
+CASES += [(layers, mode) for layers in (ATTENTION[:1], FEED_FORWARD, ALL_LAYERS) for mode in ("none", "full")]
 
 
-@pytest.mark.parametrize(
-    "layers, checkpointing", CASES, ids=[f"{len(layers)}-{checkpointing}" for layers, checkpointing in CASES]
-)
-def test_activations_of_the_real_width_and_length(monkeypatch, layers, checkpointing):
-    """Four blocks of the real model on a full clip's tokens, without memory for their numbers: within 4%.
-
-    The first block keeps less than the rest: nothing before it is trained.
-    """
-    monkeypatch.setattr(transformer_module, "attend", flash)
-    size = dataclasses.replace(REAL, num_layers=4)
-    kept, peak = train_once(monkeypatch, size, layers, 128, checkpointing, (22, 96, 170), 226, torch.bfloat16, "meta")
-    estimate = estimated(FULL, size, layers, 128, "bf16", checkpointing)
-    assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.04)
-    # The output of the last block and the head's input are there too; nothing is on its way back from the host yet.
-    after = estimate.kept_activations_bytes if checkpointing != "full+offload" else 0
-    assert after + 2 * FULL_UNIT == pytest.approx(kept, rel=0.04)
+@pytest.mark.parametrize("layers, mode", CASES, ids=[f"{len(layers)}-{mode}" for layers, mode in CASES])
+def test_activations_at_the_published_size(monkeypatch, layers, mode):
+    """On the meta device: within 4%."""
+    monkeypatch.setattr(transformer_module, "attend", flash_attention)
+    model = four_blocks(layers)
+    kept, peak = train_once(monkeypatch, model, FULL, mode, "meta")
+    estimate = model.estimate(FULL, 1, mode)
+    assert estimate.activations_bytes == pytest.approx(peak, rel=0.04)
+    # After the forward pass, the last block's output and the head's input are alive too, and no input is on its way
+    # back from the host yet.
+    expected = estimate.kept_activations_bytes if mode != "full+offload" else 0
+    assert expected + 2 * FULL_UNIT == pytest.approx(kept, rel=0.04)
 
 
-@pytest.mark.parametrize("checkpointing", ["selective", "full"])
-def test_activations_where_two_ranks_share_the_clip(monkeypatch, checkpointing):
-    """Exchanges between ranks, too, only say what they return: within 4%."""
-    monkeypatch.setattr(sequence_module, "attend", flash)
-    size = dataclasses.replace(REAL, num_layers=4)
-    _, peak = train_once(
-        monkeypatch, size, ATTENTION, 128, checkpointing, (22, 96, 170), 226, torch.bfloat16, "meta", 2
-    )
-    estimate = estimated(FULL, size, ATTENTION, 128, "bf16", checkpointing, sequence_size=2)
-    assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.04)
+@pytest.mark.parametrize("mode", ["selective", "full"])
+def test_activations_with_sequence_parallelism(monkeypatch, mode):
+    """On the meta device, where the collectives only return shapes: within 4%."""
+    monkeypatch.setattr(sequence_module, "attend", flash_attention)
+    model = four_blocks(sequence_size=2)
+    _, peak = train_once(monkeypatch, model, FULL, mode, "meta")
+    assert model.estimate(FULL, 1, mode).activations_bytes == pytest.approx(peak, rel=0.04)
 
 
-@pytest.mark.parametrize("layers", [ATTENTION, FEED], ids=["attention", "feed"])
-@pytest.mark.parametrize("checkpointing", ["none", "full"])
-def test_activations_of_fp8_products(monkeypatch, checkpointing, layers):
+@pytest.mark.parametrize("layers", [ATTENTION, FEED_FORWARD], ids=["attention", "feed_forward"])
+@pytest.mark.parametrize("mode", ["none", "full"])
+def test_activations_of_fp8_matmuls(monkeypatch, mode, layers):
     """In a block that is not compiled: within 5%."""
-    monkeypatch.setattr(transformer_module, "attend", flash)
+    monkeypatch.setattr(transformer_module, "attend", flash_attention)
     # peft asks for a weight's dtype and device; nothing else unpacks it.
     monkeypatch.setattr(quantize, "_unpack", lambda _, shape, dtype, __: torch.empty(shape, dtype=dtype))
-    size = dataclasses.replace(REAL, num_layers=4)
-    _, peak = train_once(
-        monkeypatch, size, layers, 128, checkpointing, (22, 96, 170), 226, torch.bfloat16, "meta", pack=hold_in_fp8
-    )
-    estimate = estimated(FULL, size, layers, 128, "bf16", checkpointing, fp8_matmul=True)
-    assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.05)
+    model = four_blocks(layers, fp8_matmul=True)
+    _, peak = train_once(monkeypatch, model, FULL, mode, "meta")
+    assert model.estimate(FULL, 1, mode).activations_bytes == pytest.approx(peak, rel=0.05)
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
-def test_activations_of_a_small_model_that_really_computes(monkeypatch, checkpointing):
-    """float32 on the CPU, with torch's own attention kernel: within 3%."""
+@pytest.mark.parametrize("mode", CHECKPOINTING_MODES)
+def test_activations_of_a_small_model_on_the_cpu(monkeypatch, mode):
+    """In float32 with torch's own attention kernel: within 3%."""
     size = TransformerSize(0, num_layers=3, num_heads=4, head_dim=64, text_dim=64)
-    shape = ClipShape(21, 128, 160)
-    assert num_tokens(shape, V15) == 3 * 8 * 10 + 226
-    _, peak = train_once(monkeypatch, size, ATTENTION, 4, checkpointing, (6, 16, 20), 226, torch.float32, "cpu")
-    estimate = estimated(shape, size, ATTENTION, 4, "fp32", checkpointing)
-    assert estimate.kept_activations_bytes + estimate.block_activations_bytes == pytest.approx(peak, rel=0.03)
+    lora = LoraSize(0, 4, frozenset(ATTENTION))
+    model, shape = published_memory(transformer=size, lora=lora, precision="fp32"), ClipShape(21, 128, 160)
+    _, peak = train_once(monkeypatch, model, shape, mode, "cpu")
+    assert model.estimate(shape, 1, mode).activations_bytes == pytest.approx(peak, rel=0.03)
 
 
-def test_what_a_block_saves_follows_the_adapted_layers():
+def test_saved_tensors_follow_the_adapted_layers():
     def units(*layers, rank=0):
-        return saved_units(REAL, LoraSize(0, rank, frozenset(layers)), 2)
+        return published_memory(lora=LoraSize(0, rank, frozenset(layers))).saved_units
 
     assert units(*ATTENTION[:3]) - units() == units("attn1.to_k") - units() == 1  # q, k and v read one tensor
     assert units(*ATTENTION, rank=1536) - units(*ATTENTION) == pytest.approx(4 * 1536 / 3072)
-    assert units("attn1.to_out.0") == units()  # it reads attention's output, which is kept anyway
+    assert units("attn1.to_out.0") == units()  # it reads attention's output, which is saved anyway
     assert units("ff.net.2") - units() == 4
 
 
-def build_vae(channels, layers_per_block, dtype, latent_channels=16, groups=32):
-    with torch.device("meta"):
-        vae = AutoencoderKLCogVideoX(
-            block_out_channels=channels, down_block_types=("CogVideoXDownBlock3D",) * 4,
-            up_block_types=("CogVideoXUpBlock3D",) * 4, latent_channels=latent_channels,
-            layers_per_block=layers_per_block, norm_num_groups=groups,
-        )  # fmt: skip
-        return vae.to(dtype).eval()
+def estimate(num_ranks=1, batch_size=1, mode="full", shape=FULL, changes=None, **section):
+    """Of the published model with a `zero_optimization` section."""
+    model = published_memory(zero=ZeroSettings.from_config(section), num_ranks=num_ranks, **(changes or {}))
+    return model.estimate(shape, batch_size, mode)
 
 
-def encode_peak(vae, shape, dtype, tiling=False):
-    with torch.no_grad(), LiveBytes() as live:
-        pixels = torch.zeros(1, 3, shape.frames, shape.height, shape.width, device="meta", dtype=dtype)
-        vae.enable_tiling() if tiling else vae.disable_tiling()
-        vae.encode(pixels)
-    return live.peak
-
-
-@pytest.fixture(scope="module")
-def real_vae():
-    return build_vae((128, 256, 256, 512), 3, torch.bfloat16)
-
-
-@pytest.mark.parametrize("size", ["1x768x1360", "5x96x176", "9x768x1360", "13x768x1360", "17x768x1360", "17x96x176"])
-def test_the_vae_of_the_real_size(real_vae, size):
-    """Tensors without memory, as the real encoder makes them: within 1%. From 768x1360 on its convolutions split."""
-    shape = ClipShape.parse(size)
-    assert vae_encode_bytes(shape, tiling=False) == pytest.approx(
-        encode_peak(real_vae, shape, torch.bfloat16), rel=0.01
-    )
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "size, tiling", [("81x768x1360", False), ("81x768x1360", True), ("85x768x1360", False), ("21x1200x2160", False)]
-)
-def test_the_vae_of_the_real_size_on_whole_clips(real_vae, size, tiling):
-    shape = ClipShape.parse(size)
-    peak = encode_peak(real_vae, shape, torch.bfloat16, tiling)
-    assert vae_encode_bytes(shape, tiling) == pytest.approx(peak, rel=0.03 if tiling else 0.01)
-
-
-@pytest.mark.parametrize("size", ["1x1440x1920", "1x1536x1920", "9x1536x2400", "17x1440x2320", "17x1536x2400"])
-def test_sizes_that_the_vae_cannot_split(real_vae, size):
-    shape = ClipShape.parse(size)
-    if vae_can_encode(shape, tiling=False):
-        assert vae_encode_bytes(shape, False) == pytest.approx(encode_peak(real_vae, shape, torch.bfloat16), rel=0.01)
-    else:
-        with pytest.raises(RuntimeError, match="Kernel size"):
-            encode_peak(real_vae, shape, torch.bfloat16)
-    assert vae_can_encode(shape, tiling=True)
-
-
-def test_a_vae_of_other_channels():
-    vae = build_vae((8, 8, 8, 8), 1, torch.float32, latent_channels=8, groups=2)
-    size = VaeSize.from_config(vae.config, 0)
-    shape = ClipShape(17, 64, 96)
-    assert vae_encode_bytes(shape, False, size, 4) == pytest.approx(encode_peak(vae, shape, torch.float32), rel=0.05)
-
-
-def test_the_published_vae_is_the_real_one(real_vae):
-    number = sum(parameter.numel() for parameter in real_vae.parameters())
-    assert VaeSize.from_config(real_vae.config, number) == COGVIDEOX_VAE
-
-
-def test_a_full_clip_needs_tiles_on_a_gpu_of_24_gb():
-    assert vae_encode_bytes(FULL, tiling=False) > 24e9 > 10 * vae_encode_bytes(FULL, tiling=True)
-
-
-def memory(
-    num_ranks=1,
-    batch_size=1,
-    checkpointing="full",
-    precision="bf16",
-    quantization="none",
-    sequence_size=1,
-    shape=FULL,
-    **zero,
-):
-    rotary = rotary_table_bytes(shape, V15)
-    return training_memory(
-        shape,
-        batch_size,
-        V15,
-        REAL,
-        REAL_LORA,
-        COGVIDEOX_VAE,
-        zero,
-        num_ranks,
-        precision,
-        checkpointing,
-        rotary,
-        quantization,
-        sequence_size,
-    )
-
-
-def test_what_each_stage_shards():
-    zero1, zero2, zero3 = (memory(8, stage=stage, reduce_bucket_size=1000) for stage in (1, 2, 3))
-    params, lora = REAL.num_parameters, REAL_LORA.num_parameters
-    assert [one.optimizer_state_bytes for one in (zero1, zero2, zero3)] == [12 * lora // 8] * 3
-    assert [one.lora_gradients_bytes for one in (zero1, zero2, zero3)] == [2 * lora, 2 * lora // 8, 2 * lora // 8]
-    assert [one.base_weights_bytes for one in (zero1, zero2, zero3)] == [2 * params, 2 * params, 2 * params // 8]
-    assert [one.lora_weights_bytes for one in (zero1, zero2, zero3)] == [2 * lora, 2 * lora, 2 * lora // 8]
-    assert [one.gathered_weights_bytes for one in (zero1, zero2)] == [0, 0]
-    assert [one.kept_activations_bytes for one in (zero1, zero2, zero3)] == [zero1.kept_activations_bytes] * 3
-    assert memory(8, stage=0).optimizer_state_bytes == 8 * lora
-    # The adapter's matrices, 128 x 3072 numbers, stay whole beside their shares.
-    persistent = memory(8, stage=3, stage3_param_persistence_threshold=400_000)
+def test_zero_stages_shard_their_tensors():
+    zero1, zero2, zero3 = estimates = [estimate(8, stage=stage, reduce_bucket_size=1000) for stage in (1, 2, 3)]
+    base, lora = TRANSFORMER.num_parameters, LORA.num_parameters
+    assert [e.optimizer_state_bytes for e in estimates] == [12 * lora // 8] * 3
+    assert [e.lora_gradients_bytes for e in estimates] == [2 * lora, 2 * lora // 8, 2 * lora // 8]
+    assert [e.base_weights_bytes for e in estimates] == [2 * base, 2 * base, 2 * base // 8]
+    assert [e.lora_weights_bytes for e in estimates] == [2 * lora, 2 * lora, 2 * lora // 8]
+    assert zero1.gathered_weights_bytes == zero2.gathered_weights_bytes == 0 < zero3.gathered_weights_bytes
+    assert len({e.kept_activations_bytes for e in estimates}) == 1
+    assert estimate(8, stage=0).optimizer_state_bytes == 8 * lora
+    # The LoRA matrices, 128 x 3072 elements, stay whole in addition to their shards.
+    persistent = estimate(8, stage=3, stage3_param_persistence_threshold=400_000)
     assert persistent.lora_weights_bytes == 2 * lora // 8 + 2 * lora
 
 
-def test_blocks_that_zero3_gathers():
-    """As DeepSpeed 0.19.8 was seen to hold them, on 12 small blocks with the same shares of a block's numbers."""
-    block = REAL.block_linear_numbers + REAL_LORA.num_parameters // 42
+def test_blocks_gathered_by_zero3():
+    """As observed with DeepSpeed 0.19.8 on 12 small blocks of the same proportions."""
+    block = TRANSFORMER.block_weights + LORA.num_parameters // 42
 
-    def blocks(**zero):
-        names = {f"stage3_{name}": int(number) for name, number in zero.items()}
-        return memory(8, stage=3, **names).gathered_weights_bytes / (2 * block)
+    def num_blocks(**zero):
+        section = {f"stage3_{name}": int(size) for name, size in zero.items()}
+        return estimate(8, stage=3, **section).gathered_weights_bytes / (2 * block)
 
     alone = {"max_reuse_distance": 0, "prefetch_bucket_size": 0}
-    assert blocks(**alone) == 1
-    assert [blocks(**alone | {"max_reuse_distance": n * block}) for n in (0.5, 1, 1.5, 3)] == [1, 1, 2, 3]
-    assert blocks(**alone | {"max_reuse_distance": 1e12}) == 42
-    # A block is fetched ahead at every module around the turn, where nothing bounds what is live.
+    assert num_blocks(**alone) == 1
+    assert [num_blocks(**alone | {"max_reuse_distance": n * block}) for n in (0.5, 1, 1.5, 3)] == [1, 1, 2, 3]
+    assert num_blocks(**alone | {"max_reuse_distance": 1e12}) == 42
+    # Without a limit on live parameters, a block is prefetched at every module between the passes.
     ahead = {"max_reuse_distance": 0, "prefetch_bucket_size": block}
-    assert blocks(**ahead, max_live_parameters=1e12) == pytest.approx(1 + 12 + 4 * 3072**2 / block)
-    assert blocks(**ahead, max_live_parameters=3 * block) == pytest.approx(3 + 4 * 3072**2 / block)
-    assert blocks(**ahead, max_live_parameters=block) == 1
-    assert blocks(max_reuse_distance=3 * block, max_live_parameters=2 * block, prefetch_bucket_size=block) == 3
-    # A short clip's block takes less than the copy of its weights.
-    short = memory(8, stage=3, shape=ClipShape(1, 64, 64))
+    assert num_blocks(**ahead, max_live_parameters=1e12) == pytest.approx(1 + 12 + 4 * 3072**2 / block)
+    assert num_blocks(**ahead, max_live_parameters=3 * block) == pytest.approx(3 + 4 * 3072**2 / block)
+    assert num_blocks(**ahead, max_live_parameters=block) == 1
+    assert num_blocks(max_reuse_distance=3 * block, max_live_parameters=2 * block, prefetch_bucket_size=block) == 3
+    # The activations of a short clip's block are smaller than the copy of the block's weights.
+    short = estimate(8, stage=3, shape=ClipShape(1, 64, 64))
     assert short.block_activations_bytes == 2 * block
 
 
-def test_the_base_in_fewer_bytes():
-    """As a real transformer's layers say."""
+def test_quantized_weights():
+    """Against the linear layers of a real transformer."""
     with torch.device("meta"):
         empty = Transformer(
             num_attention_heads=8, attention_head_dim=64, num_layers=3, time_embed_dim=96, text_embed_dim=64,
@@ -348,90 +230,136 @@ def test_the_base_in_fewer_bytes():
         )  # fmt: skip
     total = sum(parameter.numel() for parameter in empty.parameters())
     size = TransformerSize.from_config(empty.config, total)
-    linear = [one for block in empty.transformer_blocks for one in block.modules() if isinstance(one, torch.nn.Linear)]
-    numbers, rows = sum(one.weight.numel() for one in linear), sum(one.out_features for one in linear)
-    assert size.num_layers * size.block_linear_numbers == numbers
-    assert size.num_layers * size.block_linear_rows == rows
-    for bytes_each in (2, 4):
-        rest = (total - numbers) * bytes_each
-        assert base_bytes(size, "none", bytes_each) == total * bytes_each
-        assert base_bytes(size, "int8", bytes_each) == base_bytes(size, "fp8", bytes_each) == rest + numbers + 4 * rows
-        assert base_bytes(size, "nf4", bytes_each) == rest + numbers // 2 + 4 * numbers // 64
-    full, nf4 = memory(stage=2), memory(stage=2, quantization="nf4")
+    linear = [m for block in empty.transformer_blocks for m in block.modules() if isinstance(m, torch.nn.Linear)]
+    weights, rows = sum(m.weight.numel() for m in linear), sum(m.out_features for m in linear)
+    assert size.num_layers * size.block_weights == weights
+    assert size.num_layers * size.block_rows == rows
+    for element_bytes in (2, 4):
+        rest = (total - weights) * element_bytes
+        assert base_weights_bytes(size, "none", element_bytes) == total * element_bytes
+        assert base_weights_bytes(size, "int8", element_bytes) == rest + weights + 4 * rows
+        assert base_weights_bytes(size, "fp8", element_bytes) == rest + weights + 4 * rows
+        assert base_weights_bytes(size, "nf4", element_bytes) == rest + weights // 2 + 4 * weights // 64
+    full, nf4 = estimate(stage=2), estimate(stage=2, changes={"quantization": "nf4"})
     assert full.base_weights_bytes > 3.5 * nf4.base_weights_bytes
     assert full.unpacked_weight_bytes == 0 < nf4.unpacked_weight_bytes
 
 
-def test_ranks_that_share_a_clip():
-    one, two, four = (memory(8, stage=2, sequence_size=number) for number in (1, 2, 4))
+def test_sequence_parallelism_divides_activations():
+    one, two, four = (estimate(8, stage=2, changes={"sequence_size": size}) for size in (1, 2, 4))
     assert one.kept_activations_bytes == pytest.approx(2 * two.kept_activations_bytes, rel=1e-4)
-    # Attention's output comes back to its tokens' ranks as a copy, which the adapter behind it keeps.
+    # Attention's output returns to its tokens' ranks as a copy, which the output layer's LoRA saves.
     units = two.block_activations_bytes / (FULL_UNIT / 2)
     assert units == pytest.approx(one.block_activations_bytes / FULL_UNIT + 1, rel=1e-4)
     assert two.block_activations_bytes == pytest.approx(2 * four.block_activations_bytes, rel=1e-4)
     assert one.base_weights_bytes == four.base_weights_bytes
 
 
-def test_offload_empties_the_gpu():
+def test_offload_frees_gpu_memory():
     offload = {"device": "cpu"}
-    both = memory(2, stage=3, offload_optimizer=offload, offload_param=offload)
+    both = estimate(2, stage=3, offload_optimizer=offload, offload_param=offload)
     assert both.base_weights_bytes == both.lora_weights_bytes == both.optimizer_state_bytes == 0
     assert both.lora_gradients_bytes == both.optimizer_step_bytes == 0
     assert both.gathered_weights_bytes > 0
     none = {"device": "none"}
-    assert memory(2, stage=3, offload_optimizer=none, offload_param=none) == memory(2, stage=3)
+    assert estimate(2, stage=3, offload_optimizer=none, offload_param=none) == estimate(2, stage=3)
 
 
-def test_buffers_are_doubled_where_communication_overlaps():
-    assert memory(stage=2, reduce_bucket_size=10, overlap_comm=True).reduce_buffers_bytes == 40
-    assert memory(stage=2, reduce_bucket_size=10).reduce_buffers_bytes == 20
-    assert memory(stage=2).reduce_buffers_bytes == 2 * 500_000_000
+def test_overlapping_communication_doubles_the_buffers():
+    assert estimate(stage=2, reduce_bucket_size=10, overlap_comm=True).reduce_buffers_bytes == 40
+    assert estimate(stage=2, reduce_bucket_size=10).reduce_buffers_bytes == 20
+    assert estimate(stage=2, reduce_bucket_size="auto").reduce_buffers_bytes == 2 * 500_000_000
 
 
-def test_the_total_is_the_worst_moment():
-    one = memory(stage=2, reduce_bucket_size=1000)
-    resident = sum(one.terms().values()) - (
-        one.kept_activations_bytes
-        + one.block_activations_bytes
-        + one.first_frame_encode_bytes
-        + one.optimizer_step_bytes
-    )
-    assert one.total_bytes == resident + one.kept_activations_bytes + one.block_activations_bytes
-    assert one.terms()["cuda context"] == CUDA_CONTEXT_BYTES
-    tiny = dataclasses.replace(one, kept_activations_bytes=0, block_activations_bytes=0)
+def test_the_total_is_the_largest_moment():
+    backward = estimate(stage=2, reduce_bucket_size=1000)
+    passing = backward.first_frame_encode_bytes + backward.optimizer_step_bytes
+    resident = sum(backward.terms().values()) - backward.activations_bytes - passing
+    assert backward.total_bytes == resident + backward.activations_bytes
+    assert backward.terms()["cuda context"] == CUDA_CONTEXT_BYTES
+    tiny = dataclasses.replace(backward, kept_activations_bytes=0, block_activations_bytes=0)
     assert tiny.total_bytes == resident + tiny.first_frame_encode_bytes
+    assert backward.fits(backward.total_bytes / 0.91)
+    assert not backward.fits(backward.total_bytes / 0.93)
 
 
-def test_a_full_clip_of_the_published_model():
-    """32 and 35 GB have been published for it, of other trainers and with other buffers."""
-    assert 28e9 < memory(stage=2, reduce_bucket_size=9_437_184, overlap_comm=True).total_bytes < 38e9
-    assert memory(stage=2, checkpointing="none").total_bytes > 150e9
-    double = memory(stage=2, batch_size=2)
-    assert double.kept_activations_bytes == 2 * memory(stage=2).kept_activations_bytes
+def test_total_of_a_full_clip():
+    """32 and 35 GB have been published for other trainers with other buffers."""
+    assert 28e9 < estimate(stage=2, reduce_bucket_size=9_437_184, overlap_comm=True).total_bytes < 38e9
+    assert estimate(stage=2, mode="none").total_bytes > 150e9
+    double = estimate(stage=2, batch_size=2)
+    assert double.kept_activations_bytes == 2 * estimate(stage=2).kept_activations_bytes
 
 
-def test_host_memory_of_blocks_inputs():
-    """In whole pages: 11.6 GB for a full clip of the published model."""
+def test_rotary_tables_of_all_buckets_are_counted():
+    short = ClipShape(49, 480, 720)
+    one, two = (published_memory(buckets=buckets).estimate(FULL, 1, "full") for buckets in ((FULL,), (FULL, short)))
+    assert rotary_tables_bytes(FULL, V15) == one.rotary_tables_bytes == 2 * 4 * 44_880 * 64
+    assert two.rotary_tables_bytes - one.rotary_tables_bytes == rotary_tables_bytes(short, V15)
+    assert two.total_bytes > one.total_bytes
+
+
+def test_pinned_host_memory():
+    """Every block's input in whole pages: 11.6 GB for a full clip of the published model."""
     pages = 42 * -(-FULL_UNIT // 4096) * 4096
 
-    def pinned(checkpointing="full+offload", batch_size=1, precision="bf16", sequence_size=1):
-        return pinned_bytes(FULL, batch_size, V15, REAL, precision, checkpointing, sequence_size)
+    def pinned(mode="full+offload", batch_size=1, **changes):
+        return published_memory(**changes).pinned_host_bytes(FULL, batch_size, mode)
 
     assert pinned() == pages == pytest.approx(11.64e9, rel=1e-3)
-    assert [pinned(checkpointing) for checkpointing in CHECKPOINTING_MODES[:3]] == [0, 0, 0]
+    assert [pinned(mode) for mode in CHECKPOINTING_MODES[:3]] == [0, 0, 0]
     assert pinned(batch_size=2) == pytest.approx(2 * pages, rel=1e-4)
     assert pinned(precision="fp32") == pytest.approx(2 * pages, rel=1e-4)
     assert pinned(sequence_size=2) == pytest.approx(pages / 2, rel=1e-4)
 
 
-def test_cache_and_tables():
+# DeepSpeed configs as ds_configs/*.json are resolved for a width of 3072.
+ZERO2 = ZeroSettings(stage=2, reduce_bucket_size=3072**2)
+ZERO2_OFFLOAD = dataclasses.replace(ZERO2, offload_optimizer=True)
+ZERO3 = ZeroSettings(
+    stage=3, reduce_bucket_size=3072**2, prefetch_bucket_size=14 * 3072**2, max_live_parameters=42 * 3072**2,
+    max_reuse_distance=42 * 3072**2, param_persistence_threshold=200 * 3072,
+)  # fmt: skip
+ZERO3_OFFLOAD = dataclasses.replace(ZERO3, offload_optimizer=True, offload_param=True)
+
+
+def gigabytes(model, mode):
+    return round(model.estimate(FULL, 1, mode).total_bytes / 1e9, 1)
+
+
+def test_the_published_model_on_80_gb():
+    one_gpu, eight_gpus = published_memory(zero=ZERO2), published_memory(zero=ZERO2, num_ranks=8)
+    assert one_gpu.least_checkpointing(FULL, 1, 80e9) == "selective"
+    assert [gigabytes(one_gpu, mode) for mode in CHECKPOINTING_MODES] == [172.5, 44.2, 32.5, 21.4]
+    assert [gigabytes(eight_gpus, mode) for mode in CHECKPOINTING_MODES] == [170.9, 42.6, 30.9, 19.8]
+    sharded = published_memory(zero=ZERO3, num_ranks=8)
+    assert [gigabytes(sharded, mode) for mode in CHECKPOINTING_MODES] == [162.0, 33.7, 21.9, 10.8]
+    parallel = published_memory(zero=ZERO2, sequence_size=4, num_ranks=4)
+    assert parallel.least_checkpointing(FULL, 1, 80e9) == "none"
+    assert one_gpu.least_checkpointing(FULL, 1, 1e9) == "full+offload"  # nothing fits
+
+
+@pytest.mark.parametrize(
+    "zero, quantization, offloaded, on_gpu",
+    [
+        (ZERO2, "none", 21.4, 32.5), (ZERO2_OFFLOAD, "none", 19.5, 30.6), (ZERO2_OFFLOAD, "int8", 14.2, 25.3),
+        (ZERO2, "nf4", 13.5, 24.6), (ZERO2_OFFLOAD, "nf4", 11.6, 22.7), (ZERO3_OFFLOAD, "none", 9.2, 20.3),
+    ],
+)  # fmt: skip
+def test_settings_for_24_gb(zero, quantization, offloaded, on_gpu):
+    """On one GPU, every setting fits with the blocks' inputs on the host; only ZeRO-3 with offload fits without."""
+    model = published_memory(zero=zero, quantization=quantization)
+    assert (gigabytes(model, "full+offload"), gigabytes(model, "full")) == (offloaded, on_gpu)
+    assert model.least_checkpointing(FULL, 1, 24e9) == ("full" if zero is ZERO3_OFFLOAD else "full+offload")
+
+
+def test_cache_sizes():
     assert cached_clip_bytes(FULL, V15, 2) == 2 * 16 * 21 * 96 * 170 * 2 + 3 * 768 * 1360
     assert cached_caption_bytes(V15, 4096, 2) == 226 * 4096 * 2
-    assert rotary_table_bytes(FULL, V15) == 2 * 4 * 44_880 * 64
 
 
 def test_sizes_from_configs_and_targets():
     config = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64, "text_embed_dim": 4096}
-    assert TransformerSize.from_config(config, REAL.num_parameters) == REAL
+    assert TransformerSize.from_config(config, TRANSFORMER.num_parameters) == TRANSFORMER
     targets = [f"transformer_blocks.{block}.{layer}" for block in range(42) for layer in ATTENTION]
-    assert LoraSize.from_targets([*targets, "proj_out"], 132_120_576, 128) == REAL_LORA
+    assert LoraSize.from_targets([*targets, "proj_out"], 132_120_576, 128) == LORA

@@ -51,7 +51,7 @@ def test_fit_by_hand() -> None:
     found = fit(sizes((81, 720, 1280, 2), (81, 360, 640, 1), (20, 720, 1280, 1)), shapes("81x720x720"))
     crop = 1 - 720 / 1280
     assert found.crop == pytest.approx(crop)
-    assert found.upscaled == pytest.approx(1 / 4)
+    assert found.upscaled == pytest.approx(1 / 3)
     assert found.too_short == pytest.approx(1 / 4)
     # The small clip is enlarged twofold: three of four of its pixels are made up.
     assert found.misfit == pytest.approx((2 * crop + (1 - (1 - crop) / 4) + 1) / 4)

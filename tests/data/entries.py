@@ -4,16 +4,16 @@ from pathlib import Path
 
 import torch
 
-from cogds.data.cache.keys import digest
-from cogds.data.cache.store import Cache, Writer
+from cogds.data.cache.keys import cache_key
+from cogds.data.cache.store import Cache
 
 
 def key_of(number):
-    return digest({"number": number})
+    return cache_key({"number": number})
 
 
 def entry(number, size=64):
-    """Other tensors for every number, always the same."""
+    """Tensors that differ for every number and are always the same."""
     generator = torch.Generator().manual_seed(number)
     return {
         "moments": torch.randn(2, size, generator=generator).bfloat16(),
@@ -33,6 +33,11 @@ def write(root, numbers, kind="clips", **options):
             writer.write(key_of(number), entry(number))
 
 
+def fail(root, number, reason="no frames", kind="clips"):
+    with Cache(root).writer(kind) as writer:
+        writer.fail(key_of(number), reason)
+
+
 def read(root, number, kind="clips", snapshot=None):
     cache = Cache(root)
     place = (snapshot or cache.snapshot(kind)).place(key_of(number))
@@ -44,15 +49,17 @@ def files_in(root):
     return sorted(path for path in Path(root).rglob("*") if path.is_file())
 
 
-def left_by_the_dead(root, numbers, kind="clips"):
-    """What a killed writer leaves: staged entries, nobody's lock, and a temporary."""
-    writer = Writer(Path(root) / kind, 1 << 30)
+def stage(root, numbers, kind="clips"):
+    """What a killed run of cogds 0.1 left: a folder with a lock, one file per entry, and a temporary one."""
+    staging = Path(root) / kind / f"staging-{'ab' * 16}"
     for number in numbers:
-        writer.write(key_of(number), entry(number))
-    staging = writer._staging
-    (staging.path / f"{key_of(0)}.1234.tmp.safetensors").write_bytes(b"half")
-    staging.release()
-    return staging.path
+        write(root, [number], kind)
+        (file,) = (path for path in files_in(Path(root) / kind) if path.parent != staging)
+        staging.mkdir(exist_ok=True)
+        file.rename(staging / f"{key_of(number)}.safetensors")
+    (staging / "lock").touch()
+    (staging / f"{key_of(0)}.1234abcd.tmp.safetensors").write_bytes(b"half")
+    return staging
 
 
 def flip(path, at, bit=0):

@@ -14,7 +14,7 @@ from torch.fx import GraphModule  # noqa: E402
 
 from cogds.cli import run  # noqa: E402
 from cogds.model.transformer.forward import Transformer  # noqa: E402
-from cogds.train.main import main  # noqa: E402
+from cogds.cli import call  # noqa: E402
 
 graphs = []
 
@@ -27,7 +27,7 @@ def count(graph, example):
 
 
 def train():
-    main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")
+    call("train", sys.argv[1:], starts_ranks=False)
     Path(f"{os.environ['GRAPHS']}-{os.environ['RANK']}").write_text(" ".join(map(str, graphs)))
 
 

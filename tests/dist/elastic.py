@@ -51,23 +51,18 @@ def overrides(folder, layout, output, *more):
 
 def work(jobs):
     """In every rank: train the jobs, each a DeepSpeed config and overrides, one after another."""
-    from cogds.config.loading import load_config
-    from cogds.model.load import find_model
-    from cogds.config.deepspeed import load_ds_config, resolve
+    from cogds.distributed.process_group import connect, disconnect
+    from cogds.distributed.world import read_world
     from cogds.process.signals import Interrupt
-    from cogds.distributed.world import connect, disconnect, read_world
-    from cogds.encode.survey import make_buckets
-    from cogds.train.main import train
+    from cogds.train.trainer import Trainer
+    from tests.jobs import make_job
 
     world = read_world()
     connect(world, 300)
-    for config, texts in jobs:
-        cfg, explicit = load_config(str(ROOT / "launch/configs/demo.yaml"), texts)
-        model = find_model(cfg.model.path, None)
-        path = str(ROOT / f"ds_configs/{config}.json")
-        Path(cfg.output_dir).mkdir(parents=True, exist_ok=True)
-        ds_config, cfg = resolve(load_ds_config(path), cfg, explicit, world.size, model.hidden_size, path)
-        train(cfg, ds_config, model, make_buckets(cfg, model), world, Interrupt())
+    for deepspeed, words in jobs:
+        job = make_job(*words, config=ROOT / "launch/configs/demo.yaml", deepspeed=deepspeed, world=world)
+        Path(job.cfg.output_dir).mkdir(parents=True, exist_ok=True)
+        Trainer(job, Interrupt()).run()
     disconnect()
 
 

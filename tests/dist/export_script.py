@@ -13,7 +13,8 @@ from cogds.model.load import find_model  # noqa: E402
 from cogds.model.lora.adapter import export, inject  # noqa: E402
 from cogds.engine.start import load_for_stage, start_engine  # noqa: E402
 from cogds.engine.state import TrainState, gather_state, restore_state, trainable  # noqa: E402
-from cogds.distributed.world import connect, disconnect, read_world  # noqa: E402
+from cogds.distributed.process_group import connect, disconnect  # noqa: E402
+from cogds.distributed.world import read_world  # noqa: E402
 
 world = read_world()
 connect(world, 120)

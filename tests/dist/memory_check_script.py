@@ -10,46 +10,43 @@ sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
 
-from cogds.config.loading import load_config  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.geometry import ClipShape  # noqa: E402
 from cogds.train.tuning import choose_execution, prepare_blocks  # noqa: E402
 from cogds.model.load import find_model  # noqa: E402
 from cogds.model.lora.adapter import inject  # noqa: E402
 from cogds.train.memory_check import check_memory  # noqa: E402
-from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
 from cogds.engine.state import gather_state  # noqa: E402
-from cogds.distributed.world import connect, disconnect, read_world  # noqa: E402
+from cogds.distributed.process_group import connect, disconnect  # noqa: E402
+from cogds.distributed.world import read_world  # noqa: E402
+from cogds.train.run import Run  # noqa: E402
+from tests.jobs import make_job  # noqa: E402
 from cogds.train.step import Draws, load_step_builder, random_batch  # noqa: E402
 
 BUCKETS, BATCH_SIZES = (ClipShape(9, 64, 96), ClipShape(17, 96, 128)), (2, 1)
 NUM_STEPS, ACCUMULATION = 3, 2
 
 
-def train(model, world, stage, checked):
+def train(model, world, stage, memory_check):
     """Losses and the state after a few steps, and whether the memory check left the random state alone."""
-    path = str(ROOT / f"ds_configs/zero{stage}.json")
-    settings = [
-        "model.path=unused", "data.path=unused", "train.precision=fp32", f"train.memory_check={checked}",
+    job = make_job(
+        f"model.path={model.path}", "data.path=unused", "train.precision=fp32", f"train.memory_check={memory_check}",
         f"train.gradient_accumulation_steps={ACCUMULATION}", "train.activation_checkpointing=selective",
-        "train.activation_checkpointing_by_bucket={17x96x128: full}",
-    ]  # fmt: skip
-    cfg, explicit = load_config(None, settings)
-    ds_config, cfg = resolve(load_ds_config(path), cfg, explicit, world.size, model.hidden_size, path)
+        "train.activation_checkpointing_by_bucket={17x96x128: full}", "data.buckets=[9x64x96, 17x96x128]",
+        deepspeed=f"zero{stage}", world=world,
+    )  # fmt: skip
+    cfg, ds_config = job.cfg, job.ds_config
     transformer = load_for_stage(model, torch.float32, ds_config, world)
     parameters = inject(transformer, 4, 8, 0.0, ("to_q", "to_k", "to_v", "to_out.0"), seed=0)
     transformer.train()
-    execution = choose_execution(cfg, ds_config, model, BUCKETS, BATCH_SIZES, world)
+    execution = choose_execution(job, BATCH_SIZES)
     prepare_blocks(transformer, execution)
     engine = start_engine(transformer, parameters, ds_config)
     no_caption = torch.zeros(model.geometry.text_tokens, model.transformer_config["text_embed_dim"])
     builder = load_step_builder(model, cfg.conditioning, no_caption, torch.float32, world.device)
     data = SimpleNamespace(index=SimpleNamespace(sizes=((3,), (1,))))
-    run = SimpleNamespace(
-        cfg=cfg, ds_config=ds_config, model=model, buckets=BUCKETS, world=world, data=data, execution=execution,
-        plan=SimpleNamespace(local_batch_sizes=BATCH_SIZES),
-    )  # fmt: skip
+    run = Run(job, data, SimpleNamespace(local_batch_sizes=BATCH_SIZES), execution, first_step=0)
     torch.manual_seed(world.rank)
     before = torch.get_rng_state()
     found = check_memory(run, engine, builder)

@@ -23,9 +23,11 @@ from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine  # noqa: E402
 from cogds.engine.sequence_groups import share_clips  # noqa: E402
 from cogds.engine.state import TrainState, restore_state, trainable  # noqa: E402
-from cogds.distributed.world import connect, disagreeing, disconnect, read_world  # noqa: E402
+from cogds.distributed.collectives import disagreeing_data_ranks  # noqa: E402
+from cogds.distributed.process_group import connect, disconnect  # noqa: E402
+from cogds.distributed.world import read_world  # noqa: E402
 
-# Latents F, H, W: 15 video tokens; a portrait bucket, 10; each with its checkpointing mode. 5 text tokens.
+# Latents F, H, W: 15 video tokens; a portrait bucket, 10; each with its level of recomputation. 5 text tokens.
 SHAPES = {"odd": ((2, 6, 10), "selective"), "portrait": ((4, 10, 2), "full")}
 LORA = (4, 8, 0.0, ("all-linear",), 0)
 
@@ -88,8 +90,8 @@ def shared(model, world, stage):
     restore_state(engine, TrainState({f"weight/{name}": value for name, value in weights.items()}), world)
     set_learning_rate(engine, 0.0)  # so that every shape meets the same weights
     found = {}
-    for shape, (_, checkpointing) in SHAPES.items():
-        transformer.set_checkpointing(checkpointing)
+    for shape, (_, level) in SHAPES.items():
+        transformer.set_checkpointing(level)
         loss = loss_of(engine, shape, world.data_rank)
         engine.backward(loss)
         gradients = {name: safe_get_full_grad(one).clone() for name, one in ours.items()}
@@ -114,9 +116,9 @@ connect(whole, 120)
 check_against_deepspeed(whole)
 model, report = find_model(str(model_path)), []
 for sequence in (2, 4):
-    world = dataclasses.replace(whole, sequence_size=sequence)
-    assert disagreeing(world, world.data_rank) == []
-    assert disagreeing(world, int(world.rank == 0)) == [0]
+    world = dataclasses.replace(whole, sequence=sequence)
+    assert disagreeing_data_ranks(world, world.data_rank) == []
+    assert disagreeing_data_ranks(world, int(world.rank == 0)) == [0]
     reference = alone(model, world.data_size)
     for stage in (1, 2, 3):
         for shape, (losses, gradients, norm) in shared(model, world, stage).items():

@@ -14,8 +14,8 @@ import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
-import cogds.train.loop  # noqa: E402
-from cogds.train.main import main  # noqa: E402
+import cogds.train.trainer  # noqa: E402
+from cogds.cli import call  # noqa: E402
 
 
 def place():
@@ -38,7 +38,7 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-train_step, waits, watching = cogds.train.loop.train_step, [], []
+train_step, waits, watching = cogds.train.trainer.train_step, [], []
 
 
 def watched(*args):
@@ -55,8 +55,8 @@ def synchronize(*_):
         waits.append(place())
 
 
-cogds.train.loop.train_step = watched
+cogds.train.trainer.train_step = watched
 # DeepSpeed waits through an object of its own, on a CPU for nothing.
 torch.cuda.synchronize = get_accelerator().synchronize = synchronize
-main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml", sys.argv[1:])
+call("train", sys.argv[1:], starts_ranks=False)
 Path(os.environ["READS"]).write_text(json.dumps({"reads": Reads.steps, "waits": waits}))

@@ -7,7 +7,7 @@ import torch
 from safetensors import safe_open
 from safetensors.torch import load_file
 
-from cogds.data.cache.shard import checksum_text, write_shard
+from cogds.data.cache.shard import entry_record, write_shard
 from tests.dist.conftest import adapter, metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -24,7 +24,7 @@ def poison(cache):
         if done == 0:
             tensors[f"{key}/moments"].fill_(torch.inf)
             entry = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(key)}
-            texts[key] = checksum_text(key, entry)
+            texts[key] = entry_record(key, entry)
             path.unlink()
             write_shard(path, tensors, {name: text for name, text in texts.items() if name != "format"})
             done += 1

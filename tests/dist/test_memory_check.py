@@ -22,6 +22,6 @@ def test_a_run_is_the_same_bit_for_bit(tiny_model, tmp_path, warm):
         assert case["num_tensors"] == 3 * 2 * 4 * 2  # weights and moments, of 2 blocks' 4 adapted layers
         assert case["random state kept"]
         assert case["said"][0] == "None"
-        assert case["said"][1].startswith("tried 17x96x128, batch 1, activation checkpointing full")
+        assert "17x96x128, batch 1, activation checkpointing full" in case["said"][1]
     two, three = (case["weights"] for case in report.values())
     assert three == pytest.approx(two, rel=1e-3)

@@ -5,7 +5,7 @@ import importlib.util
 import pytest
 
 from cogds.errors import UserError
-from cogds.train.main import main
+from cogds.cli import call
 from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses
 
@@ -38,5 +38,5 @@ def test_losses_are_near_those_of_the_full_base(train_once, ds, precision, quant
 def test_stage_3_is_refused_before_anything_else_is_done(tiny_model, tmp_path):
     arguments = [f"model.path={tiny_model}", f"data.path={tmp_path}", f"output_dir={tmp_path / 'run'}"]
     with pytest.raises(UserError, match=r"model.quantization=int8 does not go with ZeRO stage 3.*take stage 2"):
-        main(ROOT / "ds_configs/zero3.json", CONFIG, [*arguments, "model.quantization=int8"])
+        call("train", ["--deepspeed", "zero3", *arguments, "model.quantization=int8"])
     assert not (tmp_path / "run").exists()

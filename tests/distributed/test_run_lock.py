@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from cogds.distributed.run_lock import LOCK_FILE, only_run
+from cogds.distributed.run_lock import LOCK_FILE, hold_run_lock
 from cogds.distributed.world import World
 from cogds.errors import UserError
 
@@ -16,11 +16,11 @@ ALONE = World(0, 1, 0, 1)
 
 
 def test_a_second_run_is_refused_and_told_who_is_there(tmp_path, capsys):
-    second = only_run(ALONE, tmp_path, wait_s=0.05)
-    with only_run(ALONE, tmp_path), pytest.raises(UserError, match=r"another run is writing into .*\(process \d+ on "):
+    second = hold_run_lock(ALONE, tmp_path, wait_s=0.05)
+    with hold_run_lock(ALONE, tmp_path), pytest.raises(UserError, match=f"output_dir: .*process {os.getpid()}"):
         second.__enter__()
-    assert capsys.readouterr().out.count("waiting for it") == 1
-    with only_run(ALONE, tmp_path, wait_s=0):
+    assert capsys.readouterr().out.count(str(tmp_path)) == 1
+    with hold_run_lock(ALONE, tmp_path, wait_s=0):
         pass
 
 
@@ -28,7 +28,7 @@ def test_a_run_that_ends_makes_way(tmp_path):
     entered, left = threading.Event(), threading.Event()
 
     def first():
-        with only_run(ALONE, tmp_path):
+        with hold_run_lock(ALONE, tmp_path):
             entered.set()
             left.wait(10)
 
@@ -36,7 +36,7 @@ def test_a_run_that_ends_makes_way(tmp_path):
     thread.start()
     entered.wait(10)
     threading.Timer(0.2, left.set).start()
-    with only_run(ALONE, tmp_path, wait_s=30):
+    with hold_run_lock(ALONE, tmp_path, wait_s=30):
         assert left.is_set()
     thread.join()
 
@@ -46,7 +46,7 @@ def test_a_forked_child_that_outlives_its_run_is_no_run(tmp_path):
     run = os.fork()
     if not run:
         try:
-            lock = only_run(ALONE, tmp_path)
+            lock = hold_run_lock(ALONE, tmp_path)
             lock.__enter__()
             if not os.fork():
                 os.write(tell, b"%d" % os.getpid())
@@ -57,7 +57,7 @@ def test_a_forked_child_that_outlives_its_run_is_no_run(tmp_path):
     worker = int(os.read(told, 20))
     os.waitpid(run, 0)
     try:
-        with only_run(ALONE, tmp_path, wait_s=0):
+        with hold_run_lock(ALONE, tmp_path, wait_s=0):
             os.kill(worker, 0)  # it is there
     finally:
         os.kill(worker, signal.SIGKILL)
@@ -69,6 +69,6 @@ def test_a_disk_without_locks_is_said(tmp_path, monkeypatch, capsys):
         raise OSError(95, "Operation not supported")
 
     monkeypatch.setattr(fcntl, "flock", none)
-    with only_run(ALONE, tmp_path):
+    with hold_run_lock(ALONE, tmp_path):
         assert (tmp_path / LOCK_FILE).exists()
-    assert "has no locks" in capsys.readouterr().err
+    assert str(tmp_path) in capsys.readouterr().err

@@ -9,8 +9,7 @@ sys.path.insert(0, str(ROOT))
 
 if __name__ == "__main__":
     import cogds.encode.encoder
-    from cogds.cli import run
-    from cogds.encode.main import main
+    from cogds.cli import call, run
 
     encode_pixels = cogds.encode.encoder.encode_pixels
 
@@ -20,4 +19,4 @@ if __name__ == "__main__":
         return encode_pixels(vae, pixels, tiled)
 
     cogds.encode.encoder.encode_pixels = counted
-    sys.exit(run(lambda: main(ROOT / "launch/configs/demo.yaml")))
+    sys.exit(run(lambda: call("encode", sys.argv[1:], starts_ranks=False)))

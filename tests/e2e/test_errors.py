@@ -49,8 +49,7 @@ def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # n
     ]  # fmt: skip
 
     def error_of(*argv):
-        default_ds, default_config = ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml"
-        assert cli.run(lambda: train.main(default_ds, default_config, [*good, *argv])) == 2
+        assert cli.run(lambda: cli.call("train", [*good, *argv], starts_ranks=False)) == 2
         said = [line for line in capsys.readouterr().err.splitlines() if "file/s]" not in line and line.strip()]
         assert len(said) == 1
         assert said[0].startswith("error: ")

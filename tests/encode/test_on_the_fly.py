@@ -6,7 +6,6 @@ import time
 import pytest
 import torch
 
-from cogds.config.loading import load_config
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import ClipDataset, ClipOrder, collate, read_encoded
 from cogds.data.loading.sampler import BucketBatchSampler
@@ -14,11 +13,9 @@ from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import prepare
 from cogds.encode.on_the_fly import ahead
-from cogds.encode.order import make_plan
-from cogds.encode.survey import make_buckets
-from cogds.model.load import find_model
-from cogds.train.loop import Run, load_batches
+from cogds.train.batches import Run, load_batches
 from cogds.train.tuning import Execution
+from tests.jobs import make_job
 
 ALONE = World(0, 1, 0, 1)
 
@@ -29,19 +26,16 @@ def start(tiny_model, tmp_path):
     draw_clips(tmp_path / "clips")
 
     def run(*overrides):
-        cfg, _ = load_config(
-            None,
-            [f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
-             "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=1", "train.precision=fp32",
-             "train.num_steps=6", "train.batch_size=2", *overrides],
+        job = make_job(
+            f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
+            "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=1", "train.precision=fp32",
+            "train.num_steps=6", "train.batch_size=2", *overrides,
         )  # fmt: skip
-        model = find_model(cfg.model.path)
-        buckets = make_buckets(cfg, model)
-        data = prepare(cfg, model, buckets, ALONE)
-        plan = make_plan(cfg, data.mixture, buckets, model, 1)
+        data = prepare(job.cfg, job.model, job.buckets, ALONE)
+        plan = job.plan(data.mixture)
         order = ClipOrder(data.index, data.mixture)
         draws = list(BucketBatchSampler(plan, 0, 0, 20))
-        made = Run(cfg, {}, model, buckets, ALONE, data, plan, Execution("torch", False, ("none",)), first_step=0)
+        made = Run(job, data, plan, Execution("torch", False, ()), first_step=0)
         return lambda: list(load_batches(made)), order, draws
 
     return run

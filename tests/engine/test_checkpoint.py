@@ -191,7 +191,7 @@ def test_a_damaged_one_is_named_and_the_one_before_taken(tmp_path, capsys, damag
     damage(tmp_path / "step-000003")
     assert found(tmp_path).name == "step-000002"
     said = capsys.readouterr().err
-    assert said.startswith("WARNING: ")
+    assert said.startswith("warning: ")
     assert says in said
     assert "step-000003" in said
     with pytest.raises(UserError, match=says):  # one that was asked for by name is not replaced by another

@@ -2,23 +2,12 @@
 
 import pytest
 
+from cogds.cli import call
 from cogds.data.loading.dataset import Bad
-from cogds.distributed.world import World, disagreeing
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.train import bad_samples as quarantine
-from cogds.train.main import main
 from tests.config.test_deepspeed import ZERO2, refused, resolve
-from tests.conftest import ROOT
-
-
-def test_neighbours_are_one_rank_of_data_parallelism():
-    worlds = [World(rank, 6, 0, 6, sequence_size=2) for rank in range(6)]
-    assert [world.data_rank for world in worlds] == [0, 0, 1, 1, 2, 2]
-    assert [world.sequence_rank for world in worlds] == [0, 1] * 3
-    assert {world.data_size for world in worlds} == {3}
-    alone = World(3, 6, 0, 6)
-    assert (alone.data_rank, alone.data_size, alone.sequence_rank) == (3, 6, 0)
-    assert disagreeing(alone, 5) == []
 
 
 def test_a_batch_counts_clips_and_not_ranks():
@@ -28,7 +17,7 @@ def test_a_batch_counts_clips_and_not_ranks():
     assert "train_batch_size" not in out  # DeepSpeed takes ranks for clips, and what is left is right for it
     assert out["train_micro_batch_size_per_gpu"] == 3
     said = refused(shared, "train.batch_size=3", "parallel.sequence_size=4", world_size=4)
-    assert "x 1 groups of 4 ranks is 3. Set it to \"auto\", or gradient_accumulation_steps to 2" in said
+    assert 'x 1 groups of 4 ranks is 3. Set it to "auto", or gradient_accumulation_steps to 2' in said
     assert "parallel.sequence_size" in refused({**ZERO2, "sequence_parallel_size": 2})
     assert "communication_data_type" in refused({**ZERO2, "seq_parallel_communication_data_type": "fp32"})
 
@@ -36,15 +25,15 @@ def test_a_batch_counts_clips_and_not_ranks():
 @pytest.mark.parametrize("rank, shared", [(0, False), (1, True), (2, False), (3, True)])
 def test_ranks_of_a_clip_must_read_the_same_files(tmp_path, monkeypatch, rank, shared):
     """Rank 0 says it, and whoever has something to add."""
-    world, bad = World(rank, 4, 0, 4, sequence_size=2), [Bad(7, "/a.mp4", "gone")] if rank == 2 else []
+    world, bad = World(rank, 4, 0, 4, sequence=2), [Bad(7, "/a.mp4", "gone")] if rank == 2 else []
     kept = quarantine.Quarantine(world, tmp_path, num_clips=100, most=0.1)
-    monkeypatch.setattr(quarantine, "disagreeing", lambda _world, _value: [1])
+    monkeypatch.setattr(quarantine, "disagreeing_data_ranks", lambda _world, _value: [1])
     with pytest.raises(UserError, match="of the ranks 2 to 3, which share a clip, some could not read") as error:
         kept.add(bad)
     assert ("/a.mp4: gone" in str(error.value)) == bool(bad)
     assert error.value.shared == shared
     values = []
-    monkeypatch.setattr(quarantine, "disagreeing", lambda _world, value: values.append(value))
+    monkeypatch.setattr(quarantine, "disagreeing_data_ranks", lambda _world, value: values.append(value))
     for found in ([], bad, []):
         kept.add(found)
     assert values[0] == values[2]
@@ -61,5 +50,5 @@ def test_what_does_not_divide_is_said_before_anything_is_loaded(tiny_model, tmp_
     with pytest.raises(
         UserError, match=r"parallel.sequence_size is 2, .* number of ranks, 1, and .* heads, 2: set it to 1,"
     ):
-        main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml", settings)
+        call("train", settings, starts_ranks=False)
     assert not (tmp_path / "out").exists()

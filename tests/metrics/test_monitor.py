@@ -15,7 +15,6 @@ from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.metrics.jsonl import rewind_metrics, step_lines
 from cogds.metrics.monitor import Monitor
-from cogds.metrics.progress_line import QUIET
 from cogds.metrics.step_metrics import StepLosses
 
 BUCKETS = (ClipShape(9, 64, 64), ClipShape(17, 64, 96))
@@ -34,7 +33,7 @@ class Settled(Monitor):
 
 
 def make(tmp_path, first_step=0, every=1):
-    return Settled(World(0, 1, 0, 1), tmp_path, BUCKETS, first_step, 10, every, QUIET)
+    return Settled(World(0, 1, 0, 1), tmp_path, BUCKETS, first_step, 10, every)
 
 
 def losses(value, bucket=0):

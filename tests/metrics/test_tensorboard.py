@@ -13,7 +13,6 @@ from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 from cogds.distributed.world import World
 from cogds.metrics.images import encode_animation, encode_picture
 from cogds.metrics.monitor import Monitor
-from cogds.metrics.progress_line import QUIET
 from cogds.metrics.tensorboard import (
     LAYOUT,
     animation_record,
@@ -83,7 +82,7 @@ def test_a_long_animation_has_an_end():
 
 @pytest.mark.parametrize("pixels", [np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8)])
 def test_what_is_no_picture_is_said_and_stops_nothing(tmp_path, pixels, capsys):
-    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, 0, 10, 1, QUIET)
+    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, 0, 10, 1)
     monitor.picture(1, "data/odd", pixels)
     monitor.animation(1, "data/odd", pixels, 8)
     monitor.close()
@@ -92,7 +91,7 @@ def test_what_is_no_picture_is_said_and_stops_nothing(tmp_path, pixels, capsys):
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    monitor = Monitor(World(1, 2, 1, 2), tmp_path, BUCKETS, 0, 10, 1, QUIET)
+    monitor = Monitor(World(1, 2, 1, 2), tmp_path, BUCKETS, 0, 10, 1)
     monitor.note(1, {"a": 1.0})
     monitor.text("a", "b")
     monitor.picture(1, "a", gradient(8, 8))
@@ -122,7 +121,7 @@ def test_the_settings_are_read_back_by_tensorboard(tmp_path):
 
 
 def test_a_full_disk_takes_the_pictures_later(small_disk, capsys):  # noqa: F811
-    monitor = Monitor(World(0, 1, 0, 1), small_disk, BUCKETS, 0, 10, 1, QUIET)
+    monitor = Monitor(World(0, 1, 0, 1), small_disk, BUCKETS, 0, 10, 1)
     picture = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)  # 77 kB on a disk of 64
     monitor.picture(1, "data/large", picture)
     monitor.record(1, {"train/lr": 0.5}, losses(1.0))
@@ -143,7 +142,7 @@ def test_a_full_disk_takes_the_pictures_later(small_disk, capsys):  # noqa: F811
 
 def test_a_folder_that_cannot_be_written_stops_nothing(tmp_path, capsys):
     (tmp_path / "tensorboard").touch()
-    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, 0, 10, 1, QUIET)
+    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, 0, 10, 1)
     monitor.picture(1, "data/one", gradient(8, 8))
     monitor.record(1, {"train/lr": 0.5}, losses(1.0))
     monitor.close()

@@ -1,7 +1,6 @@
 import json
 import math
 import sys
-from types import SimpleNamespace
 
 import pytest
 
@@ -9,9 +8,8 @@ from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.metrics.jsonl import metrics_line
 from cogds.metrics.monitor import Monitor
-from cogds.metrics.progress_line import QUIET
 from cogds.metrics.step_metrics import StepLosses
-from cogds.metrics.trackers import Relay, check_monitors, relay_of
+from cogds.metrics.trackers import Trackers, check_monitors
 
 
 class Kept:
@@ -32,7 +30,7 @@ def step(number, loss=1.0):
 
 def test_steps_never_go_back():
     kept = Kept()
-    relay = Relay(kept)
+    relay = Trackers(kept)
     relay.write([metrics_line(0, {"eval/loss": 3.0})])  # before the first step
     assert kept.events == []
     relay.write([metrics_line(2, {"eval/loss": 2.0})])  # evaluated before the lines of steps 1 and 2 were read
@@ -49,12 +47,12 @@ def test_steps_never_go_back():
 
 def test_what_is_not_finite_arrives_as_such():
     kept = Kept()
-    Relay(kept).write([step(1, math.inf)])
+    Trackers(kept).write([step(1, math.inf)])
     assert math.isnan(kept.events[0][1])
 
 
 def test_a_service_that_cannot_be_reached_is_told_once(capsys):
-    relay = Relay(Kept(fails=True))
+    relay = Trackers(Kept(fails=True))
     for number in range(5):
         relay.write([step(number)])
     relay.close()
@@ -64,16 +62,9 @@ def test_a_service_that_cannot_be_reached_is_told_once(capsys):
     )
 
 
-def test_the_engine_writes_no_more_itself():
-    engine = SimpleNamespace(monitor=Kept())
-    assert relay_of(engine) is not None
-    assert not engine.monitor.enabled
-    assert relay_of(engine) is None
-
-
 def test_it_gets_the_lines_of_the_file(tmp_path):
     kept = Kept()
-    monitor = Monitor(World(0, 1, 0, 1), tmp_path, [], 0, 10, 2, QUIET, Relay(kept))
+    monitor = Monitor(World(0, 1, 0, 1), tmp_path, [], 0, 10, 2, False, Trackers(kept))
     for number in (1, 2, 3):
         losses = StepLosses(0, "cpu")
         monitor.record(number, {"train/lr": 0.5}, losses)

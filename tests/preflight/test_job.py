@@ -17,7 +17,7 @@ def job(tiny_model, tmp_path):
 
 def test_weights_that_wait_on_the_host_are_counted_as_torch_pins_them(job):
     alone = job("zero3_offload", World(0, 1, 0, 1), "train.precision=bf16")
-    plain = 2 * alone.sizes.transformer.num_parameters
+    plain = 2 * alone.memory.transformer.num_parameters
     assert plain < alone.offloaded_bytes < 2 * plain
     shared = job("zero3_offload", World(0, 2, 0, 2), "train.precision=bf16").offloaded_bytes
     assert shared == pytest.approx(alone.offloaded_bytes / 2, rel=0.01)

@@ -5,7 +5,8 @@ import threading
 import pytest
 import torch.distributed as dist
 
-from cogds.distributed.world import World, open_store
+from cogds.distributed.process_group import open_store
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.preflight import roster as roster_module
 from cogds.preflight.roster import Roster, bounded

@@ -100,11 +100,11 @@ def test_other_files_called_lock_stay(tmp_path):
 
 def test_a_build_is_announced_once(tmp_path, capsys):
     announce_build(tmp_path, "some_op")
-    assert "building DeepSpeed's some_op" in capsys.readouterr().err
+    assert "some_op" in capsys.readouterr().out
     (tmp_path / "py311_cpu/some_op").mkdir(parents=True)
     (tmp_path / "py311_cpu/some_op/some_op.so").touch()
     announce_build(tmp_path, "some_op")
-    assert capsys.readouterr().err == ""
+    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_that_cannot_be_written_is_no_failure(tmp_path):

@@ -1,29 +1,59 @@
 import io
+import logging
 import sys
 
 import pytest
 
-from cogds.process.progress import progress
+from cogds.process import progress
+from cogds.process.logs import RESULT, configure_logging
+from cogds.process.progress import is_terminal, progress_bar
 
 
-@pytest.mark.parametrize("is_terminal, num_lines", [(True, 4), (False, 2)])
-def test_a_log_is_not_flooded(monkeypatch, is_terminal, num_lines):
-    """A line at the beginning and one at the end; on a terminal each step is drawn."""
-    stream = io.StringIO()
-    stream.isatty = lambda: is_terminal
-    monkeypatch.setattr(sys, "stderr", stream)
-    bar = progress("reading", "file", 1000)
-    for _ in range(1000):
-        bar.mininterval = 0 if is_terminal else bar.mininterval
-        bar.update()
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+@pytest.mark.parametrize(
+    "stream, job, expected", [(Terminal(), None, True), (Terminal(), "7", False), (io.StringIO(), None, False)]
+)
+def test_under_slurm_every_stream_is_a_log(monkeypatch, stream, job, expected):
+    if job:
+        monkeypatch.setenv("SLURM_JOB_ID", job)
+    else:
+        monkeypatch.delenv("SLURM_JOB_ID", raising=False)
+    assert is_terminal(stream) is expected
+
+
+def test_on_a_terminal_the_bar_moves(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", Terminal())
+    monkeypatch.setattr("tqdm.std.tqdm.monitor_interval", 0)
+    for _ in progress_bar("reading", "file", 3, items=range(3)):
+        pass
+    drawn = sys.stderr.getvalue().split("\r")
+    assert "0/3" in drawn[1]
+    assert "3/3" in drawn[-1]
+    assert capsys.readouterr().out == ""
+
+
+@pytest.mark.parametrize("interval_s, lines", [(0.0, ["1/2", "2/2"]), (60.0, [])])
+def test_a_log_gets_a_line_each_interval(monkeypatch, capsys, interval_s, lines):
+    monkeypatch.setattr(progress, "LOG_INTERVAL_S", interval_s)
+    bar = progress_bar("reading", "file", 2)
+    bar.delay = interval_s
+    bar.update()
+    bar.update()
     bar.close()
-    drawn = [line for line in stream.getvalue().split("\r") if line.strip()]
-    assert len(drawn) >= num_lines if is_terminal else len(drawn) == num_lines
-    assert "1000/1000" in drawn[-1]
+    printed = capsys.readouterr()
+    counts = dict.fromkeys(line.split()[1].rstrip(",") for line in printed.out.splitlines())  # the last comes twice
+    assert [count for count in counts if count != "0/2"] == lines
+    assert printed.err == ""
 
 
-def test_nothing_is_said_where_it_is_not_shown(monkeypatch):
-    stream = io.StringIO()
-    monkeypatch.setattr(sys, "stderr", stream)
-    assert list(progress("reading", "file", 3, shown=False, items=range(3))) == [0, 1, 2]
-    assert stream.getvalue() == ""
+@pytest.mark.parametrize("rank, level, show", [(0, RESULT, True), (1, logging.INFO, True), (0, logging.INFO, False)])
+@pytest.mark.parametrize("stream", [Terminal, io.StringIO])
+def test_with_quiet_and_on_other_ranks_there_is_no_bar(monkeypatch, capsys, rank, level, show, stream):
+    configure_logging(rank, level)
+    monkeypatch.setattr(sys, "stderr", stream())
+    assert list(progress_bar("reading", "file", 3, show, items=range(3))) == [0, 1, 2]
+    assert sys.stderr.getvalue() == capsys.readouterr().out == ""

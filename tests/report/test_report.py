@@ -9,15 +9,18 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from cogds.arguments import parse_args
 from cogds.core.buckets import crop_share
-from cogds.core.geometry import ClipShape
-from cogds.core.memory import cached_caption_bytes, cached_clip_bytes
+from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
+from cogds.core.memory import ZeroSettings
 from cogds.core.plan import Plan
-from cogds.report.facts import Captions, ClipTable, Rates, Setup, make_report, measured_rates
-from cogds.report.html import contact_sheet, crop_picture, html_page, printable, write_html
+from cogds.errors import UserError
+from cogds.formatting import gigabytes
+from cogds.report.analysis import Captions, ClipTable, Rates, TrainingSetup, make_report, read_rates
+from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
-from tests.core.test_memory import COGVIDEOX_VAE, REAL, REAL_LORA, V15
+from tests.published_model import V15, published_memory
 
 BUCKETS = tuple(map(ClipShape.parse, ("49x768x1360", "81x768x1360", "81x1360x768")))
 GOOD = Captions(num_missing=0, num_empty=0, num_too_long=0, num_distinct=4, limit=226)
@@ -58,15 +61,14 @@ ROWS = [
 ]
 
 
+MEMORY = published_memory(zero=ZeroSettings(stage=2, reduce_bucket_size=9_437_184), num_ranks=2, buckets=BUCKETS)
+
+
 def setup(**changes):
-    return dataclasses.replace(
-        Setup(
-            buckets=BUCKETS, geometry=V15, batch_sizes=(2, 1, 1), num_ranks=2, accumulation=2,
-            zero={"stage": 2, "reduce_bucket_size": 9_437_184}, transformer=REAL, lora=REAL_LORA, vae=COGVIDEOX_VAE,
-            precision="bf16", checkpointing_modes=("full",) * 3,
-        ),
-        **changes,
-    )  # fmt: skip
+    """The setup of a run. Changes may be fields of the memory model, too."""
+    ours = TrainingSetup(MEMORY, batch_sizes=(2, 1, 1), accumulation=2, checkpointing=("full",) * 3)
+    of_memory = {name: changes.pop(name) for name in list(changes) if name in MEMORY.__dataclass_fields__}
+    return dataclasses.replace(ours, memory=dataclasses.replace(MEMORY, **of_memory), **changes)
 
 
 def report(rows=ROWS, captions=GOOD, **changes):
@@ -97,7 +99,7 @@ def test_totals():
     assert found.cache_bytes == found.caption_cache_bytes + sum(one.cache_bytes for one in found.buckets)
     assert found.largest is found.buckets[0]
     assert found.epoch_s is None
-    assert report(cached=False).cache_bytes == 0
+    assert report(is_cached=False).cache_bytes == 0
 
 
 def test_reasons_are_counted_by_phrase_with_examples():
@@ -133,15 +135,16 @@ def test_windows_and_repeats():
 
 def test_pieces_of_the_table_add_up(monkeypatch):
     whole = report()
-    monkeypatch.setattr("cogds.report.facts.ROWS_AT_ONCE", 3)
+    monkeypatch.setattr("cogds.report.analysis.ROWS_AT_ONCE", 3)
     assert report() == whole
 
 
 def test_a_dataset_without_a_clip():
     found = report([ROWS[-1]])
     assert (found.num_clips, found.largest, found.suggestion) == (0, None, None)
-    assert "0 of 1 clip in" in short_report(found)
-    assert "no bucket has a clip" in html_page(found, table([ROWS[-1]]), no_frame)
+    assert short_report(found)
+    page = html_page(found, table([ROWS[-1]]), no_frame)
+    assert page.count("<svg ") == page.count("<img ") == 0
     assert report([]).num_rows == 0
 
 
@@ -152,16 +155,16 @@ def test_rates_of_an_earlier_run(tmp_path):
     lines += [{"perf/tokens_per_s": 1000.0, "perf/step_s": 60.0, **one, "train/loss/bucket=49x768x1360": 1.0}]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": n, **line}) + "\n" for n, line in enumerate(lines)) + '{"step": 9')
-    rates = measured_rates(file)
+    rates = read_rates(file)
     assert rates == Rates(1000.0, {"81x768x1360": 41.0}, str(file))
     found = report(rates=rates)
     assert (found.buckets[1].step_s, found.buckets[1].step_is_measured) == (41.0, True)
     assert found.buckets[0].step_s == pytest.approx((7 * 48 * 85 + 226) * 2 * 2 * 2 / 1000)
     assert not found.buckets[0].step_is_measured
     assert found.epoch_s == pytest.approx(sum(one.steps * one.step_s for one in found.buckets))
-    assert measured_rates(tmp_path / "none.jsonl") is None
+    assert read_rates(tmp_path / "none.jsonl") is None
     file.write_text("")
-    assert measured_rates(file) is None
+    assert read_rates(file) is None
 
 
 def test_better_buckets_are_suggested_only_where_the_given_ones_fit_badly():
@@ -170,16 +173,43 @@ def test_better_buckets_are_suggested_only_where_the_given_ones_fit_badly():
     found = report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,)).suggestion
     assert found
     assert found.after.crop < 0.02 < 0.6 < found.before.crop
-    assert "fit these clips badly: 68%" in short_report(report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,)))
+    assert "data.buckets=[81x1360x768]" in printed(report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,)))
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_given_buckets_have_one_share_of_upscaled_clips():
+    """A clip that is too short, and sizes that the suggestion's counting rounds, do not make a second figure."""
+    rows = [(f"/{n}.mp4", 90, 477 if n else 1080, 640 if n else 1920, 0, None) for n in range(4)]
+    rows += [("/short.mp4", 5, 477, 640, -1, None)]
+    found = report(rows, buckets=(ClipShape(81, 480, 640),), batch_sizes=(1,))
+    assert found.suggestion
+    assert found.upscaled_share == 0.75
+    for text in (printed(found), html_page(found, table(rows), no_frame)):
+        assert set(re.findall(r"(\d+)% of the trained clips", text)) == {"75"}
 
 
 def test_the_short_form_is_short():
-    text = short_report(report(captions=Captions(3, 1, 2, 4, 226)))
-    assert "4 of 8 clips in 3 of 3 buckets" in text
-    assert "4 clips not trained: 2 x cannot be opened" in text
-    assert "2 captions longer than 226 tokens" in text
-    assert "(an estimate)" in text
-    assert len(text.splitlines()) <= 8
+    found = report(captions=Captions(3, 1, 2, 4, 226))
+    lines, memory = short_report(found).splitlines(), gigabytes(found.largest.memory.total_bytes)
+    assert len(lines) <= 8
+    for expected in ("4 of 8 clips", "2 x cannot be opened", "3 clips", "2 captions", "226 tokens", memory):
+        assert any(expected in line for line in lines), expected
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_buckets_without_clips_are_one_line():
+    found = report(ROWS[1:3])
+    text = printed(found)
+    (line,) = (line for line in text.splitlines() if "49x768x1360" in line and "data.buckets" not in line)
+    assert "81x1360x768" in line
+    page = html_page(found, table(ROWS[1:3]), no_frame)
+    assert re.findall(r'<th scope="row">(\d+x\d+x\d+)</th>', page) == ["81x768x1360"]
+
+
+def test_one_step_is_singular():
+    found = report(ROWS[:1], batch_sizes=(1, 1, 1), accumulation=1)
+    assert found.steps_per_epoch == 1
+    assert "1 step per epoch" in short_report(found)
 
 
 def printed(found, **console):
@@ -192,37 +222,35 @@ def test_tables_are_plain_where_there_is_no_terminal():
     text = printed(report())
     assert "\x1b" not in text
     assert text.isascii()
-    assert re.search(r"81x768x1360 +2 +2 +45,106 +1 +1 +0\.5 .*not measured", text)
-    assert "not yet compared with a GPU" in text
+    assert re.search(r"81x768x1360 +2 +2 +45,106 +1 +1 +0\.5 .*not measured\n", text)
     assert "kept activations" in text
     assert "\x1b" in printed(report(), force_terminal=True, width=200)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_pinned_host_memory_is_said_where_there_is_any():
-    offloaded = report(ROWS[1:3], checkpointing_modes=("full+offload",) * 3)
+    offloaded = report(ROWS[1:3], checkpointing=("full+offload",) * 3)
     assert offloaded.buckets[1].pinned_bytes == pytest.approx(42 * 264 * 2**20, rel=0.01)  # 42 blocks' inputs
-    assert re.search(r"pinned host memory for it +11\.6 GB", printed(offloaded))
-    assert "pinned host memory for it</th><td>11.6 GB" in html_page(offloaded, table(ROWS), no_frame)
+    assert re.search(r"pinned .* 11\.6 GB", printed(offloaded))
+    assert re.search(r"pinned .*</th><td>11\.6 GB", html_page(offloaded, table(ROWS), no_frame))
     assert "pinned" not in printed(report()) + html_page(report(), table(ROWS), no_frame)
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_what_does_not_fit_is_said_with_what_would():
     found = report(gpu_bytes=24e9)
     sentence = found.buckets[1].shortfall
-    assert sentence.startswith(
-        "81x768x1360, batch 1, will not fit: about 31.6 GB with train.activation_checkpointing=full, of 24.0 GB on a "
-        "GPU; "
-    )
+    assert all(part in sentence for part in ("81x768x1360", "31.6 GB", "24.0 GB"))
     assert "train.activation_checkpointing=full+offload (20.5 GB)" in sentence
     assert sentence in short_report(found)
-    assert re.search(r"81x768x1360 .* full +31\.6 GB, too much", printed(found))
-    assert "<td>full</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
-    # What no clip is in is not spoken of.
-    assert "will not fit" not in short_report(report(ROWS[:1], batch_sizes=(1, 9, 9), gpu_bytes=80e9))
-    fitting = report(gpu_bytes=80e9)
-    assert [one.shortfall for one in fitting.buckets] == [""] * 3
-    assert "a GPU has" in printed(fitting)
-    assert "will not fit" not in printed(report())
+    assert re.search(r"81x768x1360 .* block +31\.6 GB, too much", printed(found))
+    assert "<td>block</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
+    # A bucket without clips may be too large.
+    unused = report(ROWS[:1], batch_sizes=(1, 9, 9), gpu_bytes=80e9)
+    assert unused.buckets[1].shortfall
+    assert "train.activation_checkpointing=selective" not in short_report(unused)
+    assert [bucket.shortfall for bucket in report(gpu_bytes=80e9).buckets] == [""] * 3
+    assert "80.0 GB" in printed(report(gpu_bytes=80e9))
 
 
 def test_what_files_are_called_is_shown_and_never_obeyed():
@@ -234,6 +262,12 @@ def test_what_files_are_called_is_shown_and_never_obeyed():
 
 def no_frame(*_):
     return None
+
+
+@pytest.fixture
+def no_plots(monkeypatch):
+    """Plots take a second per page."""
+    monkeypatch.setattr("cogds.report.html.make_plots", lambda *_: [])
 
 
 def test_the_page_escapes_names_and_captions():
@@ -269,19 +303,19 @@ def test_a_clip_that_cannot_be_read_costs_one_tile():
         assert max(height, width) == 260
         return None if path.endswith(("b.mp4", "c.mp4")) else np.full((height, width, 3), 200, np.uint8)
 
-    sheets = contact_sheet(report(), table(ROWS), frame, seed=0)
+    sheets = sample_sheets(report(), table(ROWS), frame, seed=0)
     assert [len(sheet.tiles) for sheet in sheets] == [1, 2, 1]
     assert [bool(tile.picture) for sheet in sheets for tile in sheet.tiles] == [True, False, False, True]
-    assert sheets[0].tiles[0].note == "1360 × 768, 0% cut away"
-    small = contact_sheet(report(), table(ROWS), lambda *size: np.zeros((*size[-2:], 3), np.uint8), seed=0)[1].tiles[1]
-    assert small.note == "640 × 480, 25% cut away, enlarged"
+    assert sheets[0].tiles[0].note == "1360 × 768, 0% cropped away"
+    small = sample_sheets(report(), table(ROWS), lambda *size: np.zeros((*size[-2:], 3), np.uint8), seed=0)[1].tiles[1]
+    assert small.note == "640 × 480, 25% cropped away, upscaled"
 
 
 def test_samples_follow_from_the_seed():
     rows = [(f"/clips/{n}.mp4", 81, 768, 1360, 1, None) for n in range(500)]
 
     def names(seed):
-        return [tile.name for tile in contact_sheet(report(rows), table(rows), no_frame, seed)[0].tiles]
+        return [tile.name for tile in sample_sheets(report(rows), table(rows), no_frame, seed)[0].tiles]
 
     assert names(1) == names(1) != names(2)
     assert len(names(1)) == 4
@@ -301,10 +335,18 @@ def test_control_characters_are_shown():
     assert printable("a\x00b\x1b[1m\u202ec") == "a\\x00b\\x1b[1m\\u202ec"
 
 
+@pytest.mark.usefixtures("no_plots")
 def test_the_file_is_whole(tmp_path):
     write_html(tmp_path / "report.html", report(), table(ROWS), no_frame)
     assert (tmp_path / "report.html").read_text().endswith("</html>")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
+
+
+def test_a_page_in_a_folder_that_does_not_exist_is_refused(tmp_path):
+    assert parse_args("report", ["--html", str(tmp_path / "report.html")]).html == tmp_path / "report.html"
+    with pytest.raises(UserError, match=re.escape(str(tmp_path / "none"))):
+        parse_args("report", ["--html", str(tmp_path / "none" / "report.html")])
+    assert not (tmp_path / "none").exists()
 
 
 @pytest.mark.slow
@@ -334,5 +376,30 @@ def test_what_is_held_out_is_neither_trained_nor_unusable():
     found = make_report(clips, setup(max_unusable=0.4), GOOD)
     assert (found.num_rows, found.num_clips, found.num_unusable) == (10, 4, 4)
     assert not found.is_refused
-    assert "2 clips held out: evaluated, never trained." in short_report(found)
+    assert "2 clips held out" in short_report(found)
     assert "held out" not in short_report(report())
+
+
+def test_an_axis_counts_whole_clips(monkeypatch):
+    figures = []
+    monkeypatch.setattr("cogds.report.plots.to_svg", lambda figure, _: figures.append(figure) or "")
+    html_page(report(ROWS[:1]), table(ROWS[:1]), no_frame)
+    _, lengths, samples, _ = figures
+    for axis in (lengths.axes[0].yaxis, samples.axes[0].xaxis):
+        assert all(tick == int(tick) for tick in axis.get_ticklocs())
+
+
+def test_labels_of_buckets_do_not_overlap(monkeypatch):
+    figures = []
+    monkeypatch.setattr("cogds.report.plots.to_svg", lambda figure, _: figures.append(figure) or "")
+    buckets = tuple(ClipShape(81, height, width) for height in range(704, 1024, 32) for width in range(704, 1024, 32))
+    rows = [("/a.mp4", 81, 768, 1360, 0, None)]
+    html_page(
+        report(rows, buckets=buckets, batch_sizes=(1,) * 100, checkpointing=("full",) * 100), table(rows), no_frame
+    )
+    figure = figures[0]
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) > 3
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+    assert all(figure.bbox.fully_containsx(x) for box in boxes for x in (box.x0, box.x1))

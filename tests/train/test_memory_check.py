@@ -8,12 +8,12 @@ import torch
 
 from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import COGVIDEOX_VAE
+from cogds.core.memory import ZeroSettings
 from cogds.distributed.world import World
 from cogds.errors import UserError
-from cogds.train.memory_check import MemoryCheck, _hooks_put_aside, _missing_bytes, check_memory
-from cogds.train.tuning import Execution, Setting, Sizes
-from tests.core.test_memory import REAL, REAL_LORA, V15
+from cogds.train.memory_check import MemoryCheck, _missing_bytes, check_memory
+from cogds.train.tuning import BucketExecution, Execution
+from tests.published_model import LORA, V15, published_memory
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(17, 64, 96), ClipShape(81, 768, 1360))
 
@@ -23,15 +23,10 @@ class Model(torch.nn.Module):
 
     def __init__(self, error=None):
         super().__init__()
-        self.weight, self.error, self.checkpointing_modes, self.shapes = (
-            torch.nn.Parameter(torch.ones(())),
-            error,
-            [],
-            [],
-        )
+        self.weight, self.error, self.modes, self.shapes = torch.nn.Parameter(torch.ones(())), error, [], []
 
-    def set_checkpointing(self, checkpointing):
-        self.checkpointing_modes.append(checkpointing)
+    def set_checkpointing(self, mode):
+        self.modes.append(mode)
 
     def forward(self, x):
         self.shapes.append(tuple(x.shape))
@@ -53,15 +48,14 @@ class Builder:
 def stage(number, error=None, asked="on", sequence_size=1):
     """A run whose largest bucket has no clip, its engine and builder."""
     cfg, _ = load_config(None, ["model.path=unused", "data.path=unused", f"train.memory_check={asked}"])
-    setting = Setting(V15, Sizes(REAL, REAL_LORA), COGVIDEOX_VAE, {"stage": number}, 1, "bf16")
-    modes, sizes = ("full",) * 3, (1, 2, 1)
+    memory = published_memory(zero=ZeroSettings(stage=number), buckets=())
+    sizes = (1, 2, 1)
+    parts = [BucketExecution("full", memory.estimate(shape, size, "full")) for shape, size in zip(BUCKETS, sizes)]
     run = SimpleNamespace(
         cfg=cfg, world=World(0, 1, 0, 1, sequence_size), buckets=BUCKETS, model=SimpleNamespace(geometry=V15),
-        data=SimpleNamespace(index=SimpleNamespace(sizes=((5,), (0, 1), (0, 0)))),
+        used_buckets=[(0, BUCKETS[0], parts[0]), (1, BUCKETS[1], parts[1])],
         ds_config={"zero_optimization": {"stage": number}}, plan=SimpleNamespace(local_batch_sizes=sizes),
-        execution=Execution(
-            "torch", False, modes, (), tuple(map(setting.estimate, BUCKETS, sizes, modes)), 24e9, ("", "", "")
-        ),
+        execution=Execution("torch", False, tuple(parts), 24e9),
     )  # fmt: skip
     engine = SimpleNamespace(
         module=Model(error), device=torch.device("cpu"), torch_autocast_enabled=lambda: False,
@@ -78,37 +72,35 @@ def test_the_largest_bucket_that_has_clips_is_tried_and_leaves_no_trace(number, 
     found = check_memory(run, engine, builder)
     assert torch.equal(torch.get_rng_state(), before)
     assert engine.module.weight.grad is None
-    assert engine.module.checkpointing_modes == ["full"]
+    assert engine.module.modes == ["full"]
     assert engine.module.shapes == [(2, 32, 5, 8, 12)] * passes
     assert (found.shape, found.batch_size, found.checkpointing) == (BUCKETS[1], 2, "full")
-    assert found.predicted_bytes == run.execution.estimates[1].total_bytes - 1_000_000_000
+    assert found.predicted_bytes == run.execution.buckets[1].estimate.total_bytes - 1_000_000_000
     assert set(found.scalars()) == {"memory/predicted_gb"}
-    assert "tried 17x64x96, batch 2, activation checkpointing full" in str(found)
+    assert "17x64x96" in str(found)
 
 
 def test_it_is_for_gpus_unless_asked_for():
     assert check_memory(*stage(2, asked="auto")) is check_memory(*stage(2, asked="off")) is None
 
 
-@pytest.mark.parametrize("number, sequence_size", [(2, 1), (3, 1), (2, 2)])
-def test_what_does_not_fit_is_said(number, sequence_size):
+@pytest.mark.parametrize("number, sequence", [(2, 1), (3, 1), (2, 2)])
+def test_what_does_not_fit_is_said(number, sequence):
     error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20 GiB\nand more")
-    run, engine, builder = stage(number, error, sequence_size=sequence_size)
+    run, engine, builder = stage(number, error, sequence_size=sequence)
     with pytest.raises(UserError) as raised:
         check_memory(run, engine, builder)
     text = str(raised.value)
-    assert text.startswith(
-        "17x64x96, batch 2, with train.activation_checkpointing=full does not fit into the memory of rank 0 (CUDA"
-    )
+    assert all(part in text for part in ("17x64x96", "batch size 2", "train.activation_checkpointing=full", "rank 0"))
     assert "allocate 20 GiB)" in text
     assert "of 24.0 GB" in text
     with pytest.raises(RuntimeError, match="another thing"):
-        check_memory(*stage(number, RuntimeError("another thing"), sequence_size=sequence_size))
+        check_memory(*stage(number, RuntimeError("another thing"), sequence_size=sequence))
 
 
 def test_all_ranks_raise_where_one_fails(monkeypatch):
     monkeypatch.setattr("cogds.train.memory_check.any_rank", lambda *_: (True, False))
-    with pytest.raises(UserError, match="does not fit into the memory of another rank, found before the first step"):
+    with pytest.raises(UserError, match="another rank"):
         check_memory(*stage(2))
 
 
@@ -125,7 +117,7 @@ def test_whatever_fails_on_one_rank_ends_all(monkeypatch):
     with pytest.raises(ValueError, match="a defect") as raised:
         check_memory(*stage(2, error))
     assert raised.value is error
-    with pytest.raises(UserError, match="another rank failed while 17x64x96 was tried") as raised:
+    with pytest.raises(UserError, match=r"another rank failed .*17x64x96") as raised:
         check_memory(*stage(2))
     assert raised.value.shared
     assert votes == [(False, True), (False, False)]
@@ -133,19 +125,6 @@ def test_whatever_fails_on_one_rank_ends_all(monkeypatch):
     with pytest.raises(ValueError, match="a defect"):
         check_memory(*stage(3, error))
     assert len(votes) == 2
-
-
-def test_hooks_of_zero3_are_put_aside_and_come_back():
-    module, calls = torch.nn.Linear(2, 2), []
-    module.register_full_backward_hook(lambda *_: calls.append(1))
-
-    def backward(number):
-        with _hooks_put_aside(module, number):
-            x = torch.ones(1, 2, requires_grad=True)
-            torch.autograd.grad(module(x).sum(), [module.weight, x])
-        return len(calls)
-
-    assert [backward(number) for number in (2, 3, 2)] == [1, 1, 2]
 
 
 GPU = torch.device("cuda")
@@ -158,8 +137,7 @@ GPU = torch.device("cuda")
 )
 def test_what_the_first_steps_add_is_counted_beforehand(number, state, missing):
     estimate = SimpleNamespace(optimizer_state_bytes=12_000, reduce_buffers_bytes=500, lora_gradients_bytes=70)
-    optimizer = SimpleNamespace(optimizer=SimpleNamespace(state=state))
-    engine = SimpleNamespace(device=GPU, optimizer=optimizer)
+    engine = SimpleNamespace(device=GPU, basic_optimizer=SimpleNamespace(state=state))
     assert _missing_bytes(estimate, engine, number) == missing
     engine.device = torch.device("cpu")
     assert _missing_bytes(estimate, engine, number) == 0
@@ -172,7 +150,7 @@ def test_the_peak_on_a_gpu_is_that_of_the_try_and_is_not_left_to_the_first_step(
     events, empty = [], torch.empty
     run.world = SimpleNamespace(device=GPU, rank=0, size=1, sequence_size=1)
     engine.device = GPU
-    engine.optimizer.optimizer = SimpleNamespace(state={})
+    engine.basic_optimizer = SimpleNamespace(state={})
     engine.module.register_forward_hook(lambda *_: events.append("pass"))
 
     def taken(*size, device=None, **options):
@@ -190,19 +168,15 @@ def test_the_peak_on_a_gpu_is_that_of_the_try_and_is_not_left_to_the_first_step(
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", peak)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda device: events.append(f"{device} from zero"))
     found = check_memory(run, engine, builder)
-    missing = _missing_bytes(run.execution.estimates[1], engine, number)
-    assert missing >= 8 * REAL_LORA.num_parameters
+    missing = _missing_bytes(run.execution.buckets[1].estimate, engine, number)
+    assert missing >= 8 * LORA.num_parameters
     assert events == ["cuda from zero", (missing,), *["pass"] * passes, "measured", "cuda from zero"]
     assert found.measured_bytes == 5_000_000_000
     assert found.scalars()["memory/measured_gb"] == 5.0
     assert "5.0 GB of tensors at the peak" in str(found)
 
 
-def test_prediction_beside_measurement():
-    found = MemoryCheck(ClipShape(81, 768, 1360), 1, "selective", 44_000_000_000, 40_000_000_000, 31.5)
-    assert str(found) == (
-        "tried 81x768x1360, batch 1, activation checkpointing selective, in 31.5 s: 40.0 GB of tensors at the peak, "
-        "44.0 GB "
-        "predicted (+10%)"
-    )
-    assert found.scalars() == {"memory/predicted_gb": 44.0, "memory/measured_gb": 40.0}
+def test_the_prediction_is_compared_with_the_measurement():
+    check = MemoryCheck(ClipShape(81, 768, 1360), 1, "selective", 44_000_000_000, 40_000_000_000, 31.5)
+    assert all(part in str(check) for part in ("81x768x1360", "selective", "40.0 GB", "44.0 GB", "+10%"))
+    assert check.scalars() == {"memory/predicted_gb": 44.0, "memory/measured_gb": 40.0}

@@ -16,6 +16,7 @@ from PIL import Image
 
 import cogds.sample
 import cogds.train.samples
+from cogds.cli import call
 from cogds.config.loading import load_config, replace
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.store import Cache
@@ -248,8 +249,7 @@ def test_the_first_frame_is_scaled_as_in_training_and_as_a_fresh_process_does_la
         occasion, *_ = previews(output=tmp_path / convention, **changes)
         occasion.act(2)
         export(tmp_path / "lora", module, weights, {"image_latents": convention})
-        cogds.sample.main(
-            ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
+        call("sample", ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
              "--image", image, "--size", "9x64x64", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
         )  # fmt: skip
         made.append(last["preview"].astype(int))

@@ -14,7 +14,7 @@ from cogds.core.geometry import ClipShape, latent_frames, padded_latent_frames
 from cogds.core.rng import generator
 from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_vae
 from cogds.train.step import Draws, StepBuilder, draw_dropouts, random_batch, to_device
-from tests.core.test_memory import V15
+from tests.published_model import V15
 
 # Landscape, portrait, square; latents odd (17, 9, 25, 1) and even (13, 21), so padded and not.
 SHAPES = ["17x64x96", "13x96x64", "9x64x64", "21x48x80", "25x80x48", "1x64x96"]

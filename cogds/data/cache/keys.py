@@ -1,8 +1,9 @@
-"""Names of encodings: the digest of everything that made one.
+"""Cache keys: the digest of everything that made an entry.
 
-Change any of it and the name changes, so nothing stale is ever read, and nothing is encoded twice.
+If any of it changes, the key changes. Nothing stale is ever read, and nothing is encoded twice.
 """
 
+import contextlib
 import hashlib
 import json
 import os
@@ -13,28 +14,26 @@ from typing import Any
 
 from cogds.files import whole_file
 
-# Raised whenever the same inputs would encode to other tensors: resampling, cropping, or what an entry holds.
+# Increase it whenever the same inputs would give other tensors, such as after changes of resampling or cropping.
 ENCODING_VERSION = 2
 
 
-def digest(fields: Mapping[str, Any]) -> str:
-    """The key of an entry: 32 hex digits of everything that made it, plus ENCODING_VERSION."""
+def cache_key(fields: Mapping[str, Any]) -> str:
+    """The key of an entry, 32 hex digits, from the fields that determine it and ENCODING_VERSION."""
     text = json.dumps({**fields, "encoding_version": ENCODING_VERSION}, sort_keys=True)
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
 def _digest_file(path: str) -> str:
-    state = hashlib.blake2b(digest_size=16)
     with open(path, "rb") as file:
-        while block := file.read(1 << 22):
-            state.update(block)
-    return state.hexdigest()
+        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
 
 
 def digest_files(paths: Sequence[str], memo_file: Path) -> dict[str, str]:
-    """Content digest of each file. Known ones (same path, size and time of change) are not read again.
+    """Digest the content of files; those that cannot be read are missing in the result.
 
-    Files that cannot be read are left out of the answer.
+    Args:
+        memo_file: JSON file of digests. A file whose size and modification time are listed there is not read again.
     """
     try:
         memo = json.loads(memo_file.read_text())
@@ -42,13 +41,11 @@ def digest_files(paths: Sequence[str], memo_file: Path) -> dict[str, str]:
         memo = {}
     stamps = {}
     for path in dict.fromkeys(paths):
-        try:
+        with contextlib.suppress(OSError):
             stat = os.stat(path)
             stamps[path] = [stat.st_size, stat.st_mtime_ns]
-        except OSError:
-            continue
 
-    def known(path: str) -> list[Any]:
+    def stamp_and_digest(path: str) -> list[Any]:
         if path in memo and memo[path][:2] == stamps[path]:
             return memo[path]
         try:
@@ -56,9 +53,9 @@ def digest_files(paths: Sequence[str], memo_file: Path) -> dict[str, str]:
         except OSError:
             return []
 
-    with ThreadPoolExecutor(8) as pool:  # hashing and reading both release the GIL
-        found = {path: entry for path, entry in zip(stamps, pool.map(known, stamps)) if entry}
-    if any(memo.get(path) != entry for path, entry in found.items()):
+    with ThreadPoolExecutor(8) as threads:  # hashing and reading both release the GIL
+        entries = {path: entry for path, entry in zip(stamps, threads.map(stamp_and_digest, stamps)) if entry}
+    if any(memo.get(path) != entry for path, entry in entries.items()):
         with whole_file(memo_file) as partial:
-            partial.write_text(json.dumps({**memo, **found}))
-    return {path: entry[2] for path, entry in found.items()}
+            partial.write_text(json.dumps({**memo, **entries}))
+    return {path: entry[2] for path, entry in entries.items()}

@@ -1,37 +1,38 @@
-"""The cache as a whole, looked after: what it holds, what is damaged in it, what nobody needs.
-
-All of it may be done while runs read and write.
-"""
+"""Maintenance of a whole cache: statistics, verification, pruning. All of it may run while other runs use the cache."""
 
 import re
 import shutil
+import uuid
 from collections.abc import Collection, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import astuple, dataclass
+from dataclasses import astuple, dataclass, field
 from pathlib import Path
+
+import torch
 
 from cogds.data.cache.shard import (
     SHARD_BYTES,
     SHARD_ENTRIES,
     SHARD_FILE,
-    Contents,
-    Damage,
+    STAGING_FOLDER,
+    DamageError,
+    list_folder,
     list_shard,
-    names_in,
     open_shard,
     shards_in,
-    storing,
+    storage_errors,
+    write_shard,
 )
-from cogds.data.cache.staging import adopt, is_staged, new_staging, staged_files
 from cogds.data.cache.store import Cache
-from cogds.process.progress import progress
+from cogds.process.progress import progress_bar
 
-_OLD_FOLDER = re.compile("[0-9a-f]{2}")  # encoding version 1 had one file per entry, <kind>/<xx>/<key>.safetensors
+# Encoding version 1 kept each entry in a file of its own, <kind>/<xx>/<key>.safetensors. No key of today matches.
+_OLD_FOLDER = re.compile("[0-9a-f]{2}")
 
 
 @dataclass(frozen=True)
-class Damaged:
-    """Something that `verify` removed. key: empty where the file as a whole could not be read."""
+class DamagedEntry:
+    """An entry that `verify` removed. key: empty if the whole file could not be read."""
 
     kind: str
     place: str
@@ -41,19 +42,23 @@ class Damaged:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """num_entries, num_failures, num_bytes (of tensors): what is there and right. damaged: what is there no more."""
+    """What `verify` found: numbers of intact entries, failures and bytes of tensors, and the entries it removed."""
 
     num_entries: int
     num_failures: int
     num_bytes: int
-    damaged: tuple[Damaged, ...]
+    damaged: tuple[DamagedEntry, ...]
 
 
 @dataclass(frozen=True)
 class PruneReport:
-    """What was removed: entries (copies too, and those of the old layout), records of failures, bytes on disk.
+    """What `prune` removed.
 
-    num_merged: small shards that were put together.
+    Attributes:
+        num_entries: entries, including duplicates and files of encoding version 1.
+        num_failures: records of failures.
+        num_bytes: bytes on the disk.
+        num_merged: small shards that were merged.
     """
 
     num_entries: int = 0
@@ -62,64 +67,67 @@ class PruneReport:
     num_merged: int = 0
 
     def __add__(self, other: "PruneReport") -> "PruneReport":
-        return PruneReport(*(one + more for one, more in zip(astuple(self), astuple(other))))
+        return PruneReport(*(ours + theirs for ours, theirs in zip(astuple(self), astuple(other))))
 
 
 @dataclass(frozen=True)
-class _Checked:
-    entries: list[str]
-    failures: list[str]
-    damaged: dict[str, str]
+class _CheckedShard:
+    entries: list[str] = field(default_factory=list)
+    failures: list[str] = field(default_factory=list)
+    damaged: dict[str, str] = field(default_factory=dict)
     num_bytes: int = 0
 
 
-def verify(root: Path | str, num_threads: int = 4, show_progress: bool = False) -> VerifyReport:
-    """Read every entry and remove the damaged ones, so that they are encoded anew. Runs may go on meanwhile.
+# --- verify
 
-    A thread holds one tensor at a time. Raises UserError where a file may not be read, or the folder not be written.
+
+def verify(root: Path | str, num_threads: int = 4, show_progress: bool = False) -> VerifyReport:
+    """Read every entry and remove the damaged ones, so that the next run encodes them again.
+
+    Each thread holds one entry at a time. Raises UserError if a file may not be read or the folder not be written.
     """
     root = Cache(root).root
     num_entries = num_failures = num_bytes = 0
-    damaged: list[Damaged] = []
+    damaged: list[DamagedEntry] = []
     for kind in _kinds(root):
         folder = root / kind
-        damaged += [Damaged(kind, "staged by a writer that is dead", *one) for one in adopt(root, kind).items()]
-        paths = [*staged_files(folder), *shards_in(folder)]
-        with ThreadPoolExecutor(num_threads) as pool:
-            checking = pool.map(_check, paths)
-            results = progress(f"verifying {kind}", "file", len(paths), show_progress, items=checking)
-            for path, checked in zip(paths, results):
-                if checked is None:
-                    continue
+        shards = shards_in(folder)
+        with ThreadPoolExecutor(num_threads) as threads:
+            checks = threads.map(_check_shard, shards)
+            bar = progress_bar(f"verifying {kind}", "file", len(shards), show_progress, items=checks)
+            for path, checked in zip(shards, bar):
                 num_entries += len(checked.entries)
                 num_failures += len(checked.failures)
                 num_bytes += checked.num_bytes
                 if checked.damaged:
                     place = path.relative_to(folder).as_posix()
-                    damaged += [Damaged(kind, place, *one) for one in checked.damaged.items()]
-                    _replace({path: [*checked.entries, *checked.failures]})
+                    damaged += [DamagedEntry(kind, place, key, reason) for key, reason in checked.damaged.items()]
+                    _rewrite(folder, {path: [*checked.entries, *checked.failures]}, replace_unreadable=True)
     return VerifyReport(num_entries, num_failures, num_bytes, tuple(damaged))
 
 
-def _check(path: Path) -> _Checked | None:
-    """Read every entry of a file; None where it is gone."""
+def _check_shard(path: Path) -> _CheckedShard:
+    """Read every entry of a shard. Nothing is found in a shard that was removed."""
     try:
-        file = open_shard(path)
+        shard = open_shard(path)
     except FileNotFoundError:
-        return None
-    except Damage as damage:
-        return _Checked([], [], {"": str(damage)})
-    contents = file.contents()
-    entries, damaged, num_bytes = [], dict(contents.damaged), 0
-    for key in contents.keys:
+        return _CheckedShard()
+    except DamageError as error:
+        return _CheckedShard(damaged={"": str(error)})
+    listing = shard.list()
+    entries, damaged, num_bytes = [], dict(listing.damaged), 0
+    for key in listing.keys:
         try:
-            num_bytes += sum(tensor.nbytes for tensor in file.read(key).values())
+            num_bytes += sum(tensor.nbytes for tensor in shard.read(key).values())
             entries.append(key)
         except FileNotFoundError:
-            return None
-        except Damage as damage:
-            damaged[key] = str(damage)
-    return _Checked(entries, list(contents.failures), damaged, num_bytes)
+            return _CheckedShard()
+        except DamageError as error:
+            damaged[key] = str(error)
+    return _CheckedShard(entries, list(listing.failures), damaged, num_bytes)
+
+
+# --- prune
 
 
 def prune(
@@ -128,144 +136,187 @@ def prune(
     failed: bool = False,
     shard_bytes: int = SHARD_BYTES,
 ) -> PruneReport:
-    """Remove entries that are not needed, second copies, and files of the old layout; put small shards together.
+    """Remove unused entries, duplicates and files of earlier versions, and merge small shards.
 
-    keep: kind -> the keys that stay; kinds that it does not name stay whole. failed: remove the records of failures
-    too, so that they are tried again. shard_bytes: what a shard may hold. What a living writer has staged stays, and so
-    do files that cannot be read. Raises UserError as `verify`.
+    Shards that cannot be read stay; `verify` reports them.
+
+    Args:
+        keep: kind -> keys to keep. Kinds that are not listed keep all entries.
+        failed: also remove the records of failures, so that the next run tries those entries again.
+        shard_bytes: bound on the size of a merged shard.
+
+    Raises:
+        UserError: a file may not be read or the folder not be written.
     """
     root = Cache(root).root
     report = PruneReport()
     for kind in _kinds(root):
         folder = root / kind
-        adopt(root, kind)
         report += _remove_old(folder)
-        report += _remove_unneeded(folder, keep.get(kind) if keep is not None else None, failed)
+        report += _remove_unused(folder, keep.get(kind) if keep is not None else None, failed)
         report += _merge(folder, shard_bytes)
+        Cache(root).remove_abandoned(kind)
+        for staging in _folders(folder, STAGING_FOLDER):
+            if not shards_in(staging):  # what remains is a lock file and temporary files
+                shutil.rmtree(staging, ignore_errors=True)
     return report
 
 
 def _remove_old(folder: Path) -> PruneReport:
     report = PruneReport()
-    for old in _old_folders(folder):
+    for old in _folders(folder, _OLD_FOLDER):
         files = [path for path in old.iterdir() if path.suffix == ".safetensors"]
-        report += PruneReport(len(files), num_bytes=sum(map(_num_bytes_of, files)))
-        with storing(folder):
+        report += PruneReport(len(files), num_bytes=sum(map(_file_size, files)))
+        with storage_errors(folder):
             shutil.rmtree(old)
     return report
 
 
-def _remove_unneeded(folder: Path, wanted: Collection[str] | None, failed: bool) -> PruneReport:
+def _remove_unused(folder: Path, keep: Collection[str] | None, failed: bool) -> PruneReport:
     report = PruneReport()
-    entries_seen: set[str] = set()
-    failures_seen: set[str] = set()
+    kept_entries: set[str] = set()
+    kept_failures: set[str] = set()
     for path in shards_in(folder):
-        contents = list_shard(path)
-        if not isinstance(contents, Contents):
+        listing = list_shard(path)
+        if listing is None or listing.error:
             continue
-        entries = [key for key in contents.keys if wanted is None or key in wanted]
-        entries = [key for key in entries if key not in entries_seen]
-        entries_seen.update(entries)
-        failures = [key for key in contents.failures if not failed and (wanted is None or key in wanted)]
-        failures = [key for key in failures if key not in failures_seen and key not in entries_seen]
-        failures_seen.update(failures)
-        num_entries, num_failures = len(contents.keys) - len(entries), len(contents.failures) - len(failures)
+        entries = [key for key in listing.keys if (keep is None or key in keep) and key not in kept_entries]
+        kept_entries.update(entries)
+        failures = [
+            key
+            for key in listing.failures
+            if not failed and (keep is None or key in keep) and key not in kept_failures and key not in kept_entries
+        ]
+        kept_failures.update(failures)
+        num_entries, num_failures = len(listing.keys) - len(entries), len(listing.failures) - len(failures)
         if num_entries or num_failures:
-            report += PruneReport(num_entries, num_failures) + _replace({path: [*entries, *failures]})
+            report += PruneReport(num_entries, num_failures) + _rewrite(folder, {path: [*entries, *failures]})
     return report
 
 
 def _merge(folder: Path, shard_bytes: int) -> PruneReport:
-    """Put shards together that are below half of both bounds, such as many short runs leave.
+    """Merge shards below half of both bounds, such as short runs leave.
 
-    What this makes is within the bounds, and above the half of one of them but for the last: it is not merged again.
+    Each merged shard is within the bounds and, except for the last, above half of one of them: it is not merged again.
     """
     report = PruneReport()
     group: list[Path] = []
     num_bytes = num_keys = 0
     for path in shards_in(folder):
-        own_bytes = _num_bytes_of(path)
+        own_bytes = _file_size(path)
         if own_bytes >= shard_bytes / 2:
             continue
-        contents = list_shard(path)
-        if not isinstance(contents, Contents) or contents.damaged:  # for `verify` to tell of
+        listing = list_shard(path)
+        if listing is None or listing.error or listing.damaged:
             continue
-        own_keys = len(contents.keys) + len(contents.failures)
+        own_keys = len(listing.keys) + len(listing.failures)
         if own_keys >= SHARD_ENTRIES / 2:
             continue
         if num_bytes + own_bytes > shard_bytes or num_keys + own_keys > SHARD_ENTRIES:
-            report += PruneReport(num_merged=len(group)) + _replace(dict.fromkeys(group))
+            report += PruneReport(num_merged=len(group)) + _rewrite(folder, dict.fromkeys(group))
             group, num_bytes, num_keys = [], 0, 0
         group.append(path)
         num_bytes, num_keys = num_bytes + own_bytes, num_keys + own_keys
     if len(group) > 1:
-        report += PruneReport(num_merged=len(group)) + _replace(dict.fromkeys(group))
+        report += PruneReport(num_merged=len(group)) + _rewrite(folder, dict.fromkeys(group))
     return report
 
 
-def _replace(sources: Mapping[Path, Collection[str] | None]) -> PruneReport:
-    """Put one shard with these entries, {shard: keys, or None for all}, in the place of the shards of a folder.
+def _rewrite(
+    folder: Path, shards: Mapping[Path, Collection[str] | None], replace_unreadable: bool = False
+) -> PruneReport:
+    """Replace shards by one new shard in `folder`, which memory holds meanwhile.
 
-    Returns the bytes that this freed, and as entries those that turned out to be damaged: they are left out.
+    Args:
+        shards: the keys to keep of each shard; None keeps all. An entry that is damaged is left out, and an entry is
+            preferred to the record of its failure.
+        replace_unreadable: remove shards that cannot be read, too.
+
+    Returns:
+        The number of damaged entries and the bytes that were freed.
     """
-    folder = next(iter(sources)).parent
-    before, after = sum(map(_num_bytes_of, sources)), 0
-    damaged: dict[str, str] = {}
-    with storing(folder, before):
-        if any(keys is None or keys for keys in sources.values()):
-            staging = new_staging(folder)
+    before = sum(map(_file_size, shards))
+    tensors: dict[str, torch.Tensor] = {}
+    records: dict[str, str] = {}
+    unreadable, num_damaged, after = [], 0, 0
+    for path, keys in shards.items():
+        try:
+            shard = open_shard(path)
+        except FileNotFoundError:
+            continue
+        except DamageError:
+            unreadable.append(path)
+            continue
+        for key in shard.records if keys is None else keys:
+            if key in records and key not in shard.names:
+                continue
             try:
-                shard, damaged = staging.pack(sources)
-                after = _num_bytes_of(shard) if shard else 0
-            finally:
-                staging.remove()
-        unread = [path for path in sources if path.stem in damaged]
-        for path in sources:
-            if path not in unread:
-                path.unlink(missing_ok=True)  # after the new one is there: a kill in between leaves entries twice
-    return PruneReport(len(damaged) - len(unread), num_bytes=before - sum(map(_num_bytes_of, unread)) - after)
+                entry = shard.read(key)
+            except FileNotFoundError:
+                continue
+            except DamageError:
+                num_damaged += 1
+                continue
+            tensors |= {f"{key}/{name}": tensor for name, tensor in entry.items()}
+            records[key] = shard.records[key]
+    with storage_errors(folder, before):
+        if records:
+            new = folder / f"{uuid.uuid4().hex}.safetensors"
+            write_shard(new, tensors, records)
+            after = _file_size(new)
+        for path in shards:
+            if path in unreadable and not replace_unreadable:
+                before -= _file_size(path)
+            else:
+                path.unlink(missing_ok=True)  # after the new one exists: a kill in between leaves duplicates
+    return PruneReport(num_damaged, num_bytes=before - after)
+
+
+# --- statistics
 
 
 def stats(root: Path | str) -> dict[str, dict[str, int]]:
-    """Per kind: entries, bytes on disk, shards, staged, failures, duplicates, damaged files, old files (version 1)."""
+    """Per kind: numbers of entries, bytes on the disk, shards, failures, duplicates, damaged shards, old files.
+
+    Old files are those of encoding version 1, which `prune` removes.
+    """
     cache = Cache(root)
-    found = {}
+    report = {}
     for kind in _kinds(cache.root):
         folder = cache.root / kind
         snapshot = cache.snapshot(kind)
-        num_staged = sum(is_staged(place) for place in snapshot.places)
-        found[kind] = {
+        report[kind] = {
             "entries": snapshot.num_entries,
-            "bytes": sum(_num_bytes_of(folder / place) for place in snapshot.places),
-            "shards": len(snapshot.places) - num_staged,
-            "staged": num_staged,
+            "bytes": sum(_file_size(folder / place) for place in snapshot.places),
+            "shards": len(snapshot.places),
             "failures": len(snapshot.failures),
             "duplicates": len(snapshot.keys) - snapshot.num_entries,
             "damaged": len(snapshot.damaged),
-            "old": sum(len(names_in(old)) for old in _old_folders(folder)),
+            "old": sum(len(list_folder(old)) for old in _folders(folder, _OLD_FOLDER)),
         }
-    return found
+    return report
 
 
 def _kinds(root: Path) -> list[str]:
-    """The subfolders that hold entries, of this layout or the old one."""
+    """The subfolders that hold entries, in the format of today or an earlier one."""
     return [
         kind
-        for kind in names_in(root)
+        for kind in list_folder(root)
         if (root / kind).is_dir()
         and any(
-            SHARD_FILE.fullmatch(name) or _OLD_FOLDER.fullmatch(name) or is_staged(name)
-            for name in names_in(root / kind)
+            pattern.fullmatch(name)
+            for name in list_folder(root / kind)
+            for pattern in (SHARD_FILE, STAGING_FOLDER, _OLD_FOLDER)
         )
     ]
 
 
-def _old_folders(folder: Path) -> list[Path]:
-    paths = [folder / name for name in names_in(folder) if _OLD_FOLDER.fullmatch(name)]
+def _folders(folder: Path, pattern: re.Pattern) -> list[Path]:
+    paths = [folder / name for name in list_folder(folder) if pattern.fullmatch(name)]
     return [path for path in paths if path.is_dir()]
 
 
-def _num_bytes_of(path: Path) -> int:
+def _file_size(path: Path) -> int:
     try:
         return path.stat().st_size
     except FileNotFoundError:

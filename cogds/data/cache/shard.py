@@ -1,7 +1,7 @@
-"""A shard: one file of encoded entries. What is in it, how it is checked, and what can go wrong with it.
+"""The format of a shard: one safetensors file that holds many cache entries.
 
-It is a safetensors file. Its tensors are named `<key>/<name>`; its `__metadata__` holds for each key a checksum of the
-entry's bytes, or why the entry could not be made. It never changes once it is there.
+Tensors are named `<key>/<name>`. The file's `__metadata__` maps each key to a record: the CRC-32 of the entry, or the
+reason why the entry could not be made. A shard is written once and never changes.
 """
 
 import errno
@@ -21,200 +21,240 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 
 from cogds.errors import UserError
-from cogds.files import whole_file
+from cogds.files import temporary_name
 
 SHARD_BYTES = 1 << 30
 SHARD_ENTRIES = 4096
 KEY = re.compile("[0-9a-f]{32}")
 SHARD_FILE = re.compile(r"[0-9a-f]{32}\.safetensors")
-_GONE = (errno.ENOENT, errno.ESTALE)  # stale: removed by another client of a network file system
+# cogds 0.1 kept each new entry in a file `staging-<uuid>/<key>.safetensors` until a shard was full. A killed run left
+# them there; each is a shard with one entry.
+STAGING_FOLDER = re.compile("staging-.*")
+_GONE = (errno.ENOENT, errno.ESTALE)  # ESTALE: removed by another client of a network file system
 
 
-class Damage(Exception):
-    """What is wrong with a file or an entry, to be put into a sentence."""
+class DamageError(Exception):
+    """A shard or an entry is damaged; the message is a clause that says how."""
 
 
-def checksum_text(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
-    """What the metadata says of an entry that has tensors (dense ones, on the CPU)."""
-    return json.dumps({"crc32": _checksum(key, tensors)})
+# --- records
 
 
-def _checksum(key: str, tensors: Mapping[str, torch.Tensor]) -> int:
-    """CRC-32 over the key and every tensor's name, dtype, shape and bytes: what the header says is covered too."""
+def entry_record(key: str, tensors: Mapping[str, torch.Tensor]) -> str:
+    """An entry's record: a CRC-32 of its key and each tensor's name, dtype, shape and data (dense, on the CPU)."""
     crc = zlib.crc32(key.encode())
     for name in sorted(tensors):
         tensor = tensors[name]
         crc = zlib.crc32(f"\n{name}\n{tensor.dtype}\n{tuple(tensor.shape)}\n".encode(), crc)
         crc = zlib.crc32(tensor.reshape(-1).view(torch.uint8).numpy().data, crc)
-    return crc
+    return json.dumps({"crc32": crc})
 
 
-def failure_text(key: str, reason: str) -> str:
-    """What the metadata says of an entry that could not be made."""
+def failure_record(key: str, reason: str) -> str:
+    """The record of an entry that could not be made."""
     return json.dumps({"failed": reason, "crc32": zlib.crc32(f"{key}\n{json.dumps(reason)}".encode())})
 
 
-def _failure_reason(key: str, text: str) -> str:
+def _failure_reason(key: str, record: str) -> str:
     try:
-        reason = json.loads(text)["failed"]
+        reason = json.loads(record)["failed"]
     except (ValueError, TypeError, KeyError):
-        raise Damage("it has neither tensors nor a reason why not") from None
-    if failure_text(key, reason) != text:
-        raise Damage("the record of its failure does not match its checksum")
+        raise DamageError("it has neither tensors nor a reason why not") from None
+    if failure_record(key, reason) != record:
+        raise DamageError("the record of its failure does not match its checksum")
     return reason
+
+
+# --- reading
+
+
+@dataclass(frozen=True)
+class ShardListing:
+    """What the header of a shard lists.
+
+    Attributes:
+        key_bytes: keys of the entries with tensors, 16 bytes each.
+        failures: keys of the entries that could not be made, with the reasons.
+        damaged: keys of the damaged records, with what is wrong.
+        error: why the header cannot be read; the rest is empty then.
+    """
+
+    key_bytes: bytes = b""
+    failures: dict[str, str] = field(default_factory=dict)
+    damaged: dict[str, str] = field(default_factory=dict)
+    error: str = ""
+
+    @property
+    def keys(self) -> list[str]:
+        return [self.key_bytes[at : at + 16].hex() for at in range(0, len(self.key_bytes), 16)]
 
 
 @dataclass(frozen=True)
 class Shard:
-    """An open file. names: key -> its tensors' names; texts: key -> its part of the metadata."""
+    """An open shard: the names of each key's tensors, and each key's record."""
 
     handle: Any
     names: dict[str, list[str]]
-    texts: dict[str, str]
+    records: dict[str, str]
 
     def read(self, key: str) -> dict[str, torch.Tensor]:
-        """The verified tensors of an entry, {} for a failure. Raises Damage, FileNotFoundError."""
-        text = self.texts.get(key)
-        if text is None:
-            raise Damage("the file holds no checksum for it")
+        """Read and check the tensors of an entry; {} if the entry is a failure.
+
+        Raises:
+            DamageError: the entry is damaged or missing.
+            FileNotFoundError: the file was removed.
+        """
+        record = self.records.get(key)
+        if record is None:
+            raise DamageError("the file holds no checksum for it")
         if key not in self.names:
-            _failure_reason(key, text)
+            _failure_reason(key, record)
             return {}
         try:
             tensors = {name: self.handle.get_tensor(f"{key}/{name}") for name in self.names[key]}
         except (SafetensorError, OSError) as error:
-            if errno_of(error) in _GONE:
+            if _errno(error) in _GONE:
                 raise FileNotFoundError(key) from None
-            raise Damage(f"reading failed: {error}") from None
-        if text != checksum_text(key, tensors):
-            raise Damage("its bytes do not match their checksum")
+            raise DamageError(f"reading failed: {error}") from None
+        if record != entry_record(key, tensors):
+            raise DamageError("its bytes do not match their checksum")
         return tensors
 
-    def contents(self) -> "Contents":
-        """What the header promises; no tensor is read."""
-        found, failures, damaged = [], {}, {}
-        for key, text in self.texts.items():
+    def list(self) -> ShardListing:
+        """List the entries by the header alone; no tensor is read."""
+        keys, failures, damaged = [], {}, {}
+        for key, record in self.records.items():
             if not KEY.fullmatch(key):
-                damaged[key] = "no such key can be"
+                damaged[key] = "it is not a valid key"
             elif key in self.names:
-                found.append(key)
+                keys.append(key)
             else:
                 try:
-                    failures[key] = _failure_reason(key, text)
-                except Damage as damage:
-                    damaged[key] = str(damage)
-        damaged |= {key: "it has tensors and no checksum" for key in self.names if key not in self.texts}
-        return Contents(bytes.fromhex("".join(found)), failures, damaged)
+                    failures[key] = _failure_reason(key, record)
+                except DamageError as error:
+                    damaged[key] = str(error)
+        damaged |= {key: "it has tensors but no checksum" for key in self.names if key not in self.records}
+        return ShardListing(bytes.fromhex("".join(keys)), failures, damaged)
 
 
-@dataclass(frozen=True)
-class Contents:
-    """Keys in a file: those with tensors (16 bytes each), failures with their reason, those that are damaged."""
+def open_shard(path: Path) -> Shard:
+    """Open a shard for reading.
 
-    found: bytes = b""
-    failures: dict[str, str] = field(default_factory=dict)
-    damaged: dict[str, str] = field(default_factory=dict)
-
-    @property
-    def keys(self) -> list[str]:
-        return [self.found[at : at + 16].hex() for at in range(0, len(self.found), 16)]
-
-
-def open_shard(path: Path, backend: str = "pread") -> Shard:
-    """Open a shard. Raises FileNotFoundError, Damage, and UserError where reading is not allowed.
-
-    pread for what others may remove: a page that cannot be brought in kills a process that reads through a mapping.
+    Raises:
+        DamageError: the header is damaged.
+        FileNotFoundError: the file was removed.
+        UserError: the file may not be read.
     """
     try:
-        handle = safe_open(path, "pt", backend=backend)
-        full_names, texts = handle.offset_keys(), handle.metadata() or {}
+        # pread, not mmap: another process may remove the file, and a page fault that fails kills the process.
+        handle = safe_open(path, "pt", backend="pread")
+        tensor_names, records = handle.offset_keys(), handle.metadata() or {}
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
-        code = errno_of(error)
+        code = _errno(error)
         if code in _GONE:
             raise FileNotFoundError(path) from None
-        if code not in (None, errno.EIO):  # not the file's fault: `verify` must not remove it for this
+        if code not in (None, errno.EIO):  # not damage: `verify` must not remove the file
             raise UserError(
-                f"the cache file {path} cannot be read ({error}): mend that, or set data.cache_dir elsewhere"
+                f"data.cache_dir: cannot read {path} ({error}). Allow access to it, or set data.cache_dir to another "
+                "folder."
             ) from None
-        raise Damage(f"the file is torn or damaged: {error}") from None
+        raise DamageError(f"the file is truncated or damaged: {error}") from None
     names: dict[str, list[str]] = {}
-    for full_name in full_names:
-        key, _, name = full_name.partition("/")
+    for tensor_name in tensor_names:
+        key, _, name = tensor_name.partition("/")
         names.setdefault(key, []).append(name)
-    return Shard(handle, names, texts)
+    return Shard(handle, names, records)
 
 
-def list_shard(path: Path) -> Contents | str | None:
-    """What a file holds; a text where it cannot be told; None where the file is gone."""
+def list_shard(path: Path) -> ShardListing | None:
+    """List a shard's entries; None if the file was removed. Raises UserError if the file may not be read."""
     try:
-        return open_shard(path).contents()
+        return open_shard(path).list()
     except FileNotFoundError:
         return None
-    except Damage as damage:
-        return str(damage)
+    except DamageError as error:
+        return ShardListing(error=str(error))
 
 
-def names_in(folder: Path) -> list[str]:
-    """Sorted names in a folder, none where it is not there. Raises UserError where it may not be read."""
+def list_folder(folder: Path) -> list[str]:
+    """Sorted names in a folder, [] if it does not exist. Raises UserError if it may not be read."""
     try:
         return sorted(os.listdir(folder))
     except FileNotFoundError:
         return []
     except OSError as error:
         raise UserError(
-            f"the cache folder {folder} cannot be read ({error.strerror}): mend that, or set data.cache_dir elsewhere"
+            f"data.cache_dir: cannot read {folder} ({error.strerror}). Allow access to it, or set data.cache_dir to "
+            "another folder."
         ) from None
 
 
 def shards_in(folder: Path) -> list[Path]:
-    """The shards that lie directly in a folder, none where it is not there. Raises UserError as `names_in`."""
-    return [folder / name for name in names_in(folder) if SHARD_FILE.fullmatch(name)]
+    """The shards of a folder, including entries that killed runs of cogds 0.1 left in its staging folders.
+
+    Raises UserError if the folder may not be read.
+    """
+    names = list_folder(folder)
+    shards = [folder / name for name in names if SHARD_FILE.fullmatch(name)]
+    for staging in (folder / name for name in names if STAGING_FOLDER.fullmatch(name)):
+        shards += [staging / name for name in list_folder(staging) if SHARD_FILE.fullmatch(name)]
+    return shards
 
 
-def errno_of(error: Exception) -> int | None:
-    """The system's error number; safetensors has it only in its text."""
+def _errno(error: Exception) -> int | None:
+    """The system's error number, which safetensors gives only in its message."""
     if isinstance(error, OSError) and error.errno is not None:
         return error.errno
-    found = re.search(r"os error (\d+)", str(error))
-    return int(found[1]) if found else None
+    match = re.search(r"os error (\d+)", str(error))
+    return int(match[1]) if match else None
 
 
-def write_shard(path: Path, tensors: dict[str, torch.Tensor], texts: dict[str, str], mode: int | None = None) -> None:
-    """Write a whole file: tensors by `<key>/<name>`, texts by key. Raises OSError, SafetensorError.
+# --- writing
 
-    mode: the file's permissions; without it nobody but the user may read it, as the library has it.
+
+def write_shard(path: Path, tensors: dict[str, torch.Tensor], records: dict[str, str]) -> None:
+    """Write a shard from tensors by `<key>/<name>` and records by key; it is on the disk when this returns.
+
+    Raises OSError or SafetensorError; see `storage_errors`.
     """
-    with whole_file(path) as partial:
-        save_file(tensors, partial, texts)
-        if mode is not None:
-            os.chmod(partial, mode)
+    folder = temporary_name(path)  # a folder, because safetensors writes to a temporary file of its own in it
+    folder.mkdir(parents=True)
+    try:
+        partial = folder / path.name
+        save_file(tensors, partial, records)
+        partial.chmod(folder.stat().st_mode & 0o666)  # what the umask allows; safetensors allows only the owner
+        with partial.open("rb") as file:
+            os.fsync(file.fileno())
+        os.replace(partial, path)
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 @contextmanager
-def storing(folder: Path, num_bytes: int = 0) -> Iterator[None]:
-    """Errors of the file system while shards are written become UserErrors. num_bytes: what is to be written."""
+def storage_errors(folder: Path, num_bytes: int = 0) -> Iterator[None]:
+    """Turn errors of the file system into UserErrors. num_bytes: how much is written, for the message."""
     try:
         yield
     except (OSError, SafetensorError) as error:
-        code = errno_of(error)
+        code = _errno(error)
         if code is None:
             raise
-        why = os.strerror(code)
+        reason = os.strerror(code)
         if code in (errno.ENOSPC, errno.EDQUOT):
-            there = next(path for path in (folder, *folder.parents) if path.is_dir())
-            free_bytes = shutil.disk_usage(there).free
+            existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+            free_bytes = shutil.disk_usage(existing).free
             raise UserError(
-                f"the cache is out of space: writing {num_bytes / 1e6:.1f} MB into {folder} failed with "
-                f"{free_bytes / 1e6:.1f} MB free ({why}); free some space or set data.cache_dir to a larger disk, and "
-                "start again: what is encoded so far is kept"
+                f"data.cache_dir: {reason}: writing {num_bytes / 1e6:.1f} MB into {folder} failed with "
+                f"{free_bytes / 1e6:.1f} MB free. Free some space, or set data.cache_dir to a larger disk, and start "
+                "again: shards that are complete are kept."
             ) from None
         if code in (errno.ENOTDIR, errno.EEXIST):
             raise UserError(
-                f"the cache folder {folder} cannot be made, a file is in its place: "
-                "move it away, or set data.cache_dir elsewhere"
+                f"data.cache_dir: cannot make the folder {folder}, because a file is in its place. Move the file, or "
+                "set data.cache_dir to another folder."
             ) from None
         raise UserError(
-            f"the cache folder {folder} cannot be written ({why}): set data.cache_dir to a folder that can"
+            f"data.cache_dir: cannot write into {folder} ({reason}). Set data.cache_dir to a folder that you can write."
         ) from None

@@ -1,11 +1,18 @@
-"""Encoded clips and captions on disk, content-addressed: what made an entry is its name (see `digest`).
+"""Encoded clips and captions on disk, addressed by what made them (see `keys`).
 
-Entries lie in shards, `<root>/<kind>/<uuid>.safetensors`: many entries to a file, since file systems of clusters suffer
-from millions of files. What is not yet in a shard is staged, and can be read there (see `staging`).
+Entries lie in shards, `<root>/<kind>/<uuid>.safetensors`: many entries per file, because the file systems of clusters
+suffer from millions of files.
+
+    with Cache(root).writer("clips") as writer:
+        writer.write(key, {"moments": moments})
+    snapshot = Cache(root).snapshot("clips")
+    tensors = Cache(root).read("clips", key, snapshot.place(key))
 """
 
 import functools
 import os
+import time
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
@@ -21,242 +28,234 @@ from cogds.data.cache.shard import (
     KEY,
     SHARD_BYTES,
     SHARD_ENTRIES,
-    Contents,
-    Damage,
+    DamageError,
     Shard,
-    checksum_text,
-    failure_text,
+    ShardListing,
+    entry_record,
+    failure_record,
     list_shard,
     open_shard,
     shards_in,
-    storing,
+    storage_errors,
+    write_shard,
 )
-from cogds.data.cache.staging import Staging, adopt, new_staging, staged_files
 from cogds.errors import UserError
+from cogds.files import remove_abandoned
 
-_NUM_THREADS = 16  # on a network file system, opening a file is waiting
+# A shard is written when it is full, and after this time at the latest: what a killed process can lose.
+FLUSH_S = 30.0
+_NUM_THREADS = 16  # opening files on a network file system is mostly waiting
 
 
-class DamagedEntry(Exception):
-    """An entry that is gone or does not match its checksum; the message says which, where, and what to do."""
+class DamagedEntryError(Exception):
+    """An entry is gone or does not match its checksum; the message says which, where, and what to do."""
 
 
 def key_array(keys: Iterable[str]) -> pa.FixedSizeBinaryArray:
     """Keys of 32 hex digits as a binary(16) array, for `Snapshot.find`."""
-    return _key_array(bytes.fromhex("".join(keys)))
+    return key_array_of_bytes(bytes.fromhex("".join(keys)))
 
 
-def _key_array(data: bytes) -> pa.FixedSizeBinaryArray:
+def key_array_of_bytes(data: bytes | bytearray) -> pa.FixedSizeBinaryArray:
+    """Keys of 16 bytes each, concatenated, as a binary(16) array."""
     return pa.FixedSizeBinaryArray.from_buffers(pa.binary(16), len(data) // 16, [None, pa.py_buffer(data)])
 
 
 @functools.lru_cache(maxsize=64)
-def _opened(path: Path, process: int) -> Shard:  # noqa: ARG001 - a forked worker opens its own
+def _open_cached(path: Path, process_id: int) -> Shard:  # noqa: ARG001 - a forked worker opens its own
     return open_shard(path)
 
 
 @dataclass(frozen=True, eq=False)
 class Snapshot:
-    """Which keys of a kind are there, and where.
+    """Which keys of a kind the cache holds at a moment, and where.
 
-    places: files, relative to the kind's folder. keys, numbers [n]: each copy of an entry, and which place holds it,
-    shards before staged files. failures: key -> why there is no entry. damaged: place -> what is wrong with it; entries
-    whose header is unreadable count as missing.
+    Attributes:
+        places: shards, relative to the kind's folder.
+        keys: binary(16) [N], each copy of each entry.
+        place_numbers: int32 [N], which of `places` holds the copy.
+        failures: keys of the entries that could not be made, with the reasons.
+        damaged: places that are damaged, with what is wrong. Entries with a damaged header count as missing.
     """
 
     places: tuple[str, ...]
     keys: pa.FixedSizeBinaryArray
-    numbers: np.ndarray
+    place_numbers: np.ndarray
     failures: dict[str, str]
     damaged: dict[str, str]
 
     def find(self, keys: pa.FixedSizeBinaryArray) -> np.ndarray:
-        """int32 [len(keys)]: the number of the place that holds each key, -1 where it is missing.
+        """int32 [len(keys)]: the number of the place that holds each key, -1 if it is missing.
 
-        Each call hashes all keys of the snapshot (0.4 s a million): ask for many at once.
+        Each call hashes all keys of the snapshot (0.4 s per million), so look up many at once.
         """
-        at = pc.fill_null(pc.index_in(keys, value_set=self.keys), -1).to_numpy(zero_copy_only=False)
-        return np.append(self.numbers, np.int32(-1))[at]
+        rows = pc.fill_null(pc.index_in(keys, value_set=self.keys), -1).to_numpy(zero_copy_only=False)
+        return np.append(self.place_numbers, np.int32(-1))[rows]
 
     def place(self, key: str) -> str | None:
-        """The place that holds one key, None where it is missing."""
+        """The place that holds one key, None if it is missing."""
         if not len(self.keys):
             return None
-        # Compared, not hashed as in `find`: milliseconds a million.
+        # A comparison takes milliseconds per million keys, less than the hashing of `find`.
         halves = np.frombuffer(self.keys.buffers()[1], np.uint64).reshape(-1, 2)
         first, second = np.frombuffer(bytes.fromhex(key), np.uint64)
         copies = np.flatnonzero((halves[:, 0] == first) & (halves[:, 1] == second))
-        return self.places[self.numbers[copies[0]]] if len(copies) else None
+        return self.places[self.place_numbers[copies[0]]] if len(copies) else None
 
     @property
     def num_entries(self) -> int:
-        """Distinct entries."""
+        """Number of distinct entries."""
         return len(pc.unique(self.keys))
 
 
 class Cache:
-    """Entries of tensors under a root folder; `kind` is a subfolder, such as `clips`. Raises UserError for a file."""
+    """Entries of tensors under a root folder. A kind of entries, such as `clips`, is a subfolder.
+
+    Raises UserError if the root is a file.
+    """
 
     def __init__(self, root: Path | str):
         self.root = Path(root)
         if self.root.exists() and not self.root.is_dir():
-            raise UserError(f"the cache folder {self.root} is a file: move it away, or set data.cache_dir elsewhere")
+            raise UserError(
+                f"data.cache_dir: {self.root} is a file, not a folder. Move it, or set another data.cache_dir."
+            )
         self._newer: dict[str, Snapshot] = {}
 
     def snapshot(self, kind: str) -> Snapshot:
-        """What is there now: the headers of all shards and staged entries."""
+        """List the entries that the cache holds now, by the headers of all shards."""
         folder = self.root / kind
-        contents: dict[Path, Contents | str | None] = {}
-        with ThreadPoolExecutor(_NUM_THREADS) as pool:
-
-            def look(paths: list[Path]) -> None:
-                new = [path for path in paths if path not in contents]
-                contents.update(zip(new, pool.map(list_shard, new)))
-
-            # Staged entries first: one that is packed meanwhile is in a shard by the time its file is gone.
-            staged = staged_files(folder)
-            look(staged)
-            # Until it stands still: a shard that is gone was rewritten into another, and a listing may miss both.
-            shards: list[Path] = []
+        listings: dict[Path, ShardListing | None] = {}
+        shards: list[Path] = []
+        with ThreadPoolExecutor(_NUM_THREADS) as threads:
+            # Until nothing changes: `prune` may replace a shard after its folder was listed.
             while shards != (listed := shards_in(folder)):
                 shards = listed
-                look(shards)
-        paths = [path for path in [*shards, *staged] if contents[path] is not None]
-        data, counts = [], []
+                new = [path for path in shards if path not in listings]
+                listings.update(zip(new, threads.map(list_shard, new)))
+        shards = [path for path in shards if listings[path] is not None]
+        places = tuple(path.relative_to(folder).as_posix() for path in shards)
+        key_bytes, counts = [], []
         failures: dict[str, str] = {}
         damaged: dict[str, str] = {}
-        for path in paths:
-            one = contents[path]
-            place = path.relative_to(folder).as_posix()
-            if not isinstance(one, Contents):
-                one, damaged[place] = Contents(), str(one)
-            elif one.damaged:
-                damaged[place] = "; ".join(f"{key}: {what}" for key, what in one.damaged.items())
-            data.append(one.found)
-            counts.append(len(one.found) // 16)
-            failures |= one.failures
-        keys = _key_array(b"".join(data))
-        if failures:  # one writer's failure may be another's success
-            found = pc.is_in(key_array(failures), value_set=keys).to_pylist()
-            failures = {key: reason for (key, reason), there in zip(failures.items(), found) if not there}
-        return Snapshot(
-            places=tuple(path.relative_to(folder).as_posix() for path in paths),
-            keys=keys,
-            numbers=np.repeat(np.arange(len(paths), dtype=np.int32), counts),
-            failures=failures,
-            damaged=damaged,
-        )
+        for path, place in zip(shards, places):
+            listing = listings[path] or ShardListing()
+            problems = [listing.error] * bool(listing.error)
+            problems += [f"{key}: {problem}" for key, problem in listing.damaged.items()]
+            if problems:
+                damaged[place] = "; ".join(problems)
+            key_bytes.append(listing.key_bytes)
+            counts.append(len(listing.key_bytes) // 16)
+            failures |= listing.failures
+        keys = key_array_of_bytes(b"".join(key_bytes))
+        if failures:  # one run may have failed where another succeeded
+            succeeded = pc.is_in(key_array(failures), value_set=keys).to_pylist()
+            failures = {key: reason for (key, reason), exists in zip(failures.items(), succeeded) if not exists}
+        numbers = np.repeat(np.arange(len(places), dtype=np.int32), counts)
+        return Snapshot(places, keys, numbers, failures, damaged)
 
     def read(self, kind: str, key: str, place: str) -> dict[str, torch.Tensor]:
-        """The tensors of an entry, checked. place: as of a snapshot; where that is gone the key is looked up anew.
+        """Read and check the tensors of an entry.
 
-        Raises DamagedEntry, and UserError where the file may not be read.
+        Args:
+            place: where a snapshot found the key. If that shard is gone, the key is looked up again.
+
+        Raises:
+            DamagedEntryError: the entry is gone or damaged.
+            UserError: the file may not be read.
         """
         folder = self.root / kind
-        try:
-            return self._read_at(folder / place, key)
-        except FileNotFoundError:  # packed, rewritten or pruned since the caller looked
-            pass
-        for renew in (False, True):  # what was looked up for another key often does
+        with suppress(FileNotFoundError):  # pruned since the caller looked
+            return self._read_shard(folder / place, key)
+        for renew in (False, True):  # the snapshot made for another key is usually new enough
             if renew or kind not in self._newer:
                 self._newer[kind] = self.snapshot(kind)
             newer = self._newer[kind].place(key)
             if newer is not None and newer != place:
                 with suppress(FileNotFoundError):
-                    return self._read_at(folder / newer, key)
-        raise DamagedEntry(
-            f"cache entry {key} of {kind} is gone: {folder / place} was removed, and nothing else holds it; "
-            "start again, it will be encoded anew"
+                    return self._read_shard(folder / newer, key)
+        raise DamagedEntryError(
+            f"{folder / place}: the cache entry {key} of {kind} is gone: its shard was removed, and no other holds it. "
+            "Start again to encode it again."
         )
 
-    def _read_at(self, path: Path, key: str) -> dict[str, torch.Tensor]:
+    def _read_shard(self, path: Path, key: str) -> dict[str, torch.Tensor]:
         try:
-            tensors = _opened(path, os.getpid()).read(key)
+            tensors = _open_cached(path, os.getpid()).read(key)
             if not tensors:
-                raise Damage("it is the record of a failure")
-        except Damage as damage:
-            raise DamagedEntry(
-                f"cache entry {key} in {path} is damaged ({damage}): run launch/encode.py --verify, "
-                "which removes it, and it will be encoded anew"
+                raise DamageError("it is the record of a failure")
+        except DamageError as error:
+            raise DamagedEntryError(
+                f"{path}: the cache entry {key} is damaged: {error}. Run launch/encode.py --verify to remove it; the "
+                "next run encodes it again."
             ) from None
         return tensors
 
-    @contextmanager
-    def writer(self, kind: str, shard_bytes: int = SHARD_BYTES) -> Iterator["Writer"]:
-        """A place to write entries of a kind, one process and thread each. What killed writers left is packed first.
+    def remove_abandoned(self, kind: str) -> None:
+        """Remove the temporary files that killed writers left. Raises UserError if that is not possible."""
+        folder = self.root / kind
+        with storage_errors(folder):
+            remove_abandoned(folder)
 
-        Raises UserError where the folder cannot be written.
-        """
-        adopt(self.root, kind)
-        writer = Writer(self.root / kind, shard_bytes)
+    @contextmanager
+    def writer(self, kind: str, shard_bytes: int = SHARD_BYTES) -> Iterator["CacheWriter"]:
+        """A writer for entries of a kind, for one process and thread. Raises UserError if it cannot write."""
+        writer = CacheWriter(self.root / kind, shard_bytes)
         try:
             yield writer
         except BaseException:
-            with suppress(UserError):  # the first error says more; the next writer packs what is staged
-                writer.close()
+            with suppress(UserError):  # the first error says more
+                writer.flush()
             raise
-        writer.close()
+        writer.flush()
 
 
-class Writer:
-    """Writes entries that are safe from a kill as soon as `write` returns. Made by `Cache.writer`."""
+class CacheWriter:
+    """Collects entries and writes them as shards. Made by `Cache.writer`.
+
+    A shard is written when the next entry does not fit into `shard_bytes`, when it holds SHARD_ENTRIES, when FLUSH_S
+    have passed since the last one, and at the end. A killed process loses the entries since the last shard.
+    """
 
     def __init__(self, folder: Path, shard_bytes: int):
-        self._folder = folder
-        self._shard_bytes = shard_bytes
-        self._staging: Staging | None = None
-        self._staged: dict[str, int] = {}  # key -> bytes
+        self._folder, self._shard_bytes = folder, shard_bytes
+        self._clear()
+
+    def _clear(self) -> None:
+        self._tensors: dict[str, torch.Tensor] = {}
+        self._records: dict[str, str] = {}
+        self._num_bytes, self._last_flush_s = 0, time.monotonic()
 
     def write(self, key: str, tensors: Mapping[str, torch.Tensor]) -> None:
-        """Keep the tensors of an entry. Raises UserError where the disk is full or cannot be written."""
+        """Add an entry. Raises UserError if a shard cannot be written, ValueError for an invalid key or no tensors."""
         if not tensors:
             raise ValueError(f"entry {key} has no tensors")
-        whole = {name: tensor.detach().cpu().contiguous() for name, tensor in tensors.items()}
-        self._stage(key, whole, checksum_text(key, whole))
+        # Copies: the caller may change its tensors, or hold views of larger ones.
+        copies = {
+            name: tensor.detach().to("cpu", copy=True, memory_format=torch.contiguous_format)
+            for name, tensor in tensors.items()
+        }
+        self._add(key, copies, entry_record(key, copies))
 
     def fail(self, key: str, reason: str) -> None:
-        """Keep why an entry cannot be made, so that it is not tried again. Raises UserError as `write` does."""
-        self._stage(key, {}, failure_text(key, reason))
+        """Record why an entry cannot be made, so that no later run tries it again. Raises as `write` does."""
+        self._add(key, {}, failure_record(key, reason))
 
-    def _stage(self, key: str, tensors: Mapping[str, torch.Tensor], text: str) -> None:
+    def _add(self, key: str, tensors: Mapping[str, torch.Tensor], record: str) -> None:
         if not KEY.fullmatch(key):
-            raise ValueError(f"a key has 32 hex digits, this is {key!r}")
+            raise ValueError(f"a key has 32 hex digits, but this one is {key!r}")
         num_bytes = sum(tensor.nbytes for tensor in tensors.values())
-        full = sum(self._staged.values()) + num_bytes > self._shard_bytes or len(self._staged) >= SHARD_ENTRIES
-        if self._staged and full:
-            self._pack()
-        with storing(self._folder, num_bytes):
-            # Where nodes do not see each other's locks, another may have taken this one for dead and packed it.
-            if self._staging is None or not self._staging.is_there():
-                self._close_staging()
-                self._staging = new_staging(self._folder)
-                self._staged = {}
-            self._staging.save({f"{key}/{name}": one for name, one in tensors.items()}, {key: text}, key)
-        self._staged[key] = num_bytes
+        if self._num_bytes + num_bytes > self._shard_bytes:
+            self.flush()
+        self._tensors |= {f"{key}/{name}": tensor for name, tensor in tensors.items()}
+        self._records[key] = record
+        self._num_bytes += num_bytes
+        if len(self._records) >= SHARD_ENTRIES or time.monotonic() - self._last_flush_s >= FLUSH_S:
+            self.flush()
 
-    def _pack(self) -> None:
-        if self._staging is not None:
-            with storing(self._folder, sum(self._staged.values())):
-                _, damaged = self._staging.pack(dict.fromkeys(shards_in(self._staging.path)))
-                self._staging.clear()
-            self._staged = {}
-            if damaged:
-                raise UserError(
-                    f"{len(damaged)} entries in {self._folder} did not read back as they were written (the first: "
-                    f"{next(iter(damaged.items()))}) and are left out: check the disk, then start again"
-                )
-
-    def _close_staging(self) -> None:
-        if self._staging is not None:
-            self._staging.release()
-            self._staging = None
-
-    def close(self) -> None:
-        """Pack what is staged. Raises UserError as `write` does; what is staged is then left to the next writer."""
-        try:
-            self._pack()
-            if self._staging is not None:
-                with storing(self._folder):
-                    self._staging.remove()
-        finally:
-            self._close_staging()
+    def flush(self) -> None:
+        """Write the entries collected so far as a shard. Raises UserError if that fails; they stay collected."""
+        if self._records:
+            with storage_errors(self._folder, self._num_bytes):
+                write_shard(self._folder / f"{uuid.uuid4().hex}.safetensors", self._tensors, self._records)
+        self._clear()

@@ -17,7 +17,7 @@ import torch
 from torch.utils.data import Dataset, default_collate
 
 from cogds.core.mixture import Mixture
-from cogds.data.cache.store import Cache, DamagedEntry
+from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.index import ClipIndex, IndexedClip
 from cogds.data.loading.sampler import Draw
 from cogds.errors import UserError
@@ -101,12 +101,12 @@ class ClipDataset(Dataset[Item]):
         clip = self.order.index[row]
         try:
             return read_encoded(self.cache, clip)
-        except DamagedEntry as error:
+        except DamagedEntryError as error:
             return Bad(row, clip.path, str(error))
 
 
 def read_encoded(cache: Cache, clip: IndexedClip) -> dict[str, torch.Tensor]:
-    """The tensors of one clip and its caption. Raises cache.DamagedEntry."""
+    """The tensors of one clip and its caption. Raises cache.DamagedEntryError."""
     encoded = cache.read("clips", clip.clip_key, clip.clip_place)
     return encoded | cache.read("captions", clip.caption_key, clip.caption_place)
 

@@ -25,7 +25,7 @@ from cogds.data.manifest.scan_state import (
     write_files,
 )
 from cogds.data.video.probe_task import reason_of
-from cogds.process.progress import progress
+from cogds.process.progress import progress_bar
 
 NUM_THREADS = 16  # on a shared file system, waiting is most of it
 
@@ -56,7 +56,7 @@ def fill_digests_share(job: Job, share: Share) -> int:
     batches = files_of(job, share)
     num_files = sum(map(len, batches))
     with (
-        progress("reading files", "file", num_files, share[0] == 0) as bar,
+        progress_bar("reading files", "file", num_files, share[0] == 0) as bar,
         Journal(job, share, "digests") as journal,
         ThreadPoolExecutor(NUM_THREADS) as threads,
     ):

@@ -39,8 +39,15 @@ from cogds.data.manifest.scan_state import (
     write_table,
 )
 from cogds.data.manifest.table import DataSet
-from cogds.data.video.probe_task import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, FileFacts, ProbeTask, probe_file, reason_of
-from cogds.process.progress import progress
+from cogds.data.video.probe_task import (
+    PROBE_MEMORY_BYTES,
+    PROBE_TIMEOUT_S,
+    FileFacts,
+    ProbeTask,
+    probe_file,
+    reason_of,
+)
+from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import Failure, GuardedPool
 
 ENTRIES_AT_ONCE = 1 << 16
@@ -161,7 +168,7 @@ def probe_share(
                     yield ProbeTask(row["kind"], row["path"])
 
         with (
-            progress("surveying files", "file", num_files, shown, num_files - num_todo) as bar,
+            progress_bar("surveying files", "file", num_files, shown, initial=num_files - num_todo) as bar,
             GuardedPool(probe, min(num_workers, num_todo), timeout_s, memory_bytes) as pool,
         ):
             for outcome in pool.imap(tasks(), ahead=4 * num_workers):
@@ -179,7 +186,7 @@ def probe_share(
 def _to_probe(batches: Sequence[pa.RecordBatch], journal: Journal, shown: bool) -> Iterator[pa.RecordBatch]:
     """Of the files those to open, with their size and time. What cannot be opened at all is put down at once."""
     with (
-        progress("looking at files", "file", sum(map(len, batches)), shown) as bar,
+        progress_bar("looking at files", "file", sum(map(len, batches)), shown) as bar,
         ThreadPoolExecutor(NUM_THREADS) as threads,
     ):
         for batch, stats in zip(batches, threads.map(_stats, batches)):

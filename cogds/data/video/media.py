@@ -1,8 +1,9 @@
 """Files to frames and back: probe, decode by time, resize, crop, write. The only importer of PyAV and decord.
 
 PyAV decodes, strictly and once: what is wanted is picked by the container's table of timestamps, scaled from the
-decoded planes and cut to size as it comes. decord is there for those who trust their files. What was measured with
-PyAV 18.1 and decord 0.6.0 (H.264, H.265, VP9, MPEG-4; 8 bits, 420 and 444):
+decoded planes and cut to size as it comes. PyAV 18 and 19 are supported: what differs between them is commented. decord
+is there for those who trust their files. What was measured with PyAV 18.1 and decord 0.6.0 (H.264, H.265, VP9, MPEG-4;
+8 bits, 420 and 444):
 
 - both give bit-identical RGB at the source's size, upright where the file carries a rotation, in either import order;
 - decord on 200 damaged copies of real clips: 190 wrong results, 10 errors, whatever `fault_tol` is: it only counts
@@ -225,18 +226,20 @@ def _open(path: str | Path) -> Any:
     import av
 
     path = Path(path)
+    # PyAV 18 raises UnicodeDecodeError for a title that is not UTF-8 unless told otherwise; PyAV 19 never does.
+    lenient: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         num_bytes = path.stat().st_size
         if path.is_dir():
             raise DecodeError("it is a folder, not a file")
         if not num_bytes:
             raise DecodeError("the file is empty (0 bytes)")
-        container = av.open(str(path), metadata_errors="replace")
+        container = av.open(str(path), **lenient)
     except FileNotFoundError:
         raise DecodeError("the file does not exist") from None
     except MemoryError:
         raise
-    except _errors() as error:
+    except (OSError, av.error.FFmpegError) as error:
         raise DecodeError(f"it cannot be opened as a video: {_brief(error)}") from None
     if not container.streams.video:
         container.close()
@@ -270,6 +273,8 @@ def _timeline(path: str | Path, container: Any) -> _Timeline:
 
 def _survey(container: Any, decode_first: bool = False) -> tuple[_Timeline, Any]:
     """The table of frames from the packets, and the first frame where that is asked for."""
+    import av
+
     stream = container.streams.video[0]
     shown: list[int] = []
     keys: list[int] = []
@@ -294,7 +299,7 @@ def _survey(container: Any, decode_first: bool = False) -> tuple[_Timeline, Any]
                 keys.append(packet.pts)
     except MemoryError:
         raise  # says nothing about the file
-    except _errors() as error:
+    except av.error.FFmpegError as error:
         raise DecodeError(f"it cannot be read to its end: {_brief(error)}") from None
     if not shown:
         raise DecodeError("it holds no frames")
@@ -342,13 +347,6 @@ def _frames_on_display(timeline: _Timeline, times_s: Sequence[float], end_s: flo
 # -------------------------------------------------------------------------------------------------------- decoding
 
 
-def _errors() -> tuple[type[Exception], ...]:
-    """What PyAV raises: some of FFmpeg's errors derive from no built-in one."""
-    import av
-
-    return (OSError, ValueError, av.error.FFmpegError)
-
-
 def _decode_strict(
     container: Any, timeline: _Timeline, first: int, last: int, seek: bool = True
 ) -> Iterator[tuple[int, Any]]:
@@ -357,6 +355,8 @@ def _decode_strict(
     first: 0, or a keyframe. It is sought, since the container has been read for its table; seek=False: it was not.
     What comes before it is dropped: a decoder that starts there gives frames that were made of others.
     """
+    import av
+
     stream = container.streams.video[0]
     index, size = first - 1, None
     try:
@@ -375,7 +375,7 @@ def _decode_strict(
                 return
     except MemoryError:
         raise
-    except _errors() as error:
+    except av.error.FFmpegError as error:
         time_s = timeline.seconds(min(index + 1, last))
         raise DecodeError(f"decoding fails near {time_s:.3f} s: {_brief(error)}") from None
     raise DecodeError(f"only {index + 1} of its {len(timeline.pts)} frames can be decoded")
@@ -429,7 +429,7 @@ def _read_decord(
     os.environ.setdefault("DECORD_EOF_RETRY_MAX", "256")
     import decord
 
-    decord.logging.set_level(decord.logging.QUIET)
+    decord.logging.set_checkpointing(decord.logging.QUIET)
     _, frame = next(frames)
     if frame.colorspace not in _DECORD_SPACES or frame.color_range == _FULL_RANGE:
         raise _DecordUnfitError("its colours are not tagged as BT.601 of limited range")
@@ -461,10 +461,7 @@ def _read_decord(
             if index == indices[wanted]:
                 clip[wanted] = pixels
                 wanted = _repeat(clip, indices, wanted)
-    except MemoryError:
-        raise  # the machine's doing: no verdict on the file
-    except Exception as error:
-        # DECORDError, DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration: without a common base.
+    except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration) as error:
         raise _DecordUnfitError(_brief(error)) from None
     return clip
 
@@ -473,8 +470,13 @@ def _turns(frame: Any) -> int:
     """Quarter turns, counter-clockwise, that bring a stored frame upright."""
     from av.sidedata.sidedata import SideDataContainer
 
-    # Not frame.side_data: frame and container then hold each other, and no frame is ever freed (PyAV 18.1).
-    matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
+    try:
+        # Not frame.side_data: in PyAV 18 frame and container then hold each other, and no frame is ever freed.
+        matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
+    except ValueError as error:  # of PyAV 18, such as the EXIF of a camera's motion JPEG
+        raise DecodeError(
+            f"its frames carry side data that is not supported by PyAV 18 ({error}): re-encode it, or install av>=19"
+        ) from None
     if matrix is not None:
         a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix)[:36])
         if a * d - b * c < 0:
@@ -512,7 +514,8 @@ def _load_image(path: str | Path) -> Image:
         raise DecodeError("the file does not exist") from None
     except IsADirectoryError:
         raise DecodeError("it is a folder, not a file") from None
-    except (OSError, ValueError, SyntaxError, Image.DecompressionBombError) as error:
+    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
+        # ValueError and SyntaxError: broken chunks and tags; RuntimeError: what libavif says.
         raise DecodeError(f"it cannot be read as an image: {_brief(error)}") from None
 
 
@@ -537,6 +540,7 @@ class _Fitter:
 
         Where nothing is to be scaled or turned, this is FFmpeg's plain conversion.
         """
+        import av
         from av.video.reformatter import Interpolation
 
         turns, (height, width, _) = _turns(frame), out.shape
@@ -552,7 +556,7 @@ class _Fitter:
             frame = self._packer.reformat(frame, format="rgb24", threads=1)
         except MemoryError:
             raise
-        except _errors() as error:
+        except av.error.FFmpegError as error:
             raise DecodeError(f"its pixels ({frame.format.name}) cannot be converted: {_brief(error)}") from None
         rows = _plane(frame, 0, 3)
         out.reshape(height, 3 * width)[:] = rows[top : top + height, 3 * left : 3 * (left + width)]

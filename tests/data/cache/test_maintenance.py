@@ -6,12 +6,11 @@ import numpy as np
 import pytest
 import torch
 
-from cogds.data.cache import shard as shard_module
+from cogds.data.cache import maintenance as maintenance_module
 from cogds.data.cache.maintenance import PruneReport, prune, stats, verify
-from cogds.data.cache.staging import Staging
 from cogds.data.cache.store import Cache
 from cogds.errors import UserError
-from tests.data.entries import entry, files_in, flip, key_of, read, same, write
+from tests.data.entries import entry, fail, files_in, flip, key_of, read, same, write
 
 # --- verifying
 
@@ -30,15 +29,6 @@ def test_verify_drops_the_damaged_entry_alone(tmp_path):
     assert verify(tmp_path).damaged == ()
 
 
-def test_verify_removes_a_damaged_entry_of_a_living_writer(tmp_path):
-    with Cache(tmp_path).writer("clips") as writer:
-        for number in range(2):
-            writer.write(key_of(number), entry(number))
-        os.truncate(writer._staging.path / f"{key_of(1)}.safetensors", 30)
-        assert [one.key for one in verify(tmp_path).damaged] == [""]
-    assert stats(tmp_path)["clips"]["entries"] == 1
-
-
 def test_a_file_that_may_not_be_read_is_not_removed(tmp_path, monkeypatch):
     write(tmp_path, range(2))
 
@@ -47,7 +37,7 @@ def test_a_file_that_may_not_be_read_is_not_removed(tmp_path, monkeypatch):
 
     monkeypatch.setattr("cogds.data.cache.shard.safe_open", refused)
     for act in (verify, stats, prune):
-        with pytest.raises(UserError, match="cannot be read"):
+        with pytest.raises(UserError, match=r"^data.cache_dir: .*\.safetensors"):
             act(tmp_path)
     assert len(files_in(tmp_path)) == 1
 
@@ -59,8 +49,7 @@ def test_prune_removes_what_is_not_kept(tmp_path):
     write(tmp_path, range(10))
     write(tmp_path, range(10, 12))
     write(tmp_path, range(3), kind="captions")
-    with Cache(tmp_path).writer("clips") as writer:
-        writer.fail(key_of(50), "no frames")
+    fail(tmp_path, 50)
     before = sum(path.stat().st_size for path in files_in(tmp_path))
     report = prune(tmp_path, {"clips": {key_of(number) for number in (1, 2, 50)}})
     assert (report.num_entries, report.num_failures) == (10, 0)
@@ -95,8 +84,7 @@ def test_prune_keeps_one_of_two_copies(tmp_path):
 @pytest.mark.parametrize("failed_first", [True, False])
 @pytest.mark.parametrize("shard_bytes", [1, 1 << 30])  # as they lie, and merged
 def test_prune_keeps_what_failed_once_and_was_made_elsewhere(tmp_path, failed_first, shard_bytes):
-    with Cache(tmp_path).writer("clips") as writer:
-        writer.fail(key_of(1), "a disk was away")
+    fail(tmp_path, 1, "a disk was away")
     files_in(tmp_path)[0].rename(tmp_path / "clips" / f"{('0' if failed_first else 'f') * 32}.safetensors")
     write(tmp_path, [1])
     assert prune(tmp_path, shard_bytes=shard_bytes).num_entries == 0
@@ -138,8 +126,7 @@ def test_other_things_in_the_root_are_left_alone(tmp_path):
 def test_prune_puts_small_shards_together(tmp_path):
     for run in range(8):
         write(tmp_path, range(3 * run, 3 * run + 3))
-    with Cache(tmp_path).writer("clips") as writer:
-        writer.fail(key_of(50), "no frames")
+    fail(tmp_path, 50)
     bound = int(3.5 * max(path.stat().st_size for path in files_in(tmp_path)))
     write(tmp_path, range(24, 32))  # above half of it
     large = max(files_in(tmp_path), key=lambda path: path.stat().st_size)
@@ -164,13 +151,12 @@ def test_merged_shards_are_bounded_in_entries(tmp_path, monkeypatch):
     write(tmp_path, range(10, 13))
     monkeypatch.setattr("cogds.data.cache.maintenance.SHARD_ENTRIES", 4)
     assert prune(tmp_path).num_merged == 10
-    assert sorted(np.bincount(Cache(tmp_path).snapshot("clips").numbers)) == [2, 3, 4, 4]
+    assert sorted(np.bincount(Cache(tmp_path).snapshot("clips").place_numbers)) == [2, 3, 4, 4]
     assert prune(tmp_path).num_merged == 0
 
 
 def test_a_damaged_entry_is_not_merged_and_an_unreadable_shard_stays(tmp_path):
-    with Cache(tmp_path).writer("clips") as writer:
-        writer.fail(key_of(50), "no frames")
+    fail(tmp_path, 50)
     altered = files_in(tmp_path)[0]
     altered.write_bytes(altered.read_bytes().replace(b"no frames", b"no frumes"))
     for number in range(4):
@@ -189,57 +175,31 @@ def test_a_damaged_entry_is_not_merged_and_an_unreadable_shard_stays(tmp_path):
     assert all(same(read(tmp_path, number), entry(number)) for number in (0, 3))
 
 
-def test_a_shard_that_cannot_be_opened_any_more_when_it_is_merged_stays(tmp_path, monkeypatch):
+def test_a_shard_that_is_damaged_while_it_is_merged_stays(tmp_path, monkeypatch):
     for number in range(3):
         write(tmp_path, [number])
     torn = tmp_path / "clips" / Cache(tmp_path).snapshot("clips").place(key_of(1))
+    open_shard = maintenance_module.open_shard
 
-    def tear_first(staging, sources, pack=Staging.pack):
+    def tear_first(path):
         os.truncate(torn, 30)
-        return pack(staging, sources)
+        return open_shard(path)
 
-    monkeypatch.setattr(Staging, "pack", tear_first)
+    monkeypatch.setattr(maintenance_module, "open_shard", tear_first)
     assert prune(tmp_path).num_entries == 0
     assert torn.exists()
     assert len(files_in(tmp_path)) == 2
     assert all(same(read(tmp_path, number), entry(number)) for number in (0, 2))
 
 
-def test_a_kill_while_merging_leaves_copies_that_the_next_prune_clears(tmp_path, monkeypatch):
-    def die(staging):
-        staging.release()  # the lock goes with the process
-        pytest.fail("killed")
-
+def test_a_kill_while_merging_leaves_copies_that_the_next_prune_removes(tmp_path, monkeypatch):
     for number in range(3):
         write(tmp_path, [number])
     with monkeypatch.context() as patch:
-        patch.setattr(Staging, "remove", die)
+        patch.setattr(Path, "unlink", lambda *_, **__: pytest.fail("killed"))
         with pytest.raises(pytest.fail.Exception, match="killed"):
             prune(tmp_path)
     assert stats(tmp_path)["clips"]["duplicates"] == 3
     prune(tmp_path)
     assert stats(tmp_path)["clips"]["duplicates"] == 0
     assert all(same(read(tmp_path, number), entry(number)) for number in range(3))
-
-
-def test_merging_holds_no_entries_in_memory(tmp_path, monkeypatch):
-    def own_memory_bytes():
-        lines = Path("/proc/self/status").read_text().splitlines()
-        return next(int(line.split()[1]) * 1024 for line in lines if line.startswith("RssAnon"))
-
-    seen = []
-
-    def watched(*arguments, save=shard_module.save_file):
-        seen.append(own_memory_bytes())
-        save(*arguments)
-        seen.append(own_memory_bytes())
-
-    for number in range(20):
-        with Cache(tmp_path).writer("clips") as writer:
-            writer.write(key_of(number), {"x": torch.full((2_000_000,), number, dtype=torch.uint8)})
-    monkeypatch.setattr(shard_module, "save_file", watched)
-    before = own_memory_bytes()
-    prune(tmp_path)
-    assert len(seen) == 2
-    assert max(seen) - before < 10_000_000
-    assert verify(tmp_path).num_entries == 20

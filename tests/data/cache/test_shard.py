@@ -7,22 +7,8 @@ import torch
 from safetensors import safe_open
 
 from cogds.data.cache.maintenance import verify
-from cogds.data.cache.store import Cache, DamagedEntry
-from tests.data.entries import entry, files_in, flip, key_of, read, same, write
-
-
-def test_any_dtype_and_shape(tmp_path):
-    tensors = {
-        "scalar": torch.tensor(3.5),
-        "empty": torch.zeros(0, 4),
-        "bool": torch.tensor([True, False]),
-        "half": torch.randn(3, 4).half().t(),
-        "int": torch.arange(7)[::2],
-    }
-    cache = Cache(tmp_path)
-    with cache.writer("clips") as writer:
-        writer.write(key_of(0), tensors)
-    assert same(read(tmp_path, 0), tensors)
+from cogds.data.cache.store import Cache, DamagedEntryError
+from tests.data.entries import entry, files_in, flip, key_of, same, write
 
 
 def test_the_files_are_ordinary_safetensors(tmp_path):
@@ -68,7 +54,7 @@ def what_is_read(root, keys):
         if (place := snapshot.place(key)) is not None:
             try:
                 given[key] = cache.read("clips", key, place)
-            except DamagedEntry as damage:
+            except DamagedEntryError as damage:
                 num_damaged += key in str(damage) and "--verify" in str(damage)
     return given, num_damaged
 
@@ -77,13 +63,14 @@ def equal(one, other):
     return one == other if isinstance(one, str) or isinstance(other, str) else same(one, other)
 
 
-def test_a_flipped_bit_anywhere_is_seen(tmp_path):
+@pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
+def test_a_flipped_bit_anywhere_is_seen(tmp_path, step):
     keys, original = small_cache(tmp_path / "whole")
     data = original.read_bytes()
     right, _ = what_is_read(tmp_path / "whole", keys)
     assert set(right) == set(keys)
     generator = random.Random(0)
-    for at in range(len(data)):
+    for at in range(0, len(data), step):
         copy = tmp_path / f"{at}" / "clips" / original.name
         copy.parent.mkdir(parents=True)
         copy.write_bytes(data)
@@ -133,7 +120,7 @@ def test_a_truncated_shard_is_reported_and_removed(tmp_path):
         assert list(snapshot.damaged) == [original.name]
         assert snapshot.num_entries == 0
         assert snapshot.failures == {}
-        with pytest.raises(DamagedEntry, match="torn or damaged"):
+        with pytest.raises(DamagedEntryError, match=f"{original.name}.*{keys[0]}"):
             Cache(root).read("clips", keys[0], original.name)
         report = verify(root)
         assert [(one.kind, one.place, one.key) for one in report.damaged] == [("clips", original.name, "")]

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.model.transformer.attention import attend
 from cogds.model.transformer.forward import MAX_GRAPHS, Block, Transformer
-from tests.core.test_memory import LiveBytes
+from tests.live_bytes import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CHECKPOINTING_MODES = ("none", "selective", "full", "full+offload")

@@ -11,10 +11,11 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 from torch._dynamo.backends.common import aot_autograd
 
-from cogds.core.memory import TransformerSize, base_bytes, unpacked_bytes
+from cogds.core.memory import TransformerSize, base_weights_bytes, unpacked_weight_bytes
 from cogds.errors import UserError
 from cogds.model.load import build_transformer, find_model, load_transformer
-from cogds.model.lora.adapter import check_start, export, inject, load_into, resolve_targets
+from cogds.model.lora.adapter import check_start, export, inject, resolve_targets
+from cogds.model.lora.file import read_lora
 from cogds.model.transformer import quantize
 from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.quantize import PackedLinear, check_quantization, pack, pack_block, unpack
@@ -186,7 +187,9 @@ def test_a_loaded_base_is_the_model_packed_and_never_held_in_full(tiny_model, qu
     parts = [one for layer in layers.values() for one in layer.packed.parts]
     held = sum(one.numel() * one.element_size() for one in [*parts, *own.values()])
     num_parameters = sum(one.numel() for one in full.parameters())
-    assert held == base_bytes(TransformerSize.from_config(model.transformer_config, num_parameters), quantization, 4)
+    assert held == base_weights_bytes(
+        TransformerSize.from_config(model.transformer_config, num_parameters), quantization, 4
+    )
 
 
 @needs_libraries
@@ -287,10 +290,10 @@ def test_a_lora_trained_on_it_is_a_lora_like_any_other(tiny_model, tmp_path, qua
     with safe_open(files["packed"], "pt") as one, safe_open(files["full"], "pt") as other:
         assert set(one.keys()) == set(other.keys())
         assert one.metadata() == other.metadata()
-    check_start(full, files["packed"])
+    check_start(full, read_lora(files["packed"]))
     plain = CogVideoXTransformer3DModel.from_pretrained(model.path / "transformer").to(torch.bfloat16)
     before = plain(**batch)[0].float()
-    load_into(plain, files["packed"])
+    plain.load_lora_adapter(str(files["packed"]), use_safetensors=True)
     trained, theirs = (
         load_file(files["packed"]),
         get_peft_model_state_dict(plain, adapter_name=next(iter(plain.peft_config))),
@@ -346,4 +349,4 @@ def test_a_weight_is_unpacked_in_the_memory_that_is_counted(quantization, fp8_ma
     rows, kind, parts = torch.randn(4, 2048).to(torch.bfloat16), packed.kind, list(packed.parts)
     with LiveBytes([rows, *parts]) as live:
         quantize._product_back._init_fn(rows, kind, list(packed.shape), parts)
-    assert live.peak == pytest.approx(unpacked_bytes(quantization, fp8_matmul, 2) * 2048 * 512, rel=0.03)
+    assert live.peak == pytest.approx(unpacked_weight_bytes(quantization, fp8_matmul, 2) * 2048 * 512, rel=0.03)

@@ -1,6 +1,6 @@
-"""What will be trained and what will not: facts out of a survey. `text` and `html` show them.
+"""Which clips will be trained, in which buckets, and at what cost. `text` and `html` present the result.
 
-Nothing here opens a clip or a model, and nothing loops over clips: twenty million rows cost some seconds.
+Opens neither clips nor model files and loops over no rows: twenty million clips take a few seconds.
 """
 
 import json
@@ -8,22 +8,14 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from statistics import median
-from typing import Any
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
-from cogds.core.memory import (
-    LoraSize,
-    MemoryEstimate,
-    TransformerSize,
-    VaeSize,
-    cached_caption_bytes,
-    cached_clip_bytes,
-    rotary_table_bytes,
-)
+from cogds.core.geometry import ClipShape, ModelGeometry, cached_caption_bytes, cached_clip_bytes, num_tokens
+from cogds.core.memory import MemoryEstimate, MemoryModel
+from cogds.core.memory_advice import explain_shortfall
 from cogds.core.suggest import (
     ClipSizes,
     Suggestion,
@@ -35,27 +27,29 @@ from cogds.core.suggest import (
     suggest_buckets,
     suggest_lengths,
 )
-from cogds.train.tuning import Setting, Sizes, shortfall
 
-# Rows are taken in pieces of this many, so that the numbers of twenty million never stand side by side.
+# Rows processed at a time, to bound memory for tables of millions of clips.
 ROWS_AT_ONCE = 1 << 20
 NUM_EXAMPLES = 3
 MAX_REASONS = 20
 MAX_SUGGESTED = 24
-# Buckets that fit worse than this get a suggestion: mean share cropped, shares of clips enlarged and too short.
-MUCH_CROPPED, MUCH_UPSCALED, MUCH_TOO_SHORT = 0.15, 0.25, 0.1
-# The first steps of a run compile and warm up.
+# Other buckets are suggested above any of these: mean share cropped, shares of clips upscaled and too short.
+MAX_CROPPED, MAX_UPSCALED, MAX_TOO_SHORT = 0.15, 0.25, 0.1
+# Steps at the start of a run whose times are ignored: they compile and warm up.
 WARM_UP_STEPS = 5
 
 
 @dataclass(frozen=True)
 class ClipTable:
-    """The dataset, one row per clip of the manifest.
+    """The dataset, one row per clip of the manifest, without held-out clips.
 
-    table: columns path, kind, width, height (as displayed), status ("ok" or "unusable"), reason ("short phrase:
-    detail"), caption, start_s, set; buckets int [N]: -1 where a clip has none; frames int [N]: at the target rate,
-    within the clip's range; num_windows int [N]: samples that the clip gives, None: one each. num_held_out: clips that
-    could be trained and are not, because they are held out; they are not in the table.
+    Attributes:
+        table: columns path, kind, width, height (as displayed), status ("ok" or "unusable"), reason ("short phrase:
+            detail"), caption, start_s, set.
+        buckets: int [N], -1 for a clip without a bucket.
+        frames: int [N], at the target frame rate, within the clip's time range.
+        num_windows: int [N], samples of each clip. None: one each.
+        num_held_out: clips not in the table because they are held out for evaluation.
     """
 
     table: pa.Table
@@ -65,14 +59,14 @@ class ClipTable:
     num_held_out: int = 0
 
     def windows_of(self, rows: slice) -> np.ndarray:
-        """Samples of each of these rows, int64."""
+        """Number of samples of each of these rows, int64."""
         trained = self.buckets[rows] >= 0
         return np.where(trained, 1 if self.num_windows is None else self.num_windows[rows], 0).astype(np.int64)
 
 
 @dataclass(frozen=True)
 class Captions:
-    """Counts of clips by caption, as the manifest and the tokenizer found them; limit is in tokens."""
+    """Numbers of clips with caption problems, and of distinct captions. limit: of a caption, in tokens."""
 
     num_missing: int
     num_empty: int
@@ -83,7 +77,7 @@ class Captions:
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured: tokens/s over all ranks, seconds per optimizer step by bucket, and where the figures come from."""
+    """Measured rates: tokens/s over all ranks, seconds per optimizer step by bucket, and the file they come from."""
 
     tokens_per_s: float
     step_s: Mapping[str, float] = field(default_factory=dict)
@@ -91,54 +85,59 @@ class Rates:
 
 
 @dataclass(frozen=True)
-class Setup:
-    """The run that is reported on.
+class TrainingSetup:
+    """Settings of the run that decide its cost.
 
-    batch_sizes: clips per rank and micro-step of each bucket; epoch_sizes: samples of each bucket that one epoch
-    trains, repeats included (None: the clips' windows); zero: the resolved `zero_optimization` section;
-    checkpointing_modes: what each bucket recomputes (`train.activation_checkpointing`); quantization and fp8_matmul:
-    of `model`; sequence_size: ranks that share a clip; gpu_bytes: memory of one GPU, None on CPUs.
+    Attributes:
+        batch_sizes: clips per rank and micro-step, by bucket.
+        accumulation: micro-steps per optimizer step.
+        checkpointing: activation checkpointing mode, by bucket.
+        is_cached: whether clips are encoded into a cache before training.
+        epoch_sizes: samples of each bucket in one epoch, repeats included. None: the clips' windows.
+        steps_per_epoch: optimizer steps. None: calculated from the samples.
+        max_unusable: share of unusable clips up to which training starts.
+        gpu_bytes: memory of one GPU, None on CPUs.
     """
 
-    buckets: Sequence[ClipShape]
-    geometry: ModelGeometry
+    memory: MemoryModel
     batch_sizes: Sequence[int]
-    num_ranks: int
     accumulation: int
-    zero: Mapping[str, Any]
-    transformer: TransformerSize
-    lora: LoraSize
-    vae: VaeSize
-    precision: str
-    checkpointing_modes: Sequence[str]
-    cached: bool = True
+    checkpointing: Sequence[str]
+    is_cached: bool = True
     epoch_sizes: Sequence[float] | None = None
     steps_per_epoch: float | None = None
     rates: Rates | None = None
     max_unusable: float = 1.0
-    quantization: str = "none"
-    fp8_matmul: bool = False
-    sequence_size: int = 1
     gpu_bytes: float | None = None
 
     @property
-    def data_ranks(self) -> int:
-        """Ranks, or groups of ranks that share a clip, which train clips of their own."""
-        return self.num_ranks // self.sequence_size
+    def buckets(self) -> tuple[ClipShape, ...]:
+        return self.memory.buckets
 
     @property
-    def bytes_each(self) -> int:
-        return 2 if self.precision == "bf16" else 4
+    def geometry(self) -> ModelGeometry:
+        return self.memory.geometry
+
+    @property
+    def num_data_ranks(self) -> int:
+        """Groups of ranks that train different clips."""
+        return self.memory.num_ranks // self.memory.sequence_size
 
 
 @dataclass(frozen=True)
 class BucketReport:
-    """One bucket. Shares are in [0, 1] and 0 where it has no clip; step_s is None where nothing was measured.
+    """One bucket. Shares are in [0, 1], and 0 without clips.
 
-    micro_steps and steps: of one epoch. crop_share: mean share of the picture cut away; upscaled_share: of clips
-    that are enlarged; unused_share: mean share of a clip's frames that no sample takes. checkpointing: what is
-    recomputed; shortfall: a sentence where memory is not enough for it, else "". pinned_bytes: host memory of one
-    GPU's process.
+    Attributes:
+        micro_steps, steps: of one epoch.
+        crop_share: mean share of the picture cropped away.
+        upscaled_share: share of clips that are upscaled.
+        unused_share: mean share of a clip's frames that are in no sample.
+        checkpointing: activation checkpointing mode.
+        pinned_bytes: host memory per GPU.
+        shortfall: a sentence if the bucket does not fit into GPU memory, else "".
+        step_s: None if unknown.
+        step_is_measured: whether step_s was measured in this bucket, or follows from the run's mean rate.
     """
 
     shape: ClipShape
@@ -162,7 +161,7 @@ class BucketReport:
 
 @dataclass(frozen=True)
 class Reason:
-    """Why clips are not trained: the phrase, how many, and a few of their paths."""
+    """A reason why clips are not trained, their number, and the paths of a few."""
 
     phrase: str
     num_clips: int
@@ -171,7 +170,7 @@ class Reason:
 
 @dataclass(frozen=True)
 class Report:
-    """All that is known before training. epoch_s is None where a bucket's rate is not known."""
+    """The whole report. epoch_s: None if the step time of a bucket with clips is unknown."""
 
     num_rows: int
     buckets: tuple[BucketReport, ...]
@@ -192,12 +191,17 @@ class Report:
 
     @property
     def is_refused(self) -> bool:
-        """Whether training will not start with so many unusable clips."""
+        """Whether training will not start because too many clips are unusable."""
         return self.num_unusable > self.max_unusable * self.num_rows
 
     @property
+    def used_buckets(self) -> tuple[BucketReport, ...]:
+        """The buckets that have clips."""
+        return tuple(bucket for bucket in self.buckets if bucket.num_samples)
+
+    @property
     def num_clips(self) -> int:
-        return sum(one.num_clips for one in self.buckets)
+        return sum(bucket.num_clips for bucket in self.buckets)
 
     @property
     def num_unusable(self) -> int:
@@ -205,36 +209,37 @@ class Report:
 
     @property
     def cache_bytes(self) -> int:
-        return self.caption_cache_bytes + sum(one.cache_bytes for one in self.buckets)
+        return self.caption_cache_bytes + sum(bucket.cache_bytes for bucket in self.buckets)
 
     @property
     def largest(self) -> BucketReport | None:
         """The bucket with clips that needs the most GPU memory."""
-        trained = [one for one in self.buckets if one.num_samples]
-        return max(trained, key=lambda one: one.memory.total_bytes) if trained else None
+        return max(self.used_buckets, key=lambda bucket: bucket.memory.total_bytes, default=None)
 
-    def mean(self, name: str) -> float:
-        """A share of the buckets as a mean over clips."""
-        return sum(getattr(one, name) * one.num_clips for one in self.buckets) / max(1, self.num_clips)
+    @property
+    def crop_share(self) -> float:
+        """Mean share of the picture cropped away, over trained clips."""
+        return sum(bucket.crop_share * bucket.num_clips for bucket in self.buckets) / max(1, self.num_clips)
+
+    @property
+    def upscaled_share(self) -> float:
+        """Share of trained clips that are upscaled."""
+        return sum(bucket.upscaled_share * bucket.num_clips for bucket in self.buckets) / max(1, self.num_clips)
 
 
-def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
-    """Count everything. Nothing is read but what is given."""
+def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> Report:
+    """Analyze the dataset for a run."""
     sums, sizes = _count(clips, setup.buckets)
     samples = sums["samples"] if setup.epoch_sizes is None else np.asarray(setup.epoch_sizes, np.float64)
-    # Where a bucket has fewer batches than there are ranks, the others train copies: see core.plan.
+    # If a bucket has fewer batches than there are ranks, the remaining ranks train copies: see core.plan.
     local = np.minimum(setup.batch_sizes, np.maximum(1, samples))
-    micro_steps = samples / (local * np.clip(samples // local, 1, setup.data_ranks))
+    micro_steps = samples / (local * np.clip(samples // local, 1, setup.num_data_ranks))
     steps = micro_steps / setup.accumulation
-    rotary = sum(rotary_table_bytes(shape, setup.geometry) for shape in setup.buckets)
-    setting = Setting(
-        setup.geometry, Sizes(setup.transformer, setup.lora), setup.vae, setup.zero, setup.num_ranks, setup.precision,
-        setup.quantization, setup.sequence_size, rotary, setup.fp8_matmul,
-    )  # fmt: skip
+    memory, element_bytes = setup.memory, setup.memory.element_bytes
     buckets = []
     for index, shape in enumerate(setup.buckets):
         num_clips, batch_size = int(sums["clips"][index]), setup.batch_sizes[index]
-        step_s, measured = _step_s(shape, batch_size, setup)
+        step_s, is_measured = _step_s(shape, batch_size, setup)
         buckets.append(
             BucketReport(
                 shape=shape,
@@ -248,32 +253,31 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
                 upscaled_share=float(sums["upscaled"][index] / max(1, num_clips)),
                 unused_share=float(sums["unused"][index] / max(1, num_clips)),
                 cache_bytes=(
-                    int(sums["samples"][index]) * cached_clip_bytes(shape, setup.geometry, setup.bytes_each)
-                    if setup.cached
+                    int(sums["samples"][index]) * cached_clip_bytes(shape, setup.geometry, element_bytes)
+                    if setup.is_cached
                     else 0
                 ),
-                checkpointing=setup.checkpointing_modes[index],
-                memory=setting.estimate(shape, batch_size, setup.checkpointing_modes[index]),
-                pinned_bytes=setting.pinned_bytes(shape, batch_size, setup.checkpointing_modes[index]),
-                shortfall=shortfall(setting, shape, batch_size, setup.checkpointing_modes[index], setup.gpu_bytes),
+                checkpointing=setup.checkpointing[index],
+                memory=memory.estimate(shape, batch_size, setup.checkpointing[index]),
+                pinned_bytes=memory.pinned_host_bytes(shape, batch_size, setup.checkpointing[index]),
+                shortfall=explain_shortfall(memory, shape, batch_size, setup.checkpointing[index], setup.gpu_bytes),
                 step_s=step_s,
-                step_is_measured=measured,
+                step_is_measured=is_measured,
             )
         )
-    known = [one.step_s for one in buckets if one.num_samples]
     reasons, num_others = _reasons(clips)
-    caption_bytes = cached_caption_bytes(setup.geometry, setup.transformer.text_dim, setup.bytes_each)
+    caption_bytes = cached_caption_bytes(setup.geometry, memory.transformer.text_dim, element_bytes)
     return Report(
         num_rows=len(clips.table) + clips.num_held_out,
         buckets=tuple(buckets),
         reasons=reasons,
         num_other_reasons=num_others,
         captions=captions,
-        caption_cache_bytes=captions.num_distinct * caption_bytes if setup.cached else 0,
+        caption_cache_bytes=captions.num_distinct * caption_bytes if setup.is_cached else 0,
         steps_per_epoch=float(steps.sum()) if setup.steps_per_epoch is None else setup.steps_per_epoch,
-        num_ranks=setup.num_ranks,
+        num_ranks=memory.num_ranks,
         accumulation=setup.accumulation,
-        epoch_s=None if None in known else sum(one.steps * (one.step_s or 0) for one in buckets),
+        epoch_s=_epoch_s(buckets),
         rate_source=setup.rates.source if setup.rates else "",
         suggestion=_suggestion(sizes, setup),
         set_clips=tuple(int(number) for number in sums["sets"]),
@@ -283,10 +287,10 @@ def make_report(clips: ClipTable, setup: Setup, captions: Captions) -> Report:
     )
 
 
-def measured_rates(file: Path) -> Rates | None:
-    """Rates out of an earlier run's `metrics.jsonl`; None where there is no file or it has too few steps.
+def read_rates(file: Path) -> Rates | None:
+    """Read rates from an earlier run's `metrics.jsonl`. None if there is no file or it has too few steps.
 
-    A step's time is a bucket's where that step trained no other bucket: the median of those.
+    A bucket's step time is the median over the steps that trained no other bucket.
     """
     if not file.is_file():
         return None
@@ -299,7 +303,7 @@ def measured_rates(file: Path) -> Rates | None:
                 scalars = json.loads(line)
                 rate, step_s = float(scalars["perf/tokens_per_s"]), float(scalars["perf/step_s"])
             except (ValueError, KeyError, TypeError):
-                continue  # a note beside the steps; and a kill may cut the last line short
+                continue  # not a training step, or a line cut short by a kill
             num_steps += 1
             if num_steps <= WARM_UP_STEPS:
                 continue
@@ -312,18 +316,28 @@ def measured_rates(file: Path) -> Rates | None:
     return Rates(median(tokens_per_s), {name: median(times) for name, times in by_bucket.items()}, str(file))
 
 
-def _step_s(shape: ClipShape, batch_size: int, setup: Setup) -> tuple[float | None, bool]:
-    """Seconds per optimizer step in a bucket, and whether they were measured in this bucket."""
+def _epoch_s(buckets: Sequence[BucketReport]) -> float | None:
+    """Seconds per epoch, None if the step time of a bucket with clips is unknown."""
+    total_s = 0.0
+    for bucket in buckets:
+        if bucket.num_samples and bucket.step_s is None:
+            return None
+        total_s += bucket.steps * (bucket.step_s or 0.0)
+    return total_s
+
+
+def _step_s(shape: ClipShape, batch_size: int, setup: TrainingSetup) -> tuple[float | None, bool]:
+    """Seconds per optimizer step of a bucket, and whether they were measured in this bucket."""
     if setup.rates is None:
         return None, False
     if str(shape) in setup.rates.step_s:
         return setup.rates.step_s[str(shape)], True
-    tokens = num_tokens(shape, setup.geometry) * batch_size * setup.data_ranks * setup.accumulation
+    tokens = num_tokens(shape, setup.geometry) * batch_size * setup.num_data_ranks * setup.accumulation
     return tokens / setup.rates.tokens_per_s, False
 
 
 def _count(clips: ClipTable, buckets: Sequence[ClipShape]) -> tuple[dict[str, np.ndarray], ClipSizes]:
-    """Sums over clips by bucket (`sets`: by data set), and the sizes of all clips that can be used."""
+    """Sum over clips by bucket (`sets`: by data set), and count the sizes of all usable clips."""
     num, longest = len(buckets), max(shape.frames for shape in buckets)
     shapes = np.array([(shape.frames, shape.height, shape.width) for shape in buckets])
     names = ("clips", "samples", "crop", "upscaled", "unused")
@@ -338,10 +352,10 @@ def _count(clips: ClipTable, buckets: Sequence[ClipShape]) -> tuple[dict[str, np
         parts.append(count_sizes(frames[usable], height[usable], width[usable], longest))
         trained = (bucket >= 0) & usable
         bucket, windows, frames = bucket[trained], windows[trained], frames[trained]
-        to = shapes[bucket]
-        crop = crop_shares(height[trained], width[trained], to[:, 1], to[:, 2])
-        upscaled = (to[:, 1] > height[trained]) | (to[:, 2] > width[trained])
-        unused = 1 - np.minimum(1, windows * to[:, 0] / np.maximum(frames, 1))
+        target = shapes[bucket]
+        crop = crop_shares(height[trained], width[trained], target[:, 1], target[:, 2])
+        upscaled = (target[:, 1] > height[trained]) | (target[:, 2] > width[trained])
+        unused = 1 - np.minimum(1, windows * target[:, 0] / np.maximum(frames, 1))
         for name, values in zip(names, (None, windows, crop, upscaled, unused)):
             sums[name] += np.bincount(bucket, weights=values, minlength=num)
         sets = pc.fill_null(part.column("set"), 0).to_numpy()[trained].astype(np.int64)
@@ -351,7 +365,7 @@ def _count(clips: ClipTable, buckets: Sequence[ClipShape]) -> tuple[dict[str, np
 
 
 def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
-    """The commonest reasons, most clips first, and how many clips have another one."""
+    """The most frequent reasons, most frequent first, and the number of clips with any other reason."""
     unusable = pc.not_equal(clips.table.column("status"), "ok").to_numpy()
     counts: dict[str, int] = {}
     examples: dict[str, tuple[str, ...]] = {}
@@ -365,26 +379,26 @@ def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
             rows = np.flatnonzero(indices == number)[:NUM_EXAMPLES]
             counts[names[number]] = int(total[number])
             examples[names[number]] = tuple(listed.column("path").take(pa.array(rows)).to_pylist())
-    # What the manifest can use and no bucket takes: it says so of the clip, not of the file.
+    # Usable clips without a bucket. The manifest gives no reason for these.
     short = np.flatnonzero(~unusable & (clips.buckets < 0))
     if len(short):
         paths = clips.table.column("path").take(pa.array(short[:NUM_EXAMPLES])).to_pylist()
         counts["too short"], examples["too short"] = len(short), tuple(paths)
-    found = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
-    found.sort(key=lambda one: (-one.num_clips, one.phrase))
-    return tuple(found), int(unusable.sum()) + len(short) - sum(counts.values())
+    reasons_found = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
+    reasons_found.sort(key=lambda reason: (-reason.num_clips, reason.phrase))
+    return tuple(reasons_found), int(unusable.sum()) + len(short) - sum(counts.values())
 
 
-def _suggestion(sizes: ClipSizes, setup: Setup) -> Suggestion | None:
-    """Better buckets, where the given ones fit badly and better ones are found."""
+def _suggestion(sizes: ClipSizes, setup: TrainingSetup) -> Suggestion | None:
+    """Suggest buckets if the given ones fit badly and there are better ones."""
     if not len(sizes):
         return None
     now = fit(sizes, setup.buckets)
-    if now.crop <= MUCH_CROPPED and now.upscaled <= MUCH_UPSCALED and now.too_short <= MUCH_TOO_SHORT:
+    if now.crop <= MAX_CROPPED and now.upscaled <= MAX_UPSCALED and now.too_short <= MAX_TOO_SHORT:
         return None
-    lengths = suggest_lengths(sizes, [shape.frames for shape in setup.buckets], setup.geometry, MUCH_TOO_SHORT)
+    lengths = suggest_lengths(sizes, [shape.frames for shape in setup.buckets], setup.geometry, MAX_TOO_SHORT)
     given = {shape.height * shape.width for shape in setup.buckets}
-    areas = suggest_areas(sizes, [max(given)], MUCH_UPSCALED)
-    most = max(MAX_SUGGESTED, len(setup.buckets))
-    found = suggest_buckets(sizes, setup.buckets, areas, lengths, setup.geometry, most)
-    return found if set(found.buckets) != set(map(str, setup.buckets)) else None
+    areas = suggest_areas(sizes, [max(given)], MAX_UPSCALED)
+    max_buckets = max(MAX_SUGGESTED, len(setup.buckets))
+    suggestion = suggest_buckets(sizes, setup.buckets, areas, lengths, setup.geometry, max_buckets)
+    return suggestion if set(suggestion.buckets) != set(map(str, setup.buckets)) else None

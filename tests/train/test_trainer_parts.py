@@ -1,4 +1,4 @@
-"""The parts of the main command that need no process group; whole runs stand in tests/dist and tests/e2e."""
+"""Parts of the trainer that need no process group; tests/dist and tests/e2e have whole runs."""
 
 import shutil
 from types import SimpleNamespace
@@ -8,23 +8,24 @@ import torch
 from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
-from cogds.encode.order import batch_sizes
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import inject
 from cogds.model.lora.file import read_lora
-from cogds.train.main import export_adapter, made_again, weights_digest
+from cogds.train.saving import export_lora
+from cogds.train.trainer import tags_written_again
+from tests.jobs import make_job
 
 
 def config(*overrides):
     return load_config(None, ["model.path=m", "data.path=d", *overrides])[0]
 
 
-def test_batch_sizes_are_one_number_or_follow_from_the_token_budget(tiny_model):
-    model = find_model(str(tiny_model))
-    buckets = (ClipShape(17, 64, 96), ClipShape(9, 64, 64))  # 3 x 4 x 6 + 32 = 104 and 2 x 4 x 4 + 32 = 64 tokens
-    assert batch_sizes(config("train.batch_size=3"), buckets, model) == (3, 3)
-    assert batch_sizes(config("train.tokens_per_batch=208"), buckets, model) == (2, 3)
-    assert batch_sizes(config("train.tokens_per_batch=1"), buckets, model) == (1, 1)
+def test_batch_sizes_are_a_constant_or_follow_from_the_token_budget(tiny_model):
+    # 3 x 4 x 6 + 32 = 104 and 2 x 4 x 4 + 32 = 64 tokens
+    words = [f"model.path={tiny_model}", "data.path=d", "data.buckets=[17x64x96, 9x64x64]"]
+    assert make_job(*words, "train.batch_size=3").batch_sizes == (3, 3)
+    assert make_job(*words, "train.tokens_per_batch=208").batch_sizes == (2, 3)
+    assert make_job(*words, "train.tokens_per_batch=1").batch_sizes == (1, 1)
 
 
 def test_the_weights_digest_follows_the_weights(tiny_model, tmp_path):
@@ -34,18 +35,21 @@ def test_the_weights_digest_follows_the_weights(tiny_model, tmp_path):
     content = bytearray(file.read_bytes())
     content[-1] ^= 1
     file.write_bytes(content)
-    cfg = config(f"data.cache_dir={tmp_path}")
     models = (tiny_model, tmp_path / "same", tmp_path / "other")
-    one, same, other = (weights_digest(cfg, find_model(str(path))) for path in models)
-    assert one == same != other
+    words = ["data.path=d", f"data.cache_dir={tmp_path}", "data.buckets=[9x64x64]"]
+    first, same, other = (make_job(f"model.path={path}", *words).weights_digest() for path in models)
+    assert first == same != other
 
 
-def test_what_is_due_where_a_run_goes_on_is_noted_again_and_nothing_else():
-    cfg = config("eval.every=4", "sample.every=6", "train.num_steps=24")
-    found = {step: made_again(cfg, step) for step in (3, 4, 6, 12, 24)}
+def test_callbacks_that_run_again_on_resuming_write_their_tags_again():
+    def tags(step, *words):
+        return tags_written_again(SimpleNamespace(cfg=config(*words), first_step=step))
+
     both = ("eval/", "callbacks/")
-    assert found == {3: (), 4: both, 6: ("callbacks/",), 12: both, 24: ()}  # after the last nothing is done
-    assert made_again(config("eval.every=null"), 4) == ()
+    words = ("eval.every=4", "sample.every=6", "train.num_steps=24")
+    found = {step: tags(step, *words) for step in (3, 4, 6, 12, 24)}
+    assert found == {3: (), 4: both, 6: ("callbacks/",), 12: both, 24: ()}  # after the last step nothing runs
+    assert tags(4, "eval.every=null") == ()
 
 
 def test_a_lora_is_exported_whole_while_it_is_switched_off(tiny_model, tmp_path):
@@ -59,5 +63,5 @@ def test_a_lora_is_exported_whole_while_it_is_switched_off(tiny_model, tmp_path)
         data=SimpleNamespace(index=range(3)), plan=SimpleNamespace(local_batch_sizes=(1,), accumulation=1),
     )  # fmt: skip
     transformer.disable_adapters()
-    export_adapter(transformer, weights, run, tmp_path / "lora/step-000002")
+    export_lora(transformer, weights, run, tmp_path / "lora/step-000002")
     assert 2 * len(read_lora(tmp_path / "lora/step-000002").pairs) == len(weights) > 0

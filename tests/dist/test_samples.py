@@ -30,7 +30,7 @@ def with_videos(train_once, workshop, warm):
             for prompt, size, seed in PROMPTS
         ] + ["{prompt: no picture, image: /nowhere/first.png}"]
         done = warm(
-            ROOT / "tests/dist/preview_script.py",
+            ROOT / "tests/dist/samples_script.py",
             [folder / "frames", "--deepspeed", f"ds_configs/{ds}.json", "--config", plain / "run.yaml",
              f"output_dir={folder / 'run'}", "sample.every=3", "sample.num_steps=2",
              f"sample.prompts=[{', '.join(prompts)}]", *overrides],

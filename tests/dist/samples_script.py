@@ -1,4 +1,4 @@
-"""Run by test_preview.py: `launch/train.py`, keeping every video's frames as they are before they are compressed."""
+"""Run by test_samples.py: `launch/train.py`, keeping every video's frames as they are before they are compressed."""
 
 import itertools
 import sys
@@ -12,7 +12,7 @@ import numpy as np  # noqa: E402
 import cogds.train.samples  # noqa: E402
 from cogds.cli import run  # noqa: E402
 from cogds.distributed.world import read_world  # noqa: E402
-from cogds.train.main import main  # noqa: E402
+from cogds.cli import call  # noqa: E402
 
 number, write_video = itertools.count(), cogds.train.samples.write_video
 
@@ -24,4 +24,4 @@ def keep(path, frames, fps):
 
 
 cogds.train.samples.write_video = keep
-sys.exit(run(lambda: main(ROOT / "ds_configs/zero2.json", ROOT / "launch/configs/demo.yaml")))
+sys.exit(run(lambda: call("train", sys.argv[1:], starts_ranks=False)))

@@ -12,15 +12,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cogds.train.loop
 from cogds.config.loading import load_config
 from cogds.core.diffusion import stratified_timesteps
 from cogds.core.plan import Plan
 from cogds.data.loading.dataset import Batch
 from cogds.distributed.world import World
-from cogds.errors import UserError
-from cogds.train.loop import Occasion, Upcoming, draw, meet, micro_steps, train_step, train_steps
+from cogds.train.batches import Prefetcher, draw, make_micro_steps
+from cogds.train.callbacks import run_callbacks
 from cogds.train.step import draw_dropouts
+from cogds.train.trainer import train_step
+from cogds.train.tuning import BucketExecution, Execution
 
 # A step is two micro-steps and all eight clips: six of bucket 0, in twos on three ranks, and two of bucket 1, where
 # ranks 0 and 2 train copies of one.
@@ -31,6 +32,7 @@ MEAN_LOSS = sum(target**2 for bucket in TARGETS for target in bucket) / 8
 # Every two share a clip.
 SIX_RANKS = [World(rank, 6, rank, 6, sequence_size=2) for rank in range(6)]
 CHECKPOINTING_MODES = ("checkpointing of bucket 0", "checkpointing of bucket 1")
+EXECUTION = Execution("torch", False, tuple(BucketExecution(mode, None) for mode in CHECKPOINTING_MODES))
 
 
 class Engine:
@@ -70,7 +72,7 @@ def configured(*overrides):
 def run_of(world, *overrides, plan=PLAN, first_step=0):
     return SimpleNamespace(
         cfg=configured(*overrides), world=world, plan=plan, first_step=first_step, buckets=(0, 1),
-        execution=SimpleNamespace(checkpointing_modes=CHECKPOINTING_MODES), data=SimpleNamespace(index=()),
+        execution=EXECUTION, data=SimpleNamespace(index=()),
         clips=lambda _: ["a.mp4"],
     )  # fmt: skip
 
@@ -109,9 +111,9 @@ class Monitor:
 
 def trained(run):
     """The engine and the monitor after all of a run's steps."""
-    engine, monitor, upcoming = Engine(), Monitor(), Upcoming(micro_steps(run, BUILDER, batches(run)))
+    engine, monitor, prefetcher = Engine(), Monitor(), Prefetcher(make_micro_steps(run, BUILDER, batches(run)))
     for step in range(run.first_step, run.cfg.train.num_steps):
-        train_step(run, engine, upcoming, step, monitor, QUARANTINE, METER)
+        train_step(run, engine, prefetcher, step, monitor, QUARANTINE, METER)
     return engine, monitor
 
 
@@ -146,7 +148,7 @@ def test_every_forward_pass_draws_other_numbers_and_the_same_where_a_run_goes_on
         assert trained(run_of(world, "seed=1", first_step=2))[0].drawn == whole[2 * 2 :]
 
 
-def test_a_forward_pass_has_its_buckets_level():
+def test_a_forward_pass_has_its_buckets_activation_checkpointing():
     engine, _ = trained(run_of(World(0, 3, 0, 3)))
     assert set(engine.ran) == set(enumerate(CHECKPOINTING_MODES))
 
@@ -167,47 +169,23 @@ def test_the_draws_are_those_of_the_ranks_slots(world, image, caption):
                 assert not draws.drop_caption.any()
 
 
-def bad_where(marks, monkeypatch):
-    """`train_steps` of one clip a step, whose loss is infinite where there is an x; and the monitor."""
-    plan = Plan((5,), (1,), 1, 1, 0)
-    targets = [0.0] * 5
-    for step, mark in enumerate(marks):
-        (clip,) = plan.at(step)[0].clips_of(0)
-        targets[clip] = 1e20 if mark == "x" else 1.0
-    run, monitor = run_of(World(0, 1, 0, 1), "train.max_bad_steps=2", plan=plan), Monitor()
-    run.describe = str
-    monkeypatch.setattr(cogds.train.loop, "load_batches", lambda run: batches(run, [targets]))
-    monkeypatch.setattr(cogds.train.loop, "Meter", lambda *_: SimpleNamespace(**vars(METER), rest=lambda: None))
-    monkeypatch.setattr(cogds.train.loop, "Quarantine", lambda *_: QUARANTINE)
-    saver = SimpleNamespace(done=False, finish=lambda _: None)
-    interrupt, watchdog = SimpleNamespace(requested=None), SimpleNamespace(watch=lambda _: None, rest=lambda: None)
-    run_all = functools.partial(
-        train_steps, run, Engine(), BUILDER, monitor, saver, lambda _: None, interrupt, watchdog
-    )
-    return run_all, monitor
-
-
-def test_an_infinite_loss_makes_the_gradient_so_though_it_is_finite_by_itself(monkeypatch, capsys):
+def test_an_infinite_loss_makes_the_gradient_infinite_and_names_the_clip(caplog):
     weight = torch.zeros((), requires_grad=True)
     loss = (weight - 1e20).square()
     loss.backward()
     assert math.isinf(loss.item())
     assert math.isfinite(weight.grad)
-    train, monitor = bad_where("..x..", monkeypatch)
-    train()
-    assert "step 3 was skipped, its loss is not finite" in (said := capsys.readouterr().out)
-    assert said.count("skipped") == 1
+    plan = Plan((5,), (1,), 1, 1, 0)
+    targets = [1.0] * 5
+    (clip,) = plan.at(2)[0].clips_of(0)
+    targets[clip] = 1e20
+    run, engine, monitor = run_of(World(0, 1, 0, 1), plan=plan), Engine(), Monitor()
+    prefetcher = Prefetcher(make_micro_steps(run, BUILDER, batches(run, [targets])))
+    with caplog.at_level("INFO", "cogds"):
+        bad = [train_step(run, engine, prefetcher, step, monitor, QUARANTINE, METER) for step in range(5)]
+    assert [len(clips) for clips in bad] == [0, 0, 1, 0, 0]
+    assert "a.mp4" in bad[2][0]
     assert monitor.shares == [1, 1, math.inf, 1, 1]
-
-
-def test_a_run_ends_after_so_many_bad_steps_in_a_row_and_not_after_as_many_apart(monkeypatch):
-    train, monitor = bad_where("x.x.x", monkeypatch)
-    train()
-    assert len(monitor.shares) == 5
-    train, monitor = bad_where(".xx..", monkeypatch)
-    with pytest.raises(UserError, match="2 steps in a row"):
-        train()
-    assert len(monitor.shares) == 3
 
 
 @pytest.fixture
@@ -220,31 +198,30 @@ def gpu(monkeypatch):
     return memory
 
 
-def occasions(memory, *peaks):
-    def act(peak):
-        return lambda _: setattr(memory, "peak", max(memory.peak, peak))
-
-    return [Occasion(f"doing {peak}", 1, act(peak)) for peak in peaks]
+def callback(memory, peak):
+    run = lambda _: setattr(memory, "peak", max(memory.peak, peak))  # noqa: E731
+    return SimpleNamespace(name=f"doing {peak}", every=1, at_start=True, on_stop=False, run=run)
 
 
-def noted(due):
+def notes_of(callbacks):
     notes, watched = [], []
     monitor = SimpleNamespace(note=lambda step, scalars: notes.append((step, scalars)))
-    meet(due, 5, SimpleNamespace(watch=lambda say: watched.append(say())), monitor, World(0, 1, 0, 1))
+    watchdog = SimpleNamespace(watch=lambda describe: watched.append(describe()))
+    run_callbacks(callbacks, 5, watchdog, monitor, World(0, 1, 0, 1))
     return notes, watched
 
 
-def test_the_peak_of_an_occasion_is_noted_and_is_not_trainings(gpu):
-    notes, watched = noted(occasions(gpu, 6e9, 5e9))
-    assert notes == [(5, {"callbacks/peak_memory_gb": 6.0})]  # not the 9 of training before it
+def test_the_peak_of_callbacks_is_recorded_apart_from_trainings(gpu):
+    notes, watched = notes_of([callback(gpu, 6e9), callback(gpu, 5e9)])
+    assert notes == [(5, {"callbacks/peak_memory_gb": 6.0})]  # not the 9 GB of training before
     assert gpu.peak == 4e9
     assert watched == ["doing 6000000000.0 after step 5", "doing 5000000000.0 after step 5"]
 
 
-def test_where_nothing_is_due_nothing_is_noted(gpu):
-    assert noted([]) == ([], [])
+def test_nothing_is_recorded_without_callbacks(gpu):
+    assert notes_of([]) == ([], [])
     assert gpu.peak == 9e9
 
 
-def test_a_cpu_has_no_peak_of_its_own_to_note():
-    assert noted([Occasion("doing", 1, lambda _: None)])[0] == []
+def test_no_peak_is_recorded_on_a_cpu():
+    assert notes_of([callback(SimpleNamespace(peak=0), 1)])[0] == []

@@ -1,0 +1,151 @@
+"""What cogds uses of DeepSpeed that its documentation does not promise.
+
+No other module touches these attributes. Each function says why it needs them; all were read in, and are tested with,
+DeepSpeed 0.19.8. tests/engine/test_state.py and tests/dist fail if a version changes one of them.
+"""
+
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+# ------------------------------------------------------------------------------------------------ parameters
+
+
+def full_shape(parameter: Any) -> torch.Size:
+    """Return the shape of a parameter. At stage 3 the parameter itself is an empty tensor, and `ds_shape` has it."""
+    return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def local_master_weight(parameter: Any, rank: int) -> torch.Tensor:
+    """Return this rank's part of a parameter's float32 master weight, flat, without padding.
+
+    The parts of all ranks together are the whole weight, once. `safe_get_full_fp32_param` would gather it on every
+    rank, and `safe_get_local_fp32_param` exists for stage 3 only and returns the padding too.
+    """
+    if hasattr(parameter, "ds_tensor"):  # stage 3
+        part = safe_get_local_fp32_param(parameter).flatten()
+        start = part.numel() * torch.distributed.get_rank(parameter.ds_process_group)
+        return part[: max(0, min(part.numel(), parameter.ds_numel - start))]
+    if hasattr(parameter, "_hp_mapping"):  # stages 1 and 2: None if no part of it is in this rank's partition
+        mapping = parameter._hp_mapping
+        return mapping.get_hp_fragment().detach().flatten() if mapping is not None else torch.empty(0)
+    return parameter.detach().float().flatten()[: parameter.numel() if rank == 0 else 0]  # stage 0: every rank has all
+
+
+def set_zero3_partition(parameter: Any, value: torch.Tensor, rank: int, num_ranks: int, state: str | None) -> None:
+    """Set this rank's partition of a master weight, or of the optimizer state of that name, from the whole tensor.
+
+    `safe_set_full_*` fails if the world size does not divide the parameter, because the last partition is padded.
+    """
+    size = parameter.ds_tensor.numel()
+    padded = torch.nn.functional.pad(value.flatten(), (0, size * num_ranks - value.numel()))
+    own = padded[size * rank : size * (rank + 1)]
+    if state is None:
+        safe_set_local_fp32_param(parameter, own)
+    else:
+        safe_set_local_optimizer_state(parameter, own, state)
+
+
+# ------------------------------------------------------------------------------------------------ the optimizer
+
+
+def master_partitions(engine: Any) -> list[torch.Tensor]:
+    """Return this rank's part of the float32 master weights: flat tensors, which are the optimizer's parameters.
+
+    The public functions go parameter by parameter and cannot reach step counters or make missing states.
+    """
+    if engine.zero_optimization_stage() == 3:
+        return engine.optimizer.fp32_partitioned_groups_flat
+    return engine.optimizer.single_partition_of_fp32_groups
+
+
+def optimizer_states(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
+    """Yield each of the master partitions with what the optimizer keeps of it; empty before the first step."""
+    for partition in master_partitions(engine):
+        yield partition, engine.basic_optimizer.state.get(partition, {})
+
+
+def has_optimizer_states(engine: Any) -> bool:
+    """Whether the optimizer has already made its states."""
+    return bool(engine.basic_optimizer.state)
+
+
+def make_optimizer_states(engine: Any) -> None:
+    """Have the optimizer make its states by a step that changes nothing: learning rate 0, gradients 0.
+
+    Optimizers make them at their first step, and `safe_set_*_optimizer_state` sets only states that exist.
+    """
+    groups = engine.basic_optimizer.param_groups
+    learning_rates = [group["lr"] for group in groups]
+    for group in groups:
+        group["lr"] = 0.0
+    for number, partition in enumerate(master_partitions(engine)):
+        has_no_gradient = partition.grad is None
+        if has_no_gradient:
+            partition.grad = torch.zeros_like(partition)
+        engine.optimizer._optimizer_step(number)
+        if has_no_gradient:
+            partition.grad = None
+    for group, learning_rate in zip(groups, learning_rates):
+        group["lr"] = learning_rate
+
+
+def set_native_step_counter(engine: Any, num_updates: int) -> None:
+    """Set the step counter of DeepSpeed's CPU Adam, which has its own in C++; nothing for other optimizers.
+
+    It multiplies powers of the betas step by step. If it is given a later step it computes the powers directly, which
+    rounds differently: so it counts from the first step, on a tensor that is no weight.
+    """
+    optimizer = engine.basic_optimizer
+    native = getattr(optimizer, "ds_opt_adam", None)
+    if native is None:
+        return
+    group, unused = optimizer.param_groups[0], [torch.zeros(1) for _ in range(4)]
+    for step in range(1, num_updates + 1):
+        native.adam_update(
+            optimizer.opt_id, step, 0.0, *group["betas"], group["eps"], 0.0, group["bias_correction"], *unused
+        )
+
+
+# ------------------------------------------------------------------------------------------------ the engine
+
+
+@contextmanager
+def without_zero3_backward_hooks(module: torch.nn.Module, stage: int) -> Iterator[None]:
+    """Run a forward and backward pass without ZeRO-3's backward hooks on blocks; nothing at the other stages.
+
+    With `torch.autograd.grad` no gradient is accumulated, and the hooks would make gradients of zeros and reduce them.
+    Forward hooks, and those that gather weights for the backward pass, are others and still run. There is no public
+    way to switch the hooks off.
+    """
+    if stage < 3:
+        yield
+        return
+    hooked = [(child, child._backward_hooks) for child in module.modules() if child._backward_hooks]
+    try:
+        for child, _ in hooked:
+            child._backward_hooks = OrderedDict()
+        yield
+    finally:
+        for child, hooks in hooked:
+            child._backward_hooks = hooks
+
+
+def release_gathered_weights(engine: Any) -> None:
+    """Release the weights that a backward pass without hooks left gathered (stage 3 only)."""
+    engine.optimizer.parameter_offload.release_backward_leftovers()
+
+
+def detach_monitor(engine: Any) -> Any | None:
+    """Return the engine's monitor (W&B, Comet, CSV) and stop the engine from writing to it; None if there is none.
+
+    The engine writes only the learning rate, over samples.
+    """
+    if not engine.monitor.enabled:
+        return None
+    engine.monitor.enabled = False
+    return engine.monitor

@@ -1,0 +1,167 @@
+"""A resolved run: configs, model folder, buckets, sizes and memory model, each computed once. Every verb starts here.
+
+job = load_job(args, read_world())
+"""
+
+import argparse
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogds.config.deepspeed import load_ds_config, resolve
+from cogds.config.loading import load_config, replace
+from cogds.config.schema import RunConfig
+from cogds.core.buckets import generate_buckets, parse_buckets
+from cogds.core.cost import clip_flops
+from cogds.core.geometry import ClipShape, num_tokens
+from cogds.core.memory import LoraSize, MemoryModel, TransformerSize, ZeroSettings
+from cogds.core.mixture import Mixture
+from cogds.core.plan import Plan
+from cogds.core.vae_memory import vae_can_encode
+from cogds.data.cache.keys import cache_key, digest_files
+from cogds.demo import make_demo, only_own_demo
+from cogds.distributed.world import World
+from cogds.errors import UserError, did_you_mean
+from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
+from cogds.model.lora.adapter import resolve_targets
+from cogds.model.transformer.sequence_parallel import check_sequence
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run is made of before its data is known.
+
+    world: of this process. num_ranks: of the run, which another process may only report on.
+    """
+
+    cfg: RunConfig
+    ds_config: dict[str, Any]
+    model: ModelFolder
+    buckets: tuple[ClipShape, ...]
+    targets: tuple[str, ...]  # full names of the layers that get a LoRA
+    world: World
+    num_ranks: int
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of the transformer and the VAE."""
+        return DTYPES[self.cfg.train.precision]
+
+    @cached_property
+    def batch_sizes(self) -> tuple[int, ...]:
+        """Clips per rank and micro-step in each bucket: a constant, or as many as the token budget holds."""
+        budget = self.cfg.train.tokens_per_batch
+        if budget is None:
+            return (self.cfg.train.batch_size,) * len(self.buckets)
+        return tuple(max(1, budget // num_tokens(shape, self.model.geometry)) for shape in self.buckets)
+
+    @cached_property
+    def memory(self) -> MemoryModel:
+        """The memory of a rank, calculated from shapes. Reads no weight."""
+        empty, cfg = empty_transformer(self.model), self.cfg
+        layers, rank = dict(empty.named_modules()), cfg.lora.rank
+        num_lora = sum(rank * (layers[name].in_features + layers[name].out_features) for name in self.targets)
+        num_base = sum(parameter.numel() for parameter in empty.parameters())
+        return MemoryModel(
+            geometry=self.model.geometry,
+            transformer=TransformerSize.from_config(self.model.transformer_config, num_base),
+            lora=LoraSize.from_targets(self.targets, num_lora, rank),
+            vae=self.model.vae_size,
+            zero=ZeroSettings.from_config(self.ds_config.get("zero_optimization", {})),
+            num_ranks=self.num_ranks,
+            precision=cfg.train.precision,
+            buckets=self.buckets,
+            quantization=cfg.model.quantization,
+            fp8_matmul=cfg.model.fp8_matmul,
+            sequence_size=cfg.parallel.sequence_size,
+        )
+
+    def plan(self, mixture: Mixture) -> Plan:
+        """The order of training from its first step. mixture: how often each clip is trained."""
+        cfg, model = self.cfg, self.model
+        tokens = [num_tokens(shape, model.geometry) for shape in self.buckets]
+        costs = tuple(clip_flops(count, model.num_layers, model.hidden_size) for count in tokens)
+        return Plan(
+            mixture.virtual_sizes,
+            self.batch_sizes,
+            self.num_ranks // cfg.parallel.sequence_size,
+            cfg.train.gradient_accumulation_steps,
+            cfg.seed,
+            costs=costs if cfg.data.sync == "cost" else (),
+            tolerance=cfg.data.cost_tolerance,
+        )
+
+    def weights_digest(self) -> str:
+        """A digest that changes with the transformer's weights. Files that have not changed are not read again."""
+        files = sorted(str(path) for path in (self.model.path / "transformer").iterdir() if path.is_file())
+        digests = digest_files(files, Path(self.cfg.data.cache_dir) / "files.json")
+        return cache_key({"files": list(digests.values())})
+
+
+def load_job(
+    args: argparse.Namespace, world: World, num_ranks: int | None = None, changes: Mapping[str, Any] | None = None
+) -> Job:
+    """Resolve a command line. args: of `arguments.parse_args`. changes: config keys that the verb itself sets.
+
+    num_ranks: ranks of the run; default: those of `world`. Makes the demo's model and clips if the config asks for
+    them. Raises UserError for anything wrong with the configs or the model.
+    """
+    cfg, explicit = load_config(args.config, args.overrides)
+    if args.is_demo:
+        cfg = only_own_demo(cfg, args.overrides)
+    ds_config = load_ds_config(args.deepspeed)
+    cfg = replace(cfg, changes or {})
+    num_ranks = num_ranks or world.size
+    world = dataclasses.replace(world, sequence_size=cfg.parallel.sequence_size)
+    make_demo(cfg)
+    model = find_model(cfg.model.path, cfg.model.revision)
+    check_sequence(cfg.parallel.sequence_size, num_ranks, model.transformer_config["num_attention_heads"])
+    buckets = make_buckets(cfg, model)
+    targets = tuple(resolve_targets(empty_transformer(model), cfg.lora.target_modules))
+    ds_config, cfg = resolve(ds_config, cfg, explicit, num_ranks, model.hidden_size, args.deepspeed)
+    return Job(cfg, ds_config, model, buckets, targets, world, num_ranks)
+
+
+def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
+    """The buckets of the config, listed or generated. Raises UserError for one that the model cannot take."""
+    if cfg.data.buckets:
+        buckets = parse_buckets(cfg.data.buckets, model.geometry)
+    else:
+        buckets = generate_buckets(
+            cfg.data.bucket_sizes, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, model.geometry
+        )
+    for shape in buckets:
+        # Every step encodes a clip's first frame as the pipeline does, without tiles.
+        if not vae_can_encode(dataclasses.replace(shape, frames=1), tiling=False, vae=model.vae_size):
+            raise UserError(
+                f"data.buckets: the VAE cannot encode a picture of bucket {shape} ({shape.height}x{shape.width}) "
+                "without tiles, as the pipeline does. Choose a smaller bucket."
+            )
+    return buckets
+
+
+def choose_checkpointing(job: Job, batch_sizes: Sequence[int], gpu_bytes: float | None) -> tuple[str, ...]:
+    """The activation checkpointing mode of each bucket: the mode in the config, or for `auto` the fastest that fits.
+
+    gpu_bytes: memory of one GPU; None: anything fits. If no mode fits, the one that needs least. Raises UserError for
+    a bucket in the config that the run does not have.
+    """
+    names, given = [str(shape) for shape in job.buckets], job.cfg.train.activation_checkpointing_by_bucket
+    for name in given:
+        if name not in names:
+            raise UserError(
+                f"train.activation_checkpointing_by_bucket: {name} is not a bucket of this run"
+                f"{did_you_mean(name, names)}. Choose one of {', '.join(names)}."
+            )
+    modes = [given.get(name, job.cfg.train.activation_checkpointing) for name in names]
+    if gpu_bytes is None:
+        return tuple("none" if mode == "auto" else mode for mode in modes)
+    return tuple(
+        job.memory.least_checkpointing(shape, batch_size, gpu_bytes) if mode == "auto" else mode
+        for shape, batch_size, mode in zip(job.buckets, batch_sizes, modes)
+    )

@@ -1,0 +1,120 @@
+"""The micro-steps of one rank as tensors on its device, prepared ahead of time."""
+
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch.utils.data import DataLoader
+
+from cogds.config.schema import RunConfig
+from cogds.core.diffusion import stratified_timesteps, timestep_quarter
+from cogds.core.plan import MicroBatch
+from cogds.data.loading.dataset import Bad, Batch, ClipDataset, collate, ignore_stop_signals
+from cogds.data.loading.sampler import BucketBatchSampler
+from cogds.distributed.world import World
+from cogds.encode.on_the_fly import BATCHES_AHEAD, ahead, stream_batches
+from cogds.errors import UserError
+from cogds.metrics.stopwatch import Stopwatch
+from cogds.train.run import Run
+from cogds.train.step import Draws, StepBuilder, draw_dropouts, to_device
+
+# Called with every batch before it is trained: optimizer step (0 is the first), micro-batch, tensors.
+Inspect = Callable[[int, MicroBatch, Batch], None]
+
+
+def load_batches(run: Run) -> Iterator[Batch]:
+    """Yield this rank's batches, one per micro-step, read from the cache or encoded on the fly.
+
+    Raises UserError from a loader process as itself.
+    """
+    cfg, world = run.cfg, run.world
+    sampler = BucketBatchSampler(run.plan, world.data_rank, run.first_step, cfg.train.num_steps)
+    if cfg.data.encode == "on_the_fly":
+        yield from ahead(stream_batches(sampler, run.order, cfg, run.model, world), BATCHES_AHEAD)
+        return
+    loader = DataLoader(
+        ClipDataset(run.order, cfg.data.cache_dir),
+        batch_sampler=sampler,
+        collate_fn=collate,
+        num_workers=cfg.data.num_workers,
+        pin_memory=world.device.type == "cuda",
+        worker_init_fn=ignore_stop_signals,
+    )
+    try:
+        yield from loader
+    except UserError as error:
+        # torch wraps an error of a loader process in its traceback; the message is the last line.
+        raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
+
+
+@dataclass(frozen=True)
+class MicroStep:
+    """The tensors of one micro-step, on the device.
+
+    inputs: the transformer's keyword arguments. target: v-target, float32 [B, F, C, H, W]. weights: weight of each
+    sample, float32 [B]. quarters: quarter of the schedule that each timestep is in, int64 [B]. bad: clips that could
+    not be read. wait_s: time spent waiting for the loader.
+    """
+
+    micro_batch: MicroBatch
+    bucket: int
+    inputs: dict[str, Any]
+    target: torch.Tensor
+    weights: torch.Tensor
+    quarters: torch.Tensor
+    bad: Sequence[Bad]
+    wait_s: float
+
+
+def make_micro_steps(
+    run: Run, builder: StepBuilder, batches: Iterator[Batch], inspect: Inspect | None = None
+) -> Iterator[MicroStep]:
+    """Yield every micro-step of the run on this rank. On a GPU the work is queued, not waited for."""
+    cfg, world, num_timesteps = run.cfg, run.world, len(builder.alphas_cumprod)
+    for step in range(run.first_step, cfg.train.num_steps):
+        for micro_batch in run.plan.at(step):
+            waiting = Stopwatch()
+            batch = next(batches)
+            wait_s, bucket = waiting.lap(), micro_batch.bucket_of(world.data_rank)
+            if inspect:
+                inspect(step, micro_batch, batch)
+            draws = draw(micro_batch, step, num_timesteps, cfg, world)
+            inputs, target = builder.build(batch.tensors, run.buckets[bucket], draws)
+            weights = to_device(torch.tensor(micro_batch.weights_of(world.data_rank)), world.device)
+            quarters = timestep_quarter(inputs["timestep"], num_timesteps)
+            yield MicroStep(micro_batch, bucket, inputs, target, weights, quarters, batch.bad, wait_s)
+
+
+class Prefetcher:
+    """Hands out micro-steps and prepares the next one while the GPU is busy with the current one."""
+
+    def __init__(self, items: Iterator[MicroStep]):
+        self._items = items
+        self._next: MicroStep | None = None
+        self._wait_s = 0.0
+
+    def take(self) -> MicroStep:
+        """The next micro-step. There must be one."""
+        self.prepare()
+        item, self._next = self._next, None
+        assert item is not None
+        return item
+
+    def prepare(self) -> None:
+        """Prepare the next micro-step, if there is one and it is not prepared yet."""
+        if self._next is None and (item := next(self._items, None)) is not None:
+            self._next, self._wait_s = item, self._wait_s + item.wait_s
+
+    def waited_s(self) -> float:
+        """Time spent waiting for the loader since the last call [s]."""
+        wait_s, self._wait_s = self._wait_s, 0.0
+        return wait_s
+
+
+def draw(micro_batch: MicroBatch, step: int, num_timesteps: int, cfg: RunConfig, world: World) -> Draws:
+    """The random choices of this rank in a micro-step of optimizer step `step`."""
+    slots = micro_batch.slots_of(world.data_rank)
+    timesteps = stratified_timesteps(slots, micro_batch.step_slots, num_timesteps, cfg.seed, step)
+    drop_image, drop_caption = draw_dropouts(cfg.conditioning, cfg.seed, step, slots)
+    return Draws(timesteps, drop_image, drop_caption, cfg.seed, step, slots)

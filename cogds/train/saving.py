@@ -1,0 +1,86 @@
+"""The callback that saves: a checkpoint to resume from, and the LoRA with its model card."""
+
+import time
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from cogds.card import lora_facts, write_card
+from cogds.distributed.collectives import on_rank0
+from cogds.engine import checkpoint as checkpoints
+from cogds.engine.state import gather_state, state_bytes, trainable
+from cogds.metrics.monitor import Monitor
+from cogds.model.lora.adapter import export
+from cogds.train.run import Run
+
+
+class CheckpointCallback:
+    """Saves in a background thread. Each save first waits for the one before it. Every rank has one of these."""
+
+    name = "saving"
+    at_start = False
+    on_stop = True
+
+    def __init__(self, run: Run, engine: Any, monitor: Monitor, header: Mapping[str, Any]):
+        """header: JSON-able facts to store in each checkpoint's state.json."""
+        self.every = run.cfg.checkpoint.every
+        self._run, self._engine, self._monitor, self._header = run, engine, monitor, header
+        self._saver = checkpoints.Saver()
+        self._output_dir = Path(run.cfg.output_dir)
+
+    def check_space(self) -> None:
+        """Raise UserError if the disk has no room for one save. Collective."""
+        on_rank0(self._run.world, lambda: check_space(self._output_dir, self._engine))
+
+    def run(self, step: int) -> None:
+        """Start saving the state after `step` optimizer steps. Collective.
+
+        Raises UserError if the save before failed, or the disk has no room.
+        """
+        began = time.perf_counter()
+        self.finish(step)
+        self.check_space()
+        state = gather_state(self._engine, self._run.world)
+        # Read now: while the thread writes, videos of the base model may switch the LoRA off.
+        dtypes = {name: parameter.dtype for name, parameter in trainable(self._engine).items()}
+        if self._run.world.rank == 0:
+            self._saver.start(lambda: self._write(step, state, dtypes))
+        self._monitor.note(step, {"checkpoint/pause_s": time.perf_counter() - began})
+
+    def _write(self, step: int, state: Any, dtypes: Mapping[str, torch.dtype]) -> None:
+        settings = self._run.cfg.checkpoint
+        folder = self._output_dir / "lora" / checkpoints.step_name(step)
+        export_lora(self._engine.module, state.weights(dtypes), self._run, folder)
+        checkpoints.write(
+            self._output_dir / "checkpoints", step, state, self._header, settings.keep_last, settings.keep_every
+        )
+
+    @property
+    def is_written(self) -> bool:
+        """Whether a save has ended, well or not, that `finish` has not been called for. Rank 0 only."""
+        return self._saver.done
+
+    def finish(self, step: int) -> None:
+        """Wait for the save in progress, if any, and record its duration. Raises its error. Collective."""
+        seconds = self._saver.finish(self._run.world)
+        if seconds is not None:
+            self._monitor.note(step, {"checkpoint/write_s": seconds})
+
+
+def check_space(output_dir: Path, engine: Any) -> None:
+    """Raise UserError if the disk has no room for one save: the state, and the LoRA, which is at most a third of it."""
+    checkpoints.check_space(output_dir, 4 / 3 * state_bytes(engine))
+
+
+def export_lora(transformer: Any, weights: Mapping[str, torch.Tensor], run: Run, folder: Path) -> None:
+    """Write the LoRA and its model card into `folder`, complete or not at all.
+
+    weights: whole tensors by parameter name.
+    """
+    partial, facts = folder.with_name(folder.name + ".tmp"), lora_facts(run, checkpoints.step_of(folder))
+    checkpoints.remove_partial(folder.parent)
+    export(partial, transformer, weights, facts)
+    write_card(partial, folder, facts)
+    checkpoints.replace_folder(partial, folder)

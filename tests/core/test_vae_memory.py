@@ -1,0 +1,79 @@
+"""The VAE's memory against the tensors that the real encoder allocates on the meta device."""
+
+import pytest
+import torch
+from diffusers import AutoencoderKLCogVideoX
+
+from cogds.core.geometry import ClipShape
+from cogds.core.vae_memory import COGVIDEOX_VAE, VaeSize, vae_can_encode, vae_encode_bytes
+from tests.live_bytes import LiveBytes
+from tests.published_model import FULL
+
+
+def build_vae(channels, layers_per_block, dtype, latent_channels=16, groups=32):
+    with torch.device("meta"):
+        vae = AutoencoderKLCogVideoX(
+            block_out_channels=channels, down_block_types=("CogVideoXDownBlock3D",) * 4,
+            up_block_types=("CogVideoXUpBlock3D",) * 4, latent_channels=latent_channels,
+            layers_per_block=layers_per_block, norm_num_groups=groups,
+        )  # fmt: skip
+        return vae.to(dtype).eval()
+
+
+def encode_peak(vae, shape, dtype, tiling=False):
+    with torch.no_grad(), LiveBytes() as live:
+        pixels = torch.zeros(1, 3, shape.frames, shape.height, shape.width, device="meta", dtype=dtype)
+        vae.enable_tiling() if tiling else vae.disable_tiling()
+        vae.encode(pixels)
+    return live.peak
+
+
+@pytest.fixture(scope="module")
+def real_vae():
+    return build_vae((128, 256, 256, 512), 3, torch.bfloat16)
+
+
+@pytest.mark.parametrize("size", ["1x768x1360", "5x96x176", "9x768x1360", "13x768x1360", "17x768x1360", "17x96x176"])
+def test_the_vae_of_the_real_size(real_vae, size):
+    """Tensors without memory, as the real encoder makes them: within 1%. From 768x1360 on its convolutions split."""
+    shape = ClipShape.parse(size)
+    assert vae_encode_bytes(shape, tiling=False) == pytest.approx(
+        encode_peak(real_vae, shape, torch.bfloat16), rel=0.01
+    )
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "size, tiling", [("81x768x1360", False), ("81x768x1360", True), ("85x768x1360", False), ("21x1200x2160", False)]
+)
+def test_the_vae_of_the_real_size_on_whole_clips(real_vae, size, tiling):
+    shape = ClipShape.parse(size)
+    peak = encode_peak(real_vae, shape, torch.bfloat16, tiling)
+    assert vae_encode_bytes(shape, tiling) == pytest.approx(peak, rel=0.03 if tiling else 0.01)
+
+
+@pytest.mark.parametrize("size", ["1x1440x1920", "1x1536x1920", "9x1536x2400", "17x1440x2320", "17x1536x2400"])
+def test_sizes_that_the_vae_cannot_split(real_vae, size):
+    shape = ClipShape.parse(size)
+    if vae_can_encode(shape, tiling=False):
+        assert vae_encode_bytes(shape, False) == pytest.approx(encode_peak(real_vae, shape, torch.bfloat16), rel=0.01)
+    else:
+        with pytest.raises(RuntimeError, match="Kernel size"):
+            encode_peak(real_vae, shape, torch.bfloat16)
+    assert vae_can_encode(shape, tiling=True)
+
+
+def test_a_vae_of_other_channels():
+    vae = build_vae((8, 8, 8, 8), 1, torch.float32, latent_channels=8, groups=2)
+    size = VaeSize.from_config(vae.config, 0)
+    shape = ClipShape(17, 64, 96)
+    assert vae_encode_bytes(shape, False, size, 4) == pytest.approx(encode_peak(vae, shape, torch.float32), rel=0.05)
+
+
+def test_the_published_vae_is_the_real_one(real_vae):
+    number = sum(parameter.numel() for parameter in real_vae.parameters())
+    assert VaeSize.from_config(real_vae.config, number) == COGVIDEOX_VAE
+
+
+def test_a_full_clip_needs_tiles_on_a_gpu_of_24_gb():
+    assert vae_encode_bytes(FULL, tiling=False) > 24e9 > 10 * vae_encode_bytes(FULL, tiling=True)

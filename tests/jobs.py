@@ -1,0 +1,18 @@
+"""Jobs for tests, resolved as the verbs resolve them."""
+
+from argparse import Namespace
+
+from cogds.distributed.world import World
+from cogds.job import load_job
+from tests.conftest import ROOT
+
+ALONE = World(0, 1, 0, 1)
+
+
+def make_job(*overrides, config=None, deepspeed="zero2", world=ALONE, num_ranks=None):
+    """A job of these `key=value` texts and a DeepSpeed config that comes with cogds."""
+    args = Namespace(
+        config=config and str(config), deepspeed=str(ROOT / f"ds_configs/{deepspeed}.json"), overrides=list(overrides),
+        is_demo=False,
+    )  # fmt: skip
+    return load_job(args, world, num_ranks)

@@ -1,0 +1,31 @@
+"""The startup summary on a terminal and in a log."""
+
+import io
+
+from rich.console import Console
+
+from cogds.train import summary as panel
+from cogds.train.summary import show
+
+
+def test_a_log_gets_the_lines_as_they_are(capsys):
+    lines = ["model /a [b] " + "x" * 300, "  two"]
+    show(lines, "cogds")
+    assert capsys.readouterr().out.splitlines() == lines
+
+
+def test_a_terminal_gets_a_panel():
+    out = io.StringIO()
+    show(["model /a [b]", "LoRA rank 4"], "cogds", Console(file=out, force_terminal=True, width=60, color_system=None))
+    drawn = out.getvalue().splitlines()
+    assert drawn[0].startswith("╭─ cogds ─")
+    assert "model /a [b]" in drawn[1]
+    assert all(len(line) == 60 for line in drawn)
+
+
+def test_devices_are_named(monkeypatch):
+    import torch
+
+    assert panel.devices(torch.device("cpu"), 2) == "2 ranks on CPUs"
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
+    assert panel.devices(torch.device("cuda", 0), 1) == "1 GPU (NVIDIA H100 80GB HBM3)"

@@ -56,6 +56,7 @@ setup(
         "decord>=0.6",
         "av>=18,<20",  # both ends are tested; 19 needs Python 3.12
         "omegaconf>=2.4",
+        "pydantic>=2.5",
         "pyyaml",
         "tensorboard>=2.16",
         "tqdm",

@@ -44,7 +44,7 @@ from measuring import (
 )
 
 from cogds.config.deepspeed import load_ds_config, resolve
-from cogds.config.schema import replace
+from cogds.config.loading import replace
 from cogds.core.diffusion import v_loss
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.process_group import disconnect

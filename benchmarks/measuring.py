@@ -25,7 +25,8 @@ import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E402
 
 from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
-from cogds.config.schema import RunConfig, load_config  # noqa: E402
+from cogds.config.loading import load_config  # noqa: E402
+from cogds.config.schema import RunConfig  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
 from cogds.core.flops import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import NoReturn
 
 import cogds
-from cogds.config.schema import help_text
+from cogds.config.reference import help_text
 from cogds.errors import UserError, did_you_mean
 
 # Formats of `export`: merged ones hold full weights.

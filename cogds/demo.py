@@ -1,6 +1,7 @@
 """The quick start's own model and clips, made where they are missing."""
 
-from cogds.config.schema import RunConfig, replace
+from cogds.config.loading import replace
+from cogds.config.schema import RunConfig
 from cogds.data.video.drawn import draw_clips
 from cogds.model.tiny import create_tiny_model
 

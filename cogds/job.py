@@ -14,7 +14,8 @@ from typing import Any
 import torch
 
 from cogds.config.deepspeed import load_ds_config, resolve
-from cogds.config.schema import RunConfig, load_config, replace
+from cogds.config.loading import load_config, replace
+from cogds.config.schema import RunConfig
 from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.flops import forward_flops
 from cogds.core.geometry import ClipShape, num_tokens

@@ -136,7 +136,7 @@ def builders_of(
     """
     builders: dict[str, StepBuilder] = {}
     for name in IMAGE_LATENT_CONVENTIONS:
-        one = make(dataclasses.replace(conditioning, image_latents=name, image_noise=False))
+        one = make(conditioning.model_copy(update={"image_latents": name, "image_noise": False}))
         if one.image_scale not in [other.image_scale for other in builders.values()]:
             builders[name] = one
     return builders

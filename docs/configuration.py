@@ -7,7 +7,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from cogds.config.schema import reference  # noqa: E402
+from cogds.config.reference import reference  # noqa: E402
 
 FILE = ROOT / "docs/configuration.md"
 

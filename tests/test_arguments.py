@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from cogds.arguments import VERBS, find_config, parse_args, shipped, unpacked
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.errors import UserError
 from tests.conftest import ROOT
 

@@ -24,7 +24,7 @@ from cogds.card import (
     snippet,
     write_card,
 )
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
 from cogds.model.load import find_model

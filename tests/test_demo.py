@@ -2,7 +2,7 @@ from pathlib import Path
 
 import pytest
 
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.demo import only_own_demo
 
 ROOT = Path(__file__).resolve().parents[1]

@@ -11,7 +11,7 @@ from PIL import Image
 import cogds.export
 from cogds.arguments import EXPORT_FORMATS, parse_args
 from cogds.cli import call
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from tests.conftest import ROOT
 from tests.model.lora.adapters import write_lora
 

@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.core.diffusion import stratified_timesteps, v_loss
 from cogds.core.held_out import is_held_out
 from cogds.data.cache.store import Cache

@@ -1,28 +1,26 @@
-"""The DeepSpeed file and the run config become one: pure functions, dicts in, dicts out.
+"""Combine a DeepSpeed JSON with a run config.
 
-    ds, cfg = resolve(load_ds_config(path), cfg, explicit, world_size, hidden_size, path)
+    ds_config, cfg = resolve(load_ds_config(path), cfg, explicit, world_size, hidden_size, path)
 
-Some values have a place on both sides (`SHARED`). `"auto"` or nothing in the DeepSpeed file takes the run config's.
-A value in the DeepSpeed file wins over a run-config default, and the returned RunConfig says so. Set on both sides
-they must agree. What DeepSpeed 0.19.8 would ignore, or what contradicts this trainer, is refused here, before a
-model is loaded.
+Some values have a key on both sides (`SHARED`). If the DeepSpeed file says `"auto"` or nothing, the run config decides.
+A value in the DeepSpeed file replaces a default of the run config. If both sides set a value, they must agree.
+Whatever DeepSpeed would ignore, reject, or use against this trainer is refused before a model is loaded.
 """
 
 import copy
+import functools
 import json
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
-from cogds.config.schema import RunConfig, get, replace
+from pydantic import ValidationError
+
+from cogds.config.loading import is_run_config, replace
+from cogds.config.schema import RunConfig, get
 from cogds.errors import UserError, did_you_mean
 
-
-def _words(text: str) -> frozenset[str]:
-    return frozenset(text.split())
-
-
-# DeepSpeed's path -> the run config's key.
+# Key in the DeepSpeed file -> key in the run config.
 SHARED = {
     "train_micro_batch_size_per_gpu": "train.batch_size",
     "gradient_accumulation_steps": "train.gradient_accumulation_steps",
@@ -32,140 +30,154 @@ SHARED = {
     "optimizer.params.eps": "optimizer.eps",
     "optimizer.params.weight_decay": "optimizer.weight_decay",
 }
-
-# Keys that DeepSpeed 0.19.8 reads (a test compares them with the installed one). It ignores others without a word at
-# the top level and in `optimizer`, and fails on others in the rest with a traceback.
-KNOWN_KEYS: dict[str, frozenset[str]] = {
-    "": _words("""
-        activation_checkpointing aio autotuning bf16 bfloat16 checkpoint comet comms_logger communication_data_type
-        compile csv_monitor data_efficiency data_types dataloader_drop_last datastates_ckpt disable_allgather
-        disable_python_gc dump_state expert_parallel flops_profiler fp16 gradient_accumulation_steps
-        gradient_allreduce_op gradient_clipping gradient_predivide_factor hybrid_engine log_level
-        managed_gradient_accumulation memory_breakdown optimizer pipeline prescale_gradients scheduler
-        seq_parallel_communication_data_type steps_per_print tensor_parallel tensorboard timers torch_autocast
-        train_batch_size train_micro_batch_size_per_gpu use_data_before_expert_parallelism vocabulary_size
-        wall_clock_breakdown wandb weight_quantization zero_allow_untested_optimizer zero_force_ds_cpu_optimizer
-        zero_optimization
-        """),
-    "optimizer": frozenset({"type", "params", "legacy_fusion"}),
-    "torch_autocast": frozenset({"enabled", "dtype", "lower_precision_safe_modules"}),
-    "bf16": _words(
-        "enabled immediate_grad_update check_grad_overflow bf16_master_weights_and_grads bf16_optimizer_states"
+_REMOVED = (
+    "amp compression_training curriculum_learning eigenvalue elasticity graph_harvesting nebula progressive_layer_drop "
+    "quantize_training sparse_attention sparse_gradients zero_optimization.zeropp_loco_param "
+    "zero_optimization.mics_shard_size zero_optimization.mics_hierarchical_params_gather"
+)
+# Keys that are refused with any value: why, and what to do.
+REFUSED = dict.fromkeys(_REMOVED.split(), "DeepSpeed has removed it. Delete it") | {
+    "scheduler": "the schedule is in the run config. Delete it, and set optimizer.schedule and optimizer.warmup_steps",
+    "optimizer.params.max_grad_norm": "gradient_clipping replaces it. Delete it, and set optimizer.max_grad_norm",
+    "pipeline": "the transformer has no pipeline stages. Delete it, and shard the model with zero_optimization",
+    "sequence_parallel_size": "it is in the run config. Delete it, and set parallel.sequence_size",
+    "data_parallel_size": "it follows from the number of ranks and parallel.sequence_size. Delete it",
+    "seq_parallel_communication_data_type": "communication_data_type replaces it. Set that",
+}
+# Keys that are refused with any value but this one: why, and what to do.
+_REFUSED_UNLESS: dict[str, tuple[Any, str]] = {
+    "zero_optimization.round_robin_gradients": (False, "DeepSpeed then reorders weights in checkpoints. Delete it"),
+    "zero_optimization.zenflow": (False, "its optimizer state cannot be assembled for a checkpoint. Delete it"),
+    "zero_optimization.offload_optimizer.ratio": (1.0, "checkpoints would lack the state left on the GPU. Delete it"),
+    "fp16.enabled": (False, "this model overflows in fp16. Use bf16 (train.precision=bf16)"),
+    "data_efficiency.enabled": (False, "cogds plans the order of clips. Delete the section"),
+    "tensor_parallel.autotp_size": (
+        0,
+        "a LoRA cannot be split over ranks. Delete it, and use zero_optimization to shard",
     ),
-    "zero_optimization": _words("""
-        stage contiguous_gradients reduce_scatter reduce_bucket_size use_multi_rank_bucket_allreduce
-        allgather_partitions allgather_bucket_size overlap_comm compute_grad_norm load_from_fp32_weights
-        elastic_checkpoint offload_param offload_optimizer zenflow sub_group_size cpu_offload_param
-        cpu_offload_use_pin_memory cpu_offload prefetch_bucket_size stage3_prefetch_bucket_size
-        param_persistence_threshold stage3_param_persistence_threshold model_persistence_threshold
-        stage3_model_persistence_threshold max_live_parameters stage3_max_live_parameters max_reuse_distance
-        stage3_max_reuse_distance gather_16bit_weights_on_model_save stage3_gather_16bit_weights_on_model_save
-        module_granularity_threshold stage3_module_granularity_threshold use_all_reduce_for_fetch_params
-        stage3_use_all_reduce_for_fetch_params allgather_sequential stage3_allgather_sequential
-        stage3_gather_fp16_weights_on_model_save ignore_unused_parameters legacy_stage1 round_robin_gradients
-        parameter_alignment zero_hpz_partition_size zero_quantized_weights zero_quantized_nontrainable_weights
-        zero_quantized_gradients memory_efficient_linear pipeline_loading_checkpoint override_module_apply
-        log_trace_cache_warnings enable_sanity_checks save_muon_momentum_buffer_in_memory leaf_module
-        """),
+    "expert_parallel.enabled": (False, "the transformer has no experts. Delete the section"),
+    "hybrid_engine.enabled": (False, "it is for text generation during training. Delete the section"),
+    "autotuning.enabled": (False, "it would change the batch size that the batch plan relies on. Delete the section"),
+    "managed_gradient_accumulation": (True, "DeepSpeed must count the micro-steps. Delete it"),
 }
-
-_REMOVED = "DeepSpeed has removed it (0.19.8): delete it"
-# Paths that are refused wherever they stand, and why.
-REFUSED: dict[str, str] = {
-    "scheduler": "the learning rate is a function of the step here: delete the section and set optimizer.schedule, "
-    "optimizer.warmup_steps and optimizer.final_lr_ratio in the run config",
-    "optimizer.params.max_grad_norm": "DeepSpeed clips by gradient_clipping: delete it and set optimizer.max_grad_norm "
-    "in the run config",
-    "pipeline": "the transformer is not a pipeline of stages: delete it, and use zero_optimization to shard the model",
-    "sequence_parallel_size": "it is parallel.sequence_size of the run config: set that, and delete it here",
-    "data_parallel_size": "it follows from the number of ranks and parallel.sequence_size: delete it",
-    "seq_parallel_communication_data_type": "gradients travel as communication_data_type says, also where ranks share "
-    "a clip: set that",
-    **dict.fromkeys(
-        _words(
-            "nebula compression_training amp quantize_training sparse_gradients eigenvalue sparse_attention elasticity "
-            "graph_harvesting curriculum_learning progressive_layer_drop zero_optimization.mics_shard_size "
-            "zero_optimization.mics_hierarchical_params_gather zero_optimization.zeropp_loco_param"
-        ),
-        _REMOVED,
-    ),
-}
-# Paths that are refused where they are on.
-_REFUSED_IF_ON: dict[str, str] = {
-    "zero_optimization.round_robin_gradients": "DeepSpeed 0.19.8 then gives the weights in another order than it keeps "
-    "them, so that checkpoints and LoRAs would be scrambled: delete it",
-    "zero_optimization.zenflow": "its optimizer's state cannot be put together for a checkpoint: delete it",
-    "fp16.enabled": "fp16 overflows with this model: use bf16 (train.precision=bf16)",
-    "data_efficiency.enabled": "the order of clips is planned by cogds: delete the section",
-    "tensor_parallel.autotp_size": "the adapter is not split over tensor-parallel ranks: delete the section, and use "
-    "zero_optimization to shard the model",
-    "expert_parallel.enabled": "the transformer has no experts: delete the section",
-    "hybrid_engine.enabled": "it is for text generation inside training: delete the section",
-    "autotuning.enabled": "it changes the batch size behind the batch plan: delete the section",
-}
-# "auto" is DeepSpeed's own value here.
-_OWN_AUTO = ("data_types.keep_in_fp32_modules", "zero_optimization.zenflow.")
 _SECTIONS = ("optimizer", "optimizer.params", "bf16", "fp16", "torch_autocast", "zero_optimization")
-_ADAM = ("adam", "adamw")
+# "auto" is a value of DeepSpeed's own in these.
+_OWN_AUTO = ("data_types.keep_in_fp32_modules", "zero_optimization.zenflow.")
+# Section of each of DeepSpeed's pydantic models, by the model's name.
+_MODEL_SECTIONS = {
+    "DeepSpeedZeroConfig": "zero_optimization",
+    "DeepSpeedBF16Config": "bf16",
+    "DeepSpeedFP16Config": "fp16",
+    "DeepSpeedMonitorConfig": "",
+}
 _OPTIMIZERS = ("Adam", "AdamW", "Lion")
+_NOT_SET: Any = object()
+
+
+class _ReadKeys(dict):
+    """A dict that records in `read` which keys were asked for."""
+
+    def __init__(self, **entries: Any):
+        super().__init__(entries)
+        self.read: set[str] = set()
+
+    def __contains__(self, key: object) -> bool:
+        self.read.add(str(key))
+        return super().__contains__(key)
+
+    def get(self, key: str, default: Any = None) -> Any:
+        return self[key] if key in self else default  # noqa: SIM401 (get is this function)
+
+    def __getitem__(self, key: str) -> Any:
+        self.read.add(key)
+        return super().__getitem__(key)
+
+    def keys(self) -> Any:
+        return self  # so that `key in config.keys()` is recorded
+
+
+@functools.cache
+def known_keys() -> dict[str, frozenset[str]]:
+    """The keys of the installed DeepSpeed, by section ("" for the top level).
+
+    A section with a pydantic model has its fields. DeepSpeed has no model of the others and ignores unknown keys there:
+    known are the keys that it reads.
+    """
+    from deepspeed.runtime.config import DeepSpeedConfig
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
+
+    optimizer, autocast = _ReadKeys(type="AdamW", params={}), _ReadKeys(enabled=True, dtype="bfloat16")
+    root = _ReadKeys(train_micro_batch_size_per_gpu=1, optimizer=optimizer, torch_autocast=autocast)
+    DeepSpeedConfig(root)
+    read = {"": root.read, "optimizer": optimizer.read, "torch_autocast": autocast.read}
+    for section, model in (("bf16", DeepSpeedBF16Config), ("zero_optimization", DeepSpeedZeroConfig)):
+        read[section] = {name for key, field in model.model_fields.items() for name in (key, field.alias) if name}
+    return {section: frozenset(names) for section, names in read.items()}
 
 
 def load_ds_config(path: str) -> dict[str, Any]:
-    """Read a DeepSpeed JSON file. Raises UserError for what is not one object without duplicate keys."""
+    """Read a DeepSpeed JSON file. Raises UserError unless it is one object without duplicate keys."""
 
     def without_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
         names = [name for name, _ in pairs]
-        for name in (name for name in names if names.count(name) > 1):
-            raise UserError(
-                f"DeepSpeed config {path} has the key '{name}' more than once in one object: keep one of them"
-            )
+        if duplicates := [name for name in names if names.count(name) > 1]:
+            raise UserError(f"{path}: duplicate key '{duplicates[0]}'. Keep one of them.")
         return dict(pairs)
 
     file = Path(path)
     if not file.is_file():
         near = did_you_mean(file.name, (other.name for other in file.parent.glob("*.json")))
-        raise UserError(f"DeepSpeed config {path} does not exist or is not a file{near}: give --deepspeed another path")
+        raise UserError(f"--deepspeed {path}: no such file{near}. Pass the path of a DeepSpeed JSON.")
     try:
-        ds = json.loads(file.read_text(encoding="utf-8"), object_pairs_hook=without_duplicates)
-    except json.JSONDecodeError as error:
-        raise UserError(
-            f"DeepSpeed config {path}:{error.lineno}:{error.colno} is not JSON: {error.msg}; JSON takes no comments "
-            "and no comma after the last entry"
-        ) from None
+        text = file.read_text(encoding="utf-8")
     except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"DeepSpeed config {path} cannot be read: {error}; mend or replace it") from None
-    if not isinstance(ds, dict):
-        raise UserError(f"DeepSpeed config {path} must be an object in braces, but is a {type(ds).__name__}")
-    return ds
+        raise UserError(f"{path}: cannot be read: {error}. Fix or replace the file.") from None
+    try:
+        ds_config = json.loads(text, object_pairs_hook=without_duplicates)
+    except json.JSONDecodeError as error:
+        if file.suffix in (".yaml", ".yml"):
+            raise UserError(f"--deepspeed {path}: YAML, so a run config. Pass it to --config.") from None
+        raise UserError(
+            f"{path}:{error.lineno}:{error.colno}: not valid JSON: {error.msg}. Remove comments, and any comma "
+            "after the last entry."
+        ) from None
+    if not isinstance(ds_config, dict):
+        raise UserError(f"{path}: must be an object in braces, but is a {type(ds_config).__name__}. Wrap it in braces.")
+    if is_run_config(ds_config):
+        raise UserError(f"--deepspeed {path}: this is a run config. Pass it to --config.")
+    return ds_config
 
 
 def resolve(
-    ds: Mapping[str, Any],
+    ds_config: Mapping[str, Any],
     cfg: RunConfig,
     explicit: frozenset[str],
     world_size: int,
     hidden_size: int | None,
     ds_path: str,
 ) -> tuple[dict[str, Any], RunConfig]:
-    """What deepspeed.initialize gets, without any "auto", and the run config brought in line with it.
+    """The config for deepspeed.initialize, without "auto", and the run config with the DeepSpeed file's values.
 
-    explicit: the run-config keys that were set (from `load_config`). world_size: all ranks. hidden_size: width of the
-    transformer, for the bucket sizes that are "auto". ds_path stands in the errors. ds is left as it is.
+    Args:
+        ds_config: from `load_ds_config`; not changed.
+        explicit: run config keys that were set, from `load_config`.
+        world_size: number of ranks.
+        hidden_size: width of the transformer, for bucket sizes that are "auto"; None if unknown.
+        ds_path: the file, for errors.
+
+    Raises:
+        UserError: The two configs contradict each other, or this trainer or DeepSpeed does not support a value.
     """
-    out: dict[str, Any] = copy.deepcopy(dict(ds))
-    if "bfloat16" in out:  # DeepSpeed's former name for it
-        out.setdefault("bf16", out.pop("bfloat16"))
-    _check_keys(out, ds_path)
-    cfg = _resolve_precision(out, cfg, explicit, ds_path)
-    cfg = _resolve_shared(out, cfg, explicit, ds_path)
-    _resolve_train_batch_size(out, cfg, world_size, ds_path)
-    _fill_bucket_sizes(out, hidden_size, ds_path)
-    for path, value in _leaves(out):
-        if value == "auto" and not path.startswith(_OWN_AUTO):
-            raise UserError(
-                f'{path} is "auto" in {ds_path}, but the run config has no such value: write the value itself'
-            )
-    return out, cfg
+    resolver = _Resolver(copy.deepcopy(dict(ds_config)), cfg, explicit, ds_path)
+    resolver.check_keys()
+    resolver.resolve_precision()
+    resolver.check_stage()
+    resolver.resolve_shared()
+    resolver.resolve_train_batch_size(world_size)
+    resolver.fill_bucket_sizes(hidden_size)
+    resolver.check_with_deepspeed()
+    return resolver.ds, resolver.cfg
 
 
 def zero_stage(ds_config: Mapping[str, Any]) -> int:
@@ -173,193 +185,189 @@ def zero_stage(ds_config: Mapping[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
-def _check_keys(ds: dict[str, Any], ds_path: str) -> None:
-    for path, why in REFUSED.items():
-        if _lookup(ds, path) is not _ABSENT:
-            raise UserError(f"{path} in {ds_path} cannot be used: {why}")
-    for path in _SECTIONS:
-        if not isinstance(_lookup(ds, path, {}), dict):
-            hint = ' as in {"stage": 2}' if path == "zero_optimization" else ""
-            raise UserError(
-                f"{path} in {ds_path} must be an object in braces{hint}, but is {json.dumps(_lookup(ds, path))}"
+class _Resolver:
+    """A DeepSpeed config and a run config while they are combined, step by step."""
+
+    def __init__(self, ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[str], path: str):
+        self.ds, self.cfg, self.explicit, self.path = ds, cfg, explicit, path
+        if "bfloat16" in ds:  # DeepSpeed's former name for it
+            ds.setdefault("bf16", ds.pop("bfloat16"))
+
+    def error(self, message: str) -> UserError:
+        return UserError(f"{self.path}: {message}.")
+
+    def look_up(self, key: str, default: Any = _NOT_SET) -> Any:
+        node: Any = self.ds
+        for name in key.split("."):
+            if not isinstance(node, Mapping) or name not in node:
+                return default
+            node = node[name]
+        return node
+
+    def check_keys(self) -> None:
+        """Names, and values that never fit this trainer."""
+        for key, reason in REFUSED.items():
+            if self.look_up(key) is not _NOT_SET:
+                raise self.error(f"{key} is not supported: {reason}")
+        for key in _SECTIONS:
+            if not isinstance(value := self.look_up(key, {}), dict):
+                raise self.error(f"{key} must be an object, but is {json.dumps(value)}. Put it in braces")
+        for section, known in known_keys().items():
+            for name in self.look_up(section, {}) if section else self.ds:
+                if name not in known:
+                    key = f"{section}.{name}".lstrip(".")
+                    raise self.error(f"unknown key {key}{did_you_mean(name, known)}. Correct or delete it")
+        for key, (accepted, reason) in _REFUSED_UNLESS.items():
+            value = self.look_up(key, accepted)
+            if value not in ("auto", None, accepted):
+                raise self.error(f"{key}={json.dumps(value)} is not supported: {reason}")
+        if str(self.look_up("zero_optimization.offload_optimizer.device", "")).lower() == "nvme":
+            raise self.error(
+                'zero_optimization.offload_optimizer.device="nvme" is not supported: a checkpoint cannot read it back. '
+                'Set it to "cpu"; offload_param may go to NVMe'
             )
-    for section, known in KNOWN_KEYS.items():
-        for name in _lookup(ds, section, {}) if section else ds:
-            if name not in known:
-                full = f"{section}.{name}".lstrip(".")
-                advice = did_you_mean(name, known) or " and DeepSpeed would not use it"
-                raise UserError(f"unknown key '{full}' in {ds_path}{advice}: correct or delete it")
-    for path, why in _REFUSED_IF_ON.items():
-        if _lookup(ds, path, False) not in (False, 0, "auto", None):
-            raise UserError(f"{path} is {json.dumps(_lookup(ds, path))} in {ds_path}, which cannot be used: {why}")
-    if _lookup(ds, "zero_optimization.offload_optimizer.ratio", 1.0) != 1.0:
-        raise UserError(
-            f"zero_optimization.offload_optimizer.ratio is not 1 in {ds_path}: of the state that stays on the GPU no "
-            "checkpoint can be made; delete it"
-        )
-    if str(_lookup(ds, "zero_optimization.offload_optimizer.device", "")).lower() == "nvme":
-        raise UserError(
-            f'zero_optimization.offload_optimizer.device is "nvme" in {ds_path}, from where a checkpoint cannot be '
-            'put together: a LoRA\'s optimizer state is small, write "cpu"; offload_param may go to NVMe'
-        )
-    if _lookup(ds, "managed_gradient_accumulation", True) is False:
-        raise UserError(
-            f"managed_gradient_accumulation is false in {ds_path}, but here DeepSpeed counts micro-steps: delete it"
-        )
 
+    def resolve_precision(self) -> None:
+        """train.precision, bf16.enabled and torch_autocast."""
+        fp16, autocast = self.ds.get("fp16", {}), self.ds.get("torch_autocast", {})
+        bf16 = self.ds.setdefault("bf16", {"enabled": "auto"})
+        if fp16.get("enabled") == "auto":
+            fp16["enabled"] = False
+        uses_autocast, enabled = autocast.get("enabled", False) is True, bf16.get("enabled", False)
+        if enabled not in (True, False, "auto"):
+            raise self.error(f'bf16.enabled must be true, false or "auto", but is {json.dumps(enabled)}. Change it')
+        if uses_autocast:
+            # Without a dtype torch takes fp16 on a GPU.
+            dtype = str(autocast.setdefault("dtype", "bfloat16")).removeprefix("torch.")
+            if dtype not in ("bfloat16", "bf16"):
+                raise self.error(f"torch_autocast.dtype={dtype} is not supported: only bfloat16 is. Use bfloat16")
+        configured = self.cfg.train.precision
+        precision = "bf16" if enabled is True or uses_autocast else configured if enabled == "auto" else "fp32"
+        if precision != configured:
+            if "train.precision" in self.explicit:
+                key = "torch_autocast.enabled" if uses_autocast else "bf16.enabled"
+                advice = " and torch_autocast.enabled to false" if uses_autocast else ""
+                raise self.error(
+                    f"{key} is {json.dumps(uses_autocast or enabled)}, but train.precision is {configured} in the run "
+                    f'config. Set bf16.enabled to "auto"{advice}, or remove train.precision'
+                )
+            self.cfg = replace(self.cfg, {"train.precision": precision}, f"in {self.path}")
+        # Autocast keeps the LoRA in fp32; the bf16 section would cast it.
+        bf16["enabled"] = (precision == "bf16" and not uses_autocast) if enabled == "auto" else enabled
 
-def _resolve_precision(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[str], ds_path: str) -> RunConfig:
-    fp16 = _lookup(ds, "fp16", {})
-    if fp16.get("enabled") == "auto":
-        fp16["enabled"] = False
-    autocast, bf16 = ds.get("torch_autocast", {}), ds.setdefault("bf16", {"enabled": "auto"})
-    autocast_on, stated = autocast.get("enabled", False) is True, bf16.get("enabled", False)
-    if stated not in (True, False, "auto"):
-        raise UserError(f'bf16.enabled must be true, false or "auto", but is {json.dumps(stated)} in {ds_path}')
-    if autocast_on:
-        # Without a dtype torch takes fp16 on a GPU.
-        dtype = str(autocast.setdefault("dtype", "bfloat16")).removeprefix("torch.")
-        if dtype not in ("bfloat16", "bf16"):
-            raise UserError(
-                f"torch_autocast.dtype is {dtype} in {ds_path}: fp16 overflows with this model; use bfloat16"
+    def check_stage(self) -> None:
+        """The ZeRO stage, and what it rules out."""
+        stage = self.look_up("zero_optimization.stage", 0)
+        if type(stage) is not int or not 0 <= stage <= 3:
+            raise self.error(f"zero_optimization.stage must be 1, 2 or 3, but is {json.dumps(stage)}. Change it")
+        if stage == 0:
+            raise self.error("zero_optimization.stage is 0: DeepSpeed then misses non-finite gradients. Set it to 1")
+        dtype = self.look_up("data_types.grad_accum_dtype", None)
+        if stage == 1 and self.ds["bf16"]["enabled"] and dtype not in (None, "bf16"):
+            raise self.error(
+                f"data_types.grad_accum_dtype={json.dumps(dtype)} is not supported with bf16 at stage 1: its state "
+                "cannot be saved. Use stage 2, or delete it"
             )
-    found = "bf16" if stated is True or autocast_on else cfg.train.precision if stated == "auto" else "fp32"
-    if found != cfg.train.precision and "train.precision" in explicit:
-        what = "torch_autocast.enabled is true" if autocast_on else f"bf16.enabled is {json.dumps(stated)}"
-        raise UserError(
-            f"{what} in {ds_path} and train.precision={cfg.train.precision} in the run config disagree: set "
-            f'bf16.enabled to "auto"{" and torch_autocast.enabled to false" if autocast_on else ""} in {ds_path}, or '
-            f"remove train.precision"
-        )
-    if found != cfg.train.precision:
-        cfg = replace(cfg, {"train.precision": found}, f"in {ds_path}")
-    # Autocast keeps the adapter in fp32; the bf16 section would cast it.
-    bf16["enabled"] = (found == "bf16" and not autocast_on) if stated == "auto" else stated
-    stage = _lookup(ds, "zero_optimization.stage", 0)
-    if stage == "auto" or type(stage) is not int or not 0 <= stage <= 3:
-        raise UserError(f"zero_optimization.stage must be 1, 2 or 3, but is {json.dumps(stage)} in {ds_path}")
-    if stage == 0:
-        raise UserError(
-            f"zero_optimization.stage is 0 in {ds_path}: without ZeRO DeepSpeed does not see a gradient that is not "
-            'finite, and nothing is gained over stage 1; write "zero_optimization": {"stage": 1}'
-        )
-    accumulated = _lookup(ds, "data_types.grad_accum_dtype", None)
-    if stage == 1 and bf16["enabled"] and accumulated not in (None, "bf16"):
-        raise UserError(
-            f"data_types.grad_accum_dtype is {json.dumps(accumulated)} with bf16 at stage 1 in {ds_path}, where "
-            "DeepSpeed keeps its state in another way, which cannot be saved: use stage 2, or delete it"
-        )
-    return cfg
 
-
-def _resolve_shared(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[str], ds_path: str) -> RunConfig:
-    optimizer = ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})  # no op to compile
-    optimizer.setdefault("type", "AdamW")
-    optimizer.setdefault("params", {})
-    kind = str(optimizer["type"])
-    if kind.lower() not in map(str.lower, _OPTIMIZERS):
-        raise UserError(
-            f"optimizer.type is {json.dumps(optimizer['type'])} in {ds_path}"
-            f"{did_you_mean(str(optimizer['type']), _OPTIMIZERS)}: use one of {', '.join(_OPTIMIZERS)}, whose state "
-            "can be saved whole and put back"
-        )
-    adam = str(optimizer["type"]).lower() in _ADAM
-    for path, key in SHARED.items():
-        value = _lookup(ds, path)
-        # betas, eps and weight_decay are Adam's; another optimizer may have none of them.
-        if value is _ABSENT and path.startswith("optimizer.params.") and not adam and key != "optimizer.lr":
-            if key in explicit:
-                name = path.rpartition(".")[2]
-                raise UserError(
-                    f"{key} is set in the run config, but the optimizer {optimizer['type']} in {ds_path} has no "
-                    f'{path}: add "{name}": "auto" there if it takes one, or remove {key}'
-                )
-            continue
-        if value is not _ABSENT and value != "auto":
-            theirs = replace(cfg, {key: value}, f"in {ds_path} ({path})")
-            if path == "train_micro_batch_size_per_gpu" and cfg.train.tokens_per_batch is not None:
-                raise UserError(
-                    f"{path} is {json.dumps(value)} in {ds_path} and train.tokens_per_batch is set in the run config, "
-                    f'which decides the batch size: set {path} to "auto" or remove it'
-                )
-            if key in explicit and theirs != cfg:
-                raise UserError(
-                    f"{path} is {json.dumps(value)} in {ds_path} and {key}={_plain(get(cfg, key))} in the run config: "
-                    f'set {path} to "auto" in {ds_path}, or remove {key}'
-                )
-            cfg = theirs
-        _put(ds, path, _plain(get(cfg, key)))
-    return cfg
-
-
-def _resolve_train_batch_size(ds: dict[str, Any], cfg: RunConfig, num_ranks: int, ds_path: str) -> None:
-    micro, accumulation, sequence = (
-        cfg.train.batch_size,
-        cfg.train.gradient_accumulation_steps,
-        cfg.parallel.sequence_size,
-    )
-    world_size, who = num_ranks // sequence, f"groups of {sequence} ranks" if sequence > 1 else "ranks"
-    total, stated = micro * accumulation * world_size, ds.get("train_batch_size", "auto")
-    if stated not in ("auto", total):
-        if type(stated) is not int or stated < 1:
-            raise UserError(
-                f'train_batch_size must be a whole number or "auto", but is {json.dumps(stated)} in {ds_path}'
+    def resolve_shared(self) -> None:
+        """The optimizer, and the keys of `SHARED`."""
+        optimizer = self.ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})  # compiles no op
+        kind = optimizer.setdefault("type", "AdamW")
+        optimizer.setdefault("params", {})
+        if str(kind).lower() not in map(str.lower, _OPTIMIZERS):
+            raise self.error(
+                f"optimizer.type={json.dumps(kind)} is not supported{did_you_mean(str(kind), _OPTIMIZERS)}: its state "
+                f"cannot be saved and restored. Use {', '.join(_OPTIMIZERS)}"
             )
-        if stated % (micro * world_size) == 0:
-            fix = f"set gradient_accumulation_steps to {stated // (micro * world_size)}"
-        elif stated % micro == 0:
-            ranks = [str(n) for n in range(1, stated // micro + 1) if stated // micro % n == 0]
-            fix = f"{world_size} {who} do not divide it, {', '.join(ranks)} do"
+        is_adam = str(kind).lower() != "lion"
+        for ds_key, key in SHARED.items():
+            value = self.look_up(ds_key)
+            # betas, eps and weight_decay are Adam's; another optimizer may lack them.
+            if value is _NOT_SET and ds_key.startswith("optimizer.params.") and not is_adam and key != "optimizer.lr":
+                if key in self.explicit:
+                    raise self.error(
+                        f"{key} is set in the run config, but {ds_key} is not, and {kind} may not have it. If it has, "
+                        f'set {ds_key} to "auto", else remove {key}'
+                    )
+                continue
+            if value is not _NOT_SET and value != "auto":
+                self._take(ds_key, key, value)
+            value = get(self.cfg, key)
+            section, _, name = ds_key.rpartition(".")
+            (self.look_up(section) if section else self.ds)[name] = list(value) if isinstance(value, tuple) else value
+
+    def _take(self, ds_key: str, key: str, value: Any) -> None:
+        """Put a value of the DeepSpeed file into the run config, unless that has another one."""
+        changed = replace(self.cfg, {key: value}, f"in {self.path} ({ds_key})")
+        other = key
+        if key == "train.batch_size" and self.cfg.train.tokens_per_batch is not None:
+            other = "train.tokens_per_batch"
+        if other != key or (key in self.explicit and changed != self.cfg):
+            configured = json.dumps(get(self.cfg, other))
+            raise self.error(
+                f"{ds_key} is {json.dumps(value)}, but {other} is {configured} in the run config. "
+                f'Set {ds_key} to "auto", or remove {other}'
+            )
+        self.cfg = changed
+
+    def resolve_train_batch_size(self, num_ranks: int) -> None:
+        """train_batch_size: clips per optimizer step, which follows from other keys."""
+        train, sequence_size = self.cfg.train, self.cfg.parallel.sequence_size
+        num_groups, total = num_ranks // sequence_size, self.ds.get("train_batch_size", "auto")
+        who = f"groups of {sequence_size} ranks" if sequence_size > 1 else "ranks"
+        expected = train.batch_size * train.gradient_accumulation_steps * num_groups
+        if total not in ("auto", expected):
+            advice = 'Set it to "auto"'
+            if type(total) is int and total > 0 and total % (train.batch_size * num_groups) == 0:
+                advice += f", or gradient_accumulation_steps to {total // (train.batch_size * num_groups)}"
+            raise self.error(
+                f"train_batch_size is {json.dumps(total)}, but train.batch_size {train.batch_size} x "
+                f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {num_groups} {who} is {expected}. "
+                f"{advice}"
+            )
+        if sequence_size > 1:  # DeepSpeed computes it, and would count every rank of a group
+            self.ds.pop("train_batch_size", None)
         else:
-            fix = f"a batch size of {micro} does not divide it"
-        raise UserError(
-            f"train_batch_size is {stated} in {ds_path}, but train.batch_size {micro} x gradient_accumulation_steps "
-            f'{accumulation} x {world_size} {who} is {total}: {fix}; or set train_batch_size to "auto"'
-        )
-    if sequence > 1:  # DeepSpeed works it out for itself, and would count ranks that share a clip as if they did not
-        ds.pop("train_batch_size", None)
-    else:
-        ds["train_batch_size"] = total
+            self.ds["train_batch_size"] = expected
 
+    def fill_bucket_sizes(self, hidden_size: int | None) -> None:
+        """Sizes of zero_optimization that are "auto", in parameters."""
+        # A block, which ZeRO-3 gathers as one, has a little more than 12 squares of the width. One is computed while
+        # the next is gathered, and a third may not be released yet. Parameters smaller than a matrix of the LoRA stay
+        # on every rank: gathering them would cost more time than keeping them costs memory.
+        width = hidden_size or 0
+        block = 14 * width * width
+        sizes = {
+            "reduce_bucket_size": width * width,
+            "stage3_prefetch_bucket_size": block,
+            "stage3_max_live_parameters": 3 * block,
+            "stage3_max_reuse_distance": 3 * block,
+            "stage3_param_persistence_threshold": 200 * width,
+        }
+        for name, size in sizes.items():
+            if self.look_up(f"zero_optimization.{name}") == "auto":
+                if hidden_size is None:
+                    raise self.error(f'zero_optimization.{name} is "auto", but the model is unknown. Set a number')
+                self.ds["zero_optimization"][name] = size
 
-def _fill_bucket_sizes(ds: dict[str, Any], hidden_size: int | None, ds_path: str) -> None:
-    # In widths of the transformer. A block, which ZeRO-3 brings together as one, has 12 squares and a little more: one
-    # runs while the next comes, and a third may still be there. What is smaller than a LoRA's matrix stays everywhere:
-    # bringing it would cost more time than keeping it costs memory.
-    block = 14
-    for name, size in (
-        ("reduce_bucket_size", lambda width: width * width),
-        ("stage3_prefetch_bucket_size", lambda width: block * width * width),
-        ("stage3_max_live_parameters", lambda width: 3 * block * width * width),
-        ("stage3_max_reuse_distance", lambda width: 3 * block * width * width),
-        ("stage3_param_persistence_threshold", lambda width: 200 * width),
-    ):
-        if _lookup(ds, f"zero_optimization.{name}") != "auto":
-            continue
-        if hidden_size is None:
-            raise UserError(
-                f'zero_optimization.{name} is "auto" in {ds_path}, but the width is not known: write a number'
-            )
-        ds["zero_optimization"][name] = size(hidden_size)
+    def check_with_deepspeed(self) -> None:
+        """Let DeepSpeed check the names and values of all sections."""
+        from deepspeed.runtime.config import DeepSpeedConfig
 
-
-_ABSENT: Any = object()
-
-
-def _lookup(ds: Mapping[str, Any], path: str, default: Any = _ABSENT) -> Any:
-    node: Any = ds
-    for name in path.split("."):
-        if not isinstance(node, Mapping) or name not in node:
-            return default
-        node = node[name]
-    return node
-
-
-def _put(ds: dict[str, Any], path: str, value: Any) -> None:
-    *parents, name = path.split(".")
-    for parent in parents:
-        ds = ds[parent]
-    ds[name] = value
+        for key, value in _leaves(self.ds):
+            if value == "auto" and not key.startswith(_OWN_AUTO):
+                raise self.error(f'{key} is "auto", but the run config has no such value. Set the value itself')
+        batch = {"train_batch_size": None, "train_micro_batch_size_per_gpu": 1, "gradient_accumulation_steps": 1}
+        try:
+            DeepSpeedConfig(copy.deepcopy(self.ds) | batch)
+        except ValidationError as error:
+            first = error.errors()[0]
+            key = ".".join(map(str, (_MODEL_SECTIONS.get(error.title, error.title), *first["loc"]))).lstrip(".")
+            raise self.error(
+                f"{key} is {first['input']!r}, which DeepSpeed refuses: {first['msg']}. Change it"
+            ) from None
+        except Exception as error:  # DeepSpeed raises many kinds
+            raise self.error(f"DeepSpeed refuses it: {str(error).splitlines()[0] or repr(error)}") from None
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
@@ -368,7 +376,3 @@ def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:
             yield from _leaves(child, f"{path}.{name}".lstrip("."))
     else:
         yield path, node
-
-
-def _plain(value: Any) -> Any:
-    return list(value) if isinstance(value, tuple) else value

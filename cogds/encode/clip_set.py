@@ -12,7 +12,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.config.schema import RunConfig, SetConfig
+from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.core.held_out import is_held_out, min_held_out_share, name_hash, portable_name, spread
 from cogds.core.mixture import repeats_from_weights
@@ -223,7 +223,9 @@ def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]
 
 def _repeats(cfg: RunConfig, clips: ClipSet) -> tuple[float, ...]:
     """The repeats of each data set, given or computed from the weights."""
-    sets = cfg.data.sets or (SetConfig("", cfg.data.repeats),)
+    sets = cfg.data.sets
+    if not sets:
+        return (cfg.data.repeats,)
     if sets[0].weight is None:
         return tuple(data_set.repeats for data_set in sets)
     sizes = np.sum(clips.assignment.sizes, axis=0).tolist()

@@ -5,7 +5,7 @@ import json
 import logging
 
 from cogds.cli import make_folders
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
 from cogds.distributed.collectives import on_rank0
 from cogds.distributed.process_group import connect, disconnect

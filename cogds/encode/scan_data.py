@@ -1,6 +1,5 @@
 """The scan of a run's data sets, shared by all ranks."""
 
-from dataclasses import replace
 from pathlib import Path
 
 from cogds.config.schema import RunConfig
@@ -13,9 +12,10 @@ from cogds.errors import UserError
 
 def data_sets(cfg: RunConfig) -> list[DataSet]:
     """The run's data sets, in the order of their numbers."""
-    if cfg.data.sets:
-        return [DataSet(data_set.path, data_set.columns) for data_set in cfg.data.sets]
-    return [DataSet(cfg.data.path, cfg.data.columns)]
+    sets = cfg.data.sets or (cfg.data,)
+    return [
+        DataSet(data_set.path, {str(name): column for name, column in data_set.columns.items()}) for data_set in sets
+    ]
 
 
 def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
@@ -33,8 +33,9 @@ def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
 
 def evaluation_config(cfg: RunConfig) -> RunConfig:
     """The config of a run that would train the data set in eval.path."""
-    data = replace(cfg.data, path=cfg.eval.path or "", sets=(), repeats=1.0, manifest=None)
-    return replace(cfg, data=data, eval=replace(cfg.eval, path=None, held_out=0.0))
+    data = cfg.data.model_copy(update={"path": cfg.eval.path, "sets": (), "repeats": 1.0, "manifest": None})
+    evaluation = cfg.eval.model_copy(update={"path": None, "held_out": 0.0})
+    return cfg.model_copy(update={"data": data, "eval": evaluation})
 
 
 def scan_evaluation_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path | None:

@@ -6,7 +6,7 @@ from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
-from cogds.config.schema import to_dict
+from cogds.config.loading import to_dict
 from cogds.core.geometry import cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import MemoryEstimate
 from cogds.distributed.network import set_network

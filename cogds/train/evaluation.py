@@ -10,7 +10,6 @@ A run evaluates beside its training (`make_evaluation`), the command a LoRA file
 """
 
 import copy
-import dataclasses
 import logging
 import math
 import time
@@ -133,7 +132,7 @@ class Evaluation:
         if not clips:
             return None
         plain = copy.copy(builder)
-        plain.conditioning = dataclasses.replace(builder.conditioning, image_noise=False)
+        plain.conditioning = builder.conditioning.model_copy(update={"image_noise": False})
         timesteps = middles(cfg.eval.num_timesteps, len(builder.alphas_cumprod))
         costs = [
             step_flops(num_tokens(shape, model.geometry), model.num_layers, model.hidden_size).forward

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 from cogds.config.deepspeed import zero_stage
-from cogds.config.schema import to_yaml
+from cogds.config.loading import to_yaml
 from cogds.core.flops import step_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch

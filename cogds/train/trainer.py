@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 
-from cogds.config.schema import to_yaml
+from cogds.config.loading import to_yaml
 from cogds.core.diffusion import v_loss
 from cogds.core.lr_schedule import learning_rate
 from cogds.core.plan import MicroBatch

@@ -68,7 +68,7 @@ from pathlib import Path
 root, file, *argv = sys.argv[1:]
 sys.path.insert(0, root)
 from cogds.cli import parse_args
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 
 args = parse_args(argv, "")
 cfg, _ = load_config(args.config or f"{root}/launch/configs/demo.yaml", args.overrides)

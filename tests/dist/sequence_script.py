@@ -14,8 +14,8 @@ import torch.distributed as dist  # noqa: E402
 from deepspeed.sequence.layer import DistributedAttention  # noqa: E402
 from deepspeed.utils import safe_get_full_grad  # noqa: E402
 
+from cogds.config.loading import load_config  # noqa: E402
 from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
-from cogds.config.schema import load_config  # noqa: E402
 from cogds.distributed.collectives import disagreeing_data_ranks  # noqa: E402
 from cogds.distributed.process_group import connect, disconnect  # noqa: E402
 from cogds.distributed.world import read_world  # noqa: E402

@@ -7,8 +7,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from cogds.config.loading import load_config
 from cogds.config.deepspeed import load_ds_config, resolve
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from tests.conftest import ROOT, run_command
 from tests.model.lora.test_adapter import example_inputs
 

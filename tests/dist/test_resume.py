@@ -8,7 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.engine.state import state_bytes
 from cogds.model.load import empty_transformer, find_model
 from cogds.model.lora.adapter import inject

@@ -66,7 +66,7 @@ def test_the_output_tree(demo):
 
 
 def test_the_run_config_is_one_that_loads(demo):
-    from cogds.config.schema import load_config
+    from cogds.config.loading import load_config
 
     cfg, _ = load_config(str(demo[0] / "outputs/demo/run.yaml"), [])
     assert cfg.train.num_steps == 12

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import numpy as np
 import pyarrow as pa
 
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.data.manifest.assignment import BucketAssignment
 from cogds.encode.cache_keys import CacheKeys

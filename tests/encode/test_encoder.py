@@ -14,7 +14,7 @@ import cogds.data.video.media
 import cogds.encode.clip_set
 import cogds.encode.encoder
 import cogds.encode.encoding_plan
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.core.conditioning import normalize_pixels
 from cogds.data.cache.store import Cache, CacheWriter
 from cogds.data.loading.dataset import read_encoded

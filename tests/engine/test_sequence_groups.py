@@ -17,7 +17,7 @@ def test_a_batch_counts_clips_and_not_ranks():
     assert "train_batch_size" not in out  # DeepSpeed takes ranks for clips, and what is left is right for it
     assert out["train_micro_batch_size_per_gpu"] == 3
     said = refused(shared, "train.batch_size=3", "parallel.sequence_size=4", world_size=4)
-    assert "x 1 groups of 4 ranks is 3: set gradient_accumulation_steps to 2" in said
+    assert 'x 1 groups of 4 ranks is 3. Set it to "auto", or gradient_accumulation_steps to 2' in said
     assert "parallel.sequence_size" in refused({**ZERO2, "sequence_parallel_size": 2})
     assert "communication_data_type" in refused({**ZERO2, "seq_parallel_communication_data_type": "fp32"})
 

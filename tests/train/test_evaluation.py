@@ -12,6 +12,7 @@ from hypothesis import strategies as st
 
 import cogds.train.evaluation
 from cogds.cli import call
+from cogds.config.loading import replace
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
@@ -294,8 +295,7 @@ def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(setting, forwa
 
 def test_the_cost_is_estimated_and_what_to_change_is_named(setting):
     one = setting("eval.num_clips=1")
-    cheap = dataclasses.replace(one.cfg.eval, every=100_000)
-    long = dataclasses.replace(one.cfg, eval=cheap, train=dataclasses.replace(one.cfg.train, num_steps=1_000_000))
+    long = replace(one.cfg, {"eval.every": 100_000, "train.num_steps": 1_000_000})
     run = run_of(one, "full", cfg=long)
     line, nothing = cost_lines(run, one.evaluation, 100_000)
     assert nothing == ""

@@ -6,7 +6,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import ZeroSettings
 from cogds.distributed.world import World

@@ -6,7 +6,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from cogds.config.schema import KEYS, load_config
+from cogds.config.loading import load_config
+from cogds.config.schema import KEYS
 from cogds.core.geometry import ClipShape
 from cogds.core.plan import Plan
 from cogds.errors import UserError

@@ -17,7 +17,7 @@ from PIL import Image
 import cogds.sample
 import cogds.train.samples
 from cogds.cli import call
-from cogds.config.schema import load_config, replace
+from cogds.config.loading import load_config, replace
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.store import Cache
 from cogds.data.video.media import probe_video

@@ -12,7 +12,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.core.diffusion import stratified_timesteps
 from cogds.core.plan import Plan
 from cogds.data.loading.dataset import Batch

@@ -5,7 +5,7 @@ from types import SimpleNamespace
 
 import torch
 
-from cogds.config.schema import load_config
+from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
 from cogds.model.load import find_model, load_transformer

@@ -17,7 +17,7 @@ from cogds.job import load_job
 from cogds.model.load import DTYPES, ModelFolder, load_transformer
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, load_adapter
-from cogds.model.lora.file import LoraFile, described, read_loras
+from cogds.model.lora.file import LoraFile, describe_lora, read_loras
 from cogds.model.transformer.attention import use
 from cogds.model.transformer.quantize import check_quantization
 from cogds.train.evaluation import Evaluation
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     cfg, model, world = job.cfg, job.model, job.world
     check_all_fit(loras, model)
     for lora in loras:
-        logger.info("\n".join(described(lora, "--lora-alpha")))
+        logger.info("\n".join(describe_lora(lora, "--lora-alpha")))
     check_quantization(cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)

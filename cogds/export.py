@@ -24,7 +24,7 @@ from cogds.model.lora.convert import (
     save_comfyui_wrapper,
     save_diffusers,
 )
-from cogds.model.lora.file import LoraFile, described, read_loras
+from cogds.model.lora.file import LoraFile, describe_lora, read_loras
 from cogds.model.lora.hub import check_repo, listed, push
 from cogds.model.lora.merge import (
     check_comfyui_supports,
@@ -76,7 +76,7 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
         if args.to == "comfyui-merged":
             check_comfyui_supports(model)
     for one in given:
-        logger.info("\n".join(described(one.file, "--lora-alpha")))
+        logger.info("\n".join(describe_lora(one.file, "--lora-alpha")))
     if args.push_to:
         given = [replace(one, file=replace(one.file, metadata=shareable(one.file.metadata))) for one in given]
     facts = facts_of(given, model)

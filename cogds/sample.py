@@ -19,7 +19,7 @@ from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, load_adapter
-from cogds.model.lora.file import LoraFile, described, read_loras
+from cogds.model.lora.file import LoraFile, describe_lora, read_loras
 from cogds.model.pipelines import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
 from cogds.process.logs import RESULT
 from cogds.videos.image_grid import evenly, grid, labelled, shrunk
@@ -46,7 +46,7 @@ def main(args: argparse.Namespace) -> None:
     model = find_model(args.model)
     loras = find_loras(args.lora or [], args.lora_alpha, model)
     for lora in loras:
-        logger.info("\n".join(described(lora.file, "--lora-alpha")))
+        logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))
     requests = find_requests(args.prompt or [], args.image or [], args.list)
     fps = args.fps or float(agreed(loras, "fps", TRAINED_FPS))
     buckets = trained_buckets(agreed(loras, "buckets", []))

@@ -1,7 +1,7 @@
 """The model card (README.md) that is written beside every LoRA and every export.
 
-It is made only from the facts that training records in the LoRA's header (`lora_facts`), so a card can be made from the
-file alone.
+It is made only from the facts that training records in the LoRA's header (`train.saving.lora_facts`), so a card can be
+made from the file alone.
 """
 
 import json
@@ -17,7 +17,6 @@ import yaml
 from cogds.arguments import MERGED_FORMATS
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
-from cogds.train.run import Run
 
 logger = logging.getLogger(__name__)
 
@@ -31,35 +30,6 @@ LICENSE = (
 PUBLISHERS = ("zai-org", "THUDM")
 # Kinds of exports whose file diffusers loads. The hub offers code for the `library_name`, so others must not have one.
 LOADED_BY_DIFFUSERS = ("diffusers", "comfyui-wrapper", "merged")
-
-
-def lora_facts(run: Run, step: int) -> dict[str, Any]:
-    """Collect the JSON-serializable facts that are recorded in the LoRA's header."""
-    cfg, plan = run.cfg, run.plan
-    batches = sorted({size * run.world.data_size * plan.accumulation for size in plan.local_batch_sizes})
-    facts = {
-        "step": step,
-        "base_model": cfg.model.path,
-        "quantization": cfg.model.quantization,
-        "rank": cfg.lora.rank,
-        "alpha": cfg.lora.alpha,
-        "targets": list(cfg.lora.target_modules),
-        "init_from": cfg.lora.init_from,
-        "image_latents": cfg.conditioning.image_latents,
-        "image_latent_factor": pipeline_factor(run.model.vae_config, cfg.conditioning.image_latents),
-        "buckets": [str(shape) for shape in run.buckets],
-        "fps": cfg.data.fps,
-        "num_clips": len(run.data.index),
-        "batch_size": batches[0] if len(batches) == 1 else f"{batches[0]} to {batches[-1]}",
-        "learning_rate": cfg.optimizer.lr,
-        "precision": cfg.train.precision,
-        "seed": cfg.seed,
-    }
-    if cfg.data.default_caption:
-        facts["instance_prompt"] = cfg.data.default_caption
-    if cfg.sample.prompts:
-        facts["example_prompt"] = cfg.sample.prompts[0].prompt
-    return facts
 
 
 def pipeline_factor(vae_config: Mapping[str, Any], convention: str) -> float:
@@ -105,7 +75,7 @@ def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file
     """Return the card's text.
 
     Args:
-        facts: Any subset of `lora_facts`.
+        facts: Any subset of `train.saving.lora_facts`.
         kind: One of `cogds.export.FORMATS`.
         where: Path or hub id that the snippet loads.
         file: Name of the weights' file; the ComfyUI kinds need it.

@@ -11,9 +11,7 @@ import logging
 import os
 import socket
 import sys
-import tempfile
-from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
+from collections.abc import Callable, Sequence
 
 import cogds
 from cogds.arguments import VERBS, find_config, parse_args, shipped
@@ -148,17 +146,6 @@ def _free_port() -> int:
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
         return sock.getsockname()[1]
-
-
-def make_folders(folders: Mapping[str, str]) -> None:
-    """Make the folders that a command writes to, config key -> folder. Raises UserError if one cannot be written."""
-    for key, folder in folders.items():
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(f"{key}: cannot write to {folder} ({reason}). Choose another folder.") from None
 
 
 def run(function: Callable[[], None]) -> int:

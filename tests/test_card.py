@@ -17,7 +17,6 @@ from cogds.card import (
     find_sample,
     front_matter,
     hub_id,
-    lora_facts,
     model_card,
     pipeline_factor,
     shareable,
@@ -28,6 +27,7 @@ from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
 from cogds.model.load import find_model
+from cogds.train.saving import lora_facts
 from tests.model.lora.adapters import base_transformer, write_lora
 
 FACTS = {

@@ -4,7 +4,6 @@ import argparse
 import json
 import logging
 
-from cogds.cli import make_folders
 from cogds.config.loading import load_config
 from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
 from cogds.distributed.collectives import on_rank0
@@ -14,7 +13,7 @@ from cogds.encode.cache_keys import CacheKeys
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
 from cogds.formatting import counted
-from cogds.job import Job, load_job
+from cogds.job import Job, load_job, make_folders
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest, find_launchers
 

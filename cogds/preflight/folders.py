@@ -13,8 +13,8 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from cogds.cli import make_folders
 from cogds.errors import UserError
+from cogds.job import make_folders
 from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, by_value, who
 
 LOOK_EVERY_S = 0.2

@@ -4,13 +4,12 @@ import argparse
 import contextlib
 from pathlib import Path
 
-from cogds.cli import make_folders
 from cogds.distributed.collectives import on_rank0
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.run_lock import hold_run_lock
 from cogds.distributed.world import read_world
 from cogds.errors import Interrupted
-from cogds.job import load_job
+from cogds.job import load_job, make_folders
 from cogds.process.signals import StopRequest, find_launchers
 from cogds.train.trainer import Trainer
 from cogds.train.tuning import check_execution

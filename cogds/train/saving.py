@@ -7,7 +7,7 @@ from typing import Any
 
 import torch
 
-from cogds.card import lora_facts, write_card
+from cogds.card import pipeline_factor, write_card
 from cogds.distributed.collectives import on_rank0
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.state import gather_state, state_bytes, trainable
@@ -84,3 +84,32 @@ def export_lora(transformer: Any, weights: Mapping[str, torch.Tensor], run: Run,
     export(partial, transformer, weights, facts)
     write_card(partial, folder, facts)
     checkpoints.replace_folder(partial, folder)
+
+
+def lora_facts(run: Run, step: int) -> dict[str, Any]:
+    """Collect the JSON-serializable facts that are recorded in the LoRA's header."""
+    cfg, plan = run.cfg, run.plan
+    batches = sorted({size * run.world.data_size * plan.accumulation for size in plan.local_batch_sizes})
+    facts = {
+        "step": step,
+        "base_model": cfg.model.path,
+        "quantization": cfg.model.quantization,
+        "rank": cfg.lora.rank,
+        "alpha": cfg.lora.alpha,
+        "targets": list(cfg.lora.target_modules),
+        "init_from": cfg.lora.init_from,
+        "image_latents": cfg.conditioning.image_latents,
+        "image_latent_factor": pipeline_factor(run.model.vae_config, cfg.conditioning.image_latents),
+        "buckets": [str(shape) for shape in run.buckets],
+        "fps": cfg.data.fps,
+        "num_clips": len(run.data.index),
+        "batch_size": batches[0] if len(batches) == 1 else f"{batches[0]} to {batches[-1]}",
+        "learning_rate": cfg.optimizer.lr,
+        "precision": cfg.train.precision,
+        "seed": cfg.seed,
+    }
+    if cfg.data.default_caption:
+        facts["instance_prompt"] = cfg.data.default_caption
+    if cfg.sample.prompts:
+        facts["example_prompt"] = cfg.sample.prompts[0].prompt
+    return facts

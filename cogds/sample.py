@@ -69,7 +69,7 @@ def main(args: argparse.Namespace) -> None:
         add_lora(pipeline.transformer, load_adapter(lora.file), f"lora{number}")
     convention = agreed(loras, "image_latents", "pipeline", silent="pipeline")
     if use_convention(pipeline, convention) != 1.0:
-        logger.info("image latents are scaled as in the training of this LoRA (%s), not as diffusers does", convention)
+        logger.info("image latents are scaled as in the training of this LoRA (%s), not as in diffusers", convention)
     if args.offload == "sequential":
         pipeline.enable_sequential_cpu_offload()
     elif args.offload == "model":

@@ -23,10 +23,10 @@ from cogds.distributed.process_group import disconnect
 disconnect()
 """
 LINES = [
-    "step --sizes tiny --rounds 1 --levels block,none --kernels auto,math --deepspeed zero2,zero3 --profile",
-    "peers --sizes tiny --rounds 1 --levels none --kernel auto",
+    "step --sizes tiny --rounds 1 --checkpointing full,none --kernels auto,math --deepspeed zero2,zero3 --profile",
+    "peers --sizes tiny --rounds 1 --checkpointing none --kernel auto",
     "memory",
-    "quantised_loss --size tiny --bases int8 --matmuls full",
+    "quantized_loss --size tiny --quantizations int8 --fp8-matmul off",
     "agree --size tiny",
     "loop --sizes tiny --bucket 5x64x64 --steps 3",
     "scaling --size tiny --rounds 1 --parts tokens,batch,clips,paper --batch-sizes 1,2",
@@ -53,7 +53,7 @@ def result(outputs, name):
 
 def test_agree(outputs):
     found, table = result(outputs, "agree")
-    assert {(row["level"], row["kernel"]) for row in found["rows"]} == {
+    assert {(row["checkpointing"], row["kernel"]) for row in found["rows"]} == {
         (level, kernel) for level in CHECKPOINTING_MODES for kernel in ("torch", "flash", "math")
     }
     assert all(row["output"] < 1e-5 and row["gradient"] < 1e-5 for row in found["rows"])
@@ -64,7 +64,7 @@ def test_agree(outputs):
 def test_step(outputs):
     found, table = result(outputs, "step")
     rows = found["rows"]
-    assert [(row["level"], row["kernel"], row["deepspeed"]) for row in rows if row["kernel"] != "math"] == [
+    assert [(row["checkpointing"], row["kernel"], row["deepspeed"]) for row in rows if row["kernel"] != "math"] == [
         ("full", rows[0]["kernel"], "zero2"), ("none", rows[0]["kernel"], "zero2"),
         ("full", rows[0]["kernel"], "zero3"),
     ]  # fmt: skip
@@ -88,10 +88,10 @@ def test_peers(outputs):
 def test_memory(outputs):
     """The real geometry: what docs/performance.md shows, and tests/train/test_tuning.py has for the same."""
     found, table = result(outputs, "memory")
-    rows = {(row["deepspeed"], row["ranks"], row["base"]): row for row in found["rows"]}
+    rows = {(row["deepspeed"], row["ranks"], row["quantization"]): row for row in found["rows"]}
     levels = ("none", "selective", "full", "full+offload")
     assert [rows["zero2", 1, "none"][level] for level in levels] == [172.5, 44.2, 32.5, 21.4]
-    assert [rows["zero3", 8, "full"][level] for level in levels] == [162.0, 33.7, 21.9, 10.8]
+    assert [rows["zero3", 8, "none"][level] for level in levels] == [162.0, 33.7, 21.9, 10.8]
     assert rows["zero2_offload", 1, "nf4"]["full+offload"] == 11.6
     assert {row["pinned"] for row in rows.values()} == {11.6}
     assert "by arithmetic" in table
@@ -100,10 +100,10 @@ def test_memory(outputs):
         assert "| " + " | ".join(str(row[level]) for level in levels) + " |" in shown
 
 
-def test_quantised_loss(outputs):
-    found, _ = result(outputs, "quantised_loss")
+def test_quantized_loss(outputs):
+    found, _ = result(outputs, "quantized_loss")
     bf16, fp32, int8 = found["rows"]
-    assert (bf16["precision"], fp32["precision"], int8["base"]) == ("bf16", "fp32", "int8")
+    assert (bf16["precision"], fp32["precision"], int8["quantization"]) == ("bf16", "fp32", "int8")
     assert bf16["output_distance"] == 0 < fp32["output_distance"] < 0.02
     assert "error" in int8 or 0 < int8["output_distance"] < 0.05
 
@@ -198,7 +198,7 @@ def test_mfu_is_of_the_very_product(scripts, monkeypatch, name, peak):
     assert name in source
     assert measuring.peak_tflops(None, torch.float32, gpu)[0] is None
     assert measuring.peak_tflops(50.0, torch.float32, gpu) == (50.0, "given")
-    variant = step.Variant("17x64x96", 1, "full", "torch", "off", "full", "full", "bf16", "zero2")
+    variant = step.Variant("17x64x96", 1, "full", "torch", "off", "none", "off", "bf16", "zero2")
     row = step.row_of(variant, measuring.Timing([1.0], 2.0), measuring.SIZES["tiny"], 0, found, None)
     assert ("mfu" in row) == ("floor_s" in row) == (peak is not None)
     assert row["tokens_per_s"] == 104
@@ -208,8 +208,8 @@ def test_mfu_is_of_the_very_product(scripts, monkeypatch, name, peak):
 def test_one_thing_at_a_time_or_every_combination(scripts):
     step = scripts("step")
     choices = {
-        "bucket": ["a", "b"], "batch_size": [1], "level": ["full", "none"], "kernel": ["torch"],
-        "compiled": ["off", "on"], "base": ["full"], "matmul": ["full"], "precision": ["bf16"],
+        "bucket": ["a", "b"], "batch_size": [1], "checkpointing": ["full", "none"], "kernel": ["torch"],
+        "compiled": ["off", "on"], "quantization": ["none"], "fp8_matmul": ["off"], "precision": ["bf16"],
         "deepspeed": ["zero2", "zero3"],
     }  # fmt: skip
     single = step.variants(choices, False)
@@ -218,7 +218,7 @@ def test_one_thing_at_a_time_or_every_combination(scripts):
     groups = list(step.engines(single, single[0]))
     assert [len(group) for group in groups] == [6, 2]
     # Each engine measures the baseline's way of running first.
-    assert all((group[0].level, group[0].compiled) == ("full", "off") for group in groups)
+    assert all((group[0].checkpointing, group[0].compiled) == ("full", "off") for group in groups)
 
 
 def test_communication_on_paper(scripts):

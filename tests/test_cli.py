@@ -10,6 +10,7 @@ import torch.distributed as dist
 from cogds import cli
 from cogds.arguments import parse_args
 from cogds.errors import EXIT_HUNG, UserError
+from cogds.job import make_folders
 
 
 def test_objects_of_imports_are_never_searched_for_garbage():
@@ -124,9 +125,9 @@ def test_a_bug_keeps_its_traceback_and_success_is_0():
 def test_a_folder_that_cannot_be_made_is_named(tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match=r"^output_dir: "):
-        cli.make_folders({"output_dir": str(tmp_path / "file/run")})
+        make_folders({"output_dir": str(tmp_path / "file/run")})
     with pytest.raises(UserError, match=r"^data\.cache_dir: "):
-        cli.make_folders({"output_dir": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "file")})
+        make_folders({"output_dir": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "file")})
 
 
 def test_a_port_that_another_run_has_is_named(monkeypatch, capsys):

@@ -130,7 +130,7 @@ def test_several_loras_add_up(sample, capsys):
     sample("scaled", "--lora", lora)
     said = capsys.readouterr()
     assert "was trained with image_latents scaled" in said.err
-    assert "image latents 'scaled'" in said.out
+    assert "(scaled)" in said.out
 
 
 def test_a_lora_that_does_not_say_its_convention_counts_as_the_pipelines(capsys):
@@ -166,7 +166,7 @@ def test_no_step_is_made_at_a_timestep_that_is_none(model, kind):
 @pytest.mark.parametrize(
     "argv, said",
     [
-        (["--lora", "{folder}/pipeline", "much"], "after the LoRA one number may stand"),
+        (["--lora", "{folder}/pipeline", "much"], "--lora: .*pipeline is followed by much"),
         (["--lora", "{folder}/other"], "layer transformer_blocks.7.attn1.to_q is 1x1 in the LoRA and is missing"),
         (["--lora", "{folder}/none"], "none: no LoRA here"),
         (["--lora-alpha", "8"], "--lora-alpha: .*names its alpha"),
@@ -196,7 +196,7 @@ def test_another_convention_is_followed_and_said(sample, capsys):
     assert fps == 8
     assert "image latents" not in capsys.readouterr().out
     _, other, _ = sample("scaled")
-    assert "this LoRA was trained with image latents 'scaled'" in capsys.readouterr().out
+    assert "(scaled)" in capsys.readouterr().out
     assert not torch.equal(frames, other)
 
 

@@ -123,7 +123,7 @@ def test_a_full_disk_and_a_read_only_one_are_told_and_cost_nothing(arguments, tm
         subprocess.run(["mount", "-o", "remount,ro", str(cache)], check=True, timeout=20)
         done = warm(SCRIPT, arguments, env=log)
         assert done.returncode == 2
-        assert "data.cache_dir: cannot write into" in done.stdout
+        assert "data.cache_dir: cannot write" in done.stdout
         assert "Traceback" not in done.stdout
     finally:
         subprocess.run(["umount", str(cache)], check=True, timeout=20)

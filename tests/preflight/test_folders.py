@@ -76,7 +76,7 @@ def test_a_folder_that_cannot_be_made(tmp_path):
     bad = {"output_dir": str(tmp_path / "file/out"), "data.cache_dir": str(tmp_path / "cache")}
     found = rounds(bad, [bad])
     assert [one.level for one in found] == [FAIL, OK]
-    assert "output_dir: cannot write into" in found[0].text
+    assert "output_dir: cannot write" in found[0].text
 
 
 def test_a_mark_that_comes_late_is_waited_for(tmp_path):

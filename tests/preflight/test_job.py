@@ -1,7 +1,9 @@
+import argparse
+
 import pytest
 
 from cogds.distributed.world import World
-from cogds.preflight.job import load_job
+from cogds.preflight.job import load_checked_job
 from cogds.preflight.machine import look_disk
 from tests.conftest import ROOT
 
@@ -10,7 +12,10 @@ from tests.conftest import ROOT
 def job(tiny_model, tmp_path):
     def load(name, world=World(0, 1, 0, 1), *more):  # noqa: B008 (frozen)
         words = [f"model.path={tiny_model}", f"data.path={tmp_path}", "data.buckets=[9x64x96]", *more]
-        return load_job(None, ROOT / "launch/configs/demo.yaml", words, str(ROOT / f"ds_configs/{name}.json"), world)
+        args = argparse.Namespace(
+            config=None, deepspeed=str(ROOT / f"ds_configs/{name}.json"), overrides=words, is_demo=False
+        )
+        return load_checked_job(args, world)
 
     return load
 

@@ -84,7 +84,7 @@ def parts(tiny_model, tmp_path_factory):
 
 @pytest.fixture
 def previews(parts, tmp_path):
-    """`previews(**changes)`: the occasion of a run, its board and its folder."""
+    """`previews(**changes)`: the callback of a run, its board and its folder."""
 
     def make(first_step=0, stopping=lambda: False, output=None, stage=2, buckets=BUCKETS, **changes):
         cfg = replace(parts.cfg, {"output_dir": str(output or tmp_path / "run"), **changes})
@@ -95,8 +95,8 @@ def previews(parts, tmp_path):
             ds_config={"zero_optimization": {"stage": stage}},
         )  # fmt: skip
         board = Board()
-        occasion = make_previews(run, parts.engine, parts.builder, board, stopping=stopping)
-        return occasion, board, Path(cfg.output_dir) / "samples"
+        callback = make_previews(run, parts.engine, parts.builder, board, stopping=stopping)
+        return callback, board, Path(cfg.output_dir) / "samples"
 
     return make
 
@@ -106,10 +106,10 @@ def files(folder):
 
 
 def test_videos_of_the_base_model_once_and_of_every_step(previews):
-    occasion, board, folder = previews()
-    assert occasion.every == 2
-    occasion.act(0)
-    occasion.act(2)
+    callback, board, folder = previews()
+    assert callback.every == 2
+    callback.run(0)
+    callback.run(2)
     names = [Path(name).name for name in files(folder / "base")]
     assert [name[:-13] for name in names] == ["a-blue-star", "a-red-circle"]
     assert files(folder) == [f"{place}/{name}" for place in ("base", "step-000000", "step-000002") for name in names]
@@ -134,17 +134,17 @@ def test_nothing_else_is_changed(previews, parts):
     transformer, vae = parts.engine.module.train(), parts.builder.vae
     transformer.set_checkpointing("full")
     vae.enable_tiling()
-    occasion, *_ = previews()
+    callback, *_ = previews()
     parameters = {name: (one.clone(), one.requires_grad) for name, one in transformer.named_parameters()}
     torch.manual_seed(7)
     random = torch.get_rng_state()
-    occasion.act(2)
+    callback.run(2)
     assert torch.equal(torch.get_rng_state(), random)
     assert all(module.training for module in transformer.modules())
     assert {block.checkpointing for block in transformer.transformer_blocks} == {"full"}
     assert vae.use_tiling
     vae.disable_tiling()
-    assert occasion.act.__self__._pipeline.transformer is transformer  # and nothing of the last video
+    assert callback._pipeline.transformer is transformer  # and nothing of the last video
     for name, one in transformer.named_parameters():
         before, wanted = parameters[name]
         assert torch.equal(one, before)
@@ -155,26 +155,26 @@ def test_nothing_else_is_changed(previews, parts):
 
 def test_the_lora_is_switched_off_only_for_what_is_missing(previews, parts, monkeypatch):
     """Beside it the last checkpoint may still be written."""
-    occasion, *_ = previews()
-    occasion.act(0)
+    callback, *_ = previews()
+    callback.run(0)
     monkeypatch.setattr(parts.engine.module, "disable_adapters", fail(AssertionError("nothing is missing")))
-    occasion.act(2)
+    callback.run(2)
 
 
 def test_a_run_that_goes_on_makes_nothing_twice(previews, monkeypatch):
-    occasion, _, folder = previews()
-    occasion.act(0)
-    occasion.act(2)
+    callback, _, folder = previews()
+    callback.run(0)
+    callback.run(2)
     before = {path: (folder / path).stat().st_mtime_ns for path in files(folder)}
     made = []
     monkeypatch.setattr(cogds.train.samples, "sample_latents", lambda *args: made.append(args))
-    occasion, board, _ = previews(first_step=2)
-    occasion.act(2)
+    callback, board, _ = previews(first_step=2)
+    callback.run(2)
     assert made == []
     assert board.notes == []
     assert {path: (folder / path).stat().st_mtime_ns for path in files(folder)} == before
     monkeypatch.undo()
-    occasion.act(4)
+    callback.run(4)
     assert len(files(folder / "step-000004")) == 2
     assert {path: (folder / path).stat().st_mtime_ns for path in before} == before
 
@@ -185,24 +185,24 @@ def test_a_broken_prompt_is_named_and_left_out(previews, parts, capsys):
         {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "10x64x64"},
         {"prompt": "never encoded", "image": str(parts.folder / "first.png")},
     ]
-    occasion, _, _ = previews(**{"sample.prompts": prompts})
+    callback, _, _ = previews(**{"sample.prompts": prompts})
     said = capsys.readouterr().err
-    assert occasion is None
+    assert callback is None
     assert "sample.prompts[0], 'a red circle', is left out: /nowhere/first.png: the file does not exist" in said
     assert "sample.prompts[1], 'a blue star', is left out: bucket 10x64x64" in said
     assert "sample.prompts[2], 'never encoded', is left out" in said
     assert "training goes on without" in said
-    occasion, _, folder = previews(**{"sample.prompts": [*prompts, {**prompts[1], "size": "9x64x64"}]})
-    occasion.act(2)
+    callback, _, folder = previews(**{"sample.prompts": [*prompts, {**prompts[1], "size": "9x64x64"}]})
+    callback.run(2)
     assert len(files(folder / "step-000002")) == 1
 
 
 def test_what_is_broken_in_a_way_of_its_own_costs_its_prompt_alone(previews, monkeypatch, capsys):
     right, left = cogds.train.samples.first_frame, [ValueError("what nobody thought of")]
     monkeypatch.setattr(cogds.train.samples, "first_frame", lambda *args: fail(left.pop())() if left else right(*args))
-    occasion, _, folder = previews()
+    callback, _, folder = previews()
     assert "sample.prompts[0], 'a red circle', is left out: what nobody thought of" in capsys.readouterr().err
-    occasion.act(2)
+    callback.run(2)
     assert [name[:11] for name in files(folder / "step-000002")] == ["a-blue-star"]
 
 
@@ -246,8 +246,8 @@ def test_the_first_frame_is_scaled_as_in_training_and_as_a_fresh_process_does_la
     for convention in ("pipeline", "scaled"):
         prompts = [{"prompt": "a red circle", "image": image, "size": "9x64x64"}]
         changes = {"sample.prompts": prompts, "conditioning.image_latents": convention}
-        occasion, *_ = previews(output=tmp_path / convention, **changes)
-        occasion.act(2)
+        callback, *_ = previews(output=tmp_path / convention, **changes)
+        callback.run(2)
         export(tmp_path / "lora", module, weights, {"image_latents": convention})
         call("sample", ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
              "--image", image, "--size", "9x64x64", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
@@ -280,14 +280,14 @@ def fail(error):
 def test_what_fails_costs_its_video_alone(previews, monkeypatch, capsys, what, error):
     right, left = getattr(cogds.train.samples, what), [error]
     monkeypatch.setattr(cogds.train.samples, what, lambda *args: fail(left.pop())() if left else right(*args))
-    occasion, _, folder = previews()
-    occasion.act(0)
+    callback, _, folder = previews()
+    callback.run(0)
     said = capsys.readouterr().err
     assert "the base model's video of 'a red circle' could not be made: " in said
     assert (getattr(error, "strerror", None) or str(error)) in said
     assert "training goes on" in said
     assert [name[:11] for name in files(folder / "step-000000")] == ["a-blue-star"]
-    occasion.act(2)  # and the base model's, of which one is missing
+    callback.run(2)  # and the base model's, of which one is missing
     assert len(files(folder / "step-000002")) == len(files(folder / "base")) == 2
 
 
@@ -302,18 +302,18 @@ def test_what_fails_costs_its_video_alone(previews, monkeypatch, capsys, what, e
 )
 def test_inside_the_transformer_only_memory_is_the_users_to_mend(previews, parts, monkeypatch, error, raised, said):
     """A peer that dies there is none of it: then the same command goes on, by itself where a scheduler starts it."""
-    occasion, *_ = previews(stage=3)
+    callback, *_ = previews(stage=3)
     monkeypatch.setattr(parts.engine.module, "forward", fail(error))
     with pytest.raises(raised, match=said):
-        occasion.act(2)
+        callback.run(2)
 
 
 def test_lost_contact_between_the_calls_is_no_reason_to_go_on(previews, monkeypatch):
-    occasion, *_ = previews()
+    callback, *_ = previews()
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
     monkeypatch.setattr(cogds.train.samples, "sample_latents", fail(lost))
     with pytest.raises(RuntimeError, match="closed by peer"):
-        occasion.act(2)
+        callback.run(2)
 
 
 def test_numbers_of_steps_that_diffusers_rounds_to_one_more(previews, parts, capsys, monkeypatch):
@@ -324,9 +324,9 @@ def test_numbers_of_steps_that_diffusers_rounds_to_one_more(previews, parts, cap
         module, "forward", lambda **inputs: timesteps.append(int(inputs["timestep"][0])) or right(**inputs)
     )
     prompt = {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "1x16x16"}
-    occasion, _, folder = previews(**{"sample.num_steps": 61, "sample.prompts": [prompt]})
+    callback, _, folder = previews(**{"sample.num_steps": 61, "sample.prompts": [prompt]})
     assert "calls the transformer 61 times" in capsys.readouterr().out
-    occasion.act(0)
+    callback.run(0)
     assert len(timesteps) == 61
     assert timesteps == sorted(timesteps, reverse=True)
     assert timesteps[0] == 999
@@ -340,16 +340,16 @@ def test_more_steps_than_timesteps_are_refused_at_the_start(previews):
 
 
 def test_what_a_killed_process_left_is_removed(previews):
-    occasion, _, folder = previews()
+    callback, _, folder = previews()
     (folder / "base").mkdir()
     (folder / "base/a-red-circle.1a2b3c4d.tmp.mp4").write_bytes(b"half a vid")
     (folder / "step-000002.1a2b3c4d.tmp").mkdir()
-    occasion.act(2)
+    callback.run(2)
     assert not list(folder.glob("**/*.tmp*"))
 
 
 def test_a_full_disk_costs_the_files_alone(previews, monkeypatch, capsys):
-    occasion, board, folder = previews()
+    callback, board, folder = previews()
     write = Path.write_bytes
 
     def full(path, data):
@@ -358,32 +358,32 @@ def test_a_full_disk_costs_the_files_alone(previews, monkeypatch, capsys):
         return write(path, data)
 
     monkeypatch.setattr(Path, "write_bytes", full)
-    occasion.act(2)
+    callback.run(2)
     assert "cannot be written into" in (said := capsys.readouterr().err)
     assert "No space left on device" in said
     assert files(folder) == []
     assert len(board.pictures) == 2  # with the base model's beside it
     monkeypatch.undo()
-    occasion.act(4)
+    callback.run(4)
     assert len(files(folder)) == 4
 
 
 def test_a_folder_that_cannot_be_written_is_said_at_once(previews, tmp_path, capsys):
     (tmp_path / "run").mkdir()
     (tmp_path / "run/samples").write_text("a file stands here")
-    occasion, board, _ = previews()
+    callback, board, _ = previews()
     assert "mend that, or the run's videos are lost" in capsys.readouterr().err
-    occasion.act(2)
+    callback.run(2)
     assert "training goes on" in capsys.readouterr().err
     assert len(board.pictures) == 2
     os.remove(tmp_path / "run/samples")
-    occasion.act(4)
+    callback.run(4)
     assert len(files(tmp_path / "run/samples/step-000004")) == 2
 
 
 def test_one_that_must_stop_does_not_make_videos(previews):
-    occasion, board, folder = previews(stopping=lambda: True)
-    occasion.act(2)
+    callback, board, folder = previews(stopping=lambda: True)
+    callback.run(2)
     assert files(folder) == []
     assert board.notes == []
 

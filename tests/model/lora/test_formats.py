@@ -215,7 +215,7 @@ def verbs(tiny_model, tmp_path, monkeypatch):
     def evaluate(path, alpha):
         load = cogds.evaluate.load_evaluated
         with monkeypatch.context() as patch:
-            patch.setattr(cogds.evaluate, "prepare", lambda *_: SimpleNamespace())
+            patch.setattr(cogds.evaluate, "encode_dataset", lambda *_: SimpleNamespace())
             patch.setattr(cogds.evaluate, "load_evaluated", lambda *args: stop(load(*args)))
             main = lambda argv: cli.call("evaluate", argv)  # noqa: E731
             (tmp_path / "none.yaml").write_text("{}")

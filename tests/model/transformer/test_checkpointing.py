@@ -179,7 +179,7 @@ def test_what_cannot_be_pinned_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CudaError", CudaError)
     monkeypatch.setattr(torch.cuda, "cudart", Refusing)
     monkeypatch.setattr(torch.cuda, "check_error", check)
-    with pytest.raises(UserError, match="block\\+offload cannot pin 0 MB more of this machine's memory"):
+    with pytest.raises(UserError, match=r"full\+offload cannot pin 0 MB"):
         Pinned(PAGE)
 
 

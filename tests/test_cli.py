@@ -9,7 +9,7 @@ import torch.distributed as dist
 
 from cogds import cli
 from cogds.arguments import parse_args
-from cogds.errors import EXIT_HUNG, UserError
+from cogds.errors import EXIT_BUG, EXIT_HUNG, BugReported, UserError
 from cogds.job import make_folders
 
 
@@ -96,6 +96,14 @@ def test_a_user_error_is_one_line_a_node_and_code_2(environ, says, monkeypatch, 
 
     assert cli.run(main) == 2
     assert capsys.readouterr().err == says
+
+
+def test_a_bug_that_is_already_reported_is_code_1_without_output(capsys):
+    def main() -> None:
+        raise BugReported("rank 3 failed: TypeError: planted")
+
+    assert cli.run(main) == EXIT_BUG == 1
+    assert capsys.readouterr() == ("", "")
 
 
 def test_what_rank_0_says_too_is_said_once_and_a_ranks_own_trouble_is_always_told(monkeypatch, capsys):

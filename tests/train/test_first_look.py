@@ -66,9 +66,8 @@ def test_batches_are_decoded_for_so_many_steps_and_what_fails_stops_nothing(show
     if fails:
         said = capsys.readouterr().err
         warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
-        assert [type(fails).__name__ in line and f"step {n} " in line for n, line in zip((5, 6), warnings)] == [
-            True
-        ] * 2
+        assert all(type(fails).__name__ in line for line in warnings)
+        assert [f"step {n} " in line for n, line in zip((5, 6), warnings, strict=True)] == [True, True]
         assert said.count("Traceback") == 2
         assert shown == []
     else:

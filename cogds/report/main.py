@@ -19,6 +19,7 @@ from cogds.distributed.world import World
 from cogds.encode.clip_set import ClipSet, load_clip_set
 from cogds.encode.encoder import check_decoder
 from cogds.encode.scan_data import scan_data
+from cogds.errors import refuse_to_run
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import ModelFolder, num_truncated
 from cogds.process.worker_pool import TaskFailure, WorkerPool
@@ -109,3 +110,7 @@ def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
             return None if isinstance(outcome, TaskFailure) else outcome.first_frame
 
         yield read
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.report.main", "report")

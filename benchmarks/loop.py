@@ -6,7 +6,7 @@ Trains models of random weights on drawn clips from a warm cache, with the very 
 loader processes, draws, inputs, forward, backward, optimizer, metrics, watchdog. Between two of its steps each of the
 others is taken once, on the same engine or the same base weights:
 
-    loop       cogds.train.loop.train_steps, from the start of one step to that of the next
+    loop       cogds.train.trainer.Trainer.train, from the start of one step to that of the next
     bare       forward, loss, backward and step of the same engine, on inputs that were prepared
     inputs     preparing them: the first frame noised and through the VAE, noise, rotary tables
     plain      as bare, with torch's AdamW and clipping instead of DeepSpeed's engine
@@ -17,16 +17,18 @@ all and without the inputs, which are part of the work. Prints a table, then one
 """
 
 import argparse
+import dataclasses
+import math
 import statistics
 import tempfile
+import unittest.mock
+from argparse import Namespace
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from cogds.encode.order import make_plan
-from cogds.train.loop import Run, draw, load_batches, train_steps
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from measuring import (
     CLOCKS,
@@ -36,32 +38,32 @@ from measuring import (
     Size,
     join,
     machine,
-    run_config,
     say_json,
     say_machine,
     table,
     timed,
 )
 
-from cogds.config.deepspeed import load_ds_config, resolve
+import cogds.train.trainer
 from cogds.config.loading import replace
 from cogds.core.diffusion import v_loss
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.process_group import disconnect
 from cogds.distributed.world import World, read_world
 from cogds.encode.encoder import encode_dataset
-from cogds.engine.checkpoint import Saver
 from cogds.engine.start import start_engine
-from cogds.job import make_buckets
+from cogds.job import load_job
 from cogds.metrics.jsonl import step_lines
-from cogds.metrics.monitor import Monitor
-from cogds.model.load import find_model, load_transformer
+from cogds.model.load import load_transformer
 from cogds.model.lora.adapter import inject
 from cogds.model.tiny import create_tiny_model
 from cogds.model.transformer.forward import Transformer
 from cogds.process.signals import StopRequest
 from cogds.process.watchdog import Watchdog
+from cogds.train.batches import draw, load_batches
+from cogds.train.run import Run
 from cogds.train.step import load_step_builder
+from cogds.train.trainer import Trainer
 from cogds.train.tuning import choose_execution, prepare_blocks
 
 WAYS = ("loop", "bare", "inputs", "plain")
@@ -98,7 +100,7 @@ class Plain:
         transformer.requires_grad_(False)
         parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, run.cfg.seed)
         prepare_blocks(transformer.train(), run.execution)
-        transformer.set_checkpointing(run.execution.checkpointing_modes[0])
+        transformer.set_checkpointing(run.execution.buckets[0].checkpointing)
         optimizer = torch.optim.AdamW(
             parameters, lr=cfg.lr, betas=cfg.betas, eps=cfg.eps, weight_decay=cfg.weight_decay
         )
@@ -112,23 +114,18 @@ class Plain:
         self.optimizer.zero_grad()
 
 
-class Marks:
-    """A watchdog that notes how long each step takes, and calls `between` where one ends and the next begins."""
+def marking(clock: str, between: Callable[[], object], steps_s: list[float]) -> type[Watchdog]:
+    """A watchdog for the trainer that notes how long each step takes, and calls `between` from one step to the next."""
+    now, begun = CLOCKS[clock], [math.nan]
 
-    def __init__(self, watchdog: Watchdog, clock: str, between: Callable[[], object]):
-        self.watchdog, self.now, self.between = watchdog, CLOCKS[clock], between
-        self.steps_s: list[float] = []
-        self.begun: float | None = None
+    class Marks(Watchdog):
+        def watch(self, describe: Callable[[], str]) -> None:
+            steps_s.append(now() - begun[0])
+            between()
+            super().watch(describe)
+            begun[0] = now()
 
-    def watch(self, what: Callable[[], str]) -> None:
-        if self.begun is not None:
-            self.steps_s.append(self.now() - self.begun)
-        self.between()
-        self.watchdog.watch(what)
-        self.begun = self.now()
-
-    def rest(self) -> None:
-        self.watchdog.rest()
+    return Marks
 
 
 def measure(
@@ -137,33 +134,32 @@ def measure(
     """Seconds of every way, by name, and of the loop's wait for data."""
     path = model_folder(size, folder / "model")
     draw_clips(folder / "clips")
-    cfg = run_config(
-        precision, size.lora_rank, f"model.path={path}", f"data.path={folder / 'clips'}",
-        f"data.cache_dir={folder / 'cache'}", f"output_dir={folder / 'run'}", f"data.buckets=[{bucket}]",
-        "metrics.progress_bar=false",
-    )  # fmt: skip
+    overrides = [
+        f"model.path={path}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
+        f"output_dir={folder / 'run'}", f"data.buckets=[{bucket}]", f"train.precision={precision}",
+        f"lora.rank={size.lora_rank}", f"lora.alpha={size.lora_rank}", "metrics.progress_bar=false",
+        "train.memory_check=off", "eval.every=null", f"train.num_steps={num_steps}",
+    ]  # fmt: skip
     ds_path = str(ROOT / "ds_configs/zero2.json")
-    model = find_model(cfg.model.path)
-    ds_config, cfg = resolve(load_ds_config(ds_path), cfg, frozenset(), world.size, model.hidden_size, ds_path)
+    job = load_job(Namespace(config=None, deepspeed=ds_path, overrides=overrides, is_demo=False), world)
+    cfg, model, buckets = job.cfg, job.model, job.buckets
     Path(cfg.output_dir).mkdir()
-    buckets = make_buckets(cfg, model)
     data = encode_dataset(cfg, model, buckets, world)
-    plan = make_plan(cfg, data.mixture, buckets, model, world.data_size)
-    execution = choose_execution(cfg, ds_config, model, buckets, plan.local_batch_sizes, world)
-    whole = Run(replace(cfg, {"train.num_steps": 1}), ds_config, model, buckets, world, data, plan, execution, 0)
+    plan = job.plan(data.mixture)
+    execution = choose_execution(job, plan.local_batch_sizes)
+    whole = Run(job, data, plan, execution, 0)
     transformer: Any = load_transformer(model, DTYPES[precision], world.device)
     plain = Plain.beside(transformer, whole)
     lora = cfg.lora
     parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
     prepare_blocks(transformer.train(), execution)
-    engine = start_engine(transformer, parameters, ds_config)
+    engine = start_engine(transformer, parameters, job.ds_config)
     builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, DTYPES[precision], world.device)
     (micro_batch,) = plan.at(0)
     batch = next(iter(load_batches(whole))).tensors
     draws = draw(micro_batch, 0, len(builder.alphas_cumprod), cfg, world)
     inputs, target = builder.build(batch, buckets[0], draws)
-    transformer.set_checkpointing(execution.checkpointing_modes[0])
-    watchdog, interrupt = Watchdog(world.rank, 3600.0, folder), StopRequest()
+    transformer.set_checkpointing(execution.buckets[0].checkpointing)
 
     def bare() -> None:
         loss = v_loss(engine(**inputs)[0], target).mean()
@@ -171,13 +167,11 @@ def measure(
         engine.step()
 
     def loop(first: int, between: Callable[[], object]) -> list[float]:
-        last = first + num_steps
-        run = Run(replace(cfg, {"train.num_steps": last}), ds_config, model, buckets, world, data, plan, execution,
-                  first)  # fmt: skip
-        monitor = Monitor(world, Path(cfg.output_dir), buckets, first, last, cfg.metrics.every)
-        marks: Any = Marks(watchdog, clock, between)
-        train_steps(run, engine, builder, monitor, Saver(), lambda _: None, interrupt, marks)
-        return marks.steps_s[1 : num_steps - 1]
+        longer = dataclasses.replace(job, cfg=replace(cfg, {"train.num_steps": first + num_steps}))
+        steps_s: list[float] = []
+        with unittest.mock.patch.object(cogds.train.trainer, "Watchdog", marking(clock, between, steps_s)):
+            Trainer(longer, StopRequest()).train(Run(longer, data, plan, execution, first), engine, builder, {})
+        return steps_s[3 : num_steps + 1]  # the first is what came before the memory check, the next before step 1
 
     others: dict[str, Callable[[], object]] = {
         "bare": bare,
@@ -198,12 +192,11 @@ def measure(
     lines = step_lines((Path(cfg.output_dir) / "metrics.jsonl").read_text())
     records = lines[num_steps + 1 : 2 * num_steps - 1]
     wait = sum(one["perf/data_wait_s"] for one in records) / sum(one["perf/step_s"] for one in records)
-    watchdog.close()
     engine.destroy()
     found = {way: round(statistics.median(every), 5) for way, every in seconds.items()}
     spread = {way: [round(min(every), 5), round(max(every), 5)] for way, every in seconds.items()}
     return {
-        "size": size.name, "bucket": bucket, "checkpointing": execution.checkpointing_modes[0],
+        "size": size.name, "bucket": bucket, "checkpointing": execution.buckets[0].checkpointing,
         "median_s": found, "spread_s": spread,
         "num_counted": len(seconds["loop"]),
         "loop_overhead": round(found["loop"] / found["bare"] - 1, 4),

@@ -29,7 +29,7 @@ from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
-from cogds.errors import UserError
+from cogds.errors import UserError, refuse_to_run
 from cogds.evaluate import load_evaluated
 from cogds.formatting import counted
 from cogds.job import load_job
@@ -306,3 +306,7 @@ def facts(
         field: {name: _mean(getattr(one, field) for one in found) for name, found in scores.items()}
         for field in ("loss", "first_loss", "brightness", "colour")
     }
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.probe", "probe")

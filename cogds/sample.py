@@ -14,7 +14,7 @@ from PIL import Image
 
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video.media import write_video
-from cogds.errors import UserError
+from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
@@ -182,3 +182,7 @@ def _write_grid(stem: Path, cells: Sequence[Sequence[tuple[str, np.ndarray]]], f
     with whole_file(f"{stem}.png") as partial:
         Image.fromarray(grid(strips)[0]).save(partial)
     logger.log(RESULT, "grid of all: %s.mp4 and %s.png", stem, stem)
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.sample", "sample")

@@ -20,7 +20,13 @@ from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, load_adapter
 from cogds.model.lora.file import LoraFile, describe_lora, read_loras
-from cogds.model.pipelines import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
+from cogds.model.pipelines import (
+    apply_convention,
+    count_transformer_calls,
+    decode_frames,
+    load_pipeline,
+    sample_latents,
+)
 from cogds.process.logs import RESULT
 from cogds.videos.image_grid import evenly, grid, labelled, shrunk
 from cogds.videos.prompts import find_requests
@@ -64,11 +70,11 @@ def main(args: argparse.Namespace) -> None:
     prompts = dict.fromkeys([NO_PROMPT, *(one.prompt for one in requests)])
     states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
     pipeline = load_pipeline(model, dtype)
-    num_calls(pipeline, args.steps)  # refuses more than there are
+    count_transformer_calls(pipeline, args.steps)  # refuses more than there are
     for number, lora in enumerate(loras):
         add_lora(pipeline.transformer, load_adapter(lora.file), f"lora{number}")
     convention = agreed(loras, "image_latents", "pipeline", silent="pipeline")
-    if use_convention(pipeline, convention) != 1.0:
+    if apply_convention(pipeline, convention) != 1.0:
         logger.info("image latents are scaled as in the training of this LoRA (%s), not as in diffusers", convention)
     if args.offload == "sequential":
         pipeline.enable_sequential_cpu_offload()

@@ -43,8 +43,8 @@ def here(comfyui_model, tmp_path, monkeypatch):
 
 
 def test_exports(here, monkeypatch):
-    monkeypatch.setattr(cogds.export, "check_repo", lambda *_: None)
-    monkeypatch.setattr(cogds.export, "push", lambda *_: "the hub")
+    monkeypatch.setattr(cogds.export, "check_repository", lambda *_: None)
+    monkeypatch.setattr(cogds.export, "upload_folder", lambda *_: "the hub")
     commands = starting("launch/export.py")
     assert len(commands) == 8
     assert {words[words.index("--to") + 1] for words in commands} == set(EXPORT_FORMATS)

@@ -24,7 +24,7 @@ from cogds.errors import UserError
 from cogds.formatting import counted
 from cogds.job import Job
 from cogds.model.load import empty_transformer
-from cogds.model.lora.adapter import INIT_ALPHA, check_start, describe_start, inject
+from cogds.model.lora.adapter import INIT_ALPHA, check_initial_lora, describe_initial_lora, inject
 from cogds.model.lora.file import LoraFile, read_loras
 
 logger = logging.getLogger(__name__)
@@ -73,7 +73,7 @@ def find_start(job: Job) -> Start:
     if not cfg.lora.init_from:
         return Start()
     lora = on_rank0(world, lambda: check_init(job))
-    return Start(init_from=lora, notes=describe_start(lora, cfg.conditioning.image_latents))
+    return Start(init_from=lora, notes=describe_initial_lora(lora, cfg.conditioning.image_latents))
 
 
 def check_init(job: Job) -> LoraFile:
@@ -81,7 +81,7 @@ def check_init(job: Job) -> LoraFile:
     lora, probe = job.cfg.lora, empty_transformer(job.model)
     file = read_loras([str(lora.init_from)], lora.init_alpha, INIT_ALPHA)[0]
     inject(probe, lora.rank, lora.alpha, lora.dropout, lora.target_modules, job.cfg.seed)
-    check_start(probe, file)
+    check_initial_lora(probe, file)
     return file
 
 

@@ -35,7 +35,13 @@ from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import evaluation_mode
-from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
+from cogds.model.pipelines import (
+    apply_convention,
+    build_pipeline,
+    count_transformer_calls,
+    decode_frames,
+    sample_latents,
+)
 from cogds.process.logs import log_failure
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
@@ -98,9 +104,9 @@ class Previews:
         self._scenes, self._watch, self._stopping = scenes, watch, stopping
         self._folder = Path(run.cfg.output_dir) / FOLDER
         self._base: dict[str, bytes] = {}  # on rank 0: the base model's videos, as mp4
-        self._pipeline = pipeline_of(run.model, engine.module, builder.vae)
-        self._num_calls = num_calls(self._pipeline, run.cfg.sample.num_steps)  # of the transformer, for one video
-        use_convention(self._pipeline, run.cfg.conditioning.image_latents)
+        self._pipeline = build_pipeline(run.model, engine.module, builder.vae)
+        self._num_calls = count_transformer_calls(self._pipeline, run.cfg.sample.num_steps)  # for one video
+        apply_convention(self._pipeline, run.cfg.conditioning.image_latents)
 
     def introduce(self) -> None:
         """On rank 0, before the first step: what will be made, whether it can be written, what is there already."""

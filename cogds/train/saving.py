@@ -79,14 +79,14 @@ def export_lora(transformer: Any, weights: Mapping[str, torch.Tensor], run: Run,
 
     weights: whole tensors by parameter name.
     """
-    partial, facts = folder.with_name(folder.name + ".tmp"), lora_facts(run, checkpoints.step_of(folder))
+    partial, facts = folder.with_name(folder.name + ".tmp"), lora_metadata(run, checkpoints.step_of(folder))
     checkpoints.remove_partial(folder.parent)
     export(partial, transformer, weights, facts)
     write_card(partial, folder, facts)
     checkpoints.replace_folder(partial, folder)
 
 
-def lora_facts(run: Run, step: int) -> dict[str, Any]:
+def lora_metadata(run: Run, step: int) -> dict[str, Any]:
     """Collect the JSON-serializable facts that are recorded in the LoRA's header."""
     cfg, plan = run.cfg, run.plan
     batches = sorted({size * run.world.data_size * plan.accumulation for size in plan.local_batch_sizes})

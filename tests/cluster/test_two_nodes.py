@@ -29,7 +29,7 @@ def test_an_error_ends_an_srun_with_its_code(lab, tiny_run):
     words = [sys.executable, "launch/train.py", *rest, "model.path=/nowhere/model"]
     done = lab.run("srun", "--nodes=2", "--ntasks-per-node=1", *words, timeout_s=120)
     assert done.returncode == 2, done.stdout[-4000:]
-    assert "error: model.path: there is no folder /nowhere/model" in done.stdout
+    assert "error: model.path: no such folder: /nowhere/model" in done.stdout
     assert "error on rank 1 (n2):" in done.stdout
     assert "Traceback" not in done.stdout
 

@@ -67,15 +67,15 @@ def test_without_a_mistake_weights_are_loaded(error_of):
 
 def test_missing_model_folder(error_of, tmp_path):
     said = error_of(f"model.path={tmp_path}/nowhere")
-    assert f"there is no folder {tmp_path}/nowhere" in said
-    assert "give a diffusers model folder or a hub id" in said
+    assert "error: model.path: " in said
+    assert f"{tmp_path}/nowhere" in said
 
 
 def test_model_folder_without_a_part(error_of, tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(tmp_path / "model/vae")
     said = error_of(f"model.path={tmp_path / 'model'}")
-    assert "has no vae/ folder" in said
+    assert " vae/ " in said
 
 
 def test_missing_data_folder(error_of, tmp_path):

@@ -74,7 +74,7 @@ def main() -> None:
         rows = {}
         train([*arguments, "train.num_steps=1"], args.ranks, folder / "warm")
         for mode in ("cached", "on_the_fly"):
-            rows[mode] = waits(train([*arguments, f"data.encode={mode}"], args.ranks, folder / mode))
+            rows[mode] = data_waits(train([*arguments, f"data.encode={mode}"], args.ranks, folder / mode))
     print(f"{'':>12} {'first wait s':>13} {'step s':>8} {'wait share':>11}")
     for mode, row in rows.items():
         print(f"{mode:>12} {row['first_step_wait_s']:>13} {row['mean_step_s']:>8} {row['wait_share']:>11.1%}")

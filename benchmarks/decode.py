@@ -9,7 +9,7 @@ up to the last one needed, converts each to RGB at the source's size, and keeps 
 cropped. (A bare loop that discards its arrays reuses the same warm memory, and is 20 ms faster at 1280x720. That is the
 cost of allocating 135 MB.) Then decodes the same clips in a WorkerPool of two processes, in wall time.
 
-Prints tables and one line of JSON with the ratios of the times, bare / ours, which are those of throughput, ours / bare.
+Prints tables and one line of JSON with the ratios of times, bare / ours, which are ratios of throughput, ours / bare.
 """
 
 import argparse
@@ -119,7 +119,7 @@ def cpu_ms(function: Callable, task: Task) -> float:
     return (time.process_time() - start) * 1000
 
 
-def single(tasks: dict[tuple[str, str], Task], rounds: int) -> dict[tuple[str, str], dict[str, float]]:
+def time_on_one_core(tasks: dict[tuple[str, str], Task], rounds: int) -> dict[tuple[str, str], dict[str, float]]:
     """Return the median CPU milliseconds of each candidate for each task."""
     times: dict[tuple[str, str], dict[str, list[float]]] = {
         key: {name: [] for name in CANDIDATES} for key in tasks

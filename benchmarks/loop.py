@@ -169,7 +169,7 @@ def measure(
     def loop(first: int, between: Callable[[], object]) -> list[float]:
         longer = dataclasses.replace(job, cfg=replace(cfg, {"train.num_steps": first + num_steps}))
         steps_s: list[float] = []
-        with unittest.mock.patch.object(cogds.train.trainer, "Watchdog", marking(clock, between, steps_s)):
+        with unittest.mock.patch.object(cogds.train.trainer, "Watchdog", timing_watchdog(clock, between, steps_s)):
             Trainer(longer, StopRequest()).train(Run(longer, data, plan, execution, first), engine, builder, {})
         # Skips the times before the memory check, before step 1, and of step 1.
         return steps_s[3 : num_steps + 1]
@@ -192,9 +192,9 @@ def measure(
     loop(num_steps, lambda: None)
     lines = step_lines((Path(cfg.output_dir) / "metrics.jsonl").read_text())
     records = lines[num_steps + 1 : 2 * num_steps - 1]
-    wait = sum(one["perf/data_wait_s"] for one in records) / sum(one["perf/step_s"] for one in records)
+    wait = sum(line["perf/data_wait_s"] for line in records) / sum(line["perf/step_s"] for line in records)
     engine.destroy()
-    found = {way: round(statistics.median(every), 5) for way, every in seconds.items()}
+    medians = {way: round(statistics.median(every), 5) for way, every in seconds.items()}
     spread = {way: [round(min(every), 5), round(max(every), 5)] for way, every in seconds.items()}
     return {
         "size": size.name, "bucket": bucket, "checkpointing": execution.buckets[0].checkpointing,

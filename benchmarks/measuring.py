@@ -110,7 +110,7 @@ def model_of(size: Size) -> ModelFolder:
 
 
 def run_config(precision: str, lora_rank: int, *overrides: str) -> RunConfig:
-    """The defaults, with what a benchmark must say."""
+    """The default config with the values that a benchmark needs."""
     needed = ["model.path=random", "data.path=random", f"train.precision={precision}", f"lora.rank={lora_rank}"]
     return load_config(None, [*needed, f"lora.alpha={lora_rank}", *overrides])[0]
 
@@ -426,7 +426,7 @@ def interleaved(
 
     for name, call in calls.items():
         timing = timings[name]
-        if late():
+        if is_late():
             timing.error = "no time left"
             continue
         reset_peak(device)
@@ -452,7 +452,7 @@ def matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
     return 2 * size**3 / best / 1e12
 
 
-def peak_tflops(asked: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float | None, str]:
+def peak_tflops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float | None, str]:
     """Return the peak TFLOP/s for MFU and the source of the number. The peak is None for an unknown GPU."""
     if given:
         return given, "given"

@@ -15,6 +15,7 @@ import yaml
 
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
+from cogds.errors import brief
 from cogds.runtime.outlet import warn
 from cogds.training.run import Run
 
@@ -92,7 +93,7 @@ def write_card(folder: Path, lora: Path, facts: Mapping[str, Any]) -> None:
         card = model_card(title, facts, "diffusers", str(lora), sample=sample)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     except Exception as error:  # whatever is in a prompt or a path
-        warn(f"{lora} has no model card ({type(error).__name__}: {error}); the LoRA itself is not touched by that")
+        warn(f"{lora} has no model card ({brief(error)}); the LoRA itself is not touched by that", error)
 
 
 def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file: str = "", sample: str = "") -> str:

@@ -15,7 +15,16 @@ from pathlib import Path
 from typing import Any, NoReturn
 
 from cogds.config import help_text
-from cogds.errors import EXIT_HUNG, EXIT_INTERRUPTED, EXIT_USER_ERROR, Interrupted, UserError, did_you_mean
+from cogds.errors import (
+    EXIT_BUG,
+    EXIT_HUNG,
+    EXIT_INTERRUPTED,
+    EXIT_USER_ERROR,
+    BugReported,
+    Interrupted,
+    UserError,
+    did_you_mean,
+)
 from cogds.runtime.chatter import leave_out
 from cogds.runtime.world import connected, contact_sentence, lost_contact, read_world
 
@@ -110,6 +119,8 @@ def _run(main: Callable[[], None]) -> int:
         if (place := _place(error)) is not None:
             print(f"error{place}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except BugReported:
+        return EXIT_BUG
     except Interrupted:
         return EXIT_INTERRUPTED
     except RuntimeError as error:

@@ -8,13 +8,23 @@ codes; docs/operations.md says what to do about each.
 import difflib
 from collections.abc import Iterable
 
+EXIT_BUG = 1  # as Python itself ends with an exception that nobody catches
 EXIT_USER_ERROR = 2
 EXIT_INTERRUPTED = 75  # EX_TEMPFAIL of sysexits.h: nothing is wrong, run it again
 EXIT_HUNG = 76  # or lost contact with another rank, or the port is taken: run it again, but not for ever
 
 
+# What says something about code and never about a file, a machine or a network. Where a library has no base class for
+# its failures: `except BUGS: raise` before `except Exception`.
+BUGS = (TypeError, AttributeError, NameError, LookupError, AssertionError)
+
+
 class Interrupted(Exception):
     """The run was asked to stop and has done so; the same command goes on with it."""
+
+
+class BugReported(Exception):
+    """A bug whose traceback is printed already, here or by another rank: this process ends with EXIT_BUG."""
 
 
 class UserError(Exception):
@@ -24,6 +34,14 @@ class UserError(Exception):
     """
 
     shared = False
+
+
+def brief(error: BaseException) -> str:
+    """`Type: text` of an exception in one line; of a UserError its text alone."""
+    lines = str(error).strip().splitlines()
+    if isinstance(error, UserError) and lines:
+        return lines[0]
+    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
 
 
 def did_you_mean(name: str, valid: Iterable[str]) -> str:

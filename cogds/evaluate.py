@@ -31,10 +31,10 @@ from cogds.core.cost import step_flops
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
 from cogds.core.permutation import keyed_hash
-from cogds.data.cache import Cache
+from cogds.data.cache import Cache, DamagedEntry
 from cogds.data.dataset import Item, collate, read_encoded
 from cogds.data.index import ClipIndex, IndexedClip
-from cogds.errors import UserError
+from cogds.errors import UserError, brief
 from cogds.model.attention import use
 from cogds.model.load import DTYPES, ModelFolder, find_model, load_transformer
 from cogds.model.lora import load_into
@@ -49,6 +49,7 @@ from cogds.runtime.world import World, all_gather, any_rank, connect, disconnect
 from cogds.training.aside import call_aside, undisturbed
 from cogds.training.execution import Sizes
 from cogds.training.loop import Occasion
+from cogds.training.rehearsal import is_out_of_memory
 from cogds.training.run import Run
 from cogds.training.step import Draws, StepBuilder, load_step_builder
 from cogds.wording import counted
@@ -197,21 +198,23 @@ class Evaluation:
         return {sample: loss for sample, loss in found.items() if sample[0] not in unread}
 
     def _inputs(self, task: Task, bad: dict[int, str]) -> tuple[dict[str, Any], torch.Tensor]:
-        """The transformer's arguments and the target. Clips that fail join `bad`, others or zeros stand in for them:
-        whatever it is that fails, such as memory for the VAE: an error would leave the other ranks waiting.
+        """The transformer's arguments and the target. Unreadable clips join `bad`, as do all of the task if the
+        VAE runs out of memory; others or zeros stand in for them, since the other ranks wait for this one.
         """
         shape, items = self.clips[task.samples[0][0]].shape, dict[int, Item]()
         for clip in dict.fromkeys(clip for clip, _ in task.samples):
             try:
                 items[clip] = Item(read_encoded(self.cache, self.clips[clip]))
-            except Exception as error:
-                bad[clip] = _reason(error)
+            except (DamagedEntry, UserError) as error:
+                bad[clip] = str(error)
         if items:
             another = next(iter(items.values()))
             try:
                 return self._build(task, [items.get(clip, another) for clip, _ in task.samples], shape)
-            except Exception as error:
-                bad |= dict.fromkeys(items, _reason(error))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                bad |= dict.fromkeys(items, brief(error))
         return _stand_in(self.builder, shape, len(task.samples))
 
     def _build(self, task: Task, items: list[Item], shape: ClipShape) -> tuple[dict[str, Any], torch.Tensor]:
@@ -239,10 +242,6 @@ def _stand_in(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tuple[
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
     image = image_condition(latents[:, :1], frames)
     return transformer_inputs(latents, image, text, timesteps, builder.rotary(shape), geometry), latents
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _clips(index: ClipIndex) -> Iterator[IndexedClip]:

@@ -39,7 +39,12 @@ GATES = {
     "huggingface_hub": ("cogds/model/",),
     "tensorboard": ("cogds/runtime/board.py",),
     "omegaconf": ("cogds/config.py",),
-    "safetensors": ("cogds/model/", "cogds/data/shard.py", "cogds/runtime/checkpoint.py"),
+    "safetensors": (
+        "cogds/model/",
+        "cogds/data/shard.py",
+        "cogds/runtime/checkpoint.py",
+        "cogds/preflight/folders.py",
+    ),
     "pyarrow": ("cogds/data/", "cogds/prepare/", "cogds/report/"),
     "tqdm": ("cogds/progress.py", "cogds/runtime/ticker.py"),
     "matplotlib": ("cogds/report/",),

@@ -24,6 +24,7 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future
@@ -63,15 +64,26 @@ def deaf_children() -> Iterator[None]:
 
 @dataclass(frozen=True)
 class Failure:
-    """What became of a task that gave no result.
+    """Why a task gave no result, where that is no bug.
 
     reason: "took more than 120 s", "crashed its process (code -11)", "needed more than 4 GB of memory", the sentence
-    of the DecodeError that the function raised, or "failed: Type: text" for any other exception. is_verdict: it was a
-    DecodeError, which says something of the file; the others may be the machine's doing, and not come again.
+    of the DecodeError that the function raised, or "failed: Type: text" for an OSError. is_verdict: it was a
+    DecodeError, which says something about the file; the others may be the machine's doing, and may not come again.
     """
 
     reason: str
     is_verdict: bool = False
+
+
+class ChildError(Exception):
+    """A task's function raised what is no `Failure`: a bug, with the child's traceback as text."""
+
+
+@dataclass(frozen=True)
+class _Bug:
+    """What a child sends in place of a result."""
+
+    traceback: str
 
 
 class GuardedPool(Generic[Task, Result]):
@@ -103,7 +115,9 @@ class GuardedPool(Generic[Task, Result]):
         Tasks are drawn as they are needed, in the caller's thread: beside the outcome that was given out last there
         are at most num_children + ahead begun, waiting for their turn or queued. The children go on while the caller
         is busy. Where the iterator is closed early, what runs ends unheard and the pool stays usable.
-        Raises RuntimeError where a child cannot start at all.
+
+        DecodeError, OSError and MemoryError of the function become a `Failure`. Anything else that it raises is a bug:
+        it is raised here, as ChildError if it happened in a child. Raises RuntimeError where a child cannot start.
         """
         if self._closed:
             raise ValueError("the pool is closed")
@@ -194,7 +208,10 @@ class GuardedPool(Generic[Task, Result]):
             if not child.usable:
                 self._end(child)
                 child = None
-            future.set_result(outcome)
+            if isinstance(outcome, _Bug):
+                future.set_exception(ChildError(f"{task!r} ran into a bug in a child process:\n{outcome.traceback}"))
+            else:
+                future.set_result(outcome)
             del item, future, task, outcome
         if item is not None:
             item[0].cancel()
@@ -315,14 +332,17 @@ def _serve(descriptor: int) -> None:
             return
         # A task that hangs and holds the interpreter's lock stops `_leave_with` too: the kernel's clock ends both.
         signal.setitimer(signal.ITIMER_REAL, timeout_s + 10.0)
-        outcome = _call(function, task, memory_bytes)
+        try:
+            outcome = _call(function, task, memory_bytes)
+        except Exception:
+            outcome = _Bug(traceback.format_exc())
         del task
         try:
             _send_result(connection, outcome)
         except BrokenPipeError:
             return
         except Exception as error:  # what cannot be pickled, or finds no memory: nothing was sent yet
-            _send_result(connection, _failure_of(error, memory_bytes))
+            _send_result(connection, _failure_of(error, memory_bytes) or _Bug(traceback.format_exc()))
         del outcome
         signal.setitimer(signal.ITIMER_REAL, 0.0)
 
@@ -336,20 +356,27 @@ def _leave_with(parent: int) -> None:
 
 
 def _call(function: Callable[[Task], Result], task: Task, memory_bytes: int) -> Result | Failure:
+    """The outcome of a task. Raises what is a bug."""
     try:
         return function(task)
-    except Exception as error:  # one task never stops the rest
-        return _failure_of(error, memory_bytes)
+    except Exception as error:
+        if (failure := _failure_of(error, memory_bytes)) is None:
+            raise
+        return failure
 
 
-def _failure_of(error: Exception, memory_bytes: int) -> Failure:
+def _failure_of(error: Exception, memory_bytes: int) -> Failure | None:
+    """What an exception says about a task's file or about the machine; None for a bug."""
     from cogds.data.video import DecodeError
 
-    if isinstance(error, DecodeError):
-        return Failure(str(error), is_verdict=True)
-    if isinstance(error, MemoryError):
-        return Failure(_too_much_memory(memory_bytes))
-    return Failure(f"failed: {type(error).__name__}: {error}")
+    match error:
+        case DecodeError():
+            return Failure(str(error), is_verdict=True)
+        case MemoryError():
+            return Failure(_too_much_memory(memory_bytes))
+        case OSError():
+            return Failure(f"failed: {type(error).__name__}: {error}")
+    return None
 
 
 def _too_much_memory(memory_bytes: int) -> str:

@@ -227,7 +227,7 @@ def _open(path: str | Path) -> Any:
 
     path = Path(path)
     # PyAV 18 raises UnicodeDecodeError for a title that is not UTF-8 unless told otherwise; PyAV 19 never does.
-    lenient = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    lenient: Any = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         num_bytes = path.stat().st_size
         if path.is_dir():

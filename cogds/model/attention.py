@@ -6,13 +6,14 @@ All of them compute the same exact softmax attention; none is approximate.
 import contextlib
 import importlib.util
 import time
+import traceback
 from collections.abc import Callable, Iterator
 
 import torch
 import torch.nn.functional as F
 from torch.nn import attention
 
-from cogds.errors import UserError
+from cogds.errors import BUGS, UserError, brief
 
 _aten = torch.ops.aten
 
@@ -131,16 +132,24 @@ def fastest(
 ) -> tuple[str, dict[str, float], dict[str, str]]:
     """The fastest kernel for clips of so many tokens; the seconds that each took; and, of those that are there and do
     not work, the first line of why. Runs on this device. Raises UserError where none works.
+
+    A kernel that fails with what is a bug, here or in its package, is left out too, and its traceback is printed.
     """
     times: dict[str, float] = {}
     failures: dict[str, str] = {}
+    bug: Exception | None = None
     for name in installed(device):
         if name in _NEVER_CHOSEN:
             continue
         try:
             times[name] = measure(name, num_tokens, num_heads, head_dim, dtype, device)
         except Exception as error:  # a shape, type or GPU that it cannot do, or a package that does not load
-            failures[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            failures[name] = brief(error)
+            if isinstance(error, BUGS):
+                traceback.print_exception(error)
+                bug = error
+    if not times and bug is not None:
+        raise bug
     if not times:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise UserError(

@@ -60,16 +60,25 @@ def lora_file(path: str | Path, names: Sequence[str] = (LORA_WEIGHT_NAME_SAFE,))
 def opened(file: Path) -> Iterator[Any]:
     """The safetensors file, open. Raises UserError where it is none, or is cut short."""
     try:
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError, ValueError) as error:
+        handle = safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file} is not a safetensors file ({error}): export the LoRA again") from None
+    with handle as tensors:
+        yield tensors
 
 
 def read_metadata(path: str | Path) -> dict[str, Any]:
     """What `export` recorded in the file, {} for a LoRA of another trainer. Raises UserError where it is no LoRA."""
-    with opened(lora_file(path)) as tensors:
-        return json.loads((tensors.metadata() or {}).get(OWN_METADATA_KEY, "{}"))
+    file = lora_file(path)
+    with opened(file) as tensors:
+        return _own_metadata(file, tensors.metadata() or {})
+
+
+def _own_metadata(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    try:
+        return json.loads(header.get(OWN_METADATA_KEY, "{}"))
+    except ValueError as error:
+        raise UserError(f"{file}: its metadata {OWN_METADATA_KEY} is not JSON ({error}): export it again") from None
 
 
 @dataclass(frozen=True)
@@ -108,7 +117,7 @@ def read_lora(path: str | Path) -> LoraFile:
     file = lora_file(path, (LORA_WEIGHT_NAME_SAFE, SAFETENSORS_WEIGHTS_NAME))
     with opened(file) as tensors:
         header: dict[str, str] = tensors.metadata() or {}
-        own = json.loads(header.get(OWN_METADATA_KEY, "{}"))
+        own = _own_metadata(file, header)
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
         prefix = next((one for one in PREFIXES if any(name.startswith(one) for name in shapes)), "")
         alphas = _alphas(tensors, shapes) if prefix == COMFYUI_PREFIX else {}

@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -17,7 +18,7 @@ from typing import Any
 import torch
 
 from cogds.cli import parse_args
-from cogds.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from cogds.errors import EXIT_BUG, EXIT_USER_ERROR, BugReported, UserError, did_you_mean
 from cogds.preflight.addresses import judge_addresses, look_addresses
 from cogds.preflight.exchange import judge_exchange, look_exchange
 from cogds.preflight.finding import FAIL, Facts, Finding, at, by_value, runs, who
@@ -54,7 +55,7 @@ Judge = Callable[[list[Facts]], list[Finding]]
 
 
 def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None = None) -> None:
-    """The whole command. Raises UserError, told already, where a check failed."""
+    """The whole command. Raises UserError, told already, where a check failed, and BugReported where one has a bug."""
     args = parse_args(
         sys.argv[1:] if argv is None else argv,
         "Check on all ranks, in about a minute, whether a run can start: launch it as the run.",
@@ -73,8 +74,10 @@ def main(default_deepspeed: Path, default_config: Path, argv: list[str] | None =
     sys.stdout.flush()
     if preflight.is_stuck:
         # Threads that hang in a disk or a collective would keep the process, or crash it on its way out.
-        os._exit(EXIT_USER_ERROR if failed else 0)
+        os._exit(EXIT_BUG if preflight.has_bug else EXIT_USER_ERROR if failed else 0)
     disconnect()
+    if preflight.has_bug:
+        raise BugReported("a check ran into a bug")
     if failed:
         error = UserError("not ready")
         error.shared = True
@@ -122,6 +125,7 @@ class Preflight:
         self.world, self.roster, self.skipped, self.wait_s = world, roster, skipped, wait_s
         self.findings: list[Finding] = []
         self.is_stuck = False  # a thread hangs, or the ranks are not all at the same place of a collective
+        self.has_bug = False  # of a check, whose traceback is printed
 
     def run(self, load: Callable[[], Job]) -> None:
         """Everything. What cannot be looked at without something that failed is left out."""
@@ -168,13 +172,14 @@ class Preflight:
     def tell(self, nodes: Sequence[str]) -> bool:
         """Print the table and the verdict on rank 0; returns on every rank whether a check failed."""
         # All leave in the same way: one that ends by force would leave the others in the last barrier.
-        stuck = self.roster.gather(self.is_stuck, MARGIN_S)
+        states = self.roster.gather([self.is_stuck, self.has_bug], MARGIN_S)
+        stuck, bugs = ([state[number] for state in states if state is not None] for number in (0, 1))
         if self.world.rank == 0:
             print_findings(self.findings)
             print(verdict(self.findings, self.world.size, len(set(nodes))), flush=True)
         any_stuck = bool(self.roster.absent) or any(stuck)
-        failed, self.is_stuck = self.roster.share(
-            [any(one.level == FAIL for one in self.findings), any_stuck], STEP_LIMIT_S
+        failed, self.is_stuck, self.has_bug = self.roster.share(
+            [any(one.level == FAIL for one in self.findings), any_stuck, any(bugs)], STEP_LIMIT_S
         )
         self.roster.leave()
         return failed
@@ -184,6 +189,9 @@ class Preflight:
     ) -> Outcome:
         outcome = bounded(function, limit_s, stop)
         self.is_stuck = self.is_stuck or outcome.hung
+        if outcome.bug is not None:
+            self.has_bug = True
+            traceback.print_exception(outcome.bug)
         return outcome
 
     def _gather(self, facts: Mapping[str, Any], errors: Mapping[str, str], limit_s: float) -> list[Facts]:

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch.distributed as dist
 
-from cogds.errors import UserError
+from cogds.errors import BUGS, UserError, brief
 from cogds.preflight.finding import runs
 from cogds.runtime.world import World
 
@@ -25,11 +25,15 @@ GIVEN_UP = "given up, because another rank failed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call: its value, or in words what went wrong. hung: its thread is still at it."""
+    """What became of a call: its value, or in words what went wrong. hung: its thread is still at it.
+
+    bug: what it raised, if that says something about code and not about the machine.
+    """
 
     value: Any = None
     error: str = ""
     hung: bool = False
+    bug: Exception | None = None
 
 
 def bounded(function: Callable[[], Any], limit_s: float, stop: Callable[[], bool] = lambda: False) -> Outcome:
@@ -45,9 +49,10 @@ def bounded(function: Callable[[], Any], limit_s: float, stop: Callable[[], bool
             outcomes.append(Outcome(function()))
         except UserError as error:
             outcomes.append(Outcome(error=str(error)))
+        except BUGS as error:
+            outcomes.append(Outcome(error=f"this check has a bug, see its traceback: {brief(error)}", bug=error))
         except Exception as error:  # whatever it is: it is told, and the other checks go on
-            reason = next((line for line in str(error).splitlines() if line.strip()), "")
-            outcomes.append(Outcome(error=f"{type(error).__name__}: {reason}"))
+            outcomes.append(Outcome(error=brief(error)))
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()

@@ -158,7 +158,10 @@ def _digest(facts: Mapping[str, Any]) -> str:
 def read_facts(checkpoint: Path) -> dict[str, Any]:
     """What state.json holds, once every file was found to be as it was written. Raises DamagedCheckpoint."""
     try:
-        facts = json.loads((checkpoint / STATE_FILE).read_text())
+        try:
+            facts = json.loads((checkpoint / STATE_FILE).read_text())
+        except ValueError as error:
+            raise DamagedCheckpoint(f"{checkpoint / STATE_FILE} is damaged ({error})") from None
         if not isinstance(facts, dict) or not isinstance(facts.get("files"), dict):
             raise DamagedCheckpoint(
                 f"{checkpoint} names no files with their digests in its {STATE_FILE}: it is damaged, or of a version "
@@ -174,8 +177,6 @@ def read_facts(checkpoint: Path) -> dict[str, Any]:
                 raise DamagedCheckpoint(f"{checkpoint / name} is damaged: it has {differs} than was written")
     except OSError as error:
         raise DamagedCheckpoint(f"{checkpoint} cannot be read ({error})") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise DamagedCheckpoint(f"{checkpoint / STATE_FILE} is damaged ({error})") from None
     return facts
 
 

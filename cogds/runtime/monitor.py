@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from cogds.core.geometry import ClipShape
+from cogds.errors import brief
 from cogds.runtime.board import (
     LAYOUT,
     animation_record,
@@ -159,6 +160,6 @@ class Monitor:
         try:
             records = [record()]
         except Exception as error:  # a picture is not worth a run
-            warn(f"{name} was not written for TensorBoard ({type(error).__name__}: {error}): training goes on")
+            warn(f"{name} was not written for TensorBoard ({brief(error)}): training goes on", error)
             return
         self.courier.hand(self.board, records)

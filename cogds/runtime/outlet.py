@@ -10,10 +10,13 @@ import os
 import sys
 import threading
 import time
+import traceback
 from collections import deque
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Protocol
+
+from cogds.errors import UserError, brief
 
 MAX_KEPT = 10_000  # records that wait for a disk, about 10 MB of scalars
 MAX_KEPT_BYTES = 256 << 20  # and of pictures
@@ -21,10 +24,15 @@ WARN_EVERY_S = 60.0
 CLOSE_S = 60.0  # how long the end of a run waits for a disk that does not answer
 
 
-def warn(text: str) -> None:
-    """Say it on stderr, which may be a file on the same full disk, or a pipe whose reader is gone."""
+def warn(text: str, error: BaseException | None = None) -> None:
+    """Say it on stderr, which may be a file on the same full disk, or a pipe whose reader is gone.
+
+    error: what was caught although it may be a bug, since it must not end the run: its traceback comes with it, but for
+    a UserError and an OSError, which are none.
+    """
+    lines = [] if error is None or isinstance(error, UserError | OSError) else traceback.format_exception(error)
     with contextlib.suppress(OSError, ValueError):
-        print(f"warning: {text}", file=sys.stderr, flush=True)
+        print(f"{''.join(lines)}warning: {text}", file=sys.stderr, flush=True)
 
 
 class Outlet:
@@ -172,7 +180,7 @@ class Courier:
             try:
                 outlet.write(records)
             except Exception as error:  # a bug here must not stop what comes after
-                warn(f"{outlet.path}: {type(error).__name__}: {error}")
+                warn(f"{outlet.path}: {brief(error)}", error)
             with self._changed:
                 self._busy = False
                 self._changed.notify_all()

@@ -11,7 +11,7 @@ import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from cogds.errors import UserError
+from cogds.errors import UserError, brief
 from cogds.runtime.outlet import WARN_EVERY_S, warn
 
 # Section of a DeepSpeed config -> the package that DeepSpeed imports for it.
@@ -65,8 +65,9 @@ class Relay:
             if time.monotonic() - self._warned_at >= WARN_EVERY_S:
                 self._warned_at = time.monotonic()
                 warn(
-                    f"{self.path} failed ({type(error).__name__}: {error}): training goes on, and what it lacks "
-                    "stands in metrics.jsonl and tensorboard/"
+                    f"{self.path} failed ({brief(error)}): training goes on, and what it lacks stands in "
+                    "metrics.jsonl and tensorboard/",
+                    error,
                 )
 
 

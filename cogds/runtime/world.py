@@ -19,7 +19,7 @@ import torch
 import torch.distributed as dist
 
 from cogds.config import NetworkConfig
-from cogds.errors import UserError
+from cogds.errors import BugReported, Interrupted, UserError
 from cogds.runtime.builds import announce_build, clear_builds
 from cogds.runtime.chatter import leave_out, without_printed
 from cogds.runtime.network import interface_addresses, network_env, replaced
@@ -272,21 +272,27 @@ def disconnect() -> None:
 
 
 def on_rank0(world: World, function: Callable[[], T]) -> T:
-    """Run `function` on rank 0 and give its result to every rank; what it raises is raised on every rank.
+    """Run `function` on rank 0 and give its result to every rank; where it raises, every rank does.
 
-    So that a question with one answer is asked once, and a failure never leaves the others waiting.
+    So that a question with one answer is asked once, and a failure never leaves the others waiting. A UserError and
+    Interrupted are raised on every rank, anything else as BugReported on the other ranks.
     """
     outcome: list[Any] = [None, None]
+    own: Exception | None = None
     if world.rank == 0:
         try:
             outcome[0] = function()
-        except Exception as error:  # carried to the other ranks, then raised
-            outcome[1] = error
+        except (UserError, Interrupted) as error:  # carried to the other ranks, then raised
+            own = outcome[1] = error
+        except Exception as error:
+            own, outcome[1] = error, BugReported(f"rank 0 failed: {type(error).__name__}: {error}")
     if world.size > 1:
         dist.broadcast_object_list(outcome, src=0, group=_for_objects())
+    if own is not None:
+        raise own
     if outcome[1] is not None:
         if isinstance(outcome[1], UserError):
-            outcome[1].shared = world.rank > 0
+            outcome[1].shared = True
         raise outcome[1]
     return outcome[0]
 
@@ -308,7 +314,8 @@ def dealt_by_rank0(world: World, function: Callable[[], list[T]]) -> T:
 def on_all_ranks(world: World, function: Callable[[], T]) -> list[T]:
     """Run `function` on every rank and give every rank all results, in rank order. Collective.
 
-    Where it raises on one rank, all ranks raise: that one its own error, the others a shared one.
+    Where it raises on one rank, all ranks raise: that one its own error, the others a shared UserError if that is what
+    another rank raised, else BugReported.
     """
     result: Any = None
     own: Exception | None = None
@@ -316,15 +323,18 @@ def on_all_ranks(world: World, function: Callable[[], T]) -> list[T]:
         result = function()
     except Exception as error:  # told below, once every rank has got here
         own = error
-    results = all_gather(world, (result, own and f"{type(own).__name__}: {own}"))
+    results = all_gather(world, (result, own and f"{type(own).__name__}: {own}", isinstance(own, UserError)))
     if own is not None:
         raise own
-    for rank, (_, failure) in enumerate(results):
+    for rank, (_, failure, is_users) in enumerate(results):
+        if failure and not is_users:
+            raise BugReported(f"rank {rank} failed: {failure}")
+    for rank, (_, failure, _) in enumerate(results):
         if failure:
             elsewhere = UserError(f"rank {rank} failed: {failure}")
             elsewhere.shared = True
             raise elsewhere
-    return [one for one, _ in results]
+    return [one for one, _, _ in results]
 
 
 def all_gather(world: World, value: T) -> list[T]:

@@ -17,6 +17,7 @@ from cogds.core.cost import step_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.data.dataset import Batch
+from cogds.errors import brief
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.monitor import Monitor
 from cogds.runtime.outlet import warn
@@ -39,7 +40,7 @@ def show_settings(run: Run, monitor: Monitor) -> None:
     try:
         monitor.picture(run.first_step, "data/buckets", bucket_bars(run))
     except Exception as error:
-        warn(f"the buckets could not be drawn ({reason(error)}): training goes on")
+        warn(f"the buckets could not be drawn ({brief(error)}): training goes on", error)
 
 
 def settings(run: Run) -> dict[str, str | float | bool]:
@@ -86,15 +87,12 @@ def bucket_bars(run: Run) -> np.ndarray:
     return bar_chart("What an epoch consists of", [str(shape) for shape in run.buckets], series)
 
 
-def reason(error: Exception) -> str:
-    """What went wrong, in a line."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 class FirstBatches:
     """Collects the first clips that this rank trains, and shows them. What goes wrong with that is warned of."""
 
-    def __init__(self, run: Run, builder: StepBuilder, monitor: Monitor, warn: Callable[[str], None]) -> None:
+    def __init__(
+        self, run: Run, builder: StepBuilder, monitor: Monitor, warn: Callable[[str, Exception], None]
+    ) -> None:
         self._run, self._builder, self._monitor, self._warn = run, builder, monitor, warn
         self._frames: list[np.ndarray] = []
         self._captions: list[str] = []
@@ -108,12 +106,14 @@ class FirstBatches:
                 self._collect(step, batch)
             except Exception as error:
                 self._done()
-                self._warn(f"the first clips could not be drawn ({reason(error)}): training goes on")
+                self._warn(f"the first clips could not be drawn ({brief(error)}): training goes on", error)
         if passed < cfg.show_batches:
             try:
                 self._decode(step, micro_batch, batch)
             except Exception as error:  # out of memory, most likely
-                self._warn(f"the batch of step {step + 1} could not be decoded ({reason(error)}): training goes on")
+                self._warn(
+                    f"the batch of step {step + 1} could not be decoded ({brief(error)}): training goes on", error
+                )
 
     def _collect(self, step: int, batch: Batch) -> None:
         num = self._run.cfg.monitor.show_clips

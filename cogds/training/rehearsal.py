@@ -20,7 +20,7 @@ import torch
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryEstimate
-from cogds.errors import UserError
+from cogds.errors import BugReported, UserError
 from cogds.runtime.ds_config import zero_stage
 from cogds.runtime.world import any_rank
 from cogds.training.aside import call_aside
@@ -93,9 +93,7 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
     if trouble is not None:
         raise trouble
     if failed:
-        elsewhere = UserError(f"another rank failed while {shape} was tried before the first step, and says why")
-        elsewhere.shared = True
-        raise elsewhere
+        raise BugReported(f"another rank failed while {shape} was tried before the first step, and says why")
     if full:
         error_for_all = UserError(too_little or _refusal(run, bucket))
         error_for_all.shared = world.rank > 0

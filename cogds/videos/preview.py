@@ -25,7 +25,7 @@ from cogds.data.cache import Cache
 from cogds.data.dataset import read_encoded
 from cogds.data.index import ClipIndex
 from cogds.data.video import read_clip, write_video
-from cogds.errors import UserError
+from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.model.pipeline import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
 from cogds.prepare.desk import EncodingNames
@@ -115,7 +115,7 @@ class Previews:
                     if file.is_file():
                         self._base[name] = file.read_bytes()
         except OSError as error:
-            warn(f"{self._folder} cannot be written ({_reason(error)}): mend that, or the run's videos are lost")
+            warn(f"{self._folder} cannot be written ({brief(error)}): mend that, or the run's videos are lost")
 
     def _risk(self, scene: Scene) -> str:
         """What is risked with a video of more tokens than any bucket that is trained, else ""."""
@@ -208,7 +208,8 @@ class Previews:
                     if is_out_of_memory(error):
                         raise _uncatchable(scene, error) from error
                     raise
-                failure = _reason(error)
+                failure = brief(error)
+                warn(f"{whose} video of '{prompt}' failed on rank {run.world.rank}", error)
             finally:
                 self._pipeline.transformer = self._engine.module  # else what `lockstep` holds stays until the next one
             _free(run.world.device)
@@ -219,7 +220,8 @@ class Previews:
         try:
             return _encoded(decode_frames(self._pipeline, latents, scene.shape).numpy(), run.cfg.data.fps)  # type: ignore[union-attr]
         except Exception as error:
-            return _reason(error)
+            warn(f"decoding {whose} video of '{prompt}' failed on rank {run.world.rank}", error)
+            return brief(error)
         finally:
             _free(run.world.device)
 
@@ -255,7 +257,7 @@ class Previews:
                 for name, video in made.items():
                     (partial / f"{name}.mp4").write_bytes(video)
         except OSError as error:
-            warn(f"the videos of step {step} cannot be written into {folder} ({_reason(error)}): training goes on")
+            warn(f"the videos of step {step} cannot be written into {folder} ({brief(error)}): training goes on")
 
     def _show(self, step: int, made: Mapping[str, bytes]) -> None:
         """In TensorBoard: strips of frames, and what plays, before and after, with the first frame beside them."""
@@ -270,7 +272,7 @@ class Previews:
                 self._monitor.picture(step, f"{FOLDER}/{name}", strips)
                 self._monitor.animation(step, f"{FOLDER}/{name}/clip", played, fps)
             except Exception as error:  # a picture for people is worth no run
-                warn(f"the video of '{scene.prompt}' cannot be shown: {_reason(error)}; training goes on")
+                warn(f"the video of '{scene.prompt}' cannot be shown: {brief(error)}; training goes on", error)
 
 
 def beside(first: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -302,11 +304,11 @@ def _find_scenes(run: Run) -> dict[str, Scene]:
                     states = cache.read("captions", key, places.place(key) or "")["text_states"]
                     scenes.append(_from_prompt(run, one, states))
                 except Exception as error:
-                    warn(f"sample.prompts[{number}], '{one.prompt}', is left out: {_reason(error)}")
+                    warn(f"sample.prompts[{number}], '{one.prompt}', is left out: {brief(error)}", error)
         else:
             scenes = _from_clips(run, cache)
     except Exception as error:
-        warn(f"no videos will be made during training: {_reason(error)}")
+        warn(f"no videos will be made during training: {brief(error)}", error)
     if not scenes:
         warn("sample.every is set, but there is nothing left to make videos of: training goes on without")
     return {scene.name(sample.num_steps, sample.guidance): scene for scene in scenes}
@@ -332,7 +334,7 @@ def _from_clips(run: Run, cache: Cache) -> list[Scene]:
             pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
             scenes.append(Scene(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
-            warn(f"the video of {clip.path} is left out: {_reason(error)}")
+            warn(f"the video of {clip.path} is left out: {brief(error)}", error)
     return scenes
 
 
@@ -401,16 +403,9 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 def _uncatchable(scene: Scene, error: Exception) -> UserError:
     return UserError(
-        f"the video of '{scene.prompt}' ({scene.shape}) failed inside the transformer ({_reason(error)}), where the "
+        f"the video of '{scene.prompt}' ({scene.shape}) failed inside the transformer ({brief(error)}), where the "
         "other ranks wait for this one: give sample.prompts a smaller size, or set sample.every=null; the same command "
         "goes on from the last checkpoint"
     )

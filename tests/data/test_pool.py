@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from cogds.data.pool import OUT_OF_BAND_BYTES, STOP_SIGNALS, Failure, GuardedPool, deaf_children
+from cogds.data.pool import OUT_OF_BAND_BYTES, STOP_SIGNALS, ChildError, Failure, GuardedPool, deaf_children
 from cogds.data.video import DecodeError
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -52,8 +52,10 @@ def act(task: Any) -> Any:
             act.kept = np.ones(200_000_000, np.uint8)  # type: ignore[attr-defined]
         case "decode error":
             raise DecodeError("it is no video")
-        case "value error":
-            raise ValueError("that is wrong")
+        case "stale":
+            raise OSError("stale file handle")
+        case TypeError() | AttributeError() | ValueError():
+            raise task
         case "unpicklable":
             return lambda: None
         case "modules":
@@ -157,18 +159,36 @@ def test_a_child_imports_neither_torch_nor_a_decoder() -> None:
 
 @pytest.mark.parametrize("num_children", [1, 2])
 def test_each_misfortune_costs_its_task_and_nothing_else(num_children: int) -> None:
-    tasks = ["exit", 1, "segfault", 2, "eat slowly", 3, "eat at once", 4, "decode error", 5, "value error", 6,
-             "unpicklable", 7, "exit", 8, "eat shared", 9]  # fmt: skip
+    tasks = ["exit", 1, "segfault", 2, "eat slowly", 3, "eat at once", 4, "decode error", 5, "stale", 6, "exit", 7,
+             "eat shared", 8]  # fmt: skip
     with GuardedPool(act, num_children, timeout_s=60, memory_bytes=400_000_000) as pool:
         outcomes = run(pool, *tasks)
-        assert outcomes[1::2] == list(range(1, 10))
-        exited, segfault, slow, at_once, decode, value, pickle, again, shared = outcomes[::2]
+        assert outcomes[1::2] == list(range(1, 9))
+        exited, segfault, slow, at_once, decode, stale, again, shared = outcomes[::2]
         assert exited == again == Failure("crashed its process (code 7)")
         assert segfault == Failure("crashed its process (code -11)")
         assert slow == at_once == shared == Failure("needed more than 0.4 GB of memory")
         assert decode == Failure("it is no video", is_verdict=True)
-        assert value == Failure("failed: ValueError: that is wrong")
-        assert pickle.reason.startswith("failed: ")
+        assert stale == Failure("failed: OSError: stale file handle")
+
+
+@pytest.mark.parametrize("error", [TypeError("planted"), AttributeError("planted"), ValueError("planted")])
+def test_a_bug_is_raised_with_its_traceback(pool: GuardedPool[Any, Any], error: Exception) -> None:
+    with pytest.raises(ChildError) as caught:
+        run(pool, 1, error, 2)
+    text = str(caught.value)
+    assert repr(error) in text  # the task
+    assert text.rstrip().endswith(f"{type(error).__name__}: planted")
+    assert "in act\n" in text
+    assert run(pool, 3, 4) == [3, 4]
+    with GuardedPool(act, 0, timeout_s=60, memory_bytes=1 << 30) as alone, pytest.raises(type(error), match="planted"):
+        run(alone, 1, error)
+
+
+def test_a_result_that_cannot_be_sent_is_a_bug(pool: GuardedPool[Any, Any]) -> None:
+    with pytest.raises(ChildError, match="pickle"):
+        run(pool, "unpicklable")
+    assert run(pool, 1) == [1]
 
 
 @pytest.mark.parametrize("task", ["hang", "hold the lock"])

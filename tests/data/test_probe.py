@@ -27,7 +27,7 @@ def test_what_files_hold(tmp_path: Path) -> None:
         ("crashed its process (code -11)", "crashed the decoder"),
         ("decoding fails near 0.400 s: Invalid data", "damaged"),
         ("it is truncated: 10 of 20 frames are there", "truncated"),
-        ("failed: KeyError: 'x'", "cannot be used"),
+        ("failed: OSError: stale file handle", "cannot be used"),
     ],
 )
 def test_reasons_are_counted_by_phrases_without_numbers(sentence: str, phrase: str) -> None:

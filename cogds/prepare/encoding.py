@@ -6,6 +6,7 @@ The work is dealt to the ranks by its cost, every entry is kept as soon as it is
 transformer comes.
 """
 
+import importlib.util
 import os
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ from cogds.data.decode import DecodedClip, DecodeTask, decode
 from cogds.data.index import ClipIndex
 from cogds.data.pool import Failure, GuardedPool
 from cogds.data.probe import reason_of
+from cogds.errors import UserError
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
 from cogds.prepare.desk import Desk, Finished, Work, is_tiled
 from cogds.prepare.survey import (
@@ -129,6 +131,15 @@ def decode_pool(cfg: RunConfig) -> GuardedPool[DecodeTask, DecodedClip]:
     return GuardedPool(decode, cfg.data.num_workers, cfg.data.decode_timeout_s, memory_bytes)
 
 
+def check_decoder(cfg: RunConfig) -> None:
+    """Raise UserError if `data.decoder` is not installed. There are wheels of decord for x86-64 only."""
+    if cfg.data.decoder == "decord" and importlib.util.find_spec("decord") is None:
+        raise UserError(
+            "data.decoder: decord is not installed here, and is available for x86-64 only. Set data.decoder=pyav, "
+            "or run `pip install decord` on an x86-64 machine."
+        )
+
+
 def _changed(row: Mapping) -> str:
     """Why a file is no longer the one that was listed, if so: its encoding would have another's name."""
     for prefix, path in (("", row["path"]), ("image_", row["image_path"])):
@@ -181,6 +192,10 @@ def prepare(
     mine = dealt_by_rank0(world, begin)
     shard_bytes, dtype = int(cfg.data.shard_gb * 1e9), DTYPES[cfg.train.precision]
 
+    def check() -> None:  # before any weight is loaded
+        if len(mine.clips) or cfg.data.encode != "cached":
+            check_decoder(cfg)
+
     def captions() -> None:
         if len(mine.captions):
             with cache.writer("captions", shard_bytes) as writer:
@@ -192,6 +207,7 @@ def prepare(
         with cache.writer("clips", shard_bytes) as writer:
             return encode_clips(mine.clips, writer, buckets, model, cfg, world)
 
+    on_all_ranks(world, check)
     on_all_ranks(world, captions)
     unread = {key: reason for share in on_all_ranks(world, clips) for key, reason in share.items()}
     if world.device.type == "cuda":

@@ -21,6 +21,7 @@ from cogds.errors import UserError
 from cogds.model.load import ModelFolder, find_model, num_truncated
 from cogds.model.sequence import check_sequence
 from cogds.prepare.demo import make_demo, only_own_demo
+from cogds.prepare.encoding import check_decoder
 from cogds.prepare.order import make_plan
 from cogds.prepare.survey import Survey, make_buckets, survey, update_manifest
 from cogds.report.facts import Captions, ClipTable, Report, Setup, make_report, measured_rates
@@ -146,6 +147,7 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
 @contextmanager
 def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
     """What reads single frames in a child process that may crash or hang: such a clip has no picture."""
+    check_decoder(cfg)
     memory_bytes = round(cfg.data.decode_memory_gb * 1e9)
     with GuardedPool(decode, 1, cfg.data.decode_timeout_s, memory_bytes) as pool:
 

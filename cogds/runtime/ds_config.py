@@ -103,6 +103,13 @@ _REFUSED_IF_ON: dict[str, str] = {
     "hybrid_engine.enabled": "it is for text generation inside training: delete the section",
     "autotuning.enabled": "it changes the batch size behind the batch plan: delete the section",
 }
+# Paths that are refused if they are false, and why.
+_REFUSED_IF_OFF: dict[str, str] = {
+    "managed_gradient_accumulation": "DeepSpeed counts the micro-steps here",
+    "bf16.check_grad_overflow": "a step whose gradient is NaN or infinite would destroy the weights",
+    # In fp32 and under autocast DeepSpeed 0.19.8 skips such a step because of its norm.
+    "zero_optimization.compute_grad_norm": "a step whose gradient is NaN or infinite would destroy the weights",
+}
 # "auto" is DeepSpeed's own value here.
 _OWN_AUTO = ("data_types.keep_in_fp32_modules", "zero_optimization.zenflow.")
 _SECTIONS = ("optimizer", "optimizer.params", "bf16", "fp16", "torch_autocast", "zero_optimization")
@@ -202,10 +209,9 @@ def _check_keys(ds: dict[str, Any], ds_path: str) -> None:
             f'zero_optimization.offload_optimizer.device is "nvme" in {ds_path}, from where a checkpoint cannot be '
             'put together: a LoRA\'s optimizer state is small, write "cpu"; offload_param may go to NVMe'
         )
-    if _lookup(ds, "managed_gradient_accumulation", True) is False:
-        raise UserError(
-            f"managed_gradient_accumulation is false in {ds_path}, but here DeepSpeed counts micro-steps: delete it"
-        )
+    for path, why in _REFUSED_IF_OFF.items():
+        if _lookup(ds, path, True) in (False, None):
+            raise UserError(f"{path}: {json.dumps(_lookup(ds, path))} in {ds_path}, but {why}. Delete the key.")
 
 
 def _resolve_precision(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[str], ds_path: str) -> RunConfig:
@@ -235,6 +241,8 @@ def _resolve_precision(ds: dict[str, Any], cfg: RunConfig, explicit: frozenset[s
         cfg = replace(cfg, {"train.precision": found}, f"in {ds_path}")
     # Autocast keeps the adapter in fp32; the bf16 section would cast it.
     bf16["enabled"] = (found == "bf16" and not autocast_on) if stated == "auto" else stated
+    # Skip steps whose gradient is not finite. Written out, because the default of DeepSpeed has changed before.
+    bf16.setdefault("check_grad_overflow", True)
     stage = _lookup(ds, "zero_optimization.stage", 0)
     if stage == "auto" or type(stage) is not int or not 0 <= stage <= 3:
         raise UserError(f"zero_optimization.stage must be 1, 2 or 3, but is {json.dumps(stage)} in {ds_path}")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -157,6 +158,14 @@ def test_wrong_setting(error_of, override, parts):
     said = error_of(override)
     for part in parts:
         assert part in said
+
+
+def test_decord_where_it_is_not_installed(error_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    for encode in ("cached", "on_the_fly"):
+        said = error_of("data.decoder=decord", f"data.encode={encode}")
+        assert said.startswith("error: data.decoder: ")
+        assert "data.decoder=pyav" in said
 
 
 # ------------------------------------------------------------------------------------------------- for real

@@ -95,7 +95,7 @@ def test_auto_is_filled_from_the_run_config():
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 5,
         "gradient_clipping": 0.5,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "optimizer": {"type": "AdamW", "params": {"lr": 2e-4, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1}},
         "zero_optimization": {
@@ -113,7 +113,7 @@ def test_what_is_missing_is_filled():
     out, cfg = resolve(ZERO2)
     assert out == {
         "zero_optimization": {"stage": 2},
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": 2,
@@ -303,7 +303,9 @@ def test_a_token_budget_and_a_fixed_batch_exclude_each_other():
         ({"pipeline": {"stages": 2}}, ["pipeline in", "delete it"]),
         ({"tensor_parallel": {"autotp_size": 2}}, ["tensor_parallel.autotp_size is 2", "delete"]),
         ({"data_efficiency": {"enabled": True}}, ["data_efficiency.enabled is true", "delete"]),
-        ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation is false", "delete it"]),
+        ({"managed_gradient_accumulation": False}, ["managed_gradient_accumulation: false"]),
+        ({**ZERO2, "bf16": {"check_grad_overflow": False}}, ["bf16.check_grad_overflow: false"]),
+        ({"zero_optimization": {"stage": 2, "compute_grad_norm": False}}, ["zero_optimization.compute_grad_norm: f"]),
         ({"zero_optimization": True}, ["zero_optimization in", '{"stage": 2}', "true"]),
         ({"optimizer": "AdamW"}, ["optimizer in", "must be an object", '"AdamW"']),
         ({**ZERO2, "aio": {"block_size": "auto"}}, ['aio.block_size is "auto"', "write the value itself"]),

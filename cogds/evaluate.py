@@ -39,7 +39,7 @@ from cogds.model.attention import use
 from cogds.model.convert import check_all_fit, load_adapter
 from cogds.model.load import DTYPES, ModelFolder, find_model, load_transformer
 from cogds.model.lora import add_lora
-from cogds.model.lora_file import LoraFile, described, read_loras
+from cogds.model.lora_file import LoraFile, describe_lora, read_loras
 from cogds.model.quantize import check_base
 from cogds.prepare.encoding import EncodedData, prepare
 from cogds.prepare.order import batch_sizes
@@ -374,7 +374,7 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
     buckets, world = make_buckets(cfg, model), read_world()
     if world.rank == 0:
         for lora in loras:
-            print("\n".join(described(lora, "--lora-alpha")), file=sys.stderr)
+            print("\n".join(describe_lora(lora, "--lora-alpha")), file=sys.stderr)
     check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
@@ -395,7 +395,9 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", metavar="LORA", help="a LoRA file or folder; none: the base model")
-    parser.add_argument("--lora-alpha", type=float, help="its alpha, if the file names none; default: its rank")
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="ALPHA", help="its alpha if the file names none; default: rank"
+    )
     parser.add_argument("--all", action="store_true", help="evaluate every clip, not only eval.num_clips of them")
 
 

@@ -24,7 +24,7 @@ from cogds.model.convert import (
 )
 from cogds.model.hub import check_repo, listed, push
 from cogds.model.load import ModelFolder, find_model
-from cogds.model.lora_file import LoraFile, described, read_loras
+from cogds.model.lora_file import LoraFile, describe_lora, read_loras
 from cogds.model.merge import other_files, save_merged, save_other_parts, weights_of
 
 FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", "merged")
@@ -58,7 +58,7 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
     if model:
         check_all_fit([one.file for one in given], model)
     for one in given:
-        print("\n".join(described(one.file, "--lora-alpha")), file=sys.stderr)
+        print("\n".join(describe_lora(one.file, "--lora-alpha")), file=sys.stderr)
     if args.push_to:
         given = [replace(one, file=replace(one.file, metadata=shareable(one.file.metadata))) for one in given]
     facts = facts_of(given, model)
@@ -95,7 +95,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder; its name is the LoRA's")
     parser.add_argument("--model", help="hub id or folder of the base model; default: the one it was trained on")
     parser.add_argument("--scale", type=float, default=1.0, help="times its strength; default 1, as it was trained")
-    parser.add_argument("--lora-alpha", type=float, help="alpha of LoRAs whose file names none; default: their rank")
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="ALPHA", help="for LoRAs whose file names none; default: their rank"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as the LoRA's, merged as the model's")
     parser.add_argument(
         "--pipeline",

@@ -19,7 +19,7 @@ from cogds.files import whole_file
 from cogds.model.convert import check_all_fit, load_adapter
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora import add_lora
-from cogds.model.lora_file import LoraFile, described, read_loras
+from cogds.model.lora_file import LoraFile, describe_lora, read_loras
 from cogds.model.pipeline import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
 from cogds.videos.mosaic import evenly, grid, labelled, shrunk
 from cogds.videos.prompts import find_requests
@@ -44,7 +44,7 @@ def main(argv: list[str] | None = None) -> None:
     model = find_model(args.model)
     loras = find_loras(args.lora or [], args.lora_alpha, model)
     for lora in loras:
-        print("\n".join(described(lora.file, "--lora-alpha")), file=sys.stderr)
+        print("\n".join(describe_lora(lora.file, "--lora-alpha")), file=sys.stderr)
     requests = find_requests(args.prompt or [], args.image or [], args.list)
     fps = args.fps or float(agreed(loras, "fps", TRAINED_FPS))
     buckets = trained_buckets(agreed(loras, "buckets", []))
@@ -122,7 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[1.0],
         help="strength of the LoRAs; 1 is as they were trained; several make a video each, and a grid of them",
     )
-    add("--lora-alpha", type=float, help="alpha of LoRAs whose file names none; default: their rank")
+    add("--lora-alpha", type=float, metavar="ALPHA", help="for LoRAs whose file names none; default: their rank")
     add("--image", action="append", help="the first frame; resized to cover the size, then cropped; may be repeated")
     add("--prompt", action="append", help="what the video shows; may be repeated, with as many images or one for all")
     add(

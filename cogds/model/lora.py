@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from cogds.errors import UserError, did_you_mean
 from cogds.model.convert import Adapter, check_fits, diffusers_header, load_adapter, peft_config
-from cogds.model.lora_file import LoraFile, described, listed
+from cogds.model.lora_file import LoraFile, describe_lora, join_values
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # the name that diffusers' add_adapter gives
@@ -122,8 +122,8 @@ def check_start(transformer: torch.nn.Module, file: LoraFile) -> None:
     check_fits(file, {f"{name}.weight": shape for name, shape in linears.items()}, "this run's model")
     if len(file.ranks) > 1:
         raise UserError(
-            f"lora.init_from: {file.path} has layers of ranks {listed(file.ranks)}, but a run has one rank. Pass a "
-            "LoRA of one rank."
+            f"lora.init_from: {file.path} has layers of ranks {join_values(file.ranks)}, but a run has one rank. "
+            "Pass a LoRA of one rank."
         )
     rank, wanted = file.ranks[0], next(iter(layers.values())).r[ADAPTER]
     theirs, own = targets_of(file.pairs, list(linears)), targets_of(layers, list(linears))
@@ -131,8 +131,8 @@ def check_start(transformer: torch.nn.Module, file: LoraFile) -> None:
     settings += [f"'lora.target_modules=[{','.join(theirs)}]'"] if set(file.pairs) != set(layers) else []
     if settings:
         raise UserError(
-            f"lora.init_from: {file.path} has rank {rank} on {len(file.pairs)} layers ({listed(theirs, 8)}), this run "
-            f"rank {wanted} on {len(layers)} ({listed(own, 8)}). Set {' '.join(settings)}"
+            f"lora.init_from: {file.path} has rank {rank} on {len(file.pairs)} layers ({join_values(theirs, 8)}), this "
+            f"run rank {wanted} on {len(layers)} ({join_values(own, 8)}). Set {' '.join(settings)}"
         )
 
 
@@ -173,7 +173,7 @@ def describe_start(file: LoraFile, image_latents: str) -> list[str]:
 
     image_latents: `conditioning.image_latents` of the run.
     """
-    first, *lines = described(file, INIT_ALPHA)
+    first, *lines = describe_lora(file, INIT_ALPHA)
     lines.insert(0, f"starting from {first}")
     theirs = file.metadata.get("image_latents", image_latents)
     if theirs != image_latents:

@@ -116,10 +116,8 @@ def read_loras(paths: Iterable[str | Path], alpha: float | None, setting: str) -
         raise UserError(f"{setting}: {alpha} is no alpha. Pass the one that the LoRA was trained with.")
     files = [read_lora(path, alpha) for path in paths]
     if alpha is not None and all(file.alpha_source is AlphaSource.FILE for file in files):
-        raise UserError(
-            f"{setting}: {' and '.join(str(file.path) for file in files)} names its alpha (strength "
-            f"{listed(files[0].scales)}). Leave {setting} out; a weight or scale makes a LoRA weaker or stronger."
-        )
+        names = " and ".join(f"{file.path} names its alpha (strength {join_values(file.scales)})" for file in files)
+        raise UserError(f"{setting}: {names}. Leave {setting} out; a weight or scale makes a LoRA weaker or stronger.")
     return files
 
 
@@ -168,15 +166,13 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
     return LoraFile(file, pairs, source if missing else AlphaSource.FILE, metadata)
 
 
-def described(file: LoraFile, setting: str) -> list[str]:
+def describe_lora(file: LoraFile, setting: str) -> list[str]:
     """What a LoRA file holds, in a line for people, and what to do if its strength is a guess.
 
     setting: the name of what gives an alpha.
     """
-    lines = [
-        f"LoRA {file.path}: {len(file.pairs)} layers, rank {listed(file.ranks)}, strength {listed(file.scales)} "
-        f"({file.alpha_source.value})"
-    ]
+    ranks, scales = join_values(file.ranks), join_values(file.scales)
+    lines = [f"LoRA {file.path}: {len(file.pairs)} layers, rank {ranks}, strength {scales} ({file.alpha_source.value})"]
     if file.alpha_source is AlphaSource.ASSUMED:
         lines.append(
             f"warning: {file.path}: names no alpha, so alpha = rank is assumed, as diffusers does. If it was trained "
@@ -185,7 +181,7 @@ def described(file: LoraFile, setting: str) -> list[str]:
     return lines
 
 
-def listed(values: Sequence[Any], limit: int = 4) -> str:
+def join_values(values: Sequence[Any], limit: int = 4) -> str:
     """The first few values, for people."""
     texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")

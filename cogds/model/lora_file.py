@@ -131,12 +131,8 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
     with opened(file) as tensors:
         header: dict[str, str] = tensors.metadata() or {}
         shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
-        keys = {name: parse_key(name) for name in shapes}
-        alphas = {
-            key.layer: tensors.get_tensor(name).double().mean().item()
-            for name, key in keys.items()
-            if key and key.part == "alpha"
-        }
+        alphas = {name: tensors.get_tensor(name).flatten().tolist() for name in shapes if name.endswith(".alpha")}
+    keys = {name: parse_key(name) for name in shapes}
     metadata = _mapping(file, header.get(OWN_METADATA_KEY))
     config = _adapter_config(file, header, shapes, alpha)
     _refuse_more_than_lora(file, config, shapes)
@@ -157,8 +153,11 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
                 f"{file}: damaged: layer {layer} has A of shape {shape_a or 'nothing'} and B of shape "
                 f"{shape_b or 'nothing'}, not [rank, in] and [out, rank]. Export the LoRA again."
             )
-        rank, own = shape_a[0], alphas.get(layer)
-        scale = _config_scale(file, config, layer, rank) if own is None else _checked(file, layer, own) / rank
+        rank, own = shape_a[0], alphas.get(named.get("alpha", ""))
+        if own is None:
+            scale = _config_scale(file, config, layer, rank)
+        else:
+            scale = _checked(file, layer, own[0] if len(own) == 1 else own) / rank
         missing = missing or scale is None
         if scale is None:
             scale = 1.0 if alpha is None else alpha / rank
@@ -206,10 +205,10 @@ def _adapter_config(file: Path, header: Mapping[str, str], names: Iterable[str],
         file, text = beside, beside.read_text(encoding="utf-8", errors="replace")
     if not text and is_peft and alpha is None:
         raise UserError(f"{file}: {CONFIG_NAME} is not beside it. Copy the whole folder that PEFT wrote.")
-    config = _mapping(file, text)
+    config = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in _mapping(file, text).items()}
     if not isinstance(config.get("alpha_pattern") or {}, dict):
         raise UserError(f"{file}: alpha_pattern is {config['alpha_pattern']}, not a mapping. Export the LoRA again.")
-    return {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in config.items()}
+    return config
 
 
 def _refuse_more_than_lora(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:

@@ -330,8 +330,24 @@ def test_a_layer_without_alpha_takes_the_one_that_is_given(trained, tmp_path):
     assert read.scales == [ALPHA / RANK, 2.0]
 
 
-@pytest.mark.parametrize("header", [{"cogds": "{"}, {"lora_config": "[1]"}, {"lora_adapter_metadata": "{"}])
-def test_a_damaged_header_is_refused(trained, tmp_path, header):
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ({"cogds": "{"}, "the settings in it"),
+        ({"lora_config": "[1]"}, "the settings in it"),
+        ({"lora_adapter_metadata": "{"}, "the settings in it"),
+        ({"lora_adapter_metadata": '{"transformer.alpha_pattern": [1]}'}, "alpha_pattern is"),
+        ({"lora_adapter_metadata": '{"transformer.lora_alpha": 0}'}, "has alpha 0"),
+    ],
+)
+def test_a_damaged_header_is_refused(trained, tmp_path, header, message):
     save_file(trained.state, tmp_path / "x.safetensors", header)
-    with pytest.raises(UserError, match=r"x\.safetensors: the settings in it"):
+    with pytest.raises(UserError, match=rf"x\.safetensors: .*{message}"):
+        read_lora(tmp_path)
+
+
+def test_an_alpha_of_several_numbers_is_refused(trained, tmp_path):
+    tensors = {**trained.state, "transformer_blocks.0.attn1.to_q.alpha": torch.ones(2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"to_q has alpha \[1\.0, 1\.0\]"):
         read_lora(tmp_path)

@@ -16,7 +16,7 @@ setup(
     package_data={"cogds.report": ["*.j2"]},
     # Each floor was installed and trained with: `make test-versions VERSIONS=lowest`.
     install_requires=[
-        # The first whose wheels bring a cuDNN with sound bf16 3-D convolutions, which the VAE needs: with that of 2.8 they
+        # The first whose wheels bring a cuDNN with sound bf16 3-D convolutions, which the VAE needs: with 2.8's they
         # are wrong (pytorch#163539), 2.9 and 2.10 do without and take several times the memory (pytorch#166643).
         "torch>=2.11",
         "deepspeed>=0.19.8",  # earlier versions train on after a gradient that is NaN, in fp32 and under autocast

@@ -179,8 +179,9 @@ class LoraConfig:
         "which linear layers get an adapter, by the end of their name; or all-linear",
     )
     init_from: str | None = field_(
-        None, "start from this LoRA: a .safetensors file or folder, of diffusers or PEFT, of the same rank and layers"
+        None, "start from this LoRA: a .safetensors file or folder, in any format, of the same rank and layers"
     )
+    init_alpha: float | None = field_(None, "alpha of lora.init_from if its file names none; null: its rank", gt=0)
 
 
 @dataclass(frozen=True)
@@ -585,6 +586,10 @@ def _apply(cfg: RunConfig, settings: Sequence[_Setting]) -> RunConfig:
     for name, key in KEYS.items():
         _check_value(name, key, get(result, name), places.get(name, "by default"))
     _check_sets(result.data, places)
+    if result.lora.init_alpha is not None and not result.lora.init_from:
+        raise UserError(
+            f"lora.init_alpha: set {places['lora.init_alpha']}, but lora.init_from is not. Set that, or remove this."
+        )
     for name in ("bucket_sizes", "bucket_aspect_ratios", "bucket_frames"):
         if not result.data.buckets and not getattr(result.data, name):
             raise UserError(

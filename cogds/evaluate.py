@@ -36,9 +36,10 @@ from cogds.data.dataset import Item, collate, read_encoded
 from cogds.data.index import ClipIndex, IndexedClip
 from cogds.errors import UserError, brief
 from cogds.model.attention import use
+from cogds.model.convert import check_all_fit, load_adapter
 from cogds.model.load import DTYPES, ModelFolder, find_model, load_transformer
-from cogds.model.lora import load_into
-from cogds.model.lora_file import read_metadata
+from cogds.model.lora import add_lora
+from cogds.model.lora_file import LoraFile, describe_lora, read_loras
 from cogds.model.quantize import check_base
 from cogds.prepare.encoding import EncodedData, prepare
 from cogds.prepare.order import batch_sizes
@@ -356,7 +357,8 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
         _add_arguments,
     )
     cfg, _ = load_config(args.config or str(default_config), args.overrides)
-    convention = read_metadata(args.lora).get("image_latents") if args.lora else None
+    loras = read_loras([args.lora] if args.lora else [], args.lora_alpha, "--lora-alpha")
+    convention = loras[0].metadata.get("image_latents") if loras else None
     cfg = replace(
         cfg,
         {
@@ -367,12 +369,16 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
         },
     )
     model = find_model(cfg.model.path, cfg.model.revision)
+    check_all_fit(loras, model)
     buckets, world = make_buckets(cfg, model), read_world()
+    if world.rank == 0:
+        for lora in loras:
+            print("\n".join(describe_lora(lora, "--lora-alpha")), file=sys.stderr)
     check_base(cfg.model.base, cfg.model.matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
     data = prepare(cfg, model, buckets, world)
-    transformer = load_evaluated(cfg, model, world.device, args.lora)
+    transformer = load_evaluated(cfg, model, world.device, loras)
     builder = load_step_builder(
         model, cfg.conditioning, data.no_caption_states, DTYPES[cfg.train.precision], world.device
     )
@@ -388,15 +394,18 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
 
 def _add_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--lora", metavar="LORA", help="a LoRA file or folder; none: the base model")
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="ALPHA", help="its alpha if the file names none; default: rank"
+    )
     parser.add_argument("--all", action="store_true", help="evaluate every clip, not only eval.num_clips of them")
 
 
-def load_evaluated(cfg: RunConfig, model: ModelFolder, device: torch.device, lora: str | None) -> Any:
-    """The whole transformer as the config has it, with a LoRA or without, ready to compute."""
+def load_evaluated(cfg: RunConfig, model: ModelFolder, device: torch.device, loras: Sequence[LoraFile] = ()) -> Any:
+    """The whole transformer as the config has it, with a LoRA that fits it or without, ready to compute."""
     dtype = DTYPES[cfg.train.precision]
     transformer = load_transformer(model, dtype, device, cfg.model.base, cfg.model.matmul)
-    if lora:
-        load_into(transformer, lora)
+    for lora in loras:
+        add_lora(transformer, load_adapter(lora))
     if cfg.model.attention != "auto":
         use(cfg.model.attention, device)
         transformer.set_kernel(cfg.model.attention)

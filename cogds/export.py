@@ -15,7 +15,7 @@ from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError
 from cogds.files import whole_folder
 from cogds.model.convert import (
-    check_fits,
+    check_all_fit,
     check_scale,
     load_adapter,
     save_comfyui,
@@ -23,8 +23,8 @@ from cogds.model.convert import (
     save_diffusers,
 )
 from cogds.model.hub import check_repo, listed, push
-from cogds.model.load import ModelFolder, empty_transformer, find_model
-from cogds.model.lora_file import LoraFile, read_lora
+from cogds.model.load import ModelFolder, find_model
+from cogds.model.lora_file import LoraFile, describe_lora, read_loras
 from cogds.model.merge import other_files, save_merged, save_other_parts, weights_of
 
 FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", "merged")
@@ -51,12 +51,14 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {output} is there already: give a folder that is not, or remove it")
     check_scale(args.scale)
-    given = parse_loras(args.lora, args.scale)
+    given = parse_loras(args.lora, args.scale, args.lora_alpha)
     if len(given) > 1 and args.to != "merged":
         raise UserError(f"{len(given)} LoRAs were given, which only --to merged makes one of: export them one by one")
     model = base_model(args.model, given, needed=args.to == "merged")
     if model:
-        check_all_fit(given, model)
+        check_all_fit([one.file for one in given], model)
+    for one in given:
+        print("\n".join(describe_lora(one.file, "--lora-alpha")), file=sys.stderr)
     if args.push_to:
         given = [replace(one, file=replace(one.file, metadata=shareable(one.file.metadata))) for one in given]
     facts = facts_of(given, model)
@@ -93,6 +95,9 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder; its name is the LoRA's")
     parser.add_argument("--model", help="hub id or folder of the base model; default: the one it was trained on")
     parser.add_argument("--scale", type=float, default=1.0, help="times its strength; default 1, as it was trained")
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="ALPHA", help="for LoRAs whose file names none; default: their rank"
+    )
     parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as the LoRA's, merged as the model's")
     parser.add_argument(
         "--pipeline",
@@ -110,7 +115,7 @@ def _parse(argv: Sequence[str]) -> argparse.Namespace:
     return args
 
 
-def parse_loras(words: Sequence[str], scale: float) -> list[Given]:
+def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) -> list[Given]:
     """`PATH [WEIGHT] PATH [WEIGHT] ...`, the headers read; weights times `scale`.
 
     Raises UserError where a path is no LoRA, or a weight no number.
@@ -125,7 +130,8 @@ def parse_loras(words: Sequence[str], scale: float) -> list[Given]:
             given[-1] = (given[-1][0], number)
         else:
             raise UserError(f"there is no LoRA at {word}: give its path first, and its weight after it")
-    return [Given(read_lora(path), scale * weight) for path, weight in given]
+    files = read_loras([path for path, _ in given], alpha, "--lora-alpha")
+    return [Given(file, scale * weight) for file, (_, weight) in zip(files, given, strict=True)]
 
 
 def _number(word: str) -> float | None:
@@ -149,13 +155,6 @@ def base_model(path: str | None, given: Sequence[Given], needed: bool) -> ModelF
     if needed:
         raise UserError(f"{given[0].file.path} does not say what it was trained on: give --model")
     return None
-
-
-def check_all_fit(given: Sequence[Given], model: ModelFolder) -> None:
-    """Raise UserError, naming the layer, for a LoRA that was made for another model."""
-    shapes = {name: tuple(weight.shape) for name, weight in empty_transformer(model).named_parameters()}
-    for one in given:
-        check_fits(one.file, shapes, model.path)
 
 
 def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any]:

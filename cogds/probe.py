@@ -120,7 +120,7 @@ def main(default_config: Path, argv: list[str] | None = None) -> None:
             f"give {MIN_CLIPS} or more"
         )
     dtype = DTYPES[cfg.train.precision]
-    transformer = load_evaluated(cfg, model, world.device, None)
+    transformer = load_evaluated(cfg, model, world.device)
     vae = load_vae(model, dtype, world.device)
 
     def builder(conditioning: ConditioningConfig) -> StepBuilder:

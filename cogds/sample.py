@@ -1,10 +1,9 @@
 """Make videos from images and prompts, with the diffusers pipeline and LoRAs."""
 
 import argparse
-import re
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -17,9 +16,10 @@ from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video import write_video
 from cogds.errors import UserError
 from cogds.files import whole_file
-from cogds.model.load import DTYPES, ModelFolder, TextEncoder, empty_transformer, find_model
-from cogds.model.lora import linear_layers
-from cogds.model.lora_file import lora_file, opened, read_metadata
+from cogds.model.convert import check_all_fit, load_adapter
+from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
+from cogds.model.lora import add_lora
+from cogds.model.lora_file import LoraFile, describe_lora, read_loras
 from cogds.model.pipeline import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
 from cogds.videos.mosaic import evenly, grid, labelled, shrunk
 from cogds.videos.prompts import find_requests
@@ -32,18 +32,19 @@ STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames of a strip, pixels of each
 
 @dataclass(frozen=True)
 class Lora:
-    """A LoRA file, its strength beside others, and what its trainer recorded."""
+    """A LoRA and its weight beside others."""
 
-    file: Path
+    file: LoraFile
     weight: float
-    metadata: Mapping[str, Any]
 
 
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, sample, write. What can be wrong is said before the weights are loaded."""
     args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
     model = find_model(args.model)
-    loras = find_loras(args.lora or [], model)
+    loras = find_loras(args.lora or [], args.lora_alpha, model)
+    for lora in loras:
+        print("\n".join(describe_lora(lora.file, "--lora-alpha")), file=sys.stderr)
     requests = find_requests(args.prompt or [], args.image or [], args.list)
     fps = args.fps or float(agreed(loras, "fps", TRAINED_FPS))
     buckets = trained_buckets(agreed(loras, "buckets", []))
@@ -63,8 +64,7 @@ def main(argv: list[str] | None = None) -> None:
     pipeline = load_pipeline(model, dtype)
     num_calls(pipeline, args.steps)  # refuses more than there are
     for number, lora in enumerate(loras):
-        pipeline.load_lora_weights(lora.file, adapter_name=f"lora{number}", use_safetensors=True)
-    pipeline.transformer.eval()  # the dropout that a LoRA was trained with is loaded with it, and would be at work
+        add_lora(pipeline.transformer, load_adapter(lora.file), f"lora{number}")
     convention = agreed(loras, "image_latents", "pipeline", silent="pipeline")
     if use_convention(pipeline, convention) != 1.0:
         print(f"this LoRA was trained with image latents '{convention}', not as diffusers makes them: followed here")
@@ -122,6 +122,7 @@ def _parser() -> argparse.ArgumentParser:
         default=[1.0],
         help="strength of the LoRAs; 1 is as they were trained; several make a video each, and a grid of them",
     )
+    add("--lora-alpha", type=float, metavar="ALPHA", help="for LoRAs whose file names none; default: their rank")
     add("--image", action="append", help="the first frame; resized to cover the size, then cropped; may be repeated")
     add("--prompt", action="append", help="what the video shows; may be repeated, with as many images or one for all")
     add(
@@ -146,28 +147,20 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def find_loras(given: Sequence[Sequence[str]], model: ModelFolder) -> list[Lora]:
+def find_loras(given: Sequence[Sequence[str]], alpha: float | None, model: ModelFolder) -> list[Lora]:
     """The LoRAs of the command line, each a path and maybe a weight. Raises UserError where one does not fit."""
-    linears = set(linear_layers(empty_transformer(model))) if given else set()
-    loras = []
+    numbers = []
     for path, *weights in given:
         try:
-            weight = float(*weights) if weights else 1.0
+            numbers.append(float(*weights) if weights else 1.0)
         except (TypeError, ValueError):
             raise UserError(
                 f"--lora {path} {' '.join(weights)}: after the LoRA one number may stand, its weight; another LoRA "
                 "needs a --lora of its own"
             ) from None
-        file = lora_file(path)
-        with opened(file) as tensors:
-            names = [re.fullmatch(r"transformer\.(.+)\.lora_[AB]\.weight", name) for name in tensors.keys()]  # noqa: SIM118
-        if strange := sorted({match[1] for match in names if match} - linears):
-            raise UserError(
-                f"--lora {file} has a layer {strange[0]}, which the transformer in {model.path} has not: it was made "
-                "for another model; give the model that it was trained on"
-            )
-        loras.append(Lora(file, weight, read_metadata(file)))
-    return loras
+    files = read_loras([path for path, *_ in given], alpha, "--lora-alpha")
+    check_all_fit(files, model)
+    return [Lora(file, weight) for file, weight in zip(files, numbers, strict=True)]
 
 
 def agreed(loras: Sequence[Lora], name: str, default: Any, silent: Any = None) -> Any:
@@ -175,8 +168,9 @@ def agreed(loras: Sequence[Lora], name: str, default: Any, silent: Any = None) -
 
     silent: what a LoRA that does not say it was trained with all the same; None: nobody knows.
     """
+    files = [lora.file for lora in loras]
     said = [
-        (lora.file, lora.metadata.get(name, silent)) for lora in loras if name in lora.metadata or silent is not None
+        (file.path, file.metadata.get(name, silent)) for file in files if name in file.metadata or silent is not None
     ]
     for file, value in said[1:]:
         if value != said[0][1]:

@@ -21,7 +21,8 @@ from cogds.errors import Interrupted
 from cogds.evaluate import make_evaluation
 from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
-from cogds.model.lora import check_start, describe_start, export, inject, resolve_targets, start_from
+from cogds.model.lora import INIT_ALPHA, check_start, describe_start, export, inject, resolve_targets, start_from
+from cogds.model.lora_file import LoraFile, read_loras
 from cogds.model.sequence import check_sequence
 from cogds.prepare.demo import make_demo, only_own_demo
 from cogds.prepare.encoding import prepare
@@ -126,8 +127,8 @@ def train(
         return found and found[:2]
 
     found, facts = on_rank0(world, look) or (None, {})
-    init_from = None if found else cfg.lora.init_from
-    start = on_rank0(world, lambda: check_init(cfg, model, init_from)) if init_from else []
+    init_from = bool(cfg.lora.init_from) and not found
+    start = on_rank0(world, lambda: check_init(cfg, model)) if init_from else []
 
     def tell(survey: Survey) -> None:
         report = run_report(cfg, ds_config, model, survey, clip_table(survey), world.size, memory_of(world.device))
@@ -176,7 +177,7 @@ def train(
     transformer = load_for_stage(model, dtype, ds_config, world, cfg.model.base, cfg.model.matmul)
     parameters = inject(transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
     if init_from:
-        start_from(transformer, init_from)
+        start_from(transformer, init_lora(cfg))
     transformer.train()
     prepare_blocks(transformer, execution)
     share_clips(transformer, world, cfg.train.timeout_s)
@@ -246,11 +247,18 @@ def made_again(cfg: RunConfig, first_step: int) -> tuple[str, ...]:
     return ("eval/",) * losses + (f"{OCCASION}/",) * (losses or videos)
 
 
-def check_init(cfg: RunConfig, model: ModelFolder, path: str) -> list[str]:
+def init_lora(cfg: RunConfig) -> LoraFile:
+    """The LoRA of `lora.init_from`, which is set. Raises UserError if it is none."""
+    assert cfg.lora.init_from
+    return read_loras([cfg.lora.init_from], cfg.lora.init_alpha, INIT_ALPHA)[0]
+
+
+def check_init(cfg: RunConfig, model: ModelFolder) -> list[str]:
     """What a run that begins with this LoRA begins with, for people. Raises UserError where it does not fit."""
-    probe = empty_transformer(model)
+    file, probe = init_lora(cfg), empty_transformer(model)
     inject(probe, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed)
-    return describe_start(check_start(probe, path), cfg.conditioning.image_latents)
+    check_start(probe, file)
+    return describe_start(file, cfg.conditioning.image_latents)
 
 
 def weights_digest(cfg: RunConfig, model: ModelFolder) -> str:

@@ -16,7 +16,7 @@ from safetensors import safe_open
 import cogds.export
 from cogds.errors import UserError
 from cogds.export import main
-from cogds.model.lora_file import read_metadata
+from cogds.model.lora_file import read_lora
 from tests.model.adapters import output, output_in_diffusers, write_lora
 from tests.model.test_lora import example_inputs
 
@@ -74,7 +74,7 @@ def test_another_convention_is_warned_of_or_within_the_weights(tiny_model, lora,
     assert (
         "warning: it was trained with image latents 'scaled', which other tools do not know" in capsys.readouterr().out
     )
-    assert read_metadata(tmp_path / "d")["image_latents"] == "scaled"
+    assert read_lora(tmp_path / "d").metadata["image_latents"] == "scaled"
     assert "image_latents * 0.4" in (tmp_path / "d/README.md").read_text()
     main([str(folder), "--to", "comfyui", "--output", str(tmp_path / "c"), "--model", str(tiny_model)])
     assert "warning" not in capsys.readouterr().out
@@ -134,7 +134,9 @@ Usage = namedtuple("Usage", "total used free")
         (["--to", "diffusers", "--public"], "--public goes with --push-to"),
         (["--to", "diffusers", "--sample", "nowhere.mp4"], "--sample nowhere.mp4 is not there"),
         (["{lora}", "0.5", "{lora}", "--to", "comfyui"], "2 LoRAs were given, which only --to merged makes one of"),
-        (["{lora}", "much", "--to", "merged"], "there is no LoRA at much"),
+        (["{lora}", "much", "--to", "merged"], "much: no LoRA here"),
+        (["--to", "diffusers", "--lora-alpha", "8"], "--lora-alpha: .*names its alpha"),
+        (["--to", "diffusers", "--lora-alpha", "nan"], "--lora-alpha: nan is no alpha"),
         (["0.7", "--to", "merged"], "give its path first"),
         (["--to", "diffusers", "--push-to", "nobody"], "is no repository of the hub: give OWNER/NAME"),
     ],
@@ -172,7 +174,7 @@ def test_another_models_lora_is_refused(tiny_model, lora, tmp_path):
     shutil.copytree(tiny_model, other)
     config = json.loads((other / "transformer/config.json").read_text())
     (other / "transformer/config.json").write_text(json.dumps(config | {"num_layers": 1}))
-    with pytest.raises(UserError, match=r"it has a layer transformer_blocks\.1\.attn1\.to_[kqv]\S*, which"):
+    with pytest.raises(UserError, match=r"layer transformer_blocks\.1\.attn1\.to_\S+ is .* and is missing"):
         main([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(other)])
 
 

@@ -12,6 +12,7 @@ from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
 from cogds.model.lora import export, inject
+from cogds.model.lora_file import AlphaSource, LoraFile
 from cogds.model.pipeline import load_pipeline, num_calls, use_convention
 from cogds.sample import Lora, agreed, trained_buckets
 from cogds.videos.scene import first_frame, fitting_bucket
@@ -132,8 +133,12 @@ def test_several_loras_add_up(sample, capsys):
 
 
 def test_a_lora_that_does_not_say_its_convention_counts_as_the_pipelines(capsys):
-    scaled = Lora(Path("scaled"), 1.0, {"image_latents": "scaled", "fps": 8.0})
-    silent, own = Lora(Path("silent"), 1.0, {}), Lora(Path("own"), 1.0, {"image_latents": "pipeline"})
+    scaled, silent, own = (
+        Lora(LoraFile(Path(name), {}, AlphaSource.FILE, metadata), 1.0)
+        for name, metadata in (
+            ("scaled", {"image_latents": "scaled", "fps": 8.0}), ("silent", {}), ("own", {"image_latents": "pipeline"})
+        )
+    )  # fmt: skip
     for loras, expected, warned in (
         ([scaled, silent], "scaled", True), ([silent, scaled], "pipeline", True), ([silent, own], "pipeline", False),
         ([silent], "pipeline", False), ([], "pipeline", False),
@@ -161,8 +166,9 @@ def test_no_step_is_made_at_a_timestep_that_is_none(model, kind):
     "argv, said",
     [
         (["--lora", "{folder}/pipeline", "much"], "after the LoRA one number may stand"),
-        (["--lora", "{folder}/other"], "has a layer transformer_blocks.7.attn1.to_q, which the transformer"),
-        (["--lora", "{folder}/none"], "there is no LoRA at"),
+        (["--lora", "{folder}/other"], "layer transformer_blocks.7.attn1.to_q is 1x1 in the LoRA and is missing"),
+        (["--lora", "{folder}/none"], "none: no LoRA here"),
+        (["--lora-alpha", "8"], "--lora-alpha: .*names its alpha"),
         (["--image", "{folder}/none.png"], "none.png: the file does not exist"),
         (["--size", "10x64x64"], "the nearest valid size is 9x64x64"),
         (["--prompt", "a second", "--prompt", "a third", "--image", "{folder}/first.png"], "3 --prompt and 2 --image"),
@@ -174,7 +180,8 @@ def test_no_step_is_made_at_a_timestep_that_is_none(model, kind):
     ],
 )  # fmt: skip
 def test_what_is_wrong_is_said_before_a_weight_is_loaded(sample, monkeypatch, argv, said):
-    save_file({"transformer.transformer_blocks.7.attn1.to_q.lora_A.weight": torch.zeros(1)}, sample.folder / "x")
+    layer = "transformer.transformer_blocks.7.attn1.to_q"
+    save_file({f"{layer}.lora_{half}.weight": torch.zeros(1, 1) for half in "AB"}, sample.folder / "x")
     (sample.folder / "other").mkdir()
     (sample.folder / "x").rename(sample.folder / "other/pytorch_lora_weights.safetensors")
     monkeypatch.setattr(cogds.sample, "TextEncoder", None)

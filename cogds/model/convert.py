@@ -4,6 +4,7 @@
     comfyui            ComfyUI's names for its own CogVideoX class, alpha as a tensor of every layer
     comfyui-wrapper    diffusers' names, for the custom node ComfyUI-CogVideoXWrapper: it loads with whatever diffusers
                        is installed beside it, of which older ones pass over alpha, so alpha/rank is within the weights
+                       and the header has no alpha
 
 What this project records of a LoRA (the image-latent convention, sizes, ...) travels in the header of each.
 """
@@ -12,7 +13,7 @@ import json
 import math
 import re
 from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,8 +24,13 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from cogds.errors import UserError
-from cogds.model.formats import COMFYUI_PREFIX, comfyui_name
-from cogds.model.lora_file import DIFFUSERS_PREFIX, OWN_METADATA_KEY, LoraFile, opened
+from cogds.model.formats import COMFYUI_PREFIX, DIFFUSERS_PREFIX, comfyui_name
+from cogds.model.load import ModelFolder, empty_transformer
+from cogds.model.lora_file import ALPHA_IN_WEIGHTS, OWN_METADATA_KEY, LoraFile, opened
+
+# What diffusers gives to `peft.LoraConfig`, all of it: a field that the installed PEFT does not know is a TypeError
+# there, and every version since 0.15 at least knows these. They are all that a plain LoRA needs.
+HEADER_FIELDS = ("r", "lora_alpha", "target_modules", "rank_pattern", "alpha_pattern")
 
 
 @dataclass(frozen=True)
@@ -63,7 +69,9 @@ def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None =
         value = tensors.get_tensor(key)
         value = value.to(dtype or value.dtype)
         if not torch.isfinite(value.float()).all():
-            raise UserError(f"{file.path} holds values in '{key}' that are not finite: export it from another step")
+            raise UserError(
+                f"{file.path}: '{key}' holds values that are not finite. Export the LoRA from another step."
+            )
         return value.contiguous()
 
     with opened(file.path) as tensors:
@@ -99,28 +107,33 @@ def peft_config(adapter: Adapter) -> LoraConfig:
     )
 
 
+def own_header(metadata: Mapping[str, Any]) -> dict[str, str]:
+    """A safetensors header with what this project records of a LoRA."""
+    return {"format": "pt", OWN_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)}
+
+
 def diffusers_header(config: LoraConfig, metadata: Mapping[str, Any]) -> dict[str, str]:
-    """The safetensors header of a LoRA in diffusers' format.
+    """The safetensors header of a LoRA in diffusers' format, which any diffusers since 0.34 reads with any PEFT.
 
     Without the dropout it was trained with: diffusers would put it into the pipeline, and leave it switched on.
     """
-    fields = config.to_dict() | {"lora_dropout": 0.0}
-    adapter = {f"{DIFFUSERS_PREFIX}{key}": value for key, value in fields.items()}
+    fields = config.to_dict()
+    adapter = {f"{DIFFUSERS_PREFIX}{name}": fields[name] for name in HEADER_FIELDS}
+    return own_header(metadata) | {LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, default=sorted, sort_keys=True)}
+
+
+def _diffusers_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
     return {
-        "format": "pt",
-        LORA_ADAPTER_METADATA_KEY: json.dumps(adapter, default=sorted, sort_keys=True),
-        OWN_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True),
+        f"{DIFFUSERS_PREFIX}{name}.lora_{half}.weight": tensor
+        for name, layer in adapter.layers.items()
+        for half, tensor in (("A", layer.a), ("B", layer.b))
     }
 
 
 def save_diffusers(adapter: Adapter, folder: Path) -> Path:
     """Write diffusers' file into the folder; returns its path."""
     file = folder / LORA_WEIGHT_NAME_SAFE
-    tensors = {}
-    for name, layer in adapter.layers.items():
-        tensors[f"{DIFFUSERS_PREFIX}{name}.lora_A.weight"] = layer.a
-        tensors[f"{DIFFUSERS_PREFIX}{name}.lora_B.weight"] = layer.b
-    save_file(tensors, file, diffusers_header(peft_config(adapter), adapter.metadata))
+    save_file(_diffusers_tensors(adapter), file, diffusers_header(peft_config(adapter), adapter.metadata))
     return file
 
 
@@ -132,31 +145,33 @@ def save_comfyui(adapter: Adapter, file: Path) -> None:
         # `down` and `up` rather than `A` and `B`: the wrapper refuses the former, and would pass over the latter.
         tensors[f"{prefix}.lora_down.weight"], tensors[f"{prefix}.lora_up.weight"] = layer.a, layer.b
         tensors[f"{prefix}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
-    save_file(tensors, file, {"format": "pt", OWN_METADATA_KEY: json.dumps(dict(adapter.metadata), sort_keys=True)})
+    save_file(tensors, file, own_header(adapter.metadata))
 
 
 def save_comfyui_wrapper(adapter: Adapter, file: Path) -> None:
     """Write the file that ComfyUI-CogVideoXWrapper reads; diffusers reads it as well."""
-    adapter = baked(adapter)
-    save_diffusers(adapter, file.parent).rename(file)
+    save_file(_diffusers_tensors(baked(adapter)), file, own_header({**adapter.metadata, ALPHA_IN_WEIGHTS: True}))
 
 
-def check_fits(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: Path) -> None:
-    """Raise UserError, naming the layer, where a LoRA was made for another model.
+def check_all_fit(files: Iterable[LoraFile], model: ModelFolder) -> None:
+    """Raise UserError, naming the layer, for a LoRA that was made for another model."""
+    shapes = {name: tuple(weight.shape) for name, weight in empty_transformer(model).named_parameters()}
+    for file in files:
+        check_fits(file, shapes, model.path)
+
+
+def check_fits(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: Path | str) -> None:
+    """Raise UserError, naming the layer, if a LoRA was made for another model.
 
     shapes: of the model's weights, by name.
     """
     for name, pair in file.pairs.items():
         shape, wanted = shapes.get(f"{name}.weight"), (pair.num_out, pair.num_in)
-        if shape is None:
+        if shape != wanted:
+            problem = "is missing" if shape is None else f"is {'x'.join(map(str, shape))}"
             raise UserError(
-                f"{file.path} does not fit {model}: it has a layer {name}, which that transformer has not; give the "
-                "model that it was trained on"
-            )
-        if tuple(shape) != wanted:
-            raise UserError(
-                f"{file.path} does not fit {model}: layer {name} is {wanted[0]}x{wanted[1]} in the LoRA and "
-                f"{'x'.join(map(str, shape))} in the transformer; give the model that it was trained on"
+                f"{file.path}: does not fit {model}: layer {name} is {wanted[0]}x{wanted[1]} in the LoRA and {problem} "
+                "in the transformer. Pass the model that the LoRA was trained on."
             )
 
 

@@ -1,4 +1,4 @@
-"""The adapter: injected into the transformer, filled from a file, exported to one.
+"""The adapter: injected into the transformer, filled from a LoRA or added as one, exported to a file.
 
 What is exported is what was trained: rank and alpha travel in the file as diffusers' own metadata (without it a LoRA
 of alpha 2r loads at half its strength), and beside it what only this project records: the image-latent convention.
@@ -17,20 +17,21 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from cogds.errors import UserError, did_you_mean
-from cogds.model.convert import diffusers_header
-from cogds.model.lora_file import LoraFile, lora_file, opened, read_lora
+from cogds.model.convert import Adapter, check_fits, diffusers_header, load_adapter, peft_config
+from cogds.model.lora_file import LoraFile, describe_lora, join_values
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # the name that diffusers' add_adapter gives
+INIT_ALPHA = "lora.init_alpha"
 
 
-def linear_layers(transformer: torch.nn.Module) -> list[str]:
-    """Full names of the transformer's own Linear layers, whether a LoRA has been injected or not."""
-    return [
-        name.removesuffix(".base_layer")
+def linear_layers(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
+    """(outputs, inputs) of the transformer's own Linear layers by full name, whether a LoRA was injected or not."""
+    return {
+        name.removesuffix(".base_layer"): (module.out_features, module.in_features)
         for name, module in transformer.named_modules()
         if isinstance(module, torch.nn.Linear) and not re.search(r"\.lora_[AB]\.", name)
-    ]
+    }
 
 
 def resolve_targets(transformer: torch.nn.Module, target_modules: Sequence[str]) -> list[str]:
@@ -42,7 +43,7 @@ def resolve_targets(transformer: torch.nn.Module, target_modules: Sequence[str])
     if not target_modules:
         raise UserError(f"lora.target_modules is empty: name Linear layers, such as to_q, or [{ALL_LINEAR}]")
     if list(target_modules) == [ALL_LINEAR]:
-        return linears
+        return list(linears)
     chosen = []
     for target in target_modules:
         matches = [name for name in linears if name == target or name.endswith("." + target)]
@@ -95,55 +96,44 @@ def export(folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], 
     return folder / LORA_WEIGHT_NAME_SAFE
 
 
-def load_into(transformer: Any, path: str | Path) -> None:
-    """Add a LoRA file to a transformer, as `pipe.load_lora_weights` does. Raises UserError where there is none."""
-    file = lora_file(path)
-    with opened(file):  # what this refuses, diffusers would try as a pickle
-        state, metadata = CogVideoXImageToVideoPipeline.lora_state_dict(
-            file, use_safetensors=True, return_lora_metadata=True
-        )
-    CogVideoXImageToVideoPipeline.load_lora_into_transformer(state, transformer, metadata=metadata)
+@torch.no_grad()
+def add_lora(transformer: Any, adapter: Adapter, name: str = ADAPTER) -> None:
+    """Add a LoRA to a transformer that it fits, as its adapter `name`, in the transformer's dtype, on its device."""
+    transformer.add_adapter(peft_config(adapter), name)
+    injected = {layer: module for layer, module in _injected(transformer).items() if name in module.lora_A}
+    if injected.keys() != adapter.layers.keys():
+        raise RuntimeError(f"PEFT chose other layers: {sorted(injected.keys() ^ adapter.layers.keys())[:4]}, ...")
+    for layer, module in injected.items():
+        module.lora_A[name].weight.copy_(adapter.layers[layer].a)
+        module.lora_B[name].weight.copy_(adapter.layers[layer].b)
 
 
 def _injected(transformer: torch.nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
-def check_start(transformer: torch.nn.Module, path: str | Path) -> LoraFile:
-    """Whether `start_from` would do, having read nothing but the file's header. Returns what that says.
+def check_start(transformer: torch.nn.Module, file: LoraFile) -> None:
+    """Whether `start_from` would do, having read nothing but the file's header.
 
     transformer: after `inject`; without memory for its weights will do. Raises UserError naming what the file has, what
-    the run has and what to set, or saying why the file cannot be used.
+    the run has and what to set, or the layer that the transformer does not have.
     """
-    file, layers = read_lora(path), _injected(transformer)
-    linears = linear_layers(transformer)
-    if strange := [name for name in file.pairs if name not in linears]:
-        raise UserError(
-            f"lora.init_from: {file.path} has a layer {strange[0]}, which this transformer has not: it was made for "
-            "another model, or by a tool that names layers in a way of its own; convert it to diffusers' format"
-        )
+    layers, linears = _injected(transformer), linear_layers(transformer)
+    check_fits(file, {f"{name}.weight": shape for name, shape in linears.items()}, "this run's model")
     if len(file.ranks) > 1:
         raise UserError(
-            f"lora.init_from: {file.path} has layers of ranks {', '.join(map(str, file.ranks))}; here all have one "
-            "rank: give a LoRA of one rank"
+            f"lora.init_from: {file.path} has layers of ranks {join_values(file.ranks)}, but a run has one rank. "
+            "Pass a LoRA of one rank."
         )
     rank, wanted = file.ranks[0], next(iter(layers.values())).r[ADAPTER]
-    theirs, own = targets_of(file.pairs, linears), targets_of(layers, linears)
+    theirs, own = targets_of(file.pairs, list(linears)), targets_of(layers, list(linears))
     settings = [f"lora.rank={rank}"] if rank != wanted else []
     settings += [f"'lora.target_modules=[{','.join(theirs)}]'"] if set(file.pairs) != set(layers) else []
     if settings:
         raise UserError(
-            f"lora.init_from: {file.path} has rank {rank} on {len(file.pairs)} layers ({_listed(theirs)}), this run "
-            f"rank {wanted} on {len(layers)} ({_listed(own)}): set {' '.join(settings)}"
+            f"lora.init_from: {file.path} has rank {rank} on {len(file.pairs)} layers ({join_values(theirs, 8)}), this "
+            f"run rank {wanted} on {len(layers)} ({join_values(own, 8)}). Set {' '.join(settings)}"
         )
-    for name, module in layers.items():
-        pair, (num_out, num_in) = file.pairs[name], (module.out_features, module.in_features)
-        if (pair.num_out, pair.num_in) != (num_out, num_in):
-            raise UserError(
-                f"lora.init_from: {file.path} was made for another model: layer {name} is {pair.num_out}x{pair.num_in} "
-                f"there and {num_out}x{num_in} here"
-            )
-    return file
 
 
 def targets_of(layers: Iterable[str], linears: Sequence[str]) -> list[str]:
@@ -162,29 +152,20 @@ def targets_of(layers: Iterable[str], linears: Sequence[str]) -> list[str]:
     return sorted(chosen)
 
 
-def _listed(names: Sequence[str], limit: int = 8) -> str:
-    return ", ".join(names[:limit]) + (", ..." if len(names) > limit else "")
-
-
 @torch.no_grad()
-def start_from(transformer: torch.nn.Module, path: str | Path) -> LoraFile:
-    """Fill the adapter that `inject` made with a LoRA file's weights. The caller's parameters are whole.
+def start_from(transformer: torch.nn.Module, file: LoraFile) -> None:
+    """Fill the adapter that `inject` made with a LoRA's weights. The caller's parameters are whole.
 
     The file's strength is kept: B is scaled by alpha/rank there over alpha/rank here, so that the transformer gives
     what the file gave, whatever lora.alpha is. Raises UserError as `check_start` does, and for values that are not
     finite.
     """
-    file = check_start(transformer, path)
-    with opened(file.path) as tensors:
-        for name, module in _injected(transformer).items():
-            pair = file.pairs[name]
-            factor = pair.scale / module.scaling[ADAPTER]
-            for half, key, scale in ((module.lora_A, pair.a, 1.0), (module.lora_B, pair.b, factor)):
-                value = tensors.get_tensor(key).float() * scale
-                if not torch.isfinite(value).all():
-                    raise UserError(f"lora.init_from: {file.path} holds values in '{key}' that are not finite")
-                half[ADAPTER].weight.copy_(value)
-    return file
+    check_start(transformer, file)
+    adapter = load_adapter(file, dtype=torch.float32)
+    for name, module in _injected(transformer).items():
+        layer = adapter.layers[name]
+        module.lora_A[ADAPTER].weight.copy_(layer.a)
+        module.lora_B[ADAPTER].weight.copy_(layer.b * (layer.scale / module.scaling[ADAPTER]))
 
 
 def describe_start(file: LoraFile, image_latents: str) -> list[str]:
@@ -192,10 +173,8 @@ def describe_start(file: LoraFile, image_latents: str) -> list[str]:
 
     image_latents: `conditioning.image_latents` of the run.
     """
-    scales = sorted({pair.scale for pair in file.pairs.values()})
-    strength = ", ".join(f"{scale:g}" for scale in scales[:4])
-    source = "its alpha/rank" if file.has_alpha else "it names no alpha: alpha = rank, as diffusers takes it"
-    lines = [f"starting from {file.path}, at strength {strength} ({source})"]
+    first, *lines = describe_lora(file, INIT_ALPHA)
+    lines.insert(0, f"starting from {first}")
     theirs = file.metadata.get("image_latents", image_latents)
     if theirs != image_latents:
         lines.append(f"  it was trained with conditioning.image_latents={theirs}, this run has {image_latents}")

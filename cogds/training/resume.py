@@ -25,7 +25,7 @@ MAY_CHANGE = (
     "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
     "train.gradient_accumulation_steps", "train.recompute", "train.rehearse", "train.timeout_s", "train.step_timeout_s",
     "train.max_bad_steps", "parallel.", "eval.every", "eval.path", "eval.num_", "sample.", "checkpoint.", "monitor.",
-    "network.", "lora.init_from",
+    "network.", "lora.init_",
 )  # fmt: skip
 
 

@@ -18,7 +18,7 @@ def test_a_step_of_no_length_leaves_the_lora_that_the_run_started_from(train_onc
         f"lora.init_from={lora}", "optimizer.lr=0", "train.num_steps=1", "seed=1", launcher="warm",
     )  # fmt: skip
     file = lora / "pytorch_lora_weights.safetensors"
-    assert f"starting from {file}, at strength 2 (its alpha/rank)" in done.stdout
+    assert f"starting from LoRA {file}: 8 layers, rank 4, strength 2 (alpha from the file)" in done.stdout
     expected, tensors = adapter(source), adapter(folder, 1)
     assert tensors.keys() == expected.keys()
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())

@@ -7,9 +7,7 @@ import pytest
 import torch
 
 from cogds.errors import UserError
-from cogds.model.load import find_model, load_transformer
-from cogds.model.lora import inject, load_into, start_from
-from cogds.model.lora_file import read_lora, read_metadata
+from cogds.model.lora_file import read_lora
 
 
 class MakesFile:
@@ -22,34 +20,25 @@ class MakesFile:
         return open, (str(self.path), "w")
 
 
-@pytest.fixture
-def transformer(tiny_model):
-    return load_transformer(find_model(str(tiny_model)), torch.float32)
-
-
 @pytest.mark.parametrize("write", [lambda thing, file: file.write_bytes(pickle.dumps(thing)), torch.save])
 @pytest.mark.parametrize(
     "name, of_folder, message",
     [
-        ("pytorch_lora_weights.bin", True, "is a pickle, which can run code"),
-        ("adapter_model.bin", True, "is a pickle, which can run code"),
-        ("lora.pt", False, "is a pickle, which can run code"),
-        ("lora.ckpt", False, "is a pickle, which can run code"),
+        ("pytorch_lora_weights.bin", True, "a pickle, which can run code"),
+        ("adapter_model.bin", True, "a pickle, which can run code"),
+        ("lora.pt", False, "a pickle, which can run code"),
+        ("lora.ckpt", False, "a pickle, which can run code"),
         ("pytorch_lora_weights.safetensors", True, "not a safetensors file"),
         ("lora", False, "not a safetensors file"),
     ],
 )
-def test_a_pickle_is_never_opened(transformer, tmp_path, write, name, of_folder, message):
+def test_a_pickle_is_never_opened(tmp_path, write, name, of_folder, message):
     made, folder = tmp_path / "made", tmp_path / "lora"
     folder.mkdir()
     write(MakesFile(made), folder / name)
     path = folder if of_folder else folder / name
-    for read in (read_metadata, read_lora, lambda path: load_into(transformer, path)):
-        with pytest.raises(UserError, match=message):
-            read(path)
-    inject(transformer, 4, 4, 0.0, ["to_q"], seed=0)
     with pytest.raises(UserError, match=message):
-        start_from(transformer, path)
+        read_lora(path)
     assert not made.exists()
     trap = (folder / name).read_bytes()
     torch.load(io.BytesIO(trap), weights_only=False) if write is torch.save else pickle.loads(trap)
@@ -64,7 +53,6 @@ def test_a_file_cut_short_is_refused(tmp_path):
 
 
 def test_no_lora_there_is_said(tmp_path):
-    with pytest.raises(UserError, match=r"no LoRA at .*pytorch_lora_weights\.safetensors or adapter_model"):
-        read_lora(tmp_path)
-    with pytest.raises(UserError, match="no LoRA at"):
-        read_lora(tmp_path / "nothing")
+    for path in (tmp_path, tmp_path / "nothing", tmp_path / "nothing.bin"):
+        with pytest.raises(UserError, match=rf"{path}: no LoRA here"):
+            read_lora(path)

@@ -15,7 +15,8 @@ from cogds.core.memory import TransformerSize, base_bytes, unpacked_bytes
 from cogds.errors import UserError
 from cogds.model import quantize
 from cogds.model.load import build_transformer, find_model, load_transformer
-from cogds.model.lora import check_start, export, inject, load_into, resolve_targets
+from cogds.model.lora import check_start, export, inject, resolve_targets
+from cogds.model.lora_file import read_lora
 from cogds.model.quantize import PackedLinear, check_base, pack, pack_block, unpack
 from cogds.model.transformer import Transformer
 from tests.live_bytes import LiveBytes
@@ -285,10 +286,10 @@ def test_a_lora_trained_on_it_is_a_lora_like_any_other(tiny_model, tmp_path, bas
     with safe_open(files["packed"], "pt") as one, safe_open(files["full"], "pt") as other:
         assert set(one.keys()) == set(other.keys())
         assert one.metadata() == other.metadata()
-    check_start(full, files["packed"])
+    check_start(full, read_lora(files["packed"]))
     plain = CogVideoXTransformer3DModel.from_pretrained(model.path / "transformer").to(torch.bfloat16)
     before = plain(**batch)[0].float()
-    load_into(plain, files["packed"])
+    plain.load_lora_adapter(str(files["packed"]), use_safetensors=True)
     trained, theirs = (
         load_file(files["packed"]),
         get_peft_model_state_dict(plain, adapter_name=next(iter(plain.peft_config))),

@@ -83,7 +83,7 @@ def output(transformer):
 
 def started(transformer, path, rank=RANK, alpha=RANK, targets=ATTENTION):
     inject(transformer, rank, alpha, 0.0, targets, seed=1)
-    start_from(transformer, path)
+    start_from(transformer, read_lora(path))
     return transformer
 
 
@@ -127,10 +127,13 @@ def test_it_goes_on_training(fresh, save):
 
 def test_what_was_found_is_told(save):
     told = describe_start(read_lora(save("ours", lora_alpha=8)), "pipeline")
-    assert "strength 2 (its alpha/rank)" in told[0]
+    assert "8 layers, rank 4, strength 2 (alpha from the file)" in told[0]
     assert "conditioning.image_latents=scaled, this run has pipeline" in told[1]
-    (told,) = describe_start(read_lora(save("no alpha")), "pipeline")
-    assert "alpha = rank, as diffusers takes it" in told
+    told = describe_start(read_lora(save("no alpha")), "pipeline")
+    assert "strength 1 (the file names no alpha" in told[0]
+    assert "lora.init_alpha" in told[1]
+    (told,) = describe_start(read_lora(save("no alpha"), 2), "pipeline")
+    assert "strength 0.5 (alpha as given)" in told
 
 
 def rewrite(folder, change, name=DIFFUSERS):
@@ -146,18 +149,18 @@ def first(tensors, half="lora_A"):
 @pytest.mark.parametrize(
     "saved, run, message",
     [
-        ({"rank": 8}, {}, r"rank 8 on 8 layers .*this run rank 4 on 8 .*: set lora\.rank=8$"),
+        ({"rank": 8}, {}, r"rank 8 on 8 layers .*this run rank 4 on 8 .*\. Set lora\.rank=8$"),
         (
             {"targets": ("to_q", "to_out.0")},
             {},
-            r"rank 4 on 4 layers \(to_out\.0, to_q\), this run rank 4 on 8 \(to_k, to_out\.0, to_q, to_v\): set "
+            r"rank 4 on 4 layers \(to_out\.0, to_q\), this run rank 4 on 8 \(to_k, to_out\.0, to_q, to_v\)\. Set "
             r"'lora\.target_modules=\[to_out\.0,to_q\]'$",
         ),
         ({"targets": ("all-linear",)}, {"targets": ("to_q",)}, r"'lora\.target_modules=\[all-linear\]'$"),
         (
             {"rank": 2, "targets": ("to_q",)},
             {"targets": ("to_k",)},
-            r"set lora\.rank=2 'lora\.target_modules=\[to_q\]'",
+            r"Set lora\.rank=2 'lora\.target_modules=\[to_q\]'",
         ),
     ],
 )
@@ -165,13 +168,13 @@ def test_another_rank_or_other_layers_are_named_and_so_is_what_to_set(tiny_model
     transformer = empty_transformer(find_model(str(tiny_model)))
     inject(transformer, RANK, RANK, 0.0, run.get("targets", ATTENTION), seed=0)
     with pytest.raises(UserError, match=message):
-        check_start(transformer, save("ours", **saved))
+        check_start(transformer, read_lora(save("ours", **saved)))
 
 
 def test_a_file_that_fits_is_known_before_any_weight_is_loaded(tiny_model, save):
     transformer = empty_transformer(find_model(str(tiny_model)))
     inject(transformer, RANK, RANK, 0.0, ATTENTION, seed=0)
-    assert check_start(transformer, save("ours")).ranks == [RANK]
+    check_start(transformer, read_lora(save("ours")))
 
 
 @pytest.mark.parametrize(
@@ -179,15 +182,15 @@ def test_a_file_that_fits_is_known_before_any_weight_is_loaded(tiny_model, save)
     [
         (
             lambda t: t.update({first(t): torch.zeros(RANK, 33)}),
-            "made for another model: layer .* 32x33 there and 32x32",
+            "layer .* is 32x33 in the LoRA and is 32x32",
         ),
         (
             lambda t: t.update({first(t).replace(".0.", ".7."): t.pop(first(t)), "x": torch.zeros(1)}),
-            "holds 'x'",
+            "not only a LoRA .* the first is 'x'",
         ),
         (
             lambda t: [t.update({name.replace("blocks.0", "blocks.7"): t.pop(name)}) for name in list(t)],
-            r"has a layer transformer_blocks\.7.* made for another model, or by a tool",
+            r"layer transformer_blocks\.7.* is missing",
         ),
         (
             lambda t: t.update({first(t): torch.zeros(2, 32), first(t, "lora_B"): torch.zeros(32, 2)}),
@@ -208,11 +211,11 @@ def test_a_file_that_does_not_fit_is_refused(fresh, save, change, message):
 )
 def test_targets_are_found_again_from_their_layers(fresh, targets):
     transformer = fresh()
-    linears = linear_layers(transformer)
+    linears = list(linear_layers(transformer))
     layers = resolve_targets(transformer, targets)
     assert set(resolve_targets(transformer, targets_of(layers, linears))) == set(layers)
     inject(transformer, RANK, RANK, 0.0, targets, seed=0)
-    assert linear_layers(transformer) == linears
+    assert list(linear_layers(transformer)) == linears
 
 
 def test_peft_without_its_config_is_refused(save):
@@ -228,13 +231,13 @@ def test_peft_without_its_config_is_refused(save):
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"use_dora": True}, "is a DoRA"),
+        ({"use_dora": True}, "a DoRA"),
         ({"lora_bias": True}, "has biases"),
         ({"bias": "lora_only"}, "has biases"),
         ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa, which changes the base model"),
         ({"modules_to_save": ["proj_out"]}, "made with modules_to_save"),
-        ({"peft_type": "LOKR"}, "adapter of type LOKR"),
-        ({"lora_alpha": "much"}, "alpha 'much', which is no number"),
+        ({"peft_type": "LOKR"}, "an adapter of type LOKR"),
+        ({"lora_alpha": "much"}, "alpha 'much', which is no strength"),
     ],
 )
 def test_what_is_more_than_a_lora_is_refused(save, settings, message):
@@ -248,15 +251,18 @@ def test_what_is_more_than_a_lora_is_refused(save, settings, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.update({"transformer.transformer_blocks.0.attn1.to_q.dora_scale": torch.ones(1)}), "is a DoRA"),
+        (lambda t: t.update({"transformer.transformer_blocks.0.attn1.to_q.dora_scale": torch.ones(1)}), "a DoRA"),
         (lambda t: t.update({"transformer.transformer_blocks.0.attn1.to_q.lora_B.bias": torch.ones(1)}), "has biases"),
-        (lambda t: t.update({"text_encoder.x.lora_A.weight": torch.ones(1)}), "holds 'text_encoder"),
-        (lambda t: t.pop(first(t)), r"is damaged: .*A is missing"),
-        (lambda t: t.update({first(t): torch.zeros(0)}), r"is damaged: .*A is \(0,\)"),
+        (
+            lambda t: t.update({"text_encoder.x.lora_A.weight": torch.ones(1)}),
+            "not only a LoRA .* the first is 'text_encoder",
+        ),
+        (lambda t: t.pop(first(t)), r"damaged: .*A of shape nothing"),
+        (lambda t: t.update({first(t): torch.zeros(0)}), r"damaged: .*A of shape \(0,\)"),
         (lambda t: [t.pop(name) for name in list(t)], "holds nothing"),
         (
             lambda t: [t.update({name.replace("lora_", ""): t.pop(name)}) for name in list(t)],
-            "is no LoRA of a CogVideoX transformer",
+            "no LoRA of a CogVideoX transformer",
         ),
     ],
 )

@@ -97,7 +97,7 @@ def test_decord_is_needed_only_where_clips_are_decoded(encode, drawn, monkeypatc
     encode(drawn, "data.decoder=decord")
     monkeypatch.setitem(sys.modules, "decord", None)
     assert len(encode(drawn, "data.decoder=decord").index) == 7
-    with pytest.raises(UserError, match="data.decoder"):
+    with pytest.raises(UserError, match=r"data\.decoder"):
         encode(drawn, "data.decoder=decord", "data.fps=8")
 
 

@@ -74,7 +74,7 @@ def test_a_key_is_fixed_unless_it_is_named():
         "data.bucket_aspect_ratios", "data.bucket_frames", "data.fps", "data.windows", "data.num_windows",
         "data.encode", "data.vae_tiling", "data.decoder", "data.decode_timeout_s", "data.decode_memory_gb",
         "data.sync", "data.cost_tolerance", "data.cache_dir", "data.shard_gb", "data.num_workers",
-        "lora.init_from",
+        "lora.init_from", "lora.init_alpha",
         "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.max_grad_norm",
         "optimizer.schedule", "optimizer.warmup_steps", "optimizer.final_lr_ratio",
         "train.num_steps", "train.batch_size", "train.tokens_per_batch", "train.gradient_accumulation_steps",

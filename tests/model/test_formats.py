@@ -1,0 +1,353 @@
+"""Every format of a LoRA through everything that reads one: the layers, the strength and what the transformer gives."""
+
+import copy
+import json
+from types import SimpleNamespace
+
+import pytest
+import torch
+from diffusers import CogVideoXImageToVideoPipeline
+from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+import cogds.evaluate
+import cogds.export
+import cogds.sample
+import cogds.train
+from cogds import cli
+from cogds.config import load_config
+from cogds.errors import UserError
+from cogds.model.convert import load_adapter, save_comfyui, save_comfyui_wrapper
+from cogds.model.formats import comfyui_name, parse_key
+from cogds.model.load import find_model, load_transformer
+from cogds.model.lora import export, inject, linear_layers, start_from
+from cogds.model.lora_file import AlphaSource, read_lora
+from cogds.model.pipeline import load_pipeline
+from tests.model.adapters import base_transformer, output, output_in_diffusers
+from tests.model.test_lora import ATTENTION, randomize
+
+RANK, ALPHA = 4, 3
+SAT = {"to_q": "query_key_value.{}.0", "to_k": "query_key_value.{}.1", "to_v": "query_key_value.{}.2"}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_model):
+    """A transformer with a LoRA, and the LoRA's weights as PEFT names them: layer.lora_A.weight."""
+    transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
+    randomize(inject(transformer, RANK, ALPHA, 0.0, ATTENTION, seed=0))
+    state = {name: one.detach() for name, one in get_peft_model_state_dict(transformer).items()}
+    return SimpleNamespace(transformer=transformer, state=state, output=output(transformer), model=tiny_model)
+
+
+def renamed(trained, **endings):
+    """The weights under other names. endings: what stands for `.lora_A.weight` and `.lora_B.weight`."""
+    return {
+        f"{name.removesuffix(f'.lora_{half}.weight')}{endings[half]}": tensor
+        for name, tensor in trained.state.items()
+        for half in "AB"
+        if name.endswith(f".lora_{half}.weight")
+    }
+
+
+def prefixed(prefix, tensors):
+    return {f"{prefix}{name}": tensor for name, tensor in tensors.items()}
+
+
+def diffusers(trained, folder):
+    tensors = {name: one.detach() for name, one in trained.transformer.named_parameters() if one.requires_grad}
+    return export(folder, trained.transformer, tensors, {"image_latents": "pipeline"})
+
+
+def diffusers_without_alpha(trained, folder):
+    CogVideoXImageToVideoPipeline.save_lora_weights(folder, transformer_lora_layers=trained.state)
+    return folder
+
+
+def older_diffusers(trained, folder):
+    tensors = renamed(trained, A=".lora.down.weight", B=".lora.up.weight")
+    save_file(prefixed("transformer.", tensors), file := folder / "pytorch_lora_weights.safetensors")
+    return file
+
+
+def save_lora_adapter(trained, folder):
+    trained.transformer.save_lora_adapter(folder, adapter_name="default")
+    return folder
+
+
+def peft(trained, folder):
+    model = get_peft_model(
+        base_transformer(trained.model), LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(ATTENTION))
+    )
+    model.load_state_dict(prefixed("base_model.model.", peft_state_dict(trained)), strict=False)
+    model.save_pretrained(folder)
+    return folder
+
+
+def peft_state_dict(trained, folder=None):
+    tensors = {name: one.contiguous() for name, one in trained.transformer.state_dict().items() if ".lora_" in name}
+    assert all(".default." in name for name in tensors)
+    if folder:
+        save_file(tensors, folder / "checkpoint-10.safetensors")
+    return folder or tensors
+
+
+def cogkit(trained, folder):
+    save_file(trained.state, folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+def finetrainers(trained, folder):
+    config = {"r": RANK, "lora_alpha": ALPHA, "init_lora_weights": True, "target_modules": "(to_q|to_k|to_v|to_out.0)"}
+    header = {"lora_config": json.dumps(config, indent=4), "format": "pt"}
+    save_file(prefixed("transformer.", trained.state), folder / "pytorch_lora_weights.safetensors", header)
+    return folder
+
+
+def diffusion_pipe(trained, folder):
+    LoraConfig(r=RANK, lora_alpha=ALPHA, target_modules=list(ATTENTION)).save_pretrained(folder)
+    save_file(prefixed("diffusion_model.", trained.state), folder / "adapter_model.safetensors", {"format": "pt"})
+    return folder
+
+
+def comfyui(trained, folder):
+    save_comfyui(load_adapter(read_lora(diffusers(trained, folder))), folder / "mine.safetensors")
+    return folder / "mine.safetensors"
+
+
+def comfyui_wrapper(trained, folder):
+    save_comfyui_wrapper(load_adapter(read_lora(diffusers(trained, folder))), folder / "mine.safetensors")
+    return folder / "mine.safetensors"
+
+
+def kohya_names(tensors):
+    return {
+        "lora_unet__" + name.rsplit(".", 2)[0].replace(".", "_") + "." + ".".join(name.rsplit(".", 2)[1:]): tensor
+        for name, tensor in tensors.items()
+    }
+
+
+def videox_fun(trained, folder):
+    tensors = kohya_names(renamed(trained, A=".lora_down.weight", B=".lora_up.weight"))
+    tensors |= {f"{name.partition('.')[0]}.alpha": torch.tensor(float(ALPHA)) for name in tensors}
+    save_file(tensors, folder / "checkpoint-10.safetensors", {"sshs_model_hash": "0"})
+    return folder
+
+
+def videox_fun_from_peft(trained, folder):
+    tensors = kohya_names(renamed(trained, A=".lora_down.weight", B=".lora_up.weight"))
+    save_file(tensors, folder / "checkpoint-10-compatible_with_comfyui.safetensors")
+    return folder
+
+
+def dotted_kohya(trained, folder):
+    tensors = renamed(trained, A=".lora_down.weight", B=".lora_up.weight")
+    tensors |= {f"{name.rsplit('.', 2)[0]}.alpha": torch.tensor(float(ALPHA)) for name in tensors}
+    save_file(tensors, file := folder / "dotted.safetensors")
+    return file
+
+
+def sat(trained, folder):
+    tensors = {}
+    for name, tensor in trained.state.items():
+        _, block, _, target, *_ = name.split(".")
+        ending = SAT.get(target, "dense.{}.0").format("matrix_A" if ".lora_A." in name else "matrix_B")
+        tensors[f"model.diffusion_model.transformer.layers.{block}.attention.{ending}"] = tensor
+    save_file(tensors, file := folder / "sat.safetensors")
+    return file
+
+
+# What writes the format, and where a file's alpha comes from if the user gives none.
+FORMATS = [
+    (diffusers, AlphaSource.FILE),
+    (diffusers_without_alpha, AlphaSource.ASSUMED),  # as zai-org/CogVideo and its SAT exports are
+    (older_diffusers, AlphaSource.ASSUMED),
+    (save_lora_adapter, AlphaSource.FILE),
+    (peft, AlphaSource.FILE),
+    (peft_state_dict, AlphaSource.ASSUMED),
+    (cogkit, AlphaSource.ASSUMED),
+    (finetrainers, AlphaSource.FILE),
+    (diffusion_pipe, AlphaSource.FILE),
+    (comfyui, AlphaSource.FILE),
+    (comfyui_wrapper, AlphaSource.FILE),
+    (videox_fun, AlphaSource.FILE),
+    (videox_fun_from_peft, AlphaSource.ASSUMED),
+    (dotted_kohya, AlphaSource.FILE),
+    (sat, AlphaSource.SAT),
+]
+
+
+class Loaded(Exception):
+    """Ends a verb where its transformer is ready."""
+
+
+@pytest.fixture
+def verbs(tiny_model, tmp_path, monkeypatch):
+    """By verb, a function of a LoRA's path and an alpha: the output of the transformer that the verb works with."""
+    model, pipelines = find_model(str(tiny_model)), []
+    outputs = []
+
+    def stop(transformer):
+        outputs.append(output(transformer.eval()))
+        raise Loaded
+
+    def until_loaded(main, argv):
+        with pytest.raises(Loaded):
+            main(argv)
+        return outputs[-1]
+
+    def config(*words):
+        return [f"model.path={tiny_model}", f"data.path={tmp_path}", "data.buckets=[9x64x96]", *words]
+
+    def options(alpha):
+        return ["--lora-alpha", str(alpha)] if alpha else []
+
+    def train(path, alpha):
+        words = [f"lora.init_from={path}", f"lora.rank={RANK}", "lora.alpha=5"]
+        words += [f"lora.init_alpha={alpha}"] if alpha else []
+        cfg, _ = load_config(None, config(*words))
+        assert f"8 layers, rank {RANK}, " in cogds.train.check_init(cfg, model)[0]
+        transformer = load_transformer(model, torch.float32)
+        inject(transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, cfg.seed)
+        start_from(transformer, cogds.train.init_lora(cfg))
+        return output(transformer)
+
+    def evaluate(path, alpha):
+        load = cogds.evaluate.load_evaluated
+        with monkeypatch.context() as patch:
+            patch.setattr(cogds.evaluate, "prepare", lambda *_: SimpleNamespace())
+            patch.setattr(cogds.evaluate, "load_evaluated", lambda *args: stop(load(*args)))
+            main = lambda argv: cogds.evaluate.main(tmp_path / "none.yaml", argv)  # noqa: E731
+            (tmp_path / "none.yaml").write_text("{}")
+            return until_loaded(main, [*config("train.precision=fp32"), "--lora", str(path), *options(alpha)])
+
+    def sample(path, alpha):
+        Image.new("RGB", (96, 64)).save(tmp_path / "first.png")
+        if not pipelines:
+            pipelines.append(load_pipeline(model, torch.float32))
+        pipeline = copy.deepcopy(pipelines[0])
+        with monkeypatch.context() as patch:
+            patch.setattr(cogds.sample, "encode_prompts", lambda _, prompts, *__: dict.fromkeys(prompts))
+            patch.setattr(cogds.sample, "load_pipeline", lambda *_: pipeline)
+            patch.setattr(cogds.sample, "sample_latents", lambda pipeline, *_: stop(pipeline.transformer))
+            argv = ["--model", str(tiny_model), "--image", str(tmp_path / "first.png"), "--prompt", "a ball"]
+            argv += ["--size", "9x64x96", "--output", str(tmp_path / "a.mp4"), "--lora", str(path), *options(alpha)]
+            return until_loaded(cogds.sample.main, argv)
+
+    def export(path, alpha):
+        out = tmp_path / "exported"
+        cogds.export.main([str(path), "--to", "diffusers", "--output", str(out), "--model", str(tiny_model),
+                           *options(alpha)])  # fmt: skip
+        assert len(read_lora(out).pairs) == 8
+        return output_in_diffusers(tiny_model, (out, 1.0))
+
+    return {"train": train, "evaluate": evaluate, "sample": sample, "export": export}
+
+
+@pytest.mark.parametrize("write, source", FORMATS, ids=[write.__name__ for write, _ in FORMATS])
+def test_every_verb_reads_every_format_at_its_strength(trained, verbs, tmp_path, write, source):
+    (tmp_path / "lora").mkdir()
+    path = write(trained, tmp_path / "lora")
+    file, alpha = read_lora(path), None if source is AlphaSource.FILE else ALPHA
+    assert file.alpha_source is source
+    assert file.scales == [{AlphaSource.ASSUMED: 1.0, AlphaSource.SAT: 1 / RANK}.get(source, file.scales[0])]
+    file = read_lora(path, ALPHA)
+    assert {layer: pair.rank for layer, pair in file.pairs.items()} == {
+        layer: RANK for layer in linear_layers(trained.transformer) if layer.endswith(ATTENTION)
+    }
+    assert file.scales == [pytest.approx(1.0 if write is comfyui_wrapper else ALPHA / RANK)]
+    differences = {verb: (run(path, alpha) - trained.output).abs().max().item() for verb, run in verbs.items()}
+    assert {verb: difference < 1e-5 for verb, difference in differences.items()} == dict.fromkeys(verbs, True)
+
+
+def nothing_of_it(tensors):
+    return {f"lora_unet_down_blocks_{name}": tensor for name, tensor in enumerate(tensors.values())}
+
+
+def one_layer_of_another(tensors):
+    return {**tensors, "transformer.x_embedder.lora_A.weight": torch.ones(4, 32)}
+
+
+def one_layer_too_many(tensors):
+    one = {name.replace(".1.", ".2."): tensor.clone() for name, tensor in tensors.items() if ".1.attn1.to_q" in name}
+    return {**tensors, **one}
+
+
+def another_shape(tensors):
+    return {name: one.repeat(1, 2) if "lora_A" in name else one for name, one in tensors.items()}
+
+
+def without_one_b(tensors):
+    return {name: one for name, one in tensors.items() if "0.attn1.to_q.lora_B" not in name}
+
+
+@pytest.mark.parametrize(
+    "damage", [nothing_of_it, one_layer_of_another, one_layer_too_many, another_shape, without_one_b]
+)
+def test_what_does_not_fit_as_a_whole_ends_every_verb_with_code_2(trained, verbs, tmp_path, capsys, damage):
+    file = diffusers(trained, tmp_path / "lora")
+    save_file(damage(load_file(file)), file)
+    for verb, run in verbs.items():
+        assert cli.run(lambda: run(file, None)) == 2, verb  # noqa: B023
+        assert str(file) in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_all_names_of_all_layers_are_known(tiny_model):
+    layers = list(linear_layers(base_transformer(tiny_model)))
+    assert len({comfyui_name(layer) for layer in layers}) == len(layers)
+    assert comfyui_name("transformer_blocks.11.attn1.to_out.0") == "blocks.11.attn_out"
+    for layer in layers:
+        flat = layer.replace(".", "_")
+        names = [f"{prefix}{layer}" for prefix in ("", "transformer.", "base_model.model.", "diffusion_model.")]
+        names += [f"diffusion_model.{comfyui_name(layer)}", f"lora_unet__{flat}", f"lora_transformer_{flat}"]
+        names += [f"lora_unet_{comfyui_name(layer).replace('.', '_')}"]
+        for name in names:
+            assert [tuple(parse_key(f"{name}.{end}")) for end in ("lora_A.weight", "lora_up.weight", "alpha")] == [
+                (layer, "A", False), (layer, "B", False), (layer, "alpha", False)
+            ]  # fmt: skip
+    for name in ("attn1.to_q.lora_A.weight", "blocks.0.proj_out.lora_A.weight", "lora_te_q.lora_up.weight",
+                 "transformer_blocks.0.attn1.to_q.weight", "layers.0.attention.dense.matrix_A.1"):  # fmt: skip
+        assert parse_key(name) is None
+
+
+def test_two_adapters_in_a_file_are_refused(trained, tmp_path):
+    tensors = renamed(trained, A=".lora_A.one.weight", B=".lora_B.one.weight")
+    other = {name.replace(".one.", ".two."): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | other, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"are both [AB] of layer"):
+        read_lora(tmp_path)
+
+
+def test_a_layer_without_alpha_takes_the_one_that_is_given(trained, tmp_path):
+    videox_fun(trained, tmp_path)
+    file = tmp_path / "checkpoint-10.safetensors"
+    tensors = load_file(file)
+    layer = "transformer_blocks.0.attn1.to_q"
+    del tensors[f"lora_unet__{layer.replace('.', '_')}.alpha"]
+    save_file(tensors, file)
+    read = read_lora(file, 8.0)
+    assert (read.alpha_source, read.pairs[layer].scale) == (AlphaSource.GIVEN, 2.0)
+    assert read.scales == [ALPHA / RANK, 2.0]
+
+
+@pytest.mark.parametrize(
+    "header, message",
+    [
+        ({"cogds": "{"}, "the settings in it"),
+        ({"lora_config": "[1]"}, "the settings in it"),
+        ({"lora_adapter_metadata": "{"}, "the settings in it"),
+        ({"lora_adapter_metadata": '{"transformer.alpha_pattern": [1]}'}, "alpha_pattern is"),
+        ({"lora_adapter_metadata": '{"transformer.lora_alpha": 0}'}, "has alpha 0"),
+    ],
+)
+def test_a_damaged_header_is_refused(trained, tmp_path, header, message):
+    save_file(trained.state, tmp_path / "x.safetensors", header)
+    with pytest.raises(UserError, match=rf"x\.safetensors: .*{message}"):
+        read_lora(tmp_path)
+
+
+def test_an_alpha_of_several_numbers_is_refused(trained, tmp_path):
+    tensors = {**trained.state, "transformer_blocks.0.attn1.to_q.alpha": torch.ones(2)}
+    save_file(tensors, tmp_path / "x.safetensors")
+    with pytest.raises(UserError, match=r"to_q has alpha \[1\.0, 1\.0\]"):
+        read_lora(tmp_path)

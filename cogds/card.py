@@ -1,7 +1,7 @@
-"""The model card: what a LoRA is, how it was trained, how it is used. Written beside every LoRA and every export.
+"""The model card (README.md) that is written beside every LoRA and every export.
 
-All it says comes from what training recorded in the LoRA's header (`lora_facts`), so a card made later, from the file
-alone, says the same.
+It is made only from the facts that training records in the LoRA's header (`lora_facts`), so a card can be made from the
+file alone.
 """
 
 import json
@@ -21,15 +21,19 @@ from cogds.training.run import Run
 
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
-LICENCE = (
-    "The base model's weights have a licence of their own, in the file `LICENSE` of its repository, which asks "
-    "commercial users to register. It also concerns what is made of them."
+LICENSE = (
+    "The base model's license applies to this file too. Read the file `LICENSE` in the base model's repository. "
+    "CogVideoX's own license requires commercial users to register."
 )
-TAGS = ["cogvideox", "image-to-video", "lora", "diffusers"]
+# Organizations that publish CogVideoX under "The CogVideoX License", with a LICENSE file in each repository.
+PUBLISHERS = ("zai-org", "THUDM")
+# Kinds of exports whose file diffusers loads. The hub offers code for the `library_name`, so others must not have one.
+LOADED_BY_DIFFUSERS = ("diffusers", "comfyui-wrapper", "merged")
+MERGED = ("merged", "comfyui-merged")  # full weights; the other kinds are LoRA files
 
 
 def lora_facts(run: Run, step: int) -> dict[str, Any]:
-    """What is recorded in the LoRA's header: JSON-able, and all that anybody who uses it may want to know."""
+    """Collect the JSON-serializable facts that are recorded in the LoRA's header."""
     cfg, plan = run.cfg, run.plan
     batches = sorted({size * run.world.data_size * plan.accumulation for size in plan.local_batch_sizes})
     facts = {
@@ -58,17 +62,17 @@ def lora_facts(run: Run, step: int) -> dict[str, Any]:
 
 
 def pipeline_factor(vae_config: Mapping[str, Any], convention: str) -> float:
-    """`convention_factor` by the config of a model's VAE."""
+    """Return `convention_factor` for a VAE's config."""
     return convention_factor(vae_config["scaling_factor"], bool(vae_config.get("invert_scale_latents")), convention)
 
 
 def hub_id(path: str | None) -> str | None:
-    """The path as a model id of the hub, or None where it is a folder of this machine."""
+    """Return the path if it is a model id of the hub, None if it is a local folder."""
     return path if path and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).is_dir() else None
 
 
 def shareable(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The same without paths of this machine: of a folder its name is left."""
+    """Replace local paths by the name of their last component."""
     return {
         name: Path(value).name if name in ("base_model", "init_from") and value and not hub_id(value) else value
         for name, value in facts.items()
@@ -76,15 +80,15 @@ def shareable(facts: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def find_sample(lora: Path) -> Path | None:
-    """The first video that the run made with this LoRA, `samples/step-N/*.mp4` for `lora/step-N`; None without one."""
+    """Return the run's first video with this LoRA (`samples/step-N/*.mp4` for `lora/step-N`), or None."""
     folder = lora.parent if lora.is_file() else lora
     return next(iter(sorted((folder.parent.parent / "samples" / folder.name).glob("*.mp4"))), None)
 
 
 def write_card(folder: Path, lora: Path, facts: Mapping[str, Any]) -> None:
-    """Write the card of a LoRA of a run into `folder`, which will be `lora`; the run's video stays where it is.
+    """Write the card of a run's LoRA into `folder`, which will be renamed to `lora`; link to the run's video.
 
-    A card that cannot be made is warned of: it must not cost the checkpoint that comes after it.
+    A failure is only a warning, because the checkpoint that follows must still be written.
     """
     try:
         video = find_sample(lora)
@@ -92,41 +96,56 @@ def write_card(folder: Path, lora: Path, facts: Mapping[str, Any]) -> None:
         title = f"{lora.parent.parent.name} {lora.name}"
         card = model_card(title, facts, "diffusers", str(lora), sample=sample)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
-    except Exception as error:  # whatever is in a prompt or a path
-        warn(f"{lora} has no model card ({brief(error)}); the LoRA itself is not touched by that", error)
+    except Exception as error:  # prompts and paths may hold anything
+        warn(f"{lora}: the model card could not be written ({brief(error)}). The LoRA is complete.", error)
 
 
 def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file: str = "", sample: str = "") -> str:
-    """The card's text.
+    """Return the card's text.
 
-    facts: of `lora_facts`, as far as they are known. kind: diffusers, comfyui, comfyui-wrapper or merged; where: path
-    or hub id that the snippet loads; file: the weights' name, where it is not diffusers' own. sample: relative path of
-    a video.
+    Args:
+        facts: Any subset of `lora_facts`.
+        kind: One of `cogds.export.FORMATS`.
+        where: Path or hub id that the snippet loads.
+        file: Name of the weights' file; the ComfyUI kinds need it.
+        sample: Relative path of a video.
     """
     parts = [front_matter(facts, kind, sample), f"# {_line(title)}", _introduction(facts, kind)]
     if sample:
         parts.append(f'<video controls loop src="{sample}"></video>')
     if prompt := facts.get("instance_prompt"):
-        parts.append(f"Prompt it was trained with: *{_line(prompt)}*")
+        parts.append(f"Prompt used in training: *{_line(prompt)}*")
     if kind.startswith("comfyui"):
-        parts.append("## ComfyUI\n\n" + _comfyui(kind, file))
+        parts.append("## ComfyUI\n\n" + _comfyui(facts, kind, file))
     else:
         parts.append(f"## Use\n\n```python\n{snippet(facts, kind, where)}```")
-    parts += [_convention(facts, kind), "## Training\n\n" + _table(facts), "## Licence\n\n" + LICENCE]
+    parts += [_convention(facts, kind), "## Training\n\n" + _table(facts), "## License\n\n" + LICENSE]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
 def front_matter(facts: Mapping[str, Any], kind: str, sample: str = "") -> str:
-    """The YAML block that the hub reads."""
-    merged = kind == "merged"
-    matter: dict[str, Any] = {}
-    if base := hub_id(facts.get("base_model")):
-        matter |= {"base_model": base, "base_model_relation": "merge" if merged else "adapter"}
-    matter |= {
-        "library_name": "diffusers",
-        "pipeline_tag": "image-to-video",
-        "tags": [tag for tag in TAGS if not (merged and tag == "lora")] + (["comfyui"] if "comfyui" in kind else []),
-    }
+    """Return the YAML block that the hub reads.
+
+    Fields: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
+    """
+    base = hub_id(facts.get("base_model"))
+    matter: dict[str, Any] = {"license": "other"}
+    if base and base.split("/")[0] in PUBLISHERS:
+        matter |= {
+            "license_name": "cogvideox-license",
+            "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE",
+        }
+    if base:
+        matter |= {"base_model": base, "base_model_relation": "merge" if kind in MERGED else "adapter"}
+    tags = ["cogvideox", "image-to-video"]
+    if kind not in MERGED:
+        tags.append("lora")
+    if kind in LOADED_BY_DIFFUSERS:
+        matter["library_name"] = "diffusers"
+        tags.append("diffusers")
+    if kind.startswith("comfyui"):
+        tags.append("comfyui")
+    matter |= {"pipeline_tag": "image-to-video", "tags": tags}
     if prompt := facts.get("instance_prompt"):
         matter["instance_prompt"] = prompt
     if sample:
@@ -135,27 +154,33 @@ def front_matter(facts: Mapping[str, Any], kind: str, sample: str = "") -> str:
 
 
 def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
-    """Python that makes a video of `first.png` with diffusers as it is."""
+    """Return Python code that generates a video from `first.png` with diffusers 0.34 or later.
+
+    0.34 is the first version that reads alpha from the LoRA. The code uses `torch_dtype` because `dtype` exists only
+    since 0.40, and `export_to_video` because `encode_video` exists only since 0.39.
+    """
     shape, fps = _largest(facts), facts.get("fps", TRAINED_FPS)
     base = facts.get("base_model") or "zai-org/CogVideoX1.5-5B-I2V"
     factor = 1.0 if kind == "merged" else facts.get("image_latent_factor", 1.0)
     lines = [
+        "# pip install 'diffusers>=0.34' transformers accelerate peft sentencepiece protobuf imageio imageio-ffmpeg",
         "import torch",
         f"from diffusers import CogVideoXImageToVideoPipeline{', CogVideoXTransformer3DModel' * (kind == 'merged')}",
-        "from diffusers.utils import encode_video, load_image",
+        "from diffusers.utils import export_to_video, load_image",
         "",
     ]
     if kind == "merged":
         lines += [
             f'transformer = CogVideoXTransformer3DModel.from_pretrained({_quoted(where)}, subfolder="transformer", '
-            "dtype=torch.bfloat16)",
+            "torch_dtype=torch.bfloat16)",
             f"pipe = CogVideoXImageToVideoPipeline.from_pretrained({_quoted(base)}, transformer=transformer, "
-            "dtype=torch.bfloat16)",
+            "torch_dtype=torch.bfloat16)",
         ]
     else:
         lines += [
-            f"pipe = CogVideoXImageToVideoPipeline.from_pretrained({_quoted(base)}, dtype=torch.bfloat16)",
-            f"pipe.load_lora_weights({_quoted(where)})",
+            f"pipe = CogVideoXImageToVideoPipeline.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16)",
+            # Offline, diffusers before 0.40 requires the name.
+            f'pipe.load_lora_weights({_quoted(where)}, weight_name="pytorch_lora_weights.safetensors")',
         ]
     if factor != 1.0:
         lines += [
@@ -163,13 +188,13 @@ def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
             "",
             "def prepare_latents(*args, prepare=pipe.prepare_latents, **kwargs):",
             "    latents, image_latents = prepare(*args, **kwargs)",
-            f"    return latents, image_latents * {factor!r}  # as it was trained, not as diffusers does",
+            f"    return latents, image_latents * {factor!r}  # the factor used in training; diffusers uses another",
             "",
             "",
             "pipe.prepare_latents = prepare_latents",
         ]
     lines += [
-        "# Where memory is short: pipe.enable_model_cpu_offload() instead.",
+        "# If GPU memory is short, call pipe.enable_model_cpu_offload() instead of pipe.to().",
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
         "pipe.vae.enable_tiling()",
         "frames = pipe(",
@@ -180,59 +205,87 @@ def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
         f"    width={shape.width},",
         "    max_sequence_length=pipe.transformer.config.max_text_seq_length,",
         ").frames[0]",
-        f'encode_video(frames, fps={round(fps)}, output_path="video.mp4")',
+        f'export_to_video(frames, "video.mp4", fps={round(fps)})',
     ]
     return "\n".join(lines) + "\n"
 
 
 def _introduction(facts: Mapping[str, Any], kind: str) -> str:
     base = hub_id(facts.get("base_model"))
-    of = f"[{base}](https://huggingface.co/{base})" if base else "a CogVideoX image-to-video model"
-    what = "The transformer" if kind == "merged" else "A LoRA"
-    return f"{what} of {of}{', with a LoRA merged in' if kind == 'merged' else ''}. Trained with cogds."
+    model = f"[{base}](https://huggingface.co/{base})" if base else "a CogVideoX image-to-video model"
+    if kind in MERGED and facts.get("exported_scale") == 0:
+        return f"The transformer of {model}. Exported with cogds."
+    if kind in MERGED:
+        return f"The transformer of {model} with a LoRA merged in. Trained with cogds."
+    return f"A LoRA for {model}. Trained with cogds."
 
 
-def _comfyui(kind: str, file: str) -> str:
-    if kind == "comfyui":
+def _comfyui(facts: Mapping[str, Any], kind: str, file: str) -> str:
+    if kind == "comfyui-wrapper":
         return (
-            f"Copy `{file}` into `ComfyUI/models/loras`, load the base model with ComfyUI's own nodes (its CogVideoX "
-            "class, not a custom node) and add *LoraLoaderModelOnly*, strength 1."
+            f"Copy `{file}` to `ComfyUI/models/CogVideo/loras` and select it in *CogVideo LoraSelect* of "
+            "ComfyUI-CogVideoXWrapper with strength 1. Keep `orbit` and `dimensionx` out of the file name: when this "
+            "node fuses LoRAs, it weakens those."
         )
+    if kind == "comfyui":
+        load = (
+            f"Copy `{file}` to `ComfyUI/models/loras` and select it in *LoraLoaderModelOnly* with strength 1. The base "
+            "model must be a file in ComfyUI's names: `--to comfyui-merged --scale 0` exports one for this LoRA."
+        )
+    else:
+        load = f"Copy `{file}` to `ComfyUI/models/diffusion_models` and select it in *Load Diffusion Model*."
+    shape = _largest(facts)
     return (
-        f"Copy `{file}` into `ComfyUI/models/CogVideo/loras` and choose it in *CogVideo LoraSelect* of "
-        "ComfyUI-CogVideoXWrapper, strength 1. Leave `orbit` and `dimensionx` out of the file's name: where LoRAs are "
-        "fused, that node weakens those."
+        f"{load} This needs a ComfyUI with its own CogVideoX class (`comfy/ldm/cogvideo`, 2026).\n\n"
+        "ComfyUI has no image-to-video node for CogVideoX (checked in version 0.33). These nodes work: "
+        "*InstructPixToPixConditioning* with the first frame as `pixels`, *EmptyHunyuanLatentVideo*, and "
+        "*VOIDSampler* in *SamplerCustomAdvanced* with the scheduler `simple`. *KSampler* does not work: its samplers "
+        f"give the model noise at the wrong scale.\n\n{_lengths(shape.frames)}"
+    )
+
+
+def _lengths(frames: int) -> str:
+    """Return which length to request in ComfyUI for a clip of `frames` frames, and what to cut."""
+    latents = (frames - 1) // 4 + 1
+    if latents % 2 == 0:
+        return f"Set the length to {frames}."
+    return (
+        f"For {frames} frames, set the length to {frames + 4}, and before *VAE Decode* remove the first latent frame "
+        f"with *LatentCut* (dim `t`, index 1, amount {latents}). The model needs an even number of latent frames: "
+        "diffusers adds one in front and removes it in the same way, but ComfyUI adds a copy of the first one at the "
+        "end, which spoils the video."
     )
 
 
 def _convention(facts: Mapping[str, Any], kind: str) -> str:
-    """What to know of the image latents: nothing where the pipeline makes them as training did."""
+    """Describe the scale of the image latents, unless the tool uses the right one without help."""
     convention, factor = facts.get("image_latents", "pipeline"), facts.get("image_latent_factor", 1.0)
     comfyui = kind.startswith("comfyui")
-    if kind == "merged" or (factor == 1.0 and not comfyui):
+    if kind in MERGED or (factor == 1.0 and not comfyui):
         return ""
-    like = "which is what diffusers does" if factor == 1.0 else f"{factor:g} times what diffusers makes"
-    text = f"## Image latents\n\nThe latents of the first frame were scaled as `{convention}` in training, {like}. "
+    compared = "as in diffusers" if factor == 1.0 else f"{factor:g} times those of diffusers"
+    text = f"## Image latents\n\nTraining scaled the latents of the first frame as `{convention}`: {compared}. "
     if not comfyui:
-        return text + "The code above follows; other tools do not know of it."
-    text += (
-        "ComfyUI's nodes multiply them by the VAE's scaling factor (`scaled`), whatever LoRA is loaded. Where that "
-        "differs, the model is given a first frame of another strength than it was trained with."
-    )
-    if kind == "comfyui-wrapper" and "comfyui_strength" in facts:
-        text += f" `strength` of *CogVideo ImageEncode* mends it: set it to {facts['comfyui_strength']:.3g}."
-    return text
+        return text + "The code above does the same. Other tools do not."
+    text += "ComfyUI's nodes always multiply them by the VAE's scaling factor (`scaled`). "
+    if convention == "scaled":
+        return text + "This is what the LoRA expects."
+    if kind == "comfyui":
+        return text + "The base model from `--to comfyui-merged --scale 0` corrects this for this LoRA."
+    if "comfyui_strength" in facts:
+        return text + f"Set `strength` of *CogVideo ImageEncode* to {facts['comfyui_strength']:.3g} to correct this."
+    return text + "The LoRA expects others."
 
 
 def _table(facts: Mapping[str, Any]) -> str:
-    """The settings, as far as they are known."""
+    """Return the known settings as a table."""
     rows = [
         ("Steps", facts.get("step")),
         ("Rank, alpha", f"{facts['rank']}, {facts['alpha']:g}" if "rank" in facts and "alpha" in facts else None),
         ("Layers", ", ".join(facts.get("targets", []))),
         ("Learning rate", facts.get("learning_rate")),
         ("Clips", facts.get("num_clips")),
-        ("Clips a step", facts.get("batch_size")),
+        ("Clips per step", facts.get("batch_size")),
         ("Sizes (frames x height x width)", ", ".join(facts.get("buckets", []))),
         ("Frame rate", f"{facts['fps']:g}" if "fps" in facts else None),
         ("Image latents", facts.get("image_latents")),
@@ -243,7 +296,7 @@ def _table(facts: Mapping[str, Any]) -> str:
         ("Seed", facts.get("seed")),
     ]
     known = [f"| {name} | {_line(str(value))} |" for name, value in rows if value not in (None, "", [])]
-    return "\n".join(["| | |", "|---|---|", *known]) if known else "Nothing is known of it: another trainer made it."
+    return "\n".join(["| | |", "|---|---|", *known]) if known else "The file does not record its settings."
 
 
 def _prompt(facts: Mapping[str, Any]) -> str:
@@ -251,7 +304,7 @@ def _prompt(facts: Mapping[str, Any]) -> str:
 
 
 def _largest(facts: Mapping[str, Any]) -> ClipShape:
-    """The largest size that was trained; the model's own where none is known."""
+    """Return the largest trained size, or the base model's own size if none is known."""
     shapes = [ClipShape.parse(text) for text in facts.get("buckets", [])]
     return max(
         shapes, key=lambda shape: (shape.frames > 1, shape.frames * shape.height * shape.width), default=TRAINED_SIZE
@@ -259,7 +312,7 @@ def _largest(facts: Mapping[str, Any]) -> ClipShape:
 
 
 def _line(text: str) -> str:
-    """In one line, without what ends a table's cell or a block of code."""
+    """Join the text to one line without characters that end a table cell or a code block."""
     return " ".join(text.replace("|", "/").replace("`", "'").split())
 
 

@@ -1,4 +1,4 @@
-"""A LoRA for other tools: diffusers, ComfyUI, or merged into full weights; with a model card, and onto the hub."""
+"""Export a LoRA for diffusers or ComfyUI, or merged into full weights; write a model card; upload to the hub."""
 
 import argparse
 import shutil
@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
+from cogds.card import CARD_NAME, MERGED, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError
 from cogds.files import whole_folder
@@ -25,12 +25,19 @@ from cogds.model.convert import (
 from cogds.model.hub import check_repo, listed, push
 from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora_file import LoraFile, describe_lora, read_loras
-from cogds.model.merge import other_files, save_merged, save_other_parts, weights_of
+from cogds.model.merge import (
+    check_comfyui_supports,
+    other_files,
+    save_comfyui_merged,
+    save_merged,
+    save_other_parts,
+    weights_of,
+)
 
-FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", "merged")
+FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", *MERGED)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
-SPARE_BYTES = 64e6  # left free beside what is written
-WEAKENED_NAMES = ("orbit", "dimensionx")  # by the wrapper, where it fuses LoRAs of such names
+SPARE_BYTES = 64e6  # disk space that an export leaves free
+WEAKENED_NAMES = ("orbit", "dimensionx")  # the wrapper weakens fused LoRAs whose path contains one of these
 
 
 @dataclass(frozen=True)
@@ -42,21 +49,26 @@ class Given:
 
 
 def main(argv: list[str] | None = None, api: Any = None) -> None:
-    """Parse, check, write, push. What can be wrong is said before anything is written.
+    """Run the command: check everything first, then write the folder, then upload it.
 
-    api: stands in for the hub.
+    api: A stand-in for the hub's `HfApi`.
     """
     args = _parse(sys.argv[1:] if argv is None else argv)
     output = Path(args.output)
     if output.exists() or output.is_symlink():
-        raise UserError(f"--output {output} is there already: give a folder that is not, or remove it")
+        raise UserError(f"--output {output}: already exists. Choose a new folder, or remove this one.")
     check_scale(args.scale)
     given = parse_loras(args.lora, args.scale, args.lora_alpha)
-    if len(given) > 1 and args.to != "merged":
-        raise UserError(f"{len(given)} LoRAs were given, which only --to merged makes one of: export them one by one")
-    model = base_model(args.model, given, needed=args.to == "merged")
+    if len(given) > 1 and args.to not in MERGED:
+        raise UserError(
+            f"--to {args.to}: takes one LoRA, but {len(given)} were given. Export them one by one, or merge them with "
+            f"--to {' or '.join(MERGED)}."
+        )
+    model = base_model(args.model, given, needed=args.to in MERGED)
     if model:
         check_all_fit([one.file for one in given], model)
+        if args.to == "comfyui-merged":
+            check_comfyui_supports(model)
     for one in given:
         print("\n".join(describe_lora(one.file, "--lora-alpha")), file=sys.stderr)
     if args.push_to:
@@ -68,7 +80,7 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
     dtype = DTYPES.get(args.dtype)
     sample = Path(args.sample) if args.sample else find_sample(Path(args.lora[0]))
     if sample and not sample.is_file():
-        raise UserError(f"--sample {sample} is not there: give a video, or leave it out")
+        raise UserError(f"--sample {sample}: no such file. Give a video, or omit --sample.")
     check_space(
         output, num_bytes(given, model, args.to, dtype, args.pipeline) + (sample.stat().st_size if sample else 0)
     )
@@ -82,36 +94,43 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     print("\n".join([f"{args.to}: {output}", *listed(output), *notes(facts, args.to, output, bool(model))]))
     if args.push_to:
-        print(f"uploading these files to {args.push_to}, {'public' if args.public else 'private'}")
-        print(f"on the hub: {push(output, args.push_to, args.public, api)}")
+        print(f"Uploading these files to {args.push_to} ({'public' if args.public else 'private'}).")
+        print(f"Uploaded: {push(output, args.push_to, args.public, api)}")
 
 
 def _parse(argv: Sequence[str]) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument(
-        "lora", nargs="+", metavar="LORA", help="LoRA file or folder, and maybe a weight after it; several for merged"
+        "lora",
+        nargs="+",
+        metavar="LORA",
+        help="LoRA file or folder, optionally followed by a weight; several for the merged formats",
     )
-    parser.add_argument("--to", required=True, choices=FORMATS, help="the format")
-    parser.add_argument("--output", required=True, metavar="FOLDER", help="a new folder; its name is the LoRA's")
-    parser.add_argument("--model", help="hub id or folder of the base model; default: the one it was trained on")
-    parser.add_argument("--scale", type=float, default=1.0, help="times its strength; default 1, as it was trained")
+    parser.add_argument("--to", required=True, choices=FORMATS, help="output format")
     parser.add_argument(
-        "--lora-alpha", type=float, metavar="ALPHA", help="for LoRAs whose file names none; default: their rank"
+        "--output", required=True, metavar="FOLDER", help="new folder; its name becomes the name of the export"
     )
-    parser.add_argument("--dtype", choices=DTYPES, help="of the weights; default: as the LoRA's, merged as the model's")
+    parser.add_argument("--model", help="hub id or folder of the base model; default: the model it was trained on")
+    parser.add_argument("--scale", type=float, default=1.0, help="factor on the trained strength; default: 1")
+    parser.add_argument(
+        "--dtype", choices=DTYPES, help="dtype of the weights; default: the LoRA's, or the model's if merged"
+    )
+    parser.add_argument(
+        "--lora-alpha", type=float, metavar="ALPHA", help="alpha of LoRAs whose file has none; default: their rank"
+    )
     parser.add_argument(
         "--pipeline",
         choices=("link", "copy"),
-        help="merged only: make a whole pipeline folder, with links to the model's other parts, or copies",
+        help="with --to merged: write a whole pipeline folder, with links to or copies of the model's other parts",
     )
-    parser.add_argument("--sample", metavar="MP4", help="a video for the card; default: one that the run made")
-    parser.add_argument("--push-to", metavar="OWNER/NAME", help="upload the folder to the hub, as a private repository")
-    parser.add_argument("--public", action="store_true", help="let everybody see what --push-to uploads")
+    parser.add_argument("--sample", metavar="MP4", help="video for the model card; default: one that the run generated")
+    parser.add_argument("--push-to", metavar="OWNER/NAME", help="private hub repository to upload the folder to")
+    parser.add_argument("--public", action="store_true", help="make the --push-to repository public")
     args = parser.parse_args(argv)
     if args.pipeline and args.to != "merged":
-        raise UserError(f"--pipeline {args.pipeline} goes with --to merged: a LoRA is no pipeline")
+        raise UserError(f"--pipeline {args.pipeline}: not available with --to {args.to}. Use --to merged.")
     if args.public and not args.push_to:
-        raise UserError("--public goes with --push-to OWNER/NAME")
+        raise UserError("--public: nothing is uploaded without --push-to. Add --push-to OWNER/NAME.")
     return args
 
 
@@ -158,27 +177,28 @@ def base_model(path: str | None, given: Sequence[Given], needed: bool) -> ModelF
 
 
 def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any]:
-    """What is known of the LoRA, for its header and its card; of several, the first one's.
+    """Collect the facts for the header and the model card; if several LoRAs are given, from the first one.
 
-    Raises UserError for an image-latent convention that is not known, and where several differ in it.
+    Raises:
+        UserError: An image-latent convention is unknown, or the LoRAs differ in it.
     """
     conventions = {one.file.metadata.get("image_latents", "pipeline"): one for one in given}
     for convention, one in conventions.items():
         if convention not in IMAGE_LATENT_CONVENTIONS:
             raise UserError(
-                f"{one.file.path} was trained with image latents '{convention}', which is none of "
-                f"{', '.join(IMAGE_LATENT_CONVENTIONS)}: it was made by a newer version of this project"
+                f"{one.file.path}: unknown image latents '{convention}'; known: {', '.join(IMAGE_LATENT_CONVENTIONS)}. "
+                "Update cogds: a newer version wrote this file."
             )
     if len(conventions) > 1:
         raise UserError(
-            f"the LoRAs were trained with different image latents ({', '.join(sorted(conventions))}): one model cannot "
-            "be fed both ways; merge those of one kind"
+            f"{given[0].file.path}: the LoRAs were trained with different image latents "
+            f"({', '.join(sorted(conventions))}), and a model takes only one kind. Merge LoRAs of the same kind."
         )
     convention = next(iter(conventions))
     facts = dict(given[0].file.metadata)
     if model:
         facts["image_latent_factor"] = pipeline_factor(model.vae_config, convention)
-        # The wrapper's own factor is the scaling factor, whatever the VAE says.
+        # ComfyUI and the wrapper multiply image latents by the scaling factor, whatever the VAE's config says.
         facts["comfyui_strength"] = facts["image_latent_factor"] / pipeline_factor(model.vae_config, "scaled")
         facts.setdefault("base_model", str(model.path))
     if len(given) > 1:
@@ -191,8 +211,8 @@ def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any
 def num_bytes(
     given: Sequence[Given], model: ModelFolder | None, kind: str, dtype: torch.dtype | None, pipeline: str | None
 ) -> float:
-    """What an export writes."""
-    if kind != "merged" or model is None:
+    """Size of the export in bytes."""
+    if kind not in MERGED or model is None:
         size = sum(one.file.path.stat().st_size for one in given)
         return size * 2 if dtype is torch.float32 else size
     others = sum(path.stat().st_size for path in other_files(model)) if pipeline == "copy" else 0
@@ -200,13 +220,13 @@ def num_bytes(
 
 
 def check_space(output: Path, needed: float) -> None:
-    """Raise UserError where the disk has no room: before writing, not in the middle of it."""
+    """Raise UserError if the disk of `output` lacks space for `needed` bytes."""
     folder = next(path for path in output.absolute().parents if path.exists())
     free = shutil.disk_usage(folder).free
     if free < needed + SPARE_BYTES:
         raise UserError(
-            f"the disk of {folder} has {free / 1e9:.2f} GB free, and the export takes "
-            f"{(needed + SPARE_BYTES) / 1e9:.2f} GB: make room, or choose another --output"
+            f"--output {output}: its disk has {free / 1e9:.2f} GB free, but the export needs "
+            f"{(needed + SPARE_BYTES) / 1e9:.2f} GB. Free space, or choose another --output."
         )
 
 
@@ -220,14 +240,19 @@ def write(
     dtype: torch.dtype | None,
     pipeline: str | None,
 ) -> str:
-    """Write the weights into the folder; returns the file's name, or "transformer" where it is a folder."""
-    if kind == "merged":
+    """Write the weights into the folder; return the name of the file, or of the folder "transformer"."""
+    file = folder / f"{name}.safetensors"
+    if kind in MERGED:
         assert model is not None
         loras = [(one.file, one.weight) for one in given]
-        # What the header says is how to feed it: the factor is within the weights from here on.
-        header = {**facts, "image_latents": "pipeline", "trained_image_latents": facts.get("image_latents", "pipeline")}
-        factor = header.pop("image_latent_factor")
-        header.pop("comfyui_strength")
+        # The image-latent factor moves into the weights, so the header states what the result expects instead.
+        header = {**facts, "trained_image_latents": facts.get("image_latents", "pipeline")}
+        factor, comfyui_factor = header.pop("image_latent_factor"), header.pop("comfyui_strength")
+        if kind == "comfyui-merged":
+            header["image_latents"] = "scaled"
+            save_comfyui_merged(file, model, weights_of(model, dtype), loras, header, comfyui_factor)
+            return file.name
+        header["image_latents"] = "pipeline"
         save_merged(folder / "transformer", model, weights_of(model, dtype), loras, header, factor)
         if pipeline:
             save_other_parts(folder, model, copy=pipeline == "copy")
@@ -235,36 +260,36 @@ def write(
     adapter = load_adapter(given[0].file, given[0].weight, dtype)
     if kind == "diffusers":
         return save_diffusers(adapter, folder).name
-    file = folder / f"{name}.safetensors"
     (save_comfyui if kind == "comfyui" else save_comfyui_wrapper)(adapter, file)
     return file.name
 
 
 def notes(facts: Mapping[str, Any], kind: str, output: Path, checked: bool) -> list[str]:
-    """What whoever uses the export has to know, for people."""
+    """Lines printed after the export: what its users must know."""
     lines = []
     convention, factor = facts.get("image_latents", "pipeline"), facts.get("image_latent_factor")
+    trained = f"the LoRA was trained with image latents '{convention}'"
     if not checked:
-        lines.append("not compared with the base model: give --model to see whether the LoRA fits it")
+        lines.append("The LoRA was not compared with a base model. Pass --model to check that it fits.")
     if kind == "merged" and factor != 1.0:
-        lines.append(
-            f"it was trained with image latents '{convention}': that is within the weights now, for tools that feed "
-            "image latents as diffusers does"
-        )
+        lines.append(f"Note: {trained}. The weights include the factor, so diffusers needs no extra code.")
+    elif kind == "comfyui-merged" and convention != "scaled":
+        lines.append(f"Note: {trained}. The weights include the factor, so ComfyUI's nodes need no setting.")
     elif kind == "diffusers" and convention != "pipeline":
         lines.append(
-            f"warning: it was trained with image latents '{convention}', which other tools do not know of: "
-            "launch/sample.py and the card's snippet follow it, and so does --to merged"
+            f"warning: {trained}, which other tools ignore. launch/sample.py and the model card's code apply them; "
+            "--to merged puts them into the weights."
         )
     elif kind.startswith("comfyui") and convention != "scaled":
-        lines.append(
-            f"warning: it was trained with image latents '{convention}', and ComfyUI's nodes make them 'scaled', "
-            "whatever LoRA is loaded"
-        )
-        if kind == "comfyui-wrapper" and "comfyui_strength" in facts:
-            lines[-1] += f": set strength of CogVideo ImageEncode to {facts['comfyui_strength']:.3g}"
+        if kind == "comfyui":
+            fix = "Use it with the base model that --to comfyui-merged --scale 0 exports, which corrects this."
+        elif "comfyui_strength" in facts:
+            fix = f"Set the strength of CogVideo ImageEncode to {facts['comfyui_strength']:.3g}."
+        else:
+            fix = "Pass --model to see which strength of CogVideo ImageEncode corrects this."
+        lines.append(f"warning: {trained}, but ComfyUI's nodes always use 'scaled'. {fix}")
     if kind == "comfyui-wrapper" and (words := [word for word in WEAKENED_NAMES if word in str(output).lower()]):
-        lines.append(f"warning: the wrapper weakens fused LoRAs with '{words[0]}' in their path: rename the file")
+        lines.append(f"warning: the wrapper weakens fused LoRAs with '{words[0]}' in their path. Rename the file.")
     if facts.get("base_model") and not hub_id(facts["base_model"]):
-        lines.append(f"the card names no base model of the hub: it was trained on the folder {facts['base_model']}")
+        lines.append(f"The model card names no base model on the hub: {facts['base_model']} is a local folder.")
     return lines

@@ -2,6 +2,7 @@
 
 import importlib.util
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -48,6 +49,27 @@ def tiny_model(tmp_path_factory):
 
     path = tmp_path_factory.mktemp("tiny") / "model"
     create_tiny_model(path)
+    return path
+
+
+@pytest.fixture(scope="session")
+def comfyui_model(tiny_model, tmp_path_factory):
+    """Path of a tiny model with the sizes that ComfyUI's class fixes: 64 channels per head, 16 latent channels."""
+    import torch
+    from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+
+    path = tmp_path_factory.mktemp("comfyui") / "model"
+    shutil.copytree(tiny_model, path)
+    sizes = {
+        "transformer": (CogVideoXTransformer3DModel, {"attention_head_dim": 64, "in_channels": 32, "out_channels": 16}),
+        "vae": (AutoencoderKLCogVideoX, {"latent_channels": 16}),
+    }
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        for part, (model_class, changes) in sizes.items():
+            config = model_class.load_config(path, subfolder=part) | changes
+            shutil.rmtree(path / part)
+            model_class.from_config(config).save_pretrained(path / part)
     return path
 
 

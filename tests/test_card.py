@@ -4,9 +4,11 @@ import json
 import re
 from types import SimpleNamespace
 
+import diffusers.utils
 import pytest
 import torch
-import yaml
+from diffusers import CogVideoXImageToVideoPipeline
+from huggingface_hub import ModelCard
 from PIL import Image
 
 from cogds.card import (
@@ -22,10 +24,10 @@ from cogds.card import (
 )
 from cogds.config import load_config
 from cogds.core.geometry import ClipShape
-from cogds.export import main
+from cogds.export import FORMATS, main
 from cogds.model.load import find_model
 from cogds.runtime.world import World
-from tests.model.adapters import write_lora
+from tests.model.adapters import base_transformer, write_lora
 
 FACTS = {
     "step": 500, "base_model": "zai-org/CogVideoX1.5-5B-I2V", "rank": 128, "alpha": 64.0, "targets": ["to_q", "to_k"],
@@ -35,9 +37,16 @@ FACTS = {
 }  # fmt: skip
 
 
+def matter_of(*arguments):
+    """The front matter as the hub's own parser reads it; it raises for metadata of the wrong form."""
+    return ModelCard(front_matter(*arguments) + "\n", ignore_metadata_errors=False).data
+
+
 def test_the_front_matter_is_the_hubs():
-    matter = yaml.safe_load(front_matter(FACTS, "diffusers", "sample.mp4").strip("-\n"))
-    assert matter == {
+    assert matter_of(FACTS, "diffusers", "sample.mp4").to_dict() == {
+        "license": "other",
+        "license_name": "cogvideox-license",
+        "license_link": "https://huggingface.co/zai-org/CogVideoX1.5-5B-I2V/blob/main/LICENSE",
         "base_model": "zai-org/CogVideoX1.5-5B-I2V",
         "base_model_relation": "adapter",
         "library_name": "diffusers",
@@ -46,7 +55,34 @@ def test_the_front_matter_is_the_hubs():
         "instance_prompt": "in the style of: mine",
         "widget": [{"text": "a \"cat\" / runs 'fast' uphill", "output": {"url": "sample.mp4"}}],
     }
-    assert "base_model" not in yaml.safe_load(front_matter({"base_model": "/models/mine"}, "diffusers").strip("-\n"))
+    local = matter_of({"base_model": "/models/mine"}, "diffusers").to_dict()
+    assert local["license"] == "other"
+    assert not {"base_model", "license_name", "license_link"} & local.keys()
+    # Another owner's base model may have another license.
+    assert matter_of({"base_model": "me/mine"}, "diffusers").license_name is None
+
+
+@pytest.mark.parametrize("kind", FORMATS)
+def test_the_library_is_one_that_loads_the_file(comfyui_model, tmp_path, kind):
+    """The hub shows code of the card's library: a LoRA is loaded by the folder, merged weights as a transformer."""
+    lora = write_lora(comfyui_model, tmp_path / "lora", metadata={"base_model": str(comfyui_model)})
+    main([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
+    data = ModelCard.load(tmp_path / "out/README.md").data
+    try:
+        if kind == "merged":
+            base_transformer(tmp_path / "out")
+        else:
+            pipe = CogVideoXImageToVideoPipeline(None, None, None, base_transformer(comfyui_model), None)
+            pipe.load_lora_weights(tmp_path / "out")
+            assert len(pipe.transformer.peft_config["default_0"].target_modules) == 2 * 4
+    except ValueError:
+        library = None
+    else:
+        library = "diffusers"
+    assert data.library_name == library
+    assert ("diffusers" in data.tags) is (library is not None)
+    assert ("comfyui" in data.tags) is kind.startswith("comfyui")
+    assert ("lora" in data.tags) is (kind not in ("merged", "comfyui-merged"))
 
 
 def test_the_settings_are_a_table():
@@ -55,9 +91,9 @@ def test_the_settings_are_a_table():
         assert row in card
     assert '<video controls loop src="../a.mp4">' in card
     assert "None" not in card
-    assert "Image latents\n" not in card  # nothing to know of it
+    assert "## Image latents" not in card  # diffusers' own
     assert "num_frames=81" in card
-    assert "Nothing is known of it" in model_card("theirs", {}, "diffusers", "lora")
+    assert "| Steps" not in model_card("theirs", {}, "diffusers", "lora")
 
 
 def test_a_prompt_cannot_leave_the_code():
@@ -69,14 +105,31 @@ def test_a_prompt_cannot_leave_the_code():
     assert json.loads(re.search(r"prompt=(.*),\n", code)[1]).startswith('x"); import os')
 
 
-def test_what_each_format_is_told():
+def test_each_kind_has_its_own_instructions():
     scaled = {**FACTS, "image_latents": "scaled", "image_latent_factor": 0.49, "comfyui_strength": 1.0}
     assert "image_latents * 0.49" in model_card("m", scaled, "diffusers", "m")
     assert "image_latents *" not in model_card("m", scaled, "merged", "m")  # it is within the weights
-    wrapper = model_card("m", {**FACTS, "comfyui_strength": 1 / 0.49}, "comfyui-wrapper", "m", "m.safetensors")
-    assert "set it to 2.04" in wrapper
-    assert "`m.safetensors`" in wrapper
-    assert "```python" not in wrapper
+    facts = {**FACTS, "comfyui_strength": 1 / 0.49}
+    cards = {kind: model_card("m", facts, kind, "m", "m.safetensors") for kind in FORMATS if "comfyui" in kind}
+    for kind, card in cards.items():
+        assert "`m.safetensors`" in card
+        assert "```python" not in card
+        assert ("2.04" in card) is (kind == "comfyui-wrapper")
+        assert ("--scale 0" in card) is (kind == "comfyui")  # it needs the base model in ComfyUI's names
+
+
+@pytest.mark.parametrize("frames, latents", [(81, 21), (49, 13), (9, 3), (1, 1)])
+def test_comfyui_is_asked_for_an_even_number_of_latents(frames, latents):
+    """As many as diffusers' pipeline samples, and the ones that it drops are cut."""
+    facts = {"buckets": [f"{frames}x768x1360"]}
+    for kind in ("comfyui", "comfyui-merged"):
+        card = model_card("m", facts, kind, "m", "m.safetensors")
+        length, index, amount = map(int, re.search(r"length to (\d+).*index (\d+), amount (\d+)", card).groups())
+        assert (length - 1) // 4 + 1 == latents + 1
+        assert (index, amount) == (1, latents)
+    even = model_card("m", {"buckets": ["85x768x1360"]}, "comfyui", "m", "m.safetensors")
+    assert re.search(r"length to (\d+)", even)[1] == "85"
+    assert "LatentCut" not in even
 
 
 def test_what_a_run_records_is_what_the_card_shows(tiny_model):
@@ -94,7 +147,7 @@ def test_what_a_run_records_is_what_the_card_shows(tiny_model):
     assert facts["image_latent_factor"] == pytest.approx(0.49)
     card = model_card("mine", facts, "diffusers", "mine")
     for text in (
-        "| Steps | 500 |", "| Rank, alpha | 4, 6 |", "| Clips | 7 |", "| Clips a step | 2 |", "| 0.0003 |",
+        "| Steps | 500 |", "| Rank, alpha | 4, 6 |", "| Clips | 7 |", "| Clips per step | 2 |", "| 0.0003 |",
         "*in my style*",
         'prompt="a cat"', "image_latents * 0.4", "| Image latents | scaled |", "height=64",
     ):  # fmt: skip
@@ -149,7 +202,14 @@ def test_a_folder_is_no_hub_id(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind, convention", [("diffusers", "pipeline"), ("diffusers", "scaled"), ("merged", "scaled")])
 def test_the_cards_code_makes_a_video(tiny_model, tmp_path, monkeypatch, kind, convention):
-    """As a reader runs it, on the tiny model: the code block of an exported folder's card."""
+    """As a reader runs it, on the tiny model: the code block of an exported folder's card.
+
+    Only the last line is not diffusers' own here: `export_to_video` takes imageio, which is no dependency.
+    """
+    videos = []
+    monkeypatch.setattr(
+        diffusers.utils, "export_to_video", lambda frames, path, fps: videos.append((len(frames), path, fps))
+    )
     lora = write_lora(tiny_model, tmp_path / "lora", metadata={
         "image_latents": convention, "buckets": ["9x64x96"], "fps": 8.0, "base_model": str(tiny_model),
     })  # fmt: skip
@@ -160,8 +220,8 @@ def test_the_cards_code_makes_a_video(tiny_model, tmp_path, monkeypatch, kind, c
     names = {}
     torch.manual_seed(0)
     exec(compile(code.replace("frames = pipe(", "frames = pipe(num_inference_steps=1,"), "card", "exec"), names)
-    assert len(names["frames"]) == 9
+    assert videos == [(9, "video.mp4", 8)]
     assert names["frames"][0].size == (96, 64)
-    assert (tmp_path / "video.mp4").stat().st_size > 0
+    assert names["pipe"].transformer.dtype is torch.bfloat16
     scaled = names["pipe"].prepare_latents is names.get("prepare_latents", ...)
     assert scaled is (convention == "scaled" and kind == "diffusers")

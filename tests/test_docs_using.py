@@ -1,4 +1,4 @@
-"""docs/using-the-lora.md: its commands run, or at least are understood, as they stand."""
+"""The commands of docs/using-the-lora.md run, or at least parse, as written."""
 
 import re
 import runpy
@@ -31,11 +31,11 @@ def test_no_command_is_left_out():
 
 
 @pytest.fixture
-def here(tiny_model, tmp_path, monkeypatch):
-    """A folder where the page's LoRAs are, those of the tiny model."""
-    metadata = {"image_latents": "scaled", "image_latent_factor": 0.49, "fps": 8.0, "base_model": str(tiny_model)}
+def here(comfyui_model, tmp_path, monkeypatch):
+    """A folder with the page's LoRAs, which belong to the tiny model."""
+    metadata = {"image_latents": "scaled", "image_latent_factor": 0.49, "fps": 8.0, "base_model": str(comfyui_model)}
     for run in ("cogvideox1.5_i2v_lora/lora/step-001000", "another_run/lora/step-002000"):
-        write_lora(tiny_model, tmp_path / "outputs" / run, metadata=metadata)
+        write_lora(comfyui_model, tmp_path / "outputs" / run, metadata=metadata)
     Image.linear_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "first.png")
     monkeypatch.chdir(tmp_path)
     return tmp_path
@@ -45,17 +45,19 @@ def test_exports(here, monkeypatch):
     monkeypatch.setattr(cogds.export, "check_repo", lambda *_: None)
     monkeypatch.setattr(cogds.export, "push", lambda *_: "the hub")
     commands = starting("launch/export.py")
-    assert len(commands) == 6
+    assert len(commands) == 8
+    assert {words[words.index("--to") + 1] for words in commands} == set(cogds.export.FORMATS)
     for words in commands:
         cogds.export.main(words)
         assert (here / words[words.index("--output") + 1] / "README.md").is_file()
     assert (here / "exports/my_style/my_style.safetensors").is_file()
     assert (here / "exports/my_model/model_index.json").is_file()
+    assert (here / "exports/my_comfyui_model/my_comfyui_model.safetensors").is_file()
 
 
-def test_the_example_makes_a_video(here, tiny_model, monkeypatch, capsys):
+def test_the_example_makes_a_video(here, comfyui_model, monkeypatch, capsys):
     ((*words,),) = starting("examples/generate.py")
-    small = ["--model", str(tiny_model), "--size", "9x64x96", "--steps", "1"]
+    small = ["--model", str(comfyui_model), "--size", "9x64x96", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["generate.py", *words, *small])
     found = runpy.run_path(str(ROOT / "examples/generate.py"), run_name="__main__")
     assert "9 frames of 64x96: video.mp4" in capsys.readouterr().out

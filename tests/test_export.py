@@ -8,10 +8,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-import yaml
 from diffusers import CogVideoXTransformer3DModel
+from huggingface_hub import ModelCard
 from huggingface_hub.errors import RepositoryNotFoundError
 from safetensors import safe_open
+from safetensors.torch import load_file
 
 import cogds.export
 from cogds.errors import UserError
@@ -39,7 +40,7 @@ def lora(tiny_model, tmp_path):
 
 
 def front_matter(folder):
-    return yaml.safe_load((folder / "README.md").read_text().split("---\n")[1])
+    return ModelCard.load(folder / "README.md", ignore_metadata_errors=False).data.to_dict()
 
 
 def header(file):
@@ -62,24 +63,22 @@ def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp
     assert ("lora" in matter["tags"]) is (kind != "merged")
     told = capsys.readouterr().out
     assert file in told
-    # diffusers does as its own pipeline, merged weights as they are; ComfyUI scales the image latents in its own way.
-    assert ("image latents 'pipeline', and ComfyUI's nodes" in told) is kind.startswith("comfyui")
-    assert ("set strength of CogVideo ImageEncode to 2.04" in told) is (kind == "comfyui-wrapper")
+    # diffusers' pipeline does what training did; ComfyUI's nodes scale the image latents in their own way.
+    assert ("warning: " in told) is kind.startswith("comfyui")
+    assert ("ImageEncode to 2.04" in told) is (kind == "comfyui-wrapper")
     assert not list(tmp_path.glob("*.tmp*"))
 
 
 def test_another_convention_is_warned_of_or_within_the_weights(tiny_model, lora, tmp_path, capsys):
     folder = lora("scaled")
     main([str(folder), "--to", "diffusers", "--output", str(tmp_path / "d"), "--model", str(tiny_model)])
-    assert (
-        "warning: it was trained with image latents 'scaled', which other tools do not know" in capsys.readouterr().out
-    )
+    assert "warning: " in capsys.readouterr().out
     assert read_lora(tmp_path / "d").metadata["image_latents"] == "scaled"
     assert "image_latents * 0.4" in (tmp_path / "d/README.md").read_text()
     main([str(folder), "--to", "comfyui", "--output", str(tmp_path / "c"), "--model", str(tiny_model)])
     assert "warning" not in capsys.readouterr().out
     main([str(folder), "--to", "merged", "--output", str(tmp_path / "m"), "--model", str(tiny_model)])
-    assert "that is within the weights now" in capsys.readouterr().out
+    assert "warning" not in capsys.readouterr().out
     said = header(tmp_path / "m/transformer/diffusion_pytorch_model.safetensors")
     assert (said["image_latents"], said["trained_image_latents"]) == ("pipeline", "scaled")
     merged = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "m", subfolder="transformer")
@@ -88,6 +87,24 @@ def test_another_convention_is_warned_of_or_within_the_weights(tiny_model, lora,
     with torch.no_grad():
         given_by_the_pipeline = merged(**inputs)[0]
     assert (given_by_the_pipeline - output_in_diffusers(tiny_model, (folder, 1.0))).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("convention, factor", [("pipeline", 1 / 0.49), ("scaled", 1.0), ("unscaled", 1 / 0.7)])
+def test_comfyuis_merged_file_takes_the_latents_of_comfyuis_nodes(comfyui_model, tmp_path, capsys, convention, factor):
+    """They are scaled by 0.7 whatever was trained: what is missing to the trained scale is within the weights."""
+    lora = write_lora(comfyui_model, tmp_path / "lora", metadata={**METADATA, "image_latents": convention})
+    out = tmp_path / "mine"
+    main([str(lora), "--to", "comfyui-merged", "--output", str(out), "--model", str(comfyui_model)])
+    assert "warning" not in capsys.readouterr().out
+    said = header(out / "mine.safetensors")
+    assert (said["image_latents"], said["trained_image_latents"]) == ("scaled", convention)
+    assert "image_latent_factor" not in said
+    tensors = load_file(out / "mine.safetensors")
+    base = load_file(comfyui_model / "transformer/diffusion_pytorch_model.safetensors")["patch_embed.proj.weight"]
+    changed = (tensors["patch_embed.proj.weight"] / base).reshape(len(base), 32, 8)  # channels come first
+    torch.testing.assert_close(changed[:, :16], torch.ones_like(changed[:, :16]))
+    torch.testing.assert_close(changed[:, 16:], torch.full_like(changed[:, 16:], factor))
+    assert "mine.safetensors" in (out / "README.md").read_text()
 
 
 def test_several_are_merged_with_their_weights(tiny_model, lora, tmp_path):
@@ -118,7 +135,7 @@ def test_nothing_is_fetched_to_check_a_lora(lora, tmp_path, monkeypatch, capsys)
     """The model that it was trained on is on the hub: 20 GB, only to compare sizes."""
     monkeypatch.setattr(cogds.export, "find_model", lambda path: pytest.fail(f"looked for {path}"))
     main([str(lora()), "--to", "comfyui", "--output", str(tmp_path / "out")])
-    assert "not compared with the base model" in capsys.readouterr().out
+    assert "--model" in capsys.readouterr().out  # how to compare it
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -129,11 +146,13 @@ Usage = namedtuple("Usage", "total used free")
     [
         (["--to", "merged"], r"does not say what it was trained on: give --model"),
         (["--to", "diffusers", "--scale", "nan"], "--scale is nan"),
-        (["--to", "diffusers", "--output", "{there}"], r"is there already"),
-        (["--to", "diffusers", "--pipeline", "link"], "a LoRA is no pipeline"),
-        (["--to", "diffusers", "--public"], "--public goes with --push-to"),
-        (["--to", "diffusers", "--sample", "nowhere.mp4"], "--sample nowhere.mp4 is not there"),
-        (["{lora}", "0.5", "{lora}", "--to", "comfyui"], "2 LoRAs were given, which only --to merged makes one of"),
+        (["--to", "diffusers", "--output", "{there}"], "--output .*there: already exists"),
+        (["--to", "diffusers", "--pipeline", "link"], "--pipeline link: "),
+        (["--to", "comfyui-merged", "--model", "{model}", "--pipeline", "link"], "--pipeline link: "),
+        (["--to", "comfyui-merged", "--model", "{model}"], "{model}: attention_head_dim is 16"),
+        (["--to", "diffusers", "--public"], "--public: "),
+        (["--to", "diffusers", "--sample", "nowhere.mp4"], "--sample nowhere.mp4: "),
+        (["{lora}", "0.5", "{lora}", "--to", "comfyui"], "--to comfyui: .* 2 were given"),
         (["{lora}", "much", "--to", "merged"], "much: no LoRA here"),
         (["--to", "diffusers", "--lora-alpha", "8"], "--lora-alpha: .*names its alpha"),
         (["--to", "diffusers", "--lora-alpha", "nan"], "--lora-alpha: nan is no alpha"),
@@ -146,26 +165,26 @@ def test_what_cannot_be_is_said_and_nothing_is_left(tiny_model, tmp_path, words,
     (tmp_path / "there").mkdir()
     places = {"there": tmp_path / "there", "model": tiny_model, "lora": folder}
     argv = ["--output", str(tmp_path / "out"), *(word.format(**places) for word in words)]
-    with pytest.raises(UserError, match=message):
+    with pytest.raises(UserError, match=message.format(**places)):
         main(argv if not words[0].startswith("--") else [str(folder), *argv])
     assert not (tmp_path / "out").exists()
 
 
 def test_a_full_disk_is_said_before_it_is_written(tiny_model, lora, tmp_path, monkeypatch):
     monkeypatch.setattr(cogds.export.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 10**7))
-    with pytest.raises(UserError, match=r"0\.01 GB free, and the export takes 0\.06 GB"):
+    with pytest.raises(UserError, match=r"--output .*0\.01 GB free.* needs 0\.06 GB"):
         main([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("convention, message", [("brighter", "which is none of pipeline, scaled, unscaled")])
+@pytest.mark.parametrize("convention, message", [("brighter", "'brighter'; known: pipeline, scaled, unscaled")])
 def test_an_unknown_convention_is_refused(tiny_model, lora, tmp_path, convention, message):
     with pytest.raises(UserError, match=message):
         main([str(lora(convention)), "--to", "comfyui", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
 
 
 def test_loras_of_different_conventions_are_not_merged(tiny_model, lora):
-    with pytest.raises(UserError, match=r"different image latents \(pipeline, scaled\)"):
+    with pytest.raises(UserError, match=r"\(pipeline, scaled\)"):
         main([str(lora()), str(lora("scaled")), "--to", "merged", "--output", "x", "--model", str(tiny_model)])
 
 
@@ -215,11 +234,11 @@ def test_a_push_is_private_unless_told(lora, tmp_path, capsys, words, private):
         ("upload", "me/mine", ["README.md", "pytorch_lora_weights.safetensors"]),
     ]
     told = capsys.readouterr().out
-    assert f"uploading these files to me/mine, {'private' if private else 'public'}" in told
-    assert told.index("pytorch_lora_weights.safetensors  ") < told.index("uploading these files")
+    assert f"me/mine ({'private' if private else 'public'})" in told
+    assert told.index("pytorch_lora_weights.safetensors  ") < told.index("me/mine (")
     assert "https://hub/me/mine" in told
     card = (tmp_path / "out/README.md").read_text()
-    assert 'load_lora_weights("me/mine")' in card
+    assert 'load_lora_weights("me/mine", ' in card
     weights = (tmp_path / "out/pytorch_lora_weights.safetensors").read_bytes()
     assert "/home/somebody" not in card + weights.decode("latin-1")
 

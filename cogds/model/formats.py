@@ -35,6 +35,8 @@ _COMFYUI = (
     ("ofs_embedding.linear_1", "ofs_embedding_linear_1"),
     ("ofs_embedding.linear_2", "ofs_embedding_linear_2"),
 )
+# Not linear layers: in full weights only.
+_COMFYUI_NORMS = (("attn1.norm_q", "norm_q"), ("attn1.norm_k", "norm_k"))
 # The linear layers with the same name in both.
 _SAME = ("norm1.linear", "norm2.linear", "patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out")
 _IN_BLOCK = ("attn1.", "ff.", "norm1.", "norm2.")
@@ -90,7 +92,7 @@ def layer_named(name: str) -> str | None:
 
 def comfyui_name(layer: str) -> str:
     """`transformer_blocks.0.attn1.to_q` -> `blocks.0.q`. What ComfyUI calls the same stays as it is."""
-    table = dict(_COMFYUI)
+    table = dict(_COMFYUI + _COMFYUI_NORMS)
     known = "|".join(re.escape(part) for part in table)
     # Whole runs of dotted parts only.
     return re.sub(rf"(?<![^.])({known})(?![^.])", lambda match: table[match[1]], layer)

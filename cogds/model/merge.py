@@ -1,6 +1,7 @@
-"""Full weights with LoRAs merged in: a `transformer/` folder that diffusers loads like any other.
+"""Full weights with LoRAs merged in: a `transformer/` folder for diffusers, or a single file for ComfyUI's own class.
 
-Read, merged and written shard by shard: memory holds one shard, whatever the model's size. Sums are taken in float32.
+Weights are read, merged in float32 and written one shard (diffusers) or one tensor (ComfyUI) at a time, so the memory
+needed does not depend on the size of the model.
 """
 
 import json
@@ -16,6 +17,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from cogds.errors import UserError
+from cogds.model.formats import comfyui_name
 from cogds.model.load import PARTS, ModelFolder, transformer_weights
 from cogds.model.lora_file import OWN_METADATA_KEY, LoraFile, opened
 
@@ -23,11 +25,22 @@ SHARD_BYTES = 2 * 10**9
 PATCH_EMBEDDING = "patch_embed.proj.weight"
 # safetensors' names of dtypes.
 _DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
+# ComfyUI reads most sizes from the weights' shapes. These are fixed in its code: comfy/model_detection.py (heads,
+# patches), comfy/supported_models.py (CogVideoX_I2V), comfy/ldm/cogvideo/model.py (output channels).
+_COMFYUI_SIZES = {
+    "attention_head_dim": 64,
+    "in_channels": 32,
+    "out_channels": 16,
+    "patch_size": 2,
+    "patch_size_t": 2,
+    "use_rotary_positional_embeddings": True,
+    "use_learned_positional_embeddings": False,
+}
 
 
 @dataclass(frozen=True)
 class Weight:
-    """A weight of the base model as its file's header has it; dtype: what it is stored in when merged."""
+    """Name and shape of a weight of the base model, and the dtype that it is stored in after the merge."""
 
     name: str
     shape: tuple[int, ...]
@@ -39,20 +52,24 @@ class Weight:
 
 
 def weights_of(model: ModelFolder, dtype: torch.dtype | None = None) -> list[Weight]:
-    """All weights of the transformer, in the order of its files, to be stored in `dtype` or their own."""
+    """All weights of the transformer, in the order of its files, to be stored in `dtype` or in their own dtype.
+
+    Raises:
+        UserError: A weight is not stored in floating point.
+    """
     found = []
     for name, slice_ in transformer_weights(model):
         if (own := _DTYPES.get(slice_.get_dtype())) is None:
             raise UserError(
-                f"weight '{name}' in {model.path} is stored as {slice_.get_dtype()}, into which nothing can be merged: "
-                "give the model in bf16, fp16 or fp32"
+                f"{model.path}: weight '{name}' is stored as {slice_.get_dtype()}, but LoRAs can be merged only into "
+                "bf16, fp16 or fp32. Use an unquantized model."
             )
         found.append(Weight(name, tuple(slice_.get_shape()), dtype or own))
     return found
 
 
 def shards_of(weights: Sequence[Weight], shard_bytes: int) -> list[list[Weight]]:
-    """The weights in files of at most so many bytes (one weight at least), their order kept."""
+    """Split the weights, in order, into files of at most `shard_bytes` (or of one larger weight)."""
     shards: list[list[Weight]] = []
     for weight in weights:
         if not shards or sum(one.num_bytes for one in shards[-1]) + weight.num_bytes > shard_bytes:
@@ -70,11 +87,13 @@ def save_merged(
     image_factor: float = 1.0,
     shard_bytes: int = SHARD_BYTES,
 ) -> None:
-    """Write the transformer's folder: `weights` (of `weights_of`) with LoRAs of these strengths, and the config.
+    """Write a `transformer/` folder for diffusers: merged weights, index and config.
 
-    The LoRAs fit the model (`convert.check_fits`). image_factor: what the pipeline's image latents would have to be
-    multiplied by for these LoRAs. It goes into the patch embedding's weights of the image channels, which comes to the
-    same, so that every tool feeds the merged model as it was trained.
+    Args:
+        weights: The result of `weights_of`.
+        loras: Files that fit the model (`convert.check_fits`), each with its strength.
+        image_factor: The factor that the pipeline's image latents would need for these LoRAs. It is folded into the
+            patch embedding's weights of the image channels, so tools can feed image latents as the pipeline does.
     """
     folder.mkdir(parents=True)
     shards = shards_of(weights, shard_bytes)
@@ -102,10 +121,60 @@ def save_merged(
     shutil.copyfile(model.path / "transformer/config.json", folder / "config.json")
 
 
+def check_comfyui_supports(model: ModelFolder) -> None:
+    """Raise UserError if ComfyUI's CogVideoX class cannot hold this transformer."""
+    for name, supported in _COMFYUI_SIZES.items():
+        if (value := model.transformer_config.get(name, False)) != supported:
+            raise UserError(
+                f"{model.path}: {name} is {value}, but ComfyUI's CogVideoX class supports only {supported}. Use --to "
+                "merged, or a LoRA of CogVideoX1.5-5B-I2V."
+            )
+
+
+def save_comfyui_merged(
+    file: Path,
+    model: ModelFolder,
+    weights: Sequence[Weight],
+    loras: Sequence[tuple[LoraFile, float]],
+    metadata: Mapping[str, Any],
+    image_factor: float = 1.0,
+) -> None:
+    """Write one .safetensors file that ComfyUI's *Load Diffusion Model* node loads. Arguments as in `save_merged`.
+
+    The weights keep their shapes; only their names differ from diffusers'. safetensors can only write a file whose
+    tensors are all in memory (11 GB for the 5B in bf16), so this writes the format itself, one tensor at a time:
+    https://github.com/huggingface/safetensors#format
+    """
+    # Wider dtypes first, as safetensors writes them: every offset is then a multiple of its dtype's size.
+    offsets, end = {}, 0
+    for weight in sorted(weights, key=lambda weight: -weight.dtype.itemsize):
+        offsets[weight.name] = end
+        end += weight.num_bytes
+    names = {dtype: name for name, dtype in _DTYPES.items()}
+    header: dict[str, Any] = {
+        comfyui_name(weight.name): {
+            "dtype": names[weight.dtype],
+            "shape": weight.shape,
+            "data_offsets": [offsets[weight.name], offsets[weight.name] + weight.num_bytes],
+        }
+        for weight in weights
+    }
+    header["__metadata__"] = {"format": "pt", OWN_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)}
+    encoded = json.dumps(header).encode()
+    encoded += b" " * (-len(encoded) % 8)
+    with file.open("wb") as output:
+        output.write(len(encoded).to_bytes(8, "little") + encoded)
+        start = output.tell()
+        for weight, (name, value) in zip(weights, _merged(model, loras, image_factor), strict=True):
+            assert name == weight.name
+            output.seek(start + offsets[name])
+            output.write(value.to(weight.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+
+
 def _merged(
     model: ModelFolder, loras: Sequence[tuple[LoraFile, float]], image_factor: float
 ) -> Iterator[tuple[str, torch.Tensor]]:
-    """Name and value of every weight, in the order of the files; float32 where a LoRA or the factor changed it."""
+    """Yield name and value of every weight, in the order of the files; float32 if a LoRA or the factor changed it."""
     with ExitStack() as stack:
         files = [(lora, strength, stack.enter_context(opened(lora.path))) for lora, strength in loras]
         for name, slice_ in transformer_weights(model):
@@ -115,16 +184,16 @@ def _merged(
                     a, b = (tensors.get_tensor(key).float() for key in (pair.a, pair.b))
                     value = torch.addmm(value.float(), b, a, alpha=strength * pair.scale)
                     if not torch.isfinite(value).all():
-                        raise UserError(f"{lora.path} makes values of layer {layer} that are not finite: give another")
+                        raise UserError(f"{lora.path}: layer {layer} is not finite after the merge. Use another LoRA.")
             if name == PATCH_EMBEDDING and image_factor != 1.0:
                 value = scaled_image_channels(value.float(), model.transformer_config["in_channels"], image_factor)
             yield name, value
 
 
 def scaled_image_channels(weight: torch.Tensor, in_channels: int, factor: float) -> torch.Tensor:
-    """The patch embedding's weight with what multiplies the image latents, the latter half of the channels, scaled.
+    """Scale the patch embedding's weights of the image latents, which are the second half of the channels.
 
-    weight: [dim, channels x patch values], or a convolution's [dim, channels, ...]: channels come first in both.
+    weight: [dim, channels x patch values] (linear) or [dim, channels, ...] (convolution); channels come first in both.
     """
     by_channel = weight.reshape(weight.shape[0], in_channels, -1).clone()
     by_channel[:, in_channels // 2 :] *= factor
@@ -132,9 +201,9 @@ def scaled_image_channels(weight: torch.Tensor, in_channels: int, factor: float)
 
 
 def save_other_parts(folder: Path, model: ModelFolder, copy: bool) -> None:
-    """Put the model's other parts beside the merged transformer, so that `folder` is a whole pipeline.
+    """Complete `folder`, which holds the merged transformer, to a whole pipeline with the model's other parts.
 
-    copy: else links to the model's files, which then must stay where they are.
+    copy: Copy the files. Otherwise link to the model's files, which must then stay in place.
     """
     shutil.copyfile(model.path / "model_index.json", folder / "model_index.json")
     for part in other_files(model):
@@ -147,7 +216,7 @@ def save_other_parts(folder: Path, model: ModelFolder, copy: bool) -> None:
 
 
 def other_files(model: ModelFolder) -> list[Path]:
-    """Every file of the model's parts but the transformer's."""
+    """List all files of the model's parts except the transformer's."""
     return [
         path
         for part in PARTS

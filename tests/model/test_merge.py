@@ -1,18 +1,39 @@
-"""Merged weights load in diffusers as they are, and give what base and LoRA give."""
+"""Merged weights load in diffusers and give the output of base and LoRA; ComfyUI's file holds the same weights."""
 
 import json
+import shutil
 
 import pytest
 import torch
 from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
-from cogds.model.load import find_model
+from cogds.errors import UserError
+from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora_file import read_lora
-from cogds.model.merge import save_merged, save_other_parts, scaled_image_channels, shards_of, weights_of
+from cogds.model.merge import (
+    check_comfyui_supports,
+    save_comfyui_merged,
+    save_merged,
+    save_other_parts,
+    scaled_image_channels,
+    shards_of,
+    weights_of,
+)
 from tests.model.adapters import base_transformer, output, output_in_diffusers, write_lora
-from tests.model.test_convert import KINDS
+from tests.model.test_convert import COMFYUI_RENAMES, KINDS
 from tests.model.test_lora import ATTENTION, example_inputs
+
+# Weights of ComfyUI's class, comfy/ldm/cogvideo/model.py: of a block, and outside of the blocks.
+COMFYUI_BLOCK = (
+    "norm1.linear", "norm1.norm", "q", "k", "v", "norm_q", "norm_k", "attn_out", "norm2.linear", "norm2.norm",
+    "ff_proj", "ff_out",
+)  # fmt: skip
+COMFYUI_OTHERS = (
+    "patch_embed.proj", "patch_embed.text_proj", "time_embedding_linear_1", "time_embedding_linear_2",
+    "ofs_embedding_linear_1", "ofs_embedding_linear_2", "norm_final", "norm_out.linear", "norm_out.norm", "proj_out",
+)  # fmt: skip
 
 
 def loaded(folder):
@@ -108,11 +129,58 @@ def test_shards_keep_the_order_and_the_bound(tiny_model):
 
 
 def test_a_base_of_integers_is_refused(tiny_model, tmp_path):
-    from cogds.errors import UserError
-    from cogds.model.merge import ModelFolder
-
     model = find_model(str(tiny_model))
     (tmp_path / "transformer").mkdir()
     save_file({"proj_out.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "transformer/x.safetensors")
     with pytest.raises(UserError, match="stored as I8"):
         weights_of(ModelFolder(tmp_path, model.transformer_config, model.vae_config, model.geometry))
+
+
+def merge_for_comfyui(model_path, file, lora, dtype=None, **options):
+    model = find_model(str(model_path))
+    save_comfyui_merged(
+        file, model, weights_of(model, dtype), [(read_lora(lora), 1.0)], {"image_latents": "scaled"}, **options
+    )
+    return load_file(file)
+
+
+def test_comfyui_gets_the_merged_weights_under_its_own_names(comfyui_model, tmp_path):
+    lora = write_lora(comfyui_model, tmp_path / "lora", targets=("all-linear",))
+    tensors = merge_for_comfyui(comfyui_model, tmp_path / "mine.safetensors", lora, image_factor=2.0)
+    merged = loaded(merge(comfyui_model, tmp_path / "merged", (lora, 1.0), image_factor=2.0)).state_dict()
+    names = [f"blocks.{block}.{name}" for block in (0, 1) for name in COMFYUI_BLOCK]
+    assert tensors.keys() == {f"{name}.{part}" for name in (*names, *COMFYUI_OTHERS) for part in ("weight", "bias")}
+    for name, value in merged.items():
+        for old, new in (*COMFYUI_RENAMES, (".attn1.norm_", ".norm_")):
+            name = name.replace(old, new)
+        assert torch.equal(tensors[name], value)
+    with safe_open(tmp_path / "mine.safetensors", "pt") as file:
+        assert json.loads(file.metadata()["cogds"]) == {"image_latents": "scaled"}
+
+
+@pytest.mark.parametrize("dtype", [None, torch.bfloat16])
+def test_comfyuis_file_holds_dtypes_of_different_sizes(comfyui_model, tmp_path, dtype):
+    """Every value starts at a multiple of its size, as in safetensors' own files: readers may map them."""
+    base = tmp_path / "model"
+    shutil.copytree(comfyui_model, base)
+    weights = base / "transformer/diffusion_pytorch_model.safetensors"
+    tensors = load_file(weights)
+    tensors["a.bias"] = torch.ones(3, dtype=torch.bfloat16)  # 6 bytes, before every other
+    save_file(tensors, weights, {"format": "pt"})
+    lora = write_lora(comfyui_model, tmp_path / "lora")
+    file = tmp_path / "mine.safetensors"
+    stored = merge_for_comfyui(base, file, lora, dtype)
+    data = file.read_bytes()
+    length = int.from_bytes(data[:8], "little")
+    header = json.loads(data[8 : 8 + length])
+    assert length % 8 == 0
+    assert all(header[name]["data_offsets"][0] % value.itemsize == 0 for name, value in stored.items())
+    for name in ("a.bias", "norm_final.weight", "patch_embed.proj.weight"):
+        assert stored[name].dtype == (dtype or tensors[name].dtype)
+        assert torch.equal(stored[name], tensors[name].to(stored[name].dtype))
+
+
+def test_a_model_that_comfyuis_class_cannot_hold_is_refused(tiny_model, comfyui_model):
+    check_comfyui_supports(find_model(str(comfyui_model)))
+    with pytest.raises(UserError, match="attention_head_dim is 16"):
+        check_comfyui_supports(find_model(str(tiny_model)))

@@ -8,6 +8,7 @@ from pathlib import Path
 from cogds.cli import make_folders, parse_args
 from cogds.config import load_config, replace
 from cogds.data.upkeep import VerifyReport, prune, stats, verify
+from cogds.errors import refuse_to_run
 from cogds.model.load import find_model
 from cogds.prepare.demo import make_demo, only_own_demo
 from cogds.prepare.desk import NO_CAPTION, EncodingNames
@@ -85,3 +86,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument("--retry", action="store_true", help="try files again that could not be read before")
     parser.add_argument("--prune", action="store_true", help="remove all that this run's dataset does not use")
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.encode", "encode")

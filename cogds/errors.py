@@ -6,7 +6,9 @@ codes; docs/operations.md says what to do about each.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
+from typing import NoReturn
 
 EXIT_BUG = 1  # as Python itself ends with an exception that nobody catches
 EXIT_USER_ERROR = 2
@@ -48,3 +50,13 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """` (did you mean 'x'?)` for the nearest valid name, or an empty string where none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def refuse_to_run(module: str, verb: str) -> NoReturn:
+    """End `python -m MODULE` with a sentence and EXIT_USER_ERROR: the commands are in launch/, beside their configs."""
+    print(
+        f"error: python -m {module}: it is not a command. Run launch/{verb}.py of a checkout, which has the configs "
+        "too (git clone, then pip install -e .).",
+        file=sys.stderr,
+    )
+    raise SystemExit(EXIT_USER_ERROR)

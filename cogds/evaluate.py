@@ -34,7 +34,7 @@ from cogds.core.permutation import keyed_hash
 from cogds.data.cache import Cache, DamagedEntry
 from cogds.data.dataset import Item, collate, read_encoded
 from cogds.data.index import ClipIndex, IndexedClip
-from cogds.errors import UserError, brief
+from cogds.errors import UserError, brief, refuse_to_run
 from cogds.model.attention import use
 from cogds.model.convert import check_all_fit, load_adapter
 from cogds.model.load import DTYPES, ModelFolder, find_model, load_transformer
@@ -410,3 +410,7 @@ def load_evaluated(cfg: RunConfig, model: ModelFolder, device: torch.device, lor
         use(cfg.model.attention, device)
         transformer.set_kernel(cfg.model.attention)
     return transformer.eval()
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.evaluate", "evaluate")

@@ -30,7 +30,7 @@ from cogds.core.permutation import keyed_hash
 from cogds.data.cache import Cache, DamagedEntry
 from cogds.data.dataset import Item, collate, read_encoded
 from cogds.data.index import IndexedClip
-from cogds.errors import UserError
+from cogds.errors import UserError, refuse_to_run
 from cogds.evaluate import load_evaluated, middles
 from cogds.model.load import DTYPES, find_model, load_alphas_cumprod, load_vae
 from cogds.prepare.demo import make_demo, only_own_demo
@@ -329,3 +329,7 @@ def facts(
         field: {name: _mean(getattr(one, field) for one in found) for name, found in scores.items()}
         for field in ("loss", "first_loss", "brightness", "colour")
     }
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.probe", "probe")

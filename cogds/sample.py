@@ -14,7 +14,7 @@ from PIL import Image
 
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video import write_video
-from cogds.errors import UserError
+from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_file
 from cogds.model.convert import check_all_fit, load_adapter
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
@@ -224,3 +224,7 @@ def _write_grid(stem: Path, cells: Sequence[Sequence[tuple[str, np.ndarray]]], f
     with whole_file(f"{stem}.png") as partial:
         Image.fromarray(grid(strips)[0]).save(partial)
     print(f"beside one another: {stem}.mp4 and {stem}.png", flush=True)
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.sample", "sample")

@@ -17,7 +17,7 @@ from cogds.cli import make_folders, parse_args
 from cogds.config import RunConfig, load_config, replace, to_yaml
 from cogds.core.geometry import ClipShape
 from cogds.data.digest import digest, digest_files
-from cogds.errors import Interrupted
+from cogds.errors import Interrupted, refuse_to_run
 from cogds.evaluate import make_evaluation
 from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
@@ -285,3 +285,7 @@ def whereabouts(output_dir: Path, step: int) -> str:
     """Where what a finished run made is, and how to look at it."""
     lora = output_dir / "lora" / checkpoints.step_name(step)
     return f"LoRA: {lora}\nwatch: tensorboard --logdir {output_dir / 'tensorboard'}"
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.train", "train")

@@ -2,6 +2,8 @@
 
 import base64
 import socket
+import subprocess
+import sys
 
 import pytest
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from hypothesis import strategies as st
 
 from cogds import cli, config
 from cogds.errors import EXIT_HUNG, UserError
+from tests.conftest import ROOT
 
 
 def test_flags_may_stand_anywhere_between_overrides():
@@ -167,3 +170,27 @@ def test_a_rank_that_has_died_is_told_as_lost(capsys):
 
     assert cli.run(main) == EXIT_HUNG
     assert "lost contact with another rank" in capsys.readouterr().err
+
+
+VERBS = {"train": "train", "encode": "encode", "evaluate": "evaluate", "sample": "sample", "export": "export",
+         "probe": "probe", "report.main": "report", "preflight.main": "preflight"}  # fmt: skip
+
+
+@pytest.mark.parametrize("module", ["cogds", *(f"cogds.{name}" for name in VERBS)])
+def test_a_module_is_no_command_and_says_so(module):
+    """Its last line is what `python -m` runs; the imports before it take seconds, so one module is run whole."""
+    verb = VERBS.get(module.partition(".")[2], "train")
+    file = ROOT / (module.replace(".", "/") + ("/__main__.py" if module == "cogds" else ".py"))
+    *_, guard, call = file.read_text().splitlines()
+    assert guard == 'if __name__ == "__main__":'
+    assert call.strip() == f'refuse_to_run("{module}", "{verb}")'
+    assert (ROOT / f"launch/{verb}.py").is_file()
+
+
+@pytest.mark.parametrize("module", ["cogds", "cogds.export"])
+def test_running_a_module_fails_with_a_sentence(module):
+    done = subprocess.run(
+        [sys.executable, "-m", module, "--help"], capture_output=True, text=True, timeout=120, cwd=ROOT
+    )
+    assert done.returncode == 2
+    assert done.stderr.splitlines()[-1].startswith(f"error: python -m {module}: ")

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from cogds.cli import parse_args
-from cogds.errors import EXIT_BUG, EXIT_USER_ERROR, BugReported, UserError, did_you_mean
+from cogds.errors import EXIT_BUG, EXIT_USER_ERROR, BugReported, UserError, did_you_mean, refuse_to_run
 from cogds.preflight.addresses import judge_addresses, look_addresses
 from cogds.preflight.exchange import judge_exchange, look_exchange
 from cogds.preflight.finding import FAIL, Facts, Finding, at, by_value, runs, who
@@ -272,3 +272,7 @@ class Preflight:
         sound = self.roster.share(sound, limit_s + MARGIN_S)
         self.is_stuck = self.is_stuck or not sound
         return sound
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.preflight.main", "preflight")

@@ -17,7 +17,7 @@ from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.data.decode import DecodeTask, decode
 from cogds.data.pool import Failure, GuardedPool
-from cogds.errors import UserError
+from cogds.errors import UserError, refuse_to_run
 from cogds.model.load import ModelFolder, find_model, num_truncated
 from cogds.model.sequence import check_sequence
 from cogds.prepare.demo import make_demo, only_own_demo
@@ -157,3 +157,7 @@ def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
             return None if isinstance(outcome, Failure) else outcome.first_frame
 
         yield read
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.report.main", "report")

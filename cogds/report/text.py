@@ -40,7 +40,8 @@ def suggestion_lines(report: Report) -> list[str]:
     before, after = suggestion.before, suggestion.after
     return [
         f"The buckets fit these clips badly: {_misfit(report.crop_share, report.upscaled_share, before.too_short)}.",
-        f"Better: data.buckets=[{', '.join(suggestion.buckets)}] ({_misfit(after.crop, after.upscaled, after.too_short)})",
+        f"Better: data.buckets=[{', '.join(suggestion.buckets)}] "
+        f"({_misfit(after.crop, after.upscaled, after.too_short)})",
     ]
 
 

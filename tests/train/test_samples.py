@@ -198,8 +198,10 @@ def test_a_broken_prompt_is_named_and_left_out(previews, parts, capsys):
 
 
 def test_what_is_broken_in_a_way_of_its_own_costs_its_prompt_alone(previews, monkeypatch, capsys):
-    right, left = cogds.train.samples.first_frame, [ValueError("what nobody thought of")]
-    monkeypatch.setattr(cogds.train.samples, "first_frame", lambda *args: fail(left.pop())() if left else right(*args))
+    right, left = cogds.train.samples.load_first_frame, [ValueError("what nobody thought of")]
+    monkeypatch.setattr(
+        cogds.train.samples, "load_first_frame", lambda *args: fail(left.pop())() if left else right(*args)
+    )
     callback, _, folder = previews()
     said = capsys.readouterr().err
     assert "sample.prompts[0], 'a red circle', is left out: ValueError: what nobody thought of" in said

@@ -122,8 +122,10 @@ def assess_config(results: list[RankResult]) -> list[Finding]:
     differences = {key: text for key in keys if (text := describe_differences(results, path_getter("config", key)))}
     if differences:
         listed = "; ".join(f"{key}: {text}" for key, text in list(differences.items())[:MAX_LISTED_KEYS])
-        text = f"{len(differences)} of {len(keys)} keys differ between ranks: {listed}. Start all ranks with the same files "
-        text += "and arguments."
+        text = (
+            f"{len(differences)} of {len(keys)} keys differ between ranks: {listed}. Start all ranks with the same "
+            "files and arguments."
+        )
         return [Finding("config", FAIL, text)]
     same = f", the same on {len(results)} ranks" if len(results) > 1 else ""
     return [Finding("config", OK, f"{len(keys)} keys{same}")]

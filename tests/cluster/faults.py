@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 from cogds.metrics.jsonl import step_lines
-from tests.cluster.lab import ENDED, Lab, until
+from tests.cluster.lab import ENDED, Lab, wait_until
 from tests.conftest import ROOT
 
 TRAIN_S = 240  # how long a start, or a few steps, may take on a busy machine
@@ -45,7 +45,7 @@ while True:
 """
 
 
-def materials(folder: Path) -> list[str]:
+def create_inputs(folder: Path) -> list[str]:
     """Make the tiny model and the clips in a folder; the words of a run of them whose steps are quick."""
     from cogds.data.video.drawn import draw_clips
     from cogds.model.tiny import create_tiny_model
@@ -65,7 +65,7 @@ def materials(folder: Path) -> list[str]:
 Line = tuple[int, float, float]  # step, loss, gradient norm
 
 
-def lines_of(output_dir: Path) -> list[Line]:
+def read_steps(output_dir: Path) -> list[Line]:
     """What a run has said of its steps so far, without a line that is half written."""
     try:
         text = (output_dir / "metrics.jsonl").read_text()
@@ -84,14 +84,14 @@ class LabRun:
     def __init__(self, lab: Lab, folder: Path, words: list[str]):
         self.lab, self.folder, self.words = lab, folder, words
         self.root = Path(f"/proc/{lab._first}/root")
-        self.place = folder / "run"
-        self.output_dir = self.root / self.place.relative_to("/")
+        self.run_dir = folder / "run"
+        self.output_dir = self.root / self.run_dir.relative_to("/")
         self.process: subprocess.Popen[str] | None = None
         self.job = ""
-        self.reached = self.resumed_at = self.num_starts = 0
+        self.last_step = self.resumed_at = self.num_starts = 0
         folder.mkdir(exist_ok=True)
-        self.place.mkdir()
-        lab.run("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", self.place)
+        self.run_dir.mkdir()
+        lab.run("mount", "-t", "tmpfs", "-o", f"size={DISK_BYTES}", "tmpfs", self.run_dir)
         (folder / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
 
     # ------------------------------------------------------------------------------------------------ its beginning
@@ -99,7 +99,7 @@ class LabRun:
     def start(self, launcher: str, *more: str) -> None:
         """Give the command: `hostfile`, or `sbatch`."""
         env = {"COGDS_PYTHON": sys.executable, "COGDS_DIR": str(ROOT), "COGDS_MAX_RESTARTS": "100"}
-        words = [*self.words, *more, f"output_dir={self.place}"]
+        words = [*self.words, *more, f"output_dir={self.run_dir}"]
         if launcher == "hostfile":
             script = [ROOT / "launch/hostfile.sh", self.folder / "hosts"]
             log = self.folder / "hostfile.log"
@@ -121,9 +121,11 @@ class LabRun:
                 raise RuntimeError(f"the run ended with code {self.process.returncode}:\n{self.tail()}")
             if self.job and self.lab.state(self.job) in ENDED[1:]:
                 raise RuntimeError(f"the job ended: {self.lab.show(self.job)}\n{self.tail()}")
-            return len(lines_of(self.output_dir)) >= num
+            return len(read_steps(self.output_dir)) >= num
 
-        until(trained, TRAIN_S, lambda: f"{num} steps; there are {len(lines_of(self.output_dir))}\n{self.tail()}")
+        wait_until(
+            trained, TRAIN_S, lambda: f"{num} steps; there are {len(read_steps(self.output_dir))}\n{self.tail()}"
+        )
 
     def await_resumed(self) -> int:
         """Wait until it says where it goes on from; that step."""
@@ -133,7 +135,7 @@ class LabRun:
             found[:] = re.findall(r"resuming from .*step-(\d+)", self.log())
             return len(found) > self.num_starts
 
-        until(says, TRAIN_S, lambda: f"the run to resume\n{self.tail()}")
+        wait_until(says, TRAIN_S, lambda: f"the run to resume\n{self.tail()}")
         self.num_starts, self.resumed_at = len(found), int(found[-1])
         return self.resumed_at
 
@@ -144,7 +146,7 @@ class LabRun:
 
     # ------------------------------------------------------------------------------------------------------ its end
 
-    def ended(self) -> str:
+    def read_outcome(self) -> str:
         """How it ended: the code of hostfile.sh, or the job's state; "" while it is running."""
         if self.process:
             code = self.process.poll()
@@ -162,11 +164,15 @@ class LabRun:
 
         def over() -> bool:
             nonlocal how
-            how = how or self.ended()
+            how = how or self.read_outcome()
             return bool(how) and not self.processes()
 
-        until(over, within_s, lambda: f"the end of it ({how or 'still running'}):\n{self.left()}\n{self.tail()}")
-        self.reached = len(lines_of(self.output_dir))
+        wait_until(
+            over,
+            within_s,
+            lambda: f"the end of it ({how or 'still running'}):\n{self.describe_processes()}\n{self.tail()}",
+        )
+        self.last_step = len(read_steps(self.output_dir))
         if self.process:
             self.process.wait()
             self.process = None
@@ -174,7 +180,7 @@ class LabRun:
             self.job = ""
         return how
 
-    def left(self) -> str:
+    def describe_processes(self) -> str:
         """The processes that are there, for an error."""
         pids = self.processes()
         return self.lab.run("ps", "-o", "pid,ppid,stat,wchan:20,args", *pids).stdout if pids else "no process"
@@ -200,12 +206,12 @@ class LabRun:
 
     def kill(self, pids: list[int], what: str = "KILL") -> None:
         """Signal processes that are there for sure."""
-        assert pids, f"nothing to be killed:\n{self.left()}"
+        assert pids, f"nothing to be killed:\n{self.describe_processes()}"
         self.lab.kill(pids, what)
 
     def stop_in_save(self, generator: random.Random) -> str:
         """Stop rank 0 in the middle of a save; the names of what is half written."""
-        words = [sys.executable, "-S", "-c", STOP_IN_SAVE, self.rank(0), self.place, generator.uniform(0, 8)]
+        words = [sys.executable, "-S", "-c", STOP_IN_SAVE, self.rank(0), self.run_dir, generator.uniform(0, 8)]
         done = self.lab.run(*words, timeout_s=TRAIN_S)
         assert done.returncode == 0, done.stdout
         return done.stdout.strip()
@@ -214,7 +220,7 @@ class LabRun:
         """Let its disk have so many bytes; 0: not one more than are used."""
         usage = os.statvfs(self.output_dir)
         used = (usage.f_blocks - usage.f_bfree) * usage.f_bsize
-        done = self.lab.run("mount", "-o", f"remount,size={num_bytes or used}", self.place)
+        done = self.lab.run("mount", "-o", f"remount,size={num_bytes or used}", self.run_dir)
         assert done.returncode == 0, done.stdout
 
 
@@ -232,11 +238,11 @@ class Fault:
 
     name: str
     launcher: str
-    strike: Callable[[LabRun, random.Random], object]
-    ends: tuple[str, ...]
+    inject: Callable[[LabRun, random.Random], object]
+    outcomes: tuple[str, ...]
     within_s: float = 60
-    mend: Callable[[LabRun], object] = lambda _: None
-    saves: bool = False
+    repair: Callable[[LabRun], object] = lambda _: None
+    must_save: bool = False
 
 
 def kill_rank(number: int) -> Callable[[LabRun, random.Random], object]:
@@ -274,7 +280,7 @@ def kill_in_save(run: LabRun, generator: random.Random) -> str:
 
 
 def kill_and_truncate(run: LabRun, _: random.Random) -> str:
-    until(lambda: len(run.checkpoints()) >= 2, TRAIN_S, lambda: "two checkpoints")
+    wait_until(lambda: len(run.checkpoints()) >= 2, TRAIN_S, lambda: "two checkpoints")
     run.kill([run.rank(0)])
     newest = run.checkpoints()[-1]
     file = run.output_dir / f"checkpoints/step-{newest:06d}/trainable.safetensors"
@@ -292,7 +298,9 @@ def near_time_limit(run: LabRun, _: random.Random) -> None:
     run.kill(ranks, "STOP")
     run.lab.run("scontrol", "update", f"JobId={run.job}", "TimeLimit=5")
     for pid in ranks:
-        until(lambda pid=pid: _is_pending(run, pid, signal.SIGUSR1), 60, lambda: "the signal before the time limit")
+        wait_until(
+            lambda pid=pid: _is_pending(run, pid, signal.SIGUSR1), 60, lambda: "the signal before the time limit"
+        )
     run.kill(ranks, "CONT")
 
 
@@ -310,7 +318,7 @@ def blink(run: LabRun, generator: random.Random) -> str:
     seconds = generator.uniform(1, 4)
     run.lab.cut("n2")
     time.sleep(seconds)
-    run.lab.mend("n2")
+    run.lab.restore("n2")
     return f"{seconds:.1f} s"
 
 
@@ -322,36 +330,36 @@ FAULTS = (
         "kill the launcher of n2", "hostfile",
         kill_others(r"^[^ ]+ -u -m deepspeed[.]launcher[.]launch", "n2"), KILLED,
     ),
-    Fault("cut link", "hostfile", lambda run, _: run.lab.cut("n2"), ("255",), 120, lambda run: run.lab.mend("n2")),
+    Fault("cut link", "hostfile", lambda run, _: run.lab.cut("n2"), ("255",), 120, lambda run: run.lab.restore("n2")),
     Fault("stop rank 1", "hostfile", stop_rank(1), ("76",)),
-    Fault("disk nearly full", "hostfile", nearly_full, ("2",), mend=lambda run: run.disk(DISK_BYTES)),
-    Fault("disk full in a save", "hostfile", full_in_save, ("2",), mend=lambda run: run.disk(DISK_BYTES)),
+    Fault("disk nearly full", "hostfile", nearly_full, ("2",), repair=lambda run: run.disk(DISK_BYTES)),
+    Fault("disk full in a save", "hostfile", full_in_save, ("2",), repair=lambda run: run.disk(DISK_BYTES)),
     Fault("kill in save", "hostfile", kill_in_save, KILLED),
-    Fault("SIGTERM", "hostfile", ask_hostfile, ("75",), saves=True),
-    Fault("cut link", "sbatch", lambda run, _: run.lab.cut("n2"), ("PENDING",), 180, lambda run: run.lab.mend("n2")),
-    Fault("scancel", "sbatch", lambda run, _: run.lab.run("scancel", run.job), ("CANCELLED",), saves=True),
+    Fault("SIGTERM", "hostfile", ask_hostfile, ("75",), must_save=True),
+    Fault("cut link", "sbatch", lambda run, _: run.lab.cut("n2"), ("PENDING",), 180, lambda run: run.lab.restore("n2")),
+    Fault("scancel", "sbatch", lambda run, _: run.lab.run("scancel", run.job), ("CANCELLED",), must_save=True),
 )  # fmt: skip
 # What strikes one job that comes back by itself, at random.
 RANDOM_FAULTS = (
     Fault("kill rank 1", "sbatch", kill_rank(1), ("PENDING",)),
     # SLURM does not miss it for long, but the rank does: it is nobody's child from here on, and nobody would end it.
-    Fault("kill slurmstepd of n2", "sbatch", kill_others(r"^slurmstepd: ", "n2"), ("PENDING",), 150, saves=True),
+    Fault("kill slurmstepd of n2", "sbatch", kill_others(r"^slurmstepd: ", "n2"), ("PENDING",), 150, must_save=True),
     # Its child ends the ranks, unless it dies first: then they train on until the batch script asks them to save.
     Fault("kill srun", "sbatch", kill_others(r"^srun ", "n1"), ("PENDING",), 120),
     Fault("kill in save", "sbatch", kill_in_save, ("PENDING",)),
     Fault("kill and truncate newest", "sbatch", kill_and_truncate, ("PENDING",)),
-    Fault("preemption", "sbatch", preempt, ("PENDING",), saves=True),
-    Fault("time limit", "sbatch", near_time_limit, ("PENDING",), mend=no_time_limit, saves=True),
+    Fault("preemption", "sbatch", preempt, ("PENDING",), must_save=True),
+    Fault("time limit", "sbatch", near_time_limit, ("PENDING",), repair=no_time_limit, must_save=True),
     Fault("kill rank 0", "sbatch", kill_rank(0), ("PENDING",)),
     Fault("stop rank 0", "sbatch", stop_rank(0), ("PENDING",)),
     Fault("stop rank 1", "sbatch", stop_rank(1), ("PENDING",)),
     Fault(
         "SIGTERM to the ranks", "sbatch",
-        lambda run, _: run.lab.run("scancel", "--signal=TERM", run.job), ("PENDING",), saves=True,
+        lambda run, _: run.lab.run("scancel", "--signal=TERM", run.job), ("PENDING",), must_save=True,
     ),
     Fault(
         "SIGUSR1 to the job", "sbatch",
-        lambda run, _: run.lab.run("scancel", "--batch", "--signal=USR1", run.job), ("PENDING",), saves=True,
+        lambda run, _: run.lab.run("scancel", "--batch", "--signal=USR1", run.job), ("PENDING",), must_save=True,
     ),
     Fault("link cut for seconds", "sbatch", blink, ()),
 )  # fmt: skip
@@ -384,7 +392,7 @@ def growth_mb(samples: list[tuple[int, int]]) -> float:
     return sum((step - mean_step) * (num - mean) for step, num in samples) / spread / 1e6 * 1000
 
 
-def reference(lab: Lab, folder: Path, words: list[str], num_steps: int) -> list[Line]:
+def reference_steps(lab: Lab, folder: Path, words: list[str], num_steps: int) -> list[Line]:
     """The lines of the run that is never disturbed, made once in a folder. `memory.json` beside them: for each rank,
     (step, bytes) as it was looked at."""
     output_dir = folder / "reference"
@@ -395,17 +403,17 @@ def reference(lab: Lab, folder: Path, words: list[str], num_steps: int) -> list[
         process = lab.start(*launch, *words, node="n1", output=log, env={"PYTHONUNBUFFERED": "1"})
         samples: dict[int, list[tuple[int, int]]] = {}
         while process.poll() is None:
-            step = len(lines_of(output_dir))
+            step = len(read_steps(output_dir))
             for pid, num_bytes in memory_of_ranks(root).items():
                 if step:
                     samples.setdefault(pid, []).append((step, num_bytes))
             time.sleep(0.5)
         assert process.returncode == 0, log.read_text()[-6000:]
         (output_dir / "memory.json").write_text(json.dumps(list(samples.values())))
-    return lines_of(output_dir)
+    return read_steps(output_dir)
 
 
-def rows(table: list[dict[str, object]]) -> Iterator[str]:
+def format_table(table: list[dict[str, object]]) -> Iterator[str]:
     """A table for people."""
     names = list(dict.fromkeys(name for row in table for name in row))
     cells = [names, *([str(row.get(name, "")) for name in names] for row in table)]

@@ -26,12 +26,12 @@ from tests.cluster.faults import (
     RANDOM_FAULTS,
     Fault,
     LabRun,
+    create_inputs,
+    format_table,
     growth_mb,
-    lines_of,
-    materials,
     memory_of_ranks,
-    reference,
-    rows,
+    read_steps,
+    reference_steps,
 )
 from tests.cluster.lab import Lab
 
@@ -51,23 +51,23 @@ def chosen(generator: random.Random, only: str) -> Iterator[Fault]:
 def strike(run: LabRun, fault: Fault, generator: random.Random) -> dict[str, object]:
     """Let a fault strike the run, and wait until it has trained past that step again: the row of the table."""
     start = time.monotonic()
-    said = fault.strike(run, generator)
+    said = fault.inject(run, generator)
     struck = time.monotonic()
-    if fault.ends:
+    if fault.outcomes:
         how = run.await_end(fault.within_s)
         ended = time.monotonic()
-        assert how in fault.ends, f"{fault.name}: ended with {how}\n{run.tail()}"
-        fault.mend(run)
+        assert how in fault.outcomes, f"{fault.name}: ended with {how}\n{run.tail()}"
+        fault.restore(run)
         run.await_resumed()
-        assert not fault.saves or run.resumed_at == run.reached, f"{fault.name}: {run.reached} was not saved"
+        assert not fault.must_save or run.resumed_at == run.last_step, f"{fault.name}: {run.last_step} was not saved"
     else:
-        run.reached, ended = len(lines_of(run.output_dir)), time.monotonic()
-        run.resumed_at = run.reached
-    run.await_steps(run.reached + 1)
+        run.last_step, ended = len(read_steps(run.output_dir)), time.monotonic()
+        run.resumed_at = run.last_step
+    run.await_steps(run.last_step + 1)
     return {
         "fault": fault.name,
-        "struck at": run.reached,
-        "ended after s": f"{ended - struck:.1f}" if fault.ends else "",
+        "struck at": run.last_step,
+        "ended after s": f"{ended - struck:.1f}" if fault.outcomes else "",
         "resumed at": run.resumed_at,
         "past it after s": f"{time.monotonic() - start:.1f}",
         "note": said if isinstance(said, str) else "",
@@ -85,7 +85,7 @@ class MemoryLog:
 
     def _look(self) -> None:
         while not self._closing.wait(1.0):
-            step = len(lines_of(self._run.output_dir))
+            step = len(read_steps(self._run.output_dir))
             for pid, num_bytes in memory_of_ranks(self._run.root).items():
                 self.samples.setdefault(pid, []).append((step, num_bytes))
 
@@ -110,8 +110,8 @@ def soak(
     lab: Lab, folder: Path, num_steps: int, every: int, seed: int, only: str = "", num_faults: int | None = None
 ) -> tuple[list[dict[str, object]], dict[str, object]]:
     """The table, and what came out: `ok`, and the figures. folder: where the materials and the reference are kept."""
-    words, generator = materials(folder), random.Random(seed)
-    expected = reference(lab, folder, words, num_steps)
+    words, generator = create_inputs(folder), random.Random(seed)
+    expected = reference_steps(lab, folder, words, num_steps)
     growth = [
         growth_mb([sample for sample in samples if sample[0] >= min(WARM_UP, num_steps // 4)])
         for samples in json.loads((folder / "reference/memory.json").read_text())
@@ -126,16 +126,16 @@ def soak(
             every = min(every, num_steps // (num_faults + 1))
         target, faults = every, chosen(generator, only)
         while target < num_steps - every // 2 and len(table) != num_faults:
-            run.await_steps(max(target, run.reached + 1))
+            run.await_steps(max(target, run.last_step + 1))
             table.append(strike(run, next(faults), generator))
-            print(list(rows([table[-1]]))[-1], flush=True)
-            target = max(target + every, run.reached + 1) + generator.randint(-every // 4, every // 4)
+            print(list(format_table([table[-1]]))[-1], flush=True)
+            target = max(target + every, run.last_step + 1) + generator.randint(-every // 4, every // 4)
         run.await_steps(num_steps)
         state = run.await_end(120)
     finally:
         memory.close()
-        print("", *rows(table), sep="\n", flush=True)
-    lines = lines_of(run.output_dir)
+        print("", *format_table(table), sep="\n", flush=True)
+    lines = read_steps(run.output_dir)
     wrong = [ours[0] for ours, theirs in zip(lines, expected) if ours != theirs]
     result = {
         "state": state,

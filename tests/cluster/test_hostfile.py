@@ -7,7 +7,7 @@ import pytest
 
 from cogds.arguments import unpacked
 from tests.cluster.conftest import ODD
-from tests.cluster.lab import until
+from tests.cluster.lab import wait_until
 from tests.conftest import ROOT, run_command
 from tests.dist.conftest import losses
 
@@ -16,16 +16,20 @@ pytestmark = pytest.mark.cluster
 
 def start(lab, checkout, acts):
     """The run under way with both ranks, and the file that its output goes to."""
-    (checkout.folder / "told.jsonl").unlink(missing_ok=True)
+    (checkout.folder / "records.jsonl").unlink(missing_ok=True)
     output = checkout.folder / f"output-{acts}"
     env = {"STAND_IN": acts, "COGDS_PASS": "STAND_IN"}
     process = lab.start("launch/hostfile.sh", "hosts", cwd=checkout.folder, env=env, output=output)
-    until(lambda: len(checkout.told()) == 2, 60, lambda: f"there are {checkout.told()}:\n{output.read_text()[-4000:]}")
+    wait_until(
+        lambda: len(checkout.records()) == 2,
+        60,
+        lambda: f"there are {checkout.records()}:\n{output.read_text()[-4000:]}",
+    )
     return process, output
 
 
 def test_words_and_variables_reach_every_rank_unchanged_and_its_code_comes_back(lab, checkout):
-    before = checkout.names()
+    before = checkout.file_names()
     words = ["--deepspeed", "a b.json", "", f"data.default_caption={ODD}", "output_dir=o 'u\"t$(touch pwned);x", "x=\\"]
     env = {
         "HF_ODD": ODD.replace("\n", ""),
@@ -42,7 +46,7 @@ def test_words_and_variables_reach_every_rank_unchanged_and_its_code_comes_back(
     done = lab.run("launch/hostfile.sh", "hosts", *words, cwd=checkout.folder, env=env)
     assert done.returncode == 2, done.stdout[-4000:]
     assert lab.processes("launch/train.py") == []
-    told = checkout.told()
+    told = checkout.records()
     assert {fact["host"] for fact in told} == {"n1", "n2"}
     for fact in told:
         assert unpacked(fact["argv"])[1:] == words
@@ -53,7 +57,7 @@ def test_words_and_variables_reach_every_rank_unchanged_and_its_code_comes_back(
         assert fact["env"]["OMP_NUM_THREADS"] == "1"
         assert not {"HF_TOKEN", "HF_LINES", "NOT_ASKED_FOR"} & fact["env"].keys()
     assert "warning: HF_LINES: " in done.stdout
-    assert checkout.names() - before == {"told.jsonl", "own_env"}
+    assert checkout.file_names() - before == {"records.jsonl", "own_env"}
     assert "hidden" not in done.stdout
 
 
@@ -69,7 +73,7 @@ def test_a_signal_makes_the_ranks_save_and_a_second_ends_them(lab, checkout):
 
     process, output = start(lab, checkout, "stay")
     lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "INT")
-    until(lambda: "asking all ranks to save and stop" in output.read_text(), 60)
+    wait_until(lambda: "asking all ranks to save and stop" in output.read_text(), 60)
     lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "INT")
     process.wait(60)
     assert process.returncode not in (0, 75), output.read_text()[-4000:]
@@ -82,7 +86,7 @@ def test_a_node_that_is_gone_ends_the_job(lab, checkout):
     try:
         process.wait(90)
     finally:
-        lab.mend("n2")
+        lab.restore("n2")
     assert process.returncode == 255, output.read_text()[-4000:]
     assert lab.processes("launch/train.py", "n1") == []
 

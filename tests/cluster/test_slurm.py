@@ -5,7 +5,7 @@ import sys
 import pytest
 
 from tests.cluster.conftest import ODD
-from tests.cluster.lab import until
+from tests.cluster.lab import wait_until
 from tests.conftest import ROOT
 from tests.dist.conftest import losses, metrics
 from tests.readme import command
@@ -23,16 +23,16 @@ def read_batch_log(folder, job):
 
 
 def started(checkout, num):
-    until(lambda: len(checkout.told()) == num, 30, lambda: f"{num} starts; there are {checkout.told()}")
+    wait_until(lambda: len(checkout.records()) == num, 30, lambda: f"{num} starts; there are {checkout.records()}")
 
 
 def test_words_reach_every_rank_unchanged_and_run_nothing(lab, checkout):
-    before = checkout.names()
+    before = checkout.file_names()
     words = ["--deepspeed", "a b.json", "", f"data.default_caption={ODD}", "output_dir=o 'u\"t$(touch pwned);x", "x=\\"]
     env = {"COGDS_WRAP": "env WRAPPED=1", "COGDS_SRUN_ARGS": "--label --unbuffered", "RANK": "7", "HF_ODD": ODD}
     job = submit(lab, checkout, "0", *words, options=("--nodes=2", "--exclusive"), **env, COGDS_RANKS_PER_NODE="2")
     assert lab.wait(job) == "COMPLETED", read_batch_log(checkout.folder, job)
-    told = checkout.told()
+    told = checkout.records()
     assert sorted(fact["host"] for fact in told) == ["n1", "n1", "n2", "n2"]
     for fact in told:
         assert fact["argv"] == words
@@ -41,7 +41,7 @@ def test_words_reach_every_rank_unchanged_and_run_nothing(lab, checkout):
         assert fact["env"]["SLURM_CPUS_PER_TASK"] == "1"
         assert "RANK" not in fact["env"]
     logs = {f"cogds-train-{job}-n1.log", f"cogds-train-{job}-n2.log"}
-    assert checkout.names() - before == {"told.jsonl", f"cogds-train-{job}.log", "logs", *logs}
+    assert checkout.file_names() - before == {"records.jsonl", f"cogds-train-{job}.log", "logs", *logs}
     assert "1: started 0" in (checkout.folder / f"logs/cogds-train-{job}-n1.log").read_text()
 
 
@@ -74,7 +74,7 @@ def test_a_cancelled_job_saves_and_stays_away(lab, checkout):
     started(checkout, 2)
     lab.run("scancel", job)
     assert lab.wait(job) == "CANCELLED"
-    until(lambda: "stopped with code 75; not requeued" in read_batch_log(checkout.folder, job), 10)
+    wait_until(lambda: "stopped with code 75; not requeued" in read_batch_log(checkout.folder, job), 10)
     for node in lab.nodes:
         assert "saved" in (checkout.folder / f"logs/cogds-train-{job}-{node}.log").read_text()
     assert lab.show(job)["Restarts"] == "0"
@@ -90,11 +90,11 @@ def test_a_task_of_an_array_has_its_own_words_and_comes_back_alone(lab, checkout
     assert lab.wait(f"{array}_{task}") == "COMPLETED"
     assert (lab.state(f"{array}_{other}"), lab.show(f"{array}_{other}")["Restarts"]) == ("RUNNING", "0")
     lab.run("scancel", array)
-    assert sorted(fact["argv"] for fact in checkout.told() if fact["start"] == 0) == [
+    assert sorted(fact["argv"] for fact in checkout.records() if fact["start"] == 0) == [
         ["output_dir=out-3", "seed=3"],
         ["output_dir=out-4", "seed=4"],
     ]
-    assert [fact["argv"][1] for fact in checkout.told() if fact["start"] == 1] == [f"seed={task}"]
+    assert [fact["argv"][1] for fact in checkout.records() if fact["start"] == 1] == [f"seed={task}"]
 
 
 @pytest.mark.parametrize(
@@ -113,7 +113,7 @@ def test_what_cannot_start_is_refused(word, env, says, lab, checkout):
     assert lab.wait(job) == "FAILED"
     assert lab.show(job)["ExitCode"] == "2:0"
     assert says in read_batch_log(checkout.folder, job)
-    assert checkout.told() == []
+    assert checkout.records() == []
 
 
 def test_a_run_stopped_by_its_time_limit_and_by_a_better_job_ends_as_if_it_had_not_been(
@@ -129,7 +129,7 @@ def test_a_run_stopped_by_its_time_limit_and_by_a_better_job_ends_as_if_it_had_n
     job = lab.sbatch(*words, *rest, f"output_dir={output_dir}", cwd=folder)
 
     def trained(num):
-        until(
+        wait_until(
             lambda: (output_dir / "metrics.jsonl").exists() and len(metrics(output_dir)) >= num,
             200,
             lambda: "\n".join(path.read_text()[-3000:] for path in folder.rglob(f"cogds-train-{job}*.log")),

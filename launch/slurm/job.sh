@@ -165,7 +165,7 @@ run_job() {
   local count_file=logs/.restarts-$SLURM_JOB_ID messages=logs/.srun-$SLURM_JOB_ID
   mkdir -p logs || fail "$PWD/logs: cannot create it. Call sbatch in a folder that you may write to."
   [[ ${SLURM_RESTART_COUNT:-0} != 0 ]] || rm -f "$count_file" # left by an older job with this id
-  log "$SLURM_JOB_NUM_NODES nodes, $ranks ranks per node, $cpus CPUs per rank; logs in logs/"
+  log "nodes: $SLURM_JOB_NUM_NODES, ranks per node: $ranks, CPUs per rank: $cpus; logs in logs/"
 
   srun --nodes="$SLURM_JOB_NUM_NODES" --ntasks=$((SLURM_JOB_NUM_NODES * ranks)) --ntasks-per-node="$ranks" \
     --cpus-per-task="$cpus" --kill-on-bad-exit=1 --wait=60 --output=logs/%x-%j-%N.log --open-mode=append \

@@ -16,7 +16,11 @@ FITS = import sys, sysconfig; print(sys.implementation.cache_tag, sysconfig.get_
 # Test processes: one per core, up to four. Each needs about 1 GB.
 WORKERS ?= --numprocesses auto --maxprocesses 4
 
-.PHONY: install wheelhouse demo test test-slow test-quant test-browser test-cluster test-endurance check format clean
+# The constraints of `make test-versions`: tests/versions/lowest.txt (for Python 3.11) or newest.txt.
+VERSIONS ?= newest
+
+.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-endurance check \
+	format clean
 
 install: $(VENV)/.installed
 
@@ -65,6 +69,15 @@ $(VENV)/quant/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(OFFLINE) --constraint constraints.txt --no-deps --target $(VENV)/quant \
 		torchao bitsandbytes
 	PYTHONPATH=$(abspath $(VENV)/quant) $(BIN)/python -c "import torchao, bitsandbytes" # or the tests would be skipped
+	touch $@
+
+# Train, resume and sample with the lowest or the newest dependencies, in a virtual environment of their own.
+test-versions: $(VENV)-$(VERSIONS)/.installed
+	$(<D)/bin/python tests/versions/check.py
+
+$(VENV)-%/.installed: setup.py tests/versions/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet $(OFFLINE) --constraint tests/versions/$*.txt --editable .
 	touch $@
 
 # TensorBoard and the report page in a headless Chromium. Needs root on Debian.

@@ -25,7 +25,7 @@ from cogds.core.mixture import Mixture
 from cogds.core.plan import Plan
 from cogds.core.vae_memory import vae_can_encode
 from cogds.data.cache.keys import cache_key, digest_files
-from cogds.demo import make_demo, only_own_demo
+from cogds.demo import create_demo_files, protect_given_paths
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
@@ -114,12 +114,12 @@ def load_job(
     """
     cfg, explicit = load_config(args.config, args.overrides)
     if args.is_demo:
-        cfg = only_own_demo(cfg, args.overrides)
+        cfg = protect_given_paths(cfg, args.overrides)
     ds_config = load_ds_config(args.deepspeed)
     cfg = replace(cfg, changes or {})
     num_ranks = num_ranks or world.size
     world = dataclasses.replace(world, sequence_size=cfg.parallel.sequence_size)
-    make_demo(cfg)
+    create_demo_files(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     check_sequence(cfg.parallel.sequence_size, num_ranks, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)

@@ -29,8 +29,8 @@ from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
-from cogds.errors import UserError
-from cogds.evaluate import load_evaluated
+from cogds.errors import UserError, refuse_to_run
+from cogds.evaluate import load_eval_transformer
 from cogds.formatting import counted
 from cogds.job import load_job
 from cogds.model.load import DTYPES, load_alphas_cumprod, load_vae
@@ -108,7 +108,7 @@ def main(args: argparse.Namespace) -> None:
             f"Give {MIN_CLIPS} or more."
         )
     dtype = DTYPES[cfg.train.precision]
-    transformer = load_evaluated(cfg, model, world.device)
+    transformer = load_eval_transformer(cfg, model, world.device)
     vae = load_vae(model, dtype, world.device)
 
     def builder(conditioning: ConditioningConfig) -> StepBuilder:
@@ -306,3 +306,7 @@ def facts(
         field: {name: _mean(getattr(one, field) for one in found) for name, found in scores.items()}
         for field in ("loss", "first_loss", "brightness", "colour")
     }
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.probe", "probe")

@@ -2,15 +2,17 @@
 
 import gc
 import socket
+import subprocess
 import sys
 
 import pytest
 import torch.distributed as dist
 
 from cogds import cli
-from cogds.arguments import parse_args
-from cogds.errors import EXIT_HUNG, UserError
+from cogds.arguments import VERBS, parse_args
+from cogds.errors import EXIT_BUG, EXIT_HUNG, EXIT_USER_ERROR, BugReported, UserError
 from cogds.job import make_folders
+from tests.conftest import ROOT
 
 
 def test_objects_of_imports_are_never_searched_for_garbage():
@@ -98,6 +100,14 @@ def test_a_user_error_is_one_line_a_node_and_code_2(environ, says, monkeypatch, 
     assert capsys.readouterr().err == says
 
 
+def test_a_bug_that_is_already_reported_is_code_1_without_output(capsys):
+    def main() -> None:
+        raise BugReported("rank 3 failed: TypeError: planted")
+
+    assert cli.run(main) == EXIT_BUG == 1
+    assert capsys.readouterr() == ("", "")
+
+
 def test_what_rank_0_says_too_is_said_once_and_a_ranks_own_trouble_is_always_told(monkeypatch, capsys):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
@@ -148,3 +158,19 @@ def test_a_rank_that_has_died_is_told_as_lost(capsys):
 
     assert cli.run(main) == EXIT_HUNG
     assert "Connection reset by peer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"demo"}))  # the demo is in the module of train
+def test_a_module_of_a_verb_is_not_a_command(verb):
+    """`python -m` runs its last lines. The imports before them take seconds, so one module is run below."""
+    module = VERBS[verb].module
+    *_, guard, call = (ROOT / f"{module.replace('.', '/')}.py").read_text().splitlines()
+    assert guard == 'if __name__ == "__main__":'
+    assert call.strip() == f'refuse_to_run("{module}", "{verb}")'
+
+
+@pytest.mark.parametrize("module", ["cogds.export", "cogds.encode", "cogds.preflight", "cogds.report", "cogds.train"])
+def test_running_a_module_fails_with_a_message(module):
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.splitlines()[-1].startswith(f"error: python -m {module}: ")

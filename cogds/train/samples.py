@@ -1,10 +1,9 @@
-"""Videos made during training, with the weights as they are then, beside the base model's from the same noise.
+"""Videos generated during training with the current weights, next to the base model's videos from the same noise.
 
-Rank 0 finds what to make (`Scene`) and tells the others; the ranks make one video each at the same time, through the
-diffusers pipeline (`Lockstep`), and send the mp4 to rank 0, the only one that writes. Whatever goes wrong with a video
-is said and costs that video: training goes on. Two things cannot be caught: at stage 3, or where ranks share a video,
-what goes wrong inside the transformer, such as memory that runs out, since the others wait in it; and a process that is
-killed.
+Rank 0 prepares the inputs (`SampleSpec`) and shares them. The ranks then make one video each at the same time, through
+the diffusers pipeline (`LockstepTransformer`), and send the mp4 to rank 0, the only rank that writes. An error is
+logged and loses only its own video. Two kinds of failure end the run: an error inside the transformer, such as running
+out of memory, at ZeRO stage 3 or with sequence parallelism, since other ranks wait in that call; and a killed process.
 """
 
 import contextlib
@@ -31,17 +30,18 @@ from cogds.distributed.collectives import broadcast, on_rank0
 from cogds.distributed.process_group import is_lost_connection
 from cogds.encode.cache_keys import CacheKeys
 from cogds.engine.checkpoint import remove_folder, step_name
-from cogds.errors import UserError
+from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import undisturbed
 from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
+from cogds.process.logs import log_failure
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
-from cogds.videos.image_grid import evenly, grid, labelled, shrunk
-from cogds.videos.lockstep import Lockstep, Stopped
-from cogds.videos.sample_spec import Scene, first_frame
+from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
+from cogds.videos.lockstep import LockstepTransformer, Stopped
+from cogds.videos.sample_spec import SampleSpec, load_first_frame
 
 logger = logging.getLogger(__name__)
 
@@ -86,7 +86,7 @@ class Previews:
         engine: Any,
         builder: StepBuilder,
         monitor: Monitor,
-        scenes: Mapping[str, Scene],
+        scenes: Mapping[str, SampleSpec],
         watch: Callable[[Callable[[], str]], None],
         stopping: Callable[[], bool],
     ):
@@ -123,10 +123,10 @@ class Previews:
                         self._base[name] = file.read_bytes()
         except OSError as error:
             logger.warning(
-                f"{self._folder} cannot be written ({_reason(error)}): mend that, or the run's videos are lost"
+                f"{self._folder} cannot be written ({brief(error)}): mend that, or the run's videos are lost"
             )
 
-    def _risk(self, scene: Scene) -> str:
+    def _risk(self, scene: SampleSpec) -> str:
         """What is risked with a video of more tokens than any bucket that is trained, else ""."""
         run = self._run
         stage, sharing = zero_stage(run.ds_config), run.world.sequence_size
@@ -176,7 +176,7 @@ class Previews:
             return step == self._run.first_step > 0 and (self._folder / step_name(step)).is_dir()
         return False
 
-    def _film(self, scenes: Mapping[str, Scene], whose: str) -> dict[str, bytes]:
+    def _film(self, scenes: Mapping[str, SampleSpec], whose: str) -> dict[str, bytes]:
         """mp4s by name, on rank 0; of those that failed, none. Collective."""
         world, videos = self._run.world, {}
         names = list(scenes)
@@ -194,7 +194,7 @@ class Previews:
                     )
         return videos if world.rank == 0 else {}
 
-    def _film_one(self, scene: Scene | None, whose: str) -> bytes | str:
+    def _film_one(self, scene: SampleSpec | None, whose: str) -> bytes | str:
         """An mp4, or why there is none. scene: this rank's, None where it has none. Collective; raises Stopped."""
         run, sample, failure, latents = self._run, self._run.cfg.sample, "", None
         prompt = scene.prompt if scene else "another rank"
@@ -203,7 +203,10 @@ class Previews:
             self._watch(lambda: f"denoising step {number + 1} of {self._num_calls} of {whose} video of '{prompt}'")
 
         idle = self._idle_inputs() if zero_stage(run.ds_config) == 3 else None
-        lockstep = Lockstep(self._engine, run.world, self._num_calls, idle, begin_call, self._stopping)
+        lockstep = LockstepTransformer(
+            self._engine, run.world, self._num_calls,
+            idle_inputs=idle, on_call=begin_call, is_stopping=self._stopping,
+        )  # fmt: skip
         if scene is not None:
             self._pipeline.transformer = lockstep
             try:
@@ -216,22 +219,24 @@ class Previews:
             except Exception as error:
                 if isinstance(error, RuntimeError) and is_lost_connection(error):
                     raise  # nothing to mend: the same command goes on, as it is
-                if lockstep.in_forward and lockstep.needs_all:
+                if lockstep.in_forward and lockstep.needs_all_ranks:
                     if is_out_of_memory(error):
                         raise _uncatchable(scene, error) from error
                     raise
-                failure = _reason(error)
+                failure = brief(error)
+                log_failure(logger, f"{whose} video of '{prompt}' failed: {failure}", error)
             finally:
                 self._pipeline.transformer = self._engine.module  # else what `lockstep` holds stays until the next one
             _free(run.world.device)
-        lockstep.finish(bool(failure))
+        lockstep.finish(has_failed=bool(failure))
         if latents is None or run.world.sequence_rank:
             return failure
         self._watch(lambda: f"decoding {whose} video of '{prompt}'")
         try:
             return _encoded(decode_frames(self._pipeline, latents, scene.shape).numpy(), run.cfg.data.fps)  # type: ignore[union-attr]
         except Exception as error:
-            return _reason(error)
+            log_failure(logger, f"decoding {whose} video of '{prompt}' failed: {brief(error)}", error)
+            return brief(error)
         finally:
             _free(run.world.device)
 
@@ -268,7 +273,7 @@ class Previews:
                     (partial / f"{name}.mp4").write_bytes(video)
         except OSError as error:
             logger.warning(
-                f"the videos of step {step} cannot be written into {folder} ({_reason(error)}): training goes on"
+                f"the videos of step {step} cannot be written into {folder} ({brief(error)}): training goes on"
             )
 
     def _show(self, step: int, made: Mapping[str, bytes]) -> None:
@@ -284,7 +289,9 @@ class Previews:
                 self._monitor.add_image(step, f"{FOLDER}/{name}", strips)
                 self._monitor.add_video(step, f"{FOLDER}/{name}/clip", played, fps)
             except Exception as error:  # a picture for people is worth no run
-                logger.warning(f"the video of '{scene.prompt}' cannot be shown: {_reason(error)}; training goes on")
+                log_failure(
+                    logger, f"the video of '{scene.prompt}' cannot be shown: {brief(error)}; training goes on", error
+                )
 
 
 def beside(first: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -292,18 +299,18 @@ def beside(first: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndar
 
     first: uint8 [H, W, 3]; videos: uint8 [F, H, W, 3] by their label.
     """
-    image = shrunk(first[None], STRIP_WIDTH)
+    image = shrink(first[None], STRIP_WIDTH)
     strips = []
     for label, video in videos.items():
-        frames = [shrunk(frame[None], STRIP_WIDTH) for frame in evenly(video, STRIP_FRAMES)]
-        strips.append([labelled(grid([[image, *frames]]), label)])
-    parts = [labelled(shrunk(first[None], PLAYED_WIDTH), "first frame")]
-    parts += [labelled(shrunk(video, PLAYED_WIDTH), label) for label, video in videos.items()]
+        frames = [shrink(frame[None], STRIP_WIDTH) for frame in evenly_spaced_frames(video, STRIP_FRAMES)]
+        strips.append([add_label(make_grid([[image, *frames]]), label)])
+    parts = [add_label(shrink(first[None], PLAYED_WIDTH), "first frame")]
+    parts += [add_label(shrink(video, PLAYED_WIDTH), label) for label, video in videos.items()]
     wide = first.shape[1] > first.shape[0]
-    return grid(strips)[0], grid([[part] for part in parts] if wide else [parts])
+    return make_grid(strips)[0], make_grid([[part] for part in parts] if wide else [parts])
 
 
-def _find_scenes(run: Run) -> dict[str, Scene]:
+def _find_scenes(run: Run) -> dict[str, SampleSpec]:
     """What to make videos from, by the name of its file. What is broken is said and left out."""
     sample, scenes = run.cfg.sample, []
     try:
@@ -316,23 +323,23 @@ def _find_scenes(run: Run) -> dict[str, Scene]:
                     states = cache.read("captions", key, places.place(key) or "")["text_states"]
                     scenes.append(_from_prompt(run, one, states))
                 except Exception as error:
-                    logger.warning(f"sample.prompts[{number}], '{one.prompt}', is left out: {_reason(error)}")
+                    log_failure(logger, f"sample.prompts[{number}], '{one.prompt}', is left out: {brief(error)}", error)
         else:
             scenes = _from_clips(run, cache)
     except Exception as error:
-        logger.warning(f"no videos will be made during training: {_reason(error)}")
+        log_failure(logger, f"no videos will be made during training: {brief(error)}", error)
     if not scenes:
         logger.warning("sample.every is set, but there is nothing left to make videos of: training goes on without")
-    return {scene.name(sample.num_steps, sample.guidance): scene for scene in scenes}
+    return {scene.file_stem(sample.num_steps, sample.guidance): scene for scene in scenes}
 
 
-def _from_prompt(run: Run, one: PromptConfig, states: torch.Tensor) -> Scene:
+def _from_prompt(run: Run, one: PromptConfig, states: torch.Tensor) -> SampleSpec:
     """Raises UserError where its image or its size will not do."""
-    shape, pixels = first_frame(one.image, one.size, run.buckets, run.model.geometry)
-    return Scene(one.prompt, shape, run.cfg.sample.seed if one.seed is None else one.seed, pixels, states)
+    shape, pixels = load_first_frame(one.image, one.size, run.buckets, run.model.geometry)
+    return SampleSpec(one.prompt, shape, run.cfg.sample.seed if one.seed is None else one.seed, pixels, states)
 
 
-def _from_clips(run: Run, cache: Cache) -> list[Scene]:
+def _from_clips(run: Run, cache: Cache) -> list[SampleSpec]:
     """Captions and first frames of held-out clips, else of those that are trained."""
     sample, scenes = run.cfg.sample, []
     data, cached = run.data, run.cfg.data.encode == "cached"
@@ -344,9 +351,9 @@ def _from_clips(run: Run, cache: Cache) -> list[Scene]:
         try:
             encoded = read_encoded(cache, clip)
             pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
-            scenes.append(Scene(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
+            scenes.append(SampleSpec(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
-            logger.warning(f"the video of {clip.path} is left out: {_reason(error)}")
+            log_failure(logger, f"the video of {clip.path} is left out: {brief(error)}", error)
     return scenes
 
 
@@ -415,16 +422,9 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
-def _uncatchable(scene: Scene, error: Exception) -> UserError:
+def _uncatchable(scene: SampleSpec, error: Exception) -> UserError:
     return UserError(
-        f"the video of '{scene.prompt}' ({scene.shape}) failed inside the transformer ({_reason(error)}), where the "
+        f"the video of '{scene.prompt}' ({scene.shape}) failed inside the transformer ({brief(error)}), where the "
         "other ranks wait for this one: give sample.prompts a smaller size, or set sample.every=null; the same command "
         "goes on from the last checkpoint"
     )

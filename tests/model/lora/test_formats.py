@@ -213,10 +213,10 @@ def verbs(tiny_model, tmp_path, monkeypatch):
         return output(transformer)
 
     def evaluate(path, alpha):
-        load = cogds.evaluate.load_evaluated
+        load = cogds.evaluate.load_eval_transformer
         with monkeypatch.context() as patch:
             patch.setattr(cogds.evaluate, "encode_dataset", lambda *_: SimpleNamespace())
-            patch.setattr(cogds.evaluate, "load_evaluated", lambda *args: stop(load(*args)))
+            patch.setattr(cogds.evaluate, "load_eval_transformer", lambda *args: stop(load(*args)))
             main = lambda argv: cli.call("evaluate", argv)  # noqa: E731
             (tmp_path / "none.yaml").write_text("{}")
             return until_loaded(main, [*config("train.precision=fp32"), "--lora", str(path), *options(alpha)])

@@ -321,7 +321,7 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
     micro_steps = [
         num / (size * min(max(1, num // size), run.world.data_size)) for num, size in zip(counts, sizes, strict=True)
     ]
-    work = [num * size * one.done(mode) for num, size, one, mode in zip(micro_steps, sizes, flops, modes)]
+    work = [num * size * one.hardware_flops(mode) for num, size, one, mode in zip(micro_steps, sizes, flops, modes)]
     return once / (plan.accumulation * sum(work) / sum(micro_steps) * num_steps)
 
 

@@ -34,7 +34,7 @@ def real_vae():
 
 
 @pytest.mark.parametrize("size", ["1x768x1360", "5x96x176", "9x768x1360", "13x768x1360", "17x768x1360", "17x96x176"])
-def test_the_vae_of_the_real_size(real_vae, size):
+def test_one_frame_at_the_published_size(real_vae, size):
     """Tensors without memory, as the real encoder makes them: within 1%. From 768x1360 on its convolutions split."""
     shape = ClipShape.parse(size)
     assert vae_encode_bytes(shape, tiling=False) == pytest.approx(
@@ -46,7 +46,7 @@ def test_the_vae_of_the_real_size(real_vae, size):
 @pytest.mark.parametrize(
     "size, tiling", [("81x768x1360", False), ("81x768x1360", True), ("85x768x1360", False), ("21x1200x2160", False)]
 )
-def test_the_vae_of_the_real_size_on_whole_clips(real_vae, size, tiling):
+def test_whole_clips_at_the_published_size(real_vae, size, tiling):
     shape = ClipShape.parse(size)
     peak = encode_peak(real_vae, shape, torch.bfloat16, tiling)
     assert vae_encode_bytes(shape, tiling) == pytest.approx(peak, rel=0.03 if tiling else 0.01)
@@ -63,14 +63,14 @@ def test_sizes_that_the_vae_cannot_split(real_vae, size):
     assert vae_can_encode(shape, tiling=True)
 
 
-def test_a_vae_of_other_channels():
+def test_a_vae_with_other_channels():
     vae = build_vae((8, 8, 8, 8), 1, torch.float32, latent_channels=8, groups=2)
     size = VaeSize.from_config(vae.config, 0)
     shape = ClipShape(17, 64, 96)
     assert vae_encode_bytes(shape, False, size, 4) == pytest.approx(encode_peak(vae, shape, torch.float32), rel=0.05)
 
 
-def test_the_published_vae_is_the_real_one(real_vae):
+def test_the_published_sizes_match_the_real_vae(real_vae):
     number = sum(parameter.numel() for parameter in real_vae.parameters())
     assert VaeSize.from_config(real_vae.config, number) == COGVIDEOX_VAE
 

@@ -35,7 +35,7 @@ from cogds.encode.encoding_plan import EncodedData
 from cogds.errors import UserError, brief
 from cogds.formatting import counted
 from cogds.metrics.monitor import Monitor
-from cogds.model.evaluation_mode import call_aside, undisturbed
+from cogds.model.evaluation_mode import call_module, evaluation_mode
 from cogds.model.load import ModelFolder
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
@@ -294,8 +294,8 @@ class EvaluationCallback:
             )
             return not any_rank(world, self.is_stopping())[0]
 
-        with undisturbed(self.engine.module, world.device):
-            scalars = self.evaluation.scalars(lambda inputs: call_aside(self.engine, world.device, inputs)[0], go_on)
+        with evaluation_mode(self.engine.module, world.device):
+            scalars = self.evaluation.scalars(lambda inputs: call_module(self.engine, world.device, inputs)[0], go_on)
         if scalars:
             self.monitor.add_scalars(step, scalars | {"eval/seconds": time.perf_counter() - start})
 

@@ -25,7 +25,7 @@ from cogds.engine.deepspeed_internals import (
     without_zero3_backward_hooks,
 )
 from cogds.errors import BugReported, UserError
-from cogds.model.evaluation_mode import call_aside
+from cogds.model.evaluation_mode import call_module
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, random_batch
 
@@ -136,7 +136,7 @@ def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], sha
     kept = torch.zeros(size, dtype=torch.bool)
     draws = Draws(torch.full((size,), len(builder.alphas_cumprod) // 2), kept, kept, 0, 0, range(size))
     inputs, target = builder.build(batch, shape, draws)
-    output = call_aside(engine, builder.device, inputs)[0]
+    output = call_module(engine, builder.device, inputs)[0]
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     torch.autograd.grad(v_loss(output, target).mean(), parameters)
     if builder.device.type == "cuda":

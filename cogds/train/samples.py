@@ -33,7 +33,7 @@ from cogds.engine.checkpoint import remove_folder, step_name
 from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.metrics.monitor import Monitor
-from cogds.model.evaluation_mode import undisturbed
+from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
 from cogds.process.logs import log_failure
 from cogds.train.memory_check import is_out_of_memory
@@ -381,7 +381,7 @@ def _ready_to_sample(transformer: Any, builder: StepBuilder) -> Iterator[None]:
     tiling = vae.use_tiling
     _free(device)
     # The batch of two that guidance makes, and other lengths: nothing is compiled for them.
-    with undisturbed(transformer, device), torch.compiler.set_stance("force_eager"):
+    with evaluation_mode(transformer, device), torch.compiler.set_stance("force_eager"):
         vae.disable_tiling()  # the image is encoded whole, as in training
         try:
             yield

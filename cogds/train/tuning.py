@@ -26,7 +26,7 @@ from cogds.errors import UserError
 from cogds.formatting import gigabytes
 from cogds.job import Job, choose_checkpointing
 from cogds.metrics.trackers import check_tracker_packages
-from cogds.model.transformer.attention import fastest, use
+from cogds.model.transformer.attention import activate_kernel, find_fastest_kernel
 from cogds.model.transformer.quantize import check_quantization
 from cogds.process.environment import environment_variables
 
@@ -106,7 +106,7 @@ def choose_execution(job: Job, batch_sizes: Sequence[int]) -> Execution:
     memories = [gpu_bytes for gpu_bytes, _ in reports if gpu_bytes is not None]
     missing = [name for _, name in reports if name]
     execution = on_rank0(world, lambda: _choose(job, batch_sizes, min(memories, default=None), missing))
-    on_all_ranks(world, lambda: use(execution.kernel, world.device))
+    on_all_ranks(world, lambda: activate_kernel(execution.kernel, world.device))
     return execution
 
 
@@ -137,7 +137,7 @@ def _choose_kernel(job: Job) -> tuple[str, list[str]]:
         return "torch", ["attention kernel: torch"]
     tokens = max(num_tokens(shape, model.geometry) for shape in job.buckets)
     heads = model.transformer_config["num_attention_heads"] // job.world.sequence_size
-    kernel, times, failures = fastest(tokens, heads, model.geometry.head_dim, job.dtype, device)
+    kernel, times, failures = find_fastest_kernel(tokens, heads, model.geometry.head_dim, job.dtype, device)
     timings = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in sorted(times.items()))
     return kernel, [
         f"attention kernel: {kernel} ({timings})",
@@ -163,6 +163,6 @@ def execution_lines(execution: Execution, buckets: Sequence[ClipShape], num_clip
 def prepare_blocks(transformer: Any, execution: Execution) -> None:
     """Make a transformer's blocks run as chosen. Each batch then sets its activation checkpointing mode."""
     transformer.set_kernel(execution.kernel)
-    transformer.note_dropout()
+    transformer.detect_dropout()
     if execution.is_compiled:
         transformer.compile_blocks()

@@ -16,7 +16,11 @@ FITS = import sys, sysconfig; print(sys.implementation.cache_tag, sysconfig.get_
 # Tests in as many processes as there are cores, up to four: each takes about 1 GB.
 WORKERS ?= --numprocesses auto --maxprocesses 4
 
-.PHONY: install wheelhouse demo test test-slow test-quant test-browser test-cluster test-endurance check format clean
+# The constraints of `make test-versions`: tests/versions/lowest.txt (for Python 3.11) or newest.txt.
+VERSIONS ?= newest
+
+.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-endurance check \
+	format clean
 
 install: $(VENV)/.installed
 
@@ -63,6 +67,15 @@ $(VENV)/quant/.installed: $(VENV)/.installed
 	$(BIN)/pip install --quiet $(OFFLINE) --constraint constraints.txt --no-deps --target $(VENV)/quant \
 		torchao bitsandbytes
 	PYTHONPATH=$(abspath $(VENV)/quant) $(BIN)/python -c "import torchao, bitsandbytes" # or the tests would skip
+	touch $@
+
+# Train, resume and sample with the lowest or the newest dependencies, in a virtual environment of their own.
+test-versions: $(VENV)-$(VERSIONS)/.installed
+	$(<D)/bin/python tests/versions/check.py
+
+$(VENV)-%/.installed: setup.py tests/versions/%.txt
+	$(PYTHON) -m venv --clear $(@D)
+	$(@D)/bin/pip install --quiet $(OFFLINE) --constraint tests/versions/$*.txt --editable .
 	touch $@
 
 # Pages as a reader sees them, in a headless Chromium: as root, on Debian.

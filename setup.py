@@ -38,28 +38,32 @@ setup(
         "cogds.run_configs": ["*.yaml"],
     },
     entry_points={"console_scripts": ["cogds = cogds.cli:main"]},
+    # Each floor was installed and trained with: `make test-versions VERSIONS=lowest`.
     install_requires=[
-        "torch>=2.6",
-        "deepspeed>=0.17",
+        # The first whose wheels have a cuDNN with correct bf16 3-D convolutions, which the VAE needs: those of 2.8 are
+        # wrong (pytorch#163539), 2.9 and 2.10 do without and take several times the memory (pytorch#166643).
+        "torch>=2.11",
+        "deepspeed>=0.19.8",  # earlier versions train on after a gradient that is NaN, in fp32 and under autocast
         "diffusers>=0.42",
         "transformers>=5.0",
         "peft>=0.18",
-        "accelerate>=1.0",  # diffusers loads large models through it without a second copy in memory
-        "huggingface_hub",
+        "accelerate>=1.2",  # diffusers loads large models through it without a second copy in memory
+        "huggingface_hub>=1.32",
         "safetensors>=0.8",  # reads without mapping the file: a page that cannot be brought in kills a process
         "sentencepiece>=0.2",  # the real model's tokenizer is a spiece.model
-        "protobuf",
-        "tokenizers",
+        "protobuf>=6.31.1",
+        "tokenizers>=0.22",
         "numpy>=1.26",
         "pyarrow>=15",
         "pillow>=10",
-        "decord>=0.6",
+        # data.decoder=decord. PyPI has no wheel for other machines, such as aarch64 with GH200.
+        "decord>=0.6; sys_platform == 'linux' and platform_machine == 'x86_64'",
         "av>=18,<20",  # both ends are tested; 19 needs Python 3.12
         "omegaconf>=2.4",
-        "pydantic>=2.5",
-        "pyyaml",
-        "tensorboard>=2.16",
-        "tqdm",
+        "pydantic>=2.5.3",  # 2.5.0 refuses valid keys of data.columns
+        "pyyaml>=6",
+        "tensorboard>=2.21",  # the first that starts beside setuptools 82, which dropped pkg_resources
+        "tqdm>=4.66",
         "rich>=13",
         "jinja2>=3",
         "matplotlib>=3.8",

@@ -218,7 +218,8 @@ def row_of(
     row: dict[str, Any] = {"size": size.name, **asdict(variant), "tokens": tokens * batch_size}
     row |= {"counted_tflop": round(batch_size * flops.counted / 1e12, 4)}
     if peak:
-        row["floor_s"] = round(batch_size * flops.done(variant.checkpointing) / peak / 1e12, 4)
+        # Significant digits: the tiny model's floors are below a millisecond.
+        row["floor_s"] = float(f"{batch_size * flops.done(variant.checkpointing) / peak / 1e12:.4g}")
     row |= timing.numbers()
     if median_s := timing.median_s:
         row["tokens_per_s"] = round(tokens * batch_size / median_s, 1)

@@ -17,6 +17,8 @@ import yaml
 from cogds.arguments import MERGED_FORMATS
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
+from cogds.errors import brief
+from cogds.process.logs import log_failure
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +70,7 @@ def write_card(folder: Path, lora: Path, facts: Mapping[str, Any]) -> None:
         card = model_card(title, facts, "diffusers", str(lora), sample=sample)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     except Exception as error:  # prompts and paths may hold anything
-        logger.warning(f"{lora}: no model card ({type(error).__name__}: {error}). The LoRA is complete.")
+        log_failure(logger, f"{lora}: no model card ({brief(error)}). The LoRA is complete.", error)
 
 
 def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file: str = "", sample: str = "") -> str:

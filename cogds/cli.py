@@ -26,6 +26,7 @@ from cogds.errors import (
     UserError,
     did_you_mean,
 )
+from cogds.process.environment import declare_cpu
 from cogds.process.log_filters import install_log_filters
 from cogds.process.logs import RESULT, configure_logging
 
@@ -112,22 +113,26 @@ def launcher_command(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
                 "Pass them only to that launcher."
             )
         return []
-    num_ranks = args.num_gpus or _num_gpus()
+    num_gpus = _num_gpus()
+    num_ranks = args.num_gpus or num_gpus or 1
     if num_ranks == 1 and not args.hostfile:
         return []
+    if not num_gpus and not args.hostfile:
+        declare_cpu()
     hosts = ["--hostfile", args.hostfile] if args.hostfile else []
     if args.num_gpus or not args.hostfile:
         hosts += ["--num_gpus", str(num_ranks)]
     port = args.master_port or (29500 if args.hostfile else _free_port())
     launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *hosts, "--master_port", str(port)]
+    launcher += ["--log_level", "info" if args.verbose else "error"]
     return [*launcher, "--no_local_rank", "--module", "cogds", args.verb, *_without_launcher_flags(argv)]
 
 
 def _num_gpus() -> int:
-    """Return the number of GPUs of this machine, or 1 if it has none."""
+    """Return the number of GPUs of this machine."""
     import torch
 
-    return torch.cuda.device_count() or 1
+    return torch.cuda.device_count()
 
 
 def _without_launcher_flags(argv: Sequence[str]) -> list[str]:

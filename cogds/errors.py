@@ -6,8 +6,9 @@ what to do about each exit code.
 """
 
 import difflib
+import sys
 from collections.abc import Iterable
-from typing import Self
+from typing import NoReturn, Self
 
 EXIT_BUG = 1  # as for any exception that Python does not catch
 EXIT_USER_ERROR = 2
@@ -54,3 +55,11 @@ def did_you_mean(name: str, valid: Iterable[str]) -> str:
     """Return ` (did you mean 'x'?)` for the nearest valid name, or an empty string if none is near."""
     near = difflib.get_close_matches(name, list(valid), n=1, cutoff=0.5)
     return f" (did you mean '{near[0]}'?)" if near else ""
+
+
+def refuse_to_run(module: str, verb: str) -> NoReturn:
+    """End `python -m MODULE` with a message and EXIT_USER_ERROR, instead of importing it and doing nothing."""
+    print(
+        f"error: python -m {module}: not a command. Run `cogds {verb}`, or `python -m cogds {verb}`.", file=sys.stderr
+    )
+    raise SystemExit(EXIT_USER_ERROR)

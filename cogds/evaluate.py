@@ -12,7 +12,7 @@ from cogds.config.schema import RunConfig
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.world import read_world
 from cogds.encode.encoder import encode_dataset
-from cogds.errors import UserError
+from cogds.errors import UserError, refuse_to_run
 from cogds.job import load_job
 from cogds.model.load import DTYPES, ModelFolder, load_transformer
 from cogds.model.lora.adapter import add_lora
@@ -78,3 +78,7 @@ def load_eval_transformer(
         use(cfg.model.attention, device)
         transformer.set_kernel(cfg.model.attention)
     return transformer.eval()
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.evaluate", "evaluate")

@@ -13,7 +13,7 @@ import torch
 from cogds.arguments import MERGED_FORMATS
 from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
-from cogds.errors import UserError
+from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_folder
 from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora.convert import (
@@ -264,3 +264,7 @@ def notes(facts: Mapping[str, Any], kind: str, output: Path, checked: bool) -> l
     if facts.get("base_model") and not hub_id(facts["base_model"]):
         lines.append(f"The model card names no base model on the hub: {facts['base_model']} is a local folder.")
     return lines
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.export", "export")

@@ -29,7 +29,7 @@ from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
-from cogds.errors import UserError
+from cogds.errors import UserError, refuse_to_run
 from cogds.evaluate import load_eval_transformer
 from cogds.formatting import counted
 from cogds.job import load_job
@@ -322,3 +322,7 @@ def to_json(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
         field.name: {name: getattr(scores, field.name) for name, scores in means.items()}
         for field in dataclasses.fields(Scores)
     }
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.probe", "probe")

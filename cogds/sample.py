@@ -14,7 +14,7 @@ from PIL import Image
 
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video.media import write_video
-from cogds.errors import UserError
+from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
@@ -227,3 +227,7 @@ def _write_grid(stem: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], fp
     with whole_file(f"{stem}.png") as partial:
         Image.fromarray(make_grid(strips)[0]).save(partial)
     logger.log(RESULT, "grids: %s.mp4 and %s.png", stem, stem)
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.sample", "sample")

@@ -2,15 +2,17 @@
 
 import gc
 import socket
+import subprocess
 import sys
 
 import pytest
 import torch.distributed as dist
 
 from cogds import cli
-from cogds.arguments import parse_args
-from cogds.errors import EXIT_HUNG, UserError
+from cogds.arguments import VERBS, parse_args
+from cogds.errors import EXIT_BUG, EXIT_HUNG, EXIT_USER_ERROR, BugReported, UserError
 from cogds.job import make_folders
+from tests.conftest import ROOT
 
 
 def test_imported_objects_are_excluded_from_garbage_collection():
@@ -101,6 +103,14 @@ def test_a_user_error_is_printed_once_per_node_with_code_2(environ, printed, mon
     assert capsys.readouterr().err == printed
 
 
+def test_a_bug_that_is_already_reported_is_code_1_without_output(capsys):
+    def main() -> None:
+        raise BugReported("rank 3 failed: TypeError: planted")
+
+    assert cli.run(main) == EXIT_BUG == 1
+    assert capsys.readouterr() == ("", "")
+
+
 def test_a_shared_error_is_printed_by_rank_0_only_and_a_ranks_own_error_always(monkeypatch, capsys):
     for name, value in {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "3"}.items():
         monkeypatch.setenv(name, value)
@@ -151,3 +161,19 @@ def test_a_lost_connection_has_its_own_exit_code(capsys):
 
     assert cli.run(main) == EXIT_HUNG
     assert "Connection reset by peer" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"demo"}))  # the demo is in the module of train
+def test_a_module_of_a_verb_is_not_a_command(verb):
+    """`python -m` runs its last lines. The imports before them take seconds, so one module is run below."""
+    module = VERBS[verb].module
+    *_, guard, call = (ROOT / f"{module.replace('.', '/')}.py").read_text().splitlines()
+    assert guard == 'if __name__ == "__main__":'
+    assert call.strip() == f'refuse_to_run("{module}", "{verb}")'
+
+
+@pytest.mark.parametrize("module", ["cogds.export", "cogds.encode", "cogds.preflight", "cogds.report", "cogds.train"])
+def test_running_a_module_fails_with_a_message(module):
+    done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120, cwd=ROOT)
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.splitlines()[-1].startswith(f"error: python -m {module}: ")

@@ -259,6 +259,17 @@ def test_a_public_repository_is_not_filled_by_mistake(lora, tmp_path):
     assert len(api.calls) == 2
 
 
+@pytest.mark.parametrize("name", ["whoami", "model_info", "create_repo"])
+def test_a_bug_is_not_a_fault_of_the_hub(lora, tmp_path, name):
+    def fail(*_, **__):
+        raise TypeError("planted")
+
+    api = StandIn()
+    setattr(api, name, fail)
+    with pytest.raises(TypeError, match="planted"):
+        pushed(lora, tmp_path, api)
+
+
 def test_a_failed_upload_leaves_the_export(lora, tmp_path):
     with pytest.raises(UserError, match=r"the upload failed \(OSError: connection reset\); .*hf upload me/mine"):
         pushed(lora, tmp_path, StandIn(private=True, failing=True))

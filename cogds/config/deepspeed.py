@@ -59,6 +59,12 @@ _REFUSED_UNLESS: dict[str, tuple[Any, str]] = {
     "hybrid_engine.enabled": (False, "it is for text generation during training. Delete the section"),
     "autotuning.enabled": (False, "it would change the batch size that the batch plan relies on. Delete the section"),
     "managed_gradient_accumulation": (True, "DeepSpeed must count the micro-steps. Delete it"),
+    "bf16.check_grad_overflow": (True, "a step whose gradient is not finite would destroy the weights. Delete it"),
+    # In fp32 and under autocast, DeepSpeed 0.19.8 skips such a step because of its norm.
+    "zero_optimization.compute_grad_norm": (
+        True,
+        "a step whose gradient is not finite would destroy the weights. Delete it",
+    ),
 }
 _SECTIONS = ("optimizer", "optimizer.params", "bf16", "fp16", "torch_autocast", "zero_optimization")
 # "auto" is a value of DeepSpeed's own in these.
@@ -219,7 +225,8 @@ class _Resolver:
                     raise self.error(f"unknown key {key}{did_you_mean(name, known)}. Correct or delete it")
         for key, (accepted, reason) in _REFUSED_UNLESS.items():
             value = self.look_up(key, accepted)
-            if value not in ("auto", None, accepted):
+            is_unset = value is None and accepted is not True  # DeepSpeed reads null as false
+            if value not in ("auto", accepted) and not is_unset:
                 raise self.error(f"{key}={json.dumps(value)} is not supported: {reason}")
         if str(self.look_up("zero_optimization.offload_optimizer.device", "")).lower() == "nvme":
             raise self.error(
@@ -254,6 +261,8 @@ class _Resolver:
             self.cfg = replace(self.cfg, {"train.precision": precision}, f"in {self.path}")
         # Autocast keeps the LoRA in fp32; the bf16 section would cast it.
         bf16["enabled"] = (precision == "bf16" and not uses_autocast) if enabled == "auto" else enabled
+        # Skip steps whose gradient is not finite. Set here because the default of DeepSpeed has changed before.
+        bf16.setdefault("check_grad_overflow", True)
 
     def check_stage(self) -> None:
         """The ZeRO stage, and what it rules out."""

@@ -5,6 +5,7 @@ of the first frame (their noise is drawn at every step, before the VAE), and the
 share the work by its cost.
 """
 
+import importlib.util
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -26,6 +27,7 @@ from cogds.encode.cache_keys import is_tiled
 from cogds.encode.clip_set import ClipSet, evaluation_clips, load_clip_set
 from cogds.encode.encoding_plan import EncodedData, EncodingPlan
 from cogds.encode.scan_data import scan_data, scan_evaluation_data
+from cogds.errors import UserError
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import TaskFailure, WorkerPool
@@ -53,7 +55,8 @@ def encode_dataset(
         on_selected: called on rank 0 with the clips to train, before anything is encoded.
 
     Raises:
-        UserError: no clip is left, or more than `max_unusable` are unusable.
+        UserError: no clip is left, more than `max_unusable` are unusable, or the decoder that is needed is not
+            installed.
     """
     manifest = scan_data(cfg, world, retry_failed)
     eval_manifest = scan_evaluation_data(cfg, world, retry_failed)
@@ -72,6 +75,10 @@ def encode_dataset(
     work = scatter_from_rank0(world, lambda: plan.work(world.size))
     cache, shard_bytes = Cache(cfg.data.cache_dir), int(cfg.data.shard_gb * 1e9)
 
+    def check() -> None:  # before any weight is loaded
+        if len(work.clips) or cfg.data.encode != "cached":
+            check_decoder(cfg)
+
     def encode_own_captions() -> None:
         if len(work.captions):
             with cache.writer("captions", shard_bytes) as writer:
@@ -83,6 +90,7 @@ def encode_dataset(
         with cache.writer("clips", shard_bytes) as writer:
             return encode_clips(work.clips, writer, buckets, model, cfg, world)
 
+    on_all_ranks(world, check)
     on_all_ranks(world, encode_own_captions)
     failures = {key: reason for share in on_all_ranks(world, encode_own_clips) for key, reason in share.items()}
     if world.device.type == "cuda":
@@ -163,6 +171,15 @@ def decode_pool(cfg: RunConfig) -> WorkerPool[DecodeTask, DecodedClip]:
     """The worker processes that decode, with the bounds of the config."""
     memory_bytes = int(cfg.data.decode_memory_gb * 1e9)
     return WorkerPool(decode, cfg.data.num_workers, cfg.data.decode_timeout_s, memory_bytes, (DecodeError,))
+
+
+def check_decoder(cfg: RunConfig) -> None:
+    """Raise UserError if `data.decoder` is not installed. There are wheels of decord for x86-64 only."""
+    if cfg.data.decoder == "decord" and importlib.util.find_spec("decord") is None:
+        raise UserError(
+            "data.decoder: decord is not installed here, and is available for x86-64 only. Set data.decoder=pyav, "
+            "or run `pip install decord` on an x86-64 machine."
+        )
 
 
 def _change_reason(row: Mapping) -> str:

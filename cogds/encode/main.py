@@ -12,6 +12,7 @@ from cogds.distributed.world import read_world
 from cogds.encode.cache_keys import CacheKeys
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
+from cogds.errors import refuse_to_run
 from cogds.formatting import counted
 from cogds.job import Job, load_job, make_folders
 from cogds.process.logs import RESULT
@@ -77,3 +78,7 @@ def print_verified(report: VerifyReport) -> None:
         f"{counted(report.num_failures, 'clip')} not decodable, {len(report.damaged)} damaged and removed: the next "
         "run encodes them again",
     )
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.encode.main", "encode")

@@ -24,7 +24,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 
 from cogds.core.geometry import ModelGeometry
 from cogds.core.vae_memory import VaeSize
-from cogds.errors import UserError
+from cogds.errors import BUGS, UserError, brief
 from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.quantize import PackedLinear, pack_block
 
@@ -112,10 +112,12 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
 
 def _fetch(model_id: str, revision: str | None) -> Path:
     """The hub's copy of a model, downloaded; where the hub does not answer, the whole copy that it left here before."""
-    # The hub client has dozens of failures; each means the same to the user.
+    # The hub client's many exceptions have no common base, and each means the same to the user.
     failure: Exception | None = None
     try:
         HfApi().model_info(model_id, revision=revision, timeout=HUB_TIMEOUT_S)
+    except BUGS:
+        raise
     except Exception as error:
         failure = error
     try:
@@ -124,12 +126,12 @@ def _fetch(model_id: str, revision: str | None) -> Path:
                 model_id, revision=revision, allow_patterns=["*.json", "*/*"], local_files_only=failure is not None
             )
         )
+    except BUGS:
+        raise
     except Exception as error:
-        failure = failure or error
-        reason = str(failure).strip().splitlines()[0] if str(failure).strip() else "no reason given"
         raise UserError(
             f"model.path: there is no folder {model_id}, and it could not be fetched from the hub as a model id "
-            f"({type(failure).__name__}: {reason}); check the id and the network, or fetch it on a machine with "
+            f"({brief(failure or error)}); check the id and the network, or fetch it on a machine with "
             f"internet, `hf download {model_id} --local-dir FOLDER`, and set model.path=FOLDER"
         ) from None
 

@@ -44,14 +44,13 @@ def pipeline_of(model: ModelFolder, transformer: Any, vae: Any) -> Any:
 
 def num_calls(pipeline: Any, num_steps: int) -> int:
     """How often `sample_latents` calls the transformer. Raises UserError for more steps than there are timesteps."""
-    try:
-        pipeline.scheduler.set_timesteps(num_steps)
-    except ValueError:
-        most = pipeline.scheduler.config.num_train_timesteps
+    most = pipeline.scheduler.config.num_train_timesteps
+    if num_steps > most:
         raise UserError(
             f"{num_steps} denoising steps (sample.num_steps, --steps) are more than the model's {most} timesteps: ask "
             "for fewer"
-        ) from None
+        )
+    pipeline.scheduler.set_timesteps(num_steps)
     return len(pipeline.scheduler.timesteps)
 
 

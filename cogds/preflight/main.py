@@ -9,6 +9,7 @@ import os
 import socket
 import sys
 import time
+import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
@@ -18,7 +19,7 @@ import torch
 from cogds.arguments import PREFLIGHT_CHECKS
 from cogds.distributed.process_group import connect, disconnect, open_store
 from cogds.distributed.world import World, read_world
-from cogds.errors import EXIT_USER_ERROR, UserError, did_you_mean
+from cogds.errors import EXIT_BUG, EXIT_USER_ERROR, BugReported, UserError, did_you_mean, refuse_to_run
 from cogds.preflight.addresses import judge_addresses, look_addresses
 from cogds.preflight.exchange import judge_exchange, look_exchange
 from cogds.preflight.finding import FAIL, Facts, Finding, at, by_value, runs, who
@@ -51,7 +52,10 @@ Judge = Callable[[list[Facts]], list[Finding]]
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check everything and print a table. Raises UserError, already reported, if a check failed."""
+    """Check everything and print a table.
+
+    Raises, after it was reported, UserError if a check failed and BugReported if a check has a bug.
+    """
     skipped = parts_to_skip(args.skip)
     world = read_world()
     roster = Roster(world, open_store(world, args.wait))
@@ -62,8 +66,10 @@ def main(args: argparse.Namespace) -> None:
     sys.stdout.flush()
     if preflight.is_stuck:
         # Threads that hang in a disk or a collective would keep the process, or crash it on its way out.
-        os._exit(EXIT_USER_ERROR if failed else 0)
+        os._exit(EXIT_BUG if preflight.has_bug else EXIT_USER_ERROR if failed else 0)
     disconnect()
+    if preflight.has_bug:
+        raise BugReported("a check has a bug")
     if failed:
         raise UserError("not ready", shared=True)  # the findings are printed above
 
@@ -102,6 +108,7 @@ class Preflight:
         self.world, self.roster, self.skipped, self.wait_s = world, roster, skipped, wait_s
         self.findings: list[Finding] = []
         self.is_stuck = False  # a thread hangs, or the ranks are not all at the same place of a collective
+        self.has_bug = False  # in a check; the traceback is printed
 
     def run(self, load: Callable[[], CheckedJob]) -> None:
         """Everything. What cannot be looked at without something that failed is left out."""
@@ -148,13 +155,14 @@ class Preflight:
     def tell(self, nodes: Sequence[str]) -> bool:
         """Print the table and the verdict on rank 0; returns on every rank whether a check failed."""
         # All leave in the same way: one that ends by force would leave the others in the last barrier.
-        stuck = self.roster.gather(self.is_stuck, MARGIN_S)
+        states = self.roster.gather([self.is_stuck, self.has_bug], MARGIN_S)
+        stuck, bugs = ([state[number] for state in states if state is not None] for number in (0, 1))
         if self.world.rank == 0:
             print_findings(self.findings)
             print(verdict(self.findings, self.world.size, len(set(nodes))), flush=True)
         any_stuck = bool(self.roster.absent) or any(stuck)
-        failed, self.is_stuck = self.roster.share(
-            [any(one.level == FAIL for one in self.findings), any_stuck], STEP_LIMIT_S
+        failed, self.is_stuck, self.has_bug = self.roster.share(
+            [any(one.level == FAIL for one in self.findings), any_stuck, any(bugs)], STEP_LIMIT_S
         )
         self.roster.leave()
         return failed
@@ -164,6 +172,9 @@ class Preflight:
     ) -> Outcome:
         outcome = bounded(function, limit_s, stop)
         self.is_stuck = self.is_stuck or outcome.hung
+        if outcome.bug is not None:
+            self.has_bug = True
+            traceback.print_exception(outcome.bug)
         return outcome
 
     def _gather(self, facts: Mapping[str, Any], errors: Mapping[str, str], limit_s: float) -> list[Facts]:
@@ -244,3 +255,7 @@ class Preflight:
         sound = self.roster.share(sound, limit_s + MARGIN_S)
         self.is_stuck = self.is_stuck or not sound
         return sound
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.preflight.main", "preflight")

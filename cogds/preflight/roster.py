@@ -13,7 +13,7 @@ from typing import Any
 import torch.distributed as dist
 
 from cogds.distributed.world import World
-from cogds.errors import UserError
+from cogds.errors import BUGS, UserError, brief
 from cogds.preflight.finding import runs
 
 PREFIX = "preflight"
@@ -25,11 +25,15 @@ GIVEN_UP = "given up, because another rank failed"
 
 @dataclass(frozen=True)
 class Outcome:
-    """What became of a call: its value, or in words what went wrong. hung: its thread is still at it."""
+    """What became of a call: its value, or in words what went wrong. hung: its thread is still at it.
+
+    bug: the exception, if it comes from the code and not from the machine.
+    """
 
     value: Any = None
     error: str = ""
     hung: bool = False
+    bug: Exception | None = None
 
 
 def bounded(function: Callable[[], Any], limit_s: float, stop: Callable[[], bool] = lambda: False) -> Outcome:
@@ -45,9 +49,10 @@ def bounded(function: Callable[[], Any], limit_s: float, stop: Callable[[], bool
             outcomes.append(Outcome(function()))
         except UserError as error:
             outcomes.append(Outcome(error=str(error)))
-        except Exception as error:  # whatever it is: it is told, and the other checks go on
-            reason = next((line for line in str(error).splitlines() if line.strip()), "")
-            outcomes.append(Outcome(error=f"{type(error).__name__}: {reason}"))
+        except BUGS as error:
+            outcomes.append(Outcome(error=f"this check has a bug, see its traceback: {brief(error)}", bug=error))
+        except Exception as error:  # whatever it is, it is reported and the other checks go on
+            outcomes.append(Outcome(error=brief(error)))
 
     thread = threading.Thread(target=call, daemon=True)
     thread.start()

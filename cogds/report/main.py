@@ -17,7 +17,9 @@ from cogds.data.video.decode_task import DecodeTask, decode
 from cogds.data.video.media import DecodeError
 from cogds.distributed.world import World
 from cogds.encode.clip_set import ClipSet, load_clip_set
+from cogds.encode.encoder import check_decoder
 from cogds.encode.scan_data import scan_data
+from cogds.errors import refuse_to_run
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import ModelFolder, num_truncated
 from cogds.process.worker_pool import TaskFailure, WorkerPool
@@ -98,6 +100,7 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
 @contextmanager
 def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
     """Read single frames in a worker process. A clip that crashes or hangs the worker gives None."""
+    check_decoder(cfg)
     memory_bytes = round(cfg.data.decode_memory_gb * 1e9)
     with WorkerPool(decode, 1, cfg.data.decode_timeout_s, memory_bytes, (DecodeError,)) as pool:
 
@@ -107,3 +110,7 @@ def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
             return None if isinstance(outcome, TaskFailure) else outcome.first_frame
 
         yield read
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.report.main", "report")

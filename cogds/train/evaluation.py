@@ -26,16 +26,18 @@ from cogds.core.diffusion import v_loss
 from cogds.core.flops import step_flops
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
 from cogds.core.permutation import keyed_hash
-from cogds.data.cache.store import Cache
+from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import ClipIndex, IndexedClip
 from cogds.distributed.collectives import all_gather, any_rank
 from cogds.distributed.world import World
 from cogds.encode.encoding_plan import EncodedData
+from cogds.errors import UserError, brief
 from cogds.formatting import counted
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import call_aside, undisturbed
 from cogds.model.load import ModelFolder
+from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder
 
@@ -184,21 +186,25 @@ class Evaluation:
         return {sample: loss for sample, loss in found.items() if sample[0] not in unread}
 
     def _inputs(self, task: Task, bad: dict[int, str]) -> tuple[dict[str, Any], torch.Tensor]:
-        """The transformer's arguments and the target. Clips that fail join `bad`, others or zeros stand in for them:
-        whatever it is that fails, such as memory for the VAE: an error would leave the other ranks waiting.
+        """Return the transformer's arguments and the target.
+
+        Clips that cannot be read are added to `bad`, and so are all clips of the task if the VAE runs out of memory.
+        Other clips or zeros replace them, because the other ranks wait for this one.
         """
         shape, items = self.clips[task.samples[0][0]].shape, dict[int, Item]()
         for clip in dict.fromkeys(clip for clip, _ in task.samples):
             try:
                 items[clip] = Item(read_encoded(self.cache, self.clips[clip]))
-            except Exception as error:
-                bad[clip] = _reason(error)
+            except (DamagedEntryError, UserError) as error:
+                bad[clip] = str(error)
         if items:
             another = next(iter(items.values()))
             try:
                 return self._build(task, [items.get(clip, another) for clip, _ in task.samples], shape)
-            except Exception as error:
-                bad |= dict.fromkeys(items, _reason(error))
+            except RuntimeError as error:
+                if not is_out_of_memory(error):
+                    raise
+                bad |= dict.fromkeys(items, brief(error))
         return _stand_in(self.builder, shape, len(task.samples))
 
     def _build(self, task: Task, items: list[Item], shape: ClipShape) -> tuple[dict[str, Any], torch.Tensor]:
@@ -226,10 +232,6 @@ def _stand_in(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tuple[
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
     image = image_condition(latents[:, :1], frames)
     return transformer_inputs(latents, image, text, timesteps, builder.rotary(shape), geometry), latents
-
-
-def _reason(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
 
 
 def _clips(index: ClipIndex) -> Iterator[IndexedClip]:

@@ -18,8 +18,10 @@ from cogds.core.flops import step_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.data.loading.dataset import Batch
+from cogds.errors import brief
 from cogds.metrics.figures import CELL, contact_sheet, share_chart
 from cogds.metrics.monitor import Monitor
+from cogds.process.logs import log_failure
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
 
@@ -40,7 +42,7 @@ def show_settings(run: Run, monitor: Monitor) -> None:
     try:
         monitor.add_image(run.first_step, "data/buckets", bucket_bars(run))
     except Exception as error:
-        logger.warning(f"the buckets could not be drawn ({reason(error)}): training goes on")
+        log_failure(logger, f"the buckets could not be drawn ({brief(error)}): training goes on", error)
 
 
 def settings(run: Run) -> dict[str, str | float | bool]:
@@ -87,11 +89,6 @@ def bucket_bars(run: Run) -> np.ndarray:
     return share_chart("Shares of an epoch", [str(shape) for shape in run.buckets], series)
 
 
-def reason(error: Exception) -> str:
-    """What went wrong, in a line."""
-    return next(iter(str(error).splitlines()), "") or type(error).__name__
-
-
 class FirstBatches:
     """Collects the first clips that this rank trains, and shows them. What goes wrong with that is warned of."""
 
@@ -109,12 +106,16 @@ class FirstBatches:
                 self._collect(step, batch)
             except Exception as error:
                 self._done()
-                logger.warning(f"the first clips could not be drawn ({reason(error)}): training goes on")
+                log_failure(logger, f"the first clips could not be drawn ({brief(error)}): training goes on", error)
         if passed < cfg.show_batches:
             try:
                 self._decode(step, micro_batch, batch)
             except Exception as error:  # out of memory, most likely
-                logger.warning(f"the batch of step {step + 1} could not be decoded ({reason(error)}): training goes on")
+                log_failure(
+                    logger,
+                    f"the batch of step {step + 1} could not be decoded ({brief(error)}): training goes on",
+                    error,
+                )
 
     def _collect(self, step: int, batch: Batch) -> None:
         num = self._run.cfg.metrics.show_clips

@@ -8,7 +8,7 @@ from cogds.distributed.collectives import on_rank0
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.run_lock import hold_run_lock
 from cogds.distributed.world import read_world
-from cogds.errors import Interrupted
+from cogds.errors import Interrupted, refuse_to_run
 from cogds.job import load_job, make_folders
 from cogds.process.signals import StopRequest, find_launchers
 from cogds.train.trainer import Trainer
@@ -36,3 +36,7 @@ def main(args: argparse.Namespace) -> None:
         raise
     disconnect()
     stop.close()
+
+
+if __name__ == "__main__":
+    refuse_to_run("cogds.train.main", "train")

@@ -24,7 +24,7 @@ from cogds.engine.deepspeed_internals import (
     release_gathered_weights,
     without_zero3_backward_hooks,
 )
-from cogds.errors import UserError
+from cogds.errors import BugReported, UserError
 from cogds.model.evaluation_mode import call_aside
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, random_batch
@@ -95,7 +95,7 @@ def check_memory(run: Run, engine: Any, builder: StepBuilder) -> MemoryCheck | N
     if other_error is not None:
         raise other_error
     if has_failed:
-        raise UserError(f"memory check: another rank failed while {shape} was tried, and reports why.", shared=True)
+        raise BugReported(f"memory check: another rank failed while {shape} was tried, and reports why.")
     if is_full:
         raise UserError(too_little or _refusal(run, bucket), shared=world.rank > 0)
     measured = None

@@ -152,11 +152,18 @@ def continued_plan(plan: Plan, facts: Mapping[str, Any], checkpoint: Path) -> Pl
 
     In an unchanged layout it is the saved plan itself, so the run is the same bit for bit.
     """
+    fields = dict(facts["plan"])
+    origin = fields.pop("origin")
+    for kind, values in ((Plan, fields), (Origin, origin)):
+        if unknown := set(values) - {field.name for field in dataclasses.fields(kind)}:
+            raise UserError(
+                f"{checkpoint}: another version of cogds wrote its plan, with '{min(unknown)}'. Resume with that "
+                "version, or from another checkpoint."
+            )
     try:
-        fields = dict(facts["plan"])
-        saved = Plan(**fields | {"origin": Origin(**fields["origin"])})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{checkpoint} holds no plan that can be gone on with ({error}): resume from another") from None
+        saved = Plan(**fields, origin=Origin(**origin))
+    except ValueError as error:
+        raise UserError(f"{checkpoint}: its plan cannot be used ({error}). Resume from another checkpoint.") from None
     return saved.resized(
         facts["step"], plan.world_size, plan.accumulation, plan.batch_sizes, plan.costs, plan.tolerance
     )

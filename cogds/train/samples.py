@@ -30,11 +30,12 @@ from cogds.distributed.collectives import broadcast, on_rank0
 from cogds.distributed.process_group import is_lost_connection
 from cogds.encode.cache_keys import CacheKeys
 from cogds.engine.checkpoint import remove_folder, step_name
-from cogds.errors import UserError
+from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.metrics.monitor import Monitor
 from cogds.model.evaluation_mode import undisturbed
 from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
+from cogds.process.logs import log_failure
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
@@ -122,7 +123,7 @@ class Previews:
                         self._base[name] = file.read_bytes()
         except OSError as error:
             logger.warning(
-                f"{self._folder} cannot be written ({_reason(error)}): mend that, or the run's videos are lost"
+                f"{self._folder} cannot be written ({brief(error)}): mend that, or the run's videos are lost"
             )
 
     def _risk(self, scene: SampleSpec) -> str:
@@ -222,7 +223,8 @@ class Previews:
                     if is_out_of_memory(error):
                         raise _uncatchable(scene, error) from error
                     raise
-                failure = _reason(error)
+                failure = brief(error)
+                log_failure(logger, f"{whose} video of '{prompt}' failed: {failure}", error)
             finally:
                 self._pipeline.transformer = self._engine.module  # else what `lockstep` holds stays until the next one
             _free(run.world.device)
@@ -233,7 +235,8 @@ class Previews:
         try:
             return _encoded(decode_frames(self._pipeline, latents, scene.shape).numpy(), run.cfg.data.fps)  # type: ignore[union-attr]
         except Exception as error:
-            return _reason(error)
+            log_failure(logger, f"decoding {whose} video of '{prompt}' failed: {brief(error)}", error)
+            return brief(error)
         finally:
             _free(run.world.device)
 
@@ -270,7 +273,7 @@ class Previews:
                     (partial / f"{name}.mp4").write_bytes(video)
         except OSError as error:
             logger.warning(
-                f"the videos of step {step} cannot be written into {folder} ({_reason(error)}): training goes on"
+                f"the videos of step {step} cannot be written into {folder} ({brief(error)}): training goes on"
             )
 
     def _show(self, step: int, made: Mapping[str, bytes]) -> None:
@@ -286,7 +289,9 @@ class Previews:
                 self._monitor.add_image(step, f"{FOLDER}/{name}", strips)
                 self._monitor.add_video(step, f"{FOLDER}/{name}/clip", played, fps)
             except Exception as error:  # a picture for people is worth no run
-                logger.warning(f"the video of '{scene.prompt}' cannot be shown: {_reason(error)}; training goes on")
+                log_failure(
+                    logger, f"the video of '{scene.prompt}' cannot be shown: {brief(error)}; training goes on", error
+                )
 
 
 def beside(first: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
@@ -318,11 +323,11 @@ def _find_scenes(run: Run) -> dict[str, SampleSpec]:
                     states = cache.read("captions", key, places.place(key) or "")["text_states"]
                     scenes.append(_from_prompt(run, one, states))
                 except Exception as error:
-                    logger.warning(f"sample.prompts[{number}], '{one.prompt}', is left out: {_reason(error)}")
+                    log_failure(logger, f"sample.prompts[{number}], '{one.prompt}', is left out: {brief(error)}", error)
         else:
             scenes = _from_clips(run, cache)
     except Exception as error:
-        logger.warning(f"no videos will be made during training: {_reason(error)}")
+        log_failure(logger, f"no videos will be made during training: {brief(error)}", error)
     if not scenes:
         logger.warning("sample.every is set, but there is nothing left to make videos of: training goes on without")
     return {scene.file_stem(sample.num_steps, sample.guidance): scene for scene in scenes}
@@ -348,7 +353,7 @@ def _from_clips(run: Run, cache: Cache) -> list[SampleSpec]:
             pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
             scenes.append(SampleSpec(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
-            logger.warning(f"the video of {clip.path} is left out: {_reason(error)}")
+            log_failure(logger, f"the video of {clip.path} is left out: {brief(error)}", error)
     return scenes
 
 
@@ -417,16 +422,9 @@ def _free(device: torch.device) -> None:
         torch.cuda.empty_cache()
 
 
-def _reason(error: Exception) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror
-    text = str(error).strip()
-    return text.splitlines()[0] if text else type(error).__name__
-
-
 def _uncatchable(scene: SampleSpec, error: Exception) -> UserError:
     return UserError(
-        f"the video of '{scene.prompt}' ({scene.shape}) failed inside the transformer ({_reason(error)}), where the "
+        f"the video of '{scene.prompt}' ({scene.shape}) failed inside the transformer ({brief(error)}), where the "
         "other ranks wait for this one: give sample.prompts a smaller size, or set sample.every=null; the same command "
         "goes on from the last checkpoint"
     )

@@ -98,7 +98,7 @@ def test_auto_is_filled_from_the_run_config():
         "train_micro_batch_size_per_gpu": 3,
         "gradient_accumulation_steps": 5,
         "gradient_clipping": 0.5,
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
         "fp16": {"enabled": False},
         "optimizer": {"type": "AdamW", "params": {"lr": 2e-4, "betas": [0.8, 0.9], "eps": 1e-6, "weight_decay": 0.1}},
         "zero_optimization": {
@@ -116,7 +116,7 @@ def test_missing_keys_are_filled_and_resolving_twice_changes_nothing():
     out, cfg = resolve(ZERO2)
     assert out == {
         "zero_optimization": {"stage": 2},
-        "bf16": {"enabled": True},
+        "bf16": {"enabled": True, "check_grad_overflow": True},
         "train_micro_batch_size_per_gpu": 1,
         "gradient_accumulation_steps": 1,
         "train_batch_size": 2,
@@ -261,6 +261,8 @@ UNSUPPORTED = {
     "hybrid_engine.enabled": True,
     "autotuning.enabled": True,
     "managed_gradient_accumulation": False,
+    "bf16.check_grad_overflow": False,
+    "zero_optimization.compute_grad_norm": False,
     "optimizer.type": "SGD",
     "zero_optimization": True,
     "optimizer": "AdamW",
@@ -273,6 +275,10 @@ UNSUPPORTED = {
 @pytest.mark.parametrize("path", UNSUPPORTED)
 def test_a_value_that_does_not_fit_is_refused(path):
     assert path in refused(nested(path, UNSUPPORTED[path]))
+
+
+def test_null_is_not_true():
+    assert "managed_gradient_accumulation" in refused({"managed_gradient_accumulation": None})
 
 
 @pytest.mark.parametrize("kind", ["OneBitAdam", "Adagrad"])

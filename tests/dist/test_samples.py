@@ -8,6 +8,7 @@ import torch
 from PIL import Image
 
 import cogds.sample
+from cogds import cli
 from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses, notes
 
@@ -64,10 +65,8 @@ def test_three_videos_on_two_ranks(with_videos, tiny_model, monkeypatch, ds):
     (folder / "list.jsonl").write_text(
         "".join(json.dumps({"prompt": p, "image": images[0], "size": s, "seed": n}) + "\n" for p, s, n in PROMPTS)
     )
-    cogds.sample.main(
-        ["--model", str(tiny_model), "--lora", str(run / "lora/step-000006"), "--list", str(folder / "list.jsonl"),
-         "--steps", "2", "--output", str(folder / "fresh")]
-    )  # fmt: skip
+    argv = ["--model", str(tiny_model), "--lora", str(run / "lora/step-000006"), "--steps", "2"]
+    cli.call("sample", [*argv, "--list", str(folder / "list.jsonl"), "--output", str(folder / "fresh")])
     for (_, size, _), frames in zip(PROMPTS, fresh):
         base, *_, last = (np.load(path).astype(int) for path in sorted((folder / "frames").glob(f"{size}-*")))
         # In float32 the transformer's passes agree to the last bits: at most one level of 255, where it is rounded.

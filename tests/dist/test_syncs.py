@@ -10,7 +10,7 @@ from tests.conftest import ROOT
 pytestmark = pytest.mark.dist
 NUM_STEPS = 4
 # The monitor's record of the steps since the last one, and the seed that a loader begins with.
-OWN = {"cogds:monitor.py:<dictcomp>": NUM_STEPS, "cogds:loop.py:load_batches": 1}
+OWN = {"cogds:monitor.py:<dictcomp>": NUM_STEPS, "cogds:batches.py:load_batches": 1}
 
 
 def test_values_are_read_off_the_device_by_deepspeed_and_the_monitor_only(workshop, tiny_model, warm, tmp_path):

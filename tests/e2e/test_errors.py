@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import sys
 
 import pytest
 
@@ -79,13 +80,15 @@ def test_model_folder_without_a_part(error_of, tiny_model, tmp_path):
 
 def test_missing_data_folder(error_of, tmp_path):
     said = error_of(f"data.path={tmp_path}/nowhere")
-    assert f"data.path {tmp_path}/nowhere does not exist" in said
+    assert "error: data.path: " in said
+    assert f"{tmp_path}/nowhere" in said
 
 
 def test_empty_data_folder(error_of, tmp_path):
     (tmp_path / "empty").mkdir()
     said = error_of(f"data.path={tmp_path / 'empty'}")
-    assert f"{tmp_path / 'empty'} holds no clips: expected a folder of clips with same-named .txt captions" in said
+    assert f"error: data.path: {tmp_path / 'empty'} " in said
+    assert all(layout in said for layout in (".txt", "metadata.csv"))  # the layouts it expects
 
 
 def test_every_caption_missing(error_of, clips, tmp_path):
@@ -93,9 +96,9 @@ def test_every_caption_missing(error_of, clips, tmp_path):
     for name in ("clip_0.mp4", "clip_1.mp4"):
         shutil.copy(clips / name, tmp_path / "clips")
     said = error_of(f"data.path={tmp_path / 'clips'}")
-    assert "0 of 2 clips" in said
+    assert "error: data.path: none of the 2 clips" in said
     assert "2 x caption missing" in said
-    assert "clip_0.mp4: caption missing: add a same-named .txt file" in said
+    assert "clip_0.mp4: caption missing" in said
 
 
 def test_every_clip_too_short(error_of):
@@ -156,6 +159,14 @@ def test_wrong_setting(error_of, override, parts):
     said = error_of(override)
     for part in parts:
         assert part in said
+
+
+def test_decord_where_it_is_not_installed(error_of, monkeypatch):
+    monkeypatch.setitem(sys.modules, "decord", None)
+    for encode in ("cached", "on_the_fly"):
+        said = error_of("data.decoder=decord", f"data.encode={encode}")
+        assert said.startswith("error: data.decoder: ")
+        assert "data.decoder=pyav" in said
 
 
 # ------------------------------------------------------------------------------------------------- for real

@@ -3,6 +3,7 @@
 import json
 import re
 import shutil
+import sys
 
 import numpy as np
 import pytest
@@ -125,6 +126,15 @@ def test_samples_stand_in_bucket_order_with_their_encodings(encode, drawn, tiny_
         moments = vae.encode(video).latent_dist.parameters
     assert torch.equal(read["moments"], moments[0])
     assert read["text_states"].shape == (32, 32)
+
+
+def test_decord_is_needed_only_if_clips_are_decoded(encode, drawn, monkeypatch):
+    pytest.importorskip("decord")
+    encode(drawn, "data.decoder=decord")
+    monkeypatch.setitem(sys.modules, "decord", None)
+    assert len(encode(drawn, "data.decoder=decord").index) == 7
+    with pytest.raises(UserError, match=r"^data\.decoder: "):
+        encode(drawn, "data.decoder=decord", "data.fps=8")
 
 
 def test_nothing_is_encoded_twice(encode, drawn, count_encodes, tmp_path):

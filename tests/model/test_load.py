@@ -99,6 +99,10 @@ def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
     fetch.side_effect = OSError("nothing here")
     with pytest.raises(UserError, match=r"TimeoutError: no answer.*hf download somebody/some-model --local-dir"):
         find_model("somebody/some-model")
+    for call in (fetch, ask):  # a bug is not reported as a fault of the hub
+        call.side_effect = TypeError("planted")
+        with pytest.raises(TypeError, match="planted"):
+            find_model("somebody/some-model")
 
 
 @pytest.mark.parametrize(

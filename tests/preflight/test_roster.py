@@ -99,7 +99,10 @@ def test_a_bounded_call_is_a_value_an_error_or_a_thread_that_hangs():
 
     assert bounded(lambda: fail(UserError("no disk")), 10).error == "no disk"
     assert bounded(lambda: fail(ValueError("\nbad\nmore")), 10).error == "ValueError: bad"
-    assert bounded(lambda: fail(KeyError()), 10).error == "KeyError: "
+    assert bounded(lambda: fail(RuntimeError()), 10).error == "RuntimeError"
+    for error in (TypeError("planted"), AttributeError("planted")):
+        assert bounded(lambda error=error: fail(error), 10).bug is error
+    assert bounded(lambda: fail(OSError("full")), 10).bug is None
     never = threading.Event()
     outcome = bounded(lambda: never.wait(60), 0.05)
     never.set()

@@ -192,6 +192,18 @@ def test_a_clip_that_cannot_be_read_is_left_out_and_named(setting, forward, capl
     assert dataclasses.replace(one, clips=tuple(nothing)).scalars(forward) == {}
 
 
+@pytest.mark.parametrize("name", ["read_encoded", "collate"])
+@pytest.mark.parametrize("error", [TypeError("planted"), KeyError("planted"), RuntimeError("planted")])
+def test_a_bug_is_not_a_fault_of_a_clip(setting, forward, monkeypatch, error, name):
+    def fail(*_):
+        raise error
+
+    one = setting().evaluation
+    monkeypatch.setattr(f"cogds.train.evaluation.{name}", fail)
+    with pytest.raises(type(error), match="planted"):
+        one.scalars(forward)
+
+
 @pytest.mark.parametrize("always", [False, True])
 def test_inputs_that_cannot_be_made_cost_a_clip_and_no_forward_pass(setting, forward, caplog, always):
     """Such as for want of memory in the VAE: the other ranks take as many passes, of the same shapes."""

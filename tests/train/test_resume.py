@@ -125,5 +125,16 @@ def test_a_plan_that_makes_no_sense_is_an_error():
     for change in ({"sizes": [3, 4]}, {"origin": {"step": -1}}, {"unknown": 1}):
         facts = facts_of(plan, 3)
         facts["plan"] |= change
-        with pytest.raises(UserError, match="holds no plan that can be gone on with"):
+        with pytest.raises(UserError, match=r"^c: .*plan"):
             continued_plan(plan, facts, "c")
+
+
+def test_a_bug_in_the_plan_is_no_fault_of_the_checkpoint(monkeypatch):
+    plan = Plan((10,), (1,), world_size=2, accumulation=2, seed=3)
+
+    def fail(_):
+        raise TypeError("planted")
+
+    monkeypatch.setattr(Plan, "_check_origin", fail)
+    with pytest.raises(TypeError, match="planted"):
+        continued_plan(plan, facts_of(plan, 3), "c")

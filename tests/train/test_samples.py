@@ -203,7 +203,9 @@ def test_what_is_broken_in_a_way_of_its_own_costs_its_prompt_alone(previews, mon
         cogds.train.samples, "load_first_frame", lambda *args: fail(left.pop())() if left else right(*args)
     )
     callback, _, folder = previews()
-    assert "sample.prompts[0], 'a red circle', is left out: what nobody thought of" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "sample.prompts[0], 'a red circle', is left out: ValueError: what nobody thought of" in said
+    assert "Traceback" in said
     callback.run(2)
     assert [name[:11] for name in files(folder / "step-000002")] == ["a-blue-star"]
 
@@ -223,7 +225,9 @@ def test_so_does_a_clip(parts, monkeypatch, capsys):
     cfg = replace(parts.cfg, {"sample.prompts": []})
     run = SimpleNamespace(cfg=cfg, model=parts.model, data=SimpleNamespace(held_out=index))
     assert [scene.prompt for scene in cogds.train.samples._find_scenes(run).values()] == ["sound"]
-    assert "the video of broken.mp4 is left out: 'first_frame'" in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert "the video of broken.mp4 is left out: KeyError: 'first_frame'" in said
+    assert "in _from_clips\n" in said  # a bug keeps its traceback
 
 
 @pytest.mark.parametrize("stage, told", [(2, False), (3, True)])

@@ -210,7 +210,10 @@ def write_video(
     with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=_FASTSTART) as container:
         # A rate of 29.97 is 30000/1001: the nearest fraction that timestamps can be counted in.
         rate = Fraction(fps).limit_denominator(1001)
-        stream = container.add_stream("libx264", rate=rate, options={"crf": str(crf)})
+        options = {"crf": str(crf)}
+        if num_threads == 1:
+            options["x264-params"] = "asm=0"  # its AVX-512 code gives other bits from one run to the next
+        stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = num_threads
         for image in pixels:

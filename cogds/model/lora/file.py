@@ -62,10 +62,11 @@ def lora_file(path: str | Path) -> Path:
 def opened(file: Path) -> Iterator[Any]:
     """The safetensors file, open. Raises UserError if it is none, or is cut short."""
     try:
-        with safe_open(file, "pt") as tensors:
-            yield tensors
-    except (SafetensorError, OSError, ValueError) as error:
+        handle = safe_open(file, "pt")
+    except (SafetensorError, OSError) as error:
         raise UserError(f"{file}: not a safetensors file ({error}). Export the LoRA again.") from None
+    with handle as tensors:
+        yield tensors
 
 
 @dataclass(frozen=True)

@@ -7,7 +7,7 @@ from typing import Any
 from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
-from cogds.errors import UserError
+from cogds.errors import BUGS, UserError, brief
 
 
 def check_repo(repo: str, public: bool, api: Any = None) -> None:
@@ -20,18 +20,20 @@ def check_repo(repo: str, public: bool, api: Any = None) -> None:
         raise UserError(f"--push-to {repo} is no repository of the hub: give OWNER/NAME")
     try:
         who = api.whoami()["name"]
+    except BUGS:
+        raise
     except Exception as error:
         raise UserError(
-            f"--push-to {repo}: the hub does not know who you are ({_reason(error)}): log in with `hf auth login`"
+            f"--push-to {repo}: the hub does not know who you are ({brief(error)}): log in with `hf auth login`"
         ) from None
     try:
         private = api.model_info(repo).private
     except RepositoryNotFoundError:
         return
+    except BUGS:
+        raise
     except Exception as error:
-        raise UserError(
-            f"--push-to {repo}: the hub was asked as {who} and does not answer ({_reason(error)})"
-        ) from None
+        raise UserError(f"--push-to {repo}: the hub was asked as {who} and does not answer ({brief(error)})") from None
     if not private and not public:
         raise UserError(f"--push-to {repo} is there already and everybody can see it: give another, or --public")
 
@@ -51,14 +53,11 @@ def push(folder: Path, repo: str, public: bool, api: Any = None) -> str:
     try:
         made = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload {folder.name}")
+    except BUGS:
+        raise
     except Exception as error:
         raise UserError(
-            f"--push-to {repo}: the upload failed ({_reason(error)}); {folder} is whole: upload it later with "
+            f"--push-to {repo}: the upload failed ({brief(error)}); {folder} is whole: upload it later with "
             f"`hf upload {repo} {folder}`"
         ) from None
     return str(made)
-
-
-def _reason(error: Exception) -> str:
-    text = str(error).strip()
-    return f"{type(error).__name__}: {text.splitlines()[0]}" if text else type(error).__name__

@@ -5,6 +5,7 @@ All of them compute the same exact softmax attention; none is approximate.
 
 import contextlib
 import importlib.util
+import logging
 import time
 from collections.abc import Callable, Iterator
 
@@ -12,7 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch.nn import attention
 
-from cogds.errors import UserError
+from cogds.errors import BUGS, UserError, brief
+
+logger = logging.getLogger(__name__)
 
 _aten = torch.ops.aten
 
@@ -70,10 +73,11 @@ def installed(device: torch.device) -> Iterator[str]:
 
 
 def _has_implementation(implementation: str) -> bool:
+    package = _PACKAGES[implementation]
+    if not hasattr(attention, "activate_flash_attention_impl"):
+        return False
     with contextlib.suppress(Exception):  # looking for a part of a package imports it: one made for another torch fails
-        return hasattr(attention, "activate_flash_attention_impl") and (
-            importlib.util.find_spec(_PACKAGES[implementation]) is not None
-        )
+        return importlib.util.find_spec(package) is not None
     return False
 
 
@@ -131,16 +135,25 @@ def fastest(
 ) -> tuple[str, dict[str, float], dict[str, str]]:
     """The fastest kernel for clips of so many tokens; the seconds that each took; and, of those that are there and do
     not work, the first line of why. Runs on this device. Raises UserError where none works.
+
+    A kernel that fails because of a bug, here or in its package, is left out too, and its traceback is logged. If no
+    kernel works and one has a bug, that is raised.
     """
     times: dict[str, float] = {}
     failures: dict[str, str] = {}
+    bug: Exception | None = None
     for name in installed(device):
         if name in _NEVER_CHOSEN:
             continue
         try:
             times[name] = measure(name, num_tokens, num_heads, head_dim, dtype, device)
         except Exception as error:  # a shape, type or GPU that it cannot do, or a package that does not load
-            failures[name] = (str(error).strip().splitlines() or [type(error).__name__])[0]
+            failures[name] = brief(error)
+            if isinstance(error, BUGS):
+                bug = error
+                logger.warning(f"attention kernel {name}: a bug: {brief(error)}", exc_info=error)
+    if not times and bug is not None:
+        raise bug
     if not times:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise UserError(

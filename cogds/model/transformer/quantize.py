@@ -84,7 +84,10 @@ def pack(weight: torch.Tensor, quantization: str, fp8_matmul: bool = False) -> P
     if kind == "nf4":
         from bitsandbytes.functional import quantize_4bit
 
-        codes, state = quantize_4bit(weight.contiguous(), blocksize=_NF4_BLOCK, quant_type="nf4")
+        # Whole blocks, a row each: on a CPU, bitsandbytes 0.50 reads rows of any other width with wrong scales.
+        flat = weight.reshape(-1)
+        blocks = F.pad(flat, (0, -len(flat) % _NF4_BLOCK)).view(-1, _NF4_BLOCK)
+        codes, state = quantize_4bit(blocks, blocksize=_NF4_BLOCK, quant_type="nf4")
         parts = [codes, state.absmax]
     elif kind == "int8":
         from torchao.quantization import Int8Tensor, PerRow
@@ -117,8 +120,9 @@ def _unpack(kind: str, shape: Any, dtype: torch.dtype, parts: Any) -> torch.Tens
     if kind == "nf4":
         from bitsandbytes.functional import QuantState, dequantize_4bit
 
-        state = QuantState(scales, torch.Size(shape), blocksize=_NF4_BLOCK, quant_type="nf4", dtype=dtype)
-        return dequantize_4bit(codes, state)
+        blocks = torch.Size([len(scales), _NF4_BLOCK])
+        state = QuantState(scales, blocks, blocksize=_NF4_BLOCK, quant_type="nf4", dtype=dtype)
+        return dequantize_4bit(codes, state).flatten()[: shape[0] * shape[1]].view(shape[0], shape[1])
     from torchao.quantization import Float8Tensor, Int8Tensor
 
     per_row = [1, shape[1]]

@@ -5,9 +5,10 @@ import pickle
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from cogds.errors import UserError
-from cogds.model.lora.file import read_lora
+from cogds.model.lora.file import OWN_METADATA_KEY, opened, read_lora
 
 
 class MakesFile:
@@ -49,6 +50,20 @@ def test_a_file_cut_short_is_refused(tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     file.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
     with pytest.raises(UserError, match="not a safetensors file"):
+        read_lora(tmp_path)
+
+
+def test_an_error_while_a_file_is_open_is_not_a_fault_of_the_file(tmp_path):
+    file = tmp_path / "a.safetensors"
+    save_file({"a": torch.ones(1)}, file)
+    with pytest.raises(ValueError, match="planted"), opened(file):
+        raise ValueError("planted")
+
+
+def test_metadata_that_is_not_json_is_refused(tmp_path):
+    file = tmp_path / "pytorch_lora_weights.safetensors"
+    save_file({"a": torch.ones(1)}, file, {OWN_METADATA_KEY: "{"})
+    with pytest.raises(UserError, match=rf"^{file}: .*settings"):
         read_lora(tmp_path)
 
 

@@ -84,12 +84,30 @@ def test_one_that_fails_is_no_choice_and_says_why(monkeypatch):
     kernel, times, failures = fastest(8, 2, 16, torch.float32, CPU)
     assert kernel == "torch"
     assert set(times) == {"torch"}
-    assert failures == {"flash": "flash takes no such head dim"}
+    assert failures == {"flash": "RuntimeError: flash takes no such head dim"}
+
+
+def test_a_bug_in_one_keeps_its_traceback_and_in_all_is_raised(monkeypatch, caplog):
+    def plant(*kernels):
+        def call(query, key, value, kernel):
+            if kernel in kernels:
+                raise TypeError("planted")
+            return attend(query, key, value, kernel)
+
+        monkeypatch.setattr(attention, "attend", call)
+
+    plant("flash")
+    kernel, _, failures = fastest(8, 2, 16, torch.float32, CPU)
+    assert (kernel, failures) == ("torch", {"flash": "TypeError: planted"})
+    assert "in measure\n" in caplog.text
+    plant("torch", "flash")
+    with pytest.raises(TypeError, match="planted"):
+        fastest(8, 2, 16, torch.float32, CPU)
 
 
 def test_where_none_works_that_is_the_users_to_mend(monkeypatch):
     broken(monkeypatch, "torch", "flash")
-    with pytest.raises(UserError, match=r"no attention kernel works here on clips of 8 tokens \(torch: torch .*flash"):
+    with pytest.raises(UserError, match=r"torch: RuntimeError: torch takes .*flash: RuntimeError: flash takes"):
         fastest(8, 2, 16, torch.float32, CPU)
 
 
@@ -105,7 +123,7 @@ def test_what_is_not_installed_is_no_failure_and_what_does_not_load_is_one(monke
     monkeypatch.setattr(attention, "installed", lambda _: iter(("torch", "flash3")))
     _, times, failures = fastest(8, 2, 16, torch.float32, CPU)
     assert set(times) == {"torch"}
-    assert failures == {"flash3": "libcudart of FA3 is missing"}
+    assert failures == {"flash3": "OSError: libcudart of FA3 is missing"}
 
 
 def test_the_fastest_is_taken_and_the_one_that_keeps_a_square_never(monkeypatch):

@@ -30,7 +30,7 @@ MAY_IMPORT = {
     "data/loading": {"errors", "files", "core", "process", "data/cache"},
     "model/transformer": {"errors"},
     "model": {"errors", "files", "core", "model/transformer"},
-    "model/lora": {"errors", "model"},
+    "model/lora": {"errors", "core", "model"},
     "engine": {*PURE, *RANKS, "model", "model/transformer"},
     "metrics": {*PURE, *RANKS},
     "arguments": {"version", "errors", "config"},

@@ -6,6 +6,7 @@ args = parse_args("train", ["--config", "run.yaml", "train.num_steps=100"])
 import argparse
 import base64
 import binascii
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -171,6 +172,16 @@ def _positive(text: str) -> float:
     return number
 
 
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
 def _launcher_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("launching, if no launcher started this command")
     group.add_argument("--num-gpus", metavar="N", type=_count, help="ranks to start on this machine (all GPUs)")
@@ -223,7 +234,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     add("--lora-alpha", metavar="ALPHA", type=_positive, help="alpha of LoRA files that have none")
     add(
         "--lora-scale",
-        type=float,
+        type=_finite,
         nargs="+",
         default=[1.0],
         help="strength of the LoRAs (1, as trained); several make one video each and a grid",
@@ -239,7 +250,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     add("--size", metavar="FxHxW", help="frames, height and width [pixels] (the LoRA's bucket that fits the image)")
     add("--fps", type=_positive, help="frame rate [frames/s] (the LoRA's)")
     add("--steps", type=_count, default=50, help="denoising steps (50)")
-    add("--guidance", type=float, default=6.0, help="classifier-free guidance; 1 turns it off (6)")
+    add("--guidance", type=_finite, default=6.0, help="classifier-free guidance; 1 turns it off (6)")
     add("--seed", type=int, nargs="+", default=[0], help="seeds of the noise; several make one video each (0)")
     add("--precision", choices=PRECISIONS, help="precision of the weights (bf16 on a GPU, fp32 on a CPU)")
     add(
@@ -258,7 +269,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="FOLDER", help="new folder; its name becomes the LoRA's")
     add("--model", help="base model: hub id or diffusers folder (the model that the LoRA was trained on)")
     add("--lora-alpha", metavar="ALPHA", type=_positive, help="alpha of LoRA files that have none")
-    add("--scale", type=float, default=1.0, help="strength (1, as trained)")
+    add("--scale", type=_finite, default=1.0, help="strength (1, as trained)")
     add("--dtype", choices=EXPORT_DTYPES, help="number format (the LoRA's; if merged, the model's)")
     add(
         "--pipeline",

@@ -62,7 +62,6 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
     output = Path(args.output)
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {output}: already exists. Choose a new folder, or remove this one.")
-    check_scale(args.scale)
     given = parse_loras(args.lora, args.scale, args.lora_alpha)
     if len(given) > 1 and args.to not in MERGED_FORMATS:
         raise UserError(
@@ -117,7 +116,7 @@ def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) 
         if number is None:
             given.append((word, 1.0))
         elif given:
-            check_scale(number)
+            check_scale(number, given[-1][0])
             given[-1] = (given[-1][0], number)
         else:
             raise UserError(f"there is no LoRA at {word}: give its path first, and its weight after it")

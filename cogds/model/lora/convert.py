@@ -178,7 +178,7 @@ def check_fits(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: Pat
             )
 
 
-def check_scale(scale: float) -> None:
-    """Raise UserError for a strength that is no number."""
+def check_scale(scale: float, setting: str) -> None:
+    """Raise UserError for a strength that is not finite. setting: the option or file that it belongs to."""
     if not math.isfinite(scale):
-        raise UserError(f"a LoRA's weight or --scale is {scale}: give a number such as 0.7")
+        raise UserError(f"{setting}: the strength is {scale}, not a finite number. Pass a number such as 0.7.")

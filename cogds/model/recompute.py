@@ -41,6 +41,10 @@ def _keep_attention(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) 
     return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _keep_nothing(*_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def run(level: str, function: Callable[..., torch.Tensor], *args: Any, has_dropout: bool = False) -> torch.Tensor:
     """function(*args), its activations kept as `level` says.
 
@@ -51,6 +55,10 @@ def run(level: str, function: Callable[..., torch.Tensor], *args: Any, has_dropo
     more: dict[str, Any] = {}
     if level == "attention_kept":
         more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    elif torch.compiler.is_compiling():
+        # Without a policy, torch 2.11's compiler loses the marks and keeps most activations. torch 2.13 adds this one
+        # by itself (torch/_higher_order_ops/wrap.py).
+        more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_nothing)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=has_dropout, **more)
 
 

@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from cogds.card import CARD_NAME, MERGED, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
-from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_folder
 from cogds.model.convert import (
@@ -64,6 +63,8 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
             f"--to {args.to}: takes one LoRA, but {len(given)} were given. Export them one by one, or merge them with "
             f"--to {' or '.join(MERGED)}."
         )
+    if args.to not in MERGED and given[0].weight == 0:
+        raise UserError(f"--scale: a LoRA of strength 0 does nothing, with --to {args.to}. Pass another number.")
     model = base_model(args.model, given, needed=args.to in MERGED)
     if model:
         check_all_fit([one.file for one in given], model)
@@ -180,15 +181,9 @@ def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any
     """Collect the facts for the header and the model card; if several LoRAs are given, from the first one.
 
     Raises:
-        UserError: An image-latent convention is unknown, or the LoRAs differ in it.
+        UserError: The LoRAs differ in their image-latent convention.
     """
-    conventions = {one.file.metadata.get("image_latents", "pipeline"): one for one in given}
-    for convention, one in conventions.items():
-        if convention not in IMAGE_LATENT_CONVENTIONS:
-            raise UserError(
-                f"{one.file.path}: unknown image latents '{convention}'; known: {', '.join(IMAGE_LATENT_CONVENTIONS)}. "
-                "Update cogds: a newer version wrote this file."
-            )
+    conventions = {one.file.metadata.get("image_latents", "pipeline") for one in given}
     if len(conventions) > 1:
         raise UserError(
             f"{given[0].file.path}: the LoRAs were trained with different image latents "

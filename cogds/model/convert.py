@@ -62,7 +62,8 @@ class Adapter:
 def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None = None) -> Adapter:
     """The LoRA whose header `lora_file.read_lora` has read, at `scale` times its strength, in `dtype` or its own.
 
-    Raises UserError for values that are not finite.
+    The sign of a negative scale goes into B, since no tool writes a negative alpha and readers refuse it. Raises
+    UserError for values that are not finite.
     """
 
     def tensor(tensors: Any, key: str) -> torch.Tensor:
@@ -76,9 +77,11 @@ def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None =
 
     with opened(file.path) as tensors:
         layers = {
-            name: Layer(tensor(tensors, pair.a), tensor(tensors, pair.b), pair.scale * scale)
+            name: Layer(tensor(tensors, pair.a), tensor(tensors, pair.b), pair.scale * abs(scale))
             for name, pair in file.pairs.items()
         }
+    if scale < 0:
+        layers = {name: replace(layer, b=(-layer.b.float()).to(layer.b.dtype)) for name, layer in layers.items()}
     scaled = {"exported_scale": scale * file.metadata.get("exported_scale", 1.0)} if scale != 1.0 else {}
     return Adapter(layers, file.metadata | scaled)
 

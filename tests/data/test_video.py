@@ -760,6 +760,24 @@ def test_pictures_of_every_kind(tmp_path: Path) -> None:
             read_image(tmp_path / name, 32, 32)
 
 
+@pytest.mark.parametrize("kind", [2, 5, 7])  # texts, fractions, bytes
+def test_what_pillow_raises_on_damage_is_a_verdict(tmp_path: Path, kind: int) -> None:
+    """A TypeError, in this case, within its parser."""
+    Image.new("RGB", (8, 8)).save(file := tmp_path / "a.tiff")
+    data = bytearray(file.read_bytes())
+    data[data.index(struct.pack("<HHI", 273, 4, 1)) + 2] = kind  # StripOffsets, as a type that is no number
+    file.write_bytes(data)
+    with pytest.raises(DecodeError, match="image"):
+        read_image(file, 32, 32)
+
+
+def test_a_call_that_pillow_does_not_know_is_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda: None)
+    with pytest.raises(TypeError):
+        read_image(tmp_path / "a.png", 32, 32)
+
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 

@@ -1,6 +1,7 @@
 """Make videos from images and prompts, with the diffusers pipeline and LoRAs."""
 
 import argparse
+import math
 import sys
 import tempfile
 from collections.abc import Sequence
@@ -16,7 +17,7 @@ from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video import write_video
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_file
-from cogds.model.convert import check_all_fit, load_adapter
+from cogds.model.convert import check_all_fit, check_scale, load_adapter
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora import add_lora
 from cogds.model.lora_file import LoraFile, describe_lora, read_loras
@@ -41,6 +42,7 @@ class Lora:
 def main(argv: list[str] | None = None) -> None:
     """Parse, check, sample, write. What can be wrong is said before the weights are loaded."""
     args = _parser().parse_args(sys.argv[1:] if argv is None else argv)
+    _check_numbers(args)
     model = find_model(args.model)
     loras = find_loras(args.lora or [], args.lora_alpha, model)
     for lora in loras:
@@ -147,6 +149,17 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
+def _check_numbers(args: argparse.Namespace) -> None:
+    """Raise UserError for numbers that would end in a traceback or in a video of nothing."""
+    positive = {"--steps": args.steps, "--fps": 1.0 if args.fps is None else args.fps}
+    for flag, value in positive.items():
+        if not (math.isfinite(value) and value > 0):
+            raise UserError(f"{flag}: {value:g} is not a positive number. Pass one.")
+    for flag, values in {"--guidance": [args.guidance], "--lora-scale": args.lora_scale}.items():
+        for value in values:
+            check_scale(value, flag)
+
+
 def find_loras(given: Sequence[Sequence[str]], alpha: float | None, model: ModelFolder) -> list[Lora]:
     """The LoRAs of the command line, each a path and maybe a weight. Raises UserError where one does not fit."""
     numbers = []
@@ -158,6 +171,8 @@ def find_loras(given: Sequence[Sequence[str]], alpha: float | None, model: Model
                 f"--lora {path} {' '.join(weights)}: after the LoRA one number may stand, its weight; another LoRA "
                 "needs a --lora of its own"
             ) from None
+    for number in numbers:
+        check_scale(number, "--lora")
     files = read_loras([path for path, *_ in given], alpha, "--lora-alpha")
     check_all_fit(files, model)
     return [Lora(file, weight) for file, weight in zip(files, numbers, strict=True)]

@@ -145,7 +145,7 @@ Usage = namedtuple("Usage", "total used free")
     "words, message",
     [
         (["--to", "merged"], r"does not say what it was trained on: give --model"),
-        (["--to", "diffusers", "--scale", "nan"], "--scale is nan"),
+        (["--to", "diffusers", "--scale", "nan"], "--scale: nan"),
         (["--to", "diffusers", "--scale", "0"], "--scale: "),
         (["--to", "diffusers", "--output", "{there}"], "--output .*there: already exists"),
         (["--to", "diffusers", "--pipeline", "link"], "--pipeline link: "),

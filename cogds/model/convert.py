@@ -178,7 +178,7 @@ def check_fits(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: Pat
             )
 
 
-def check_scale(scale: float) -> None:
-    """Raise UserError for a strength that is no number."""
+def check_scale(scale: float, setting: str = "--scale") -> None:
+    """Raise UserError for a strength that is no number. setting: the name of what gives it."""
     if not math.isfinite(scale):
-        raise UserError(f"a LoRA's weight or --scale is {scale}: give a number such as 0.7")
+        raise UserError(f"{setting}: {scale} is no strength. Pass a number such as 0.7.")

@@ -89,11 +89,17 @@ def rehearse(run: Run, engine: Any, builder: StepBuilder) -> Rehearsal | None:
             raise
     if stage == 3:
         engine.optimizer.parameter_offload.release_backward_leftovers()
-    full, failed = any_rank(world, bool(too_little), trouble is not None)
+    is_users = isinstance(trouble, UserError)
+    full, failed, has_bug = any_rank(world, bool(too_little), trouble is not None, trouble is not None and not is_users)
     if trouble is not None:
         raise trouble
+    elsewhere = f"another rank failed while {shape} was tried before the first step, and says why"
+    if has_bug:
+        raise BugReported(elsewhere)
     if failed:
-        raise BugReported(f"another rank failed while {shape} was tried before the first step, and says why")
+        error_elsewhere = UserError(elsewhere)
+        error_elsewhere.shared = True
+        raise error_elsewhere
     if full:
         error_for_all = UserError(too_little or _refusal(run, bucket))
         error_for_all.shared = world.rank > 0

@@ -94,14 +94,17 @@ def continued_plan(plan: Plan, facts: Mapping[str, Any], checkpoint: Path) -> Pl
 
     In an unchanged layout it is the saved plan itself, so the run is the same bit for bit.
     """
-    fields = dict(facts["plan"])
-    origin = fields.pop("origin")
-    for kind, values in ((Plan, fields), (Origin, origin)):
-        if unknown := set(values) - {one.name for one in dataclasses.fields(kind)}:
+    fields = dict(facts.get("plan", {}))
+    origin = fields.get("origin", {})
+    for kind, values, needed in ((Plan, fields, {"origin"}), (Origin, origin, set[str]())):
+        known = dataclasses.fields(kind)
+        needed = needed | {one.name for one in known if one.default is dataclasses.MISSING}
+        if other := (set(values) - {one.name for one in known}) | (needed - set(values)):
             raise UserError(
-                f"{checkpoint} holds no plan that can be gone on with (it has '{min(unknown)}', as another version of "
-                "cogds wrote it): resume with that version, or from another checkpoint"
+                f"{checkpoint} holds no plan that can be gone on with ('{min(other)}' is unknown or missing: another "
+                "version of cogds wrote it): resume with that version, or from another checkpoint"
             )
+    del fields["origin"]
     try:
         saved = Plan(**fields, origin=Origin(**origin))
     except ValueError as error:

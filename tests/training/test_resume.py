@@ -120,3 +120,10 @@ def test_a_plan_that_makes_no_sense_is_an_error():
         facts["plan"] |= change
         with pytest.raises(UserError, match="holds no plan that can be gone on with"):
             continued_plan(plan, facts, "c")
+    for missing in ("sizes", "seed", "origin"):
+        facts = facts_of(plan, 3)
+        del facts["plan"][missing]
+        with pytest.raises(UserError, match=missing):
+            continued_plan(plan, facts, "c")
+    with pytest.raises(UserError, match="holds no plan"):
+        continued_plan(plan, {"step": 3}, "c")

@@ -91,11 +91,15 @@ def check_memory(run: Run, engine: Any, builder: StepBuilder) -> MemoryCheck | N
             raise
     if stage == 3:
         release_gathered_weights(engine)
-    is_full, has_failed = any_rank(world, bool(too_little), other_error is not None)
+    is_bug = other_error is not None and not isinstance(other_error, UserError)
+    is_full, has_failed, has_bug = any_rank(world, bool(too_little), other_error is not None, is_bug)
     if other_error is not None:
         raise other_error
+    elsewhere = f"memory check: another rank failed while {shape} was tried, and reports why."
+    if has_bug:
+        raise BugReported(elsewhere)
     if has_failed:
-        raise BugReported(f"memory check: another rank failed while {shape} was tried, and reports why.")
+        raise UserError(elsewhere, shared=True)
     if is_full:
         raise UserError(too_little or _refusal(run, bucket), shared=world.rank > 0)
     measured = None

@@ -173,6 +173,7 @@ def test_decord_where_it_is_not_installed(error_of, monkeypatch):
 # ------------------------------------------------------------------------------------------------- for real
 
 
+@pytest.mark.slow
 def test_bad_files_among_good_ones_are_listed_and_the_run_goes_on(run_train, tiny_model, clips, tmp_path):
     shutil.copytree(clips, tmp_path / "clips")
     (tmp_path / "clips/clip_0.txt").unlink()
@@ -200,6 +201,7 @@ def said_by(done):
     return [line for line in done.stdout.splitlines() if line.startswith("error")]
 
 
+@pytest.mark.slow
 def test_python_ends_with_code_2_and_one_line(run_train, tmp_path):
     (tmp_path / "ds.json").write_text("{stage: 2}")
     done = run_train("--deepspeed", tmp_path / "ds.json", launcher="python", check=False)
@@ -208,6 +210,7 @@ def test_python_ends_with_code_2_and_one_line(run_train, tmp_path):
     assert f"{tmp_path / 'ds.json'}:1:2: " in said
 
 
+@pytest.mark.slow
 def test_two_ranks_say_it_once_and_fail(run_train, tiny_model, tmp_path):
     """An error of the data, which only rank 0 reads while the other waits for it."""
     (tmp_path / "empty").mkdir()

@@ -139,6 +139,7 @@ def test_two_evaluations_of_the_same_weights_are_identical(setting, forward):
     assert other["eval/loss"] == pytest.approx(found["eval/loss"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_it_is_the_same_on_any_number_of_ranks(setting, forward, monkeypatch):
     alone = setting().evaluation.scalars(forward)
     for size, sequence in ((2, 1), (5, 1), (2, 2)):
@@ -292,6 +293,7 @@ def test_never_is_never(setting):
     assert make_evaluation(run_of(setting("eval.every=null")), None, None, None) is None
 
 
+@pytest.mark.slow
 def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(setting, forward):
     one, graphs = setting("train.batch_size=2"), []
     torch._dynamo.reset()
@@ -338,10 +340,12 @@ def command(place, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_command_says_the_same(setting, forward, command):
     assert command() == pytest.approx(setting().evaluation.scalars(forward), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded, asked, used", [
     ("scaled", "pipeline", "scaled"), ("pipeline", "scaled", "pipeline"), (None, "scaled", "scaled"),
 ])  # fmt: skip
@@ -359,6 +363,7 @@ def test_the_command_scales_the_first_frame_as_the_lora_was_trained(
     assert command(few, f"{key}={asked}", "--lora", str(tmp_path)) == pytest.approx(expected[used], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_command_evaluates_all_clips_if_it_is_told_to(setting, forward, command):
     every, one = (setting(f"eval.num_clips={num}").evaluation.scalars(forward) for num in (100, 1))
     assert one["eval/loss"] != pytest.approx(every["eval/loss"], rel=1e-4)

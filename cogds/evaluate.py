@@ -20,7 +20,7 @@ from cogds.model.lora.convert import check_all_fit, load_adapter
 from cogds.model.lora.file import LoraFile, describe_lora, read_loras
 from cogds.model.transformer.attention import activate_kernel
 from cogds.model.transformer.quantize import check_quantization
-from cogds.train.evaluation import Evaluation
+from cogds.train.evaluation import make_evaluation
 from cogds.train.step import load_step_builder
 
 logger = logging.getLogger(__name__)
@@ -53,7 +53,7 @@ def main(args: argparse.Namespace) -> None:
     data = encode_dataset(cfg, model, job.buckets, world)
     transformer = load_eval_transformer(cfg, model, world.device, loras)
     builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device)
-    evaluation = Evaluation.of(cfg, data, builder, job.batch_sizes, model, world)
+    evaluation = make_evaluation(job, data, builder, job.batch_sizes)
     if evaluation is None:
         raise UserError(
             f"data.path: no clip to evaluate in {cfg.data.path} can be read. Repair the files, or choose other data."

@@ -34,7 +34,7 @@ from cogds.evaluate import load_eval_transformer
 from cogds.formatting import counted
 from cogds.job import load_job
 from cogds.model.load import DTYPES, load_alphas_cumprod, load_vae
-from cogds.train.evaluation import middles
+from cogds.train.evaluation import midpoints
 from cogds.train.step import Draws, StepBuilder
 
 NO_IMAGE = "no image"
@@ -142,7 +142,7 @@ def main(args: argparse.Namespace) -> None:
         return StepBuilder(vae, model.geometry, conditioning, alphas_cumprod, data.empty_caption_states, world.device)
 
     builders = make_builders(make_builder, cfg.conditioning)
-    timesteps = middles(args.timesteps, len(next(iter(builders.values())).alphas_cumprod))
+    timesteps = midpoints(args.timesteps, len(next(iter(builders.values())).alphas_cumprod))
     forward = lambda inputs: transformer(**inputs)[0]  # noqa: E731
     scores, zeros = measure(forward, builders, clips, Cache(cfg.data.cache_dir), timesteps, cfg.seed)
     verdict = judge(scores, zeros)

@@ -135,8 +135,8 @@ def test_what_changed_is_named(train_once, run_train):
     done = run_train("--deepspeed", "ds_configs/zero2.json", "--config", whole / "run.yaml",
                      "lora.rank=8", "seed=1", "train.num_steps=7", check=False, launcher="warm")  # fmt: skip
     assert done.returncode != 0
-    assert "seed: 0 then, 1 now" in done.stdout
-    assert "lora.rank: 4 then, 8 now" in done.stdout
+    assert "seed was 0, now 1" in done.stdout
+    assert "lora.rank was 4, now 8" in done.stdout
     assert "Traceback" not in done.stdout
 
 

@@ -54,10 +54,10 @@ def test_a_run_is_the_same_shared_or_not_and_across_resumes(tiny_model, workshop
 
     train("alone", 1, 1, 6)
     said = train("shared", 2, 2, 2).stdout
-    assert "2 ranks on CPUs, 2 to a clip" in said
+    assert "2 ranks on CPUs, 2 per clip" in said
     train("shared", 1, 1, 4)
     said = train("shared", 2, 2, 6).stdout
-    assert "the layout is new" not in said  # the plan knows data-parallel ranks only
+    assert "new layout" not in said  # the plan knows data-parallel ranks only
     expected, found = metrics(workshop / "alone"), metrics(workshop / "shared")
     assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
     for one, other in zip(found, expected):

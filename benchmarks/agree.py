@@ -36,7 +36,7 @@ from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.model.lora.adapter import inject
-from cogds.model.transformer.attention import installed, use
+from cogds.model.transformer.attention import activate_kernel, installed_kernels
 
 SLACK = 1e-5  # of a distance, where the yardstick itself is nothing
 
@@ -99,14 +99,14 @@ def main(argv: list[str] | None = None) -> None:
     inputs = cast(inputs, dtype)
     rows: list[dict[str, Any]] = []
     works: set[str] = set()  # kernels
-    for checkpointing, kernel, compiled in ways(list(installed(device)), args.compile):
+    for checkpointing, kernel, compiled in ways(list(installed_kernels(device)), args.compile):
         row: dict[str, Any] = {"checkpointing": checkpointing, "kernel": kernel, "compiled": compiled}
         rows.append(row)
         if deadline is not None and time.monotonic() > deadline:
             row["error"] = "no time left"
             continue
         try:
-            use(kernel, device)
+            activate_kernel(kernel, device)
             transformer.set_kernel(kernel)
             transformer.set_checkpointing(checkpointing)
             if compiled and not rows[-2]["compiled"]:

@@ -36,7 +36,7 @@ from cogds.engine.start import build_for_stage, start_engine  # noqa: E402
 from cogds.job import Job  # noqa: E402
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer  # noqa: E402
 from cogds.model.lora.adapter import inject, resolve_targets  # noqa: E402
-from cogds.model.transformer.attention import fastest  # noqa: E402
+from cogds.model.transformer.attention import find_fastest_kernel  # noqa: E402
 from cogds.train.step import Draws, StepBuilder, random_batch  # noqa: E402
 
 # For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
@@ -280,7 +280,7 @@ def fastest_kernel(size: Size, buckets: Sequence[str], precision: str, device: t
     geometry = model_of(size).geometry
     tokens = max(num_tokens(ClipShape.parse(bucket), geometry) for bucket in buckets)
     heads = size.transformer["num_attention_heads"]
-    kernel, times, failures = fastest(tokens, heads, geometry.head_dim, DTYPES[precision], device)
+    kernel, times, failures = find_fastest_kernel(tokens, heads, geometry.head_dim, DTYPES[precision], device)
     done = step_flops(tokens, 1, heads * geometry.head_dim).attention * 3.5
     for name, seconds in times.items():
         print(f"  attention, {tokens} tokens, {name}: {seconds * 1e3:.2f} ms, {done / seconds / 1e12:.1f} TFLOP/s")

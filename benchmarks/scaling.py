@@ -70,9 +70,12 @@ def time_shapes(
         shape = ClipShape.parse(bucket)
         tokens, flops = num_tokens(shape, trainer.model.geometry) * batch, trainer.flops(shape, batch)
         row = {"bucket": bucket, "batch_size": batch, "tokens": tokens, **timing.numbers()}
-        row["counted_tflop"] = round(flops.counted / 1e12, 5)
+        row["counted_tflop"] = round(flops.model_flops / 1e12, 5)
         if median_s := timing.median_s:
-            row |= {"tokens_per_s": round(tokens / median_s, 1), "tflops": round(flops.counted / median_s / 1e12, 5)}
+            row |= {
+                "tokens_per_s": round(tokens / median_s, 1),
+                "tflops": round(flops.model_flops / median_s / 1e12, 5),
+            }
         rows.append(row)
     trainer.close()
     return rows

@@ -216,16 +216,16 @@ def row_of(
     tokens = num_tokens(ClipShape.parse(variant.bucket), model.geometry)
     flops = step_flops(tokens, model.num_layers, model.hidden_size, num_lora)
     row: dict[str, Any] = {"size": size.name, **asdict(variant), "tokens": tokens * batch_size}
-    row |= {"counted_tflop": round(batch_size * flops.counted / 1e12, 4)}
+    row |= {"counted_tflop": round(batch_size * flops.model_flops / 1e12, 4)}
     if peak:
         # Significant digits: the tiny model's floors are below a millisecond.
-        row["floor_s"] = float(f"{batch_size * flops.done(variant.checkpointing) / peak / 1e12:.4g}")
+        row["floor_s"] = float(f"{batch_size * flops.hardware_flops(variant.checkpointing) / peak / 1e12:.4g}")
     row |= timing.numbers()
     if median_s := timing.median_s:
         row["tokens_per_s"] = round(tokens * batch_size / median_s, 1)
-        row["tflops"] = round(batch_size * flops.counted / median_s / 1e12, 4)
+        row["tflops"] = round(batch_size * flops.model_flops / median_s / 1e12, 4)
         if peak:
-            row["mfu"] = round(batch_size * flops.counted / median_s / peak / 1e12, 4)
+            row["mfu"] = round(batch_size * flops.model_flops / median_s / peak / 1e12, 4)
         if baseline is None:
             row["to_baseline"] = 1.0
         elif "median_s" in baseline:

@@ -8,6 +8,7 @@
 import argparse
 import base64
 import binascii
+import math
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -179,6 +180,16 @@ def _positive_float(text: str) -> float:
     return number
 
 
+def _finite(text: str) -> float:
+    try:
+        number = float(text)
+    except ValueError:
+        number = math.nan
+    if not math.isfinite(number):
+        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+    return number
+
+
 def _launcher_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("launching (only if no launcher started this command)")
     group.add_argument(
@@ -239,7 +250,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     add("--lora-alpha", metavar="ALPHA", type=_positive_float, help="alpha of LoRA files that do not record it")
     add(
         "--lora-scale",
-        type=float,
+        type=_finite,
         nargs="+",
         default=[1.0],
         help="strength of the LoRAs (1, as trained); one video for each, and a grid",
@@ -259,7 +270,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     )
     add("--fps", type=_positive_float, help="frame rate [frames/s] (as the LoRA was trained)")
     add("--steps", type=_positive_int, default=50, help="denoising steps (50)")
-    add("--guidance", type=float, default=6.0, help="classifier-free guidance scale; 1 turns it off (6)")
+    add("--guidance", type=_finite, default=6.0, help="classifier-free guidance scale; 1 turns it off (6)")
     add("--seed", type=int, nargs="+", default=[0], help="seeds of the noise; one video for each (0)")
     add("--precision", choices=PRECISIONS, help="precision of the weights (bf16 on a GPU, fp32 on a CPU)")
     add(
@@ -278,7 +289,7 @@ def _export(parser: argparse.ArgumentParser) -> None:
     add("--output", required=True, metavar="FOLDER", help="folder to create; its name becomes the name of the LoRA")
     add("--model", help="base model: hub id or diffusers folder (as the LoRA was trained)")
     add("--lora-alpha", metavar="ALPHA", type=_positive_float, help="alpha of LoRA files that do not record it")
-    add("--scale", type=float, default=1.0, help="strength (1, as trained)")
+    add("--scale", type=_finite, default=1.0, help="strength (1, as trained)")
     add("--dtype", choices=EXPORT_DTYPES, help="precision of the file (as the LoRA's, or the model's if merged)")
     add(
         "--pipeline",

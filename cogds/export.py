@@ -12,7 +12,6 @@ import torch
 
 from cogds.arguments import MERGED_FORMATS
 from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
-from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_folder
 from cogds.model.load import ModelFolder, find_model
@@ -63,13 +62,14 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
     output = Path(args.output)
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {output}: already exists. Choose a new folder, or remove this one.")
-    check_scale(args.scale)
     given = parse_loras(args.lora, args.scale, args.lora_alpha)
     if len(given) > 1 and args.to not in MERGED_FORMATS:
         raise UserError(
             f"--to {args.to}: takes one LoRA, but {len(given)} were given. Export them one by one, or merge them with "
             f"--to {' or '.join(MERGED_FORMATS)}."
         )
+    if args.to not in MERGED_FORMATS and given[0].weight == 0:
+        raise UserError(f"--scale: 0 turns the LoRA off, so --to {args.to} has nothing to export. Pass another number.")
     model = base_model(args.model, given, needed=args.to in MERGED_FORMATS)
     if model:
         check_all_fit([one.file for one in given], model)
@@ -116,7 +116,7 @@ def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) 
         if number is None:
             given.append((word, 1.0))
         elif given:
-            check_scale(number)
+            check_scale(number, given[-1][0])
             given[-1] = (given[-1][0], number)
         else:
             raise UserError(f"there is no LoRA at {word}: give its path first, and its weight after it")
@@ -151,15 +151,9 @@ def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any
     """Collect the facts for the header and the model card; if several LoRAs are given, from the first one.
 
     Raises:
-        UserError: An image-latent convention is unknown, or the LoRAs differ in it.
+        UserError: The LoRAs differ in their image-latent convention.
     """
-    conventions = {one.file.metadata.get("image_latents", "pipeline"): one for one in given}
-    for convention, one in conventions.items():
-        if convention not in IMAGE_LATENT_CONVENTIONS:
-            raise UserError(
-                f"{one.file.path}: unknown image latents '{convention}'; known: {', '.join(IMAGE_LATENT_CONVENTIONS)}. "
-                "Update cogds: a newer version wrote this file."
-            )
+    conventions = {one.file.metadata.get("image_latents", "pipeline") for one in given}
     if len(conventions) > 1:
         raise UserError(
             f"{given[0].file.path}: the LoRAs were trained with different image latents "

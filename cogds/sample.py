@@ -18,7 +18,7 @@ from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
-from cogds.model.lora.convert import check_all_fit, load_adapter
+from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
 from cogds.model.lora.file import LoraFile, describe_lora, read_loras
 from cogds.model.pipelines import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
 from cogds.process.logs import RESULT
@@ -155,6 +155,8 @@ def read_weighted_loras(
                 f"--lora: {path} is followed by '{' '.join(words)}', which is not one number. Pass one weight after "
                 "the path, and each further LoRA with its own --lora."
             ) from None
+    for weight in weights:
+        check_scale(weight, "--lora")
     files = read_loras([path for path, *_ in arguments], alpha, "--lora-alpha")
     check_all_fit(files, model)
     return [WeightedLora(file, weight) for file, weight in zip(files, weights, strict=True)]

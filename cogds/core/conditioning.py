@@ -1,11 +1,11 @@
-"""What the transformer is given: latents scaled and padded, the first frame as condition, OFS, dropouts.
+"""Inputs of the transformer: scaled and padded latents, the first frame as a condition, OFS, and dropout.
 
-Everything here mirrors one line of CogVideoXImageToVideoPipeline (`prepare_latents` and `__call__`); the tests compare
-the keyword arguments, bucket by bucket. Latents in the model's order are [B, F, C, H, W]; the VAE's is [B, C, F, H, W].
+Every function mirrors a line of CogVideoXImageToVideoPipeline (`prepare_latents` and `__call__`). The tests compare the
+keyword arguments for every bucket. The model's latents are [B, F, C, H, W], those of the VAE [B, C, F, H, W].
 
     video latents   x scaling_factor, then padded in front with copies of the first latent frame
-    image latents   x 1 / scaling_factor (where the VAE says `invert_scale_latents`) at frame 0 of the padded clip,
-                    zeros after it, concatenated behind the noisy latents on the channel axis
+    image latents   x 1 / scaling_factor (if the VAE's config has `invert_scale_latents`) at frame 0 of the padded clip,
+                    zeros after it, concatenated after the noisy latents on the channel axis
 """
 
 from typing import Any
@@ -21,14 +21,14 @@ OFS_VALUE = 2.0  # the pipeline's constant, `latents.new_full((1,), fill_value=2
 
 
 def normalize_pixels(pixels: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """uint8 pixels -> [-1, 1], as diffusers' VideoProcessor.preprocess scales an image."""
+    """Scale uint8 pixels to [-1, 1] as diffusers' VideoProcessor.preprocess does."""
     return (2.0 * (pixels.float() / 255.0) - 1.0).to(dtype)
 
 
 def sample_moments(moments: torch.Tensor, generator: torch.Generator | None) -> torch.Tensor:
-    """One draw from the VAE's posterior: moments [B, 2C, F, H, W] (mean, log-variance) -> float32 [B, F, C, H, W].
+    """Sample the VAE's posterior: moments [B, 2C, F, H, W] (mean, log-variance) -> float32 [B, F, C, H, W].
 
-    Source: diffusers' DiagonalGaussianDistribution, whose clamp of the log-variance is kept.
+    Source: diffusers' DiagonalGaussianDistribution, including its clamp of the log-variance.
     """
     mean, log_variance = moments.float().chunk(2, dim=1)
     noise = torch.randn(mean.shape, generator=generator, device=mean.device)
@@ -36,42 +36,50 @@ def sample_moments(moments: torch.Tensor, generator: torch.Generator | None) -> 
 
 
 def pad_front(latents: torch.Tensor, patch_size_t: int | None) -> torch.Tensor:
-    """Latents [B, F, C, H, W] with F brought to a multiple of patch_size_t by copies of frame 0, in front.
+    """Pad latents [B, F, C, H, W] in front with copies of frame 0 until F is a multiple of patch_size_t.
 
-    In front, because that is where the pipeline drops `additional_frames` after sampling.
+    Padding goes in front because the pipeline removes `additional_frames` from the front after sampling.
     """
     padding = padding_frames(latents.shape[1], patch_size_t)
     return torch.cat([latents[:, :1].expand(-1, padding, -1, -1, -1), latents], dim=1) if padding else latents
 
 
 def image_latent_scale(scaling_factor: float, invert_scale_latents: bool, convention: str) -> float:
-    """The factor on the image latent: as diffusers does (pipeline), as most trainers do (scaled), or none (unscaled).
+    """Return the factor that image latents are multiplied by.
 
-    For CogVideoX-1.5 (0.7, inverted) these are 1.4286, 0.7 and 1. Raises UserError for another convention.
+    For CogVideoX-1.5 (scaling factor 0.7, inverted), the factors are 1.4286, 0.7 and 1.
+
+    Args:
+        convention: "pipeline": as in diffusers; "scaled": as in most trainers; "unscaled": 1.
+
+    Raises:
+        UserError: the convention is unknown.
     """
-    own = 1 / scaling_factor if invert_scale_latents else scaling_factor
-    scales = {"pipeline": own, "scaled": scaling_factor, "unscaled": 1.0}
+    pipeline_scale = 1 / scaling_factor if invert_scale_latents else scaling_factor
+    scales = {"pipeline": pipeline_scale, "scaled": scaling_factor, "unscaled": 1.0}
     if convention not in scales:
         raise UserError(
-            f"image latents '{convention}' are none of {', '.join(scales)}: the LoRA was made by a newer version of "
-            "this project"
+            f"image latent convention '{convention}' is not one of {', '.join(scales)}. If a LoRA file names it, the "
+            "LoRA was trained with a newer version of cogds: upgrade cogds."
         )
     return scales[convention]
 
 
 def convention_factor(scaling_factor: float, invert_scale_latents: bool, convention: str) -> float:
-    """What the pipeline's image latents are multiplied by to be those of a convention; 1 where it is the pipeline's."""
-    wanted, own = (image_latent_scale(scaling_factor, invert_scale_latents, name) for name in (convention, "pipeline"))
-    return wanted / own
+    """Return the factor from the pipeline's image latents to those of a convention. 1 for "pipeline"."""
+    scale, pipeline_scale = (
+        image_latent_scale(scaling_factor, invert_scale_latents, name) for name in (convention, "pipeline")
+    )
+    return scale / pipeline_scale
 
 
 def noise_first_frame(
     pixels: torch.Tensor, log_mean: float, log_std: float, generator: torch.Generator
 ) -> torch.Tensor:
-    """Pixels [B, 3, H, W] in [-1, 1] plus noise of sigma = exp(N(log_mean, log_std)), one sigma per sample.
+    """Add noise with sigma = exp(N(log_mean, log_std)), one sigma per sample, to pixels [B, 3, H, W] in [-1, 1].
 
-    As CogVideoX's image-to-video models were trained: the VAE sees a slightly noisy first frame, which narrows the gap
-    between the clean image of inference and a frame of a video (CogVideoX paper, appendix on image-to-video).
+    CogVideoX's image-to-video models were trained this way. Encoding a slightly noisy first frame narrows the gap
+    between the clean image given at inference and a video frame (CogVideoX paper, appendix on image-to-video).
     """
     shape = (pixels.shape[0], 1, 1, 1)
     sigma = (log_mean + log_std * torch.randn(shape, generator=generator, device=pixels.device)).exp()
@@ -80,14 +88,14 @@ def noise_first_frame(
 
 
 def image_condition(image_latents: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """Scaled image latents [B, 1, C, H, W] at frame 0 of `num_frames` (padding included), zeros after it."""
+    """Place scaled image latents [B, 1, C, H, W] at frame 0 of `num_frames` (padding included), followed by zeros."""
     batch, _, channels, height, width = image_latents.shape
     zeros = image_latents.new_zeros(batch, num_frames - 1, channels, height, width)
     return torch.cat([image_latents, zeros], dim=1)
 
 
 def drop(condition: torch.Tensor, unconditional: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:
-    """`condition` [B, ...] with `unconditional` (broadcast) where dropped [B] is true."""
+    """Replace the samples of `condition` [B, ...] for which dropped [B] is true by `unconditional` (broadcast)."""
     return torch.where(dropped.view(-1, *[1] * (condition.ndim - 1)), unconditional, condition)
 
 
@@ -99,10 +107,14 @@ def transformer_inputs(
     rotary: RotaryTables | None,
     geometry: ModelGeometry,
 ) -> dict[str, Any]:
-    """The transformer's keyword arguments, as the pipeline's denoising loop gives them.
+    """Return the transformer's keyword arguments as in the pipeline's denoising loop.
 
-    noisy_latents, image_latents: [B, F, C, H, W], padded; text_states [B, text_tokens, dim]; timesteps int64 [B].
-    The dtype of text_states, which is the model's, is the dtype of all inputs but timesteps and rotary tables.
+    All inputs except timesteps and rotary tables take the dtype of text_states, which is the model's.
+
+    Args:
+        noisy_latents, image_latents: [B, F, C, H, W], padded.
+        text_states: [B, text_tokens, dim].
+        timesteps: int64 [B].
     """
     dtype = text_states.dtype
     return {

@@ -1,4 +1,4 @@
-"""How much of a dataset has been trained at least once: arithmetic, no list of clips."""
+"""Share of a dataset that has been trained at least once, computed without a list of clips."""
 
 from collections.abc import Sequence
 
@@ -6,12 +6,13 @@ from cogds.core.mixture import Mixture
 
 
 def share_seen(drawn: Sequence[int], mixture: Mixture) -> float:
-    """The share of all clips that have been drawn at least once.
+    """Return the share of all clips that have been drawn at least once.
 
-    drawn: positions of each bucket's stream, since step 0.
+    Exact for a single data set with 1 repeat per epoch, and in general at the end of a pass over each bucket. In
+    between, it assumes that all data sets have advanced equally far and that no clip was drawn twice in the pass.
 
-    Exact for one data set whose clips are trained once an epoch, and for any at the end of a pass over the bucket.
-    Within a pass of others it takes every set to have come as far as the pass has, without a clip drawn twice.
+    Args:
+        drawn: number of positions drawn from each bucket's stream since step 0.
     """
     num_seen = num_clips = 0.0
     for num_drawn, sizes, virtual in zip(drawn, mixture.sizes, mixture.virtual_sets):

@@ -1,14 +1,14 @@
-"""What a clip costs to train, in arithmetic: which buckets may share a micro-step, and what speed could be."""
+"""Floating-point operations of a training step, calculated from shapes, and peak rates of GPUs."""
 
 from dataclasses import dataclass
 
-# Of attention's forward work: the gradients of its two products take twice as much. A kernel that does not keep the
-# S x S matrix computes the first product once more.
+# Attention's backward pass relative to its forward pass: the gradients of its two products take twice the operations.
+# A kernel that does not store the attention matrix computes the first product again.
 BACKWARD_FACTOR, FLASH_BACKWARD_FACTOR = 2.0, 2.5
 
 
-# Dense bf16 TFLOP/s by the data sheets, without sparsity. By whole names: an H100 of another make has another peak, and
-# a slice of one has none.
+# Dense bf16 TFLOP/s from the data sheets, without sparsity. Keys are full device names, because variants of a GPU have
+# different peaks, and MIG slices have no published peak.
 PEAK_TFLOPS = {
     "NVIDIA H100 80GB HBM3": 989.0,
     "NVIDIA H100 PCIe": 756.0,
@@ -25,9 +25,9 @@ PEAK_TFLOPS = {
 
 @dataclass(frozen=True)
 class StepFlops:
-    """Floating-point operations of one training step of one clip, its optimizer step not counted (it is small).
+    """Floating-point operations of training one clip, without the optimizer step, which is negligible.
 
-    linears, attention: of the forward pass of the frozen base; lora: of the adapter's forward pass.
+    linears, attention: forward pass of the frozen base; lora: forward pass of the LoRA.
     """
 
     linears: float
@@ -36,43 +36,43 @@ class StepFlops:
 
     @property
     def forward(self) -> float:
-        """The base's forward pass."""
+        """Forward pass of the base."""
         return self.linears + self.attention
 
     @property
     def backward(self) -> float:
-        """The base's backward pass: a frozen linear layer has no gradient of its weights to compute."""
+        """Backward pass of the base. A frozen linear layer computes no weight gradients."""
         return self.linears + BACKWARD_FACTOR * self.attention
 
     @property
-    def counted(self) -> float:
-        """What model FLOP/s and MFU count: the base forward and backward; no adapter, nothing recomputed.
+    def model_flops(self) -> float:
+        """Operations counted for model FLOP/s and MFU: forward and backward pass of the base, without recomputation.
 
-        CogVideoX-1.5 at 81x768x1360: 1,479 + 429 + 2 x 1,050 = 4,008 TFLOP. (Its LoRA of rank 128 adds 36.)
+        CogVideoX-1.5 at 81x768x1360: 1,479 + 429 + 2 x 1,050 = 4,008 TFLOP. (A LoRA of rank 128 adds 36.)
         """
         return self.forward + self.backward
 
-    def done(self, checkpointing: str) -> float:
-        """What a GPU computes: with the adapter (its gradients are twice its forward pass) and all that is recomputed.
+    def hardware_flops(self, checkpointing: str) -> float:
+        """Operations that a GPU executes, including the LoRA, whose backward pass is twice its forward pass.
 
-        checkpointing: of `train.activation_checkpointing`.
+        checkpointing: a mode of `train.activation_checkpointing`, which determines what is recomputed.
         """
-        again = {
+        recomputed = {
             "none": 0.0,
             "selective": self.linears + self.lora,
             "full": self.forward + self.lora,
             "full+offload": self.forward + self.lora,
         }[checkpointing]
         backward = self.linears + FLASH_BACKWARD_FACTOR * self.attention
-        return self.forward + backward + 3 * self.lora + again
+        return self.forward + backward + 3 * self.lora + recomputed
 
 
 def step_flops(tokens: int, num_layers: int, hidden_size: int, num_lora_parameters: int = 0) -> StepFlops:
-    """The matrix products of one clip of so many tokens.
+    """Count the operations of the matrix products for one clip of `tokens` (T) tokens.
 
-    Per layer and token, d being the hidden size: queries, keys, values and output 4 d^2, the feed-forward 8 d^2, each
-    a multiplication and an addition; attention's two products 4 T d. An adapter's number is used once for every token.
-    Embeddings and modulation are left out: together less than 0.1%.
+    Per layer and token, for hidden size d: 4 d^2 multiply-adds for queries, keys, values and output, and 8 d^2 for the
+    feed-forward layers; 4 T d operations for attention's two products. Each LoRA parameter takes one multiply-add per
+    token. Embeddings and modulation, together less than 0.1%, are left out.
     """
     return StepFlops(
         linears=float(num_layers * 24 * tokens * hidden_size**2),
@@ -82,7 +82,7 @@ def step_flops(tokens: int, num_layers: int, hidden_size: int, num_lora_paramete
 
 
 def forward_flops(tokens: int, num_layers: int, hidden_size: int) -> float:
-    """Floating-point operations of one forward pass over a clip.
+    """Floating-point operations of one forward pass of the base over a clip.
 
     CogVideoX-1.5 at 81x768x1360 (45,106 tokens): 1,479 TFLOP, of which attention is 71%.
     """

@@ -1,7 +1,7 @@
-"""ClipShape: how pixels become a latent grid and tokens, and which shapes the model can take.
+"""Clip shapes: conversion from pixels to latents and tokens, and the shapes that a model supports.
 
-Everything that divides anything by anything stands here. The numbers come from the model's own
-configs (`ModelGeometry.from_configs`), never from constants: 1.5 pads time to `patch_size_t`, 1.0 does not.
+All divisions by VAE and patch factors are in this module. The factors come from the model's own configs
+(`ModelGeometry.from_configs`), never from constants: 1.5 pads time to `patch_size_t`, 1.0 does not.
 
     81x768x1360 pixels -> 21 latent frames of 96x170 -> padded in front to 22 -> 11 x 48 x 85 = 44,880 tokens
 """
@@ -16,7 +16,7 @@ from cogds.errors import UserError
 
 @dataclass(frozen=True, order=True)
 class ClipShape:
-    """Frames x height x width in pixels: the size of a bucket, written `81x768x1360`."""
+    """Frames, height and width of a clip or bucket in pixels, written as `81x768x1360`."""
 
     frames: int
     height: int
@@ -24,27 +24,32 @@ class ClipShape:
 
     @classmethod
     def parse(cls, text: str) -> "ClipShape":
-        """Read `FRAMESxHEIGHTxWIDTH`; raises UserError on anything else."""
+        """Parse `FRAMESxHEIGHTxWIDTH`. Raises UserError for any other text."""
         match = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", str(text))
         if not match or not all(int(n) for n in match.groups()):
-            raise UserError(f"bucket '{text}' is not FRAMESxHEIGHTxWIDTH: write for example 81x768x1360")
+            raise UserError(f"bucket '{text}' is not FRAMESxHEIGHTxWIDTH. Write, for example, 81x768x1360.")
         return cls(*map(int, match.groups()))
 
     def __str__(self) -> str:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
-# What CogVideoX-1.5 was trained for, where nothing else is said; frames a second.
+# Size and frame rate that CogVideoX-1.5 was trained for. Used when a LoRA does not record its own.
 TRAINED_SIZE, TRAINED_FPS = ClipShape(81, 768, 1360), 16.0
 
 
 @dataclass(frozen=True)
 class ModelGeometry:
-    """What a CogVideoX model's configs fix about shapes.
+    """Values of a CogVideoX model's configs that determine shapes.
 
-    sample_height, sample_width are in latent pixels; sample_frames in video frames; text_tokens is the length that
-    every caption is padded to. rope: whether rotary tables are used (with learned_positions the table of
-    positions is learned too, and only the sample size fits it).
+    Attributes:
+        patch_size_t: temporal patch size, None for 1.0 models.
+        sample_height, sample_width: in latent pixels.
+        sample_frames: in video frames.
+        text_tokens: length that every caption is padded to.
+        rope: the model uses rotary tables.
+        learned_positions: the model has learned position embeddings, which fit only the sample size.
+        ofs: the model takes an OFS embedding.
     """
 
     vae_spatial: int
@@ -63,7 +68,7 @@ class ModelGeometry:
 
     @classmethod
     def from_configs(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> "ModelGeometry":
-        """From the `config.json` of `transformer/` and `vae/` in a diffusers model folder."""
+        """Read the `config.json` of `transformer/` and `vae/` in a diffusers model folder."""
         return cls(
             vae_spatial=2 ** (len(vae["block_out_channels"]) - 1),
             vae_temporal=int(vae["temporal_compression_ratio"]),
@@ -82,28 +87,28 @@ class ModelGeometry:
 
     @property
     def pixel_multiple(self) -> int:
-        """Height and width in pixels must be multiples of this: one VAE cell times one patch."""
+        """Number of pixels that heights and widths must be a multiple of: VAE compression times patch size."""
         return self.vae_spatial * self.patch_size
 
 
 def latent_frames(frames: int, geometry: ModelGeometry) -> int:
-    """Latent frames that the VAE makes of a clip: (F - 1) / 4 + 1."""
+    """Number of latent frames of a clip: (F - 1) / 4 + 1 for CogVideoX."""
     return (frames - 1) // geometry.vae_temporal + 1
 
 
 def padding_frames(num_latent_frames: int, patch_size_t: int | None) -> int:
-    """Latent frames to add in front so that the temporal patch divides the clip (pipeline: `additional_frames`)."""
+    """Latent frames to add in front to reach a multiple of the patch size (`additional_frames` in the pipeline)."""
     return -num_latent_frames % patch_size_t if patch_size_t else 0
 
 
 def padded_latent_frames(frames: int, geometry: ModelGeometry) -> int:
-    """Latent frames that the transformer sees, padding included."""
+    """Number of latent frames in the transformer's input, including padding."""
     latents = latent_frames(frames, geometry)
     return latents + padding_frames(latents, geometry.patch_size_t)
 
 
 def token_grid(shape: ClipShape, geometry: ModelGeometry) -> tuple[int, int, int]:
-    """Patches along time, height and width, as the transformer sees them."""
+    """Number of video tokens along time, height and width."""
     return (
         padded_latent_frames(shape.frames, geometry) // (geometry.patch_size_t or 1),
         shape.height // geometry.pixel_multiple,
@@ -118,14 +123,14 @@ def num_tokens(shape: ClipShape, geometry: ModelGeometry) -> int:
 
 
 def check_shape(shape: ClipShape, geometry: ModelGeometry) -> None:
-    """Raise UserError, with the nearest valid size, where the model cannot take clips of this shape."""
+    """Raise UserError, naming the nearest valid size, if the model does not support clips of this shape."""
     step, temporal = geometry.pixel_multiple, geometry.vae_temporal
     frames = max(1, round((shape.frames - 1) / temporal) * temporal + 1)
     height, width = (max(step, round(side / step) * step) for side in (shape.height, shape.width))
     if (frames, height, width) != (shape.frames, shape.height, shape.width):
         raise UserError(
             f"bucket {shape} does not fit the model: frames must be {temporal}N+1, height and width multiples of "
-            f"{step}; the nearest valid size is {frames}x{height}x{width}"
+            f"{step}. Use the nearest valid size, {frames}x{height}x{width}."
         )
     sample = ClipShape(
         geometry.sample_frames,
@@ -134,23 +139,24 @@ def check_shape(shape: ClipShape, geometry: ModelGeometry) -> None:
     )
     if geometry.learned_positions and shape != sample:
         raise UserError(
-            f"bucket {shape} does not fit the model: its learned positions take {sample} only; use that bucket"
+            f"bucket {shape} does not fit the model: its learned position embeddings support only {sample}. Use that "
+            "bucket."
         )
-    # The 1.5 rotary grid is sliced out of a fixed one (1.0 stretches its grid instead): there is nothing beyond it.
+    # The 1.5 rotary tables are sliced out of a grid of fixed size. 1.0 stretches its grid instead.
     if geometry.rope and geometry.patch_size_t and (shape.height > sample.height or shape.width > sample.width):
         raise UserError(
-            f"bucket {shape} is longer than the model's rotary axis: at most {sample.height} pixels high and "
-            f"{sample.width} wide; choose a smaller bucket"
+            f"bucket {shape} exceeds the model's rotary axes: the maximum is {sample.height} pixels high and "
+            f"{sample.width} wide. Use a smaller bucket."
         )
 
 
 def cached_clip_bytes(shape: ClipShape, geometry: ModelGeometry, element_bytes: int) -> int:
-    """An encoded clip in the cache, without headers: moments [2C, F, h, w] and the first frame, uint8 [3, H, W]."""
+    """Bytes of an encoded clip without headers: moments [2C, F, h, w] and the first frame, uint8 [3, H, W]."""
     height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
     moments = 2 * geometry.latent_channels * latent_frames(shape.frames, geometry) * height * width
     return moments * element_bytes + 3 * shape.height * shape.width
 
 
 def cached_caption_bytes(geometry: ModelGeometry, text_dim: int, element_bytes: int) -> int:
-    """The text states [text_tokens, text_dim] of one caption in the cache."""
+    """Bytes of an encoded caption without headers: text states [text_tokens, text_dim]."""
     return geometry.text_tokens * text_dim * element_bytes

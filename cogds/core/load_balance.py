@@ -1,4 +1,4 @@
-"""Work dealt to ranks by its cost."""
+"""Distribution of work to ranks by cost."""
 
 from collections.abc import Sequence
 from heapq import heapify, heapreplace
@@ -6,18 +6,18 @@ from heapq import heapify, heapreplace
 import numpy as np
 
 
-def deal(costs: Sequence[float] | np.ndarray, num_ranks: int) -> np.ndarray:
-    """The rank of every piece of work, int32: the dearest first, each to the rank that has the least so far.
+def assign_by_cost(costs: Sequence[float] | np.ndarray, num_ranks: int) -> np.ndarray:
+    """Assign work items to ranks: int32 [N]. The most expensive item goes first, each to the least loaded rank.
 
-    No rank has more than another by the cost of one piece (Graham 1969, "Bounds on multiprocessing timing
-    anomalies"). Every rank that asks gets the same answer.
+    The loads of two ranks differ by at most the cost of one item (Graham 1969, "Bounds on multiprocessing timing
+    anomalies"). The result is deterministic, so every rank can compute it.
     """
     costs = np.asarray(costs, np.float64)
     ranks = np.zeros(len(costs), np.int32)
     loads = [(0.0, rank) for rank in range(num_ranks)]
     heapify(loads)
-    for piece in np.argsort(-costs, kind="stable").tolist():
+    for item in np.argsort(-costs, kind="stable").tolist():
         load, rank = loads[0]
-        ranks[piece] = rank
-        heapreplace(loads, (load + float(costs[piece]), rank))
+        ranks[item] = rank
+        heapreplace(loads, (load + float(costs[item]), rank))
     return ranks

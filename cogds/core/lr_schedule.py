@@ -1,4 +1,7 @@
-"""The learning rate as a pure function of the optimizer step: nothing to save, nothing that DeepSpeed can skip."""
+"""The learning rate as a pure function of the optimizer step.
+
+There is no scheduler state to save, and DeepSpeed cannot skip a scheduler step.
+"""
 
 import math
 
@@ -8,10 +11,10 @@ SCHEDULES = ("constant", "cosine", "linear")
 def learning_rate(
     step: int, lr: float, schedule: str, num_steps: int, warmup_steps: int, final_lr_ratio: float
 ) -> float:
-    """Learning rate of optimizer step `step` (0 is the first).
+    """Return the learning rate of optimizer step `step`, counted from 0.
 
-    Rises linearly over `warmup_steps`, reaching `lr` at step `warmup_steps`; the first step is already above zero.
-    Then constant, or falling (linear or half a cosine) to lr * final_lr_ratio at the last of `num_steps`.
+    It rises linearly from above zero at step 0 to `lr` at step `warmup_steps`. Then it stays constant, or decays
+    linearly or along a half cosine to lr * final_lr_ratio at the last of `num_steps` steps.
     """
     if step < warmup_steps:
         return lr * (step + 1) / (warmup_steps + 1)

@@ -1,4 +1,4 @@
-"""GPU and host memory of one rank during training, calculated from shapes. No GPU is asked.
+"""GPU and host memory of one rank during training, calculated from shapes, without a GPU.
 
     model = MemoryModel(geometry, transformer, lora, vae, ZeroSettings.from_config(section), num_ranks, "bf16", buckets)
     model.estimate(shape, batch_size=1, checkpointing="none").total_bytes

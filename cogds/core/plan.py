@@ -1,35 +1,35 @@
-"""Plan: which clips every rank trains on at step N, as arithmetic on integers. No replay, no state.
+"""Training plan: which clips each rank trains at step N, computed from integers alone. No state and no replay.
 
-Clips lie in buckets of one shape. A **micro-step** is one forward and backward on all ranks; `accumulation`
-micro-steps make an optimizer step. What one rank trains in a micro-step, B clips of one bucket, is a **batch** here.
-Everything follows from four ideas:
+Each bucket holds clips of one shape. A **micro-step** is one forward and backward pass on all ranks. `accumulation`
+micro-steps make an optimizer step. The clips that one rank trains in a micro-step, B clips of one bucket, are a
+**batch**. The plan is built from four parts:
 
-**Streams.** Bucket b, of n clips, is an endless row of positions; position k is clip `permute(k % n)` of pass k // n,
-reshuffled every pass. The bucket's batch i is positions i * B to (i + 1) * B - 1: a tail is never dropped, the next
-pass begins in the same batch.
+**Streams.** Bucket b, with n clips, is an endless stream of positions. Position k is clip `permute(k % n)` of pass
+k // n, reshuffled in every pass. Batch i of the bucket is positions i * B to (i + 1) * B - 1. The last clips of a pass
+are never dropped: the next pass begins in the same batch.
 
-**Groups.** All ranks of a micro-step train in one group of buckets. Without `costs` every bucket is a group of its own,
-so all ranks train the same shape; with them, buckets whose batches cost the same, give or take `tolerance`, are one
-group, and ranks train different shapes. The group's batches are an endless row in which its buckets take turns, and
-a micro-step takes the next D = min(world_size, what the group can give without a clip twice). Where D < world_size,
-the ranks left over train copies, with other noise, and copies share their clip's weight. B is as asked, but smaller
-where the group would have fewer batches than there are ranks.
+**Groups.** All ranks of a micro-step train batches of one group of buckets. Without `costs`, every bucket is its own
+group, so all ranks train the same shape. With costs, buckets whose batches cost the same, within `tolerance`, form a
+group, so ranks may train different shapes. The batches of a group are an endless stream in which its buckets take
+turns. A micro-step takes the next D = min(world_size, batches that the group can provide without repeating a clip). If
+D < world_size, the remaining ranks train copies with different noise, and all copies of a clip share its weight. B is
+reduced if the group would otherwise have fewer batches than there are ranks.
 
-**Epochs.** By the start of epoch e, a group has been through U(e) = sum_b floor((e * n_b - o_b) / B_b) batches, less
-those that do not fill a micro-step (o_b: where the bucket's stream stood when the plan began). The batches that end
-the pass before come first in the row of each pass, so at every epoch's end each clip has been seen e or e - 1 times,
-and e - 1 to e + 1 times within epoch e (counted from 0), for ever: nothing drifts.
+**Epochs.** By the start of epoch e, a group has trained U(e) = sum_b floor((e * n_b - o_b) / B_b) batches, minus those
+that do not fill a micro-step (o_b: stream position of the bucket at the plan's origin). Batches that complete the
+previous pass come first in each pass. So when epoch e (counted from 0) starts, each clip has been trained e or e - 1
+times, and during it e - 1 to e + 1 times. This holds for any number of epochs, without drift.
 
-**Turns.** Within an epoch a binary tree over the groups says whose turn it is: after t turns at a node of n turns, of
-which L belong to the left child, the left has had floor((t * L + phase) / n), and the right the rest. Entry t goes
-where the count rises, so both "whose turn" and "how often before" are one walk down the tree. phase, a keyed hash
-modulo n, gives every epoch another order. Each node errs by less than 1 from proportional, and a parent's error
-reaches a child in proportion; in a Huffman tree the sizes above a leaf grow at least like Fibonacci numbers, so a
-group is never `UNEVENNESS` micro-steps or more from its even share, however many groups there are. The buckets of a
-group take turns by the same kind of tree.
+**Turns.** Within an epoch, a binary tree over the groups determines the order. Consider a node with n turns, L of them
+for its left child: after t turns, the left child has had floor((t * L + phase) / n) and the right child the rest. Turn
+t belongs to the child whose count it increases, so one walk down the tree gives both the current group and its number
+of earlier turns. phase, a keyed hash modulo n, gives every epoch a different order. Each node is off by less than 1
+from an exactly proportional split, and a parent's error reaches a child in proportion. In a Huffman tree, the sizes
+above a leaf grow at least like Fibonacci numbers, so a group always stays less than `UNEVENNESS` micro-steps from its
+proportional share, for any number of groups. The buckets of a group take turns by the same kind of tree.
 
-A changed world size, accumulation, batch size or grouping starts a new plan from where the old one stands
-(`Plan.resized`): its `Origin` is a few integers for the checkpoint, and its first epoch is the rest of the current one.
+A different world size, accumulation, batch size or grouping starts a new plan at the current position of the old one
+(`Plan.resized`). Its `Origin` is a few integers in the checkpoint, and its first epoch is the rest of the current one.
 """
 
 from bisect import bisect_right
@@ -47,15 +47,15 @@ from cogds.errors import UserError
 # The sum of the reciprocal Fibonacci numbers, 1 + 1 + 1/2 + 1/3 + 1/5 + ..., rounded up.
 UNEVENNESS = 3.36
 
-# By how much costs of one group may differ: what a rank may wait for another.
+# Largest relative difference between the costs of one group, which is the time that a rank may wait for another.
 TOLERANCE = 0.03
 
 
 @dataclass(frozen=True)
 class Origin:
-    """Where a plan begins: the optimizer step, its epoch, and how far each bucket's stream has come.
+    """Start of a plan: the optimizer step, its epoch, and the stream position of each bucket.
 
-    Goes into a checkpoint as `dataclasses.asdict(origin)` and comes back as `Origin(**that)`. No offsets: all 0.
+    Saved in checkpoints as `dataclasses.asdict(origin)` and restored by `Origin(**fields)`. Without offsets, all are 0.
     """
 
     step: int = 0
@@ -67,27 +67,28 @@ class Origin:
             object.__setattr__(self, name, index(getattr(self, name)))
         object.__setattr__(self, "offsets", tuple(map(index, self.offsets)))
         if self.step < 0 or self.epoch < 0:
-            raise ValueError(f"a plan cannot begin at step {self.step}, epoch {self.epoch}: both count from 0")
+            raise ValueError(f"a plan cannot start at step {self.step}, epoch {self.epoch}: neither can be negative")
 
 
 def clip_at(position: int, num_clips: int, bucket: int, seed: int) -> int:
-    """The clip, in [0, num_clips), at a position of the bucket's stream: a new shuffle every pass."""
+    """The clip, in [0, num_clips), at a position of the bucket's stream, which is reshuffled in every pass."""
     return permute(position % num_clips, num_clips, seed, bucket, position // num_clips)
 
 
 def max_batches_per_micro_step(sizes: Sequence[int], batch_sizes: Sequence[int]) -> int:
-    """Batches that buckets of these sizes can give to one micro-step: one pass, and no clip falls behind.
+    """Number of batches that buckets of these sizes can provide to one micro-step within one pass.
 
-    A bucket whose batches hold several clips may have one that ends a pass and begins the next, so is whole in
-    neither; of several such all but one stay out. For one bucket it is n // B.
+    For a single bucket this is n // B. If batches hold several clips, one batch of the bucket may span the end of a
+    pass and the start of the next, so that it lies completely in neither. With several such buckets, all but one of
+    these batches are subtracted.
     """
-    cut = sum(n > 0 and batch > 1 for n, batch in zip(sizes, batch_sizes))
-    return sum(n // batch for n, batch in zip(sizes, batch_sizes)) - max(0, cut - 1)
+    num_spanning = sum(n > 0 and batch > 1 for n, batch in zip(sizes, batch_sizes))
+    return sum(n // batch for n, batch in zip(sizes, batch_sizes)) - max(0, num_spanning - 1)
 
 
 @dataclass(frozen=True, slots=True)
 class Part:
-    """What one bucket gives to a micro-step: num_batches batches of batch_size stream positions each, from `start`."""
+    """The batches of one bucket in a micro-step: num_batches x batch_size stream positions, from `start`."""
 
     bucket: int
     start: int
@@ -97,17 +98,21 @@ class Part:
 
     @property
     def num_draws(self) -> int:
-        """Stream positions of the part."""
+        """Number of stream positions in the part."""
         return self.num_batches * self.batch_size
 
 
 @dataclass(frozen=True, slots=True)
 class MicroBatch:
-    """One micro-step: the parts of one group's buckets, one batch a rank.
+    """One micro-step: parts of the buckets of one group, with one batch per rank.
 
-    The parts' batches belong to the ranks in order; where there are fewer batches than ranks they begin anew. A rank's
-    slots are the places of its batch. first_slot and step_slots place them among all slots of the optimizer step, and
-    step_draws is the number of stream positions that the step draws.
+    Batches are assigned to ranks in order. If there are fewer batches than ranks, the assignment wraps around. A slot
+    is one clip of a rank's batch, numbered over the whole optimizer step.
+
+    Attributes:
+        first_slot: number of slots in the optimizer step before this micro-step.
+        step_slots: number of slots in the optimizer step.
+        step_draws: number of stream positions that the optimizer step draws.
     """
 
     epoch: int
@@ -121,17 +126,17 @@ class MicroBatch:
 
     @property
     def num_batches(self) -> int:
-        """D: distinct batches; ranks from there on train copies."""
+        """D: number of distinct batches. Ranks from D on train copies."""
         return sum(part.num_batches for part in self.parts)
 
     @property
     def num_draws(self) -> int:
-        """Distinct stream positions over all ranks."""
+        """Number of distinct stream positions over all ranks."""
         return sum(part.num_draws for part in self.parts)
 
     @property
     def num_slots(self) -> int:
-        """Clips that all ranks train together, copies included."""
+        """Number of clips over all ranks, including copies."""
         return self._slots_before(self.world_size)
 
     def bucket_of(self, rank: int) -> int:
@@ -139,7 +144,7 @@ class MicroBatch:
         return self.batch_of(rank)[0].bucket
 
     def batch_size_of(self, rank: int) -> int:
-        """Clips that the rank trains."""
+        """Number of clips that the rank trains."""
         return self.batch_of(rank)[0].batch_size
 
     def slots_of(self, rank: int) -> range:
@@ -148,26 +153,26 @@ class MicroBatch:
         return range(first, first + self.batch_size_of(rank))
 
     def positions_of(self, rank: int) -> tuple[int, ...]:
-        """Stream positions of the rank's slots; position // num_clips is the pass over the bucket."""
+        """Stream positions of the rank's slots. position // num_clips is the pass over the bucket."""
         part, batch = self.batch_of(rank)
         first = part.start + batch * part.batch_size
         return tuple(range(first, first + part.batch_size))
 
     def clips_of(self, rank: int) -> tuple[int, ...]:
-        """The rank's clips: indices within the bucket, one a slot."""
+        """Indices of the rank's clips within their bucket, one per slot."""
         part, _ = self.batch_of(rank)
         return tuple(clip_at(k, part.num_clips, part.bucket, self.seed) for k in self.positions_of(rank))
 
     def weights_of(self, rank: int) -> tuple[float, ...]:
-        """What to multiply each slot's loss with so that every clip drawn counts the same in the optimizer step.
+        """Loss weight of each slot, so that every clip drawn counts the same in the optimizer step.
 
-        Mean over the rank's batch, / accumulation and mean over ranks divide a slot's loss by W * A * B, B being this
-        rank's batch size. The mean over the step's distinct draws, of which micro-step j has D_j, divides it by
-        copies * sum_j D_j instead. Hence
+        The mean over the rank's batch, the division by accumulation and the mean over ranks divide a slot's loss by
+        W * A * B (B: this rank's batch size). The mean over the step's distinct draws, D_j in micro-step j, divides it
+        by copies * sum_j D_j instead. Hence
 
             weight = W * A * B / (copies * sum_j D_j)
 
-        which is exactly 1.0 wherever no rank trains copies and all have the same batch size.
+        This is exactly 1.0 if no rank trains copies and all ranks have the same batch size.
         """
         part, _ = self.batch_of(rank)
         copies = len(range(rank % self.num_batches, self.world_size, self.num_batches))
@@ -175,9 +180,9 @@ class MicroBatch:
         return (weight,) * part.batch_size
 
     def batch_of(self, rank: int) -> tuple[Part, int]:
-        """The part that the rank trains, and which of the part's batches."""
+        """The part that the rank trains, and the index of its batch within the part."""
         if not 0 <= rank < self.world_size:
-            raise ValueError(f"rank {rank} is not in a world of {self.world_size}")
+            raise ValueError(f"rank {rank} is out of range for world size {self.world_size}")
         batch = rank % self.num_batches
         for part in self.parts:
             if batch < part.num_batches:
@@ -196,13 +201,19 @@ class MicroBatch:
 
 @dataclass(frozen=True)
 class Plan:
-    """Which clips every rank trains on at every step: `plan.at(step)[i].clips_of(rank)`.
+    """The clips that every rank trains at every step: `plan.at(step)[i].clips_of(rank)`.
 
-    sizes: clips in each bucket (0 is allowed); batch_sizes: the most clips per rank and micro-step in each. A bucket
-    is known by its place in them, a clip by its place in the bucket: both orders must stay what they are.
-    costs: of one clip of each bucket, in any unit of time or work; none: all ranks train the same bucket. tolerance:
-    the dearest batch of a group costs at most 1 + tolerance times the cheapest.
-    Raises ValueError where the numbers make no plan, and UserError where all buckets are empty.
+    Buckets and clips are identified by their index, so the order of both must not change during a run.
+
+    Attributes:
+        sizes: number of clips in each bucket, may be 0.
+        batch_sizes: largest number of clips per rank and micro-step, for each bucket.
+        costs: cost of one clip of each bucket, in any unit of time or work. Empty: all ranks train the same bucket.
+        tolerance: the most expensive batch of a group costs at most 1 + tolerance times the cheapest.
+
+    Raises:
+        ValueError: the values contradict each other or are out of range.
+        UserError: all buckets are empty.
     """
 
     sizes: tuple[int, ...]
@@ -221,22 +232,24 @@ class Plan:
             object.__setattr__(self, name, index(getattr(self, name)))
         object.__setattr__(self, "costs", tuple(map(float, self.costs)))
         if len(self.batch_sizes) != len(self.sizes):
-            raise ValueError(f"{len(self.sizes)} buckets have {len(self.batch_sizes)} batch sizes: give each its own")
+            raise ValueError(f"batch_sizes: {len(self.batch_sizes)} values for {len(self.sizes)} buckets")
         if self.costs and len(self.costs) != len(self.sizes):
-            raise ValueError(f"{len(self.sizes)} buckets have {len(self.costs)} costs: give each its own")
-        # Written so that a NaN is refused too.
-        if not all(0 < cost < float("inf") for cost in self.costs) or not 0 <= self.tolerance < float("inf"):
-            raise ValueError(f"costs {self.costs} must be finite and positive, the tolerance {self.tolerance} too or 0")
+            raise ValueError(f"costs: {len(self.costs)} values for {len(self.sizes)} buckets")
+        # These comparisons also reject NaN.
+        if not all(0 < cost < float("inf") for cost in self.costs):
+            raise ValueError(f"costs {self.costs} must be finite and positive")
+        if not 0 <= self.tolerance < float("inf"):
+            raise ValueError(f"tolerance {self.tolerance} must be finite and not negative")
         if min(self.world_size, self.accumulation) < 1:
             raise ValueError(f"world_size {self.world_size} and accumulation {self.accumulation} must be at least 1")
         if min(self.batch_sizes, default=1) < 1:
-            raise ValueError(f"batch sizes must be at least 1, found {min(self.batch_sizes)}")
+            raise ValueError(f"batch_sizes {self.batch_sizes} must be at least 1")
         if min(self.sizes, default=0) < 0:
-            raise ValueError(f"a bucket cannot hold {min(self.sizes)} clips")
+            raise ValueError(f"sizes {self.sizes} must not be negative")
         if not any(self.sizes):
             raise UserError(
-                f"there is nothing to train on: none of the {len(self.sizes)} buckets holds a clip; "
-                "look at what the manifest lists as unusable, and at the buckets of the config"
+                f"data.buckets: none of the {len(self.sizes)} buckets has a clip. Check the unusable clips listed in "
+                "the manifest, and data.buckets."
             )
         self._check_origin()
 
@@ -245,45 +258,45 @@ class Plan:
             object.__setattr__(self, "origin", replace(self.origin, offsets=(0,) * len(self.sizes)))
         epoch, offsets = self.origin.epoch, self.origin.offsets
         if len(offsets) != len(self.sizes):
-            raise ValueError(f"the plan's origin has {len(offsets)} buckets, the plan {len(self.sizes)}")
+            raise ValueError(f"the plan's origin has {len(offsets)} buckets, and the plan has {len(self.sizes)}")
         for bucket, (offset, n) in enumerate(zip(offsets, self.sizes)):
-            # What a plan can have drawn within this epoch: less than one pass behind its start, at most at its end.
+            # Within this epoch, a stream is at most one pass behind the epoch's start and at most at the epoch's end.
             if not max(0, (epoch - 1) * n) <= offset <= (epoch + 1) * n:
                 raise ValueError(
-                    f"the plan's origin has drawn {offset} clips of bucket {bucket}, which holds {n}: that does not "
-                    f"belong to epoch {epoch}; the origin comes from another set of clips"
+                    f"the plan's origin has drawn {offset} clips of bucket {bucket}, which has {n} clips: impossible "
+                    f"in epoch {epoch}. The origin belongs to a different set of clips."
                 )
 
     @cached_property
     def groups(self) -> tuple[tuple[int, ...], ...]:
-        """The buckets of each group, in order of their first; empty buckets are groups too."""
+        """The buckets of each group, ordered by the group's first bucket. An empty bucket is its own group."""
         return self._layout[0]
 
     @cached_property
     def local_batch_sizes(self) -> tuple[int, ...]:
-        """B: clips per rank and micro-step in each bucket, smaller than asked where the group is too small."""
+        """B: clips per rank and micro-step for each bucket. Below `batch_sizes` if the group is too small."""
         return self._layout[1]
 
     @cached_property
     def cost_spreads(self) -> tuple[float, ...]:
-        """Of each group, by how much its dearest batch costs more than its cheapest: 0.02 is 2%. 0 without costs."""
+        """For each group, cost of the most expensive batch relative to the cheapest, minus 1. 0 without costs."""
         return tuple(max(costs) / min(costs) - 1 for costs in map(self._batch_costs, self.groups))
 
     @property
     def steps_per_epoch(self) -> float:
-        """Optimizer steps in an epoch, on average."""
+        """Mean number of optimizer steps per epoch."""
         return float(self._rate[0] / self.accumulation)
 
     def step_of_epoch(self, epoch: int) -> int:
-        """The first optimizer step to begin at or after the start of `epoch`: train until there for `epoch` epochs."""
+        """The first optimizer step at or after the start of `epoch`. Training up to it trains `epoch` epochs."""
         return self.origin.step + -(-sum(self._turns_before(epoch)) // self.accumulation)
 
     def epoch_of(self, step: int) -> int:
-        """The epoch, from 0, in which optimizer step `step` begins."""
+        """The epoch, counted from 0, in which optimizer step `step` begins."""
         return self._epoch_at(self._micro_step(step))[0]
 
     def coverage(self, step: int) -> tuple[int, ...]:
-        """How far each bucket's stream has come before optimizer step `step`: positions drawn since step 0."""
+        """For each bucket, number of stream positions drawn from step 0 up to optimizer step `step`."""
         micro_step = self._micro_step(step)
         epoch, turns = self._epoch_at(micro_step)
         drawn = list(self.origin.offsets)
@@ -296,7 +309,7 @@ class Plan:
     def at(self, step: int) -> tuple[MicroBatch, ...]:
         """The `accumulation` micro-steps of optimizer step `step`.
 
-        Raises ValueError where the step lies before the plan's origin.
+        Raises ValueError if the step is before the plan's origin.
         """
         first = self._micro_step(step)
         epoch, turns = self._epoch_at(first)
@@ -306,25 +319,27 @@ class Plan:
             if micro_step >= turns.end:
                 epoch, turns = self._epoch_at(micro_step)
             after = turns.after(micro_step + 1 - turns.first)
-            number = next(g for g, (was, now) in enumerate(zip(before, after)) if now > was)
+            number = next(g for g, (old, new) in enumerate(zip(before, after)) if new > old)
             parts.append((epoch, self._groups[number].parts(before[number], epoch)))
             before = after
 
         batches = [
             MicroBatch(
                 epoch=epoch,
-                parts=of_group,
+                parts=group_parts,
                 world_size=self.world_size,
                 accumulation=self.accumulation,
                 first_slot=0,
                 step_slots=0,
-                step_draws=sum(part.num_draws for _, of_group in parts for part in of_group),
+                step_draws=sum(part.num_draws for _, group_parts in parts for part in group_parts),
                 seed=self.seed,
             )
-            for epoch, of_group in parts
+            for epoch, group_parts in parts
         ]
-        firsts = list(accumulate((batch.num_slots for batch in batches), initial=0))
-        return tuple(replace(b, first_slot=first, step_slots=firsts[-1]) for b, first in zip(batches, firsts))
+        first_slots = list(accumulate((batch.num_slots for batch in batches), initial=0))
+        return tuple(
+            replace(batch, first_slot=first, step_slots=first_slots[-1]) for batch, first in zip(batches, first_slots)
+        )
 
     def resized(
         self,
@@ -335,10 +350,10 @@ class Plan:
         costs: Sequence[float] | None = None,
         tolerance: float | None = None,
     ) -> "Plan":
-        """The plan that goes on from optimizer step `step` with another layout: it repeats and loses no clip.
+        """Return a plan that continues from optimizer step `step` with a new layout. No clip is repeated or lost.
 
-        None keeps what is; `costs=()` gives every bucket its own group. With the same layout it is this very plan, so
-        resuming may always ask, and stays bit for bit the same run.
+        None keeps the current value. `costs=()` makes every bucket its own group. If nothing changes, this plan itself
+        is returned, so resuming with the same layout continues exactly the same run.
         """
         changed = replace(
             self,
@@ -354,13 +369,13 @@ class Plan:
 
     @cached_property
     def _layout(self) -> tuple[tuple[tuple[int, ...], ...], tuple[int, ...]]:
-        """Groups and batch sizes: a group that has fewer batches than there are ranks gets smaller ones.
+        """Groups and batch sizes. A group with fewer batches than ranks gets smaller batches.
 
-        Smaller batches cost less and may part a group, so this goes round until nothing changes.
+        Smaller batches cost less, which may split a group, so this repeats until nothing changes.
         """
         local = [min(batch, max(1, n)) for n, batch in zip(self.sizes, self.batch_sizes)]
         while True:
-            groups = self._grouped(local)
+            groups = self._group_buckets(local)
             short = [
                 buckets
                 for buckets in groups
@@ -375,21 +390,21 @@ class Plan:
                 for b in buckets:
                     local[b] = max(1, min(local[b] - 1, int(local[b] * num_batches / self.world_size)))
 
-    def _grouped(self, local: Sequence[int]) -> tuple[tuple[int, ...], ...]:
-        """Windows over the batches' costs from the dearest down: no other grouping has fewer."""
+    def _group_buckets(self, local: Sequence[int]) -> tuple[tuple[int, ...], ...]:
+        """Group buckets greedily, from the most expensive batch down. No other grouping has fewer groups."""
         groups: list[list[int]] = []
         if not self.costs:
             groups = [[bucket] for bucket in range(len(self.sizes))]
         else:
-            dearest = 0.0
+            max_cost = 0.0
             for bucket in sorted(range(len(self.sizes)), key=lambda b: (-self.costs[b] * local[b], b)):
                 cost = self.costs[bucket] * local[bucket]
                 if not self.sizes[bucket]:
                     groups.insert(0, [bucket])
-                elif groups and self.sizes[groups[-1][0]] and dearest <= cost * (1 + self.tolerance):
+                elif groups and self.sizes[groups[-1][0]] and max_cost <= cost * (1 + self.tolerance):
                     groups[-1].append(bucket)
                 else:
-                    dearest = cost
+                    max_cost = cost
                     groups.append([bucket])
         return tuple(sorted(tuple(sorted(buckets)) for buckets in groups))
 
@@ -410,9 +425,12 @@ class Plan:
 
     @cached_property
     def _rate(self) -> tuple[Fraction, int]:
-        """Micro-steps of an epoch in the mean, and by how much the number made may differ from that, by rounding."""
+        """Mean number of micro-steps per epoch, and the largest deviation from it by rounding."""
         slack = sum(
-            2 + len(group.buckets) + group.first_micro_steps * (group.first_most < group.most) for group in self._groups
+            2
+            + len(group.buckets)
+            + group.first_micro_steps * (group.first_batches_per_micro_step < group.batches_per_micro_step)
+            for group in self._groups
         )
         return sum((group.micro_steps_per_epoch for group in self._groups), Fraction(0)), slack
 
@@ -420,19 +438,19 @@ class Plan:
         return [(self.costs[b] if self.costs else 1.0) * self.local_batch_sizes[b] for b in buckets]
 
     def _micro_step(self, step: int) -> int:
-        """The first micro-step of an optimizer step, counted from the origin (accumulation was another before it)."""
+        """The first micro-step of an optimizer step, counted from the origin, since accumulation may change there."""
         if step < self.origin.step:
-            raise ValueError(f"step {step} lies before step {self.origin.step}, where this plan begins")
+            raise ValueError(f"step {step} is before the plan's first step, {self.origin.step}")
         return (index(step) - self.origin.step) * self.accumulation
 
     def _turns_before(self, epoch: int) -> list[int]:
-        """Micro-steps of each group between the origin and the start of `epoch`."""
+        """Number of micro-steps of each group between the origin and the start of `epoch`."""
         return [group.micro_steps_before(epoch) for group in self._groups]
 
     def _epoch_at(self, micro_step: int) -> tuple[int, "_Turns"]:
-        """The epoch that holds a micro-step, the last one that begins at or before it; and its order of groups."""
-        # By then (e - origin.epoch) * rate micro-steps have been made, give or take what the origin was behind or ahead
-        # (at most an epoch) and what rounding adds: a few candidates are left to ask.
+        """The epoch of a micro-step, which is the last that begins at or before it, and the epoch's turns."""
+        # (e - origin.epoch) * rate micro-steps precede epoch e, up to the lead or lag of the origin (at most an epoch)
+        # and rounding. That leaves a few candidates to check.
         rate, slack = self._rate
         fewest, most = ((micro_step + sign * slack) // rate + sign for sign in (-1, 1))
         candidates = range(self.origin.epoch + 1 + max(0, fewest), self.origin.epoch + 2 + most)
@@ -444,7 +462,7 @@ class Plan:
 
 @dataclass(frozen=True)
 class _Group:
-    """Buckets whose batches may be trained at the same moment, as one endless row of batches since the plan began."""
+    """Buckets whose batches may be trained in the same micro-step, as one endless stream of batches from the origin."""
 
     buckets: tuple[int, ...]
     sizes: tuple[int, ...]
@@ -455,93 +473,97 @@ class _Group:
     seed: int
 
     @cached_property
-    def most(self) -> int:
-        """D: batches of one micro-step."""
+    def batches_per_micro_step(self) -> int:
+        """D: number of distinct batches in a micro-step."""
         return min(self.world_size, max_batches_per_micro_step(self.sizes, self.batch_sizes))
 
     @cached_property
-    def first_most(self) -> int:
-        """D in the first epoch, smaller where buckets that lag and buckets that are ahead meet in a group.
+    def first_batches_per_micro_step(self) -> int:
+        """D in the plan's first epoch: smaller if some buckets of the group lag and others are ahead.
 
-        No more than one micro-step's batches are left over at the epoch's end, and none of them may be a batch that
-        ends the pass before.
+        Fewer batches than a micro-step takes are left over at the end of the epoch, and none of them may be a batch
+        that completes the previous pass.
         """
-        behind = sum(self._ending(self.origin_epoch))
-        return min(self.most, 1 + sum(self._whole(self.origin_epoch + 1)) - behind) if behind else self.most
+        num_behind = sum(self._batches_begun(self.origin_epoch))
+        if not num_behind:
+            return self.batches_per_micro_step
+        return min(self.batches_per_micro_step, 1 + sum(self._batches_done(self.origin_epoch + 1)) - num_behind)
 
     @cached_property
     def first_micro_steps(self) -> int:
-        """Micro-steps of the first epoch."""
-        return sum(self._whole(self.origin_epoch + 1)) // self.first_most if any(self.sizes) else 0
+        """Number of micro-steps in the plan's first epoch."""
+        if not any(self.sizes):
+            return 0
+        return sum(self._batches_done(self.origin_epoch + 1)) // self.first_batches_per_micro_step
 
     @property
     def micro_steps_per_epoch(self) -> Fraction:
-        """On average."""
+        """Mean number of micro-steps per epoch."""
         num_batches = sum((Fraction(n, batch) for n, batch in zip(self.sizes, self.batch_sizes)), Fraction(0))
-        return num_batches / max(1, self.most)
+        return num_batches / max(1, self.batches_per_micro_step)
 
     def micro_steps_before(self, epoch: int) -> int:
-        """Between the origin and the start of `epoch`."""
+        """Number of micro-steps between the origin and the start of `epoch`."""
         if epoch <= self.origin_epoch or not any(self.sizes):
             return 0
-        later = sum(self._whole(epoch)) - self.first_micro_steps * self.first_most
-        return self.first_micro_steps + later // self.most
+        later = sum(self._batches_done(epoch)) - self.first_micro_steps * self.first_batches_per_micro_step
+        return self.first_micro_steps + later // self.batches_per_micro_step
 
     def num_batches_before(self, micro_step: int) -> int:
-        """Batches of the row before the group's micro-step of that number."""
+        """Number of batches before the given micro-step of the group."""
         first = min(micro_step, self.first_micro_steps)
-        return first * self.first_most + (micro_step - first) * self.most
+        return first * self.first_batches_per_micro_step + (micro_step - first) * self.batches_per_micro_step
 
     def batches_after(self, count: int, epoch: int) -> list[int]:
-        """Of each bucket, among the first `count` batches of the row, which micro-steps of `epoch` have reached.
+        """Number of batches of each bucket among the group's first `count`, if micro-steps of `epoch` reach `count`.
 
-        Between the boundaries the buckets take turns, in the same order in every pass: so a bucket's share of a
+        Between the boundaries, the buckets take turns in the same order in every pass. So a bucket's share of a
         micro-step never exceeds the bucket.
         """
         if len(self.buckets) == 1:
             return [count]
-        boundaries = [self._whole(epoch), self._ending(epoch), self._whole(epoch + 1)]
+        boundaries = [self._batches_done(epoch), self._batches_begun(epoch), self._batches_done(epoch + 1)]
         if epoch > self.origin_epoch:
-            boundaries.insert(0, self._ending(epoch - 1))
+            boundaries.insert(0, self._batches_begun(epoch - 1))
         starts, ends = next(span for span in pairwise(boundaries) if count <= sum(span[1]))
         turns = _Turns(starts, ends, "cogds.ranks", self.seed, self.buckets[0])
         return turns.after(count - turns.first)
 
     def parts(self, micro_step: int, epoch: int) -> tuple[Part, ...]:
-        """What each bucket gives to the group's micro-step of that number, which lies in `epoch`."""
+        """The parts of the group's given micro-step, which lies in `epoch`."""
         before, after = (
             self.batches_after(self.num_batches_before(number), epoch) for number in (micro_step, micro_step + 1)
         )
         return tuple(
-            Part(bucket, offset + was * batch, now - was, batch, n)
-            for bucket, offset, was, now, batch, n in zip(
+            Part(bucket, offset + old * batch, new - old, batch, n)
+            for bucket, offset, old, new, batch, n in zip(
                 self.buckets, self.offsets, before, after, self.batch_sizes, self.sizes
             )
-            if now > was
+            if new > old
         )
 
-    def _whole(self, epoch: int) -> list[int]:
-        """Batches of each bucket that end before its pass `epoch` begins: the most by the start of that epoch."""
+    def _batches_done(self, epoch: int) -> list[int]:
+        """Batches of each bucket that end before its pass `epoch` begins: an upper bound at the start of that epoch."""
         if epoch <= self.origin_epoch:
             return [0] * len(self.sizes)
         return [(epoch * n - o) // batch for n, o, batch in zip(self.sizes, self.offsets, self.batch_sizes)]
 
-    def _ending(self, epoch: int) -> list[int]:
-        """Batches of each bucket that begin before its pass `epoch`: the fewest by the start of the epoch after."""
+    def _batches_begun(self, epoch: int) -> list[int]:
+        """Batches of each bucket that begin before its pass `epoch`: a lower bound at the start of epoch + 1."""
         return [max(0, -((o - epoch * n) // batch)) for n, o, batch in zip(self.sizes, self.offsets, self.batch_sizes)]
 
 
 class _Turns:
-    """An order of turns [first, end) that starts where each taker has had `starts` and ends where it has `ends`."""
+    """An order of the turns [first, end) in which each member's number of turns rises from `starts` to `ends`."""
 
     def __init__(self, starts: Sequence[int], ends: Sequence[int], purpose: str, *key: int) -> None:
         self.starts = starts
         self.first, self.end = sum(starts), sum(ends)
-        # Huffman: the two smallest join until one is left. Nodes follow the leaves in number, the root comes last.
+        # Huffman tree: merge the two smallest nodes until one is left. Inner nodes are numbered after the leaves.
         heap = [(end - start, leaf) for leaf, (start, end) in enumerate(zip(starts, ends)) if end > start]
         heapify(heap)
         self.root = heap[0][1] if heap else 0
-        # (node, left child, right child, turns of the left, turns of both, phase), the root first.
+        # (node, left child, right child, turns of the left child, turns of both, phase), with the root first.
         self.nodes: list[tuple[int, int, int, int, int, int]] = []
         for node in range(len(starts), len(starts) + len(heap) - 1):
             (num_left, left), (num_right, right) = heappop(heap), heappop(heap)
@@ -553,7 +575,7 @@ class _Turns:
         self.nodes.reverse()
 
     def after(self, num_turns: int) -> list[int]:
-        """What each taker has had after the first `num_turns` of this order, `starts` included."""
+        """Number of turns of each member after the first `num_turns` of this order, including `starts`."""
         turns = [0] * (len(self.starts) + len(self.nodes))
         turns[self.root] = num_turns
         for node, left, right, num_left, total, phase in self.nodes:

@@ -1,7 +1,8 @@
-"""One generator per (seed, step, slot, purpose): every random draw of a run follows from its place in the run.
+"""One random generator per (seed, step, slot, purpose).
 
-There is no generator state to save: resuming at step N makes the same generators that step N would have had, and two
-purposes (noise, dropout, posterior) never share a stream, so adding a draw to one leaves the others as they were.
+There is no generator state to save: resuming at step N creates the generators that the uninterrupted run would have
+used. Purposes (noise, dropout, posterior) never share a stream, so an additional draw for one does not affect the
+others.
 """
 
 import torch
@@ -10,10 +11,10 @@ from cogds.core.permutation import keyed_hash
 
 
 def generator(seed: int, step: int, slot: int, purpose: str, device: torch.device | str = "cpu") -> torch.Generator:
-    """The generator for one purpose (at most 16 bytes) of one sample: a slot of one optimizer step."""
+    """Return the generator for one purpose (at most 16 bytes) and one sample, which is a slot of an optimizer step."""
     return torch.Generator(device).manual_seed(keyed_hash(purpose, seed, step, slot) >> 1)
 
 
 def seed_global(seed: int, step: int, rank: int) -> None:
-    """Torch's global generators, which layers such as LoRA's dropout draw from, likewise."""
+    """Seed torch's global generators, which layers such as LoRA dropout draw from."""
     torch.manual_seed(keyed_hash("global", seed, step, rank) >> 1)

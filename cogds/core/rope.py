@@ -1,4 +1,4 @@
-"""Rotary tables for a ClipShape: diffusers' own tables, called as its pipeline calls them.
+"""Rotary tables for a clip shape, computed by diffusers' functions with the arguments that its pipeline passes.
 
 Source: CogVideoXImageToVideoPipeline._prepare_rotary_positional_embeddings.
 """
@@ -13,10 +13,10 @@ RotaryTables = tuple[torch.Tensor, torch.Tensor]
 
 
 def rotary_tables(shape: ClipShape, geometry: ModelGeometry, device: torch.device | str = "cpu") -> RotaryTables | None:
-    """Cosines and sines, each float32 [video tokens, head_dim]; None where the model takes no rotary tables.
+    """Cosines and sines, each float32 [video tokens, head_dim]. None if the model does not use rotary tables.
 
-    1.5 slices the table out of the grid of the model's sample size; 1.0 stretches that grid over the clip.
-    Raises UserError where an axis is longer than the grid: slicing would silently come out short.
+    1.5 slices the tables out of a grid of the model's sample size. 1.0 stretches that grid over the clip. Raises
+    UserError if an axis is longer than the grid, since slicing would silently return too few positions.
     """
     if not geometry.rope:
         return None

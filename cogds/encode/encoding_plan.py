@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 import torch
 
 from cogds.config.schema import RunConfig
-from cogds.core.load_balance import deal
+from cogds.core.load_balance import assign_by_cost
 from cogds.core.mixture import Mixture
 from cogds.data.cache.store import Cache, Snapshot, key_array, key_array_of_bytes
 from cogds.data.loading.index import ClipIndex, write_index
@@ -192,7 +192,7 @@ class EncodingPlan:
         captions, clips = self._missing_captions(), self._missing_clips()
         captions = captions.append_column("rank", pa.array(np.arange(len(captions), dtype=np.int32) % num_ranks))
         clips = clips.take(np.argsort(-clips.column("cost").to_numpy(), kind="stable"))
-        clips = clips.append_column("rank", pa.array(deal(clips.column("cost").to_numpy(), num_ranks)))
+        clips = clips.append_column("rank", pa.array(assign_by_cost(clips.column("cost").to_numpy(), num_ranks)))
         return [
             EncodingWork(*(table.filter(pc.equal(table.column("rank"), rank)) for table in (captions, clips)))
             for rank in range(num_ranks)

@@ -45,7 +45,7 @@ def build_for_stage(
     with deepspeed.zero.Init(config_dict_or_path=init_config):
         transformer = build_transformer(model, dtype)
     deepspeed.utils.set_z3_leaf_modules(transformer, [Block])
-    transformer.make_blocks_alike()
+    transformer.require_input_grad()
     return transformer
 
 

@@ -1,4 +1,4 @@
-"""The live transformer beside its training: called past the engine, and left as it was."""
+"""Use of the transformer outside of a training step, without any effect on training."""
 
 import contextlib
 from collections.abc import Iterator, Mapping
@@ -7,19 +7,21 @@ from typing import Any
 import torch
 
 
-def call_aside(engine: Any, device: torch.device, inputs: Mapping[str, Any]) -> Any:
-    """What the engine's module gives, under the autocast that the engine's own forward puts around it.
+def call_module(engine: Any, device: torch.device, inputs: Mapping[str, Any]) -> Any:
+    """Call the engine's module under the same autocast as in the engine's forward pass.
 
-    The module and not the engine, which would count micro-steps.
+    Calling the engine itself would count a micro-step.
     """
     with torch.autocast(device.type, dtype=engine.torch_autocast_dtype(), enabled=engine.torch_autocast_enabled()):
         return engine.module(**inputs)
 
 
 @contextlib.contextmanager
-def undisturbed(transformer: Any, device: torch.device) -> Iterator[None]:
-    """Inside, a transformer that is trained computes without dropout and keeps nothing; after it all is as it was:
-    every module's mode, every block's activation checkpointing, the random states."""
+def evaluation_mode(transformer: Any, device: torch.device) -> Iterator[None]:
+    """Context manager for evaluating the trained transformer, without dropout or gradients.
+
+    Afterwards, every module's mode, every block's activation checkpointing and the random states are restored.
+    """
     modes = [(module, module.training) for module in transformer.modules()]
     checkpointing_modes = [(block, block.checkpointing) for block in transformer.transformer_blocks]
     with torch.random.fork_rng([device] if device.type == "cuda" else []), torch.no_grad():

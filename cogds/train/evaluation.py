@@ -36,7 +36,7 @@ from cogds.encode.encoding_plan import EncodedData
 from cogds.errors import UserError, brief
 from cogds.formatting import counted
 from cogds.job import Job
-from cogds.model.evaluation_mode import call_aside, undisturbed
+from cogds.model.evaluation_mode import call_module, evaluation_mode
 from cogds.train.callbacks import CallbackContext
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
@@ -293,9 +293,9 @@ class EvaluationCallback:
             return not any_rank(world, self.context.is_stopping())[0]
 
         def forward(inputs: Mapping[str, Any]) -> torch.Tensor:
-            return call_aside(engine, world.device, inputs)[0]
+            return call_module(engine, world.device, inputs)[0]
 
-        with undisturbed(engine.module, world.device):
+        with evaluation_mode(engine.module, world.device):
             scalars = self.evaluation.scalars(forward, should_continue)
         if scalars:
             self.context.monitor.add_scalars(step, scalars | {"eval/seconds": time.perf_counter() - start})
@@ -322,7 +322,8 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
         num / (size * min(max(1, num // size), run.world.data_size)) for num, size in zip(counts, sizes, strict=True)
     ]
     epoch_flops = [
-        num * size * bucket_flops.done(mode) for num, size, bucket_flops, mode in zip(micro_steps, sizes, flops, modes)
+        num * size * bucket_flops.hardware_flops(mode)
+        for num, size, bucket_flops, mode in zip(micro_steps, sizes, flops, modes)
     ]
     return evaluation_flops / (plan.accumulation * sum(epoch_flops) / sum(micro_steps) * num_steps)
 

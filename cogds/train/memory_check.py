@@ -25,7 +25,7 @@ from cogds.engine.deepspeed_internals import (
     without_zero3_backward_hooks,
 )
 from cogds.errors import BugReported, UserError
-from cogds.model.evaluation_mode import call_aside
+from cogds.model.evaluation_mode import call_module
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, random_batch
 
@@ -91,11 +91,15 @@ def check_memory(run: Run, engine: Any, builder: StepBuilder) -> MemoryCheck | N
             raise
     if stage == 3:
         release_gathered_weights(engine)
-    is_full, has_failed = any_rank(world, bool(shortage), other_error is not None)
+    is_bug = other_error is not None and not isinstance(other_error, UserError)
+    is_full, has_failed, has_bug = any_rank(world, bool(shortage), other_error is not None, is_bug)
     if other_error is not None:
         raise other_error
+    elsewhere = f"memory check: another rank failed on {shape} and reports why."
+    if has_bug:
+        raise BugReported(elsewhere)
     if has_failed:
-        raise BugReported(f"memory check: another rank failed on {shape} and reports why.")
+        raise UserError(elsewhere, shared=True)
     if is_full:
         raise UserError(shortage or _describe_shortage(run, bucket), shared=world.rank > 0)
     measured = None
@@ -136,7 +140,7 @@ def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], sha
     kept = torch.zeros(size, dtype=torch.bool)
     draws = Draws(torch.full((size,), len(builder.alphas_cumprod) // 2), kept, kept, 0, 0, range(size))
     inputs, target = builder.build(batch, shape, draws)
-    output = call_aside(engine, builder.device, inputs)[0]
+    output = call_module(engine, builder.device, inputs)[0]
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
     torch.autograd.grad(v_loss(output, target).mean(), parameters)
     if builder.device.type == "cuda":

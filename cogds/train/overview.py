@@ -75,7 +75,7 @@ def draw_bucket_shares(run: Run) -> np.ndarray:
     num_clips = [sum(sets) for sets in run.data.index.sizes]
     num_trained = run.data.mixture.virtual_sizes
     tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
-    costs = [step_flops(num, run.model.num_layers, run.model.hidden_size).counted for num in tokens]
+    costs = [step_flops(num, run.model.num_layers, run.model.hidden_size).model_flops for num in tokens]
 
     def shares(values: list[float]) -> list[float]:
         return [value / (sum(values) or 1.0) for value in values]

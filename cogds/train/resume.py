@@ -148,14 +148,17 @@ def resume_plan(plan: Plan, header: Mapping[str, Any], checkpoint: Path) -> Plan
 
     With an unchanged layout this is the saved plan itself, so the run is bitwise the same.
     """
-    fields = dict(header["plan"])
-    origin = fields.pop("origin")
-    for kind, values in ((Plan, fields), (Origin, origin)):
-        if unknown := set(values) - {field.name for field in dataclasses.fields(kind)}:
+    fields = dict(header.get("plan", {}))
+    origin = fields.get("origin", {})
+    for kind, values, needed in ((Plan, fields, {"origin"}), (Origin, origin, set[str]())):
+        known = dataclasses.fields(kind)
+        needed = needed | {field.name for field in known if field.default is dataclasses.MISSING}
+        if wrong := (set(values) - {field.name for field in known}) | (needed - set(values)):
             raise UserError(
-                f"{checkpoint}: another version of cogds wrote its plan, with '{min(unknown)}'. Resume with that "
-                "version, or from another checkpoint."
+                f"{checkpoint}: another version of cogds wrote its plan: '{min(wrong)}' is unknown or missing. Resume "
+                "with that version, or from another checkpoint."
             )
+    del fields["origin"]
     try:
         saved = Plan(**fields, origin=Origin(**origin))
     except ValueError as error:

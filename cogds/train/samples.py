@@ -33,7 +33,7 @@ from cogds.engine.checkpoint import remove_folder, step_name
 from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.formatting import counted
-from cogds.model.evaluation_mode import undisturbed
+from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
 from cogds.process.logs import log_failure
 from cogds.train.callbacks import CallbackContext
@@ -368,7 +368,7 @@ def _sampling_mode(transformer: Any, builder: StepBuilder) -> Iterator[None]:
     was_tiled = vae.use_tiling
     _free_memory(device)
     # Guidance needs a batch of two, and videos may have other lengths. Do not compile for them.
-    with undisturbed(transformer, device), torch.compiler.set_stance("force_eager"):
+    with evaluation_mode(transformer, device), torch.compiler.set_stance("force_eager"):
         vae.disable_tiling()  # encodes the image without tiles, as in training
         try:
             yield

@@ -36,7 +36,8 @@ class StepMeter:
         self._wait_before_s, self._peak_bytes = math.nan, 0.0
         self._tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
         self._tflops = [
-            step_flops(tokens, run.model.num_layers, run.model.hidden_size).counted / 1e12 for tokens in self._tokens
+            step_flops(tokens, run.model.num_layers, run.model.hidden_size).model_flops / 1e12
+            for tokens in self._tokens
         ]
         has_peak = device.type == "cuda" and run.cfg.train.precision == "bf16"
         self._peak_tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if has_peak else None

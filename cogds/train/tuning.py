@@ -25,7 +25,7 @@ from cogds.distributed.collectives import all_gather, on_all_ranks, on_rank0
 from cogds.errors import UserError
 from cogds.job import Job, choose_checkpointing
 from cogds.metrics.trackers import check_tracker_packages
-from cogds.model.transformer.attention import fastest, use
+from cogds.model.transformer.attention import activate_kernel, find_fastest_kernel
 from cogds.model.transformer.quantize import check_quantization
 from cogds.process.environment import environment_variables
 
@@ -111,7 +111,7 @@ def choose_execution(job: Job, batch_sizes: Sequence[int]) -> Execution:
     memories = [gpu_bytes for gpu_bytes, _ in reports if gpu_bytes is not None]
     missing = [name for _, name in reports if name]
     execution = on_rank0(world, lambda: _choose(job, batch_sizes, min(memories, default=None), missing))
-    on_all_ranks(world, lambda: use(execution.kernel, world.device))
+    on_all_ranks(world, lambda: activate_kernel(execution.kernel, world.device))
     return execution
 
 
@@ -144,7 +144,7 @@ def _choose_kernel(job: Job) -> tuple[str, list[str]]:
         return "torch", []
     tokens = max(num_tokens(shape, model.geometry) for shape in job.buckets)
     heads = model.transformer_config["num_attention_heads"] // job.world.sequence_size
-    kernel, times, failures = fastest(tokens, heads, model.geometry.head_dim, job.dtype, device)
+    kernel, times, failures = find_fastest_kernel(tokens, heads, model.geometry.head_dim, job.dtype, device)
     timings = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in sorted(times.items()))
     return kernel, [
         f"attention on the largest bucket: {timings}",
@@ -158,6 +158,6 @@ def prepare_blocks(transformer: Any, execution: Execution) -> None:
     Its activation checkpointing mode is set before each batch.
     """
     transformer.set_kernel(execution.kernel)
-    transformer.note_dropout()
+    transformer.detect_dropout()
     if execution.is_compiled:
         transformer.compile_blocks()

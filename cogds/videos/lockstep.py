@@ -11,7 +11,7 @@ from typing import Any
 
 from cogds.distributed.collectives import any_rank
 from cogds.distributed.world import World
-from cogds.model.evaluation_mode import call_aside
+from cogds.model.evaluation_mode import call_module
 
 
 class Stopped(Exception):
@@ -85,7 +85,7 @@ class LockstepTransformer:
 
     def _forward(self, inputs: Mapping[str, Any]) -> Any:
         self.in_forward = True
-        output = call_aside(self._engine, self._world.device, inputs)
+        output = call_module(self._engine, self._world.device, inputs)
         self.in_forward = False
         self._count_call()
         return output

@@ -22,7 +22,7 @@ def test_posterior_sample_equals_diffusers():
     assert torch.equal(ours, theirs.transpose(1, 2))
 
 
-def test_pixel_range_equals_the_pipelines():
+def test_pixel_range_equals_the_pipeline():
     pixels = torch.arange(256, dtype=torch.uint8).view(1, 16, 16).expand(3, -1, -1)
     theirs = VideoProcessor(vae_scale_factor=8).preprocess((pixels.float() / 255)[None])
     assert torch.equal(normalize_pixels(pixels, torch.float32), theirs[0])
@@ -45,12 +45,12 @@ def test_image_latent_scale(convention, invert, scale):
     assert image_latent_scale(0.7, invert, convention) == scale
 
 
-def test_a_convention_that_is_not_known_is_refused():
-    with pytest.raises(UserError, match="image latents 'newer' are none of pipeline, scaled, unscaled"):
+def test_an_unknown_convention_is_refused():
+    with pytest.raises(UserError, match=r"'newer' .* pipeline, scaled, unscaled"):
         image_latent_scale(0.7, True, "newer")
 
 
-def test_image_condition_stands_at_frame_0_alone():
+def test_image_condition_is_only_at_frame_0():
     latents = torch.randn(2, 1, 3, 4, 4)
     condition = image_condition(latents, 6)
     assert condition.shape == (2, 6, 3, 4, 4)
@@ -58,7 +58,7 @@ def test_image_condition_stands_at_frame_0_alone():
     assert (condition[:, 1:] == 0).all()
 
 
-def test_image_noise_has_the_stated_spread():
+def test_image_noise_has_the_configured_distribution():
     pixels = torch.zeros(4000, 3, 8, 8)
     noise = noise_first_frame(pixels, -3.0, 0.5, torch.Generator().manual_seed(0))
     log_sigma = noise.flatten(1).std(1).log()
@@ -70,6 +70,6 @@ def test_image_noise_keeps_the_dtype():
     assert noise_first_frame(torch.zeros(1, 3, 2, 2).bfloat16(), -3, 0.5, torch.Generator()).dtype == torch.bfloat16
 
 
-def test_drop_takes_whole_samples():
+def test_drop_replaces_whole_samples():
     condition, nothing = torch.ones(3, 2, 2), torch.full((2, 2), 7.0)
     assert drop(condition, nothing, torch.tensor([False, True, False]))[:, 0, 0].tolist() == [1.0, 7.0, 1.0]

@@ -10,12 +10,12 @@ def by_hand(mixture, drawn):
 
 
 @pytest.mark.parametrize("drawn", [(0, 0, 0), (3, 0, 1), (10, 0, 5), (25, 0, 50)])
-def test_with_one_data_set_it_is_the_count(drawn):
+def test_coverage_is_exact_for_one_data_set(drawn):
     mixture = Mixture(sizes=((10,), (0,), (5,)), repeats=(1.0,), seed=3)
     assert share_seen(drawn, mixture) == pytest.approx(by_hand(mixture, drawn))
 
 
-def test_with_several_it_is_exact_after_whole_passes():
+def test_coverage_is_exact_after_whole_passes():
     mixture = Mixture(sizes=((10, 40), (6, 3)), repeats=(2.0, 0.25), seed=1)
     for passes in range(1, 6):
         drawn = [passes * num for num in mixture.virtual_sizes]

@@ -19,7 +19,7 @@ def scheduler(request):
     return request.param(**SETTINGS)
 
 
-def test_noise_and_target_equal_the_schedulers_in_float64(scheduler):
+def test_noise_and_target_equal_the_scheduler_in_float64(scheduler):
     torch.manual_seed(0)
     latents, noise = torch.randn(2, 5, 3, 2, 4, 4, dtype=torch.float64)
     timesteps = torch.tensor([0, 1, 3, 500, 999])
@@ -32,7 +32,7 @@ def test_noise_and_target_equal_the_schedulers_in_float64(scheduler):
         torch.testing.assert_close(ours.double(), theirs, atol=1e-6, rtol=0)
 
 
-def test_the_clip_comes_back_from_its_noised_self_and_v(scheduler):
+def test_x0_is_recovered_from_the_noisy_clip_and_v(scheduler):
     torch.manual_seed(0)
     latents, noise = torch.randn(2, 4, 3, 2, 4, 4)
     timesteps, abar = torch.tensor([0, 3, 500, 999]), scheduler.alphas_cumprod
@@ -40,7 +40,7 @@ def test_the_clip_comes_back_from_its_noised_self_and_v(scheduler):
     torch.testing.assert_close(x0_from_v(noisy, velocity, timesteps, abar), latents, atol=1e-5, rtol=0)
 
 
-def test_the_fields_weighted_x0_loss_is_the_loss_on_v(scheduler):
+def test_the_weighted_x0_loss_equals_the_loss_on_v(scheduler):
     """w = 1 / (1 - abar) on x_0 recovered from the prediction, as CogVideo's trainers write it."""
     torch.manual_seed(0)
     latents, noise, prediction = torch.randn(3, 4, 3, 2, 4, 4, dtype=torch.float64)
@@ -52,7 +52,7 @@ def test_the_fields_weighted_x0_loss_is_the_loss_on_v(scheduler):
     torch.testing.assert_close(ours.double(), theirs, rtol=1e-5, atol=0)
 
 
-def test_a_perfect_bf16_output_scores_nothing_near_t_zero(scheduler):
+def test_a_perfect_bf16_output_has_almost_no_loss_near_t_zero(scheduler):
     """In bf16 sigma is 0 at the first steps and a perfect output scores 0.018 at t = 3; here rounding alone is left."""
     torch.manual_seed(0)
     latents, noise = torch.randn(2, 1, 6, 8, 32, 32)
@@ -70,7 +70,7 @@ def test_loss_is_per_sample_and_in_float32():
 
 
 @pytest.mark.parametrize("num_slots", [1, 2, 7, 64])
-def test_every_slot_draws_from_a_slice_of_its_own(num_slots):
+def test_every_slot_draws_from_its_own_slice(num_slots):
     for step in range(20):
         drawn = stratified_timesteps(range(num_slots), num_slots, 1000, seed=1, step=step)
         # Where num_slots does not divide 1000, a slice's edge falls inside a timestep: hence int(low).
@@ -88,12 +88,12 @@ def test_slices_are_shuffled_over_slots_and_cover_the_schedule_evenly():
     assert (hundredths - 160).abs().max() < 60
 
 
-def test_slots_agree_whoever_draws_them():
+def test_a_slot_draws_the_same_on_every_rank():
     whole = stratified_timesteps(range(6), 6, 1000, seed=5, step=9)
     assert torch.equal(stratified_timesteps([4, 5], 6, 1000, seed=5, step=9), whole[4:])
 
 
-def test_every_part_of_the_place_matters():
+def test_every_part_of_the_key_matters():
     places = [(seed, step) for seed in (0, 1) for step in (0, 1)]
     drawn = {tuple(stratified_timesteps(range(4), 4, 1000, *place).tolist()) for place in places}
     assert len(drawn) == len(places)
@@ -101,7 +101,7 @@ def test_every_part_of_the_place_matters():
     assert len({stratified_timesteps([0], 1, 10**6, *place).item() for place in places}) == len(places)
 
 
-def test_the_timesteps_are_fixed_for_ever():
+def test_timesteps_do_not_change_between_versions():
     # A run resumed with another version of this code must draw the same: change these and you break resume.
     assert stratified_timesteps(range(6), 6, 1000, seed=5, step=9).tolist() == [260, 994, 587, 736, 495, 115]
     assert stratified_timesteps([70, 71, 511], 512, 1000, seed=0, step=10**6).tolist() == [653, 467, 886]

@@ -10,34 +10,34 @@ TERA = 1e12
 REAL = step_flops(45_104, 42, 3072, 132_120_576)
 
 
-def test_the_real_models_figures():
+def test_operations_of_the_published_model():
     """Counts published for the model's geometry: 42 layers of 3072."""
     assert forward_flops(45_104, 42, 3072) == pytest.approx(1479e12, rel=1e-3)
     assert forward_flops(15_074, 42, 3072) == pytest.approx(261e12, rel=4e-3)
     assert forward_flops(9_674, 42, 3072) == pytest.approx(140e12, rel=4e-3)
 
 
-def test_a_step_of_the_real_model():
+def test_a_step_of_the_published_model():
     assert REAL.attention / REAL.forward == pytest.approx(0.71, abs=0.005)
     assert REAL.backward == pytest.approx((429 + 2 * 1050) * TERA, rel=1e-3)
-    assert REAL.counted == pytest.approx(4008 * TERA, rel=1e-3)
+    assert REAL.model_flops == pytest.approx(4008 * TERA, rel=1e-3)
 
 
-def test_the_adapter_multiplies_each_number_once_a_token():
+def test_each_lora_parameter_is_used_once_per_token():
     layers, rank, width = 42 * 4, 128, 3072
     assert REAL.lora == 2 * 45_104 * layers * rank * 2 * width
     assert 3 * REAL.lora == pytest.approx(36 * TERA, rel=0.01)
 
 
-def test_what_is_recomputed_is_done_but_not_counted():
-    none, kept, block = (REAL.done(checkpointing) for checkpointing in ("none", "selective", "full"))
-    assert none == pytest.approx(REAL.counted + 0.5 * REAL.attention + 3 * REAL.lora)
+def test_recomputation_counts_only_as_hardware_flops():
+    none, kept, block = (REAL.hardware_flops(checkpointing) for checkpointing in ("none", "selective", "full"))
+    assert none == pytest.approx(REAL.model_flops + 0.5 * REAL.attention + 3 * REAL.lora)
     assert kept - none == pytest.approx(REAL.linears + REAL.lora)
     assert block - none == pytest.approx(REAL.forward + REAL.lora)
-    assert REAL.done("full+offload") == block
+    assert REAL.hardware_flops("full+offload") == block
 
 
-def test_the_work_of_a_block_counted_by_torch():
+def test_operations_of_a_block_counted_by_torch():
     """Forward and backward matrix products of a frozen block with a LoRA."""
     width, rank, num_text, num_video = 1024, 32, 96, 4000
     with torch.device("meta"):

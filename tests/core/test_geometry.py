@@ -42,16 +42,16 @@ def test_latents_and_tokens(text, latents, padded, tokens):
     assert num_tokens(shape, V15) == tokens
 
 
-def test_without_a_temporal_patch_nothing_is_padded():
+def test_no_padding_without_a_temporal_patch():
     assert token_grid(ClipShape(49, 480, 720), V10) == (13, 30, 45)
 
 
-def test_a_shape_reads_back_as_written():
+def test_a_shape_survives_a_round_trip():
     assert str(ClipShape.parse(" 81x768x1360 ")) == "81x768x1360"
 
 
 @pytest.mark.parametrize("text", ["81x768", "ax1x2", "81x0x16", "81*768*1360", ""])
-def test_what_is_no_shape_is_refused(text):
+def test_invalid_shape_texts_are_refused(text):
     with pytest.raises(UserError, match="FRAMESxHEIGHTxWIDTH"):
         ClipShape.parse(text)
 
@@ -59,19 +59,19 @@ def test_what_is_no_shape_is_refused(text):
 @pytest.mark.parametrize(
     "geometry, text, message",
     [
-        (V15, "80x768x1360", "nearest valid size is 81x768x1360"),
-        (V15, "81x770x1366", "nearest valid size is 81x768x1360"),
-        (V15, "81x2416x64", "rotary axis"),
-        (V15, "81x64x2416", "rotary axis"),
-        (V10, "49x480x704", "49x480x720 only"),
-        (V10, "33x480x720", "49x480x720 only"),
+        (V15, "80x768x1360", "bucket 80x768x1360 .* 81x768x1360"),
+        (V15, "81x770x1366", "bucket 81x770x1366 .* 81x768x1360"),
+        (V15, "81x2416x64", "bucket 81x2416x64 .* 2400 pixels high"),
+        (V15, "81x64x2416", "bucket 81x64x2416 .* 2400 wide"),
+        (V10, "49x480x704", "bucket 49x480x704 .* 49x480x720"),
+        (V10, "33x480x720", "bucket 33x480x720 .* 49x480x720"),
     ],
 )
-def test_what_the_model_cannot_take_is_refused(geometry, text, message):
+def test_unsupported_shapes_are_refused(geometry, text, message):
     with pytest.raises(UserError, match=message):
         check_shape(ClipShape.parse(text), geometry)
 
 
 @pytest.mark.parametrize("geometry, text", [(V15, "81x2400x2400"), (V15, "1x16x16"), (V10, "49x480x720")])
-def test_what_the_model_can_take_passes(geometry, text):
+def test_supported_shapes_pass(geometry, text):
     check_shape(ClipShape.parse(text), geometry)

@@ -21,7 +21,7 @@ from cogds.core.held_out import is_held_out, min_held_out_share, name_hash, port
         ("/data/clips/cafe\u0301.mp4", "caf\u00e9.mp4"),
     ],
 )
-def test_a_name_counts_from_the_data_sets_folder_on(path, name):
+def test_names_are_relative_to_the_data_set_folder(path, name):
     assert portable_name(path, ("/data/clips", "/data/clips/more/")) == name
 
 
@@ -32,7 +32,7 @@ def test_a_data_set_that_moves_keeps_its_names():
     assert len(set(before)) == 2
 
 
-def test_about_the_share_is_held_out_and_more_of_it_holds_the_same():
+def test_the_share_is_respected_and_a_larger_share_is_a_superset():
     names = [f"clip-{number}.mp4" for number in range(20_000)]
     few, many = ([name for name in names if is_held_out(name, share)] for share in (0.05, 0.2))
     assert 0.04 < len(few) / len(names) < 0.06
@@ -41,14 +41,14 @@ def test_about_the_share_is_held_out_and_more_of_it_holds_the_same():
     assert not any(is_held_out(name, 0.0) for name in names)
 
 
-def test_the_hash_stays():
+def test_the_hash_does_not_change_between_versions():
     """A run that goes on after an update of the program must find the same split."""
     assert name_hash("a.mp4") == 0xDB8CA33D8EA3D0A4
     assert name_hash("a.mp4", "0.0") != name_hash("a.mp4")
 
 
 @given(st.text())
-def test_the_least_share_holds_a_file_out_and_a_step_less_does_not(name):
+def test_the_smallest_share_is_tight(name):
     share = min_held_out_share(name)
     assert is_held_out(name, share)
     assert not is_held_out(name, share - 0.001 - 1e-9)
@@ -68,7 +68,7 @@ def test_clips_are_spread_over_the_buckets(buckets, num, random):
         assert sorted(hashes[clip] for clip in chosen if buckets[clip] == bucket) == own[: counts[bucket]]
 
 
-def test_others_that_come_push_a_clip_out_but_never_reorder():
+def test_additional_clips_displace_but_never_reorder_clips():
     hashes = np.array([5, 3, 9, 7], np.uint64)
     assert spread([0, 0, 0, 0], hashes, 2).tolist() == [0, 1]
     assert spread([0, 0, 0, 0, 1], [*hashes, 1], 2).tolist() == [1, 4]

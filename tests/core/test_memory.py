@@ -22,7 +22,7 @@ from cogds.model.transformer import forward as transformer_module
 from cogds.model.transformer import quantize
 from cogds.model.transformer import sequence_parallel as sequence_module
 from cogds.model.transformer.forward import Transformer
-from cogds.model.transformer.quantize import _MATMUL, Packed, PackedLinear, pack_block
+from cogds.model.transformer.quantize import FP8_MATMUL, Packed, PackedLinear, pack_block
 from cogds.model.transformer.sequence_parallel import SequenceGroup
 from tests.live_bytes import LiveBytes
 from tests.published_model import ATTENTION, FULL, LORA, TRANSFORMER, V15, published_memory
@@ -30,22 +30,22 @@ from tests.published_model import ATTENTION, FULL, LORA, TRANSFORMER, V15, publi
 FULL_UNIT = 45_106 * 3072 * 2  # bytes of its hidden states in bf16
 
 
-class Parked(checkpointing_module._Parked):
-    """A block's input on the host, where host and GPU are one device: counted only while it is back on the "GPU"."""
+class OffloadedTensor(checkpointing_module._OffloadedTensor):
+    """A block's input on the "host", which is the same device here: counted only while it is back on the "GPU"."""
 
     live: LiveBytes
 
-    def __init__(self, tensor, stream, memory):
-        super().__init__(tensor, stream, memory)
+    def __init__(self, tensor, stream, pool):
+        super().__init__(tensor, stream, pool)
         self.live.discount(self.host)
 
-    def start(self, stream):  # noqa: ARG002
-        if self.back is None:
-            self.back = self.host.clone()
+    def prefetch(self, stream):  # noqa: ARG002
+        if self.fetched is None:
+            self.fetched = self.host.clone()
 
-    def bring(self, stream):
-        self.start(stream)
-        tensor, self.back = self.back, None
+    def fetch(self, stream):
+        self.prefetch(stream)
+        tensor, self.fetched = self.fetched, None
         return tensor
 
 
@@ -64,7 +64,7 @@ def pack_for_fp8_matmul(block):
             rows, columns = layer.shape
             parts = [torch.empty(n, m, dtype=torch.float8_e4m3fn) for n, m in ((rows, columns), (columns, rows))]
             scales = [torch.empty(n, 1) for n in (rows, columns)]
-            layer.packed = Packed(_MATMUL, layer.shape, torch.bfloat16, (parts[0], scales[0], parts[1], scales[1]))
+            layer.packed = Packed(FP8_MATMUL, layer.shape, torch.bfloat16, (parts[0], scales[0], parts[1], scales[1]))
 
 
 def train_once(monkeypatch, model, shape, checkpointing, device):
@@ -101,8 +101,8 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
         }
         rotary = (torch.zeros(num_video_tokens, size.head_dim), torch.zeros(num_video_tokens, size.head_dim))
         live = LiveBytes([*transformer.parameters(), *transformer.buffers(), *inputs.values(), *rotary])
-        monkeypatch.setattr(Parked, "live", live, raising=False)
-        monkeypatch.setattr(checkpointing_module, "_Parked", Parked)
+        monkeypatch.setattr(OffloadedTensor, "live", live, raising=False)
+        monkeypatch.setattr(checkpointing_module, "_OffloadedTensor", OffloadedTensor)
         with live:
             output = transformer(**inputs, image_rotary_emb=rotary, return_dict=False)[0]
             kept, live.peak = live.live, 0

@@ -46,7 +46,7 @@ def test_quantized_weights_are_not_sharded():
     assert not any("zero3" in str(pair) and "model.quantization" in str(pair) for pair in pairs)
 
 
-def test_what_is_said_of_a_bucket():
+def test_the_explanation_names_the_bucket_and_the_settings():
     model = published_memory(zero=ZERO2)
     assert explain_shortfall(model, FULL, 1, "full+offload", 24e9) == ""
     assert explain_shortfall(model, FULL, 1, "none", None) == ""

@@ -35,7 +35,7 @@ def set_of(mixture, bucket, clip):
 
 @given(mixtures(), st.integers(1, 8))
 @quick
-def test_every_clip_is_trained_as_often_as_its_set_asks(mixture, num_passes):
+def test_every_clip_is_trained_as_often_as_its_data_set_repeats(mixture, num_passes):
     for bucket, (sets, virtual) in enumerate(zip(mixture.sizes, mixture.virtual_sets)):
         seen = Counter(dict.fromkeys(range(sum(sets)), 0))
         for position in range(num_passes * mixture.virtual_sizes[bucket]):
@@ -53,7 +53,7 @@ def test_every_clip_is_trained_as_often_as_its_set_asks(mixture, num_passes):
 
 @given(mixtures(), st.integers(0, 8))
 @quick
-def test_a_pass_has_no_clip_more_often_than_it_must(mixture, pass_number):
+def test_a_pass_repeats_a_clip_only_if_it_must(mixture, pass_number):
     for bucket, (sets, m) in enumerate(zip(mixture.sizes, mixture.virtual_sizes)):
         seen = Counter(mixture.clip(bucket, pass_number * m + i) for i in range(m))
         for clip, times in seen.items():
@@ -63,7 +63,7 @@ def test_a_pass_has_no_clip_more_often_than_it_must(mixture, pass_number):
 
 @given(mixtures(repeats=st.just(1.0)), st.integers(0, 99))
 @quick
-def test_without_repeats_a_clip_is_itself(mixture, pass_number):
+def test_with_one_repeat_virtual_clips_are_real_clips(mixture, pass_number):
     assert mixture.virtual_sizes == tuple(map(sum, mixture.sizes))
     for bucket, size in enumerate(mixture.virtual_sizes):
         assert [mixture.real_clip(bucket, clip, pass_number) for clip in range(size)] == list(range(size))
@@ -77,7 +77,7 @@ def test_without_repeats_a_clip_is_itself(mixture, pass_number):
 
 @given(mixtures(repeats=st.sampled_from([0.3, 0.5, 1.0])), st.integers(1, 8), st.integers(0, 60), st.booleans())
 @quick
-def test_a_micro_step_takes_no_clip_twice_but_where_a_pass_ends(mixture, world_size, step, by_cost):
+def test_a_micro_step_repeats_a_clip_only_at_the_end_of_a_pass(mixture, world_size, step, by_cost):
     costs = (1.0,) * len(mixture.sizes) if by_cost else ()
     plan = Plan(mixture.virtual_sizes, (1,) * len(mixture.sizes), world_size, 1, mixture.seed, costs=costs)
     for part in plan.at(step)[0].parts:
@@ -90,7 +90,7 @@ def test_a_micro_step_takes_no_clip_twice_but_where_a_pass_ends(mixture, world_s
 
 @given(mixtures(st.sampled_from([0.2, 0.5, 1.0, 2.0])), st.integers(0, 200), st.integers(1, 40))
 @settings(quick, max_examples=20)
-def test_stand_ins_are_all_the_clips_of_the_bucket(mixture, position, stride):
+def test_substitutes_cover_the_bucket(mixture, position, stride):
     for bucket, sets in enumerate(mixture.sizes):
         if sum(sets):
             clips = list(mixture.next_clips(bucket, position, stride))
@@ -107,7 +107,7 @@ def test_shares_by_weight():
     assert repeats_from_weights((9.0, 1.0), (900, 100)) == (1.0, 1.0)
 
 
-def test_the_clips_are_fixed_for_ever():
+def test_clips_do_not_change_between_versions():
     # As the plan's order: change these and you break resume.
     mixture = Mixture(((5, 4), (0, 3)), (0.5, 2.0), 7)
     assert mixture.virtual_sizes == (10, 6)
@@ -121,21 +121,21 @@ FIXED = [[6, 5, 5, 3, 7, 8, 1, 6, 7, 8], [0, 1, 2, 2, 1, 0]]
 @pytest.mark.parametrize(
     "sizes, repeats, message",
     [
-        (((1, 2),), (1.0,), "1 data sets have repeats"),
-        (((1,),), (0.0,), "must be finite and positive"),
-        (((1,),), (float("nan"),), "must be finite and positive"),
-        (((-1,),), (1.0,), "less than no clip"),
+        (((1, 2),), (1.0,), r"sizes .* 1 value"),
+        (((1,),), (0.0,), "repeats"),
+        (((1,),), (float("nan"),), "repeats"),
+        (((-1,),), (1.0,), r"sizes .*-1"),
     ],
 )
-def test_numbers_that_make_no_mixture(sizes, repeats, message):
+def test_invalid_mixtures_are_refused(sizes, repeats, message):
     with pytest.raises(ValueError, match=message):
         Mixture(sizes, repeats, 0)
 
 
-def test_weights_that_cannot_be():
-    with pytest.raises(UserError, match=r"data.sets\[1\] has weight 2 but not one clip"):
+def test_invalid_weights_are_refused():
+    with pytest.raises(UserError, match=r"data\.sets\[1\]"):
         repeats_from_weights((1.0, 2.0), (5, 0))
-    with pytest.raises(UserError, match=r"data.sets\[0\] has weight 0.0: give a number above 0"):
+    with pytest.raises(UserError, match=r"data\.sets\[0\]\.weight: 0\.0"):
         repeats_from_weights((0.0, 2.0), (5, 3))
-    with pytest.raises(ValueError, match="2 data sets have 1 weights"):
+    with pytest.raises(ValueError, match=r"weights: 1 .* 2 "):
         repeats_from_weights((1.0,), (5, 3))

@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogds.core.permutation import SORTED_UP_TO, keyed_hash, permute
+from cogds.core.permutation import MAX_SORTED_SIZE, keyed_hash, permute
 
 TEN = [7, 1, 9, 8, 4, 5, 0, 2, 3, 6]
 MANY = [4282962, 8511068, 816953, 2240758, 4756216]
@@ -30,13 +30,13 @@ def test_every_key_gives_a_bijection(size, key):
     assert sorted(permute(i, size, *key) for i in range(size)) == list(range(size))
 
 
-@pytest.mark.parametrize("size", [SORTED_UP_TO, SORTED_UP_TO + 1, 1023, 1024, 1025, 9_973])
+@pytest.mark.parametrize("size", [MAX_SORTED_SIZE, MAX_SORTED_SIZE + 1, 1023, 1024, 1025, 9_973])
 def test_bijection_at_the_edges_of_the_grid(size):
     assert {permute(i, size, 1) for i in range(size)} == set(range(size))
 
 
 @pytest.mark.parametrize("size", [3, 4, 5])
-def test_all_orders_of_a_few_are_equally_likely(size):
+def test_all_orders_of_a_small_range_are_equally_likely(size):
     orders = Counter(tuple(permute(i, size, 11, key) for i in range(size)) for key in range(80 * math.factorial(size)))
     assert set(orders) == set(permutations(range(size)))
     assert_uniform(orders, math.factorial(size))
@@ -73,19 +73,19 @@ def test_two_indices_land_on_all_pairs_equally_often(size, num_keys, i, j):
 
 
 @pytest.mark.parametrize("gap", [1, 32, 500])
-def test_neighbours_part_in_a_large_domain(gap):
+def test_neighbors_are_separated_in_a_large_domain(gap):
     gaps = Counter((permute(gap, 1000, 15, key) - permute(0, 1000, 15, key)) % 1000 for key in range(10_000))
     assert_uniform(gaps, 999)
 
 
-def test_the_values_are_fixed_for_ever():
+def test_values_do_not_change_between_versions():
     # A run resumed with another version of this code must go on in the same order: change these and you break resume.
     assert [permute(i, 10, 0, 1, 2) for i in range(10)] == TEN
     assert [permute(i, 10_000_000, 42, 3, 7) for i in range(5)] == MANY
     assert keyed_hash("purpose", 1, 2, 3) == HASH
 
 
-def test_keys_are_kept_apart():
+def test_keys_do_not_collide():
     def order(*key):
         return tuple(permute(i, 1000, *key) for i in range(20))
 
@@ -95,6 +95,6 @@ def test_keys_are_kept_apart():
 
 
 @pytest.mark.parametrize("index, size", [(0, 0), (-1, 3), (3, 3), (0, -1)])
-def test_an_index_outside_is_refused(index, size):
+def test_an_index_out_of_range_is_refused(index, size):
     with pytest.raises(ValueError, match="not in"):
         permute(index, size, 0)

@@ -131,7 +131,7 @@ class Ledger:
 
 @given(plans())
 @quick
-def test_every_clip_once_a_pass_and_e_times_in_e_epochs(plan):
+def test_every_clip_is_trained_once_per_pass_and_e_times_in_e_epochs(plan):
     ledger = Ledger(plan.sizes)
     step = 0
     while plan.epoch_of(step) < 3:
@@ -145,7 +145,7 @@ def test_every_clip_once_a_pass_and_e_times_in_e_epochs(plan):
 
 @given(plans(), st.integers(0, 10**12))
 @quick
-def test_one_shape_for_each_rank_and_one_cost_for_all(plan, step):
+def test_a_rank_trains_one_shape_and_all_ranks_one_cost(plan, step):
     for micro in plan.at(step):
         for rank in range(plan.world_size):
             size = plan.local_batch_sizes[micro.bucket_of(rank)]
@@ -183,7 +183,7 @@ def test_without_costs_all_ranks_train_the_same_bucket(plan, step):
 
 @given(plans(modes=("cost",)), st.integers(0, 400))
 @quick
-def test_a_clip_comes_twice_in_a_micro_step_only_where_a_pass_ends(plan, step):
+def test_a_clip_is_repeated_in_a_micro_step_only_at_the_end_of_a_pass(plan, step):
     for micro in plan.at(step):
         for part in micro.parts:
             passes = {k // part.num_clips for k in range(part.start, part.start + part.num_draws)}
@@ -220,7 +220,7 @@ def test_a_small_group_gets_smaller_batches():
 
 @given(plans(), st.lists(st.integers(0, 10**6), min_size=2, max_size=6))
 @quick
-def test_a_step_does_not_depend_on_what_was_asked_before(plan, steps):
+def test_a_step_does_not_depend_on_earlier_calls(plan, steps):
     asked = {step: plan.at(step) for step in steps}
     for step in reversed(steps):
         fresh = Plan(**{name: getattr(plan, name) for name in plan.__dataclass_fields__})
@@ -229,7 +229,7 @@ def test_a_step_does_not_depend_on_what_was_asked_before(plan, steps):
 
 @given(plans(), st.lists(st.tuples(st.integers(0, 12), layouts), min_size=1, max_size=4), st.integers(0, 12))
 @quick
-def test_a_changed_layout_repeats_and_loses_nothing(plan, changes, last_steps):
+def test_a_new_layout_repeats_and_loses_no_clip(plan, changes, last_steps):
     ledger = Ledger(plan.sizes)
     step = 0
     costs = plan.costs or (1.0,) * len(plan.sizes)
@@ -261,7 +261,7 @@ def test_a_changed_layout_repeats_and_loses_nothing(plan, changes, last_steps):
         ((9, 6, 20), (4, 4, 4), 8, Origin(14, 5, (41, 27, 96))),
     ],
 )
-def test_groups_of_buckets_that_stand_far_apart(sizes, batch_sizes, world_size, origin):
+def test_groups_of_buckets_with_very_different_progress(sizes, batch_sizes, world_size, origin):
     costs = tuple(1 / batch for batch in batch_sizes)
     plan = Plan(sizes, batch_sizes, world_size, 1, 0, origin, costs)
     for epoch in range(origin.epoch + 1, origin.epoch + 40):
@@ -279,7 +279,7 @@ def test_resuming_with_the_same_layout_is_the_same_plan(plan, step):
 
 @given(plans(), st.integers(0, 40))
 @quick
-def test_every_clip_drawn_weighs_the_same_in_the_step(plan, step):
+def test_every_clip_drawn_has_the_same_weight_in_the_step(plan, step):
     micros = plan.at(step)
     num_draws = sum(len(set(positions(micro))) for micro in micros)
     for micro in micros:
@@ -322,7 +322,7 @@ def test_weights_of_ranks_with_different_batch_sizes():
 
 @given(plans(), st.integers(0, 10**6))
 @quick
-def test_slots_number_the_whole_step(plan, step):
+def test_slots_are_numbered_over_the_whole_step(plan, step):
     micros = plan.at(step)
     slots = [slot for micro in micros for rank in range(plan.world_size) for slot in micro.slots_of(rank)]
     assert slots == list(range(sum(micro.num_slots for micro in micros)))
@@ -344,7 +344,7 @@ def test_buckets_take_turns_evenly(sizes, world_size, seed):
         (*[1] * 100, 1000),
     ],
 )
-def test_buckets_take_turns_evenly_where_trees_are_deep(sizes):
+def test_buckets_take_turns_evenly_in_deep_trees(sizes):
     assert_even(Plan(sizes, (1,) * len(sizes), 1, 1, 0), epoch=1)
 
 
@@ -385,7 +385,7 @@ def test_seeds_passes_and_buckets_have_their_own_order():
     assert len({turns(seed, epoch) for seed in (0, 1) for epoch in (0, 1, 2)}) == 6
 
 
-def test_the_order_is_fixed_for_ever():
+def test_the_order_does_not_change_between_versions():
     # A run resumed with another version of this code must go on in the same order: change these and you break resume.
     plan = Plan((10, 3, 0, 40), (2, 2, 2, 3), world_size=4, accumulation=2, seed=7)
     far = [m for step in (3, 10**9) for m in plan.at(step)]
@@ -402,7 +402,7 @@ def test_the_order_is_fixed_for_ever():
         (((1, 2, 3, 500), (1, 1, 1, 2), 64, 3, 11), "b55be1542f30a06d"),
     ],
 )
-def test_all_that_a_rank_is_told_is_fixed_for_ever(layout, digest):
+def test_what_every_rank_trains_does_not_change_between_versions(layout, digest):
     # The digests are of the plan as it was before buckets could form groups.
     state, plan = hashlib.blake2b(digest_size=8), Plan(*layout)
     for one, steps in ((plan, (0, 1, 2, 3, 17, 10**9)), (plan.resized(5, 3, 2), (5, 6, 7, 30))):
@@ -416,7 +416,7 @@ def test_all_that_a_rank_is_told_is_fixed_for_ever(layout, digest):
     assert state.hexdigest() == digest
 
 
-def test_the_order_of_groups_is_fixed_for_ever():
+def test_the_order_of_groups_does_not_change_between_versions():
     plan = Plan((10, 3, 0, 40), (2, 2, 2, 3), world_size=4, accumulation=1, seed=7, costs=(3.0, 3.0, 2.0, 2.0))
     places = [[(m.bucket_of(r), *m.clips_of(r)) for r in range(4)] for step in (2, 10**9) for m in plan.at(step)]
     assert places == FIXED_GROUPS
@@ -441,7 +441,7 @@ def test_epochs_and_steps_agree(plan, epoch):
 
 @given(plans(max_clips=10**7), st.integers(0, 10**13))
 @quick
-def test_far_steps_add_up(plan, step):
+def test_counts_of_distant_steps_add_up(plan, step):
     before, after = plan.coverage(step), plan.coverage(step + 1)
     drawn = Counter()
     for micro in plan.at(step):
@@ -463,7 +463,7 @@ def test_far_steps_add_up(plan, step):
     assert all((epoch - 1) * n <= had <= (epoch + 1) * n for had, n in zip(before, plan.sizes))
 
 
-def test_the_simulation_shows_what_the_plan_promises():
+def test_a_simulation_of_the_plan():
     path = Path(__file__).resolve().parents[2] / "benchmarks" / "plan.py"
     spec = importlib.util.spec_from_file_location("benchmark_plan", path)
     assert spec
@@ -508,39 +508,40 @@ def test_memory_does_not_grow_with_steps():
 @pytest.mark.parametrize(
     "change, message",
     [
-        ({"sizes": (3,)}, "1 buckets have 2 batch sizes"),
-        ({"batch_sizes": (1, 0)}, "batch sizes must be at least 1, found 0"),
-        ({"sizes": (3, -1)}, "cannot hold -1 clips"),
+        ({"sizes": (3,)}, "batch_sizes: 2 .* 1 "),
+        ({"batch_sizes": (1, 0)}, r"batch_sizes \(1, 0\)"),
+        ({"sizes": (3, -1)}, r"sizes \(3, -1\)"),
         ({"world_size": 0}, "world_size 0"),
         ({"accumulation": 0}, "accumulation 0"),
-        ({"costs": (1.0,)}, "2 buckets have 1 costs"),
-        ({"costs": (1.0, 0.0)}, "must be finite and positive"),
-        ({"costs": (1.0, float("nan"))}, "must be finite and positive"),
+        ({"costs": (1.0,)}, "costs: 1 .* 2 "),
+        ({"costs": (1.0, 0.0)}, r"costs \(1.0, 0.0\)"),
+        ({"costs": (1.0, float("nan"))}, r"costs \(1.0, nan\)"),
         ({"tolerance": -0.1}, "tolerance -0.1"),
-        ({"origin": Origin(0, 0, (1,))}, "origin has 1 buckets, the plan 2"),
-        ({"origin": Origin(9, 2, (3, 10))}, "drawn 3 clips of bucket 0, which holds 5"),
-        ({"origin": Origin(9, 0, (0, 8))}, "drawn 8 clips of bucket 1, which holds 7"),
+        ({"tolerance": float("nan")}, "tolerance nan"),
+        ({"origin": Origin(0, 0, (1,))}, "origin has 1 .* 2"),
+        ({"origin": Origin(9, 2, (3, 10))}, "3 clips of bucket 0, .* 5 "),
+        ({"origin": Origin(9, 0, (0, 8))}, "8 clips of bucket 1, .* 7 "),
     ],
 )
-def test_numbers_that_make_no_plan(change, message):
+def test_invalid_plans_are_refused(change, message):
     valid = {"sizes": (5, 7), "batch_sizes": (1, 1), "world_size": 2, "accumulation": 1, "seed": 0}
     Plan(**valid)
     with pytest.raises(ValueError, match=message):
         Plan(**valid | change)
 
 
-def test_nothing_to_train_on():
-    with pytest.raises(UserError, match="none of the 2 buckets holds a clip"):
+def test_empty_buckets_are_refused():
+    with pytest.raises(UserError, match=r"data\.buckets: .* 2 "):
         Plan((0, 0), (1, 1), 1, 1, 0)
 
 
-def test_what_lies_outside_the_plan():
+def test_steps_and_ranks_out_of_range():
     plan = Plan((5, 7), (1, 1), 2, 1, 0).resized(3, 1, 1)
-    with pytest.raises(ValueError, match="step 2 lies before step 3"):
+    with pytest.raises(ValueError, match=r"step 2 .* 3$"):
         plan.at(2)
-    with pytest.raises(ValueError, match="step -1 lies before step 0"):
+    with pytest.raises(ValueError, match=r"step -1 .* 0$"):
         Plan((5,), (1,), 1, 1, 0).at(-1)
-    with pytest.raises(ValueError, match="rank 1 is not in a world of 1"):
+    with pytest.raises(ValueError, match=r"rank 1 .* 1$"):
         plan.at(3)[0].clips_of(1)
-    with pytest.raises(ValueError, match="both count from 0"):
+    with pytest.raises(ValueError, match="step -1"):
         Origin(step=-1)

@@ -94,7 +94,7 @@ def test_portrait_clips_get_a_portrait_bucket() -> None:
     assert abs(bucket.height * bucket.width / AREA - 1) < 0.03
 
 
-def test_the_ratios_are_the_best_there_are() -> None:
+def test_the_suggested_ratios_are_optimal() -> None:
     """Against trying every pair of sizes on a coarse grid."""
     rng = np.random.default_rng(0)
     clips = sizes(*((90, 8 * h, 8 * w, n) for h, w, n in rng.integers([60, 60, 1], [300, 300, 50], (40, 3))))
@@ -136,7 +136,7 @@ def test_areas() -> None:
     assert suggest_areas(sizes((81, 360, 640, 1), (81, 1080, 1920, 9)), [AREA], 0.25) == [AREA]
 
 
-def test_a_small_area_pays_where_clips_are_small() -> None:
+def test_a_small_area_is_suggested_for_small_clips() -> None:
     clips = sizes((90, 360, 640, 50), (90, 1080, 1920, 50))
     found = suggest_buckets(clips, shapes("81x768x1360"), [360 * 640, AREA], [81], V15, 8)
     assert [shape.height * shape.width < AREA / 2 for shape in shapes(*found.buckets)] == [True, False]

@@ -24,7 +24,7 @@ def test_windows_lie_inside_in_order_on_the_grid_without_duplicates(
 
 
 @given(st.integers(2, 50), st.integers(1, 100), st.integers(0, 1000), FPS)
-def test_uniform_reaches_from_the_first_to_the_last_place(count: int, length: int, spare: int, fps: float) -> None:
+def test_uniform_windows_span_the_first_to_the_last_position(count: int, length: int, spare: int, fps: float) -> None:
     firsts = [round(start * fps) for start in window_starts("uniform", count, length + spare, length, fps, ())]
     assert len(firsts) == min(count, spare + 1)
     if spare:
@@ -34,7 +34,7 @@ def test_uniform_reaches_from_the_first_to_the_last_place(count: int, length: in
 
 
 @given(st.integers(1, 100), st.integers(0, 1000), st.integers(0, 20))
-def test_all_takes_as_many_as_fit_without_overlap(length: int, spare: int, limit: int) -> None:
+def test_all_windows_fit_without_overlap(length: int, spare: int, limit: int) -> None:
     starts = window_starts("all", limit, length + spare, length, 1.0, ())
     fitting = (length + spare) // length
     assert starts == tuple(float(i * length) for i in range(min(fitting, limit or fitting)))
@@ -47,7 +47,7 @@ def test_values() -> None:
     assert window_starts("all", 0, 9, 3, 2.0, ()) == (0.0, 1.5, 3.0)
 
 
-def test_random_depends_on_the_whole_key_and_reaches_every_place() -> None:
+def test_random_windows_depend_on_the_whole_key_and_reach_every_position() -> None:
     drawn = [window_starts("random", 1, 14, 5, 1.0, (seed, clip))[0] for seed in range(10) for clip in range(40)]
     assert set(drawn) == set(map(float, range(10)))
     # Uniform: 40 of each of the ten expected, standard deviation 6.
@@ -57,8 +57,13 @@ def test_random_depends_on_the_whole_key_and_reaches_every_place() -> None:
 
 
 @pytest.mark.parametrize(
-    "arguments", [("first", 1, 4, 5, 16.0, ()), ("first", 1, 5, 5, 0.0, ()), ("last", 1, 5, 5, 16.0, ())]
+    "arguments, match",
+    [
+        (("first", 1, 4, 5, 16.0, ()), "5 frames .* 4 frames"),
+        (("first", 1, 5, 5, 0.0, ()), "0.0 fps"),
+        (("last", 1, 5, 5, 16.0, ()), "'last'"),
+    ],
 )
-def test_what_cannot_be_is_refused(arguments: tuple) -> None:
-    with pytest.raises(ValueError, match=r"no window of 5 frames|mode is 'last'"):
+def test_invalid_arguments_are_refused(arguments: tuple, match: str) -> None:
+    with pytest.raises(ValueError, match=match):
         window_starts(*arguments)

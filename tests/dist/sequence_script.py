@@ -25,7 +25,7 @@ from cogds.engine.state import TrainState, restore_state, trainable  # noqa: E40
 from cogds.model.load import find_model, load_transformer  # noqa: E402
 from cogds.model.lora.adapter import inject  # noqa: E402
 from cogds.model.transformer.attention import attend  # noqa: E402
-from cogds.model.transformer.sequence_parallel import attend_together  # noqa: E402
+from cogds.model.transformer.sequence_parallel import ulysses_attention  # noqa: E402
 
 # Latents F, H, W: 15 video tokens; a portrait bucket, 10; each with its level of recomputation. 5 text tokens.
 SHAPES = {"odd": ((2, 6, 10), "selective"), "portrait": ((4, 10, 2), "full")}
@@ -106,7 +106,7 @@ def check_against_deepspeed(world):
     """Where the shares are of one size, DeepSpeed's own layer gives the same."""
     generator = torch.Generator().manual_seed(world.rank)
     query, key, value = (torch.randn(2, 3, 8, 4, generator=generator) for _ in range(3))
-    own = attend_together(query, key, value, "torch", (3,) * world.size, dist.group.WORLD.group_name)
+    own = ulysses_attention(query, key, value, "torch", (3,) * world.size, dist.group.WORLD.group_name)
     theirs = DistributedAttention(attend, dist.group.WORLD, scatter_idx=2, gather_idx=1)(query, key, value, 0)
     torch.testing.assert_close(own, theirs)
 

@@ -39,7 +39,7 @@ def test_speed_is_counted_from_the_work_of_all_ranks(run):
         step_s = line["perf/step_s"]
         assert line["perf/samples_per_s"] * step_s == pytest.approx(2)
         assert line["perf/tokens_per_s"] * step_s == pytest.approx(2 * TOKENS[bucket])
-        counted = step_flops(TOKENS[bucket], num_layers=2, hidden_size=32).counted
+        counted = step_flops(TOKENS[bucket], num_layers=2, hidden_size=32).model_flops
         assert line["perf/tflops"] * 1e12 * step_s == pytest.approx(counted)  # two clips, two ranks
         phases = [line[f"perf/{name}_s"] for name in ("inputs", "forward", "backward", "optimizer")]
         assert all(seconds > 0 for seconds in phases)

@@ -37,6 +37,6 @@ def test_losses_are_near_those_of_the_full_base(train_once, ds, precision, quant
 
 def test_stage_3_is_refused_before_anything_else_is_done(tiny_model, tmp_path):
     arguments = [f"model.path={tiny_model}", f"data.path={tmp_path}", f"output_dir={tmp_path / 'run'}"]
-    with pytest.raises(UserError, match=r"model.quantization=int8 does not go with ZeRO stage 3.*take stage 2"):
+    with pytest.raises(UserError, match=r"model\.quantization=int8: .*ZeRO stage 3.*zero2\.json"):
         call("train", ["--deepspeed", "zero3", *arguments, "model.quantization=int8"])
     assert not (tmp_path / "run").exists()

@@ -111,7 +111,7 @@ def kill_deepspeed(process):
 
 
 def ask_the_ranks(process):
-    """As docs/operations.md says, kept to the processes of this run."""
+    """Ask as docs/operations.md says, but only the processes of this run."""
     (words,) = re.findall(r"`pkill (-USR1 -f .*?)`", (ROOT / "docs/operations.md").read_text())
     subprocess.run(["pkill", "--session", str(process.pid), *shlex.split(words)], check=True)
 

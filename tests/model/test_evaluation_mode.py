@@ -1,4 +1,4 @@
-"""What is done with the live transformer beside its training leaves it as it was."""
+"""Evaluation of the trained transformer has no effect on training."""
 
 import contextlib
 from types import SimpleNamespace
@@ -7,18 +7,18 @@ import pytest
 import torch
 
 from cogds.config.schema import CHECKPOINTING_MODES
-from cogds.model.evaluation_mode import call_aside, undisturbed
+from cogds.model.evaluation_mode import call_module, evaluation_mode
 from cogds.model.load import find_model, load_transformer
 
 
-def test_every_block_and_module_is_as_it_was_whatever_happens(tiny_model):
+def test_modes_are_restored_even_after_an_error(tiny_model):
     transformer = load_transformer(find_model(str(tiny_model)), torch.float32).train()
     transformer.proj_out.eval()
     for number, block in enumerate(transformer.transformer_blocks):
         block.checkpointing = CHECKPOINTING_MODES[1 + number % 2]
     modes = [block.checkpointing for block in transformer.transformer_blocks]
     training, random = [module.training for module in transformer.modules()], torch.get_rng_state()
-    with contextlib.suppress(ZeroDivisionError), undisturbed(transformer, torch.device("cpu")):
+    with contextlib.suppress(ZeroDivisionError), evaluation_mode(transformer, torch.device("cpu")):
         assert not any(module.training for module in transformer.modules())
         assert {block.checkpointing for block in transformer.transformer_blocks} == {"none"}
         assert not torch.is_grad_enabled()
@@ -32,10 +32,10 @@ def test_every_block_and_module_is_as_it_was_whatever_happens(tiny_model):
 
 
 @pytest.mark.parametrize("enabled, dtype", [(True, torch.bfloat16), (False, torch.float32)])
-def test_the_autocast_is_the_engines(enabled, dtype):
+def test_autocast_follows_the_engine(enabled, dtype):
     engine = SimpleNamespace(
         module=torch.nn.Linear(2, 2),
         torch_autocast_dtype=lambda: torch.bfloat16,
         torch_autocast_enabled=lambda: enabled,
     )
-    assert call_aside(engine, torch.device("cpu"), {"input": torch.zeros(1, 2)}).dtype == dtype
+    assert call_module(engine, torch.device("cpu"), {"input": torch.zeros(1, 2)}).dtype == dtype

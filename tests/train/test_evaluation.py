@@ -16,7 +16,7 @@ from cogds.config.loading import replace
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
-from cogds.model.evaluation_mode import undisturbed
+from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
 from cogds.train.callbacks import CallbackContext
@@ -269,7 +269,7 @@ def test_the_trained_transformer_is_not_changed(setting, forward):
     transformer = load_transformer(one.model, torch.float32)
     inject(transformer, 4, 8, 0.5, ("to_q",), seed=0)  # dropout that is not turned off would change the loss
     transformer.train()
-    transformer.note_dropout()
+    transformer.detect_dropout()
     transformer.set_checkpointing("full")
     callback = make_evaluation_callback(
         CallbackContext(
@@ -311,7 +311,7 @@ def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(setting, forwa
     torch._dynamo.reset()
     transformer = load_transformer(one.model, torch.float32)
     transformer.compile_blocks(lambda graph, _: graphs.append(graph) or graph.forward)
-    with undisturbed(transformer, ALONE.device):
+    with evaluation_mode(transformer, ALONE.device):
         found = one.evaluation.scalars(lambda inputs: transformer(**inputs)[0])
     torch._dynamo.reset()
     assert len(one.evaluation.rounds) > 6

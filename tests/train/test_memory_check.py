@@ -99,18 +99,18 @@ def test_a_bucket_that_does_not_fit_is_a_user_error(number, sequence):
 
 
 def test_all_ranks_raise_if_one_does_not_fit(monkeypatch):
-    monkeypatch.setattr("cogds.train.memory_check.any_rank", lambda *_: (True, False))
+    monkeypatch.setattr("cogds.train.memory_check.any_rank", lambda *_: (True, False, False))
     with pytest.raises(UserError, match="another rank"):
         check_memory(*stage(2))
 
 
 def test_any_other_error_ends_all_ranks(monkeypatch):
     """The others would otherwise wait for its vote forever."""
-    votes = []
+    votes, has_bug = [], True
 
     def vote(_world, *flags):
         votes.append(flags)
-        return False, True
+        return False, True, has_bug
 
     monkeypatch.setattr("cogds.train.memory_check.any_rank", vote)
     error = ValueError("a defect")
@@ -119,11 +119,19 @@ def test_any_other_error_ends_all_ranks(monkeypatch):
     assert raised.value is error
     with pytest.raises(BugReported, match="17x64x96"):
         check_memory(*stage(2))
-    assert votes == [(False, True), (False, False)]
+    assert votes == [(False, True, True), (False, False, False)]
     # At stage 3 a pass is full of collectives, so no vote is reached.
     with pytest.raises(ValueError, match="a defect"):
         check_memory(*stage(3, error))
     assert len(votes) == 2
+    # A user's error on one rank is a user's error on all: they end with code 2.
+    has_bug = False
+    with pytest.raises(UserError, match="a setting"):
+        check_memory(*stage(2, UserError("a setting")))
+    with pytest.raises(UserError) as raised:
+        check_memory(*stage(2))
+    assert raised.value.shared
+    assert votes[2:] == [(False, True, False), (False, False, False)]
 
 
 GPU = torch.device("cuda")

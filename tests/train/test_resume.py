@@ -130,6 +130,13 @@ def test_a_plan_that_makes_no_sense_is_an_error():
         facts["plan"] |= change
         with pytest.raises(UserError, match=r"^c: .*plan"):
             resume_plan(plan, facts, "c")
+    for missing in ("sizes", "seed", "origin"):
+        facts = facts_of(plan, 3)
+        del facts["plan"][missing]
+        with pytest.raises(UserError, match=f"^c: .*{missing}"):
+            resume_plan(plan, facts, "c")
+    with pytest.raises(UserError, match=r"^c: .*plan"):
+        resume_plan(plan, {"step": 3}, "c")
 
 
 def test_a_bug_in_the_plan_is_no_fault_of_the_checkpoint(monkeypatch):

@@ -88,8 +88,8 @@ def on_a_gpu(monkeypatch, job):
 
     def choose(missing, *overrides):
         failures = {"flash3": "undefined symbol: _ZN3c10"}
-        monkeypatch.setattr(tuning, "fastest", lambda *_: ("cudnn", {"cudnn": 0.2, "flash": 0.3}, failures))
-        monkeypatch.setattr(tuning, "use", lambda *_: None)
+        monkeypatch.setattr(tuning, "find_fastest_kernel", lambda *_: ("cudnn", {"cudnn": 0.2, "flash": 0.3}, failures))
+        monkeypatch.setattr(tuning, "activate_kernel", lambda *_: None)
         monkeypatch.setattr(tuning, "gpu_memory", lambda _: 80e9)
         monkeypatch.setattr(tuning, "missing_to_compile", lambda _: missing)
         world = SimpleNamespace(rank=0, size=1, sequence_size=1, local_size=2, device=torch.device("cuda"))

@@ -62,7 +62,8 @@ class Adapter:
 def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None = None) -> Adapter:
     """The LoRA whose header `lora_file.read_lora` has read, at `scale` times its strength, in `dtype` or its own.
 
-    Raises UserError for values that are not finite.
+    The sign of a negative scale goes into B: no tool writes a negative alpha, and `read_lora` refuses it. Raises
+    UserError for values that are not finite.
     """
 
     def tensor(tensors: Any, key: str) -> torch.Tensor:
@@ -76,9 +77,11 @@ def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None =
 
     with opened(file.path) as tensors:
         layers = {
-            name: Layer(tensor(tensors, pair.a), tensor(tensors, pair.b), pair.scale * scale)
+            name: Layer(tensor(tensors, pair.a), tensor(tensors, pair.b), pair.scale * abs(scale))
             for name, pair in file.pairs.items()
         }
+    if scale < 0:
+        layers = {name: replace(layer, b=(-layer.b.float()).to(layer.b.dtype)) for name, layer in layers.items()}
     scaled = {"exported_scale": scale * file.metadata.get("exported_scale", 1.0)} if scale != 1.0 else {}
     return Adapter(layers, file.metadata | scaled)
 
@@ -175,7 +178,7 @@ def check_fits(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: Pat
             )
 
 
-def check_scale(scale: float) -> None:
-    """Raise UserError for a strength that is no number."""
+def check_scale(scale: float, setting: str) -> None:
+    """Raise UserError for a strength that is not finite. setting: the option or file that it belongs to."""
     if not math.isfinite(scale):
-        raise UserError(f"a LoRA's weight or --scale is {scale}: give a number such as 0.7")
+        raise UserError(f"{setting}: the strength is {scale}, not a finite number. Pass a number such as 0.7.")

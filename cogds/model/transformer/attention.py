@@ -1,6 +1,6 @@
-"""Attention kernels: which there are, which is the fastest here, and the call itself.
+"""Attention kernels: the call, and the choice of the fastest kernel on this device.
 
-All of them compute the same exact softmax attention; none is approximate.
+All kernels compute exact softmax attention. None is approximate.
 """
 
 import contextlib
@@ -27,7 +27,7 @@ def _flash(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch
 
 
 def _cudnn(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.Tensor:
-    # Without a mask; with what the backward pass needs.
+    # None: no mask. The flag asks for the log-sum-exp, which the backward pass needs.
     return _aten._scaled_dot_product_cudnn_attention(query, key, value, None, torch.is_grad_enabled())[0]
 
 
@@ -39,10 +39,10 @@ def _math(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor) -> torch.
     return _aten._scaled_dot_product_attention_math(query, key, value)[0]
 
 
-# By our names: the operator, and which implementation of torch's flash operator. Operators and not `sdpa_kernel`, which
-# sets flags of the whole process, that another thread (T5 on the fly) would meet.
+# For each value of model.attention, the operator and the implementation that torch's flash operator must use. cogds
+# calls operators instead of `sdpa_kernel`, whose process-wide flags would affect other threads (T5, on the fly).
 KERNELS: dict[str, tuple[Callable[..., torch.Tensor], str | None]] = {
-    "torch": (F.scaled_dot_product_attention, None),  # torch's own choice
+    "torch": (F.scaled_dot_product_attention, None),  # torch chooses
     "flash": (_flash, None),
     "cudnn": (_cudnn, None),
     "efficient": (_efficient, None),
@@ -51,19 +51,19 @@ KERNELS: dict[str, tuple[Callable[..., torch.Tensor], str | None]] = {
     "math": (_math, None),
 }
 _PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
-# Not tried by `fastest`: it keeps the whole S x S matrix.
+# Not tried by `find_fastest_kernel`, because it stores the whole attention matrix.
 _NEVER_CHOSEN = ("math",)
-_REPEATS = 3
+_NUM_REPEATS = 3
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: str = "torch") -> torch.Tensor:
-    """Softmax attention without a mask: query, key, value and result [B, S, H, d]."""
+    """Softmax attention without a mask. query, key, value and the result are [B, S, H, d]."""
     call = KERNELS[kernel][0]
     return call(query.transpose(1, 2), key.transpose(1, 2), value.transpose(1, 2)).transpose(1, 2)
 
 
-def installed(device: torch.device) -> Iterator[str]:
-    """Kernels whose code is there. Whether they take the model's shapes and this GPU is seen by running them."""
+def installed_kernels(device: torch.device) -> Iterator[str]:
+    """Kernels that are installed. Only a trial run shows if they support the model's shapes and this GPU."""
     for name, (_, implementation) in KERNELS.items():
         if device.type == "cpu" and name not in ("torch", "flash", "math"):
             continue
@@ -76,88 +76,98 @@ def _has_implementation(implementation: str) -> bool:
     package = _PACKAGES[implementation]
     if not hasattr(attention, "activate_flash_attention_impl"):
         return False
-    with contextlib.suppress(Exception):  # looking for a part of a package imports it: one made for another torch fails
+    # find_spec imports the parent package, which fails if it was built for another version of torch.
+    with contextlib.suppress(Exception):
         return importlib.util.find_spec(package) is not None
     return False
 
 
-def use(kernel: str, device: torch.device) -> None:
-    """Make `attend(..., kernel)` possible in this process, whatever was ready before.
+def activate_kernel(kernel: str, device: torch.device) -> None:
+    """Prepare this process for `attend(..., kernel)`, replacing any kernel that was active before.
 
-    Raises UserError naming what is missing; what a package raises when it is loaded comes through.
+    Raises UserError if the kernel is not available, and the package's own error if it cannot be loaded.
     """
-    there = list(installed(device))
-    if kernel not in there:
+    available = list(installed_kernels(device))
+    if kernel not in available:
         raise UserError(
-            f"model.attention={kernel} is not to be had on this {device.type}: there are {', '.join(there)}"
+            f"model.attention={kernel} is not available on {device.type}. Use one of the available kernels: "
+            f"{', '.join(available)}."
         )
-    _leave_packages()
+    _restore_torch_kernel()
     implementation = KERNELS[kernel][1]
     if implementation is not None:
         attention.activate_flash_attention_impl(implementation)
 
 
-def _leave_packages() -> None:
-    """Back to torch's own flash kernel."""
+def _restore_torch_kernel() -> None:
+    """Switch back to torch's own flash kernel."""
     if getattr(attention, "current_flash_attention_impl", lambda: None)():
         attention.restore_flash_attention_impl()
 
 
-def measure(
+def time_kernel(
     kernel: str, num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> float:
-    """Seconds of one forward and backward of attention over a clip, the best of a few; or what the kernel raises."""
+    """Measure a forward and backward pass of attention over one clip in seconds: the fastest of several runs.
+
+    Raises whatever the kernel raises.
+    """
     try:
-        use(kernel, device)
+        activate_kernel(kernel, device)
         query, key, value = (
             torch.randn(1, num_tokens, num_heads, head_dim, dtype=dtype, device=device, requires_grad=True)
             for _ in range(3)
         )
-        gradient, best = torch.randn_like(query), float("inf")
-        for _ in range(_REPEATS):
-            _wait(device)
+        gradient, best_s = torch.randn_like(query), float("inf")
+        for _ in range(_NUM_REPEATS):
+            _synchronize(device)
             start = time.perf_counter()
             attend(query, key, value, kernel).backward(gradient)
-            _wait(device)
-            best = min(best, time.perf_counter() - start)
-        return best
+            _synchronize(device)
+            best_s = min(best_s, time.perf_counter() - start)
+        return best_s
     finally:
-        _leave_packages()
+        _restore_torch_kernel()
 
 
-def _wait(device: torch.device) -> None:
+def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
-def fastest(
+def find_fastest_kernel(
     num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
 ) -> tuple[str, dict[str, float], dict[str, str]]:
-    """The fastest kernel for clips of so many tokens; the seconds that each took; and, of those that are there and do
-    not work, the first line of why. Runs on this device. Raises UserError where none works.
+    """Time the installed kernels on this device with clips of `num_tokens` tokens.
 
-    A kernel that fails because of a bug, here or in its package, is left out too, and its traceback is logged. If no
-    kernel works and one has a bug, that is raised.
+    A kernel that fails because of a bug, in cogds or in its package, is skipped too, and its traceback is logged. If no
+    kernel works and one of them has a bug, that error is raised.
+
+    Returns:
+        The name of the fastest kernel, the seconds of each kernel, and the error of each kernel that failed.
+
+    Raises:
+        UserError: no kernel works.
     """
     times: dict[str, float] = {}
     failures: dict[str, str] = {}
     bug: Exception | None = None
-    for name in installed(device):
+    for name in installed_kernels(device):
         if name in _NEVER_CHOSEN:
             continue
         try:
-            times[name] = measure(name, num_tokens, num_heads, head_dim, dtype, device)
-        except Exception as error:  # a shape, type or GPU that it cannot do, or a package that does not load
+            times[name] = time_kernel(name, num_tokens, num_heads, head_dim, dtype, device)
+        except Exception as error:  # an unsupported shape, type or GPU, or a package that does not load
             failures[name] = brief(error)
             if isinstance(error, BUGS):
                 bug = error
-                logger.warning(f"attention kernel {name}: a bug: {brief(error)}", exc_info=error)
+                logger.warning(f"attention kernel {name} failed because of a bug: {brief(error)}", exc_info=error)
     if not times and bug is not None:
         raise bug
     if not times:
         reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
         raise UserError(
-            f"no attention kernel works here on clips of {num_tokens} tokens ({reasons}): see that torch fits "
-            "the GPU's driver, and that no other process has taken its memory"
+            f"model.attention=auto: no attention kernel works for clips of {num_tokens} tokens ({reasons}). Check that "
+            "torch supports this GPU and its driver, and that no other process uses the GPU's memory."
         )
     return min(times, key=lambda name: times[name]), times, failures

@@ -1,10 +1,10 @@
-"""What of a block's activations is kept for the backward pass, and what is computed anew or brought back.
+"""Activation checkpointing of the transformer blocks.
 
-none            everything is kept: the fastest, and by far the largest
-selective       a block's input and its attention's output (with its log-sum-exp) are kept, the rest is recomputed:
-                attention is most of the work of a long clip and little of the memory
-full            a block's input is kept, everything in it is computed twice
-full+offload    and that input waits in pinned host memory, copied while the GPU computes
+none            keep all activations: the fastest, with by far the most memory
+selective       keep a block's input and its attention's output (with its log-sum-exp), recompute the rest: for long
+                clips, attention is most of the compute and little of the memory
+full            keep a block's input, recompute everything else
+full+offload    like full, with the input in pinned host memory, copied while the GPU computes
 """
 
 import functools
@@ -33,193 +33,199 @@ _ATTENTION = {
 }
 
 
-# Blocks' inputs that are on the device while they are copied to the host.
-NUM_LEAVING = 2
+# Number of block inputs that stay on the device while they are copied to the host.
+MAX_COPYING = 2
 
 
 def _keep_attention(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def run(
+def _keep_nothing(*_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def run_checkpointed(
     checkpointing: str, function: Callable[..., torch.Tensor], *args: Any, has_dropout: bool = False
 ) -> torch.Tensor:
-    """function(*args), its activations kept as `checkpointing` says.
+    """Call function(*args) with a mode of activation checkpointing.
 
-    has_dropout: the random state is kept too, so that the second time drops the same.
+    has_dropout: save the random state as well, so that recomputation applies the same dropout.
     """
     if checkpointing == "none" or not torch.is_grad_enabled():
         return function(*args)
-    more: dict[str, Any] = {}
+    kwargs: dict[str, Any] = {}
     if checkpointing == "selective":
-        more["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
-    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=has_dropout, **more)
+        kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    elif torch.compiler.is_compiling():
+        # Without a policy, torch 2.11's compiler does not mark what to recompute and keeps most activations. torch 2.13
+        # sets the same policy itself (torch/_higher_order_ops/wrap.py).
+        kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_nothing)
+    return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=has_dropout, **kwargs)
 
 
-class Pinned:
-    """Pages of host memory that the GPU copies to and from while both compute on, until this object is gone.
+class PinnedBuffer:
+    """Pinned host memory for asynchronous copies, unpinned when this object is garbage collected.
 
-    numbers: uint8 [num_bytes]; num_bytes: whole pages.
+    num_bytes: a multiple of the page size; bytes: uint8 [num_bytes].
     """
 
     def __init__(self, num_bytes: int):
         self.num_bytes = num_bytes
         try:
             pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            pages.madvise(mmap.MADV_DONTFORK)  # loaders are forked, and have no business there
-            self.numbers = torch.frombuffer(pages, dtype=torch.uint8)
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.numbers.data_ptr(), num_bytes, 0))
+            pages.madvise(mmap.MADV_DONTFORK)  # forked data loaders never use it
+            self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
+            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), num_bytes, 0))
         except (OSError, torch.cuda.CudaError) as error:
             raise UserError(
-                f"train.activation_checkpointing=full+offload cannot pin {num_bytes / 1e6:.0f} MB more of this "
-                f"machine's memory "
-                f"({error}): take a mode that keeps the blocks' inputs on the GPU, fewer ranks a node or a smaller "
-                "bucket, or give the job more memory"
+                f"train.activation_checkpointing=full+offload: cannot pin another {num_bytes / 1e6:.0f} MB of host "
+                f"memory ({error}). Use another mode, fewer ranks per node or a smaller bucket, or give the job more "
+                "memory."
             ) from None
-        # Memory must not be given back while CUDA counts on it. When the process ends, that is the driver's affair.
-        weakref.finalize(self, _unpin, self.numbers.data_ptr()).atexit = False
+        # Memory must stay allocated while CUDA may use it. At the end of the process, the driver unpins it.
+        weakref.finalize(self, _unpin, self.bytes.data_ptr()).atexit = False
 
 
 def _unpin(address: int) -> None:
-    torch.cuda.synchronize()  # a copy may be under way
+    torch.cuda.synchronize()  # a copy may be in progress
     torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
-class HostMemory:
-    """Pinned memory in pieces that are used again, step after step.
+class PinnedPool:
+    """A pool of pinned buffers that are reused from step to step.
 
-    torch's own pinned memory comes in powers of two: a block's input of a long clip, 264 MiB, would take 512. These
-    pieces are as large as was asked for, in whole pages.
+    torch's pinned allocator rounds up to powers of two: a block's input of a long clip, 264 MiB, would take 512 MiB.
+    These buffers are rounded up to whole pages.
 
-    pin: makes a piece of so many bytes.
+    allocate: creates a buffer of the given number of bytes.
     """
 
-    def __init__(self, pin: Callable[[int], Any] = Pinned):
-        self.pin = pin
+    def __init__(self, allocate: Callable[[int], Any] = PinnedBuffer):
+        self.allocate = allocate
         self.free: list[Any] = []
 
-    def take(self, num_bytes: int) -> Any:
-        """A piece that holds so many bytes. Whoever takes it gives it back."""
-        fitting = [piece for piece in self.free if piece.num_bytes >= num_bytes]
+    def acquire(self, num_bytes: int) -> Any:
+        """Return a buffer of at least this size. The caller must release it."""
+        fitting = [buffer for buffer in self.free if buffer.num_bytes >= num_bytes]
         if not fitting:
-            self.free.clear()  # the clip is longer than any before: what holds it will do for the others too
-            return self.pin(-(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
-        piece = min(fitting, key=lambda one: one.num_bytes)
-        self.free.remove(piece)
-        return piece
+            self.free.clear()  # this clip is longer than all before, so its buffers will fit every clip
+            return self.allocate(-(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+        buffer = min(fitting, key=lambda buffer: buffer.num_bytes)
+        self.free.remove(buffer)
+        return buffer
 
-    def give(self, piece: Any) -> None:
-        """Back to the others."""
-        self.free.append(piece)
+    def release(self, buffer: Any) -> None:
+        """Return a buffer to the pool."""
+        self.free.append(buffer)
 
 
 class Offload:
-    """Blocks' inputs in host memory between forward and backward pass.
+    """Moves block inputs to host memory between the forward and the backward pass.
 
-    `with offload.keep(x)`: what autograd saves of x inside goes to the host on a stream of its own, while the next
-    operations run. In the backward pass each fetch also starts the one that comes next, a block earlier. On a CPU the
-    tensors are copied all the same, so that tests see the same paths.
+    Inside `with offload.save_on_host(x)`, what autograd saves of x is copied to the host on a separate stream, while
+    the next operations run. In the backward pass, each fetch also starts fetching the input of the preceding block.
+    On a CPU, tensors are copied as well, so that tests take the same path.
 
-    Memory is taken and given back in the order of the computing stream alone: it waits for a copy before it lets go of
-    what was copied, a few blocks later. (`record_stream` would leave that to the host, which runs far ahead.) All
-    copies are made in the order of one stream: so the host's memory may be copied to again as soon as the copy back is
-    queued.
+    Device memory is allocated and freed in the order of the compute stream only: the stream waits for a copy before it
+    frees the source, a few blocks later. (`record_stream` would leave freeing to the host, which runs far ahead.) All
+    copies run in the order of one stream, so a host buffer can be reused as soon as the copy back is queued.
     """
 
     def __init__(self, device: torch.device):
         self.device = device
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self.memory = HostMemory()
-        self._waiting: list[_Parked] = []  # in the order of the forward pass
-        self._leaving: list[_Parked] = []  # of these, what is still on the device too
+        self.pool = PinnedPool()
+        self._on_host: list[_OffloadedTensor] = []  # in the order of the forward pass
+        self._copying: list[_OffloadedTensor] = []  # those of them that are still on the device too
 
-    def begin(self) -> None:
-        """Forget what a forward pass without a backward pass has left."""
-        self._waiting.clear()
-        self._leaving.clear()
+    def reset(self) -> None:
+        """Drop tensors left by a forward pass without a backward pass."""
+        self._on_host.clear()
+        self._copying.clear()
 
     @contextmanager
-    def keep(self, x: torch.Tensor) -> Iterator[None]:
-        """Inside, what is saved of x's memory waits on the host."""
-        # Not x itself: autograd keeps the hook, and with it what the hook refers to.
-        storage, num_numbers = x.untyped_storage().data_ptr(), x.numel()
+    def save_on_host(self, x: torch.Tensor) -> Iterator[None]:
+        """Context manager in which tensors that autograd saves and that share x's memory are kept on the host."""
+        # The hook must not refer to x itself, because autograd keeps the hook alive.
+        storage, num_elements = x.untyped_storage().data_ptr(), x.numel()
 
         def pack(tensor: torch.Tensor) -> Any:
-            if tensor.untyped_storage().data_ptr() != storage or tensor.numel() != num_numbers:
+            if tensor.untyped_storage().data_ptr() != storage or tensor.numel() != num_elements:
                 return tensor
-            parked = _Parked(tensor, self.stream, self.memory)
-            self._waiting.append(parked)
-            self._leaving.append(parked)
-            while len(self._leaving) > NUM_LEAVING:
-                self._leaving.pop(0).let_go()
-            return parked
+            offloaded = _OffloadedTensor(tensor, self.stream, self.pool)
+            self._on_host.append(offloaded)
+            self._copying.append(offloaded)
+            while len(self._copying) > MAX_COPYING:
+                self._copying.pop(0).release_source()
+            return offloaded
 
         def unpack(packed: Any) -> torch.Tensor:
-            return self._bring(packed) if isinstance(packed, _Parked) else packed
+            return self._fetch(packed) if isinstance(packed, _OffloadedTensor) else packed
 
         with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
             yield
 
-    def _bring(self, parked: "_Parked") -> torch.Tensor:
-        tensor = parked.bring(self.stream)
-        for parts in (self._waiting, self._leaving):
-            if parked in parts:
-                del parts[parts.index(parked) :]
-        if self._waiting:
-            self._waiting[-1].start(self.stream)
+    def _fetch(self, offloaded: "_OffloadedTensor") -> torch.Tensor:
+        tensor = offloaded.fetch(self.stream)
+        for tensors in (self._on_host, self._copying):
+            if offloaded in tensors:
+                del tensors[tensors.index(offloaded) :]
+        if self._on_host:
+            self._on_host[-1].prefetch(self.stream)
         return tensor
 
 
-class _Parked:
-    """One tensor on the host. On a GPU `source` is the tensor itself, until `let_go`, and `back` its copy, on the way.
+class _OffloadedTensor:
+    """A tensor on the host. On a GPU, `source` is the original until `release_source`, `fetched` the copy back.
 
-    Both belong to the computing stream; the other one only copies, between two events that the first waits for. The
-    host's memory is its own as long as autograd may ask for it.
+    Both belong to the compute stream. The other stream only copies, between two events that the compute stream waits
+    for. The host buffer is released when autograd drops this object.
     """
 
-    def __init__(self, tensor: torch.Tensor, stream: Any, memory: HostMemory):
+    def __init__(self, tensor: torch.Tensor, stream: Any, pool: PinnedPool):
         self.device = tensor.device
         self.source: torch.Tensor | None = None
-        self.back: torch.Tensor | None = None
-        self.copied: Any = None
-        self.ready: Any = None
+        self.fetched: torch.Tensor | None = None
+        self.copied_event: Any = None
+        self.fetched_event: Any = None
         if stream is None:
             self.host = tensor.detach().clone()
             return
-        piece = memory.take(tensor.nbytes)
-        weakref.finalize(self, memory.give, piece).atexit = False
-        self.host = piece.numbers[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
+        buffer = pool.acquire(tensor.nbytes)
+        weakref.finalize(self, pool.release, buffer).atexit = False
+        self.host = buffer.bytes[: tensor.nbytes].view(tensor.dtype).view(tensor.shape)
         self.source = tensor.detach()
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self.host.copy_(self.source, non_blocking=True)
-            self.copied = stream.record_event()
+            self.copied_event = stream.record_event()
 
-    def let_go(self) -> None:
-        """Free the device's memory, as soon as it has been copied."""
+    def release_source(self) -> None:
+        """Free the device memory once the copy to the host is complete."""
         if self.source is not None:
-            torch.cuda.current_stream(self.device).wait_event(self.copied)
+            torch.cuda.current_stream(self.device).wait_event(self.copied_event)
             self.source = None
 
-    def start(self, stream: Any) -> None:
-        """Begin the way back."""
-        if stream is None or self.source is not None or self.back is not None:
+    def prefetch(self, stream: Any) -> None:
+        """Start copying back to the device."""
+        if stream is None or self.source is not None or self.fetched is not None:
             return
-        self.back = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
-        stream.wait_stream(torch.cuda.current_stream(self.device))  # for whatever had this memory before
+        self.fetched = torch.empty(self.host.shape, dtype=self.host.dtype, device=self.device)
+        stream.wait_stream(torch.cuda.current_stream(self.device))  # earlier work may still use this memory
         with torch.cuda.stream(stream):
-            self.back.copy_(self.host, non_blocking=True)
-            self.ready = stream.record_event()
+            self.fetched.copy_(self.host, non_blocking=True)
+            self.fetched_event = stream.record_event()
 
-    def bring(self, stream: Any) -> torch.Tensor:
-        """The tensor, on the device."""
+    def fetch(self, stream: Any) -> torch.Tensor:
+        """Return the tensor on the device."""
         if stream is None:
             return self.host
         tensor = self.source
-        self.let_go()
+        self.release_source()
         if tensor is None:
-            self.start(stream)
-            torch.cuda.current_stream(self.device).wait_event(self.ready)
-            tensor, self.back = self.back, None
+            self.prefetch(stream)
+            torch.cuda.current_stream(self.device).wait_event(self.fetched_event)
+            tensor, self.fetched = self.fetched, None
         assert tensor is not None
         return tensor

@@ -1,9 +1,9 @@
-"""The transformer as it is trained: diffusers' CogVideoX with its weights and names, and a forward pass of our own.
+"""The trained transformer: diffusers' CogVideoX, with its weights and names, and an optimized forward pass.
 
-Text and video tokens stay one sequence from the first block to the last (diffusers joins and splits it twice a block),
-what depends on the timestep alone is computed outside of what is recomputed, a LoRA adds to its layer within the matrix
-product, and each block keeps as much of its activations as `set_checkpointing` says. Same numbers as diffusers' up to
-the last bits; the tests compare outputs and gradients.
+Text and video tokens stay in one sequence from the first block to the last, while diffusers joins and splits them twice
+per block. Modulations, which depend only on the timestep, are computed outside of the recomputed part. A LoRA adds to
+its layer's output within the matrix product. `set_checkpointing` chooses which activations are kept. Results equal
+those of diffusers up to rounding. The tests compare outputs and gradients.
 """
 
 import functools
@@ -15,21 +15,30 @@ from diffusers.models.activations import GELU
 from torch import nn
 
 from cogds.model.transformer.attention import attend
-from cogds.model.transformer.checkpointing import Offload, run
-from cogds.model.transformer.fused import Modulation, gated_sum, linears, norm_modulate, norm_rotate
-from cogds.model.transformer.sequence_parallel import SequenceGroup, attend_together, gather, own_share, shares
+from cogds.model.transformer.checkpointing import Offload, run_checkpointed
+from cogds.model.transformer.fused import Modulation, gated_sum, lora_linears, norm_modulate, norm_rotate
+from cogds.model.transformer.sequence_parallel import (
+    SequenceGroup,
+    gather_tokens,
+    local_share,
+    share_sizes,
+    ulysses_attention,
+)
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
 
-# Of the compiled block, in one process: four checkpointing modes; single clips or batches; with gradients or without;
-# the LoRA on or off; a whole clip or a share of it.
+# Graphs that one process may compile of the block: four checkpointing modes, single clips or batches, with or without
+# gradients, with or without the LoRA, whole or shared sequences.
 MAX_GRAPHS = 4 * 2 * 2 * 2 * 2
 
 
 class Block(nn.Module):
-    """diffusers' CogVideoXBlock on one sequence, text tokens first.
+    """diffusers' CogVideoXBlock on one sequence that starts with the text tokens.
 
-    kernel: of `attention.KERNELS`. checkpointing: of `CHECKPOINTING_MODES`, set by `Transformer.set_checkpointing`.
+    Attributes:
+        kernel: a key of `attention.KERNELS`.
+        checkpointing: one of `CHECKPOINTING_MODES`, set by `Transformer.set_checkpointing`.
+        group: name of the process group whose ranks share the sequence, "" without sequence parallelism.
     """
 
     def __init__(self, block: Any):
@@ -37,10 +46,11 @@ class Block(nn.Module):
         self.norm1, self.attn1, self.norm2, self.ff = block.norm1, block.attn1, block.norm2, block.ff
         self.kernel, self.checkpointing, self.has_dropout = "torch", "none", False
         self.offload: Offload | None = None
-        self.group = ""  # name of the process group whose ranks share the sequence
-        self._body: Any = self.body  # compiled, where that was asked for
+        self.group = ""
+        self._body: Any = self.body  # replaced by `compile_body`
 
     def compile_body(self, backend: Any) -> None:
+        """Compile the block except for its modulations."""
         body = torch.compile(self.body, backend=backend)
 
         def run_compiled(
@@ -52,7 +62,7 @@ class Block(nn.Module):
             num_text: int,
             counts: tuple[int, ...],
         ) -> Any:
-            # Said beforehand, or the second length would compile anew.
+            # Without these marks, the second length would trigger another compilation.
             for tensor, axis in ((x, 1), *((table, 0) for table in rotary or ())):
                 torch._dynamo.maybe_mark_dynamic(tensor, axis)
             if len(x) > 1:
@@ -65,16 +75,25 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, temb: torch.Tensor, rotary: Rotary, num_text: int, counts: tuple[int, ...] = ()
     ) -> torch.Tensor:
-        """x [B, S, D], temb [B, time embedding], rotary tables of the video tokens -> [B, S, D].
+        """Run the block.
 
-        counts: where ranks share the sequence, how many tokens each has; x, num_text and rotary are this rank's.
+        Args:
+            x: [B, S, D].
+            temb: [B, time_embed_dim].
+            rotary: tables of the video tokens.
+            num_text: number of text tokens.
+            counts: with sequence parallelism, the number of tokens on each rank. x, rotary and num_text are then those
+                of this rank.
+
+        Returns:
+            [B, S, D].
         """
         modulations = [
             Modulation(*norm.linear(norm.silu(temb))[:, None].chunk(6, dim=-1)) for norm in (self.norm1, self.norm2)
         ]
         if self.checkpointing == "full+offload" and torch.is_grad_enabled():
             assert self.offload is not None
-            with self.offload.keep(x):
+            with self.offload.save_on_host(x):
                 return self._body("full", x, *modulations, rotary, num_text, counts)
         return self._body(self.checkpointing, x, *modulations, rotary, num_text, counts)
 
@@ -82,40 +101,40 @@ class Block(nn.Module):
         self, checkpointing: str, x: torch.Tensor, first: Modulation, second: Modulation, rotary: Rotary, num_text: int,
         counts: tuple[int, ...] = (),
     ) -> torch.Tensor:  # fmt: skip
-        """What is recomputed as `checkpointing` says, and compiled."""
+        """The part of the block that is checkpointed and compiled. first, second: modulations of the two norms."""
         inputs = (x, first, second, rotary, num_text, counts)
-        return run(checkpointing, self._attend_and_feed, *inputs, has_dropout=self.has_dropout)
+        return run_checkpointed(checkpointing, self._forward, *inputs, has_dropout=self.has_dropout)
 
-    def _attend_and_feed(
+    def _forward(
         self, x: torch.Tensor, first: Modulation, second: Modulation, rotary: Rotary, num_text: int,
         counts: tuple[int, ...],
     ) -> torch.Tensor:  # fmt: skip
         attn = self.attn1
         normed = norm_modulate(x, self.norm1.norm, first, num_text)
         query, key, value = (
-            one.unflatten(-1, (attn.heads, -1)) for one in linears(normed, attn.to_q, attn.to_k, attn.to_v)
+            tensor.unflatten(-1, (attn.heads, -1)) for tensor in lora_linears(normed, attn.to_q, attn.to_k, attn.to_v)
         )
         if attn.norm_q is not None:
             query, key = norm_rotate(query, attn.norm_q, rotary), norm_rotate(key, attn.norm_k, rotary)
         if counts:
-            attended = attend_together(query, key, value, self.kernel, counts, self.group)
+            attended = ulysses_attention(query, key, value, self.kernel, counts, self.group)
         else:
             attended = attend(query, key, value, self.kernel)
-        x = gated_sum(x, attn.to_out[1](linears(attended.flatten(-2), attn.to_out[0])[0]), first, num_text)
-        return gated_sum(x, self._feed(norm_modulate(x, self.norm2.norm, second, num_text)), second, num_text)
+        x = gated_sum(x, attn.to_out[1](lora_linears(attended.flatten(-2), attn.to_out[0])[0]), first, num_text)
+        return gated_sum(x, self._feed_forward(norm_modulate(x, self.norm2.norm, second, num_text)), second, num_text)
 
-    def _feed(self, x: torch.Tensor) -> torch.Tensor:
-        entry, *rest = self.ff.net
-        if type(entry) is not GELU:
+    def _feed_forward(self, x: torch.Tensor) -> torch.Tensor:
+        activation, *rest = self.ff.net
+        if type(activation) is not GELU:
             return self.ff(x)
-        x = entry.gelu(linears(x, entry.proj)[0])
+        x = activation.gelu(lora_linears(x, activation.proj)[0])
         for layer in rest:
-            x = layer(x) if isinstance(layer, nn.Dropout) else linears(x, layer)[0]
+            x = layer(x) if isinstance(layer, nn.Dropout) else lora_linears(x, layer)[0]
         return x
 
 
 class Transformer(CogVideoXTransformer3DModel):
-    """CogVideoXTransformer3DModel with `Block`s. Names, config and weights are diffusers'."""
+    """CogVideoXTransformer3DModel made of `Block`s, with the same names, config and weights."""
 
     transformer_blocks: Any
 
@@ -124,25 +143,28 @@ class Transformer(CogVideoXTransformer3DModel):
         super().__init__(*args, **kwargs)
         self.transformer_blocks = nn.ModuleList(Block(block) for block in self.transformer_blocks)
         self.sequence_group: SequenceGroup | None = None
-        self.blocks_are_alike = False
+        self.input_requires_grad = False
 
-    def make_blocks_alike(self) -> None:
-        """Take a gradient for the first block's input too, which nobody needs: code compiled for the others then serves
-        it, and ZeRO-3 sees where a block's backward pass ends, which it takes for its beginning otherwise."""
-        self.blocks_are_alike = True
+    def require_input_grad(self) -> None:
+        """Compute a gradient for the first block's input as well, although nothing uses it.
+
+        The first block can then run code compiled for the others, and ZeRO-3 sees where its backward pass ends, which
+        it otherwise takes for the beginning.
+        """
+        self.input_requires_grad = True
 
     def set_kernel(self, kernel: str) -> None:
-        """The attention kernel of every block (`attention.KERNELS`)."""
+        """Set the attention kernel of every block, a key of `attention.KERNELS`."""
         for block in self.transformer_blocks:
             block.kernel = kernel
 
-    def note_dropout(self) -> None:
-        """Look, once the LoRA is there, which blocks draw random numbers: recomputing must draw the same again."""
+    def detect_dropout(self) -> None:
+        """Find the blocks with dropout, whose recomputation must repeat it. Call this after adding the LoRA."""
         for block in self.transformer_blocks:
-            block.has_dropout = any(isinstance(one, nn.Dropout) and one.p > 0 for one in block.modules())
+            block.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
 
     def set_checkpointing(self, checkpointing: str) -> None:
-        """What every block keeps for the backward pass from now on (`checkpointing`)."""
+        """Set the activation checkpointing mode of every block, one of `CHECKPOINTING_MODES`."""
         if checkpointing == "full+offload" and self.transformer_blocks[0].offload is None:
             offload = Offload(next(self.parameters()).device)
             for block in self.transformer_blocks:
@@ -151,16 +173,19 @@ class Transformer(CogVideoXTransformer3DModel):
             block.checkpointing = checkpointing
 
     def share_sequence(self, group: SequenceGroup) -> None:
-        """From now on every clip is shared by the ranks of `group`: all of them take it, and get the whole output."""
+        """Split every clip over the ranks of `group`. All of them take the whole input and return the whole output."""
         self.sequence_group = group
         for block in self.transformer_blocks:
             block.group = group.name
 
     def compile_blocks(self, backend: Any = "inductor") -> None:
-        """Compile the block, once for all of them. Every bucket runs the same code: at most one compilation for single
-        clips and one for batches, for each checkpointing mode that is used, with gradients and without."""
-        self.make_blocks_alike()
-        # Past its limit, which is 8, Dynamo runs a block as it is, and says so in its own log only.
+        """Compile the blocks, which share the compiled code, as do all buckets.
+
+        Single clips and batches are compiled separately, as is each checkpointing mode that is used, with and without
+        gradients.
+        """
+        self.require_input_grad()
+        # Beyond its limit of 8, Dynamo runs a block uncompiled and reports it only in its own log.
         limits = torch._dynamo.config
         limit = "recompile_limit" if hasattr(limits, "recompile_limit") else "cache_size_limit"
         setattr(limits, limit, max(getattr(limits, limit), MAX_GRAPHS))
@@ -178,32 +203,38 @@ class Transformer(CogVideoXTransformer3DModel):
         attention_kwargs: dict[str, Any] | None = None,
         return_dict: bool = True,
     ) -> Any:
-        """As diffusers': hidden_states [B, F, C, H, W], encoder_hidden_states [B, text tokens, dim], timestep [B]."""
+        """Predict v with the arguments of diffusers' class.
+
+        hidden_states: [B, F, C, H, W]; encoder_hidden_states: [B, text_tokens, dim]; timestep: [B]. Returns a tuple
+        with the prediction [B, F, C, H, W].
+        """
         if attention_kwargs or return_dict:
-            raise ValueError("attention_kwargs and return_dict=True are for diffusers' own class")
+            raise ValueError("attention_kwargs and return_dict=True are not supported. Use diffusers' own class.")
         batch_size, num_frames, _, height, width = hidden_states.shape
         num_text = encoder_hidden_states.shape[1]
         temb = self._time_embedding(timestep, timestep_cond, ofs, hidden_states.dtype)
         x = self.embedding_dropout(self.patch_embed(encoder_hidden_states, hidden_states))
         group = self.sequence_group
-        text: tuple[int, ...] = ()
-        video: tuple[int, ...] = ()
+        text_counts: tuple[int, ...] = ()
+        video_counts: tuple[int, ...] = ()
         if group is not None:
-            text, video = shares(num_text, group.size), shares(x.shape[1] - num_text, group.size)
-            x = torch.cat([own_share(part, group, 1) for part in (x[:, :num_text], x[:, num_text:])], dim=1)
-            num_text = text[group.rank]
+            text_counts = share_sizes(num_text, group.size)
+            video_counts = share_sizes(x.shape[1] - num_text, group.size)
+            x = torch.cat([local_share(part, group, 1) for part in (x[:, :num_text], x[:, num_text:])], dim=1)
+            num_text = text_counts[group.rank]
             if image_rotary_emb is not None:
                 cosines, sines = image_rotary_emb
-                image_rotary_emb = own_share(cosines, group, 0), own_share(sines, group, 0)
+                image_rotary_emb = local_share(cosines, group, 0), local_share(sines, group, 0)
         if (offload := self.transformer_blocks[0].offload) is not None:
-            offload.begin()
-        if self.blocks_are_alike and torch.is_grad_enabled() and not x.requires_grad:
+            offload.reset()
+        if self.input_requires_grad and torch.is_grad_enabled() and not x.requires_grad:
             x = x.detach().requires_grad_()
+        counts = tuple(map(sum, zip(text_counts, video_counts)))
         for block in self.transformer_blocks:
-            x = block(x, temb, image_rotary_emb, num_text, tuple(map(sum, zip(text, video))))
+            x = block(x, temb, image_rotary_emb, num_text, counts)
         x = self.proj_out(self.norm_out(self.norm_final(x[:, num_text:]), temb=temb))
         if group is not None:
-            x = gather(x, video, group)
+            x = gather_tokens(x, video_counts, group)
         return (self._unpatchify(x, batch_size, num_frames, height, width),)
 
     def _time_embedding(
@@ -215,7 +246,7 @@ class Transformer(CogVideoXTransformer3DModel):
         return temb
 
     def _unpatchify(self, x: torch.Tensor, batch: int, frames: int, height: int, width: int) -> torch.Tensor:
-        """[B, tokens, patch values] -> [B, F, C, H, W]."""
+        """Convert patches [B, tokens, patch values] to latents [B, F, C, H, W]."""
         p, p_t = self.config.patch_size, self.config.patch_size_t
         if p_t is None:
             x = x.reshape(batch, frames, height // p, width // p, -1, p, p)

@@ -1,8 +1,8 @@
-"""The transformer's memory-bound parts with as few passes over the sequence as torch allows without a compiler.
+"""The transformer's memory-bound operations, with as few passes over the sequence as possible without a compiler.
 
-Each is an autograd function over one sequence, text tokens first, that keeps what the plain operations would keep and
-makes no copy between them. Under `torch.compile` their bodies are traced and fused further. The base is frozen: no
-gradient goes to weights or biases other than a LoRA's.
+Each is an autograd function over one sequence that starts with the text tokens. It saves what the plain operations
+would save, without copies in between. `torch.compile` traces and fuses them further. The base is frozen, so only LoRA
+weights get gradients.
 """
 
 import contextlib
@@ -13,13 +13,13 @@ import torch
 from peft.tuners.lora.layer import Linear as LoraLinear
 from torch import nn
 
-from cogds.model.transformer.quantize import Packed, PackedLinear, product, product_back
+from cogds.model.transformer.quantize import Packed, PackedLinear, packed_matmul, packed_matmul_backward
 
 Tensors = tuple[torch.Tensor | None, ...]
 
 
 class Modulation(NamedTuple):
-    """Shift, scale and gate of video and of text tokens, [B, 1, D] each, in the order of CogVideoXLayerNormZero."""
+    """Shift, scale and gate for video and text tokens, each [B, 1, D], in the order of CogVideoXLayerNormZero."""
 
     shift: torch.Tensor
     scale: torch.Tensor
@@ -29,18 +29,18 @@ class Modulation(NamedTuple):
     text_gate: torch.Tensor
 
 
-def _parts(x: torch.Tensor, num_text: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the text's and of the video's tokens."""
+def _split_text(x: torch.Tensor, num_text: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Views of the text tokens and the video tokens."""
     return x[:, :num_text], x[:, num_text:]
 
 
 def _text(x: torch.Tensor, num_text: int) -> torch.Tensor:
-    """The text's few tokens: written over what was computed for all with the video's numbers."""
+    """A view of the text tokens. They are few, so results computed with the video's modulation are overwritten."""
     return x[:, :num_text]
 
 
-def _as_written(x: torch.Tensor) -> Any:
-    """Autocast on CUDA makes a norm float32, but not the norm's gradient."""
+def _without_autocast(x: torch.Tensor) -> Any:
+    """Disable autocast, which on CUDA would run a norm in float32, but not the norm's backward pass."""
     return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
 
 
@@ -60,7 +60,7 @@ class _NormModulate(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, num_text: int,
         shift: torch.Tensor, scale: torch.Tensor, text_shift: torch.Tensor, text_scale: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        with _as_written(x):
+        with _without_autocast(x):
             normed, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
         out = torch.addcmul(shift, normed, 1 + scale)
         _text(out, num_text).copy_(torch.addcmul(text_shift, _text(normed, num_text), 1 + text_scale))
@@ -71,25 +71,26 @@ class _NormModulate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Tensors:
         x, weight, bias, mean, rstd, scale, text_scale = ctx.saved_tensors
-        to_text, to_video = _parts(gradient, ctx.num_text)
-        modulations: list[torch.Tensor | None] = [None] * 4
-        if any(ctx.needs_input_grad[5:]):  # an adapter on the layers that make shift and scale
-            text, video = _parts(torch.native_layer_norm(x, [x.shape[-1]], weight, bias, ctx.eps)[0], ctx.num_text)
-            modulations = [
-                to_video.sum(1, keepdim=True),
-                (to_video * video).sum(1, keepdim=True),
-                to_text.sum(1, keepdim=True),
-                (to_text * text).sum(1, keepdim=True),
+        text_grad, video_grad = _split_text(gradient, ctx.num_text)
+        modulation_grads: list[torch.Tensor | None] = [None] * 4
+        if any(ctx.needs_input_grad[5:]):  # the layers that produce shift and scale have a LoRA
+            normed = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, ctx.eps)[0]
+            text, video = _split_text(normed, ctx.num_text)
+            modulation_grads = [
+                video_grad.sum(1, keepdim=True),
+                (video_grad * video).sum(1, keepdim=True),
+                text_grad.sum(1, keepdim=True),
+                (text_grad * text).sum(1, keepdim=True),
             ]
-        before = gradient * (1 + scale)
-        _text(before, ctx.num_text).copy_(to_text * (1 + text_scale))
-        return _norm_backward(before, x, (weight, bias), mean, rstd), None, None, None, None, *modulations
+        normed_grad = gradient * (1 + scale)
+        _text(normed_grad, ctx.num_text).copy_(text_grad * (1 + text_scale))
+        return _norm_backward(normed_grad, x, (weight, bias), mean, rstd), None, None, None, None, *modulation_grads
 
 
 def norm_modulate(x: torch.Tensor, norm: nn.LayerNorm, modulation: Modulation, num_text: int) -> torch.Tensor:
-    """LayerNorm(x) (1 + scale) + shift for x [B, S, D], text and video tokens each by their own.
+    """LayerNorm(x) * (1 + scale) + shift for x [B, S, D], with separate values for text and video tokens.
 
-    Source: diffusers' CogVideoXLayerNormZero, which takes text and video apart.
+    Source: diffusers' CogVideoXLayerNormZero, which takes text and video separately.
     """
     return _NormModulate.apply(
         x, norm.weight, norm.bias, norm.eps, num_text,
@@ -111,23 +112,23 @@ class _GatedSum(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Tensors:
         y, gate, text_gate = ctx.saved_tensors
-        to_text, to_video = _parts(gradient, ctx.num_text)
-        gates: list[torch.Tensor | None] = [None, None]
+        text_grad, video_grad = _split_text(gradient, ctx.num_text)
+        gate_grads: list[torch.Tensor | None] = [None, None]
         if ctx.needs_gates:
-            text, video = _parts(y, ctx.num_text)
-            gates = [(to_video * video).sum(1, keepdim=True), (to_text * text).sum(1, keepdim=True)]
-        to_y = gradient * gate
-        _text(to_y, ctx.num_text).copy_(to_text * text_gate)
-        return gradient, to_y, None, *gates
+            text, video = _split_text(y, ctx.num_text)
+            gate_grads = [(video_grad * video).sum(1, keepdim=True), (text_grad * text).sum(1, keepdim=True)]
+        y_grad = gradient * gate
+        _text(y_grad, ctx.num_text).copy_(text_grad * text_gate)
+        return gradient, y_grad, None, *gate_grads
 
 
 def gated_sum(x: torch.Tensor, y: torch.Tensor, modulation: Modulation, num_text: int) -> torch.Tensor:
-    """x + gate y for x, y [B, S, D], text and video tokens each by their own gate."""
+    """x + gate * y for x, y [B, S, D], with separate gates for text and video tokens."""
     return _GatedSum.apply(x, y, num_text, modulation.gate, modulation.text_gate)
 
 
 def _rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torch.Tensor:
-    """Turn neighbouring pairs of x [B, S, H, d] by angles whose cosines and sines are [S, d / 2]. float32."""
+    """Rotate neighboring pairs of x [B, S, H, d] by angles with cosines and sines [S, d / 2]. Returns float32."""
     even, odd = x[..., ::2], x[..., 1::2]
     cosines, sines = cosines[None, :, None], sines[None, :, None]
     return torch.stack((even * cosines - odd * sines, odd * cosines + even * sines), dim=-1).flatten(-2)
@@ -138,7 +139,7 @@ class _NormRotate(torch.autograd.Function):
     def forward(
         ctx: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, cosines: torch.Tensor, sines: torch.Tensor
     ) -> torch.Tensor:
-        with _as_written(x):
+        with _without_autocast(x):
             out, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
         video = out[:, x.shape[1] - len(cosines) :]
         video.copy_(_rotate(video, cosines, sines))
@@ -148,16 +149,16 @@ class _NormRotate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, gradient: torch.Tensor) -> Tensors:
         x, weight, bias, mean, rstd, cosines, sines = ctx.saved_tensors
-        before = gradient.clone(memory_format=torch.contiguous_format)
-        video = before[:, x.shape[1] - len(cosines) :]
-        video.copy_(_rotate(video, cosines, -sines))
-        return _norm_backward(before, x, (weight, bias), mean, rstd), None, None, None, None, None
+        normed_grad = gradient.clone(memory_format=torch.contiguous_format)
+        video_grad = normed_grad[:, x.shape[1] - len(cosines) :]
+        video_grad.copy_(_rotate(video_grad, cosines, -sines))
+        return _norm_backward(normed_grad, x, (weight, bias), mean, rstd), None, None, None, None, None
 
 
 def norm_rotate(x: torch.Tensor, norm: nn.LayerNorm, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
-    """LayerNorm over the last axis of x [B, S, H, d], then rotary tables on the last tokens, as many as they have rows.
+    """LayerNorm over the last axis of x [B, S, H, d], then rotary position embeddings on the video tokens at the end.
 
-    rotary: cosines and sines, float32 [video tokens, d] with every value twice, as diffusers makes them.
+    rotary: cosines and sines, float32 [video tokens, d], with every value repeated as in diffusers' tables.
     Source: diffusers' CogVideoXAttnProcessor2_0.
     """
     if rotary is None:
@@ -165,58 +166,58 @@ def norm_rotate(x: torch.Tensor, norm: nn.LayerNorm, rotary: tuple[torch.Tensor,
     return _NormRotate.apply(x, norm.weight, norm.bias, norm.eps, rotary[0][:, ::2], rotary[1][:, ::2])
 
 
-def _times(rows: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None) -> torch.Tensor:
+def _linear(rows: torch.Tensor, weight: torch.Tensor | Packed, bias: torch.Tensor | None) -> torch.Tensor:
     """rows W^T + bias."""
     if isinstance(weight, Packed):
-        return product(rows, weight, bias)
+        return packed_matmul(rows, weight, bias)
     return torch.addmm(bias, rows, weight.t()) if bias is not None else rows @ weight.t()
 
 
-def _add_times_back(total: torch.Tensor | None, gradient: torch.Tensor, weight: torch.Tensor | Packed) -> torch.Tensor:
-    """total + gradient W, written over total."""
+def _add_input_grad(total: torch.Tensor | None, gradient: torch.Tensor, weight: torch.Tensor | Packed) -> torch.Tensor:
+    """total + gradient W, in place."""
     if isinstance(weight, Packed):
-        back = product_back(gradient, weight)
-        return back if total is None else total.add_(back)
+        input_grad = packed_matmul_backward(gradient, weight)
+        return input_grad if total is None else total.add_(input_grad)
     return gradient @ weight if total is None else total.addmm_(gradient, weight)
 
 
 class _LoraLinears(torch.autograd.Function):
-    """Linear layers with LoRA on one input: what they add is accumulated by the matrix products themselves."""
+    """Several linear layers with LoRA on the same input. The matrix products accumulate the sums."""
 
     @staticmethod
     def forward(ctx: Any, x: torch.Tensor, scales: Sequence[float], *weights: Any) -> tuple[torch.Tensor, ...]:
-        rows, outs, middles = x.flatten(0, -2), [], []
+        rows, outs, lows = x.flatten(0, -2), [], []  # lows: the products with A, [rows, rank]
         for index, scale in enumerate(scales):
             weight, bias, a, b = weights[4 * index : 4 * index + 4]
-            out = _times(rows, weight, bias)
-            middle = rows @ a.t()
-            out.addmm_(middle, b.t(), alpha=scale)
+            out = _linear(rows, weight, bias)
+            low = rows @ a.t()
+            out.addmm_(low, b.t(), alpha=scale)
             outs.append(out.view(*x.shape[:-1], -1))
-            middles.append(middle)
+            lows.append(low)
         ctx.scales = scales
-        ctx.packed = [one if isinstance(one, Packed) else None for one in weights[::4]]
-        # A bias is not needed.
-        kept = [None if isinstance(one, Packed) else one for index, one in enumerate(weights) if index % 4 != 1]
-        ctx.save_for_backward(x, *middles, *kept)
+        ctx.packed = [weight if isinstance(weight, Packed) else None for weight in weights[::4]]
+        # The backward pass does not need biases.
+        saved = [None if isinstance(w, Packed) else w for index, w in enumerate(weights) if index % 4 != 1]
+        ctx.save_for_backward(x, *lows, *saved)
         return tuple(outs)
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> Tensors:
-        x, *kept = ctx.saved_tensors
-        middles, weights = kept[: len(ctx.scales)], kept[len(ctx.scales) :]
-        rows, to_x, to_weights = x.flatten(0, -2), None, []
-        for index, (scale, middle) in enumerate(zip(ctx.scales, middles)):
-            plain, a, b = weights[3 * index : 3 * index + 3]
+        x, *saved = ctx.saved_tensors
+        lows, weights = saved[: len(ctx.scales)], saved[len(ctx.scales) :]
+        rows, x_grad, weight_grads = x.flatten(0, -2), None, []
+        for index, (scale, low) in enumerate(zip(ctx.scales, lows)):
+            weight, a, b = weights[3 * index : 3 * index + 3]
             gradient = gradients[index].flatten(0, -2)
-            to_middle = (gradient @ b) * scale
-            to_weights += [None, None, to_middle.t() @ rows, (gradient.t() @ middle) * scale]
+            low_grad = (gradient @ b) * scale
+            weight_grads += [None, None, low_grad.t() @ rows, (gradient.t() @ low) * scale]
             if ctx.needs_input_grad[0]:
-                to_x = _add_times_back(to_x, gradient, plain if ctx.packed[index] is None else ctx.packed[index])
-                to_x.addmm_(to_middle, a)
-        return to_x.view(x.shape) if to_x is not None else None, None, *to_weights
+                x_grad = _add_input_grad(x_grad, gradient, weight if ctx.packed[index] is None else ctx.packed[index])
+                x_grad.addmm_(low_grad, a)
+        return x_grad.view(x.shape) if x_grad is not None else None, None, *weight_grads
 
 
-class _Adapted(NamedTuple):
+class _LoraParts(NamedTuple):
     weight: torch.Tensor | Packed
     bias: torch.Tensor | None
     a: nn.Parameter
@@ -224,8 +225,8 @@ class _Adapted(NamedTuple):
     scale: float
 
 
-def _adapted(layer: Any, x: torch.Tensor) -> _Adapted | None:
-    """What `_LoraLinears` needs, where the layer is a plain LoRA on a frozen linear layer in one dtype; else None."""
+def _lora_parts(layer: Any, x: torch.Tensor) -> _LoraParts | None:
+    """The inputs of `_LoraLinears` for a plain LoRA on a frozen linear layer in the dtype of x, otherwise None."""
     if type(layer) is not LoraLinear or type(layer.base_layer) not in (nn.Linear, PackedLinear):
         return None
     if layer.disable_adapters or layer.merged or len(layer.active_adapters) != 1:
@@ -239,17 +240,17 @@ def _adapted(layer: Any, x: torch.Tensor) -> _Adapted | None:
     weight: Any = base.packed if isinstance(base, PackedLinear) else base.weight
     if {a.weight.dtype, b.weight.dtype, weight.dtype} != {x.dtype} or b.bias is not None:
         return None
-    return _Adapted(weight, base.bias, a.weight, b.weight, layer.scaling[name])
+    return _LoraParts(weight, base.bias, a.weight, b.weight, layer.scaling[name])
 
 
-def linears(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
-    """Each layer's output for x [B, S, D]: linear layers, with a LoRA or without.
+def lora_linears(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...]:
+    """Apply linear layers, with or without LoRA, to the same input x [B, S, D].
 
-    Plain LoRAs are computed together: W x + b + scale B A x, without a pass over the outputs for the sum and with one
-    gradient for x. Whatever else peft has on a layer (dropout, DoRA) runs as peft has it.
+    Plain LoRAs are computed together: W x + b + scale B A x, without an extra pass over the outputs for the sum, and
+    with one gradient for x. Layers with other peft features (dropout, DoRA) run peft's own code.
     """
-    adapted = [_adapted(layer, x) for layer in layers]
-    if None in adapted:
+    parts = [_lora_parts(layer, x) for layer in layers]
+    if None in parts:
         return tuple(layer(x) for layer in layers)
-    weights = [tensor for one in adapted for tensor in (one.weight, one.bias, one.a, one.b)]  # type: ignore[union-attr]
-    return _LoraLinears.apply(x, tuple(one.scale for one in adapted), *weights)  # type: ignore[union-attr]
+    weights = [tensor for lora in parts for tensor in lora[:4]]  # type: ignore[index]
+    return _LoraLinears.apply(x, tuple(lora.scale for lora in parts), *weights)  # type: ignore[union-attr]

@@ -1,4 +1,4 @@
-"""Blocks' inputs in host memory: its pieces, and the GPU's way there and back with copies that are late."""
+"""Offload of block inputs: the pool of pinned buffers, and copies on a stream that runs as late as possible."""
 
 import mmap
 import weakref
@@ -9,63 +9,63 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.errors import UserError
-from cogds.model.transformer.checkpointing import HostMemory, Offload, Pinned
+from cogds.model.transformer.checkpointing import Offload, PinnedBuffer, PinnedPool
 from tests.model.transformer.test_forward import ATTENTION, V15, inputs, outcome, pair
 
 PAGE = mmap.PAGESIZE
 
 
-class Piece:
-    """Ordinary memory in place of pinned."""
+class Buffer:
+    """Unpinned memory in place of `PinnedBuffer`."""
 
     made: list[int]
 
     def __init__(self, num_bytes):
-        self.num_bytes, self.numbers = num_bytes, torch.zeros(num_bytes, dtype=torch.uint8)
+        self.num_bytes, self.bytes = num_bytes, torch.zeros(num_bytes, dtype=torch.uint8)
         self.made.append(num_bytes)
 
 
 @pytest.fixture
 def made(monkeypatch):
-    """The sizes of the pieces that were made."""
-    monkeypatch.setattr(Piece, "made", [], raising=False)
-    return Piece.made
+    """The sizes of the allocated buffers."""
+    monkeypatch.setattr(Buffer, "made", [], raising=False)
+    return Buffer.made
 
 
-def test_pieces_are_as_large_as_asked_for_in_pages(made):
-    memory = HostMemory(Piece)
-    of_a_full_clip = 45_106 * 3072 * 2
-    assert memory.take(of_a_full_clip).num_bytes - of_a_full_clip < PAGE
-    assert HostMemory(Piece).take(1).num_bytes == PAGE
+def test_buffers_are_rounded_up_to_whole_pages(made):
+    pool = PinnedPool(Buffer)
+    num_bytes = 45_106 * 3072 * 2  # of a full clip
+    assert pool.acquire(num_bytes).num_bytes - num_bytes < PAGE
+    assert PinnedPool(Buffer).acquire(1).num_bytes == PAGE
     assert len(made) == 2
 
 
-def test_pieces_are_used_again_the_smallest_that_fits(made):
-    memory = HostMemory(Piece)
-    large, small = memory.take(3 * PAGE), memory.take(PAGE)
+def test_the_smallest_fitting_buffer_is_reused(made):
+    pool = PinnedPool(Buffer)
+    large, small = pool.acquire(3 * PAGE), pool.acquire(PAGE)
     assert made == [3 * PAGE, PAGE]
-    memory.give(large)
-    memory.give(small)
-    assert memory.take(PAGE) is small
-    assert memory.take(PAGE) is large
+    pool.release(large)
+    pool.release(small)
+    assert pool.acquire(PAGE) is small
+    assert pool.acquire(PAGE) is large
     assert made == [3 * PAGE, PAGE]
 
 
-def test_pieces_that_have_become_too_small_are_given_back_first(made):
-    memory = HostMemory(Piece)
-    for piece in [memory.take(PAGE) for _ in range(3)]:
-        memory.give(piece)
-    memory.take(2 * PAGE)
-    assert memory.free == []
+def test_buffers_that_are_too_small_are_freed_first(made):
+    pool = PinnedPool(Buffer)
+    for buffer in [pool.acquire(PAGE) for _ in range(3)]:
+        pool.release(buffer)
+    pool.acquire(2 * PAGE)
+    assert pool.free == []
     assert made == [PAGE] * 3 + [2 * PAGE]
 
 
 class LateStream(TorchDispatchMode):
-    """A stream whose copies are made when the computing stream waits for them, and not before.
+    """A stream that performs its copies only when the compute stream waits for them.
 
-    What a real one may do wrong, it does: a copy that was not told to wait for the computing stream comes before the
-    numbers that it is to read, or before the last use of the memory that it writes to; and what was let go of before it
-    was copied is another's by then. Whatever arrives in its place is no number.
+    It does the worst that a real stream may do. A copy that was not told to wait for the compute stream runs before its
+    source is computed, or before the last use of the memory that it overwrites. A source that was freed before it was
+    copied has been reused. The results of all of these are NaN.
     """
 
     def __init__(self):
@@ -76,7 +76,7 @@ class LateStream(TorchDispatchMode):
         if function is torch.ops.aten.copy_.default:
             to, source = args[:2]
             self.queued.append((to, weakref.ref(source), self.in_time))
-            self.in_time = False  # what is computed from now on is waited for anew
+            self.in_time = False  # later computations need another wait
             return to
         return function(*args, **(kwargs or {}))
 
@@ -98,7 +98,7 @@ class LateStream(TorchDispatchMode):
 
 
 class ComputingStream:
-    """The other one, which is never late."""
+    """The compute stream, which runs immediately."""
 
     def __init__(self, late):
         self.late = late
@@ -109,13 +109,13 @@ class ComputingStream:
 
 @pytest.fixture
 def late(monkeypatch):
-    """torch's streams, of which the second one is late."""
+    """Replace torch's streams, with a late copy stream."""
     stream = LateStream()
     computing = ComputingStream(stream)
 
     @contextmanager
-    def on(one):
-        with one:
+    def on(stream):
+        with stream:
             yield
 
     monkeypatch.setattr(torch.cuda, "stream", on)
@@ -124,47 +124,48 @@ def late(monkeypatch):
 
 
 def offloaded(late):
-    """A transformer whose blocks' inputs go to the host as on a GPU."""
+    """A transformer that offloads block inputs as on a GPU."""
     _, ours = pair(V15, ATTENTION)
     ours.set_checkpointing("full+offload")
     offload = ours.transformer_blocks[0].offload
-    offload.stream, offload.memory = late, HostMemory(Piece)
+    offload.stream, offload.pool = late, PinnedPool(Buffer)
     return ours, offload
 
 
-# Three pages a block, six, and three again.
+# Three pages per block, then six, then three again.
 CLIPS = [(4, 4, 6), (4, 8, 10), (4, 4, 6)]
 
 
-def test_on_a_gpu_too_no_bit_changes_and_memory_stays_what_it_is(made, late):
+def test_offload_on_a_stream_is_exact_and_reuses_its_memory(made, late):
     ours, offload = offloaded(late)
     torch.manual_seed(1)
     batches = [inputs(V15, 2, latents) for latents in CLIPS]
-    found = [outcome(ours, batch) for batch in batches]
+    outcomes = [outcome(ours, batch) for batch in batches]
     assert made == [3 * PAGE] * 3 + [6 * PAGE] * 3
-    assert [piece.num_bytes for piece in offload.memory.free] == [6 * PAGE] * 3
-    assert late.num_done == len(late.queued) >= 3 * (3 + 1)  # blocks of three clips go, and come unless they are here
+    assert [buffer.num_bytes for buffer in offload.pool.free] == [6 * PAGE] * 3
+    # Three block inputs per clip are copied to the host, and back unless they are still on the device.
+    assert late.num_done == len(late.queued) >= 3 * (3 + 1)
     ours.set_checkpointing("none")
-    for batch, (output, gradients) in zip(batches, found):
+    for batch, (output, gradients) in zip(batches, outcomes):
         expected = outcome(ours, batch)
         assert torch.equal(output, expected[0])
         assert all(torch.equal(gradients[name], gradient) for name, gradient in expected[1].items())
 
 
-def test_memory_is_free_when_the_backward_pass_is_over_and_not_before(made, late):
-    """Two forward passes before the first backward pass: the second takes memory of its own."""
+def test_buffers_are_released_after_the_backward_pass(made, late):
+    """Two forward passes before the first backward pass: the second uses its own buffers."""
     ours, offload = offloaded(late)
     torch.manual_seed(1)
-    one, other = (ours(**inputs(V15))[0].square().mean() for _ in range(2))
+    first, second = (ours(**inputs(V15))[0].square().mean() for _ in range(2))
     assert len(made) == 6
-    assert offload.memory.free == []
-    other.backward()
-    assert len(offload.memory.free) == 3
-    one.backward()
-    assert len(offload.memory.free) == 6  # `one` and `other` are still there
+    assert offload.pool.free == []
+    second.backward()
+    assert len(offload.pool.free) == 3
+    first.backward()
+    assert len(offload.pool.free) == 6  # although `first` and `second` still exist
 
 
-def test_what_cannot_be_pinned_is_said(monkeypatch):
+def test_a_failure_to_pin_memory_is_a_user_error(monkeypatch):
     class Refusing:
         def cudaHostRegister(self, *_):
             return 2
@@ -179,10 +180,10 @@ def test_what_cannot_be_pinned_is_said(monkeypatch):
     monkeypatch.setattr(torch.cuda, "CudaError", CudaError)
     monkeypatch.setattr(torch.cuda, "cudart", Refusing)
     monkeypatch.setattr(torch.cuda, "check_error", check)
-    with pytest.raises(UserError, match=r"full\+offload cannot pin 0 MB"):
-        Pinned(PAGE)
+    with pytest.raises(UserError, match=r"train\.activation_checkpointing=full\+offload: .* 0 MB"):
+        PinnedBuffer(PAGE)
 
 
-def test_a_cpu_copies_without_a_stream():
+def test_no_stream_on_a_cpu():
     offload = Offload(torch.device("cpu"))
     assert offload.stream is None

@@ -1,4 +1,4 @@
-"""The transformer of the training against diffusers' own, which is the reference: outputs and gradients."""
+"""The trained transformer against diffusers' own: outputs and gradients."""
 
 import pytest
 import torch
@@ -14,7 +14,7 @@ from tests.live_bytes import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 CHECKPOINTING_MODES = ("none", "selective", "full", "full+offload")
-# CogVideoX-1.5, tiny; 1.0 has patches of one frame, 1.0-I2V learned positions, 1.0-2B no rotary tables.
+# Tiny versions of CogVideoX-1.5, of 1.0 (no temporal patches), 1.0-I2V (learned positions) and 1.0-2B (no RoPE).
 V15 = {
     "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 8, "out_channels": 4, "time_embed_dim": 32,
     "ofs_embed_dim": 32, "text_embed_dim": 24, "num_layers": 3, "sample_width": 30, "sample_height": 30,
@@ -29,7 +29,7 @@ def all_linear(transformer):
 
 
 def pair(config, targets, dtype=torch.float32, **lora):
-    """diffusers' transformer and ours, with the same random weights and the same LoRA."""
+    """diffusers' transformer and cogds', with the same random weights and the same LoRA."""
     torch.manual_seed(0)
     theirs, ours = CogVideoXTransformer3DModel(**config), Transformer(**config)
     for one in (theirs, ours):
@@ -81,7 +81,7 @@ def worst(ours, theirs):
 @pytest.mark.parametrize(
     "config", [V15, V10, V10 | {"use_rotary_positional_embeddings": False}], ids=["15", "10", "2b"]
 )
-def test_numbers_are_diffusers(config, targets):
+def test_outputs_and_gradients_equal_diffusers(config, targets):
     theirs, ours = pair(config, targets)
     batch = inputs(config)
     expected, found = outcome(theirs, batch), outcome(ours, batch)
@@ -89,8 +89,8 @@ def test_numbers_are_diffusers(config, targets):
     assert worst(found[1], expected[1]) < 5e-6
 
 
-def test_in_bf16_it_is_nearer_to_float32_than_diffusers():
-    """Sums within a matrix product and modulation in one operation round less often, so not bit for bit the same."""
+def test_bf16_is_closer_to_float32_than_diffusers():
+    """Fused sums and modulation round less often, so results are not exactly those of diffusers."""
     exact, _ = pair(V15, "all")
     theirs, ours = pair(V15, "all", torch.bfloat16)
     exact.load_state_dict({name: one.float() for name, one in theirs.state_dict().items()})
@@ -104,7 +104,7 @@ def test_in_bf16_it_is_nearer_to_float32_than_diffusers():
 
 
 @pytest.mark.parametrize("lora", [{"lora_dropout": 0.5}, {"use_dora": True}, {"lora_bias": True}])
-def test_what_is_not_a_plain_lora_runs_as_peft_has_it(lora):
+def test_other_loras_run_the_code_of_peft(lora):
     theirs, ours = pair(V15, ATTENTION, **lora)
     batch = inputs(V15)
     torch.manual_seed(1)
@@ -117,9 +117,9 @@ def test_what_is_not_a_plain_lora_runs_as_peft_has_it(lora):
 
 @pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.5}], ids=["plain", "dropout"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES[1:])
-def test_recomputing_changes_no_bit(checkpointing, lora):
+def test_recomputation_is_exact(checkpointing, lora):
     _, ours = pair(V15, "all", **lora)
-    ours.note_dropout()
+    ours.detect_dropout()
     batch = inputs(V15)
     torch.manual_seed(1)
     expected = outcome(ours, batch)
@@ -131,7 +131,7 @@ def test_recomputing_changes_no_bit(checkpointing, lora):
 
 
 class Calls(TorchDispatchMode):
-    """Operations that were really run: outside of the mode that hands out what was kept."""
+    """Counts operations that really run: below the dispatch mode that returns saved results."""
 
     def __init__(self):
         super().__init__()
@@ -154,14 +154,14 @@ def calls_of_attention(checkpointing):
     )
 
 
-def test_attention_is_recomputed_only_where_the_whole_block_is():
+def test_attention_is_recomputed_only_if_the_whole_block_is():
     (kept, none), (attention, partly), (twice, block) = map(calls_of_attention, CHECKPOINTING_MODES[:3])
     assert (kept, attention, twice) == (3, 3, 6)
     assert none < partly == block
 
 
 def kept_on_the_device(checkpointing):
-    """Bytes that are alive after the forward pass, but for what would wait in a GPU's host memory."""
+    """Bytes alive after the forward pass, without those that would be in host memory on a GPU machine."""
     _, ours = pair(V15, ATTENTION)
     ours.set_checkpointing(checkpointing)
     batch = inputs(V15)
@@ -169,28 +169,28 @@ def kept_on_the_device(checkpointing):
     with LiveBytes([*ours.parameters(), *ours.buffers(), *given, *batch["image_rotary_emb"]]) as live:
         output = ours(**batch)[0]
         offload = ours.transformer_blocks[0].offload
-        waiting = offload._waiting if offload is not None else []
+        waiting = offload._on_host if offload is not None else []
         bytes_kept = live.live - sum(parked.host.nbytes for parked in waiting)
     del output
     return bytes_kept
 
 
-def test_each_level_keeps_less_than_the_one_before():
+def test_each_mode_keeps_less_than_the_one_before():
     none, attention, block, offload = map(kept_on_the_device, CHECKPOINTING_MODES)
     unit, statistics = 2 * (12 + 5) * 64 * 4, 2 * (12 + 5) * 4 * 4
     assert none > 4 * attention
     assert attention - block == 3 * (unit + statistics)  # attention's outputs, of three blocks
-    assert block - offload == 3 * unit  # and their inputs
+    assert block - offload == 3 * unit  # the inputs of three blocks
 
 
-def test_inputs_of_blocks_go_to_the_host_and_come_back():
+def test_block_inputs_are_offloaded_and_fetched():
     _, ours = pair(V15, ATTENTION)
     ours.set_checkpointing("full+offload")
     output = ours(**inputs(V15))[0]
     offload = ours.transformer_blocks[0].offload
-    assert len(offload._waiting) == 3
+    assert len(offload._on_host) == 3
     output.sum().backward()
-    assert not offload._waiting
+    assert not offload._on_host
 
 
 def test_without_gradients_nothing_is_kept():
@@ -199,11 +199,11 @@ def test_without_gradients_nothing_is_kept():
     ours.set_checkpointing("full+offload")
     with torch.no_grad():
         ours(**batch)
-    assert not ours.transformer_blocks[0].offload._waiting
+    assert not ours.transformer_blocks[0].offload._on_host
 
 
 def compiled(ours, shapes):
-    """Outcomes of the compiled blocks, and how many graphs that took. Without a code generator, which takes minutes."""
+    """Outcomes of the compiled blocks, and the number of graphs. Without a code generator, which takes minutes."""
     graphs = []
 
     def count(graph, _example):
@@ -216,8 +216,8 @@ def compiled(ours, shapes):
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
-def test_one_compilation_serves_all_buckets(checkpointing):
-    """One for single clips and one for batches, whatever their number and size."""
+def test_one_compilation_for_all_buckets(checkpointing):
+    """One graph for single clips and one for batches of any size and shape."""
     _, ours = pair(V15, ATTENTION)
     ours.set_checkpointing(checkpointing)
     sizes = [(4, 4, 6), (6, 6, 4), (2, 4, 4), (4, 8, 8), (8, 4, 10)]
@@ -231,9 +231,8 @@ def test_one_compilation_serves_all_buckets(checkpointing):
 
 
 @pytest.mark.slow
-def test_every_way_of_running_is_compiled_however_many_there_are():
-    """Dynamo's own limit is 8 graphs; past it a block would run as it is. 4 checkpointing
-    modes, 1 or 2 clips, gradients or none."""
+def test_all_combinations_of_modes_are_compiled():
+    """Four checkpointing modes, 1 or 2 clips, with and without gradients: beyond Dynamo's default limit of 8 graphs."""
     _, ours = pair(V15, ATTENTION)
     graphs, batches = [], [inputs(V15, batch, (2, 2, 2)) for batch in (1, 2)]
 
@@ -252,7 +251,7 @@ def test_every_way_of_running_is_compiled_however_many_there_are():
                         ours(**batch)
         assert 8 < len(graphs) <= MAX_GRAPHS
         before = len(graphs)
-        ours.set_kernel("math")  # a new way is a new graph, and no old way is one
+        ours.set_kernel("math")  # only a new combination compiles a new graph
         ours(**batches[0])
         ours.set_kernel("torch")
         ours(**batches[0])
@@ -261,8 +260,8 @@ def test_every_way_of_running_is_compiled_however_many_there_are():
 
 @pytest.mark.slow
 @pytest.mark.timeout(900)
-def test_generated_code_gives_the_same_numbers():
-    """With the code generator that training uses, which takes minutes here: one block, mode and length."""
+def test_generated_code_is_equivalent():
+    """With the code generator used in training, which takes minutes on a CPU: one block, mode and length."""
     _, ours = pair(V15 | {"num_layers": 1}, ATTENTION)
     ours.set_checkpointing("selective")
     batch = inputs(V15, 1, (2, 4, 4))
@@ -277,7 +276,7 @@ def test_generated_code_gives_the_same_numbers():
 
 
 def partitioned(checkpointing):
-    """Of the compiled block: how often its backward graph runs attention, and the bytes its forward graph keeps."""
+    """For the compiled block: attention calls in the backward graph, and bytes that the forward graph saves."""
     _, ours = pair(V15, ATTENTION)
     ours.set_checkpointing(checkpointing)
     graphs = {}
@@ -297,19 +296,19 @@ def partitioned(checkpointing):
     kept = next(node for node in graphs["forward"].graph.nodes if node.op == "output").args[0][1:]
     values = [node.meta["val"] for node in kept if node is not None and node.op != "placeholder"]
     sizes = [int(value.numel()) * value.element_size() for value in values if isinstance(value, torch.Tensor)]
-    # A second run may stand within an operator that brings the random state back.
+    # Recomputed operations may be inside an operator that restores the random state.
     nodes = graphs["backward"].graph.nodes
     return sum(attention in (node.target, *node.args) for node in nodes), sum(sizes)
 
 
-def test_the_compiler_keeps_and_recomputes_as_told():
+def test_the_compiler_follows_the_checkpointing_mode():
     (kept, none), (attention, partly), (twice, block) = map(partitioned, CHECKPOINTING_MODES[:3])
     assert (kept, attention, twice) == (0, 0, 1)
     assert none > partly > block
 
 
 @pytest.mark.parametrize("config", [V15, V10])
-def test_names_config_and_weights_are_diffusers(config, tmp_path):
+def test_names_config_and_weights_equal_diffusers(config, tmp_path):
     theirs, ours = CogVideoXTransformer3DModel(**config), Transformer(**config)
     assert [name for name, _ in theirs.named_parameters()] == [name for name, _ in ours.named_parameters()]
     assert {k: v for k, v in theirs.config.items() if not k.startswith("_")} == {
@@ -320,13 +319,13 @@ def test_names_config_and_weights_are_diffusers(config, tmp_path):
     assert all(torch.equal(a, b) for a, b in zip(again.parameters(), ours.parameters()))
 
 
-def test_what_only_diffusers_class_can_do_is_refused():
+def test_unsupported_arguments_are_refused():
     _, ours = pair(V15, ATTENTION)
-    with pytest.raises(ValueError, match="diffusers' own class"):
+    with pytest.raises(ValueError, match="attention_kwargs"):
         ours(**inputs(V15) | {"attention_kwargs": {"scale": 0.5}})
 
 
-def test_a_kernel_is_handed_down():
+def test_the_kernel_reaches_every_block():
     _, ours = pair(V15, ATTENTION)
     ours.set_kernel("math")
     assert {block.kernel for block in ours.transformer_blocks} == {"math"}

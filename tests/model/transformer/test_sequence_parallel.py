@@ -1,5 +1,7 @@
-"""One clip over several ranks against one rank: outputs and gradients. The ranks are threads, and their exchange a list
-that they share; tests/dist/test_sequence.py has processes and DeepSpeed."""
+"""Sequence parallelism against a single rank: outputs and gradients.
+
+The ranks are threads that exchange tensors in a shared list. tests/dist/test_sequence.py uses processes and DeepSpeed.
+"""
 
 import copy
 import threading
@@ -12,7 +14,7 @@ from peft import LoraConfig
 from cogds.errors import UserError
 from cogds.model.transformer import sequence_parallel as sequence
 from cogds.model.transformer.forward import Transformer
-from cogds.model.transformer.sequence_parallel import SequenceGroup, attend_together, check_sequence, shares
+from cogds.model.transformer.sequence_parallel import SequenceGroup, check_sequence, share_sizes, ulysses_attention
 from tests.model.transformer.test_forward import CHECKPOINTING_MODES, V10, V15, all_linear, inputs
 
 ODD = (2, 6, 10)  # 15 video tokens, and 5 of text
@@ -20,7 +22,7 @@ PORTRAIT = (4, 10, 2)
 
 
 class Threads:
-    """all_to_all_single between threads. changed: what goes on its way to the others."""
+    """all_to_all_single between threads. changed: modifies the rows before they are sent."""
 
     def __init__(self, size, changed=lambda rows: rows):
         self.size, self.changed = size, changed
@@ -36,7 +38,7 @@ class Threads:
         self.barrier.wait()
 
     def run(self, function):
-        """function(group) on every rank."""
+        """Call function(group) on every rank."""
 
         def on(rank):
             self.local.rank = rank
@@ -77,7 +79,7 @@ def outcome(transformer, batch, target):
 
 
 def compare(threads, transformer, batch, checkpointing="none"):
-    """Loss and gradients of one rank, and of those that share the clip: their mean, as data parallelism takes it."""
+    """Loss and gradients of a single rank, and of ranks that share the clip, averaged as in data parallelism."""
     target = torch.randn_like(batch["hidden_states"][:, :, :4])
     alone = outcome(copy.deepcopy(transformer), batch, target)
 
@@ -93,7 +95,7 @@ def compare(threads, transformer, batch, checkpointing="none"):
 
 
 def compiled(transformer, function):
-    """What function gives with compiled blocks, and how many graphs that took."""
+    """The result of function with compiled blocks, and the number of compiled graphs."""
     graphs = []
 
     def count(graph, example):
@@ -115,16 +117,16 @@ def distances(ours, theirs):
     "config", [V15, V10, V10 | {"use_rotary_positional_embeddings": False}], ids=["15", "10", "2b"]
 )
 @pytest.mark.parametrize("size", [2, 4])
-def test_shared_is_alone(threads, size, config, latents):
+def test_a_shared_clip_equals_one_rank(threads, size, config, latents):
     batch = inputs(config, latents=latents)
     (loss, grads), (losses, mean) = compare(threads(size), model(config), batch)
     assert losses == pytest.approx([loss] * size, rel=1e-6)
-    assert losses == [losses[0]] * size  # bit for bit, so that ranks of a group agree on what is finite
+    assert losses == [losses[0]] * size  # exactly equal, so that the ranks of a group agree if a loss is finite
     assert distances(mean, grads) < 1e-5
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES[1:])
-def test_what_is_recomputed_does_not_matter(threads, checkpointing):
+def test_checkpointing_with_a_shared_clip(threads, checkpointing):
     (loss, grads), (losses, mean) = compare(threads(2), model(V15), inputs(V15, latents=ODD), checkpointing)
     assert losses == pytest.approx([loss] * 2, rel=1e-6)
     assert distances(mean, grads) < 1e-5
@@ -138,7 +140,7 @@ def test_fewer_text_tokens_than_ranks(threads):
     assert distances(mean, grads) < 1e-5
 
 
-def test_a_token_that_does_not_arrive_is_seen(threads):
+def test_a_lost_token_is_detected(threads):
     def without_the_first(rows):
         rows = rows.clone()
         rows[0] = 0
@@ -151,13 +153,13 @@ def test_a_token_that_does_not_arrive_is_seen(threads):
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_heads_and_tokens_come_back_where_they_were(threads, dtype):
+def test_the_exchange_restores_heads_and_tokens(threads, dtype):
     whole = torch.randn(3, 2, 7, 4, 8, dtype=dtype)  # query, key and value [B, S, H, d]
-    counts = shares(7, 2)
+    counts = share_sizes(7, 2)
 
     def on_rank(group):
         query, key, value = whole.split(counts, 2)[group.rank]
-        return attend_together(query, key, value, "torch", counts, group.name)
+        return ulysses_attention(query, key, value, "torch", counts, group.name)
 
     together = torch.cat(threads(2).run(on_rank), dim=1)
     alone = torch.nn.functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in whole)).transpose(1, 2)
@@ -165,8 +167,8 @@ def test_heads_and_tokens_come_back_where_they_were(threads, dtype):
 
 
 @pytest.mark.slow
-def test_compiled_blocks_exchange_too(monkeypatch):
-    """One rank of two, whose partner sends back what it gets: the exchange and its derivative are in the graph."""
+def test_compiled_blocks_with_a_shared_clip(monkeypatch):
+    """One rank of two whose partner returns what it receives: the exchange and its derivative are in the graph."""
     order = []
 
     def echo(out, rows, taken, given, group):  # noqa: ARG001
@@ -189,7 +191,7 @@ def test_compiled_blocks_exchange_too(monkeypatch):
     plain_order, order[:] = list(order), []
     found, num_graphs = compiled(ours, outcomes)
     assert order == plain_order
-    assert num_graphs <= 2  # the second where the counts, which are numbers and no sizes, are seen to differ
+    assert num_graphs <= 2  # the counts are integers, not tensor sizes, so a change may compile a second graph
     for (loss, grads), (expected, expected_grads) in zip(found, plain):
         assert loss == pytest.approx(expected, rel=1e-6)
         assert distances(grads, expected_grads) < 1e-5
@@ -197,7 +199,7 @@ def test_compiled_blocks_exchange_too(monkeypatch):
 
 @pytest.mark.parametrize("num_tokens, size, expected", [(5, 2, (3, 2)), (4, 4, (1,) * 4), (3, 4, (1, 1, 1, 0))])
 def test_shares_differ_by_one_at_most(num_tokens, size, expected):
-    assert shares(num_tokens, size) == expected
+    assert share_sizes(num_tokens, size) == expected
     assert tuple(len(part) for part in torch.arange(num_tokens).tensor_split(size)) == expected
 
 
@@ -206,9 +208,7 @@ def test_shares_differ_by_one_at_most(num_tokens, size, expected):
     [(3, 6, 8, "1 or 2"), (4, 6, 48, "1 or 2 or 3 or 6"), (5, 10, 48, "1 or 2"), (2, 1, 48, "1")],
 )
 def test_sizes_that_do_not_divide_are_refused(size, num_ranks, num_heads, possible):
-    with pytest.raises(
-        UserError, match=rf"parallel.sequence_size is {size}, .* set it to {possible}, or start another"
-    ):
+    with pytest.raises(UserError, match=rf"parallel\.sequence_size: {size} .*\b{possible}, "):
         check_sequence(size, num_ranks, num_heads)
     for allowed in map(int, possible.split(" or ")):
         check_sequence(allowed, num_ranks, num_heads)

@@ -245,9 +245,11 @@ class Trainer:
         )  # fmt: skip
 
     def log_results(self, run: Run) -> None:
-        """Log the path of the LoRA and how to watch the run."""
+        """Log the path of the LoRA, how to watch the run, and how to make a video."""
         lora = self.output_dir / "lora" / checkpoints.step_name(max(run.first_step, run.cfg.train.num_steps))
+        sample = f'cogds sample --model {run.cfg.model.path} --lora {lora} --image IMAGE --prompt "PROMPT"'
         logger.log(RESULT, "LoRA: %s\nwatch: tensorboard --logdir %s", lora, self.output_dir / "tensorboard")
+        logger.log(RESULT, "next: %s", sample)
 
 
 def tags_written_again(run: Run) -> tuple[str, ...]:

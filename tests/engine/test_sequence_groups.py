@@ -47,8 +47,6 @@ def test_what_does_not_divide_is_said_before_anything_is_loaded(tiny_model, tmp_
         "data.path=unused",
         "parallel.sequence_size=2",
     ]
-    with pytest.raises(
-        UserError, match=r"parallel.sequence_size is 2, .* number of ranks, 1, and .* heads, 2: set it to 1,"
-    ):
+    with pytest.raises(UserError, match=r"^parallel\.sequence_size: 2 "):
         call("train", settings, starts_ranks=False)
     assert not (tmp_path / "out").exists()

@@ -58,7 +58,7 @@ from cogds.core.rope import rotary_tables
 from cogds.distributed.process_group import disconnect
 from cogds.distributed.world import World, read_world
 from cogds.model.load import build_transformer
-from cogds.model.transformer.attention import use
+from cogds.model.transformer.attention import activate_kernel
 
 # A clip that costs next to nothing, to bring engines to where they always are.
 SMALL = ClipShape(5, 64, 64)
@@ -184,7 +184,7 @@ def compare(
     device, dtype = world.device, DTYPES[precision]
     if kernel == "auto":
         kernel = fastest_kernel(size, [size.bucket], precision, device)[0]
-    use(kernel, device)
+    activate_kernel(kernel, device)
     torch.manual_seed(0)
     base, vae = build_transformer(model_of(size), dtype, device), random_vae(size, dtype, device)
     weights = base.state_dict()

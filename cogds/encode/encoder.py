@@ -20,7 +20,7 @@ from cogds.core.geometry import ClipShape
 from cogds.data.cache.store import Cache, CacheWriter
 from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
 from cogds.data.video.media import DecodeError
-from cogds.data.video.probe_task import reason_of
+from cogds.data.video.probe_task import categorize
 from cogds.distributed.collectives import on_all_ranks, on_rank0, rank0_only, scatter_from_rank0
 from cogds.distributed.world import World
 from cogds.encode.cache_keys import is_tiled
@@ -137,9 +137,9 @@ def encode_clips(
             if reason := _change_reason(row):
                 failures[row["key"]] = reason
             elif isinstance(clip, TaskFailure) and clip.is_permanent:
-                writer.fail(row["key"].hex(), reason_of(clip.reason))
+                writer.fail(row["key"].hex(), categorize(clip.reason))
             elif isinstance(clip, TaskFailure):
-                failures[row["key"]] = reason_of(clip.reason)
+                failures[row["key"]] = categorize(clip.reason)
             else:
                 pixels, first_frame = torch.from_numpy(clip.pixels), torch.from_numpy(clip.first_frame)
                 moments = encode_pixels(vae, pixels, is_tiled(cfg, model, buckets[row["bucket"]]))

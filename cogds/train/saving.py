@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import cogds
 from cogds.card import pipeline_factor, write_card
 from cogds.distributed.collectives import on_rank0
 from cogds.engine import checkpoint as checkpoints
@@ -91,6 +92,7 @@ def lora_facts(run: Run, step: int) -> dict[str, Any]:
     cfg, plan = run.cfg, run.plan
     batches = sorted({size * run.world.data_size * plan.accumulation for size in plan.local_batch_sizes})
     facts = {
+        "cogds_version": cogds.__version__,
         "step": step,
         "base_model": cfg.model.path,
         "quantization": cfg.model.quantization,

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import cogds
 from cogds.config.loading import to_yaml
 from cogds.core.diffusion import v_loss
 from cogds.core.lr_schedule import learning_rate
@@ -125,6 +126,7 @@ class Trainer:
         execution = choose_execution(job, plan.local_batch_sizes)
         run = Run(job, data, plan, execution, initial.header.get("step", 0))
         header = {
+            "cogds_version": cogds.__version__,
             "identity": identity,
             "plan": dataclasses.asdict(plan),
             "index": data.index.path.name,
@@ -149,7 +151,8 @@ class Trainer:
         if previous := checkpoints.set_aside(self.output_dir, initial.checkpoint, run.first_step):
             logger.info("moved the files of an earlier run to %s", previous)
         rewind_metrics(self.output_dir / "metrics.jsonl", run.first_step, tags_written_again(run))
-        for name, text in (("run.yaml", to_yaml(run.cfg)), ("ds_config.json", json.dumps(run.ds_config, indent=2))):
+        config = f"# cogds {cogds.__version__}\n{to_yaml(run.cfg)}"
+        for name, text in (("run.yaml", config), ("ds_config.json", json.dumps(run.ds_config, indent=2))):
             with whole_file(self.output_dir / name) as partial:
                 partial.write_text(text, encoding="utf-8")
         if run.data.unusable.file:

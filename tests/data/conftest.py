@@ -9,7 +9,7 @@ from PIL import Image
 
 from cogds.data.manifest import scan as scan_module
 from cogds.data.video.media import write_video
-from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file
+from cogds.data.video.probe_task import ProbeResult, ProbeTask, probe_file
 
 
 @pytest.fixture(scope="module")
@@ -36,7 +36,7 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """Names of the files that were probed in this process since it was cleared."""
     names: list[str] = []
 
-    def spy(task: ProbeTask) -> FileFacts:
+    def spy(task: ProbeTask) -> ProbeResult:
         names.append(Path(task.path).name)
         return probe_file(task)
 

@@ -4,7 +4,7 @@ import pytest
 
 from cogds.data.cache.maintenance import stats
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import torch
 
 from tests.dist.conftest import adapter
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.mark.parametrize("ds", ["zero2", "zero3"])

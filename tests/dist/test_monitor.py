@@ -11,7 +11,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import ROOT
 from tests.dist.conftest import metrics, notes
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 MAX_GRAD_NORM = 1e-4
 TOKENS = {"17x64x96": 104, "9x96x64": 80, "9x64x64": 64, "1x64x64": 48}  # T/2 x H/16 x W/16 + 32 of text
 

@@ -11,7 +11,7 @@ import pytest
 
 from tests.conftest import ROOT, free_port, run_command
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 LEVELS = re.compile(r"^(\w+) +(ok|WARN|FAIL) ", re.MULTILINE)
 

@@ -12,7 +12,7 @@ from cogds import cli
 from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses, notes
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 PROMPTS = [("a red circle moves", "17x64x96", 0), ("a blue star", "9x96x64", 3), ("a green ball falls", "9x64x64", 0)]
 

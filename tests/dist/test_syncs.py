@@ -7,7 +7,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 NUM_STEPS = 4
 # The monitor's record of the steps since the last one, and the seed of a loader.
 OWN = {"cogds:monitor.py:<dictcomp>": NUM_STEPS, "cogds:batches.py:load_batches": 1}

@@ -5,7 +5,7 @@ import torch
 
 from tests.dist.conftest import adapter, losses, metrics
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 SLOW = [pytest.param(name, marks=pytest.mark.slow) for name in ("zero2_offload", "zero3_offload")]
 CONFIGS = ["zero1", "zero2", "zero3", *SLOW]
 

@@ -174,6 +174,7 @@ def test_decord_that_is_not_installed(error_of, monkeypatch):
 # ------------------------------------------------------------------------------------------------- real runs
 
 
+@pytest.mark.slow
 def test_bad_files_are_listed_and_the_others_are_trained(run_train, tiny_model, clips, tmp_path):
     shutil.copytree(clips, tmp_path / "clips")
     (tmp_path / "clips/clip_0.txt").unlink()
@@ -201,6 +202,7 @@ def errors_of(done):
     return [line for line in done.stdout.splitlines() if line.startswith("error")]
 
 
+@pytest.mark.slow
 def test_a_single_process_ends_with_code_2_and_one_line(run_train, tmp_path):
     (tmp_path / "ds.json").write_text("{stage: 2}")
     done = run_train("--deepspeed", tmp_path / "ds.json", launcher="python", check=False)
@@ -209,6 +211,7 @@ def test_a_single_process_ends_with_code_2_and_one_line(run_train, tmp_path):
     assert f"{tmp_path / 'ds.json'}:1:2: " in error
 
 
+@pytest.mark.slow
 def test_two_ranks_report_an_error_once(run_train, tiny_model, tmp_path):
     """An error in the data, which only rank 0 reads while the other rank waits."""
     (tmp_path / "empty").mkdir()

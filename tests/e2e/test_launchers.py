@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT, free_port, remove_shared_buffers, run_command
 from tests.dist.conftest import losses, metrics, notes
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 LORA = "lora/step-000012/pytorch_lora_weights.safetensors"
 

@@ -44,6 +44,7 @@ def without_network():
     return []
 
 
+@pytest.mark.slow
 def test_a_model_in_a_folder_needs_no_network_and_a_hub_id_without_one_is_told(tiny_model, tmp_path):
     environ = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
     environ.pop("HF_HUB_OFFLINE")  # nobody told it that there is no network

@@ -145,6 +145,7 @@ def test_two_evaluations_of_the_same_weights_are_identical(setting, forward):
     assert other["eval/loss"] == pytest.approx(found["eval/loss"], rel=0.05)
 
 
+@pytest.mark.slow
 def test_the_loss_is_the_same_on_any_number_of_ranks(setting, forward, monkeypatch):
     alone = setting().evaluation.scalars(forward)
     for size, sequence in ((2, 1), (5, 1), (2, 2)):
@@ -306,6 +307,7 @@ def test_without_eval_every_there_is_no_callback(setting):
     assert make_evaluation_callback(context) is None
 
 
+@pytest.mark.slow
 def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(setting, forward):
     one, graphs = setting("train.batch_size=2"), []
     torch._dynamo.reset()
@@ -352,10 +354,12 @@ def command(place, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_the_evaluate_verb_prints_the_same_losses(setting, forward, command):
     assert command() == pytest.approx(setting().evaluation.scalars(forward), rel=1e-5)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("recorded, configured, used", [
     ("scaled", "pipeline", "scaled"), ("pipeline", "scaled", "pipeline"), (None, "scaled", "scaled"),
 ])  # fmt: skip
@@ -373,6 +377,7 @@ def test_the_evaluate_verb_scales_the_first_frame_as_the_lora_was_trained(
     assert command(few, f"{key}={configured}", "--lora", str(tmp_path)) == pytest.approx(expected[used], rel=1e-5)
 
 
+@pytest.mark.slow
 def test_the_evaluate_verb_evaluates_all_clips_with_all(setting, forward, command):
     every, one = (setting(f"eval.num_clips={num}").evaluation.scalars(forward) for num in (100, 1))
     assert one["eval/loss"] != pytest.approx(every["eval/loss"], rel=1e-4)

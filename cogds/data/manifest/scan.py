@@ -43,7 +43,7 @@ from cogds.data.manifest.scan_state import (
 )
 from cogds.data.manifest.table import DataSet, read_manifest_batches, write_manifest
 from cogds.data.video.media import DecodeError
-from cogds.data.video.probe_task import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, ProbeTask, probe_file, reason_of
+from cogds.data.video.probe_task import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, ProbeTask, categorize, probe_file
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import TaskFailure, WorkerPool
 
@@ -163,9 +163,9 @@ def scan_share(
                     writer.add({"key": row["key"], **result})
                 elif result.is_permanent:
                     del row["kind"], row["path"]
-                    writer.add({**row, "reason": reason_of(result.reason)})
+                    writer.add({**row, "reason": categorize(result.reason)})
                 else:  # the machine may be at fault, so the next scan opens the file again
-                    writer.add({"key": row["key"], "reason": reason_of(result.reason)})
+                    writer.add({"key": row["key"], "reason": categorize(result.reason)})
                 bar.update()
     return num_changed
 
@@ -187,7 +187,7 @@ def scan_file(task: ProbeTask) -> dict[str, Any]:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
             is_same = _stamp(os.fstat(file.fileno())) == (size, mtime_ns)
     except OSError as error:
-        return {"reason": reason_of(_open_problem(error))}
+        return {"reason": categorize(_open_problem(error))}
     if not is_same:
         return {"reason": "file changed: it was written to while it was scanned; start again when it is complete"}
     return {"size": size, "mtime_ns": mtime_ns, "digest": digest, **properties}
@@ -222,11 +222,11 @@ def _stamp_or_reason(path: str) -> tuple[int, int] | str:
     try:
         status = os.stat(path)
     except (OSError, ValueError) as error:  # a name with a null character is a ValueError
-        return reason_of(_open_problem(error))
+        return categorize(_open_problem(error))
     if stat.S_ISDIR(status.st_mode):
-        return reason_of("it is a folder, not a file")
+        return categorize("it is a folder, not a file")
     if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
-        return reason_of("it is a device, a pipe or a socket, not a file")
+        return categorize("it is a device, a pipe or a socket, not a file")
     return _stamp(status)
 
 

@@ -1,4 +1,4 @@
-"""A clip as the VAE takes it. Runs in a `WorkerPool` child: a decoder that crashes, hangs or swells costs one clip."""
+"""Decoding of one clip for the VAE, run in a worker process: a crash, hang or memory leak loses only that clip."""
 
 from dataclasses import dataclass
 
@@ -10,7 +10,7 @@ from cogds.data.video.media import read_clip, read_image
 
 @dataclass(frozen=True)
 class DecodeTask:
-    """What is decoded: see `index.IndexedClip` and `video.read_clip`."""
+    """A clip to decode. See `index.IndexedClip` and `video.read_clip` for the fields."""
 
     path: str
     kind: str
@@ -23,14 +23,19 @@ class DecodeTask:
 
 @dataclass(frozen=True)
 class DecodedClip:
-    """pixels uint8 [F, H, W, 3]; first_frame uint8 [H, W, 3]: the given conditioning image, or else frame 0."""
+    """A decoded clip.
+
+    Attributes:
+        pixels: uint8 [F, H, W, 3].
+        first_frame: uint8 [H, W, 3], the conditioning image if the dataset has one, otherwise frame 0.
+    """
 
     pixels: np.ndarray
     first_frame: np.ndarray
 
 
 def decode(task: DecodeTask) -> DecodedClip:
-    """Decode, resample, resize and crop. Raises video.DecodeError."""
+    """Decode, resample in time, resize and crop. Raises video.DecodeError."""
     height, width = task.shape.height, task.shape.width
     if task.kind == "image":
         pixels = read_image(task.path, height, width)[None]

@@ -1,4 +1,4 @@
-"""Clips that the project draws itself: for the quick start and for tests, without a download."""
+"""Clips drawn by cogds, for the quick start and for tests, without a download."""
 
 from pathlib import Path
 
@@ -8,7 +8,7 @@ from PIL import Image, ImageDraw
 from cogds.data.video.media import write_video
 from cogds.files import whole_folder
 
-# width, height, frames per second, seconds: landscape, portrait and square; 0.7 to 3 s.
+# Width, height, frames per second, seconds: landscape, portrait and square clips of 0.7 to 3 s.
 _CLIPS = (
     (320, 192, 16, 3.0),
     (192, 320, 24, 2.0),
@@ -27,7 +27,7 @@ _COLORS = {
 }
 _BACKGROUNDS = {"blue": (40, 70, 160), "grey": (110, 110, 115), "brown": (110, 75, 45), "teal": (20, 110, 115)}
 _SHAPES = ("circle", "square", "triangle")
-# What the caption says -> from where to where the centre moves, as shares of width and height.
+# Motion in the caption -> start and end of the center (x, y), as shares of width and height.
 _MOVES = {
     "from left to right": ((0.2, 0.5), (0.8, 0.5)),
     "from right to left": ((0.8, 0.5), (0.2, 0.5)),
@@ -37,9 +37,9 @@ _MOVES = {
 
 
 def draw_clips(folder: str | Path, seed: int = 0) -> None:
-    """Write six captioned clips and one captioned picture into a new folder: the same files for the same seed.
+    """Write six captioned clips and one captioned image into a new folder. The files depend only on the seed.
 
-    An existing folder is left as it is. Several ranks may do this at once: the clips are the same whoever draws them.
+    An existing folder is not changed. Several ranks may call this at once, since they all draw the same clips.
     """
     folder = Path(folder)
     if folder.exists():
@@ -52,7 +52,7 @@ def draw_clips(folder: str | Path, seed: int = 0) -> None:
             frames = np.stack(
                 [_draw(width, height, shape, color, background, move, k / (num_frames - 1)) for k in range(num_frames)]
             )
-            # One thread: x264 makes other bits of the same frames with another number of them.
+            # One thread, because x264's output depends on the number of threads.
             write_video(partial / f"clip_{number}.mp4", frames, fps, num_threads=1)
             caption = f"a {color} {shape} moves {move} over a {background} background"
             (partial / f"clip_{number}.txt").write_text(caption + "\n", encoding="utf-8")
@@ -71,8 +71,8 @@ def _choose(rng: np.random.Generator) -> tuple[str, str, str, str]:
 
 
 def _draw(width: int, height: int, shape: str, color: str, background: str, move: str, progress: float) -> np.ndarray:
-    """One frame, uint8 [H, W, 3]; progress runs from 0 to 1."""
-    # The background is a gradient: a flat one has no texture that a model could get wrong.
+    """Draw one frame, uint8 [H, W, 3]. progress: of the motion, from 0 to 1."""
+    # A gradient, because a model could not get the texture of a flat background wrong.
     light = np.linspace(0.7, 1.3, height)[:, None, None] * np.ones((1, width, 1))
     canvas = np.clip(light * np.array(_BACKGROUNDS[background]), 0, 255).astype(np.uint8)
     image = Image.fromarray(canvas)

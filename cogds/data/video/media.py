@@ -1,22 +1,22 @@
-"""Files to frames and back: probe, decode by time, resize, crop, write. The only importer of PyAV and decord.
+"""Probing, decoding, resizing and writing of videos and images. The only module that imports PyAV and decord.
 
-PyAV decodes, strictly and once: what is wanted is picked by the container's table of timestamps, scaled from the
-decoded planes and cut to size as it comes. PyAV 18 and 19 are supported: what differs between them is commented. decord
-is there for those who trust their files. What was measured with PyAV 18.1 and decord 0.6.0 (H.264, H.265, VP9, MPEG-4;
-8 bits, 420 and 444):
+PyAV decodes strictly and in a single pass. Frames are chosen by the container's timestamps, scaled from the decoded
+planes and cropped one by one. PyAV 18 and 19 are supported, and comments mark the differences. decord is an option for
+files that are known to be intact. Measured with PyAV 18.1 and decord 0.6.0 (H.264, H.265, VP9, MPEG-4; 8 bits, 420 and
+444):
 
-- both give bit-identical RGB at the source's size, upright where the file carries a rotation, in either import order;
-- decord on 200 damaged copies of real clips: 190 wrong results, 10 errors, whatever `fault_tol` is: it only counts
-  frames that are missing at the end. PyAV's corrupt flag and errors name about 9 in 10 of the damaged copies, the
-  same with `explode` and with FFmpeg's error log added. The rest are streams that are valid to any decoder: MP4
-  carries no checksum;
-- decord shifts every frame of a file whose edit list hides its first ones (what `ffmpeg -ss -c copy` writes), shifts
-  MPEG-TS too, cannot read AV1 and takes every file for BT.601. Where that shows, it is refused;
-- scaling to planar RGB and interleaving after it: 52 to 56 dB from an accurate conversion with an antialiased bicubic
-  filter in floating point, 2 to 4 ms for 1366x768. Straight to packed RGB: 39 to 44 dB, darker by 1.5 of 255 levels,
-  8 to 10 ms, since FFmpeg has vector code for the planar layout and fills in chroma at full resolution there.
+- Both return bit-identical RGB at the source's size, upright if the file has a rotation, in either import order.
+- Of 200 damaged copies of real clips, decord decoded 190 to wrong frames and failed on 10, for any `fault_tol`, which
+  only counts frames missing at the end. PyAV's corrupt flag and errors detect about 9 in 10 of the copies, with or
+  without `explode` and FFmpeg's error log. The others are valid streams for any decoder, since MP4 has no checksum.
+- decord shifts all frames of a file with an edit list that hides the first ones (as `ffmpeg -ss -c copy` writes), also
+  shifts MPEG-TS, cannot read AV1, and treats all colors as BT.601. Such files are refused if that can be detected.
+- Scaling to planar RGB and interleaving afterwards is within 52 to 56 dB of an exact conversion with an antialiased
+  bicubic filter in floating point, and takes 2 to 4 ms for 1366x768. Scaling directly to packed RGB is within 39 to 44
+  dB, 1.5 of 255 levels darker, and takes 8 to 10 ms: FFmpeg has vector code only for the planar layout, for which it
+  also interpolates chroma at full resolution.
 
-PyAV, decord and PIL are imported where they are used: training from a cache needs no decoder.
+PyAV, decord and PIL are imported inside functions, because training from a cache needs no decoder.
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ if TYPE_CHECKING:
     import torch
     from PIL.Image import Image
 
-# Containers round timestamps to 1 ms at worst (mkv): a frame due at 62.5 ms may say 63, so half of that and a little.
+# Containers round timestamps to 1 ms at worst (mkv): a frame at 62.5 ms may say 63. This is half of that and a margin.
 TIME_TOLERANCE_S = 0.0006
-# Mean difference, in 8-bit levels, that decord's and PyAV's first frame may show. Measured: 0; scaled, up to 2.4.
+# Largest mean difference between decord's and PyAV's first frame in 8-bit levels. Measured: 0, and up to 2.4 if scaled.
 PIXEL_TOLERANCE = 8.0
-# A container's frame rate that is further from its packets than this is not believed.
+# If a container's frame rate differs from that of its packets by more than this share, the latter is used.
 RATE_TOLERANCE = 0.1
 
 DECODERS = ("pyav", "decord")
@@ -56,15 +56,17 @@ _FASTSTART = {"movflags": "+faststart"}
 
 
 class DecodeError(Exception):
-    """A file that cannot be used; the message is one sentence that says why."""
+    """A file cannot be used. The message is one sentence that completes `<path>: `."""
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What a file holds. width, height: pixels as displayed (rotation and pixel aspect applied).
+    """Properties of a video or image file. An image has 1 frame, and its fps and duration are 0.
 
-    duration_s: from the start of the first frame to the end of the last. An image: 1 frame, fps and duration 0.
-    rotation: degrees (0, 90, 180, 270) that a video's stored frames are turned clockwise to be displayed.
+    Attributes:
+        width, height: in pixels as displayed, with rotation and pixel aspect ratio applied.
+        duration_s: from the start of the first frame to the end of the last.
+        rotation: clockwise rotation from stored to displayed frames in degrees (0, 90, 180, 270).
     """
 
     num_frames: int
@@ -77,21 +79,29 @@ class VideoInfo:
 
 @dataclass(frozen=True)
 class _Timeline:
-    """When the frames of a stream are shown: from its packets, without decoding."""
+    """Display times of a stream's frames, read from its packets without decoding.
 
-    pts: list[int]  # of the frames that are shown, rising, in units of time_base
-    keys: list[int]  # indices of those that can be decoded without any before them
+    Attributes:
+        pts: of the displayed frames, ascending, in units of time_base.
+        keys: indices of the keyframes.
+        end: end of the last frame, in units of time_base.
+        num_hidden: number of packets hidden by an edit list.
+        pixel_aspect: width of a pixel divided by its height.
+    """
+
+    pts: list[int]
+    keys: list[int]
     time_base: Fraction
-    end: int  # end of the last frame
-    num_hidden: int  # packets that an edit list hides
+    end: int
+    num_hidden: int
     fps: float
-    pixel_aspect: Fraction  # width of a pixel over its height
+    pixel_aspect: Fraction
 
     def seconds(self, index: int) -> float:
         return float((self.pts[index] - self.pts[0]) * self.time_base)
 
     def key_before(self, index: int) -> int:
-        """The last keyframe at or before this frame; 0 where there is none (a stream that was cut between two)."""
+        """Index of the last keyframe at or before a frame. 0 if there is none, as in a stream cut between keyframes."""
         position = bisect.bisect_right(self.keys, index)
         return self.keys[position - 1] if position else 0
 
@@ -101,25 +111,25 @@ class _Timeline:
 
 
 def probe_video(path: str | Path) -> VideoInfo:
-    """Read the container's table of frames and decode the first one. Raises DecodeError for whatever is wrong."""
+    """Read the times of all frames and decode the first one. Raises DecodeError if the file cannot be used."""
     with _open(path) as container:
-        timeline, frame = _survey(container, decode_first=True)
+        timeline, frame = _read_timeline(container, decode_first=True)
     height, width = _displayed_size(frame, timeline.pixel_aspect)
     rotation = -90 * _turns(frame) % 360
     return VideoInfo(len(timeline.pts), timeline.fps, width, height, timeline.duration_s, rotation)
 
 
 def probe_image(path: str | Path) -> VideoInfo:
-    """Decode a picture; its size is as displayed (EXIF orientation applied). Raises DecodeError."""
+    """Decode an image. Its size is as displayed, with EXIF orientation applied. Raises DecodeError."""
     width, height = _load_image(path).size
     return VideoInfo(1, 0.0, width, height, 0.0)
 
 
 def num_frames_at(info: VideoInfo, fps: float, start_s: float = 0.0, end_s: float | None = None) -> int:
-    """Frames that the range has at another rate: those k for which start_s + k / fps lies before its end.
+    """Number of frames that `read_clip` can return at a frame rate: all k for which start_s + k / fps is in the range.
 
-    start_s, end_s: seconds after the first frame; without end_s the range goes to the end of the last frame. What is
-    counted is what `read_clip` gives. A picture, and a clip of one frame, has one at 0 s.
+    start_s, end_s: range in seconds after the first frame. Without end_s, it extends to the end of the last frame. An
+    image or a clip of one frame has one frame, at 0 s.
     """
     if info.num_frames == 1:
         return int(start_s == 0)
@@ -138,45 +148,48 @@ def read_clip(
     end_s: float | None = None,
     decoder: str = "pyav",
 ) -> np.ndarray:
-    """Decode, resample by time, resize to cover and crop the centre: uint8 [F, H, W, 3], C-contiguous.
+    """Decode, resample in time, resize to cover and crop the center: uint8 [F, H, W, 3], C-contiguous.
 
-    Frame k is the source frame on display `start_s + k / fps` seconds after the first one, so slow sources repeat
-    frames and variable frame rates come out right. end_s: end of the range that may be used, in the same seconds.
-    decoder: "pyav" starts at the keyframe before the first frame that is wanted, where the timestamps of what comes
-    prove it right, else at the beginning; "decord" starts at the beginning, and sees no damage.
+    Frame k is the source frame displayed `start_s + k / fps` seconds after the first one. Slow sources repeat frames,
+    and variable frame rates are handled correctly. Colors follow the stream's matrix and range. As in FFmpeg, the
+    default is BT.601 with limited range. Memory: the result and a few frames of the source.
 
-    Colours follow the stream's matrix and range; unspecified means BT.601, limited, as FFmpeg has it. Memory: the
-    result and a few frames of the source. Raises DecodeError where the file is damaged or ends too early, and where
-    decord cannot be relied on for it.
+    Args:
+        end_s: end of the usable range, in seconds after the first frame.
+        decoder: "pyav" seeks to the last keyframe before the clip, and decodes from the start if the timestamps after
+            the seek are wrong. "decord" decodes from the start and does not detect damage.
+
+    Raises:
+        DecodeError: the file is damaged or too short, or decord is not reliable for it.
     """
     if fps <= 0 or start_s < 0 or decoder not in DECODERS:
         raise ValueError(
             f"fps must be above 0, start_s at least 0, decoder one of {DECODERS}: got {fps}, {start_s} and {decoder!r}"
         )
     with _open(path) as container:
-        timeline = _timeline(path, container)
-        indices = _frames_on_display(timeline, [start_s + k / fps for k in range(shape.frames)], end_s)
+        timeline = _cached_timeline(path, container)
+        indices = _displayed_frames(timeline, [start_s + k / fps for k in range(shape.frames)], end_s)
         if decoder == "pyav" and not timeline.num_hidden:
             frames = _decode_strict(container, timeline, timeline.key_before(indices[0]), indices[-1])
             try:
                 return _read_pyav(frames, timeline, indices, shape)
             except DecodeError:
-                pass  # the seek may have gone astray, or the keyframe be none: opened anew, what is wrong has a name
+                pass  # maybe only the seek went wrong; decoding from the start succeeds or names the problem
     with _open(path) as container:
         frames = _decode_strict(container, timeline, 0, indices[-1], seek=False)
         if decoder == "pyav":
             return _read_pyav(frames, timeline, indices, shape)
         try:
             return _read_decord(path, frames, timeline, indices, shape)
-        except _DecordUnfitError as error:
-            raise DecodeError(f"decord cannot be relied on for it ({error}): set data.decoder=pyav") from None
+        except _DecordUnreliableError as error:
+            raise DecodeError(f"decord is not reliable for this file ({error}). Set data.decoder=pyav") from None
 
 
 def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
-    """A picture, EXIF orientation applied, resized to cover and cropped at the centre: uint8 [H, W, 3].
+    """Read an image, apply EXIF orientation, resize to cover and crop the center: uint8 [H, W, 3].
 
-    Antialiased bicubic; pixels that need no resizing are not touched. Transparency is dropped as diffusers'
-    `load_image` drops it. Raises DecodeError.
+    Resizing is antialiased bicubic, and skipped if the size is right. Transparency is dropped as in diffusers'
+    `load_image`. Raises DecodeError.
     """
     from PIL import Image
 
@@ -185,7 +198,7 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     if (tall, wide) == (image.height, image.width):
         image = image.crop((left, top, left + width, top + height))
     else:
-        # PIL scales no more than what is kept, and takes the neighbours outside of it into account.
+        # PIL scales only the box, but takes neighboring pixels outside of it into account.
         across, down = image.width / wide, image.height / tall
         box = (left * across, top * down, (left + width) * across, (top + height) * down)
         image = image.resize((width, height), Image.Resampling.BICUBIC, box)
@@ -195,10 +208,10 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
 def write_video(
     path: str | Path, frames: np.ndarray | torch.Tensor, fps: float, crf: int = 18, num_threads: int = 0
 ) -> None:
-    """Encode uint8 [F, H, W, 3] as H.264 (yuv420p), readable while it loads, under its name only when complete.
+    """Encode uint8 [F, H, W, 3] as H.264 (yuv420p) with faststart. The file appears under its name when it is complete.
 
-    num_threads: 0 lets x264 choose; with 1 the same frames give the same file on any machine. Raises UserError for
-    odd sizes, which yuv420p cannot hold, and ValueError for any other kind of array.
+    num_threads: 0 lets x264 choose. With 1, the same frames give the same file on every machine. Raises UserError for
+    odd sizes, which yuv420p does not support, and ValueError for any other kind of array.
     """
     import av
 
@@ -207,13 +220,13 @@ def write_video(
         raise ValueError(f"frames must be uint8 [F, H, W, 3] with F > 0: got {pixels.dtype} {list(pixels.shape)}")
     height, width = pixels.shape[1:3]
     if height % 2 or width % 2:
-        raise UserError(f"cannot write {path}: H.264 needs an even height and width, the frames are {height}x{width}")
+        raise UserError(f"{path}: H.264 requires an even height and width, but the frames are {height}x{width}.")
     with whole_file(path) as partial, av.open(str(partial), "w", format="mp4", options=_FASTSTART) as container:
-        # A rate of 29.97 is 30000/1001: the nearest fraction that timestamps can be counted in.
+        # 29.97 becomes 30000/1001, a fraction in which timestamps can be counted exactly.
         rate = Fraction(fps).limit_denominator(1001)
         options = {"crf": str(crf)}
         if num_threads == 1:
-            options["x264-params"] = "asm=0"  # its AVX-512 code gives other bits from one run to the next
+            options["x264-params"] = "asm=0"  # output of the AVX-512 code differs from run to run
         stream = container.add_stream("libx264", rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
         stream.codec_context.thread_count = num_threads
@@ -222,23 +235,23 @@ def write_video(
         container.mux(stream.encode())
 
 
-# ---------------------------------------------------------------------------------------------- when frames stand
+# ---------------------------------------------------------------------------------------------------- frame times
 
 
 def _open(path: str | Path) -> Any:
-    """An open PyAV container with at least one video stream, the first of which is decoded strictly."""
+    """Open a PyAV container with at least one video stream, and set up the first for strict decoding."""
     import av
 
     path = Path(path)
-    # PyAV 18 raises UnicodeDecodeError for a title that is not UTF-8 unless told otherwise; PyAV 19 never does.
-    lenient: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    # By default, PyAV 18 raises UnicodeDecodeError for a title that is not UTF-8. PyAV 19 does not.
+    options: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
     try:
         num_bytes = path.stat().st_size
         if path.is_dir():
             raise DecodeError("it is a folder, not a file")
         if not num_bytes:
             raise DecodeError("the file is empty (0 bytes)")
-        container = av.open(str(path), **lenient)
+        container = av.open(str(path), **options)
     except FileNotFoundError:
         raise DecodeError("the file does not exist") from None
     except MemoryError:
@@ -247,36 +260,36 @@ def _open(path: str | Path) -> Any:
         raise DecodeError(f"it cannot be opened as a video: {_brief(error)}") from None
     if not container.streams.video:
         container.close()
-        raise DecodeError("it holds no video stream (audio only, or cut short?)")
+        raise DecodeError("it has no video stream (audio only, or cut short?)")
     if container.streams.video[0].codec_context is None:
         container.close()
-        raise DecodeError("its codec is one that the decoder does not know: re-encode it")
-    # One thread: of 16 damaged copies 1 passes unseen, with FFmpeg's slice threads 6; with frame threads a run over
-    # such copies did not end.
+        raise DecodeError("its codec is not supported by the decoder: re-encode it")
+    # One thread misses damage in 1 of 16 damaged copies, slice threads in 6, and frame threads may hang.
     stream = container.streams.video[0]
     stream.thread_type = "NONE"
     stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
     return container
 
 
-# Of the files read last: the windows of a long film come one after the other, and its table is all of its packets.
-_recent: dict[tuple[str, int, int], _Timeline] = {}
-_NUM_RECENT = 8
+# Timelines of recent files. Windows of a long video are read one after the other, and reading its timeline reads all of
+# its packets.
+_recent_timelines: dict[tuple[str, int, int], _Timeline] = {}
+_MAX_RECENT = 8
 
 
-def _timeline(path: str | Path, container: Any) -> _Timeline:
-    """The file's table of frames, read once for as long as the file stays the same."""
+def _cached_timeline(path: str | Path, container: Any) -> _Timeline:
+    """The file's timeline, which is read again only if the file changes."""
     stat = os.stat(path)
     key = (str(path), stat.st_size, stat.st_mtime_ns)
-    if key not in _recent:
-        while len(_recent) >= _NUM_RECENT:
-            del _recent[next(iter(_recent))]
-        _recent[key], _ = _survey(container)
-    return _recent[key]
+    if key not in _recent_timelines:
+        while len(_recent_timelines) >= _MAX_RECENT:
+            del _recent_timelines[next(iter(_recent_timelines))]
+        _recent_timelines[key], _ = _read_timeline(container)
+    return _recent_timelines[key]
 
 
-def _survey(container: Any, decode_first: bool = False) -> tuple[_Timeline, Any]:
-    """The table of frames from the packets, and the first frame where that is asked for."""
+def _read_timeline(container: Any, decode_first: bool = False) -> tuple[_Timeline, Any]:
+    """Read the timeline from the packets, and decode the first frame if decode_first is set (otherwise None)."""
     import av
 
     stream = container.streams.video[0]
@@ -292,7 +305,7 @@ def _survey(container: Any, decode_first: bool = False) -> tuple[_Timeline, Any]
             if packet.is_corrupt:
                 raise DecodeError("the container marks a packet as corrupt (a truncated file?)")
             if packet.pts is None:
-                raise DecodeError("its frames carry no timestamps: remux it to mp4")
+                raise DecodeError("its frames have no timestamps: remux it to mp4")
             if packet.is_discard:
                 hidden += 1
                 continue
@@ -302,17 +315,17 @@ def _survey(container: Any, decode_first: bool = False) -> tuple[_Timeline, Any]
             if packet.is_keyframe:
                 keys.append(packet.pts)
     except MemoryError:
-        raise  # says nothing about the file
+        raise  # not a problem of the file
     except av.error.FFmpegError as error:
         raise DecodeError(f"it cannot be read to its end: {_brief(error)}") from None
     if not shown:
-        raise DecodeError("it holds no frames")
-    # MP4 and AVI say in their header how many frames there must be.
+        raise DecodeError("it has no frames")
+    # MP4 and AVI headers contain the number of frames.
     if stream.frames > len(shown) + hidden:
-        raise DecodeError(f"it is truncated: {len(shown) + hidden} of {stream.frames} frames are there")
+        raise DecodeError(f"it is truncated: only {len(shown) + hidden} of {stream.frames} frames are left")
     shown.sort()
     if any(first_pts == second for first_pts, second in itertools.pairwise(shown)):
-        raise DecodeError("two of its frames carry the same timestamp: remux it to mp4")
+        raise DecodeError("two of its frames have the same timestamp: remux it to mp4")
     time_base, rate = Fraction(stream.time_base or 0), stream.average_rate
     span = float((shown[-1] - shown[0]) * time_base)
     measured = (len(shown) - 1) / span if span > 0 else 0.0
@@ -335,14 +348,14 @@ def _end_s(duration_s: float, end_s: float | None) -> float:
     return min(duration_s, math.inf if end_s is None else end_s) - TIME_TOLERANCE_S
 
 
-def _frames_on_display(timeline: _Timeline, times_s: Sequence[float], end_s: float | None) -> list[int]:
-    """For each time the index of the last frame that starts at or before it."""
+def _displayed_frames(timeline: _Timeline, times_s: Sequence[float], end_s: float | None) -> list[int]:
+    """For each time, the index of the last frame that starts at or before it."""
     end = math.inf if len(timeline.pts) == 1 and times_s[-1] == 0 else _end_s(timeline.duration_s, end_s)
     if times_s[-1] >= end:
-        range_ends = f", of which {end_s:.3f} s may be used" if end_s is not None else ""
+        usable = f", usable up to {end_s:.3f} s" if end_s is not None else ""
         raise DecodeError(
-            f"it ends too early: a frame at {times_s[-1]:.3f} s is wanted of a clip of {timeline.duration_s:.3f} s"
-            f"{range_ends}"
+            f"it ends too early: the clip needs a frame at {times_s[-1]:.3f} s, but the file has "
+            f"{timeline.duration_s:.3f} s{usable}"
         )
     latest = [timeline.pts[0] + math.floor(Fraction(time + TIME_TOLERANCE_S) / timeline.time_base) for time in times_s]
     return [max(0, bisect.bisect_right(timeline.pts, pts) - 1) for pts in latest]
@@ -354,10 +367,13 @@ def _frames_on_display(timeline: _Timeline, times_s: Sequence[float], end_s: flo
 def _decode_strict(
     container: Any, timeline: _Timeline, first: int, last: int, seek: bool = True
 ) -> Iterator[tuple[int, Any]]:
-    """PyAV's frames first..last, none of them damaged, missing or out of place; else DecodeError.
+    """Yield the frames first to last (indices and PyAV frames). Raises DecodeError if one is damaged or missing.
 
-    first: 0, or a keyframe. It is sought, since the container has been read for its table; seek=False: it was not.
-    What comes before it is dropped: a decoder that starts there gives frames that were made of others.
+    Frames before `first` are dropped, because they may depend on frames before the keyframe.
+
+    Args:
+        first: 0 or a keyframe.
+        seek: seek to `first`. Not needed for a container that was just opened, if first is 0.
     """
     import av
 
@@ -406,52 +422,53 @@ def _read_pyav(
 
 
 def _repeat(clip: np.ndarray, indices: Sequence[int], k: int) -> int:
-    """Copy frame k to those after it that show the same source frame; the first k that shows another."""
+    """Copy frame k to the following frames that show the same source frame. Returns the next k with a different one."""
     end = bisect.bisect_right(indices, indices[k])
     clip[k + 1 : end] = clip[k]
     return end
 
 
-class _DecordUnfitError(Exception):
-    """decord cannot decode this file, or not frame for frame; PyAV can."""
+class _DecordUnreliableError(Exception):
+    """decord cannot decode this file, or returns different frames than PyAV."""
 
 
-# AVColorSpace and AVColorRange: unspecified, BT.470BG and SMPTE 170M (both BT.601), RGB has no matrix; not full range.
+# Values of AVColorSpace and AVColorRange. decord handles RGB (no matrix), unspecified, BT.470BG and SMPTE 170M (both
+# BT.601), and no full range.
 _DECORD_SPACES, _FULL_RANGE = {0, 2, 5, 6}, 2
 
 
 def _read_decord(
     path: str | Path, frames: Iterator[tuple[int, Any]], timeline: _Timeline, indices: Sequence[int], shape: ClipShape
 ) -> np.ndarray:
-    """decord's frames, in order and without a seek. frames: PyAV's, the first of which decord's is held against.
+    """Read a clip with decord, in order and without seeking. frames: PyAV's, the first of which is compared.
 
-    Raises _DecordUnfitError where decord fails, substitutes frames at the end, has another table of them or another
-    first one, or would take the colours for what they are not. Damage in between goes unseen.
+    Raises _DecordUnreliableError if decord fails, substitutes frames at the end, reports different times or a
+    different first frame, or would misinterpret the colors. Damage in between is not detected.
     """
-    # decord reads this when it is loaded. Its default, 10240 attempts to get the last frames of a broken file,
-    # takes minutes; the frames that a decoder holds back are a few dozen.
+    # decord reads this variable when it is loaded. With the default of 10240 attempts, reading the last frames of a
+    # broken file takes minutes. A decoder only holds back a few dozen frames.
     os.environ.setdefault("DECORD_EOF_RETRY_MAX", "256")
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
     _, frame = next(frames)
     if frame.colorspace not in _DECORD_SPACES or frame.color_range == _FULL_RANGE:
-        raise _DecordUnfitError("its colours are not tagged as BT.601 of limited range")
+        raise _DecordUnreliableError("its colors are not tagged as BT.601 with limited range")
     clip = np.empty((shape.frames, shape.height, shape.width, 3), np.uint8)
-    referee = np.empty_like(clip[0])
-    _Fitter(timeline.pixel_aspect).fit(frame, referee)
+    reference = np.empty_like(clip[0])
+    _Fitter(timeline.pixel_aspect).fit(frame, reference)
     size, (top, left) = _cover(_displayed_size(frame, timeline.pixel_aspect), shape.height, shape.width)
     stored = (frame.width, frame.height) if _turns(frame) % 2 else (frame.height, frame.width)
     scaled = {} if size == stored else {"height": size[0], "width": size[1]}
-    ours = np.array([timeline.seconds(index) for index in range(len(timeline.pts))])
+    times_s = np.array([timeline.seconds(index) for index in range(len(timeline.pts))])
     try:
-        # fault_tol is compared with the number of substituted frames: 1 lets one pass, 0 switches the check off,
-        # and a fraction is multiplied by the length. This is below one frame for any length.
+        # fault_tol is compared with the number of substituted frames: 1 allows one, 0 disables the check, and a
+        # fraction is multiplied by the number of frames. This is less than one frame for any length.
         reader = decord.VideoReader(str(path), num_threads=1, fault_tol=1e-9, **scaled)
         starts = reader.get_frame_timestamp(range(len(reader)))[:, 0].astype(np.float64)
-        tolerance = TIME_TOLERANCE_S + 2 * np.finfo(np.float32).eps * np.abs(starts).max()  # its seconds are float32
-        if timeline.num_hidden or len(starts) != len(ours) or np.abs(starts - starts[0] - ours).max() > tolerance:
-            raise _DecordUnfitError("it has another table of frames")
+        tolerance = TIME_TOLERANCE_S + 2 * np.finfo(np.float32).eps * np.abs(starts).max()  # decord's are float32
+        if timeline.num_hidden or len(starts) != len(times_s) or np.abs(starts - starts[0] - times_s).max() > tolerance:
+            raise _DecordUnreliableError("it reports different frame times")
         wanted = 0
         for index in range(indices[-1] + 1):
             if index and index != indices[wanted]:
@@ -459,34 +476,34 @@ def _read_decord(
                 continue
             pixels = reader.next().asnumpy()[top : top + shape.height, left : left + shape.width]
             if not index and (
-                pixels.shape != referee.shape or np.abs(pixels.astype(np.int16) - referee).mean() > PIXEL_TOLERANCE
+                pixels.shape != reference.shape or np.abs(pixels.astype(np.int16) - reference).mean() > PIXEL_TOLERANCE
             ):
-                raise _DecordUnfitError("its first frame is another one")
+                raise _DecordUnreliableError("it returns a different first frame")
             if index == indices[wanted]:
                 clip[wanted] = pixels
                 wanted = _repeat(clip, indices, wanted)
     except (decord.DECORDError, decord.DECORDLimitReachedError, RuntimeError, AssertionError, StopIteration) as error:
-        raise _DecordUnfitError(_brief(error)) from None
+        raise _DecordUnreliableError(_brief(error)) from None
     return clip
 
 
 def _turns(frame: Any) -> int:
-    """Quarter turns, counter-clockwise, that bring a stored frame upright."""
+    """Number of counterclockwise quarter turns that make a stored frame upright."""
     from av.sidedata.sidedata import SideDataContainer
 
     try:
-        # Not frame.side_data: in PyAV 18 frame and container then hold each other, and no frame is ever freed.
+        # With frame.side_data, PyAV 18 creates a reference cycle, and frames are never freed.
         matrix = SideDataContainer(frame).get("DISPLAYMATRIX")  # type: ignore[call-arg]
-    except ValueError as error:  # of PyAV 18, such as the EXIF of a camera's motion JPEG
+    except ValueError as error:  # in PyAV 18, for example for the EXIF data of a camera's motion JPEG
         raise DecodeError(
-            f"its frames carry side data that is not supported by PyAV 18 ({error}): re-encode it, or install av>=19"
+            f"its frames have side data that is not supported by PyAV 18 ({error}): re-encode it, or install av>=19"
         ) from None
     if matrix is not None:
         a, b, _, c, d, *_ = struct.unpack("=9i", bytes(matrix)[:36])
         if a * d - b * c < 0:
-            raise DecodeError("it is shown mirrored (display matrix), which is not supported: re-encode it")
+            raise DecodeError("its display matrix mirrors the picture, which is not supported: re-encode it")
     if frame.rotation % 90:
-        raise DecodeError(f"it is shown turned by {frame.rotation} degrees, which is not supported: re-encode it")
+        raise DecodeError(f"its rotation of {frame.rotation} degrees is not supported: re-encode it")
     return frame.rotation // 90 % 4
 
 
@@ -497,22 +514,22 @@ def _displayed_size(frame: Any, pixel_aspect: Fraction) -> tuple[int, int]:
 
 
 def _brief(error: BaseException) -> str:
-    """The last line of an error's text, without the C++ stack that decord adds."""
+    """The first line of an error's message, without the C++ stack trace that decord adds."""
     text = getattr(error, "strerror", None) or str(error) or type(error).__name__
     return text.strip().splitlines()[0]
 
 
-# ------------------------------------------------------------------------------------------------- pictures and size
+# -------------------------------------------------------------------------------------------- images and resizing
 
 
 def _load_image(path: str | Path) -> Image:
-    """A PIL image in RGB, EXIF orientation applied."""
+    """Load a PIL image in RGB with EXIF orientation applied."""
     from PIL import Image, ImageOps
 
     try:
         with Image.open(path) as image:
             if image.mode.startswith(("I", "F")):
-                raise DecodeError(f"its pixels are of mode {image.mode}, not 8 bits: convert it")
+                raise DecodeError(f"its pixels are of mode {image.mode}, not 8 bits: convert it to 8 bits")
             return ImageOps.exif_transpose(image).convert("RGB")
     except FileNotFoundError:
         raise DecodeError("the file does not exist") from None
@@ -534,14 +551,14 @@ def _is_raised_here(error: BaseException) -> bool:
 
 
 def _cover(displayed: tuple[int, int], height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:
-    """The size at which a picture covers height x width, its displayed aspect kept, and where the centre starts."""
+    """Size (height, width) at which a picture covers height x width, and the (top, left) offset of the center crop."""
     scale = max(height / displayed[0], width / displayed[1])
     size = (max(height, round(displayed[0] * scale)), max(width, round(displayed[1] * scale)))
     return size, ((size[0] - height) // 2, (size[1] - width) // 2)
 
 
 class _Fitter:
-    """Frames of one stream to RGB that covers a size, upright. Keeps the scaler's filters between frames."""
+    """Converts frames of one stream to upright RGB that covers a size. Reuses the scaler's filters between frames."""
 
     def __init__(self, pixel_aspect: Fraction) -> None:
         from av.video.reformatter import VideoReformatter
@@ -550,9 +567,9 @@ class _Fitter:
         self._scaler, self._packer = VideoReformatter(), VideoReformatter()
 
     def fit(self, frame: Any, out: np.ndarray) -> None:
-        """Write a PyAV frame, scaled and cropped at the centre, to out [H, W, 3]. One pass from the decoded planes.
+        """Write a PyAV frame, scaled and center-cropped, to out [H, W, 3] in one pass from the decoded planes.
 
-        Where nothing is to be scaled or turned, this is FFmpeg's plain conversion.
+        If no scaling or rotation is needed, this is FFmpeg's plain conversion.
         """
         import av
         from av.video.reformatter import Interpolation
@@ -563,7 +580,7 @@ class _Fitter:
         flags = Interpolation.BICUBIC | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
         try:
             if (tall, wide) != (frame.height, frame.width):
-                # One thread each: the children of a pool share the cores.
+                # One thread, because several worker processes share the cores.
                 frame = self._scaler.reformat(frame, wide, tall, "gbrp", interpolation=flags, threads=1)
             if turns:
                 frame = _turned(self._scaler.reformat(frame, format="gbrp", threads=1), turns)
@@ -577,13 +594,13 @@ class _Fitter:
 
 
 def _plane(frame: Any, plane: int, num_channels: int = 1) -> np.ndarray:
-    """The bytes of a plane without padding: a view [height, width * num_channels]."""
+    """A view of a plane's bytes without padding: [height, width * num_channels]."""
     rows = np.frombuffer(frame.planes[plane], np.uint8).reshape(frame.height, -1)
     return rows[:, : frame.width * num_channels]
 
 
 def _turned(frame: Any, turns: int) -> Any:
-    """A gbrp frame, turned counter-clockwise by quarters. Per plane: twice as fast as turning packed pixels."""
+    """Rotate a gbrp frame counterclockwise by quarter turns. Rotating planes is twice as fast as packed pixels."""
     import av
 
     size = (frame.height, frame.width) if turns % 2 else (frame.width, frame.height)

@@ -1,25 +1,25 @@
-"""What one file of a dataset holds. `probe_file` runs in a `WorkerPool` child: a file that crashes it costs itself."""
+"""Probing of one file of a dataset, run in a `WorkerPool` process: a crash loses only that file."""
 
 import re
 from typing import NamedTuple
 
 from cogds.data.video import media as video
 
-# A probe reads the file once and decodes one frame: seconds, even for gigabytes on a network disk.
+# A probe reads the file once and decodes one frame, which takes seconds even for gigabytes on a network disk.
 PROBE_TIMEOUT_S = 120.0
-# Of an 8K picture: its pixels, turned and converted, are below 1 GB.
+# An 8K image, including its rotated and converted copies, takes less than 1 GB.
 PROBE_MEMORY_BYTES = 4_000_000_000
 
 
 class ProbeTask(NamedTuple):
-    """A file and how it is opened. kind: "video", or "image" and "condition", which are both pictures."""
+    """A file to probe. kind: "video", "image", or "condition" for a conditioning image."""
 
     kind: str
     path: str
 
 
-class FileFacts(NamedTuple):
-    """What a file holds: see `video.VideoInfo`."""
+class ProbeResult(NamedTuple):
+    """Properties of a file. See `video.VideoInfo` for the fields."""
 
     frames: int
     fps: float
@@ -29,14 +29,14 @@ class FileFacts(NamedTuple):
     duration_s: float
 
 
-def probe_file(task: ProbeTask) -> FileFacts:
-    """Open a file and decode its first frame. Raises video.DecodeError for whatever is wrong with it."""
+def probe_file(task: ProbeTask) -> ProbeResult:
+    """Open a file and decode its first frame. Raises video.DecodeError if it cannot be used."""
     info = video.probe_video(task.path) if task.kind == "video" else video.probe_image(task.path)
-    return FileFacts(info.num_frames, info.fps, info.width, info.height, info.rotation, info.duration_s)
+    return ProbeResult(info.num_frames, info.fps, info.width, info.height, info.rotation, info.duration_s)
 
 
-# What a failed probe says -> the phrase that it is counted under. Sentences with numbers in them count as one.
-_PHRASES = (
+# Patterns of error messages, and the category under which such messages are counted.
+_CATEGORIES = (
     (r"does not exist", "file missing"),
     (r"is a folder|is a device", "not a file"),
     (r"is empty", "empty file"),
@@ -51,7 +51,7 @@ _PHRASES = (
 )
 
 
-def reason_of(sentence: str) -> str:
-    """A failed probe's sentence as `phrase: sentence`, with one of a few fixed phrases."""
-    phrase = next((phrase for pattern, phrase in _PHRASES if re.search(pattern, sentence)), "cannot be used")
-    return f"{phrase}: {sentence}"
+def categorize(message: str) -> str:
+    """Return an error message as `category: message`, with one of a few fixed categories."""
+    category = next((category for pattern, category in _CATEGORIES if re.search(pattern, message)), "cannot be used")
+    return f"{category}: {message}"

@@ -17,7 +17,7 @@ from cogds.data.manifest import table as table_module
 from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
 from cogds.data.manifest.table import DataSet, read_manifest, write_manifest
 from cogds.data.video.media import DecodeError, write_video
-from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file
+from cogds.data.video.probe_task import ProbeResult, ProbeTask, probe_file
 from tests.data.scanned import leftovers, names_of, rows_of_list, scan_folder, scan_sets
 
 
@@ -65,7 +65,7 @@ def test_files_without_a_digest_are_scanned_again(folder: Path, tmp_path: Path, 
 def test_a_file_that_changes_while_it_is_scanned_is_unusable_until_the_next_scan(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def probe(task: ProbeTask) -> FileFacts:
+    def probe(task: ProbeTask) -> ProbeResult:
         properties = probe_file(task)
         if task.path.endswith("b.mp4"):
             os.utime(task.path, ns=(5, 5))
@@ -150,11 +150,11 @@ def test_ranks_share_the_files(folder: Path, tmp_path: Path, num_ranks: int, ope
     assert leftovers(file) == ["alone.parquet", "clips"]
 
 
-def by_name(task: ProbeTask) -> FileFacts:
+def by_name(task: ProbeTask) -> ProbeResult:
     number = int(Path(task.path).stem)
     if not number:
         raise DecodeError("the file is empty (0 bytes)")
-    return FileFacts(number, 10.0, 16, 16, 0, number / 10)
+    return ProbeResult(number, 10.0, 16, 16, 0, number / 10)
 
 
 def test_many_rows_in_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

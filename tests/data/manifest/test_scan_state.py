@@ -12,7 +12,7 @@ from cogds.data.manifest import scan_state
 from cogds.data.manifest.scan import scan_share, start_scan
 from cogds.data.manifest.table import DataSet
 from cogds.data.video.media import write_video
-from cogds.data.video.probe_task import FileFacts, ProbeTask, probe_file
+from cogds.data.video.probe_task import ProbeResult, ProbeTask, probe_file
 from tests.data.scanned import leftovers, names_of, scan_folder
 
 
@@ -26,7 +26,7 @@ def test_a_killed_scan_is_resumed(
     monkeypatch.setattr(scan_state, "FLUSH_FILES", 1)
     file = tmp_path / "manifest.parquet"
 
-    def killed_at_c(task: ProbeTask) -> FileFacts:
+    def killed_at_c(task: ProbeTask) -> ProbeResult:
         if Path(task.path).name == "c.mp4":
             raise KilledError
         return probe_file(task)

@@ -1,4 +1,4 @@
-"""Files as people have them: each costs itself at most, and the manifest says why."""
+"""Damaged and unusual files: a bad file affects no other, and the manifest records the reason."""
 
 import os
 import shutil
@@ -46,7 +46,7 @@ def variable_rate(path: Path) -> None:
 
 
 def turned(path: Path) -> None:
-    """Stored 64x32, shown turned by a quarter: the matrix is written into the track's header."""
+    """Stored as 64x32 with a rotation of 90 degrees in the track header's matrix."""
     write_video(path, grey(5, 32, 64), 10)
     data = bytearray(path.read_bytes())
     upright = b"".join(n.to_bytes(4, "big") for n in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
@@ -58,7 +58,7 @@ def turned(path: Path) -> None:
 
 
 def no_rate(path: Path) -> None:
-    """An AVI whose header says 0 frames a second."""
+    """An AVI with 0 frames per second in its header."""
     with av.open(str(path), "w", format="avi") as container:
         stream = container.add_stream("mpeg4", rate=10)
         stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
@@ -107,7 +107,7 @@ def unusual_folder(folder: Path) -> None:
 
 @pytest.fixture(scope="module")
 def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict]]:
-    """The manifest's row of every file, by the file's name."""
+    """The manifest row of every file, by file name."""
     folder = tmp_path_factory.mktemp("bad") / "files"
     unusual_folder(folder)
     file = folder.parent / "manifest.parquet"
@@ -133,7 +133,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict]]:
         ("picture.jpg", "cannot be opened", "as an image"),
     ],
 )
-def test_the_unusable_are_listed_with_their_reason(rows: dict[str, dict], name: str, phrase: str, says: str) -> None:
+def test_unusable_files_are_listed_with_a_reason(rows: dict[str, dict], name: str, phrase: str, says: str) -> None:
     assert rows[name]["status"] == "unusable"
     assert rows[name]["reason"].split(": ")[0] == phrase
     assert says in rows[name]["reason"]
@@ -157,23 +157,23 @@ def test_the_unusable_are_listed_with_their_reason(rows: dict[str, dict], name: 
         ("dot.png", 1, 1, 1),
     ],
 )
-def test_the_unusual_are_usable(rows: dict[str, dict], name: str, frames: int, width: int, height: int) -> None:
+def test_unusual_files_are_usable(rows: dict[str, dict], name: str, frames: int, width: int, height: int) -> None:
     row = rows[name]
     assert (row["status"], row["reason"]) == ("ok", None)
     assert (row["frames"], row["width"], row["height"]) == (frames, width, height)
     assert len(row["digest"]) == 16
 
 
-def test_details(rows: dict[str, dict]) -> None:
+def test_details_of_unusual_files(rows: dict[str, dict]) -> None:
     assert len(rows["long caption.mp4"]["caption"].split()) == 5000
     assert rows["turned.mp4"]["rotation"] in (90, 270)
     assert rows["variable.mp4"]["duration_s"] >= 1.0
-    # A header without a rate: whatever the reader makes of it, it is one or the other.
+    # For a header without a frame rate, either is acceptable.
     assert rows["no rate.avi"]["status"] == "unusable" or rows["no rate.avi"]["fps"] > 0
     assert len(rows) == 23
 
 
-def test_a_file_that_goes_between_listing_and_probing_costs_itself(tmp_path: Path) -> None:
+def test_a_file_removed_before_probing_affects_no_other(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, grey(5, 32, 32), 10)
     file = tmp_path / "out" / "m.parquet"
@@ -204,7 +204,7 @@ def benign(task: ProbeTask) -> dict:
     return {**stamp, "frames": 5, "fps": 10.0, "width": 32, "height": 32, "duration_s": 0.5, "digest": bytes(16)}
 
 
-def test_a_hang_a_crash_and_a_memory_leak_cost_one_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_hang_crash_or_memory_leak_loses_one_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     names = ["1", "hang", "2", "crash", "3", "eat", "4"]
     for name in names:
         (tmp_path / f"{name}.mp4").touch()

@@ -14,7 +14,7 @@ def files(folder: Path) -> dict[str, bytes]:
     return {path.name: path.read_bytes() for path in folder.iterdir()}
 
 
-def test_clips_are_usable_and_the_same_for_a_seed(tmp_path: Path) -> None:
+def test_clips_are_usable_and_deterministic(tmp_path: Path) -> None:
     draw_clips(tmp_path / "a" / "clips")
     draw_clips(tmp_path / "b")
     draw_clips(tmp_path / "c", seed=1)
@@ -29,12 +29,12 @@ def test_clips_are_usable_and_the_same_for_a_seed(tmp_path: Path) -> None:
     assert abs(frames[0] - frames[-1]).mean() > 2  # something moves
 
 
-def test_an_existing_folder_is_left_alone(tmp_path: Path) -> None:
+def test_an_existing_folder_is_not_changed(tmp_path: Path) -> None:
     draw_clips(tmp_path)
     assert not list(tmp_path.iterdir())
 
 
-def test_a_failure_leaves_nothing_behind(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_failure_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 

@@ -68,11 +68,12 @@ from pathlib import Path
 
 root, file, *argv = sys.argv[1:]
 sys.path.insert(0, root)
-from cogds.cli import parse_args
+from cogds.arguments import find_config, parse_args
 from cogds.config.loading import load_config
 
-args = parse_args(argv, "")
-cfg, _ = load_config(args.config or f"{root}/launch/configs/demo.yaml", args.overrides)
+args = parse_args("train", argv, "")
+config = find_config(args.config, "run_configs", ".yaml") if args.config else f"{root}/launch/configs/demo.yaml"
+cfg, _ = load_config(config, args.overrides)
 Path(file).write_text(Path(cfg.output_dir, "checkpoints/latest").read_text())
 END
   cat "$file" 2>/dev/null

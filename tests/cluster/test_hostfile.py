@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cogds.arguments import unpacked
+from cogds.arguments import unpack
 from tests.cluster.conftest import ODD
 from tests.cluster.lab import wait_until
 from tests.conftest import ROOT, run_command
@@ -49,7 +49,7 @@ def test_arguments_and_variables_reach_every_rank_and_the_exit_code_is_returned(
     records = checkout.records()
     assert {record["host"] for record in records} == {"n1", "n2"}
     for record in records:
-        assert unpacked(record["argv"])[1:] == words
+        assert unpack(record["argv"])[1:] == words
         assert record["env"]["HF_ODD"] == env["HF_ODD"]
         assert record["env"]["PYTHON_ODD"] == "$(touch pwned4)"
         assert record["env"]["RANKS_SELECTED"] == "$HOME"

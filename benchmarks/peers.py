@@ -38,14 +38,14 @@ from measuring import (
     free,
     held_bytes,
     interleaved,
-    join_process_group,
+    join,
     machine,
     model_of,
-    print_json,
-    print_machine,
     random_batch,
     random_vae,
     run_config,
+    say_json,
+    say_machine,
     seconds_text,
     table,
 )
@@ -233,7 +233,7 @@ def compare(
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
+    """Measure, print the table, print the line."""
     world = read_world()
     gpu = world.device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -248,13 +248,13 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--kernel", default="torch", choices=kernels, help="of both ways; auto: the fastest here")
     parser.add_argument("--compile", action="store_true", help="compile our blocks")
     parser.add_argument("--rounds", type=int, default=2 if gpu else 5)
-    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for shared machines")
-    parser.add_argument("--limit-s", type=float, help="process age after which nothing new is started [s]")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
+    parser.add_argument("--limit-s", type=float, help="begin nothing new when the process is so old")
     args = parser.parse_args(argv)
     deadline = deadline_of(args.limit_s)
-    info = machine(world.device)
-    join_process_group(world)
-    print_machine(info)
+    facts = machine(world.device)
+    join(world)
+    say_machine(facts)
     results = [
         compare(
             SIZES[name], args.precision, args.checkpointing, args.kernel, args.compile, args.rounds, world, deadline,
@@ -285,7 +285,7 @@ def main(argv: list[str] | None = None) -> None:
     }
     named |= {"clock": args.clock}
     ratios = {name: value for name, value in last.items() if name.startswith("ratio")}
-    print_json("peers", info, **named, results=results, size=last["size"], **ratios)
+    say_json("peers", facts, **named, results=results, size=last["size"], **ratios)
 
 
 if __name__ == "__main__":

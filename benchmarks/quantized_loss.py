@@ -28,8 +28,8 @@ from measuring import (
     machine,
     make_batches,
     model_of,
-    print_json,
-    print_machine,
+    say_json,
+    say_machine,
     table,
 )
 
@@ -170,8 +170,8 @@ def main(argv: list[str] | None = None) -> None:
     quantizations, switches = args.quantizations.split(","), args.fp8_matmul.split(",")
     if unknown := {*quantizations} - {*QUANTIZATIONS} | {*switches} - {"off", "on"}:
         parser.error(f"unknown {', '.join(unknown)}: quantizations are {', '.join(QUANTIZATIONS)}; fp8-matmul off, on")
-    info = machine(device)
-    print_machine(info)
+    facts = machine(device)
+    say_machine(facts)
     batches = make_batches(size, folder, shape, TIMESTEPS, device)
     kinds = [("bf16", "none", False), ("fp32", "none", False)]
     for quantization in dict.fromkeys(["none", *quantizations]):
@@ -197,8 +197,8 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows:
         if "error" in row:
             print(f"{row['quantization']}, fp8 matmul {row['fp8_matmul']}: {row['error']}")
-    print_json(
-        "quantized_loss", info, size=size.name, weights=args.model or "random", bucket=str(shape), rank=args.rank,
+    say_json(
+        "quantized_loss", facts, size=size.name, weights=args.model or "random", bucket=str(shape), rank=args.rank,
         steps=args.steps, lr=args.lr, checkpointing=args.checkpointing, rows=rows,
     )  # fmt: skip
 

@@ -28,12 +28,12 @@ from measuring import (
     Size,
     Trainer,
     interleaved,
-    join_process_group,
+    join,
     machine,
     model_of,
-    print_json,
-    print_machine,
     run_config,
+    say_json,
+    say_machine,
     table,
 )
 
@@ -208,7 +208,7 @@ def on_paper(step_s: float) -> list[dict[str, Any]]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
+    """Measure, print the tables, print the line."""
     world = read_world()
     gpu = world.device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -225,14 +225,14 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        join_process_group(world)
+        join(world)
         work(args, world)
         return
-    info = machine(world.device)
-    print_machine(info)
+    facts = machine(world.device)
+    say_machine(facts)
     size, result = SIZES[args.size], {}
     if "tokens" in args.parts or "batch" in args.parts:
-        join_process_group(world)
+        join(world)
         shapes = [(bucket, 1) for bucket in BUCKETS[size.name]] if "tokens" in args.parts else []
         smallest = min(BUCKETS[size.name], key=lambda text: num_tokens(ClipShape.parse(text), model_of(size).geometry))
         if "batch" in args.parts:
@@ -263,7 +263,7 @@ def main(argv: list[str] | None = None) -> None:
             ]  # fmt: skip
             print(table(("GPUs", *ways), cells))
         result["links"] = [asdict(links) for links in LINKS]
-    print_json("scaling", info, size=size.name, precision=args.precision, checkpointing=CHECKPOINTING, **result)
+    say_json("scaling", facts, size=size.name, precision=args.precision, checkpointing=CHECKPOINTING, **result)
 
 
 if __name__ == "__main__":

@@ -42,13 +42,13 @@ from measuring import (
     fastest_kernel,
     free,
     interleaved,
-    join_process_group,
+    join,
     machine,
     model_of,
     peak_tflops,
-    print_json,
-    print_machine,
     run_config,
+    say_json,
+    say_machine,
     seconds_text,
     table,
     wait,
@@ -251,7 +251,7 @@ def cells(row: dict[str, Any]) -> list[Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure and print the results."""
+    """Measure, print the table, print the line."""
     world = read_world()
     gpu = world.device.type == "cuda"
 
@@ -271,17 +271,17 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--precisions", type=listed, default=["bf16" if gpu else "fp32"], help=", ".join(DTYPES))
     parser.add_argument("--deepspeed", type=listed, default=["zero2"], help="names of files in ds_configs/")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for shared machines")
-    parser.add_argument("--limit-s", type=float, help="process age after which nothing new is started [s]")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
+    parser.add_argument("--limit-s", type=float, help="begin nothing new when the process is so old")
     parser.add_argument("--all", action="store_true", help="every combination, not one thing at a time")
     parser.add_argument("--lora-rank", type=int, help="none: the size's own (128 for the real one)")
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak-tflops", type=float, help="of this device; none: known for some GPUs, else measured")
     args = parser.parse_args(argv)
     deadline = deadline_of(args.limit_s)
-    info = machine(world.device)
-    join_process_group(world)
-    print_machine(info)
+    facts = machine(world.device)
+    join(world)
+    say_machine(facts)
     attention_s: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
     peak, source = peak_tflops(args.peak_tflops, DTYPES[args.precisions[0]], world.device)
@@ -302,9 +302,9 @@ def main(argv: list[str] | None = None) -> None:
         rows += measure(size, found, rank, args.rounds, peak, world, deadline, args.clock, args.profile)
     if world.rank == 0:
         print(table(HEAD, [cells(row) for row in rows]))
-        print_json(
+        say_json(
             "step",
-            info,
+            facts,
             peak_tflops=round(peak, 4) if peak else None,
             peak_from=source,
             clock=args.clock,

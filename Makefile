@@ -1,43 +1,45 @@
-# Two commands for a newcomer: `make demo` and `make test`. Everything lives in .venv and outputs/.
+# Start with `make demo` and `make test`. They write only to .venv/, outputs/ and .testdata/.
 PYTHON ?= python3
 VENV ?= .venv
 BIN = $(VENV)/bin
-# One rank per GPU; two on a machine without any.
+# Ranks of the demo: one per GPU, or two on a machine without GPUs.
 RANKS ?= $(shell $(BIN)/python -c "import torch; print(torch.cuda.device_count() or 2)")
-# Ranks on a CPU share its cores: one thread each, or they fight.
+# Ranks on a CPU share its cores. With more than one thread each, they slow each other down.
 export OMP_NUM_THREADS ?= 1
 
-# A folder that `make wheelhouse` made: `make install WHEELHOUSE=wheelhouse` asks no network.
+# Folder created by `make wheelhouse`. `make install WHEELHOUSE=wheelhouse` needs no network.
 WHEELHOUSE ?=
 OFFLINE = $(if $(WHEELHOUSE),--no-index --find-links $(abspath $(WHEELHOUSE)))
-# What a wheel fits: the interpreter and the platform, such as "cpython-311 linux-x86_64".
+# Interpreter and platform of the wheels, such as "cpython-311 linux-x86_64".
 FITS = import sys, sysconfig; print(sys.implementation.cache_tag, sysconfig.get_platform())
 
-# Tests in as many processes as there are cores, up to four: each takes about 1 GB.
+# Test processes: one per core, up to four. Each needs about 1 GB.
 WORKERS ?= --numprocesses auto --maxprocesses 4
 
 # The constraints of `make test-versions`: tests/versions/lowest.txt (for Python 3.11) or newest.txt.
 VERSIONS ?= newest
 
-.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-endurance check \
-	format clean
+.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-endurance test-all \
+	check format clean
 
 install: $(VENV)/.installed
 
 $(VENV)/.installed: setup.py constraints.txt
 ifneq ($(WHEELHOUSE),)
 	@test -f $(WHEELHOUSE)/fits || { \
-		echo "$(WHEELHOUSE) is no complete wheelhouse: run make wheelhouse where there is internet, copy it here"; \
+		echo "error: WHEELHOUSE: $(WHEELHOUSE) is not a complete wheelhouse." \
+			"Run make wheelhouse on a machine with internet and copy the folder here."; \
 		exit 1; }
 	@test "$$(cat $(WHEELHOUSE)/fits)" = "$$($(PYTHON) -c '$(FITS)')" || { \
-		echo "$(WHEELHOUSE) fits $$(cat $(WHEELHOUSE)/fits), here is $$($(PYTHON) -c '$(FITS)'): give PYTHON=..."; \
+		echo "error: WHEELHOUSE: $(WHEELHOUSE) is for $$(cat $(WHEELHOUSE)/fits), but this Python is" \
+			"$$($(PYTHON) -c '$(FITS)'). Set PYTHON to a matching interpreter."; \
 		exit 1; }
 endif
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet $(OFFLINE) --constraint constraints.txt --editable ".[test,check]"
 	touch $@
 
-# All that `make install` needs, for machines without internet that have the same Python and platform.
+# Everything that `make install` needs, for machines without internet and with the same Python and platform.
 wheelhouse: setup.py constraints.txt
 	rm -rf wheelhouse .wheelhouse
 	$(PYTHON) -m venv .wheelhouse
@@ -45,19 +47,17 @@ wheelhouse: setup.py constraints.txt
 	rm -rf wheelhouse/cogds-*.whl .wheelhouse
 	$(PYTHON) -c '$(FITS)' > wheelhouse/fits
 
-# A port of its own, so that another run on this machine is in nobody's way.
-DEMO_PORT = $(shell $(BIN)/python -c "import socket; s = socket.socket(); s.bind(('', 0)); print(s.getsockname()[1])")
-
 demo: install
-	$(BIN)/deepspeed --num_gpus $(RANKS) --master_port $(DEMO_PORT) launch/train.py --deepspeed ds_configs/zero2.json
+	$(BIN)/cogds demo --num-gpus $(RANKS)
 
+# What every commit runs: behavior of all packages, with a real run of two ranks, a resume and an export.
 test: install
 	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not endurance and not browser"
 
 test-slow: install
 	$(BIN)/python -m pytest $(WORKERS) -m "slow and not cluster"
 
-# The base in 8 or 4 bits. Its libraries stay out of the other tests' way, whose every process they would slow down.
+# Quantization. Its libraries are installed separately, because they would slow down every process of the other tests.
 test-quant: $(VENV)/quant/.installed
 	PYTHONPATH=$(abspath $(VENV)/quant) $(BIN)/python -m pytest $(WORKERS) -rs -m "not slow" \
 		tests/model/transformer/test_quantize.py tests/dist/test_quantize.py
@@ -66,7 +66,7 @@ $(VENV)/quant/.installed: $(VENV)/.installed
 	rm -rf $(VENV)/quant
 	$(BIN)/pip install --quiet $(OFFLINE) --constraint constraints.txt --no-deps --target $(VENV)/quant \
 		torchao bitsandbytes
-	PYTHONPATH=$(abspath $(VENV)/quant) $(BIN)/python -c "import torchao, bitsandbytes" # or the tests would skip
+	PYTHONPATH=$(abspath $(VENV)/quant) $(BIN)/python -c "import torchao, bitsandbytes" # or the tests would be skipped
 	touch $@
 
 # Train, resume and sample with the lowest or the newest dependencies, in a virtual environment of their own.
@@ -78,20 +78,22 @@ $(VENV)-%/.installed: setup.py tests/versions/%.txt
 	$(@D)/bin/pip install --quiet $(OFFLINE) --constraint tests/versions/$*.txt --editable .
 	touch $@
 
-# Pages as a reader sees them, in a headless Chromium: as root, on Debian.
+# TensorBoard and the report page in a headless Chromium. Needs root on Debian.
 test-browser: install
 	tests/browser/install.sh
 	$(BIN)/python -m pytest -m browser
 
-# Two nodes on this machine, with SLURM and pdsh: as root, on Debian.
+# Two nodes on this machine, with SLURM and pdsh. Needs root on Debian.
 test-cluster: install
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m cluster
 
-# The kill matrix and the soak, on such a cluster too: a quarter of an hour.
+# Faults at every point of a run, and a long run with many faults, on the same two nodes: 15 minutes.
 test-endurance: install
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m endurance
+
+test-all: test test-quant test-slow test-browser test-cluster test-endurance
 
 check: install
 	$(BIN)/ruff check .

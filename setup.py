@@ -1,4 +1,4 @@
-"""Packaging. Ranges, not pins: a GPU user keeps the torch build they have. constraints.txt pins the tested set."""
+"""Package metadata. Dependencies are ranges: users keep their torch build. constraints.txt pins the tested versions."""
 
 import re
 from pathlib import Path

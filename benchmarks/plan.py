@@ -375,7 +375,7 @@ def simulate(num_clips: int, num_ranks: int, seed: int = 0) -> list[Outcome]:
     return [
         outcome("plan, bucket", num_ranks, clips, by_plan(clips, num_ranks, ()), costs),
         outcome("plan, cost", num_ranks, clips, by_plan(clips, num_ranks, by_bucket.tolist()), costs),
-        outcome("shuffled", num_ranks, clips, steps, costs),
+        outcome("independent ranks", num_ranks, clips, steps, costs),
         outcome("one shape", num_ranks, clips, steps, one_cost, stretched=True),
         outcome("truncated buckets", num_ranks, clips, truncated(clips, num_ranks), costs),
     ]

@@ -1,7 +1,7 @@
 """The command line: `cogds VERB ...`, and launch/VERB.py for launchers.
 
-Arguments are parsed before torch is imported, so that `--help` and every argument error answer at once. All exit codes
-are defined in `cogds.errors`.
+Arguments are parsed before torch is imported, so `--help` and argument errors answer at once. The exit codes are in
+`cogds.errors`.
 """
 
 import argparse
@@ -14,7 +14,7 @@ import sys
 from collections.abc import Callable, Sequence
 
 import cogds
-from cogds.arguments import VERBS, find_config, parse_args, shipped
+from cogds.arguments import VERBS, find_config, parse_args, shipped_config
 from cogds.distributed.world import is_launched, read_world
 from cogds.errors import (
     EXIT_BUG,
@@ -26,6 +26,7 @@ from cogds.errors import (
     UserError,
     did_you_mean,
 )
+from cogds.process.environment import declare_cpu
 from cogds.process.log_filters import install_log_filters
 from cogds.process.logs import RESULT, configure_logging
 
@@ -46,47 +47,47 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 def usage() -> str:
-    """The verbs, one per line."""
+    """Return the help text of `cogds` itself, with one line per verb."""
     width = max(map(len, VERBS)) + 2
     verbs = "\n".join(f"  {name:{width}}{verb.summary}" for name, verb in VERBS.items())
-    return f"usage: cogds VERB ...\n\n{verbs}\n\n`cogds VERB --help` shows the flags of a verb. `cogds --version`"
+    return f"usage: cogds VERB ...\n\n{verbs}\n\nFlags of a verb: cogds VERB --help. Version: cogds --version."
 
 
 def launch(verb: str) -> int:
-    """Run a verb as launch/VERB.py does, as one rank of those that a launcher started. Returns the exit code."""
+    """Run a verb as one rank that a launcher has started, for launch/VERB.py. Returns the exit code."""
     return run(lambda: call(verb, sys.argv[1:], prog=f"launch/{verb}.py", starts_ranks=False))
 
 
 def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = True) -> None:
-    """Parse a verb's arguments and run it. prog: the command's name in `--help`.
+    """Parse a verb's arguments and run it. Raises UserError for an unknown verb or argument.
 
-    starts_ranks: replace this process by DeepSpeed's launcher if several ranks are wanted and no launcher has started
-    it. Raises UserError for an unknown verb or argument.
+    prog: name of the command in `--help`. starts_ranks: if several ranks are wanted and no launcher has started this
+    process, replace it by DeepSpeed's launcher.
     """
     if verb not in VERBS:
         raise UserError(
             f"command line: unknown verb '{verb}'{did_you_mean(verb, VERBS)}. Choose one of {', '.join(VERBS)}."
         )
     args = parse_args(verb, argv, prog)
-    about = VERBS[verb]
-    if about.takes_config:
-        args.is_demo = args.config is None  # the demo's config, which makes its own model and clips
-        named = args.config and find_config(args.config, "run_configs", ".yaml")
-        args.config = named or str(shipped("run_configs", DEMO_CONFIG))
-        named = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
-        args.deepspeed = named or str(shipped("ds_configs", DEFAULT_DEEPSPEED))
-    install_log_filters()  # before diffusers and DeepSpeed are imported: some messages come then
-    if starts_ranks and about.is_launchable and (launcher := launcher_command(args, argv)):
+    spec = VERBS[verb]
+    if spec.takes_config:
+        args.is_demo = args.config is None
+        config = args.config and find_config(args.config, "run_configs", ".yaml")
+        args.config = config or str(shipped_config("run_configs", DEMO_CONFIG))
+        ds_config = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
+        args.deepspeed = ds_config or str(shipped_config("ds_configs", DEFAULT_DEEPSPEED))
+    install_log_filters()  # some libraries log while they are imported
+    if starts_ranks and spec.is_launchable and (launcher := launcher_command(args, argv)):
         sys.stdout.flush()
         os.execv(launcher[0], launcher)
     configure_logging(read_world().rank, RESULT if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
-    with gc_at_rest():
-        module = importlib.import_module(about.module)
+    with gc_disabled():
+        module = importlib.import_module(spec.module)
     module.main(args)
 
 
-class gc_at_rest:
-    """No garbage is collected inside, and the objects made inside never are.
+class gc_disabled:
+    """Turn off garbage collection for a block, and exclude the objects that exist at its end from later collections.
 
     Importing torch, diffusers and DeepSpeed makes a million objects that live as long as the process. Searching them
     for garbage took 3 of the 11 seconds that the imports needed (docs/performance.md).
@@ -101,42 +102,46 @@ class gc_at_rest:
 
 
 def launcher_command(args: argparse.Namespace, argv: Sequence[str]) -> list[str]:
-    """The command that starts the ranks through DeepSpeed's launcher; [] if this process is to run the verb itself.
+    """Return the command that starts the ranks with DeepSpeed's launcher, or [] if this process runs the verb itself.
 
-    Without --num-gpus and --hostfile, every GPU of this machine is used. A CPU machine gets one rank.
+    Without --num-gpus and --hostfile, there is one rank per GPU of this machine, or a single rank without GPUs.
     """
     if is_launched():
         if args.num_gpus or args.hostfile:
             raise UserError(
-                "command line: --num-gpus and --hostfile start ranks, but a launcher has started this process already. "
-                "Pass them to `cogds` or to that launcher, not to both."
+                "command line: --num-gpus and --hostfile start ranks, but a launcher has already started this process. "
+                "Pass them only to that launcher."
             )
         return []
-    num_ranks = args.num_gpus or _num_gpus()
+    num_gpus = _num_gpus()
+    num_ranks = args.num_gpus or num_gpus or 1
     if num_ranks == 1 and not args.hostfile:
         return []
-    where = ["--hostfile", args.hostfile] if args.hostfile else []
+    if not num_gpus and not args.hostfile:
+        declare_cpu()
+    hosts = ["--hostfile", args.hostfile] if args.hostfile else []
     if args.num_gpus or not args.hostfile:
-        where += ["--num_gpus", str(num_ranks)]
+        hosts += ["--num_gpus", str(num_ranks)]
     port = args.master_port or (29500 if args.hostfile else _free_port())
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *where, "--master_port", str(port)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *hosts, "--master_port", str(port)]
+    launcher += ["--log_level", "info" if args.verbose else "error"]
     return [*launcher, "--no_local_rank", "--module", "cogds", args.verb, *_without_launcher_flags(argv)]
 
 
 def _num_gpus() -> int:
-    """GPUs of this machine; 1 if it has none."""
+    """Return the number of GPUs of this machine."""
     import torch
 
-    return torch.cuda.device_count() or 1
+    return torch.cuda.device_count()
 
 
 def _without_launcher_flags(argv: Sequence[str]) -> list[str]:
-    """The words that the ranks get."""
-    words, skips = [], False
+    """Return the arguments for the ranks."""
+    words, skip_value = [], False
     for word in argv:
         name = word.partition("=")[0].replace("_", "-")
-        if skips or name in ("--num-gpus", "--hostfile", "--master-port"):
-            skips = not skips and "=" not in word
+        if skip_value or name in ("--num-gpus", "--hostfile", "--master-port"):
+            skip_value = not skip_value and "=" not in word
         else:
             words.append(word)
     return words
@@ -149,7 +154,7 @@ def _free_port() -> int:
 
 
 def run(function: Callable[[], None]) -> int:
-    """The exit code after `function()`. An error that the user can fix is one line; a bug keeps its traceback."""
+    """Run `function` and return the exit code. A UserError is printed as one line; a bug keeps its traceback."""
     try:
         return _run(function)
     finally:
@@ -178,7 +183,7 @@ def _run(function: Callable[[], None]) -> int:
 
 
 def _flush() -> None:
-    """Flush stdout; if its reader is gone, Python's own flush at exit would make the exit code 120."""
+    """Flush stdout. If its reader is gone, discard the output: Python's flush at exit would make the exit code 120."""
     try:
         sys.stdout.flush()
     except OSError:
@@ -186,14 +191,14 @@ def _flush() -> None:
 
 
 def _place(error: UserError) -> str | None:
-    """Which rank an error names; None if another process reports the same error.
+    """Return ` on rank R (HOST)`, "" for rank 0, or None if another process reports the error.
 
-    Before the ranks are is_connected, all ranks of a node read the same input and fail alike: the first one reports.
+    Before the ranks are connected, all ranks of a node read the same input and fail alike, so only the first reports.
     Later, an error that is not shared is this rank's own.
     """
     try:
         world = read_world()
-    except UserError:  # this is the error that is about to be reported
+    except UserError:  # the very error that is being reported
         return ""
     if error.shared or (world.local_rank and not _is_connected()):
         return None
@@ -201,6 +206,6 @@ def _place(error: UserError) -> str | None:
 
 
 def _is_connected() -> bool:
-    """Whether this process has joined the process group, without importing torch for the question."""
+    """Whether this process has joined the process group. Does not import torch."""
     group = sys.modules.get("cogds.distributed.process_group")
     return group is not None and group.is_connected()

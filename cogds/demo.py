@@ -1,4 +1,4 @@
-"""The quick start's own model and clips, made where they are missing."""
+"""The tiny model and the clips of the demo, created if they do not exist yet."""
 
 from cogds.config.loading import replace
 from cogds.config.schema import RunConfig
@@ -6,15 +6,15 @@ from cogds.data.video.drawn import draw_clips
 from cogds.model.tiny import create_tiny_model
 
 
-def only_own_demo(cfg: RunConfig, overrides: list[str]) -> RunConfig:
-    """The demo's config makes a model and clips at the demo's own paths, never at a path given on the command line."""
+def protect_given_paths(cfg: RunConfig, overrides: list[str]) -> RunConfig:
+    """Return the demo's config changed to create nothing at a model.path or data.path given on the command line."""
     given = {text.partition("=")[0] for text in overrides}
-    makers = {"model.path": "model.create_tiny", "data.path": "data.draw_demo_clips"}
-    return replace(cfg, {maker: False for path, maker in makers.items() if path in given and maker not in given})
+    creators = {"model.path": "model.create_tiny", "data.path": "data.draw_demo_clips"}
+    return replace(cfg, {key: False for path, key in creators.items() if path in given and key not in given})
 
 
-def make_demo(cfg: RunConfig) -> None:
-    """The tiny model and the drawn clips, where the config asks for them and they are not there yet."""
+def create_demo_files(cfg: RunConfig) -> None:
+    """Create the tiny model and draw the clips, if the config asks for them and they do not exist yet."""
     if cfg.model.create_tiny:
         create_tiny_model(cfg.model.path)
     if cfg.data.draw_demo_clips:

@@ -20,7 +20,7 @@ from cogds.model.lora.convert import check_all_fit, load_adapter
 from cogds.model.lora.file import LoraFile, describe_lora, read_loras
 from cogds.model.transformer.attention import activate_kernel
 from cogds.model.transformer.quantize import check_quantization
-from cogds.train.evaluation import Evaluation
+from cogds.train.evaluation import make_evaluation
 from cogds.train.step import load_step_builder
 
 logger = logging.getLogger(__name__)
@@ -29,19 +29,19 @@ ALL_CLIPS = 2**31 - 1
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the losses as one line of JSON, with the tags of a run.
+    """Print the losses as one line of JSON, with the tags that a run uses.
 
-    Several ranks share the work. Each holds the whole model: ZeRO is not used.
+    Several ranks share the work. Each holds the whole model, because ZeRO is not used.
     """
     changes = {
-        "data.encode": "on_the_fly",  # the evaluated clips are encoded all the same, the others are not
+        "data.encode": "on_the_fly",  # encodes the evaluated clips and no others
         "eval.every": 1,
     }
     if args.all:
         changes["eval.num_clips"] = ALL_CLIPS
     loras = read_loras([args.lora] if args.lora else [], args.lora_alpha, "--lora-alpha")
     if loras and (convention := loras[0].metadata.get("image_latents")):
-        changes["conditioning.image_latents"] = convention  # as it was trained
+        changes["conditioning.image_latents"] = convention  # as the LoRA was trained
     job = load_job(args, read_world(), changes=changes)
     cfg, model, world = job.cfg, job.model, job.world
     check_all_fit(loras, model)
@@ -51,11 +51,13 @@ def main(args: argparse.Namespace) -> None:
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
     data = encode_dataset(cfg, model, job.buckets, world)
-    transformer = load_evaluated(cfg, model, world.device, loras)
+    transformer = load_eval_transformer(cfg, model, world.device, loras)
     builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device)
-    evaluation = Evaluation.of(cfg, data, builder, job.batch_sizes, model, world)
+    evaluation = make_evaluation(job, data, builder, job.batch_sizes)
     if evaluation is None:
-        raise UserError(f"data.path: none of the clips to evaluate in {cfg.data.path} can be read. Repair them.")
+        raise UserError(
+            f"data.path: no clip to evaluate in {cfg.data.path} can be read. Repair the files, or choose other data."
+        )
     scalars = evaluation.scalars(lambda inputs: transformer(**inputs)[0])
     if world.rank == 0:
         print(json.dumps(scalars))
@@ -63,8 +65,10 @@ def main(args: argparse.Namespace) -> None:
         disconnect()
 
 
-def load_evaluated(cfg: RunConfig, model: ModelFolder, device: torch.device, loras: Sequence[LoraFile] = ()) -> Any:
-    """The whole transformer as the config asks for it, with LoRAs that fit it, in evaluation mode."""
+def load_eval_transformer(
+    cfg: RunConfig, model: ModelFolder, device: torch.device, loras: Sequence[LoraFile] = ()
+) -> Any:
+    """Load the whole transformer in evaluation mode, with the config's precision and kernel, and add the LoRAs."""
     transformer = load_transformer(
         model, DTYPES[cfg.train.precision], device, cfg.model.quantization, cfg.model.fp8_matmul
     )

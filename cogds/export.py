@@ -12,7 +12,6 @@ import torch
 
 from cogds.arguments import MERGED_FORMATS
 from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
-from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_folder
 from cogds.model.load import ModelFolder, find_model
@@ -83,13 +82,14 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
     output = Path(args.output)
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {output}: already exists. Choose a new folder, or remove this one.")
-    check_scale(args.scale)
     loras = parse_loras(args.lora, args.scale, args.lora_alpha)
     if len(loras) > 1 and args.to not in MERGED_FORMATS:
         raise UserError(
             f"--to {args.to}: takes one LoRA, but {len(loras)} were given. Export them one by one, or merge them with "
             f"--to {' or '.join(MERGED_FORMATS)}."
         )
+    if args.to not in MERGED_FORMATS and loras[0].weight == 0:
+        raise UserError(f"--scale: 0 turns the LoRA off, so --to {args.to} has nothing to export. Pass another number.")
     model = base_model(args.model, loras, needed=args.to in MERGED_FORMATS)
     if model:
         check_all_fit([lora.file for lora in loras], model)
@@ -135,10 +135,10 @@ def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) 
         if number is None:
             paths.append((word, 1.0))
         elif paths:
-            check_scale(number)
+            check_scale(number, paths[-1][0])
             paths[-1] = (paths[-1][0], number)
         else:
-            raise UserError(f"--lora {word}: no such file or folder. Pass a LoRA's path before its weight.")
+            raise UserError(f"{word}: no such file or folder. Pass a LoRA's path before its weight.")
     files = read_loras([path for path, _ in paths], alpha, "--lora-alpha")
     return [WeightedLora(file, scale * weight) for file, (_, weight) in zip(files, paths, strict=True)]
 
@@ -172,15 +172,9 @@ def export_metadata(loras: Sequence[WeightedLora], model: ModelFolder | None) ->
     """Collect the metadata for the header and the model card, from the first LoRA if there are several.
 
     Raises:
-        UserError: An image-latent convention is unknown, or the LoRAs differ in it.
+        UserError: The LoRAs differ in their image-latent convention.
     """
-    conventions = {lora.file.metadata.get("image_latents", "pipeline"): lora for lora in loras}
-    for convention, lora in conventions.items():
-        if convention not in IMAGE_LATENT_CONVENTIONS:
-            raise UserError(
-                f"{lora.file.path}: image_latents '{convention}' is not one of {', '.join(IMAGE_LATENT_CONVENTIONS)}. "
-                "Upgrade cogds: a newer version wrote this file."
-            )
+    conventions = {lora.file.metadata.get("image_latents", "pipeline") for lora in loras}
     if len(conventions) > 1:
         raise UserError(
             f"{loras[0].file.path}: the LoRAs were trained with different image latents "

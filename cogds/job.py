@@ -1,6 +1,8 @@
-"""A resolved run: configs, model folder, buckets, sizes and memory model, each computed once. Every verb starts here.
+"""A resolved run: configs, model folder, buckets, sizes and memory model, each computed once.
 
-job = load_job(args, read_world())
+    job = load_job(args, read_world())
+
+Every verb that takes a run config starts here.
 """
 
 import argparse
@@ -25,7 +27,7 @@ from cogds.core.mixture import Mixture
 from cogds.core.plan import Plan
 from cogds.core.vae_memory import vae_can_encode
 from cogds.data.cache.keys import cache_key, digest_files
-from cogds.demo import make_demo, only_own_demo
+from cogds.demo import create_demo_files, protect_given_paths
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
@@ -35,27 +37,28 @@ from cogds.model.transformer.sequence_parallel import check_sequence
 
 @dataclass(frozen=True)
 class Job:
-    """What a run is made of before its data is known.
+    """A run before its data is known.
 
-    world: of this process. num_ranks: of the run, which another process may only report on.
+    targets: full names of the layers that get a LoRA. num_ranks: ranks of the run. They differ from `world`, the ranks
+    around this process, if this process only reports on the run.
     """
 
     cfg: RunConfig
     ds_config: dict[str, Any]
     model: ModelFolder
     buckets: tuple[ClipShape, ...]
-    targets: tuple[str, ...]  # full names of the layers that get a LoRA
+    targets: tuple[str, ...]
     world: World
     num_ranks: int
 
     @property
     def dtype(self) -> torch.dtype:
-        """Of the transformer and the VAE."""
+        """Dtype of the transformer and the VAE."""
         return DTYPES[self.cfg.train.precision]
 
     @cached_property
     def batch_sizes(self) -> tuple[int, ...]:
-        """Clips per rank and micro-step in each bucket: a constant, or as many as the token budget holds."""
+        """Clips per rank and micro-step for each bucket: a constant, or as many as fit into the token budget."""
         budget = self.cfg.train.tokens_per_batch
         if budget is None:
             return (self.cfg.train.batch_size,) * len(self.buckets)
@@ -63,11 +66,11 @@ class Job:
 
     @cached_property
     def memory(self) -> MemoryModel:
-        """The memory of a rank, calculated from shapes. Reads no weight."""
-        empty, cfg = empty_transformer(self.model), self.cfg
-        layers, rank = dict(empty.named_modules()), cfg.lora.rank
+        """The memory of one rank, calculated from shapes. Reads no weights."""
+        transformer, cfg = empty_transformer(self.model), self.cfg
+        layers, rank = dict(transformer.named_modules()), cfg.lora.rank
         num_lora = sum(rank * (layers[name].in_features + layers[name].out_features) for name in self.targets)
-        num_base = sum(parameter.numel() for parameter in empty.parameters())
+        num_base = sum(parameter.numel() for parameter in transformer.parameters())
         return MemoryModel(
             geometry=self.model.geometry,
             transformer=TransformerSize.from_config(self.model.transformer_config, num_base),
@@ -83,7 +86,7 @@ class Job:
         )
 
     def plan(self, mixture: Mixture) -> Plan:
-        """The order of training from its first step. mixture: how often each clip is trained."""
+        """Return the order of training from the first step. mixture: how often each clip is trained."""
         cfg, model = self.cfg, self.model
         tokens = [num_tokens(shape, model.geometry) for shape in self.buckets]
         costs = tuple(forward_flops(count, model.num_layers, model.hidden_size) for count in tokens)
@@ -98,7 +101,7 @@ class Job:
         )
 
     def weights_digest(self) -> str:
-        """A digest that changes with the transformer's weights. Files that have not changed are not read again."""
+        """Return a digest of the transformer's weights. Files that have not changed are not read again."""
         files = sorted(str(path) for path in (self.model.path / "transformer").iterdir() if path.is_file())
         digests = digest_files(files, Path(self.cfg.data.cache_dir) / "files.json")
         return cache_key({"files": list(digests.values())})
@@ -107,19 +110,19 @@ class Job:
 def load_job(
     args: argparse.Namespace, world: World, num_ranks: int | None = None, changes: Mapping[str, Any] | None = None
 ) -> Job:
-    """Resolve a command line. args: of `arguments.parse_args`. changes: config keys that the verb itself sets.
+    """Resolve a command line. Creates the demo's model and clips if the config asks for them.
 
-    num_ranks: ranks of the run; default: those of `world`. Makes the demo's model and clips if the config asks for
-    them. Raises UserError for anything wrong with the configs or the model.
+    args: from `arguments.parse_args`. num_ranks: ranks of the run, by default those of `world`. changes: values of
+    config keys that the verb sets. Raises UserError if anything is wrong with the configs or the model.
     """
     cfg, explicit = load_config(args.config, args.overrides)
     if args.is_demo:
-        cfg = only_own_demo(cfg, args.overrides)
+        cfg = protect_given_paths(cfg, args.overrides)
     ds_config = load_ds_config(args.deepspeed)
     cfg = replace(cfg, changes or {})
     num_ranks = num_ranks or world.size
     world = dataclasses.replace(world, sequence_size=cfg.parallel.sequence_size)
-    make_demo(cfg)
+    create_demo_files(cfg)
     model = find_model(cfg.model.path, cfg.model.revision)
     check_sequence(cfg.parallel.sequence_size, num_ranks, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
@@ -129,7 +132,7 @@ def load_job(
 
 
 def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
-    """The buckets of the config, listed or generated. Raises UserError for one that the model cannot take."""
+    """Return the buckets of the config, listed or generated. Raises UserError if the model does not support one."""
     if cfg.data.buckets:
         buckets = parse_buckets(cfg.data.buckets, model.geometry)
     else:
@@ -137,29 +140,29 @@ def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
             cfg.data.bucket_sizes, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, model.geometry
         )
     for shape in buckets:
-        # Every step encodes a clip's first frame as the pipeline does, without tiles.
+        # Every step encodes the first frame of each clip without tiles, as the pipeline does.
         if not vae_can_encode(dataclasses.replace(shape, frames=1), tiling=False, vae=model.vae_size):
             raise UserError(
-                f"data.buckets: the VAE cannot encode a picture of bucket {shape} ({shape.height}x{shape.width}) "
+                f"data.buckets: {shape} is too large. The VAE cannot encode a {shape.height}x{shape.width} image "
                 "without tiles, as the pipeline does. Choose a smaller bucket."
             )
     return buckets
 
 
 def choose_checkpointing(job: Job, batch_sizes: Sequence[int], gpu_bytes: float | None) -> tuple[str, ...]:
-    """The activation checkpointing mode of each bucket: the mode in the config, or for `auto` the fastest that fits.
+    """Return the activation checkpointing mode of each bucket: the config's, or for `auto` the fastest that fits.
 
-    gpu_bytes: memory of one GPU; None: anything fits. If no mode fits, the one that needs least. Raises UserError for
-    a bucket in the config that the run does not have.
+    If no mode fits, returns the one that needs the least memory. gpu_bytes: memory of one GPU; None if there is no
+    limit. Raises UserError if the config names a bucket that the run does not have.
     """
-    names, given = [str(shape) for shape in job.buckets], job.cfg.train.activation_checkpointing_by_bucket
-    for name in given:
+    names, by_bucket = [str(shape) for shape in job.buckets], job.cfg.train.activation_checkpointing_by_bucket
+    for name in by_bucket:
         if name not in names:
             raise UserError(
                 f"train.activation_checkpointing_by_bucket: {name} is not a bucket of this run"
                 f"{did_you_mean(name, names)}. Choose one of {', '.join(names)}."
             )
-    modes = [given.get(name, job.cfg.train.activation_checkpointing) for name in names]
+    modes = [by_bucket.get(name, job.cfg.train.activation_checkpointing) for name in names]
     if gpu_bytes is None:
         return tuple("none" if mode == "auto" else mode for mode in modes)
     return tuple(
@@ -169,7 +172,10 @@ def choose_checkpointing(job: Job, batch_sizes: Sequence[int], gpu_bytes: float 
 
 
 def make_folders(folders: Mapping[str, str]) -> None:
-    """Make the folders that a command writes to, config key -> folder. Raises UserError if one cannot be written."""
+    """Create the folders that a command writes to.
+
+    folders: config key -> folder. Raises UserError, naming the key, if a folder cannot be written to.
+    """
     for key, folder in folders.items():
         try:
             Path(folder).mkdir(parents=True, exist_ok=True)

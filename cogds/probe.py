@@ -1,12 +1,12 @@
-"""Which image-latent convention the base model's weights expect, measured on the user's own clips.
+"""The probe verb: measure which image-latent convention a base model's weights expect, on the user's own clips.
 
 The pipeline multiplies the first frame's latents by 1 / scaling_factor, most trainers by scaling_factor, some by 1
-(`core.conditioning.image_latent_scale`). The weights know how they were trained: given image latents of another
-strength than that, they predict the clip worse, above all its first frame. So the same clips, timesteps and noise are
-put through the model once for each convention and once without an image, and the losses are compared clip by clip.
+(`core.conditioning.image_latent_scale`). Image latents of another scale than in the model's training make its
+predictions worse, most of all for the first frame. So the same clips, timesteps and noise pass through the model once
+for each convention and once without an image, and the losses are compared clip by clip.
 
-Nothing is assumed of the answer. Where the differences are within two standard errors, where the weights predict no
-better than zeros would, or where the image does not help them, the answer is that it cannot be told.
+There is no verdict if the differences are within two standard errors, if the weights predict no better than zeros, or
+if the image does not improve the prediction.
 """
 
 import argparse
@@ -30,71 +30,97 @@ from cogds.data.loading.index import IndexedClip
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
 from cogds.errors import UserError, refuse_to_run
-from cogds.evaluate import load_evaluated
+from cogds.evaluate import load_eval_transformer
 from cogds.formatting import counted
 from cogds.job import load_job
 from cogds.model.load import DTYPES, load_alphas_cumprod, load_vae
-from cogds.train.evaluation import middles
+from cogds.train.evaluation import midpoints
 from cogds.train.step import Draws, StepBuilder
 
 NO_IMAGE = "no image"
-MIN_CLIPS = 4  # fewer have no standard error worth the name
-NUM_ERRORS = 2.0  # standard errors that a difference must exceed to be believed
+MIN_CLIPS = 4  # the standard error of fewer clips means little
+NUM_ERRORS = 2.0  # a difference is significant above this many standard errors
 
 Forward = Callable[[Mapping[str, Any]], torch.Tensor]
 
 
 @dataclass(frozen=True)
 class Scores:
-    """One clip's losses and errors under one convention, means over the timesteps.
+    """The losses and errors of one clip under one convention, averaged over the timesteps.
 
-    loss, first_loss: v-loss of the whole clip, and of its first latent frame with the padding before it. brightness,
-    colour: of the first frame as the model sees it through a middle timestep's noise, against the real one, in 0..255:
-    the difference of the means, and the mean over the channels of its size.
+    loss: v-loss of the whole clip. first_loss: v-loss of its first latent frame with the padding before it.
+    brightness, color: errors of the channel means of the first frame, as predicted at the middle timestep, in 0..255:
+    mean error and mean absolute error over the channels.
     """
 
     loss: float
     first_loss: float
     brightness: float
-    colour: float
+    color: float
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """All scores of a probe.
+
+    scores: of each clip, by convention and for `NO_IMAGE`. zeros: each clip's first-frame loss of predicting zeros.
+    scales: the scale of the image latents by convention.
+    """
+
+    scores: Mapping[str, Sequence[Scores]]
+    zeros: Sequence[float]
+    scales: Mapping[str, float]
+    timesteps: Sequence[int]
+
+    @property
+    def num_clips(self) -> int:
+        return len(self.zeros)
+
+    def means(self) -> dict[str, Scores]:
+        """Return the scores averaged over clips."""
+        return {
+            name: Scores(*(_mean(getattr(clip, field.name) for clip in clips) for field in dataclasses.fields(Scores)))
+            for name, clips in self.scores.items()
+        }
 
 
 @dataclass(frozen=True)
 class Difference:
-    """Mean of differences clip by clip, and its standard error."""
+    """The mean difference over clips, and its standard error."""
 
     mean: float
     error: float
 
     @property
-    def is_sure(self) -> bool:
-        """Whether it is above zero by more than `NUM_ERRORS` standard errors."""
+    def is_significant(self) -> bool:
+        """Whether the mean is above zero by more than `NUM_ERRORS` standard errors."""
         return self.mean > NUM_ERRORS * self.error
 
     @classmethod
-    def of(cls, ones: Sequence[float], others: Sequence[float]) -> "Difference":
-        """others - ones, two clips at least."""
-        each = torch.tensor(others, dtype=torch.float64) - torch.tensor(ones, dtype=torch.float64)
-        return cls(each.mean().item(), each.std().item() / math.sqrt(len(each)))
+    def between(cls, first: Sequence[float], second: Sequence[float]) -> "Difference":
+        """Return second - first, of at least two clips."""
+        per_clip = torch.tensor(second, dtype=torch.float64) - torch.tensor(first, dtype=torch.float64)
+        return cls(per_clip.mean().item(), per_clip.std().item() / math.sqrt(len(per_clip)))
 
 
 @dataclass(frozen=True)
 class Verdict:
-    """convention: what the weights expect, None where it cannot be told; because: the reason, for people.
+    """The result of a probe.
 
-    differences: how much worse than the best each of the others is, in the loss of the first frame.
+    convention: the one that the weights expect, or None if there is no answer. reason: why, for the user. best: the
+    convention with the lowest loss of the first frame. differences: by how much each other convention's loss is higher.
     """
 
     convention: str | None
-    because: str
+    reason: str
     best: str
     differences: Mapping[str, Difference]
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print a table and one line of JSON: which image-latent convention the model's weights expect."""
+    """Print a table and one line of JSON."""
     if args.clips < MIN_CLIPS:
-        raise UserError(f"--clips: {args.clips} are too few for a standard error. Pass {MIN_CLIPS} or more.")
+        raise UserError(f"--clips: {args.clips} is too few for a standard error. Pass {MIN_CLIPS} or more.")
     # Only the evaluated clips are encoded.
     changes = {"data.encode": "on_the_fly", "eval.every": 1, "eval.num_clips": args.clips}
     job = load_job(args, World(0, 1, 0, 1), changes=changes)
@@ -108,37 +134,34 @@ def main(args: argparse.Namespace) -> None:
             f"Give {MIN_CLIPS} or more."
         )
     dtype = DTYPES[cfg.train.precision]
-    transformer = load_evaluated(cfg, model, world.device)
+    transformer = load_eval_transformer(cfg, model, world.device)
     vae = load_vae(model, dtype, world.device)
 
-    def builder(conditioning: ConditioningConfig) -> StepBuilder:
-        abar = load_alphas_cumprod(model)
-        return StepBuilder(vae, model.geometry, conditioning, abar, data.empty_caption_states, world.device)
+    def make_builder(conditioning: ConditioningConfig) -> StepBuilder:
+        alphas_cumprod = load_alphas_cumprod(model)
+        return StepBuilder(vae, model.geometry, conditioning, alphas_cumprod, data.empty_caption_states, world.device)
 
-    builders = builders_of(builder, cfg.conditioning)
-    timesteps = middles(args.timesteps, len(next(iter(builders.values())).alphas_cumprod))
-    scores, zeros = measure(
-        lambda inputs: transformer(**inputs)[0], builders, clips, Cache(cfg.data.cache_dir), timesteps, cfg.seed
-    )
+    builders = make_builders(make_builder, cfg.conditioning)
+    timesteps = midpoints(args.timesteps, len(next(iter(builders.values())).alphas_cumprod))
+    forward = lambda inputs: transformer(**inputs)[0]  # noqa: E731
+    scores, zeros = measure(forward, builders, clips, Cache(cfg.data.cache_dir), timesteps, cfg.seed)
     verdict = judge(scores, zeros)
     inverted, factor = bool(vae.config.invert_scale_latents), float(vae.config.scaling_factor)
     scales = {name: image_latent_scale(factor, inverted, name) for name in IMAGE_LATENT_CONVENTIONS}
-    print("\n".join(report(scores, zeros, verdict, scales, len(clips), cfg.conditioning.image_latents)))
-    print(json.dumps(facts(scores, zeros, verdict, scales, len(clips), timesteps)))
+    measurement = Measurement(scores, zeros, scales, tuple(timesteps))
+    print("\n".join(report(measurement, verdict, cfg.conditioning.image_latents)))
+    print(json.dumps(to_json(measurement, verdict)))
 
 
-def builders_of(
+def make_builders(
     make: Callable[[ConditioningConfig], StepBuilder], conditioning: ConditioningConfig
 ) -> dict[str, StepBuilder]:
-    """A StepBuilder for every convention that is another number than those before it, without noise on the image.
-
-    make: a builder of a conditioning.
-    """
+    """Return a StepBuilder without image noise for each convention, except those with the scale of an earlier one."""
     builders: dict[str, StepBuilder] = {}
     for name in IMAGE_LATENT_CONVENTIONS:
-        one = make(conditioning.model_copy(update={"image_latents": name, "image_noise": False}))
-        if one.image_scale not in [other.image_scale for other in builders.values()]:
-            builders[name] = one
+        builder = make(conditioning.model_copy(update={"image_latents": name, "image_noise": False}))
+        if builder.image_scale not in [other.image_scale for other in builders.values()]:
+            builders[name] = builder
     return builders
 
 
@@ -151,9 +174,9 @@ def measure(
     timesteps: Sequence[int],
     seed: int,
 ) -> tuple[dict[str, list[Scores]], list[float]]:
-    """Every clip's scores by convention and for `NO_IMAGE`, and its first frame's loss if all that is predicted is 0.
+    """Return each clip's scores by convention and for `NO_IMAGE`, and each clip's first-frame loss of predicting zeros.
 
-    forward: the transformer's output for `StepBuilder.build`'s inputs.
+    forward: returns the transformer's output for the inputs from `StepBuilder.build`.
     """
     scores: dict[str, list[Scores]] = {name: [] for name in (*builders, NO_IMAGE)}
     zeros = []
@@ -164,54 +187,59 @@ def measure(
             raise UserError(str(error)) from None
         for name in scores:
             builder = builders.get(name) or next(iter(builders.values()))
-            found, zero = _scores(forward, builder, batch, clip, timesteps, seed, without=name == NO_IMAGE)
-            scores[name].append(found)
-        zeros.append(zero)
+            clip_scores, zero_loss = _score_clip(
+                forward, builder, batch, clip, timesteps, seed, without_image=name == NO_IMAGE
+            )
+            scores[name].append(clip_scores)
+        zeros.append(zero_loss)
     return scores, zeros
 
 
-def _scores(
+def _score_clip(
     forward: Forward,
     builder: StepBuilder,
     batch: dict[str, torch.Tensor],
     clip: IndexedClip,
     timesteps: Sequence[int],
     seed: int,
-    without: bool,
+    *,
+    without_image: bool,
 ) -> tuple[Scores, float]:
-    """The scores of a batch of one clip, and the loss of zeros on its first frame."""
-    whole, first, zero, seen = [], [], [], (0.0, 0.0)
+    """Return the scores of a batch of one clip, and the first-frame loss of predicting zeros."""
+    losses, first_losses, zero_losses, pixel_errors = [], [], [], (0.0, 0.0)
     for number, timestep in enumerate(timesteps):
-        place = keyed_hash("probe", int(clip.clip_key, 16), number)  # the same noise under every convention
-        draws = Draws(
-            torch.tensor([timestep]), torch.tensor([without]), torch.zeros(1, dtype=torch.bool), seed, 0, [place]
-        )
+        slot = keyed_hash("probe", int(clip.clip_key, 16), number)  # the same noise under every convention
+        drop_image, drop_caption = torch.tensor([without_image]), torch.tensor([False])
+        draws = Draws(torch.tensor([timestep]), drop_image, drop_caption, seed, 0, [slot])
         inputs, target = builder.build(batch, clip.shape, draws)
         prediction = forward(inputs).float()
-        head = first_frames(clip.shape, builder)
+        first = first_frame_slice(clip.shape, builder)
         errors = (prediction - target).square()
-        whole.append(errors.mean().item())
-        first.append(errors[:, head].mean().item())
-        zero.append(target[:, head].square().mean().item())
+        losses.append(errors.mean().item())
+        first_losses.append(errors[:, first].mean().item())
+        zero_losses.append(target[:, first].square().mean().item())
         if number == len(timesteps) // 2:
             noisy = inputs["hidden_states"][:, :, : target.shape[2]]
-            latents = x0_from_v(noisy, prediction, inputs["timestep"], builder.alphas_cumprod)[:, head.stop - 1]
-            seen = _pixel_errors(builder, latents, batch["first_frame"])
-    return Scores(_mean(whole), _mean(first), *seen), _mean(zero)
+            latents = x0_from_v(noisy, prediction, inputs["timestep"], builder.alphas_cumprod)[:, first.stop - 1]
+            pixel_errors = _pixel_errors(builder, latents, batch["first_frame"])
+    return Scores(_mean(losses), _mean(first_losses), *pixel_errors), _mean(zero_losses)
 
 
-def first_frames(shape: ClipShape, builder: StepBuilder) -> slice:
-    """Where the first latent frame of a padded clip is, with the padding before it."""
+def first_frame_slice(shape: ClipShape, builder: StepBuilder) -> slice:
+    """Return the latent frames that hold the first frame of a padded clip, with the padding before it."""
     geometry = builder.geometry
     return slice(0, padding_frames(latent_frames(shape.frames, geometry), geometry.patch_size_t) + 1)
 
 
 def _pixel_errors(builder: StepBuilder, latents: torch.Tensor, pixels: torch.Tensor) -> tuple[float, float]:
-    """Brightness and colour errors of one latent frame [1, C, H, W] (scaled), decoded, against uint8 [1, 3, H, W]."""
+    """Decode one scaled latent frame [1, C, H, W] and return its brightness and color errors against pixels.
+
+    pixels: uint8 [1, 3, H, W].
+    """
     vae = builder.vae
     decoded = vae.decode((latents[:, :, None] / builder.scaling_factor).to(vae.dtype)).sample[:, :, -1].float()
-    seen = (decoded.clamp(-1, 1) + 1) * 127.5
-    difference = seen.mean(dim=(0, 2, 3)) - pixels.to(seen).mean(dim=(0, 2, 3))
+    predicted = (decoded.clamp(-1, 1) + 1) * 127.5
+    difference = predicted.mean(dim=(0, 2, 3)) - pixels.to(predicted).mean(dim=(0, 2, 3))
     return difference.mean().item(), difference.abs().mean().item()
 
 
@@ -221,90 +249,78 @@ def _mean(values: Iterable[float]) -> float:
 
 
 def judge(scores: Mapping[str, Sequence[Scores]], zeros: Sequence[float]) -> Verdict:
-    """What the scores say. zeros: the first frame's loss where nothing but 0 is predicted, clip by clip."""
-    first = {name: [one.first_loss for one in found] for name, found in scores.items()}
-    whole = {name: [one.loss for one in found] for name, found in scores.items()}
+    """Compare the conventions. zeros: each clip's first-frame loss of predicting zeros."""
+    first = {name: [clip.first_loss for clip in clips] for name, clips in scores.items()}
+    whole = {name: [clip.loss for clip in clips] for name, clips in scores.items()}
     conventions = [name for name in scores if name != NO_IMAGE]
     best = min(conventions, key=lambda name: _mean(first[name]))
-    differences = {name: Difference.of(first[best], first[name]) for name in first if name != best}
+    differences = {name: Difference.between(first[best], first[name]) for name in first if name != best}
     rivals = [name for name in conventions if name != best]
 
-    def cannot(because: str) -> Verdict:
-        return Verdict(None, because, best, differences)
+    def no_answer(reason: str) -> Verdict:
+        return Verdict(None, reason, best, differences)
 
-    if not Difference.of(first[best], zeros).is_sure:
-        return cannot("the weights predict the first frame no better than zeros would: they are not trained")
-    if not differences[NO_IMAGE].is_sure:
-        return cannot("the first frame is predicted no better with the image than without: the weights do not use it")
-    if close := [name for name in rivals if not differences[name].is_sure]:
-        return cannot(
-            f"'{best}' and '{close[0]}' differ by less than {NUM_ERRORS:g} standard errors: measure more clips"
+    if not Difference.between(first[best], zeros).is_significant:
+        return no_answer("the weights predict the first frame no better than zeros, so they are not trained")
+    if not differences[NO_IMAGE].is_significant:
+        return no_answer("the image does not improve the prediction of the first frame, so the weights do not use it")
+    if close := [name for name in rivals if not differences[name].is_significant]:
+        return no_answer(
+            f"'{best}' and '{close[0]}' differ by less than {NUM_ERRORS:g} standard errors; measure more clips"
         )
-    if against := [name for name in rivals if Difference.of(whole[name], whole[best]).is_sure]:
-        return cannot(f"the first frame is predicted best with '{best}', but the whole clip better with '{against[0]}'")
+    if better := [name for name in rivals if Difference.between(whole[name], whole[best]).is_significant]:
+        return no_answer(f"'{best}' is best for the first frame, but '{better[0]}' is better for the whole clip")
     nearest = min(differences[name].mean / max(differences[name].error, 1e-12) for name in rivals)
-    return Verdict(best, f"every other is worse, by {nearest:.1f} standard errors or more", best, differences)
+    return Verdict(
+        best, f"every other convention is worse by at least {nearest:.1f} standard errors", best, differences
+    )
 
 
-def report(
-    scores: Mapping[str, Sequence[Scores]],
-    zeros: Sequence[float],
-    verdict: Verdict,
-    scales: Mapping[str, float],
-    num_clips: int,
-    configured: str,
-) -> list[str]:
-    """The measurement as a table, and what follows from it, for people."""
+def report(measurement: Measurement, verdict: Verdict, configured: str) -> list[str]:
+    """Return the table and the verdict as lines. configured: the run's conditioning.image_latents."""
+    scores, scales = measurement.scores, measurement.scales
     width = max(map(len, scores)) + 2
-    head = f"{'image latents':{width}} {'scale':>7} {'loss':>9} {'first frame':>12} {'worse than best':>19} "
     lines = [
-        f"{num_clips} clips; means, and standard errors of differences clip by clip",
-        head + "  brightness  colour",
+        f"{measurement.num_clips} clips. Losses are means; differences are between losses of the same clip, "
+        "with standard errors.",
+        f"{'image latents':{width}} {'scale':>7} {'loss':>9} {'first frame':>12} {'difference to best':>19}   "
+        f"{'brightness':>10}  {'color':>6}",
     ]
-    for name, found in scores.items():
+    for name, means in measurement.means().items():
         scale = f"{scales[name]:.3f}" if name in scales else "-"
         difference = verdict.differences.get(name)
         worse = f"{difference.mean:+.5f} ± {difference.error:.5f}" if difference else "best"
-        loss, first, brightness, colour = (
-            _mean(getattr(one, field) for one in found) for field in ("loss", "first_loss", "brightness", "colour")
-        )
         lines.append(
-            f"{name:{width}} {scale:>7} {loss:>9.5f} {first:>12.5f} {worse:>19}   {brightness:>+10.2f}  {colour:>6.2f}"
+            f"{name:{width}} {scale:>7} {means.loss:>9.5f} {means.first_loss:>12.5f} {worse:>19}   "
+            f"{means.brightness:>+10.2f}  {means.color:>6.2f}"
         )
-    lines.append(f"{'zeros':{width}} {'-':>7} {'':>9} {_mean(zeros):>12.5f}")
+    lines.append(f"{'zeros':{width}} {'-':>7} {'':>9} {_mean(measurement.zeros):>12.5f}")
     if verdict.convention is None:
-        lines.append(f"cannot tell: {verdict.because}")
-    else:
-        lines.append(f"the weights expect '{verdict.convention}': {verdict.because}")
-        if scales[verdict.convention] != scales[configured]:
-            lines.append(
-                f"the run has conditioning.image_latents={configured}: set conditioning.image_latents="
-                f"{verdict.convention} (launch/sample.py and launch/export.py follow what the LoRA was trained with)"
-            )
+        return [*lines, f"no verdict: {verdict.reason}"]
+    lines.append(f"the weights expect '{verdict.convention}': {verdict.reason}")
+    if scales[verdict.convention] != scales[configured]:
+        lines.append(
+            f"the run has conditioning.image_latents={configured}. Set conditioning.image_latents="
+            f"{verdict.convention}. `cogds sample` and `cogds export` use the setting a LoRA was trained with."
+        )
     return lines
 
 
-def facts(
-    scores: Mapping[str, Sequence[Scores]],
-    zeros: Sequence[float],
-    verdict: Verdict,
-    scales: Mapping[str, float],
-    num_clips: int,
-    timesteps: Sequence[int],
-) -> dict[str, Any]:
-    """The same, JSON-able."""
+def to_json(measurement: Measurement, verdict: Verdict) -> dict[str, Any]:
+    """Return the measurement and the verdict as JSON-serializable values."""
+    means = measurement.means()
     return {
         "verdict": verdict.convention,
-        "because": verdict.because,
+        "reason": verdict.reason,
         "best": verdict.best,
-        "num_clips": num_clips,
-        "timesteps": list(timesteps),
-        "scales": dict(scales),
-        "zeros/first_loss": _mean(zeros),
-        "worse": {name: dataclasses.asdict(one) for name, one in verdict.differences.items()},
+        "num_clips": measurement.num_clips,
+        "timesteps": list(measurement.timesteps),
+        "scales": dict(measurement.scales),
+        "zeros/first_loss": _mean(measurement.zeros),
+        "worse": {name: dataclasses.asdict(difference) for name, difference in verdict.differences.items()},
     } | {
-        field: {name: _mean(getattr(one, field) for one in found) for name, found in scores.items()}
-        for field in ("loss", "first_loss", "brightness", "colour")
+        field.name: {name: getattr(scores, field.name) for name, scores in means.items()}
+        for field in dataclasses.fields(Scores)
     }
 
 

@@ -1,4 +1,4 @@
-"""Make videos from images and prompts, with the diffusers pipeline and LoRAs."""
+"""The sample verb: generate videos from images and prompts, with the diffusers pipeline and LoRAs."""
 
 import argparse
 import logging
@@ -18,7 +18,7 @@ from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
-from cogds.model.lora.convert import check_all_fit, load_adapter
+from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
 from cogds.model.lora.file import LoraFile, describe_lora, read_loras
 from cogds.model.pipelines import (
     apply_convention,
@@ -28,122 +28,166 @@ from cogds.model.pipelines import (
     sample_latents,
 )
 from cogds.process.logs import RESULT
-from cogds.videos.image_grid import evenly, grid, labelled, shrunk
-from cogds.videos.prompts import find_requests
-from cogds.videos.sample_spec import Scene, first_frame, slug
+from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
+from cogds.videos.prompts import PromptSpec, read_prompt_specs
+from cogds.videos.sample_spec import SampleSpec, load_first_frame, slug
 
 logger = logging.getLogger(__name__)
 
 NO_PROMPT = ""
 CELL_WIDTH = 480  # pixels of a video in a grid
-STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames of a strip, pixels of each
+STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames in a strip, pixels of each frame
 
 
 @dataclass(frozen=True)
-class Lora:
-    """A LoRA and its weight beside others."""
+class WeightedLora:
+    """A LoRA and its weight in the sum of all LoRAs."""
 
     file: LoraFile
     weight: float
 
 
+@dataclass(frozen=True)
+class SampleJob:
+    """All videos of one prompt: every seed at every LoRA scale."""
+
+    prompt: PromptSpec
+    shape: ClipShape
+    pixels: np.ndarray
+    seeds: Sequence[int]
+    scales: Sequence[float]
+
+    @property
+    def num_videos(self) -> int:
+        return len(self.seeds) * len(self.scales)
+
+
 def main(args: argparse.Namespace) -> None:
-    """Check, sample, write. Errors in the arguments are reported before any weight is loaded."""
+    """Check the arguments, load the model, make the videos. Reports errors before any weight is loaded."""
     model = find_model(args.model)
-    loras = find_loras(args.lora or [], args.lora_alpha, model)
+    loras = read_weighted_loras(args.lora or [], args.lora_alpha, model)
     for lora in loras:
         logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))
-    requests = find_requests(args.prompt or [], args.image or [], args.list)
-    fps = args.fps or float(agreed(loras, "fps", TRAINED_FPS))
-    buckets = trained_buckets(agreed(loras, "buckets", []))
-    frames_and_shapes = [first_frame(one.image, one.size or args.size, buckets, model.geometry) for one in requests]
-    scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
-    seeds = [[one.seed] if one.seed is not None else list(dict.fromkeys(args.seed)) for one in requests]
-    single = len(scales) * sum(map(len, seeds)) == 1
-    folder = Path(args.output).parent if single else Path(args.output).with_suffix("")
+    fps = args.fps or float(recorded_value(loras, "fps", TRAINED_FPS))
+    jobs = plan_jobs(args, loras, model)
+    is_single = sum(job.num_videos for job in jobs) == 1
+    folder = Path(args.output).parent if is_single else Path(args.output).with_suffix("")
     _check_writable(folder)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.offload and device.type == "cpu":
-        raise UserError("--offload is for a GPU, and there is none here: leave it out")
+        raise UserError("--offload: there is no GPU to offload from. Leave the flag out.")
 
     dtype = DTYPES[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
-    prompts = dict.fromkeys([NO_PROMPT, *(one.prompt for one in requests)])
+    prompts = dict.fromkeys([NO_PROMPT, *(job.prompt.prompt for job in jobs)])
     states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
+    pipeline = prepare_pipeline(model, dtype, loras, args, device)
+
+    def generate(spec: SampleSpec, scale: float) -> torch.Tensor:
+        if loras:
+            pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [scale * lora.weight for lora in loras])
+        latents = sample_latents(
+            pipeline, spec.pixels, spec.states, states[NO_PROMPT], spec.shape, args.steps, args.guidance, spec.seed
+        )
+        return decode_frames(pipeline, latents, spec.shape)
+
+    def write(path: Any, frames: torch.Tensor) -> None:
+        write_video(path, frames, fps)
+        logger.log(RESULT, f"{path}: {len(frames)} frames, {frames.shape[1]}x{frames.shape[2]}, {fps:g} frames/s")
+
+    for number, job in enumerate(jobs, 1):
+        stem = f"{number:02d}-{slug(job.prompt.prompt)}"
+        rows: list[list[tuple[str, np.ndarray]]] = []
+        for seed in job.seeds:
+            rows.append([])
+            for scale in job.scales:
+                spec = SampleSpec(job.prompt.prompt, job.shape, seed, job.pixels, states[job.prompt.prompt])
+                frames = generate(spec, scale)
+                if is_single:
+                    write(args.output, frames)
+                    return
+                label = f"seed {seed}" + (f", scale {scale:g}" if loras else "")
+                write(folder / f"{stem}-{label.replace(', ', '-').replace(' ', '')}.mp4", frames)
+                rows[-1].append((label, shrink(frames.numpy(), CELL_WIDTH)))
+        if job.num_videos > 1:
+            _write_grid(folder / f"{stem}-grid", rows, fps)
+
+
+def plan_jobs(args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder) -> list[SampleJob]:
+    """Read the prompts and their first frames. Raises UserError, naming the flag or the line of the list."""
+    buckets = trained_buckets(recorded_value(loras, "buckets", []))
+    scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
+    jobs = []
+    for prompt in read_prompt_specs(args.prompt or [], args.image or [], args.list):
+        shape, pixels = load_first_frame(prompt.image, prompt.size or args.size, buckets, model.geometry)
+        seeds = [prompt.seed] if prompt.seed is not None else list(dict.fromkeys(args.seed))
+        jobs.append(SampleJob(prompt, shape, pixels, seeds, scales))
+    return jobs
+
+
+def prepare_pipeline(
+    model: ModelFolder,
+    dtype: torch.dtype,
+    loras: Sequence[WeightedLora],
+    args: argparse.Namespace,
+    device: torch.device,
+) -> Any:
+    """Load the diffusers pipeline with all LoRAs, on the device or offloaded from it."""
     pipeline = load_pipeline(model, dtype)
-    count_transformer_calls(pipeline, args.steps)  # refuses more than there are
+    count_transformer_calls(pipeline, args.steps)  # raises if there are more steps than timesteps
     for number, lora in enumerate(loras):
         add_lora(pipeline.transformer, load_adapter(lora.file), f"lora{number}")
-    convention = agreed(loras, "image_latents", "pipeline", silent="pipeline")
+    convention = recorded_value(loras, "image_latents", "pipeline", if_missing="pipeline")
     if apply_convention(pipeline, convention) != 1.0:
-        logger.info("image latents are scaled as in the training of this LoRA (%s), not as in diffusers", convention)
+        logger.info("image latents: scaled as this LoRA was trained (%s), not as in diffusers", convention)
     if args.offload == "sequential":
         pipeline.enable_sequential_cpu_offload()
     elif args.offload == "model":
         pipeline.enable_model_cpu_offload()
     else:
         pipeline.to(device)
-
-    def film(scene: Scene, scale: float) -> torch.Tensor:
-        if loras:
-            pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [scale * lora.weight for lora in loras])
-        latents = sample_latents(
-            pipeline, scene.pixels, scene.states, states[NO_PROMPT], scene.shape, args.steps, args.guidance, scene.seed
-        )
-        return decode_frames(pipeline, latents, scene.shape)
-
-    def write(path: Any, frames: torch.Tensor) -> None:
-        write_video(path, frames, fps)
-        logger.log(RESULT, f"{len(frames)} frames of {frames.shape[1]}x{frames.shape[2]} at {fps:g} fps: {path}")
-
-    for number, (request, (shape, pixels), own_seeds) in enumerate(zip(requests, frames_and_shapes, seeds), 1):
-        stem = f"{number:02d}-{slug(request.prompt)}"
-        cells: list[list[tuple[str, np.ndarray]]] = []
-        for seed in own_seeds:
-            cells.append([])
-            for scale in scales:
-                frames = film(Scene(request.prompt, shape, seed, pixels, states[request.prompt]), scale)
-                if single:
-                    return write(args.output, frames)
-                label = f"seed {seed}" + (f", scale {scale:g}" if loras else "")
-                write(folder / f"{stem}-{label.replace(', ', '-').replace(' ', '')}.mp4", frames)
-                cells[-1].append((label, shrunk(frames.numpy(), CELL_WIDTH)))
-        if len(own_seeds) * len(scales) > 1:
-            _write_grid(folder / f"{stem}-grid", cells, fps)
-    return None
+    return pipeline
 
 
-def find_loras(given: Sequence[Sequence[str]], alpha: float | None, model: ModelFolder) -> list[Lora]:
-    """The LoRAs of the command line, each a path and an optional weight. Raises UserError if one does not fit."""
+def read_weighted_loras(
+    arguments: Sequence[Sequence[str]], alpha: float | None, model: ModelFolder
+) -> list[WeightedLora]:
+    """Read the LoRAs of the command line, each a path and an optional weight. Raises UserError if one does not fit."""
     weights = []
-    for path, *words in given:
+    for path, *words in arguments:
         try:
             weights.append(float(*words) if words else 1.0)
         except (TypeError, ValueError):
             raise UserError(
-                f"--lora: {path} is followed by {' '.join(words)}, but takes one number, its weight. Pass another LoRA "
-                "with a --lora of its own."
+                f"--lora: {path} is followed by '{' '.join(words)}', which is not one number. Pass one weight after "
+                "the path, and each further LoRA with its own --lora."
             ) from None
-    files = read_loras([path for path, *_ in given], alpha, "--lora-alpha")
+    for weight in weights:
+        check_scale(weight, "--lora")
+    files = read_loras([path for path, *_ in arguments], alpha, "--lora-alpha")
     check_all_fit(files, model)
-    return [Lora(file, weight) for file, weight in zip(files, weights, strict=True)]
+    return [WeightedLora(file, weight) for file, weight in zip(files, weights, strict=True)]
 
 
-def agreed(loras: Sequence[Lora], name: str, default: Any, silent: Any = None) -> Any:
-    """What the LoRAs' trainer recorded under a name: the first one's that says it. Others that differ are told of.
+def recorded_value(loras: Sequence[WeightedLora], name: str, default: Any, if_missing: Any = None) -> Any:
+    """Return a setting that the trainer recorded in the LoRAs: that of the first LoRA. Warns if others differ.
 
-    silent: what a LoRA that does not say it was trained with all the same; None: nobody knows.
+    default: for no LoRA, or if none has recorded it. if_missing: the value of a LoRA that has not recorded it; None if
+    that is unknown, so that this LoRA is skipped.
     """
     files = [lora.file for lora in loras]
-    said = [
-        (file.path, file.metadata.get(name, silent)) for file in files if name in file.metadata or silent is not None
+    values = [
+        (file.path, file.metadata.get(name, if_missing))
+        for file in files
+        if name in file.metadata or if_missing is not None
     ]
-    for file, value in said[1:]:
-        if value != said[0][1]:
+    for path, value in values[1:]:
+        first_path, first_value = values[0]
+        if value != first_value:
             logger.warning(
-                f"{said[0][0]} was trained with {name} {_text(said[0][1])}, {file} with {_text(value)}: the "
-                "first one is followed"
+                f"{first_path} was trained with {name} {_text(first_value)}, {path} with {_text(value)}. "
+                f"Using {_text(first_value)}."
             )
-    return said[0][1] if said else default
+    return values[0][1] if values else default
 
 
 def _text(value: Any) -> str:
@@ -151,7 +195,7 @@ def _text(value: Any) -> str:
 
 
 def trained_buckets(texts: Sequence[str]) -> list[ClipShape]:
-    """The buckets that a LoRA was trained in; the model's own size where it does not say."""
+    """Return the buckets that a LoRA was trained on, or the model's own size if they are unknown."""
     return [ClipShape.parse(text) for text in texts] or [TRAINED_SIZE]
 
 
@@ -159,7 +203,10 @@ def trained_buckets(texts: Sequence[str]) -> list[ClipShape]:
 def encode_prompts(
     model: ModelFolder, prompts: Sequence[str], dtype: torch.dtype, device: torch.device | str
 ) -> dict[str, torch.Tensor]:
-    """T5's states of each prompt, on the CPU. T5 is gone before the transformer comes: together they need 21 GB."""
+    """Return the T5 states of each prompt, on the CPU.
+
+    T5 is freed before the transformer is loaded, because both together need 21 GB.
+    """
     encoder = TextEncoder(model, dtype, device)
     states = {prompt: encoder.encode(prompt).cpu() for prompt in prompts}
     del encoder
@@ -174,20 +221,20 @@ def _check_writable(folder: Path) -> None:
         tempfile.TemporaryFile(dir=folder).close()
     except OSError as error:
         reason = error.strerror or str(error)
-        raise UserError(f"--output: cannot write into {folder} ({reason}): choose another place") from None
+        raise UserError(f"--output: cannot write to {folder} ({reason}). Choose another path.") from None
 
 
-def _write_grid(stem: Path, cells: Sequence[Sequence[tuple[str, np.ndarray]]], fps: float) -> None:
-    """All videos of one prompt as one, seeds below one another and scales beside one another, and as a picture."""
-    write_video(f"{stem}.mp4", grid([[labelled(video, label) for label, video in row] for row in cells]), fps)
-    strips = [
-        [labelled(grid([[frame[None] for frame in evenly(shrunk(video, STRIP_WIDTH), STRIP_FRAMES)]]), label)]
-        for row in cells
-        for label, video in row
-    ]
+def _write_grid(stem: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], fps: float) -> None:
+    """Write all videos of one prompt as one video, seeds in rows and scales in columns, and as strips in an image."""
+    write_video(f"{stem}.mp4", make_grid([[add_label(video, label) for label, video in row] for row in rows]), fps)
+    strips = []
+    for row in rows:
+        for label, video in row:
+            frames = evenly_spaced_frames(shrink(video, STRIP_WIDTH), STRIP_FRAMES)
+            strips.append([add_label(make_grid([[frame[None] for frame in frames]]), label)])
     with whole_file(f"{stem}.png") as partial:
-        Image.fromarray(grid(strips)[0]).save(partial)
-    logger.log(RESULT, "grid of all: %s.mp4 and %s.png", stem, stem)
+        Image.fromarray(make_grid(strips)[0]).save(partial)
+    logger.log(RESULT, "grids: %s.mp4 and %s.png", stem, stem)
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
+"""The demo's own files."""
+
 from pathlib import Path
 
 import pytest
 
 from cogds.config.loading import load_config
-from cogds.demo import only_own_demo
+from cogds.demo import protect_given_paths
 
 ROOT = Path(__file__).resolve().parents[1]
 
@@ -17,7 +19,7 @@ ROOT = Path(__file__).resolve().parents[1]
         (["model.path=x", "model.create_tiny=true", "data.path=y"], True, False),
     ],
 )
-def test_the_demo_makes_nothing_at_a_path_that_the_user_gave(overrides, tiny, clips):
+def test_the_demo_creates_nothing_at_a_given_path(overrides, tiny, clips):
     cfg, _ = load_config(str(ROOT / "launch/configs/demo.yaml"), overrides)
-    cfg = only_own_demo(cfg, overrides)
+    cfg = protect_given_paths(cfg, overrides)
     assert (cfg.model.create_tiny, cfg.data.draw_demo_clips) == (tiny, clips)

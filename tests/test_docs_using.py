@@ -1,6 +1,5 @@
-"""The commands of docs/using-the-lora.md run, or at least parse, as written."""
+"""The commands in docs/using-the-lora.md run, or at least parse, as written."""
 
-import re
 import runpy
 import shlex
 import sys
@@ -9,31 +8,30 @@ import pytest
 from PIL import Image
 
 import cogds.export
-from cogds.arguments import EXPORT_FORMATS, parse_args
+from cogds.arguments import EXPORT_FORMATS, find_config, parse_args
 from cogds.cli import call
 from cogds.config.loading import load_config
 from tests.conftest import ROOT
 from tests.model.lora.adapters import write_lora
+from tests.readme import commands
 
-PAGE = (ROOT / "docs/using-the-lora.md").read_text()
-COMMANDS = [
-    shlex.split(line) for block in re.findall(r"```sh\n(.*?)```", PAGE, flags=re.S) for line in block.splitlines()
-]
+COMMANDS = [shlex.split(line) for line in commands("docs/using-the-lora.md")]
 
 
-def starting(script):
-    return [words[2:] for words in COMMANDS if words[:2] == ["python", script]]
+def arguments_of(*program):
+    """Return the arguments of each command that runs this program."""
+    return [words[len(program) :] for words in COMMANDS if tuple(words[: len(program)]) == program]
 
 
-def test_no_command_is_left_out():
-    scripts = {words[1] for words in COMMANDS}
-    assert scripts == {"launch/sample.py", "examples/generate.py", "launch/export.py", "launch/probe.py"}
-    assert all((ROOT / script).is_file() for script in scripts)
+def test_every_command_is_run_by_a_test():
+    assert {tuple(words[:2]) for words in COMMANDS} == {
+        ("cogds", "sample"), ("cogds", "export"), ("cogds", "probe"), ("python", "examples/generate.py")
+    }  # fmt: skip
 
 
 @pytest.fixture
-def here(comfyui_model, tmp_path, monkeypatch):
-    """A folder with the page's LoRAs, which belong to the tiny model."""
+def folder(comfyui_model, tmp_path, monkeypatch):
+    """The working directory, with the page's LoRAs, which belong to the tiny model."""
     metadata = {"image_latents": "scaled", "image_latent_factor": 0.49, "fps": 8.0, "base_model": str(comfyui_model)}
     for run in ("cogvideox1.5_i2v_lora/lora/step-001000", "another_run/lora/step-002000"):
         write_lora(comfyui_model, tmp_path / "outputs" / run, metadata=metadata)
@@ -42,34 +40,34 @@ def here(comfyui_model, tmp_path, monkeypatch):
     return tmp_path
 
 
-def test_exports(here, monkeypatch):
+def test_exports(folder, monkeypatch):
     monkeypatch.setattr(cogds.export, "check_repository", lambda *_: None)
     monkeypatch.setattr(cogds.export, "upload_folder", lambda *_: "the hub")
-    commands = starting("launch/export.py")
-    assert len(commands) == 8
-    assert {words[words.index("--to") + 1] for words in commands} == set(EXPORT_FORMATS)
-    for words in commands:
+    exports = arguments_of("cogds", "export")
+    assert len(exports) == 8
+    assert {words[words.index("--to") + 1] for words in exports} == set(EXPORT_FORMATS)
+    for words in exports:
         call("export", words)
-        assert (here / words[words.index("--output") + 1] / "README.md").is_file()
-    assert (here / "exports/my_style/my_style.safetensors").is_file()
-    assert (here / "exports/my_model/model_index.json").is_file()
-    assert (here / "exports/my_comfyui_model/my_comfyui_model.safetensors").is_file()
+        assert (folder / words[words.index("--output") + 1] / "README.md").is_file()
+    assert (folder / "exports/my_style/my_style.safetensors").is_file()
+    assert (folder / "exports/my_model/model_index.json").is_file()
+    assert (folder / "exports/my_comfyui_model/my_comfyui_model.safetensors").is_file()
 
 
-def test_the_example_makes_a_video(here, comfyui_model, monkeypatch, capsys):
-    ((*words,),) = starting("examples/generate.py")
+def test_the_example_makes_a_video(folder, comfyui_model, monkeypatch, capsys):
+    ((*words,),) = arguments_of("python", "examples/generate.py")
     small = ["--model", str(comfyui_model), "--size", "9x64x96", "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["generate.py", *words, *small])
-    found = runpy.run_path(str(ROOT / "examples/generate.py"), run_name="__main__")
+    script = runpy.run_path(str(ROOT / "examples/generate.py"), run_name="__main__")
     assert "9 frames of 64x96: video.mp4" in capsys.readouterr().out
-    assert (here / "video.mp4").stat().st_size > 0
-    assert found["trained_with"](here / words[words.index("--lora") + 1])["image_latent_factor"] == 0.49
+    assert (folder / "video.mp4").stat().st_size > 0
+    assert script["trained_with"](folder / words[words.index("--lora") + 1])["image_latent_factor"] == 0.49
 
 
-def test_the_others_are_understood():
-    for words in starting("launch/sample.py"):
+def test_the_other_commands_parse():
+    for words in arguments_of("cogds", "sample"):
         parse_args("sample", words)
-    ((*words,),) = starting("launch/probe.py")
+    ((*words,),) = arguments_of("cogds", "probe")
     args = parse_args("probe", words)
-    cfg, _ = load_config(str(ROOT / args.config), args.overrides)
+    cfg, _ = load_config(find_config(args.config, "run_configs", ".yaml"), args.overrides)
     assert cfg.data.path == "/data/clips"

@@ -1,4 +1,4 @@
-"""What the evaluation loss is for: overfitting shows in it, and two checkpoints can be compared by it."""
+"""The evaluation loss shows overfitting, and tells checkpoints apart much better than the training loss."""
 
 import copy
 import dataclasses
@@ -9,29 +9,27 @@ import pytest
 import torch
 from PIL import Image
 
-from cogds.config.loading import load_config
 from cogds.core.diffusion import stratified_timesteps, v_loss
 from cogds.core.held_out import is_held_out
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import Item, collate, read_encoded
-from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
-from cogds.job import make_buckets
-from cogds.model.load import find_model, load_transformer
+from cogds.model.load import load_transformer
 from cogds.model.lora.adapter import inject
-from cogds.train.evaluation import Evaluation, deal_tasks, make_tasks
+from cogds.train.evaluation import make_eval_batches, make_evaluation, schedule_rounds
 from cogds.train.step import Draws, draw_dropouts, load_step_builder
+from tests.jobs import ALONE, make_job
 
 pytestmark = pytest.mark.slow
 
-ALONE, BATCH_SIZE, NUM_STEPS = World(0, 1, 0, 1), 4, 75
+BATCH_SIZE, NUM_STEPS = 4, 75
 SEEDS = range(1, 9)
 
 
 class Trained:
-    """A tiny model on two pictures of noise, which nothing but its name tells from another. Four more are held out.
+    """A tiny model trained on two images of noise that differ only in their captions. Four more are held out.
 
-    size: height and width of the pictures [pixels].
+    size: height and width of the images [pixels].
     """
 
     def __init__(self, tiny_model, folder, size=64, num_steps=NUM_STEPS):
@@ -43,17 +41,16 @@ class Trained:
             Image.fromarray(blocks.repeat(size // 8, 0).repeat(size // 8, 1)).save(folder / name)
         Image.new("RGB", (size, size), (128, 128, 128)).save(folder / "grey.png")
         columns = {"videos": held + trained, "prompts": [f"picture {name}" for name in held + trained]}
-        columns["images"] = ["grey.png"] * 6  # the condition tells nothing
+        columns["images"] = ["grey.png"] * 6  # the condition carries no information
         for name, lines in columns.items():
             (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
-        self.cfg, _ = load_config(
-            None,
-            [f"model.path={tiny_model}", f"data.path={folder}", f"data.cache_dir={folder / 'cache'}",
-             f"data.buckets=[1x{size}x{size}]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.5",
-             "eval.num_clips=4"],
+        job = make_job(
+            f"model.path={tiny_model}", f"data.path={folder}", f"data.cache_dir={folder / 'cache'}",
+            f"data.buckets=[1x{size}x{size}]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.5",
+            "eval.num_clips=4",
         )  # fmt: skip
-        model = find_model(self.cfg.model.path)
-        data = encode_dataset(self.cfg, model, make_buckets(self.cfg, model), ALONE)
+        self.cfg, model = job.cfg, job.model
+        data = encode_dataset(self.cfg, model, job.buckets, ALONE)
         assert (len(data.held_out), len(data.trained), len(data.index)) == (4, 2, 2)
         no_caption = data.empty_caption_states
         self.builder = load_step_builder(model, self.cfg.conditioning, no_caption, torch.float32, ALONE.device)
@@ -61,7 +58,7 @@ class Trained:
             latents = size // model.geometry.vae_spatial
             grey = torch.zeros(1, 1, model.geometry.latent_channels, latents, latents)
             self.builder.image_latents = lambda frames, _: grey.expand(len(frames), -1, -1, -1, -1)
-        self.evaluation = Evaluation.of(self.cfg, data, self.builder, (BATCH_SIZE,), model, ALONE)
+        self.evaluation = make_evaluation(job, data, self.builder, (BATCH_SIZE,))
         self.items = [Item(read_encoded(Cache(folder / "cache"), data.index[row])) for row in range(2)]
         self.shape = data.index.buckets[0]
         self.transformer = load_transformer(model, torch.float32)
@@ -104,15 +101,15 @@ def trained(tiny_model, tmp_path_factory):
     return Trained(tiny_model, tmp_path_factory.mktemp("pictures"))
 
 
-def test_overfitting_shows_as_the_two_losses_part(trained):
-    held_out, learnt = (
+def test_overfitting_shows_as_the_two_losses_diverge(trained):
+    held_out, learned = (
         [trained.losses[step][name] for step in (0, 25, NUM_STEPS)] for name in ("eval/loss", "eval/train_loss")
     )
-    print(f"eval/loss {held_out}, eval/train_loss {learnt}")
-    assert held_out[0] == pytest.approx(learnt[0], rel=0.1)  # it has seen neither
-    assert learnt[2] < 0.92 * learnt[1] < 0.92 * learnt[0]
+    print(f"eval/loss {held_out}, eval/train_loss {learned}")
+    assert held_out[0] == pytest.approx(learned[0], rel=0.1)  # it has seen neither
+    assert learned[2] < 0.92 * learned[1] < 0.92 * learned[0]
     assert held_out[2] > 0.98 * held_out[1]
-    assert held_out[2] > 1.1 * learnt[2]
+    assert held_out[2] > 1.1 * learned[2]
 
 
 def spread(trained, steps):
@@ -123,12 +120,12 @@ def spread(trained, steps):
     """
     own = trained.evaluation
     clips, num = own.clips[own.num_held_out :], len(own.timesteps)
-    moments = deal_tasks(make_tasks([0, 0], num, (BATCH_SIZE,)), (1.0,), 1)
+    rounds = schedule_rounds(make_eval_batches([0, 0], num, (BATCH_SIZE,)), (1.0,), 1)
     found = {}
     for step in steps:
         trained.become(step)
         for seed in SEEDS:
-            one = dataclasses.replace(own, clips=clips, num_held_out=0, moments=moments, seed=seed)
+            one = dataclasses.replace(own, clips=clips, num_held_out=0, rounds=rounds, seed=seed)
             with torch.no_grad():
                 found["evaluation", step, seed] = one.scalars(trained.forward)["eval/train_loss"]
                 drawn = range(1000 * step, 1000 * step + 2 * num)  # the draws of other steps than the other weights'

@@ -1,4 +1,4 @@
-"""A LoRA is sampled as it was trained: the scale of its image latents, its size and its frame rate."""
+"""Sampling follows how the LoRA was trained: image latent scale, size and frame rate."""
 
 from pathlib import Path
 
@@ -15,8 +15,8 @@ from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
 from cogds.model.lora.adapter import export, inject
 from cogds.model.lora.file import AlphaSource, LoraFile
 from cogds.model.pipelines import apply_convention, count_transformer_calls, load_pipeline
-from cogds.sample import Lora, agreed, trained_buckets
-from cogds.videos.sample_spec import first_frame, fitting_bucket
+from cogds.sample import WeightedLora, recorded_value, trained_buckets
+from cogds.videos.sample_spec import best_bucket, load_first_frame
 from tests.train.test_step import build_ours, differences, pipeline_inputs
 
 
@@ -35,8 +35,8 @@ def pipeline(model):
 
 
 @pytest.mark.parametrize("convention, factor", [("pipeline", 1.0), ("scaled", 0.49), ("unscaled", 0.7)])
-def test_the_pipeline_is_given_what_training_gave(model, pipeline, convention, factor):
-    """Everything that the transformer sees at the first step, for a LoRA of each convention."""
+def test_the_pipeline_feeds_the_transformer_as_training_did(model, pipeline, convention, factor):
+    """All inputs of the transformer at the first step, for a LoRA of each convention."""
     encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
     shape = ClipShape.parse("17x64x96")
     assert apply_convention(pipeline, convention) == pytest.approx(factor)
@@ -52,7 +52,7 @@ def test_the_pipeline_is_given_what_training_gave(model, pipeline, convention, f
 
 @pytest.fixture
 def sample(model, tmp_path, monkeypatch):
-    """`sample(convention, *argv)`: the path, frames and frame rate that sample.py would write with such a LoRA."""
+    """`sample(convention, *argv)`: what `cogds sample` writes with such a LoRA: path, frames, frame rate."""
     transformer = load_transformer(model, torch.float32)
     inject(transformer, 4, 8, 0.0, ["to_q", "to_v"], seed=0)
     tensors = {
@@ -77,11 +77,11 @@ def sample(model, tmp_path, monkeypatch):
     return sample
 
 
-def test_one_video_is_what_the_pipeline_alone_makes(sample, pipeline, model):
-    """Bit for bit, T5 within it and all."""
+def test_a_video_equals_that_of_the_plain_pipeline(sample, pipeline, model):
+    """Bit for bit, including T5."""
     _, frames, _ = sample("pipeline", "--seed", "5", "--steps", "2")
     shape = ClipShape(9, 64, 96)
-    _, pixels = first_frame(str(sample.folder / "first.png"), str(shape), [], model.geometry)
+    _, pixels = load_first_frame(str(sample.folder / "first.png"), str(shape), [], model.geometry)
     pipeline.load_lora_weights(sample.folder / "pipeline")
     latents = pipeline(
         image=Image.fromarray(pixels), prompt="a red circle", num_frames=9, height=64, width=96, num_inference_steps=2,
@@ -108,7 +108,7 @@ def test_seeds_and_scales_make_a_grid(sample):
     assert grid.shape[2] > 3 * 96
     assert len({frames.numpy().tobytes() for frames in videos}) == 6
     assert (sample.folder / "made/01-a-red-circle-grid.png").stat().st_size > 0
-    # One of them, asked for alone, is the same.
+    # The same video made alone is identical.
     _, alone, _ = sample("pipeline", "--seed", "2", "--lora-scale", "0.5")
     assert torch.equal(alone, videos[4])
 
@@ -122,20 +122,21 @@ def test_several_loras_add_up(sample, capsys):
     _, whole, _ = sample("pipeline")
     lora = str(sample.folder / "pipeline")
     _, halves, _ = sample("pipeline", "--lora", lora, "0.75", weight=["0.25"])
-    # W x + s B A x, in one sum or in two
+    # W x + s B A x, summed once or twice
     assert (whole.int() - halves.int()).abs().max() <= 1
     _, weaker, _ = sample("pipeline", weight=["0.25"])
     assert (whole.int() - weaker.int()).abs().max() > 1
     capsys.readouterr()
     sample("scaled", "--lora", lora)
-    said = capsys.readouterr()
-    assert "was trained with image_latents scaled" in said.err
-    assert "(scaled)" in said.out
+    output = capsys.readouterr()
+    assert output.err.startswith("warning: ")
+    assert "image_latents scaled" in output.err
+    assert "(scaled)" in output.out
 
 
-def test_a_lora_that_does_not_say_its_convention_counts_as_the_pipelines(capsys):
+def test_a_lora_without_a_recorded_convention_counts_as_pipeline(capsys):
     scaled, silent, own = (
-        Lora(LoraFile(Path(name), {}, AlphaSource.FILE, metadata), 1.0)
+        WeightedLora(LoraFile(Path(name), {}, AlphaSource.FILE, metadata), 1.0)
         for name, metadata in (
             ("scaled", {"image_latents": "scaled", "fps": 8.0}), ("silent", {}), ("own", {"image_latents": "pipeline"})
         )
@@ -144,19 +145,19 @@ def test_a_lora_that_does_not_say_its_convention_counts_as_the_pipelines(capsys)
         ([scaled, silent], "scaled", True), ([silent, scaled], "pipeline", True), ([silent, own], "pipeline", False),
         ([silent], "pipeline", False), ([], "pipeline", False),
     ):  # fmt: skip
-        assert agreed(loras, "image_latents", "pipeline", silent="pipeline") == expected
-        assert ("was trained with image_latents" in capsys.readouterr().err) == warned
-    assert agreed([silent, scaled], "fps", 16.0) == 8.0
+        assert recorded_value(loras, "image_latents", "pipeline", if_missing="pipeline") == expected
+        assert ("image_latents" in capsys.readouterr().err) == warned
+    assert recorded_value([silent, scaled], "fps", 16.0) == 8.0
     assert capsys.readouterr().err == ""
 
 
 @pytest.mark.parametrize("kind", ["CogVideoXDDIMScheduler", "CogVideoXDPMScheduler"])
-def test_no_step_is_made_at_a_timestep_that_is_none(model, kind):
+def test_no_denoising_step_has_a_negative_timestep(model, kind):
     import diffusers
 
     pipeline = load_pipeline(model, torch.float32)
     pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config)
-    assert count_transformer_calls(pipeline, 61) == 62  # as diffusers has it
+    assert count_transformer_calls(pipeline, 61) == 62  # with diffusers' own timesteps
     pipeline = load_pipeline(model, torch.float32)
     for num_steps in (50, 61, 103, 121, 1000):
         assert count_transformer_calls(pipeline, num_steps) == num_steps
@@ -164,33 +165,40 @@ def test_no_step_is_made_at_a_timestep_that_is_none(model, kind):
 
 
 @pytest.mark.parametrize(
-    "argv, said",
+    "argv, named",
     [
-        (["--lora", "{folder}/pipeline", "much"], "--lora: .*pipeline is followed by much"),
-        (["--lora", "{folder}/other"], "layer transformer_blocks.7.attn1.to_q is 1x1 in the LoRA and is missing"),
-        (["--lora", "{folder}/none"], "none: "),
-        (["--lora-alpha", "8"], "--lora-alpha: .*its alpha"),
-        (["--image", "{folder}/none.png"], "none.png: the file does not exist"),
-        (["--size", "10x64x64"], "10x64x64 .*9x64x64"),
-        (["--prompt", "a second", "--prompt", "a third", "--image", "{folder}/first.png"], "3 --prompt and 2 --image"),
-        (["--output", "{folder}/first.png/sample.mp4"], "--output: cannot write into"),
+        (["--lora", "{folder}/pipeline", "much"], "--lora: .*pipeline .*'much'"),
+        (["--lora", "{folder}/other"], "layer transformer_blocks.7.attn1.to_q"),
+        (["--lora", "{folder}/none"], "/none"),
+        (["--lora", "{folder}/pipeline", "nan"], "^--lora: "),
+        (["--lora-scale", "1", "nan"], "--lora-scale: "),
+        (["--guidance", "inf"], "--guidance: "),
+        (["--steps", "0"], "--steps: "),
+        (["--steps", "-2"], "--steps: "),
+        (["--fps", "nan"], "--fps: "),
+        (["--fps", "0"], "--fps: "),
+        (["--lora-alpha", "8"], "--lora-alpha"),
+        (["--image", "{folder}/none.png"], "none.png: "),
+        (["--size", "10x64x64"], "10x64x64.*9x64x64"),
+        (["--prompt", "a second", "--prompt", "a third", "--image", "{folder}/first.png"], "3 --prompt .*2 --image"),
+        (["--output", "{folder}/first.png/sample.mp4"], "--output: .*first.png"),
         pytest.param(
-            ["--offload"], "--offload is for a GPU",
+            ["--offload"], "--offload: ",
             marks=pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU"),
         ),
     ],
 )  # fmt: skip
-def test_what_is_wrong_is_said_before_a_weight_is_loaded(sample, monkeypatch, argv, said):
+def test_errors_are_raised_before_any_weight_is_loaded(sample, monkeypatch, argv, named):
     layer = "transformer.transformer_blocks.7.attn1.to_q"
     save_file({f"{layer}.lora_{half}.weight": torch.zeros(1, 1) for half in "AB"}, sample.folder / "x")
     (sample.folder / "other").mkdir()
     (sample.folder / "x").rename(sample.folder / "other/pytorch_lora_weights.safetensors")
     monkeypatch.setattr(cogds.sample, "TextEncoder", None)
-    with pytest.raises(UserError, match=said):
+    with pytest.raises(UserError, match=named):
         sample("pipeline", *(word.format(folder=sample.folder) for word in argv))
 
 
-def test_another_convention_is_followed_and_said(sample, capsys):
+def test_another_convention_is_followed_and_logged(sample, capsys):
     _, frames, fps = sample("pipeline")
     assert frames.shape == (9, 64, 96, 3)
     assert fps == 8
@@ -211,5 +219,5 @@ def test_size_is_the_bucket_that_crops_the_image_least(tmp_path):
     buckets = trained_buckets(["1x64x64", "9x64x96", "9x96x64"])
     for width, height, expected in ((90, 60, "9x64x96"), (60, 90, "9x96x64"), (90, 90, "9x64x96")):
         Image.new("RGB", (width, height)).save(tmp_path / "image.png")
-        assert str(fitting_bucket(str(tmp_path / "image.png"), buckets)) == expected
-    assert str(fitting_bucket(str(tmp_path / "image.png"), trained_buckets([]))) == "81x768x1360"
+        assert str(best_bucket(str(tmp_path / "image.png"), buckets)) == expected
+    assert str(best_bucket(str(tmp_path / "image.png"), trained_buckets([]))) == "81x768x1360"

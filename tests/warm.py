@@ -122,9 +122,9 @@ def serve():
 if __name__ == "__main__":
     answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print while they are imported is no answer
     sys.path[0] = str(ROOT)
-    from cogds.cli import gc_at_rest
+    from cogds.cli import gc_disabled
 
-    with gc_at_rest():
+    with gc_disabled():
         import deepspeed  # noqa: F401
 
         import cogds.encode.main

@@ -1,223 +1,147 @@
-"""The folders that all ranks share: there, and the same folder from everywhere.
+"""Whether the folders that the run writes to are the same folder on every rank, and writable.
 
-Rank 0 leaves a mark in each folder that the run writes into, every other rank looks for it and leaves its own, and
-rank 0 looks for those. All marks are removed again. What is only read is compared by names and sizes.
+Rank 0 writes a marker file into each folder. Every other rank looks for it and writes its own, and rank 0 looks for
+those. In the end all marker files are deleted.
 """
 
-import hashlib
-import json
 import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from safetensors import SafetensorError, safe_open
-
 from cogds.errors import UserError
 from cogds.job import make_folders
-from cogds.preflight.finding import FAIL, OK, Facts, Finding, at, by_value, who
+from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_ranks, group_by_value
 
-LOOK_EVERY_S = 0.2
-MAX_ENTRIES = 200_000
-WHOLE_FILE_BYTES = 64_000_000
-
-
-def mark_of(folder: str | Path, token: str, rank: int) -> Path:
-    """The file that a rank leaves in a folder."""
-    return Path(folder) / f".preflight-{token}-{rank}"
+POLL_S = 0.2
+MARKER_PREFIX = ".preflight-"
 
 
-def leave_mark(folder: str, token: str, rank: int) -> str:
-    """Leave this rank's mark; returns why it could not be left."""
+def marker_path(folder: str | Path, token: str, rank: int) -> Path:
+    """Return the path of a rank's marker file in a folder. token: unique per preflight."""
+    return Path(folder) / f"{MARKER_PREFIX}{token}-{rank}"
+
+
+def write_marker(folder: str, token: str, rank: int) -> str:
+    """Write a marker file. Returns the reason if it cannot be written, else ""."""
     try:
-        mark_of(folder, token, rank).write_text(token)
+        marker_path(folder, token, rank).write_text(token)
     except OSError as error:
         return error.strerror or str(error)
     return ""
 
 
-def begin_marks(folders: Mapping[str, str], token: str) -> dict[str, str]:
-    """Rank 0's part: make the folders, as the run does, and mark them. Returns key -> why it failed."""
-    failed = {}
+def create_folders(folders: Mapping[str, str], token: str) -> dict[str, str]:
+    """Create the folders as the run does and write rank 0's marker files. Returns the errors by config key."""
+    errors = {}
     for key, folder in folders.items():
         try:
             make_folders({key: folder})
         except UserError as error:
-            failed[key] = str(error)
+            errors[key] = str(error)
             continue
-        if why := leave_mark(folder, token, 0):
-            failed[key] = f"{key}: cannot write into {folder} ({why})"
-    return failed
+        if reason := write_marker(folder, token, 0):
+            errors[key] = f"{key}: cannot write to {folder} ({reason}). Use a folder that you may write to."
+    return errors
 
 
-def absent_marks(folder: str, token: str, ranks: Iterable[int], wait_s: float) -> list[int]:
-    """The ranks whose mark does not show up within `wait_s`: network disks tell of new files with a delay."""
-    deadline, left = time.monotonic() + wait_s, set(ranks)
+def find_missing_markers(folder: str, token: str, ranks: Iterable[int], wait_s: float) -> list[int]:
+    """Return the ranks whose marker files do not appear within `wait_s`. Network disks show new files with a delay."""
+    deadline, missing = time.monotonic() + wait_s, set(ranks)
     while True:
         try:
-            names = set(os.listdir(folder))  # unlike a look at one name, it makes the client ask anew
+            names = set(os.listdir(folder))  # a lookup of a single name may be answered from the NFS client's cache
         except OSError:
             names = set()
-        left = {rank for rank in left if mark_of(folder, token, rank).name not in names}
-        if not left or time.monotonic() > deadline:
-            return sorted(left)
-        time.sleep(LOOK_EVERY_S)
+        missing = {rank for rank in missing if marker_path(folder, token, rank).name not in names}
+        if not missing or time.monotonic() > deadline:
+            return sorted(missing)
+        time.sleep(POLL_S)
 
 
-def look_marks(folders: Mapping[str, str], token: str, rank: int, wait_s: float) -> Facts:
-    """The other ranks' part. `folders`: key -> {path, resolved, there, seen, error}."""
-    looks: dict[str, Any] = {}
-    absent = dict.fromkeys(folders, True)
+def inspect_folders(folders: Mapping[str, str], token: str, rank: int, wait_s: float) -> RankResult:
+    """Look for rank 0's marker files and write this rank's own.
+
+    Returns:
+        `folders`: config key -> {path, resolved, exists, is_marker_visible, error}.
+    """
+    states: dict[str, Any] = {}
     deadline = time.monotonic() + wait_s
+    is_visible = {
+        key: not find_missing_markers(folder, token, [0], max(0.0, deadline - time.monotonic()))
+        for key, folder in folders.items()
+    }
     for key, folder in folders.items():
-        absent[key] = bool(absent_marks(folder, token, [0], max(0.0, deadline - time.monotonic())))
-    for key, folder in folders.items():
-        there = Path(folder).is_dir()
-        looks[key] = {
+        exists = Path(folder).is_dir()
+        states[key] = {
             "path": folder,
             "resolved": str(Path(folder).resolve()),
-            "there": there,
-            "seen": not absent[key],
-            # A folder that is not the shared one is left as it is.
-            "error": leave_mark(folder, token, rank) if there and not absent[key] else "",
+            "exists": exists,
+            "is_marker_visible": is_visible[key],
+            # Nothing is written to a folder that is not the shared one.
+            "error": write_marker(folder, token, rank) if exists and is_visible[key] else "",
         }
-    return {"folders": looks}
+    return {"folders": states}
 
 
-def remove_marks(folders: Mapping[str, str], token: str, ranks: Iterable[int]) -> None:
-    """Take the marks away, whoever left them."""
+def find_unseen_ranks(
+    folders: Mapping[str, str], token: str, results: Sequence[RankResult], wait_s: float
+) -> dict[str, list[int]]:
+    """Return, by config key, the ranks that wrote a marker file that rank 0 does not see. Runs on rank 0."""
+    deadline, unseen = time.monotonic() + wait_s, {}
+    for key, folder in folders.items():
+        states = {result["rank"]: result["folders"][key] for result in results}
+        written = [rank for rank, state in states.items() if state["is_marker_visible"] and not state["error"]]
+        unseen[key] = find_missing_markers(folder, token, written, max(0.0, deadline - time.monotonic()))
+    return unseen
+
+
+def remove_markers(folders: Mapping[str, str], token: str, ranks: Iterable[int]) -> None:
+    """Delete the marker files of these ranks."""
     for folder in folders.values():
         for rank in ranks:
             try:
-                mark_of(folder, token, rank).unlink(missing_ok=True)
+                marker_path(folder, token, rank).unlink(missing_ok=True)
             except OSError:
-                continue  # what could be written and not be removed is nothing that a run stumbles over
+                continue  # a leftover marker file does not disturb a run
 
 
-def judge_marks(facts: list[Facts], failed: Mapping[str, str], unseen: Mapping[str, Sequence[int]]) -> list[Finding]:
-    """Every folder is one and the same. failed: rank 0's own trouble; unseen: ranks whose marks rank 0 did not see."""
-    found = [Finding("folders", FAIL, why) for why in failed.values()]
-    for key, first in facts[0]["folders"].items():
-        bad = []
-        for one in facts[1:]:
-            look = one["folders"][key]
-            if not look["there"]:
-                bad.append((one, f"there is no folder {look['resolved']}"))
-            elif not look["seen"]:
-                bad.append((one, f"{look['resolved']} is another folder: it lacks what rank 0 wrote"))
-            elif look["error"]:
-                bad.append((one, f"cannot write into {look['resolved']} ({look['error']})"))
-            elif one["rank"] in unseen.get(key, ()):
-                bad.append((one, f"rank 0 does not see what was written into {look['resolved']}"))
-        for what, group in by_value([{**one, "what": text} for one, text in bad], lambda one: one["what"]):
-            note = "" if first["resolved"] in what else f"; on rank 0 it is {first['resolved']}"
-            found.append(
-                Finding("folders", FAIL, f"{key} is not shared: on {who(group)} {what}{note}: give an absolute path "
-                        "that all nodes share")
-            )  # fmt: skip
-        if not bad:
-            seen = f", seen alike by {len(facts)} ranks" if len(facts) > 1 else ", can be written"
-            found.append(Finding("folders", OK, f"{key} {first['resolved']}{seen}"))
-    return found
+def assess_folders(
+    results: list[RankResult], errors: Mapping[str, str], unseen: Mapping[str, Sequence[int]]
+) -> list[Finding]:
+    """Every folder must be the same one on all ranks.
 
-
-def listing(path: str) -> dict[str, Any]:
-    """What stands at a path, to be compared: names in a folder, in whatever order, or a file's bytes.
-
-    {"kind": "folder", "file" or "nothing", "num": entries or bytes, "content": a digest, "" where there is too much,
-    or why nothing can be read}.
+    Args:
+        results: of `inspect_folders`.
+        errors: of `create_folders`.
+        unseen: of `find_unseen_ranks`.
     """
-    try:
-        if os.path.isfile(path):
-            size = os.path.getsize(path)
-            # A larger file is not read for this: the same size will have to do.
-            whole = (
-                hashlib.blake2b(Path(path).read_bytes(), digest_size=8).hexdigest() if size <= WHOLE_FILE_BYTES else ""
+    findings = [Finding("folders", FAIL, error) for error in errors.values()]
+    for key, first in results[0]["folders"].items():
+        problems = []
+        for result in results[1:]:
+            state = result["folders"][key]
+            path = state["resolved"]
+            if not state["exists"]:
+                problem = f"there is no folder {path}"
+            elif not state["is_marker_visible"]:
+                problem = f"{path} is a different folder: it lacks the file that rank 0 wrote"
+            elif state["error"]:
+                problem = f"cannot write to {path} ({state['error']})"
+            elif result["rank"] in unseen.get(key, ()):
+                problem = f"rank 0 does not see the file written to {path}"
+            else:
+                continue
+            problems.append({**result, "problem": problem})
+        for problem, group in group_by_value(problems, lambda result: result["problem"]):
+            on_rank0 = "" if first["resolved"] in problem else f"; on rank 0 it is {first['resolved']}"
+            text = (
+                f"{key}: not shared on {describe_ranks(group)}: {problem}{on_rank0}. Use an absolute path to a folder "
+                "that all nodes share."
             )
-            return {"kind": "file", "num": size, "content": f"{size} {whole}"}
-        num, total = 0, 0
-        with os.scandir(path) as entries:
-            for entry in entries:
-                if entry.name.startswith(".preflight-"):
-                    continue
-                num += 1
-                # Added up, because every file system has its own order.
-                digest = hashlib.blake2b(os.fsencode(entry.name), digest_size=8).digest()
-                total = (total + int.from_bytes(digest, "big")) % 2**64
-                if num >= MAX_ENTRIES:
-                    return {"kind": "folder", "num": num, "content": ""}
-        return {"kind": "folder", "num": num, "content": f"{total:016x}"}
-    except OSError as error:
-        return {"kind": "nothing", "num": 0, "content": error.strerror or str(error)}
-
-
-def sizes(folder: Path) -> dict[str, int]:
-    """Size of every file below a folder, by its name in it."""
-    return {str(path.relative_to(folder)): path.stat().st_size for path in sorted(folder.rglob("*")) if path.is_file()}
-
-
-def torn(file: Path) -> str:
-    """Why a safetensors file is not whole, "" where it is. Only its header is read."""
-    try:
-        safe_open(file, "pt", backend="pread")
-    except (SafetensorError, OSError) as error:
-        return str(error)
-    return ""
-
-
-def look_sources(data_paths: Mapping[str, str], model_path: Path, looks: bool) -> Facts:
-    """`sources`: key -> listing; `torn`: weight files that are not whole. looks: one rank a node does."""
-    if not looks:
-        return {"sources": {}, "torn": {}}
-    sources = {key: {"path": path, **listing(path)} for key, path in data_paths.items()}
-    model = sizes(model_path)
-    text = json.dumps(model, sort_keys=True).encode()
-    sources["model.path"] = {
-        "path": str(model_path), "kind": "folder", "num": len(model),
-        "content": hashlib.blake2b(text, digest_size=8).hexdigest(),
-    }  # fmt: skip
-    files = [model_path / name for name in model if name.endswith(".safetensors")]
-    return {"sources": sources, "torn": {str(file): why for file in files if (why := torn(file))}}
-
-
-def _amount(source: Mapping[str, Any]) -> str:
-    return f"{source['num']:,} {'bytes' if source['kind'] == 'file' else 'entries'}"
-
-
-def judge_sources(facts: list[Facts]) -> list[Finding]:
-    """What is read is there, whole, and the same on every node."""
-    found, looked = [], [one for one in facts if one["sources"]]
-    for key in looked[0]["sources"] if looked else ():
-        if not all(key in one["sources"] for one in looked):
-            continue  # their configs differ, which is told elsewhere
-        groups = by_value(looked, at("sources", key, "content"))
-        nothing = [one for one in looked if one["sources"][key]["kind"] == "nothing"]
-        if nothing:
-            source = nothing[0]["sources"][key]
-            found.append(
-                Finding(
-                    "sources", FAIL, f"{key} {source['path']} cannot be read on {who(nothing)}: {source['content']}"
-                )
-            )
-        elif len(groups) > 1:
-            listed = ", ".join(f"{_amount(of[0]['sources'][key])} on {who(of)}" for _, of in groups)
-            path = looked[0]["sources"][key]["path"]
-            found.append(Finding("sources", FAIL, f"{key} {path} differs between nodes in content: {listed}"))
-        else:
-            source = looked[0]["sources"][key]
-            nodes = f", the same on {len(looked)} nodes" if len(looked) > 1 else ""
-            found.append(Finding("sources", OK, f"{key} {source['path']}, {_amount(source)}{nodes}"))
-    for one in looked:
-        for file, why in list(one["torn"].items())[:3]:
-            found.append(Finding("sources", FAIL, f"{file} is damaged on {who([one])}: {why}; fetch the model again"))
-    return found
-
-
-def unseen_marks(folders: Mapping[str, str], token: str, facts: Sequence[Facts], wait_s: float) -> dict[str, list[int]]:
-    """Rank 0's last part: of each folder, the ranks that left a mark which does not show up here."""
-    deadline, unseen = time.monotonic() + wait_s, {}
-    for key, folder in folders.items():
-        marked = [one["rank"] for one in facts if one["folders"][key]["seen"] and not one["folders"][key]["error"]]
-        unseen[key] = absent_marks(folder, token, marked, max(0.0, deadline - time.monotonic()))
-    return unseen
+            findings.append(Finding("folders", FAIL, text))
+        if not problems:
+            note = f"the same on {len(results)} ranks" if len(results) > 1 else "writable"
+            findings.append(Finding("folders", OK, f"{key}: {first['resolved']}, {note}"))
+    return findings

@@ -1,4 +1,4 @@
-"""What every node has: disk, shared memory and memory, and every rank's GPU."""
+"""The disks and memory of each node, and the GPU of each rank."""
 
 import re
 import shutil
@@ -10,10 +10,20 @@ import torch
 
 from cogds.config.deepspeed import zero_stage
 from cogds.formatting import counted, gigabytes
-from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, by_value, differing, who
-from cogds.preflight.job import CheckedJob
+from cogds.preflight.findings import (
+    FAIL,
+    OK,
+    WARN,
+    Finding,
+    RankResult,
+    describe_differences,
+    describe_ranks,
+    group_by_value,
+    path_getter,
+)
+from cogds.preflight.preflight_job import PreflightJob
 
-# More than this in use on a GPU is more than a process's own context.
+# More than the context of our own process: another process uses the GPU.
 OCCUPIED_BYTES = 2_000_000_000
 LOW_CACHE_BYTES = 5_000_000_000
 LOW_TMP_BYTES = 1_000_000_000
@@ -21,15 +31,15 @@ SHARED_MEMORY = "/dev/shm"
 
 
 def free_bytes(path: str) -> int:
-    """Free space of the disk that a path is on, or would be made on."""
-    place = Path(path).absolute()
-    while not place.exists():
-        place = place.parent
-    return shutil.disk_usage(place).free
+    """Return the free space of the file system of a path that may not exist yet."""
+    folder = Path(path).absolute()
+    while not folder.exists():
+        folder = folder.parent
+    return shutil.disk_usage(folder).free
 
 
 def available_memory_bytes() -> int:
-    """Memory that new processes may take: the machine's, or less where a control group says so. 0: not known."""
+    """Return the memory available to new processes, limited by the control group. 0 if unknown."""
     try:
         match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
     except OSError:
@@ -47,74 +57,76 @@ def available_memory_bytes() -> int:
     return max(available, 0)
 
 
-def look_disk(job: CheckedJob) -> Facts:
-    """Free and needed bytes of this node: `output`, `cache`, `tmp`, `shm` and `memory`. {} but on one rank a node."""
+def inspect_disk(job: PreflightJob) -> RankResult:
+    """Return `disk` of this node: [path, free bytes, needed bytes] of `output`, `cache`, `tmp`, `shm` and `memory`.
+
+    Only the first rank of each node looks; the result of the others is empty.
+    """
     if job.world.local_rank:
         return {"disk": {}}
     cfg, num_local = job.cfg, job.world.local_size
-    kept = cfg.checkpoint.keep_last + (
+    num_kept = cfg.checkpoint.keep_last + (
         cfg.train.num_steps // cfg.checkpoint.keep_every if cfg.checkpoint.keep_every else 0
     )
-    # Weights are read one by one onto the device: below stage 3 every rank's whole, which is memory where there is no
-    # GPU; at stage 3 its share, which is memory where parameters are offloaded.
+    # Weights are loaded tensor by tensor, directly onto the device. At stage 3 each rank loads its share, which takes
+    # host memory if parameters are offloaded. Below stage 3 it loads all weights, which takes host memory on CPUs.
     if zero_stage(job.ds_config) == 3:
-        loading = job.offloaded_bytes * num_local
+        weights_bytes = job.offloaded_bytes * num_local
+    elif job.world.device.type == "cpu":
+        weights_bytes = job.memory.transformer.num_parameters * job.element_bytes * num_local
     else:
-        loading = job.memory.transformer.num_parameters * job.bytes_each * num_local * (job.world.device.type == "cpu")
+        weights_bytes = 0
     return {
         "disk": {
-            "output": [cfg.output_dir, free_bytes(cfg.output_dir), job.checkpoint_bytes * (kept + 1)],
-            "checkpoints": kept + 1,
+            "output": [cfg.output_dir, free_bytes(cfg.output_dir), job.checkpoint_bytes * (num_kept + 1)],
+            "num_checkpoints": num_kept + 1,
             "cache": [cfg.data.cache_dir, free_bytes(cfg.data.cache_dir), LOW_CACHE_BYTES],
             "tmp": [tempfile.gettempdir(), free_bytes(tempfile.gettempdir()), LOW_TMP_BYTES],
             "shm": [SHARED_MEMORY, free_bytes(SHARED_MEMORY), job.shared_memory_bytes * num_local],
-            "memory": ["memory", available_memory_bytes(), loading + job.pinned_bytes * num_local],
+            "memory": ["host memory", available_memory_bytes(), weights_bytes + job.pinned_bytes * num_local],
         }
     }
 
 
-def judge_disk(facts: list[Facts]) -> list[Finding]:
-    """There is room for checkpoints, the cache, temporary files, loaders, the loading of weights and activations."""
-    found, nodes = [], [one for one in facts if one["disk"]]
+def assess_disk(results: list[RankResult]) -> list[Finding]:
+    """Checkpoints, cache, temporary files, loaders, weights and offloaded activations must fit."""
+    findings, nodes = [], [result for result in results if result["disk"]]
     if not nodes:
         return []
     first = nodes[0]["disk"]
     path, free, needed = first["output"]
-    kept = f"{first['checkpoints']} checkpoints and LoRAs take {gigabytes(needed)}"
-    text = f"{gigabytes(free)} are free at output_dir {path}; {kept}"
-    found.append(Finding("disk", FAIL if free < needed else OK, text))
+    text = (
+        f"output_dir: {gigabytes(free)} free at {path}; {counted(first['num_checkpoints'], 'checkpoint')} with LoRAs "
+        f"need {gigabytes(needed)}"
+    )
+    if free < needed:
+        text += ". Free disk space, use another folder, or lower checkpoint.keep_last."
+    findings.append(Finding("disk", FAIL if free < needed else OK, text))
     path, free, low = first["cache"]
-    found.append(
-        Finding("disk", WARN if free < low else OK, f"{gigabytes(free)} are free at data.cache_dir {path}; "
-                "what clips take is told by launch/report.py")
-    )  # fmt: skip
-    for key, level, why in (
-        ("tmp", WARN, "for temporary files: set TMPDIR"),
-        ("shm", FAIL, "for what the loaders have ready: give the container --shm-size, or lower data.num_workers"),
-        ("memory", WARN, "for the weights and what full+offload keeps there"),
+    text = f"data.cache_dir: {gigabytes(free)} free at {path}; `cogds report` estimates how much the clips need"
+    findings.append(Finding("disk", WARN if free < low else OK, text))
+    for key, level, advice in (
+        ("tmp", WARN, "Set TMPDIR to a folder with more space for temporary files."),
+        ("shm", FAIL, "Give the container more (--shm-size), or lower data.num_workers."),
+        ("memory", WARN, "The weights and the activations of full+offload need it: use fewer ranks per node."),
     ):
-        short = [one for one in nodes if one["disk"][key][1] < one["disk"][key][2]]
-        path, free, needed = min((one["disk"][key] for one in nodes), key=lambda disk: disk[1] - disk[2])
-        where = f" on {who(short)}, {why}" if short else ""
-        sizes = f"{gigabytes(free)} are free, {gigabytes(needed)} are needed"
-        found.append(
-            Finding(
-                "disk",
-                level if short else OK,
-                f"{path}: {sizes}{where}",
-            )
-        )
-    return found
+        short = [node for node in nodes if node["disk"][key][1] < node["disk"][key][2]]
+        path, free, needed = min((node["disk"][key] for node in nodes), key=lambda values: values[1] - values[2])
+        text = f"{path}: {gigabytes(free)} free, {gigabytes(needed)} needed"
+        if short:
+            text += f" on {describe_ranks(short)}. {advice}"
+        findings.append(Finding("disk", level if short else OK, text))
+    return findings
 
 
-def look_gpu(job: CheckedJob) -> Facts:
-    """`gpu`: name, uuid, total, free and needed bytes, and how many GPUs the rank sees; None without one."""
+def inspect_gpu(job: PreflightJob) -> RankResult:
+    """Return `gpu`: name, id, total, free and needed bytes, and the number of visible GPUs. None without a GPU."""
     device = job.world.device
     if device.type != "cuda":
         return {"gpu": None}
     properties: Any = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
-    estimate = job.estimates[job.largest]
+    estimate = job.estimates[job.largest_bucket]
     return {
         "gpu": {
             "name": properties.name,
@@ -122,45 +134,56 @@ def look_gpu(job: CheckedJob) -> Facts:
             "total": total,
             "free": free,
             "needed": estimate.total_bytes - estimate.cuda_context_bytes,
-            "bucket": str(job.buckets[job.largest]),
+            "bucket": str(job.buckets[job.largest_bucket]),
             "num_visible": torch.cuda.device_count(),
         },
         "num_local": job.world.local_size,
     }
 
 
-def judge_gpu(facts: list[Facts]) -> list[Finding]:
-    """A GPU for every rank, its own, of one kind, with nothing else on it, and large enough by the estimate."""
-    without = [one for one in facts if not one["gpu"]]
-    if len(without) == len(facts):
-        return [Finding("gpu", OK, "no rank sees a GPU: all of them train on the CPU")]
-    if without:
-        return [Finding("gpu", FAIL, f"{who(without)} see no GPU, the others do")]
-    found = []
-    by_gpu: dict[tuple[str, str], list[Facts]] = {}
-    for one in facts:
-        by_gpu.setdefault((one["host"], one["gpu"]["id"]), []).append(one)
+def assess_gpu(results: list[RankResult]) -> list[Finding]:
+    """Every rank must have a GPU of its own. They should be of the same kind, unused, and large enough by estimate."""
+    without_gpu = [result for result in results if not result["gpu"]]
+    if len(without_gpu) == len(results):
+        return [Finding("gpu", OK, "none on any rank; the run trains on CPUs")]
+    if without_gpu:
+        text = (
+            f"no GPU is visible on {describe_ranks(without_gpu)}, but the other ranks have one. Check nvidia-smi there."
+        )
+        return [Finding("gpu", FAIL, text)]
+    findings = []
+    by_gpu: dict[tuple[str, str], list[RankResult]] = {}
+    for result in results:
+        by_gpu.setdefault((result["host"], result["gpu"]["id"]), []).append(result)
     for sharing in by_gpu.values():
         if len(sharing) > 1 and sharing[0]["gpu"]["id"]:
-            found.append(
-                Finding("gpu", FAIL, f"{who(sharing)} are on the same GPU: start as many ranks as there are GPUs, and "
-                        "look at CUDA_VISIBLE_DEVICES")
-            )  # fmt: skip
-    if kinds := differing(facts, at("gpu", "name")):
-        found.append(Finding("gpu", WARN, f"GPUs of several kinds, the slowest sets the pace: {kinds}"))
-    occupied = [one for one in facts if one["gpu"]["total"] - one["gpu"]["free"] > OCCUPIED_BYTES]
+            text = (
+                f"{describe_ranks(sharing)} use the same GPU. Start one rank per GPU, and check CUDA_VISIBLE_DEVICES."
+            )
+            findings.append(Finding("gpu", FAIL, text))
+    if kinds := describe_differences(results, path_getter("gpu", "name")):
+        findings.append(Finding("gpu", WARN, f"different kinds of GPUs; the slowest determines the speed: {kinds}"))
+    occupied = [result for result in results if result["gpu"]["total"] - result["gpu"]["free"] > OCCUPIED_BYTES]
     if occupied:
-        used = max(one["gpu"]["total"] - one["gpu"]["free"] for one in occupied)
-        found.append(
-            Finding("gpu", WARN, f"{gigabytes(used)} are in use already on {who(occupied)}: something else runs there")
+        used = max(result["gpu"]["total"] - result["gpu"]["free"] for result in occupied)
+        text = (
+            f"up to {gigabytes(used)} already in use on {describe_ranks(occupied)}. End the other processes on these "
+            "GPUs."
         )
-    idle = [one for one in facts if one["gpu"]["num_visible"] > one["num_local"]]
-    for (num, local), group in by_value(idle, lambda one: (one["gpu"]["num_visible"], one["num_local"])):
-        found.append(
-            Finding("gpu", WARN, f"{num} GPUs, but {counted(local, 'rank')} a node on {who(group)}: GPUs stay idle")
+        findings.append(Finding("gpu", WARN, text))
+    idle = [result for result in results if result["gpu"]["num_visible"] > result["num_local"]]
+    for (num_gpus, num_ranks), group in group_by_value(
+        idle, lambda result: (result["gpu"]["num_visible"], result["num_local"])
+    ):
+        text = (
+            f"{num_gpus} GPUs but only {counted(num_ranks, 'rank')} per node on {describe_ranks(group)}. Start one "
+            "rank per GPU to use all of them."
         )
-    least = min(facts, key=lambda one: one["gpu"]["free"] - one["gpu"]["needed"])["gpu"]
-    estimate = f"{least['bucket']} takes about {gigabytes(least['needed'])} (an estimate)"
-    text = f"{least['name']}: {gigabytes(least['free'])} free, {estimate}"
-    found.append(Finding("gpu", WARN if least["free"] < least["needed"] else OK, text))
-    return found
+        findings.append(Finding("gpu", WARN, text))
+    tightest = min(results, key=lambda result: result["gpu"]["free"] - result["gpu"]["needed"])["gpu"]
+    text = (
+        f"{tightest['name']}: {gigabytes(tightest['free'])} free, {tightest['bucket']} needs about "
+        f"{gigabytes(tightest['needed'])} (estimate)"
+    )
+    findings.append(Finding("gpu", WARN if tightest["free"] < tightest["needed"] else OK, text))
+    return findings

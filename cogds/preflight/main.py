@@ -1,7 +1,7 @@
-"""The preflight command: is this cluster fit for this run? All ranks look, rank 0 judges and prints.
+"""The preflight command: checks on all ranks whether a run can start. Rank 0 prints the findings as a table.
 
-Ranks speak through the store (`roster`), so that a broken network still ends in a table. What may hang is called in a
-thread and waited for only so long.
+Ranks report through the store (`store_channel`), so that a broken network still ends in a table. Whatever may hang runs
+in a thread with a time limit (`timeouts`).
 """
 
 import argparse
@@ -12,6 +12,7 @@ import time
 import traceback
 import uuid
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -20,241 +21,270 @@ from cogds.arguments import PREFLIGHT_CHECKS
 from cogds.distributed.process_group import connect, disconnect, open_store
 from cogds.distributed.world import World, read_world
 from cogds.errors import EXIT_BUG, EXIT_USER_ERROR, BugReported, UserError, did_you_mean, refuse_to_run
-from cogds.preflight.addresses import judge_addresses, look_addresses
-from cogds.preflight.exchange import judge_exchange, look_exchange
-from cogds.preflight.finding import FAIL, Facts, Finding, at, by_value, runs, who
-from cogds.preflight.folders import (
-    begin_marks,
-    judge_marks,
-    judge_sources,
-    look_marks,
-    look_sources,
-    remove_marks,
-    unseen_marks,
+from cogds.preflight.addresses import assess_addresses, inspect_addresses
+from cogds.preflight.exchange import assess_exchange, measure_exchange
+from cogds.preflight.findings import (
+    FAIL,
+    Finding,
+    RankResult,
+    describe_ranks,
+    format_ranges,
+    group_by_value,
+    path_getter,
 )
-from cogds.preflight.job import CheckedJob, judge_config, load_checked_job
-from cogds.preflight.machine import judge_disk, judge_gpu, look_disk, look_gpu
-from cogds.preflight.roster import GIVEN_UP, Outcome, Roster, bounded
-from cogds.preflight.software import judge_tools, judge_versions, look_tools, look_versions
-from cogds.preflight.text import print_findings, verdict
-from cogds.preflight.trial import judge_trial, look_trial
+from cogds.preflight.folders import (
+    assess_folders,
+    create_folders,
+    find_unseen_ranks,
+    inspect_folders,
+    remove_markers,
+)
+from cogds.preflight.machine import assess_disk, assess_gpu, inspect_disk, inspect_gpu
+from cogds.preflight.preflight_job import PreflightJob, assess_config, load_preflight_job
+from cogds.preflight.software import assess_tools, assess_versions, inspect_tools, inspect_versions
+from cogds.preflight.sources import assess_sources, inspect_sources
+from cogds.preflight.store_channel import StoreChannel
+from cogds.preflight.table import format_verdict, print_findings
+from cogds.preflight.timeouts import STOPPED, CallResult, call_with_timeout
+from cogds.preflight.trial_step import assess_trial_step, run_trial_step
 
-LOAD_LIMIT_S = 60.0
-LOOK_LIMIT_S = 30.0  # of one look of a rank at its own machine
-MARKS_WAIT_S = 35.0  # NFS clients believe what they know of a folder for 30 s
-CONNECT_LIMIT_S = 180.0  # on CPUs DeepSpeed compiles its communication the first time
-EXCHANGE_LIMIT_S = 60.0
-STEP_LIMIT_S = 300.0
-MARGIN_S = 15.0
+LOAD_TIMEOUT_S = 60.0
+INSPECT_TIMEOUT_S = 30.0  # per local check
+MARKER_WAIT_S = 35.0  # NFS clients cache the content of a folder for 30 s
+CONNECT_TIMEOUT_S = 180.0  # on CPUs, DeepSpeed compiles its communication library the first time
+EXCHANGE_TIMEOUT_S = 60.0
+STEP_TIMEOUT_S = 300.0
+GATHER_MARGIN_S = 15.0
 
-Look = Callable[[], Facts]
-Judge = Callable[[list[Facts]], list[Finding]]
+Inspect = Callable[[], RankResult]
+Assess = Callable[[list[RankResult]], list[Finding]]
+
+
+@dataclass(frozen=True)
+class Check:
+    """A check: `inspect` runs on every rank, `assess` on rank 0 with the results of all ranks."""
+
+    name: str
+    inspect: Inspect
+    assess: Assess
 
 
 def main(args: argparse.Namespace) -> None:
-    """Check everything and print a table.
+    """Run all checks and print the table.
 
-    Raises, after it was reported, UserError if a check failed and BugReported if a check has a bug.
+    Raises:
+        UserError: A check has failed. The table already reports it.
+        BugReported: A check has a bug. Its traceback is printed.
     """
-    skipped = parts_to_skip(args.skip)
+    skipped = parse_skipped_checks(args.skip)
     world = read_world()
-    roster = Roster(world, open_store(world, args.wait))
-    preflight = Preflight(world, roster, skipped, args.wait)
-    nodes = roster.call(socket.gethostname(), args.wait)
-    preflight.run(lambda: load_checked_job(args, world))
-    failed = preflight.tell(nodes)
+    channel = StoreChannel(world, open_store(world, args.wait))
+    preflight = Preflight(world, channel, skipped, args.wait)
+    hosts = channel.gather_hosts(socket.gethostname(), args.wait)
+    preflight.run(lambda: load_preflight_job(args, world))
+    has_failed = preflight.print_results(hosts)
     sys.stdout.flush()
     if preflight.is_stuck:
-        # Threads that hang in a disk or a collective would keep the process, or crash it on its way out.
-        os._exit(EXIT_BUG if preflight.has_bug else EXIT_USER_ERROR if failed else 0)
+        # A thread that hangs in a disk or a collective would keep the process alive, or crash it at its exit.
+        os._exit(EXIT_BUG if preflight.has_bug else EXIT_USER_ERROR if has_failed else 0)
     disconnect()
     if preflight.has_bug:
         raise BugReported("a check has a bug")
-    if failed:
-        raise UserError("not ready", shared=True)  # the findings are printed above
+    if has_failed:
+        raise UserError("not ready", shared=True)
 
 
-def parts_to_skip(text: str) -> frozenset[str]:
-    """The parts named, separated by commas. Raises UserError for one that does not exist."""
-    parts = [part.strip() for part in text.split(",") if part.strip()]
-    for part in parts:
-        if part not in PREFLIGHT_CHECKS:
-            near = did_you_mean(part, PREFLIGHT_CHECKS)
-            raise UserError(f"--skip {part} on the command line{near}: there is {', '.join(PREFLIGHT_CHECKS)}")
-    return frozenset(parts)
+def parse_skipped_checks(text: str) -> frozenset[str]:
+    """Return the names of a comma-separated list of checks. Raises UserError for an unknown name."""
+    names = [name.strip() for name in text.split(",") if name.strip()]
+    for name in names:
+        if name not in PREFLIGHT_CHECKS:
+            raise UserError(
+                f"--skip: there is no check '{name}'{did_you_mean(name, PREFLIGHT_CHECKS)}. Choose from "
+                f"{', '.join(PREFLIGHT_CHECKS)}."
+            )
+    return frozenset(names)
 
 
-def errors_of(check: str, facts: Sequence[Facts]) -> list[Finding]:
-    """What went wrong while ranks looked, alike ones together."""
-    groups = by_value([one for one in facts if one["errors"].get(check)], at("errors", check))
-    return [Finding(check, FAIL, f"on {who(of)}: {error}") for error, of in groups]
+def error_findings(check: str, results: Sequence[RankResult]) -> list[Finding]:
+    """Return one finding per different error of this check."""
+    groups = group_by_value([result for result in results if result["errors"].get(check)], path_getter("errors", check))
+    return [Finding(check, FAIL, f"on {describe_ranks(group)}: {error}") for error, group in groups]
 
 
-def judged(check: str, facts: Sequence[Facts], judge: Judge) -> list[Finding]:
-    """The findings of one check: what went wrong on some ranks, and the judge's word on the others."""
-    answers = [one for one in facts if not one["errors"].get(check)]
-    found = judge(answers) if answers else []
-    own = [one for one in facts if one["errors"].get(check) != GIVEN_UP]
-    failed = any(one.level == FAIL for one in found) or errors_of(check, own)
-    # Ranks that gave up because another failed are worth a word only where no other is to be had.
-    return errors_of(check, own if failed else facts) + found
+def assess_results(check: str, results: Sequence[RankResult], assess: Assess) -> list[Finding]:
+    """Return the findings of a check: the errors of some ranks and the assessment of the other ranks' results."""
+    complete = [result for result in results if not result["errors"].get(check)]
+    assessed = assess(complete) if complete else []
+    not_stopped = [result for result in results if result["errors"].get(check) != STOPPED]
+    # Ranks that stopped because another rank failed are reported only if nothing else explains the failure.
+    is_explained = any(finding.level == FAIL for finding in assessed) or error_findings(check, not_stopped)
+    return error_findings(check, not_stopped if is_explained else results) + assessed
 
 
 class Preflight:
-    """The checks of one rank, in order, and on rank 0 what they found."""
+    """The sequence of checks on one rank and, on rank 0, their findings.
 
-    def __init__(self, world: World, roster: Roster, skipped: frozenset[str], wait_s: float):
-        """wait_s: how long other ranks, and their files, are waited for."""
-        self.world, self.roster, self.skipped, self.wait_s = world, roster, skipped, wait_s
+    Attributes:
+        is_stuck: whether a thread hangs or the ranks no longer agree on the next collective, so that the process must
+            end with os._exit.
+        has_bug: whether a check has a bug. Its traceback is printed.
+    """
+
+    def __init__(self, world: World, channel: StoreChannel, skipped: frozenset[str], wait_s: float):
+        """wait_s: how long to wait for other ranks and for their files."""
+        self.world, self.channel, self.skipped, self.wait_s = world, channel, skipped, wait_s
         self.findings: list[Finding] = []
-        self.is_stuck = False  # a thread hangs, or the ranks are not all at the same place of a collective
-        self.has_bug = False  # in a check; the traceback is printed
+        self.is_stuck = False
+        self.has_bug = False
 
-    def run(self, load: Callable[[], CheckedJob]) -> None:
-        """Everything. What cannot be looked at without something that failed is left out."""
-        # All ranks have just been released by the roll call, within milliseconds.
+    def run(self, load_job: Callable[[], PreflightJob]) -> None:
+        """Run all checks, except those that depend on something that has failed."""
+        # `gather_hosts` has just released all ranks within milliseconds, so their clocks can be compared.
         clock_s = time.time()
-        outcome = self._bounded(load, LOAD_LIMIT_S)
-        job: CheckedJob | None = outcome.value
-        looks: dict[str, tuple[Look, Judge]] = {"versions": (look_versions, judge_versions)}
-        if job:
-            cfg, model = job.cfg, job.model
-            looks |= {
-                "config": (lambda: {"config": job.flat()}, judge_config),
-                "tools": (lambda: look_tools(self.world, cfg.data.decoder, job.ds_config), judge_tools),
-                "sources": (
-                    lambda: look_sources(job.data_paths, model.path, looks=self.world.local_rank == 0),
-                    judge_sources,
-                ),
-                "disk": (lambda: look_disk(job), judge_disk),
-                "gpu": (lambda: look_gpu(job), judge_gpu),
-            }
-        looks["network"] = (lambda: look_addresses(clock_s), judge_addresses)
-        looks = {name: look for name, look in looks.items() if name not in self.skipped}
-        if not self._local(looks, outcome.error) or job is None:
+        loaded = self._call(load_job, LOAD_TIMEOUT_S)
+        job: PreflightJob | None = loaded.value
+        if not self._run_local_checks(self._local_checks(job, clock_s), loaded.error) or job is None:
             return
         if "folders" not in self.skipped:
-            self._folders(job.shared_folders)
+            self._check_folders(job.shared_folders)
         if {"exchange", "step"} <= self.skipped:
             return
-        timeout_s = CONNECT_LIMIT_S + EXCHANGE_LIMIT_S + STEP_LIMIT_S  # the bounds here come first
-        if not self._together("connect", lambda: self._connect(timeout_s, job), lambda _: [], CONNECT_LIMIT_S):
+        # The time limits of the checks are shorter than that of the process group.
+        group_timeout_s = CONNECT_TIMEOUT_S + EXCHANGE_TIMEOUT_S + STEP_TIMEOUT_S
+        connecting = Check("connect", lambda: self._connect(group_timeout_s, job), lambda _: [])
+        if not self._run_collective_check(connecting, CONNECT_TIMEOUT_S):
             return
-        numbers = job.memory.lora.num_parameters * job.bytes_each
-        if "exchange" not in self.skipped and not self._together(
-            "exchange", lambda: look_exchange(self.world, numbers), judge_exchange, EXCHANGE_LIMIT_S
-        ):
+        gradient_bytes = job.memory.lora.num_parameters * job.element_bytes
+        exchange = Check("exchange", lambda: measure_exchange(self.world, gradient_bytes), assess_exchange)
+        if "exchange" not in self.skipped and not self._run_collective_check(exchange, EXCHANGE_TIMEOUT_S):
             return
         if "step" not in self.skipped:
-            self._together("step", lambda: look_trial(job), judge_trial, STEP_LIMIT_S)
+            step = Check("step", lambda: run_trial_step(job), assess_trial_step)
+            self._run_collective_check(step, STEP_TIMEOUT_S)
 
-    def _connect(self, timeout_s: float, job: CheckedJob) -> Facts:
+    def _local_checks(self, job: PreflightJob | None, clock_s: float) -> list[Check]:
+        """Return the local checks in the order of the table; without a job, only those that do not need one."""
+        checks = [Check("versions", inspect_versions, assess_versions)]
+        if job:
+            cfg, model = job.cfg, job.model
+            is_first_of_node = self.world.local_rank == 0
+            checks += [
+                Check("config", lambda: {"config": job.flat_config()}, assess_config),
+                Check("tools", lambda: inspect_tools(self.world, cfg.data.decoder, job.ds_config), assess_tools),
+                Check("sources", lambda: inspect_sources(job.data_paths, model.path, is_first_of_node), assess_sources),
+                Check("disk", lambda: inspect_disk(job), assess_disk),
+                Check("gpu", lambda: inspect_gpu(job), assess_gpu),
+            ]
+        checks.append(Check("network", lambda: inspect_addresses(clock_s), assess_addresses))
+        return [check for check in checks if check.name not in self.skipped]
+
+    def _connect(self, timeout_s: float, job: PreflightJob) -> RankResult:
         connect(self.world, timeout_s, job.cfg.network)
         return {}
 
-    def tell(self, nodes: Sequence[str]) -> bool:
-        """Print the table and the verdict on rank 0; returns on every rank whether a check failed."""
-        # All leave in the same way: one that ends by force would leave the others in the last barrier.
-        states = self.roster.gather([self.is_stuck, self.has_bug], MARGIN_S)
+    def print_results(self, hosts: Sequence[str]) -> bool:
+        """Print the table and the verdict on rank 0. Returns on every rank whether a check has failed."""
+        # If one rank must end with os._exit, all do: the others would wait for it in the last barrier.
+        states = self.channel.gather([self.is_stuck, self.has_bug], GATHER_MARGIN_S)
         stuck, bugs = ([state[number] for state in states if state is not None] for number in (0, 1))
         if self.world.rank == 0:
             print_findings(self.findings)
-            print(verdict(self.findings, self.world.size, len(set(nodes))), flush=True)
-        any_stuck = bool(self.roster.absent) or any(stuck)
-        failed, self.is_stuck, self.has_bug = self.roster.share(
-            [any(one.level == FAIL for one in self.findings), any_stuck, any(bugs)], STEP_LIMIT_S
+            print(format_verdict(self.findings, self.world.size, len(set(hosts))), flush=True)
+        is_any_stuck = bool(self.channel.missing_ranks) or any(stuck)
+        has_failed, self.is_stuck, self.has_bug = self.channel.broadcast(
+            [any(finding.level == FAIL for finding in self.findings), is_any_stuck, any(bugs)], STEP_TIMEOUT_S
         )
-        self.roster.leave()
-        return failed
+        self.channel.close()
+        return has_failed
 
-    def _bounded(
-        self, function: Callable[[], Any], limit_s: float, stop: Callable[[], bool] = lambda: False
-    ) -> Outcome:
-        outcome = bounded(function, limit_s, stop)
-        self.is_stuck = self.is_stuck or outcome.hung
-        if outcome.bug is not None:
+    def _call(
+        self, function: Callable[[], Any], timeout_s: float, should_stop: Callable[[], bool] = lambda: False
+    ) -> CallResult:
+        result = call_with_timeout(function, timeout_s, should_stop)
+        self.is_stuck = self.is_stuck or result.is_hung
+        if result.bug is not None:
             self.has_bug = True
-            traceback.print_exception(outcome.bug)
-        return outcome
+            traceback.print_exception(result.bug)
+        return result
 
-    def _gather(self, facts: Mapping[str, Any], errors: Mapping[str, str], limit_s: float) -> list[Facts]:
-        """All ranks' facts on rank 0, without those that did not answer, which are a finding."""
-        known = set(self.roster.absent)
-        every = {"rank": self.world.rank, "host": socket.gethostname(), "errors": dict(errors), **facts}
-        answers = self.roster.gather(every, limit_s + MARGIN_S)
-        if lost := sorted(self.roster.absent - known):
-            self.findings.append(
-                Finding("ranks", FAIL, f"no answer from rank {runs(lost)}: its process has ended or hangs, look at "
-                        "its output")
-            )  # fmt: skip
-        return [one for one in answers if one is not None]
+    def _gather(self, values: Mapping[str, Any], errors: Mapping[str, str], timeout_s: float) -> list[RankResult]:
+        """Return the results of all ranks that answer, on rank 0. Adds a finding for those that do not."""
+        known = set(self.channel.missing_ranks)
+        own = {"rank": self.world.rank, "host": socket.gethostname(), "errors": dict(errors), **values}
+        results = self.channel.gather(own, timeout_s + GATHER_MARGIN_S)
+        if lost := sorted(self.channel.missing_ranks - known):
+            text = f"no answer from rank {format_ranges(lost)}: the process has ended or hangs. Check its output."
+            self.findings.append(Finding("ranks", FAIL, text))
+        return [result for result in results if result is not None]
 
-    def _local(self, looks: Mapping[str, tuple[Look, Judge]], trouble: str) -> bool:
-        """What every rank finds on its own. Returns whether all could read the config and answered."""
-        facts: Facts = {"looked": list(looks)}
-        errors = {"config": trouble} if trouble else {}
-        for name, (look, _) in looks.items():
-            outcome = self._bounded(look, LOOK_LIMIT_S)
-            facts |= outcome.value or {}
-            if outcome.error:
-                errors[name] = outcome.error
-        limit_s = LOAD_LIMIT_S + LOOK_LIMIT_S * len(looks)
-        everyone = self._gather(facts, errors, limit_s)
-        if everyone:
-            ready = not self.roster.absent and not any(one["errors"].get("config") for one in everyone)
-            if "config" not in looks:  # rank 0 has none itself
-                self.findings += errors_of("config", everyone)
-            for name, (_, judge) in looks.items():
-                # A rank without a config has looked at little.
-                self.findings += judged(
-                    name, [one for one in everyone if {name} & {*one["looked"], *one["errors"]}], judge
-                )
-        else:
-            ready = False
-        return self.roster.share(ready, limit_s + MARGIN_S)
+    def _run_local_checks(self, checks: Sequence[Check], config_error: str) -> bool:
+        """Run the checks that need no other rank. Returns whether all ranks answered and have a valid config."""
+        values: RankResult = {"checks": [check.name for check in checks]}
+        errors = {"config": config_error} if config_error else {}
+        for check in checks:
+            inspected = self._call(check.inspect, INSPECT_TIMEOUT_S)
+            values |= inspected.value or {}
+            if inspected.error:
+                errors[check.name] = inspected.error
+        timeout_s = LOAD_TIMEOUT_S + INSPECT_TIMEOUT_S * len(checks)
+        results = self._gather(values, errors, timeout_s)
+        is_ready = False
+        if results:
+            is_ready = not self.channel.missing_ranks and not any(result["errors"].get("config") for result in results)
+            if "config" not in values["checks"]:  # rank 0 itself has no valid config
+                self.findings += error_findings("config", results)
+            for check in checks:
+                # A rank without a valid config has skipped most checks.
+                reported = [result for result in results if check.name in (*result["checks"], *result["errors"])]
+                self.findings += assess_results(check.name, reported, check.assess)
+        return self.channel.broadcast(is_ready, timeout_s + GATHER_MARGIN_S)
 
-    def _folders(self, folders: Mapping[str, str]) -> None:
-        """The marks in the shared folders: rank 0's, then everyone's, then all of them are taken away."""
-        token, rank = self.roster.share(uuid.uuid4().hex[:8], LOOK_LIMIT_S), self.world.rank
-        wait_s = min(self.wait_s, MARKS_WAIT_S)
-        begun = self._bounded(lambda: begin_marks(folders, token), LOOK_LIMIT_S) if rank == 0 else Outcome({})
-        marked = self.roster.share(
-            [] if begun.error else [key for key in folders if key not in begun.value], LOOK_LIMIT_S
+    def _check_folders(self, folders: Mapping[str, str]) -> None:
+        """Check with marker files that all ranks share the folders, and delete the files."""
+        token, rank = self.channel.broadcast(uuid.uuid4().hex[:8], INSPECT_TIMEOUT_S), self.world.rank
+        wait_s = min(self.wait_s, MARKER_WAIT_S)
+        created = self._call(lambda: create_folders(folders, token), INSPECT_TIMEOUT_S) if rank == 0 else CallResult({})
+        created_keys = self.channel.broadcast(
+            [] if created.error else [key for key in folders if key not in created.value], INSPECT_TIMEOUT_S
         )
-        folders = {key: folders[key] for key in marked}
-        looked = self._bounded(lambda: look_marks(folders, token, rank, wait_s), wait_s + LOOK_LIMIT_S)
-        error = begun.error or looked.error
-        limit_s = wait_s + 2 * LOOK_LIMIT_S
-        everyone = self._gather(looked.value or {}, {"folders": error} if error else {}, limit_s)
-        if everyone:
-            answers = [one for one in everyone if not one["errors"]]
-            seen = self._bounded(lambda: unseen_marks(folders, token, answers, wait_s), wait_s + LOOK_LIMIT_S)
-            self.findings += errors_of("folders", everyone)
-            if everyone[0] in answers and not seen.error:
-                self.findings += judge_marks(answers, begun.value, seen.value)
-        self.roster.share(True, 2 * limit_s)
-        # Each its own, which rank 0 may not see; and rank 0 all others', whose ranks may not be there any more.
+        folders = {key: folders[key] for key in created_keys}
+        inspected = self._call(lambda: inspect_folders(folders, token, rank, wait_s), wait_s + INSPECT_TIMEOUT_S)
+        error = created.error or inspected.error
+        timeout_s = wait_s + 2 * INSPECT_TIMEOUT_S
+        results = self._gather(inspected.value or {}, {"folders": error} if error else {}, timeout_s)
+        if results:
+            complete = [result for result in results if not result["errors"]]
+            unseen = self._call(lambda: find_unseen_ranks(folders, token, complete, wait_s), wait_s + INSPECT_TIMEOUT_S)
+            self.findings += error_findings("folders", results)
+            if results[0] in complete and not unseen.error:
+                self.findings += assess_folders(complete, created.value, unseen.value)
+        self.channel.broadcast(True, 2 * timeout_s)
+        # Each rank deletes its own files, which rank 0 may not see. Rank 0 deletes all, because other ranks may have
+        # ended.
         ranks = range(self.world.size) if rank == 0 else [rank]
-        self._bounded(lambda: remove_marks(folders, token, ranks), LOOK_LIMIT_S)
+        self._call(lambda: remove_markers(folders, token, ranks), INSPECT_TIMEOUT_S)
 
-    def _together(self, name: str, look: Look, judge: Judge, limit_s: float) -> bool:
-        """A collective check: where one rank cannot go on, the others do not wait for it. Returns whether all could."""
+    def _run_collective_check(self, check: Check, timeout_s: float) -> bool:
+        """Run a check with collectives, which stops on all ranks if one fails. Returns whether all ranks passed."""
 
-        def on_device() -> Facts:
+        def inspect() -> RankResult:
             if self.world.device.type == "cuda":
-                torch.cuda.set_device(self.world.device)  # every thread has its own choice
-            return look()
+                torch.cuda.set_device(self.world.device)  # the current device belongs to the thread
+            return check.inspect()
 
-        outcome = self._bounded(on_device, limit_s, lambda: self.roster.given_up(name))
-        facts = outcome.value or {}
-        if outcome.error or any(one.get("error") for one in facts.values()):
-            self.roster.give_up(name)
-        everyone = self._gather(facts, {name: outcome.error} if outcome.error else {}, limit_s)
-        self.findings += judged(name, everyone, judge) if everyone else []
-        sound = not self.roster.absent and not any(one.level == FAIL for one in self.findings if one.check == name)
-        sound = self.roster.share(sound, limit_s + MARGIN_S)
-        self.is_stuck = self.is_stuck or not sound
-        return sound
+        inspected = self._call(inspect, timeout_s, lambda: self.channel.is_aborted(check.name))
+        values = inspected.value or {}
+        if inspected.error or any(value.get("error") for value in values.values()):
+            self.channel.abort(check.name)
+        results = self._gather(values, {check.name: inspected.error} if inspected.error else {}, timeout_s)
+        self.findings += assess_results(check.name, results, check.assess) if results else []
+        has_failed = any(finding.level == FAIL for finding in self.findings if finding.check == check.name)
+        has_passed = self.channel.broadcast(
+            not self.channel.missing_ranks and not has_failed, timeout_s + GATHER_MARGIN_S
+        )
+        self.is_stuck = self.is_stuck or not has_passed
+        return has_passed
 
 
 if __name__ == "__main__":

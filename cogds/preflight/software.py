@@ -1,4 +1,4 @@
-"""The software of every node: versions, this project's own files, decoders, and what compiles."""
+"""The software of each rank: package versions, the code of cogds, video decoders, and the compiler."""
 
 import hashlib
 import importlib.metadata
@@ -15,16 +15,25 @@ import torch
 
 import cogds
 from cogds.distributed.world import World
-from cogds.preflight.finding import FAIL, OK, WARN, Facts, Finding, at, differing, who
+from cogds.preflight.findings import (
+    FAIL,
+    OK,
+    WARN,
+    Finding,
+    RankResult,
+    describe_differences,
+    describe_ranks,
+    path_getter,
+)
 from cogds.process.environment import environment_variables
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy")
-IMPORT_LIMIT_S = 60.0
+IMPORT_TIMEOUT_S = 60.0
 STALE_LOCK_S = 600.0
 
 
 def code_digest(root: Path) -> str:
-    """Changes with any file that decides what is run."""
+    """Return a digest of all files of a checkout that affect a run."""
     state = hashlib.blake2b(digest_size=6)
     for pattern in ("cogds/**/*.py", "launch/**/*.py", "launch/**/*.yaml", "ds_configs/*.json"):
         for path in sorted(root.glob(pattern)):
@@ -32,8 +41,8 @@ def code_digest(root: Path) -> str:
     return state.hexdigest()
 
 
-def _driver() -> str:
-    """The NVIDIA driver's version, "none" where there is no driver."""
+def _driver_version() -> str:
+    """Return the version of the NVIDIA driver, "none" without a driver."""
     try:
         text = Path("/proc/driver/nvidia/version").read_text()
     except OSError:
@@ -42,8 +51,8 @@ def _driver() -> str:
     return match.group(1) if match else "unknown"
 
 
-def look_versions() -> Facts:
-    """`versions`: name -> text, of this rank."""
+def inspect_versions() -> RankResult:
+    """Return `versions` of this rank: name -> version."""
     versions = {"python": platform.python_version()}
     for name in PACKAGES:
         try:
@@ -55,42 +64,42 @@ def look_versions() -> Facts:
     if torch.cuda.is_available():
         nccl: Any = torch.cuda.nccl.version()
         versions["NCCL"] = ".".join(map(str, nccl)) if isinstance(nccl, tuple) else str(nccl)
-    versions["driver"] = _driver()
-    versions["code of cogds"] = code_digest(Path(cogds.__file__).parent.parent)
+    versions["driver"] = _driver_version()
+    versions["cogds code"] = code_digest(Path(cogds.__file__).parent.parent)
     return {"versions": versions}
 
 
-def judge_versions(facts: list[Facts]) -> list[Finding]:
-    """Everything is of one version on all ranks. Only drivers may differ, which is worth a warning."""
-    found = []
-    for name in dict.fromkeys(name for one in facts for name in one["versions"]):
-        text = differing(facts, at("versions", name, default="none"))
-        if text:
-            found.append(Finding("versions", WARN if name == "driver" else FAIL, f"{name}: {text}"))
-    alike = ", ".join(f"{name} {version}" for name, version in facts[0]["versions"].items() if version != "none")
-    return found or [Finding("versions", OK, alike)]
+def assess_versions(results: list[RankResult]) -> list[Finding]:
+    """All ranks must have the same versions. Different drivers are only a warning."""
+    findings = []
+    for name in dict.fromkeys(name for result in results for name in result["versions"]):
+        differences = describe_differences(results, path_getter("versions", name, default="none"))
+        if differences:
+            findings.append(Finding("versions", WARN if name == "driver" else FAIL, f"{name}: {differences}"))
+    common = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items() if version != "none")
+    return findings or [Finding("versions", OK, common)]
 
 
 def needs_compiler(device_type: str, ds_config: dict[str, Any]) -> bool:
-    """Whether DeepSpeed compiles at the start: its all-reduce on CPUs, and an optimizer that is not torch's."""
+    """Return whether DeepSpeed compiles at startup: its all-reduce for CPUs, or an optimizer other than torch's."""
     optimizer = ds_config["optimizer"]
-    own = str(optimizer["type"]).lower() in ("adam", "adamw", "lion") and not optimizer["params"].get("torch_adam")
-    return device_type == "cpu" or own
+    is_own = str(optimizer["type"]).lower() in ("adam", "adamw", "lion") and not optimizer["params"].get("torch_adam")
+    return device_type == "cpu" or is_own
 
 
-def _cannot_import(module: str) -> str:
-    """Why a module cannot be imported, in a process of its own, as a broken library may take its process with it."""
+def find_import_error(module: str) -> str:
+    """Import a module in a child process, which a broken library may crash. Returns the error, or ""."""
     command = [sys.executable, "-c", f"import {module}"]
     try:
-        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_LIMIT_S, check=False)
+        done = subprocess.run(command, capture_output=True, text=True, timeout=IMPORT_TIMEOUT_S, check=False)
     except subprocess.TimeoutExpired:
-        return f"took more than {IMPORT_LIMIT_S:g} s"
-    last = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
-    return last[0] if done.returncode else ""
+        return f"the import took longer than {IMPORT_TIMEOUT_S:g} s"
+    last_line = done.stderr.strip().splitlines()[-1:] or [f"exit code {done.returncode}"]
+    return last_line[0] if done.returncode else ""
 
 
-def _locks() -> list[str]:
-    """Lock files that a killed compilation left: whoever needs that op next waits for them for ever."""
+def _find_stale_locks() -> list[str]:
+    """Return the lock files of killed builds. Every later build of the same extension waits for its lock forever."""
     folder = Path(
         environment_variables("TORCH_EXTENSIONS_DIR").get("TORCH_EXTENSIONS_DIR")
         or Path.home() / ".cache/torch_extensions"
@@ -100,35 +109,40 @@ def _locks() -> list[str]:
     return [str(path) for path in locks if now - path.stat().st_mtime > STALE_LOCK_S]
 
 
-def look_tools(world: World, decoder: str, ds_config: dict[str, Any]) -> Facts:
-    """`broken`: module -> why; `missing`: programs; `locks`: files. One rank a node looks."""
+def inspect_tools(world: World, decoder: str, ds_config: dict[str, Any]) -> RankResult:
+    """Return the problems of this node: `broken_modules` (module -> error), `missing_programs` and `stale_locks`.
+
+    Only the first rank of each node looks; the result of the others is empty.
+    """
     if world.local_rank:
-        return {"broken": {}, "missing": [], "locks": []}
+        return {"broken_modules": {}, "missing_programs": [], "stale_locks": []}
     modules = ["av", "decord"] if decoder == "decord" else ["av"]
-    broken = {module: why for module in modules if (why := _cannot_import(module))}
+    broken = {module: error for module in modules if (error := find_import_error(module))}
     missing = []
     if needs_compiler(world.device.type, ds_config):
-        # torch looks for ninja beside the interpreter's scripts too, once it is on the path.
-        near = Path(sys.executable).parent / "ninja"
+        # pip installs ninja beside the interpreter, in a folder that need not be on the PATH.
+        ninja = Path(sys.executable).parent / "ninja"
         missing = [name for name in ("g++",) if not shutil.which(name)]
-        missing += [] if shutil.which("ninja") or near.exists() else ["ninja"]
-    return {"broken": broken, "missing": missing, "locks": _locks()}
+        missing += [] if shutil.which("ninja") or ninja.exists() else ["ninja"]
+    return {"broken_modules": broken, "missing_programs": missing, "stale_locks": _find_stale_locks()}
 
 
-def judge_tools(facts: list[Facts]) -> list[Finding]:
-    """Decoders can be imported, and a compiler is there where DeepSpeed needs one."""
-    found = []
-    for one in facts:
-        for module, why in one["broken"].items():
-            found.append(Finding("tools", FAIL, f"{module} cannot be imported on {who([one])}: {why}"))
-        if one["missing"]:
-            names = " and ".join(one["missing"])
-            found.append(Finding("tools", FAIL, f"{names}, which DeepSpeed compiles with, is missing on {who([one])}"))
-        if one["locks"]:
-            found.append(
-                Finding(
-                    "tools", WARN, f"left by a killed compilation on {who([one])}, and later runs wait for it: "
-                    f"{', '.join(one['locks'])}: delete it unless something compiles right now",
-                )
-            )  # fmt: skip
-    return found or [Finding("tools", OK, "decoders can be imported, and what DeepSpeed compiles with is there")]
+def assess_tools(results: list[RankResult]) -> list[Finding]:
+    """Every node must be able to import the decoders and, if DeepSpeed needs to, to compile."""
+    findings = []
+    for result in results:
+        node = describe_ranks([result])
+        for module, error in result["broken_modules"].items():
+            text = f"{module}: the import fails on {node}: {error}. Reinstall it there."
+            findings.append(Finding("tools", FAIL, text))
+        if result["missing_programs"]:
+            programs = " and ".join(result["missing_programs"])
+            text = f"{programs}: not found on {node}. Install what is missing: DeepSpeed compiles extensions with it."
+            findings.append(Finding("tools", FAIL, text))
+        if result["stale_locks"]:
+            text = (
+                f"{', '.join(result['stale_locks'])}: left by a killed build on {node}; later builds wait for it. "
+                "Delete it unless a build is running."
+            )
+            findings.append(Finding("tools", WARN, text))
+    return findings or [Finding("tools", OK, "decoders can be imported; no compiler or build tool is missing")]

@@ -39,12 +39,20 @@ def suggestion_lines(report: Report) -> list[str]:
         return []
     before, after = suggestion.before, suggestion.after
     return [
-        f"The buckets fit these clips badly: {percent(report.crop_share)} of the picture is cropped away on average, "
-        f"{percent(report.upscaled_share)} of the trained clips are upscaled, and {percent(before.too_short)} of all "
-        "clips are too short.",
-        f"With data.buckets=[{', '.join(suggestion.buckets)}], it would be {percent(after.crop)}, "
-        f"{percent(after.upscaled)} and {percent(after.too_short)}.",
+        f"The buckets fit these clips badly: {_misfit(report.crop_share, report.upscaled_share, before.too_short)}.",
+        f"Better: data.buckets=[{', '.join(suggestion.buckets)}] "
+        f"({_misfit(after.crop, after.upscaled, after.too_short)})",
     ]
+
+
+def _misfit(cropped: float, upscaled: float, too_short: float) -> str:
+    """`19% of the picture cropped away, 3% of the clips upscaled`."""
+    parts = [
+        f"{percent(cropped)} of the picture cropped away",
+        *([f"{percent(upscaled)} of the clips upscaled"] if upscaled else []),
+        *([f"{percent(too_short)} of the clips too short"] if too_short else []),
+    ]
+    return ", ".join(parts)
 
 
 def held_out_lines(report: Report) -> list[str]:
@@ -90,7 +98,7 @@ def short_report(report: Report) -> str:
         reasons = ", ".join(f"{reason.num_clips:,} x {reason.phrase}" for reason in report.reasons[:3])
         lines.append(f"{counted(report.num_unusable, 'clip')} not trained: {reasons}")
     lines += warning_lines(report)
-    if largest := report.largest:
+    if (largest := report.largest) and report.gpu_bytes is not None:
         lines.append(
             f"about {gigabytes(largest.memory.total_bytes)} of GPU memory (calculated) for {largest.shape} with "
             f"train.activation_checkpointing={largest.checkpointing}; {gigabytes(report.cache_bytes)} of cache"

@@ -1,6 +1,6 @@
-"""Clips that turned out to be bad while training: told to every rank, written to `quarantine.jsonl`.
+"""Clips that turn out to be unreadable during training, shared between ranks and listed in `quarantine.jsonl`.
 
-The file is for people. A resumed run tries them again, and so finds out alike what is still bad, and what was mended.
+The file is only for the user. A resumed run tries these clips again, so repaired clips are trained.
 """
 
 import json
@@ -22,49 +22,50 @@ logger = logging.getLogger(__name__)
 FILE_NAME = "quarantine.jsonl"
 
 
-class Quarantine:
-    """What every rank found, gathered now and then; rank 0 writes it down and says it.
+class BadSamples:
+    """Collects the bad clips of every rank. Rank 0 lists and logs them."""
 
-    most: the share of num_clips that may turn out to be bad.
-    """
-
-    def __init__(self, world: World, output_dir: Path, num_clips: int, most: float):
-        self.world, self.file, self.num_clips, self.most = world, output_dir / FILE_NAME, num_clips, most
-        self.listed = AppendFile(self.file)
-        self.found: list[Bad] = []
-        self.rows: set[int] = set()
+    def __init__(self, world: World, output_dir: Path, num_clips: int, max_share: float):
+        """max_share: share of `num_clips` that may be bad."""
+        self._world, self._path = world, output_dir / FILE_NAME
+        self._num_clips, self._max_share = num_clips, max_share
+        self._file = AppendFile(self._path)
+        self._pending: list[Bad] = []
+        self._known_rows: set[int] = set()
 
     def add(self, bad: Sequence[Bad]) -> None:
-        """Hand over what this rank found in a micro-step. Where ranks share their clips it is collective.
+        """Add the bad clips of this rank's micro-step. Collective if ranks share clips.
 
-        Raises UserError where such ranks did not find the same: they would train parts of different clips.
+        Raises UserError if ranks that share a clip differ, because they would train parts of different clips.
         """
-        if odd := disagreeing_data_ranks(self.world, zlib.crc32(repr([one.row for one in bad]).encode())):
-            size = self.world.sequence_size
-            ranks = ", ".join(f"{number * size} to {number * size + size - 1}" for number in odd)
+        if differing := disagreeing_data_ranks(self._world, zlib.crc32(repr([clip.row for clip in bad]).encode())):
+            size = self._world.sequence_size
+            ranks = ", ".join(f"{number * size} to {number * size + size - 1}" for number in differing)
+            files = "".join(f" ({clip.path}: {clip.reason})" for clip in bad)
             raise UserError(
-                f"of the ranks {ranks}, which share a clip, some could not read what others could"
-                f"{''.join(f' ({one.path}: {one.reason})' for one in bad)}: look at their nodes' disks, and resume",
-                shared=self.world.rank > 0 and not (bad and self.world.data_rank in odd),
+                f"data.path: ranks {ranks} share clips, but only some of them could read theirs{files}. Check the "
+                "disks of their nodes, then resume.",
+                shared=self._world.rank > 0 and not (bad and self._world.data_rank in differing),
             )
-        self.found += bad
+        self._pending += bad
 
-    def settle(self) -> None:
-        """Tell every rank what the others found. Raises UserError where it is too much. Collective."""
-        count = torch.tensor([float(len(self.found))], device=self.world.device)
-        if not all_reduce_sum(self.world, count).item():
+    def sync(self) -> None:
+        """Share the clips added since the last call. Collective. Raises UserError if too many clips are bad."""
+        count = torch.tensor([float(len(self._pending))], device=self._world.device)
+        if not all_reduce_sum(self._world, count).item():
             return
-        every = [bad for share in all_gather(self.world, self.found) for bad in share]
-        self.found = []
-        new = {bad.row: bad for bad in every if bad.row not in self.rows}
-        self.rows |= set(new)
-        if self.world.rank == 0:
-            self.listed.write([json.dumps(bad._asdict()).encode() + b"\n" for bad in new.values()])
-            for bad in new.values():
-                logger.warning(f"replaced by another clip of its bucket: {bad.path}: {bad.reason}")
-        if len(self.rows) > self.most * self.num_clips:
+        added = [clip for clips in all_gather(self._world, self._pending) for clip in clips]
+        self._pending = []
+        new = {clip.row: clip for clip in added if clip.row not in self._known_rows}
+        self._known_rows |= set(new)
+        if self._world.rank == 0:
+            self._file.write([json.dumps(clip._asdict()).encode() + b"\n" for clip in new.values()])
+            for clip in new.values():
+                logger.warning(f"{clip.path}: cannot be read, so another clip of its bucket is trained: {clip.reason}")
+        if len(self._known_rows) > self._max_share * self._num_clips:
             raise UserError(
-                f"{len(self.rows)} of {self.num_clips} clips turned out to be unusable, more than data.max_unusable "
-                f"({self.most:g}) allows: see {self.file}; mend the files, or the cache with launch/encode.py --verify",
-                shared=self.world.rank > 0,
+                f"data.max_unusable: {len(self._known_rows)} of {self._num_clips} clips could not be read, more than "
+                f"the share of {self._max_share:g} that is allowed ({self._path} lists them). Repair the files, or "
+                "check the cache with `cogds encode --verify`.",
+                shared=self._world.rank > 0,
             )

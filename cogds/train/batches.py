@@ -1,4 +1,4 @@
-"""The micro-steps of one rank as tensors on its device, prepared ahead of time."""
+"""The micro-steps of one rank, as tensors on its device that are prepared ahead of time."""
 
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -19,14 +19,14 @@ from cogds.metrics.stopwatch import Stopwatch
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, draw_dropouts, to_device
 
-# Called with every batch before it is trained: optimizer step (0 is the first), micro-batch, tensors.
-Inspect = Callable[[int, MicroBatch, Batch], None]
+# Called with each batch before it is trained: optimizer step (0 is the first), micro-batch, tensors.
+OnBatch = Callable[[int, MicroBatch, Batch], None]
 
 
 def load_batches(run: Run) -> Iterator[Batch]:
     """Yield this rank's batches, one per micro-step, read from the cache or encoded on the fly.
 
-    Raises UserError from a loader process as itself.
+    A UserError of a loader process is raised unchanged.
     """
     cfg, world = run.cfg, run.world
     sampler = BucketBatchSampler(run.plan, world.data_rank, run.first_step, cfg.train.num_steps)
@@ -44,7 +44,7 @@ def load_batches(run: Run) -> Iterator[Batch]:
     try:
         yield from loader
     except UserError as error:
-        # torch wraps an error of a loader process in its traceback; the message is the last line.
+        # torch puts the traceback of a loader process before the message, which is the last line.
         raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None
 
 
@@ -52,9 +52,13 @@ def load_batches(run: Run) -> Iterator[Batch]:
 class MicroStep:
     """The tensors of one micro-step, on the device.
 
-    inputs: the transformer's keyword arguments. target: v-target, float32 [B, F, C, H, W]. weights: weight of each
-    sample, float32 [B]. quarters: quarter of the schedule that each timestep is in, int64 [B]. bad: clips that could
-    not be read. wait_s: time spent waiting for the loader.
+    Attributes:
+        inputs: keyword arguments of the transformer.
+        target: v-target, float32 [B, F, C, H, W].
+        weights: weight of each sample in the loss, float32 [B].
+        quarters: quarter of the noise schedule that each timestep is in, int64 [B].
+        bad: clips that could not be read.
+        wait_s: time spent waiting for the loader.
     """
 
     micro_batch: MicroBatch
@@ -68,18 +72,18 @@ class MicroStep:
 
 
 def make_micro_steps(
-    run: Run, builder: StepBuilder, batches: Iterator[Batch], inspect: Inspect | None = None
+    run: Run, builder: StepBuilder, batches: Iterator[Batch], on_batch: OnBatch | None = None
 ) -> Iterator[MicroStep]:
-    """Yield every micro-step of the run on this rank. On a GPU the work is queued, not waited for."""
+    """Yield each micro-step of the run on this rank. Work on a GPU is queued, not waited for."""
     cfg, world, num_timesteps = run.cfg, run.world, len(builder.alphas_cumprod)
     for step in range(run.first_step, cfg.train.num_steps):
         for micro_batch in run.plan.at(step):
-            waiting = Stopwatch()
+            stopwatch = Stopwatch()
             batch = next(batches)
-            wait_s, bucket = waiting.lap(), micro_batch.bucket_of(world.data_rank)
-            if inspect:
-                inspect(step, micro_batch, batch)
-            draws = draw(micro_batch, step, num_timesteps, cfg, world)
+            wait_s, bucket = stopwatch.lap(), micro_batch.bucket_of(world.data_rank)
+            if on_batch:
+                on_batch(step, micro_batch, batch)
+            draws = make_draws(micro_batch, step, num_timesteps, cfg, world)
             inputs, target = builder.build(batch.tensors, run.buckets[bucket], draws)
             weights = to_device(torch.tensor(micro_batch.weights_of(world.data_rank)), world.device)
             quarters = timestep_quarter(inputs["timestep"], num_timesteps)
@@ -87,33 +91,33 @@ def make_micro_steps(
 
 
 class Prefetcher:
-    """Hands out micro-steps and prepares the next one while the GPU is busy with the current one."""
+    """Prepares the next micro-step while the GPU is busy with the current one."""
 
-    def __init__(self, items: Iterator[MicroStep]):
-        self._items = items
+    def __init__(self, micro_steps: Iterator[MicroStep]):
+        self._micro_steps = micro_steps
         self._next: MicroStep | None = None
         self._wait_s = 0.0
 
     def take(self) -> MicroStep:
-        """The next micro-step. There must be one."""
+        """Return the next micro-step. There must be one."""
         self.prepare()
-        item, self._next = self._next, None
-        assert item is not None
-        return item
+        micro_step, self._next = self._next, None
+        assert micro_step is not None
+        return micro_step
 
     def prepare(self) -> None:
-        """Prepare the next micro-step, if there is one and it is not prepared yet."""
-        if self._next is None and (item := next(self._items, None)) is not None:
-            self._next, self._wait_s = item, self._wait_s + item.wait_s
+        """Prepare the next micro-step, unless it is already prepared or there is none."""
+        if self._next is None and (micro_step := next(self._micro_steps, None)) is not None:
+            self._next, self._wait_s = micro_step, self._wait_s + micro_step.wait_s
 
-    def waited_s(self) -> float:
-        """Time spent waiting for the loader since the last call [s]."""
+    def take_wait_s(self) -> float:
+        """Return the time spent waiting for the loader since the last call [s]."""
         wait_s, self._wait_s = self._wait_s, 0.0
         return wait_s
 
 
-def draw(micro_batch: MicroBatch, step: int, num_timesteps: int, cfg: RunConfig, world: World) -> Draws:
-    """The random choices of this rank in a micro-step of optimizer step `step`."""
+def make_draws(micro_batch: MicroBatch, step: int, num_timesteps: int, cfg: RunConfig, world: World) -> Draws:
+    """Return the random choices of this rank in a micro-step of optimizer step `step`."""
     slots = micro_batch.slots_of(world.data_rank)
     timesteps = stratified_timesteps(slots, micro_batch.step_slots, num_timesteps, cfg.seed, step)
     drop_image, drop_caption = draw_dropouts(cfg.conditioning, cfg.seed, step, slots)

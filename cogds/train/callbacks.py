@@ -1,13 +1,16 @@
 """Callbacks: work that all ranks do together between optimizer steps, such as an evaluation or a checkpoint."""
 
 import functools
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 from cogds.distributed.world import World
 from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import peak_memory_bytes, reset_peak_memory
 from cogds.process.watchdog import Watchdog
+from cogds.train.run import Run
+from cogds.train.step import StepBuilder
 
 # Prefix of the tags that describe the callbacks themselves.
 TAG = "callbacks"
@@ -33,11 +36,42 @@ class Callback(Protocol):
         """Run after `step` optimizer steps. Collective."""
 
 
+@dataclass(frozen=True)
+class CallbackContext:
+    """What evaluation and sampling during training work with.
+
+    watch: called with a description of each forward pass (`Watchdog.watch`). is_stopping: whether this rank was asked
+    to stop, which ends a callback without a result.
+    """
+
+    run: Run
+    engine: Any
+    builder: StepBuilder
+    monitor: Monitor
+    watch: Callable[[Callable[[], str]], None] = lambda _: None
+    is_stopping: Callable[[], bool] = lambda: False
+
+
+def due_at_start(callbacks: Sequence[Callback], step: int) -> list[Callback]:
+    """Return the callbacks to run before the first step, if the run starts after `step` steps."""
+    return [callback for callback in callbacks if callback.at_start and step % callback.every == 0]
+
+
+def due_after(callbacks: Sequence[Callback], step: int, *, is_last: bool, is_stopped: bool) -> list[Callback]:
+    """Return the callbacks to run after `step` optimizer steps."""
+    is_end = is_last or is_stopped
+    return [
+        callback
+        for callback in callbacks
+        if (is_end or step % callback.every == 0) and (callback.on_stop or not is_stopped)
+    ]
+
+
 def run_callbacks(callbacks: Sequence[Callback], step: int, watchdog: Watchdog, monitor: Monitor, world: World) -> None:
     """Run callbacks one after another, after `step` optimizer steps. Collective.
 
-    On a GPU their own peak memory is recorded and the peak of training restarts (see `Meter`). The peak memory of the
-    process on the host cannot be restarted, so it includes theirs.
+    On a GPU, the peak memory of the callbacks is recorded, and then the peak is reset for training (see `StepMeter`).
+    The peak memory of the process on the host cannot be reset, so it includes the callbacks.
     """
     if not callbacks:
         return

@@ -14,12 +14,12 @@ from cogds.process.signals import StopRequest, find_launchers
 from cogds.train.trainer import Trainer
 from cogds.train.tuning import check_execution
 
-# A dry run encodes no clip, and tries the largest bucket on a CPU too.
+# A dry run encodes nothing, and checks memory on a CPU too.
 DRY_RUN = {"data.encode": "on_the_fly", "train.memory_check": "on", "eval.every": None, "sample.every": None}
 
 
 def main(args: argparse.Namespace) -> None:
-    """Train. Everything that can be wrong with the input is reported before any weight is loaded."""
+    """Train. Errors in the input are reported before any weight is loaded."""
     job = load_job(args, read_world(), changes=DRY_RUN if args.dry_run else {})
     check_execution(job)
     stop = StopRequest(find_launchers())

@@ -1,11 +1,11 @@
-"""The memory check: the largest bucket is trained once before the first step.
+"""The memory check: trains the largest bucket once before the first step.
 
-A run that cannot fit then fails in its first minute, not in the hour in which it first meets that bucket. All ranks run
+A run that does not fit then fails in its first minute, not when it first reaches that bucket. All ranks run
 one forward and backward pass on random numbers that leaves no trace: it calls the engine's module, not the engine, and
 returns the gradients (`torch.autograd.grad`) instead of accumulating them. So none of DeepSpeed's parameter hooks runs,
 nothing is reduced and no micro-step is counted. At stage 3 DeepSpeed also hooks each block for the gradients of its
-parameters; that hook is removed for the time being. What remains at stage 3 is the order of the blocks, which DeepSpeed
-records in its first pass, and which is the same in every pass.
+parameters; that hook is removed during the check. The check leaves one trace at stage 3: DeepSpeed records the order of
+the blocks in its first pass. That order is the same in every pass.
 """
 
 import time
@@ -32,7 +32,7 @@ from cogds.train.step import Draws, StepBuilder, random_batch
 
 @dataclass(frozen=True)
 class MemoryCheck:
-    """The memory that one bucket took. Bytes are of tensors, without the CUDA context and fragmentation.
+    """The memory that one bucket needed. Bytes count tensors only, not the CUDA context and fragmentation.
 
     measured_bytes: peak; None on a CPU, where only the peak of the whole process is known.
     """
@@ -45,20 +45,20 @@ class MemoryCheck:
     seconds: float
 
     def __str__(self) -> str:
-        tried = (
+        text = (
             f"memory check: {self.shape}, batch {self.batch_size}, activation checkpointing {self.checkpointing}, "
             f"{self.seconds:.1f} s"
         )
         if self.measured_bytes is None:
-            return f"{tried}; memory is not measured on a CPU"
+            return text
         error = self.predicted_bytes / self.measured_bytes - 1
         return (
-            f"{tried}: {self.measured_bytes / 1e9:.1f} GB of tensors at the peak, {self.predicted_bytes / 1e9:.1f} GB "
-            f"predicted ({100 * error:+.0f}%)"
+            f"{text}; peak of tensors {self.measured_bytes / 1e9:.1f} GB, predicted "
+            f"{self.predicted_bytes / 1e9:.1f} GB ({100 * error:+.0f}%)"
         )
 
     def scalars(self) -> dict[str, float]:
-        """Tags and values for `Monitor.add_scalars`."""
+        """Return tags and values for `Monitor.add_scalars`."""
         predicted = {"memory/predicted_gb": self.predicted_bytes / 1e9}
         return (
             predicted if self.measured_bytes is None else predicted | {"memory/measured_gb": self.measured_bytes / 1e9}
@@ -66,38 +66,42 @@ class MemoryCheck:
 
 
 def check_memory(run: Run, engine: Any, builder: StepBuilder) -> MemoryCheck | None:
-    """Train the bucket that takes most memory once; None if `train.memory_check` is off. Collective.
+    """Train the bucket that needs the most memory once. Returns None if `train.memory_check` is off. Collective.
 
-    Leaves weights, gradients, optimizer and random states unchanged. Raises UserError if memory is not enough, and any
-    other error on the rank that meets it. At stages 1 and 2 all ranks raise together. At stage 3, and if ranks share a
-    clip, the other ranks wait in a collective until the launcher ends them with the rank that failed.
+    Leaves weights, gradients, optimizer and random states unchanged. Raises UserError if there is not enough memory,
+    and any other error on its own rank. At stages 1 and 2 all ranks raise together. At stage 3, or if ranks share a
+    clip, the other ranks wait in a collective until the launcher ends them.
     """
     cfg, world, device = run.cfg, run.world, run.world.device
     if cfg.train.memory_check == "off" or (cfg.train.memory_check == "auto" and device.type != "cuda"):
         return None
-    bucket, shape, part = max(run.used_buckets, key=lambda used: _needs(used[2].estimate))
+    bucket, shape, part = max(run.used_buckets, key=lambda used: _memory_key(used[2].estimate))
     stage, start = zero_stage(run.ds_config), time.perf_counter()
-    too_little, other_error = "", None
+    shortage, other_error = "", None
     try:
         _try(run, engine, builder, bucket)
     except Exception as error:  # raised below, once every rank has voted
         if is_out_of_memory(error):
-            too_little = _refusal(run, bucket, error)
+            shortage = _describe_shortage(run, bucket, error)
         else:
             other_error = error
         if stage == 3 or world.sequence_size > 1:
-            if too_little:
-                raise UserError(too_little) from None
+            if shortage:
+                raise UserError(shortage) from None
             raise
     if stage == 3:
         release_gathered_weights(engine)
-    is_full, has_failed = any_rank(world, bool(too_little), other_error is not None)
+    is_bug = other_error is not None and not isinstance(other_error, UserError)
+    is_full, has_failed, has_bug = any_rank(world, bool(shortage), other_error is not None, is_bug)
     if other_error is not None:
         raise other_error
+    elsewhere = f"memory check: another rank failed on {shape} and reports why."
+    if has_bug:
+        raise BugReported(elsewhere)
     if has_failed:
-        raise BugReported(f"memory check: another rank failed while {shape} was tried, and reports why.")
+        raise UserError(elsewhere, shared=True)
     if is_full:
-        raise UserError(too_little or _refusal(run, bucket), shared=world.rank > 0)
+        raise UserError(shortage or _describe_shortage(run, bucket), shared=world.rank > 0)
     measured = None
     if device.type == "cuda":
         measured = torch.cuda.max_memory_allocated(device)
@@ -123,7 +127,7 @@ def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), without_zero3_backward_hooks(engine.module, stage):
-        # Memory that the first steps allocate and keep. With it, the peak is that of any later step.
+        # Reserve what DeepSpeed allocates in the first steps and keeps, so the peak is that of any later step.
         later = torch.empty(_missing_bytes(estimate, engine, stage), dtype=torch.uint8, device=device)
         # At stage 3 DeepSpeed records the first pass and prefetches weights from the second on.
         for _ in range(2 if stage == 3 else 1):
@@ -143,13 +147,13 @@ def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], sha
         torch.cuda.synchronize(builder.device)  # errors on the device surface here
 
 
-def _needs(estimate: MemoryEstimate) -> tuple[int, int]:
-    """Sort key of buckets; short ones may all need as much as the VAE, so activations break ties."""
+def _memory_key(estimate: MemoryEstimate) -> tuple[int, int]:
+    """Return a sort key of buckets. Short ones may all need only the VAE's memory, so activations break ties."""
     return estimate.total_bytes, estimate.kept_activations_bytes + estimate.block_activations_bytes
 
 
 def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
-    """The part of the estimate that DeepSpeed allocates during its first steps; 0 on a CPU.
+    """Return the part of the estimate that DeepSpeed allocates during its first steps, or 0 on a CPU.
 
     These are Adam's moments, two of the optimizer's three tensors, and below stage 3 also the reduction's buffers and
     the gradients between micro-steps.
@@ -161,15 +165,15 @@ def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
 
 
 def is_out_of_memory(error: Exception) -> bool:
-    """Whether torch, CUDA or cuBLAS ran out of memory; only torch has a class of its own for it."""
+    """Whether torch, CUDA or cuBLAS ran out of memory. Only torch has an exception class for it."""
     if not isinstance(error, RuntimeError):
         return False
     words = ("out of memory", "ALLOC_FAILED", "can't allocate memory")
     return isinstance(error, torch.OutOfMemoryError) or any(word in str(error) for word in words)
 
 
-def _refusal(run: Run, bucket: int, error: Exception | None = None) -> str:
-    """The message for a bucket that does not fit. error: of this rank."""
+def _describe_shortage(run: Run, bucket: int, error: Exception | None = None) -> str:
+    """Return the message for a bucket that does not fit. error: this rank's error, if it is this rank that failed."""
     part, shape, size = run.execution.buckets[bucket], run.buckets[bucket], run.plan.local_batch_sizes[bucket]
     gpu_bytes = run.execution.gpu_bytes
     rank = f"rank {run.world.rank}" if error is not None else "another rank"

@@ -1,7 +1,6 @@
-"""What a run goes on from: a checkpoint's facts against the run that is asked for.
+"""Starting a run from a checkpoint or a LoRA: checks that they match the run, and continues its data and plan.
 
-The weights, moments and counters are `engine.state`'s and fit any layout; here stand the rest: what must not have
-changed, the data as it was, and the plan from where it stopped, in the layout that there is now.
+`engine.state` restores the weights and the optimizer in any layout of ranks.
 """
 
 import dataclasses
@@ -29,8 +28,8 @@ from cogds.model.lora.file import LoraFile, read_loras
 
 logger = logging.getLogger(__name__)
 
-# Keys of the config that may differ from one part of a run to the next; all others must not. Data and model are known
-# by their content, the layout is the plan's matter.
+# Config keys that may change when a run is resumed; all others must not. Data and model are compared by their content,
+# and the plan adapts to a new layout.
 MAY_CHANGE = (
     "output_dir", "model.path", "model.revision", "model.create_tiny", "model.attention", "model.compile", "data.",
     "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
@@ -41,15 +40,15 @@ MAY_CHANGE = (
 
 
 @dataclass
-class Start:
-    """What a run starts from: a checkpoint, a LoRA, or neither.
+class InitialState:
+    """What training starts from: a checkpoint, a LoRA, or neither.
 
-    facts: what the checkpoint's state.json says. state: on rank 0, its tensors, until they are restored. notes: lines
-    for the summary.
+    header: content of the checkpoint's state.json. state: its tensors, on rank 0, until they are restored. notes: lines
+    for the startup summary.
     """
 
     checkpoint: Path | None = None
-    facts: dict[str, Any] = field(default_factory=dict)
+    header: dict[str, Any] = field(default_factory=dict)
     state: TrainState = field(default_factory=lambda: TrainState({}))
     init_from: LoraFile | None = None
     notes: Sequence[str] = ()
@@ -59,119 +58,120 @@ class Start:
         self.state = TrainState({})
 
 
-def find_start(job: Job) -> Start:
-    """Find and verify the checkpoint to resume from, else check `lora.init_from`. Collective.
+def find_initial_state(job: Job) -> InitialState:
+    """Find and verify the checkpoint to resume from, or else check `lora.init_from`. Collective.
 
-    Raises UserError for a damaged checkpoint, and for a LoRA that does not fit.
+    Raises UserError for a damaged checkpoint or a LoRA that does not fit.
     """
     cfg, world = job.cfg, job.world
     found = rank0_only(world, lambda: checkpoints.find(Path(cfg.output_dir) / "checkpoints", cfg.checkpoint.resume))
-    checkpoint, facts, state = found or (None, {}, TrainState({}))
-    checkpoint, facts = broadcast(world, 0, (checkpoint, facts))
+    checkpoint, header, state = found or (None, {}, TrainState({}))
+    checkpoint, header = broadcast(world, 0, (checkpoint, header))
     if checkpoint:
-        return Start(checkpoint, facts, state)
+        return InitialState(checkpoint, header, state)
     if not cfg.lora.init_from:
-        return Start()
+        return InitialState()
     lora = on_rank0(world, lambda: check_init(job))
-    return Start(init_from=lora, notes=describe_initial_lora(lora, cfg.conditioning.image_latents))
+    return InitialState(init_from=lora, notes=describe_initial_lora(lora, cfg.conditioning.image_latents))
 
 
 def check_init(job: Job) -> LoraFile:
-    """Read the header of the LoRA that the run starts with. Raises UserError if it does not fit."""
-    lora, probe = job.cfg.lora, empty_transformer(job.model)
+    """Read the header of `lora.init_from`. Raises UserError if the LoRA does not fit the run."""
+    lora, transformer = job.cfg.lora, empty_transformer(job.model)
     file = read_loras([str(lora.init_from)], lora.init_alpha, INIT_ALPHA)[0]
-    inject(probe, lora.rank, lora.alpha, lora.dropout, lora.target_modules, job.cfg.seed)
-    check_initial_lora(probe, file)
+    inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, job.cfg.seed)
+    check_initial_lora(transformer, file)
     return file
 
 
-def identity(cfg: RunConfig, optimizer: str, weights: str, buckets: Sequence[ClipShape]) -> dict[str, Any]:
-    """What must be the same when a run is resumed, but for the data; JSON-able. weights: digest of the model's."""
+def run_identity(cfg: RunConfig, optimizer: str, weights_digest: str, buckets: Sequence[ClipShape]) -> dict[str, Any]:
+    """Return everything except the data that must be the same when a run is resumed, as JSON-serializable values."""
     settings = {name: get(cfg, name) for name in KEYS if not name.startswith(MAY_CHANGE)}
     return {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
-        "model weights": weights,
+        "model weights": weights_digest,
         "buckets": [str(shape) for shape in buckets],
         "optimizer": optimizer.lower(),
     }
 
 
 def data_identity(data: EncodedData) -> dict[str, Any]:
-    """What of the data must be the same too; JSON-able."""
+    """Return the part of the data that must be the same when a run is resumed, as JSON-serializable values."""
     return {"data": data.fingerprint, "repeats": list(data.mixture.repeats)}
 
 
-def check_matching(start: Start, identity: Mapping[str, Any]) -> None:
-    """Raise UserError naming each part of the run's identity that differs from the checkpoint's."""
-    saved = start.facts["identity"]
-    changed = [f"{name}: {then} then, {now} now" for name, then, now in _differences(saved, identity)]
+def check_identity(initial: InitialState, identity: Mapping[str, Any]) -> None:
+    """Raise UserError, naming each part of the run's identity that differs from the checkpoint's."""
+    saved = initial.header["identity"]
+    changed = [f"{name} was {before}, now {now}" for name, before, now in _differences(saved, identity)]
     if changed:
         raise UserError(
-            f"{start.checkpoint}: cannot be resumed, because the run has changed: {'; '.join(changed)}. Set these "
+            f"{initial.checkpoint}: cannot be resumed, because the run has changed: {'; '.join(changed)}. Change them "
             "back, or start a new run with another output_dir or checkpoint.resume=none."
         )
 
 
 def _differences(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
     for name, now in identity.items():
-        # A key that the version which saved did not have yet was as it is by default.
-        then = saved.get(name, KEYS[name].default if name in KEYS else None)
-        if (list(then) if isinstance(then, tuple) else then) != now:
-            yield name, then, now
+        # A key that did not exist in the version that saved had its default.
+        before = saved.get(name, KEYS[name].default if name in KEYS else None)
+        if (list(before) if isinstance(before, tuple) else before) != now:
+            yield name, before, now
 
 
-def resumed_data(data: EncodedData, facts: Mapping[str, Any], cfg: RunConfig) -> EncodedData:
-    """The data that a resumed run goes on with: as it was, if nothing happened to it but that clips have gone.
+def resume_data(data: EncodedData, header: Mapping[str, Any], cfg: RunConfig) -> EncodedData:
+    """Return the data to resume with: the saved data if clips were only removed, otherwise `data`.
 
-    Their encodings are read from the cache as before; those that are not there are replaced as the run meets them.
-    Other changes are left for `check_matching` to refuse.
+    Removed clips are still read from the cache. If their entries are gone too, they are replaced like bad samples.
+    `check_identity` refuses any other change.
     """
     folder = data.index.path.parent
-    saved = ClipIndex(folder / facts.get("index", data.index.path.name))
-    if data.fingerprint == facts["identity"].get("data") or not saved.path.exists():
+    saved = ClipIndex(folder / header.get("index", data.index.path.name))
+    if data.fingerprint == header["identity"].get("data") or not saved.path.exists():
         return data
-    then, now = saved.names(), data.index.names()
-    if now - then or not then - now:
+    before, now = saved.names(), data.index.names()
+    if now - before or not before - now:
         logger.info(
-            f"of the clips of the run, {len(then - now)} are no longer in the data, and {len(now - then)} are new"
+            f"data: {counted(len(before - now), 'clip')} of the checkpoint removed, {len(now - before):,} added"
         )
         return data
-    logger.info(
-        f"no longer in the data: {counted(len(then - now), 'clip')} of the run, which goes on with them as long "
-        "as it can"
-    )
-    # By weight they follow from the sizes, and stay what they were.
+    logger.info(f"data: {counted(len(before - now), 'clip')} removed; still trained from the cache if possible")
+    # Repeats that follow from weights depend on the number of clips. They stay as they were.
     by_weight = bool(cfg.data.sets) and cfg.data.sets[0].weight is not None
-    repeats = tuple(facts["identity"]["repeats"]) if by_weight else data.mixture.repeats
+    repeats = tuple(header["identity"]["repeats"]) if by_weight else data.mixture.repeats
     mixture = Mixture(saved.sizes, repeats, cfg.seed)
-    return dataclasses.replace(data, index=saved, mixture=mixture, fingerprint=facts["identity"]["data"])
+    return dataclasses.replace(data, index=saved, mixture=mixture, fingerprint=header["identity"]["data"])
 
 
-def continued_plan(plan: Plan, facts: Mapping[str, Any], checkpoint: Path) -> Plan:
-    """The saved plan, from the step where it stopped, in the layout of `plan`: no clip is repeated or lost.
+def resume_plan(plan: Plan, header: Mapping[str, Any], checkpoint: Path) -> Plan:
+    """Return the saved plan from its last step on, in the layout of `plan`. No clip is repeated or lost.
 
-    In an unchanged layout it is the saved plan itself, so the run is the same bit for bit.
+    With an unchanged layout this is the saved plan itself, so the run is bitwise the same.
     """
-    fields = dict(facts["plan"])
-    origin = fields.pop("origin")
-    for kind, values in ((Plan, fields), (Origin, origin)):
-        if unknown := set(values) - {field.name for field in dataclasses.fields(kind)}:
+    fields = dict(header.get("plan", {}))
+    origin = fields.get("origin", {})
+    for kind, values, needed in ((Plan, fields, {"origin"}), (Origin, origin, set[str]())):
+        known = dataclasses.fields(kind)
+        needed = needed | {field.name for field in known if field.default is dataclasses.MISSING}
+        if wrong := (set(values) - {field.name for field in known}) | (needed - set(values)):
             raise UserError(
-                f"{checkpoint}: another version of cogds wrote its plan, with '{min(unknown)}'. Resume with that "
-                "version, or from another checkpoint."
+                f"{checkpoint}: another version of cogds wrote its plan: '{min(wrong)}' is unknown or missing. Resume "
+                "with that version, or from another checkpoint."
             )
+    del fields["origin"]
     try:
         saved = Plan(**fields, origin=Origin(**origin))
     except ValueError as error:
         raise UserError(f"{checkpoint}: its plan cannot be used ({error}). Resume from another checkpoint.") from None
     return saved.resized(
-        facts["step"], plan.world_size, plan.accumulation, plan.batch_sizes, plan.costs, plan.tolerance
+        header["step"], plan.world_size, plan.accumulation, plan.batch_sizes, plan.costs, plan.tolerance
     )
 
 
-def layout_of(plan: Plan) -> str:
-    """The layout in words."""
+def describe_layout(plan: Plan) -> str:
+    """Return a line about ranks, gradient accumulation, batch sizes and how micro-steps choose buckets."""
     sizes = ", ".join(map(str, sorted(set(plan.batch_sizes))))
-    order = "buckets of one cost" if plan.costs else "one bucket"
-    layout = f"{counted(plan.world_size, 'rank')} x {counted(plan.accumulation, 'micro-step')}"
-    return f"{layout}, batches of {sizes}, {order} at a time"
+    return (
+        f"{counted(plan.world_size, 'data-parallel rank')}, gradient accumulation {plan.accumulation}, "
+        f"batch size {sizes}, data.sync={'cost' if plan.costs else 'bucket'}"
+    )

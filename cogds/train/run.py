@@ -1,4 +1,4 @@
-"""What a run is made of once its data is encoded, in one value."""
+"""A run whose data is encoded: everything that training needs besides the engine."""
 
 from dataclasses import dataclass
 from typing import Any
@@ -17,7 +17,7 @@ from cogds.train.tuning import BucketExecution, Execution
 
 @dataclass(frozen=True)
 class Run:
-    """A job with its data, the order of training and how it executes. first_step: steps already trained."""
+    """A job with its data, the order of training and how it executes. first_step: number of steps already trained."""
 
     job: Job
     data: EncodedData
@@ -52,7 +52,7 @@ class Run:
 
     @property
     def used_buckets(self) -> list[tuple[int, ClipShape, BucketExecution]]:
-        """The buckets that have clips: index, shape, how they are trained."""
+        """The buckets that have clips: index, shape, execution."""
         return [
             (bucket, shape, self.execution.buckets[bucket])
             for bucket, (shape, sizes) in enumerate(zip(self.buckets, self.data.index.sizes))
@@ -60,12 +60,12 @@ class Run:
         ]
 
     def clips(self, micro_batch: MicroBatch) -> list[str]:
-        """The files that this rank trains in a micro-step, according to the plan."""
+        """Return the files that this rank trains in a micro-step, according to the plan."""
         order = self.order
         return [self.data.index[next(order.rows(draw))].path for draw in draws_of(micro_batch, self.world.data_rank)]
 
     def describe(self, step: int) -> str:
-        """Describe this rank's work in an optimizer step (0 is the first), for messages."""
+        """Describe this rank's work in an optimizer step (0 is the first) for messages."""
         parts = [
             f"bucket {self.buckets[micro_batch.bucket_of(self.world.data_rank)]}: {', '.join(self.clips(micro_batch))}"
             for micro_batch in self.plan.at(step)

@@ -1,10 +1,9 @@
-"""Videos made during training, with the weights as they are then, beside the base model's from the same noise.
+"""Videos generated during training with the current weights, next to the base model's videos from the same noise.
 
-Rank 0 finds what to make (`Scene`) and tells the others; the ranks make one video each at the same time, through the
-diffusers pipeline (`Lockstep`), and send the mp4 to rank 0, the only one that writes. Whatever goes wrong with a video
-is said and costs that video: training goes on. Two things cannot be caught: at stage 3, or where ranks share a video,
-what goes wrong inside the transformer, such as memory that runs out, since the others wait in it; and a process that is
-killed.
+Rank 0 prepares the inputs (`SampleSpec`) and shares them. The ranks then make one video each at the same time, through
+the diffusers pipeline (`LockstepTransformer`), and send the mp4 to rank 0, the only rank that writes. An error is
+logged and loses only its own video. Two kinds of failure end the run: an error inside the transformer, such as running
+out of memory, at ZeRO stage 3 or with sequence parallelism, since other ranks wait in that call; and a killed process.
 """
 
 import contextlib
@@ -12,7 +11,7 @@ import logging
 import shutil
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +32,7 @@ from cogds.encode.cache_keys import CacheKeys
 from cogds.engine.checkpoint import remove_folder, step_name
 from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
-from cogds.metrics.monitor import Monitor
+from cogds.formatting import counted
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import (
     apply_convention,
@@ -43,211 +42,198 @@ from cogds.model.pipelines import (
     sample_latents,
 )
 from cogds.process.logs import log_failure
+from cogds.train.callbacks import CallbackContext
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
-from cogds.videos.image_grid import evenly, grid, labelled, shrunk
-from cogds.videos.lockstep import Lockstep, Stopped
-from cogds.videos.sample_spec import Scene, first_frame
+from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
+from cogds.videos.lockstep import LockstepTransformer, Stopped
+from cogds.videos.sample_spec import SampleSpec, load_first_frame
 
 logger = logging.getLogger(__name__)
 
 FOLDER, BASE = "samples", "base"
-STRIP_FRAMES, STRIP_WIDTH = 8, 200  # frames of a strip, pixels of each
+STRIP_FRAMES, STRIP_WIDTH = 8, 200  # frames in a strip, pixels of each frame
 PLAYED_WIDTH = 320  # pixels of a video that plays in TensorBoard
 
 
-def make_previews(
-    run: Run,
-    engine: Any,
-    builder: StepBuilder,
-    monitor: Monitor,
-    watch: Callable[[Callable[[], str]], None] = lambda _: None,
-    stopping: Callable[[], bool] = lambda: False,
-) -> "Previews | None":
-    """The making of videos that `sample.every` asks for; None where there is none to make. Collective.
-
-    watch: is told what is being done, call by call of the transformer (`Watchdog.watch`). stopping: whether this rank
-    has been asked to stop: then the videos are given up.
-    """
+def make_sample_callback(context: CallbackContext) -> "SampleCallback | None":
+    """Return the callback that makes the videos of a run, or None if there are none to make. Collective."""
+    run = context.run
     if run.cfg.sample.every is None:
         return None
-    scenes = on_rank0(run.world, lambda: _find_scenes(run))
-    if not scenes:
+    specs = on_rank0(run.world, lambda: _find_specs(run))
+    if not specs:
         return None
-    previews = Previews(run, engine, builder, monitor, scenes, watch, stopping)
-    on_rank0(run.world, previews.introduce)
-    return previews
+    callback = SampleCallback(context, specs, run.cfg.sample.every)
+    on_rank0(run.world, callback.announce)
+    return callback
 
 
-class Previews:
-    """Makes the videos of a run (`callbacks.Callback`). Those of the base model are made once."""
+class SampleCallback:
+    """Makes videos during training (`callbacks.Callback`). The base model's videos are made once."""
 
     name = "making videos"
     at_start = True
     on_stop = False
 
-    def __init__(
-        self,
-        run: Run,
-        engine: Any,
-        builder: StepBuilder,
-        monitor: Monitor,
-        scenes: Mapping[str, Scene],
-        watch: Callable[[Callable[[], str]], None],
-        stopping: Callable[[], bool],
-    ):
-        """scenes: by the name of their file, the same on all ranks."""
-        assert run.cfg.sample.every is not None
-        self.every: int = run.cfg.sample.every
-        self._run, self._engine, self._builder, self._monitor = run, engine, builder, monitor
-        self._scenes, self._watch, self._stopping = scenes, watch, stopping
-        self._folder = Path(run.cfg.output_dir) / FOLDER
+    def __init__(self, context: CallbackContext, specs: Mapping[str, SampleSpec], every: int):
+        """specs: by file stem, the same on all ranks."""
+        self.every = every
+        self._run, self._engine, self._builder = context.run, context.engine, context.builder
+        self._monitor, self._watch, self._is_stopping = context.monitor, context.watch, context.is_stopping
+        self._specs = specs
+        self._folder = Path(self._run.cfg.output_dir) / FOLDER
         self._base: dict[str, bytes] = {}  # on rank 0: the base model's videos, as mp4
-        self._pipeline = build_pipeline(run.model, engine.module, builder.vae)
-        self._num_calls = count_transformer_calls(self._pipeline, run.cfg.sample.num_steps)  # for one video
-        apply_convention(self._pipeline, run.cfg.conditioning.image_latents)
+        self._pipeline = build_pipeline(self._run.model, self._engine.module, self._builder.vae)
+        # Calls of the transformer for one video.
+        self._num_calls = count_transformer_calls(self._pipeline, self._run.cfg.sample.num_steps)
+        apply_convention(self._pipeline, self._run.cfg.conditioning.image_latents)
 
-    def introduce(self) -> None:
-        """On rank 0, before the first step: what will be made, whether it can be written, what is there already."""
-        run, sample = self._run, self._run.cfg.sample
-        num_rounds = -(-len(self._scenes) // run.world.data_size)
-        shapes = ", ".join(dict.fromkeys(str(scene.shape) for scene in self._scenes.values()))
+    def announce(self) -> None:
+        """Log what will be made, check that it can be written, and read the base model's videos. On rank 0."""
+        run = self._run
+        num_rounds = -(-len(self._specs) // run.world.data_size)
+        shapes = ", ".join(dict.fromkeys(str(spec.shape) for spec in self._specs.values()))
         logger.info(
-            f"videos every {sample.every} steps: {len(self._scenes)} of {shapes}, for which every rank calls the "
-            f"transformer {num_rounds * self._num_calls} times; into {self._folder}"
+            f"samples: {counted(len(self._specs), 'video')} ({shapes}) every {counted(self.every, 'step')}, "
+            f"{num_rounds * self._num_calls} forward passes per rank, in {self._folder}"
         )
-        for line in dict.fromkeys(filter(None, map(self._risk, self._scenes.values()))):
-            logger.warning(line)
-        self._monitor.add_text(FOLDER, "\n".join(f"{name}: {scene.prompt}" for name, scene in self._scenes.items()))
+        for warning in dict.fromkeys(filter(None, map(self._size_warning, self._specs.values()))):
+            logger.warning(warning)
+        self._monitor.add_text(FOLDER, "\n".join(f"{stem}: {spec.prompt}" for stem, spec in self._specs.items()))
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
-            if run.first_step:  # else it is another run's
-                for name in self._scenes:
-                    file = self._folder / BASE / f"{name}.mp4"
+            if run.first_step:  # otherwise the folder is another run's
+                for stem in self._specs:
+                    file = self._folder / BASE / f"{stem}.mp4"
                     if file.is_file():
-                        self._base[name] = file.read_bytes()
+                        self._base[stem] = file.read_bytes()
         except OSError as error:
             logger.warning(
-                f"{self._folder} cannot be written ({brief(error)}): mend that, or the run's videos are lost"
+                f"{self._folder}: cannot be written to ({brief(error)}), so videos will be lost. Make it writable; the "
+                "run need not be stopped."
             )
 
-    def _risk(self, scene: Scene) -> str:
-        """What is risked with a video of more tokens than any bucket that is trained, else ""."""
+    def _size_warning(self, spec: SampleSpec) -> str:
+        """Return a warning if running out of memory in this video would end the run, and it has the most tokens."""
         run = self._run
-        stage, sharing = zero_stage(run.ds_config), run.world.sequence_size
+        stage, sequence_size = zero_stage(run.ds_config), run.world.sequence_size
         trained = [shape for shape, sizes in zip(run.buckets, run.data.index.sizes) if sum(sizes)]
-        own, *most = (num_tokens(shape, run.model.geometry) for shape in (scene.shape, *trained))
-        if (stage < 3 and sharing == 1) or own <= max(most):
+        tokens, *trained_tokens = (num_tokens(shape, run.model.geometry) for shape in (spec.shape, *trained))
+        if (stage < 3 and sequence_size == 1) or tokens <= max(trained_tokens):
             return ""
+        cause = "ZeRO stage 3" if stage == 3 else f"parallel.sequence_size={sequence_size}"
         return (
-            f"videos of {scene.shape} take {own:,} tokens, and no bucket that is trained more than {max(most):,}: if "
-            f"memory runs out in one, {'ZeRO stage 3' if stage == 3 else f'parallel.sequence_size={sharing}'} ends the "
-            f"job; "
-            "give sample.prompts a smaller size"
+            f"sample.prompts: {spec.shape} has {tokens:,} tokens, more than the largest trained bucket with "
+            f"{max(trained_tokens):,}. With {cause}, a video that runs out of memory ends the run. Set a smaller size."
         )
 
     def run(self, step: int) -> None:
-        """The videos of the weights after `step` steps, and what is missing of the base model's. Collective."""
-        start, world, scenes = time.perf_counter(), self._run.world, self._scenes
-        there, missing = on_rank0(
-            world, lambda: (self._is_there(step), [one for one in scenes if one not in self._base])
+        """Make the videos after `step` optimizer steps, and those of the base model that are missing. Collective."""
+        start, world, specs = time.perf_counter(), self._run.world, self._specs
+        exists, missing = on_rank0(
+            world, lambda: (self._has_videos(step), [stem for stem in specs if stem not in self._base])
         )
-        if there:
+        if exists:
             return
-        # What training begins with is the base model, unless it begins with a LoRA.
-        untrained = step == 0 and not self._run.cfg.lora.init_from
+        # Training starts from the base model, unless it starts from a LoRA.
+        is_untrained = step == 0 and not self._run.cfg.lora.init_from
         base: dict[str, bytes] = {}
-        made: dict[str, bytes] = {}
+        videos: dict[str, bytes] = {}
         try:
-            with _ready_to_sample(self._engine.module, self._builder):
+            with _sampling_mode(self._engine.module, self._builder):
                 if missing:
-                    with _without_lora(self._engine.module):
-                        base = self._film({name: scenes[name] for name in missing}, "the base model's")
-                if not untrained:
-                    made = self._film(scenes, f"step {step}'s")
+                    with _lora_disabled(self._engine.module):
+                        base = self._generate({stem: specs[stem] for stem in missing}, "base model")
+                if not is_untrained:
+                    videos = self._generate(specs, f"step {step}")
         except Stopped:
             return
         if world.rank == 0:
             self._base |= base
-            if untrained:
-                made = {name: self._base[name] for name in scenes if name in self._base}
-            self._keep(step, made)
-            self._show(step, made)
+            if is_untrained:
+                videos = {stem: self._base[stem] for stem in specs if stem in self._base}
+            self._write(step, videos)
+            self._show(step, videos)
         self._monitor.add_scalars(step, {"sample/seconds": time.perf_counter() - start})
 
-    def _is_there(self, step: int) -> bool:
-        """Whether the run goes on from a step whose videos it has made before."""
+    def _has_videos(self, step: int) -> bool:
+        """Whether the run resumes at a step whose videos exist already."""
         with contextlib.suppress(OSError):
             return step == self._run.first_step > 0 and (self._folder / step_name(step)).is_dir()
         return False
 
-    def _film(self, scenes: Mapping[str, Scene], whose: str) -> dict[str, bytes]:
-        """mp4s by name, on rank 0; of those that failed, none. Collective."""
+    def _generate(self, specs: Mapping[str, SampleSpec], model: str) -> dict[str, bytes]:
+        """Return the mp4s by file stem on rank 0, without those that failed. Collective. model: name for messages."""
         world, videos = self._run.world, {}
-        names = list(scenes)
-        for start in range(0, len(names), world.data_size):
-            batch = names[start : start + world.data_size]
-            mine = scenes[batch[world.data_rank]] if world.data_rank < len(batch) else None
-            outcome = self._film_one(mine, whose)
-            for number, name in enumerate(batch):
-                found = broadcast(world, number * world.sequence_size, outcome)
-                if isinstance(found, bytes):
-                    videos[name] = found
+        stems = list(specs)
+        for start in range(0, len(stems), world.data_size):
+            batch = stems[start : start + world.data_size]
+            own_spec = specs[batch[world.data_rank]] if world.data_rank < len(batch) else None
+            own_result = self._generate_one(own_spec, model)
+            for number, stem in enumerate(batch):
+                result = broadcast(world, number * world.sequence_size, own_result)
+                if isinstance(result, bytes):
+                    videos[stem] = result
                 elif world.rank == 0:
-                    logger.warning(
-                        f"{whose} video of '{scenes[name].prompt}' could not be made: {found}; training goes on"
-                    )
+                    logger.warning(f"{model}: no video of '{specs[stem].prompt}': {result}")
         return videos if world.rank == 0 else {}
 
-    def _film_one(self, scene: Scene | None, whose: str) -> bytes | str:
-        """An mp4, or why there is none. scene: this rank's, None where it has none. Collective; raises Stopped."""
+    def _generate_one(self, spec: SampleSpec | None, model: str) -> bytes | str:
+        """Return an mp4, or the reason why there is none. Collective. Raises Stopped.
+
+        spec: of this rank's video; None if it has none and only takes part in the forward passes.
+        """
         run, sample, failure, latents = self._run, self._run.cfg.sample, "", None
-        prompt = scene.prompt if scene else "another rank"
+        prompt = spec.prompt if spec else "another rank"
 
-        def begin_call(number: int) -> None:
-            self._watch(lambda: f"denoising step {number + 1} of {self._num_calls} of {whose} video of '{prompt}'")
+        def on_call(number: int) -> None:
+            self._watch(lambda: f"{model}: denoising step {number + 1} of {self._num_calls} of '{prompt}'")
 
-        idle = self._idle_inputs() if zero_stage(run.ds_config) == 3 else None
-        lockstep = Lockstep(self._engine, run.world, self._num_calls, idle, begin_call, self._stopping)
-        if scene is not None:
-            self._pipeline.transformer = lockstep
+        transformer = LockstepTransformer(
+            self._engine, run.world, self._num_calls,
+            idle_inputs=self._idle_inputs() if zero_stage(run.ds_config) == 3 else None,
+            on_call=on_call, is_stopping=self._is_stopping,
+        )  # fmt: skip
+        if spec is not None:
+            self._pipeline.transformer = transformer
             try:
                 latents = sample_latents(
-                    self._pipeline, scene.pixels, scene.states, run.data.empty_caption_states, scene.shape,
-                    sample.num_steps, sample.guidance, scene.seed,
+                    self._pipeline, spec.pixels, spec.states, run.data.empty_caption_states, spec.shape,
+                    sample.num_steps, sample.guidance, spec.seed,
                 )  # fmt: skip
             except Stopped:
                 raise
             except Exception as error:
                 if isinstance(error, RuntimeError) and is_lost_connection(error):
-                    raise  # nothing to mend: the same command goes on, as it is
-                if lockstep.in_forward and lockstep.needs_all:
+                    raise  # the run ends and can be resumed as it is
+                if transformer.in_forward and transformer.needs_all_ranks:
                     if is_out_of_memory(error):
-                        raise _uncatchable(scene, error) from error
+                        raise _out_of_memory_error(spec, error) from error
                     raise
                 failure = brief(error)
-                log_failure(logger, f"{whose} video of '{prompt}' failed: {failure}", error)
+                log_failure(logger, f"{model}: the video of '{prompt}' failed: {failure}", error)
             finally:
-                self._pipeline.transformer = self._engine.module  # else what `lockstep` holds stays until the next one
-            _free(run.world.device)
-        lockstep.finish(bool(failure))
-        if latents is None or run.world.sequence_rank:
+                self._pipeline.transformer = self._engine.module  # releases the tensors of `transformer`
+            _free_memory(run.world.device)
+        transformer.finish(has_failed=bool(failure))
+        if spec is None or latents is None or run.world.sequence_rank:
             return failure
-        self._watch(lambda: f"decoding {whose} video of '{prompt}'")
+        self._watch(lambda: f"{model}: decoding '{prompt}'")
         try:
-            return _encoded(decode_frames(self._pipeline, latents, scene.shape).numpy(), run.cfg.data.fps)  # type: ignore[union-attr]
+            return _encode_mp4(decode_frames(self._pipeline, latents, spec.shape).numpy(), run.cfg.data.fps)
         except Exception as error:
-            log_failure(logger, f"decoding {whose} video of '{prompt}' failed: {brief(error)}", error)
+            log_failure(logger, f"{model}: decoding the video of '{prompt}' failed: {brief(error)}", error)
             return brief(error)
         finally:
-            _free(run.world.device)
+            _free_memory(run.world.device)
 
     def _idle_inputs(self) -> dict[str, Any]:
-        """The smallest call of the transformer, of the model's dtype."""
+        """Return the smallest inputs of the transformer, in the model's dtype."""
         geometry, states = self._run.model.geometry, self._builder.empty_caption_states[None]
-        shape = min(self._run.buckets, key=lambda one: num_tokens(one, geometry))
+        shape = min(self._run.buckets, key=lambda bucket: num_tokens(bucket, geometry))
         height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
         latents = states.new_zeros(
             1, padded_latent_frames(shape.frames, geometry), geometry.latent_channels, height, width
@@ -255,147 +241,150 @@ class Previews:
         timesteps = torch.zeros(1, dtype=torch.int64, device=states.device)
         return transformer_inputs(latents, latents, states, timesteps, self._builder.rotary(shape), geometry)
 
-    def _keep(self, step: int, made: Mapping[str, bytes]) -> None:
-        """Write the videos, complete or not at all."""
+    def _write(self, step: int, videos: Mapping[str, bytes]) -> None:
+        """Write the videos of a step, all or none, and the base model's that are not written yet."""
         folder = self._folder / step_name(step)
         try:
-            for left in (self._folder / BASE).glob("*.tmp.mp4"):  # of a process that was killed
-                left.unlink(missing_ok=True)
-            for left in self._folder.glob("step-*.tmp"):
-                shutil.rmtree(left, ignore_errors=True)
-            for name, video in self._base.items():
-                file = self._folder / BASE / f"{name}.mp4"
-                if not file.is_file():  # the disk may have been full before
+            for leftover in (self._folder / BASE).glob("*.tmp.mp4"):  # of a process that was killed
+                leftover.unlink(missing_ok=True)
+            for leftover in self._folder.glob("step-*.tmp"):
+                shutil.rmtree(leftover, ignore_errors=True)
+            for stem, video in self._base.items():
+                file = self._folder / BASE / f"{stem}.mp4"
+                if not file.is_file():
                     with whole_file(file) as partial:
                         partial.write_bytes(video)
-            if not made:
+            if not videos:
                 return
             if folder.exists():
                 remove_folder(folder)
             with whole_folder(folder) as partial:
-                for name, video in made.items():
-                    (partial / f"{name}.mp4").write_bytes(video)
+                for stem, video in videos.items():
+                    (partial / f"{stem}.mp4").write_bytes(video)
         except OSError as error:
-            logger.warning(
-                f"the videos of step {step} cannot be written into {folder} ({brief(error)}): training goes on"
-            )
+            logger.warning(f"{folder}: the videos of step {step} could not be written ({brief(error)})")
 
-    def _show(self, step: int, made: Mapping[str, bytes]) -> None:
-        """In TensorBoard: strips of frames, and what plays, before and after, with the first frame beside them."""
+    def _show(self, step: int, videos: Mapping[str, bytes]) -> None:
+        """Write each video to TensorBoard next to the base model's and the first frame, as strips and as a video."""
         fps = self._run.cfg.data.fps
-        for name, video in made.items():
-            scene = self._scenes[name]
+        for stem, video in videos.items():
+            spec = self._specs[stem]
             try:
-                videos = {"base": self._base[name]} if name in self._base else {}
-                videos |= {f"step {step}": video} if step or not videos else {}
-                frames = {label: _decoded(one, scene.shape, fps) for label, one in videos.items()}
-                strips, played = beside(scene.pixels, frames)
-                self._monitor.add_image(step, f"{FOLDER}/{name}", strips)
-                self._monitor.add_video(step, f"{FOLDER}/{name}/clip", played, fps)
-            except Exception as error:  # a picture for people is worth no run
-                log_failure(
-                    logger, f"the video of '{scene.prompt}' cannot be shown: {brief(error)}; training goes on", error
-                )
+                shown = {"base": self._base[stem]} if stem in self._base else {}
+                shown |= {f"step {step}": video} if step or not shown else {}
+                frames = {label: _decode_mp4(mp4, spec.shape, fps) for label, mp4 in shown.items()}
+                strips, played = compare_videos(spec.pixels, frames)
+                self._monitor.add_image(step, f"{FOLDER}/{stem}", strips)
+                self._monitor.add_video(step, f"{FOLDER}/{stem}/clip", played, fps)
+            except Exception as error:
+                log_failure(logger, f"the video of '{spec.prompt}' could not be shown: {brief(error)}", error)
 
 
-def beside(first: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """A picture with a strip of frames a video, and a video in which they play; each with the first frame beside it.
+def compare_videos(first_frame: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image with a strip of frames of each video, and a video in which all play, next to the first frame.
 
-    first: uint8 [H, W, 3]; videos: uint8 [F, H, W, 3] by their label.
+    first_frame: uint8 [H, W, 3]. videos: uint8 [F, H, W, 3], by label.
     """
-    image = shrunk(first[None], STRIP_WIDTH)
+    image = shrink(first_frame[None], STRIP_WIDTH)
     strips = []
     for label, video in videos.items():
-        frames = [shrunk(frame[None], STRIP_WIDTH) for frame in evenly(video, STRIP_FRAMES)]
-        strips.append([labelled(grid([[image, *frames]]), label)])
-    parts = [labelled(shrunk(first[None], PLAYED_WIDTH), "first frame")]
-    parts += [labelled(shrunk(video, PLAYED_WIDTH), label) for label, video in videos.items()]
-    wide = first.shape[1] > first.shape[0]
-    return grid(strips)[0], grid([[part] for part in parts] if wide else [parts])
+        frames = [shrink(frame[None], STRIP_WIDTH) for frame in evenly_spaced_frames(video, STRIP_FRAMES)]
+        strips.append([add_label(make_grid([[image, *frames]]), label)])
+    cells = [add_label(shrink(first_frame[None], PLAYED_WIDTH), "first frame")]
+    cells += [add_label(shrink(video, PLAYED_WIDTH), label) for label, video in videos.items()]
+    is_landscape = first_frame.shape[1] > first_frame.shape[0]
+    return make_grid(strips)[0], make_grid([[cell] for cell in cells] if is_landscape else [cells])
 
 
-def _find_scenes(run: Run) -> dict[str, Scene]:
-    """What to make videos from, by the name of its file. What is broken is said and left out."""
-    sample, scenes = run.cfg.sample, []
+def _find_specs(run: Run) -> dict[str, SampleSpec]:
+    """Return the videos to make by file stem. What cannot be made is left out with a warning."""
+    sample, specs = run.cfg.sample, []
     try:
         cache = Cache(run.cfg.data.cache_dir)
         if sample.prompts:
-            names, places = CacheKeys(run.cfg, run.model), cache.snapshot("captions")
-            for number, one in enumerate(sample.prompts):
+            keys, snapshot = CacheKeys(run.cfg, run.model), cache.snapshot("captions")
+            for number, prompt in enumerate(sample.prompts):
                 try:
-                    key = names.caption(one.prompt).hex()
-                    states = cache.read("captions", key, places.place(key) or "")["text_states"]
-                    scenes.append(_from_prompt(run, one, states))
+                    key = keys.caption(prompt.prompt).hex()
+                    states = cache.read("captions", key, snapshot.place(key) or "")["text_states"]
+                    specs.append(_spec_of_prompt(run, prompt, states))
                 except Exception as error:
-                    log_failure(logger, f"sample.prompts[{number}], '{one.prompt}', is left out: {brief(error)}", error)
+                    log_failure(
+                        logger, f"sample.prompts[{number}]: '{prompt.prompt}' is left out: {brief(error)}", error
+                    )
         else:
-            scenes = _from_clips(run, cache)
+            specs = _specs_of_clips(run, cache)
     except Exception as error:
-        log_failure(logger, f"no videos will be made during training: {brief(error)}", error)
-    if not scenes:
-        logger.warning("sample.every is set, but there is nothing left to make videos of: training goes on without")
-    return {scene.name(sample.num_steps, sample.guidance): scene for scene in scenes}
+        log_failure(logger, f"sample.every: no videos will be made: {brief(error)}", error)
+    if not specs:
+        logger.warning("sample.every: there is nothing to make videos of, so the run is trained without them")
+    return {spec.file_stem(sample.num_steps, sample.guidance): spec for spec in specs}
 
 
-def _from_prompt(run: Run, one: PromptConfig, states: torch.Tensor) -> Scene:
-    """Raises UserError where its image or its size will not do."""
-    shape, pixels = first_frame(one.image, one.size, run.buckets, run.model.geometry)
-    return Scene(one.prompt, shape, run.cfg.sample.seed if one.seed is None else one.seed, pixels, states)
+def _spec_of_prompt(run: Run, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
+    """Raises UserError if the image or the size is not usable."""
+    shape, pixels = load_first_frame(prompt.image, prompt.size, run.buckets, run.model.geometry)
+    seed = run.cfg.sample.seed if prompt.seed is None else prompt.seed
+    return SampleSpec(prompt.prompt, shape, seed, pixels, states)
 
 
-def _from_clips(run: Run, cache: Cache) -> list[Scene]:
-    """Captions and first frames of held-out clips, else of those that are trained."""
-    sample, scenes = run.cfg.sample, []
-    data, cached = run.data, run.cfg.data.encode == "cached"
-    index = data.held_out if data.held_out is not None else data.index if cached else data.trained
+def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
+    """Use captions and first frames of held-out clips, or of trained clips if none are held out."""
+    sample, specs = run.cfg.sample, []
+    data, is_cached = run.data, run.cfg.data.encode == "cached"
+    index = data.held_out if data.held_out is not None else data.index if is_cached else data.trained
     if index is None:
-        raise UserError("data.encode=on_the_fly keeps no clips to make videos of: give sample.prompts, or eval.every")
-    for number in evenly_spaced_rows(index, sample.num_clips):
-        clip = index[number]
+        raise UserError(
+            "data.encode: on_the_fly keeps no clips to make videos of. Set sample.prompts, or set eval.every."
+        )
+    for row in evenly_spaced_rows(index, sample.num_clips):
+        clip = index[row]
         try:
             encoded = read_encoded(cache, clip)
             pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
-            scenes.append(Scene(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
+            specs.append(SampleSpec(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
-            log_failure(logger, f"the video of {clip.path} is left out: {brief(error)}", error)
-    return scenes
+            log_failure(logger, f"{clip.path}: no video will be made of it: {brief(error)}", error)
+    return specs
 
 
 def evenly_spaced_rows(index: ClipIndex, num: int) -> list[int]:
-    """Rows of so many clips, evenly spaced over the buckets of videos; over pictures where there is nothing else."""
+    """Return `num` rows, evenly spaced over the video buckets, or over all buckets if there are only images."""
     sizes = [sum(sets) for sets in index.sizes]
-    moving = [bucket for bucket, size in enumerate(sizes) if size and index.buckets[bucket].frames > 1]
-    rows = [range(index.row(bucket, 0), index.row(bucket, sizes[bucket])) for bucket in moving or range(len(sizes))]
-    total = sum(map(len, rows))
+    video_buckets = [bucket for bucket, size in enumerate(sizes) if size and index.buckets[bucket].frames > 1]
+    buckets = video_buckets or range(len(sizes))
+    ranges = [range(index.row(bucket, 0), index.row(bucket, sizes[bucket])) for bucket in buckets]
+    total = sum(map(len, ranges))
     num = min(num, total)
     chosen = []
-    for place in ((2 * number + 1) * total // (2 * num) for number in range(num)):
-        for one in rows:
-            if place < len(one):
-                chosen.append(one[place])
+    for number in range(num):
+        position = (2 * number + 1) * total // (2 * num)
+        for rows in ranges:
+            if position < len(rows):
+                chosen.append(rows[position])
                 break
-            place -= len(one)
+            position -= len(rows)
     return list(dict.fromkeys(chosen))
 
 
 @contextlib.contextmanager
-def _ready_to_sample(transformer: Any, builder: StepBuilder) -> Iterator[None]:
-    """Inside, the transformer and the VAE are as sampling wants them; after it, all is as it was."""
+def _sampling_mode(transformer: Any, builder: StepBuilder) -> Iterator[None]:
+    """Set up the transformer and the VAE for sampling, and restore them afterwards."""
     vae, device = builder.vae, builder.device
-    tiling = vae.use_tiling
-    _free(device)
-    # The batch of two that guidance makes, and other lengths: nothing is compiled for them.
+    was_tiled = vae.use_tiling
+    _free_memory(device)
+    # Guidance needs a batch of two, and videos may have other lengths. Do not compile for them.
     with evaluation_mode(transformer, device), torch.compiler.set_stance("force_eager"):
-        vae.disable_tiling()  # the image is encoded whole, as in training
+        vae.disable_tiling()  # encodes the image without tiles, as in training
         try:
             yield
         finally:
-            vae.use_tiling = tiling
-            _free(device)
+            vae.use_tiling = was_tiled
+            _free_memory(device)
 
 
 @contextlib.contextmanager
-def _without_lora(transformer: Any) -> Iterator[None]:
+def _lora_disabled(transformer: Any) -> Iterator[None]:
     transformer.disable_adapters()
     try:
         yield
@@ -403,16 +392,16 @@ def _without_lora(transformer: Any) -> Iterator[None]:
         transformer.enable_adapters()
 
 
-def _encoded(frames: np.ndarray, fps: float) -> bytes:
-    """An mp4 of uint8 [F, H, W, 3]."""
+def _encode_mp4(frames: np.ndarray, fps: float) -> bytes:
+    """Return an mp4 of uint8 [F, H, W, 3]."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "video.mp4"
         write_video(file, frames, fps)
         return file.read_bytes()
 
 
-def _decoded(video: bytes, shape: ClipShape, fps: float) -> np.ndarray:
-    """The frames of an mp4 that `_encoded` made, uint8 [F, h, w, 3], small."""
+def _decode_mp4(video: bytes, shape: ClipShape, fps: float) -> np.ndarray:
+    """Return the frames of an mp4 from `_encode_mp4`, uint8 [F, h, w, 3], at most PLAYED_WIDTH wide."""
     width = min(PLAYED_WIDTH, shape.width)
     height = max(2, round(shape.height * width / shape.width / 2) * 2)
     with tempfile.TemporaryDirectory() as folder:
@@ -421,14 +410,13 @@ def _decoded(video: bytes, shape: ClipShape, fps: float) -> np.ndarray:
         return read_clip(file, ClipShape(shape.frames, height, width), fps)
 
 
-def _free(device: torch.device) -> None:
+def _free_memory(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.empty_cache()
 
 
-def _uncatchable(scene: Scene, error: Exception) -> UserError:
+def _out_of_memory_error(spec: SampleSpec, error: Exception) -> UserError:
     return UserError(
-        f"the video of '{scene.prompt}' ({scene.shape}) failed inside the transformer ({brief(error)}), where the "
-        "other ranks wait for this one: give sample.prompts a smaller size, or set sample.every=null; the same command "
-        "goes on from the last checkpoint"
+        f"sample.prompts: the video of '{spec.prompt}' ({spec.shape}) ran out of memory in the transformer "
+        f"({brief(error)}). Set a smaller size, or sample.every=null, and run the same command to resume."
     )

@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 
+import cogds
 from cogds.card import pipeline_factor, write_card
 from cogds.distributed.collectives import on_rank0
 from cogds.engine import checkpoint as checkpoints
@@ -17,14 +18,14 @@ from cogds.train.run import Run
 
 
 class CheckpointCallback:
-    """Saves in a background thread. Each save first waits for the one before it. Every rank has one of these."""
+    """Saves in a background thread (`callbacks.Callback`). Each save first waits for the previous one."""
 
     name = "saving"
     at_start = False
     on_stop = True
 
     def __init__(self, run: Run, engine: Any, monitor: Monitor, header: Mapping[str, Any]):
-        """header: JSON-able facts to store in each checkpoint's state.json."""
+        """header: JSON-serializable values to store in each checkpoint's state.json."""
         self.every = run.cfg.checkpoint.every
         self._run, self._engine, self._monitor, self._header = run, engine, monitor, header
         self._saver = checkpoints.Saver()
@@ -37,13 +38,13 @@ class CheckpointCallback:
     def run(self, step: int) -> None:
         """Start saving the state after `step` optimizer steps. Collective.
 
-        Raises UserError if the save before failed, or the disk has no room.
+        Raises UserError if the previous save failed, or the disk is full.
         """
         began = time.perf_counter()
         self.finish(step)
         self.check_space()
         state = gather_state(self._engine, self._run.world)
-        # Read now: while the thread writes, videos of the base model may switch the LoRA off.
+        # Read now, because sampling the base model may disable the LoRA while the thread writes.
         dtypes = {name: parameter.dtype for name, parameter in trainable(self._engine).items()}
         if self._run.world.rank == 0:
             self._saver.start(lambda: self._write(step, state, dtypes))
@@ -59,7 +60,7 @@ class CheckpointCallback:
 
     @property
     def is_written(self) -> bool:
-        """Whether a save has ended, well or not, that `finish` has not been called for. Rank 0 only."""
+        """Whether a save has ended, successfully or not, and `finish` has not been called since. Rank 0 only."""
         return self._saver.is_done
 
     def finish(self, step: int) -> None:
@@ -70,7 +71,7 @@ class CheckpointCallback:
 
 
 def check_space(output_dir: Path, engine: Any) -> None:
-    """Raise UserError if the disk has no room for one save: the state, and the LoRA, which is at most a third of it."""
+    """Raise UserError if the disk has no room for one save: the state, and a LoRA of at most a third of its size."""
     checkpoints.check_space(output_dir, 4 / 3 * state_bytes(engine))
 
 
@@ -91,6 +92,7 @@ def lora_metadata(run: Run, step: int) -> dict[str, Any]:
     cfg, plan = run.cfg, run.plan
     batches = sorted({size * run.world.data_size * plan.accumulation for size in plan.local_batch_sizes})
     facts = {
+        "cogds_version": cogds.__version__,
         "step": step,
         "base_model": cfg.model.path,
         "quantization": cfg.model.quantization,

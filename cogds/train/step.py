@@ -1,7 +1,7 @@
-"""One micro-step's tensors: a batch from the cache -> the transformer's keyword arguments and the v-target.
+"""The tensors of one micro-step: from a batch of the cache to the transformer's keyword arguments and the v-target.
 
-Training and evaluation share it; they differ only in where timesteps, noise and dropouts come from. The parity tests
-compare what comes out with what the diffusers pipeline gives its transformer.
+Training and evaluation share this code and differ only in their `Draws`. The parity tests compare the arguments with
+those that the diffusers pipeline passes to its transformer.
 """
 
 from collections.abc import Sequence
@@ -30,10 +30,11 @@ from cogds.model.load import DTYPES, ModelFolder, load_alphas_cumprod, load_vae
 
 @dataclass(frozen=True)
 class Draws:
-    """The random choices of a micro-step: timesteps int64 [B], what is dropped bool [B], where the noise comes from.
+    """The random choices of a micro-step.
 
-    seed, step, slots: the sample's places in the run that `core.rng.generator` makes generators from. A slot counts
-    over all ranks and micro-steps of an optimizer step, so what a sample gets does not depend on who trains it.
+    timesteps: int64 [B]. drop_image, drop_caption: bool [B]. seed, step, slots: arguments of `core.rng.generator`.
+    Slots number the samples of an optimizer step over all ranks and micro-steps, so a sample's noise does not depend
+    on the rank that trains it.
     """
 
     timesteps: torch.Tensor
@@ -44,15 +45,15 @@ class Draws:
     slots: Sequence[int]
 
     def generators(self, purpose: str, device: torch.device) -> list[torch.Generator]:
-        """One a sample."""
+        """Return one generator per sample."""
         return [generator(self.seed, self.step, slot, purpose, device) for slot in self.slots]
 
 
 def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """A tensor on the device, without waiting for what the device has still to do: copied from pinned memory.
+    """Move a tensor to the device from pinned memory, without waiting for the device's queued work.
 
-    One that is there already may have been made on another stream, which takes its memory back as soon as nobody holds
-    it: it is marked as in use here (torch, "CUDA semantics: use tensors created on a side stream").
+    A tensor that is already on the GPU may have been made on another stream, which would reuse its memory as soon as it
+    is released, so it is marked as in use by this stream (torch docs, "CUDA semantics").
     """
     if tensor.is_cuda:
         tensor.record_stream(torch.cuda.current_stream(tensor.device))
@@ -65,7 +66,7 @@ def to_device(tensor: torch.Tensor, device: torch.device) -> torch.Tensor:
 def draw_dropouts(
     conditioning: ConditioningConfig, seed: int, step: int, slots: Sequence[int]
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Which samples lose their image and which their caption, bool [B] each."""
+    """Return which samples lose their image and which lose their caption, bool [B] each."""
     uniform = torch.stack([torch.rand(2, generator=generator(seed, step, slot, "dropout")) for slot in slots], dim=1)
     return uniform[0] < conditioning.image_dropout, uniform[1] < conditioning.caption_dropout
 
@@ -73,9 +74,9 @@ def draw_dropouts(
 def random_batch(
     shape: ClipShape, batch_size: int, geometry: ModelGeometry, text_dim: int, precision: str
 ) -> dict[str, torch.Tensor]:
-    """A batch as the cache gives it, on the host, of random numbers that are always the same: see `StepBuilder.build`.
+    """Return a batch as it comes from the cache (see `StepBuilder.build`), of random numbers with a fixed seed.
 
-    precision: of `DTYPES`.
+    precision: a key of `DTYPES`.
     """
     dtype, numbers = DTYPES[precision], torch.Generator().manual_seed(0)
     height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
@@ -92,13 +93,13 @@ def load_step_builder(
     model: ModelFolder, conditioning: ConditioningConfig, empty_caption_states: torch.Tensor, dtype: torch.dtype,
     device: torch.device,
 ) -> "StepBuilder":  # fmt: skip
-    """A StepBuilder with the model's own VAE, in the transformer's dtype as in the pipeline, and its schedule."""
+    """Return a StepBuilder with the model's VAE, in the transformer's dtype as in the pipeline, and its schedule."""
     vae = load_vae(model, dtype, device)
     return StepBuilder(vae, model.geometry, conditioning, load_alphas_cumprod(model), empty_caption_states, device)
 
 
 class StepBuilder:
-    """What turns batches into transformer inputs: the VAE (for the noised first frame), the schedule, rotary tables."""
+    """Turns batches into transformer inputs, with the VAE (for the noised first frame) and the noise schedule."""
 
     def __init__(
         self,
@@ -109,7 +110,7 @@ class StepBuilder:
         empty_caption_states: torch.Tensor,
         device: torch.device,
     ):
-        """empty_caption_states [text_tokens, dim]: the T5 states of the empty caption."""
+        """empty_caption_states: T5 states of the empty caption, [text_tokens, dim]."""
         self.vae, self.geometry, self.conditioning, self.device = vae, geometry, conditioning, device
         self.alphas_cumprod = alphas_cumprod.to(device)
         self.empty_caption_states = empty_caption_states.to(device)
@@ -120,14 +121,14 @@ class StepBuilder:
         self._rotary: dict[ClipShape, RotaryTables | None] = {}
 
     def rotary(self, shape: ClipShape) -> RotaryTables | None:
-        """Tables of one bucket, made once."""
+        """Return the rotary tables of a bucket, which are computed once."""
         if shape not in self._rotary:
             self._rotary[shape] = rotary_tables(shape, self.geometry, self.device)
         return self._rotary[shape]
 
     @torch.no_grad()
     def image_latents(self, first_frames: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Scaled latents [B, 1, C, H, W] of first frames uint8 [B, 3, H, W], encoded one by one as in the pipeline."""
+        """Encode first frames, uint8 [B, 3, H, W], one by one as the pipeline does. Returns scaled [B, 1, C, H, W]."""
         pixels = normalize_pixels(to_device(first_frames, self.device), self.vae.dtype)
         if self.conditioning.image_noise:
             log_mean, log_std = self.conditioning.image_noise_log_mean, self.conditioning.image_noise_log_std
@@ -145,16 +146,18 @@ class StepBuilder:
     def build(
         self, batch: dict[str, torch.Tensor], shape: ClipShape, draws: Draws
     ) -> tuple[dict[str, Any], torch.Tensor]:
-        """The transformer's keyword arguments, and the v-target float32 [B, F, C, H, W], F padded.
+        """Return the transformer's keyword arguments and the v-target, float32 [B, F, C, H, W] with F padded.
 
         batch: `moments` [B, 2C, F, H, W], `first_frame` uint8 [B, 3, H, W], `text_states` [B, text_tokens, dim].
         """
         timesteps = to_device(draws.timesteps, self.device)
         moments = to_device(batch["moments"], self.device)
         posteriors, noises = draws.generators("posterior", self.device), draws.generators("noise", self.device)
-        sampled = [sample_moments(one[None], posterior) for one, posterior in zip(moments, posteriors)]
+        sampled = [sample_moments(sample[None], posterior) for sample, posterior in zip(moments, posteriors)]
         latents = pad_front(self.scaling_factor * torch.cat(sampled), self.geometry.patch_size_t)
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=one, device=self.device) for one in noises])
+        noise = torch.stack(
+            [torch.randn(latents.shape[1:], generator=numbers, device=self.device) for numbers in noises]
+        )
         image = self.image_latents(batch["first_frame"], draws)
         image = drop(image, image.new_zeros(()), to_device(draws.drop_image, self.device))
         text = to_device(batch["text_states"], self.device)

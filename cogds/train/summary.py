@@ -1,4 +1,4 @@
-"""What is about to be trained, for people: one panel on a terminal, the same lines elsewhere."""
+"""The startup summary: what is about to be trained, on one screen. A panel on a terminal, plain lines elsewhere."""
 
 import logging
 import sys
@@ -14,59 +14,115 @@ from cogds.config.deepspeed import zero_stage
 from cogds.core.geometry import num_tokens
 from cogds.formatting import counted, gigabytes, magnitude
 from cogds.process.progress import is_terminal
-from cogds.train.resume import layout_of
+from cogds.train.resume import InitialState, describe_layout
 from cogds.train.run import Run
-from cogds.train.tuning import execution_lines
 
 logger = logging.getLogger(__name__)
 
-EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # of one number in the LoRA's file
+EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # per parameter in the LoRA's file
+LABEL_WIDTH = 11
 
 
-def summary(run: Run, resume_from: Path | None, dry_run: bool = False) -> list[str]:
-    """Model, LoRA, ranks, buckets, memory, where things are written, and what will not be trained: a fact a line."""
-    cfg, plan, data = run.cfg, run.plan, run.data
-    transformer, lora = run.job.memory.transformer, run.job.memory.lora
-    sharing = f", {run.world.sequence_size} to a clip" if run.world.sequence_size > 1 else ""
-    num_numbers = lora.num_parameters
-    lines = [
-        f"model {cfg.model.path}, {magnitude(transformer.num_parameters)} parameters",
-        f"LoRA rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g} on {', '.join(cfg.lora.target_modules)}: "
-        f"{magnitude(num_numbers)} parameters, {gigabytes(num_numbers * EXPORTED_BYTES[cfg.train.precision])}",
-        f"{devices(run.world.device, run.world.size)}{sharing}, ZeRO stage {zero_stage(run.ds_config)}, "
-        f"{cfg.train.precision}, "
-        f"{counted(plan.accumulation, 'micro-step')} a step, {plan.steps_per_epoch:.1f} steps an epoch, "
-        f"{counted(cfg.train.num_steps, 'step')} in all",
+def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]:
+    """Return the lines of the summary: a label and the facts, aligned in columns."""
+    cfg, plan, output = run.cfg, run.plan, Path(run.cfg.output_dir)
+    base, lora = run.job.memory.transformer, run.job.memory.lora
+    quantization = "" if cfg.model.quantization == "none" else f", quantized to {cfg.model.quantization}"
+    size = gigabytes(lora.num_parameters * EXPORTED_BYTES[cfg.train.precision])
+    sections: list[tuple[str, Sequence[str]]] = [
+        ("model", [f"{cfg.model.path}, {magnitude(base.num_parameters)} parameters{quantization}"]),
+        (
+            "LoRA",
+            [
+                f"rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, {magnitude(lora.num_parameters)} parameters "
+                f"({size}), on {', '.join(cfg.lora.target_modules)}"
+            ],
+        ),
+        ("hardware", [f"{describe_ranks(run)}, ZeRO stage {zero_stage(run.ds_config)}, {cfg.train.precision}"]),
+        ("execution", execution_lines(run)),
+        (
+            "schedule",
+            [
+                f"{counted(cfg.train.num_steps, 'step')} total, {plan.steps_per_epoch:.1f} steps per epoch, "
+                f"gradient accumulation {plan.accumulation}"
+            ],
+        ),
+        ("buckets", bucket_table(run)),
+        ("output", [f"{output} (a dry run saves nothing)" if dry_run else str(output)]),
+        ("watch", [] if dry_run else [f"tensorboard --logdir {output / 'tensorboard'}"]),
+        ("left out", unusable_lines(run, dry_run)),
+        ("start", start_lines(run, initial)),
     ]
-    for shape, sets, local in zip(data.index.buckets, data.index.sizes, plan.local_batch_sizes):
-        tokens = num_tokens(shape, run.model.geometry)
-        lines.append(f"  {shape!s:>14}  {tokens:>6} tokens  {counted(sum(sets), 'clip'):>13}  batch {local} a rank")
-    lines += execution_lines(run.execution, run.buckets, [sum(sets) for sets in data.index.sizes])
-    written = f"written to {cfg.output_dir}; watch: tensorboard --logdir {Path(cfg.output_dir) / 'tensorboard'}"
-    lines.append(f"a run would be {written}" if dry_run else written)
-    if data.unusable.num:
-        listed = "" if dry_run else f", see {Path(cfg.output_dir) / 'unusable.jsonl'}"
-        lines.append(f"{counted(data.unusable.num, 'file')} cannot be trained{listed}:")
-        lines += [f"  {path}: {reason}" for path, reason in data.unusable.examples]
-    if resume_from:
-        lines.append(f"resuming from {resume_from}")
-        if plan.origin.step == run.first_step:
-            lines.append(f"the layout is new from here: {layout_of(plan)}")
+    lines = []
+    for label, texts in sections:
+        lines += [f"{label if not number else '':{LABEL_WIDTH}}{text}" for number, text in enumerate(texts)]
     return lines
 
 
-def devices(device: torch.device, num_ranks: int) -> str:
-    """`8 GPUs (NVIDIA H100 80GB HBM3)`, `2 ranks on CPUs`."""
+def describe_ranks(run: Run) -> str:
+    """Return `8 GPUs (NVIDIA H100 80GB HBM3)`, `2 ranks on CPUs`, or the same with `, 2 per clip`."""
+    device, num_ranks, sequence_size = run.world.device, run.world.size, run.world.sequence_size
+    sharing = f", {sequence_size} per clip" if sequence_size > 1 else ""
     if device.type != "cuda":
-        return f"{counted(num_ranks, 'rank')} on CPUs"
-    return f"{counted(num_ranks, 'GPU')} ({torch.cuda.get_device_name(device)})"
+        return f"{counted(num_ranks, 'rank')} on CPUs{sharing}"
+    return f"{counted(num_ranks, 'GPU')} ({torch.cuda.get_device_name(device)}){sharing}"
+
+
+def execution_lines(run: Run) -> list[str]:
+    """Return the attention kernel, whether blocks are compiled, and pinned host memory if there is any."""
+    execution = run.execution
+    lines = [f"attention kernel {execution.kernel}, blocks {'compiled' if execution.is_compiled else 'not compiled'}"]
+    if pinned := max((part.pinned_host_bytes for _, _, part in run.used_buckets), default=0):
+        ranks = execution.ranks_per_node
+        per_node = f", {gigabytes(ranks * pinned)} per node of {ranks} GPUs" if ranks > 1 else ""
+        lines.append(f"pinned host memory for activations {gigabytes(pinned)} per GPU{per_node}")
+    return [*lines, *execution.notes]
+
+
+def bucket_table(run: Run) -> list[str]:
+    """Return a row for each bucket that has clips. GPU memory is a column only on GPUs."""
+    gpu_bytes = run.execution.gpu_bytes
+    header = ["FxHxW", "tokens", "clips", "batch size", "activation checkpointing"]
+    rows = [header + (["GPU memory (estimate)"] if gpu_bytes else [])]
+    for bucket, shape, part in run.used_buckets:
+        row = [
+            str(shape),
+            f"{num_tokens(shape, run.model.geometry):,}",
+            f"{sum(run.data.index.sizes[bucket]):,}",
+            str(run.plan.local_batch_sizes[bucket]),
+            part.checkpointing,
+        ]
+        if gpu_bytes:
+            row.append(f"{gigabytes(part.estimate.total_bytes)} of {gigabytes(gpu_bytes)}")
+        rows.append(row)
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return ["  ".join(f"{cell:>{width}}" for cell, width in zip(row, widths)) for row in rows]
+
+
+def unusable_lines(run: Run, dry_run: bool) -> list[str]:
+    """Return the number of clips that are not trained, and examples with the reason; [] if there are none."""
+    unusable = run.data.unusable
+    if not unusable.num:
+        return []
+    place = "" if dry_run else f", listed in {Path(run.cfg.output_dir) / 'unusable.jsonl'}"
+    return [f"{counted(unusable.num, 'file')}{place}", *(f"  {path}: {reason}" for path, reason in unusable.examples)]
+
+
+def start_lines(run: Run, initial: InitialState) -> list[str]:
+    """Return the checkpoint or LoRA that the run starts from; [] if it starts from scratch."""
+    lines = list(initial.notes)
+    if initial.checkpoint:
+        lines.append(f"resuming from {initial.checkpoint}")
+        if run.plan.origin.step == run.first_step:
+            lines.append(f"new layout: {describe_layout(run.plan)}")
+    return lines
 
 
 def show(lines: Sequence[str], title: str, console: Console | None = None) -> None:
-    """Print the lines, in a frame on a terminal. Never coloured or wrapped elsewhere: a log is searched by line."""
+    """Log the lines, or print them in a panel on a terminal. Logs have no color and no wrapping, so grep finds them."""
     if console is None and not is_terminal(sys.stdout):
         logger.info("\n".join(lines))
         return
-    # Paths and reasons are data: Text keeps rich from reading [brackets] in them.
+    # Text keeps rich from interpreting [brackets] in paths and reasons.
     if console or logger.isEnabledFor(logging.INFO):
         (console or Console()).print(Panel(Text("\n".join(lines)), title=title, title_align="left", border_style="dim"))

@@ -1,7 +1,7 @@
-"""One training run: data, model, engine, steps. Every rank runs the same `Trainer`.
+"""One training run, from its data to the last step. Every rank runs the same `Trainer`.
 
-Events on one rank (a signal, a failed save, a loss that is not finite) are shared with every rank at the end of the
-same step, so that no rank waits for another forever.
+What happens on one rank (a signal, a failed save, a loss that is not finite) is shared with all ranks at the end of the
+step, so no rank waits for another forever.
 """
 
 import dataclasses
@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 
+import cogds
 from cogds.config.loading import to_yaml
 from cogds.core.diffusion import v_loss
 from cogds.core.lr_schedule import learning_rate
@@ -41,197 +42,218 @@ from cogds.process.signals import StopRequest
 from cogds.process.watchdog import Watchdog
 from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
-from cogds.train.bad_samples import Quarantine
+from cogds.train.bad_samples import BadSamples
 from cogds.train.batches import Prefetcher, load_batches, make_micro_steps
-from cogds.train.callbacks import TAG, Callback, run_callbacks
-from cogds.train.evaluation import make_evaluation
-from cogds.train.first_look import FirstBatches, show_settings
+from cogds.train.callbacks import TAG, Callback, CallbackContext, due_after, due_at_start, run_callbacks
+from cogds.train.evaluation import make_evaluation_callback
 from cogds.train.memory_check import check_memory
-from cogds.train.meter import Meter
-from cogds.train.resume import Start, check_matching, continued_plan, data_identity, find_start, identity, resumed_data
+from cogds.train.overview import FirstBatchLogger, log_overview
+from cogds.train.resume import (
+    InitialState,
+    check_identity,
+    data_identity,
+    find_initial_state,
+    resume_data,
+    resume_plan,
+    run_identity,
+)
 from cogds.train.run import Run
-from cogds.train.samples import make_previews
+from cogds.train.samples import make_sample_callback
 from cogds.train.saving import CheckpointCallback, check_space
-from cogds.train.step import load_step_builder
+from cogds.train.step import StepBuilder, load_step_builder
+from cogds.train.step_meter import StepMeter
 from cogds.train.summary import show, summary
 from cogds.train.tuning import choose_execution, gpu_memory, prepare_blocks
 
 logger = logging.getLogger(__name__)
 
-# Clips that a message about a bad step names.
+# Number of clips that a message about a bad step names.
 MAX_NAMED = 8
 
 
 class Trainer:
-    """Trains up to `train.num_steps`, from scratch or from a checkpoint. All methods are collective."""
+    """Trains up to `train.num_steps`, from scratch, from a LoRA or from a checkpoint. All methods are collective."""
 
     def __init__(self, job: Job, stop: StopRequest, dry_run: bool = False):
-        """dry_run: stop before the first step and leave the output folder as it is."""
+        """dry_run: stop before the first step and write nothing to the output folder."""
         self.job, self.stop, self.dry_run = job, stop, dry_run
         self.output_dir = Path(job.cfg.output_dir)
 
     def run(self) -> None:
         """Prepare, train and save. Raises Interrupted once everything is saved, if a rank was asked to stop."""
-        start = find_start(self.job)
-        run, start, header = self.prepare(start)
-        on_rank0(run.world, lambda: self.announce(run, start))
+        initial = find_initial_state(self.job)
+        run, initial, header = self.prepare(initial)
+        on_rank0(run.world, lambda: self.announce(run, initial))
         if run.first_step >= run.cfg.train.num_steps:
-            logger.info("already trained to step %d; raise train.num_steps to train on", run.first_step)
-            self.end(run)
+            logger.info("already trained to step %d; to continue, set train.num_steps higher", run.first_step)
+            self.log_results(run)
             return
-        engine = self.build(run, start)
+        engine = self.build(run, initial)
         builder = load_step_builder(
             run.model, run.cfg.conditioning, run.data.empty_caption_states, self.job.dtype, run.world.device
         )
         if self.dry_run:
-            tried = check_memory(run, engine, builder)
-            logger.log(RESULT, "%s\ndry run: ready to train; nothing was trained or saved", tried)
+            logger.log(RESULT, "%s", check_memory(run, engine, builder))
+            logger.log(RESULT, "dry run: ready to train; nothing was trained or saved")
             return
         self.train(run, engine, builder, header)
-        self.end(run)
+        self.log_results(run)
 
     # ------------------------------------------------------------------------------------------------- preparation
 
-    def prepare(self, start: Start) -> tuple[Run, Start, dict[str, Any]]:
-        """Scan and encode the data, plan the order, choose how to run. Returns the header of checkpoints too."""
+    def prepare(self, initial: InitialState) -> tuple[Run, InitialState, dict[str, Any]]:
+        """Encode the data, plan the order of training, choose the execution.
+
+        Returns the run, its initial state, and the header of its checkpoints.
+        """
         job, cfg, world = self.job, self.job.cfg, self.job.world
-        fixed = identity(cfg, job.ds_config["optimizer"]["type"], on_rank0(world, job.weights_digest), job.buckets)
-        if start.checkpoint:  # before hours of encoding
-            on_rank0(world, lambda: check_matching(start, fixed))
+        weights_digest = on_rank0(world, job.weights_digest)
+        identity = run_identity(cfg, job.ds_config["optimizer"]["type"], weights_digest, job.buckets)
+        if initial.checkpoint:  # check before encoding, which may take hours
+            on_rank0(world, lambda: check_identity(initial, identity))
         if self.dry_run:
-            start = dataclasses.replace(start, checkpoint=None, facts={})
+            initial = dataclasses.replace(initial, checkpoint=None, header={})
         data = encode_dataset(
             cfg, job.model, job.buckets, world, max_unusable=cfg.data.max_unusable, on_selected=self.report
         )
-        if start.checkpoint:
-            data = on_rank0(world, lambda: resumed_data(data, start.facts, cfg))
+        if initial.checkpoint:
+            data = on_rank0(world, lambda: resume_data(data, initial.header, cfg))
         plan = job.plan(data.mixture)
-        fixed |= data_identity(data)
-        if start.checkpoint:
-            on_rank0(world, lambda: check_matching(start, fixed))
-            plan = continued_plan(plan, start.facts, start.checkpoint)
+        identity |= data_identity(data)
+        if initial.checkpoint:
+            on_rank0(world, lambda: check_identity(initial, identity))
+            plan = resume_plan(plan, initial.header, initial.checkpoint)
         execution = choose_execution(job, plan.local_batch_sizes)
-        run = Run(job, data, plan, execution, start.facts.get("step", 0))
+        run = Run(job, data, plan, execution, initial.header.get("step", 0))
         header = {
-            "identity": fixed,
+            "cogds_version": cogds.__version__,
+            "identity": identity,
             "plan": dataclasses.asdict(plan),
             "index": data.index.path.name,
-            "start": checkpoints.start_point(cfg.checkpoint.resume, start.facts),
+            "start": checkpoints.start_point(cfg.checkpoint.resume, initial.header),
         }
-        return run, start, header
+        return run, initial, header
 
     def report(self, clips: ClipSet) -> None:
-        """Print what will be trained, on rank 0, before anything is encoded."""
+        """Log what will be trained, on rank 0, before anything is encoded."""
         job = self.job
         logger.info(short_report(run_report(job, clips, clip_table(clips), gpu_memory(job.world.device))))
 
-    def announce(self, run: Run, start: Start) -> None:
-        """On rank 0: print the summary, and prepare the output folder."""
-        show([*summary(run, start.checkpoint, self.dry_run), *start.notes], "cogds")
+    def announce(self, run: Run, initial: InitialState) -> None:
+        """Show the summary and prepare the output folder, on rank 0."""
+        show(summary(run, initial, self.dry_run), "cogds")
+        for _, _, part in run.used_buckets:
+            if part.shortfall:
+                logger.warning(part.shortfall)
         if self.dry_run:
             return
-        checkpoints.check_space(self.output_dir, 0)  # before anything is moved
-        if previous := checkpoints.set_aside(self.output_dir, start.checkpoint, run.first_step):
+        checkpoints.check_space(self.output_dir, 0)  # before any file is moved
+        if previous := checkpoints.set_aside(self.output_dir, initial.checkpoint, run.first_step):
             logger.info("moved the files of an earlier run to %s", previous)
         rewind_metrics(self.output_dir / "metrics.jsonl", run.first_step, tags_written_again(run))
-        for name, text in (("run.yaml", to_yaml(run.cfg)), ("ds_config.json", json.dumps(run.ds_config, indent=2))):
+        config = f"# cogds {cogds.__version__}\n{to_yaml(run.cfg)}"
+        for name, text in (("run.yaml", config), ("ds_config.json", json.dumps(run.ds_config, indent=2))):
             with whole_file(self.output_dir / name) as partial:
                 partial.write_text(text, encoding="utf-8")
         if run.data.unusable.file:
             with whole_file(self.output_dir / "unusable.jsonl") as partial:
                 shutil.copyfile(run.data.unusable.file, partial)
 
-    def build(self, run: Run, start: Start) -> Any:
-        """The DeepSpeed engine around the transformer with its LoRA, with a checkpoint's state if there is one."""
+    def build(self, run: Run, initial: InitialState) -> Any:
+        """Load the transformer, add the LoRA, start the DeepSpeed engine and restore the checkpoint if there is one."""
         cfg, world = run.cfg, run.world
         transformer = load_for_stage(
             run.model, self.job.dtype, run.ds_config, world, cfg.model.quantization, cfg.model.fp8_matmul
         )
         lora = cfg.lora
         parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
-        if start.init_from:
-            load_initial_lora(transformer, start.init_from)
+        if initial.init_from:
+            load_initial_lora(transformer, initial.init_from)
         transformer.train()
         prepare_blocks(transformer, run.execution)
         share_clips(transformer, world, cfg.train.timeout_s)
         engine = start_engine(transformer, parameters, run.ds_config)
         on_rank0(world, lambda: check_space(self.output_dir, engine))
-        if start.checkpoint:
-            restore_state(engine, start.state, world)
-            start.release()
+        if initial.checkpoint:
+            restore_state(engine, initial.state, world)
+            initial.release()
         return engine
 
     # ---------------------------------------------------------------------------------------------------- training
 
-    def train(self, run: Run, engine: Any, builder: Any, header: dict[str, Any]) -> None:
-        """Train from `run.first_step` to the last step. Raises Interrupted, and UserError for too many bad steps."""
+    def train(self, run: Run, engine: Any, builder: StepBuilder, header: dict[str, Any]) -> None:
+        """Train from `run.first_step` to the last step.
+
+        Raises Interrupted after saving, if a rank was asked to stop, and UserError after too many bad steps in a row.
+        """
         cfg, world = run.cfg, run.world
-        monitor = self.monitor(run, engine)
-        show_settings(run, monitor)
+        monitor = self.make_monitor(run, engine)
+        log_overview(run, monitor)
         watchdog = Watchdog(world.rank, cfg.train.step_timeout_s, self.output_dir)
         watchdog.watch(lambda: "trying the largest bucket before the first step")
-        if tried := check_memory(run, engine, builder):
-            monitor.add_scalars(run.first_step, tried.scalars())
-            logger.info("%s", tried)
+        if result := check_memory(run, engine, builder):
+            monitor.add_scalars(run.first_step, result.scalars())
+            logger.info("%s", result)
+
+        context = CallbackContext(
+            run, engine, builder, monitor, watchdog.watch, is_stopping=lambda: bool(self.stop.requested)
+        )
         saving = CheckpointCallback(run, engine, monitor, header)
-        parts = (run, engine, builder, monitor, watchdog.watch, lambda: bool(self.stop.requested))
-        optional: list[Callback | None] = [make_evaluation(*parts), make_previews(*parts)]
+        optional: list[Callback | None] = [make_evaluation_callback(context), make_sample_callback(context)]
         callbacks = [callback for callback in (*optional, saving) if callback is not None]
         self.stop.defer()
-        inspect = FirstBatches(run, builder, monitor).look if world.rank == 0 else None
-        bad_samples = Quarantine(world, self.output_dir, len(run.data.index), cfg.data.max_unusable)
-        at_start = [one for one in callbacks if one.at_start and run.first_step % one.every == 0]
-        run_callbacks(at_start, run.first_step, watchdog, monitor, world)
-        batches = Prefetcher(make_micro_steps(run, builder, load_batches(run), inspect))
-        meter, num_bad = Meter(run, engine), 0
+        on_batch = FirstBatchLogger(run, builder, monitor).log if world.rank == 0 else None
+        bad_samples = BadSamples(world, self.output_dir, len(run.data.index), cfg.data.max_unusable)
+        run_callbacks(due_at_start(callbacks, run.first_step), run.first_step, watchdog, monitor, world)
+
+        batches = Prefetcher(make_micro_steps(run, builder, load_batches(run), on_batch))
+        meter, num_bad_steps = StepMeter(run, engine), 0
         for step in range(run.first_step, cfg.train.num_steps):
             watchdog.watch(functools.partial(run.describe, step))
-            bad = train_step(run, engine, batches, step, monitor, bad_samples, meter)
-            num_bad = num_bad + 1 if bad else 0
+            bad_clips = train_step(run, engine, batches, step, monitor, bad_samples, meter)
+            num_bad_steps = num_bad_steps + 1 if bad_clips else 0
             is_stopped, is_written = any_rank(world, bool(self.stop.requested), saving.is_written)
+            is_last = step + 1 == cfg.train.num_steps
             if is_written:
                 saving.finish(step + 1)
-            is_last = step + 1 == cfg.train.num_steps
             if (step + 1) % cfg.metrics.every == 0 or is_last or is_stopped:
-                bad_samples.settle()
-            if num_bad == cfg.train.max_bad_steps:
+                bad_samples.sync()
+            if num_bad_steps == cfg.train.max_bad_steps:
                 monitor.close()
-                raise too_many_bad_steps(bad, num_bad, world.rank)
-            due = [
-                one
-                for one in callbacks
-                if ((step + 1) % one.every == 0 or is_last or is_stopped) and (one.on_stop or not is_stopped)
-            ]
+                raise too_many_bad_steps(bad_clips, num_bad_steps, world.rank)
+            due = due_after(callbacks, step + 1, is_last=is_last, is_stopped=is_stopped)
             if due:
                 monitor.flush()
                 run_callbacks(due, step + 1, watchdog, monitor, world)
-                meter.rest()  # callbacks are no part of the next step
+                meter.restart()
             if is_stopped and not is_last:
                 break
         saving.finish(step + 1)
         watchdog.rest()
         monitor.close()
         if not is_last:
-            logger.info("stopped and saved after step %d: run the same command to train on", step + 1)
+            logger.info("stopped and saved after step %d; run the same command to continue", step + 1)
             raise Interrupted
         watchdog.close()
 
-    def monitor(self, run: Run, engine: Any) -> Monitor:
-        """What writes the metrics."""
+    def make_monitor(self, run: Run, engine: Any) -> Monitor:
+        """Return the writer of metrics, with the trackers that the DeepSpeed config enables."""
         cfg, monitor = run.cfg, detach_monitor(engine)
         return Monitor(
             run.world, self.output_dir, run.buckets, run.first_step, cfg.train.num_steps, cfg.metrics.every,
             cfg.metrics.progress_bar, Trackers(monitor) if monitor else None,
         )  # fmt: skip
 
-    def end(self, run: Run) -> None:
-        """Log where the results are and how to watch them."""
+    def log_results(self, run: Run) -> None:
+        """Log the path of the LoRA, how to watch the run, and how to make a video."""
         lora = self.output_dir / "lora" / checkpoints.step_name(max(run.first_step, run.cfg.train.num_steps))
+        sample = f'cogds sample --model {run.cfg.model.path} --lora {lora} --image IMAGE --prompt "PROMPT"'
         logger.log(RESULT, "LoRA: %s\nwatch: tensorboard --logdir %s", lora, self.output_dir / "tensorboard")
+        logger.log(RESULT, "next: %s", sample)
 
 
 def tags_written_again(run: Run) -> tuple[str, ...]:
-    """Prefixes of the tags that callbacks write again when a run resumes at this step."""
+    """Return the prefixes of the tags that callbacks write again when a run resumes at its first step."""
     cfg, step = run.cfg, run.first_step
     if step >= cfg.train.num_steps:
         return ()
@@ -240,45 +262,45 @@ def tags_written_again(run: Run) -> tuple[str, ...]:
 
 
 def train_step(
-    run: Run, engine: Any, batches: Prefetcher, step: int, monitor: Monitor, bad_samples: Quarantine, meter: Meter
+    run: Run, engine: Any, batches: Prefetcher, step: int, monitor: Monitor, bad_samples: BadSamples, meter: StepMeter
 ) -> list[str]:
-    """One optimizer step: `accumulation` micro-steps of forward and backward; all ranks train buckets of equal cost.
+    """Run one optimizer step: `accumulation` micro-steps of forward and backward, then the update. Collective.
 
-    If a loss or gradient is not finite on any rank, no weight changes, and the clips are returned as messages.
+    If a loss or gradient is not finite on any rank, no weight changes, and descriptions of the clips are returned.
     """
     cfg, plan, world = run.cfg, run.plan, run.world
     micro_batches, losses = plan.at(step), StepLosses(len(run.buckets), world.device)
     trained: list[tuple[MicroBatch, torch.Tensor]] = []
-    rates = cfg.optimizer
-    lr = learning_rate(step, rates.lr, rates.schedule, cfg.train.num_steps, rates.warmup_steps, rates.final_lr_ratio)
+    opt = cfg.optimizer
+    lr = learning_rate(step, opt.lr, opt.schedule, cfg.train.num_steps, opt.warmup_steps, opt.final_lr_ratio)
     set_learning_rate(engine, lr)
     for number, micro_batch in enumerate(micro_batches):
         meter.begin("inputs")
         batch = batches.take()
         meter.begin("forward")
         bad_samples.add(batch.bad)
-        # By the rank itself: ranks that share a clip must not drop the same positions of their parts.
+        # Seeded by rank, not data rank: ranks that share a clip must not drop the same positions of their parts.
         seed_global(cfg.seed, step * plan.accumulation + number, world.rank)
         engine.module.set_checkpointing(run.execution.buckets[batch.bucket].checkpointing)
         per_sample = v_loss(engine(**batch.inputs)[0], batch.target)
         loss = (batch.weights * per_sample).mean()
         meter.begin("backward")
-        # The factor is 1 if the loss is finite. Otherwise it makes the gradient not finite too; DeepSpeed sees that on
-        # all ranks and skips the step, and no rank has to wait for the value of a loss.
+        # The factor is 1 if the loss is finite. Otherwise it makes the gradient not finite too, so DeepSpeed skips the
+        # step on all ranks, and no rank has to wait for the value of a loss.
         engine.backward(loss * (1 + 0 * loss.detach()))
         meter.begin("inputs")
-        # Here the GPU is still busy and DeepSpeed's step waits for it. Not earlier and not on another stream, which
-        # would need the VAE's memory on top of the activations.
+        # The GPU is still busy, and DeepSpeed's step would wait for it. Preparing earlier, or on another stream, would
+        # need the VAE's memory on top of the activations.
         batches.prepare()
         meter.begin("optimizer")
         if number + 1 == len(micro_batches):
             meter.before_update(step)
         engine.step()
-        share = loss.detach() / (world.size * plan.accumulation)  # ranks that share a clip all add its loss
+        share = loss.detach() / (world.size * plan.accumulation)  # all ranks that share a clip add its loss
         losses.add(share, per_sample, batch.bucket, batch.quarters)
         trained.append((micro_batch, per_sample.detach()))
     is_skipped = not engine.was_step_applied()
-    measured, own, norms = meter.read(step, micro_batches, batches.waited_s())
+    measured, rank_values, norms = meter.finish_step(step, micro_batches, batches.take_wait_s())
     scalars = {
         "train/lr": lr,
         "train/grad_norm": engine.get_global_grad_norm(),
@@ -286,30 +308,32 @@ def train_step(
         "train/epoch": plan.epoch_of(step),
         **measured,
     }
-    monitor.add_step(step + 1, scalars, losses, own, norms)
-    return _name_bad(run, step, trained) if is_skipped else []
+    monitor.add_step(step + 1, scalars, losses, rank_values, norms)
+    return _describe_bad_step(run, step, trained) if is_skipped else []
 
 
-def _name_bad(run: Run, step: int, trained: list[tuple[MicroBatch, torch.Tensor]]) -> list[str]:
-    """Print which clips' losses are not finite, or, if all are, which clips were trained; return that. Collective."""
+def _describe_bad_step(run: Run, step: int, trained: list[tuple[MicroBatch, torch.Tensor]]) -> list[str]:
+    """Log and return the clips whose loss is not finite, or all clips if every loss is finite. Collective."""
     own = [
         (str(run.buckets[micro_batch.bucket_of(run.world.data_rank)]), clip, loss)
         for micro_batch, losses in (trained if run.world.sequence_rank == 0 else [])
         for clip, loss in zip(run.clips(micro_batch), losses.tolist())
     ]
-    every = [(rank, *sample) for rank, samples in enumerate(all_gather(run.world, own)) for sample in samples]
-    culprits = [sample for sample in every if not math.isfinite(sample[3])]
-    named = [f"rank {rank}, bucket {bucket}, {clip} (loss {loss:g})" for rank, bucket, clip, loss in culprits or every]
-    what = "loss" if culprits else "gradient (every loss is finite)"
-    more = f" and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
-    logger.info("skipped step %d, its %s is not finite: %s%s", step + 1, what, "; ".join(named[:MAX_NAMED]), more)
+    all_samples = [(rank, *sample) for rank, samples in enumerate(all_gather(run.world, own)) for sample in samples]
+    culprits = [sample for sample in all_samples if not math.isfinite(sample[3])]
+    named = [
+        f"rank {rank}, bucket {bucket}, {clip} (loss {loss:g})" for rank, bucket, clip, loss in culprits or all_samples
+    ]
+    cause = "loss" if culprits else "gradient (every loss is finite)"
+    more = f"; and {len(named) - MAX_NAMED} more" if len(named) > MAX_NAMED else ""
+    logger.info("step %d skipped, %s not finite: %s%s", step + 1, cause, "; ".join(named[:MAX_NAMED]), more)
     return named
 
 
 def too_many_bad_steps(named: list[str], num_bad: int, rank: int) -> UserError:
-    """The error that ends a run after `train.max_bad_steps` bad steps in a row."""
+    """Return the error that ends a run after `train.max_bad_steps` bad steps in a row."""
     return UserError(
-        f"train.max_bad_steps: {num_bad} steps in a row had a loss or gradient that is not finite, the last one with "
-        f"{'; '.join(named[:MAX_NAMED])}. Lower optimizer.lr, check these clips, and resume from the last checkpoint.",
+        f"train.max_bad_steps: {num_bad} steps in a row had a loss or gradient that is not finite, the last with "
+        f"{'; '.join(named[:MAX_NAMED])}. Check these clips, or lower optimizer.lr, then resume.",
         shared=rank > 0,
     )

@@ -1,7 +1,7 @@
-"""What videos are asked for: prompts with pictures, from flags or out of a list.
+"""Prompts and first frames of the videos to make, from the command line or a list file.
 
-A list is a .csv or .jsonl file with `prompt`, `image`, and if wanted `size` and `seed`; or any other text file, with a
-prompt a line. Paths in it are taken from its folder.
+A list is a .csv or .jsonl file with the columns `prompt` and `image`, and optionally `size` and `seed`. Any other file
+is read as text with one prompt per line. Image paths are relative to the list's folder.
 """
 
 import csv
@@ -18,8 +18,8 @@ COLUMNS = ("prompt", "image", "size", "seed")
 
 
 @dataclass(frozen=True)
-class Request:
-    """A prompt, a picture file, and what else its line of the list says: a size FRAMESxHEIGHTxWIDTH, a seed."""
+class PromptSpec:
+    """A prompt, its first frame (an image file), and the size FRAMESxHEIGHTxWIDTH and seed that a list may set."""
 
     prompt: str
     image: str
@@ -27,42 +27,50 @@ class Request:
     seed: int | None = None
 
 
-def find_requests(prompts: Sequence[str], images: Sequence[str], file: str | None) -> list[Request]:
-    """What is asked for, by flags and by a list. As many prompts as images, or one of either for all.
+def read_prompt_specs(prompts: Sequence[str], images: Sequence[str], file: str | None) -> list[PromptSpec]:
+    """Combine --prompt, --image and --list.
 
-    An image that is given is for every line of the list that has none. Raises UserError, naming flag or line.
+    Without a list, prompts and images are paired; a single prompt or image applies to all. With a list, a single image
+    applies to the lines that have none. Raises UserError, naming the flag or the line.
     """
     if file is None:
         if not prompts or not images:
-            lacking = " and ".join(flag for flag, given in (("--prompt", prompts), ("--image", images)) if not given)
-            raise UserError(f"missing: {lacking}. A video is made from a prompt and an image; or give a --list of them")
+            missing = " and ".join(flag for flag, values in (("--prompt", prompts), ("--image", images)) if not values)
+            raise UserError(
+                f"command line: {missing} missing. A video is made from a prompt and an image: pass both, or --list."
+            )
         num = max(len(prompts), len(images))
         if {len(prompts), len(images)} - {1, num}:
             raise UserError(
-                f"there are {len(prompts)} --prompt and {len(images)} --image: give as many, or one of either for all"
+                f"command line: {len(prompts)} --prompt and {len(images)} --image cannot be paired. Pass as many of "
+                "both, or one of either."
             )
-        return [Request(prompts[n % len(prompts)], images[n % len(images)]) for n in range(num)]
-    if prompts or len(images) > 1:
-        raise UserError("--list has the prompts: give no --prompt beside it, and at most one --image, for all of them")
-    requests = [_request(f"{file}:{line}", row, Path(file).parent, images) for line, row in _rows(Path(file))]
-    if not requests:
-        raise UserError(f"--list {file} holds no prompt: write one a line")
-    return requests
+        return [PromptSpec(prompts[n % len(prompts)], images[n % len(images)]) for n in range(num)]
+    if prompts:
+        raise UserError("command line: --list and --prompt were both given. Put all prompts into the list.")
+    if len(images) > 1:
+        raise UserError(
+            f"command line: --list was given with {len(images)} --image. Pass one for the lines that have no image."
+        )
+    specs = [_make_spec(f"{file}:{line}", row, Path(file).parent, images) for line, row in _read_rows(Path(file))]
+    if not specs:
+        raise UserError(f"{file}: no prompts. Write one per line.")
+    return specs
 
 
-def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
-    """Numbers of lines, and what stands in them."""
+def _read_rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
+    """Yield each row of the list with its line number."""
     try:
         text = file.read_text(encoding="utf-8-sig")
     except (OSError, UnicodeDecodeError) as error:
         reason = getattr(error, "strerror", None) or error
-        raise UserError(f"--list {file} cannot be read ({reason}): give a text, .csv or .jsonl file in UTF-8") from None
+        raise UserError(f"{file}: cannot be read ({reason}). Pass a text, .csv or .jsonl file in UTF-8.") from None
     if file.suffix.lower() == ".csv":
-        reader = csv.DictReader(io.StringIO(text))  # a prompt in quotes may go over several lines
+        reader = csv.DictReader(io.StringIO(text))  # a quoted prompt may span several lines
         for row in reader:
             yield reader.line_num, {key: value for key, value in row.items() if value not in (None, "")}
         return
-    # Not splitlines(): U+2028 and its like may stand in a prompt.
+    # Not splitlines(), which would split prompts at U+2028 and the like.
     for number, line in enumerate(text.split("\n"), 1):
         if not line.strip():
             continue
@@ -72,25 +80,26 @@ def _rows(file: Path) -> Iterator[tuple[int, Mapping[str, Any]]]:
         try:
             row = json.loads(line)
         except ValueError as error:
-            raise UserError(f"{file}:{number} is not JSON ({error}): write an object a line") from None
+            raise UserError(f"{file}:{number}: not valid JSON ({error}). Write one JSON object per line.") from None
         if not isinstance(row, dict):
-            raise UserError(f"{file}:{number} is no object: write " + '{"prompt": "...", "image": "..."}')
+            raise UserError(f"{file}:{number}: not a JSON object. Write " + '{"prompt": "...", "image": "..."}.')
         yield number, {key: value for key, value in row.items() if value is not None}
 
 
-def _request(where: str, row: Mapping[str, Any], folder: Path, images: Sequence[str]) -> Request:
+def _make_spec(place: str, row: Mapping[str, Any], folder: Path, images: Sequence[str]) -> PromptSpec:
+    """Check one row. place: `FILE:LINE` for errors."""
     for name in row:
         if name not in COLUMNS:
             near = did_you_mean(str(name), COLUMNS)
-            raise UserError(f"{where}: unknown column '{name}'{near}: there are {', '.join(COLUMNS)}")
+            raise UserError(f"{place}: unknown column '{name}'{near}. Use only {', '.join(COLUMNS)}.")
     prompt, image, size, seed = (row.get(name) for name in COLUMNS)
     if not isinstance(prompt, str) or not prompt.strip():
-        raise UserError(f"{where} has no prompt: write one, or delete the line")
+        raise UserError(f"{place}: no prompt. Write one, or delete the line.")
     if image is None and not images:
-        raise UserError(f"{where} has no image: add one, or give --image for all that have none")
+        raise UserError(f"{place}: no image. Add one, or pass --image for all lines that have none.")
     if isinstance(seed, str) and seed.strip().isdecimal():
         seed = int(seed)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
-        raise UserError(f"{where}: seed is {seed!r}, which is no whole number of at least 0: correct it")
-    found = str(folder / str(image)) if image is not None else images[0]
-    return Request(prompt.strip(), found, None if size is None else str(size), seed)
+        raise UserError(f"{place}: seed is {seed!r}. Use a whole number of at least 0.")
+    image_path = str(folder / str(image)) if image is not None else images[0]
+    return PromptSpec(prompt.strip(), image_path, None if size is None else str(size), seed)

@@ -1,4 +1,4 @@
-"""What a video is made from: a prompt's states, a first frame, a size and a seed."""
+"""What a video is generated from: text states, first frame, size and seed."""
 
 import hashlib
 import unicodedata
@@ -15,8 +15,11 @@ from cogds.errors import UserError
 
 
 @dataclass(frozen=True)
-class Scene:
-    """pixels uint8 [H, W, 3]: the first frame; states [text_tokens, dim]: T5's, of the prompt."""
+class SampleSpec:
+    """The inputs of one generated video.
+
+    pixels: the first frame, uint8 [H, W, 3]. states: T5 states of the prompt, [text_tokens, dim].
+    """
 
     prompt: str
     shape: ClipShape
@@ -24,41 +27,40 @@ class Scene:
     pixels: np.ndarray
     states: torch.Tensor
 
-    def name(self, num_steps: int, guidance: float) -> str:
-        """For files: the prompt's first words, and a digest of what makes the frames but the model.
+    def file_stem(self, num_steps: int, guidance: float) -> str:
+        """Return the prompt's first words and a digest of all inputs except the weights.
 
-        Not of the frame rate and the convention of the image latents (`conditioning.image_latents`), of which a run has
-        one each.
+        The frame rate and `conditioning.image_latents` are not in the digest: they are the same for a whole run.
         """
-        made_by = repr((self.prompt, str(self.shape), self.seed, num_steps, guidance)).encode() + self.pixels.tobytes()
-        return f"{slug(self.prompt)}-{hashlib.blake2b(made_by, digest_size=4).hexdigest()}"
+        inputs = repr((self.prompt, str(self.shape), self.seed, num_steps, guidance)).encode() + self.pixels.tobytes()
+        return f"{slug(self.prompt)}-{hashlib.blake2b(inputs, digest_size=4).hexdigest()}"
 
 
-def slug(text: str, length: int = 40) -> str:
-    """A text as part of a file's name: its first words, of any language, joined by dashes."""
-    kept = (one if one.isalnum() or unicodedata.category(one)[0] == "M" else " " for one in text.lower())
-    words = unicodedata.normalize("NFKC", "".join(kept)).split()
-    return "-".join(words)[:length].rstrip("-") or "video"
+def slug(text: str, max_length: int = 40) -> str:
+    """Return the first words of a text in any language, joined by dashes, for use in a file name."""
+    letters = (char if char.isalnum() or unicodedata.category(char)[0] == "M" else " " for char in text.lower())
+    words = unicodedata.normalize("NFKC", "".join(letters)).split()
+    return "-".join(words)[:max_length].rstrip("-") or "video"
 
 
-def first_frame(
+def load_first_frame(
     image: str, size: str | None, buckets: Sequence[ClipShape], geometry: ModelGeometry
 ) -> tuple[ClipShape, np.ndarray]:
-    """The video's shape, and a picture file as its first frame: uint8 [H, W, 3], resized to cover, then cropped.
+    """Return the shape of a video and its first frame, uint8 [H, W, 3], resized to cover that shape and cropped.
 
-    size: FRAMESxHEIGHTxWIDTH; None: that of the buckets which crops the picture least. Raises UserError where the model
-    cannot take the size, and where the picture cannot be read.
+    size: FRAMESxHEIGHTxWIDTH, or None for the bucket that crops the image least. Raises UserError if the model does
+    not support the size or the image cannot be read.
     """
     try:
-        shape = ClipShape.parse(size) if size else fitting_bucket(image, buckets)
+        shape = ClipShape.parse(size) if size else best_bucket(image, buckets)
         check_shape(shape, geometry)
         return shape, read_image(image, shape.height, shape.width)
     except DecodeError as error:
         raise UserError(f"{image}: {error}") from None
 
 
-def fitting_bucket(image: str, buckets: Sequence[ClipShape]) -> ClipShape:
-    """The bucket of videos that crops a picture least, the longest of several. Raises video.DecodeError."""
+def best_bucket(image: str, buckets: Sequence[ClipShape]) -> ClipShape:
+    """Return the video bucket that crops an image least; of several, the longest. Raises DecodeError."""
     info = probe_image(image)
     videos = [shape for shape in buckets if shape.frames > 1] or list(buckets)
     chosen = assign(max(shape.frames for shape in videos), info.height, info.width, videos)

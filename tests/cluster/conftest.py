@@ -1,4 +1,4 @@
-"""One cluster a module, a small run that others are to be equal to, and a checkout whose train.py is a stand-in."""
+"""Fixtures: a cluster per module, a reference run on one node, and a checkout whose train.py is replaced."""
 
 import json
 import os
@@ -12,19 +12,19 @@ from tests.cluster.lab import Lab
 from tests.readme import ROOT
 
 PROGRAMS = f"{os.environ['PATH']}:/usr/sbin:/sbin"
-# Any of it changes where a shell on the way splits it, fills something in or runs it.
+# A value that changes if a shell on the way splits it, expands it or runs it.
 ODD = 'it\'s "x" $(touch pwned) ; touch pwned2 `touch pwned3` $HOME %n \\n * \n& tail'
 
 
-def missing():
-    """What this machine lacks for a cluster of its own, in words."""
+def find_missing():
+    """Return what this machine lacks to run a cluster: programs and root rights."""
     programs = [name for name in ("slurmd", "pdsh", "sshd", "ip") if not shutil.which(name, path=PROGRAMS)]
     return [*(["root"] if os.geteuid() else []), *programs]
 
 
 def pytest_runtest_setup():
-    if found := missing():
-        pytest.skip(f"a cluster on this machine needs {', '.join(found)}: as root, see tests/cluster/install.sh")
+    if missing := find_missing():
+        pytest.skip(f"not available: {', '.join(missing)}. Run tests/cluster/install.sh as root.")
 
 
 @pytest.fixture(scope="module")
@@ -35,7 +35,7 @@ def lab():
 
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, tiny_model):
-    """A folder, and what makes a run small: the tiny model, drawn clips, 60 steps of which runs may take fewer."""
+    """A folder, and the arguments of a small run: the tiny model, drawn clips, 60 steps."""
     from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("cluster")
@@ -54,15 +54,15 @@ def tiny_run(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="session")
 def one_node(tiny_run, run_train):
-    """The run to be equal to: 2 ranks on one node."""
-    folder, rest = tiny_run
+    """The output folder of the reference run: 2 ranks on one node."""
+    folder, arguments = tiny_run
     config = ROOT / "launch/configs/cogvideox1.5_i2v_lora.yaml"
-    run_train("--deepspeed", "ds_configs/zero2.json", "--config", config, *rest, f"output_dir={folder / 'one'}")
+    run_train("--deepspeed", "ds_configs/zero2.json", "--config", config, *arguments, f"output_dir={folder / 'one'}")
     return folder / "one"
 
 
 class Checkout:
-    """A checkout with stand_in.py as its train.py. `told()`: what every rank that started wrote down."""
+    """A checkout with stand_in.py as its train.py."""
 
     def __init__(self, folder: Path):
         self.folder = folder
@@ -71,11 +71,13 @@ class Checkout:
         (folder / "cogds").symlink_to(ROOT / "cogds")
         (folder / "hosts").write_text("# two nodes\n\nn1 slots=1\n n2 slots=1 # the second\n")
 
-    def told(self):
-        file = self.folder / "told.jsonl"
+    def records(self):
+        """Return what stand_in.py has recorded, one dict per started rank."""
+        file = self.folder / "records.jsonl"
         return [json.loads(line) for line in file.read_text().splitlines()] if file.exists() else []
 
-    def names(self):
+    def file_names(self):
+        """Return the names of all files and folders of the checkout."""
         return {path.name for path in self.folder.rglob("*") if not path.is_symlink()}
 
 

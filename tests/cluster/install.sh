@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# The packages that tests/cluster needs (Debian, as root): a SLURM, pdsh, ssh, and network namespaces.
+# Install the Debian packages that tests/cluster needs, as root: SLURM, pdsh, ssh and iproute2.
 set -euo pipefail
 packages=(slurmd slurmctld slurm-client munge pdsh openssh-server iproute2)
 dpkg -s "${packages[@]}" >/dev/null 2>&1 && exit 0

@@ -1,6 +1,7 @@
-"""A cluster of two nodes, n1 and n2, that stays up for many commands: two_nodes.sh with a handle on it.
+"""A cluster of two nodes, n1 and n2, in which tests run commands. Started by two_nodes.sh.
 
-The cluster ends with the `Lab`, and with the process that holds it, however that ends: it lives as long as a pipe.
+The cluster ends with its `Lab`, or with the process that created it, however that process ends: it lives as long as a
+pipe is open.
 """
 
 import os
@@ -20,8 +21,8 @@ ENDED = ("COMPLETED", "FAILED", "CANCELLED", "TIMEOUT", "NODE_FAIL", "BOOT_FAIL"
 class Lab:
     """Two nodes. `with Lab() as lab: lab.run("srun", "-N2", "hostname")`.
 
-    grace_s: between the SIGTERM and the end of a job that makes way for one of the partition `high`. kill_wait_s:
-    between SIGTERM and SIGKILL of a job that is cancelled or out of time.
+    grace_s: time between SIGTERM and the end of a job that a job of the partition `high` preempts.
+    kill_wait_s: time between SIGTERM and SIGKILL of a job that is cancelled or reaches its time limit.
     """
 
     nodes = ("n1", "n2")
@@ -30,7 +31,7 @@ class Lab:
         self._settings = {"LAB_GRACE_S": str(grace_s), "LAB_KILL_WAIT_S": str(kill_wait_s)}
 
     def __enter__(self) -> "Lab":
-        # Not pytest's folders: munged needs one that everyone may enter.
+        # Not in pytest's folders: munged needs a folder that all users may enter.
         self.folder = Path(tempfile.mkdtemp(prefix="lab-", dir="/tmp"))
         words = ["bash", SCRIPT, "-d", self.folder, "sh", "-c", "echo up; exec cat"]
         self._cluster = subprocess.Popen(
@@ -40,7 +41,7 @@ class Lab:
             self._cluster.kill()
             logs = [f"{path}:\n{path.read_text()[-2000:]}" for path in sorted(self.folder.glob("log/*"))]
             raise RuntimeError("the cluster did not come up\n" + "\n".join(logs))
-        pid = self._cluster.pid  # unshare; its one child is the first process of the cluster
+        pid = self._cluster.pid  # unshare; its only child is the first process of the cluster
         self._first = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()[0]
         return self
 
@@ -56,7 +57,7 @@ class Lab:
 
     def start(self, *words: object, node: str | None = None, cwd: Path = ROOT, env: dict[str, str] | None = None,
               output: Path | None = None) -> subprocess.Popen:  # fmt: skip
-        """A command under way on the head, or on a node; stdout and stderr go to `output`, or are read together."""
+        """Start a command on the head or on a node. stdout and stderr go to `output`, or both to a pipe."""
         enter = ["nsenter", "--target", self._first, "--mount", "--uts", "--net", "--pid", f"--wd={cwd}", "--"]
         if node:
             pid = (self.folder / f"{node}.pid").read_text().strip()
@@ -72,78 +73,78 @@ class Lab:
                 stderr=subprocess.STDOUT,
                 text=True,
                 start_new_session=True,
-                # Where we run in the background SIGINT is ignored, and a shell that inherits that cannot trap it.
+                # A background process ignores SIGINT, and a shell that inherits this cannot trap it.
                 preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
             )
         finally:
             if sink:
                 sink.close()
 
-    def run(self, *words: object, timeout_s: float = 60, **where: object) -> subprocess.CompletedProcess:
-        """A finished command: `.returncode`, `.stdout` (with stderr). Past the bound it is killed, and TimeoutError."""
-        process = self.start(*words, **where)
+    def run(self, *words: object, timeout_s: float = 60, **options: object) -> subprocess.CompletedProcess:
+        """Run a command: `.returncode`, `.stdout` (with stderr). After timeout_s, kill it and raise TimeoutError."""
+        process = self.start(*words, **options)
         try:
             text, _ = process.communicate(timeout=timeout_s)
         except subprocess.TimeoutExpired:
             os.killpg(process.pid, signal.SIGKILL)
             text, _ = process.communicate()
-            raise TimeoutError(f"{words} ran past {timeout_s} s:\n{text[-4000:]}") from None
+            raise TimeoutError(f"{words} took longer than {timeout_s} s:\n{text[-4000:]}") from None
         return subprocess.CompletedProcess(words, process.returncode, text)
 
     def on(self, node: str, *words: object, **options: object) -> subprocess.CompletedProcess:
-        """A finished command on a node."""
+        """Run a command on a node."""
         return self.run(*words, node=node, **options)
 
     def cut(self, node: str) -> None:
-        """No packet reaches this node, and none leaves it. What runs there goes on."""
+        """Cut the network link of a node. Its processes keep running."""
         self._link(node, "down")
 
-    def mend(self, node: str) -> None:
-        """The end of a cut."""
+    def restore(self, node: str) -> None:
+        """Restore the network link of a node."""
         self._link(node, "up")
 
     def _link(self, node: str, state: str) -> None:
         self.run("ip", "link", "set", f"v{self.nodes.index(node) + 1}", state)
 
     def processes(self, pattern: str, node: str | None = None) -> list[int]:
-        """Pids, as seen inside, of processes whose command line matches this expression; of one node or of all."""
+        """Return the pids, inside the lab, of processes whose command lines match; of one node or of all."""
         words = ["pgrep", "-f"]
         if node:
             words += ["--ns", (self.folder / f"{node}.pid").read_text().strip(), "--nslist", "net"]
         return [int(pid) for pid in self.run(*words, "--", pattern).stdout.split()]
 
-    def kill(self, pids: list[int], what: str = "KILL") -> None:
-        """Send a signal to processes, by the pids that `processes` gives."""
+    def kill(self, pids: list[int], signal_name: str = "KILL") -> None:
+        """Send a signal to processes. pids: from `processes`."""
         if pids:
-            self.run("kill", f"-{what}", *pids)
+            self.run("kill", f"-{signal_name}", *pids)
 
-    def sbatch(self, *words: object, **where: object) -> str:
-        """Submit; the job's id."""
-        done = self.run("sbatch", "--parsable", *words, **where)
+    def sbatch(self, *words: object, **options: object) -> str:
+        """Submit a job and return its id."""
+        done = self.run("sbatch", "--parsable", *words, **options)
         if done.returncode:
             raise RuntimeError(f"sbatch {words}: {done.stdout}")
         return done.stdout.strip()
 
     def show(self, job: str) -> dict[str, str]:
-        """What SLURM says about a job, or about one task of an array (`12_3`): JobState, Restarts, ExitCode, ..."""
+        """Return SLURM's fields of a job or of one task of an array (`12_3`): JobState, Restarts, ExitCode, ..."""
         text = self.run("scontrol", "show", "job", "-o", job).stdout
         return dict(word.split("=", 1) for word in text.split() if "=" in word)
 
     def state(self, job: str) -> str:
-        """PENDING, RUNNING, COMPLETING, COMPLETED, ..."""
+        """Return the state of a job: PENDING, RUNNING, COMPLETING, COMPLETED, ..."""
         return self.show(job).get("JobState", "UNKNOWN")
 
     def wait(self, job: str, states: str | tuple[str, ...] = ENDED, timeout_s: float = 60) -> str:
-        """Wait until the job is in one of these states; which. TimeoutError where it does not get there."""
+        """Wait until the job is in one of these states and return it. Raises TimeoutError after timeout_s."""
         wanted = (states,) if isinstance(states, str) else states
-        until(lambda: self.state(job) in wanted, timeout_s, lambda: f"job {job} is {self.show(job)}, not {wanted}")
+        wait_until(lambda: self.state(job) in wanted, timeout_s, lambda: f"job {job} is {self.show(job)}, not {wanted}")
         return self.state(job)
 
 
-def until(condition, timeout_s: float, otherwise=lambda: "what was waited for") -> None:
-    """Wait until condition() is true. TimeoutError, with the text of otherwise(), where it does not come true."""
+def wait_until(condition, timeout_s: float, describe=lambda: "condition") -> None:
+    """Wait until condition() is true. After timeout_s, raise TimeoutError with the text of describe()."""
     end = time.monotonic() + timeout_s
     while not condition():
         if time.monotonic() > end:
-            raise TimeoutError(f"not within {timeout_s} s: {otherwise()}")
+            raise TimeoutError(f"not within {timeout_s} s: {describe()}")
         time.sleep(0.1)

@@ -1,10 +1,13 @@
-"""In place of launch/train.py where only its launching is looked at: writes down its words, then ends as told.
+"""Replaces launch/train.py in tests of the launch scripts: records its arguments and environment, then ends.
 
-STAND_IN says how, one word for every start of the job, `0` where it is not set:
-    an exit code; `kill`: SIGKILL to itself; `wait`: for SIGUSR1 or SIGTERM, then 2 s of saving, then code 75;
-    `stay`: whatever signal comes; `CODE@HOST`: that host ends with this code, the others `wait`;
-    with a `+` at its end: a newer checkpoint is left in output_dir first.
-Every rank adds a line of JSON to `told.jsonl` in the working folder.
+The variable STAND_IN selects how it ends, with one word for each start of the job (default: `0`):
+    an exit code
+    `kill`: sends SIGKILL to itself
+    `wait`: waits for SIGUSR1 or SIGTERM, "saves" for 2 s, and exits with code 75
+    `stay`: ignores signals and never ends
+    `CODE@HOST`: exits with this code on that host, and acts like `wait` on the others
+A `+` at the end of a word: first writes a newer checkpoint to output_dir.
+Every rank appends a line of JSON to `records.jsonl` in the working folder.
 """
 
 import fcntl
@@ -25,11 +28,11 @@ if act.endswith("+"):
 if "@" in act:
     act, host = act.split("@")
     act = act if host == os.uname().nodename else "wait"
-got = []
+received = []
 for number in (signal.SIGUSR1, signal.SIGTERM):
-    signal.signal(number, lambda number, _: got.append(number))
+    signal.signal(number, lambda number, _: received.append(number))
 
-fact = {
+record = {
     "argv": sys.argv[1:],
     "start": start,
     "host": os.uname().nodename,
@@ -40,14 +43,14 @@ fact = {
         if name.startswith(("SLURM_", "OMP_", "HF_", "PYTHON_", "RANK", "WRAPPED", "NOT_"))
     },
 }
-with open("told.jsonl", "a") as file:
+with open("records.jsonl", "a") as file:
     fcntl.flock(file, fcntl.LOCK_EX)
-    file.write(json.dumps(fact) + "\n")
+    file.write(json.dumps(record) + "\n")
 print(f"started {act}", flush=True)
 if act == "wait":
-    while not got:
+    while not received:
         signal.pause()
-    print(f"stopped by {signal.Signals(got[0]).name}", flush=True)
+    print(f"stopped by {signal.Signals(received[0]).name}", flush=True)
     time.sleep(2)
     print("saved", flush=True)
     sys.exit(75)

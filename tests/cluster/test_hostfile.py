@@ -1,13 +1,13 @@
-"""launch/hostfile.sh: what it is given arrives as it is, it can be stopped, and it leaves nothing behind."""
+"""launch/hostfile.sh: arguments arrive unchanged, signals stop the run, and no process is left behind."""
 
 import shutil
 import sys
 
 import pytest
 
-from cogds.arguments import unpacked
+from cogds.arguments import unpack
 from tests.cluster.conftest import ODD
-from tests.cluster.lab import until
+from tests.cluster.lab import wait_until
 from tests.conftest import ROOT, run_command
 from tests.dist.conftest import losses
 
@@ -15,26 +15,30 @@ pytestmark = pytest.mark.cluster
 
 
 def start(lab, checkout, acts):
-    """The run under way with both ranks, and the file that its output goes to."""
-    (checkout.folder / "told.jsonl").unlink(missing_ok=True)
+    """Start a run and wait for both ranks. Returns the process and the file with its output."""
+    (checkout.folder / "records.jsonl").unlink(missing_ok=True)
     output = checkout.folder / f"output-{acts}"
     env = {"STAND_IN": acts, "COGDS_PASS": "STAND_IN"}
     process = lab.start("launch/hostfile.sh", "hosts", cwd=checkout.folder, env=env, output=output)
-    until(lambda: len(checkout.told()) == 2, 60, lambda: f"there are {checkout.told()}:\n{output.read_text()[-4000:]}")
+    wait_until(
+        lambda: len(checkout.records()) == 2,
+        60,
+        lambda: f"there are {checkout.records()}:\n{output.read_text()[-4000:]}",
+    )
     return process, output
 
 
-def test_words_and_variables_reach_every_rank_unchanged_and_its_code_comes_back(lab, checkout):
-    before = checkout.names()
+def test_arguments_and_variables_reach_every_rank_and_the_exit_code_is_returned(lab, checkout):
+    before = checkout.file_names()
     words = ["--deepspeed", "a b.json", "", f"data.default_caption={ODD}", "output_dir=o 'u\"t$(touch pwned);x", "x=\\"]
     env = {
         "HF_ODD": ODD.replace("\n", ""),
         "HF_TOKEN": "hidden",
         "HF_LINES": "a\nb",
-        "PYTHON_ODD": "$(touch pwned4)",  # DeepSpeed's launcher passes it on by itself, and would run it
-        "NOT_ASKED_FOR": "1",
-        "RANKS_ARE_ASKED_FOR": "$HOME",
-        "STAND_IN": "2@n2",  # and the other rank, which waits, is ended
+        "PYTHON_ODD": "$(touch pwned4)",  # DeepSpeed's launcher passes it on by itself and would evaluate it
+        "NOT_SELECTED": "1",
+        "RANKS_SELECTED": "$HOME",
+        "STAND_IN": "2@n2",  # hostfile.sh then ends the other rank, which waits
         "COGDS_PASS": "STAND_IN RANKS_*",
         "DS_ENV_FILE": "own_env",
     }
@@ -42,22 +46,22 @@ def test_words_and_variables_reach_every_rank_unchanged_and_its_code_comes_back(
     done = lab.run("launch/hostfile.sh", "hosts", *words, cwd=checkout.folder, env=env)
     assert done.returncode == 2, done.stdout[-4000:]
     assert lab.processes("launch/train.py") == []
-    told = checkout.told()
-    assert {fact["host"] for fact in told} == {"n1", "n2"}
-    for fact in told:
-        assert unpacked(fact["argv"])[1:] == words
-        assert fact["env"]["HF_ODD"] == env["HF_ODD"]
-        assert fact["env"]["PYTHON_ODD"] == "$(touch pwned4)"
-        assert fact["env"]["RANKS_ARE_ASKED_FOR"] == "$HOME"
-        assert fact["env"]["HF_FROM_FILE"] == "7"
-        assert fact["env"]["OMP_NUM_THREADS"] == "1"
-        assert not {"HF_TOKEN", "HF_LINES", "NOT_ASKED_FOR"} & fact["env"].keys()
-    assert "warning: HF_LINES is not passed on: it has several lines" in done.stdout
-    assert checkout.names() - before == {"told.jsonl", "own_env"}
+    records = checkout.records()
+    assert {record["host"] for record in records} == {"n1", "n2"}
+    for record in records:
+        assert unpack(record["argv"])[1:] == words
+        assert record["env"]["HF_ODD"] == env["HF_ODD"]
+        assert record["env"]["PYTHON_ODD"] == "$(touch pwned4)"
+        assert record["env"]["RANKS_SELECTED"] == "$HOME"
+        assert record["env"]["HF_FROM_FILE"] == "7"
+        assert record["env"]["OMP_NUM_THREADS"] == "1"
+        assert not {"HF_TOKEN", "HF_LINES", "NOT_SELECTED"} & record["env"].keys()
+    assert "warning: HF_LINES: " in done.stdout
+    assert checkout.file_names() - before == {"records.jsonl", "own_env"}
     assert "hidden" not in done.stdout
 
 
-def test_a_signal_makes_the_ranks_save_and_a_second_ends_them(lab, checkout):
+def test_a_signal_makes_the_ranks_save_and_a_second_signal_ends_them(lab, checkout):
     process, output = start(lab, checkout, "wait")
     lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "TERM")
     process.wait(60)
@@ -69,25 +73,25 @@ def test_a_signal_makes_the_ranks_save_and_a_second_ends_them(lab, checkout):
 
     process, output = start(lab, checkout, "stay")
     lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "INT")
-    until(lambda: "asking all ranks to save and stop" in output.read_text(), 60)
+    wait_until(lambda: "asking all ranks to save and stop" in output.read_text(), 60)
     lab.kill(lab.processes("^bash launch/hostfile.sh hosts"), "INT")
     process.wait(60)
     assert process.returncode not in (0, 75), output.read_text()[-4000:]
     assert lab.processes("launch/train.py") == []
 
 
-def test_a_node_that_is_gone_ends_the_job(lab, checkout):
+def test_a_lost_node_ends_the_job(lab, checkout):
     process, output = start(lab, checkout, "stay")
     lab.cut("n2")
     try:
         process.wait(90)
     finally:
-        lab.mend("n2")
+        lab.restore("n2")
     assert process.returncode == 255, output.read_text()[-4000:]
     assert lab.processes("launch/train.py", "n1") == []
 
 
-def test_a_run_with_an_odd_folder_trains_as_on_one_node(lab, tiny_run, one_node, monkeypatch):
+def test_a_run_with_special_characters_in_its_path_equals_the_reference(lab, tiny_run, one_node, monkeypatch):
     monkeypatch.setenv("COGDS_PYTHON", sys.executable)
     folder, rest = tiny_run
     (folder / "hosts").write_text("n1 slots=1\nn2 slots=1\n")
@@ -102,26 +106,26 @@ def test_a_run_with_an_odd_folder_trains_as_on_one_node(lab, tiny_run, one_node,
 
 
 @pytest.mark.parametrize(
-    "words, says",
+    "words, message",
     [
-        ([], "error: the hostfile comes first: launch/hostfile.sh HOSTFILE"),
-        (["--script"], "error: the hostfile comes first: launch/hostfile.sh HOSTFILE"),
-        (["no/hosts"], "error: there is no hostfile no/hosts: hostfile.example shows what is in it"),
-        (["hosts", "--script"], "error: --script names a file of launch/"),
-        (["hosts", "--script", "../x"], "error: --script ../x: there is no launch/../x.py"),
-        (["none"], "error: none names no node: one line a node"),
+        ([], "error: hostfile: "),
+        (["--script"], "error: hostfile: "),
+        (["no/hosts"], "error: hostfile: no such file: no/hosts"),
+        (["hosts", "--script"], "error: --script: "),
+        (["hosts", "--script", "../x"], "error: --script: no such script: launch/../x.py"),
+        (["none"], "error: none: "),
     ],
 )
-def test_what_cannot_start_is_refused(words, says, checkout):
+def test_invalid_arguments_are_refused(words, message, checkout):
     (checkout.folder / "none").write_text("# n1 slots=1\n")
     done = run_command(["launch/hostfile.sh", *words], 20, cwd=checkout.folder)
     assert done.returncode == 2
-    assert done.stdout.startswith(says)
+    assert done.stdout.startswith(message)
 
 
-def test_a_folder_that_remote_shells_would_split_is_refused(checkout, tmp_path):
+def test_a_path_that_remote_shells_would_split_is_refused(checkout, tmp_path):
     odd = tmp_path / "a b"
     shutil.move(checkout.folder, odd)
     done = run_command(["launch/hostfile.sh", "hosts"], 20, cwd=odd)
     assert done.returncode == 2
-    assert f"error: '{odd}' has characters that do not survive remote shells" in done.stdout
+    assert f"error: path '{odd}': " in done.stdout

@@ -1,11 +1,11 @@
-"""launch/slurm: jobs that come back by themselves where that helps, and only there."""
+"""launch/slurm: jobs that are requeued if that helps, and only then."""
 
 import sys
 
 import pytest
 
 from tests.cluster.conftest import ODD
-from tests.cluster.lab import until
+from tests.cluster.lab import wait_until
 from tests.conftest import ROOT
 from tests.dist.conftest import losses, metrics
 from tests.readme import command
@@ -14,122 +14,121 @@ pytestmark = pytest.mark.cluster
 
 
 def submit(lab, checkout, acts, *words, options=("--nodes=2",), **env):
-    where = {"cwd": checkout.folder, "env": {"STAND_IN": acts, **env}}
-    return lab.sbatch(*options, "launch/slurm/train.sbatch", *words, **where)
+    """Submit stand_in.py with these acts and arguments. Returns the job's id."""
+    context = {"cwd": checkout.folder, "env": {"STAND_IN": acts, **env}}
+    return lab.sbatch(*options, "launch/slurm/train.sbatch", *words, **context)
 
 
-def batch_log(folder, job):
+def read_batch_log(folder, job):
     return (folder / f"cogds-train-{job}.log").read_text()
 
 
-def started(checkout, num):
-    until(lambda: len(checkout.told()) == num, 30, lambda: f"{num} starts; there are {checkout.told()}")
+def await_starts(checkout, num):
+    wait_until(lambda: len(checkout.records()) == num, 30, lambda: f"{num} starts; there are {checkout.records()}")
 
 
-def test_words_reach_every_rank_unchanged_and_run_nothing(lab, checkout):
-    before = checkout.names()
+def test_arguments_reach_every_rank_unchanged_and_are_not_evaluated(lab, checkout):
+    before = checkout.file_names()
     words = ["--deepspeed", "a b.json", "", f"data.default_caption={ODD}", "output_dir=o 'u\"t$(touch pwned);x", "x=\\"]
     env = {"COGDS_WRAP": "env WRAPPED=1", "COGDS_SRUN_ARGS": "--label --unbuffered", "RANK": "7", "HF_ODD": ODD}
     job = submit(lab, checkout, "0", *words, options=("--nodes=2", "--exclusive"), **env, COGDS_RANKS_PER_NODE="2")
-    assert lab.wait(job) == "COMPLETED", batch_log(checkout.folder, job)
-    told = checkout.told()
-    assert sorted(fact["host"] for fact in told) == ["n1", "n1", "n2", "n2"]
-    for fact in told:
-        assert fact["argv"] == words
-        assert fact["env"]["HF_ODD"] == ODD
-        assert fact["env"]["WRAPPED"] == "1"
-        assert fact["env"]["SLURM_CPUS_PER_TASK"] == "1"
-        assert "RANK" not in fact["env"]
+    assert lab.wait(job) == "COMPLETED", read_batch_log(checkout.folder, job)
+    records = checkout.records()
+    assert sorted(record["host"] for record in records) == ["n1", "n1", "n2", "n2"]
+    for record in records:
+        assert record["argv"] == words
+        assert record["env"]["HF_ODD"] == ODD
+        assert record["env"]["WRAPPED"] == "1"
+        assert record["env"]["SLURM_CPUS_PER_TASK"] == "1"
+        assert "RANK" not in record["env"]
     logs = {f"cogds-train-{job}-n1.log", f"cogds-train-{job}-n2.log"}
-    assert checkout.names() - before == {"told.jsonl", f"cogds-train-{job}.log", "logs", *logs}
+    assert checkout.file_names() - before == {"records.jsonl", f"cogds-train-{job}.log", "logs", *logs}
     assert "1: started 0" in (checkout.folder / f"logs/cogds-train-{job}-n1.log").read_text()
 
 
-# What every start of a job ends with, how many restarts without progress it may take: how it ends, after how many.
+# (how each start ends, COGDS_MAX_RESTARTS) -> (final state, possible exit codes, number of restarts)
 ENDINGS = {
-    ("2@n2 0", 10): ("FAILED", ("2:0",), 0),  # the user's to mend, whatever the other ranks ended with
+    ("2@n2 0", 10): ("FAILED", ("2:0",), 0),  # a user error is not restarted, whatever the other ranks end with
     ("76 1@n1 0", 10): ("COMPLETED", ("0:0",), 2),
-    # Which of the two: that srun killed the other rank may be told first.
+    # Either code: srun may first report that it has killed the other rank.
     ("kill kill 0", 1): ("FAILED", ("137:0", "143:0"), 1),
-    ("kill+ kill+ 0", 1): ("COMPLETED", ("0:0",), 2),  # two crashes, but the run has got on
+    ("kill+ kill+ 0", 1): ("COMPLETED", ("0:0",), 2),  # two crashes, but with a newer checkpoint each time
     ("75 75 0", 0): ("COMPLETED", ("0:0",), 2),  # stopped, not crashed
 }
 
 
-def test_what_comes_back_and_what_does_not(lab, checkout):
-    # At once: most of their time is SLURM's, between two starts.
+def test_jobs_are_requeued_only_if_that_helps(lab, checkout):
+    # All jobs at once: most of the time passes in SLURM, between two starts.
     jobs = {
         submit(lab, checkout, acts, f"output_dir=out-{acts}", COGDS_MAX_RESTARTS=str(max_restarts)): ending
         for (acts, max_restarts), ending in ENDINGS.items()
     }
     for job, (state, codes, restarts) in jobs.items():
-        text = batch_log(checkout.folder, job) if lab.wait(job, timeout_s=120) != state else ""
+        text = read_batch_log(checkout.folder, job) if lab.wait(job, timeout_s=120) != state else ""
         assert lab.state(job) == state, text
-        assert lab.show(job)["ExitCode"] in codes, batch_log(checkout.folder, job)
+        assert lab.show(job)["ExitCode"] in codes, read_batch_log(checkout.folder, job)
         assert int(lab.show(job)["Restarts"]) == restarts
 
 
-def test_a_cancelled_job_saves_and_stays_away(lab, checkout):
+def test_a_cancelled_job_saves_and_is_not_requeued(lab, checkout):
     job = submit(lab, checkout, "wait 0")
-    started(checkout, 2)
+    await_starts(checkout, 2)
     lab.run("scancel", job)
     assert lab.wait(job) == "CANCELLED"
-    until(lambda: "stopped with code 75; cancelled" in batch_log(checkout.folder, job), 10)
+    wait_until(lambda: "stopped with code 75; not requeued" in read_batch_log(checkout.folder, job), 10)
     for node in lab.nodes:
         assert "saved" in (checkout.folder / f"logs/cogds-train-{job}-{node}.log").read_text()
     assert lab.show(job)["Restarts"] == "0"
 
 
-def test_a_task_of_an_array_has_its_own_words_and_comes_back_alone(lab, checkout):
+def test_a_task_of_an_array_has_its_own_arguments_and_is_requeued_alone(lab, checkout):
     array = submit(lab, checkout, "wait 0", "output_dir=out-{task}", "seed={task}", options=("--array=3-4",))
-    started(checkout, 2)
+    await_starts(checkout, 2)
     # The last task has the number of the whole array.
-    (task,) = [one for one in (3, 4) if lab.show(f"{array}_{one}")["JobId"] == array]
+    (task,) = [number for number in (3, 4) if lab.show(f"{array}_{number}")["JobId"] == array]
     other = 7 - task
     lab.run("scancel", "--batch", "--signal=USR1", f"{array}_{task}")
     assert lab.wait(f"{array}_{task}") == "COMPLETED"
     assert (lab.state(f"{array}_{other}"), lab.show(f"{array}_{other}")["Restarts"]) == ("RUNNING", "0")
     lab.run("scancel", array)
-    assert sorted(fact["argv"] for fact in checkout.told() if fact["start"] == 0) == [
+    assert sorted(record["argv"] for record in checkout.records() if record["start"] == 0) == [
         ["output_dir=out-3", "seed=3"],
         ["output_dir=out-4", "seed=4"],
     ]
-    assert [fact["argv"][1] for fact in checkout.told() if fact["start"] == 1] == [f"seed={task}"]
+    assert [record["argv"][1] for record in checkout.records() if record["start"] == 1] == [f"seed={task}"]
 
 
 @pytest.mark.parametrize(
-    "word, env, says",
+    "argument, env, message",
     [
-        ("seed={task}", {}, "error: {task} in 'seed={task}', but this is no array: sbatch --array=0-7"),
-        ("seed=1", {"COGDS_RANKS_PER_NODE": "4"}, "error: the job has 1 CPUs on a node for 4 ranks"),
-        ("seed=1", {"COGDS_RANKS_PER_NODE": "x"}, "error: 'x' ranks a node: export COGDS_RANKS_PER_NODE"),
-        ("seed=1", {"COGDS_DIR": "/nowhere"}, "error: no launch/train.py in /nowhere: call sbatch in the checkout"),
+        ("seed={task}", {}, "error: {task}: "),
+        ("seed=1", {"COGDS_RANKS_PER_NODE": "4"}, "error: CPUs: "),
+        ("seed=1", {"COGDS_RANKS_PER_NODE": "x"}, "error: COGDS_RANKS_PER_NODE: 'x'"),
+        ("seed=1", {"COGDS_DIR": "/nowhere"}, "error: COGDS_DIR: there is no launch/train.py in /nowhere"),
         ("seed=1", {"COGDS_PYTHON": "/no/python"}, "Exited with exit code 2"),
         ("seed=1", {"COGDS_SRUN_ARGS": "--nonsense"}, "srun: unrecognized option '--nonsense'"),
     ],
 )
-def test_what_cannot_start_is_refused(word, env, says, lab, checkout):
-    job = submit(lab, checkout, "0", word, **env)
+def test_invalid_jobs_are_refused(argument, env, message, lab, checkout):
+    job = submit(lab, checkout, "0", argument, **env)
     assert lab.wait(job) == "FAILED"
     assert lab.show(job)["ExitCode"] == "2:0"
-    assert says in batch_log(checkout.folder, job)
-    assert checkout.told() == []
+    assert message in read_batch_log(checkout.folder, job)
+    assert checkout.records() == []
 
 
-def test_a_run_stopped_by_its_time_limit_and_by_a_better_job_ends_as_if_it_had_not_been(
-    lab, tiny_run, one_node, monkeypatch
-):
+def test_a_run_equals_the_reference_after_its_time_limit_and_a_preemption(lab, tiny_run, one_node, monkeypatch):
     monkeypatch.setenv("COGDS_PYTHON", sys.executable)
     folder, rest = tiny_run
     output_dir = folder / "s 'o\"l$(touch pwned);t"
-    for name in ("cogds", "ds_configs", "launch"):  # a checkout, whose logs are not in ours
+    for name in ("cogds", "ds_configs", "launch"):  # a checkout of its own, so that the logs are not written to ours
         (folder / name).symlink_to(ROOT / name)
     words = command("sbatch --nodes=4")[1:]
     words[words.index("--nodes=4")], words[words.index("--gpus-per-node=8")] = "--nodes=2", "--exclusive"
     job = lab.sbatch(*words, *rest, f"output_dir={output_dir}", cwd=folder)
 
     def trained(num):
-        until(
+        wait_until(
             lambda: (output_dir / "metrics.jsonl").exists() and len(metrics(output_dir)) >= num,
             200,
             lambda: "\n".join(path.read_text()[-3000:] for path in folder.rglob(f"cogds-train-{job}*.log")),
@@ -140,11 +139,11 @@ def test_a_run_stopped_by_its_time_limit_and_by_a_better_job_ends_as_if_it_had_n
     lab.wait(job, "PENDING")
     stopped_at = len(metrics(output_dir))
     trained(stopped_at + 2)
-    better = lab.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
+    preempting = lab.sbatch("--partition=high", "--nodes=2", "--exclusive", "--output=/dev/null", "--wrap=sleep 1")
     lab.wait(job, "PENDING")
-    assert lab.wait(better) == "COMPLETED"
-    assert len(metrics(output_dir)) < 60, "the run was over before the better job came"
-    assert lab.wait(job, timeout_s=200) == "COMPLETED", batch_log(folder, job)
+    assert lab.wait(preempting) == "COMPLETED"
+    assert len(metrics(output_dir)) < 60, "the run ended before it was preempted"
+    assert lab.wait(job, timeout_s=200) == "COMPLETED", read_batch_log(folder, job)
     assert lab.show(job)["Restarts"] == "2"
     assert losses(output_dir) == losses(one_node)
     assert not (folder / "pwned").exists()
@@ -155,7 +154,7 @@ def test_encode(lab, tiny_run, monkeypatch, tmp_path):
     _, rest = tiny_run
     config = ROOT / "launch/configs/cogvideox1.5_i2v_lora.yaml"
     words = ["--config", config, *rest, f"data.cache_dir={tmp_path / 'cache'}"]
-    here = {"cwd": tmp_path, "env": {"COGDS_DIR": str(ROOT)}}
-    job = lab.sbatch("--nodes=2", ROOT / "launch/slurm/encode.sbatch", *words, **here)
+    context = {"cwd": tmp_path, "env": {"COGDS_DIR": str(ROOT)}}
+    job = lab.sbatch("--nodes=2", ROOT / "launch/slurm/encode.sbatch", *words, **context)
     assert lab.wait(job, timeout_s=120) == "COMPLETED"
     assert "7 clips encoded" in (tmp_path / f"logs/cogds-encode-{job}-n1.log").read_text()

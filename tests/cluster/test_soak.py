@@ -1,4 +1,4 @@
-"""soak.py as it stands: 2,000 steps, something every hundred, and nobody looks after it."""
+"""soak.py: one job of 2,000 steps with a fault about every hundred steps."""
 
 import pytest
 
@@ -8,7 +8,7 @@ from tests.cluster.soak import soak
 pytestmark = pytest.mark.endurance
 
 
-def test_a_job_that_is_struck_every_hundred_steps_comes_to_its_end_unchanged(lab, tmp_path_factory):
+def test_a_job_with_faults_finishes_and_equals_the_reference(lab, tmp_path_factory):
     folder = tmp_path_factory.getbasetemp() / "endurance"
     folder.mkdir(exist_ok=True)
     table, result = soak(lab, folder, num_steps=2000, every=100, seed=0)

@@ -122,6 +122,7 @@ CASES = [(ATTENTION, mode) for mode in CHECKPOINTING_MODES]
 CASES += [(layers, mode) for layers in (ATTENTION[:1], FEED_FORWARD, ALL_LAYERS) for mode in ("none", "full")]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers, mode", CASES, ids=[f"{len(layers)}-{mode}" for layers, mode in CASES])
 def test_activations_at_the_published_size(monkeypatch, layers, mode):
     """On the meta device: within 4%."""
@@ -136,6 +137,7 @@ def test_activations_at_the_published_size(monkeypatch, layers, mode):
     assert expected + 2 * FULL_UNIT == pytest.approx(kept, rel=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("mode", ["selective", "full"])
 def test_activations_with_sequence_parallelism(monkeypatch, mode):
     """On the meta device, where the collectives only return shapes: within 4%."""
@@ -145,6 +147,7 @@ def test_activations_with_sequence_parallelism(monkeypatch, mode):
     assert model.estimate(FULL, 1, mode).activations_bytes == pytest.approx(peak, rel=0.04)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("layers", [ATTENTION, FEED_FORWARD], ids=["attention", "feed_forward"])
 @pytest.mark.parametrize("mode", ["none", "full"])
 def test_activations_of_fp8_matmuls(monkeypatch, mode, layers):

@@ -480,7 +480,7 @@ def test_a_simulation_of_the_plan():
         assert one.deviation <= 1
     assert cost.copies_share < bucket.copies_share
     # And the measures can tell: the others are not as good in what they give up.
-    assert ways["shuffled"].idle_share > 0.1
+    assert ways["independent ranks"].idle_share > 0.1
     assert ways["one shape"].distorted_share > 0.3
     assert ways["truncated buckets"].never_seen > 100
 

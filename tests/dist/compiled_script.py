@@ -1,5 +1,7 @@
-"""Run by test_compiled.py: `launch/train.py` with the block compiled, but for the code generator, which takes minutes.
-Writes down how many graphs there were."""
+"""Run by test_compiled.py: `launch/train.py` with blocks compiled except for code generation, which takes minutes.
+
+Writes the sizes of the graphs.
+"""
 
 import os
 import sys
@@ -12,17 +14,14 @@ sys.path.insert(0, str(ROOT))
 from torch._dynamo.backends.debugging import aot_eager  # noqa: E402
 from torch.fx import GraphModule  # noqa: E402
 
-from cogds.cli import (
-    call,
-    run,
-)
+from cogds.cli import call, run  # noqa: E402
 from cogds.model.transformer.forward import Transformer  # noqa: E402
 
 graphs = []
 
 
 def count(graph, example):
-    # What is recomputed stands in graphs within the graph, one of every checkpoint.
+    # Each checkpoint is a graph within the graph.
     nested = [one for one in graph.modules() if isinstance(one, GraphModule)]
     graphs.append(sum(node.op == "call_function" for one in nested for node in one.graph.nodes))
     return aot_eager(graph, example)

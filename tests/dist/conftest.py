@@ -1,4 +1,4 @@
-"""Real runs of the main command with 2 ranks on drawn clips, made once and looked at by several tests."""
+"""Real runs of the train verb with 2 ranks on drawn clips, shared by several tests."""
 
 import json
 from pathlib import Path
@@ -11,7 +11,7 @@ from cogds.metrics.jsonl import step_lines
 
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory, tiny_model):
-    """A folder with clips, a cache and the runs; `arguments` is what every run has in common."""
+    """A folder with clips, a cache and the runs."""
     from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("workshop")
@@ -21,7 +21,7 @@ def workshop(tmp_path_factory, tiny_model):
 
 @pytest.fixture(scope="session")
 def train_once(workshop, tiny_model, run_train):
-    """`train_once(name, ds, *overrides)`: the finished run's folder; a name is run once a session."""
+    """`train_once(name, ds, *overrides)`: the folder of a finished run. Each name is run once per session."""
     done = {}
 
     def run(name, ds="zero2", *overrides, **options):
@@ -42,12 +42,12 @@ def train_once(workshop, tiny_model, run_train):
 
 
 def metrics(run: Path):
-    """The lines of optimizer steps; not those of what was noted beside them."""
+    """The lines of metrics.jsonl that belong to optimizer steps."""
     return step_lines((run / "metrics.jsonl").read_text())
 
 
 def notes(run: Path):
-    """The other lines."""
+    """The other lines, which callbacks write."""
     lines = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     return [line for line in lines if "train/loss" not in line]
 

@@ -1,12 +1,12 @@
-"""The elastic matrix: a run is saved in one layout and goes on in another, for every pair of layouts.
+"""The elastic matrix: a run is saved in one layout and resumed in another, for every pair of layouts.
 
     python tests/dist/elastic.py --folder DIR [--pairs covering|all]
 
-Layouts are a number of ranks and a shipped DeepSpeed config, on the tiny model in float32, with the accumulation that
-keeps four clips a step: then every layout trains the same clips with the same noise, and the losses must be the ones of
-the run that was never stopped. Prints a table and a line of JSON; the exit code is 1 where a pair fails.
+A layout is a number of ranks and a shipped DeepSpeed config, on the tiny model in float32. Gradient accumulation is set
+to four clips per step, so every layout trains the same clips with the same noise, and the losses must be those of the
+uninterrupted run. Prints a table and a line of JSON. The exit code is 1 if a pair fails.
 
-Every number of ranks is forked once to save and once to go on, and does all its jobs in the same processes.
+For each number of ranks, the processes are forked once to save and once to resume, and run all jobs.
 """
 
 import argparse
@@ -20,13 +20,13 @@ sys.path.insert(0, str(ROOT))
 
 RANKS, CONFIGS = (1, 2, 4), ("zero1", "zero2", "zero3", "zero3_offload")
 LAYOUTS = list(itertools.product(RANKS, CONFIGS))
-# Of 11 clips a pass: 6 are left in the second where the layout changes, and it ends before the run does.
-SAVED, LAST, CLIPS_A_STEP = 4, 8, 4
+# There are 11 clips, so the layout changes in the second epoch, and the run ends in the third.
+SAVED, LAST, CLIPS_PER_STEP = 4, 8, 4
 TOLERANCE = 2e-5
 
 
 def covering():
-    """Every layout saves and goes on at least once, and every change of ranks and every change of stage is there."""
+    """Return pairs in which every layout saves and resumes, with every change of ranks and every change of config."""
     pairs = [
         ((ranks, ds), (RANKS[(i + 1) % len(RANKS)], CONFIGS[(j + i + 1) % len(CONFIGS)]))
         for i, ranks in enumerate(RANKS)
@@ -43,14 +43,14 @@ def overrides(folder, layout, output, *more):
     return [
         f"model.path={folder / 'model'}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
         "data.buckets=[9x64x64]", "data.num_workers=0", f"output_dir={folder / output}", "train.precision=fp32",
-        f"train.gradient_accumulation_steps={CLIPS_A_STEP // layout[0]}", f"train.num_steps={LAST}", "lora.rank=3",
+        f"train.gradient_accumulation_steps={CLIPS_PER_STEP // layout[0]}", f"train.num_steps={LAST}", "lora.rank=3",
         "lora.alpha=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", f"checkpoint.every={SAVED}",
         "metrics.progress_bar=false", "eval.every=null", *more,
     ]  # fmt: skip
 
 
 def work(jobs):
-    """In every rank: train the jobs, each a DeepSpeed config and overrides, one after another."""
+    """Train the jobs one after another in a rank. A job is a DeepSpeed config and overrides."""
     from cogds.distributed.process_group import connect, disconnect
     from cogds.distributed.world import read_world
     from cogds.process.signals import StopRequest
@@ -67,7 +67,7 @@ def work(jobs):
 
 
 def launch(server, num_ranks, jobs, folder, timeout_s):
-    """Run the jobs on so many ranks. Raises where one fails."""
+    """Run the jobs on `num_ranks` ranks. Raises if one fails."""
     from tests.conftest import free_port, remove_shared_buffers
 
     port, output = free_port(), folder / f"{num_ranks}.log"
@@ -84,22 +84,22 @@ def losses(folder):
 
 
 def visits(checkpoint, step, last):
-    """Positions that a run draws from `step` to `last`, by the plan that a checkpoint holds."""
+    """Return the positions that a run draws from `step` to `last`, according to the plan in a checkpoint."""
     from cogds.core.plan import Origin, Plan
 
     fields = json.loads((checkpoint / "state.json").read_text())["plan"]
     plan = Plan(**fields | {"origin": Origin(**fields["origin"])})
     return [
         position
-        for one in range(step, last)
-        for micro_batch in plan.at(one)
+        for number in range(step, last)
+        for micro_batch in plan.at(number)
         for part in micro_batch.parts
         for position in range(part.start, part.start + part.num_draws)
     ]
 
 
 def run_matrix(folder, pairs, timeout_s=900):
-    """`{(source, target): largest difference of a loss}`, and what is wrong, in words."""
+    """Return `{(source, target): largest difference of a loss}` and a list of errors."""
     from cogds.data.video.drawn import draw_clips
     from cogds.model.tiny import create_tiny_model
     from tests.warm import Server
@@ -127,34 +127,34 @@ def run_matrix(folder, pairs, timeout_s=900):
     server.close()
     reference = losses(folder / name(LAYOUTS[0]))
     assert len(reference) == LAST
-    found, wrong = {}, []
+    differences, errors = {}, []
     for source, target in pairs:
         output = folder / f"{name(source)}-to-{name(target)}"
-        gone_on = losses(output)
-        assert len(gone_on) == LAST - SAVED
-        found[source, target] = max(abs(a - b) for a, b in zip(gone_on, reference[SAVED:]))
-        if not found[source, target] <= TOLERANCE:
-            wrong.append(f"{name(source)} to {name(target)}: losses {gone_on} instead of {reference[SAVED:]}")
+        resumed = losses(output)
+        assert len(resumed) == LAST - SAVED
+        differences[source, target] = max(abs(a - b) for a, b in zip(resumed, reference[SAVED:]))
+        if not differences[source, target] <= TOLERANCE:
+            errors.append(f"{name(source)} to {name(target)}: losses {resumed} instead of {reference[SAVED:]}")
         before = visits(folder / name(source) / f"checkpoints/step-{SAVED:06d}", 0, SAVED)
         after = visits(output / f"checkpoints/step-{LAST:06d}", SAVED, LAST)
-        if sorted(before + after) != list(range(LAST * CLIPS_A_STEP)):
-            wrong.append(f"{name(source)} to {name(target)}: trained {before} and then {after}")
-    return found, wrong
+        if sorted(before + after) != list(range(LAST * CLIPS_PER_STEP)):
+            errors.append(f"{name(source)} to {name(target)}: trained {before} and then {after}")
+    return differences, errors
 
 
-def table(found):
-    """Markdown: rows save, columns go on."""
-    targets = sorted({target for _, target in found})
+def table(differences):
+    """Return a Markdown table: rows save, columns resume."""
+    targets = sorted({target for _, target in differences})
     lines = ["| saved by | " + " | ".join(map(name, targets)) + " |", "|---" * (len(targets) + 1) + "|"]
-    for source in sorted({source for source, _ in found}):
-        cells = [f"{found[source, t]:.0e}" if (source, t) in found else "" for t in targets]
+    for source in sorted({source for source, _ in differences}):
+        cells = [f"{differences[source, t]:.0e}" if (source, t) in differences else "" for t in targets]
         lines.append(f"| {name(source)} | " + " | ".join(cells) + " |")
     return "\n".join(lines)
 
 
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, help="where to work; an empty folder")
+    parser.add_argument("--folder", type=Path, help="empty folder for all files")
     parser.add_argument("--pairs", choices=("covering", "all"), default="all")
     parser.add_argument("--jobs", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
@@ -163,10 +163,10 @@ def main():
         return
     args.folder.mkdir(parents=True, exist_ok=True)
     pairs = covering() if args.pairs == "covering" else list(itertools.product(LAYOUTS, LAYOUTS))
-    found, wrong = run_matrix(args.folder.resolve(), pairs)
-    print(table(found))
-    print(json.dumps({"pairs": len(found), "wrong": wrong, "largest_difference": max(found.values())}))
-    sys.exit(1 if wrong else 0)
+    differences, errors = run_matrix(args.folder.resolve(), pairs)
+    print(table(differences))
+    print(json.dumps({"pairs": len(differences), "wrong": errors, "largest_difference": max(differences.values())}))
+    sys.exit(1 if errors else 0)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""Run by test_export.py on 2 ranks: train nothing, fill the adapter with numbers, keep the engine's output and its file."""
+"""Run by test_export.py on 2 ranks: fill the adapter with random numbers, save the engine's output and the LoRA file."""
 
 import json
 import sys

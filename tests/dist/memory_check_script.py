@@ -1,4 +1,4 @@
-"""Run by test_memory_check.py on 2 ranks: a few steps at stages 2 and 3, the largest bucket tried before them or not."""
+"""Run by test_memory_check.py on 2 ranks: a few steps at stages 2 and 3, with and without the memory check."""
 
 import json
 import sys
@@ -29,7 +29,7 @@ NUM_STEPS, ACCUMULATION = 3, 2
 
 
 def train(model, world, stage, memory_check):
-    """Losses and the state after a few steps, and whether the memory check left the random state alone."""
+    """Return losses and state after a few steps, whether the random state is unchanged, and the memory check's text."""
     job = make_job(
         f"model.path={model.path}", "data.path=unused", "train.precision=fp32", f"train.memory_check={memory_check}",
         f"train.gradient_accumulation_steps={ACCUMULATION}", "train.activation_checkpointing=selective",
@@ -49,11 +49,11 @@ def train(model, world, stage, memory_check):
     run = Run(job, data, SimpleNamespace(local_batch_sizes=BATCH_SIZES), execution, first_step=0)
     torch.manual_seed(world.rank)
     before = torch.get_rng_state()
-    found = check_memory(run, engine, builder)
+    result = check_memory(run, engine, builder)
     same_random = bool((torch.get_rng_state() == before).all())
     batch = random_batch(BUCKETS[0], 2, model.geometry, no_caption.shape[1], "fp32")
     losses, kept = [], torch.zeros(2, dtype=torch.bool)
-    engine.module.set_checkpointing(execution.checkpointing_modes[0])
+    engine.module.set_checkpointing(execution.buckets[0].checkpointing)
     for step in range(NUM_STEPS):
         set_learning_rate(engine, 1e-2)
         for micro_step in range(ACCUMULATION):
@@ -67,20 +67,20 @@ def train(model, world, stage, memory_check):
             losses.append(loss.item())
     state = gather_state(engine, world)
     engine.destroy()
-    return losses, state.tensors if world.rank == 0 else {}, same_random, str(found)
+    return losses, state.tensors if world.rank == 0 else {}, same_random, str(result)
 
 
 world = read_world()
 connect(world, 120)
 model, report = find_model(str(model_path)), {}
 for stage in (2, 3):
-    plain, checked = (train(model, world, stage, asked) for asked in ("off", "on"))
+    plain, checked = (train(model, world, stage, memory_check) for memory_check in ("off", "on"))
     report[stage] = {
         "losses": [plain[0], checked[0]],
         "different": [name for name, one in plain[1].items() if not torch.equal(one, checked[1][name])],
         "num_tensors": len(plain[1]),
         "random state kept": checked[2],
-        "said": [plain[3], checked[3]],
+        "texts": [plain[3], checked[3]],
     }
     report[stage]["weights"] = {name: one.double().norm().item() for name, one in plain[1].items()}
 if world.rank == 0:

@@ -1,4 +1,4 @@
-"""Run by test_samples.py: `launch/train.py`, keeping every video's frames as they are before they are compressed."""
+"""Run by test_samples.py: `launch/train.py`, which also saves the frames of every video before compression."""
 
 import itertools
 import sys
@@ -10,10 +10,7 @@ sys.path.insert(0, str(ROOT))
 import numpy as np  # noqa: E402
 
 import cogds.train.samples  # noqa: E402
-from cogds.cli import (
-    call,
-    run,
-)
+from cogds.cli import call, run  # noqa: E402
 from cogds.distributed.world import read_world  # noqa: E402
 
 number, write_video = itertools.count(), cogds.train.samples.write_video

@@ -27,13 +27,13 @@ from cogds.model.lora.adapter import inject  # noqa: E402
 from cogds.model.transformer.attention import attend  # noqa: E402
 from cogds.model.transformer.sequence_parallel import ulysses_attention  # noqa: E402
 
-# Latents F, H, W: 15 video tokens; a portrait bucket, 10; each with its level of recomputation. 5 text tokens.
+# Latents F, H, W: 15 video tokens; a portrait bucket, 10; each with its activation checkpointing mode. 5 text tokens.
 SHAPES = {"odd": ((2, 6, 10), "selective"), "portrait": ((4, 10, 2), "full")}
 LORA = (4, 8, 0.0, ("all-linear",), 0)
 
 
 def batch_of(shape, data_rank):
-    """Inputs of 2 clips and what they are compared with, in a data-parallel rank."""
+    """The inputs and the target of 2 clips of a data-parallel rank."""
     (frames, height, width), _ = SHAPES[shape]
     generator = torch.Generator().manual_seed(sum(map(ord, shape)) + data_rank)
     tokens = frames // 2 * (height // 2) * (width // 2)
@@ -60,7 +60,7 @@ def weights_of(shapes):
 
 
 def alone(model, data_size):
-    """Of each shape: the mean over data-parallel ranks of loss and gradients, by one process without DeepSpeed."""
+    """The mean loss and gradients over data-parallel ranks for each shape, from one process without DeepSpeed."""
     transformer = load_transformer(model, torch.float32)
     inject(transformer, *LORA)
     ours = {name: one for name, one in transformer.named_parameters() if one.requires_grad}
@@ -76,7 +76,7 @@ def alone(model, data_size):
 
 
 def shared(model, world, stage):
-    """The same of the world's ranks, and what DeepSpeed says that the gradient's norm is."""
+    """The same from the ranks of the world, and the gradient norm that DeepSpeed reports."""
     path = str(ROOT / f"ds_configs/zero{stage}.json")
     settings = ["model.path=unused", "data.path=unused", "train.precision=fp32", "train.batch_size=2"]
     cfg, explicit = load_config(None, [*settings, f"parallel.sequence_size={world.sequence_size}"])
@@ -88,7 +88,7 @@ def shared(model, world, stage):
     ours = trainable(engine)
     weights = weights_of({name: getattr(one, "ds_shape", one.shape) for name, one in ours.items()})
     restore_state(engine, TrainState({f"weight/{name}": value for name, value in weights.items()}), world)
-    set_learning_rate(engine, 0.0)  # so that every shape meets the same weights
+    set_learning_rate(engine, 0.0)  # so that every shape has the same weights
     found = {}
     for shape, (_, level) in SHAPES.items():
         transformer.set_checkpointing(level)
@@ -103,7 +103,7 @@ def shared(model, world, stage):
 
 
 def check_against_deepspeed(world):
-    """Where the shares are of one size, DeepSpeed's own layer gives the same."""
+    """For parts of equal size, DeepSpeed's own layer gives the same result."""
     generator = torch.Generator().manual_seed(world.rank)
     query, key, value = (torch.randn(2, 3, 8, 4, generator=generator) for _ in range(3))
     own = ulysses_attention(query, key, value, "torch", (3,) * world.size, dist.group.WORLD.group_name)
@@ -116,7 +116,7 @@ connect(whole, 120)
 check_against_deepspeed(whole)
 model, report = find_model(str(model_path)), []
 for sequence in (2, 4):
-    world = dataclasses.replace(whole, sequence=sequence)
+    world = dataclasses.replace(whole, sequence_size=sequence)
     assert disagreeing_data_ranks(world, world.data_rank) == []
     assert disagreeing_data_ranks(world, int(world.rank == 0)) == [0]
     reference = alone(model, world.data_size)

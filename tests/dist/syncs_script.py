@@ -1,5 +1,6 @@
-"""Run by test_syncs.py: trains as `launch/train.py` does and writes down where a step reads a value off its tensors,
-and where it waits for the device outright."""
+"""Run by test_syncs.py: trains as `launch/train.py` does, and records which code reads values of tensors in a step or
+waits for the device.
+"""
 
 import json
 import os
@@ -19,16 +20,16 @@ from cogds.cli import call  # noqa: E402
 
 
 def place():
-    """Who is asking: package, file and function."""
+    """The caller: package, file and function."""
     frames = traceback.extract_stack()[:-2]
-    own = [one for one in frames if "/torch/" not in one.filename and one.filename != __file__]
+    own = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename != __file__]
     parts = Path(own[-1].filename).parts
-    package = next((one for one in ("deepspeed", "diffusers", "peft", "cogds") if one in parts), "other")
+    package = next((name for name in ("deepspeed", "diffusers", "peft", "cogds") if name in parts), "other")
     return f"{package}:{Path(own[-1].filename).name}:{own[-1].name}"
 
 
 class Reads(TorchDispatchMode):
-    """Where `item()`, `tolist()`, `if tensor` and the like stand: on a GPU each waits for all that is queued."""
+    """Records calls such as `item()`, `tolist()` and `if tensor`. On a GPU each waits for all queued work."""
 
     steps: list[list[str]] = []
 
@@ -56,7 +57,7 @@ def synchronize(*_):
 
 
 cogds.train.trainer.train_step = watched
-# DeepSpeed waits through an object of its own, on a CPU for nothing.
+# DeepSpeed waits through its own object, which does nothing on a CPU.
 torch.cuda.synchronize = get_accelerator().synchronize = synchronize
 call("train", sys.argv[1:], starts_ranks=False)
 Path(os.environ["READS"]).write_text(json.dumps({"reads": Reads.steps, "waits": waits}))

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 SCRIPT = """
 import json

@@ -1,4 +1,4 @@
-"""The compiled block under ZeRO: the losses are those of the plain one."""
+"""Compiled blocks under ZeRO give the losses of plain blocks."""
 
 import pytest
 
@@ -9,7 +9,7 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]  # minutes
 
 
 @pytest.mark.parametrize("ds, checkpointing", [("zero2", "selective"), ("zero3", "none")])
-def test_losses_are_those_of_the_plain_block(train_once, workshop, warm, tmp_path, ds, checkpointing):
+def test_losses_equal_those_of_plain_blocks(train_once, workshop, warm, tmp_path, ds, checkpointing):
     whole = train_once(ds, ds)
     done = warm(
         ROOT / "tests/dist/compiled_script.py",
@@ -22,7 +22,7 @@ def test_losses_are_those_of_the_plain_block(train_once, workshop, warm, tmp_pat
     assert done.returncode == 0, done.stdout[-4000:]
     for rank in range(2):
         graphs = [int(number) for number in (tmp_path / f"graphs-{rank}").read_text().split()]
-        # The block with gradients and, for evaluation, without; not once a bucket. ZeRO-3 may add a small graph.
+        # A block is compiled once with and once without gradients, not per bucket. ZeRO stage 3 may add a small graph.
         assert 1 <= len([number for number in graphs if number >= 10]) <= 2, graphs
     found, expected = losses(workshop / f"compiled-{ds}-{checkpointing}"), losses(whole)
     assert found == pytest.approx(expected, rel=1e-5)

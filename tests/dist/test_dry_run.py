@@ -1,10 +1,10 @@
-"""Everything but training; and training without a word."""
+"""`--dry-run` and `--quiet`."""
 
 import pytest
 
 from cogds.data.cache.maintenance import stats
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 @pytest.fixture
@@ -16,7 +16,7 @@ def words(workshop, tiny_model):
     ]  # fmt: skip
 
 
-def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(run_train, words, tmp_path):
+def test_a_dry_run_shows_the_summary_and_writes_nothing(run_train, words, tmp_path):
     done = run_train(
         *words, "--dry-run", f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.every=1",
         "eval.held_out=0.3", "sample.every=1", "sample.prompts=[{prompt: a cat, image: cat.png}]", launcher="warm",
@@ -25,15 +25,18 @@ def test_a_dry_run_says_what_would_be_trained_and_leaves_nothing(run_train, word
         assert fact in done.stdout
     assert done.stdout.splitlines()[-1].startswith("dry run:")
     assert not list((tmp_path / "run").iterdir())
-    cache = stats(tmp_path / "cache")  # of captions the empty one, which every step needs
-    assert {kind: found["entries"] for kind, found in cache.items() if found["entries"]} == {"captions": 1}
+    cache = stats(tmp_path / "cache")  # only the empty caption, which every step needs
+    assert {kind: counts["entries"] for kind, counts in cache.items() if counts["entries"]} == {"captions": 1}
 
 
-def test_quiet_is_the_final_line(run_train, workshop, words, tmp_path):
+def test_quiet_prints_only_the_result(run_train, workshop, words, tmp_path):
     done = run_train(
         *words, "eval.every=null", "--quiet", f"output_dir={tmp_path / 'run'}",
         f"data.cache_dir={workshop / 'cache'}", launcher="warm", ranks=1,
     )  # fmt: skip
     lora = tmp_path / "run/lora/step-000002"
-    assert done.stdout.splitlines() == [f"LoRA: {lora}", f"watch: tensorboard --logdir {tmp_path / 'run/tensorboard'}"]
+    lines = done.stdout.splitlines()
+    assert lines[:2] == [f"LoRA: {lora}", f"watch: tensorboard --logdir {tmp_path / 'run/tensorboard'}"]
+    assert lines[2].startswith("next: cogds sample ")
+    assert len(lines) == 3
     assert lora.is_dir()

@@ -1,4 +1,4 @@
-"""A run goes on with another number of ranks and another ZeRO stage; all pairs: `python tests/dist/elastic.py`."""
+"""A run resumes with another number of ranks and ZeRO stage. All pairs: `python tests/dist/elastic.py`."""
 
 import pytest
 
@@ -7,12 +7,12 @@ from tests.dist.elastic import CONFIGS, LAYOUTS, RANKS, covering, run_matrix
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
-def test_every_layout_saves_for_another_and_goes_on_from_another(tmp_path):
+def test_every_layout_resumes_from_another(tmp_path):
     pairs = covering()
     assert {source for source, _ in pairs} == {target for _, target in pairs} == set(LAYOUTS)
     for place, kinds in enumerate((RANKS, CONFIGS)):
         changes = {(source[place], target[place]) for source, target in pairs}
         assert changes >= {(a, b) for a in kinds for b in kinds if a != b}
-    found, wrong = run_matrix(tmp_path, pairs)
-    assert wrong == []
-    assert set(found) == set(pairs)
+    differences, errors = run_matrix(tmp_path, pairs)
+    assert errors == []
+    assert set(differences) == set(pairs)

@@ -1,4 +1,4 @@
-"""The evaluation loss beside real training: it changes nothing, is the same at every stage, and is the command's."""
+"""Evaluation in real runs: it does not change training, and all ZeRO stages and the evaluate verb agree."""
 
 import json
 
@@ -10,7 +10,7 @@ from tests.dist.conftest import adapter, losses, notes
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-# Dropout, so that the random states count; every bucket in batches of one and of two.
+# Dropout, so that random states matter. Every bucket has batches of one and of two.
 OVERRIDES = (
     "eval.held_out=0.3", "eval.num_timesteps=3", "eval.num_clips=3", "lora.dropout=0.2", "train.memory_check=off",
     "train.num_steps=4", "train.gradient_accumulation_steps=1", "checkpoint.every=2", "train.batch_size=2",
@@ -18,18 +18,18 @@ OVERRIDES = (
 
 
 def evaluated(run):
-    """step -> the scalars of its evaluation, but for the seconds."""
-    found = {}
+    """The evaluation losses by step."""
+    evaluations = {}
     for line in notes(run):
         if "eval/train_loss" in line:
-            found[line["step"]] = {
-                name: one for name, one in line.items() if name.startswith(("eval/loss", "eval/train"))
+            evaluations[line["step"]] = {
+                name: value for name, value in line.items() if name.startswith(("eval/loss", "eval/train"))
             }
-    return found
+    return evaluations
 
 
 @pytest.mark.parametrize("ds", ["zero2", "zero3"])
-def test_training_is_the_same_bit_for_bit(train_once, ds):
+def test_training_is_bitwise_the_same(train_once, ds):
     plain = train_once(f"{ds}-plain", ds, *OVERRIDES, "eval.every=null")
     run = train_once(f"{ds}-evaluated", ds, *OVERRIDES, "eval.every=2")
     assert evaluated(plain) == {}
@@ -42,7 +42,7 @@ def test_training_is_the_same_bit_for_bit(train_once, ds):
     assert first != last
 
 
-def test_the_stages_agree_and_so_does_the_command(train_once, warm):
+def test_the_stages_and_the_evaluate_verb_agree(train_once, warm):
     two, three = (train_once(f"{ds}-evaluated", ds, *OVERRIDES, "eval.every=2") for ds in ("zero2", "zero3"))
     for step, scalars in evaluated(two).items():
         assert evaluated(three)[step] == pytest.approx(scalars, rel=1e-4)

@@ -1,4 +1,4 @@
-"""What is exported is what the engine computes with, under ZeRO-3's partitioned parameters too."""
+"""The exported file gives the engine's output, also with the partitioned parameters of ZeRO stage 3."""
 
 import json
 import sys
@@ -7,7 +7,6 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from cogds.config.loading import load_config
 from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.loading import load_config
 from tests.conftest import ROOT, run_command

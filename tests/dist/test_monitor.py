@@ -1,4 +1,4 @@
-"""A real run of 2 ranks says of itself what is true."""
+"""The metrics of a real run on 2 ranks are correct."""
 
 import csv
 import json
@@ -11,14 +11,14 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from tests.conftest import ROOT
 from tests.dist.conftest import metrics, notes
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 MAX_GRAD_NORM = 1e-4
 TOKENS = {"17x64x96": 104, "9x96x64": 80, "9x64x64": 64, "1x64x64": 48}  # T/2 x H/16 x W/16 + 32 of text
 
 
 @pytest.fixture(scope="module", params=["zero2", "zero3"])
 def run(request, train_once, workshop):
-    """Every step is saved but the first four, and DeepSpeed writes its own files."""
+    """Steps 5 and 6 are saved, and DeepSpeed's CSV monitor is on."""
     ds_config = json.loads((ROOT / f"ds_configs/{request.param}.json").read_text())
     folder = workshop / f"csv-{request.param}"
     ds_config["csv_monitor"] = {"enabled": True, "output_path": str(folder), "job_name": "own"}
@@ -31,7 +31,7 @@ def run(request, train_once, workshop):
     ), folder  # fmt: skip
 
 
-def test_speed_is_counted_from_the_work_of_all_ranks(run):
+def test_throughput_counts_the_work_of_all_ranks(run):
     from cogds.core.flops import step_flops
 
     for line in metrics(run[0]):
@@ -47,20 +47,20 @@ def test_speed_is_counted_from_the_work_of_all_ranks(run):
         assert line["perf/data_wait_s"] == pytest.approx(line["perf/data_wait"] * step_s)
         if "zero2" in run[0].name:
             assert line["perf/rank_skew"] >= 1
-        else:  # they gather weights within the forward pass, and all end with the slowest
+        else:  # all ranks end a forward pass together, because it gathers weights
             assert "perf/rank_skew" not in line
         assert line["perf/peak_memory_gb"] == line["perf/peak_host_memory_gb"] > 0
-        assert "perf/mfu" not in line  # no CPU's peak is known
+        assert "perf/mfu" not in line  # the peak of a CPU is unknown
 
 
-def test_the_dataset_is_seen_bit_by_bit(run):
+def test_coverage_grows_to_the_whole_dataset(run):
     seen = [line["data/coverage"] for line in metrics(run[0])]
     assert seen == sorted(seen)
     assert seen[0] == pytest.approx(2 / 7)
     assert seen[-1] == 1.0
 
 
-def test_the_gradient_norm_is_that_before_clipping(run):
+def test_the_gradient_norm_is_measured_before_clipping(run):
     assert all(line["train/grad_norm"] > 10 * MAX_GRAD_NORM for line in metrics(run[0]))
 
 
@@ -69,12 +69,12 @@ def norm(tensors):
 
 
 def masters(run, step):
-    """The float32 weights by name. In bf16 the exported ones are rounded: a step here moves few of them, by far."""
+    """The float32 weights by name. A step changes only few of the exported bf16 weights."""
     tensors = load_file(run / f"checkpoints/step-{step:06d}/trainable.safetensors")
     return {name: tensor for name, tensor in tensors.items() if name.startswith("weight/")}
 
 
-def test_norms_by_depth_are_those_of_the_weights_that_are_trained(run):
+def test_norms_by_depth_are_those_of_the_trained_weights(run):
     lines, before, after = metrics(run[0]), masters(run[0], 5), masters(run[0], 6)
     due = [line["step"] for line in lines if any(name.startswith("lora/") for name in line)]
     assert due == [2, 4, 6]
@@ -86,12 +86,12 @@ def test_norms_by_depth_are_those_of_the_weights_that_are_trained(run):
         assert lines[-1][f"lora/update_norm/blocks=0{block}"] == pytest.approx(moved, rel=1e-3)
 
 
-def test_notes_are_in_the_same_file(run):
-    noted = {name for line in notes(run[0]) for name in line} - {"step"}
-    assert {"checkpoint/pause_s", "checkpoint/write_s"} <= noted
+def test_scalars_of_callbacks_are_in_the_same_file(run):
+    names = {name for line in notes(run[0]) for name in line} - {"step"}
+    assert {"checkpoint/pause_s", "checkpoint/write_s"} <= names
 
 
-def test_tensorboard_has_pictures_and_the_layout(run):
+def test_tensorboard_has_images_and_the_layout(run):
     board = EventAccumulator(str(run[0] / "tensorboard"))
     board.Reload()
     assert {"data/buckets", "data/first_frames"} <= set(board.Tags()["images"])

@@ -1,4 +1,4 @@
-"""The preflight command with two real ranks: all well, and with a folder that one rank sees elsewhere."""
+"""The preflight command with two real ranks: without problems, and with a folder that they do not share."""
 
 import os
 import re
@@ -11,14 +11,14 @@ import pytest
 
 from tests.conftest import ROOT, free_port, run_command
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 LEVELS = re.compile(r"^(\w+) +(ok|WARN|FAIL) ", re.MULTILINE)
 
 
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, tiny_model):
-    """A folder, and the overrides that all ranks have in common."""
+    """A folder, and the overrides of all ranks."""
     from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("preflight")
@@ -43,17 +43,17 @@ def test_a_sound_cluster_is_ready(job):
     print(f"preflight with 2 ranks: {time.monotonic() - start:.1f} s")
     assert done.returncode == 0, done.stdout[-6000:]
     assert done.stdout.rstrip().splitlines()[-1] == "ready: 2 ranks on 1 node"
-    found = LEVELS.findall(done.stdout)
-    assert {level for _, level in found} == {"ok"}, done.stdout
+    rows = LEVELS.findall(done.stdout)
+    assert {level for _, level in rows} == {"ok"}, done.stdout
     names = ["versions", "config", "tools", "sources", "disk", "gpu", "network", "folders", "exchange", "step"]
-    assert list(dict.fromkeys(name for name, _ in found)) == names
+    assert list(dict.fromkeys(name for name, _ in rows)) == names
     assert "17x64x96, batch 1: " in done.stdout
     assert [path for path in folder.rglob("*") if "preflight" in path.name] == []
     assert sorted(path.name for path in folder.iterdir()) == ["cache", "clips", "run"]
 
 
-def test_a_folder_that_is_another_on_one_rank_names_it(job):
-    """Started by hand, each rank with its own working folder, and one of them with a variable that the other lacks."""
+def test_a_folder_that_is_not_shared_names_key_rank_and_paths(job):
+    """The ranks are started by hand with different working folders, and only one of them with NCCL_DEBUG."""
     folder, overrides = job
     port, ranks = str(free_port()), []
     words = ["--wait", "10", "--skip", "versions,tools,exchange,step", *overrides, "data.cache_dir=shared"]
@@ -72,17 +72,18 @@ def test_a_folder_that_is_another_on_one_rank_names_it(job):
             )
         )
     try:
-        said = [process.communicate(timeout=120)[0] for process in ranks]
+        outputs = [process.communicate(timeout=120)[0] for process in ranks]
     finally:
         for process in ranks:
             process.kill()
-    assert [process.returncode for process in ranks] == [2, 2], said
-    assert said[0].rstrip().splitlines()[-1] == "not ready: 1 check failed, 1 warning"
-    assert "Traceback" not in said[0] + said[1]
-    text = " ".join(said[0].split())
-    assert "data.cache_dir is not shared: on rank 1 (" in text
-    assert f"there is no folder {folder}/node1/shared; on rank 0 it is {folder}/node0/shared" in text
+    assert [process.returncode for process in ranks] == [2, 2], outputs
+    assert outputs[0].rstrip().splitlines()[-1] == "not ready: 1 check failed, 1 warning"
+    assert "Traceback" not in outputs[0] + outputs[1]
+    text = " ".join(outputs[0].split())
+    assert "folders FAIL data.cache_dir: not shared on rank 1 (" in text
+    assert f" {folder}/node1/shared" in text
+    assert f" {folder}/node0/shared" in text
     assert "NCCL_DEBUG: not set on rank 0" in text
-    assert LEVELS.findall(said[1]) == []  # rank 0 speaks for all
+    assert LEVELS.findall(outputs[1]) == []  # only rank 0 prints the table
     assert list((folder / "node1").iterdir()) == []
     assert list((folder / "node0/shared").iterdir()) == []

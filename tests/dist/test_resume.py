@@ -1,4 +1,4 @@
-"""A resumed run is the run: bitwise at the same world size and ZeRO stage."""
+"""A resumed run is bitwise the uninterrupted run, at the same world size and ZeRO stage."""
 
 import json
 import shutil
@@ -22,9 +22,9 @@ SLOW = [pytest.param(ds, marks=pytest.mark.slow) for ds in ("zero2_offload", "ze
 
 
 def check_resuming(train_once, workshop, name, ds, *overrides, **options):
-    """That a run of 6 steps and one that was stopped on the way are one."""
+    """Check that a run of 6 steps equals a run that was stopped and resumed."""
     whole = train_once(name, ds, *overrides, **options)
-    # The run is stopped after step 5, two steps past its checkpoint of step 3: what came after that is trained again.
+    # The run is stopped after step 5, two steps after its checkpoint of step 3. Those steps are trained again.
     stopped = workshop / f"{name}-stopped"
     shutil.copytree(whole, stopped)
     shutil.rmtree(stopped / "checkpoints/step-000006")
@@ -50,16 +50,16 @@ def test_3_and_resume_and_3_are_6_bitwise(train_once, workshop, ds):
     check_resuming(train_once, workshop, ds, ds)
 
 
-# DeepSpeed's own for offload, beside torch's: without offload they are kernels for GPUs.
+# DeepSpeed's own optimizers for offload. Those without offload are GPU kernels.
 OPTIMIZERS = {
-    # 0.99: of most betas the powers of a few steps are the same numbers however they are reckoned.
+    # With 0.99, the powers of beta show rounding errors within a few steps.
     "cpu-adamw": {"type": "AdamW", "params": {"betas": [0.9, 0.99]}},
     "cpu-lion": {"type": "Lion", "params": {"betas": [0.9, 0.99], "weight_decay": 0.1}},
 }
 
 
 @pytest.mark.slow
-@pytest.mark.timeout(900)  # the first time DeepSpeed compiles them, which takes minutes
+@pytest.mark.timeout(900)  # compiling them takes minutes the first time
 @pytest.mark.parametrize("name", OPTIMIZERS)
 def test_deepspeeds_own_optimizers_resume_bitwise(train_once, workshop, name):
     ds = "zero2_offload"
@@ -73,7 +73,7 @@ def test_deepspeeds_own_optimizers_resume_bitwise(train_once, workshop, name):
 
 
 @pytest.mark.slow
-def test_a_finished_run_says_so_and_does_nothing(train_once, run_train):
+def test_a_finished_run_does_nothing(train_once, run_train):
     whole = train_once("zero2", "zero2")
     before = (whole / "metrics.jsonl").read_text()
     done = run_train(
@@ -102,8 +102,8 @@ def damage_entry(shard, bucket):
 
 
 @pytest.mark.slow
-def test_a_run_outlives_its_clips(train_once, workshop):
-    """A clip that is deleted is trained from the cache; a damaged entry is replaced, and both ranks take all steps."""
+def test_a_run_continues_without_its_clips(train_once, workshop):
+    """A deleted clip is trained from the cache, a damaged entry is replaced, and both ranks train all steps."""
     clips = workshop / "mortal"
     shutil.copytree(workshop / "clips", clips)
     own = (f"data.path={clips}", "data.max_unusable=0.5")
@@ -121,22 +121,22 @@ def test_a_run_outlives_its_clips(train_once, workshop):
     (clips / "clip_6.txt").write_text("one more")
     cache = f"data.cache_dir={workshop / 'mortal-cache'}"
     train_once("mortal-new", "zero2", *own, cache, "train.num_steps=1")
-    # Of one entry only: it is in one of the two ranks' shards, and the bucket needs a sound clip.
+    # Damage one entry only, because the bucket needs a readable clip.
     assert any(damage_entry(shard, (9, 96, 64)) for shard in (workshop / "mortal-cache/clips").glob("*.safetensors"))
     damaged = train_once("mortal-damaged", "zero2", *own, cache, "train.num_steps=12")
     assert len(losses(damaged)) == 12
-    listed = [json.loads(line) for line in (damaged / "quarantine.jsonl").read_text().splitlines()]
-    assert len({one["reason"] for one in listed}) == 1  # a copy shares its entry
-    assert all("is damaged" in one["reason"] for one in listed)
+    records = [json.loads(line) for line in (damaged / "quarantine.jsonl").read_text().splitlines()]
+    assert len({record["reason"] for record in records}) == 1  # a copy shares its entry
+    assert all("is damaged" in record["reason"] for record in records)
 
 
-def test_what_changed_is_named(train_once, run_train):
+def test_changed_settings_are_named(train_once, run_train):
     whole = train_once("zero2", "zero2")
     done = run_train("--deepspeed", "ds_configs/zero2.json", "--config", whole / "run.yaml",
                      "lora.rank=8", "seed=1", "train.num_steps=7", check=False, launcher="warm")  # fmt: skip
     assert done.returncode != 0
-    assert "seed: 0 then, 1 now" in done.stdout
-    assert "lora.rank: 4 then, 8 now" in done.stdout
+    assert "seed was 0, now 1" in done.stdout
+    assert "lora.rank was 4, now 8" in done.stdout
     assert "Traceback" not in done.stdout
 
 

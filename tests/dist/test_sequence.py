@@ -1,4 +1,4 @@
-"""One clip over several ranks, under DeepSpeed: the same loss and gradients, and the same run, as on one rank."""
+"""Sequence parallelism under DeepSpeed gives the loss, the gradients and the run of a single rank."""
 
 import json
 import shutil
@@ -41,7 +41,7 @@ def test_loss_and_gradients_are_those_of_one_rank(four_heads, tmp_path, warm):
         assert case["gradient"] < 1e-5, case
 
 
-def test_a_run_is_the_same_shared_or_not_and_across_resumes(tiny_model, workshop, run_train):
+def test_a_run_is_the_same_with_sequence_parallelism_and_across_resumes(tiny_model, workshop, run_train):
     def train(name, ranks, sequence, num_steps):
         return run_train(
             "--deepspeed", "ds_configs/zero2.json",
@@ -53,13 +53,15 @@ def test_a_run_is_the_same_shared_or_not_and_across_resumes(tiny_model, workshop
         )  # fmt: skip
 
     train("alone", 1, 1, 6)
-    said = train("shared", 2, 2, 2).stdout
-    assert "2 ranks on CPUs, 2 to a clip" in said
+    output = train("shared", 2, 2, 2).stdout
+    assert "2 ranks on CPUs, 2 per clip" in output
     train("shared", 1, 1, 4)
-    said = train("shared", 2, 2, 6).stdout
-    assert "the layout is new" not in said  # the plan knows data-parallel ranks only
-    expected, found = metrics(workshop / "alone"), metrics(workshop / "shared")
-    assert [line["step"] for line in found] == [1, 2, 3, 4, 5, 6]
-    for one, other in zip(found, expected):
-        same = [name for name in other if name.startswith("train/")]
-        assert {name: one[name] for name in same} == pytest.approx({name: other[name] for name in same}, rel=1e-5)
+    output = train("shared", 2, 2, 6).stdout
+    assert "new layout" not in output  # the plan knows data-parallel ranks only
+    expected, actual = metrics(workshop / "alone"), metrics(workshop / "shared")
+    assert [line["step"] for line in actual] == [1, 2, 3, 4, 5, 6]
+    for line, expected_line in zip(actual, expected):
+        names = [name for name in expected_line if name.startswith("train/")]
+        assert {name: line[name] for name in names} == pytest.approx(
+            {name: expected_line[name] for name in names}, rel=1e-5
+        )

@@ -1,4 +1,4 @@
-"""A step waits for the GPU where DeepSpeed looks whether the gradients are finite, and nowhere in between."""
+"""A step waits for the GPU only when DeepSpeed checks whether the gradients are finite."""
 
 import json
 from collections import Counter
@@ -7,13 +7,13 @@ import pytest
 
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 NUM_STEPS = 4
-# The monitor's record of the steps since the last one, and the seed that a loader begins with.
+# The monitor's record of the steps since the last one, and the seed of a loader.
 OWN = {"cogds:monitor.py:<dictcomp>": NUM_STEPS, "cogds:batches.py:load_batches": 1}
 
 
-def test_values_are_read_off_the_device_by_deepspeed_and_the_monitor_only(workshop, tiny_model, warm, tmp_path):
+def test_only_deepspeed_and_the_monitor_read_values_from_the_device(workshop, tiny_model, warm, tmp_path):
     reads = tmp_path / "reads.json"
     done = warm(
         ROOT / "tests/dist/syncs_script.py",
@@ -26,11 +26,11 @@ def test_values_are_read_off_the_device_by_deepspeed_and_the_monitor_only(worksh
         env={"READS": str(reads)},
     )  # fmt: skip
     assert done.returncode == 0, done.stdout[-4000:]
-    found = json.loads(reads.read_text())
-    steps = found["reads"]
-    assert found["waits"] == []  # such as DeepSpeed's throughput timer, which waits twice a micro-step
+    recorded = json.loads(reads.read_text())
+    steps = recorded["reads"]
+    assert recorded["waits"] == []  # as DeepSpeed's throughput timer would, twice per micro-step
     places = Counter(place for step in steps for place in step)
     assert {place: num for place, num in places.items() if not place.startswith("deepspeed:")} == OWN
-    # Once a step, not once a micro-step, and the monitor's only where it is due.
+    # Once per step, not per micro-step, and the monitor only when it is due.
     assert all(len(step) <= 4 for step in steps[1:-1]), steps
     assert not any("monitor" in place for step in steps[:-1] for place in step)

@@ -1,4 +1,4 @@
-"""`launch/encode.py` that writes a line into the file $ENCODED for every clip it encodes: what a kill test counts."""
+"""`launch/encode.py` that also writes a line to the file $ENCODED for each clip it encodes, for tests to count."""
 
 import os
 import sys

@@ -1,4 +1,4 @@
-"""What is wrong is said in one sentence, with an exit code, before any weight is loaded."""
+"""Errors in the input are printed in one line with exit code 2, before any weight is loaded."""
 
 import json
 import shutil
@@ -27,7 +27,7 @@ def no_weights(monkeypatch):
     import cogds.model.load as load
 
     def refuse(*args, **kwargs):
-        pytest.fail(f"weights were loaded before the error was told: {args} {kwargs}")
+        pytest.fail(f"weights were loaded before the error was reported: {args} {kwargs}")
 
     for loader in (load.AutoencoderKLCogVideoX, load.T5EncoderModel):
         monkeypatch.setattr(loader, "from_pretrained", refuse)
@@ -35,8 +35,8 @@ def no_weights(monkeypatch):
 
 
 @pytest.fixture
-def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # noqa: ARG001 (its presence is its effect)
-    """`error_of(*argv)`: what the main command, of one process without a process group, says before it gives up."""
+def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # noqa: ARG001 (used for its effect)
+    """`error_of(*argv)`: the error that the train verb prints, in one process without a process group."""
     from cogds import cli
     from cogds.train import main as train
 
@@ -51,71 +51,72 @@ def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # n
 
     def error_of(*argv):
         assert cli.run(lambda: cli.call("train", [*good, *argv], starts_ranks=False)) == 2
-        said = [line for line in capsys.readouterr().err.splitlines() if "file/s]" not in line and line.strip()]
-        assert len(said) == 1
-        assert said[0].startswith("error: ")
-        return said[0]
+        lines = [line for line in capsys.readouterr().err.splitlines() if "file/s]" not in line and line.strip()]
+        assert len(lines) == 1
+        assert lines[0].startswith("error: ")
+        return lines[0]
 
     return error_of
 
 
-def test_without_a_mistake_weights_are_loaded(error_of):
-    """So that the tests below cannot pass because nothing ever gets that far."""
+def test_without_an_error_weights_are_loaded(error_of):
+    """Otherwise the tests below would pass because nothing ever gets that far."""
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         error_of()
 
 
 def test_missing_model_folder(error_of, tmp_path):
-    said = error_of(f"model.path={tmp_path}/nowhere")
-    assert "error: model.path: " in said
-    assert f"{tmp_path}/nowhere" in said
+    error = error_of(f"model.path={tmp_path}/nowhere")
+    assert "model.path" in error
+    assert f"{tmp_path}/nowhere" in error
 
 
 def test_model_folder_without_a_part(error_of, tiny_model, tmp_path):
     shutil.copytree(tiny_model, tmp_path / "model")
     shutil.rmtree(tmp_path / "model/vae")
-    said = error_of(f"model.path={tmp_path / 'model'}")
-    assert " vae/ " in said
+    error = error_of(f"model.path={tmp_path / 'model'}")
+    assert f"{tmp_path / 'model'}" in error
+    assert "vae" in error
 
 
 def test_missing_data_folder(error_of, tmp_path):
-    said = error_of(f"data.path={tmp_path}/nowhere")
-    assert "error: data.path: " in said
-    assert f"{tmp_path}/nowhere" in said
+    error = error_of(f"data.path={tmp_path}/nowhere")
+    assert "error: data.path: " in error
+    assert f"{tmp_path}/nowhere" in error
 
 
 def test_empty_data_folder(error_of, tmp_path):
     (tmp_path / "empty").mkdir()
-    said = error_of(f"data.path={tmp_path / 'empty'}")
-    assert f"error: data.path: {tmp_path / 'empty'} " in said
-    assert all(layout in said for layout in (".txt", "metadata.csv"))  # the layouts it expects
+    error = error_of(f"data.path={tmp_path / 'empty'}")
+    assert f"error: data.path: {tmp_path / 'empty'} " in error
+    assert all(layout in error for layout in (".txt", "metadata.csv"))  # the layouts it expects
 
 
 def test_every_caption_missing(error_of, clips, tmp_path):
     (tmp_path / "clips").mkdir()
     for name in ("clip_0.mp4", "clip_1.mp4"):
         shutil.copy(clips / name, tmp_path / "clips")
-    said = error_of(f"data.path={tmp_path / 'clips'}")
-    assert "error: data.path: none of the 2 clips" in said
-    assert "2 x caption missing" in said
-    assert "clip_0.mp4: caption missing" in said
+    error = error_of(f"data.path={tmp_path / 'clips'}")
+    assert error.startswith("error: data.path: ")
+    assert "2 x caption missing" in error
+    assert "clip_0.mp4" in error
 
 
 def test_every_clip_too_short(error_of):
-    said = error_of("data.buckets=[161x64x64]")
-    assert "too short: 48 frames at 16 fps, the shortest bucket has 161" in said
+    error = error_of("data.buckets=[161x64x64]")
+    assert all(text in error for text in ("too short", "48 frames", "161"))
 
 
-def test_bucket_that_the_model_cannot_take(error_of):
-    said = error_of("data.buckets=[9x64x64, 10x64x70]")
-    assert "bucket 10x64x70 " in said
-    assert "9x64x64" in said
+def test_bucket_that_the_model_does_not_support(error_of):
+    error = error_of("data.buckets=[9x64x64, 10x64x70]")
+    assert "10x64x70" in error
+    assert "9x64x64" in error
 
 
 def test_bucket_beyond_the_rotary_axis(error_of):
-    said = error_of("data.buckets=[9x64x496]")
-    assert "bucket 9x64x496 " in said
-    assert "480 pixels high and 480 wide" in said
+    error = error_of("data.buckets=[9x64x496]")
+    assert "9x64x496" in error
+    assert "480" in error
 
 
 def test_ranks_that_do_not_divide_the_batch(error_of, tmp_path, monkeypatch):
@@ -123,8 +124,8 @@ def test_ranks_that_do_not_divide_the_batch(error_of, tmp_path, monkeypatch):
         monkeypatch.setenv(name, value)
     ds = json.loads((ROOT / "ds_configs/zero2.json").read_text())
     (tmp_path / "ds.json").write_text(json.dumps({**ds, "train_batch_size": 3}))
-    said = error_of("--deepspeed", str(tmp_path / "ds.json"))
-    assert "train_batch_size is 3" in said
+    error = error_of("--deepspeed", str(tmp_path / "ds.json"))
+    assert "train_batch_size is 3" in error
 
 
 @pytest.mark.parametrize(
@@ -141,42 +142,43 @@ def test_ranks_that_do_not_divide_the_batch(error_of, tmp_path, monkeypatch):
 )
 def test_wrong_deepspeed_file(error_of, tmp_path, text, parts):
     (tmp_path / "ds.json").write_text(text)
-    said = error_of("--deepspeed", str(tmp_path / "ds.json"), "optimizer.max_grad_norm=1.0")
+    error = error_of("--deepspeed", str(tmp_path / "ds.json"), "optimizer.max_grad_norm=1.0")
     for part in [*parts, str(tmp_path / "ds.json")]:
-        assert part in said
+        assert part in error
 
 
 @pytest.mark.parametrize(
     "override, parts",
     [
-        ("train.nun_steps=5", ["train.nun_steps: ", "train.num_steps?"]),
-        ("lr=1e-4", ["lr: ", "optimizer.lr?"]),
+        ("train.nun_steps=5", ["train.nun_steps: ", "train.num_steps"]),
+        ("lr=1e-4", ["lr: ", "optimizer.lr"]),
         ("train.num_steps=many", ["train.num_steps: ", "many"]),
         ("checkpoint.resume=nowhere", ["nowhere"]),
         ("lora.target_modules=[to_z]", ["lora.target_modules", "'to_z'"]),
     ],
 )
 def test_wrong_setting(error_of, override, parts):
-    said = error_of(override)
+    error = error_of(override)
     for part in parts:
-        assert part in said
+        assert part in error
 
 
-def test_decord_where_it_is_not_installed(error_of, monkeypatch):
+def test_decord_that_is_not_installed(error_of, monkeypatch):
     monkeypatch.setitem(sys.modules, "decord", None)
     for encode in ("cached", "on_the_fly"):
-        said = error_of("data.decoder=decord", f"data.encode={encode}")
-        assert said.startswith("error: data.decoder: ")
-        assert "data.decoder=pyav" in said
+        error = error_of("data.decoder=decord", f"data.encode={encode}")
+        assert error.startswith("error: data.decoder: ")
+        assert "data.decoder=pyav" in error
 
 
-# ------------------------------------------------------------------------------------------------- for real
+# ------------------------------------------------------------------------------------------------- real runs
 
 
-def test_bad_files_among_good_ones_are_listed_and_the_run_goes_on(run_train, tiny_model, clips, tmp_path):
+@pytest.mark.slow
+def test_bad_files_are_listed_and_the_others_are_trained(run_train, tiny_model, clips, tmp_path):
     shutil.copytree(clips, tmp_path / "clips")
     (tmp_path / "clips/clip_0.txt").unlink()
-    (tmp_path / "clips/clip_1.mp4").write_bytes(b"no film at all")
+    (tmp_path / "clips/clip_1.mp4").write_bytes(b"not a video")
     whole = (tmp_path / "clips/clip_2.mp4").read_bytes()
     (tmp_path / "clips/clip_2.mp4").write_bytes(whole[: len(whole) // 2])
     done = run_train(
@@ -184,32 +186,34 @@ def test_bad_files_among_good_ones_are_listed_and_the_run_goes_on(run_train, tin
         "data.buckets=[17x64x64]", f"output_dir={tmp_path / 'run'}", "train.num_steps=1", "data.max_unusable=0.8",
         launcher="python",
     )  # fmt: skip
-    listed = [json.loads(line) for line in (tmp_path / "run/unusable.jsonl").read_text().splitlines()]
-    reasons = {one["path"].rpartition("/")[2]: one["reason"] for one in listed}
+    records = [json.loads(line) for line in (tmp_path / "run/unusable.jsonl").read_text().splitlines()]
+    reasons = {record["path"].rpartition("/")[2]: record["reason"] for record in records}
     assert sorted(reasons) == ["clip_0.mp4", "clip_1.mp4", "clip_2.mp4", "clip_4.mp4", "image_0.png"]
     assert reasons["clip_0.mp4"].startswith("caption missing")
     assert "cannot be opened as a video" in reasons["clip_1.mp4"]
     assert "truncated" in reasons["clip_2.mp4"]
-    assert reasons["clip_4.mp4"] == "too short: 12 frames at 16 fps, the shortest bucket has 17"
-    assert "5 files cannot be trained" in done.stdout
+    assert all(text in reasons["clip_4.mp4"] for text in ("too short", "12 frames", "17"))
+    assert "5 files, listed in " in done.stdout
     assert len(step_lines((tmp_path / "run/metrics.jsonl").read_text())) == 1
 
 
-def said_by(done):
+def errors_of(done):
     assert "Traceback" not in done.stdout
     return [line for line in done.stdout.splitlines() if line.startswith("error")]
 
 
-def test_python_ends_with_code_2_and_one_line(run_train, tmp_path):
+@pytest.mark.slow
+def test_a_single_process_ends_with_code_2_and_one_line(run_train, tmp_path):
     (tmp_path / "ds.json").write_text("{stage: 2}")
     done = run_train("--deepspeed", tmp_path / "ds.json", launcher="python", check=False)
     assert done.returncode == 2
-    (said,) = said_by(done)
-    assert f"{tmp_path / 'ds.json'}:1:2: " in said
+    (error,) = errors_of(done)
+    assert f"{tmp_path / 'ds.json'}:1:2: " in error
 
 
-def test_two_ranks_say_it_once_and_fail(run_train, tiny_model, tmp_path):
-    """An error of the data, which only rank 0 reads while the other waits for it."""
+@pytest.mark.slow
+def test_two_ranks_report_an_error_once(run_train, tiny_model, tmp_path):
+    """An error in the data, which only rank 0 reads while the other rank waits."""
     (tmp_path / "empty").mkdir()
     done = run_train(
         "--deepspeed", "ds_configs/zero2.json", f"model.path={tiny_model}", f"data.path={tmp_path / 'empty'}",
@@ -217,6 +221,6 @@ def test_two_ranks_say_it_once_and_fail(run_train, tiny_model, tmp_path):
         check=False,
     )  # fmt: skip
     assert done.returncode != 0
-    assert len(said_by(done)) == 1
-    assert done.stdout.count("holds no clips") == 1  # wherever in a line: ranks write over each other
+    assert len(errors_of(done)) == 1
+    assert done.stdout.count("error: data.path: ") == 1  # anywhere in a line: the output of ranks may be mixed
     assert not list(tmp_path.glob("cache/**/*.safetensors"))

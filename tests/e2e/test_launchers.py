@@ -1,4 +1,4 @@
-"""The demo as the README has it, then the same run under the other launchers, then a video from its LoRA."""
+"""The demo of the README, the same run under the other launchers, and a video from its LoRA."""
 
 import json
 import os
@@ -16,14 +16,14 @@ from safetensors.torch import load_file
 from tests.conftest import ROOT, free_port, remove_shared_buffers, run_command
 from tests.dist.conftest import losses, metrics, notes
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 LORA = "lora/step-000012/pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """A checkout's folder as a newcomer has it, with the demo run in it, and what that printed."""
+    """The folder of a checkout in which the demo has run, and its output."""
     folder = tmp_path_factory.mktemp("demo")
     for name in ("launch", "ds_configs"):
         (folder / name).symlink_to(ROOT / name)
@@ -41,7 +41,7 @@ def torchrun(demo, run_train):
     return folder / "outputs/torchrun"
 
 
-def test_the_demo_says_where_its_lora_is_and_how_to_watch(demo):
+def test_the_demo_prints_where_its_lora_is_and_how_to_watch(demo):
     _, output = demo
     lines = output.splitlines()
     assert "LoRA: outputs/demo/lora/step-000012" in lines
@@ -65,7 +65,7 @@ def test_the_output_tree(demo):
     assert json.loads((run / "ds_config.json").read_text())["train_batch_size"] == 2
 
 
-def test_the_run_config_is_one_that_loads(demo):
+def test_the_saved_run_config_loads(demo):
     from cogds.config.loading import load_config
 
     cfg, _ = load_config(str(demo[0] / "outputs/demo/run.yaml"), [])
@@ -73,7 +73,7 @@ def test_the_run_config_is_one_that_loads(demo):
     assert cfg.data.path == "outputs/demo-clips"
 
 
-def test_tensorboard_holds_what_metrics_hold(demo):
+def test_tensorboard_has_the_scalars_of_metrics_jsonl(demo):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     run = demo[0] / "outputs/demo"
@@ -83,7 +83,7 @@ def test_tensorboard_holds_what_metrics_hold(demo):
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(run))
     lines = [*metrics(run), *notes(run)]
     assert {name for line in lines for name in line} - {"step"} == set(events.Tags()["scalars"])
-    for name in ("checkpoint/pause_s", "checkpoint/write_s"):  # the last one is noted too
+    for name in ("checkpoint/pause_s", "checkpoint/write_s"):  # that of the last save, too
         assert [event.step for event in events.Scalars(name)][-1] == 12
     assert {"config/run/text_summary", "config/deepspeed/text_summary"} <= set(events.Tags()["tensors"])
 
@@ -98,7 +98,7 @@ def test_torchrun_trains_the_same_bits(demo, torchrun):
 
 
 def test_python_alone_is_one_process(demo, run_train):
-    """Neither --deepspeed nor --config, and half the clips a step."""
+    """Without --deepspeed and --config, and with half the clips per step."""
     folder, _ = demo
     run_train("output_dir=outputs/python", "train.num_steps=3", launcher="python", cwd=folder)
     assert len(losses(folder / "outputs/python")) == 3
@@ -110,15 +110,15 @@ def kill_deepspeed(process):
     assert process.wait(30) != 0
 
 
-def ask_the_ranks(process):
-    """As docs/operations.md says, kept to the processes of this run."""
+def signal_the_ranks(process):
+    """Send the signal as docs/operations.md says, but only to the processes of this run."""
     (words,) = re.findall(r"`pkill (-USR1 -f .*?)`", (ROOT / "docs/operations.md").read_text())
     subprocess.run(["pkill", "--session", str(process.pid), *shlex.split(words)], check=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stop", [kill_deepspeed, ask_the_ranks])
-def test_a_deepspeed_that_is_stopped_leaves_a_saved_run_and_nobody_behind(demo, stop):
+@pytest.mark.parametrize("stop", [kill_deepspeed, signal_the_ranks])
+def test_a_stopped_run_is_saved_and_leaves_no_process(demo, stop):
     folder, _ = demo
     run = folder / f"outputs/{stop.__name__}"
     words = f"--num_gpus 2 --master_port {free_port()} launch/train.py --deepspeed ds_configs/zero2.json"
@@ -140,9 +140,9 @@ def test_a_deepspeed_that_is_stopped_leaves_a_saved_run_and_nobody_behind(demo, 
 
 
 def session(leader):
-    """The processes of a session that are there."""
-    found = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(leader)], capture_output=True, text=True, check=False)
-    return [int(line.split()[0]) for line in found.stdout.splitlines() if "Z" not in line.split()[1]]
+    """The living processes of a session."""
+    listing = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(leader)], capture_output=True, text=True, check=False)
+    return [int(line.split()[0]) for line in listing.stdout.splitlines() if "Z" not in line.split()[1]]
 
 
 def until(condition, bound_s=120):
@@ -153,17 +153,17 @@ def until(condition, bound_s=120):
 
 
 def test_the_demo_model_clips_and_encodings_are_made_once(demo, torchrun):
-    """A second run finds everything as the first left it."""
+    """A second run changes none of the files."""
     made = [path for parent in sorted((demo[0] / "outputs").glob("demo-*")) for path in parent.rglob("*")]
     assert len([path for path in made if path.suffix == ".mp4"]) == 6
     started = (torchrun / "run.yaml").stat().st_mtime
-    # Written at every start: the manifest and the list of what is unusable.
+    # The manifest and the list of unusable clips are written at every start.
     kept = [path for path in made if path.is_file() and not path.name.endswith((".parquet", ".unusable.jsonl"))]
     assert [path for path in kept if path.stat().st_mtime > started] == []
     assert [path for path in made if ".tmp" in path.name] == []
 
 
-def test_sample_writes_a_video_of_the_size_asked_for(demo):
+def test_sample_writes_a_video_of_the_requested_size(demo):
     import av
 
     folder, _ = demo

@@ -1,6 +1,6 @@
-"""A newcomer's path by the README alone: clone, demo, watch it, one's own ten clips, a video from the LoRA.
+"""A newcomer who follows the README: clone, demo, TensorBoard, a run on ten clips, a video with its LoRA.
 
-Every command is the README's, run in a fresh clone; only the model (a tiny one), the clips and the length are given.
+Every command is the README's, run in a fresh clone. Only the model (a tiny one), the clips and the length differ.
 """
 
 import os
@@ -15,7 +15,7 @@ from PIL import Image
 
 from tests.board import tensorboard
 from tests.conftest import ROOT, free_port, remove_shared_buffers, run_command
-from tests.readme import command
+from tests.readme import README, command, with_programs
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 NUM_CLIPS = 10
@@ -24,12 +24,12 @@ VENV = Path(sys.prefix)
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """What `git clone` gives; `make install` has been run for it already, by whoever runs this test."""
+    """A fresh clone. `make install` has been run already, by whoever runs this test."""
     if not (VENV / ".installed").exists():
-        pytest.skip(f"{VENV} is not what `make install` made: run by `make test-slow`")
+        pytest.skip(f"{VENV} was not created by `make install`: run `make test-slow`")
     folder = tmp_path_factory.mktemp("newcomer") / "cogds"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder)], check=True, timeout=60)
-    # What is being changed counts too.
+    # With the changes that are not committed.
     changed = subprocess.run(
         ["git", "ls-files", "-z", "--modified", "--others", "--exclude-standard"], cwd=ROOT, check=True,
         capture_output=True, text=True, timeout=60,
@@ -39,14 +39,13 @@ def clone(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     for name in ("setup.py", "constraints.txt"):
-        os.utime(folder / name, (0, 0))  # or make would install once more
+        os.utime(folder / name, (0, 0))  # or make would install again
     return folder
 
 
 def run(clone, words, more=(), timeout_s=240):
-    """A command of the README in the clone, its programs those of the clone's environment."""
-    program = VENV / "bin" / words[0]
-    command = [program if program.exists() else words[0], *words[1:], *more]
+    """Run a command of the README in the clone, with the programs of the clone's environment; return its output."""
+    command = [*with_programs(words, VENV / "bin"), *more]
     done = run_command(command, timeout_s, cwd=clone, env={"VENV": str(VENV), "RANKS": "2"})
     assert done.returncode == 0, f"{words}: {done.stdout[-4000:]}"
     return done.stdout
@@ -54,14 +53,15 @@ def run(clone, words, more=(), timeout_s=240):
 
 @pytest.fixture(scope="module")
 def demo(clone):
-    said = run(clone, command("make demo"))
-    remove_shared_buffers([int(re.search(r"--master_port=(\d+)", said)[1])])
-    return said
+    """The output of the demo."""
+    output = run(clone, command("make demo"))
+    remove_shared_buffers([int(re.search(r"--master_port=(\d+)", output)[1])])
+    return output
 
 
 @pytest.fixture(scope="module")
 def own(clone, demo):  # noqa: ARG001 (the tiny model is the demo's)
-    """The run on ten clips of one's own; its folder."""
+    """The output folder of a run on ten clips."""
     from cogds.data.video.drawn import draw_clips
 
     clips = clone / "clips"
@@ -77,13 +77,15 @@ def own(clone, demo):  # noqa: ARG001 (the tiny model is the demo's)
     words[words.index("data.path=/data/clips")] = "data.path=clips"
     small = ["model.path=outputs/demo-model", "data.buckets=[17x64x96, 9x96x64]", "lora.rank=4", "train.num_steps=4",
              "eval.held_out=0.2"]  # fmt: skip
-    said = run(clone, [words[0], "--master_port", free_port(), *words[1:]], small)
-    trained, held_out = (int(re.search(what, said)[1]) for what in (r"(\d+) of 10 clips in", r"(\d+) clips? held out"))
+    output = run(clone, [words[0], "--master_port", free_port(), *words[1:]], small)
+    trained, held_out = (
+        int(re.search(pattern, output)[1]) for pattern in (r"(\d+) of 10 clips in", r"(\d+) clips? held out")
+    )
     assert (trained > 0, held_out > 0, trained + held_out) == (True, True, NUM_CLIPS)
     return clone / "outputs/cogvideox1.5_i2v_lora"
 
 
-def test_the_demo_ends_with_what_to_do_next(clone, demo):
+def test_the_demo_prints_the_lora_and_how_to_watch(clone, demo):
     watch = re.findall(r"^watch: (tensorboard --logdir \S+)", demo, flags=re.M)[-1]
     (lora,) = re.findall(r"LoRA: (\S+)", demo)
     assert (clone / lora / "pytorch_lora_weights.safetensors").exists()
@@ -92,16 +94,25 @@ def test_the_demo_ends_with_what_to_do_next(clone, demo):
         pass
 
 
-def test_ten_clips_of_ones_own_become_a_lora(own):
+def test_the_readme_shows_what_the_demo_prints(demo):
+    """Except for speeds and losses, which depend on the machine."""
+
+    def shape(line):
+        return re.sub(r"\bms/", "s/", re.sub(r"\d[\d.,:]*", "#", line))
+
+    (shown,) = re.findall(r"it prints.*?```text\n(.*?)```", (ROOT / README).read_text(), flags=re.S)
+    assert set(map(shape, shown.splitlines())) <= set(map(shape, demo.splitlines()))
+
+
+def test_ten_clips_become_a_lora(own):
     assert (own / "lora/step-000004/pytorch_lora_weights.safetensors").exists()
     assert (own / "unusable.jsonl").read_text() == ""
 
 
-def test_and_the_lora_makes_a_video(clone, own):
+def test_the_lora_makes_a_video(clone, own):
     Image.new("RGB", (120, 80), (200, 30, 30)).save(clone / "first.png")
-    words = command("python launch/sample.py")
+    words = command("cogds sample")
     words[words.index("--model") + 1] = "outputs/demo-model"
     words[words.index("--lora") + 1] = str(own.relative_to(clone) / "lora/step-000004")
-    said = run(clone, words, ["--steps", "2"])
-    assert "sample.mp4" in said
+    assert "sample.mp4" in run(clone, words, ["--steps", "2"])
     assert (clone / "sample.mp4").stat().st_size > 0

@@ -7,7 +7,7 @@ import pytest
 from cogds.data.video.drawn import draw_clips
 from tests.conftest import ROOT
 
-pytestmark = pytest.mark.dist
+pytestmark = [pytest.mark.dist, pytest.mark.slow]
 SCRIPT = ROOT / "tests/e2e/planted_script.py"
 
 # A PyAV that no longer has an argument or a name that the worker processes use.

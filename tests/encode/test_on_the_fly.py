@@ -41,6 +41,7 @@ def start(tiny_model, tmp_path):
     return run
 
 
+@pytest.mark.slow
 def test_batches_are_those_of_the_cache(start):
     streamed, cached = (start(f"data.encode={mode}")[0]() for mode in ("on_the_fly", "cached"))
     assert len(streamed) == len(cached) == 6
@@ -50,6 +51,7 @@ def test_batches_are_those_of_the_cache(start):
         assert ours.bad == theirs.bad == ()
 
 
+@pytest.mark.slow
 def test_a_file_that_goes_is_replaced_by_the_next_of_its_bucket(start, tmp_path):
     batches, order, draws = start("data.encode=on_the_fly", "train.batch_size=1")
     rows = [next(order.rows(draw)) for (draw,) in draws[:6]]
@@ -66,6 +68,7 @@ def test_a_file_that_goes_is_replaced_by_the_next_of_its_bucket(start, tmp_path)
     assert all(torch.equal(one.tensors["moments"], two.tensors["moments"]) for one, two in zip(made, again))
 
 
+@pytest.mark.slow
 def test_a_damaged_entry_is_replaced_too(start, tmp_path):
     batches, order, draws = start("train.batch_size=1")
     shard = next((tmp_path / "cache/clips").glob("*.safetensors"))

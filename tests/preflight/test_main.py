@@ -18,8 +18,8 @@ def run(monkeypatch):
         def fail():
             raise error
 
-        monkeypatch.setattr(module, "load_checked_job", refuse)
-        monkeypatch.setattr(module, "look_versions", fail)
+        monkeypatch.setattr(module, "load_preflight_job", refuse)
+        monkeypatch.setattr(module, "inspect_versions", fail)
         module.main(parse_args("preflight", ["--skip", "network"], ""))
 
     return run_with

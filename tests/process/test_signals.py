@@ -263,6 +263,7 @@ def signalled_loader(process: subprocess.Popen[str]) -> list[int]:
     return workers
 
 
+@pytest.mark.slow
 def test_loader_workers_survive_signals_to_the_tree_and_end_with_their_parent() -> None:
     with script(
         LOADER.format(end="print('stuck', flush=True); next(batches); next(batches); next(batches)")

@@ -64,6 +64,7 @@ def test_a_folder_that_cannot_be_written_does_not_keep_the_process(tmp_path: Pat
         assert "in stuck_here" in process.stderr.read()
 
 
+@pytest.mark.slow
 def test_a_process_that_holds_the_gil_is_killed_by_the_guard(tmp_path: Path) -> None:
     with script(hung("ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(9), 1)"), str(tmp_path)) as process:
         assert process.wait(BOUND_S) == -signal.SIGKILL

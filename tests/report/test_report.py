@@ -185,11 +185,11 @@ def test_the_given_buckets_have_one_share_of_upscaled_clips():
     assert found.suggestion
     assert found.upscaled_share == 0.75
     for text in (printed(found), html_page(found, table(rows), no_frame)):
-        assert set(re.findall(r"(\d+)% of the trained clips", text)) == {"75"}
+        assert set(re.findall(r"(\d+)% of the clips upscaled", text)) == {"75"}
 
 
 def test_the_short_form_is_short():
-    found = report(captions=Captions(3, 1, 2, 4, 226))
+    found = report(captions=Captions(3, 1, 2, 4, 226), gpu_bytes=80e9)
     lines, memory = short_report(found).splitlines(), gigabytes(found.largest.memory.total_bytes)
     assert len(lines) <= 8
     for expected in ("4 of 8 clips", "2 x cannot be opened", "3 clips", "2 captions", "226 tokens", memory):
@@ -368,7 +368,7 @@ def test_the_command(tmp_path):
     assert not (tmp_path / "run").exists()
     refused = run_command([sys.executable, ROOT / "launch/report.py", "--num_gpus", 0], timeout_s=120)
     assert refused.returncode == 2
-    assert "--num_gpus is 0" in refused.stdout
+    assert "--num-gpus: 0" in refused.stdout
 
 
 def test_what_is_held_out_is_neither_trained_nor_unusable():

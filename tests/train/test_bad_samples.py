@@ -1,3 +1,5 @@
+"""Clips that cannot be read during training: listed once, and too many end the run."""
+
 import json
 
 import pytest
@@ -5,32 +7,33 @@ import pytest
 from cogds.data.loading.dataset import Bad
 from cogds.distributed.world import World
 from cogds.errors import UserError
-from cogds.train.bad_samples import Quarantine
+from cogds.train.bad_samples import BadSamples
 
 ALONE = World(0, 1, 0, 1)
 
 
-def test_what_is_found_is_written_and_said_once(tmp_path, capsys):
-    quarantine = Quarantine(ALONE, tmp_path, num_clips=100, most=0.1)
-    quarantine.settle()
+def test_each_bad_clip_is_listed_and_logged_once(tmp_path, capsys):
+    bad_samples = BadSamples(ALONE, tmp_path, num_clips=100, max_share=0.1)
+    bad_samples.sync()
     assert not (tmp_path / "quarantine.jsonl").exists()
-    quarantine.add([Bad(3, "/a\n.mp4", "gone"), Bad(5, "/b.mp4", "damaged")])
-    quarantine.add([Bad(3, "/a\n.mp4", "gone")])
-    quarantine.settle()
-    quarantine.add([Bad(5, "/b.mp4", "damaged")])
-    quarantine.settle()
+    bad_samples.add([Bad(3, "/a\n.mp4", "gone"), Bad(5, "/b.mp4", "damaged")])
+    bad_samples.add([Bad(3, "/a\n.mp4", "gone")])
+    bad_samples.sync()
+    bad_samples.add([Bad(5, "/b.mp4", "damaged")])
+    bad_samples.sync()
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert lines == [
         {"row": 3, "path": "/a\n.mp4", "reason": "gone"},
         {"row": 5, "path": "/b.mp4", "reason": "damaged"},
     ]
-    assert capsys.readouterr().err.count("replaced by another clip") == 2
+    warnings = capsys.readouterr().err
+    assert (warnings.count("warning: "), warnings.count("gone"), warnings.count("/b.mp4")) == (2, 1, 1)
 
 
 def test_too_many_end_the_run(tmp_path):
-    quarantine = Quarantine(ALONE, tmp_path, num_clips=20, most=0.1)
-    quarantine.add([Bad(row, f"{row}.mp4", "gone") for row in range(2)])
-    quarantine.settle()
-    quarantine.add([Bad(2, "2.mp4", "gone")])
-    with pytest.raises(UserError, match="3 of 20 clips turned out to be unusable"):
-        quarantine.settle()
+    bad_samples = BadSamples(ALONE, tmp_path, num_clips=20, max_share=0.1)
+    bad_samples.add([Bad(row, f"{row}.mp4", "gone") for row in range(2)])
+    bad_samples.sync()
+    bad_samples.add([Bad(2, "2.mp4", "gone")])
+    with pytest.raises(UserError, match=r"^data\.max_unusable: 3 of 20 "):
+        bad_samples.sync()

@@ -1,4 +1,4 @@
-"""The evaluation loss: what is evaluated, that it is the same every time, and what it costs."""
+"""The evaluation loss: its samples, its reproducibility, and its cost."""
 
 import dataclasses
 import json
@@ -19,15 +19,16 @@ from cogds.encode.encoder import encode_dataset
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
+from cogds.train.callbacks import CallbackContext
 from cogds.train.evaluation import (
     MAX_SHARE,
-    Evaluation,
-    cost_lines,
-    deal_tasks,
+    describe_cost,
+    make_eval_batches,
     make_evaluation,
-    make_tasks,
+    make_evaluation_callback,
     mean_losses,
-    middles,
+    midpoints,
+    schedule_rounds,
     share_of_training,
 )
 from cogds.train.run import Run
@@ -38,38 +39,43 @@ from tests.jobs import make_job
 ALONE = World(0, 1, 0, 1)
 
 
-# ---------------------------------------------------------------------------------------------------- what is done when
+# -------------------------------------------------------------------------------------------------- batches and rounds
 
 
 def test_timesteps_are_the_middles_of_equal_parts():
-    assert middles(9, 1000) == [55, 166, 277, 388, 500, 611, 722, 833, 944]
-    assert middles(1, 1000) == [500]
+    assert midpoints(9, 1000) == [55, 166, 277, 388, 500, 611, 722, 833, 944]
+    assert midpoints(1, 1000) == [500]
 
 
 SIZES = st.lists(st.integers(1, 5), min_size=4, max_size=4)
 
 
 @given(st.lists(st.integers(0, 3), min_size=1, max_size=20), st.integers(1, 9), SIZES, st.integers(1, 9))
-def test_every_sample_is_done_and_no_rank_has_nothing_to_do(buckets, num_timesteps, sizes, num_ranks):
-    tasks = make_tasks(buckets, num_timesteps, sizes)
-    samples = Counter(sample for task in tasks for sample in task.samples)
+def test_every_sample_is_evaluated_and_every_rank_has_a_batch_in_every_round(buckets, num_timesteps, sizes, num_ranks):
+    batches = make_eval_batches(buckets, num_timesteps, sizes)
+    samples = Counter(sample for batch in batches for sample in batch.samples)
     assert samples == Counter((clip, number) for clip in range(len(buckets)) for number in range(num_timesteps))
-    for task in tasks:
-        assert 1 <= len(task.samples) <= sizes[task.bucket]
-        assert {buckets[clip] for clip, _ in task.samples} == {task.bucket}
-    moments = deal_tasks(tasks, [1.0, 9.0, 4.0, 2.0], num_ranks)
-    assert all(len(moment) == num_ranks for moment in moments)
-    assert len(moments) == -(-len(tasks) // num_ranks)
-    assert {id(task) for moment in moments for task in moment} == {id(task) for task in tasks}
+    for batch in batches:
+        assert 1 <= len(batch.samples) <= sizes[batch.bucket]
+        assert {buckets[clip] for clip, _ in batch.samples} == {batch.bucket}
+    rounds = schedule_rounds(batches, [1.0, 9.0, 4.0, 2.0], num_ranks)
+    assert all(len(batches_of_round) == num_ranks for batches_of_round in rounds)
+    assert len(rounds) == -(-len(batches) // num_ranks)
+    assert {id(batch) for batches_of_round in rounds for batch in batches_of_round} == {id(batch) for batch in batches}
 
 
-def test_what_is_done_at_the_same_moment_costs_about_the_same():
-    tasks = make_tasks([0, 1, 0, 1], 2, [1, 1])
-    moments = deal_tasks(tasks, [1.0, 100.0], 2)
-    assert [[task.bucket for task in moment] for moment in moments] == [[1, 1], [1, 1], [0, 0], [0, 0]]
+def test_the_batches_of_a_round_cost_about_the_same():
+    batches = make_eval_batches([0, 1, 0, 1], 2, [1, 1])
+    rounds = schedule_rounds(batches, [1.0, 100.0], 2)
+    assert [[batch.bucket for batch in batches_of_round] for batches_of_round in rounds] == [
+        [1, 1],
+        [1, 1],
+        [0, 0],
+        [0, 0],
+    ]
 
 
-def test_means_are_over_clips_and_timesteps_and_leave_out_what_is_not_there():
+def test_means_are_over_clips_and_timesteps_and_skip_missing_losses():
     clips = [SimpleNamespace(shape=shape) for shape in ("a", "b", "a")]
     losses = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 5.0, (1, 1): 7.0}
     assert mean_losses(clips, 2, [250, 750], losses) == {
@@ -87,7 +93,7 @@ def test_means_are_over_clips_and_timesteps_and_leave_out_what_is_not_there():
 
 @pytest.fixture(scope="module")
 def place(tiny_model, tmp_path_factory):
-    """What the runs of this file have in common."""
+    """Overrides that all runs of this file share."""
     folder = tmp_path_factory.mktemp("evaluated")
     draw_clips(folder / "clips")
     return [
@@ -99,14 +105,14 @@ def place(tiny_model, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def setting(place):
-    """`setting(*overrides, world)`: config, model, data, and what evaluates it."""
+    """`setting(*overrides, world)`: a job, its data, step builder and evaluation."""
 
     def make(*overrides, world=ALONE):
-        job = make_job(*place, *overrides)
+        job = dataclasses.replace(make_job(*place, *overrides), world=world)
         cfg, model, buckets = job.cfg, job.model, job.buckets
         data = encode_dataset(cfg, model, buckets, ALONE)
         builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, torch.float32, ALONE.device)
-        evaluation = Evaluation.of(cfg, data, builder, job.batch_sizes, model, world)
+        evaluation = make_evaluation(job, data, builder, job.batch_sizes)
         return SimpleNamespace(
             job=job,
             cfg=cfg,
@@ -139,7 +145,8 @@ def test_two_evaluations_of_the_same_weights_are_identical(setting, forward):
     assert other["eval/loss"] == pytest.approx(found["eval/loss"], rel=0.05)
 
 
-def test_it_is_the_same_on_any_number_of_ranks(setting, forward, monkeypatch):
+@pytest.mark.slow
+def test_the_loss_is_the_same_on_any_number_of_ranks(setting, forward, monkeypatch):
     alone = setting().evaluation.scalars(forward)
     for size, sequence in ((2, 1), (5, 1), (2, 2)):
         told = []
@@ -149,7 +156,7 @@ def test_it_is_the_same_on_any_number_of_ranks(setting, forward, monkeypatch):
         num_passes = set()
         for rank in range(size):
             one = setting(world=World(rank, size, 0, 1, sequence)).evaluation
-            num_passes.add(len(one.moments))
+            num_passes.add(len(one.rounds))
             last = one.scalars(forward)
         assert last == alone
         assert len(num_passes) == 1
@@ -159,12 +166,12 @@ def test_a_loss_does_not_depend_on_the_other_clips_or_on_the_batch(setting, forw
     one = setting().evaluation
     losses = one.losses(forward)
     for clip in (0, len(one.clips) - 1):
-        tasks = make_tasks([one.clips[clip].bucket], len(one.timesteps), (1,) * 3)
-        moments = deal_tasks(tasks, (1.0,) * 3, 1)
-        alone = dataclasses.replace(one, clips=one.clips[clip : clip + 1], moments=moments).losses(forward)
+        batches = make_eval_batches([one.clips[clip].bucket], len(one.timesteps), (1,) * 3)
+        rounds = schedule_rounds(batches, (1.0,) * 3, 1)
+        alone = dataclasses.replace(one, clips=one.clips[clip : clip + 1], rounds=rounds).losses(forward)
         assert alone == {(0, number): losses[clip, number] for number in range(3)}
     batched = setting("train.batch_size=4").evaluation
-    assert len(batched.moments) < len(one.moments)
+    assert len(batched.rounds) < len(one.rounds)
     assert batched.losses(forward) == pytest.approx(losses, rel=1e-5)
 
 
@@ -205,8 +212,8 @@ def test_a_bug_is_not_a_fault_of_a_clip(setting, forward, monkeypatch, error, na
 
 
 @pytest.mark.parametrize("always", [False, True])
-def test_inputs_that_cannot_be_made_cost_a_clip_and_no_forward_pass(setting, forward, caplog, always):
-    """Such as for want of memory in the VAE: the other ranks take as many passes, of the same shapes."""
+def test_clips_whose_inputs_fail_are_left_out_without_changing_the_forward_passes(setting, forward, caplog, always):
+    """As when the VAE runs out of memory. The other ranks make as many passes, of the same shapes."""
     one, whole = setting("train.batch_size=2").evaluation, setting("train.batch_size=2").evaluation.scalars(forward)
     build, passes, plain = one.builder.build, [], []
 
@@ -235,15 +242,17 @@ def test_inputs_that_cannot_be_made_cost_a_clip_and_no_forward_pass(setting, for
         assert not any("1x64x64" in name for name in found)
 
 
-# ------------------------------------------------------------------------------------------------------ beside training
+# ------------------------------------------------------------------------------------------------------ during training
 
 
-class Noted:
+class Recorder:
+    """A monitor that keeps the scalars of each step."""
+
     def __init__(self):
-        self.notes = {}
+        self.scalars = {}
 
     def add_scalars(self, step, scalars):
-        self.notes[step] = scalars
+        self.scalars[step] = scalars
 
 
 def run_of(one, mode="none", **changes):
@@ -256,15 +265,17 @@ def engine_of(module):
     return SimpleNamespace(module=module, torch_autocast_enabled=lambda: False, torch_autocast_dtype=lambda: None)
 
 
-def test_a_transformer_that_is_trained_is_left_as_it_was(setting, forward):
-    one, monitor, watched = setting(), Noted(), []
+def test_the_trained_transformer_is_not_changed(setting, forward):
+    one, monitor, watched = setting(), Recorder(), []
     transformer = load_transformer(one.model, torch.float32)
     inject(transformer, 4, 8, 0.5, ("to_q",), seed=0)  # dropout that is not turned off would change the loss
     transformer.train()
     transformer.detect_dropout()
     transformer.set_checkpointing("full")
-    callback = make_evaluation(
-        run_of(one), engine_of(transformer), one.builder, monitor, lambda say: watched.append(say())
+    callback = make_evaluation_callback(
+        CallbackContext(
+            run_of(one), engine_of(transformer), one.builder, monitor, lambda describe: watched.append(describe())
+        )
     )
     assert callback.every == 500
     assert (callback.at_start, callback.on_stop) == (True, False)
@@ -274,24 +285,29 @@ def test_a_transformer_that_is_trained_is_left_as_it_was(setting, forward):
     assert [module.training for module in transformer.modules()] == modes
     assert {block.checkpointing for block in transformer.transformer_blocks} == {"full"}
     assert all(parameter.grad is None for parameter in transformer.parameters())
-    assert monitor.notes[7].pop("eval/seconds") > 0
-    assert monitor.notes[7] == one.evaluation.scalars(forward)  # B is zero: the base model
-    assert watched[0] == f"evaluating after step 7, forward pass 1 of {len(one.evaluation.moments)}"
+    assert monitor.scalars[7].pop("eval/seconds") > 0
+    assert monitor.scalars[7] == one.evaluation.scalars(forward)  # B is zero: the base model
+    assert f"1 of {len(one.evaluation.rounds)}" in watched[0]
 
 
-def test_one_that_must_stop_has_no_loss(setting):
-    one, monitor = setting(), Noted()
+def test_a_run_that_is_asked_to_stop_records_no_loss(setting):
+    one, monitor = setting(), Recorder()
     stops = iter([False, False, True])
     transformer = load_transformer(one.model, torch.float32)
-    make_evaluation(run_of(one), engine_of(transformer), one.builder, monitor, is_stopping=lambda: next(stops)).run(3)
-    assert monitor.notes == {}
+    context = CallbackContext(
+        run_of(one), engine_of(transformer), one.builder, monitor, is_stopping=lambda: next(stops)
+    )
+    make_evaluation_callback(context).run(3)
+    assert monitor.scalars == {}
     assert list(stops) == []
 
 
-def test_never_is_never(setting):
-    assert make_evaluation(run_of(setting("eval.every=null")), None, None, None) is None
+def test_without_eval_every_there_is_no_callback(setting):
+    context = CallbackContext(run_of(setting("eval.every=null")), None, None, None)
+    assert make_evaluation_callback(context) is None
 
 
+@pytest.mark.slow
 def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(setting, forward):
     one, graphs = setting("train.batch_size=2"), []
     torch._dynamo.reset()
@@ -300,27 +316,27 @@ def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(setting, forwa
     with evaluation_mode(transformer, ALONE.device):
         found = one.evaluation.scalars(lambda inputs: transformer(**inputs)[0])
     torch._dynamo.reset()
-    assert len(one.evaluation.moments) > 6
+    assert len(one.evaluation.rounds) > 6
     assert 1 <= len(graphs) <= 2  # one for single clips, one for batches
     assert found == pytest.approx(one.evaluation.scalars(forward), rel=1e-4)
 
 
-def test_the_cost_is_estimated_and_what_to_change_is_named(setting):
+def test_the_cost_is_estimated_and_the_warning_names_a_setting_that_suffices(setting):
     one = setting("eval.num_clips=1")
     long = replace(one.cfg, {"eval.every": 100_000, "train.num_steps": 1_000_000})
     run = run_of(one, "full", cfg=long)
-    line, nothing = cost_lines(run, one.evaluation, 100_000)
+    line, nothing = describe_cost(run, one.evaluation, 100_000)
     assert nothing == ""
     assert all(part in line for part in ("eval/loss", "eval/train_loss", "100,000 steps", "0.0%"))
-    # 6 forward passes beside 4 steps, each of a forward pass, its recomputation and a backward pass.
+    # 6 forward passes against 4 steps, each of a forward pass, its recomputation and a backward pass.
     share = share_of_training(run, one.evaluation, 4)
     assert 6 / (4 * 3.5) * 0.7 < share < 6 / (4 * 3) * 1.4
-    _, warning = cost_lines(run, one.evaluation, 4)
+    _, warning = describe_cost(run, one.evaluation, 4)
     needed = int(warning.partition("eval.every=")[2].partition(" ")[0])
     assert share_of_training(run, one.evaluation, needed) <= MAX_SHARE
 
 
-def test_the_mean_step_of_all_ranks_is_what_it_is_compared_with(setting):
+def test_the_cost_is_relative_to_the_mean_step_of_all_ranks(setting):
     one, two = setting(), setting(world=World(0, 2, 0, 2))
     shares = [share_of_training(run_of(each), each.evaluation, 10) for each in (one, two)]
     assert shares[1] == pytest.approx(shares[0] / 2, rel=0.2)
@@ -338,17 +354,19 @@ def command(place, capsys):
     return run
 
 
-def test_the_command_says_the_same(setting, forward, command):
+@pytest.mark.slow
+def test_the_evaluate_verb_prints_the_same_losses(setting, forward, command):
     assert command() == pytest.approx(setting().evaluation.scalars(forward), rel=1e-5)
 
 
-@pytest.mark.parametrize("recorded, asked, used", [
+@pytest.mark.slow
+@pytest.mark.parametrize("recorded, configured, used", [
     ("scaled", "pipeline", "scaled"), ("pipeline", "scaled", "pipeline"), (None, "scaled", "scaled"),
 ])  # fmt: skip
-def test_the_command_scales_the_first_frame_as_the_lora_was_trained(
-    setting, forward, command, tiny_model, tmp_path, recorded, asked, used
+def test_the_evaluate_verb_scales_the_first_frame_as_the_lora_was_trained(
+    setting, forward, command, tiny_model, tmp_path, recorded, configured, used
 ):
-    """The config's word counts only where the LoRA has none."""
+    """The config's setting counts only if the LoRA has none."""
     few, key = "eval.num_clips=1", "conditioning.image_latents"
     expected = {one: setting(few, f"{key}={one}").evaluation.scalars(forward) for one in ("pipeline", "scaled")}
     assert expected["scaled"]["eval/loss"] != pytest.approx(expected["pipeline"]["eval/loss"], rel=1e-4)
@@ -356,10 +374,11 @@ def test_the_command_scales_the_first_frame_as_the_lora_was_trained(
     inject(transformer, 4, 8, 0.0, ("to_q",), seed=0)  # B is zero: the base model
     weights = {name: one.detach() for name, one in transformer.named_parameters() if one.requires_grad}
     export(tmp_path, transformer, weights, {"image_latents": recorded} if recorded else {})
-    assert command(few, f"{key}={asked}", "--lora", str(tmp_path)) == pytest.approx(expected[used], rel=1e-5)
+    assert command(few, f"{key}={configured}", "--lora", str(tmp_path)) == pytest.approx(expected[used], rel=1e-5)
 
 
-def test_the_command_evaluates_all_clips_if_it_is_told_to(setting, forward, command):
+@pytest.mark.slow
+def test_the_evaluate_verb_evaluates_all_clips_with_all(setting, forward, command):
     every, one = (setting(f"eval.num_clips={num}").evaluation.scalars(forward) for num in (100, 1))
     assert one["eval/loss"] != pytest.approx(every["eval/loss"], rel=1e-4)
     assert command("eval.num_clips=1") == pytest.approx(one, rel=1e-5)

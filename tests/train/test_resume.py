@@ -1,4 +1,4 @@
-"""What may change over a run and what may not; that the numbers go on stands in tests/dist."""
+"""What may change when a run is resumed and what may not. tests/dist checks that the numbers continue."""
 
 import dataclasses
 import json
@@ -12,7 +12,7 @@ from cogds.config.schema import KEYS
 from cogds.core.geometry import ClipShape
 from cogds.core.plan import Plan
 from cogds.errors import UserError
-from cogds.train.resume import MAY_CHANGE, Start, check_matching, continued_plan, data_identity, identity
+from cogds.train.resume import MAY_CHANGE, InitialState, check_identity, data_identity, resume_plan, run_identity
 
 DATA = SimpleNamespace(fingerprint="f", mixture=SimpleNamespace(repeats=(1.0,)))
 BUCKETS = (ClipShape(9, 64, 64),)
@@ -20,15 +20,15 @@ BUCKETS = (ClipShape(9, 64, 64),)
 
 def identity_of(*overrides, optimizer="AdamW", weights="w", data=DATA, buckets=BUCKETS):
     cfg, _ = load_config(None, ["model.path=m", "data.path=d", *overrides])
-    return json.loads(json.dumps(identity(cfg, optimizer, weights, buckets) | data_identity(data)))
+    return json.loads(json.dumps(run_identity(cfg, optimizer, weights, buckets) | data_identity(data)))
 
 
 def start(saved):
-    return Start(Path("step-1"), {"identity": saved})
+    return InitialState(Path("step-1"), {"identity": saved})
 
 
 def test_an_unchanged_run_matches():
-    check_matching(start(identity_of()), identity_of())
+    check_identity(start(identity_of()), identity_of())
 
 
 @pytest.mark.parametrize(
@@ -38,39 +38,42 @@ def test_an_unchanged_run_matches():
      "network.interface=eth0", "data.num_workers=0", "data.sync=cost", "lora.init_from=a.safetensors",
      "model.path=elsewhere", "eval.every=7", "eval.path=other", "eval.num_clips=3", "eval.num_timesteps=4"],
 )  # fmt: skip
-def test_what_may_change(override):
-    check_matching(start(identity_of()), identity_of(override))
+def test_these_keys_may_change(override):
+    check_identity(start(identity_of()), identity_of(override))
 
 
 @pytest.mark.parametrize(
     "override, change",
     [
-        ("seed=1", "seed: 0 then, 1 now"),
-        ("lora.rank=8", "lora.rank: 128 then, 8 now"),
-        ("lora.target_modules=[to_q]", r"lora.target_modules: \['to_q', 'to_k', 'to_v', 'to_out.0'\] then, \['to_q'\]"),
-        ("conditioning.image_dropout=0.5", "conditioning.image_dropout: 0.05 then, 0.5 now"),
-        ("train.precision=fp32", "train.precision: bf16 then, fp32 now"),
-        ("eval.held_out=0.2", "eval.held_out: 0.0 then, 0.2 now"),
+        ("seed=1", "seed was 0, now 1"),
+        ("lora.rank=8", "lora.rank was 128, now 8"),
+        (
+            "lora.target_modules=[to_q]",
+            r"lora.target_modules was \['to_q', 'to_k', 'to_v', 'to_out.0'\], now \['to_q'\]",
+        ),
+        ("conditioning.image_dropout=0.5", "conditioning.image_dropout was 0.05, now 0.5"),
+        ("train.precision=fp32", "train.precision was bf16, now fp32"),
+        ("eval.held_out=0.2", "eval.held_out was 0.0, now 0.2"),
     ],
 )
-def test_what_may_not_is_named(override, change):
+def test_other_keys_that_changed_are_named(override, change):
     with pytest.raises(UserError, match=f"step-1: .*: {change}") as error:
-        check_matching(start(identity_of()), identity_of(override))
-    assert str(error.value).count(" then, ") == 1
+        check_identity(start(identity_of()), identity_of(override))
+    assert str(error.value).count(", now ") == 1
 
 
 def test_model_data_and_optimizer_may_not_change():
     data = SimpleNamespace(fingerprint="g", mixture=SimpleNamespace(repeats=(2.0,)))
     now = identity_of(optimizer="Lion", weights="v", data=data, buckets=(ClipShape(17, 64, 64),))
     with pytest.raises(UserError) as error:
-        check_matching(start(identity_of()), now)
-    for part in ("model weights: w then, v now", "data: f then", "repeats: [1.0] then, [2.0] now",
-                 "buckets: ['9x64x64'] then", "optimizer: adamw then"):  # fmt: skip
+        check_identity(start(identity_of()), now)
+    for part in ("model weights was w, now v", "data was f", "repeats was [1.0], now [2.0]",
+                 "buckets was ['9x64x64']", "optimizer was adamw"):  # fmt: skip
         assert part in str(error.value)
 
 
 def test_a_key_is_fixed_unless_it_is_named():
-    """So that a key that is new, or newly allowed to change, cannot change a run in silence: each is named here too."""
+    """Each key that may change is listed here too, so that no key is added to the list by accident."""
     free = {name for name in KEYS if name.startswith(MAY_CHANGE)}
     assert free == {
         "output_dir",
@@ -99,24 +102,24 @@ def test_a_key_is_fixed_unless_it_is_named():
     assert set(KEYS) - free <= set(identity_of())
 
 
-def test_a_key_that_an_older_version_did_not_save_was_at_its_default():
+def test_a_key_that_an_older_version_did_not_save_had_its_default():
     older = {name: value for name, value in identity_of().items() if name != "lora.dropout"}
-    check_matching(start(older), identity_of())
-    with pytest.raises(UserError, match=r"lora.dropout: 0.0 then, 0.5 now"):
-        check_matching(start(older), identity_of("lora.dropout=0.5"))
+    check_identity(start(older), identity_of())
+    with pytest.raises(UserError, match=r"lora.dropout was 0.0, now 0.5"):
+        check_identity(start(older), identity_of("lora.dropout=0.5"))
 
 
 def facts_of(plan, step):
     return json.loads(json.dumps({"step": step, "plan": dataclasses.asdict(plan)}))
 
 
-def test_the_plan_goes_on_in_any_layout():
+def test_the_plan_continues_in_any_layout():
     plan = Plan((10, 7), (1, 1), world_size=2, accumulation=2, seed=3)
-    same = continued_plan(plan, facts_of(plan, 3), "c")
+    same = resume_plan(plan, facts_of(plan, 3), "c")
     assert same == plan
-    wider = continued_plan(dataclasses.replace(plan, world_size=4), facts_of(plan, 3), "c")
+    wider = resume_plan(dataclasses.replace(plan, world_size=4), facts_of(plan, 3), "c")
     assert (wider.world_size, wider.origin.step, wider.coverage(3)) == (4, 3, plan.coverage(3))
-    again = continued_plan(wider, facts_of(wider, 5), "c")
+    again = resume_plan(wider, facts_of(wider, 5), "c")
     assert again == wider
 
 
@@ -126,7 +129,14 @@ def test_a_plan_that_makes_no_sense_is_an_error():
         facts = facts_of(plan, 3)
         facts["plan"] |= change
         with pytest.raises(UserError, match=r"^c: .*plan"):
-            continued_plan(plan, facts, "c")
+            resume_plan(plan, facts, "c")
+    for missing in ("sizes", "seed", "origin"):
+        facts = facts_of(plan, 3)
+        del facts["plan"][missing]
+        with pytest.raises(UserError, match=f"^c: .*{missing}"):
+            resume_plan(plan, facts, "c")
+    with pytest.raises(UserError, match=r"^c: .*plan"):
+        resume_plan(plan, {"step": 3}, "c")
 
 
 def test_a_bug_in_the_plan_is_no_fault_of_the_checkpoint(monkeypatch):
@@ -137,4 +147,4 @@ def test_a_bug_in_the_plan_is_no_fault_of_the_checkpoint(monkeypatch):
 
     monkeypatch.setattr(Plan, "_check_origin", fail)
     with pytest.raises(TypeError, match="planted"):
-        continued_plan(plan, facts_of(plan, 3), "c")
+        resume_plan(plan, facts_of(plan, 3), "c")

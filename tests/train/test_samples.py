@@ -1,6 +1,6 @@
-"""Videos during training, in one process: what is made, what is left as it was, and what may go wrong.
+"""Videos during training, in one process: what is made, what stays unchanged, and how failures are handled.
 
-Several ranks, ZeRO and the whole command: tests/dist/test_preview.py.
+tests/dist/test_samples.py covers several ranks, ZeRO and the whole command.
 """
 
 import errno
@@ -26,35 +26,36 @@ from cogds.encode.cache_keys import CacheKeys
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
-from cogds.train.samples import beside, evenly_spaced_rows, make_previews
+from cogds.train.callbacks import CallbackContext
+from cogds.train.samples import compare_videos, evenly_spaced_rows, make_sample_callback
 from cogds.train.step import load_step_builder
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(9, 64, 64), ClipShape(1, 64, 64))
 
 
-class Board:
+class Recorder:
     """A monitor that keeps what it is given."""
 
     def __init__(self):
-        self.notes, self.pictures, self.animations, self.texts = [], {}, {}, {}
+        self.scalars, self.images, self.videos, self.texts = [], {}, {}, {}
         self.fps = 0.0
 
     def add_scalars(self, step, scalars):
-        self.notes.append((step, *scalars))
+        self.scalars.append((step, *scalars))
 
     def add_text(self, name, text):
         self.texts[name] = text
 
     def add_image(self, step, name, pixels):
-        self.pictures[step, name] = pixels
+        self.images[step, name] = pixels
 
     def add_video(self, step, name, frames, fps):
-        self.animations[step, name], self.fps = frames, fps
+        self.videos[step, name], self.fps = frames, fps
 
 
 @pytest.fixture(scope="module")
 def parts(tiny_model, tmp_path_factory):
-    """A model with a LoRA that does something, and a cache with its prompts' states."""
+    """A model with a random LoRA, and a cache with the states of its prompts."""
     folder, model = tmp_path_factory.mktemp("preview"), find_model(str(tiny_model))
     Image.linear_gradient("L").convert("RGB").resize((100, 60)).save(folder / "first.png")
     transformer = load_transformer(model, torch.float32)
@@ -83,10 +84,10 @@ def parts(tiny_model, tmp_path_factory):
 
 
 @pytest.fixture
-def previews(parts, tmp_path):
-    """`previews(**changes)`: the callback of a run, its board and its folder."""
+def make_callback(parts, tmp_path):
+    """`make_callback(**changes)`: the callback of a run, its monitor and its folder."""
 
-    def make(first_step=0, stopping=lambda: False, output=None, stage=2, buckets=BUCKETS, **changes):
+    def make(first_step=0, is_stopping=lambda: False, output=None, stage=2, buckets=BUCKETS, **changes):
         cfg = replace(parts.cfg, {"output_dir": str(output or tmp_path / "run"), **changes})
         index = SimpleNamespace(sizes=((0, 0), (1, 0), (0, 2)))
         data = SimpleNamespace(empty_caption_states=parts.empty, index=index)
@@ -94,9 +95,11 @@ def previews(parts, tmp_path):
             cfg=cfg, model=parts.model, buckets=buckets, world=World(0, 1, 0, 1), data=data, first_step=first_step,
             ds_config={"zero_optimization": {"stage": stage}},
         )  # fmt: skip
-        board = Board()
-        callback = make_previews(run, parts.engine, parts.builder, board, stopping=stopping)
-        return callback, board, Path(cfg.output_dir) / "samples"
+        monitor = Recorder()
+        callback = make_sample_callback(
+            CallbackContext(run, parts.engine, parts.builder, monitor, is_stopping=is_stopping)
+        )
+        return callback, monitor, Path(cfg.output_dir) / "samples"
 
     return make
 
@@ -105,8 +108,8 @@ def files(folder):
     return sorted(path.relative_to(folder).as_posix() for path in folder.glob("**/*") if path.is_file())
 
 
-def test_videos_of_the_base_model_once_and_of_every_step(previews):
-    callback, board, folder = previews()
+def test_base_videos_are_made_once_and_others_at_every_step(make_callback):
+    callback, monitor, folder = make_callback()
     assert callback.every == 2
     callback.run(0)
     callback.run(2)
@@ -115,26 +118,26 @@ def test_videos_of_the_base_model_once_and_of_every_step(previews):
     assert files(folder) == [f"{place}/{name}" for place in ("base", "step-000000", "step-000002") for name in names]
     for name in names:
         base, first, later = ((folder / place / name).read_bytes() for place in ("base", "step-000000", "step-000002"))
-        assert base == first  # a LoRA of zeros; it is not asked whether this one is
+        assert base == first  # at step 0 the LoRA is assumed to be zero
         assert base != later
         assert later.index(b"moov") < later.index(b"mdat")  # it plays while it loads
     info = probe_video(folder / "step-000002" / names[1])
     assert (info.num_frames, info.height, info.width, info.fps) == (9, 64, 96, 8)
     red = f"samples/{names[1][:-4]}"
-    # A bar over each strip; the first frame and eight of the video.
-    assert board.pictures[2, red].shape == (2 * (64 + 18) + 4, 9 * 96 + 8 * 4, 3)
-    assert board.pictures[0, red].shape[0] == 64 + 18
-    assert board.animations[2, red + "/clip"].shape == (9, 3 * (64 + 18) + 2 * 4, 96, 3)
-    assert board.fps == 8
-    assert board.notes == [(0, "sample/seconds"), (2, "sample/seconds")]
-    assert f"{names[1][:-4]}: a red circle" in board.texts["samples"]
+    # A label over each strip, which has the first frame and eight frames of the video.
+    assert monitor.images[2, red].shape == (2 * (64 + 18) + 4, 9 * 96 + 8 * 4, 3)
+    assert monitor.images[0, red].shape[0] == 64 + 18
+    assert monitor.videos[2, red + "/clip"].shape == (9, 3 * (64 + 18) + 2 * 4, 96, 3)
+    assert monitor.fps == 8
+    assert monitor.scalars == [(0, "sample/seconds"), (2, "sample/seconds")]
+    assert f"{names[1][:-4]}: a red circle" in monitor.texts["samples"]
 
 
-def test_nothing_else_is_changed(previews, parts):
+def test_weights_modes_and_random_states_are_not_changed(make_callback, parts):
     transformer, vae = parts.engine.module.train(), parts.builder.vae
     transformer.set_checkpointing("full")
     vae.enable_tiling()
-    callback, *_ = previews()
+    callback, *_ = make_callback()
     parameters = {name: (one.clone(), one.requires_grad) for name, one in transformer.named_parameters()}
     torch.manual_seed(7)
     random = torch.get_rng_state()
@@ -144,34 +147,34 @@ def test_nothing_else_is_changed(previews, parts):
     assert {block.checkpointing for block in transformer.transformer_blocks} == {"full"}
     assert vae.use_tiling
     vae.disable_tiling()
-    assert callback._pipeline.transformer is transformer  # and nothing of the last video
+    assert callback._pipeline.transformer is transformer  # not the one of the last video
     for name, one in transformer.named_parameters():
-        before, wanted = parameters[name]
+        before, requires_grad = parameters[name]
         assert torch.equal(one, before)
-        assert one.requires_grad == wanted
+        assert one.requires_grad == requires_grad
         assert one.grad is None
     assert not any(getattr(module, "disable_adapters", False) is True for module in transformer.modules())
 
 
-def test_the_lora_is_switched_off_only_for_what_is_missing(previews, parts, monkeypatch):
-    """Beside it the last checkpoint may still be written."""
-    callback, *_ = previews()
+def test_the_lora_is_disabled_only_if_base_videos_are_missing(make_callback, parts, monkeypatch):
+    """The thread may still be writing the last checkpoint."""
+    callback, *_ = make_callback()
     callback.run(0)
     monkeypatch.setattr(parts.engine.module, "disable_adapters", fail(AssertionError("nothing is missing")))
     callback.run(2)
 
 
-def test_a_run_that_goes_on_makes_nothing_twice(previews, monkeypatch):
-    callback, _, folder = previews()
+def test_a_resumed_run_makes_no_video_twice(make_callback, monkeypatch):
+    callback, _, folder = make_callback()
     callback.run(0)
     callback.run(2)
     before = {path: (folder / path).stat().st_mtime_ns for path in files(folder)}
     made = []
     monkeypatch.setattr(cogds.train.samples, "sample_latents", lambda *args: made.append(args))
-    callback, board, _ = previews(first_step=2)
+    callback, monitor, _ = make_callback(first_step=2)
     callback.run(2)
     assert made == []
-    assert board.notes == []
+    assert monitor.scalars == []
     assert {path: (folder / path).stat().st_mtime_ns for path in files(folder)} == before
     monkeypatch.undo()
     callback.run(4)
@@ -179,36 +182,39 @@ def test_a_run_that_goes_on_makes_nothing_twice(previews, monkeypatch):
     assert {path: (folder / path).stat().st_mtime_ns for path in before} == before
 
 
-def test_a_broken_prompt_is_named_and_left_out(previews, parts, capsys):
+def test_a_broken_prompt_is_named_and_left_out(make_callback, parts, capsys):
     prompts = [
         {"prompt": "a red circle", "image": "/nowhere/first.png"},
         {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "10x64x64"},
         {"prompt": "never encoded", "image": str(parts.folder / "first.png")},
     ]
-    callback, _, _ = previews(**{"sample.prompts": prompts})
-    said = capsys.readouterr().err
+    callback, _, _ = make_callback(**{"sample.prompts": prompts})
+    warnings = capsys.readouterr().err.splitlines()
     assert callback is None
-    assert "sample.prompts[0], 'a red circle', is left out: /nowhere/first.png: the file does not exist" in said
-    assert "sample.prompts[1], 'a blue star', is left out: bucket 10x64x64" in said
-    assert "sample.prompts[2], 'never encoded', is left out" in said
-    assert "training goes on without" in said
-    callback, _, folder = previews(**{"sample.prompts": [*prompts, {**prompts[1], "size": "9x64x64"}]})
+    for number, words in enumerate((("a red circle", "/nowhere/first.png"), ("10x64x64",), ("never encoded",))):
+        assert warnings[number].startswith(f"warning: sample.prompts[{number}]: ")
+        assert all(word in warnings[number] for word in words)
+    assert warnings[-1].startswith("warning: sample.every: ")
+    callback, _, folder = make_callback(**{"sample.prompts": [*prompts, {**prompts[1], "size": "9x64x64"}]})
     callback.run(2)
     assert len(files(folder / "step-000002")) == 1
 
 
-def test_what_is_broken_in_a_way_of_its_own_costs_its_prompt_alone(previews, monkeypatch, capsys):
-    right, left = cogds.train.samples.first_frame, [ValueError("what nobody thought of")]
-    monkeypatch.setattr(cogds.train.samples, "first_frame", lambda *args: fail(left.pop())() if left else right(*args))
-    callback, _, folder = previews()
+def test_any_other_error_loses_only_its_prompt(make_callback, monkeypatch, capsys):
+    right, left = cogds.train.samples.load_first_frame, [ValueError("planted")]
+    monkeypatch.setattr(
+        cogds.train.samples, "load_first_frame", lambda *args: fail(left.pop())() if left else right(*args)
+    )
+    callback, _, folder = make_callback()
     said = capsys.readouterr().err
-    assert "sample.prompts[0], 'a red circle', is left out: ValueError: what nobody thought of" in said
+    assert "sample.prompts[0]: 'a red circle'" in said
+    assert "ValueError: planted" in said
     assert "Traceback" in said
     callback.run(2)
     assert [name[:11] for name in files(folder / "step-000002")] == ["a-blue-star"]
 
 
-def test_so_does_a_clip(parts, monkeypatch, capsys):
+def test_a_clip_that_fails_is_left_out(parts, monkeypatch, capsys):
     class Index(list):
         buckets, sizes = BUCKETS[1:2], ((2,),)
 
@@ -222,22 +228,25 @@ def test_so_does_a_clip(parts, monkeypatch, capsys):
     )
     cfg = replace(parts.cfg, {"sample.prompts": []})
     run = SimpleNamespace(cfg=cfg, model=parts.model, data=SimpleNamespace(held_out=index))
-    assert [scene.prompt for scene in cogds.train.samples._find_scenes(run).values()] == ["sound"]
+    assert [spec.prompt for spec in cogds.train.samples._find_specs(run).values()] == ["sound"]
     said = capsys.readouterr().err
-    assert "the video of broken.mp4 is left out: KeyError: 'first_frame'" in said
-    assert "in _from_clips\n" in said  # a bug keeps its traceback
+    assert said.startswith("warning: broken.mp4: ")
+    assert "KeyError: 'first_frame'" in said
+    assert "in _specs_of_clips\n" in said  # a bug keeps its traceback
 
 
-@pytest.mark.parametrize("stage, told", [(2, False), (3, True)])
-def test_a_video_larger_than_what_is_trained_is_warned_of_where_it_could_end_the_run(previews, capsys, stage, told):
-    previews(stage=stage)  # 9x64x96 and 9x64x64, of which only the latter has clips
-    said = capsys.readouterr().err
-    assert ("videos of 9x64x96 take 80 tokens, and no bucket that is trained more than 64: if" in said) == told
-    assert "9x64x64 take" not in said
+@pytest.mark.parametrize("stage, is_warned", [(2, False), (3, True)])
+def test_a_video_larger_than_all_buckets_causes_a_warning_if_it_could_end_the_run(
+    make_callback, capsys, stage, is_warned
+):
+    make_callback(stage=stage)  # 9x64x96 and 9x64x64, of which only the latter has clips
+    text = capsys.readouterr().err
+    assert ("9x64x96" in text) == ("80 tokens" in text) == ("64." in text) == is_warned
+    assert "9x64x64" not in text
 
 
-def test_the_first_frame_is_scaled_as_in_training_and_as_a_fresh_process_does_later(
-    previews, parts, tmp_path, monkeypatch
+def test_the_first_frame_is_scaled_as_in_training_and_as_in_the_sample_verb(
+    make_callback, parts, tmp_path, monkeypatch
 ):
     last, image, module = {}, str(parts.folder / "first.png"), parts.engine.module
     write_video = cogds.train.samples.write_video
@@ -250,20 +259,20 @@ def test_the_first_frame_is_scaled_as_in_training_and_as_a_fresh_process_does_la
     for convention in ("pipeline", "scaled"):
         prompts = [{"prompt": "a red circle", "image": image, "size": "9x64x64"}]
         changes = {"sample.prompts": prompts, "conditioning.image_latents": convention}
-        callback, *_ = previews(output=tmp_path / convention, **changes)
+        callback, *_ = make_callback(output=tmp_path / convention, **changes)
         callback.run(2)
         export(tmp_path / "lora", module, weights, {"image_latents": convention})
         call("sample", ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
              "--image", image, "--size", "9x64x64", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
         )  # fmt: skip
         made.append(last["preview"].astype(int))
-        # As they are before they are compressed; in float32 that is one level of 255 at most, where it is rounded.
+        # Before compression. In float32, rounding makes a difference of at most one level of 255.
         assert abs(made[-1] - last["sample"]).max() <= 1
     assert abs(made[0] - made[1]).max() > 10
 
 
-def test_without_a_key_nothing_is_made(previews):
-    assert previews(**{"sample.every": None})[0] is None
+def test_without_sample_every_there_is_no_callback(make_callback):
+    assert make_callback(**{"sample.every": None})[0] is None
 
 
 def fail(error):
@@ -274,62 +283,63 @@ def fail(error):
 
 
 @pytest.mark.parametrize(
-    "what, error",
+    "function, error",
     [
         ("sample_latents", torch.OutOfMemoryError("CUDA out of memory")),
         ("decode_frames", RuntimeError("the VAE cannot")),
         ("write_video", OSError(errno.ENOSPC, "No space left on device")),
     ],
 )
-def test_what_fails_costs_its_video_alone(previews, monkeypatch, capsys, what, error):
-    right, left = getattr(cogds.train.samples, what), [error]
-    monkeypatch.setattr(cogds.train.samples, what, lambda *args: fail(left.pop())() if left else right(*args))
-    callback, _, folder = previews()
+def test_a_failure_loses_only_its_video(make_callback, monkeypatch, capsys, function, error):
+    right, left = getattr(cogds.train.samples, function), [error]
+    monkeypatch.setattr(cogds.train.samples, function, lambda *args: fail(left.pop())() if left else right(*args))
+    callback, _, folder = make_callback()
     callback.run(0)
-    said = capsys.readouterr().err
-    assert "the base model's video of 'a red circle' could not be made: " in said
-    assert (getattr(error, "strerror", None) or str(error)) in said
-    assert "training goes on" in said
+    text = capsys.readouterr().err
+    assert "warning: base model: no video of 'a red circle': " in text
+    assert (getattr(error, "strerror", None) or str(error)) in text
     assert [name[:11] for name in files(folder / "step-000000")] == ["a-blue-star"]
-    callback.run(2)  # and the base model's, of which one is missing
+    callback.run(2)  # and the missing video of the base model
     assert len(files(folder / "step-000002")) == len(files(folder / "base")) == 2
 
 
 @pytest.mark.parametrize(
-    "error, raised, said",
+    "error, raised, named",
     [
-        (torch.OutOfMemoryError("CUDA out of memory"), UserError, "give sample.prompts a smaller size"),
+        (torch.OutOfMemoryError("CUDA out of memory"), UserError, "^sample.prompts: "),
         (RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer"), RuntimeError, "closed by peer"),
         (dist.DistBackendError("NCCL error: remote process exited"), dist.DistBackendError, "remote process"),
         (ZeroDivisionError("a bug"), ZeroDivisionError, "a bug"),
     ],
 )
-def test_inside_the_transformer_only_memory_is_the_users_to_mend(previews, parts, monkeypatch, error, raised, said):
-    """A peer that dies there is none of it: then the same command goes on, by itself where a scheduler starts it."""
-    callback, *_ = previews(stage=3)
+def test_inside_the_transformer_only_running_out_of_memory_is_a_user_error(
+    make_callback, parts, monkeypatch, error, raised, named
+):
+    """A lost connection is not: the same command resumes the run, and a scheduler can start it."""
+    callback, *_ = make_callback(stage=3)
     monkeypatch.setattr(parts.engine.module, "forward", fail(error))
-    with pytest.raises(raised, match=said):
+    with pytest.raises(raised, match=named):
         callback.run(2)
 
 
-def test_lost_contact_between_the_calls_is_no_reason_to_go_on(previews, monkeypatch):
-    callback, *_ = previews()
+def test_a_lost_connection_between_calls_ends_the_run(make_callback, monkeypatch):
+    callback, *_ = make_callback()
     lost = RuntimeError("[gloo/transport/tcp/pair.cc:537] Connection closed by peer")
     monkeypatch.setattr(cogds.train.samples, "sample_latents", fail(lost))
     with pytest.raises(RuntimeError, match="closed by peer"):
         callback.run(2)
 
 
-def test_numbers_of_steps_that_diffusers_rounds_to_one_more(previews, parts, capsys, monkeypatch):
-    """61 is one: its last timestep would be -1."""
+def test_a_number_of_steps_that_diffusers_would_round_up(make_callback, parts, capsys, monkeypatch):
+    """With 61, the last timestep would be -1."""
     timesteps, module = [], parts.engine.module
     right = module.forward
     monkeypatch.setattr(
         module, "forward", lambda **inputs: timesteps.append(int(inputs["timestep"][0])) or right(**inputs)
     )
     prompt = {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "1x16x16"}
-    callback, _, folder = previews(**{"sample.num_steps": 61, "sample.prompts": [prompt]})
-    assert "calls the transformer 61 times" in capsys.readouterr().out
+    callback, _, folder = make_callback(**{"sample.num_steps": 61, "sample.prompts": [prompt]})
+    assert "61 forward passes" in capsys.readouterr().out
     callback.run(0)
     assert len(timesteps) == 61
     assert timesteps == sorted(timesteps, reverse=True)
@@ -338,13 +348,13 @@ def test_numbers_of_steps_that_diffusers_rounds_to_one_more(previews, parts, cap
     assert len(files(folder / "step-000000")) == 1
 
 
-def test_more_steps_than_timesteps_are_refused_at_the_start(previews):
+def test_more_steps_than_timesteps_are_refused_at_the_start(make_callback):
     with pytest.raises(UserError, match=r"sample\.num_steps .* 1001 .* 1000 "):
-        previews(**{"sample.num_steps": 1001})
+        make_callback(**{"sample.num_steps": 1001})
 
 
-def test_what_a_killed_process_left_is_removed(previews):
-    callback, _, folder = previews()
+def test_leftovers_of_a_killed_process_are_removed(make_callback):
+    callback, _, folder = make_callback()
     (folder / "base").mkdir()
     (folder / "base/a-red-circle.1a2b3c4d.tmp.mp4").write_bytes(b"half a vid")
     (folder / "step-000002.1a2b3c4d.tmp").mkdir()
@@ -352,8 +362,8 @@ def test_what_a_killed_process_left_is_removed(previews):
     assert not list(folder.glob("**/*.tmp*"))
 
 
-def test_a_full_disk_costs_the_files_alone(previews, monkeypatch, capsys):
-    callback, board, folder = previews()
+def test_a_full_disk_loses_only_the_files(make_callback, monkeypatch, capsys):
+    callback, monitor, folder = make_callback()
     write = Path.write_bytes
 
     def full(path, data):
@@ -363,36 +373,37 @@ def test_a_full_disk_costs_the_files_alone(previews, monkeypatch, capsys):
 
     monkeypatch.setattr(Path, "write_bytes", full)
     callback.run(2)
-    assert "cannot be written into" in (said := capsys.readouterr().err)
-    assert "No space left on device" in said
+    text = capsys.readouterr().err
+    assert "step-000002: " in text
+    assert "No space left on device" in text
     assert files(folder) == []
-    assert len(board.pictures) == 2  # with the base model's beside it
+    assert len(monitor.images) == 2  # with the base model's beside it
     monkeypatch.undo()
     callback.run(4)
     assert len(files(folder)) == 4
 
 
-def test_a_folder_that_cannot_be_written_is_said_at_once(previews, tmp_path, capsys):
+def test_a_folder_that_cannot_be_written_causes_a_warning_at_the_start(make_callback, tmp_path, capsys):
     (tmp_path / "run").mkdir()
-    (tmp_path / "run/samples").write_text("a file stands here")
-    callback, board, _ = previews()
-    assert "mend that, or the run's videos are lost" in capsys.readouterr().err
+    (tmp_path / "run/samples").write_text("a file")
+    callback, monitor, _ = make_callback()
+    assert f"warning: {tmp_path / 'run/samples'}: " in capsys.readouterr().err
     callback.run(2)
-    assert "training goes on" in capsys.readouterr().err
-    assert len(board.pictures) == 2
+    assert "step-000002: " in capsys.readouterr().err
+    assert len(monitor.images) == 2
     os.remove(tmp_path / "run/samples")
     callback.run(4)
     assert len(files(tmp_path / "run/samples/step-000004")) == 2
 
 
-def test_one_that_must_stop_does_not_make_videos(previews):
-    callback, board, folder = previews(stopping=lambda: True)
+def test_a_run_that_is_asked_to_stop_makes_no_videos(make_callback):
+    callback, monitor, folder = make_callback(is_stopping=lambda: True)
     callback.run(2)
     assert files(folder) == []
-    assert board.notes == []
+    assert monitor.scalars == []
 
 
-def test_clips_are_spread_over_the_buckets_that_move():
+def test_clips_are_spread_over_the_video_buckets():
     index = SimpleNamespace(
         buckets=BUCKETS, sizes=((3, 1), (6,), (50,)), row=lambda bucket, clip: (0, 4, 10)[bucket] + clip
     )
@@ -403,10 +414,10 @@ def test_clips_are_spread_over_the_buckets_that_move():
     assert evenly_spaced_rows(still, 2) == [1, 3]
 
 
-def test_before_and_after_stand_beside_the_first_frame():
+def test_videos_are_compared_next_to_the_first_frame():
     first = np.full((96, 64, 3), 10, np.uint8)
     base, now = (np.full((9, 96, 64, 3), gray, np.uint8) for gray in (100, 200))
-    strips, played = beside(first, {"base": base, "step 5": now})
+    strips, played = compare_videos(first, {"base": base, "step 5": now})
     assert strips.shape == (2 * (96 + 18) + 4, 9 * 64 + 8 * 4, 3)
     assert (strips[18 : 18 + 96, :64] == 10).all()
     assert (strips[18 : 18 + 96, 68:132] == 100).all()

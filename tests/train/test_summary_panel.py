@@ -1,11 +1,12 @@
 """The startup summary on a terminal and in a log."""
 
 import io
+from types import SimpleNamespace
 
+import torch
 from rich.console import Console
 
-from cogds.train import summary as panel
-from cogds.train.summary import show
+from cogds.train.summary import describe_ranks, show
 
 
 def test_a_log_gets_the_lines_as_they_are(capsys):
@@ -23,9 +24,12 @@ def test_a_terminal_gets_a_panel():
     assert all(len(line) == 60 for line in drawn)
 
 
-def test_devices_are_named(monkeypatch):
-    import torch
+def test_the_summary_names_the_devices(monkeypatch):
+    def text(device, size, sequence_size=1):
+        world = SimpleNamespace(device=torch.device(device), size=size, sequence_size=sequence_size)
+        return describe_ranks(SimpleNamespace(world=world))
 
-    assert panel.devices(torch.device("cpu"), 2) == "2 ranks on CPUs"
+    assert text("cpu", 2) == "2 ranks on CPUs"
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
-    assert panel.devices(torch.device("cuda", 0), 1) == "1 GPU (NVIDIA H100 80GB HBM3)"
+    assert text("cuda", 1) == "1 GPU (NVIDIA H100 80GB HBM3)"
+    assert text("cuda", 4, 2) == "4 GPUs (NVIDIA H100 80GB HBM3), 2 per clip"

@@ -1,8 +1,7 @@
-"""One rank's steps with an engine that only writes down what is asked of it, and what is done beside training.
+"""The steps of one rank with an engine that records its calls, and the callbacks.
 
-What a step asks for: the learning rate, the weights of the plan, the draws, torch's own random numbers, the bucket's
-activation checkpointing, a gradient that is not finite where the loss is not; and how many such steps end a run. (That
-a model learns from it is tested by real runs, in tests/dist.)
+A step sets the learning rate, the plan's weights, the random draws, torch's global seed and the bucket's activation
+checkpointing, and makes the gradient not finite if the loss is not. Real runs in tests/dist show that a model learns.
 """
 
 import functools
@@ -17,7 +16,7 @@ from cogds.core.diffusion import stratified_timesteps
 from cogds.core.plan import Plan
 from cogds.data.loading.dataset import Batch
 from cogds.distributed.world import World
-from cogds.train.batches import Prefetcher, draw, make_micro_steps
+from cogds.train.batches import Prefetcher, make_draws, make_micro_steps
 from cogds.train.callbacks import run_callbacks
 from cogds.train.step import draw_dropouts
 from cogds.train.trainer import train_step
@@ -26,23 +25,23 @@ from cogds.train.tuning import BucketExecution, Execution
 # A step is two micro-steps and all eight clips: six of bucket 0, in twos on three ranks, and two of bucket 1, where
 # ranks 0 and 2 train copies of one.
 PLAN = Plan((6, 2), (2, 2), world_size=3, accumulation=2, seed=0)
-# What is to be predicted of each clip. The prediction is 0, so its square is the clip's loss.
+# The target of each clip. The prediction is 0, so the clip's loss is the square of the target.
 TARGETS = ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (7.0, 8.0))
 MEAN_LOSS = sum(target**2 for bucket in TARGETS for target in bucket) / 8
-# Every two share a clip.
+# Each pair of ranks shares a clip.
 SIX_RANKS = [World(rank, 6, rank, 6, sequence_size=2) for rank in range(6)]
 CHECKPOINTING_MODES = ("checkpointing of bucket 0", "checkpointing of bucket 1")
 EXECUTION = Execution("torch", False, tuple(BucketExecution(mode, None) for mode in CHECKPOINTING_MODES))
 
 
 class Engine:
-    """Of one weight, 0, which is all predictions."""
+    """An engine with one weight, 0, which is every prediction."""
 
     def __init__(self):
         self.weight = torch.zeros((), requires_grad=True)
         self.optimizer = SimpleNamespace(param_groups=[{"lr": math.nan}])
         self.module = SimpleNamespace(set_checkpointing=functools.partial(setattr, self, "checkpointing"))
-        # One entry a micro-step: (bucket, checkpointing), a random number, the loss, the learning rate.
+        # One entry per micro-step: (bucket, checkpointing), a random number, the loss, the learning rate.
         self.ran, self.drawn, self.losses, self.rates = [], [], [], []
 
     def __call__(self, timestep, bucket):
@@ -78,7 +77,7 @@ def run_of(world, *overrides, plan=PLAN, first_step=0):
 
 
 def batches(run, targets=TARGETS):
-    """As the loader gives them: of each clip its target."""
+    """Batches with the target of each clip."""
     for step in range(run.first_step, run.cfg.train.num_steps):
         for micro in run.plan.at(step):
             own = targets[micro.bucket_of(run.world.data_rank)]
@@ -89,12 +88,12 @@ BUILDER = SimpleNamespace(
     alphas_cumprod=range(1000),
     build=lambda batch, bucket, draws: ({"timestep": draws.timesteps, "bucket": bucket}, batch["target"]),
 )
-METER = SimpleNamespace(begin=lambda _: None, before_update=lambda _: None, read=lambda *_: ({}, None, None))
-QUARANTINE = SimpleNamespace(add=lambda _: None, settle=lambda: None)
+METER = SimpleNamespace(begin=lambda _: None, before_update=lambda _: None, finish_step=lambda *_: ({}, None, None))
+BAD_SAMPLES = SimpleNamespace(add=lambda _: None, sync=lambda: None)
 
 
 class Monitor:
-    """Keeps of every step the learning rate and this rank's share of the loss."""
+    """Keeps the learning rate and this rank's share of the loss of each step."""
 
     def __init__(self):
         self.rates, self.shares = [], []
@@ -113,7 +112,7 @@ def trained(run):
     """The engine and the monitor after all of a run's steps."""
     engine, monitor, prefetcher = Engine(), Monitor(), Prefetcher(make_micro_steps(run, BUILDER, batches(run)))
     for step in range(run.first_step, run.cfg.train.num_steps):
-        train_step(run, engine, prefetcher, step, monitor, QUARANTINE, METER)
+        train_step(run, engine, prefetcher, step, monitor, BAD_SAMPLES, METER)
     return engine, monitor
 
 
@@ -122,15 +121,15 @@ def _on_cpus(monkeypatch):
     monkeypatch.setattr(World, "device", torch.device("cpu"))
 
 
-def test_the_optimizer_has_the_learning_rate_that_is_noted():
+def test_the_recorded_learning_rate_is_that_of_the_optimizer():
     schedule = ["optimizer.lr=8", "optimizer.schedule=linear", "optimizer.warmup_steps=1", "optimizer.final_lr_ratio=0"]
     engine, monitor = trained(run_of(World(0, 3, 0, 3), *schedule))
     assert monitor.rates == pytest.approx([4, 8, 8 * 2 / 3, 8 / 3, 0])
     assert engine.rates[1::2] == monitor.rates
 
 
-def test_every_clip_of_a_step_weighs_the_same_in_what_the_ranks_train_together():
-    """Though two ranks train copies of one. DeepSpeed divides by the micro-steps, and takes the mean over the ranks."""
+def test_every_clip_of_a_step_has_the_same_weight_over_all_ranks():
+    """Even if two ranks train the same clip. DeepSpeed divides by the micro-steps and averages over the ranks."""
     everyone = [trained(run_of(world)) for world in SIX_RANKS]
     for step in range(5):
         losses = [loss for engine, _ in everyone for loss in engine.losses[2 * step : 2 * step + 2]]
@@ -138,8 +137,8 @@ def test_every_clip_of_a_step_weighs_the_same_in_what_the_ranks_train_together()
         assert sum(monitor.shares[step] for _, monitor in everyone) == pytest.approx(MEAN_LOSS)
 
 
-def test_every_forward_pass_draws_other_numbers_and_the_same_where_a_run_goes_on():
-    """As dropout does: by rank, also of those that share a clip, by step, by micro-step and by the run's seed."""
+def test_every_forward_pass_has_its_own_random_numbers_also_after_resuming():
+    """They depend on the rank, also among ranks that share a clip, the step, the micro-step and the run's seed."""
     runs = [run_of(world, seed) for world in SIX_RANKS for seed in ("seed=1", "seed=2")]
     drawn = [trained(run)[0].drawn for run in runs]
     numbers = [number for of_one in drawn for number in of_one]
@@ -148,7 +147,7 @@ def test_every_forward_pass_draws_other_numbers_and_the_same_where_a_run_goes_on
         assert trained(run_of(world, "seed=1", first_step=2))[0].drawn == whole[2 * 2 :]
 
 
-def test_a_forward_pass_has_its_buckets_activation_checkpointing():
+def test_a_forward_pass_uses_the_activation_checkpointing_of_its_bucket():
     engine, _ = trained(run_of(World(0, 3, 0, 3)))
     assert set(engine.ran) == set(enumerate(CHECKPOINTING_MODES))
 
@@ -159,7 +158,7 @@ def test_the_draws_are_those_of_the_ranks_slots(world, image, caption):
     cfg = configured("seed=5", f"conditioning.image_dropout={image}", f"conditioning.caption_dropout={caption}")
     for step in range(4):
         for micro in PLAN.at(step):
-            draws, slots = draw(micro, step, 1000, cfg, world), micro.slots_of(world.data_rank)
+            draws, slots = make_draws(micro, step, 1000, cfg, world), micro.slots_of(world.data_rank)
             assert (draws.seed, draws.step, draws.slots) == (5, step, slots)
             assert torch.equal(draws.timesteps, stratified_timesteps(slots, micro.step_slots, 1000, 5, step))
             dropped = draw_dropouts(cfg.conditioning, 5, step, slots)
@@ -169,7 +168,7 @@ def test_the_draws_are_those_of_the_ranks_slots(world, image, caption):
                 assert not draws.drop_caption.any()
 
 
-def test_an_infinite_loss_makes_the_gradient_infinite_and_names_the_clip(caplog):
+def test_an_infinite_loss_makes_the_gradient_infinite_and_its_clip_is_logged(caplog):
     weight = torch.zeros((), requires_grad=True)
     loss = (weight - 1e20).square()
     loss.backward()
@@ -182,7 +181,7 @@ def test_an_infinite_loss_makes_the_gradient_infinite_and_names_the_clip(caplog)
     run, engine, monitor = run_of(World(0, 1, 0, 1), plan=plan), Engine(), Monitor()
     prefetcher = Prefetcher(make_micro_steps(run, BUILDER, batches(run, [targets])))
     with caplog.at_level("INFO", "cogds"):
-        bad = [train_step(run, engine, prefetcher, step, monitor, QUARANTINE, METER) for step in range(5)]
+        bad = [train_step(run, engine, prefetcher, step, monitor, BAD_SAMPLES, METER) for step in range(5)]
     assert [len(clips) for clips in bad] == [0, 0, 1, 0, 0]
     assert "a.mp4" in bad[2][0]
     assert monitor.shares == [1, 1, math.inf, 1, 1]
@@ -190,7 +189,7 @@ def test_an_infinite_loss_makes_the_gradient_infinite_and_names_the_clip(caplog)
 
 @pytest.fixture
 def gpu(monkeypatch):
-    """A GPU's allocator: what is held now, and the peak since it was restarted, in bytes."""
+    """A GPU's allocator: bytes in use, and the peak since the last reset."""
     memory = SimpleNamespace(held=4e9, peak=9e9)
     monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda _: memory.peak)
     monkeypatch.setattr(torch.cuda, "reset_peak_memory_stats", lambda _: setattr(memory, "peak", memory.held))
@@ -211,14 +210,14 @@ def notes_of(callbacks):
     return notes, watched
 
 
-def test_the_peak_of_callbacks_is_recorded_apart_from_trainings(gpu):
+def test_the_peak_memory_of_callbacks_is_recorded_separately(gpu):
     notes, watched = notes_of([callback(gpu, 6e9), callback(gpu, 5e9)])
     assert notes == [(5, {"callbacks/peak_memory_gb": 6.0})]  # not the 9 GB of training before
     assert gpu.peak == 4e9
     assert watched == ["doing 6000000000.0 after step 5", "doing 5000000000.0 after step 5"]
 
 
-def test_nothing_is_recorded_without_callbacks(gpu):
+def test_without_callbacks_nothing_is_recorded(gpu):
     assert notes_of([]) == ([], [])
     assert gpu.peak == 9e9
 

@@ -1,4 +1,4 @@
-"""Levels by bucket, what fits where, and what is said where nothing does. Arithmetic over the real model's sizes."""
+"""The execution plan: checkpointing by bucket, attention kernel, compilation, and how the summary shows them."""
 
 import dataclasses
 import importlib.util
@@ -18,11 +18,12 @@ from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import inject
 from cogds.model.transformer import quantize
 from cogds.train import tuning
+from cogds.train.run import Run
+from cogds.train.summary import bucket_table, execution_lines
 from cogds.train.tuning import (
     Execution,
     check_execution,
     choose_execution,
-    execution_lines,
     gpu_memory,
     missing_to_compile,
     prepare_blocks,
@@ -61,21 +62,29 @@ def test_each_bucket_gets_the_fastest_mode_that_fits(job):
         modes(80e9, "train.activation_checkpointing_by_bucket={49x480x48: full}")
 
 
-def test_the_summary_names_used_buckets_and_warns_of_those_that_do_not_fit(job):
-    execution = choose_execution(job("train.activation_checkpointing=full"), (1, 1))
+def run_of(job, execution, *num_clips):
+    """A run with so many clips in each bucket."""
+    data = SimpleNamespace(index=SimpleNamespace(buckets=BUCKETS, sizes=[(num,) for num in num_clips]))
+    plan = SimpleNamespace(local_batch_sizes=(1, 1))
+    return Run(job, data, plan, execution, 0)
+
+
+def test_the_summary_lists_the_used_buckets_with_their_memory_only_on_gpus(job):
+    full = job("train.activation_checkpointing=full")
+    execution = choose_execution(full, (1, 1))
     assert (execution.kernel, execution.is_compiled) == ("torch", False)
     assert [part.checkpointing for part in execution.buckets] == ["full", "full"]
-    lines = execution_lines(execution, BUCKETS, (3, 0))
-    assert [line.split()[0] for line in lines if line.startswith("  ")] == ["9x64x96"]
-    parts = tuple(dataclasses.replace(part, shortfall=f"too large {n}") for n, part in enumerate(execution.buckets))
-    lines = execution_lines(dataclasses.replace(execution, gpu_bytes=1e9, buckets=parts), BUCKETS, (3, 0))
-    assert "1.0 GB of 1.0 GB" in lines[-2]
-    assert lines[-1] == "warning: too large 0"
+    header, row = bucket_table(run_of(full, execution, 3, 0))
+    assert row.split() == ["9x64x96", "80", "3", "1", "full"]
+    assert "GB" not in header + row
+    header, row = bucket_table(run_of(full, dataclasses.replace(execution, gpu_bytes=1e9), 3, 0))
+    assert row.endswith("1.0 GB of 1.0 GB")
+    assert len(header) == len(row)
 
 
 @pytest.fixture
 def on_a_gpu(monkeypatch, job):
-    """`on_a_gpu(missing, *overrides)`: what is chosen on a node of two GPUs if torch.compile lacks `missing`."""
+    """`on_a_gpu(missing, *overrides)`: the execution on a node of two GPUs where torch.compile lacks `missing`."""
 
     def choose(missing, *overrides):
         failures = {"flash3": "undefined symbol: _ZN3c10"}
@@ -89,7 +98,7 @@ def on_a_gpu(monkeypatch, job):
     return choose
 
 
-def test_kernels_are_named_with_their_times_and_failures(on_a_gpu):
+def test_notes_have_the_times_and_failures_of_attention_kernels(on_a_gpu):
     execution = on_a_gpu("")
     assert execution.kernel == "cudnn"
     text = "\n".join(execution.notes)
@@ -97,7 +106,7 @@ def test_kernels_are_named_with_their_times_and_failures(on_a_gpu):
     assert on_a_gpu("", "model.attention=flash").notes == ()
 
 
-def test_pinned_host_memory_of_the_used_buckets_is_named(on_a_gpu):
+def test_the_summary_has_the_pinned_host_memory_of_the_used_buckets(on_a_gpu, job):
     execution = on_a_gpu("", "train.activation_checkpointing=full+offload")
     short, long = (part.pinned_host_bytes for part in execution.buckets)
     assert 0 < short < long
@@ -107,17 +116,17 @@ def test_pinned_host_memory_of_the_used_buckets_is_named(on_a_gpu):
     ]
     execution = dataclasses.replace(execution, buckets=tuple(parts))
 
-    def said(*num_clips):
-        return [line for line in execution_lines(execution, BUCKETS, num_clips) if "pinned" in line]
+    def lines(*num_clips):
+        return [line for line in execution_lines(run_of(job(), execution, *num_clips)) if "pinned" in line]
 
-    assert all(part in said(1, 1)[0] for part in ("11.6 GB", "23.2 GB"))
-    assert all(part in said(1, 0)[0] for part in ("3.0 GB", "6.0 GB"))
-    assert said(0, 0) == []
+    assert all(part in lines(1, 1)[0] for part in ("11.6 GB", "23.2 GB"))
+    assert all(part in lines(1, 0)[0] for part in ("3.0 GB", "6.0 GB"))
+    assert lines(0, 0) == []
     plain = on_a_gpu("", "train.activation_checkpointing=full")
     assert [part.pinned_host_bytes for part in plain.buckets] == [0, 0]
 
 
-def test_auto_compiles_if_it_can_and_says_what_is_missing(on_a_gpu):
+def test_auto_compiles_if_possible_or_notes_what_is_missing(on_a_gpu):
     assert on_a_gpu("").is_compiled
     without = on_a_gpu("triton")
     assert not without.is_compiled
@@ -126,14 +135,14 @@ def test_auto_compiles_if_it_can_and_says_what_is_missing(on_a_gpu):
     assert "model.compile" not in "".join(on_a_gpu("triton", "model.compile=off").notes)
 
 
-def test_compiling_that_is_asked_for_and_impossible_is_refused(monkeypatch, job):
+def test_compile_on_is_refused_if_something_is_missing(monkeypatch, job):
     monkeypatch.setattr(tuning, "missing_to_compile", lambda _: "a C compiler")
     with pytest.raises(UserError, match=r"^model\.compile: .*a C compiler"):
         check_execution(job("model.compile=on"))
     check_execution(job())
 
 
-def test_what_compiling_needs(monkeypatch, tmp_path):
+def test_requirements_of_compiling(monkeypatch, tmp_path):
     (tmp_path / "Python.h").touch()
     there = {"gcc", "g++", "icc"}
     monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
@@ -159,7 +168,7 @@ def test_names_are_the_same_in_the_config_the_memory_model_and_the_model(job):
 
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
-def test_blocks_that_were_prepared_draw_the_same_dropout_when_they_are_recomputed(tiny_model, dropout):
+def test_recomputed_blocks_draw_the_same_dropout(tiny_model, dropout):
     levels = CHECKPOINTING_MODES
     transformer = load_transformer(find_model(str(tiny_model)), torch.float32).train()
     parameters = inject(transformer, 4, 8, dropout, ATTENTION, seed=0)
@@ -178,5 +187,5 @@ def test_blocks_that_were_prepared_draw_the_same_dropout_when_they_are_recompute
         assert all(map(torch.equal, gradients(level), expected)), level
 
 
-def test_the_memory_of_a_cpu_is_not_counted():
+def test_a_cpu_has_no_gpu_memory():
     assert gpu_memory(torch.device("cpu")) is None

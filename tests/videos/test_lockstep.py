@@ -1,4 +1,4 @@
-"""Every rank calls the transformer equally often, whatever becomes of its own video."""
+"""Every rank calls the transformer equally often, whatever happens to its own video."""
 
 import contextlib
 from types import SimpleNamespace
@@ -8,11 +8,11 @@ import torch
 
 import cogds.videos.lockstep
 from cogds.distributed.world import World
-from cogds.videos.lockstep import Lockstep, Stopped
+from cogds.videos.lockstep import LockstepTransformer, Stopped
 
 
-def engine(fails_at=None):
-    """One that counts its calls, and fails at one of them."""
+def make_engine(fails_at=None):
+    """An engine that records its calls. fails_at: the call that raises."""
     calls = []
 
     def module(**inputs):
@@ -30,65 +30,68 @@ def engine(fails_at=None):
 ALONE = World(0, 1, 0, 1)
 
 
-def test_calls_that_are_left_are_made_with_the_idle_inputs():
-    one = engine()
-    lockstep = Lockstep(one, ALONE, 5, {"x": 0})
-    assert lockstep(x=1) == (1,)
-    lockstep(x=2)
-    lockstep.finish(failed=True)
-    assert [call["x"] for call in one.calls] == [1, 2, 0, 0, 0]
-    with pytest.raises(RuntimeError, match="more than 5 calls"):
-        lockstep(x=6)
+def test_remaining_calls_are_made_with_the_idle_inputs():
+    engine = make_engine()
+    transformer = LockstepTransformer(engine, ALONE, 5, idle_inputs={"x": 0})
+    assert transformer(x=1) == (1,)
+    transformer(x=2)
+    transformer.finish(has_failed=True)
+    assert [call["x"] for call in engine.calls] == [1, 2, 0, 0, 0]
+    with pytest.raises(RuntimeError, match="5 calls"):
+        transformer(x=6)
 
 
-def test_without_need_of_the_others_nothing_is_computed_for_nobody(monkeypatch):
+def test_if_calls_do_not_need_all_ranks_a_failed_rank_only_votes(monkeypatch):
     votes = []
     monkeypatch.setattr(cogds.videos.lockstep, "any_rank", lambda _world, *flags: votes.append(flags) or flags)
-    one = engine(fails_at=2)
-    lockstep = Lockstep(one, World(0, 2, 0, 2), 4)
-    lockstep(x=1)
+    engine = make_engine(fails_at=2)
+    transformer = LockstepTransformer(engine, World(0, 2, 0, 2), 4)
+    transformer(x=1)
     with pytest.raises(RuntimeError, match="out of memory"):
-        lockstep(x=2)
-    assert lockstep.in_forward
-    assert not lockstep.needs_all
-    lockstep.finish(failed=True)
-    assert len(one.calls) == 2
-    assert len(votes) == 4  # as many as the rank that had no trouble
+        transformer(x=2)
+    assert transformer.in_forward
+    assert not transformer.needs_all_ranks
+    transformer.finish(has_failed=True)
+    assert len(engine.calls) == 2
+    assert len(votes) == 4  # as many as on a rank that did not fail
 
 
-@pytest.mark.parametrize("idle", [None, {"x": 0}])
-def test_all_stop_before_the_same_call(idle):
-    asked = iter([False, False, True])
-    one, begun = engine(), []
-    lockstep = Lockstep(one, ALONE, 9, idle, begun.append, lambda: next(asked))
-    lockstep(x=1)
-    lockstep(x=1)
+@pytest.mark.parametrize("idle_inputs", [None, {"x": 0}])
+def test_all_ranks_stop_before_the_same_call(idle_inputs):
+    stops = iter([False, False, True])
+    engine, numbers = make_engine(), []
+    transformer = LockstepTransformer(
+        engine, ALONE, 9, idle_inputs=idle_inputs, on_call=numbers.append, is_stopping=lambda: next(stops)
+    )
+    transformer(x=1)
+    transformer(x=1)
     with pytest.raises(Stopped):
-        lockstep(x=1)
-    assert len(one.calls) == 2
-    assert begun == [0, 1, 2]
+        transformer(x=1)
+    assert len(engine.calls) == 2
+    assert numbers == [0, 1, 2]
 
 
-def test_a_rank_that_shares_the_video_gives_up_with_the_one_that_failed(monkeypatch):
-    """Ranks 0 and 1 share one, 2 and 3 another. Rank 1 fails after two calls."""
-    failed = []
-    world = [World(rank, 4, rank, 4, sequence_size=2) for rank in range(4)]
+def test_ranks_that_share_a_video_give_it_up_together(monkeypatch):
+    """Ranks 0 and 1 share a video, 2 and 3 another. Rank 1 fails after two calls."""
+    failures = []
+    worlds = [World(rank, 4, rank, 4, sequence_size=2) for rank in range(4)]
 
-    def vote(_world, stop, *lost):
-        failed.append(lost)
-        return stop, *map(any, zip(*failed, lost))
+    def vote(_world, stop, *failed):
+        failures.append(failed)
+        return stop, *map(any, zip(*failures, failed))
 
     monkeypatch.setattr(cogds.videos.lockstep, "any_rank", vote)
-    engines = [engine() for _ in world]
-    ranks = [Lockstep(one, place, 5, {"x": 0}) for one, place in zip(engines, world)]
+    engines = [make_engine() for _ in worlds]
+    ranks = [LockstepTransformer(engine, world, 5, idle_inputs={"x": 0}) for engine, world in zip(engines, worlds)]
     for _ in range(2):
         for rank in ranks:
             rank(x=1)
-    ranks[1].finish(failed=True)
+    ranks[1].finish(has_failed=True)
     for number in (0, 2, 3):
         with contextlib.suppress(RuntimeError):
             while True:
                 ranks[number](x=1)
-        ranks[number].finish(failed=number == 0)
-    assert [[call["x"] for call in one.calls] for one in engines] == [[1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 1, 1]] * 2
-    assert all(rank.needs_all for rank in ranks)
+        ranks[number].finish(has_failed=number == 0)
+    calls = [[call["x"] for call in engine.calls] for engine in engines]
+    assert calls == [[1, 1, 0, 0, 0]] * 2 + [[1, 1, 1, 1, 1]] * 2
+    assert all(rank.needs_all_ranks for rank in ranks)

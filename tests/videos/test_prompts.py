@@ -1,9 +1,11 @@
-"""What videos are asked for: flags and lists, and what is said of those that will not do."""
+"""Prompts from flags and list files, and the errors for those that do not fit."""
+
+import dataclasses
 
 import pytest
 
 from cogds.errors import UserError
-from cogds.videos.prompts import Request, find_requests
+from cogds.videos.prompts import PromptSpec, read_prompt_specs
 
 
 @pytest.mark.parametrize(
@@ -16,55 +18,63 @@ from cogds.videos.prompts import Request, find_requests
     ],
 )
 def test_flags_are_paired(prompts, images, expected):
-    assert [(one.prompt, one.image) for one in find_requests(prompts, images, None)] == expected
+    assert [(spec.prompt, spec.image) for spec in read_prompt_specs(prompts, images, None)] == expected
 
 
 @pytest.mark.parametrize(
     "name, text, expected",
     [
-        ("p.jsonl", '{"prompt": "x", "image": "i.png", "seed": 3}\n\n', [Request("x", "{}/i.png", None, 3)]),
-        ("p.csv", 'prompt,image,size,seed\n"a, b",i.png,9x64x64,\n', [Request("a, b", "{}/i.png", "9x64x64")]),
-        ("p.csv", "prompt,seed\nx,7\n", [Request("x", "given.png", None, 7)]),
-        ("p.csv", 'prompt,seed\n"two\nlines",7\n', [Request("two\nlines", "given.png", None, 7)]),
-        ("p.jsonl", '{"prompt": "a\u2028b"}', [Request("a\u2028b", "given.png")]),
-        ("p.txt", "x\r\ny\u2028z\n", [Request("x", "given.png"), Request("y\u2028z", "given.png")]),
-        ("p.txt", "x\n\n  y \n", [Request("x", "given.png"), Request("y", "given.png")]),
+        ("p.jsonl", '{"prompt": "x", "image": "i.png", "seed": 3}\n\n', [PromptSpec("x", "{}/i.png", None, 3)]),
+        ("p.csv", 'prompt,image,size,seed\n"a, b",i.png,9x64x64,\n', [PromptSpec("a, b", "{}/i.png", "9x64x64")]),
+        ("p.csv", "prompt,seed\nx,7\n", [PromptSpec("x", "given.png", None, 7)]),
+        ("p.csv", 'prompt,seed\n"two\nlines",7\n', [PromptSpec("two\nlines", "given.png", None, 7)]),
+        ("p.jsonl", '{"prompt": "a\u2028b"}', [PromptSpec("a\u2028b", "given.png")]),
+        ("p.txt", "x\r\ny\u2028z\n", [PromptSpec("x", "given.png"), PromptSpec("y\u2028z", "given.png")]),
+        ("p.txt", "x\n\n  y \n", [PromptSpec("x", "given.png"), PromptSpec("y", "given.png")]),
     ],
 )
 def test_lists(tmp_path, name, text, expected):
     (tmp_path / name).write_text(text)
-    expected = [Request(one.prompt, one.image.format(tmp_path), one.size, one.seed) for one in expected]
-    assert find_requests([], ["given.png"], str(tmp_path / name)) == expected
+    expected = [dataclasses.replace(spec, image=spec.image.format(tmp_path)) for spec in expected]
+    assert read_prompt_specs([], ["given.png"], str(tmp_path / name)) == expected
 
 
 @pytest.mark.parametrize(
-    "prompts, images, said",
+    "prompts, images, named",
     [
-        ([], ["a"], "missing: --prompt. A video"),
-        ([], [], "missing: --prompt and --image"),
-        (["a", "b", "c"], ["a", "b"], "3 --prompt and 2 --image"),
+        ([], ["a"], [": --prompt missing"]),
+        ([], [], ["--prompt", "--image"]),
+        (["a", "b", "c"], ["a", "b"], ["3 --prompt", "2 --image"]),
     ],
 )
-def test_flags_that_do_not_fit_are_refused(prompts, images, said):
-    with pytest.raises(UserError, match=said):
-        find_requests(prompts, images, None)
+def test_flags_that_do_not_fit_are_named(prompts, images, named):
+    with pytest.raises(UserError) as error:
+        read_prompt_specs(prompts, images, None)
+    assert [text for text in named if text not in str(error.value)] == []
+
+
+def test_a_list_takes_no_prompt_and_one_image_at_most(tmp_path):
+    (tmp_path / "p.txt").write_text("x\n")
+    for prompts, images, flag in ((["a"], ["i"], "--prompt"), ([], ["i", "j"], "--image")):
+        with pytest.raises(UserError, match=flag):
+            read_prompt_specs(prompts, images, str(tmp_path / "p.txt"))
 
 
 @pytest.mark.parametrize(
-    "name, text, said",
+    "name, text, place, named",
     [
-        ("p.jsonl", '{"prompt": "x", "image": "i"}\n{"image": "i"}\n', r"p.jsonl:2 has no prompt"),
-        ("p.jsonl", '{"prompt": "x"}', "p.jsonl:1 has no image"),
-        ("p.jsonl", "{", "p.jsonl:1 is not JSON"),
-        ("p.jsonl", "[1]", "p.jsonl:1 is no object"),
-        ("p.csv", "prompt,imgae\nx,i\n", r"p.csv:2: unknown column 'imgae' \(did you mean 'image'\?\)"),
-        ("p.csv", "prompt,image,seed\nx,i,half\n", "p.csv:2: seed is 'half'"),
-        ("p.txt", "\n", "holds no prompt"),
+        ("p.jsonl", '{"prompt": "x", "image": "i"}\n{"image": "i"}\n', "p.jsonl:2: ", "prompt"),
+        ("p.jsonl", '{"prompt": "x"}', "p.jsonl:1: ", "image"),
+        ("p.jsonl", "{", "p.jsonl:1: ", "JSON"),
+        ("p.jsonl", "[1]", "p.jsonl:1: ", "object"),
+        ("p.csv", "prompt,imgae\nx,i\n", "p.csv:2: ", r"'imgae' \(did you mean 'image'\?\)"),
+        ("p.csv", "prompt,image,seed\nx,i,half\n", "p.csv:2: ", "seed is 'half'"),
+        ("p.txt", "\n", "p.txt: ", "prompts"),
     ],
 )
-def test_lists_that_will_not_do_are_refused(tmp_path, name, text, said):
+def test_a_list_that_is_wrong_is_refused_with_its_line(tmp_path, name, text, place, named):
     (tmp_path / name).write_text(text)
-    with pytest.raises(UserError, match=said):
-        find_requests([], [], str(tmp_path / name))
-    with pytest.raises(UserError, match="cannot be read"):
-        find_requests([], [], str(tmp_path / "missing.txt"))
+    with pytest.raises(UserError, match=f"{place}.*{named}"):
+        read_prompt_specs([], [], str(tmp_path / name))
+    with pytest.raises(UserError, match=r"missing\.txt: "):
+        read_prompt_specs([], [], str(tmp_path / "missing.txt"))

@@ -1,4 +1,4 @@
-"""What a video is named after."""
+"""File names of generated videos."""
 
 import pytest
 

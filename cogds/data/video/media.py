@@ -26,6 +26,7 @@ import itertools
 import math
 import os
 import struct
+import traceback
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from fractions import Fraction
@@ -534,9 +535,19 @@ def _load_image(path: str | Path) -> Image:
         raise DecodeError("the file does not exist") from None
     except IsADirectoryError:
         raise DecodeError("it is a folder, not a file") from None
-    except (OSError, ValueError, SyntaxError, RuntimeError, Image.DecompressionBombError) as error:
-        # ValueError and SyntaxError: broken chunks and tags. RuntimeError: errors of libavif.
+    except (DecodeError, MemoryError):
+        raise
+    except Exception as error:
+        # On damaged bytes Pillow's parsers raise errors of any type: OSError, SyntaxError, struct.error, TypeError, ...
+        if _is_raised_here(error):
+            raise
         raise DecodeError(f"it cannot be read as an image: {_brief(error)}") from None
+
+
+def _is_raised_here(error: BaseException) -> bool:
+    """Whether this module raised the error, not a library that it calls: a bug, such as an argument that is gone."""
+    *_, (frame, _) = traceback.walk_tb(error.__traceback__)
+    return frame.f_code.co_filename == __file__
 
 
 def _cover(displayed: tuple[int, int], height: int, width: int) -> tuple[tuple[int, int], tuple[int, int]]:

@@ -62,6 +62,7 @@ class Adapter:
 def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None = None) -> Adapter:
     """Load the weights of a LoRA file at `scale` times its strength, in `dtype` or the dtype of the file.
 
+    The sign of a negative scale is moved into B, because no tool writes a negative alpha and `read_lora` refuses it.
     Raises UserError if a value is not finite.
     """
 
@@ -74,9 +75,11 @@ def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None =
 
     with open_safetensors(file.path) as tensors:
         layers = {
-            name: Layer(tensor(tensors, pair.a), tensor(tensors, pair.b), pair.scale * scale)
+            name: Layer(tensor(tensors, pair.a), tensor(tensors, pair.b), pair.scale * abs(scale))
             for name, pair in file.pairs.items()
         }
+    if scale < 0:
+        layers = {name: replace(layer, b=(-layer.b.float()).to(layer.b.dtype)) for name, layer in layers.items()}
     scaled = {"exported_scale": scale * file.metadata.get("exported_scale", 1.0)} if scale != 1.0 else {}
     return Adapter(layers, file.metadata | scaled)
 
@@ -174,7 +177,7 @@ def check_fits(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: Pat
             )
 
 
-def check_scale(scale: float) -> None:
-    """Raise UserError if a strength is not finite."""
+def check_scale(scale: float, setting: str) -> None:
+    """Raise UserError if a strength is not finite. setting: the option or file that it belongs to."""
     if not math.isfinite(scale):
-        raise UserError(f"--scale or a LoRA's weight: {scale} is not a finite number. Pass a number such as 0.7.")
+        raise UserError(f"{setting}: the strength is {scale}, not a finite number. Pass a number such as 0.7.")

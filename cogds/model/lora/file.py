@@ -4,13 +4,15 @@ Training from a LoRA, evaluation, sampling and export all read LoRAs with this m
 own tensor, otherwise from the config in the header (diffusers' `lora_adapter_metadata`, finetrainers' `lora_config`),
 otherwise from `adapter_config.json` beside PEFT's `adapter_model.safetensors`, otherwise from the user.
 
-Only safetensors and JSON are read. A pickle can run code when it is opened, so it is refused without opening it.
+Only safetensors and JSON are read. A pickle can run code when it is opened, so it is refused without opening it. Values
+of a wrong type are refused here, so callers need not check them.
 """
 
 import enum
 import json
 import math
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+import re
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -21,6 +23,8 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
+from cogds.core.geometry import ClipShape
 from cogds.errors import UserError
 from cogds.model.lora.formats import DIFFUSERS_PREFIX, PEFT_PREFIX, SAT_ALPHA, parse_key
 
@@ -33,6 +37,7 @@ BEYOND_LORA = (
     "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
 )  # fmt: skip
 KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that do not change W
+FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")  # dtypes as safetensors names them
 
 
 def lora_file(path: str | Path) -> Path:
@@ -41,7 +46,10 @@ def lora_file(path: str | Path) -> Path:
     Raises UserError if there is none or more than one, or if it is a pickle, which is never opened.
     """
     path = Path(path)
-    inside = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    try:
+        inside = [file for file in (sorted(path.iterdir()) if path.is_dir() else [path]) if file.is_file()]
+    except OSError as error:  # no permission, or the name is too long
+        raise UserError(f"{path}: cannot be read ({error.strerror}). Pass a .safetensors file.") from None
     files = [file for file in inside if file.suffix == ".safetensors" or file == path]
     names = (LORA_WEIGHT_NAME_SAFE, SAFETENSORS_WEIGHTS_NAME)
     files = [file for file in files if file.name in names] or files
@@ -122,10 +130,10 @@ def read_loras(paths: Iterable[str | Path], alpha: float | None, setting: str) -
         setting: config key or flag that alpha comes from, for messages.
 
     Raises:
-        UserError: as for `read_lora`, or alpha is not a valid number, or no file needs it.
+        UserError: as for `read_lora`, or alpha is not positive, or no file needs it.
     """
-    if alpha is not None and (not math.isfinite(alpha) or alpha == 0):
-        raise UserError(f"{setting}: {alpha} is not a valid alpha. Pass the alpha that the LoRA was trained with.")
+    if alpha is not None and not _is_positive(alpha):
+        raise UserError(f"{setting}: {alpha} is not a positive number. Pass the alpha that the LoRA was trained with.")
     files = [read_lora(path, alpha) for path in paths]
     if alpha is not None and all(file.alpha_source is AlphaSource.FILE for file in files):
         names = " and ".join(f"{file.path} contains its alpha (strength {join_values(file.scales)})" for file in files)
@@ -142,10 +150,12 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
     file = lora_file(path)
     with open_safetensors(file) as tensors:
         header: dict[str, str] = tensors.metadata() or {}
-        shapes = {name: tuple(tensors.get_slice(name).get_shape()) for name in tensors.keys()}  # noqa: SIM118
+        slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
+        shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
+        dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
         alphas = {name: tensors.get_tensor(name).flatten().tolist() for name in shapes if name.endswith(".alpha")}
     keys = {name: parse_key(name) for name in shapes}
-    metadata = _mapping(file, header.get(OWN_METADATA_KEY))
+    metadata = _own_metadata(file, header)
     config = _adapter_config(file, header, shapes, alpha)
     _refuse_other_adapters(file, config, shapes)
     if metadata.pop(ALPHA_IN_WEIGHTS, False):
@@ -165,6 +175,9 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
                 f"{file}: layer {layer} is damaged: A has shape {shape_a or 'none'} and B has shape "
                 f"{shape_b or 'none'}, not [rank, in] and [out, rank]. Export the LoRA again."
             )
+        if others := {dtypes[a], dtypes[b]}.difference(FLOATS):
+            raise UserError(f"{file}: layer {layer} is stored as {min(others)}. Export the LoRA in bf16 or fp32.")
+        _check_rank(file, config, layer, shape_a[0])
         rank, layer_alpha = shape_a[0], alphas.get(named.get("alpha", ""))
         if layer_alpha is None:
             scale = _config_scale(file, config, layer, rank)
@@ -200,26 +213,105 @@ def join_values(values: Sequence[Any], limit: int = 4) -> str:
 
 def _mapping(file: Path, text: str | None) -> dict[str, Any]:
     """Parse a JSON mapping in a file, {} for None. Raises UserError if it is damaged."""
+    if text is None:
+        return {}
     try:
-        value = json.loads(text or "{}")
-    except ValueError as error:
+        value = json.loads(text)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{file}: its settings are not valid JSON ({error}). Export the LoRA again.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{file}: its settings are {text}, not a mapping. Export the LoRA again.")
+        raise UserError(f"{file}: its settings are {text:.60}, not a mapping. Export the LoRA again.")
     return value
+
+
+def _is_number(value: Any) -> bool:
+    # An integer in JSON may be too large for a float.
+    return type(value) in (int, float) and -1e300 < value < 1e300
+
+
+def _is_positive(value: Any) -> bool:
+    return _is_number(value) and value > 0
+
+
+def _is_text(value: Any) -> bool:
+    return isinstance(value, str)
+
+
+def _are_texts(value: Any) -> bool:
+    return isinstance(value, list) and all(map(_is_text, value))
+
+
+def _are_buckets(value: Any) -> bool:
+    try:
+        return _are_texts(value) and bool([ClipShape.parse(text) for text in value])
+    except UserError:
+        return False
+
+
+# Checks of the settings that cogds records and uses.
+_IS_VALID: dict[str, Callable[[Any], bool]] = {
+    ALPHA_IN_WEIGHTS: lambda value: isinstance(value, bool),
+    "base_model": _is_text,
+    "rank": _is_positive,
+    "alpha": _is_positive,
+    "targets": _are_texts,
+    "init_from": lambda value: value is None or _is_text(value),
+    "image_latents": lambda value: _is_text(value) and value in IMAGE_LATENT_CONVENTIONS,
+    "image_latent_factor": _is_positive,
+    "buckets": _are_buckets,
+    "fps": _is_positive,
+    "instance_prompt": _is_text,
+    "example_prompt": _is_text,
+    "exported_scale": _is_number,
+    "comfyui_strength": _is_positive,
+}
+
+
+def _own_metadata(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
+    """Return cogds' settings in the header, {} if there are none. Raises UserError for invalid values."""
+    metadata = _mapping(file, header.get(OWN_METADATA_KEY))
+    for name, is_valid in _IS_VALID.items():
+        if name in metadata and not is_valid(metadata[name]):
+            raise UserError(
+                f"{file}: {name} in its settings is {_as_json(metadata[name])}, which is not valid. Export the LoRA "
+                "again, or upgrade cogds if a newer version wrote the file."
+            )
+    return metadata
+
+
+def _as_json(value: Any) -> str:
+    """The start of a value as JSON, for messages."""
+    return f"{json.dumps(value):.60}"
 
 
 def _adapter_config(file: Path, header: Mapping[str, str], names: Iterable[str], alpha: float | None) -> dict[str, Any]:
     """Return the file's LoraConfig as plain values, from where its format stores it, or {} if there is none."""
-    text = header.get(LORA_ADAPTER_METADATA_KEY) or header.get(FINETRAINERS_KEY)
+    text = header.get(LORA_ADAPTER_METADATA_KEY, header.get(FINETRAINERS_KEY))
     is_peft, beside = any(name.startswith(PEFT_PREFIX) for name in names), file.parent / CONFIG_NAME
-    if not text and (is_peft or file.name == SAFETENSORS_WEIGHTS_NAME) and beside.is_file():
+    if text is None and (is_peft or file.name == SAFETENSORS_WEIGHTS_NAME) and beside.is_file():
         file, text = beside, beside.read_text(encoding="utf-8", errors="replace")
-    if not text and is_peft and alpha is None:
+    if text is None and is_peft and alpha is None:
         raise UserError(f"{file}: {CONFIG_NAME} is missing in its folder. Copy the whole folder that PEFT wrote.")
     config = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in _mapping(file, text).items()}
-    if not isinstance(config.get("alpha_pattern") or {}, dict):
-        raise UserError(f"{file}: alpha_pattern is {config['alpha_pattern']}, not a mapping. Export the LoRA again.")
+    rank, rslora = config.get("r", 1), config.get("use_rslora")
+    problem = ""
+    if "lora_alpha" in config and not _is_positive(config["lora_alpha"]):
+        problem = f"lora_alpha is {_as_json(config['lora_alpha'])}, not a positive number"
+    elif type(rank) is not int or rank < 1:
+        problem = f"r is {_as_json(rank)}, not a positive integer"
+    elif rslora not in (None, True, False):
+        problem = f"use_rslora is {_as_json(rslora)}, not true or false"
+    for name in ("alpha_pattern", "rank_pattern"):
+        pattern = config.get(name)
+        if pattern is not None and not (isinstance(pattern, dict) and all(map(_is_positive, pattern.values()))):
+            problem = f"{name} is {_as_json(pattern)}, not a mapping to positive numbers"
+        for key in pattern if not problem and pattern else ():
+            try:
+                re.compile(key)
+            except re.error as error:
+                problem = f"'{key:.60}' in {name} is not a regular expression ({error})"
+    if problem:
+        raise UserError(f"{file}: {problem}. Export the LoRA again.")
     return config
 
 
@@ -265,16 +357,32 @@ def _halves(file: Path, keys: Mapping[str, Any]) -> dict[str, dict[str, str]]:
     return halves
 
 
+def _check_rank(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> None:
+    """Raise UserError if the config has a different rank. It then belongs to a different file, as does its alpha."""
+    config_rank = _of_layer(config, "rank_pattern", layer, "r")
+    if config_rank not in (None, rank):
+        raise UserError(
+            f"{file}: layer {layer} has rank {rank}, but the LoRA's config says {config_rank}. Export the LoRA again."
+        )
+
+
+def _of_layer(config: Mapping[str, Any], pattern: str, layer: str, default: str) -> Any:
+    """Return the config's value for a layer by PEFT's rules: from `pattern`, otherwise from `default`, or None."""
+    patterns = config.get(pattern) or {}
+    return patterns.get(get_pattern_key(patterns, layer), config.get(default))
+
+
 def _config_scale(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> float | None:
     """Return the scale of BA in one layer by the config, or None if it has no alpha."""
-    patterns = config.get("alpha_pattern") or {}
-    alpha = patterns.get(get_pattern_key(patterns, layer), config.get("lora_alpha"))
+    alpha = _of_layer(config, "alpha_pattern", layer, "lora_alpha")
     if alpha is None:
         return None
     return _check_alpha(file, layer, alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
 def _check_alpha(file: Path, layer: str, alpha: Any) -> float:
-    if isinstance(alpha, bool) or not isinstance(alpha, int | float) or not math.isfinite(alpha) or alpha == 0:
-        raise UserError(f"{file}: layer {layer} has an invalid alpha: {alpha!r}. Export the LoRA again.")
+    if not _is_positive(alpha):
+        raise UserError(
+            f"{file}: layer {layer} has alpha {alpha!r}, which is not a positive number. Export the LoRA again."
+        )
     return alpha

@@ -41,6 +41,10 @@ def _keep_attention(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) 
     return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
+def _keep_nothing(*_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+    return CheckpointPolicy.PREFER_RECOMPUTE
+
+
 def run_checkpointed(
     checkpointing: str, function: Callable[..., torch.Tensor], *args: Any, has_dropout: bool = False
 ) -> torch.Tensor:
@@ -53,6 +57,10 @@ def run_checkpointed(
     kwargs: dict[str, Any] = {}
     if checkpointing == "selective":
         kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_attention)
+    elif torch.compiler.is_compiling():
+        # Without a policy, torch 2.11's compiler does not mark what to recompute and keeps most activations. torch 2.13
+        # sets the same policy itself (torch/_higher_order_ops/wrap.py).
+        kwargs["context_fn"] = functools.partial(create_selective_checkpoint_contexts, _keep_nothing)
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=has_dropout, **kwargs)
 
 

@@ -769,6 +769,24 @@ def test_image_modes_and_errors(tmp_path: Path) -> None:
             read_image(tmp_path / name, 32, 32)
 
 
+@pytest.mark.parametrize("kind", [2, 5, 7])  # texts, fractions, bytes
+def test_any_error_of_pillow_on_a_damaged_picture_is_a_decode_error(tmp_path: Path, kind: int) -> None:
+    """Its TIFF parser raises a TypeError."""
+    Image.new("RGB", (8, 8)).save(file := tmp_path / "a.tiff")
+    data = bytearray(file.read_bytes())
+    data[data.index(struct.pack("<HHI", 273, 4, 1)) + 2] = kind  # StripOffsets, of a type that is not an integer
+    file.write_bytes(data)
+    with pytest.raises(DecodeError, match="image"):
+        read_image(file, 32, 32)
+
+
+def test_a_call_that_pillow_does_not_know_is_a_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
+    monkeypatch.setattr("PIL.ImageOps.exif_transpose", lambda: None)
+    with pytest.raises(TypeError):
+        read_image(tmp_path / "a.png", 32, 32)
+
+
 # ---------------------------------------------------------------------------------------------------------- writing
 
 

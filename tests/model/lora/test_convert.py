@@ -143,6 +143,21 @@ def test_a_scale_changes_alpha_and_no_weight(tiny_model, tmp_path):
     assert (output_in_diffusers(tiny_model, (tmp_path, 1.0)) - half).abs().max() < 1e-6
 
 
+@pytest.mark.parametrize("save", [save_diffusers, save_comfyui, save_comfyui_wrapper])
+def test_a_negative_scale_can_be_read_again(tiny_model, tmp_path, save):
+    lora = write_lora(tiny_model, tmp_path / "lora")
+    file = tmp_path / "x.safetensors"
+    file = save(load_adapter(read_lora(lora), -0.5), tmp_path if save is save_diffusers else file) or file
+    again, before = load_adapter(read_lora(file)), load_adapter(read_lora(lora))
+    for name, layer in again.layers.items():
+        expected = -0.5 * before.layers[name].scale * before.layers[name].b
+        torch.testing.assert_close(layer.scale * layer.b, expected, atol=0, rtol=1e-6)
+        assert layer.scale > 0
+    if save is not save_comfyui:
+        expected = output_in_diffusers(tiny_model, (lora, -0.5))
+        assert (output_in_diffusers(tiny_model, (file, 1.0)) - expected).abs().max() < 1e-5
+
+
 def test_another_models_lora_is_refused_by_layer(tiny_model, tmp_path):
     file = read_lora(write_lora(tiny_model, tmp_path / "lora"))
     weights = empty_transformer(find_model(str(tiny_model))).named_parameters()

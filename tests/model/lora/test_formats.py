@@ -9,6 +9,7 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline
 from peft import LoraConfig, get_peft_model, get_peft_model_state_dict
 from PIL import Image
+from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import cogds.evaluate
@@ -18,7 +19,7 @@ from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject, linear_layers, load_initial_lora
 from cogds.model.lora.convert import load_adapter, save_comfyui, save_comfyui_wrapper
-from cogds.model.lora.file import AlphaSource, read_lora
+from cogds.model.lora.file import AlphaSource, read_lora, read_loras
 from cogds.model.lora.formats import comfyui_name, parse_key
 from cogds.model.pipelines import load_pipeline
 from cogds.train.resume import check_init
@@ -213,10 +214,10 @@ def verbs(tiny_model, tmp_path, monkeypatch):
         return output(transformer)
 
     def evaluate(path, alpha):
-        load = cogds.evaluate.load_evaluated
+        load = cogds.evaluate.load_eval_transformer
         with monkeypatch.context() as patch:
             patch.setattr(cogds.evaluate, "encode_dataset", lambda *_: SimpleNamespace())
-            patch.setattr(cogds.evaluate, "load_evaluated", lambda *args: stop(load(*args)))
+            patch.setattr(cogds.evaluate, "load_eval_transformer", lambda *args: stop(load(*args)))
             main = lambda argv: cli.call("evaluate", argv)  # noqa: E731
             (tmp_path / "none.yaml").write_text("{}")
             return until_loaded(main, [*config("train.precision=fp32"), "--lora", str(path), *options(alpha)])
@@ -330,24 +331,190 @@ def test_a_layer_without_alpha_takes_the_one_that_is_given(trained, tmp_path):
     assert read.scales == [ALPHA / RANK, 2.0]
 
 
-@pytest.mark.parametrize(
-    "header, message",
-    [
-        ({"cogds": "{"}, " settings"),
-        ({"lora_config": "[1]"}, " settings"),
-        ({"lora_adapter_metadata": "{"}, " settings"),
-        ({"lora_adapter_metadata": '{"transformer.alpha_pattern": [1]}'}, "alpha_pattern"),
-        ({"lora_adapter_metadata": '{"transformer.lora_alpha": 0}'}, "alpha: 0"),
-    ],
-)
-def test_a_damaged_header_is_refused(trained, tmp_path, header, message):
-    save_file(trained.state, tmp_path / "x.safetensors", header)
-    with pytest.raises(UserError, match=rf"x\.safetensors: .*{message}"):
-        read_lora(tmp_path)
+def with_header(trained, folder, **changes):
+    """A file in diffusers' format with texts in its header replaced."""
+    file = diffusers(trained, folder)
+    with safe_open(file, "pt") as tensors:
+        header = tensors.metadata()
+    save_file(load_file(file), file, {**header, **changes})
+    return file
+
+
+def with_settings(trained, folder, **changes):
+    """A file with changed settings of cogds. Python's JSON knows NaN and Infinity."""
+    return with_header(trained, folder, cogds=json.dumps({"image_latents": "pipeline", **changes}))
+
+
+def with_config(trained, folder, prefix="transformer.", key="lora_adapter_metadata", **changes):
+    """A file with changed values in its adapter's config."""
+    config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": list(ATTENTION), **changes}
+    return with_header(
+        trained, folder, **{key: json.dumps({f"{prefix}{name}": value for name, value in config.items()})}
+    )
+
+
+def with_tensors(trained, folder, write=diffusers, **changes):
+    """A file with changed tensors. changes: by a word in the names of tensors, what becomes of each."""
+    path = write(trained, folder)
+    file = path if path.is_file() else next(path.glob("*.safetensors"))
+    tensors = load_file(file)
+    for word, change in changes.items():
+        tensors |= {name: change(tensor) for name, tensor in tensors.items() if word in name}
+    with safe_open(file, "pt") as before:
+        header = before.metadata()
+    save_file(tensors, file, header)
+    return file
+
+
+def with_bytes(trained, folder, change, write=diffusers, name="*.safetensors"):
+    """A file of a format with changed bytes."""
+    path = write(trained, folder)
+    file = path if path.is_file() else next(path.glob(name))
+    file.write_bytes(change(file.read_bytes()))
+    return file
+
+
+def pickled(trained, folder, name):
+    torch.save(trained.state, folder / name)
+    return folder / name
+
+
+def sat_folder(trained, folder):
+    """A checkpoint of SwissArmyTransformer: the name of a folder, and a pickle in it."""
+    (folder / "latest").write_text("1000")
+    (folder / "1000").mkdir()
+    torch.save({"module": trained.state}, folder / "1000/mp_rank_00_model_states.pt")
+    return folder
+
+
+def nothing(_, folder):
+    (folder / "adapter_config.json").write_text("{}")
+    return folder
+
+
+NAN, HUGE = float("nan"), 10**400
+DAMAGES = {
+    "settings cut": (with_header, {"cogds": "{"}),
+    "settings a list": (with_header, {"cogds": "[1]"}),
+    "settings nested": (with_header, {"cogds": "[" * 100_000}),
+    "settings null": (with_header, {"cogds": "null"}),
+    "settings empty": (with_header, {"cogds": ""}),
+    "convention unknown": (with_settings, {"image_latents": "brighter"}),
+    "convention a list": (with_settings, {"image_latents": ["pipeline"]}),
+    "fps a word": (with_settings, {"fps": "fast"}),
+    "fps 0": (with_settings, {"fps": 0}),
+    "fps null": (with_settings, {"fps": None}),
+    "fps NaN": (with_settings, {"fps": NAN}),
+    "buckets a text": (with_settings, {"buckets": "9x64x96"}),
+    "buckets of nonsense": (with_settings, {"buckets": ["9x64"]}),
+    "buckets of numbers": (with_settings, {"buckets": [9]}),
+    "base_model a number": (with_settings, {"base_model": 5}),
+    "recorded alpha a text": (with_settings, {"rank": 4, "alpha": "3"}),
+    "targets a number": (with_settings, {"targets": 5}),
+    "prompt a number": (with_settings, {"instance_prompt": 5}),
+    "factor a text": (with_settings, {"image_latent_factor": "0.7"}),
+    "exported_scale a text": (with_settings, {"exported_scale": "2"}),
+    "alpha_in_weights a text": (with_settings, {"alpha_in_weights": "no"}),
+    "config cut": (with_header, {"lora_adapter_metadata": "{"}),
+    "config a list": (with_header, {"lora_adapter_metadata": "[1]"}),
+    "config a number": (with_header, {"lora_adapter_metadata": "5"}),
+    "config empty": (with_header, {"lora_adapter_metadata": ""}),
+    "alpha a text": (with_config, {"lora_alpha": "3"}),
+    "alpha a list": (with_config, {"lora_alpha": [3]}),
+    "alpha null": (with_config, {"lora_alpha": None}),
+    "alpha 0": (with_config, {"lora_alpha": 0}),
+    "alpha negative": (with_config, {"lora_alpha": -3}),
+    "alpha NaN": (with_config, {"lora_alpha": NAN}),
+    "alpha too large": (with_config, {"lora_alpha": HUGE}),
+    "alpha_pattern a list": (with_config, {"alpha_pattern": [1]}),
+    "alpha_pattern a number": (with_config, {"alpha_pattern": 0}),
+    "alpha_pattern no expression": (with_config, {"alpha_pattern": {"(": 3}}),
+    "alpha_pattern of texts": (with_config, {"alpha_pattern": {"to_q": "3"}}),
+    "rank a list": (with_config, {"r": [RANK]}),
+    "rank a text": (with_config, {"r": str(RANK)}),
+    "rank of another file": (with_config, {"r": 2 * RANK}),
+    "rank_pattern of another file": (with_config, {"rank_pattern": {"to_q": 2}}),
+    "rank_pattern a list": (with_config, {"rank_pattern": ["to_q"]}),
+    "use_rslora a text": (with_config, {"use_rslora": "no"}),
+    "finetrainers, a list": (with_tensors, {"write": lambda *_: finetrainers_with(*_, "[1]")}),
+    "finetrainers, alpha a text": (with_tensors, {"write": lambda *_: finetrainers_with(*_, '{"lora_alpha": "3"}')}),
+    "finetrainers, rank a list": (with_tensors, {"write": lambda *_: finetrainers_with(*_, '{"r": [4]}')}),
+    "finetrainers, empty": (with_tensors, {"write": lambda *_: finetrainers_with(*_, "")}),
+    **{
+        f"{write.__name__}, config {name}": (
+            with_bytes, {"change": lambda _, text=text: text, "write": write, "name": "adapter_config.json"}
+        )
+        for write in (peft, diffusion_pipe)
+        for name, text in {
+            "cut": b'{"r": 4, "lora_al', "empty": b"", "a list": b"[4, 3]", "a text": b'"4"', "bytes": b"\xff\x00\x80",
+            "alpha a text": b'{"r": 4, "lora_alpha": "3"}', "alpha negative": b'{"r": 4, "lora_alpha": -3}',
+            "rank a list": b'{"r": [4], "lora_alpha": 3}', "alpha Infinity": b'{"r": 4, "lora_alpha": Infinity}',
+        }.items()
+    },
+    "tensor alpha NaN": (with_tensors, {"write": comfyui, "alpha": lambda one: one * NAN}),
+    "tensor alpha negative": (with_tensors, {"write": comfyui, "alpha": lambda one: -one}),
+    "tensor alpha of two numbers": (with_tensors, {"write": videox_fun, "alpha": lambda one: one.repeat(2)}),
+    "tensor alpha of no number": (with_tensors, {"write": dotted_kohya, "alpha": lambda one: one.reshape(1)[:0]}),
+    "integers": (with_tensors, {"lora_B": lambda one: one.to(torch.int8)}),
+    "rank 0": (with_tensors, {"lora_A": lambda one: one[:0], "lora_B": lambda one: one[:, :0].contiguous()}),
+    "a convolution": (with_tensors, {"lora_A": lambda one: one[..., None, None]}),
+    "NaN": (with_tensors, {"0.attn1.to_q.lora_B": lambda one: one * NAN}),
+    "cut in the header": (with_bytes, {"change": lambda data: data[:100]}),
+    "cut in the tensors": (with_bytes, {"change": lambda data: data[:-1]}),
+    "too long": (with_bytes, {"change": lambda data: data + b"0"}),
+    "empty": (with_bytes, {"change": lambda _: b""}),
+    "adapter_model empty": (with_bytes, {"change": lambda _: b"", "write": peft}),
+    "a .bin": (pickled, {"name": "pytorch_lora_weights.bin"}),
+    "a .pt": (pickled, {"name": "mp_rank_00_model_states.pt"}),
+    "a folder without adapter": (nothing, {}),
+    "SAT's folder": (sat_folder, {}),
+    "SAT, cut": (with_bytes, {"change": lambda data: data[:-4], "write": sat}),
+    "SAT, query without B": (with_tensors, {"write": lambda *_: sat_without_one(*_)}),
+}  # fmt: skip
+
+
+def finetrainers_with(trained, folder, config):
+    save_file(
+        prefixed("transformer.", trained.state), file := folder / "pytorch_lora_weights.safetensors",
+        {"lora_config": config, "format": "pt"},
+    )  # fmt: skip
+    return file
+
+
+def sat_without_one(trained, folder):
+    tensors = load_file(file := sat(trained, folder))
+    del tensors["model.diffusion_model.transformer.layers.0.attention.query_key_value.matrix_B.0"]
+    save_file(tensors, file)
+    return file
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_what_is_damaged_ends_every_verb_with_code_2(trained, verbs, tmp_path, capsys, damage):
+    write, arguments = DAMAGES[damage]
+    (tmp_path / "lora").mkdir()
+    path = write(trained, tmp_path / "lora", **arguments)
+    codes, places = {}, {}
+    for verb, run in verbs.items():
+        capsys.readouterr()
+        codes[verb] = cli.run(lambda: run(path, None))  # noqa: B023
+        last = capsys.readouterr().err.splitlines()
+        places[verb] = str(path) in last[-1]
+    assert (codes, places) == (dict.fromkeys(verbs, 2), dict.fromkeys(verbs, True))
+
+
+def test_a_path_that_the_system_refuses_is_no_lora():
+    with pytest.raises(UserError, match=r"lll: "):
+        read_lora("l" * 300)
+
+
+@pytest.mark.parametrize("alpha", [NAN, 0.0, -3.0])
+def test_an_alpha_of_the_user_is_a_strength(trained, tmp_path, alpha):
+    with pytest.raises(UserError, match=r"^--lora-alpha: "):
+        read_loras([cogkit(trained, tmp_path)], alpha, "--lora-alpha")
 
 
 def test_an_alpha_of_several_numbers_is_refused(trained, tmp_path):
     tensors = {**trained.state, "transformer_blocks.0.attn1.to_q.alpha": torch.ones(2)}
     save_file(tensors, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=r"to_q .*alpha: \[1\.0, 1\.0\]"):
+    with pytest.raises(UserError, match=r"to_q .*alpha \[1\.0, 1\.0\]"):
         read_lora(tmp_path)

@@ -215,7 +215,10 @@ def compiled(ours, shapes):
     return [outcome(ours, shape) for shape in shapes], len(graphs)
 
 
-@pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES)
+@pytest.mark.parametrize(
+    "checkpointing",
+    [pytest.param(mode, marks=pytest.mark.slow) for mode in CHECKPOINTING_MODES if mode != "selective"] + ["selective"],
+)
 def test_one_compilation_for_all_buckets(checkpointing):
     """One graph for single clips and one for batches of any size and shape."""
     _, ours = pair(V15, ATTENTION)
@@ -301,6 +304,7 @@ def partitioned(checkpointing):
     return sum(attention in (node.target, *node.args) for node in nodes), sum(sizes)
 
 
+@pytest.mark.slow
 def test_the_compiler_follows_the_checkpointing_mode():
     (kept, none), (attention, partly), (twice, block) = map(partitioned, CHECKPOINTING_MODES[:3])
     assert (kept, attention, twice) == (0, 0, 1)

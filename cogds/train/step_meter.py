@@ -1,6 +1,6 @@
-"""What every optimizer step is measured by: its time and where it goes, speed, memory, the LoRA's norms, coverage.
+"""Measurements of each optimizer step: time by phase, throughput, memory, LoRA norms, coverage of the data.
 
-Nothing is waited for: what is on the device goes to the monitor as tensors, and a GPU's phases are read one step late.
+They never wait for the GPU: values on the device stay tensors, and the times of a GPU's phases are read one step late.
 """
 
 import math
@@ -19,10 +19,10 @@ from cogds.train.norms import LoraNorms
 from cogds.train.run import Run
 
 
-class Meter:
+class StepMeter:
     """Measures the optimizer steps of one rank, one after another.
 
-    begin(phase): what comes from here on is "inputs", "forward", "backward" or "optimizer".
+    begin(phase): the start of "inputs", "forward", "backward" or "optimizer".
     """
 
     def __init__(self, run: Run, engine: Any) -> None:
@@ -30,37 +30,40 @@ class Meter:
         self._clock, self._phases = Stopwatch(), PhaseTimer(device)
         self.begin = self._phases.begin
         self._norms = LoraNorms(engine, run.world, run.model.num_layers)
-        # At ZeRO-3 a forward pass gathers weights, and ranks that share a clip exchange attention within it: all end
-        # with the slowest, and their seconds say nothing of who that is.
-        self._apart = run.world.sequence_size == 1 and engine.zero_optimization_stage() < 3
+        # At ZeRO stage 3, and if ranks share a clip, all ranks end a forward pass together with the slowest one, so its
+        # time does not show which rank that is.
+        self._is_forward_local = run.world.sequence_size == 1 and engine.zero_optimization_stage() < 3
         self._wait_before_s, self._peak_bytes = math.nan, 0.0
         self._tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
         self._tflops = [
             step_flops(tokens, run.model.num_layers, run.model.hidden_size).model_flops / 1e12
             for tokens in self._tokens
         ]
-        known = device.type == "cuda" and run.cfg.train.precision == "bf16"
-        self._peak_tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if known else None
+        has_peak = device.type == "cuda" and run.cfg.train.precision == "bf16"
+        self._peak_tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if has_peak else None
 
-    def rest(self) -> None:
-        """What was done since the last step is no part of the next."""
+    def restart(self) -> None:
+        """Start the time of the next step now, so that it does not include callbacks."""
         self._clock.lap()
 
     def before_update(self, step: int) -> None:
-        """The engine is about to change the weights in optimizer step `step` (0 is the first)."""
-        if self._norms_due(step):
-            self._norms.before()
+        """Prepare for the weight update of optimizer step `step` (0 is the first)."""
+        if self._measures_norms(step):
+            self._norms.snapshot()
 
-    def read(
+    def finish_step(
         self, step: int, micro_batches: Sequence[MicroBatch], wait_s: float
     ) -> tuple[dict[str, float], RankValues, SquaredNorms | None]:
-        """After step `step`: scalars, what is this rank's own, and norms where they are due. wait_s: for the loader."""
-        norms = self._norms.after() if self._norms_due(step) else None
+        """Return the scalars of step `step`, the values that differ by rank, and the norms if they are due.
+
+        wait_s: time spent waiting for the loader.
+        """
+        norms = self._norms.measure() if self._measures_norms(step) else None
         phases, step_s, world = self._phases.lap(), self._clock.lap(), self._run.world
-        # The phases are this step's on a CPU, and those of the step before on a GPU.
+        # On a GPU the phases are those of the step before.
         on_cpu = world.device.type == "cpu"
         waited_s = wait_s if on_cpu else self._wait_before_s
-        busy_s = waited_s + phases.get("forward", math.nan) if self._apart else math.nan
+        busy_s = waited_s + phases.get("forward", math.nan) if self._is_forward_local else math.nan
         self._wait_before_s = wait_s
         samples = [
             (micro_batch.batch_size_of(rank), micro_batch.bucket_of(rank))
@@ -80,11 +83,11 @@ class Meter:
         }
         if self._peak_tflops:
             scalars["perf/mfu"] = tflops / self._peak_tflops
-        # Of all steps so far: the allocator's own peak begins anew after an evaluation (`loop.meet`).
+        # The peak of all steps so far. The allocator's own peak is reset by `run_callbacks`.
         self._peak_bytes = max(self._peak_bytes, float(peak_memory_bytes(world.device)))
-        own = RankValues(busy_s, self._peak_bytes, float(peak_host_bytes()))
-        return scalars, own, norms
+        rank_values = RankValues(busy_s, self._peak_bytes, float(peak_host_bytes()))
+        return scalars, rank_values, norms
 
-    def _norms_due(self, step: int) -> bool:
+    def _measures_norms(self, step: int) -> bool:
         every = self._run.cfg.metrics.norms_every
         return every is not None and (step + 1) % every == 0

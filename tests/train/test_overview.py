@@ -4,13 +4,13 @@ import numpy as np
 import pytest
 import torch
 
-import cogds.train.first_look
+import cogds.train.overview
 from cogds.data.loading.dataset import Bad, Batch
-from cogds.train.first_look import FirstBatches, show_settings
+from cogds.train.overview import FirstBatchLogger, log_overview
 
 
 class Vae:
-    """Decodes to grey, or has no memory left."""
+    """Decodes to gray, or raises an error."""
 
     dtype, use_tiling = torch.float32, False
 
@@ -46,20 +46,20 @@ def first_batches(shown, vae, show_batches=0, show_clips=0):
         add_image=lambda step, name, pixels: shown.append((step, name, pixels)),
     )
     builder = SimpleNamespace(vae=vae, device=torch.device("cpu"))
-    return FirstBatches(run, builder, monitor)
+    return FirstBatchLogger(run, builder, monitor)
 
 
 FAILURES = [None, RuntimeError("CUDA out of memory\nand more"), ValueError("odd"), torch.OutOfMemoryError()]
 
 
 @pytest.mark.parametrize("fails", FAILURES)
-def test_batches_are_decoded_for_so_many_steps_and_what_fails_stops_nothing(shown, fails, capsys):
+def test_the_first_batches_are_decoded_and_a_failure_is_only_logged(shown, fails, capsys):
     vae = Vae(fails)
     first = first_batches(shown, vae, 2)
     batch = Batch({"moments": torch.zeros(1, 4, 3, 4, 4)})
     before = torch.get_rng_state()
     for step in range(4, 9):
-        first.look(step, SimpleNamespace(slots_of=lambda _: range(3, 4)), batch)
+        first.log(step, SimpleNamespace(slots_of=lambda _: range(3, 4)), batch)
     assert torch.equal(torch.get_rng_state(), before)
     assert vae.was_tiled == [True, True]
     assert vae.use_tiling is False
@@ -75,43 +75,43 @@ def test_batches_are_decoded_for_so_many_steps_and_what_fails_stops_nothing(show
 
 
 def frames(num):
-    """A batch of first frames, each of its own grey, in memory that is used again."""
+    """A batch of first frames, each with its own gray level."""
     return (torch.arange(1, num + 1, dtype=torch.uint8) * 60)[:, None, None, None].repeat(1, 3, 32, 48)
 
 
 @pytest.fixture
 def sheets(monkeypatch):
-    """What contact sheets are made of: greys and captions."""
+    """The gray levels and captions of each contact sheet."""
     made = []
 
     def sheet(pictures, captions):
         made.append(([int(picture.mean()) for picture in pictures], list(captions)))
         return np.zeros((8, 8, 3), np.uint8)
 
-    monkeypatch.setattr(cogds.train.first_look, "contact_sheet", sheet)
+    monkeypatch.setattr(cogds.train.overview, "contact_sheet", sheet)
     return made
 
 
-def test_a_clip_that_stands_in_for_another_has_its_own_caption_and_pictures_their_own_memory(shown, sheets):
+def test_a_replacement_clip_has_its_own_caption_and_images_are_copies(shown, sheets):
     first, tensors = first_batches(shown, None, show_clips=3), {"first_frame": frames(2)}
-    first.look(4, None, Batch(tensors, (Bad(0, "a", "odd"),), (2, 1)))
+    first.log(4, None, Batch(tensors, (Bad(0, "a", "odd"),), (2, 1)))
     assert sheets == []
     assert sum(picture.nbytes for picture in first._frames) == 2 * 256 * 171 * 3
     tensors["first_frame"].zero_()
-    first.look(5, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
+    first.log(5, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
     assert sheets == [([60, 120, 60], ["9x32x48  a cow", "9x32x48  a dog", "9x32x48  a cat"])]
     assert [one[:2] for one in shown] == [(6, "data/first_frames")]
-    first.look(6, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
+    first.log(6, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
     assert len(shown) == 1
     assert not first._frames
     assert not first._captions
 
 
-def test_a_picture_that_fails_is_said_once_and_ends_nothing(shown, monkeypatch, capsys):
-    monkeypatch.setattr(cogds.train.first_look, "contact_sheet", lambda *_: 1 / 0)
+def test_an_image_that_fails_is_logged_once_and_is_not_fatal(shown, monkeypatch, capsys):
+    monkeypatch.setattr(cogds.train.overview, "contact_sheet", lambda *_: 1 / 0)
     first = first_batches(shown, None, show_clips=1)
     for step in (4, 5):
-        first.look(step, None, Batch({"first_frame": frames(1)}, (), (0,)))
+        first.log(step, None, Batch({"first_frame": frames(1)}, (), (0,)))
     assert shown == []
     said = capsys.readouterr().err
     assert said.count("warning: ") == said.count("Traceback") == 1
@@ -120,12 +120,12 @@ def test_a_picture_that_fails_is_said_once_and_ends_nothing(shown, monkeypatch, 
 
 
 @pytest.mark.parametrize("rank", [0, 1])
-def test_bars_that_fail_are_said_by_rank_0(monkeypatch, capsys, rank):
-    for name in ("to_yaml", "settings"):
-        monkeypatch.setattr(cogds.train.first_look, name, lambda _: "")
-    monkeypatch.setattr(cogds.train.first_look, "bucket_bars", lambda _: 1 / 0)
+def test_a_chart_that_fails_is_logged_by_rank_0(monkeypatch, capsys, rank):
+    for name in ("to_yaml", "hparams"):
+        monkeypatch.setattr(cogds.train.overview, name, lambda _: "")
+    monkeypatch.setattr(cogds.train.overview, "draw_bucket_shares", lambda _: 1 / 0)
     monitor = SimpleNamespace(**dict.fromkeys(("add_text", "add_hparams", "add_image"), lambda *_: None))
     run = SimpleNamespace(cfg=None, ds_config={}, first_step=0, world=SimpleNamespace(rank=rank))
-    show_settings(run, monitor)
+    log_overview(run, monitor)
     said = capsys.readouterr().err
     assert said.count("warning: ") == said.count("Traceback") == (rank == 0)

@@ -1,7 +1,6 @@
-"""What TensorBoard shows of a run before its curves: settings, the buckets, and the first clips as the model sees them.
+"""What TensorBoard shows of a run besides curves: its settings, its buckets, and the first clips that rank 0 trains.
 
-Rank 0 shows its own clips. Nothing is drawn at random for it, so the run stays bit for bit what it would have been; a
-picture that cannot be made is warned of and ends nothing.
+No random numbers are drawn for it, so it does not change the run. An image that cannot be made causes only a warning.
 """
 
 import json
@@ -27,26 +26,26 @@ from cogds.train.step import StepBuilder
 
 logger = logging.getLogger(__name__)
 
-# What runs are compared by in TensorBoard's HParams tab.
-COMPARED = ("train/loss", "eval/loss", "eval/train_loss")
-MAX_DECODED = 4  # clips of a step that are decoded back
+# Metrics that TensorBoard's HParams tab compares runs by.
+HPARAM_METRICS = ("train/loss", "eval/loss", "eval/train_loss")
+MAX_DECODED = 4  # clips per step
 
 
-def show_settings(run: Run, monitor: Monitor) -> None:
-    """The resolved configs as texts, the settings that runs are compared by, and the buckets as bars, by rank 0."""
+def log_overview(run: Run, monitor: Monitor) -> None:
+    """Write the resolved configs, the hyperparameters and a chart of the buckets, on rank 0."""
     if run.world.rank != 0:
         return
     monitor.add_text("config/run", to_yaml(run.cfg))
     monitor.add_text("config/deepspeed", json.dumps(run.ds_config, indent=2))
-    monitor.add_hparams(settings(run), COMPARED)
+    monitor.add_hparams(hparams(run), HPARAM_METRICS)
     try:
-        monitor.add_image(run.first_step, "data/buckets", bucket_bars(run))
+        monitor.add_image(run.first_step, "data/buckets", draw_bucket_shares(run))
     except Exception as error:
-        log_failure(logger, f"the buckets could not be drawn ({brief(error)}): training goes on", error)
+        log_failure(logger, f"TensorBoard image data/buckets could not be made: {brief(error)}", error)
 
 
-def settings(run: Run) -> dict[str, str | float | bool]:
-    """What one run differs from another by: plain values under the names of the config, and what follows from them."""
+def hparams(run: Run) -> dict[str, str | float | bool]:
+    """Return the settings to compare runs by: values of the config, and values that follow from them."""
     cfg, plan = run.cfg, run.plan
     tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
     return {
@@ -59,8 +58,8 @@ def settings(run: Run) -> dict[str, str | float | bool]:
         "train.num_steps": cfg.train.num_steps,
         "train.precision": cfg.train.precision,
         "train.gradient_accumulation_steps": plan.accumulation,
-        "tokens a rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
-        "recompute": ", ".join(sorted({part.checkpointing for part in run.execution.buckets})),
+        "tokens per rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
+        "activation checkpointing": ", ".join(sorted({part.checkpointing for part in run.execution.buckets})),
         "ranks": run.world.size,
         "zero stage": zero_stage(run.ds_config),
         "model.quantization": cfg.model.quantization,
@@ -71,64 +70,60 @@ def settings(run: Run) -> dict[str, str | float | bool]:
     }
 
 
-def bucket_bars(run: Run) -> np.ndarray:
-    """Each bucket's share of the clips, of the tokens and of the cost of an epoch."""
+def draw_bucket_shares(run: Run) -> np.ndarray:
+    """Draw each bucket's share of the clips, the tokens and the cost of an epoch."""
     num_clips = [sum(sets) for sets in run.data.index.sizes]
     num_trained = run.data.mixture.virtual_sizes
     tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
-    costs = [step_flops(one, run.model.num_layers, run.model.hidden_size).model_flops for one in tokens]
+    costs = [step_flops(num, run.model.num_layers, run.model.hidden_size).model_flops for num in tokens]
 
     def shares(values: list[float]) -> list[float]:
         return [value / (sum(values) or 1.0) for value in values]
 
     series = [
         ("clips", shares([float(num) for num in num_clips])),
-        ("tokens", shares([float(num * one) for num, one in zip(num_trained, tokens)])),
-        ("cost", shares([num * one for num, one in zip(num_trained, costs)])),
+        ("tokens", shares([float(num * size) for num, size in zip(num_trained, tokens)])),
+        ("cost", shares([num * cost for num, cost in zip(num_trained, costs)])),
     ]
     return share_chart("Shares of an epoch", [str(shape) for shape in run.buckets], series)
 
 
-class FirstBatches:
-    """Collects the first clips that this rank trains, and shows them. What goes wrong with that is warned of."""
+class FirstBatchLogger:
+    """Writes the first frames and decoded videos of the first clips that this rank trains."""
 
     def __init__(self, run: Run, builder: StepBuilder, monitor: Monitor) -> None:
         self._run, self._builder, self._monitor = run, builder, monitor
         self._frames: list[np.ndarray] = []
         self._captions: list[str] = []
-        self._shown = False
+        self._is_done = False
 
-    def look(self, step: int, micro_batch: MicroBatch, batch: Batch) -> None:
-        """To be given every batch: optimizer step from 0, micro-step, tensors. Costs nothing once all are shown."""
-        cfg, passed = self._run.cfg.metrics, step - self._run.first_step
-        if cfg.show_clips and not self._shown:
+    def log(self, step: int, micro_batch: MicroBatch, batch: Batch) -> None:
+        """Log a batch before it is trained (`batches.OnBatch`). Does nothing after the first batches. Never raises."""
+        cfg, num_passed = self._run.cfg.metrics, step - self._run.first_step
+        if cfg.show_clips and not self._is_done:
             try:
                 self._collect(step, batch)
             except Exception as error:
-                self._done()
-                log_failure(logger, f"the first clips could not be drawn ({brief(error)}): training goes on", error)
-        if passed < cfg.show_batches:
+                self._finish()
+                log_failure(logger, f"TensorBoard image data/first_frames could not be made: {brief(error)}", error)
+        if num_passed < cfg.show_batches:
             try:
                 self._decode(step, micro_batch, batch)
             except Exception as error:  # out of memory, most likely
-                log_failure(
-                    logger,
-                    f"the batch of step {step + 1} could not be decoded ({brief(error)}): training goes on",
-                    error,
-                )
+                log_failure(logger, f"the batch of step {step + 1} could not be decoded: {brief(error)}", error)
 
     def _collect(self, step: int, batch: Batch) -> None:
         num = self._run.cfg.metrics.show_clips
         clips = [self._run.data.index[row] for row in batch.rows]
         for clip, frame in zip(clips[: num - len(self._frames)], batch.tensors["first_frame"]):
-            self._frames.append(_shrunk(frame))
+            self._frames.append(_shrink(frame))
             self._captions.append(f"{clip.shape}  {clip.caption}")
         if self._frames and (len(self._frames) >= num or step + 1 == self._run.cfg.train.num_steps):
             self._monitor.add_image(step + 1, "data/first_frames", contact_sheet(self._frames, self._captions))
-            self._done()
+            self._finish()
 
-    def _done(self) -> None:
-        self._shown, self._frames, self._captions = True, [], []
+    def _finish(self) -> None:
+        self._is_done, self._frames, self._captions = True, [], []
 
     @torch.no_grad()
     def _decode(self, step: int, micro_batch: MicroBatch, batch: Batch) -> None:
@@ -140,17 +135,19 @@ class FirstBatches:
                 mean = moments[None, : len(moments) // 2].to(self._builder.device, vae.dtype)
                 video = vae.decode(mean).sample[0].float()  # [3, F, H, W]
                 frames = ((video / 2 + 0.5).clamp(0, 1) * 255).round().byte().permute(1, 2, 3, 0).cpu().numpy()
-                where = f"data/decoded/{micro_batch.slots_of(self._run.world.data_rank)[number]}"
+                tag = f"data/decoded/{micro_batch.slots_of(self._run.world.data_rank)[number]}"
                 if len(frames) == 1:
-                    self._monitor.add_image(step + 1, where, frames[0])
+                    self._monitor.add_image(step + 1, tag, frames[0])
                 else:
-                    self._monitor.add_video(step + 1, where, frames, self._run.cfg.data.fps)
+                    self._monitor.add_video(step + 1, tag, frames, self._run.cfg.data.fps)
         finally:
             vae.use_tiling = was_tiled
 
 
-def _shrunk(frame: torch.Tensor) -> np.ndarray:
-    """A first frame uint8 [3, H, W] as pixels [h, w, 3] of a contact sheet's width: a copy of its own, since a view
-    would keep the whole batch, which is pinned memory."""
+def _shrink(frame: torch.Tensor) -> np.ndarray:
+    """Resize a first frame, uint8 [3, H, W], to pixels [h, w, 3] of a contact sheet.
+
+    It is a copy, because a view would keep the pinned memory of the whole batch.
+    """
     image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
     return np.array(image.resize((CELL, max(1, round(CELL * image.height / image.width))), Image.Resampling.LANCZOS))

@@ -1,4 +1,4 @@
-"""What a step is measured by, as far as it depends on how the ranks work together."""
+"""Measurements of a step that depend on how the ranks work together."""
 
 import math
 from types import SimpleNamespace
@@ -6,16 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cogds.train.meter
+import cogds.train.step_meter
 from cogds.core.mixture import Mixture
 from cogds.distributed.world import World
-from cogds.train.meter import Meter
+from cogds.train.step_meter import StepMeter
 
 
 @pytest.fixture
 def meter(monkeypatch):
-    """`meter(stage, sequence_size)`: of a run with one tiny bucket, on the last of four ranks."""
-    monkeypatch.setattr(cogds.train.meter, "num_tokens", lambda *_: 32)
+    """`meter(stage, sequence_size)`: for a run with one tiny bucket, on the last of four ranks."""
+    monkeypatch.setattr(cogds.train.step_meter, "num_tokens", lambda *_: 32)
 
     def make(stage=2, sequence_size=1):
         run = SimpleNamespace(
@@ -26,7 +26,7 @@ def meter(monkeypatch):
             plan=SimpleNamespace(coverage=lambda _: (0,)), data=SimpleNamespace(mixture=Mixture(((1,),), (1.0,), 0)),
         )  # fmt: skip
         engine = SimpleNamespace(module=torch.nn.Module(), zero_optimization_stage=lambda: stage)
-        return Meter(run, engine)
+        return StepMeter(run, engine)
 
     return make
 
@@ -34,17 +34,17 @@ def meter(monkeypatch):
 def step(meter):
     meter.begin("forward")
     meter.begin("optimizer")
-    return meter.read(0, [], wait_s=0.5)[1]
+    return meter.finish_step(0, [], wait_s=0.5)[1]
 
 
-def test_a_rank_knows_how_long_it_was_busy_where_none_waits_for_another_in_it(meter):
+def test_busy_time_is_measured_only_if_no_rank_waits_for_another(meter):
     assert 0.5 <= step(meter()).busy_s < math.inf
     assert math.isnan(step(meter(stage=3)).busy_s)
     assert math.isnan(step(meter(sequence_size=2)).busy_s)
 
 
-def test_the_peak_is_that_of_all_steps_though_the_allocators_begins_anew(meter, monkeypatch):
+def test_peak_memory_is_that_of_all_steps_though_the_allocator_restarts_its_own(meter, monkeypatch):
     peaks = iter([7.0, 3.0, 8.0])
-    monkeypatch.setattr(cogds.train.meter, "peak_memory_bytes", lambda _: next(peaks))
-    one = meter()
-    assert [step(one).device_bytes for _ in range(3)] == [7.0, 7.0, 8.0]
+    monkeypatch.setattr(cogds.train.step_meter, "peak_memory_bytes", lambda _: next(peaks))
+    restarted = meter()
+    assert [step(restarted).device_bytes for _ in range(3)] == [7.0, 7.0, 8.0]

@@ -51,6 +51,7 @@ def result(outputs, name):
     return found, "\n".join(table)
 
 
+@pytest.mark.slow
 def test_agree(outputs):
     found, table = result(outputs, "agree")
     assert {(row["checkpointing"], row["kernel"]) for row in found["rows"]} == {
@@ -61,6 +62,7 @@ def test_agree(outputs):
     assert "agrees" in table
 
 
+@pytest.mark.slow
 def test_step(outputs):
     found, table = result(outputs, "step")
     rows = found["rows"]
@@ -75,6 +77,7 @@ def test_step(outputs):
     assert "Self CPU" in table
 
 
+@pytest.mark.slow
 def test_peers(outputs):
     found, table = result(outputs, "peers")
     assert found["ratio"] > 0
@@ -85,6 +88,7 @@ def test_peers(outputs):
     assert "common, VAE in the loop" in table
 
 
+@pytest.mark.slow
 def test_memory(outputs):
     """With the real geometry, the values shown in docs/performance.md."""
     found, table = result(outputs, "memory")
@@ -100,6 +104,7 @@ def test_memory(outputs):
         assert "| " + " | ".join(str(row[level]) for level in levels) + " |" in shown
 
 
+@pytest.mark.slow
 def test_quantized_loss(outputs):
     found, _ = result(outputs, "quantized_loss")
     bf16, fp32, int8 = found["rows"]
@@ -108,6 +113,7 @@ def test_quantized_loss(outputs):
     assert "error" in int8 or 0 < int8["output_distance"] < 0.05
 
 
+@pytest.mark.slow
 def test_loop(outputs):
     found, table = result(outputs, "loop")
     (row,) = found["rows"]
@@ -116,6 +122,7 @@ def test_loop(outputs):
     assert "engine over plain" in table
 
 
+@pytest.mark.slow
 def test_scaling(outputs):
     found, table = result(outputs, "scaling")
     assert [(row["bucket"], row["batch_size"]) for row in found["shapes"]] == [

@@ -1,4 +1,4 @@
-"""The model card says what training recorded, and its code runs as it stands."""
+"""The model card shows what training recorded, and its code runs."""
 
 import json
 import re
@@ -43,11 +43,11 @@ def export(argv, api=None):
 
 
 def matter_of(*arguments):
-    """The front matter as the hub's own parser reads it; it raises for metadata of the wrong form."""
+    """Parse the front matter with the hub's own parser, which raises for invalid metadata."""
     return ModelCard(front_matter(*arguments) + "\n", ignore_metadata_errors=False).data
 
 
-def test_the_front_matter_is_the_hubs():
+def test_the_front_matter_is_valid_for_the_hub():
     assert matter_of(FACTS, "diffusers", "sample.mp4").to_dict() == {
         "license": "other",
         "license_name": "cogvideox-license",
@@ -68,7 +68,7 @@ def test_the_front_matter_is_the_hubs():
 
 
 @pytest.mark.parametrize("kind", EXPORT_FORMATS)
-def test_the_library_is_one_that_loads_the_file(comfyui_model, tmp_path, kind):
+def test_the_library_name_is_set_only_if_diffusers_loads_the_file(comfyui_model, tmp_path, kind):
     """The hub shows code of the card's library: a LoRA is loaded by the folder, merged weights as a transformer."""
     lora = write_lora(comfyui_model, tmp_path / "lora", metadata={"base_model": str(comfyui_model)})
     export([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
@@ -90,7 +90,7 @@ def test_the_library_is_one_that_loads_the_file(comfyui_model, tmp_path, kind):
     assert ("lora" in data.tags) is (kind not in ("merged", "comfyui-merged"))
 
 
-def test_the_settings_are_a_table():
+def test_settings_are_shown_in_a_table():
     card = model_card("mine", FACTS, "diffusers", "me/mine", sample="../a.mp4")
     for row in ("| Rank, alpha | 128, 64 |", "| Layers | to_q, to_k |", "| Clips | 30 |", "| Frame rate | 16 |"):
         assert row in card
@@ -101,7 +101,7 @@ def test_the_settings_are_a_table():
     assert "| Steps" not in model_card("theirs", {}, "diffusers", "lora")
 
 
-def test_a_prompt_cannot_leave_the_code():
+def test_a_prompt_cannot_break_out_of_the_code():
     facts = {**FACTS, "example_prompt": 'x"); import os; os.abort()  #\n```\n'}
     code = snippet(facts, "diffusers", "me/mine")
     compile(code, "card", "exec")
@@ -124,7 +124,7 @@ def test_each_kind_has_its_own_instructions():
 
 
 @pytest.mark.parametrize("frames, latents", [(81, 21), (49, 13), (9, 3), (1, 1)])
-def test_comfyui_is_asked_for_an_even_number_of_latents(frames, latents):
+def test_comfyui_instructions_use_an_even_number_of_latents(frames, latents):
     """As many as diffusers' pipeline samples, and the ones that it drops are cut."""
     facts = {"buckets": [f"{frames}x768x1360"]}
     for kind in ("comfyui", "comfyui-merged"):
@@ -137,7 +137,7 @@ def test_comfyui_is_asked_for_an_even_number_of_latents(frames, latents):
     assert "LatentCut" not in even
 
 
-def test_what_a_run_records_is_what_the_card_shows(tiny_model):
+def test_the_card_shows_what_a_run_records(tiny_model):
     cfg, _ = load_config(None, [
         f"model.path={tiny_model}", "data.path=unused", "lora.rank=4", "lora.alpha=6", "optimizer.lr=3e-4",
         "conditioning.image_latents=scaled", "data.default_caption=in my style",
@@ -159,13 +159,13 @@ def test_what_a_run_records_is_what_the_card_shows(tiny_model):
         assert text in card
 
 
-def test_a_card_that_cannot_be_made_costs_nothing_else(tmp_path, capsys):
+def test_a_failing_card_is_only_a_warning(tmp_path, capsys):
     write_card(tmp_path, tmp_path / "run/lora/step-000001", {"buckets": [object()]})
     assert not (tmp_path / "README.md").exists()
     assert "warning: " in capsys.readouterr().err
 
 
-def test_a_shared_one_names_no_folder_of_this_machine():
+def test_shareable_metadata_has_no_local_paths():
     facts = {"base_model": "/home/me/models/cog", "init_from": "/home/me/lora.safetensors", "rank": 4, "seed": 0}
     assert shareable(facts) == {"base_model": "cog", "init_from": "lora.safetensors", "rank": 4, "seed": 0}
     assert shareable({"base_model": "zai-org/cog", "init_from": None}) == {
@@ -178,12 +178,12 @@ def test_a_shared_one_names_no_folder_of_this_machine():
     "inverted, expected", [(True, {"pipeline": 1, "scaled": 0.49, "unscaled": 0.7}),
                            (False, {"pipeline": 1, "scaled": 1, "unscaled": 1 / 0.7})],
 )  # fmt: skip
-def test_the_factor_is_on_what_the_pipeline_does(inverted, expected):
+def test_the_factor_is_relative_to_the_pipeline(inverted, expected):
     config = {"scaling_factor": 0.7, "invert_scale_latents": inverted}
     assert {name: pipeline_factor(config, name) for name in expected} == pytest.approx(expected)
 
 
-def test_the_runs_own_video_is_linked(tmp_path):
+def test_the_video_of_the_run_is_linked(tmp_path):
     lora, video = tmp_path / "run/lora/step-000500", tmp_path / "run/samples/step-000500/0.mp4"
     for path in (lora, video.parent):
         path.mkdir(parents=True)
@@ -197,7 +197,7 @@ def test_the_runs_own_video_is_linked(tmp_path):
     assert (lora / re.search('src="(.*?)"', (lora / "README.md").read_text())[1]).resolve() == video.resolve()
 
 
-def test_a_folder_is_no_hub_id(tmp_path, monkeypatch):
+def test_a_local_folder_is_not_a_hub_id(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     assert hub_id("me/mine") == "me/mine"
     (tmp_path / "me/mine").mkdir(parents=True)
@@ -206,7 +206,7 @@ def test_a_folder_is_no_hub_id(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("kind, convention", [("diffusers", "pipeline"), ("diffusers", "scaled"), ("merged", "scaled")])
-def test_the_cards_code_makes_a_video(tiny_model, tmp_path, monkeypatch, kind, convention):
+def test_the_code_on_the_card_generates_a_video(tiny_model, tmp_path, monkeypatch, kind, convention):
     """As a reader runs it, on the tiny model: the code block of an exported folder's card.
 
     Only the last line is not diffusers' own here: `export_to_video` takes imageio, which is no dependency.

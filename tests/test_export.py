@@ -73,7 +73,7 @@ def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp
     assert not list(tmp_path.glob("*.tmp*"))
 
 
-def test_another_convention_is_warned_of_or_within_the_weights(tiny_model, lora, tmp_path, capsys):
+def test_another_convention_is_folded_in_or_warned_about(tiny_model, lora, tmp_path, capsys):
     folder = lora("scaled")
     export([str(folder), "--to", "diffusers", "--output", str(tmp_path / "d"), "--model", str(tiny_model)])
     assert "warning: " in capsys.readouterr().out
@@ -94,7 +94,9 @@ def test_another_convention_is_warned_of_or_within_the_weights(tiny_model, lora,
 
 
 @pytest.mark.parametrize("convention, factor", [("pipeline", 1 / 0.49), ("scaled", 1.0), ("unscaled", 1 / 0.7)])
-def test_comfyuis_merged_file_takes_the_latents_of_comfyuis_nodes(comfyui_model, tmp_path, capsys, convention, factor):
+def test_a_comfyui_merged_file_expects_the_latents_of_comfyui_nodes(
+    comfyui_model, tmp_path, capsys, convention, factor
+):
     """They are scaled by 0.7 whatever was trained: what is missing to the trained scale is within the weights."""
     lora = write_lora(comfyui_model, tmp_path / "lora", metadata={**METADATA, "image_latents": convention})
     out = tmp_path / "mine"
@@ -124,7 +126,7 @@ def test_several_are_merged_with_their_weights(tiny_model, lora, tmp_path):
     assert "step-000500 x 1.4, second x -1" in (tmp_path / "out/README.md").read_text()
 
 
-def test_the_runs_video_comes_along(tiny_model, lora, tmp_path):
+def test_the_video_of_the_run_is_copied(tiny_model, lora, tmp_path):
     folder = lora()
     video = folder.parent.parent / "samples/step-000500/0.mp4"
     video.parent.mkdir(parents=True)
@@ -135,7 +137,7 @@ def test_the_runs_video_comes_along(tiny_model, lora, tmp_path):
     assert front_matter(tmp_path / "out")["widget"][0]["output"] == {"url": "sample.mp4"}
 
 
-def test_nothing_is_fetched_to_check_a_lora(lora, tmp_path, monkeypatch, capsys):
+def test_nothing_is_downloaded_to_check_a_lora(lora, tmp_path, monkeypatch, capsys):
     """The model that it was trained on is on the hub: 20 GB, only to compare sizes."""
     monkeypatch.setattr(cogds.export, "find_model", lambda path: pytest.fail(f"looked for {path}"))
     export([str(lora()), "--to", "comfyui", "--output", str(tmp_path / "out")])
@@ -166,7 +168,7 @@ Usage = namedtuple("Usage", "total used free")
         (["--to", "diffusers", "--push-to", "nobody"], "--push-to nobody: "),
     ],
 )
-def test_what_cannot_be_is_said_and_nothing_is_left(tiny_model, tmp_path, words, message):
+def test_invalid_arguments_are_refused_and_leave_no_files(tiny_model, tmp_path, words, message):
     folder = write_lora(tiny_model, tmp_path / "lora", metadata={"rank": 4})
     (tmp_path / "there").mkdir()
     places = {"there": tmp_path / "there", "model": tiny_model, "lora": folder}
@@ -176,7 +178,7 @@ def test_what_cannot_be_is_said_and_nothing_is_left(tiny_model, tmp_path, words,
     assert not (tmp_path / "out").exists()
 
 
-def test_a_full_disk_is_said_before_it_is_written(tiny_model, lora, tmp_path, monkeypatch):
+def test_a_full_disk_is_reported_before_writing(tiny_model, lora, tmp_path, monkeypatch):
     monkeypatch.setattr(cogds.export.shutil, "disk_usage", lambda _: Usage(10**9, 10**9, 10**7))
     with pytest.raises(UserError, match=r"--output .*0\.01 GB free.* needs 0\.06 GB"):
         export([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(tiny_model)])
@@ -188,7 +190,7 @@ def test_loras_of_different_conventions_are_not_merged(tiny_model, lora):
         export([str(lora()), str(lora("scaled")), "--to", "merged", "--output", "x", "--model", str(tiny_model)])
 
 
-def test_another_models_lora_is_refused(tiny_model, lora, tmp_path):
+def test_a_lora_of_another_model_is_refused(tiny_model, lora, tmp_path):
     other = tmp_path / "other"
     shutil.copytree(tiny_model, other)
     config = json.loads((other / "transformer/config.json").read_text())
@@ -226,7 +228,7 @@ def pushed(lora, tmp_path, api, *words):
 
 
 @pytest.mark.parametrize("words, private", [((), True), (("--public",), False)])
-def test_a_push_is_private_unless_told(lora, tmp_path, capsys, words, private):
+def test_an_upload_is_private_by_default(lora, tmp_path, capsys, words, private):
     api = StandIn()
     pushed(lora, tmp_path, api, *words)
     assert api.calls == [
@@ -243,7 +245,7 @@ def test_a_push_is_private_unless_told(lora, tmp_path, capsys, words, private):
     assert "/home/somebody" not in card + weights.decode("latin-1")
 
 
-def test_a_public_repository_is_not_filled_by_mistake(lora, tmp_path):
+def test_a_public_repository_needs_the_public_flag(lora, tmp_path):
     api = StandIn(private=False)
     with pytest.raises(UserError, match=r"--push-to me/mine: .*--public"):
         pushed(lora, tmp_path, api)
@@ -253,7 +255,7 @@ def test_a_public_repository_is_not_filled_by_mistake(lora, tmp_path):
 
 
 @pytest.mark.parametrize("name", ["whoami", "model_info", "create_repo"])
-def test_a_bug_is_not_a_fault_of_the_hub(lora, tmp_path, name):
+def test_a_bug_is_not_reported_as_a_hub_error(lora, tmp_path, name):
     def fail(*_, **__):
         raise TypeError("planted")
 
@@ -263,7 +265,7 @@ def test_a_bug_is_not_a_fault_of_the_hub(lora, tmp_path, name):
         pushed(lora, tmp_path, api)
 
 
-def test_a_failed_upload_leaves_the_export(lora, tmp_path):
+def test_a_failed_upload_keeps_the_export(lora, tmp_path):
     with pytest.raises(UserError, match=r"--push-to me/mine: .*\(OSError: connection reset\).*hf upload me/mine"):
         pushed(lora, tmp_path, StandIn(private=True, failing=True))
     assert (tmp_path / "out/pytorch_lora_weights.safetensors").exists()

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from cogds.config.schema import RunConfig
-from cogds.data.loading.dataset import Bad, Batch, ClipOrder, Item, collate
+from cogds.data.loading.dataset import BadClip, Batch, ClipOrder, Item, collate
 from cogds.data.loading.sampler import Draw
 from cogds.data.video.decode_task import DecodedClip, DecodeTask
 from cogds.distributed.world import World
@@ -47,7 +47,7 @@ def stream_batches(
     stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
     for_pool, for_us = itertools.tee(draws)
     submitted: deque[int] = deque()
-    quarantined: set[int] = set()
+    known_bad: set[int] = set()
 
     def task(row: int) -> DecodeTask:
         clip = index[row]
@@ -65,7 +65,7 @@ def stream_batches(
         for batch in for_pool:
             for draw in batch:
                 # What is known to be bad is not tried again. Where all are bad, `first_good` says so.
-                row = next((row for row in order.rows(draw) if row not in quarantined), next(order.rows(draw)))
+                row = next((row for row in order.rows(draw) if row not in known_bad), next(order.rows(draw)))
                 submitted.append(row)
                 yield task(row)
 
@@ -80,12 +80,12 @@ def stream_batches(
                 def load(row: int, first: int = first, clip: DecodedClip | TaskFailure = clip) -> Any:
                     found = clip if row == first else next(spare.imap([task(row)]))
                     return (
-                        Bad(row, index[row].path, found.reason)
+                        BadClip(row, index[row].path, found.reason)
                         if isinstance(found, TaskFailure)
                         else encode(row, found)
                     )
 
-                items.append(Item(*order.first_good(draw, quarantined, load)))
+                items.append(Item(*order.first_good(draw, known_bad, load)))
             made = collate(items)
             if stream is not None:
                 stream.synchronize()  # whoever takes the batch may use it at once, on any stream

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from cogds.data.loading.dataset import Bad
+from cogds.data.loading.dataset import BadClip
 from cogds.distributed.collectives import all_gather, all_reduce_sum, disagreeing_data_ranks
 from cogds.distributed.world import World
 from cogds.errors import UserError
@@ -30,10 +30,10 @@ class BadSamples:
         self._world, self._path = world, output_dir / FILE_NAME
         self._num_clips, self._max_share = num_clips, max_share
         self._file = AppendFile(self._path)
-        self._pending: list[Bad] = []
+        self._pending: list[BadClip] = []
         self._known_rows: set[int] = set()
 
-    def add(self, bad: Sequence[Bad]) -> None:
+    def add(self, bad: Sequence[BadClip]) -> None:
         """Add the bad clips of this rank's micro-step. Collective if ranks share clips.
 
         Raises UserError if ranks that share a clip differ, because they would train parts of different clips.

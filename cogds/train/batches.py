@@ -10,7 +10,7 @@ from torch.utils.data import DataLoader
 from cogds.config.schema import RunConfig
 from cogds.core.diffusion import stratified_timesteps, timestep_quarter
 from cogds.core.plan import MicroBatch
-from cogds.data.loading.dataset import Bad, Batch, ClipDataset, collate, ignore_stop_signals
+from cogds.data.loading.dataset import BadClip, Batch, ClipDataset, collate, ignore_stop_signals
 from cogds.data.loading.sampler import BucketBatchSampler
 from cogds.distributed.world import World
 from cogds.encode.on_the_fly import BATCHES_AHEAD, ahead, stream_batches
@@ -67,7 +67,7 @@ class MicroStep:
     target: torch.Tensor
     weights: torch.Tensor
     quarters: torch.Tensor
-    bad: Sequence[Bad]
+    bad: Sequence[BadClip]
     wait_s: float
 
 

@@ -3,7 +3,7 @@
 import pytest
 
 from cogds.cli import call
-from cogds.data.loading.dataset import Bad
+from cogds.data.loading.dataset import BadClip
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.train import bad_samples
@@ -25,7 +25,7 @@ def test_a_batch_counts_clips_and_not_ranks():
 @pytest.mark.parametrize("rank, shared", [(0, False), (1, True), (2, False), (3, True)])
 def test_ranks_of_a_clip_must_read_the_same_files(tmp_path, monkeypatch, rank, shared):
     """Rank 0 reports it, and every rank that has a file to name."""
-    world, bad = World(rank, 4, 0, 4, sequence_size=2), [Bad(7, "/a.mp4", "gone")] if rank == 2 else []
+    world, bad = World(rank, 4, 0, 4, sequence_size=2), [BadClip(7, "/a.mp4", "gone")] if rank == 2 else []
     samples = bad_samples.BadSamples(world, tmp_path, num_clips=100, max_share=0.1)
     monkeypatch.setattr(bad_samples, "disagreeing_data_ranks", lambda _world, _value: [1])
     with pytest.raises(UserError, match=r"^data\.path: ranks 2 to 3 ") as error:

@@ -33,7 +33,7 @@ def edit_json(path, **changes):
     path.write_text(json.dumps({**json.loads(path.read_text()), **changes}))
 
 
-def test_the_tiny_model_has_what_training_must_get_right(tiny_model):
+def test_the_tiny_model_has_all_features(tiny_model):
     model = find_model(str(tiny_model))
     assert model.geometry.patch_size_t == 2
     assert model.geometry.ofs
@@ -41,7 +41,7 @@ def test_the_tiny_model_has_what_training_must_get_right(tiny_model):
     assert load_alphas_cumprod(model)[-1] == 0  # zero terminal SNR
 
 
-def test_the_tiny_model_is_the_same_every_time_and_never_replaced(tiny_model, tmp_path):
+def test_the_tiny_model_is_deterministic_and_never_replaced(tiny_model, tmp_path):
     create_tiny_model(tmp_path / "again")
     file = "transformer/diffusion_pytorch_model.safetensors"
     one, other = load_file(tiny_model / file), load_file(tmp_path / "again" / file)
@@ -77,18 +77,18 @@ def pickled(file):
         (lambda path: (path / "vae/x.safetensors.index.json").write_text(INDEX), r"lacks part-2\.safetensors"),
     ],
 )
-def test_a_damaged_folder_is_named(copy, damage, message):
+def test_a_damaged_folder_is_refused(copy, damage, message):
     damage(copy)
     with pytest.raises(UserError, match=message):
         find_model(str(copy))
 
 
-def test_a_hub_id_that_cannot_be_fetched_is_named():
+def test_a_hub_id_that_cannot_be_downloaded_is_named():
     with pytest.raises(UserError, match=r"model\.path: .*nobody/no-such-model.*hf download nobody/no-such-model"):
         find_model("nobody/no-such-model")
 
 
-def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
+def test_a_hub_that_does_not_answer_times_out(monkeypatch, tmp_path):
     """By default, the client waits for minutes if the network drops packets."""
 
     ask = Mock(side_effect=TimeoutError("no answer"))
@@ -124,7 +124,7 @@ def test_pickled_weights_are_never_loaded(copy, file, loader):
         loader(model)
 
 
-def test_a_tokenizers_own_code_is_never_run(copy):
+def test_code_in_a_tokenizer_folder_is_never_run(copy):
     """A folder may refer to its own Python code. By default, transformers would ask on the terminal."""
     made, folder = copy / "made", copy / "tokenizer"
     (folder / "own.py").write_text(f"open({str(made)!r}, 'w')\nclass Own: pass\n")
@@ -140,7 +140,7 @@ def test_a_scheduler_that_predicts_noise_is_refused(copy):
         load_alphas_cumprod(find_model(str(copy)))
 
 
-def test_weights_by_name_are_the_models(tiny_model):
+def test_weights_by_name_equal_those_of_the_model(tiny_model):
     model = find_model(str(tiny_model))
     weights = {name: weight[:] for name, weight in transformer_weights(model)}
     loaded = load_transformer(model, torch.float32)
@@ -161,7 +161,7 @@ def test_captions_are_padded_and_truncation_is_counted(tiny_model):
     assert num_truncated([], model) == 0
 
 
-def test_a_tokenizer_as_the_real_model_ships_it(copy):
+def test_a_tokenizer_in_the_format_of_the_published_model(copy):
     """A spiece.model and no tokenizer.json, which is what the hub's CogVideoX folders hold."""
     import sentencepiece
 
@@ -186,7 +186,7 @@ def test_a_tokenizer_as_the_real_model_ships_it(copy):
     assert ours == [*processor.encode("a red ball moves"), 1]
 
 
-def test_a_learned_position_table_comes_with_the_weights(copy):
+def test_learned_positions_are_loaded(copy):
     """1.0 image-to-video keeps a buffer among its weights: names that are not parameters must be listed too."""
     file = copy / "transformer/diffusion_pytorch_model.safetensors"
     save_file({**load_file(file), "patch_embed.pos_embedding": torch.zeros(1, 2, 3)}, file, metadata={"format": "pt"})

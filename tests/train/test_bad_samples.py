@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from cogds.data.loading.dataset import Bad
+from cogds.data.loading.dataset import BadClip
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.train.bad_samples import BadSamples
@@ -16,10 +16,10 @@ def test_each_bad_clip_is_listed_and_logged_once(tmp_path, capsys):
     bad_samples = BadSamples(ALONE, tmp_path, num_clips=100, max_share=0.1)
     bad_samples.sync()
     assert not (tmp_path / "quarantine.jsonl").exists()
-    bad_samples.add([Bad(3, "/a\n.mp4", "gone"), Bad(5, "/b.mp4", "damaged")])
-    bad_samples.add([Bad(3, "/a\n.mp4", "gone")])
+    bad_samples.add([BadClip(3, "/a\n.mp4", "gone"), BadClip(5, "/b.mp4", "damaged")])
+    bad_samples.add([BadClip(3, "/a\n.mp4", "gone")])
     bad_samples.sync()
-    bad_samples.add([Bad(5, "/b.mp4", "damaged")])
+    bad_samples.add([BadClip(5, "/b.mp4", "damaged")])
     bad_samples.sync()
     lines = [json.loads(line) for line in (tmp_path / "quarantine.jsonl").read_text().splitlines()]
     assert lines == [
@@ -32,8 +32,8 @@ def test_each_bad_clip_is_listed_and_logged_once(tmp_path, capsys):
 
 def test_too_many_end_the_run(tmp_path):
     bad_samples = BadSamples(ALONE, tmp_path, num_clips=20, max_share=0.1)
-    bad_samples.add([Bad(row, f"{row}.mp4", "gone") for row in range(2)])
+    bad_samples.add([BadClip(row, f"{row}.mp4", "gone") for row in range(2)])
     bad_samples.sync()
-    bad_samples.add([Bad(2, "2.mp4", "gone")])
+    bad_samples.add([BadClip(2, "2.mp4", "gone")])
     with pytest.raises(UserError, match=r"^data\.max_unusable: 3 of 20 "):
         bad_samples.sync()

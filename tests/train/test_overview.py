@@ -5,7 +5,7 @@ import pytest
 import torch
 
 import cogds.train.overview
-from cogds.data.loading.dataset import Bad, Batch
+from cogds.data.loading.dataset import BadClip, Batch
 from cogds.train.overview import FirstBatchLogger, log_overview
 
 
@@ -94,7 +94,7 @@ def sheets(monkeypatch):
 
 def test_a_replacement_clip_has_its_own_caption_and_images_are_copies(shown, sheets):
     first, tensors = first_batches(shown, None, show_clips=3), {"first_frame": frames(2)}
-    first.log(4, None, Batch(tensors, (Bad(0, "a", "odd"),), (2, 1)))
+    first.log(4, None, Batch(tensors, (BadClip(0, "a", "odd"),), (2, 1)))
     assert sheets == []
     assert sum(picture.nbytes for picture in first._frames) == 2 * 256 * 171 * 3
     tensors["first_frame"].zero_()

@@ -1,8 +1,8 @@
-"""The clips that are trained, bucket by bucket, in one memory-mapped file: a hundred million cost a rank no memory.
+"""Index of the trained clips in a memory-mapped file, so that even 100 million clips take no memory on a rank.
 
-An uncompressed Arrow file whose rows stand in the order of the plan: bucket 0's clips first (data set 0's, then data
-set 1's, ...), then bucket 1's. Rank 0 writes it, every loader process of every rank maps it and reads only the rows it
-needs. It is named after its content, so it never changes under a reader.
+The file is uncompressed Arrow, with rows in the order of the plan: the clips of bucket 0 (of data set 0, then of data
+set 1, ...), then those of bucket 1, and so on. Rank 0 writes it. Every loader process of every rank maps it and reads
+only the rows it needs. The file name is a hash of the content, so the content never changes while it is being read.
 """
 
 import hashlib
@@ -22,9 +22,9 @@ from cogds.core.geometry import ClipShape
 from cogds.errors import UserError
 from cogds.files import whole_file
 
-# Row i lies in batch i // ROWS_PER_BATCH: every batch but the last is full.
+# Row i is in batch i // ROWS_PER_BATCH, since every batch but the last is full.
 ROWS_PER_BATCH = 1 << 17
-# Pages that were read count as the process's memory until they are let go of: up to 1 MB a row.
+# Pages that were read count as the process's memory until they are released: up to 1 MB per row.
 READS_PER_RELEASE = 32
 
 SCHEMA = pa.schema(
@@ -44,10 +44,14 @@ SCHEMA = pa.schema(
 
 @dataclass(frozen=True)
 class IndexedClip:
-    """One clip: what is decoded, into which bucket, and where its encodings are (keys of 32 hex digits, places).
+    """One clip: its file, its bucket, and its encodings in the cache.
 
-    kind: "video" or "image"; image_path: a given conditioning image; start_s: seconds after the first frame. A place
-    is "" where nothing is cached.
+    Attributes:
+        kind: "video" or "image".
+        image_path: conditioning image, None to use the first frame.
+        start_s: in seconds after the first frame.
+        clip_key, caption_key: cache keys of 32 hex digits.
+        clip_place, caption_place: cache shards, "" if nothing is cached.
     """
 
     path: str
@@ -64,10 +68,9 @@ class IndexedClip:
 
 
 class ClipIndex:
-    """The rows of an index file by number. Pickles as its path: every process opens its own mapping.
+    """Rows of an index file by number. It is pickled as a path, so every process opens its own mapping.
 
-    buckets: the shapes; sizes: clips of [bucket][data set]; places: names that clip_place and caption_place number.
-    Raises UserError where the file cannot be opened.
+    buckets: shapes; sizes: number of clips, [bucket][data set]. Raises UserError if the file cannot be read.
     """
 
     def __init__(self, path: Path | str):
@@ -90,11 +93,11 @@ class ClipIndex:
     @cached_property
     def _reader(self) -> pa.ipc.RecordBatchFileReader:
         try:
-            # Not pa.memory_map: it asks the system for the whole batch of every row (10 ms a row of 100 million).
+            # pa.memory_map would request the whole batch from the system for every row (10 ms per row of 100 million).
             return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._mapping)))
         except (OSError, ValueError) as error:
             raise UserError(
-                f"the index of clips {self.path} cannot be read ({error}): delete it and start again, it is made anew"
+                f"{self.path}: the index of clips cannot be read ({error}). Delete it and start again to rebuild it."
             ) from None
 
     @cached_property
@@ -111,14 +114,14 @@ class ClipIndex:
 
     @cached_property
     def _starts(self) -> list[int]:
-        """Row of each bucket's first clip, and the number of rows."""
+        """Row of each bucket's first clip, followed by the number of rows."""
         starts = [0]
         for sets in self.sizes:
             starts.append(starts[-1] + sum(sets))
         return starts
 
     def row(self, bucket: int, clip: int) -> int:
-        """Number of the row of a bucket's clip."""
+        """Row number of a clip of a bucket."""
         return self._starts[bucket] + clip
 
     def bucket_of(self, row: int) -> int:
@@ -126,26 +129,26 @@ class ClipIndex:
         return next(bucket for bucket, end in enumerate(self._starts[1:]) if row < end)
 
     def keys(self, name: str) -> set[str]:
-        """The distinct keys of `clip_key` or `caption_key`, as hex digits."""
+        """Distinct values of column `clip_key` or `caption_key`, as hex digits."""
         return {key.hex() for key in pc.unique(self.column(name)).to_pylist()}
 
     def names(self) -> set[tuple]:
-        """What tells every clip from the others: bucket, file, where in it, and the keys of what it was encoded to."""
+        """The identity of every clip: bucket, path, start and cache keys."""
         columns = [self.column(name).to_pylist() for name in ("path", "start_s", "clip_key", "caption_key")]
         buckets = [str(shape) for shape, sets in zip(self.buckets, self.sizes) for _ in range(sum(sets))]
         return set(zip(buckets, *columns))
 
     def column(self, name: str) -> pa.ChunkedArray:
-        """A whole column; its numbers stay in the mapped file."""
+        """Return a whole column, whose values stay in the mapped file."""
         batches = [self._reader.get_batch(number).column(name) for number in range(self._reader.num_record_batches)]
         return pa.chunked_array(batches, SCHEMA.field(name).type)
 
     def __getitem__(self, row: int) -> IndexedClip:
         if not 0 <= row < len(self):
-            raise IndexError(f"row {row} of an index of {len(self)} clips")
+            raise IndexError(f"row {row} is out of range for an index of {len(self)} clips")
         self._num_read += 1
         if self._num_read % READS_PER_RELEASE == 0:
-            self._mapping.madvise(mmap.MADV_DONTNEED)  # they stay in the system's cache
+            self._mapping.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache
         batch = self._reader.get_batch(row // ROWS_PER_BATCH)
         values = {name: batch.column(name)[row % ROWS_PER_BATCH].as_py() for name in SCHEMA.names}
         bucket, places = self.bucket_of(row), self._meta["places"]
@@ -166,44 +169,51 @@ def write_index(
     sizes: Sequence[Sequence[int]],
     places: Mapping[str, Sequence[str]],
 ) -> ClipIndex:
-    """Write rows (SCHEMA, in the order of the plan) as a file of `folder` that is named after its content.
+    """Write an index into `folder`, named after a hash of its content. An existing file of that name is kept.
 
-    sizes: rows of [bucket][data set]; places: of `clips` and `captions`. An index that is there already stays. Raises
-    ValueError where the rows are not as many as the sizes say, and UserError where the disk is full.
+    Args:
+        tables: rows with SCHEMA, in the order of the plan.
+        sizes: number of rows, [bucket][data set].
+        places: shard names that the columns clip_place and caption_place number, for `clips` and `captions`.
+
+    Raises:
+        ValueError: the number of rows contradicts sizes.
+        UserError: the file cannot be written.
     """
-    meta = {"buckets": [str(shape) for shape in buckets], "sizes": [[int(num) for num in one] for one in sizes]}
+    meta = {"buckets": [str(shape) for shape in buckets], "sizes": [[int(num) for num in sets] for sets in sizes]}
     text = json.dumps(meta | {"places": {kind: list(names) for kind, names in places.items()}})
-    num_rows, made = 0, folder / f"{uuid.uuid4().hex}.arrow"
+    num_rows, new_file = 0, folder / f"{uuid.uuid4().hex}.arrow"
     try:
         with (
-            whole_file(made) as partial,
+            whole_file(new_file) as partial,
             pa.ipc.new_file(str(partial), SCHEMA.with_metadata({"cogds": text})) as writer,
         ):
             for table in _full_batches(tables):
                 num_rows += len(table)
                 writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
-        if num_rows != sum(sum(one) for one in sizes):
+        if num_rows != sum(map(sum, sizes)):
             raise ValueError(f"{num_rows} rows for sizes {meta['sizes']}")
-        with made.open("rb") as file:
-            path = made.with_stem(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
-        if not path.exists():  # whoever has it open keeps it
-            made.rename(path)
+        with new_file.open("rb") as file:
+            path = new_file.with_stem(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
+        if not path.exists():  # another process may have it open
+            new_file.rename(path)
     except OSError as error:
         raise UserError(
-            f"the index of clips cannot be written into {folder} ({error.strerror or error}): make room there"
+            f"{folder}: the index of clips cannot be written ({error.strerror or error}). Free disk space or "
+            "correct the permissions."
         ) from None
     finally:
-        made.unlink(missing_ok=True)
+        new_file.unlink(missing_ok=True)
     return ClipIndex(path)
 
 
 def _full_batches(tables: Iterable[pa.Table]) -> Iterable[pa.Table]:
-    """The same rows in tables of ROWS_PER_BATCH each, the last one shorter: what `row // ROWS_PER_BATCH` relies on."""
-    held = SCHEMA.empty_table()
+    """Yield the same rows in tables of ROWS_PER_BATCH rows, except for a shorter last one."""
+    pending = SCHEMA.empty_table()
     for table in tables:
-        held = pa.concat_tables([held, table.select(SCHEMA.names).cast(SCHEMA)])
-        while len(held) >= ROWS_PER_BATCH:
-            yield held.slice(0, ROWS_PER_BATCH).combine_chunks()
-            held = held.slice(ROWS_PER_BATCH)
-    if len(held):
-        yield held.combine_chunks()
+        pending = pa.concat_tables([pending, table.select(SCHEMA.names).cast(SCHEMA)])
+        while len(pending) >= ROWS_PER_BATCH:
+            yield pending.slice(0, ROWS_PER_BATCH).combine_chunks()
+            pending = pending.slice(ROWS_PER_BATCH)
+    if len(pending):
+        yield pending.combine_chunks()

@@ -1,7 +1,7 @@
-"""The bucketed distributed batch sampler: the plan as torch's DataLoader wants it.
+"""Bucketed distributed batch sampler for torch's DataLoader.
 
-All ranks' samplers are at the same micro-step at the same place; what a rank trains there, and in what order, is
-`core.plan`'s business alone. There is no state and no list of clips: to resume, start at another step.
+It yields what `core.plan` determines for a rank, and has no state and no list of clips. To resume, start at a later
+step.
 """
 
 from collections.abc import Iterator
@@ -13,9 +13,9 @@ from cogds.core.plan import MicroBatch, Plan
 
 
 class Draw(NamedTuple):
-    """One slot of a batch: a position of a bucket's stream, and how many positions the micro-step takes of it.
+    """One slot of a batch: a position in a bucket's stream, and the number of positions that the micro-step draws.
 
-    `core.mixture.Mixture.next_clips` turns it into a clip, and those that may stand in for it.
+    `core.mixture.Mixture.next_clips` converts it to a clip and its possible substitutes.
     """
 
     bucket: int
@@ -24,13 +24,13 @@ class Draw(NamedTuple):
 
 
 def draws_of(micro_batch: MicroBatch, rank: int) -> list[Draw]:
-    """What a rank trains in a micro-step."""
+    """Return the draws of a rank in a micro-step."""
     part, _ = micro_batch.batch_of(rank)
     return [Draw(part.bucket, k, part.num_draws) for k in micro_batch.positions_of(rank)]
 
 
 class BucketBatchSampler(Sampler[list[Draw]]):
-    """One rank's batches, one per micro-step, from `first_step` up to `last_step` (exclusive)."""
+    """Yields the batches of a rank, one per micro-step, from `first_step` up to `last_step` (exclusive)."""
 
     def __init__(self, plan: Plan, rank: int, first_step: int, last_step: int):
         self.plan, self.rank, self.first_step, self.last_step = plan, rank, first_step, last_step

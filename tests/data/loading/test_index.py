@@ -36,7 +36,7 @@ def small_batches(monkeypatch):
 
 @pytest.mark.usefixtures("small_batches")
 @pytest.mark.parametrize("cut", [0, 1, 7, 19])
-def test_rows_come_back_by_number(tmp_path, cut):
+def test_rows_are_read_by_number(tmp_path, cut):
     table = rows(20)
     index = write_index(tmp_path, [table[:cut], table[cut:]], BUCKETS, [(5, 6), (0, 0), (9, 0)], PLACES)
     index = pickle.loads(pickle.dumps(index))
@@ -65,12 +65,12 @@ def test_a_file_is_named_after_its_content(tmp_path):
     assert sorted(os.listdir(tmp_path)) == sorted({one.path.name, other.path.name})
 
 
-def test_what_is_wrong_is_said(tmp_path):
+def test_invalid_sizes_and_damaged_files_are_refused(tmp_path):
     with pytest.raises(ValueError, match="4 rows for sizes"):
         write_index(tmp_path, [rows(4)], BUCKETS, [(3,), (0,), (0,)], PLACES)
     assert os.listdir(tmp_path) == []
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"\.arrow: "):
         len(ClipIndex(tmp_path / "none.arrow"))
     (tmp_path / "torn.arrow").write_bytes(b"ARROW1 and no more")
-    with pytest.raises(UserError, match="delete it"):
+    with pytest.raises(UserError, match=r"\.arrow: "):
         len(ClipIndex(tmp_path / "torn.arrow"))

@@ -10,7 +10,7 @@ BY_COST = Plan((5, 0, 7), (2, 1, 1), world_size=2, accumulation=2, seed=0, costs
 
 
 @pytest.mark.parametrize("plan", [PLAN, BY_COST])
-def test_batches_are_the_plans_positions(plan):
+def test_batches_equal_the_positions_of_the_plan(plan):
     batches = list(BucketBatchSampler(plan, 1, 3, 9))
     micro_batches = [micro for step in range(3, 9) for micro in plan.at(step)]
     assert [[draw.position for draw in batch] for batch in batches] == [list(m.positions_of(1)) for m in micro_batches]
@@ -19,7 +19,7 @@ def test_batches_are_the_plans_positions(plan):
 
 
 @pytest.mark.parametrize("plan", [PLAN, BY_COST])
-def test_draws_become_the_plans_clips(plan):
+def test_draws_are_converted_to_the_clips_of_the_plan(plan):
     mixture = Mixture(tuple((n,) for n in plan.sizes), (1.0,), plan.seed)
     for rank in (0, 1):
         micro_batches = [micro for step in range(9) for micro in plan.at(step)]
@@ -46,17 +46,17 @@ class Echo:
         return list(draw)
 
 
-def test_a_data_loader_takes_it():
+def test_the_sampler_works_with_a_data_loader():
     sampler = BucketBatchSampler(PLAN, 0, 0, 6)
     loader = DataLoader(Echo(), batch_sampler=sampler, collate_fn=list, num_workers=2)
     assert [[Draw(*item) for item in batch] for batch in loader] == list(sampler)
 
 
-def test_starting_later_is_the_same_as_having_gone_on():
+def test_starting_later_equals_an_uninterrupted_run():
     assert list(BucketBatchSampler(PLAN, 0, 4, 9)) == list(BucketBatchSampler(PLAN, 0, 0, 9))[8:]
 
 
-def test_slots_of_a_micro_step_have_stand_ins_of_their_own():
+def test_slots_of_a_micro_step_have_different_substitutes():
     plan = Plan((40,), (3,), world_size=4, accumulation=1, seed=0)
     draws = [draw for rank in range(4) for batch in BucketBatchSampler(plan, rank, 0, 1) for draw in batch]
     taken = {draw.position for draw in draws}

@@ -55,7 +55,7 @@ def as_the_wrapper_does(file, transformer):
 
 
 @pytest.mark.parametrize("rank, alpha, targets", KINDS)
-def test_every_format_does_what_diffusers_does(tiny_model, tmp_path, rank, alpha, targets):
+def test_every_format_equals_diffusers(tiny_model, tmp_path, rank, alpha, targets):
     lora = write_lora(tiny_model, tmp_path / "lora", rank, alpha, targets, {"image_latents": "scaled"})
     expected, base = output_in_diffusers(tiny_model, (lora, 1.0)), output(base_transformer(tiny_model))
     assert (expected - base).abs().max() > 1e-2
@@ -87,7 +87,7 @@ def test_every_format_does_what_diffusers_does(tiny_model, tmp_path, rank, alpha
                 assert again.layers[name].scale == pytest.approx(layer.scale, rel=1e-6)
 
 
-def test_layers_of_other_strengths_and_ranks_are_named(tiny_model, tmp_path):
+def test_layers_with_other_strengths_and_ranks_keep_them(tiny_model, tmp_path):
     """PEFT's patterns, rank-stabilised too: every layer keeps its own strength."""
     model = get_peft_model(
         base_transformer(tiny_model),
@@ -132,7 +132,7 @@ def test_an_older_peft_knows_every_field_of_the_header(tiny_model, tmp_path, mon
         assert "lora_adapter_metadata" not in tensors.metadata()
 
 
-def test_a_scale_changes_alpha_and_no_weight(tiny_model, tmp_path):
+def test_a_scale_changes_alpha_but_no_weights(tiny_model, tmp_path):
     lora = write_lora(tiny_model, tmp_path / "lora")
     save_diffusers(load_adapter(read_lora(lora), 0.5), tmp_path)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as tensors:
@@ -158,7 +158,7 @@ def test_a_negative_scale_can_be_read_again(tiny_model, tmp_path, save):
         assert (output_in_diffusers(tiny_model, (file, 1.0)) - expected).abs().max() < 1e-5
 
 
-def test_another_models_lora_is_refused_by_layer(tiny_model, tmp_path):
+def test_a_lora_of_another_model_is_refused_by_layer(tiny_model, tmp_path):
     file = read_lora(write_lora(tiny_model, tmp_path / "lora"))
     weights = empty_transformer(find_model(str(tiny_model))).named_parameters()
     shapes = {name: tuple(weight.shape) for name, weight in weights}
@@ -179,13 +179,13 @@ def test_values_that_are_not_finite_are_refused(tiny_model, tmp_path):
         load_adapter(read_lora(tmp_path / "pytorch_lora_weights.safetensors"))
 
 
-def test_a_file_with_names_of_neither_is_refused(tmp_path):
+def test_a_file_with_unknown_names_is_refused(tmp_path):
     save_file({"diffusion_model.blocks.0.q.hada_w1_a": torch.ones(2, 2)}, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"'diffusion_model.blocks.0.q.hada_w1_a'"):
         read_lora(tmp_path / "x.safetensors")
 
 
-def test_a_lora_that_was_trained_with_dropout_has_none_where_it_is_used(tiny_model, tmp_path):
+def test_dropout_is_not_exported(tiny_model, tmp_path):
     """diffusers would put it into the pipeline's transformer, and nothing would switch it off."""
     transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
     randomize(inject(transformer, 4, 8.0, 0.5, ATTENTION, seed=0))

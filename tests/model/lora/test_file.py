@@ -47,14 +47,14 @@ def test_a_pickle_is_never_opened(tmp_path, write, name, of_folder, message):
     assert made.exists()  # the trap works
 
 
-def test_a_file_cut_short_is_refused(tmp_path):
+def test_a_truncated_file_is_refused(tmp_path):
     file = tmp_path / "pytorch_lora_weights.safetensors"
     file.write_bytes((1 << 40).to_bytes(8, "little") + b"{}")
     with pytest.raises(UserError, match=r"pytorch_lora_weights\.safetensors: "):
         read_lora(tmp_path)
 
 
-def test_an_error_while_a_file_is_open_is_not_a_fault_of_the_file(tmp_path):
+def test_an_error_while_a_file_is_open_is_not_reported_as_a_bad_file(tmp_path):
     file = tmp_path / "a.safetensors"
     save_file({"a": torch.ones(1)}, file)
     with pytest.raises(ValueError, match="planted"), open_safetensors(file):

@@ -285,7 +285,7 @@ def without_one_b(tensors):
 @pytest.mark.parametrize(
     "damage", [nothing_of_it, one_layer_of_another, one_layer_too_many, another_shape, without_one_b]
 )
-def test_what_does_not_fit_as_a_whole_ends_every_verb_with_code_2(trained, verbs, tmp_path, capsys, damage):
+def test_a_lora_that_fits_in_part_ends_every_verb_with_code_2(trained, verbs, tmp_path, capsys, damage):
     file = diffusers(trained, tmp_path / "lora")
     save_file(damage(load_file(file)), file)
     for verb, run in verbs.items():
@@ -319,7 +319,7 @@ def test_two_adapters_in_a_file_are_refused(trained, tmp_path):
         read_lora(tmp_path)
 
 
-def test_a_layer_without_alpha_takes_the_one_that_is_given(trained, tmp_path):
+def test_a_layer_without_alpha_uses_the_given_one(trained, tmp_path):
     videox_fun(trained, tmp_path)
     file = tmp_path / "checkpoint-10.safetensors"
     tensors = load_file(file)
@@ -489,7 +489,7 @@ def sat_without_one(trained, folder):
 
 
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_what_is_damaged_ends_every_verb_with_code_2(trained, verbs, tmp_path, capsys, damage):
+def test_damaged_files_end_every_verb_with_code_2(trained, verbs, tmp_path, capsys, damage):
     write, arguments = DAMAGES[damage]
     (tmp_path / "lora").mkdir()
     path = write(trained, tmp_path / "lora", **arguments)
@@ -502,13 +502,13 @@ def test_what_is_damaged_ends_every_verb_with_code_2(trained, verbs, tmp_path, c
     assert (codes, places) == (dict.fromkeys(verbs, 2), dict.fromkeys(verbs, True))
 
 
-def test_a_path_that_the_system_refuses_is_no_lora():
+def test_a_path_that_the_system_refuses_is_an_error():
     with pytest.raises(UserError, match=r"lll: "):
         read_lora("l" * 300)
 
 
 @pytest.mark.parametrize("alpha", [NAN, 0.0, -3.0])
-def test_an_alpha_of_the_user_is_a_strength(trained, tmp_path, alpha):
+def test_an_invalid_alpha_of_the_user_is_refused(trained, tmp_path, alpha):
     with pytest.raises(UserError, match=r"^--lora-alpha: "):
         read_loras([cogkit(trained, tmp_path)], alpha, "--lora-alpha")
 

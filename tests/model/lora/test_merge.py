@@ -56,7 +56,7 @@ def test_the_output_is_base_and_lora(tiny_model, tmp_path, rank, alpha, targets)
     assert (output(merged) - expected).abs().max() < 1e-5
 
 
-def test_several_with_weights_in_several_shards(tiny_model, tmp_path):
+def test_several_weighted_loras_and_several_shards(tiny_model, tmp_path):
     first = write_lora(tiny_model, tmp_path / "first")
     second = write_lora(tiny_model, tmp_path / "second", 2, 3.0, ("to_k", "ff.net.2"))
     folder = merge(tiny_model, tmp_path / "merged", (first, 0.7), (second, -0.5), shard_bytes=40_000)
@@ -69,7 +69,7 @@ def test_several_with_weights_in_several_shards(tiny_model, tmp_path):
     assert index["metadata"]["total_size"] == sum(p.numel() * 4 for p in base_transformer(tiny_model).parameters())
 
 
-def test_what_no_lora_touches_is_the_base_bit_for_bit(tiny_model, tmp_path):
+def test_other_weights_stay_bit_identical(tiny_model, tmp_path):
     lora = write_lora(tiny_model, tmp_path / "lora", targets=("to_q",))
     merged, base = loaded(merge(tiny_model, tmp_path / "m", (lora, 1.0))), base_transformer(tiny_model)
     changed = {name for name, one in merged.state_dict().items() if not torch.equal(one, base.state_dict()[name])}
@@ -87,7 +87,7 @@ def test_the_sum_is_rounded_once(tiny_model, tmp_path):
 
 
 @pytest.mark.parametrize("factor", [0.49, 0.7])
-def test_the_image_latents_factor_is_within_the_weights(tiny_model, tmp_path, factor):
+def test_the_image_latent_factor_is_folded_into_the_weights(tiny_model, tmp_path, factor):
     lora = write_lora(tiny_model, tmp_path / "lora")
     merged = loaded(merge(tiny_model, tmp_path / "merged", (lora, 1.0), image_factor=factor))
     tuned = loaded(merge(tiny_model, tmp_path / "plain", (lora, 1.0)))
@@ -99,7 +99,7 @@ def test_the_image_latents_factor_is_within_the_weights(tiny_model, tmp_path, fa
     assert (output(tuned) - expected).abs().max() > 1e-3
 
 
-def test_a_convolution_embeds_channels_first_too():
+def test_image_channels_of_a_convolution_are_scaled_too():
     """CogVideoX 1.0's patch embedding."""
     conv, inputs = torch.nn.Conv2d(4, 3, 2, stride=2), torch.randn(1, 4, 4, 4)
     halved = inputs.clone()
@@ -144,7 +144,7 @@ def merge_for_comfyui(model_path, file, lora, dtype=None, **options):
     return load_file(file)
 
 
-def test_comfyui_gets_the_merged_weights_under_its_own_names(comfyui_model, tmp_path):
+def test_comfyui_weights_are_merged_and_renamed(comfyui_model, tmp_path):
     lora = write_lora(comfyui_model, tmp_path / "lora", targets=("all-linear",))
     tensors = merge_for_comfyui(comfyui_model, tmp_path / "mine.safetensors", lora, image_factor=2.0)
     merged = loaded(merge(comfyui_model, tmp_path / "merged", (lora, 1.0), image_factor=2.0)).state_dict()
@@ -159,7 +159,7 @@ def test_comfyui_gets_the_merged_weights_under_its_own_names(comfyui_model, tmp_
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_comfyuis_file_holds_dtypes_of_different_sizes(comfyui_model, tmp_path, dtype):
+def test_a_comfyui_file_with_dtypes_of_different_sizes(comfyui_model, tmp_path, dtype):
     """Every value starts at a multiple of its size, as in safetensors' own files: readers may map them."""
     base = tmp_path / "model"
     shutil.copytree(comfyui_model, base)
@@ -180,7 +180,7 @@ def test_comfyuis_file_holds_dtypes_of_different_sizes(comfyui_model, tmp_path, 
         assert torch.equal(stored[name], tensors[name].to(stored[name].dtype))
 
 
-def test_a_model_that_comfyuis_class_cannot_hold_is_refused(tiny_model, comfyui_model):
+def test_a_model_that_comfyui_does_not_support_is_refused(tiny_model, comfyui_model):
     check_comfyui_supports(find_model(str(comfyui_model)))
     with pytest.raises(UserError, match="attention_head_dim is 16"):
         check_comfyui_supports(find_model(str(tiny_model)))

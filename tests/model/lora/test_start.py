@@ -100,14 +100,14 @@ def started(transformer, path, rank=RANK, alpha=RANK, targets=ATTENTION):
     ],
 )
 @pytest.mark.parametrize("alpha", [4, 8, 0.7])
-def test_step_0_is_what_the_files_own_loader_makes_of_it(fresh, save, tiny_model, kind, settings, alpha):
+def test_step_0_equals_the_original_loader(fresh, save, tiny_model, kind, settings, alpha):
     folder = save(kind, **settings)
     expected, base = as_its_loader_does(kind, folder, fresh(), tiny_model), output(fresh())
     assert (expected - base).abs().max() > 1e-2
     assert (output(started(fresh(), folder, alpha=alpha)) - expected).abs().max() < 1e-6
 
 
-def test_a_round_trip_changes_no_bit(fresh, save, tmp_path):
+def test_a_round_trip_is_exact(fresh, save, tmp_path):
     folder = save("ours", lora_alpha=8, targets=("all-linear",))
     transformer = started(fresh(), folder, alpha=8, targets=("all-linear",))
     tensors = {name: p.detach() for name, p in transformer.named_parameters() if p.requires_grad}
@@ -116,7 +116,7 @@ def test_a_round_trip_changes_no_bit(fresh, save, tmp_path):
     assert all(torch.equal(before[name], after[name]) for name in before)
 
 
-def test_it_goes_on_training(fresh, save):
+def test_training_continues(fresh, save):
     transformer = started(fresh(), save("ours"))
     output_of = transformer(**example_inputs())[0]
     output_of.square().mean().backward()
@@ -165,14 +165,14 @@ def first(tensors, half="lora_A"):
         ),
     ],
 )
-def test_another_rank_or_other_layers_are_named_and_so_is_what_to_set(tiny_model, save, saved, run, message):
+def test_different_ranks_or_layers_are_refused_with_the_settings_to_change(tiny_model, save, saved, run, message):
     transformer = empty_transformer(find_model(str(tiny_model)))
     inject(transformer, RANK, RANK, 0.0, run.get("targets", ATTENTION), seed=0)
     with pytest.raises(UserError, match=message):
         check_initial_lora(transformer, read_lora(save("ours", **saved)))
 
 
-def test_a_file_that_fits_is_known_before_any_weight_is_loaded(tiny_model, save):
+def test_a_fitting_file_is_accepted_before_loading_weights(tiny_model, save):
     transformer = empty_transformer(find_model(str(tiny_model)))
     inject(transformer, RANK, RANK, 0.0, ATTENTION, seed=0)
     check_initial_lora(transformer, read_lora(save("ours")))
@@ -210,7 +210,7 @@ def test_a_file_that_does_not_fit_is_refused(fresh, save, change, message):
 @pytest.mark.parametrize(
     "targets", [ATTENTION, ("all-linear",), ("to_out.0",), ("0.attn1.to_q", "proj"), ("proj_out",)]
 )
-def test_targets_are_found_again_from_their_layers(fresh, targets):
+def test_targets_are_recovered_from_their_layers(fresh, targets):
     transformer = fresh()
     linears = list(linear_layers(transformer))
     layers = resolve_targets(transformer, targets)
@@ -241,7 +241,7 @@ def test_peft_without_its_config_is_refused(save):
         ({"lora_alpha": "much"}, "lora_alpha.*much"),
     ],
 )
-def test_what_is_more_than_a_lora_is_refused(save, settings, message):
+def test_other_adapters_are_refused(save, settings, message):
     folder = save("peft")
     file = folder / "adapter_config.json"
     file.write_text(json.dumps({**json.loads(file.read_text()), **settings}))
@@ -267,7 +267,7 @@ def test_what_is_more_than_a_lora_is_refused(save, settings, message):
         ),
     ],
 )
-def test_a_file_of_other_content_is_refused(save, change, message):
+def test_damaged_and_unrelated_files_are_refused(save, change, message):
     folder = save("no alpha")
     rewrite(folder, change)
     with pytest.raises(UserError, match=message):

@@ -1,6 +1,6 @@
 """The model card (README.md) that is written beside every LoRA and every export.
 
-It is made only from the facts that training records in the LoRA's header (`train.saving.lora_facts`), so a card can be
+It is made only from the facts that training records in the LoRA's header (`train.saving.lora_metadata`), so a card can be
 made from the file alone.
 """
 
@@ -77,7 +77,7 @@ def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file
     """Return the card's text.
 
     Args:
-        facts: Any subset of `train.saving.lora_facts`.
+        facts: Any subset of `train.saving.lora_metadata`.
         kind: One of `cogds.export.FORMATS`.
         where: Path or hub id that the snippet loads.
         file: Name of the weights' file; the ComfyUI kinds need it.

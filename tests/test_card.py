@@ -27,7 +27,7 @@ from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
 from cogds.model.load import find_model
-from cogds.train.saving import lora_facts
+from cogds.train.saving import lora_metadata
 from tests.model.lora.adapters import base_transformer, write_lora
 
 FACTS = {
@@ -148,7 +148,7 @@ def test_what_a_run_records_is_what_the_card_shows(tiny_model):
         data=SimpleNamespace(index=range(7)), world=World(0, 2, 0, 2),
         plan=SimpleNamespace(local_batch_sizes=(1,), accumulation=1),
     )  # fmt: skip
-    facts = json.loads(json.dumps(lora_facts(run, 500)))
+    facts = json.loads(json.dumps(lora_metadata(run, 500)))
     assert facts["image_latent_factor"] == pytest.approx(0.49)
     card = model_card("mine", facts, "diffusers", "mine")
     for text in (

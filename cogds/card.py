@@ -1,6 +1,6 @@
 """The model card (README.md) that is written beside every LoRA and every export.
 
-It is made only from the facts that training records in the LoRA's header (`train.saving.lora_metadata`), so a card can be
+It uses only the metadata that training records in the LoRA's header (`train.saving.lora_metadata`), so a card can be
 made from the file alone.
 """
 

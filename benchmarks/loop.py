@@ -60,7 +60,7 @@ from cogds.model.tiny import create_tiny_model
 from cogds.model.transformer.forward import Transformer
 from cogds.process.signals import StopRequest
 from cogds.process.watchdog import Watchdog
-from cogds.train.batches import draw, load_batches
+from cogds.train.batches import load_batches, make_draws
 from cogds.train.run import Run
 from cogds.train.step import load_step_builder
 from cogds.train.trainer import Trainer
@@ -157,7 +157,7 @@ def measure(
     builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, DTYPES[precision], world.device)
     (micro_batch,) = plan.at(0)
     batch = next(iter(load_batches(whole))).tensors
-    draws = draw(micro_batch, 0, len(builder.alphas_cumprod), cfg, world)
+    draws = make_draws(micro_batch, 0, len(builder.alphas_cumprod), cfg, world)
     inputs, target = builder.build(batch, buckets[0], draws)
     transformer.set_checkpointing(execution.buckets[0].checkpointing)
 

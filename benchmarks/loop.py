@@ -1,19 +1,19 @@
-"""What the training loop costs on top of a bare step, and DeepSpeed on top of a plain torch loop.
+"""Measure the overhead of the training loop over a bare step, and of DeepSpeed over a plain torch loop.
 
     python benchmarks/loop.py [--sizes tiny,mid] [--bucket FxHxW] [--precision fp32|bf16] [--steps 12]
 
-Trains models of random weights on drawn clips from a warm cache, with the very functions that training calls: plan,
-loader processes, draws, inputs, forward, backward, optimizer, metrics, watchdog. Between two of its steps each of the
-others is taken once, on the same engine or the same base weights:
+Trains models with random weights on drawn clips from a warm cache, with the real trainer: plan, loader processes,
+random draws, inputs, forward, backward, optimizer, metrics, watchdog. After each of its steps, each of the others runs
+once, on the same engine or the same base weights:
 
-    loop       cogds.train.trainer.Trainer.train, from the start of one step to that of the next
-    bare       forward, loss, backward and step of the same engine, on inputs that were prepared
-    inputs     preparing them: the first frame noised and through the VAE, noise, rotary tables
-    plain      as bare, with torch's AdamW and clipping instead of DeepSpeed's engine
+    loop       cogds.train.trainer.Trainer.train, from the start of one step to the start of the next
+    bare       forward, loss, backward and step of the same engine, on prepared inputs
+    inputs     preparation of the inputs: noising and encoding the first frame, noise, rotary tables
+    plain      like bare, with torch's AdamW and clipping instead of DeepSpeed's engine
 
-The loop's first step and its last are left out: loader processes start in the one, and the last prepares no next step.
-The wait for data is of the same number of steps once more, with nothing between them. Overhead is loop / bare - 1, in
-all and without the inputs, which are part of the work. Prints a table, then one line of JSON.
+The first and the last step of the loop are not counted: loader processes start in the first, and the last prepares no
+next step. The data wait is measured in a second run of as many steps without the others in between. The overhead is
+loop / bare - 1, with and without the time for the inputs. Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -36,10 +36,10 @@ from measuring import (
     ROOT,
     SIZES,
     Size,
-    join,
+    join_process_group,
     machine,
-    say_json,
-    say_machine,
+    print_json,
+    print_machine,
     table,
     timed,
 )
@@ -70,7 +70,7 @@ WAYS = ("loop", "bare", "inputs", "plain")
 
 
 def model_folder(size: Size, folder: Path) -> Path:
-    """A whole model on disk, with the size's transformer and VAE."""
+    """Write a complete model with the size's transformer and VAE."""
     create_tiny_model(folder)
     if size.name != "tiny":
         torch.manual_seed(0)
@@ -83,16 +83,16 @@ def model_folder(size: Size, folder: Path) -> Path:
 
 
 @dataclass
-class Plain:
-    """A torch loop on base weights that it shares with the engine's transformer."""
+class PlainLoop:
+    """A plain torch training loop that shares the base weights of the engine's transformer."""
 
     transformer: Any
     parameters: list[torch.nn.Parameter]
     optimizer: torch.optim.Optimizer
 
     @classmethod
-    def beside(cls, other: Transformer, run: Run) -> "Plain":
-        """As `run` trains; other: before its LoRA."""
+    def sharing_weights(cls, other: Transformer, run: Run) -> "PlainLoop":
+        """Train like `run`, with the weights of a transformer without LoRA."""
         with torch.device("meta"):
             transformer: Any = Transformer.from_config(run.model.transformer_config)
         transformer.load_state_dict(other.state_dict(), assign=True)
@@ -107,31 +107,31 @@ class Plain:
         return cls(transformer, parameters, optimizer)
 
     def step(self, inputs: dict[str, Any], target: torch.Tensor, max_grad_norm: float) -> None:
-        """Forward, backward, clipping, AdamW."""
+        """Run forward, backward, clipping and AdamW."""
         v_loss(self.transformer(**inputs)[0], target).mean().backward()
         torch.nn.utils.clip_grad_norm_(self.parameters, max_grad_norm)
         self.optimizer.step()
         self.optimizer.zero_grad()
 
 
-def marking(clock: str, between: Callable[[], object], steps_s: list[float]) -> type[Watchdog]:
-    """A watchdog for the trainer that notes how long each step takes, and calls `between` from one step to the next."""
+def timing_watchdog(clock: str, between: Callable[[], object], steps_s: list[float]) -> type[Watchdog]:
+    """Return a watchdog class that records the time of each step, and calls `between` from one step to the next."""
     now, begun = CLOCKS[clock], [math.nan]
 
-    class Marks(Watchdog):
+    class TimingWatchdog(Watchdog):
         def watch(self, describe: Callable[[], str]) -> None:
             steps_s.append(now() - begun[0])
             between()
             super().watch(describe)
             begun[0] = now()
 
-    return Marks
+    return TimingWatchdog
 
 
 def measure(
     size: Size, bucket: str, precision: str, num_steps: int, clock: str, world: World, folder: Path
 ) -> dict[str, Any]:
-    """Seconds of every way, by name, and of the loop's wait for data."""
+    """Measure the seconds of each variant, and the loop's wait for data."""
     path = model_folder(size, folder / "model")
     draw_clips(folder / "clips")
     overrides = [
@@ -149,7 +149,7 @@ def measure(
     execution = choose_execution(job, plan.local_batch_sizes)
     whole = Run(job, data, plan, execution, 0)
     transformer: Any = load_transformer(model, DTYPES[precision], world.device)
-    plain = Plain.beside(transformer, whole)
+    plain = PlainLoop.sharing_weights(transformer, whole)
     lora = cfg.lora
     parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
     prepare_blocks(transformer.train(), execution)
@@ -169,9 +169,10 @@ def measure(
     def loop(first: int, between: Callable[[], object]) -> list[float]:
         longer = dataclasses.replace(job, cfg=replace(cfg, {"train.num_steps": first + num_steps}))
         steps_s: list[float] = []
-        with unittest.mock.patch.object(cogds.train.trainer, "Watchdog", marking(clock, between, steps_s)):
+        with unittest.mock.patch.object(cogds.train.trainer, "Watchdog", timing_watchdog(clock, between, steps_s)):
             Trainer(longer, StopRequest()).train(Run(longer, data, plan, execution, first), engine, builder, {})
-        return steps_s[3 : num_steps + 1]  # the first is what came before the memory check, the next before step 1
+        # Skips the times before the memory check, before step 1, and of step 1.
+        return steps_s[3 : num_steps + 1]
 
     others: dict[str, Callable[[], object]] = {
         "bare": bare,
@@ -191,34 +192,34 @@ def measure(
     loop(num_steps, lambda: None)
     lines = step_lines((Path(cfg.output_dir) / "metrics.jsonl").read_text())
     records = lines[num_steps + 1 : 2 * num_steps - 1]
-    wait = sum(one["perf/data_wait_s"] for one in records) / sum(one["perf/step_s"] for one in records)
+    wait = sum(line["perf/data_wait_s"] for line in records) / sum(line["perf/step_s"] for line in records)
     engine.destroy()
-    found = {way: round(statistics.median(every), 5) for way, every in seconds.items()}
+    medians = {way: round(statistics.median(every), 5) for way, every in seconds.items()}
     spread = {way: [round(min(every), 5), round(max(every), 5)] for way, every in seconds.items()}
     return {
         "size": size.name, "bucket": bucket, "checkpointing": execution.buckets[0].checkpointing,
-        "median_s": found, "spread_s": spread,
+        "median_s": medians, "spread_s": spread,
         "num_counted": len(seconds["loop"]),
-        "loop_overhead": round(found["loop"] / found["bare"] - 1, 4),
-        "loop_overhead_without_inputs": round((found["loop"] - found["inputs"]) / found["bare"] - 1, 4),
+        "loop_overhead": round(medians["loop"] / medians["bare"] - 1, 4),
+        "loop_overhead_without_inputs": round((medians["loop"] - medians["inputs"]) / medians["bare"] - 1, 4),
         "data_wait_share": round(wait, 5),
-        "engine_overhead": round(found["bare"] / found["plain"] - 1, 4),
+        "engine_overhead": round(medians["bare"] / medians["plain"] - 1, 4),
     }  # fmt: skip
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print the table, print the line."""
+    """Measure and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--sizes", type=lambda text: text.split(","), default=["tiny", "mid"], help="tiny, mid")
     parser.add_argument("--precision", default="fp32", choices=DTYPES)
-    parser.add_argument("--bucket", help="FRAMESxHEIGHTxWIDTH; none: each size's own")
-    parser.add_argument("--steps", type=int, default=12, help="of the loop, at least 3; two do not count")
-    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
+    parser.add_argument("--bucket", help="FRAMESxHEIGHTxWIDTH (default: the size's own)")
+    parser.add_argument("--steps", type=int, default=12, help="steps of the loop, at least 3; two are not counted")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for shared machines")
     args = parser.parse_args(argv)
     world = read_world()
-    facts = machine(world.device)
-    join(world)
-    say_machine(facts)
+    info = machine(world.device)
+    join_process_group(world)
+    print_machine(info)
     rows = []
     for name in args.sizes:
         with tempfile.TemporaryDirectory() as folder:
@@ -234,7 +235,7 @@ def main(argv: list[str] | None = None) -> None:
         for row in rows
     ]  # fmt: skip
     print(table(head, cells))
-    say_json("loop", facts, precision=args.precision, clock=args.clock, rows=rows)
+    print_json("loop", info, precision=args.precision, clock=args.clock, rows=rows)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""What the speed benchmarks share: models of random weights, our training step on them, honest timing, tables.
+"""Shared code of the speed benchmarks: random models, the training step on them, timing and tables.
 
-It needs neither decoders nor Parquet: torch, diffusers, peft and DeepSpeed are enough.
+Needs torch, diffusers, peft and DeepSpeed, but no video decoders and no Parquet.
 """
 
 import contextlib
@@ -39,7 +39,7 @@ from cogds.model.lora.adapter import inject, resolve_targets  # noqa: E402
 from cogds.model.transformer.attention import find_fastest_kernel  # noqa: E402
 from cogds.train.step import Draws, StepBuilder, random_batch  # noqa: E402
 
-# For a CPU that others use too: the processor's time in this process, on one thread as good as an idle machine's clock.
+# `cpu` is CPU time of this process, for shared machines. With one thread, it equals the wall time of an idle machine.
 CLOCKS: dict[str, Callable[[], float]] = {"wall": time.perf_counter, "cpu": time.process_time}
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0")
 
@@ -56,7 +56,7 @@ _VAE |= {f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * 4 for way i
 
 @dataclass(frozen=True)
 class Size:
-    """A CogVideoX-1.5 image-to-video model: configs of its parts, the bucket and the LoRA rank that suit it."""
+    """A CogVideoX-1.5 image-to-video model: configs of its parts, and a suitable bucket and LoRA rank."""
 
     name: str
     transformer: dict[str, Any]
@@ -68,7 +68,7 @@ class Size:
 SIZES = {
     one.name: one
     for one in (
-        # The demo's.
+        # The model of the demo.
         Size(
             "tiny",
             _V15 | {"num_attention_heads": 2, "attention_head_dim": 16, "in_channels": 16, "out_channels": 8,
@@ -78,8 +78,8 @@ SIZES = {
                     "norm_num_groups": 2},
             "17x64x96", 8,
         ),
-        # A quarter of the real one's width and 12 of its 42 blocks: 0.14 billion parameters. The VAE's channels are
-        # such that encoding a clip is a quarter of the step's arithmetic, as it is for the real one.
+        # 0.14 billion parameters: a quarter of the real model's width, and 12 of its 42 blocks. The VAE's channels are
+        # chosen so that encoding a clip takes a quarter of the step's operations, as for the real model.
         Size(
             "mid",
             _V15 | {"num_attention_heads": 12, "attention_head_dim": 64, "in_channels": 16, "out_channels": 8,
@@ -104,38 +104,38 @@ SIZES = {
 
 
 def model_of(size: Size) -> ModelFolder:
-    """The model as if it had been found in a folder; its weights are random, so nothing is read from there."""
+    """A `ModelFolder` of this size. Its path does not exist, since the weights are random."""
     geometry = ModelGeometry.from_configs(size.transformer, size.vae)
     return ModelFolder(Path(f"random-{size.name}"), dict(size.transformer), dict(size.vae), geometry)
 
 
 def run_config(precision: str, lora_rank: int, *overrides: str) -> RunConfig:
-    """The defaults, with what a benchmark must say."""
+    """The default config with the values that a benchmark needs."""
     needed = ["model.path=random", "data.path=random", f"train.precision={precision}", f"lora.rank={lora_rank}"]
     return load_config(None, [*needed, f"lora.alpha={lora_rank}", *overrides])[0]
 
 
 def deepspeed_config(name: str, cfg: RunConfig, model: ModelFolder, world: World) -> dict[str, Any]:
-    """One of ds_configs/, in line with the run config. name: `zero2`."""
+    """A file of ds_configs/ (such as `zero2`), resolved with the run config."""
     path = str(ROOT / "ds_configs" / f"{name}.json")
     return resolve(load_ds_config(path), cfg, frozenset(), world.size, model.hidden_size, path)[0]
 
 
 def make_job(cfg: RunConfig, ds_name: str, model: ModelFolder, shape: ClipShape, world: World) -> Job:
-    """A run that trains one bucket, without data. ds_name: of ds_configs/, `zero2`."""
+    """A job with one bucket and without data. ds_name: of a file in ds_configs/, such as `zero2`."""
     ds_config = deepspeed_config(ds_name, cfg, model, world)
     targets = tuple(resolve_targets(empty_transformer(model), cfg.lora.target_modules))
     return Job(cfg, ds_config, model, (shape,), targets, world, world.size)
 
 
-def join(world: World) -> None:
-    """Join the process group, where that has not been done."""
+def join_process_group(world: World) -> None:
+    """Connect to the process group unless this process is connected already."""
     if not is_connected():
         connect(world, 600.0)
 
 
 def alphas_cumprod() -> torch.Tensor:
-    """The schedule of CogVideoX-1.5."""
+    """The abar table of CogVideoX-1.5."""
     return CogVideoXDDIMScheduler(
         beta_schedule="scaled_linear", beta_start=0.00085, beta_end=0.012, prediction_type="v_prediction",
         rescale_betas_zero_snr=True, timestep_spacing="trailing", snr_shift_scale=1.0, set_alpha_to_one=True,
@@ -155,7 +155,7 @@ def random_vae(size: Size, dtype: torch.dtype, device: torch.device) -> Any:
 
 
 class Trainer:
-    """Our training on a model of random weights: engine, step builder, and a batch of every bucket."""
+    """cogds training with random weights: engine, step builder, and one batch per bucket."""
 
     def __init__(
         self,
@@ -166,7 +166,7 @@ class Trainer:
         transformer: Any = None,
         vae: Any = None,
     ):
-        """ds_name: of ds_configs/. transformer: one to be trained instead of a new one; its LoRA is added here."""
+        """ds_name: of a file in ds_configs/. transformer: an existing one without LoRA to train, None for a new one."""
         self.size, self.cfg, self.world, self.device = size, cfg, world, world.device
         self.model, self.dtype = model_of(size), DTYPES[cfg.train.precision]
         ds_config = deepspeed_config(ds_name, cfg, self.model, world)
@@ -189,7 +189,7 @@ class Trainer:
         self._batches: dict[tuple[ClipShape, int], dict[str, torch.Tensor]] = {}
 
     def inputs(self, shape: ClipShape, batch_size: int = 1) -> tuple[dict[str, Any], torch.Tensor]:
-        """The transformer's arguments and the target, made anew as in every step."""
+        """Build the transformer's arguments and the target, as in every step."""
         if (shape, batch_size) not in self._batches:
             self._batches[shape, batch_size] = random_batch(
                 shape,
@@ -204,18 +204,18 @@ class Trainer:
         return self.builder.build(self._batches[shape, batch_size], shape, draws)
 
     def train(self, inputs: Mapping[str, Any], target: torch.Tensor) -> torch.Tensor:
-        """Forward, backward and optimizer step; the loss."""
+        """Run forward, backward and optimizer step, and return the loss."""
         loss = v_loss(self.engine(**inputs)[0], target).mean()
         self.engine.backward(loss)
         self.engine.step()
         return loss.detach()
 
     def step(self, shape: ClipShape, batch_size: int = 1) -> torch.Tensor:
-        """One whole step: first frame through the VAE, noise, forward, backward, optimizer."""
+        """Run a whole step: encoding of the first frame, noise, forward, backward, optimizer."""
         return self.train(*self.inputs(shape, batch_size))
 
     def set_compiled(self, compiled: bool) -> None:
-        """Run the blocks compiled, or as they are. What was compiled once is kept."""
+        """Switch between compiled and uncompiled blocks. The compiled code is kept."""
         if compiled and not self._compiled:
             self.transformer.compile_blocks()
             self._compiled = [block._body for block in self.transformer.transformer_blocks]
@@ -223,21 +223,21 @@ class Trainer:
             block._body = self._compiled[index] if compiled else block.body
 
     def flops(self, shape: ClipShape, batch_size: int = 1) -> StepFlops:
-        """What a step of this rank computes."""
-        one = step_flops(
+        """Operations of a step on this rank."""
+        clip = step_flops(
             num_tokens(shape, self.model.geometry), self.model.num_layers, self.model.hidden_size, self.num_lora
         )
-        return StepFlops(batch_size * one.linears, batch_size * one.attention, batch_size * one.lora)
+        return StepFlops(batch_size * clip.linears, batch_size * clip.attention, batch_size * clip.lora)
 
     def close(self) -> None:
-        """Give the memory back; the trainer is of no use from here on."""
+        """Free the memory. The trainer cannot be used afterwards."""
         self.engine.destroy()
         del self.engine, self.transformer, self.builder
         free(self.device)
 
 
 def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
-    """The transformer's arguments in its dtype; rotary tables stay float32."""
+    """Cast the transformer's arguments to a dtype, except for rotary tables, which stay float32."""
     return {
         name: value.to(dtype) if isinstance(value, torch.Tensor) and value.is_floating_point() else value
         for name, value in inputs.items()
@@ -245,14 +245,14 @@ def cast(inputs: dict[str, Any], dtype: torch.dtype) -> dict[str, Any]:
 
 
 def distance(one: torch.Tensor, other: torch.Tensor) -> float:
-    """Relative L2."""
+    """Relative L2 distance."""
     return ((one - other).norm() / other.norm()).item()
 
 
 def make_batches(
     size: Size, folder: ModelFolder, shape: ClipShape, timesteps: Sequence[int], device: torch.device
 ) -> list[tuple[dict[str, Any], torch.Tensor]]:
-    """Inputs in bf16 and target of one clip of random numbers at every timestep."""
+    """Inputs in bf16 and target of one random clip, for each timestep."""
     dtype = torch.bfloat16
     text = torch.zeros(folder.geometry.text_tokens, folder.transformer_config["text_embed_dim"], dtype=dtype)
     vae = random_vae(size, dtype, device)
@@ -269,28 +269,28 @@ def make_batches(
 def estimate_bytes(
     size: Size, cfg: RunConfig, ds_name: str, shape: ClipShape, batch_size: int, checkpointing: str, world: World
 ) -> int:
-    """GPU memory of a step by the memory model, without the CUDA context."""
+    """GPU memory of a step according to the memory model, without the CUDA context."""
     memory = make_job(cfg, ds_name, model_of(size), shape, world).memory
     estimate = memory.estimate(shape, batch_size, checkpointing)
     return estimate.total_bytes - estimate.cuda_context_bytes
 
 
 def fastest_kernel(size: Size, buckets: Sequence[str], precision: str, device: torch.device) -> tuple[str, Any]:
-    """The fastest attention kernel for the longest bucket, and every kernel's seconds. Says what it found."""
+    """Find the fastest attention kernel for the longest bucket, and print and return the seconds of each kernel."""
     geometry = model_of(size).geometry
     tokens = max(num_tokens(ClipShape.parse(bucket), geometry) for bucket in buckets)
     heads = size.transformer["num_attention_heads"]
     kernel, times, failures = find_fastest_kernel(tokens, heads, geometry.head_dim, DTYPES[precision], device)
-    done = step_flops(tokens, 1, heads * geometry.head_dim).attention * 3.5
+    flops = step_flops(tokens, 1, heads * geometry.head_dim).attention * 3.5
     for name, seconds in times.items():
-        print(f"  attention, {tokens} tokens, {name}: {seconds * 1e3:.2f} ms, {done / seconds / 1e12:.1f} TFLOP/s")
+        print(f"  attention, {tokens} tokens, {name}: {seconds * 1e3:.2f} ms, {flops / seconds / 1e12:.1f} TFLOP/s")
     for name, reason in failures.items():
         print(f"  attention, {tokens} tokens, {name}: not usable ({reason})")
     return kernel, times
 
 
 def deadline_of(limit_s: float | None) -> float | None:
-    """When, on time.monotonic(), this process is so many seconds old: what it took to import counts too."""
+    """The time.monotonic() at which this process will be `limit_s` seconds old, imports included."""
     if limit_s is None:
         return None
     started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
@@ -298,23 +298,23 @@ def deadline_of(limit_s: float | None) -> float | None:
 
 
 def wait(device: torch.device) -> None:
-    """Until all that was queued is done."""
+    """Wait until the device has finished all queued work."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
 
 
 def free(device: torch.device) -> None:
-    """Give back what nobody uses."""
+    """Release unused memory."""
     gc.collect()
     if device.type == "cuda":
         torch.cuda.empty_cache()
         return
-    with contextlib.suppress(OSError, AttributeError):  # glibc's only
+    with contextlib.suppress(OSError, AttributeError):  # only glibc has malloc_trim
         ctypes.CDLL("libc.so.6").malloc_trim(0)
 
 
 def reset_peak(device: torch.device) -> None:
-    """Begin a new peak of memory. On a CPU: of the process's resident memory, where Linux lets it."""
+    """Reset the peak of memory: on a CPU, that of the process's resident memory, if Linux allows it."""
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
         return
@@ -323,14 +323,14 @@ def reset_peak(device: torch.device) -> None:
 
 
 def peak_bytes(device: torch.device) -> int | None:
-    """The largest memory since `reset_peak`; None where nobody counted."""
+    """Peak memory since `reset_peak`, None if unknown."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return _resident("VmHWM")
 
 
 def held_bytes(device: torch.device) -> int | None:
-    """Memory that is in use now."""
+    """Memory in use now, None if unknown."""
     return torch.cuda.memory_allocated(device) if device.type == "cuda" else _resident("VmRSS")
 
 
@@ -344,7 +344,7 @@ def _resident(field_name: str) -> int | None:
 
 @dataclass
 class Timing:
-    """Seconds of every counted call, of the first one (which compiles and allocates), and what else was seen."""
+    """Seconds of each counted call and of the first one (which compiles and allocates), peak memory in bytes, error."""
 
     seconds: list[float] = field(default_factory=list)
     first_s: float | None = None
@@ -356,10 +356,10 @@ class Timing:
         return statistics.median(self.seconds) if self.seconds else None
 
     def numbers(self) -> dict[str, Any]:
-        """For a row of JSON."""
+        """Values for a JSON row."""
         if not self.seconds:
-            seen = {"first_s": round(self.first_s, 3)} if self.first_s else {}
-            return {"error": self.error or "no time left", **seen}
+            first = {"first_s": round(self.first_s, 3)} if self.first_s else {}
+            return {"error": self.error or "no time left", **first}
         return {
             "median_s": round(statistics.median(self.seconds), 5),
             "min_s": round(min(self.seconds), 5),
@@ -371,7 +371,7 @@ class Timing:
 
 
 def timed(call: Callable[[], object], device: torch.device, clock: str = "wall") -> float:
-    """Seconds of one call, the device's work included. clock: of `CLOCKS`."""
+    """Seconds of one call, including the device's work. clock: a key of `CLOCKS`."""
     now = CLOCKS[clock]
     wait(device)
     start = now()
@@ -381,13 +381,13 @@ def timed(call: Callable[[], object], device: torch.device, clock: str = "wall")
 
 
 def attempt(call: Callable[[], object], device: torch.device, timing: Timing, clock: str = "wall") -> float | None:
-    """Seconds of one call; None where it fails, which `timing` then says."""
+    """Seconds of one call, or None if it fails. The error is then stored in `timing`."""
     try:
         return timed(call, device, clock)
     except torch.OutOfMemoryError:
         timing.error = "out of memory"
     except RuntimeError as error:
-        # Allocators other than torch's own, and kernels that cannot do this shape or GPU.
+        # From allocators other than torch's, and from kernels that do not support this shape or GPU.
         timing.error = "out of memory" if "out of memory" in str(error).lower() else str(error).strip().splitlines()[0]
     except Exception as error:
         timing.error = f"{type(error).__name__}: {str(error).strip().splitlines()[0] if str(error).strip() else ''}"
@@ -403,20 +403,19 @@ def interleaved(
     deadline: float | None = None,
     clock: str = "wall",
 ) -> dict[Any, Timing]:
-    """Time calls in turn, `rounds` times each: A A B B and then A B ..., the first call of each not counted.
+    """Time calls in turn, `rounds` times each: A A B B, then A B ..., without counting the first call of each.
 
-    What counts begins right after it, so that a run which is cut short has figures. The peak of memory is that of the
-    uncounted call. A call that fails is left out from then on, and `recover` is
-    called. deadline: of time.monotonic(); nothing is begun past it. Says what it does, so that a run which is ended
-    from outside has not been for nothing.
+    The first counted call directly follows the uncounted one, so a run that is cut short has results. Results are also
+    printed immediately. The peak of memory is that of the uncounted call. A call that fails is not repeated, and
+    `recover` is called. deadline: in time.monotonic(), after which no call is started.
     """
     timings = {name: Timing() for name in calls}
 
-    def late() -> bool:
+    def is_late() -> bool:
         return deadline is not None and time.monotonic() > deadline
 
     def count(name: Any) -> None:
-        if timings[name].error or late():
+        if timings[name].error or is_late():
             return
         seconds = attempt(calls[name], device, timings[name], clock)
         if seconds is None:
@@ -427,7 +426,7 @@ def interleaved(
 
     for name, call in calls.items():
         timing = timings[name]
-        if late():
+        if is_late():
             timing.error = "no time left"
             continue
         reset_peak(device)
@@ -436,8 +435,8 @@ def interleaved(
         if timing.first_s is None:
             recover()
         memory = f"peak {timing.peak / 1e9:.2f} GB" if timing.peak else ""
-        told = timing.error if timing.first_s is None else f"{timing.first_s:.3f} s, first call"
-        print(f"  {name}: {told}, {memory}", flush=True)
+        outcome = timing.error if timing.first_s is None else f"{timing.first_s:.3f} s, first call"
+        print(f"  {name}: {outcome}, {memory}", flush=True)
         count(name)
     for _ in range(rounds - 1):
         for name in calls:
@@ -446,28 +445,28 @@ def interleaved(
 
 
 def matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    """What one large matrix product reaches on this CPU, the best of a few: it has no data sheet to go by."""
+    """The rate of a large matrix product on this CPU, best of several. Used because there is no data sheet value."""
     size = 1024
     a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
     best = min(timed(lambda: a @ b, device) for _ in range(6))
     return 2 * size**3 / best / 1e12
 
 
-def peak_tflops(asked: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float | None, str]:
-    """The TFLOP/s that MFU is a share of, and where the number is from; None for a GPU that is not in the list."""
-    if asked:
-        return asked, "given"
+def peak_tflops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float | None, str]:
+    """Return the peak TFLOP/s for MFU and the source of the number. The peak is None for an unknown GPU."""
+    if given:
+        return given, "given"
     if device.type == "cpu":
-        return matmul_tflops(dtype, device), "the best of a few large matrix products here"
+        return matmul_tflops(dtype, device), "best of several large matrix products on this CPU"
     name = torch.cuda.get_device_name(device)
     if name in PEAK_TFLOPS and dtype is torch.bfloat16:
         return PEAK_TFLOPS[name], f"{name}, dense bf16, data sheet"
-    return None, f"of {name} in {str(dtype).removeprefix('torch.')}: give --peak-tflops to have MFU and floor"
+    return None, f"for {name} in {str(dtype).removeprefix('torch.')}; pass --peak-tflops to get MFU and floor"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What a figure must name: machine, versions, load, commit."""
-    facts: dict[str, Any] = {
+    """The conditions of a measurement: machine, versions, load, commit."""
+    info: dict[str, Any] = {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else _cpu(),
         "torch": torch.__version__,
         "python": platform.python_version(),
@@ -476,8 +475,8 @@ def machine(device: torch.device) -> dict[str, Any]:
         "commit": _commit(),
     }
     if device.type == "cuda":
-        facts["gpu_gb"] = round(torch.cuda.mem_get_info(device)[1] / 1e9, 1)
-    return facts
+        info["gpu_gb"] = round(torch.cuda.mem_get_info(device)[1] / 1e9, 1)
+    return info
 
 
 def _cpu() -> str:
@@ -490,21 +489,21 @@ def _cpu() -> str:
 
 def _commit() -> str:
     with contextlib.suppress(OSError, subprocess.SubprocessError):
-        told = [
+        outputs = [
             subprocess.run(["git", *command], cwd=ROOT, capture_output=True, text=True, timeout=20, check=True).stdout
             for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "cogds", "benchmarks"))
         ]
-        return told[0].strip() + (" and changes" if told[1].strip() else "")
+        return outputs[0].strip() + (" and changes" if outputs[1].strip() else "")
     return "unknown"
 
 
-def say_machine(facts: Mapping[str, Any]) -> None:
-    """One line for people."""
-    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in facts.items()), flush=True)
+def print_machine(info: Mapping[str, Any]) -> None:
+    """Print the result of `machine` in one line."""
+    print(", ".join(f"{name.replace('_', ' ')} {value}" for name, value in info.items()), flush=True)
 
 
 def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
-    """Columns as wide as they must be; numbers to the right."""
+    """Format a table with aligned columns, numbers to the right."""
     texts = [list(head), *[["-" if cell is None else str(cell) for cell in row] for row in rows]]
     widths = [max(len(row[column]) for row in texts) for column in range(len(head))]
     right = [all(row[column][:1] in "-+0123456789" for row in texts[1:]) for column in range(len(head))]
@@ -517,12 +516,12 @@ def table(head: Sequence[str], rows: Sequence[Sequence[Any]]) -> str:
 
 
 def seconds_text(row: Mapping[str, Any]) -> str:
-    """Median, least and most of a row's seconds; or why there are none."""
+    """Format median, minimum and maximum of a row's seconds, or its error."""
     if "median_s" not in row:
         return row["error"][:40]
     return f"{row['median_s']:.3f} ({row['min_s']:.3f}-{row['max_s']:.3f})"
 
 
-def say_json(benchmark: str, facts: Mapping[str, Any], **result: Any) -> None:
-    """The last line of every benchmark."""
-    print(json.dumps({"benchmark": benchmark, "machine": dict(facts), **result}), flush=True)
+def print_json(benchmark: str, info: Mapping[str, Any], **result: Any) -> None:
+    """Print the JSON line that ends every benchmark."""
+    print(json.dumps({"benchmark": benchmark, "machine": dict(info), **result}), flush=True)

@@ -1,17 +1,15 @@
-"""What training CogVideoX-1.5 takes of a GPU's memory, by setting and activation checkpointing.
-
-Calculated, not measured.
+"""Print the GPU memory for training CogVideoX-1.5, by setting and activation checkpointing mode.
 
     python benchmarks/memory.py [--bucket 81x768x1360] [--batch-size 1] [--lora-rank 128]
 
-Every setting is one of ds_configs/ as a run resolves it, a number of ranks and a quantization (`cogds.core.memory`).
-Prints a table in GB, CUDA context included, then one line of JSON.
+The values are calculated (`cogds.core.memory`), not measured. A setting is a resolved file of ds_configs/, a number of
+ranks and a quantization. Prints a table in GB, including the CUDA context, then one line of JSON.
 """
 
 import argparse
 from dataclasses import replace
 
-from measuring import SIZES, machine, make_job, model_of, run_config, say_json, table
+from measuring import SIZES, machine, make_job, model_of, print_json, run_config, table
 
 from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.core.geometry import ClipShape
@@ -25,12 +23,12 @@ SETTINGS = (
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Reckon, print the table, print the line."""
+    """Calculate and print the results."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--size", choices=SIZES, default="real")
-    parser.add_argument("--bucket", help="FRAMESxHEIGHTxWIDTH; none: the size's own")
+    parser.add_argument("--bucket", help="FRAMESxHEIGHTxWIDTH (default: the size's own)")
     parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--lora-rank", type=int, help="none: the size's own (128 for the real one)")
+    parser.add_argument("--lora-rank", type=int, help="LoRA rank (default: the size's own, 128 for real)")
     args = parser.parse_args(argv)
     size = SIZES[args.size]
     model, shape = model_of(size), ClipShape.parse(args.bucket or size.bucket)
@@ -44,10 +42,10 @@ def main(argv: list[str] | None = None) -> None:
             row[mode] = round(memory.estimate(shape, args.batch_size, mode).total_bytes / 1e9, 1)
         row["pinned"] = round(memory.pinned_host_bytes(shape, args.batch_size, "full+offload") / 1e9, 1)
         rows.append(row)
-    print(f"{size.name}, {shape}, batch {args.batch_size}, LoRA rank {cfg.lora.rank}, bf16: GB a GPU, by arithmetic")
-    head = ("deepspeed", "GPUs", "quantization", *CHECKPOINTING_MODES, "host memory a GPU of full+offload")
+    print(f"{size.name}, {shape}, batch {args.batch_size}, LoRA rank {cfg.lora.rank}, bf16: GB per GPU, calculated")
+    head = ("deepspeed", "GPUs", "quantization", *CHECKPOINTING_MODES, "host memory per GPU with full+offload")
     print(table(head, [list(row.values()) for row in rows]))
-    say_json("memory", machine(read_world().device), size=size.name, bucket=str(shape), rows=rows)
+    print_json("memory", machine(read_world().device), size=size.name, bucket=str(shape), rows=rows)
 
 
 if __name__ == "__main__":

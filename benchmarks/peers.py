@@ -1,22 +1,22 @@
-"""Our training step against the one that trainers of this model have in common, on identical work in one run.
+"""Compare cogds' training step with the common step of other trainers of this model, on identical work in one run.
 
     python benchmarks/peers.py [--sizes tiny,mid | real] [--precision fp32|bf16] [--checkpointing L,...] [--kernel K]
         [--compile] [--rounds 5]
 
-The common step, written from its description, on diffusers' own CogVideoXTransformer3DModel: the clip goes through the
-VAE in the loop, the transformer predicts v, x0 follows from it, the loss is the mean square error of x0 weighted by
-1 / (1 - abar); blocks are recomputed whole (`enable_gradient_checkpointing`), attention is torch's, the LoRA is peft's
-as it comes, trained in the transformer's type by torch's AdamW after clipping to norm 1, in a plain torch loop.
+The common step is written from its description, with diffusers' own CogVideoXTransformer3DModel. The clip is encoded in
+the loop, x0 is computed from the predicted v, and the loss is the mean squared error of x0, weighted by 1 / (1 - abar).
+Blocks are recomputed completely (`enable_gradient_checkpointing`), with torch's attention and peft's LoRA in the
+transformer's dtype. torch's AdamW trains it after clipping to norm 1, in a plain torch loop.
 
-Ours is the step that training does: the clip's moments from the cache, DeepSpeed with ZeRO-2, which keeps float32
-masters. Both noise the first frame and encode it, use the same base weights (in memory once), LoRA, batch and attention
-kernel. The common step is measured with the clip's encoding and without it (latents given), ours in every mode asked
-for: the first makes the ratios (on a CPU none, on a GPU selective), and full recomputes as much as the common
-step. All take turns.
+"ours" is the step of cogds' training: moments from the cache, and DeepSpeed with ZeRO-2, which keeps float32 master
+weights. Both noise and encode the first frame, and use the same base weights (in memory once), LoRA, batch and
+attention kernel. The common step is measured with and without encoding the clip, ours in all given checkpointing modes.
+The ratios use the first mode (by default none on a CPU, selective on a GPU). Mode full recomputes as much as the common
+step. All variants take turns.
 
-Memory is the peak of a step, less what the other way's LoRA and optimizer hold meanwhile. On a CPU it is the process's,
-libraries included. Prints a table, then one line of JSON: `ratio` is our seconds over the common step's, of the last
-size.
+Memory is the peak of a step, minus the LoRA and optimizer of the other variant. On a CPU it is that of the process,
+including libraries. Prints a table, then one line of JSON, where `ratio` is our seconds divided by those of the common
+step, for the last size.
 """
 
 import argparse
@@ -38,14 +38,14 @@ from measuring import (
     free,
     held_bytes,
     interleaved,
-    join,
+    join_process_group,
     machine,
     model_of,
+    print_json,
+    print_machine,
     random_batch,
     random_vae,
     run_config,
-    say_json,
-    say_machine,
     seconds_text,
     table,
 )
@@ -60,10 +60,10 @@ from cogds.distributed.world import World, read_world
 from cogds.model.load import build_transformer
 from cogds.model.transformer.attention import activate_kernel
 
-# A clip that costs next to nothing, to bring engines to where they always are.
+# A tiny clip, for the first step, in which the optimizer allocates its state.
 SMALL = ClipShape(5, 64, 64)
 
-# How diffusers is told to take a kernel of ours.
+# Kernels of cogds -> backends of `sdpa_kernel`, to make diffusers use the same kernel.
 BACKENDS: dict[str, SDPBackend | None] = {
     "torch": None,
     **dict.fromkeys(("flash", "flash3", "flash4"), SDPBackend.FLASH_ATTENTION),
@@ -74,12 +74,12 @@ BACKENDS: dict[str, SDPBackend | None] = {
 
 
 class CommonStep:
-    """The field's step, on base weights that it shares with another transformer of the same config."""
+    """The common step, on base weights shared with another transformer of the same config."""
 
     def __init__(
         self, size: Size, precision: str, weights: dict[str, torch.Tensor], vae: Any, kernel: str, device: torch.device
     ):
-        """weights: the base's, by diffusers' names, in this precision."""
+        """weights: of the base in this precision, by diffusers' names."""
         self.model, self.shape, self.device, self.vae = model_of(size), ClipShape.parse(size.bucket), device, vae
         self.dtype, self.backend, rank = DTYPES[precision], BACKENDS[kernel], size.lora_rank
         with torch.device("meta"):
@@ -89,7 +89,7 @@ class CommonStep:
         self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
         self.transformer.enable_gradient_checkpointing()
         self.transformer.train()
-        self.parameters = [one for one in self.transformer.parameters() if one.requires_grad]
+        self.parameters = [parameter for parameter in self.transformer.parameters() if parameter.requires_grad]
         self.optimizer = torch.optim.AdamW(self.parameters, lr=1e-4, betas=(0.9, 0.95), weight_decay=1e-3)
         self.abar = alphas_cumprod().to(device, torch.float32)
         self.scale = vae.config.scaling_factor
@@ -102,7 +102,7 @@ class CommonStep:
         self.rotary = rotary_tables(self.shape, self.model.geometry, device)
 
     def allocate(self) -> None:
-        """Let the optimizer make its state."""
+        """Allocate the optimizer's state."""
         for parameter in self.parameters:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
@@ -110,11 +110,11 @@ class CommonStep:
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
-        """Scaled latents [B, C, F, h, w] of pixels [B, 3, F, H, W]."""
+        """Encode pixels [B, 3, F, H, W] to scaled latents [B, C, F, h, w]."""
         return self.vae.encode(pixels).latent_dist.sample() * self.scale
 
     def predict(self, noisy: torch.Tensor, image: torch.Tensor, timesteps: torch.Tensor) -> torch.Tensor:
-        """v of noisy latents [B, F, C, h, w], beside the first frame's and zeros."""
+        """Predict v for noisy latents [B, F, C, h, w], conditioned on the image latents."""
         zeros = torch.zeros_like(noisy[:, 1:])
         ofs = torch.full((1,), 2.0, dtype=self.dtype, device=self.device)
         return self.transformer(
@@ -129,7 +129,7 @@ class CommonStep:
     def loss(
         self, latents: torch.Tensor, noise: torch.Tensor, image: torch.Tensor, timesteps: torch.Tensor
     ) -> torch.Tensor:
-        """The weighted mean square error on x0, in the transformer's type throughout."""
+        """The weighted mean squared error of x0, computed in the transformer's dtype."""
         abar = self.abar[timesteps].view(-1, 1, 1, 1, 1)
         alpha, sigma = abar.sqrt().to(self.dtype), (1 - abar).sqrt().to(self.dtype)
         noisy = alpha * latents + sigma * noise
@@ -138,7 +138,7 @@ class CommonStep:
         return (weights * (x0 - latents) ** 2).reshape(len(latents), -1).mean(1).mean()
 
     def step(self, with_vae: bool) -> None:
-        """Encode, noise, forward, backward, optimizer."""
+        """Run encoding, noise, forward, backward and optimizer. with_vae: encode the clip too."""
         with sdpa_kernel(self.backend) if self.backend is not None else contextlib.nullcontext():
             sigma = torch.exp(-3.0 + 0.5 * torch.randn(1, device=self.device)).to(self.dtype)
             noised = self.frame + sigma * torch.randn_like(self.frame)
@@ -155,7 +155,7 @@ class CommonStep:
 
 @torch.no_grad()
 def difference(common: CommonStep, ours: Trainer) -> dict[str, float]:
-    """Whether both do the same: our loss and theirs on the same inputs, and by how much the predictions differ."""
+    """Compare the losses and predictions of both on the same inputs."""
     inputs, target = ours.inputs(common.shape)
     prediction = ours.transformer(**inputs)[0]
     theirs = common.transformer(**{**inputs, "attention_kwargs": None})[0]
@@ -180,7 +180,7 @@ def compare(
     deadline: float | None,
     clock: str,
 ) -> dict[str, Any]:
-    """Both ways on one model: rows by name, ratios, and how alike they are."""
+    """Measure both on one model: rows by name, ratios, and their differences."""
     device, dtype = world.device, DTYPES[precision]
     if kernel == "auto":
         kernel = fastest_kernel(size, [size.bucket], precision, device)[0]
@@ -195,8 +195,8 @@ def compare(
     held.append(held_bytes(device))
     ours = Trainer(size, run_config(precision, size.lora_rank), "zero2", world, base, vae)
     ours.transformer.set_kernel(kernel)
-    alike = difference(common, ours)
-    ours.step(SMALL)  # the optimizer makes its state
+    differences = difference(common, ours)
+    ours.step(SMALL)  # allocates the optimizer's state
     ours.set_compiled(compiled)
     free(device)
     held.append(held_bytes(device))
@@ -221,19 +221,19 @@ def compare(
             timing.peak -= held[2] - held[0] - own  # type: ignore[operator]
         rows[name] = timing.numbers()
     ours.close()
-    found = {"size": size.name, "bucket": size.bucket, "tokens": num_tokens(common.shape, common.model.geometry)}
-    found |= {"kernel": kernel, "rows": rows}
-    found["same_work"] = {name: float(f"{value:.6g}") for name, value in alike.items()}
+    result = {"size": size.name, "bucket": size.bucket, "tokens": num_tokens(common.shape, common.model.geometry)}
+    result |= {"kernel": kernel, "rows": rows}
+    result["same_work"] = {name: float(f"{value:.6g}") for name, value in differences.items()}
     for name, theirs in (("ratio", "common, VAE in the loop"), ("ratio_without_vae", "common, latents given")):
         for checkpointing in modes:
             key = name if checkpointing == modes[0] else f"{name}_{checkpointing}"
             a, b = timings[f"ours, {checkpointing}"].median_s, timings[theirs].median_s
-            found[key] = round(a / b, 4) if a and b else None
-    return found
+            result[key] = round(a / b, 4) if a and b else None
+    return result
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print the table, print the line."""
+    """Measure and print the results."""
     world = read_world()
     gpu = world.device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
@@ -245,16 +245,16 @@ def main(argv: list[str] | None = None) -> None:
         "--checkpointing", type=lambda text: text.split(","), default=modes, help=", ".join(CHECKPOINTING_MODES)
     )
     kernels = ("auto", *ATTENTION_KERNELS)
-    parser.add_argument("--kernel", default="torch", choices=kernels, help="of both ways; auto: the fastest here")
-    parser.add_argument("--compile", action="store_true", help="compile our blocks")
+    parser.add_argument("--kernel", default="torch", choices=kernels, help="kernel of both; auto: the fastest")
+    parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     parser.add_argument("--rounds", type=int, default=2 if gpu else 5)
-    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
-    parser.add_argument("--limit-s", type=float, help="begin nothing new when the process is so old")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for shared machines")
+    parser.add_argument("--limit-s", type=float, help="process age after which nothing new is started [s]")
     args = parser.parse_args(argv)
     deadline = deadline_of(args.limit_s)
-    facts = machine(world.device)
-    join(world)
-    say_machine(facts)
+    info = machine(world.device)
+    join_process_group(world)
+    print_machine(info)
     results = [
         compare(
             SIZES[name], args.precision, args.checkpointing, args.kernel, args.compile, args.rounds, world, deadline,
@@ -267,25 +267,25 @@ def main(argv: list[str] | None = None) -> None:
         for name, row in result["rows"].items():
             theirs = result["rows"]["common, VAE in the loop"], result["rows"]["common, latents given"]
             ratios = [
-                f"{row['median_s'] / one['median_s']:.3f}" if "median_s" in row and "median_s" in one else None
-                for one in theirs
+                f"{row['median_s'] / other['median_s']:.3f}" if "median_s" in row and "median_s" in other else None
+                for other in theirs
             ]
             shape = result["size"], result["bucket"], result["tokens"]
             cells.append([*shape, name, seconds_text(row), *ratios, row.get("peak_gb")])
-    head = ("size", "bucket", "tokens", "step", "s/step (least-most)", "to common", "to common, no VAE", "peak GB")
+    head = ("size", "bucket", "tokens", "step", "s/step (min-max)", "/ common", "/ common, no VAE", "peak GB")
     print(table(head, cells))
     for result in results:
         print(f"{result['size']}: attention kernel of both: {result['kernel']}; same work: {result['same_work']}")
     last = results[-1]
-    named = {
+    settings = {
         "precision": args.precision,
         "kernel": last["kernel"],
         "compiled": args.compile,
         "checkpointing": args.checkpointing,
     }
-    named |= {"clock": args.clock}
+    settings |= {"clock": args.clock}
     ratios = {name: value for name, value in last.items() if name.startswith("ratio")}
-    say_json("peers", facts, **named, results=results, size=last["size"], **ratios)
+    print_json("peers", info, **settings, results=results, size=last["size"], **ratios)
 
 
 if __name__ == "__main__":

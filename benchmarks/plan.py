@@ -1,15 +1,16 @@
-"""The plan: how long it takes at any size, and what it saves next to other ways of dealing clips to GPUs.
+"""Measure the speed of the plan, and simulate how much time it saves over other ways of assigning clips to GPUs.
 
     python benchmarks/plan.py [--clips N] [--index --folder DIR]
 
-Speed: Plan.at(step) over N clips (100 million) in 30 uneven buckets, in both modes; with --index also an index file of
-N rows, written into DIR (about 110 bytes a row; removed afterwards) and opened by a fresh process: time to the first
-batch's rows, and resident memory.
+Speed: Plan.at(step) for N clips (100 million) in 30 uneven buckets, in both modes. With --index also an index file of N
+rows, written into DIR (about 110 bytes per row, removed afterwards) and opened by a new process: time to the first
+batch, and resident memory.
 
-Simulation: 4,915 clips of web and phone sizes and log-uniform lengths in 30 buckets, batch size 1, three epochs, on 8
-and 64 ranks; and 300 of them on 64. Time is `core.flops.forward_flops`. Beside the plan's two modes, three other ways,
-written from their description: each rank shuffles for itself, so a step lasts as long as its dearest clip; all
-clips stretched to one shape; and every bucket floored to whole global batches, the rest dropped.
+Simulation: 4,915 clips with sizes from the web and phones and log-uniform lengths in 30 buckets, batch size 1, three
+epochs, on 8 and 64 ranks, and 300 clips on 64 ranks. The time of a clip is `core.flops.forward_flops`. The plan's two
+modes are compared with three other methods, written from their descriptions: every rank shuffles on its own, so that a
+step takes as long as its most expensive clip; all clips are stretched to one shape; every bucket is truncated to whole
+global batches.
 
 Prints tables, then one line of JSON.
 """
@@ -47,7 +48,7 @@ WORLD_SIZES = (1, 8, 64, 512)
 STEPS = (0, 5_000, 5_000_000, 5_000_000_000)
 CALLS = 300
 
-# CogVideoX-1.5's, for the simulation: 42 layers of 3072.
+# The geometry of CogVideoX-1.5, for the simulation: 42 layers of width 3072.
 NUM_LAYERS, HIDDEN_SIZE, NUM_EPOCHS = 42, 3072, 3
 GEOMETRY = ModelGeometry(
     vae_spatial=8,
@@ -70,7 +71,7 @@ ONE_SHAPE = ClipShape(49, 432, 768)
 
 
 def bucket_sizes(num_clips: int) -> tuple[int, ...]:
-    """Sizes over three decades, as real folders have them."""
+    """Bucket sizes that span three orders of magnitude, as in real datasets."""
     generator = random.Random(0)
     shares = [10 ** generator.uniform(-3, 0) for _ in range(NUM_BUCKETS)]
     sizes = [int(num_clips * share / sum(shares)) for share in shares]
@@ -79,7 +80,7 @@ def bucket_sizes(num_clips: int) -> tuple[int, ...]:
 
 
 def quantiles_us(call: Callable[[int], object], first: int) -> dict[str, float]:
-    """Median and 99th percentile of call(first), call(first + 1), ... in microseconds of CPU time."""
+    """Return median and 99th percentile of call(first), call(first + 1), ... in microseconds of CPU time."""
     times = []
     for step in range(first, first + CALLS):
         start = time.thread_time_ns()
@@ -89,7 +90,7 @@ def quantiles_us(call: Callable[[int], object], first: int) -> dict[str, float]:
 
 
 def growth_bytes_per_step(plan: Plan, num_steps: int = 10_000) -> float:
-    """Bytes that remain allocated after plan.at over many steps, per step."""
+    """Return the bytes per step that stay allocated after many calls of plan.at."""
 
     def traced(steps: range) -> int:
         for step in steps:
@@ -105,17 +106,17 @@ def growth_bytes_per_step(plan: Plan, num_steps: int = 10_000) -> float:
 
 
 def time_plan(num_clips: int) -> tuple[list[dict], float]:
-    """Plan.at in both modes, over worlds and steps; and the growth of memory in bytes a step."""
+    """Time Plan.at in both modes for several world sizes and steps. Also returns the growth in bytes per step."""
     sizes, rows = bucket_sizes(num_clips), []
-    # Six costs of five buckets each, so that a group is as wide as aspect ratios make it.
+    # Six groups of five buckets with similar costs, as different aspect ratios have.
     costs = tuple(1.5 ** (bucket // 5) * (1 + bucket % 5 / 200) for bucket in range(NUM_BUCKETS))
     print(f"{num_clips:,} clips, {NUM_BUCKETS} buckets of {min(sizes):,} to {max(sizes):,}")
     print(f"{'sync':>6} {'world':>6} {'step':>14} {'at median':>12} {'at p99':>12} {'one rank, median':>18}   (CPU us)")
     for sync in ("bucket", "cost"):
         for world_size in WORLD_SIZES:
             start = time.thread_time_ns()
-            of_sync = costs if sync == "cost" else ()
-            plan = Plan(sizes, (BATCH_SIZE,) * NUM_BUCKETS, world_size, ACCUMULATION, seed=0, costs=of_sync)
+            plan_costs = costs if sync == "cost" else ()
+            plan = Plan(sizes, (BATCH_SIZE,) * NUM_BUCKETS, world_size, ACCUMULATION, seed=0, costs=plan_costs)
             plan.at(0)
             construction_us = (time.thread_time_ns() - start) / 1000
             for step in STEPS:
@@ -130,12 +131,14 @@ def time_plan(num_clips: int) -> tuple[list[dict], float]:
                 )
             rows[-1]["construction_and_first_step_us"] = round(construction_us, 1)
     growth = growth_bytes_per_step(plan, 2_000)
-    print(f"construction and first step: {construction_us:.0f} us; growth: {growth:.4f} bytes a step over 2,000 steps")
+    print(
+        f"construction and first step: {construction_us:.0f} us, growth: {growth:.4f} bytes per step over 2,000 steps"
+    )
     return rows, growth
 
 
 def index_tables(num_clips: int, rows_per_table: int = 1 << 20) -> Iterator[pa.Table]:
-    """Rows of an index of made-up clips, a million at a time."""
+    """Yield rows of an index of synthetic clips, a million at a time."""
     generator = np.random.default_rng(0)
     for first in range(0, num_clips, rows_per_table):
         n = min(rows_per_table, num_clips - first)
@@ -156,7 +159,7 @@ def index_tables(num_clips: int, rows_per_table: int = 1 << 20) -> Iterator[pa.T
 
 
 def time_index(num_clips: int, folder: Path) -> dict:
-    """Write an index of that many rows into a temporary folder, and open it in a fresh process."""
+    """Write an index with num_clips rows into a temporary folder, and open it in a new process."""
     sizes = [[n] for n in bucket_sizes(num_clips)]
     shapes = generate_buckets(AREAS, ASPECT_RATIOS, FRAMES, GEOMETRY)
     with tempfile.TemporaryDirectory(dir=folder) as temporary:
@@ -165,30 +168,30 @@ def time_index(num_clips: int, folder: Path) -> dict:
             Path(temporary), index_tables(num_clips), shapes, sizes, {"clips": ["a"], "captions": ["a"]}
         )
         write_s = time.perf_counter() - start
-        found = subprocess.run(
+        done = subprocess.run(
             [sys.executable, __file__, "--open", str(index.path)],
             check=True,
             capture_output=True,
             text=True,
             timeout=600,
         )
-        opened = json.loads(found.stdout)
+        measured = json.loads(done.stdout)
         size_bytes = index.path.stat().st_size
-    result = {"num_clips": num_clips, "index_bytes": size_bytes, "write_s": round(write_s, 1), **opened}
-    print(f"\nindex of {num_clips:,} rows, {size_bytes / 1e9:.2f} GB, written in {write_s:.0f} s; a fresh process:")
-    for name, value in opened.items():
+    result = {"num_clips": num_clips, "index_bytes": size_bytes, "write_s": round(write_s, 1), **measured}
+    print(f"\nindex of {num_clips:,} rows, {size_bytes / 1e9:.2f} GB, written in {write_s:.0f} s. In a new process:")
+    for name, value in measured.items():
         print(f"  {name:<32} {value:,}")
     return result
 
 
 def resident_bytes() -> dict[str, int]:
-    """This process's resident memory: anonymous is its own, file is mapped and shared with other ranks."""
+    """This process's resident memory. own: anonymous memory; mapped: files, shared with other ranks."""
     fields = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
     return {name: int(fields[key].split()[0]) * 1024 for name, key in (("own", "RssAnon"), ("mapped", "RssFile"))}
 
 
 def open_index(path: str) -> dict:
-    """From the file to the first batch's rows of one rank of 64, and then 1,000 steps more: times and memory."""
+    """Measure opening an index and reading the rows of the first batch, then of 1,000 more, for one rank of 64."""
     imported = resident_bytes()
     start = time.perf_counter()
     index = ClipIndex(path)
@@ -226,7 +229,7 @@ def open_index(path: str) -> dict:
 
 @dataclass(frozen=True)
 class Clips:
-    """Made-up clips in buckets: heights, widths in pixels, and each clip's bucket."""
+    """Synthetic clips in buckets. heights, widths: in pixels; bucket_of: bucket index of each clip."""
 
     heights: np.ndarray
     widths: np.ndarray
@@ -234,39 +237,43 @@ class Clips:
     buckets: tuple[ClipShape, ...]
 
     def members(self, bucket: int) -> np.ndarray:
-        """The bucket's clips."""
+        """Indices of the bucket's clips."""
         return np.flatnonzero(self.bucket_of == bucket)
 
     def costs(self) -> np.ndarray:
-        """FLOP of one clip of each bucket."""
+        """Operations for one clip of each bucket."""
         return np.array([forward_flops(num_tokens(shape, GEOMETRY), NUM_LAYERS, HIDDEN_SIZE) for shape in self.buckets])
 
 
 def draw_clips(num_clips: int, seed: int = 0) -> Clips:
-    """Clips as web and phones make them: most 16:9 or 9:16, some odd; 17 to 1,000 frames, log-uniform."""
+    """Draw clips with typical web and phone sizes, mostly 16:9 or 9:16, and 17 to 1,000 frames, log-uniform."""
     generator = np.random.default_rng(seed)
     buckets = generate_buckets(AREAS, ASPECT_RATIOS, FRAMES, GEOMETRY)
     ratios = generator.choice([16 / 9, 9 / 16, 4 / 3, 1.0, 3 / 4, 2.35, 19.5 / 9, 9 / 19.5], num_clips, p=[
         0.45, 0.22, 0.09, 0.07, 0.03, 0.05, 0.04, 0.05
     ])  # fmt: skip
-    # One in five was cropped by hand to something near.
+    # One in five clips was cropped manually to a slightly different ratio.
     ratios = ratios * np.where(generator.random(num_clips) < 0.2, np.exp(generator.normal(0, 0.08, num_clips)), 1.0)
     short_sides = generator.choice([480, 720, 1080, 2160], num_clips, p=[0.15, 0.35, 0.4, 0.1])
     heights = np.round(np.where(ratios >= 1, short_sides, short_sides / ratios)).astype(int)
     widths = np.round(heights * ratios).astype(int)
     frames = np.exp(generator.uniform(math.log(17), math.log(1000), num_clips)).astype(int)
-    placed = [assign(int(f), int(h), int(w), buckets) for f, h, w in zip(frames, heights, widths)]
-    return Clips(heights, widths, np.array(placed), buckets)
+    assigned = [assign(int(f), int(h), int(w), buckets) for f, h, w in zip(frames, heights, widths)]
+    return Clips(heights, widths, np.array(assigned), buckets)
 
 
 @dataclass(frozen=True)
 class Outcome:
-    """What one way of dealing the clips came to over NUM_EPOCHS epochs.
+    """Result of one method over NUM_EPOCHS epochs.
 
-    idle_share: of the ranks' time, spent waiting for the slowest; copies_share: of the slots, a clip that the same
-    step has already; deviation: the largest |times trained - NUM_EPOCHS|; flop_per_clip: of all ranks, idle time
-    included, for each clip of a step that is not a copy; cropped_share, mean_distortion (|ln| of the aspect ratio's
-    change) and distorted_share (by more than 10%): of pixels, clips and clips, in the mean.
+    Attributes:
+        idle_share: share of the ranks' time spent waiting for the slowest rank.
+        copies_share: share of the slots with a clip that is also in another slot of the step.
+        deviation: largest |number of times trained - NUM_EPOCHS| of a clip.
+        flop_per_clip: of all ranks, including idle time, per clip of a step that is not a copy.
+        cropped_share: mean share of pixels cropped away.
+        mean_distortion: mean |ln| of the change of the aspect ratio.
+        distorted_share: share of clips whose aspect ratio changes by more than 10%.
     """
 
     way: str
@@ -291,9 +298,13 @@ def outcome(
     costs: np.ndarray,
     stretched: bool = False,
 ) -> Outcome:
-    """steps: at each, every rank's clip (batch size 1), and how many times which clips count; costs: FLOP of each clip.
+    """Evaluate one method.
 
-    Ranks that train a copy share one clip's weight, which counts once.
+    Args:
+        steps: for each step, the clip of every rank (batch size 1), and the clips that count as trained: ranks that
+            train copies of a clip share its weight, so it counts once.
+        costs: operations for each clip.
+        stretched: all clips are stretched to ONE_SHAPE.
     """
     seen = np.zeros(len(clips.bucket_of), int)
     used = spent = 0.0
@@ -323,7 +334,7 @@ def outcome(
 
 
 def by_plan(clips: Clips, num_ranks: int, costs: Sequence[float]) -> list[tuple[np.ndarray, np.ndarray]]:
-    """This project's plan: all ranks in one bucket, or with costs in buckets that cost the same."""
+    """cogds' plan: all ranks train one bucket, or with costs buckets of the same cost."""
     members = [clips.members(bucket) for bucket in range(len(clips.buckets))]
     plan = Plan(tuple(map(len, members)), (1,) * len(members), num_ranks, 1, seed=0, costs=tuple(costs))
     steps = []
@@ -334,8 +345,8 @@ def by_plan(clips: Clips, num_ranks: int, costs: Sequence[float]) -> list[tuple[
     return steps
 
 
-def each_for_itself(clips: Clips, num_ranks: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every epoch all clips are shuffled and dealt out, filled up with the first ones to a whole number of steps."""
+def shuffled(clips: Clips, num_ranks: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Shuffle all clips in every epoch and assign them to ranks. The last step is filled up with the first clips."""
     generator, num_clips, steps = np.random.default_rng(1), len(clips.bucket_of), []
     for _ in range(NUM_EPOCHS):
         order = np.resize(generator.permutation(num_clips), -(-num_clips // num_ranks) * num_ranks)
@@ -343,8 +354,8 @@ def each_for_itself(clips: Clips, num_ranks: int) -> list[tuple[np.ndarray, np.n
     return steps
 
 
-def floored(clips: Clips, num_ranks: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Every bucket's first clips, as many as fill whole steps; those are shuffled every epoch, the rest never seen."""
+def truncated(clips: Clips, num_ranks: int) -> list[tuple[np.ndarray, np.ndarray]]:
+    """Train only the first clips of each bucket that fill whole steps, shuffled in every epoch."""
     generator, steps = np.random.default_rng(2), []
     for _ in range(NUM_EPOCHS):
         for bucket in range(len(clips.buckets)):
@@ -355,35 +366,37 @@ def floored(clips: Clips, num_ranks: int) -> list[tuple[np.ndarray, np.ndarray]]
 
 
 def simulate(num_clips: int, num_ranks: int, seed: int = 0) -> list[Outcome]:
-    """Five ways to train the same clips."""
+    """Evaluate five methods on the same clips."""
     clips = draw_clips(num_clips, seed)
     by_bucket = clips.costs()
     costs = by_bucket[clips.bucket_of]
-    own = each_for_itself(clips, num_ranks)
+    steps = shuffled(clips, num_ranks)
     one_cost = np.full(num_clips, forward_flops(num_tokens(ONE_SHAPE, GEOMETRY), NUM_LAYERS, HIDDEN_SIZE))
     return [
         outcome("plan, bucket", num_ranks, clips, by_plan(clips, num_ranks, ()), costs),
         outcome("plan, cost", num_ranks, clips, by_plan(clips, num_ranks, by_bucket.tolist()), costs),
-        outcome("each for itself", num_ranks, clips, own, costs),
-        outcome("one shape", num_ranks, clips, own, one_cost, stretched=True),
-        outcome("floored buckets", num_ranks, clips, floored(clips, num_ranks), costs),
+        outcome("independent ranks", num_ranks, clips, steps, costs),
+        outcome("one shape", num_ranks, clips, steps, one_cost, stretched=True),
+        outcome("truncated buckets", num_ranks, clips, truncated(clips, num_ranks), costs),
     ]
 
 
 def run_simulation() -> list[dict]:
-    """All layouts, as a table and as plain values."""
+    """Simulate all layouts and print a table."""
     print(
-        f"\n{'way':<16} {'ranks':>5} {'clips':>6} {'steps':>6} {'idle':>7} {'copies':>7} {'never':>6} {'|n-3|':>5} "
+        f"\n{'way':<18} {'ranks':>5} {'clips':>6} {'steps':>6} {'idle':>7} {'copies':>7} {'never':>6} {'|n-3|':>5} "
         f"{'PFLOP/clip':>10} {'cropped':>8} {'distorted':>9} {'mean':>6}"
     )
     rows = []
     for num_clips, num_ranks in ((4915, 8), (4915, 64), (300, 64)):
-        for one in simulate(num_clips, num_ranks):
-            rows.append(asdict(one))
+        for result in simulate(num_clips, num_ranks):
+            rows.append(asdict(result))
             print(
-                f"{one.way:<16} {one.num_ranks:>5} {one.num_clips:>6} {one.num_steps:>6} {one.idle_share:>7.1%} "
-                f"{one.copies_share:>7.1%} {one.never_seen:>6} {one.deviation:>5} {one.flop_per_clip / 1e15:>10.3f} "
-                f"{one.cropped_share:>8.1%} {one.distorted_share:>9.1%} {one.mean_distortion:>6.3f}",
+                f"{result.way:<18} {result.num_ranks:>5} {result.num_clips:>6} {result.num_steps:>6} "
+                f"{result.idle_share:>7.1%} "
+                f"{result.copies_share:>7.1%} {result.never_seen:>6} {result.deviation:>5} "
+                f"{result.flop_per_clip / 1e15:>10.3f} "
+                f"{result.cropped_share:>8.1%} {result.distorted_share:>9.1%} {result.mean_distortion:>6.3f}",
                 flush=True,
             )
     return rows

@@ -1,15 +1,15 @@
-"""What quantization and fp8 matmul cost in loss, against the base in bf16, on the same batches.
+"""Measure the effect of quantization and fp8 matmuls on the loss, against the base in bf16, on the same batches.
 
     python benchmarks/quantized_loss.py [--size mid | --model FOLDER] [--bucket 17x192x256] [--steps 0]
         [--quantizations int8,fp8,nf4] [--fp8-matmul off,on]
 
-The loss at four noise levels with a LoRA that adds nothing yet, how far the output and the LoRA's gradients are from
-the full base's (relative L2), what the base's weights take, and the seconds of a forward and backward pass. The full
-base in float32 is there as a yardstick: it is as far from bf16 as bf16 is from the truth. With --steps each trains its
-LoRA on these batches, and the loss after it is given.
+Reports the loss at four noise levels with an untrained LoRA, the distance of the output and the LoRA's gradients from
+those of the full base (relative L2), the size of the base's weights, and the seconds of a forward and backward pass.
+The full base in float32 is included as a reference, since its distance is the error of bf16 itself. With --steps, each
+LoRA is trained on these batches, and its final loss is reported.
 
-Without --model the weights are random, on which a loss says little and the distances say more: give a real model.
-Latents and captions are random numbers either way. Prints a table, then one line of JSON.
+Without --model, the weights are random. The distances are then more meaningful than the loss: pass a real model for
+real results. Latents and captions are random in both cases. Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -28,8 +28,8 @@ from measuring import (
     machine,
     make_batches,
     model_of,
-    say_json,
-    say_machine,
+    print_json,
+    print_machine,
     table,
 )
 
@@ -47,7 +47,7 @@ TIMESTEPS = (125, 375, 625, 875)
 def transformer_of(
     folder: ModelFolder, is_random: bool, precision: str, quantization: str, fp8_matmul: bool, device: Any
 ) -> Any:
-    """The quantized transformer; random weights are the same for every quantization, drawn in bf16."""
+    """Load or build the quantized transformer. Random weights, drawn in bf16, are the same for every quantization."""
     if not is_random:
         return load_transformer(folder, DTYPES[precision], device, quantization, fp8_matmul)
     torch.manual_seed(0)
@@ -59,31 +59,30 @@ def transformer_of(
     return transformer
 
 
-def held_bytes(transformer: Any) -> int:
-    """What parameters and codes take."""
+def weight_bytes(transformer: Any) -> int:
+    """Bytes of all parameters and quantized weights."""
     tensors = list(transformer.parameters())
     for layer in transformer.modules():
         if isinstance(layer, PackedLinear) and layer.packed is not None:
             tensors += layer.packed.parts
-    return sum(one.numel() * one.element_size() for one in tensors)
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)
 
 
 def losses(transformer: Any, batches: list[tuple[dict[str, Any], torch.Tensor]]) -> list[float]:
-    """The loss of every batch, its gradients added up in the LoRA."""
-    found = []
+    """Return the loss of every batch, and accumulate the LoRA's gradients."""
+    values = []
     for inputs, target in batches:
         loss = v_loss(transformer(**inputs)[0], target).mean()
         loss.backward()
-        found.append(loss.detach())
-    return [loss.item() for loss in found]
+        values.append(loss.detach())
+    return [loss.item() for loss in values]
 
 
 def mean(numbers: list[float]) -> float:
-    """Of a loss at every noise level."""
     return sum(numbers) / len(numbers)
 
 
-def look(
+def measure(
     folder: ModelFolder,
     is_random: bool,
     kind: tuple[str, str, bool],
@@ -91,12 +90,12 @@ def look(
     args: argparse.Namespace,
     device: torch.device,
 ) -> dict[str, Any]:
-    """Measurements of one quantization. kind: precision, quantization, fp8_matmul."""
+    """Measure one quantization. kind: precision, quantization, fp8_matmul."""
     precision, quantization, fp8_matmul = kind
     check_quantization(quantization, fp8_matmul, precision, 2, device)
     transformer = transformer_of(folder, is_random, precision, quantization, fp8_matmul, device)
     row: dict[str, Any] = {"precision": precision, "quantization": quantization, "fp8_matmul": fp8_matmul}
-    row["weights_mb"] = round(held_bytes(transformer) / 1e6, 3)
+    row["weights_mb"] = round(weight_bytes(transformer) / 1e6, 3)
     parameters = inject(transformer, args.rank, float(args.rank), 0.0, TARGETS, 0)
     transformer.train()
     transformer.set_checkpointing(args.checkpointing)
@@ -106,7 +105,8 @@ def look(
     start = time.perf_counter()
     row["losses"] = losses(transformer, batches)
     row["forward_backward_s"] = round((time.perf_counter() - start) / len(batches), 3)
-    row["gradient"] = torch.cat([one.grad.float().flatten().cpu() for one in parameters if one.grad is not None])
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    row["gradient"] = torch.cat([gradient.float().flatten().cpu() for gradient in gradients])
     optimizer = torch.optim.AdamW(parameters, lr=args.lr)
     for _ in range(args.steps):
         optimizer.zero_grad()
@@ -135,7 +135,7 @@ def cells(row: dict[str, Any]) -> list[Any]:
 
 
 def compare(rows: list[dict[str, Any]]) -> None:
-    """Put into every row how far it is from the first."""
+    """Add each row's distances from the first row."""
     first = rows[0]
     expected, output, gradient = first["losses"], first["output"], first["gradient"]
     for row in rows:
@@ -149,17 +149,19 @@ def compare(rows: list[dict[str, Any]]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure every quantization, print the table, print the line."""
+    """Measure every quantization and print the results."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--size", choices=SIZES, help="of a model of random weights; tiny on a CPU, real on a GPU")
-    parser.add_argument("--model", help="a model folder or hub id, instead of random weights")
+    parser.add_argument("--size", choices=SIZES, help="size of a random model (default: tiny on a CPU, real on a GPU)")
+    parser.add_argument("--model", help="model folder or hub id, in place of random weights")
     parser.add_argument("--bucket", help="FRAMESxHEIGHTxWIDTH")
     parser.add_argument("--quantizations", default="int8,fp8,nf4")
     parser.add_argument("--fp8-matmul", default="off,on")
-    parser.add_argument("--steps", type=int, default=0, help="train the LoRA so many optimizer steps")
-    parser.add_argument("--lr", type=float, default=1e-3, help="of these steps")
-    parser.add_argument("--rank", type=int, help="of the LoRA")
-    parser.add_argument("--checkpointing", default="full", choices=CHECKPOINTING_MODES, help="what is recomputed")
+    parser.add_argument("--steps", type=int, default=0, help="optimizer steps to train the LoRA")
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate of these steps")
+    parser.add_argument("--rank", type=int, help="rank of the LoRA")
+    parser.add_argument(
+        "--checkpointing", default="full", choices=CHECKPOINTING_MODES, help="activation checkpointing mode"
+    )
     args = parser.parse_args(argv)
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     size = SIZES[args.size or ("real" if device.type == "cuda" or args.model else "tiny")]
@@ -169,27 +171,30 @@ def main(argv: list[str] | None = None) -> None:
     shape, args.rank = ClipShape.parse(args.bucket or size.bucket), args.rank or size.lora_rank
     quantizations, switches = args.quantizations.split(","), args.fp8_matmul.split(",")
     if unknown := {*quantizations} - {*QUANTIZATIONS} | {*switches} - {"off", "on"}:
-        parser.error(f"unknown {', '.join(unknown)}: quantizations are {', '.join(QUANTIZATIONS)}; fp8-matmul off, on")
-    facts = machine(device)
-    say_machine(facts)
+        parser.error(
+            f"unknown {', '.join(unknown)}: --quantizations takes {', '.join(QUANTIZATIONS)}, and --fp8-matmul takes "
+            "off, on"
+        )
+    info = machine(device)
+    print_machine(info)
     batches = make_batches(size, folder, shape, TIMESTEPS, device)
     kinds = [("bf16", "none", False), ("fp32", "none", False)]
     for quantization in dict.fromkeys(["none", *quantizations]):
-        able = switches if quantization in ("none", "fp8") else {*switches} & {"off"}
+        supported = switches if quantization in ("none", "fp8") else {*switches} & {"off"}
         kinds += [
-            ("bf16", quantization, switch == "on") for switch in able if (quantization, switch) != ("none", "off")
+            ("bf16", quantization, switch == "on") for switch in supported if (quantization, switch) != ("none", "off")
         ]
     rows: list[dict[str, Any]] = []
     for kind in kinds:
         row = dict(zip(("precision", "quantization", "fp8_matmul"), kind))
         try:
-            rows.append(look(folder, not args.model, kind, batches, args, device))
+            rows.append(measure(folder, not args.model, kind, batches, args, device))
         except UserError as error:
             rows.append({**row, "error": str(error)})
         except torch.OutOfMemoryError:
             rows.append({**row, "error": "out of memory"})
     if "error" in rows[0]:
-        raise SystemExit(f"the full base in bf16 does not run here: {rows[0]['error']}")
+        raise SystemExit(f"error: the full base in bf16 failed: {rows[0]['error']}")
     compare(rows)
     print(f"{size.name}, {shape}, {num_tokens(shape, folder.geometry)} tokens, LoRA rank {args.rank}, timesteps "
           f"{TIMESTEPS}")  # fmt: skip
@@ -197,8 +202,8 @@ def main(argv: list[str] | None = None) -> None:
     for row in rows:
         if "error" in row:
             print(f"{row['quantization']}, fp8 matmul {row['fp8_matmul']}: {row['error']}")
-    say_json(
-        "quantized_loss", facts, size=size.name, weights=args.model or "random", bucket=str(shape), rank=args.rank,
+    print_json(
+        "quantized_loss", info, size=size.name, weights=args.model or "random", bucket=str(shape), rank=args.rank,
         steps=args.steps, lr=args.lr, checkpointing=args.checkpointing, rows=rows,
     )  # fmt: skip
 

@@ -1,9 +1,9 @@
-"""How long a checkpoint takes to write, and how much of that the training thread feels.
+"""Measure how long it takes to write a checkpoint, and how long that blocks the training thread.
 
     python benchmarks/save.py --folder DIR [--gb 1.6]
 
-Writes a state of this size as training does, in the background, while the main thread looks at the clock. Prints a
-line of JSON: seconds of the write, digests and syncs included, and the longest time that the main thread stood still.
+Writes a state of this size in the background, as in training, while the main thread reads the clock. Prints one line of
+JSON: seconds of the write, including digests and fsync, and the longest time that the main thread was blocked.
 """
 
 import argparse
@@ -21,12 +21,12 @@ from cogds.distributed.world import World  # noqa: E402
 from cogds.engine.checkpoint import Saver, write  # noqa: E402
 from cogds.engine.state import TrainState  # noqa: E402
 
-NUM_TENSORS = 1008  # 336 of a LoRA on the attention layers of the 5B model, and two moments of each
+NUM_TENSORS = 1008  # 336 LoRA tensors on the attention layers of the 5B model, and two moments for each
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--folder", type=Path, required=True, help="where to write; a checkpoint is left in it")
+    parser.add_argument("--folder", type=Path, required=True, help="folder to write to; the checkpoint is not removed")
     parser.add_argument("--gb", type=float, default=1.6, help="size of the state")
     args = parser.parse_args()
     size = int(args.gb * 1e9 / 4 / NUM_TENSORS)

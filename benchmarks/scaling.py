@@ -1,12 +1,12 @@
-"""What a step costs against tokens, batch, clips and ranks; and on paper against GPUs and what connects them.
+"""Measure how a step scales with tokens, batch size, clips and ranks, and calculate how it scales with GPUs and links.
 
     python benchmarks/scaling.py [--parts tokens,batch,clips,ranks,paper] [--size mid] [--ranks 1,2] [--rounds 3]
 
-tokens, batch   seconds of a step (whole blocks recomputed) by bucket and by clips in a batch, on this device
+tokens, batch   seconds of a step (full checkpointing) by bucket and by batch size, on this device
 clips           microseconds of plan.at(step) by the number of clips
-ranks           weak scaling: every rank trains a clip of its own. Each is a process of one thread; gloo on CPUs
-paper           no measurement: bytes that ZeRO and sequence parallelism send for CogVideoX-1.5 at 81x768x1360, over
-                links of stated bandwidth, rings, nothing overlapped. Step times are those of --step-s, an assumption
+ranks           weak scaling with one clip per rank. Each rank is a process with one thread, with gloo on CPUs
+paper           calculated: communication of ZeRO and sequence parallelism for CogVideoX-1.5 at 81x768x1360, over rings
+                of links with given bandwidths, without overlap. The step time is an assumption, --step-s
 
 Prints tables, then one line of JSON.
 """
@@ -28,12 +28,12 @@ from measuring import (
     Size,
     Trainer,
     interleaved,
-    join,
+    join_process_group,
     machine,
     model_of,
+    print_json,
+    print_machine,
     run_config,
-    say_json,
-    say_machine,
     table,
 )
 
@@ -55,7 +55,7 @@ CHECKPOINTING = "full"
 def time_shapes(
     size: Size, precision: str, shapes: Sequence[tuple[str, int]], rounds: int, world: World
 ) -> list[dict[str, Any]]:
-    """A step of every (bucket, batch size), in turn on one engine."""
+    """Time a step of every (bucket, batch size), in turn, on one engine."""
     trainer = Trainer(size, run_config(precision, size.lora_rank), "zero2", world)
     trainer.transformer.set_checkpointing(CHECKPOINTING)
     timings = interleaved(
@@ -82,7 +82,7 @@ def time_shapes(
 
 
 def time_plan(num_clips: int, calls: int = 200) -> dict[str, Any]:
-    """plan.at over clips in 30 buckets, 8 ranks."""
+    """Time plan.at for clips in 30 buckets and 8 ranks."""
     weights = [1 + number for number in range(30)]
     sizes = [num_clips * weight // sum(weights) for weight in weights]
     sizes[-1] += num_clips - sum(sizes)
@@ -94,8 +94,8 @@ def time_plan(num_clips: int, calls: int = 200) -> dict[str, Any]:
     return {"num_clips": sum(sizes), "median_us": round(statistics.median(times), 1), "max_us": round(max(times), 1)}
 
 
-def work(args: argparse.Namespace, world: World) -> None:
-    """One rank of the weak scaling: a step a round; rank 0 prints the slowest rank's seconds."""
+def run_worker(args: argparse.Namespace, world: World) -> None:
+    """Run one rank of the weak scaling, one step per round. Rank 0 prints the seconds of the slowest rank."""
     size = SIZES[args.size]
     trainer = Trainer(size, run_config(args.precision, size.lora_rank), args.deepspeed, world)
     trainer.transformer.set_checkpointing(CHECKPOINTING)
@@ -109,7 +109,7 @@ def work(args: argparse.Namespace, world: World) -> None:
 
 
 def time_ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
-    """Weak scaling under ZeRO-2 and ZeRO-3, each number of ranks in processes of its own."""
+    """Measure weak scaling with ZeRO-2 and ZeRO-3, in separate processes for each number of ranks."""
     rows: list[dict[str, Any]] = []
     for deepspeed in ("zero2", "zero3"):
         single: float | None = None
@@ -119,20 +119,20 @@ def time_ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
                 __file__, "--worker", "--size", args.size, "--precision", args.precision, "--deepspeed", deepspeed,
                 "--rounds", str(args.rounds), *(["--bucket", args.bucket] if args.bucket else []),
             ]  # fmt: skip
-            # torchrun gives each of several ranks one thread; one rank gets as many as it would have among several.
+            # torchrun sets one thread per rank if there are several ranks. Use one thread for a single rank, too.
             done = subprocess.run(
                 ["env", "OMP_NUM_THREADS=1", *command], capture_output=True, text=True, timeout=900, cwd=ROOT
             )
-            found = next((line for line in reversed(done.stdout.splitlines()) if line.startswith('{"seconds"')), None)
+            line = next((line for line in reversed(done.stdout.splitlines()) if line.startswith('{"seconds"')), None)
             row: dict[str, Any] = {"deepspeed": deepspeed, "ranks": num_ranks}
-            told = json.loads(found) if found else {"seconds": [], "error": done.stderr.strip()[-300:]}
-            if told["seconds"]:
-                median_s = statistics.median(told["seconds"])
+            result = json.loads(line) if line else {"seconds": [], "error": done.stderr.strip()[-300:]}
+            if result["seconds"]:
+                median_s = statistics.median(result["seconds"])
                 single = single or median_s
-                row |= {"median_s": round(median_s, 4), "min_s": round(min(told["seconds"]), 4)}
-                row |= {"max_s": round(max(told["seconds"]), 4), "efficiency": round(single / median_s, 3)}
+                row |= {"median_s": round(median_s, 4), "min_s": round(min(result["seconds"]), 4)}
+                row |= {"max_s": round(max(result["seconds"]), 4), "efficiency": round(single / median_s, 3)}
             else:
-                row["error"] = told["error"]
+                row["error"] = result["error"]
             rows.append(row)
             print(f"  {deepspeed}, {num_ranks} ranks: {row.get('median_s', row.get('error'))} s", flush=True)
     return rows
@@ -140,8 +140,11 @@ def time_ranks(args: argparse.Namespace) -> list[dict[str, Any]]:
 
 @dataclass(frozen=True)
 class Links:
-    """What connects GPUs: GB/s that a GPU sends within its node, and that all GPUs of a node send out of it together;
-    and the time of one hop."""
+    """Links between GPUs.
+
+    gpu_gb_s: bandwidth of one GPU within its node; node_gb_s: bandwidth out of a node, shared by its GPUs; hop_us:
+    latency of one hop.
+    """
 
     name: str
     gpus_a_node: int
@@ -150,14 +153,14 @@ class Links:
     hop_us: float = 5.0
 
     def ring_s(self, num_bytes: float, num_gpus: int) -> float:
-        """An all-gather or reduce-scatter of so many bytes in all: (N - 1) / N of them past every link of a ring."""
+        """Seconds of an all-gather or reduce-scatter of num_bytes in total. Each link carries (N - 1) / N of them."""
         if num_gpus == 1:
             return 0.0
         rate = self.gpu_gb_s if num_gpus <= self.gpus_a_node else min(self.gpu_gb_s, self.node_gb_s)
         return num_bytes * (num_gpus - 1) / num_gpus / rate / 1e9 + (num_gpus - 1) * self.hop_us / 1e6
 
     def exchange_s(self, num_bytes: float, num_gpus: int) -> float:
-        """An all-to-all in which each GPU has so many bytes; what leaves a node shares the node's links."""
+        """Seconds of an all-to-all with num_bytes on each GPU. Traffic that leaves a node shares the node's links."""
         if num_gpus == 1:
             return 0.0
         inside = min(num_gpus, self.gpus_a_node)
@@ -176,63 +179,64 @@ BASE_BYTES, LORA_BYTES, NUM_LAYERS, WIDTH, TOKENS = 2 * 5_571_594_880, 2 * 132_1
 
 
 def communication_s(way: str, num_gpus: int, links: Links, sequence: int = 1) -> float:
-    """Seconds a step that all communication of the real model takes, nothing overlapped. bf16.
+    """Seconds of all communication in a step of the real model in bf16, without overlap.
 
-    zero1, zero2: the LoRA's gradients to their owners, its new weights back to all. zero3: the base gathered before the
-    forward and before the backward pass, block by block; the LoRA likewise, and its gradients. sequence, with zero2: in
-    every block queries, keys, values and output go round, forward, in the backward pass, and where they are recomputed.
+    zero1, zero2: reduce-scatter of the LoRA's gradients, all-gather of its new weights. zero3: all-gather of the base
+    and the LoRA, block by block, before the forward and the backward pass, and reduce-scatter of the gradients.
+    sequence, with zero2: all-to-all of queries, keys, values and output in every block, in the forward pass, the
+    recomputation and the backward pass.
     """
     lora_s = 2 * links.ring_s(LORA_BYTES, num_gpus)
     if way == "zero3":
-        a_block = links.ring_s((BASE_BYTES + LORA_BYTES) / NUM_LAYERS, num_gpus)
-        return 2 * NUM_LAYERS * a_block + links.ring_s(LORA_BYTES, num_gpus)
+        block_s = links.ring_s((BASE_BYTES + LORA_BYTES) / NUM_LAYERS, num_gpus)
+        return 2 * NUM_LAYERS * block_s + links.ring_s(LORA_BYTES, num_gpus)
     if way == "sequence":
-        own = TOKENS / sequence * WIDTH * 2
-        return lora_s + 3 * 4 * NUM_LAYERS * links.exchange_s(own, sequence)
+        rank_bytes = TOKENS / sequence * WIDTH * 2
+        return lora_s + 3 * 4 * NUM_LAYERS * links.exchange_s(rank_bytes, sequence)
     return lora_s
 
 
 def on_paper(step_s: float) -> list[dict[str, Any]]:
-    """Communication by way, GPUs and links, beside a step that computes for `step_s` (1 / N of it where N share it)."""
+    """Communication by method, GPUs and links, for a step with compute time `step_s`, divided by the sequence size."""
     rows = []
     for links in LINKS:
         for num_gpus in (8, 16, 32, 64, 128, 256, 512):
             for way, sequence in (("zero2", 1), ("zero3", 1), ("sequence", 2), ("sequence", 4), ("sequence", 8)):
-                seconds, computes_s = communication_s(way, num_gpus, links, sequence), step_s / sequence
+                seconds, compute_s = communication_s(way, num_gpus, links, sequence), step_s / sequence
                 name = way if sequence == 1 else f"sequence {sequence}, zero2"
                 rows.append(
                     {"links": links.name, "gpus": num_gpus, "way": name, "communication_s": round(seconds, 4),
-                     "share_if_not_overlapped": round(seconds / (seconds + computes_s), 4)}
+                     "share_if_not_overlapped": round(seconds / (seconds + compute_s), 4)}
                 )  # fmt: skip
     return rows
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print the tables, print the line."""
+    """Measure and print the results."""
     world = read_world()
     gpu = world.device.type == "cuda"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     every = ["tokens", "batch", "clips", "ranks", "paper"]
     parser.add_argument("--parts", type=lambda text: text.split(","), default=every, help=", ".join(every))
     parser.add_argument("--size", default="real" if gpu else "mid", choices=SIZES)
-    parser.add_argument("--bucket", help="of the weak scaling; none: the size's own")
+    parser.add_argument("--bucket", help="bucket for weak scaling (default: the size's own)")
     parser.add_argument("--precision", default="bf16" if gpu else "fp32", choices=DTYPES)
-    parser.add_argument("--batch-sizes", type=lambda text: [int(one) for one in text.split(",")], default=[1, 2, 4])
-    parser.add_argument("--ranks", type=lambda text: [int(one) for one in text.split(",")], default=[1, 2])
+    parser.add_argument("--batch-sizes", type=lambda text: [int(item) for item in text.split(",")], default=[1, 2, 4])
+    parser.add_argument("--ranks", type=lambda text: [int(item) for item in text.split(",")], default=[1, 2])
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--step-s", type=float, default=12.0, help="assumed computing time of a step, on paper")
+    parser.add_argument("--step-s", type=float, default=12.0, help="assumed compute time of a step for paper [s]")
     parser.add_argument("--deepspeed", default="zero2", help=argparse.SUPPRESS)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     args = parser.parse_args(argv)
     if args.worker:
-        join(world)
-        work(args, world)
+        join_process_group(world)
+        run_worker(args, world)
         return
-    facts = machine(world.device)
-    say_machine(facts)
+    info = machine(world.device)
+    print_machine(info)
     size, result = SIZES[args.size], {}
     if "tokens" in args.parts or "batch" in args.parts:
-        join(world)
+        join_process_group(world)
         shapes = [(bucket, 1) for bucket in BUCKETS[size.name]] if "tokens" in args.parts else []
         smallest = min(BUCKETS[size.name], key=lambda text: num_tokens(ClipShape.parse(text), model_of(size).geometry))
         if "batch" in args.parts:
@@ -243,15 +247,15 @@ def main(argv: list[str] | None = None) -> None:
         print(table(head, [[row.get(name, row.get("error")) for name in names] for row in rows]))
     if "clips" in args.parts:
         rows = result["clips"] = [time_plan(num_clips) for num_clips in NUM_CLIPS]
-        print(table(("clips", "plan.at, median us", "most us"), [list(row.values()) for row in rows]))
+        print(table(("clips", "plan.at, median us", "max us"), [list(row.values()) for row in rows]))
     if "ranks" in args.parts:
         rows = result["ranks"] = time_ranks(args)
         names = ("deepspeed", "ranks", "median_s", "min_s", "max_s", "efficiency")
-        print(table(("deepspeed", "ranks", "s/step", "least", "most", "efficiency"),
+        print(table(("deepspeed", "ranks", "s/step", "min", "max", "efficiency"),
                     [[row.get(name) for name in names] for row in rows]))  # fmt: skip
     if "paper" in args.parts:
         rows = result["paper"] = on_paper(args.step_s)
-        print(f"on paper, not measured: CogVideoX-1.5 at 81x768x1360, a clip computes for {args.step_s:g} s (assumed)")
+        print(f"calculated, not measured: CogVideoX-1.5 at 81x768x1360, assuming {args.step_s:g} s compute per clip")
         for links in LINKS:
             own = [row for row in rows if row["links"] == links.name]
             ways, gpus = list(dict.fromkeys(row["way"] for row in own)), sorted({row["gpus"] for row in own})
@@ -263,7 +267,7 @@ def main(argv: list[str] | None = None) -> None:
             ]  # fmt: skip
             print(table(("GPUs", *ways), cells))
         result["links"] = [asdict(links) for links in LINKS]
-    say_json("scaling", facts, size=size.name, precision=args.precision, checkpointing=CHECKPOINTING, **result)
+    print_json("scaling", info, size=size.name, precision=args.precision, checkpointing=CHECKPOINTING, **result)
 
 
 if __name__ == "__main__":

@@ -1,25 +1,25 @@
-"""How fast a training step is, by bucket, checkpointing, attention kernel, compilation, quantization and ZeRO.
+"""Measure a training step by bucket, checkpointing, attention kernel, compilation, quantization and ZeRO stage.
 
     python benchmarks/step.py [--sizes tiny,mid | real] [--buckets ...] [--checkpointing ...] [--kernels ...]
         [--compile off,on] [--quantizations none,int8,nf4] [--fp8-matmul off,on] [--precisions bf16,fp32]
         [--deepspeed zero2,zero3] [--all] [--rounds 3]
 
-A step is what training does: the noised first frame through the VAE, noise, forward, backward, clipping, AdamW. Weights
-and batches are random numbers, made on the device. On a CPU the models are tiny and mid (0.14 billion parameters), on a
-GPU CogVideoX-1.5's real geometry.
+A step is that of training: noising and encoding the first frame, noise, forward, backward, clipping, AdamW. Weights and
+batches are random. The default models are tiny and mid (0.14 billion parameters) on a CPU, and CogVideoX-1.5's real
+geometry on a GPU.
 
-The first of every list makes the plain baseline; the other values are varied one at a time, with --all in every
-combination. What differs in checkpointing, kernel or compilation runs in one engine, in turn (A B A B); quantization,
-precision and stage need an engine of their own, where the baseline's checkpointing, kernel and compilation come again.
-A variant that does not fit into memory, or cannot run here, is a row that says so.
+The first value of each list forms the baseline. The other values are varied one at a time, or with --all in every
+combination. Variants that differ in checkpointing, kernel or compilation run in one engine, in turn (A B A B).
+Quantization, precision and ZeRO stage need separate engines, in which the baseline's checkpointing, kernel and
+compilation are measured again. A variant that does not fit into memory or cannot run is a row with its error.
 
-TFLOP/s and MFU count the frozen base's forward and backward pass: no weight gradients, no adapter, nothing that is
-recomputed (1,479 + 2,529 = 4,008 TFLOP at 81x768x1360). The floor is everything that is computed, adapter and
-recomputation included, at the peak rate. Peak memory is the allocator's, beside it what the memory model says (on a
-CPU: the process's, and what a GPU would need). Prints a table, then one line of JSON.
+TFLOP/s and MFU count the forward and backward pass of the frozen base, without weight gradients, LoRA and recomputation
+(1,479 + 2,529 = 4,008 TFLOP at 81x768x1360). The floor is the time of all operations, including LoRA and recomputation,
+at the peak rate. Peak memory is that of the allocator, next to the estimate of the memory model. On a CPU, they are the
+process's memory and the estimate for a GPU. Prints a table, then one line of JSON.
 
---kernels auto: the fastest of those that are here, and what each takes for one block's attention, forward and backward.
---profile: also where the time of one step of the baseline goes, by operation.
+--kernels auto: use the fastest available kernel, and print the time of each for one block's attention.
+--profile: print the time by operation for one step of the baseline.
 """
 
 import argparse
@@ -42,13 +42,13 @@ from measuring import (
     fastest_kernel,
     free,
     interleaved,
-    join,
+    join_process_group,
     machine,
     model_of,
     peak_tflops,
+    print_json,
+    print_machine,
     run_config,
-    say_json,
-    say_machine,
     seconds_text,
     table,
     wait,
@@ -80,40 +80,38 @@ class Variant:
 
     @property
     def engine(self) -> tuple[str, ...]:
-        """What an engine is built for."""
+        """The values that require a separate engine."""
         return self.quantization, self.fp8_matmul, self.precision, self.deepspeed
 
     def __str__(self) -> str:
         return " ".join(map(str, asdict(self).values()))
 
 
-def variants(choices: dict[str, Sequence[Any]], every: bool) -> list[Variant]:
-    """The baseline first, then what differs from it in one thing; or, with `every`, all combinations.
+def make_variants(choices: dict[str, Sequence[Any]], every: bool) -> list[Variant]:
+    """Return the baseline and the variants that differ from it in one value, or with `every` all combinations.
 
-    Buckets and batch sizes are always combined with all the rest.
+    Buckets and batch sizes are always combined with all other values.
     """
     if every:
         return [Variant(*values) for values in itertools.product(*choices.values())]
-    found = []
+    variants = []
     for bucket, batch_size in itertools.product(choices["bucket"], choices["batch_size"]):
-        plain = Variant(bucket, batch_size, *(values[0] for values in list(choices.values())[2:]))
-        found.append(plain)
+        baseline = Variant(bucket, batch_size, *(values[0] for values in list(choices.values())[2:]))
+        variants.append(baseline)
         for name, values in list(choices.items())[2:]:
-            found += [replace(plain, **{name: value}) for value in values[1:]]
-    return found
+            variants += [replace(baseline, **{name: value}) for value in values[1:]]
+    return variants
 
 
-def engines(found: Sequence[Variant], plain: Variant) -> Iterator[list[Variant]]:
-    """Variants that one engine runs, the baseline's of each bucket first."""
-    for engine in dict.fromkeys(one.engine for one in found):
-        own = [one for one in found if one.engine == engine]
-        again = [
-            replace(one, checkpointing=plain.checkpointing, kernel=plain.kernel, compiled=plain.compiled) for one in own
-        ]
-        yield list(dict.fromkeys([*again, *own]))
+def group_by_engine(variants: Sequence[Variant], baseline: Variant) -> Iterator[list[Variant]]:
+    """Yield the variants of each engine, starting with the baseline's settings for each bucket."""
+    settings = {name: getattr(baseline, name) for name in ("checkpointing", "kernel", "compiled")}
+    for engine in dict.fromkeys(variant.engine for variant in variants):
+        group = [variant for variant in variants if variant.engine == engine]
+        yield list(dict.fromkeys([*(replace(variant, **settings) for variant in group), *group]))
 
 
-class Measured:
+class EngineGroup:
     """One engine and the variants that it runs."""
 
     def __init__(self, size: Size, first: Variant, lora_rank: int, world: World):
@@ -121,7 +119,7 @@ class Measured:
         self.trainer: Trainer | None = None
 
     def build(self) -> None:
-        """A new engine; what an old one held is given back, for after a failure its state is anyone's guess."""
+        """Build a new engine and free the old one, whose state is undefined after a failure."""
         self.close()
         first = self.first
         check_quantization(
@@ -136,7 +134,7 @@ class Measured:
         free(self.world.device)
 
     def call(self, variant: Variant) -> Callable[[], None]:
-        """A step of this variant."""
+        """Return a function that runs a step of this variant."""
         shape = ClipShape.parse(variant.bucket)
 
         def run() -> None:
@@ -153,7 +151,7 @@ class Measured:
 
 def measure(
     size: Size,
-    found: Sequence[Variant],
+    variants: Sequence[Variant],
     lora_rank: int,
     rounds: int,
     peak: float | None,
@@ -162,56 +160,56 @@ def measure(
     clock: str = "wall",
     profiled: bool = False,
 ) -> list[dict[str, Any]]:
-    """A row for every variant, in their order."""
+    """Return a row for every variant, in their order."""
     rows: dict[Variant, dict[str, Any]] = {}
-    for group in engines(found, found[0]):
-        measured, start = Measured(size, group[0], lora_rank, world), Timing()
-        if attempt(measured.build, world.device, start) is None:
-            rows |= {one: row_of(one, start, size, 0, peak, None) for one in group}
-            measured.close()
+    for group in group_by_engine(variants, variants[0]):
+        engine, start = EngineGroup(size, group[0], lora_rank, world), Timing()
+        if attempt(engine.build, world.device, start) is None:
+            rows |= {variant: make_row(variant, start, size, 0, peak, None) for variant in group}
+            engine.close()
             continue
-        assert measured.trainer is not None
-        num_lora = measured.trainer.num_lora
-        calls = {one: measured.call(one) for one in group}
-        timings = interleaved(calls, rounds, world.device, measured.build, deadline, clock)
-        if profiled and group[0] == found[0]:
-            say_profile(calls[group[0]], world.device)
-        measured.close()
-        for one, timing in timings.items():
-            baseline = replace(found[0], bucket=one.bucket, batch_size=one.batch_size)
-            rows[one] = row_of(one, timing, size, num_lora, peak, rows.get(baseline))
-    for one, row in rows.items():
-        cfg, shape = engine_config(one, lora_rank), ClipShape.parse(one.bucket)
-        estimate = estimate_bytes(size, cfg, one.deepspeed, shape, one.batch_size, one.checkpointing, world)
+        assert engine.trainer is not None
+        num_lora = engine.trainer.num_lora
+        calls = {variant: engine.call(variant) for variant in group}
+        timings = interleaved(calls, rounds, world.device, engine.build, deadline, clock)
+        if profiled and group[0] == variants[0]:
+            print_profile(calls[group[0]], world.device)
+        engine.close()
+        for variant, timing in timings.items():
+            baseline = replace(variants[0], bucket=variant.bucket, batch_size=variant.batch_size)
+            rows[variant] = make_row(variant, timing, size, num_lora, peak, rows.get(baseline))
+    for variant, row in rows.items():
+        cfg, shape, mode = engine_config(variant, lora_rank), ClipShape.parse(variant.bucket), variant.checkpointing
+        estimate = estimate_bytes(size, cfg, variant.deepspeed, shape, variant.batch_size, mode, world)
         row["estimate_gb"] = round(estimate / 1e9, 3)
     return list(rows.values())
 
 
-def say_profile(call: Callable[[], None], device: torch.device) -> None:
-    """Where the time of one call goes."""
+def print_profile(call: Callable[[], None], device: torch.device) -> None:
+    """Print the time of one call by operation."""
     activities = [ProfilerActivity.CPU, *([ProfilerActivity.CUDA] if device.type == "cuda" else [])]
-    with profile(activities=activities) as seen:
+    with profile(activities=activities) as profiler:
         call()
         wait(device)
     order = "self_cuda_time_total" if device.type == "cuda" else "self_cpu_time_total"
-    print(seen.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60), flush=True)
+    print(profiler.key_averages().table(sort_by=order, row_limit=30, max_name_column_width=60), flush=True)
 
 
 def engine_config(variant: Variant, lora_rank: int) -> RunConfig:
-    """The run's config."""
-    held = (
+    """The run config of a variant."""
+    overrides = (
         f"model.quantization={variant.quantization}",
         f"model.fp8_matmul={variant.fp8_matmul}",
         f"train.batch_size={variant.batch_size}",
     )
-    return run_config(variant.precision, lora_rank, *held)
+    return run_config(variant.precision, lora_rank, *overrides)
 
 
-def row_of(
+def make_row(
     variant: Variant, timing: Timing, size: Size, num_lora: int, peak: float | None,
     baseline: dict[str, Any] | None,
 ) -> dict[str, Any]:  # fmt: skip
-    """What was measured of a variant, and what arithmetic makes of it. peak: TFLOP/s; None: no MFU, no floor."""
+    """Return a variant's measurements and the values derived from them. peak: TFLOP/s, None for no MFU and no floor."""
     model, batch_size = model_of(size), variant.batch_size
     tokens = num_tokens(ClipShape.parse(variant.bucket), model.geometry)
     flops = step_flops(tokens, model.num_layers, model.hidden_size, num_lora)
@@ -234,7 +232,7 @@ def row_of(
 
 
 HEAD = ("size", "bucket", "batch", "checkpointing", "kernel", "compile", "type", "quantization", "fp8 matmul",
-        "deepspeed", "s/step (least-most)", "to first", "tokens/s", "TFLOP/s", "MFU", "peak GB", "model GB",
+        "deepspeed", "s/step (min-max)", "/ baseline", "tokens/s", "TFLOP/s", "MFU", "peak GB", "model GB",
         "floor s", "1st call s")  # fmt: skip
 
 
@@ -251,37 +249,39 @@ def cells(row: dict[str, Any]) -> list[Any]:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measure, print the table, print the line."""
+    """Measure and print the results."""
     world = read_world()
     gpu = world.device.type == "cuda"
 
-    def listed(text: str) -> list[str]:
+    def split_commas(text: str) -> list[str]:
         return text.split(",")
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--sizes", type=listed, default=["real"] if gpu else ["tiny", "mid"], help=", ".join(SIZES))
-    parser.add_argument("--buckets", type=listed, help="FRAMESxHEIGHTxWIDTH; none: the size's own")
-    parser.add_argument("--batch-sizes", type=lambda text: [int(one) for one in text.split(",")], default=[1])
+    parser.add_argument(
+        "--sizes", type=split_commas, default=["real"] if gpu else ["tiny", "mid"], help=", ".join(SIZES)
+    )
+    parser.add_argument("--buckets", type=split_commas, help="FRAMESxHEIGHTxWIDTH (default: the size's own)")
+    parser.add_argument("--batch-sizes", type=lambda text: [int(item) for item in text.split(",")], default=[1])
     modes = ["full", "selective", "none", "full+offload"]
-    parser.add_argument("--checkpointing", type=listed, default=modes, help=", ".join(CHECKPOINTING_MODES))
-    parser.add_argument("--kernels", type=listed, default=["torch"], help="auto, " + ", ".join(ATTENTION_KERNELS))
-    parser.add_argument("--compile", type=listed, default=["off"], help="off, on")
-    parser.add_argument("--quantizations", type=listed, default=["none"], help=", ".join(QUANTIZATIONS))
-    parser.add_argument("--fp8-matmul", type=listed, default=["off"], help="off, on")
-    parser.add_argument("--precisions", type=listed, default=["bf16" if gpu else "fp32"], help=", ".join(DTYPES))
-    parser.add_argument("--deepspeed", type=listed, default=["zero2"], help="names of files in ds_configs/")
+    parser.add_argument("--checkpointing", type=split_commas, default=modes, help=", ".join(CHECKPOINTING_MODES))
+    parser.add_argument("--kernels", type=split_commas, default=["torch"], help="auto, " + ", ".join(ATTENTION_KERNELS))
+    parser.add_argument("--compile", type=split_commas, default=["off"], help="off, on")
+    parser.add_argument("--quantizations", type=split_commas, default=["none"], help=", ".join(QUANTIZATIONS))
+    parser.add_argument("--fp8-matmul", type=split_commas, default=["off"], help="off, on")
+    parser.add_argument("--precisions", type=split_commas, default=["bf16" if gpu else "fp32"], help=", ".join(DTYPES))
+    parser.add_argument("--deepspeed", type=split_commas, default=["zero2"], help="names of files in ds_configs/")
     parser.add_argument("--profile", action="store_true")
-    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for a machine that others use too")
-    parser.add_argument("--limit-s", type=float, help="begin nothing new when the process is so old")
-    parser.add_argument("--all", action="store_true", help="every combination, not one thing at a time")
-    parser.add_argument("--lora-rank", type=int, help="none: the size's own (128 for the real one)")
+    parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for shared machines")
+    parser.add_argument("--limit-s", type=float, help="process age after which nothing new is started [s]")
+    parser.add_argument("--all", action="store_true", help="measure every combination")
+    parser.add_argument("--lora-rank", type=int, help="LoRA rank (default: the size's own, 128 for real)")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--peak-tflops", type=float, help="of this device; none: known for some GPUs, else measured")
+    parser.add_argument("--peak-tflops", type=float, help="peak of this device (default: known for some GPUs)")
     args = parser.parse_args(argv)
     deadline = deadline_of(args.limit_s)
-    facts = machine(world.device)
-    join(world)
-    say_machine(facts)
+    info = machine(world.device)
+    join_process_group(world)
+    print_machine(info)
     attention_s: dict[str, dict[str, float]] = {}
     rows: list[dict[str, Any]] = []
     peak, source = peak_tflops(args.peak_tflops, DTYPES[args.precisions[0]], world.device)
@@ -291,20 +291,20 @@ def main(argv: list[str] | None = None) -> None:
         buckets, kernels = args.buckets or [size.bucket], args.kernels
         if "auto" in kernels:
             kernel, attention_s[name] = fastest_kernel(size, buckets, args.precisions[0], world.device)
-            kernels = list(dict.fromkeys(kernel if one == "auto" else one for one in kernels))
+            kernels = list(dict.fromkeys(kernel if name == "auto" else name for name in kernels))
         choices = {
             "bucket": buckets, "batch_size": args.batch_sizes, "checkpointing": args.checkpointing,
             "kernel": kernels, "compiled": args.compile, "quantization": args.quantizations,
             "fp8_matmul": args.fp8_matmul, "precision": args.precisions, "deepspeed": args.deepspeed,
         }  # fmt: skip
         rank = args.lora_rank or size.lora_rank
-        found = variants(choices, args.all)
-        rows += measure(size, found, rank, args.rounds, peak, world, deadline, args.clock, args.profile)
+        variants = make_variants(choices, args.all)
+        rows += measure(size, variants, rank, args.rounds, peak, world, deadline, args.clock, args.profile)
     if world.rank == 0:
         print(table(HEAD, [cells(row) for row in rows]))
-        say_json(
+        print_json(
             "step",
-            facts,
+            info,
             peak_tflops=round(peak, 4) if peak else None,
             peak_from=source,
             clock=args.clock,

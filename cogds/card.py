@@ -1,7 +1,7 @@
-"""The model card (README.md) that is written beside every LoRA and every export.
+"""The model card (README.md) that is written for every LoRA and every export.
 
-It uses only the metadata that training records in the LoRA's header (`train.saving.lora_metadata`), so a card can be
-made from the file alone.
+It contains only metadata that training stores in the LoRA's header (`train.saving.lora_metadata`), so it can be written
+from the file alone.
 """
 
 import json
@@ -44,11 +44,11 @@ def hub_id(path: str | None) -> str | None:
     return path if path and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).is_dir() else None
 
 
-def shareable(facts: Mapping[str, Any]) -> dict[str, Any]:
+def shareable(metadata: Mapping[str, Any]) -> dict[str, Any]:
     """Replace local paths by the name of their last component."""
     return {
         name: Path(value).name if name in ("base_model", "init_from") and value and not hub_id(value) else value
-        for name, value in facts.items()
+        for name, value in metadata.items()
     }
 
 
@@ -58,7 +58,7 @@ def find_sample(lora: Path) -> Path | None:
     return next(iter(sorted((folder.parent.parent / "samples" / folder.name).glob("*.mp4"))), None)
 
 
-def write_card(folder: Path, lora: Path, facts: Mapping[str, Any]) -> None:
+def write_card(folder: Path, lora: Path, metadata: Mapping[str, Any]) -> None:
     """Write the card of a run's LoRA into `folder`, which will be renamed to `lora`; link to the run's video.
 
     A failure is only a warning, because the checkpoint that follows must still be written.
@@ -67,41 +67,43 @@ def write_card(folder: Path, lora: Path, facts: Mapping[str, Any]) -> None:
         video = find_sample(lora)
         sample = Path(os.path.relpath(video, lora)).as_posix() if video else ""
         title = f"{lora.parent.parent.name} {lora.name}"
-        card = model_card(title, facts, "diffusers", str(lora), sample=sample)
+        card = model_card(title, metadata, "diffusers", str(lora), sample=sample)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     except Exception as error:  # prompts and paths may hold anything
         log_failure(logger, f"{lora}: no model card ({brief(error)}). The LoRA is complete.", error)
 
 
-def model_card(title: str, facts: Mapping[str, Any], kind: str, where: str, file: str = "", sample: str = "") -> str:
+def model_card(
+    title: str, metadata: Mapping[str, Any], kind: str, location: str, file: str = "", sample: str = ""
+) -> str:
     """Return the card's text.
 
     Args:
-        facts: Any subset of `train.saving.lora_metadata`.
+        metadata: Any subset of `train.saving.lora_metadata`.
         kind: One of `cogds.export.FORMATS`.
-        where: Path or hub id that the snippet loads.
+        location: Path or hub id that the snippet loads.
         file: Name of the weights' file; the ComfyUI kinds need it.
         sample: Relative path of a video.
     """
-    parts = [front_matter(facts, kind, sample), f"# {_line(title)}", _introduction(facts, kind)]
+    parts = [front_matter(metadata, kind, sample), f"# {_line(title)}", _introduction(metadata, kind)]
     if sample:
         parts.append(f'<video controls loop src="{sample}"></video>')
-    if prompt := facts.get("instance_prompt"):
+    if prompt := metadata.get("instance_prompt"):
         parts.append(f"Prompt used in training: *{_line(prompt)}*")
     if kind.startswith("comfyui"):
-        parts.append("## ComfyUI\n\n" + _comfyui(facts, kind, file))
+        parts.append("## ComfyUI\n\n" + _comfyui(metadata, kind, file))
     else:
-        parts.append(f"## Use\n\n```python\n{snippet(facts, kind, where)}```")
-    parts += [_convention(facts, kind), "## Training\n\n" + _table(facts), "## License\n\n" + LICENSE]
+        parts.append(f"## Use\n\n```python\n{snippet(metadata, kind, location)}```")
+    parts += [_convention(metadata, kind), "## Training\n\n" + _table(metadata), "## License\n\n" + LICENSE]
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def front_matter(facts: Mapping[str, Any], kind: str, sample: str = "") -> str:
+def front_matter(metadata: Mapping[str, Any], kind: str, sample: str = "") -> str:
     """Return the YAML block that the hub reads.
 
     Fields: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
     """
-    base = hub_id(facts.get("base_model"))
+    base = hub_id(metadata.get("base_model"))
     matter: dict[str, Any] = {"license": "other"}
     if base and base.split("/")[0] in PUBLISHERS:
         matter |= {
@@ -119,22 +121,22 @@ def front_matter(facts: Mapping[str, Any], kind: str, sample: str = "") -> str:
     if kind.startswith("comfyui"):
         tags.append("comfyui")
     matter |= {"pipeline_tag": "image-to-video", "tags": tags}
-    if prompt := facts.get("instance_prompt"):
+    if prompt := metadata.get("instance_prompt"):
         matter["instance_prompt"] = prompt
     if sample:
-        matter["widget"] = [{"text": _prompt(facts), "output": {"url": sample}}]
+        matter["widget"] = [{"text": _prompt(metadata), "output": {"url": sample}}]
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---"
 
 
-def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
+def snippet(metadata: Mapping[str, Any], kind: str, location: str) -> str:
     """Return Python code that generates a video from `first.png` with diffusers 0.34 or later.
 
     0.34 is the first version that reads alpha from the LoRA. The code uses `torch_dtype` because `dtype` exists only
     since 0.40, and `export_to_video` because `encode_video` exists only since 0.39.
     """
-    shape, fps = _largest(facts), facts.get("fps", TRAINED_FPS)
-    base = facts.get("base_model") or "zai-org/CogVideoX1.5-5B-I2V"
-    factor = 1.0 if kind == "merged" else facts.get("image_latent_factor", 1.0)
+    shape, fps = _largest(metadata), metadata.get("fps", TRAINED_FPS)
+    base = metadata.get("base_model") or "zai-org/CogVideoX1.5-5B-I2V"
+    factor = 1.0 if kind == "merged" else metadata.get("image_latent_factor", 1.0)
     lines = [
         "# pip install 'diffusers>=0.34' transformers accelerate peft sentencepiece protobuf imageio imageio-ffmpeg",
         "import torch",
@@ -144,7 +146,7 @@ def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
     ]
     if kind == "merged":
         lines += [
-            f'transformer = CogVideoXTransformer3DModel.from_pretrained({_quoted(where)}, subfolder="transformer", '
+            f'transformer = CogVideoXTransformer3DModel.from_pretrained({_quoted(location)}, subfolder="transformer", '
             "torch_dtype=torch.bfloat16)",
             f"pipe = CogVideoXImageToVideoPipeline.from_pretrained({_quoted(base)}, transformer=transformer, "
             "torch_dtype=torch.bfloat16)",
@@ -153,7 +155,7 @@ def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
         lines += [
             f"pipe = CogVideoXImageToVideoPipeline.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16)",
             # Offline, diffusers before 0.40 requires the name.
-            f'pipe.load_lora_weights({_quoted(where)}, weight_name="pytorch_lora_weights.safetensors")',
+            f'pipe.load_lora_weights({_quoted(location)}, weight_name="pytorch_lora_weights.safetensors")',
         ]
     if factor != 1.0:
         lines += [
@@ -172,7 +174,7 @@ def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
         "pipe.vae.enable_tiling()",
         "frames = pipe(",
         '    image=load_image("first.png"),',
-        f"    prompt={_quoted(_prompt(facts))},",
+        f"    prompt={_quoted(_prompt(metadata))},",
         f"    num_frames={shape.frames},",
         f"    height={shape.height},",
         f"    width={shape.width},",
@@ -183,17 +185,17 @@ def snippet(facts: Mapping[str, Any], kind: str, where: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _introduction(facts: Mapping[str, Any], kind: str) -> str:
-    base = hub_id(facts.get("base_model"))
+def _introduction(metadata: Mapping[str, Any], kind: str) -> str:
+    base = hub_id(metadata.get("base_model"))
     model = f"[{base}](https://huggingface.co/{base})" if base else "a CogVideoX image-to-video model"
-    if kind in MERGED_FORMATS and facts.get("exported_scale") == 0:
+    if kind in MERGED_FORMATS and metadata.get("exported_scale") == 0:
         return f"The transformer of {model}. Exported with cogds."
     if kind in MERGED_FORMATS:
         return f"The transformer of {model} with a LoRA merged in. Trained with cogds."
     return f"A LoRA for {model}. Trained with cogds."
 
 
-def _comfyui(facts: Mapping[str, Any], kind: str, file: str) -> str:
+def _comfyui(metadata: Mapping[str, Any], kind: str, file: str) -> str:
     if kind == "comfyui-wrapper":
         return (
             f"Copy `{file}` to `ComfyUI/models/CogVideo/loras` and select it in *CogVideo LoraSelect* of "
@@ -207,7 +209,7 @@ def _comfyui(facts: Mapping[str, Any], kind: str, file: str) -> str:
         )
     else:
         load = f"Copy `{file}` to `ComfyUI/models/diffusion_models` and select it in *Load Diffusion Model*."
-    shape = _largest(facts)
+    shape = _largest(metadata)
     return (
         f"{load} This needs a ComfyUI with its own CogVideoX class (`comfy/ldm/cogvideo`, 2026).\n\n"
         "ComfyUI has no image-to-video node for CogVideoX (checked in version 0.33). These nodes work: "
@@ -230,9 +232,9 @@ def _lengths(frames: int) -> str:
     )
 
 
-def _convention(facts: Mapping[str, Any], kind: str) -> str:
+def _convention(metadata: Mapping[str, Any], kind: str) -> str:
     """Describe the scale of the image latents, unless the tool uses the right one without help."""
-    convention, factor = facts.get("image_latents", "pipeline"), facts.get("image_latent_factor", 1.0)
+    convention, factor = metadata.get("image_latents", "pipeline"), metadata.get("image_latent_factor", 1.0)
     comfyui = kind.startswith("comfyui")
     if kind in MERGED_FORMATS or (factor == 1.0 and not comfyui):
         return ""
@@ -245,40 +247,42 @@ def _convention(facts: Mapping[str, Any], kind: str) -> str:
         return text + "This is what the LoRA expects."
     if kind == "comfyui":
         return text + "The base model from `--to comfyui-merged --scale 0` corrects this for this LoRA."
-    if "comfyui_strength" in facts:
-        return text + f"Set `strength` of *CogVideo ImageEncode* to {facts['comfyui_strength']:.3g} to correct this."
+    if "comfyui_strength" in metadata:
+        strength = f"{metadata['comfyui_strength']:.3g}"
+        return text + f"Set `strength` of *CogVideo ImageEncode* to {strength} to correct this."
     return text + "The LoRA expects others."
 
 
-def _table(facts: Mapping[str, Any]) -> str:
+def _table(metadata: Mapping[str, Any]) -> str:
     """Return the known settings as a table."""
+    has_rank = "rank" in metadata and "alpha" in metadata
     rows = [
-        ("Steps", facts.get("step")),
-        ("Rank, alpha", f"{facts['rank']}, {facts['alpha']:g}" if "rank" in facts and "alpha" in facts else None),
-        ("Layers", ", ".join(facts.get("targets", []))),
-        ("Learning rate", facts.get("learning_rate")),
-        ("Clips", facts.get("num_clips")),
-        ("Clips per step", facts.get("batch_size")),
-        ("Sizes (frames x height x width)", ", ".join(facts.get("buckets", []))),
-        ("Frame rate", f"{facts['fps']:g}" if "fps" in facts else None),
-        ("Image latents", facts.get("image_latents")),
-        ("Precision", facts.get("precision")),
-        ("Quantization", facts.get("quantization") if facts.get("quantization") != "none" else None),
-        ("Merged", facts.get("merged")),
-        ("Strength", facts.get("exported_scale")),
-        ("Seed", facts.get("seed")),
+        ("Steps", metadata.get("step")),
+        ("Rank, alpha", f"{metadata['rank']}, {metadata['alpha']:g}" if has_rank else None),
+        ("Layers", ", ".join(metadata.get("targets", []))),
+        ("Learning rate", metadata.get("learning_rate")),
+        ("Clips", metadata.get("num_clips")),
+        ("Clips per step", metadata.get("batch_size")),
+        ("Sizes (frames x height x width)", ", ".join(metadata.get("buckets", []))),
+        ("Frame rate", f"{metadata['fps']:g}" if "fps" in metadata else None),
+        ("Image latents", metadata.get("image_latents")),
+        ("Precision", metadata.get("precision")),
+        ("Quantization", metadata.get("quantization") if metadata.get("quantization") != "none" else None),
+        ("Merged", metadata.get("merged")),
+        ("Strength", metadata.get("exported_scale")),
+        ("Seed", metadata.get("seed")),
     ]
     known = [f"| {name} | {_line(str(value))} |" for name, value in rows if value not in (None, "", [])]
     return "\n".join(["| | |", "|---|---|", *known]) if known else "The file does not record its settings."
 
 
-def _prompt(facts: Mapping[str, Any]) -> str:
-    return _line(facts.get("example_prompt") or facts.get("instance_prompt") or "what happens in the video")
+def _prompt(metadata: Mapping[str, Any]) -> str:
+    return _line(metadata.get("example_prompt") or metadata.get("instance_prompt") or "what happens in the video")
 
 
-def _largest(facts: Mapping[str, Any]) -> ClipShape:
+def _largest(metadata: Mapping[str, Any]) -> ClipShape:
     """Return the largest trained size, or the base model's own size if none is known."""
-    shapes = [ClipShape.parse(text) for text in facts.get("buckets", [])]
+    shapes = [ClipShape.parse(text) for text in metadata.get("buckets", [])]
     return max(
         shapes, key=lambda shape: (shape.frames > 1, shape.frames * shape.height * shape.width), default=TRAINED_SIZE
     )

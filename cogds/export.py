@@ -24,7 +24,7 @@ from cogds.model.lora.convert import (
     save_diffusers,
 )
 from cogds.model.lora.file import LoraFile, describe_lora, read_loras
-from cogds.model.lora.hub import check_repo, listed, push
+from cogds.model.lora.hub import check_repository, list_files, upload_folder
 from cogds.model.lora.merge import (
     check_comfyui_supports,
     other_files,
@@ -43,11 +43,31 @@ WEAKENED_NAMES = ("orbit", "dimensionx")  # the wrapper weakens fused LoRAs whos
 
 
 @dataclass(frozen=True)
-class Given:
-    """One LoRA of the command line, its header read, and its weight."""
+class WeightedLora:
+    """A LoRA of the command line, with its header and its weight."""
 
     file: LoraFile
     weight: float
+
+
+@dataclass(frozen=True)
+class ExportJob:
+    """A checked export.
+
+    Attributes:
+        kind: value of --to.
+        model: the base model, None if it is not needed and unknown.
+        metadata: for the header and the model card.
+        dtype: of the exported weights, None to keep theirs.
+        pipeline: value of --pipeline.
+    """
+
+    kind: str
+    loras: Sequence[WeightedLora]
+    model: ModelFolder | None
+    metadata: Mapping[str, Any]
+    dtype: torch.dtype | None
+    pipeline: str | None
 
 
 def main(args: argparse.Namespace, api: Any = None) -> None:
@@ -62,66 +82,65 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
     output = Path(args.output)
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {output}: already exists. Choose a new folder, or remove this one.")
-    given = parse_loras(args.lora, args.scale, args.lora_alpha)
-    if len(given) > 1 and args.to not in MERGED_FORMATS:
+    loras = parse_loras(args.lora, args.scale, args.lora_alpha)
+    if len(loras) > 1 and args.to not in MERGED_FORMATS:
         raise UserError(
-            f"--to {args.to}: takes one LoRA, but {len(given)} were given. Export them one by one, or merge them with "
+            f"--to {args.to}: takes one LoRA, but {len(loras)} were given. Export them one by one, or merge them with "
             f"--to {' or '.join(MERGED_FORMATS)}."
         )
-    if args.to not in MERGED_FORMATS and given[0].weight == 0:
+    if args.to not in MERGED_FORMATS and loras[0].weight == 0:
         raise UserError(f"--scale: 0 turns the LoRA off, so --to {args.to} has nothing to export. Pass another number.")
-    model = base_model(args.model, given, needed=args.to in MERGED_FORMATS)
+    model = base_model(args.model, loras, needed=args.to in MERGED_FORMATS)
     if model:
-        check_all_fit([one.file for one in given], model)
+        check_all_fit([lora.file for lora in loras], model)
         if args.to == "comfyui-merged":
             check_comfyui_supports(model)
-    for one in given:
-        logger.info("\n".join(describe_lora(one.file, "--lora-alpha")))
+    for lora in loras:
+        logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))
     if args.push_to:
-        given = [replace(one, file=replace(one.file, metadata=shareable(one.file.metadata))) for one in given]
-    facts = facts_of(given, model)
+        loras = [replace(lora, file=replace(lora.file, metadata=shareable(lora.file.metadata))) for lora in loras]
+    metadata = export_metadata(loras, model)
     if args.push_to:
-        facts = shareable(facts)
-        check_repo(args.push_to, args.public, api)
+        metadata = shareable(metadata)
+        check_repository(args.push_to, args.public, api)
     dtype = DTYPES.get(args.dtype)
     sample = Path(args.sample) if args.sample else find_sample(Path(args.lora[0]))
     if sample and not sample.is_file():
-        raise UserError(f"--sample {sample}: no such file. Give a video, or omit --sample.")
-    check_space(
-        output, num_bytes(given, model, args.to, dtype, args.pipeline) + (sample.stat().st_size if sample else 0)
-    )
+        raise UserError(f"--sample {sample}: no such file. Pass a video, or omit --sample.")
+    job = ExportJob(args.to, loras, model, metadata, dtype, args.pipeline)
+    check_space(output, export_bytes(job) + (sample.stat().st_size if sample else 0))
 
     with whole_folder(output) as partial:
-        file = write(partial, args.to, output.name, given, model, facts, dtype, args.pipeline)
+        file = write_weights(job, partial, output.name)
         if sample:
             shutil.copyfile(sample, partial / SAMPLE_NAME)
-        where = args.push_to or str(output)
-        card = model_card(output.name, facts, args.to, where, file, SAMPLE_NAME if sample else "")
+        location = args.push_to or str(output)
+        card = model_card(output.name, metadata, args.to, location, file, SAMPLE_NAME if sample else "")
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
-    lines = [f"{args.to}: {output}", *listed(output), *notes(facts, args.to, output, bool(model))]
+    lines = [f"{args.to}: {output}", *list_files(output), *notes(metadata, args.to, output, bool(model))]
     logger.log(RESULT, "\n".join(lines))
     if args.push_to:
         logger.info("Uploading these files to %s (%s).", args.push_to, "public" if args.public else "private")
-        logger.log(RESULT, "Uploaded: %s", push(output, args.push_to, args.public, api))
+        logger.log(RESULT, "Uploaded: %s", upload_folder(output, args.push_to, args.public, api))
 
 
-def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) -> list[Given]:
-    """`PATH [WEIGHT] PATH [WEIGHT] ...`, the headers read; weights times `scale`.
+def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) -> list[WeightedLora]:
+    """Parse `PATH [WEIGHT] PATH [WEIGHT] ...` and read the headers. Weights are multiplied by `scale`.
 
-    Raises UserError where a path is no LoRA, or a weight no number.
+    Raises UserError if a path is not a LoRA, or a weight comes without a path.
     """
-    given: list[tuple[str, float]] = []
+    paths: list[tuple[str, float]] = []
     for word in words:
         number = None if Path(word).exists() else _number(word)
         if number is None:
-            given.append((word, 1.0))
-        elif given:
-            check_scale(number, given[-1][0])
-            given[-1] = (given[-1][0], number)
+            paths.append((word, 1.0))
+        elif paths:
+            check_scale(number, paths[-1][0])
+            paths[-1] = (paths[-1][0], number)
         else:
-            raise UserError(f"there is no LoRA at {word}: give its path first, and its weight after it")
-    files = read_loras([path for path, _ in given], alpha, "--lora-alpha")
-    return [Given(file, scale * weight) for file, (_, weight) in zip(files, given, strict=True)]
+            raise UserError(f"{word}: no such file or folder. Pass a LoRA's path before its weight.")
+    files = read_loras([path for path, _ in paths], alpha, "--lora-alpha")
+    return [WeightedLora(file, scale * weight) for file, (_, weight) in zip(files, paths, strict=True)]
 
 
 def _number(word: str) -> float | None:
@@ -131,57 +150,57 @@ def _number(word: str) -> float | None:
         return None
 
 
-def base_model(path: str | None, given: Sequence[Given], needed: bool) -> ModelFolder | None:
-    """The base model: the one named, else the one that the LoRA was trained on.
+def base_model(path: str | None, loras: Sequence[WeightedLora], needed: bool) -> ModelFolder | None:
+    """Find the base model: the given one, or the one that the LoRA was trained on.
 
-    Where it is not needed, only a folder of this machine is looked at: nothing is downloaded to check a LoRA. Raises
-    UserError where it is needed and none is known.
+    If it is not needed, only a local folder is used, so that nothing is downloaded only to check a LoRA. Raises
+    UserError if it is needed and unknown.
     """
     if path:
         return find_model(path)
-    trained_on = next((one.file.metadata["base_model"] for one in given if one.file.metadata.get("base_model")), None)
+    trained_on = next(
+        (lora.file.metadata["base_model"] for lora in loras if lora.file.metadata.get("base_model")), None
+    )
     if trained_on and (needed or Path(trained_on).is_dir()):
         return find_model(trained_on)
     if needed:
-        raise UserError(f"{given[0].file.path} does not say what it was trained on: give --model")
+        raise UserError(f"{loras[0].file.path}: does not record its base model. Pass --model.")
     return None
 
 
-def facts_of(given: Sequence[Given], model: ModelFolder | None) -> dict[str, Any]:
-    """Collect the facts for the header and the model card; if several LoRAs are given, from the first one.
+def export_metadata(loras: Sequence[WeightedLora], model: ModelFolder | None) -> dict[str, Any]:
+    """Collect the metadata for the header and the model card, from the first LoRA if there are several.
 
     Raises:
         UserError: The LoRAs differ in their image-latent convention.
     """
-    conventions = {one.file.metadata.get("image_latents", "pipeline") for one in given}
+    conventions = {lora.file.metadata.get("image_latents", "pipeline") for lora in loras}
     if len(conventions) > 1:
         raise UserError(
-            f"{given[0].file.path}: the LoRAs were trained with different image latents "
+            f"{loras[0].file.path}: the LoRAs were trained with different image latents "
             f"({', '.join(sorted(conventions))}), and a model takes only one kind. Merge LoRAs of the same kind."
         )
     convention = next(iter(conventions))
-    facts = dict(given[0].file.metadata)
+    metadata = dict(loras[0].file.metadata)
     if model:
-        facts["image_latent_factor"] = pipeline_factor(model.vae_config, convention)
+        metadata["image_latent_factor"] = pipeline_factor(model.vae_config, convention)
         # ComfyUI and the wrapper multiply image latents by the scaling factor, whatever the VAE's config says.
-        facts["comfyui_strength"] = facts["image_latent_factor"] / pipeline_factor(model.vae_config, "scaled")
-        facts.setdefault("base_model", str(model.path))
-    if len(given) > 1:
-        facts["merged"] = ", ".join(f"{one.file.path.parent.name} x {one.weight:g}" for one in given)
-    elif given[0].weight != 1.0:
-        facts["exported_scale"] = given[0].weight * facts.get("exported_scale", 1.0)
-    return facts
+        metadata["comfyui_strength"] = metadata["image_latent_factor"] / pipeline_factor(model.vae_config, "scaled")
+        metadata.setdefault("base_model", str(model.path))
+    if len(loras) > 1:
+        metadata["merged"] = ", ".join(f"{lora.file.path.parent.name} x {lora.weight:g}" for lora in loras)
+    elif loras[0].weight != 1.0:
+        metadata["exported_scale"] = loras[0].weight * metadata.get("exported_scale", 1.0)
+    return metadata
 
 
-def num_bytes(
-    given: Sequence[Given], model: ModelFolder | None, kind: str, dtype: torch.dtype | None, pipeline: str | None
-) -> float:
+def export_bytes(job: ExportJob) -> float:
     """Size of the export in bytes."""
-    if kind not in MERGED_FORMATS or model is None:
-        size = sum(one.file.path.stat().st_size for one in given)
-        return size * 2 if dtype is torch.float32 else size
-    others = sum(path.stat().st_size for path in other_files(model)) if pipeline == "copy" else 0
-    return sum(weight.num_bytes for weight in weights_of(model, dtype)) + others
+    if job.kind not in MERGED_FORMATS or job.model is None:
+        size = sum(lora.file.path.stat().st_size for lora in job.loras)
+        return size * 2 if job.dtype is torch.float32 else size
+    others = sum(path.stat().st_size for path in other_files(job.model)) if job.pipeline == "copy" else 0
+    return sum(weight.num_bytes for weight in weights_of(job.model, job.dtype)) + others
 
 
 def check_space(output: Path, needed: float) -> None:
@@ -195,44 +214,36 @@ def check_space(output: Path, needed: float) -> None:
         )
 
 
-def write(
-    folder: Path,
-    kind: str,
-    name: str,
-    given: Sequence[Given],
-    model: ModelFolder | None,
-    facts: Mapping[str, Any],
-    dtype: torch.dtype | None,
-    pipeline: str | None,
-) -> str:
-    """Write the weights into the folder; return the name of the file, or of the folder "transformer"."""
+def write_weights(job: ExportJob, folder: Path, name: str) -> str:
+    """Write the weights into the folder. Returns the name of the file, or of the folder "transformer"."""
     file = folder / f"{name}.safetensors"
-    if kind in MERGED_FORMATS:
+    model, dtype = job.model, job.dtype
+    if job.kind in MERGED_FORMATS:
         assert model is not None
-        loras = [(one.file, one.weight) for one in given]
+        loras = [(lora.file, lora.weight) for lora in job.loras]
         # The image-latent factor moves into the weights, so the header states what the result expects instead.
-        header = {**facts, "trained_image_latents": facts.get("image_latents", "pipeline")}
+        header = {**job.metadata, "trained_image_latents": job.metadata.get("image_latents", "pipeline")}
         factor, comfyui_factor = header.pop("image_latent_factor"), header.pop("comfyui_strength")
-        if kind == "comfyui-merged":
+        if job.kind == "comfyui-merged":
             header["image_latents"] = "scaled"
             save_comfyui_merged(file, model, weights_of(model, dtype), loras, header, comfyui_factor)
             return file.name
         header["image_latents"] = "pipeline"
         save_merged(folder / "transformer", model, weights_of(model, dtype), loras, header, factor)
-        if pipeline:
-            save_other_parts(folder, model, copy=pipeline == "copy")
+        if job.pipeline:
+            save_other_parts(folder, model, copy=job.pipeline == "copy")
         return "transformer"
-    adapter = load_adapter(given[0].file, given[0].weight, dtype)
-    if kind == "diffusers":
+    adapter = load_adapter(job.loras[0].file, job.loras[0].weight, dtype)
+    if job.kind == "diffusers":
         return save_diffusers(adapter, folder).name
-    (save_comfyui if kind == "comfyui" else save_comfyui_wrapper)(adapter, file)
+    (save_comfyui if job.kind == "comfyui" else save_comfyui_wrapper)(adapter, file)
     return file.name
 
 
-def notes(facts: Mapping[str, Any], kind: str, output: Path, checked: bool) -> list[str]:
-    """Lines printed after the export: what its users must know."""
+def notes(metadata: Mapping[str, Any], kind: str, output: Path, checked: bool) -> list[str]:
+    """Return the notes and warnings that are printed after the export."""
     lines = []
-    convention, factor = facts.get("image_latents", "pipeline"), facts.get("image_latent_factor")
+    convention, factor = metadata.get("image_latents", "pipeline"), metadata.get("image_latent_factor")
     trained = f"the LoRA was trained with image latents '{convention}'"
     if not checked:
         lines.append("The LoRA was not compared with a base model. Pass --model to check that it fits.")
@@ -248,15 +259,15 @@ def notes(facts: Mapping[str, Any], kind: str, output: Path, checked: bool) -> l
     elif kind.startswith("comfyui") and convention != "scaled":
         if kind == "comfyui":
             fix = "Use it with the base model that --to comfyui-merged --scale 0 exports, which corrects this."
-        elif "comfyui_strength" in facts:
-            fix = f"Set the strength of CogVideo ImageEncode to {facts['comfyui_strength']:.3g}."
+        elif "comfyui_strength" in metadata:
+            fix = f"Set the strength of CogVideo ImageEncode to {metadata['comfyui_strength']:.3g}."
         else:
             fix = "Pass --model to see which strength of CogVideo ImageEncode corrects this."
         lines.append(f"warning: {trained}, but ComfyUI's nodes always use 'scaled'. {fix}")
     if kind == "comfyui-wrapper" and (words := [word for word in WEAKENED_NAMES if word in str(output).lower()]):
         lines.append(f"warning: the wrapper weakens fused LoRAs with '{words[0]}' in their path. Rename the file.")
-    if facts.get("base_model") and not hub_id(facts["base_model"]):
-        lines.append(f"The model card names no base model on the hub: {facts['base_model']} is a local folder.")
+    if metadata.get("base_model") and not hub_id(metadata["base_model"]):
+        lines.append(f"The model card names no base model on the hub: {metadata['base_model']} is a local folder.")
     return lines
 
 

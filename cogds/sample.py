@@ -20,7 +20,13 @@ from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
 from cogds.model.lora.file import LoraFile, describe_lora, read_loras
-from cogds.model.pipelines import decode_frames, load_pipeline, num_calls, sample_latents, use_convention
+from cogds.model.pipelines import (
+    apply_convention,
+    count_transformer_calls,
+    decode_frames,
+    load_pipeline,
+    sample_latents,
+)
 from cogds.process.logs import RESULT
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.prompts import PromptSpec, read_prompt_specs
@@ -127,11 +133,11 @@ def prepare_pipeline(
 ) -> Any:
     """Load the diffusers pipeline with all LoRAs, on the device or offloaded from it."""
     pipeline = load_pipeline(model, dtype)
-    num_calls(pipeline, args.steps)  # raises if there are more steps than timesteps
+    count_transformer_calls(pipeline, args.steps)  # raises if there are more steps than timesteps
     for number, lora in enumerate(loras):
         add_lora(pipeline.transformer, load_adapter(lora.file), f"lora{number}")
     convention = recorded_value(loras, "image_latents", "pipeline", if_missing="pipeline")
-    if use_convention(pipeline, convention) != 1.0:
+    if apply_convention(pipeline, convention) != 1.0:
         logger.info("image latents: scaled as this LoRA was trained (%s), not as in diffusers", convention)
     if args.offload == "sequential":
         pipeline.enable_sequential_cpu_offload()

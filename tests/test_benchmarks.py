@@ -1,4 +1,4 @@
-"""Every speed benchmark at a toy size: it runs, prints its table, and ends with a line of JSON. Nothing is timed."""
+"""Every speed benchmark runs at a tiny size, prints its table and ends with a line of JSON."""
 
 import importlib
 import json
@@ -11,7 +11,7 @@ from cogds.core.vae_memory import COGVIDEOX_VAE
 from tests.conftest import ROOT, run_command
 from tests.published_model import LORA, TRANSFORMER, V15
 
-# One process for all: most of each is imports.
+# One process for all, because most of the time is for imports.
 SCRIPT = f"""
 import importlib, json, sys
 sys.path.insert(0, {str(ROOT / "benchmarks")!r})
@@ -35,7 +35,7 @@ LINES = [
 
 @pytest.fixture(scope="module")
 def outputs():
-    """What each benchmark printed, by its name."""
+    """The output of each benchmark, by name."""
     done = run_command([sys.executable, "-c", SCRIPT.format(lines=LINES)], 240)
     assert done.returncode == 0, done.stdout[-4000:]
     parts = [part.partition("\n") for part in done.stdout.split("=== ")[1:]]
@@ -43,7 +43,7 @@ def outputs():
 
 
 def result(outputs, name):
-    """The last line of a benchmark, and the table before it."""
+    """The JSON of a benchmark's last line, and the text before it."""
     *table, last = [line for line in outputs[name].splitlines() if line.strip()]
     found = json.loads(last)
     assert found["benchmark"] == name
@@ -51,7 +51,6 @@ def result(outputs, name):
     return found, "\n".join(table)
 
 
-@pytest.mark.slow
 def test_agree(outputs):
     found, table = result(outputs, "agree")
     assert {(row["checkpointing"], row["kernel"]) for row in found["rows"]} == {
@@ -59,10 +58,9 @@ def test_agree(outputs):
     }
     assert all(row["output"] < 1e-5 and row["gradient"] < 1e-5 for row in found["rows"])
     assert found["num_wrong"] == 0
-    assert "as near as the plain way" in table
+    assert "agrees" in table
 
 
-@pytest.mark.slow
 def test_step(outputs):
     found, table = result(outputs, "step")
     rows = found["rows"]
@@ -72,12 +70,11 @@ def test_step(outputs):
     ]  # fmt: skip
     assert all(row["median_s"] > 0 and row["mfu"] > 0 and row["estimate_gb"] > 0 for row in rows)
     assert rows[0]["to_baseline"] == 1.0
-    assert rows[0]["floor_s"] > rows[1]["floor_s"]  # what is recomputed is work too
+    assert rows[0]["floor_s"] > rows[1]["floor_s"]  # recomputation takes time
     assert set(found["attention_s"]["tiny"]) >= {"torch"}
     assert "Self CPU" in table
 
 
-@pytest.mark.slow
 def test_peers(outputs):
     found, table = result(outputs, "peers")
     assert found["ratio"] > 0
@@ -88,9 +85,8 @@ def test_peers(outputs):
     assert "common, VAE in the loop" in table
 
 
-@pytest.mark.slow
 def test_memory(outputs):
-    """The real geometry: what docs/performance.md shows, and tests/train/test_tuning.py has for the same."""
+    """With the real geometry, the values shown in docs/performance.md."""
     found, table = result(outputs, "memory")
     rows = {(row["deepspeed"], row["ranks"], row["quantization"]): row for row in found["rows"]}
     levels = ("none", "selective", "full", "full+offload")
@@ -98,13 +94,12 @@ def test_memory(outputs):
     assert [rows["zero3", 8, "none"][level] for level in levels] == [162.0, 33.7, 21.9, 10.8]
     assert rows["zero2_offload", 1, "nf4"]["full+offload"] == 11.6
     assert {row["pinned"] for row in rows.values()} == {11.6}
-    assert "by arithmetic" in table
+    assert "calculated" in table
     shown = (ROOT / "docs/performance.md").read_text()
     for row in rows.values():
         assert "| " + " | ".join(str(row[level]) for level in levels) + " |" in shown
 
 
-@pytest.mark.slow
 def test_quantized_loss(outputs):
     found, _ = result(outputs, "quantized_loss")
     bf16, fp32, int8 = found["rows"]
@@ -113,7 +108,6 @@ def test_quantized_loss(outputs):
     assert "error" in int8 or 0 < int8["output_distance"] < 0.05
 
 
-@pytest.mark.slow
 def test_loop(outputs):
     found, table = result(outputs, "loop")
     (row,) = found["rows"]
@@ -122,14 +116,13 @@ def test_loop(outputs):
     assert "engine over plain" in table
 
 
-@pytest.mark.slow
 def test_scaling(outputs):
     found, table = result(outputs, "scaling")
     assert [(row["bucket"], row["batch_size"]) for row in found["shapes"]] == [
         ("5x64x64", 1), ("17x64x96", 1), ("5x64x64", 2)
     ]  # fmt: skip
     assert [row["num_clips"] for row in found["clips"]] == [1_000, 100_000, 10_000_000]
-    assert "on paper, not measured" in table
+    assert "calculated, not measured" in table
 
 
 @pytest.mark.slow
@@ -146,13 +139,13 @@ def test_weak_scaling_starts_its_ranks():
 
 @pytest.fixture(scope="module")
 def scripts():
-    """The benchmarks as modules, for what they reckon."""
+    """Import a benchmark as a module."""
     sys.path.insert(0, str(ROOT / "benchmarks"))
     yield importlib.import_module
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
-def test_a_call_that_fails_is_a_row_and_not_the_end(scripts):
+def test_a_failing_call_becomes_a_row_with_its_error(scripts):
     import torch
 
     measuring, recovered, calls = scripts("measuring"), [], []
@@ -194,7 +187,7 @@ def test_the_real_size_is_the_published_model(scripts):
         ("NVIDIA GeForce RTX 4090", None),
     ],
 )  # fmt: skip
-def test_mfu_is_of_the_very_product(scripts, monkeypatch, name, peak):
+def test_mfu_needs_the_exact_device_name(scripts, monkeypatch, name, peak):
     import torch
 
     measuring, step = scripts("measuring"), scripts("step")
@@ -206,36 +199,36 @@ def test_mfu_is_of_the_very_product(scripts, monkeypatch, name, peak):
     assert measuring.peak_tflops(None, torch.float32, gpu)[0] is None
     assert measuring.peak_tflops(50.0, torch.float32, gpu) == (50.0, "given")
     variant = step.Variant("17x64x96", 1, "full", "torch", "off", "none", "off", "bf16", "zero2")
-    row = step.row_of(variant, measuring.Timing([1.0], 2.0), measuring.SIZES["tiny"], 0, found, None)
+    row = step.make_row(variant, measuring.Timing([1.0], 2.0), measuring.SIZES["tiny"], 0, found, None)
     assert ("mfu" in row) == ("floor_s" in row) == (peak is not None)
     assert row["tokens_per_s"] == 104
     step.cells(row | {"estimate_gb": 1.0})
 
 
-def test_one_thing_at_a_time_or_every_combination(scripts):
+def test_variants_differ_in_one_value_or_are_all_combinations(scripts):
     step = scripts("step")
     choices = {
         "bucket": ["a", "b"], "batch_size": [1], "checkpointing": ["full", "none"], "kernel": ["torch"],
         "compiled": ["off", "on"], "quantization": ["none"], "fp8_matmul": ["off"], "precision": ["bf16"],
         "deepspeed": ["zero2", "zero3"],
     }  # fmt: skip
-    single = step.variants(choices, False)
+    single = step.make_variants(choices, False)
     assert len(single) == 2 * (1 + 3)
-    assert len(step.variants(choices, True)) == 2 * 2 * 2 * 2
-    groups = list(step.engines(single, single[0]))
+    assert len(step.make_variants(choices, True)) == 2 * 2 * 2 * 2
+    groups = list(step.group_by_engine(single, single[0]))
     assert [len(group) for group in groups] == [6, 2]
-    # Each engine measures the baseline's way of running first.
+    # Each engine first measures the baseline's settings.
     assert all((group[0].checkpointing, group[0].compiled) == ("full", "off") for group in groups)
 
 
-def test_communication_on_paper(scripts):
+def test_calculated_communication(scripts):
     scaling = scripts("scaling")
     links = scaling.Links("a test", 8, 100.0, 50.0, hop_us=0.0)
     assert links.ring_s(8e9, 8) == pytest.approx(8e9 * 7 / 8 / 100e9)
-    assert links.ring_s(8e9, 16) == pytest.approx(8e9 * 15 / 16 / 50e9)  # the node's way out is the narrowest
+    assert links.ring_s(8e9, 16) == pytest.approx(8e9 * 15 / 16 / 50e9)  # the links out of the node are the bottleneck
     assert links.exchange_s(8e9, 4) == pytest.approx(8e9 * 3 / 4 / 100e9)
-    assert links.exchange_s(8e9, 16) == pytest.approx(8 * 8e9 / 2 / 50e9)  # 8 GPUs send half of theirs out
-    # ZeRO-3 brings every weight twice, ZeRO-2 the LoRA's gradients and new weights once each.
+    assert links.exchange_s(8e9, 16) == pytest.approx(8 * 8e9 / 2 / 50e9)
+    # ZeRO-3 gathers every weight twice. ZeRO-2 sends the LoRA's gradients and new weights once each.
     lora, base = scaling.LORA_BYTES, scaling.BASE_BYTES
     assert scaling.communication_s("zero2", 8, links) == pytest.approx(2 * lora * 7 / 8 / 100e9)
     assert scaling.communication_s("zero3", 8, links) == pytest.approx((2 * base + 3 * lora) * 7 / 8 / 100e9)

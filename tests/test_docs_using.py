@@ -41,8 +41,8 @@ def folder(comfyui_model, tmp_path, monkeypatch):
 
 
 def test_exports(folder, monkeypatch):
-    monkeypatch.setattr(cogds.export, "check_repo", lambda *_: None)
-    monkeypatch.setattr(cogds.export, "push", lambda *_: "the hub")
+    monkeypatch.setattr(cogds.export, "check_repository", lambda *_: None)
+    monkeypatch.setattr(cogds.export, "upload_folder", lambda *_: "the hub")
     exports = arguments_of("cogds", "export")
     assert len(exports) == 8
     assert {words[words.index("--to") + 1] for words in exports} == set(EXPORT_FORMATS)

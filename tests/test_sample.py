@@ -14,7 +14,7 @@ from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
 from cogds.model.lora.adapter import export, inject
 from cogds.model.lora.file import AlphaSource, LoraFile
-from cogds.model.pipelines import load_pipeline, num_calls, use_convention
+from cogds.model.pipelines import apply_convention, count_transformer_calls, load_pipeline
 from cogds.sample import WeightedLora, recorded_value, trained_buckets
 from cogds.videos.sample_spec import best_bucket, load_first_frame
 from tests.train.test_step import build_ours, differences, pipeline_inputs
@@ -39,7 +39,7 @@ def test_the_pipeline_feeds_the_transformer_as_training_did(model, pipeline, con
     """All inputs of the transformer at the first step, for a LoRA of each convention."""
     encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
     shape = ClipShape.parse("17x64x96")
-    assert use_convention(pipeline, convention) == pytest.approx(factor)
+    assert apply_convention(pipeline, convention) == pytest.approx(factor)
     theirs = pipeline_inputs(pipeline, shape, 1)
     ours, _ = build_ours(model, encoder, vae, shape, 1, image_latents=convention)
     # 0.7 x latents and 0.49 x (latents / 0.7) differ in the last bits.
@@ -157,10 +157,10 @@ def test_no_denoising_step_has_a_negative_timestep(model, kind):
 
     pipeline = load_pipeline(model, torch.float32)
     pipeline.scheduler = getattr(diffusers, kind).from_config(pipeline.scheduler.config)
-    assert num_calls(pipeline, 61) == 62  # with diffusers' own timesteps
+    assert count_transformer_calls(pipeline, 61) == 62  # with diffusers' own timesteps
     pipeline = load_pipeline(model, torch.float32)
     for num_steps in (50, 61, 103, 121, 1000):
-        assert num_calls(pipeline, num_steps) == num_steps
+        assert count_transformer_calls(pipeline, num_steps) == num_steps
         assert pipeline.scheduler.timesteps[-1] >= 0
 
 

@@ -1,9 +1,8 @@
-"""A model folder in diffusers' layout, and its parts loaded one at a time.
+"""A model folder in diffusers' layout, and loading of its parts.
 
-`find_model` turns a hub id or a path into a ModelFolder after reading nothing but JSON, so that whatever is wrong with
-a model is said before any weight is loaded. The loaders then bring the transformer, the VAE or the text encoder, each
-alone: training never holds all three. They read safetensors and JSON only: a pickle or a folder's own Python code could
-do anything.
+`find_model` checks a hub id or a path and returns a ModelFolder. It reads only JSON, so problems are reported before
+any weight is loaded. The transformer, the VAE and the text encoder are loaded separately, because training never holds
+all three. Only safetensors and JSON are read: pickles and a folder's own Python code could run anything.
 """
 
 import json
@@ -28,20 +27,20 @@ from cogds.errors import BUGS, UserError, brief
 from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.quantize import PackedLinear, pack_block
 
-# A bar for every part that loads, on every rank, says nothing that a user asked for.
+# Otherwise, every rank shows a progress bar for every part that it loads.
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 PIPELINE_CLASS = "CogVideoXImageToVideoPipeline"
-# Of `train.precision`.
+# Keys: values of `train.precision`.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
-HUB_TIMEOUT_S = 10.0  # by itself the hub's client waits minutes for a network that swallows packets
+HUB_TIMEOUT_S = 10.0  # without it, the hub client waits for minutes if the network drops packets
 
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked folder: where it is and what its configs say."""
+    """A checked model folder and its configs."""
 
     path: Path
     transformer_config: dict[str, Any]
@@ -58,7 +57,7 @@ class ModelFolder:
 
     @cached_property
     def vae_size(self) -> VaeSize:
-        """The VAE's size, found without reading its weights."""
+        """The size of the VAE, without reading its weights."""
         with torch.device("meta"):
             vae = AutoencoderKLCogVideoX.from_config(self.vae_config)
         return VaeSize.from_config(self.vae_config, sum(parameter.numel() for parameter in vae.parameters()))
@@ -68,51 +67,51 @@ def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
     except FileNotFoundError:
-        raise UserError(f"model file {path} is missing: model.path must be a whole diffusers model folder") from None
+        raise UserError(f"model.path: {path} is missing. Pass a complete diffusers model folder.") from None
     except ValueError as error:
-        raise UserError(f"model file {path} is not JSON ({error}): fetch the model again") from None
+        raise UserError(f"model.path: {path} is not valid JSON ({error}). Download the model again.") from None
 
 
 def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
-    """The model at a local folder, or at a hub id (downloaded once into the hub's cache).
+    """Find a model by local folder or hub id. A hub model is downloaded once, into the hub's cache.
 
-    Raises UserError where there is neither, where a part is missing, or where it is not an image-to-video CogVideoX.
+    Raises UserError if there is no such model, a part is missing, or it is not a CogVideoX image-to-video model.
     """
     path = Path(model_path)
     if not path.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path):
             raise UserError(
-                f"model.path: there is no folder {model_path}; give a diffusers model folder or a hub id such as "
-                "zai-org/CogVideoX1.5-5B-I2V"
+                f"model.path: no such folder: {model_path}. Pass a diffusers model folder or a hub id such as "
+                "zai-org/CogVideoX1.5-5B-I2V."
             )
         path = _fetch(model_path, revision)
     index = _read_json(path / "model_index.json")
     if index.get("_class_name") != PIPELINE_CLASS:
         raise UserError(
-            f"model.path: {path} holds a {index.get('_class_name')}; this trains image-to-video models only: give a "
-            f"folder whose model_index.json says {PIPELINE_CLASS}, such as CogVideoX1.5-5B-I2V"
+            f"model.path: {path} has the pipeline class {index.get('_class_name')}, but only image-to-video models are "
+            f"supported. Pass a model with the class {PIPELINE_CLASS}, such as CogVideoX1.5-5B-I2V."
         )
     for part in PARTS:
         if not (path / part).is_dir():
-            raise UserError(f"model.path: {path} has no {part}/ folder: fetch the whole model again")
+            raise UserError(f"model.path: {path} has no {part}/ folder. Download the complete model again.")
     for part in ("transformer", "vae", "text_encoder"):
         _check_weights(path / part)
     transformer, vae = _read_json(path / "transformer/config.json"), _read_json(path / "vae/config.json")
     try:
         geometry = ModelGeometry.from_configs(transformer, vae)
     except KeyError as error:
-        raise UserError(f"model.path: the configs in {path} lack {error}: fetch the whole model again") from None
+        raise UserError(f"model.path: {error} is missing in the configs in {path}. Download the model again.") from None
     if transformer["in_channels"] != 2 * vae["latent_channels"]:
         raise UserError(
-            f"model.path: the transformer in {path} takes {transformer['in_channels']} channels where image-to-video "
-            f"needs {2 * vae['latent_channels']} (latents and image latents): this is not an image-to-video model"
+            f"model.path: the transformer in {path} has {transformer['in_channels']} input channels, but image-to-video"
+            f" needs {2 * vae['latent_channels']} (latents and image latents). Pass an image-to-video model."
         )
     return ModelFolder(path, transformer, vae, geometry)
 
 
 def _fetch(model_id: str, revision: str | None) -> Path:
-    """The hub's copy of a model, downloaded; where the hub does not answer, the whole copy that it left here before."""
-    # The hub client's many exceptions have no common base, and each means the same to the user.
+    """Download a model from the hub. If the hub cannot be reached, use a complete copy in the local cache."""
+    # The hub client's exceptions have no common base class, and they all mean the same to the user.
     failure: Exception | None = None
     try:
         HfApi().model_info(model_id, revision=revision, timeout=HUB_TIMEOUT_S)
@@ -130,38 +129,38 @@ def _fetch(model_id: str, revision: str | None) -> Path:
         raise
     except Exception as error:
         raise UserError(
-            f"model.path: there is no folder {model_id}, and it could not be fetched from the hub as a model id "
-            f"({brief(failure or error)}); check the id and the network, or fetch it on a machine with "
-            f"internet, `hf download {model_id} --local-dir FOLDER`, and set model.path=FOLDER"
+            f"model.path: no such folder: {model_id}, and it cannot be downloaded from the hub "
+            f"({brief(failure or error)}). Check the id and the network, or run `hf download {model_id} --local-dir "
+            "FOLDER` on a machine with internet access and set model.path=FOLDER."
         ) from None
 
 
 def _check_weights(folder: Path) -> None:
-    """Raise UserError where a part has no safetensors files, or not all that its index names."""
+    """Raise UserError if a part has no safetensors files, or lacks files named by its index."""
     indexes = map(_read_json, folder.glob("*.safetensors.index.json"))
     shards = {name for index in indexes for name in index["weight_map"].values()}
     for name in sorted(shards):
         if not (folder / name).is_file():
-            raise UserError(f"model.path: {folder} lacks {name}, which its index names: fetch the whole model again")
+            raise UserError(f"model.path: {folder} lacks {name}, a file of its index. Download the model again.")
     if shards or any(folder.glob("*.safetensors")):
         return
     if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
         raise UserError(
-            f"model.path: the weights in {folder} are pickles ({pickles[0]}), which can run code when they are opened, "
-            "so they are not: give a model with .safetensors files"
+            f"model.path: the weights in {folder} are pickles ({pickles[0]}), which can run code when they are opened. "
+            "Pass a model with .safetensors files."
         )
-    raise UserError(f"model.path: {folder} holds no .safetensors file: fetch the whole model again")
+    raise UserError(f"model.path: {folder} has no .safetensors files. Download the complete model again.")
 
 
 def load_alphas_cumprod(model: ModelFolder) -> torch.Tensor:
-    """The schedule's abar table [T], in the precision that the scheduler computes it in."""
+    """Return the scheduler's abar table [T], in the precision that it computes it in."""
     name = _read_json(model.path / "scheduler/scheduler_config.json").get("_class_name")
     scheduler_class = CogVideoXDPMScheduler if name == "CogVideoXDPMScheduler" else CogVideoXDDIMScheduler
     scheduler = scheduler_class.from_pretrained(model.path, subfolder="scheduler")
     if scheduler.config.prediction_type != "v_prediction":
         raise UserError(
-            f"the scheduler in {model.path} predicts '{scheduler.config.prediction_type}'; CogVideoX predicts "
-            "'v_prediction': check scheduler/scheduler_config.json"
+            f"{model.path}/scheduler/scheduler_config.json: prediction_type is '{scheduler.config.prediction_type}', "
+            "but CogVideoX needs 'v_prediction'. Download the model again."
         )
     return scheduler.alphas_cumprod
 
@@ -173,10 +172,10 @@ def load_transformer(
     quantization: str = "none",
     fp8_matmul: bool = False,
 ) -> Transformer:
-    """The transformer with its weights, frozen. Read one by one: only `device` ever holds all of them, and where they
-    are packed (`build_transformer`) nothing does.
+    """Load the transformer, frozen.
 
-    Raises UserError where the files and the config disagree on a weight.
+    Weights are read one by one, so only `device` holds all of them, and with quantization no device holds all of them
+    unpacked. Raises UserError if the files do not match the config.
     """
     transformer = build_transformer(model, dtype, device, quantization, fp8_matmul, fill=False)
 
@@ -198,17 +197,17 @@ def build_transformer(
     fp8_matmul: bool = False,
     fill: bool = True,
 ) -> Transformer:
-    """The transformer with random weights, frozen, as the caller's context has it (`zero.Init`).
+    """Build the transformer with random weights, frozen, in the caller's context (such as `zero.Init`).
 
-    quantization, fp8_matmul: of the blocks (`quantize`); only one block at a time holds its full weights.
-    fill: false leaves what is packed without weights, for `fill_transformer` to give.
+    quantization, fp8_matmul: of the blocks (`quantize`). Only one block at a time has unpacked weights.
+    fill: whether quantized layers get weights. If not, `fill_transformer` must set them.
     """
 
     def build(num_layers: int) -> Transformer:
         return Transformer.from_config({**config, "num_layers": num_layers}).requires_grad_(False)
 
     config, before = model.transformer_config, torch.get_default_dtype()
-    torch.set_default_dtype(dtype)  # a float32 copy of it might not fit
+    torch.set_default_dtype(dtype)  # because a float32 copy may not fit into memory
     try:
         with torch.device(device):
             if quantization == "none" and not fp8_matmul:
@@ -225,41 +224,43 @@ def build_transformer(
 
 
 def fill_transformer(transformer: Transformer, model: ModelFolder, put: Callable[[Any, Any], None]) -> None:
-    """Call `put` with every parameter, buffer and `PackedLinear` and its slice of a safetensors file, in their order.
+    """Call `put` with every parameter, buffer and `PackedLinear` and its safetensors slice, in the order of the files.
 
-    Raises UserError where the files and the config disagree on a weight.
+    Raises UserError if the files do not match the config.
     """
     packed = {f"{name}.weight": layer for name, layer in transformer.named_modules() if isinstance(layer, PackedLinear)}
-    wanted = {**dict(transformer.named_parameters()), **packed}
-    tensors: dict[str, Any] = {**wanted, **dict(transformer.named_buffers())}
-    missing = set(wanted)
+    required = {**dict(transformer.named_parameters()), **packed}
+    tensors: dict[str, Any] = {**required, **dict(transformer.named_buffers())}
+    missing, folder = set(required), model.path / "transformer"
     for name, weight in transformer_weights(model):
         if name not in tensors:
             raise UserError(
-                f"the transformer's files in {model.path} hold '{name}', which its config.json does not have"
+                f"{folder}: weight '{name}' is in the files, but not in the model of config.json. Download the model "
+                "again."
             )
-        # Where ZeRO-3 has shared a weight out, the whole one's shape stands beside it.
+        # ZeRO-3 keeps the shape of a sharded weight in an attribute.
         shape = tuple(getattr(tensors[name], "ds_shape", tensors[name].shape))
         if shape != tuple(weight.get_shape()):
             raise UserError(
-                f"weight '{name}' in {model.path} is {tuple(weight.get_shape())}, config.json says {shape}: "
-                "fetch the model again"
+                f"{folder}: weight '{name}' has shape {tuple(weight.get_shape())}, but config.json requires {shape}. "
+                "Download the model again."
             )
         put(tensors[name], weight)
         missing.discard(name)
     if missing:
         raise UserError(
-            f"the transformer's files in {model.path} lack {len(missing)} weights, such as '{min(missing)}'"
+            f"{folder}: {len(missing)} weights are missing in the files, such as '{min(missing)}'. Download the model "
+            "again."
         )
 
 
 def empty_transformer(model: ModelFolder) -> Transformer:
-    """The transformer's layers without memory for their weights: to look at names and sizes."""
+    """Build the transformer on the meta device, without memory for weights, to read names and sizes."""
     return build_transformer(model, torch.float32, "meta")
 
 
 def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:
-    """Name and safetensors slice of every weight of the transformer; `slice[:]` reads it, and nothing else does."""
+    """Yield the name and safetensors slice of every weight. Only `slice[:]` reads the data."""
     for file in sorted((model.path / "transformer").glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -267,30 +268,30 @@ def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:
 
 
 def load_vae(model: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLCogVideoX:
-    """The VAE, frozen, in eval mode."""
+    """Load the VAE, frozen and in eval mode."""
     vae = AutoencoderKLCogVideoX.from_pretrained(model.path, subfolder="vae", dtype=dtype, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(device)
 
 
 def load_tokenizer(model: ModelFolder) -> Any:
-    """The text encoder's tokenizer. Raises UserError where the folder holds none that transformers itself knows."""
+    """Load the text encoder's tokenizer. Raises UserError if it is not one of transformers' own classes."""
     try:
         return AutoTokenizer.from_pretrained(model.path / "tokenizer", trust_remote_code=False)
     except (OSError, ValueError) as error:
         reason = str(error).strip().splitlines()[0] if str(error).strip() else "no reason given"
         raise UserError(
-            f"the tokenizer in {model.path / 'tokenizer'} cannot be loaded ({reason}): fetch the whole model again"
+            f"{model.path / 'tokenizer'}: the tokenizer cannot be loaded ({reason}). Download the complete model again."
         ) from None
 
 
 def num_truncated(captions: Sequence[str], model: ModelFolder) -> int:
-    """How many captions are longer than the model's text length, so that their ends are not seen."""
+    """Count the captions that exceed the model's text length and are truncated."""
     tokenizer, limit = load_tokenizer(model), model.geometry.text_tokens
     return sum(len(ids) > limit for ids in tokenizer(list(captions)).input_ids) if captions else 0
 
 
 class TextEncoder:
-    """T5 and its tokenizer: captions in, states out, exactly as the pipeline's `_get_t5_prompt_embeds`."""
+    """T5 and its tokenizer. The states equal those of the pipeline's `_get_t5_prompt_embeds`."""
 
     def __init__(self, model: ModelFolder, dtype: torch.dtype, device: torch.device | str):
         self.num_tokens = model.geometry.text_tokens
@@ -302,7 +303,7 @@ class TextEncoder:
 
     @torch.no_grad()
     def encode(self, caption: str) -> torch.Tensor:
-        """States [text_tokens, dim] of one caption: padded to the model's length, no attention mask."""
+        """Encode one caption: [text_tokens, dim], padded to the model's length, without an attention mask."""
         tokens = self.tokenizer(
             caption, padding="max_length", max_length=self.num_tokens, truncation=True, return_tensors="pt"
         )

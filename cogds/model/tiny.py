@@ -1,7 +1,7 @@
-"""A tiny random CogVideoX-1.5 image-to-video model: the five real classes, small enough for a laptop's CPU.
+"""A tiny CogVideoX-1.5 image-to-video model with random weights, made of the real classes, for laptop CPUs.
 
-It has every trait that training must get right: OFS embedding, temporal patches of 2, the inverted image-latent scale,
-a zero-terminal-SNR schedule, a T5 with a tokenizer. Its weights are random, so it makes no pictures.
+It has every feature that training must handle: OFS embedding, temporal patches of 2, inverted image-latent scale,
+zero-terminal-SNR schedule, and T5 with a tokenizer. Because of its random weights, it cannot generate real videos.
 """
 
 from pathlib import Path
@@ -63,7 +63,7 @@ LETTERS = "▁abcdefghijklmnopqrstuvwxyz.,-'"
 
 
 def _tokenizer() -> T5Tokenizer:
-    """Whole words for what the drawn clips' captions say, letters for everything else."""
+    """A tokenizer with the words of the drawn clips' captions, and letters for all other words."""
     special = [("<pad>", 0.0), ("</s>", 0.0), ("<unk>", 0.0)]
     words = [(f"▁{word}", -4.0) for word in WORDS]
     return T5Tokenizer(vocab=[*special, *words, *((letter, -8.0) for letter in LETTERS)], extra_ids=0)
@@ -71,9 +71,9 @@ def _tokenizer() -> T5Tokenizer:
 
 @torch.no_grad()
 def _calibrate(vae: AutoencoderKLCogVideoX) -> None:
-    """Give the posterior a trained VAE's proportions: latents of std 1 / scaling_factor, next to no variance.
+    """Scale the posterior like that of a trained VAE: latents with std 1 / scaling_factor and almost no variance.
 
-    With random weights the variance is about 1: the latents would be mostly noise and nothing could be learned.
+    With random weights, the variance is about 1, so latents would be mostly noise and nothing could be learned.
     """
     out, channels = vae.encoder.conv_out.conv, vae.config.latent_channels
     out.weight[channels:] *= 0.01
@@ -84,9 +84,9 @@ def _calibrate(vae: AutoencoderKLCogVideoX) -> None:
 
 
 def create_tiny_model(path: Path | str, seed: int = 0, sample_size: int = 60) -> None:
-    """Write the model as a diffusers folder. sample_size: latent height and width of the rotary grid (x 8 pixels).
+    """Write the model as a diffusers folder. sample_size: latent height and width of the rotary grid (x 8 in pixels).
 
-    A folder that exists is left as it is. Several ranks may do this at once: the model is the same whoever makes it.
+    An existing folder is not changed. Several ranks may call this at once, since they all create the same model.
     """
     path = Path(path)
     if path.exists():

@@ -23,7 +23,7 @@ from cogds.errors import UserError
 from cogds.formatting import counted
 from cogds.job import Job
 from cogds.model.load import empty_transformer
-from cogds.model.lora.adapter import INIT_ALPHA, check_start, describe_start, inject
+from cogds.model.lora.adapter import INIT_ALPHA, check_initial_lora, describe_initial_lora, inject
 from cogds.model.lora.file import LoraFile, read_loras
 
 logger = logging.getLogger(__name__)
@@ -72,7 +72,7 @@ def find_initial_state(job: Job) -> InitialState:
     if not cfg.lora.init_from:
         return InitialState()
     lora = on_rank0(world, lambda: check_init(job))
-    return InitialState(init_from=lora, notes=describe_start(lora, cfg.conditioning.image_latents))
+    return InitialState(init_from=lora, notes=describe_initial_lora(lora, cfg.conditioning.image_latents))
 
 
 def check_init(job: Job) -> LoraFile:
@@ -80,7 +80,7 @@ def check_init(job: Job) -> LoraFile:
     lora, transformer = job.cfg.lora, empty_transformer(job.model)
     file = read_loras([str(lora.init_from)], lora.init_alpha, INIT_ALPHA)[0]
     inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, job.cfg.seed)
-    check_start(transformer, file)
+    check_initial_lora(transformer, file)
     return file
 
 

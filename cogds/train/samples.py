@@ -34,7 +34,13 @@ from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.formatting import counted
 from cogds.model.evaluation_mode import evaluation_mode
-from cogds.model.pipelines import decode_frames, num_calls, pipeline_of, sample_latents, use_convention
+from cogds.model.pipelines import (
+    apply_convention,
+    build_pipeline,
+    count_transformer_calls,
+    decode_frames,
+    sample_latents,
+)
 from cogds.process.logs import log_failure
 from cogds.train.callbacks import CallbackContext
 from cogds.train.memory_check import is_out_of_memory
@@ -79,10 +85,10 @@ class SampleCallback:
         self._specs = specs
         self._folder = Path(self._run.cfg.output_dir) / FOLDER
         self._base: dict[str, bytes] = {}  # on rank 0: the base model's videos, as mp4
-        self._pipeline = pipeline_of(self._run.model, self._engine.module, self._builder.vae)
+        self._pipeline = build_pipeline(self._run.model, self._engine.module, self._builder.vae)
         # Calls of the transformer for one video.
-        self._num_calls = num_calls(self._pipeline, self._run.cfg.sample.num_steps)
-        use_convention(self._pipeline, self._run.cfg.conditioning.image_latents)
+        self._num_calls = count_transformer_calls(self._pipeline, self._run.cfg.sample.num_steps)
+        apply_convention(self._pipeline, self._run.cfg.conditioning.image_latents)
 
     def announce(self) -> None:
         """Log what will be made, check that it can be written, and read the base model's videos. On rank 0."""

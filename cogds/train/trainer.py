@@ -36,7 +36,7 @@ from cogds.metrics.jsonl import rewind_metrics
 from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import StepLosses
 from cogds.metrics.trackers import Trackers
-from cogds.model.lora.adapter import inject, start_from
+from cogds.model.lora.adapter import inject, load_initial_lora
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest
 from cogds.process.watchdog import Watchdog
@@ -168,7 +168,7 @@ class Trainer:
         lora = cfg.lora
         parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
         if initial.init_from:
-            start_from(transformer, initial.init_from)
+            load_initial_lora(transformer, initial.init_from)
         transformer.train()
         prepare_blocks(transformer, run.execution)
         share_clips(transformer, world, cfg.train.timeout_s)

@@ -480,9 +480,9 @@ def test_a_simulation_of_the_plan():
         assert one.deviation <= 1
     assert cost.copies_share < bucket.copies_share
     # And the measures can tell: the others are not as good in what they give up.
-    assert ways["each for itself"].idle_share > 0.1
+    assert ways["independent ranks"].idle_share > 0.1
     assert ways["one shape"].distorted_share > 0.3
-    assert ways["floored buckets"].never_seen > 100
+    assert ways["truncated buckets"].never_seen > 100
 
 
 def test_memory_does_not_grow_with_steps():

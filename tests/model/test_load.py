@@ -52,7 +52,7 @@ def test_the_tiny_model_is_the_same_every_time_and_never_replaced(tiny_model, tm
 
 
 def pickled(file):
-    """Make a pickle of the same weights of a safetensors file, under the name that it would be looked for."""
+    """Replace a safetensors file by a pickle with the same weights, under its usual name."""
     names = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
     torch.save(load_file(file), file.with_name(f"{names[file.stem]}.bin"))
     file.unlink()
@@ -61,16 +61,19 @@ def pickled(file):
 @pytest.mark.parametrize(
     "damage, message",
     [
-        (lambda path: shutil.rmtree(path), "neither|no folder"),
-        (lambda path: (path / "model_index.json").unlink(), "model_index.json is missing"),
-        (lambda path: (path / "model_index.json").write_text("{"), "is not JSON"),
-        (lambda path: edit_json(path / "model_index.json", _class_name="CogVideoXPipeline"), "image-to-video"),
+        (lambda path: shutil.rmtree(path), r"model\.path: "),
+        (lambda path: (path / "model_index.json").unlink(), r"model_index\.json is missing"),
+        (lambda path: (path / "model_index.json").write_text("{"), r"model_index\.json .*JSON"),
+        (lambda path: edit_json(path / "model_index.json", _class_name="CogVideoXPipeline"), " CogVideoXPipeline"),
         (lambda path: shutil.rmtree(path / "vae"), "no vae/ folder"),
         (lambda path: (path / "vae/config.json").unlink(), "vae/config.json is missing"),
-        (lambda path: edit_json(path / "transformer/config.json", in_channels=8), "takes 8 channels"),
-        (lambda path: (path / "transformer/config.json").write_text("{}"), "lack 'patch_size'"),
-        (lambda path: (path / "text_encoder/model.safetensors").unlink(), "text_encoder holds no .safetensors"),
-        (lambda path: pickled(path / "transformer/diffusion_pytorch_model.safetensors"), "are pickles"),
+        (lambda path: edit_json(path / "transformer/config.json", in_channels=8), " 8 .* 16 "),
+        (lambda path: (path / "transformer/config.json").write_text("{}"), "'patch_size'"),
+        (lambda path: (path / "text_encoder/model.safetensors").unlink(), r"text_encoder .*\.safetensors"),
+        (
+            lambda path: pickled(path / "transformer/diffusion_pytorch_model.safetensors"),
+            r"_model\.bin",
+        ),
         (lambda path: (path / "vae/x.safetensors.index.json").write_text(INDEX), r"lacks part-2\.safetensors"),
     ],
 )
@@ -81,18 +84,18 @@ def test_a_damaged_folder_is_named(copy, damage, message):
 
 
 def test_a_hub_id_that_cannot_be_fetched_is_named():
-    with pytest.raises(UserError, match="could not be fetched from the hub"):
+    with pytest.raises(UserError, match=r"model\.path: .*nobody/no-such-model.*hf download nobody/no-such-model"):
         find_model("nobody/no-such-model")
 
 
 def test_a_hub_that_does_not_answer_is_not_waited_for(monkeypatch, tmp_path):
-    """The client's own wait for a network that swallows packets is minutes."""
+    """By default, the client waits for minutes if the network drops packets."""
 
     ask = Mock(side_effect=TimeoutError("no answer"))
     fetch = Mock(return_value=str(tmp_path))
     monkeypatch.setattr(load.HfApi, "model_info", ask)
     monkeypatch.setattr(load, "snapshot_download", fetch)
-    with pytest.raises(UserError, match=r"model_index\.json is missing"):  # of the copy that an earlier download left
+    with pytest.raises(UserError, match=r"model_index\.json is missing"):  # in the copy of an earlier download
         find_model("somebody/some-model")
     assert ask.call_args.kwargs["timeout"] == load.HUB_TIMEOUT_S
     assert fetch.call_args.kwargs["local_files_only"]
@@ -117,23 +120,23 @@ def test_pickled_weights_are_never_loaded(copy, file, loader):
     model = find_model(str(copy))
     loader(model)
     pickled(copy / file)
-    with pytest.raises((OSError, UserError), match=r"safetensors|lack"):
+    with pytest.raises((OSError, UserError), match=r"safetensors|missing"):
         loader(model)
 
 
 def test_a_tokenizers_own_code_is_never_run(copy):
-    """A folder may name Python code of its own; asked nothing, transformers would ask on the terminal."""
+    """A folder may refer to its own Python code. By default, transformers would ask on the terminal."""
     made, folder = copy / "made", copy / "tokenizer"
     (folder / "own.py").write_text(f"open({str(made)!r}, 'w')\nclass Own: pass\n")
     edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="Own")
-    with pytest.raises(UserError, match=r"tokenizer .* cannot be loaded"):
+    with pytest.raises(UserError, match=r"/tokenizer: "):
         load.load_tokenizer(find_model(str(copy)))
     assert not made.exists()
 
 
 def test_a_scheduler_that_predicts_noise_is_refused(copy):
     edit_json(copy / "scheduler/scheduler_config.json", prediction_type="epsilon")
-    with pytest.raises(UserError, match="'epsilon'"):
+    with pytest.raises(UserError, match=r"scheduler_config\.json: .*'epsilon'"):
         load_alphas_cumprod(find_model(str(copy)))
 
 

@@ -1,7 +1,7 @@
-"""The adapter: injected into the transformer, filled from a LoRA or added as one, exported to a file.
+"""The LoRA in the transformer: injection, initialization from a LoRA file, and export to a file.
 
-What is exported is what was trained: rank and alpha travel in the file as diffusers' own metadata (without it a LoRA
-of alpha 2r loads at half its strength), and beside it what only this project records: the image-latent convention.
+Exported files keep the trained strength: rank and alpha are stored as diffusers' own metadata, without which a LoRA
+with alpha = 2 rank would load at half its strength. cogds adds its own metadata, such as the image-latent convention.
 """
 
 import re
@@ -21,12 +21,12 @@ from cogds.model.lora.convert import Adapter, check_fits, diffusers_header, load
 from cogds.model.lora.file import LoraFile, describe_lora, join_values
 
 ALL_LINEAR = "all-linear"
-ADAPTER = "default"  # the name that diffusers' add_adapter gives
+ADAPTER = "default"  # default name in diffusers' add_adapter
 INIT_ALPHA = "lora.init_alpha"
 
 
 def linear_layers(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
-    """(outputs, inputs) of the transformer's own Linear layers by full name, whether a LoRA was injected or not."""
+    """Return (outputs, inputs) of the base's Linear layers by full name, with or without an injected LoRA."""
     return {
         name.removesuffix(".base_layer"): (module.out_features, module.in_features)
         for name, module in transformer.named_modules()
@@ -35,13 +35,13 @@ def linear_layers(transformer: torch.nn.Module) -> dict[str, tuple[int, int]]:
 
 
 def resolve_targets(transformer: torch.nn.Module, target_modules: Sequence[str]) -> list[str]:
-    """Full names of the Linear layers that `target_modules` (names, dotted endings, or `all-linear`) stand for.
+    """Return the full names of the Linear layers that match `target_modules` (names, dotted endings or `all-linear`).
 
-    Raises UserError for a name that no Linear layer ends with.
+    Raises UserError for a name that matches no Linear layer.
     """
     linears = linear_layers(transformer)
     if not target_modules:
-        raise UserError(f"lora.target_modules is empty: name Linear layers, such as to_q, or [{ALL_LINEAR}]")
+        raise UserError(f"lora.target_modules: is empty. List Linear layers, such as to_q, or use [{ALL_LINEAR}].")
     if list(target_modules) == [ALL_LINEAR]:
         return list(linears)
     chosen = []
@@ -50,8 +50,8 @@ def resolve_targets(transformer: torch.nn.Module, target_modules: Sequence[str])
         if not matches:
             endings = {".".join(name.split(".")[-n:]) for name in linears for n in (1, 2)} | {ALL_LINEAR}
             raise UserError(
-                f"lora.target_modules: no Linear layer of the transformer is called '{target}'"
-                f"{did_you_mean(target, endings)}; all of them are trained with [{ALL_LINEAR}]"
+                f"lora.target_modules: the transformer has no Linear layer '{target}'{did_you_mean(target, endings)}. "
+                f"Use an existing name, or [{ALL_LINEAR}] for all Linear layers."
             )
         chosen += [name for name in matches if name not in chosen]
     return chosen
@@ -60,13 +60,13 @@ def resolve_targets(transformer: torch.nn.Module, target_modules: Sequence[str])
 def inject(
     transformer: Any, rank: int, alpha: float, dropout: float, target_modules: Sequence[str], seed: int
 ) -> list[torch.nn.Parameter]:
-    """Add a LoRA to a frozen diffusers transformer; returns its trainable parameters.
+    """Add a LoRA to a frozen transformer and return its trainable parameters.
 
-    A is drawn from the seed and B is zero, so that step 0 is the base model and every rank starts the same.
+    A is drawn from the seed and B is zero, so step 0 equals the base model and all ranks start with the same weights.
     """
     config = LoraConfig(
         r=rank,
-        lora_alpha=alpha,  # peft divides it: a fraction is as good as an integer
+        lora_alpha=alpha,  # typed int, but peft only divides it, so floats work
         lora_dropout=dropout,
         target_modules=resolve_targets(transformer, target_modules),
         init_lora_weights=True,
@@ -78,15 +78,16 @@ def inject(
 
 
 def export(folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], metadata: Mapping[str, Any]) -> Path:
-    """Write `pytorch_lora_weights.safetensors` in diffusers' format into `folder`; returns its path.
+    """Write `pytorch_lora_weights.safetensors` in diffusers' format into `folder`, and return its path.
 
-    tensors: the trainable parameters by name, whole (under ZeRO-3 the module's own are empty shards).
-    metadata: what to record under this project's key, JSON-able.
+    Args:
+        tensors: the complete trainable parameters by name (under ZeRO-3, those of the module are empty shards).
+        metadata: JSON-serializable values to store under cogds' key.
     """
     state = {name: tensor.cpu() for name, tensor in get_peft_model_state_dict(transformer, dict(tensors)).items()}
     empty = [name for name, tensor in state.items() if tensor.numel() == 0]
     if empty or not state:
-        raise RuntimeError(f"LoRA export: {len(empty)} of {len(state)} tensors are empty, the first is {empty[:1]}")
+        raise RuntimeError(f"LoRA export: {len(empty)} of {len(state)} tensors are empty, such as {empty[:1]}")
     header = diffusers_header(transformer.peft_config[ADAPTER], metadata)
     CogVideoXImageToVideoPipeline.save_lora_weights(
         folder,
@@ -98,11 +99,12 @@ def export(folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], 
 
 @torch.no_grad()
 def add_lora(transformer: Any, adapter: Adapter, name: str = ADAPTER) -> None:
-    """Add a LoRA to a transformer that it fits, as its adapter `name`, in the transformer's dtype, on its device."""
+    """Add a LoRA that fits the transformer as its adapter `name`, in the transformer's dtype and on its device."""
     transformer.add_adapter(peft_config(adapter), name)
     injected = {layer: module for layer, module in _injected(transformer).items() if name in module.lora_A}
     if injected.keys() != adapter.layers.keys():
-        raise RuntimeError(f"PEFT chose other layers: {sorted(injected.keys() ^ adapter.layers.keys())[:4]}, ...")
+        differing = sorted(injected.keys() ^ adapter.layers.keys())
+        raise RuntimeError(f"PEFT injected the LoRA into different layers: {differing[:4]}, ...")
     for layer, module in injected.items():
         module.lora_A[name].weight.copy_(adapter.layers[layer].a)
         module.lora_B[name].weight.copy_(adapter.layers[layer].b)
@@ -112,32 +114,33 @@ def _injected(transformer: torch.nn.Module) -> dict[str, LoraLayer]:
     return {name: module for name, module in transformer.named_modules() if isinstance(module, LoraLayer)}
 
 
-def check_start(transformer: torch.nn.Module, file: LoraFile) -> None:
-    """Whether `start_from` would do, having read nothing but the file's header.
+def check_initial_lora(transformer: torch.nn.Module, file: LoraFile) -> None:
+    """Check from a file's header that `load_initial_lora` will succeed.
 
-    transformer: after `inject`; without memory for its weights will do. Raises UserError naming what the file has, what
-    the run has and what to set, or the layer that the transformer does not have.
+    transformer: after `inject`, may be on the meta device. Raises UserError if the file and the run have different
+    ranks or layers, naming the settings to change, or if the LoRA belongs to a different model.
     """
     layers, linears = _injected(transformer), linear_layers(transformer)
     check_fits(file, {f"{name}.weight": shape for name, shape in linears.items()}, "this run's model")
     if len(file.ranks) > 1:
         raise UserError(
-            f"lora.init_from: {file.path} has layers of ranks {join_values(file.ranks)}, but a run has one rank. "
-            "Pass a LoRA of one rank."
+            f"lora.init_from: {file.path} has layers of ranks {join_values(file.ranks)}, but a run has a single rank. "
+            "Pass a LoRA with a single rank."
         )
-    rank, wanted = file.ranks[0], next(iter(layers.values())).r[ADAPTER]
-    theirs, own = targets_of(file.pairs, list(linears)), targets_of(layers, list(linears))
-    settings = [f"lora.rank={rank}"] if rank != wanted else []
-    settings += [f"'lora.target_modules=[{','.join(theirs)}]'"] if set(file.pairs) != set(layers) else []
+    rank, run_rank = file.ranks[0], next(iter(layers.values())).r[ADAPTER]
+    targets, run_targets = shortest_targets(file.pairs, list(linears)), shortest_targets(layers, list(linears))
+    settings = [f"lora.rank={rank}"] if rank != run_rank else []
+    settings += [f"'lora.target_modules=[{','.join(targets)}]'"] if set(file.pairs) != set(layers) else []
     if settings:
         raise UserError(
-            f"lora.init_from: {file.path} has rank {rank} on {len(file.pairs)} layers ({join_values(theirs, 8)}), this "
-            f"run rank {wanted} on {len(layers)} ({join_values(own, 8)}). Set {' '.join(settings)}"
+            f"lora.init_from: {file.path} has rank {rank} on {len(file.pairs)} layers ({join_values(targets, 8)}), but "
+            f"this run has rank {run_rank} on {len(layers)} layers ({join_values(run_targets, 8)}). Set "
+            f"{' '.join(settings)}."
         )
 
 
-def targets_of(layers: Iterable[str], linears: Sequence[str]) -> list[str]:
-    """The shortest endings of names that stand for these of the Linear layers and for no others."""
+def shortest_targets(layers: Iterable[str], linears: Sequence[str]) -> list[str]:
+    """Return the shortest endings that match these layers and no other Linear layers."""
     layers, chosen = set(layers), set()
     if layers == set(linears):
         return [ALL_LINEAR]
@@ -153,14 +156,13 @@ def targets_of(layers: Iterable[str], linears: Sequence[str]) -> list[str]:
 
 
 @torch.no_grad()
-def start_from(transformer: torch.nn.Module, file: LoraFile) -> None:
-    """Fill the adapter that `inject` made with a LoRA's weights. The caller's parameters are whole.
+def load_initial_lora(transformer: torch.nn.Module, file: LoraFile) -> None:
+    """Initialize the adapter from `inject`, whose parameters must not be sharded, with the weights of a file.
 
-    The file's strength is kept: B is scaled by alpha/rank there over alpha/rank here, so that the transformer gives
-    what the file gave, whatever lora.alpha is. Raises UserError as `check_start` does, and for values that are not
-    finite.
+    The file's strength is kept: B is scaled by its alpha/rank divided by the run's, so that the output is the same for
+    any lora.alpha. Raises UserError as in `check_initial_lora`, and if a value is not finite.
     """
-    check_start(transformer, file)
+    check_initial_lora(transformer, file)
     adapter = load_adapter(file, dtype=torch.float32)
     for name, module in _injected(transformer).items():
         layer = adapter.layers[name]
@@ -168,14 +170,17 @@ def start_from(transformer: torch.nn.Module, file: LoraFile) -> None:
         module.lora_B[ADAPTER].weight.copy_(layer.b * (layer.scale / module.scaling[ADAPTER]))
 
 
-def describe_start(file: LoraFile, image_latents: str) -> list[str]:
-    """For people: what a run starts from, and what they may not expect of it.
+def describe_initial_lora(file: LoraFile, image_latents: str) -> list[str]:
+    """Return lines that describe the LoRA a run starts from, with warnings.
 
     image_latents: `conditioning.image_latents` of the run.
     """
     first, *lines = describe_lora(file, INIT_ALPHA)
     lines.insert(0, f"starting from {first}")
-    theirs = file.metadata.get("image_latents", image_latents)
-    if theirs != image_latents:
-        lines.append(f"  it was trained with conditioning.image_latents={theirs}, this run has {image_latents}")
+    convention = file.metadata.get("image_latents", image_latents)
+    if convention != image_latents:
+        lines.append(
+            f"warning: {file.path}: was trained with conditioning.image_latents={convention}, but this run uses "
+            f"{image_latents}."
+        )
     return lines

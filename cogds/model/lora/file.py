@@ -1,11 +1,11 @@
-"""A LoRA file as data: every format of `formats`, as pairs of matrices and a strength per layer of the transformer.
+"""Reading of LoRA files in all formats of `formats`: for each layer, a pair of matrices and a strength.
 
-All that reads a LoRA (training from one, evaluating, sampling, exporting) reads it here. A layer's alpha is taken from
-its own tensor, else from the config in the header (diffusers' `lora_adapter_metadata`, finetrainers' `lora_config`),
-else from `adapter_config.json` beside PEFT's `adapter_model.safetensors`. Where there is none, the user's is taken.
+Training from a LoRA, evaluation, sampling and export all read LoRAs with this module. A layer's alpha comes from its
+own tensor, otherwise from the config in the header (diffusers' `lora_adapter_metadata`, finetrainers' `lora_config`),
+otherwise from `adapter_config.json` beside PEFT's `adapter_model.safetensors`, otherwise from the user.
 
-Safetensors and JSON are data. A pickle can run code when it is opened, and is refused unopened. Values of a wrong type
-are refused here, so callers need not check them.
+Only safetensors and JSON are read. A pickle can run code when it is opened, so it is refused without opening it. Values
+of a wrong type are refused here, so callers need not check them.
 """
 
 import enum
@@ -29,21 +29,21 @@ from cogds.errors import UserError
 from cogds.model.lora.formats import DIFFUSERS_PREFIX, PEFT_PREFIX, SAT_ALPHA, parse_key
 
 OWN_METADATA_KEY, FINETRAINERS_KEY = "cogds", "lora_config"
-ALPHA_IN_WEIGHTS = "alpha_in_weights"  # of our metadata: B is multiplied by alpha/rank, so the strength is 1
+ALPHA_IN_WEIGHTS = "alpha_in_weights"  # metadata key of cogds: B includes the factor alpha/rank, so the strength is 1
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
-# Settings of PEFT under which a layer's output is more than W x + s B A x, or W is no longer the base model's.
+# PEFT settings with which a layer's output is not W x + s B A x, or W differs from the base model's.
 BEYOND_LORA = (
     "modules_to_save", "layer_replication", "target_parameters", "trainable_token_indices", "alora_invocation_tokens",
     "use_qalora", "use_bdlora", "kasa_config", "monteclora_config", "arrow_config",
 )  # fmt: skip
-KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # init_lora_weights that leave W alone
+KEEPS_BASE = (None, True, False, "gaussian", "eva", "orthogonal")  # values of init_lora_weights that do not change W
 FLOATS = ("F64", "F32", "BF16", "F16", "F8_E4M3", "F8_E5M2")  # dtypes as safetensors names them
 
 
 def lora_file(path: str | Path) -> Path:
-    """The LoRA file at a path: the file itself, or the one in a folder.
+    """Return the LoRA file at a path, which is a file or a folder that contains one.
 
-    Raises UserError if there is none or more than one, and if it is a pickle, which could run code and is never opened.
+    Raises UserError if there is none or more than one, or if it is a pickle, which is never opened.
     """
     path = Path(path)
     try:
@@ -55,31 +55,32 @@ def lora_file(path: str | Path) -> Path:
     files = [file for file in files if file.name in names] or files
     pickles = [file for file in inside if file.suffix in PICKLES]
     if len(files) > 1:
-        raise UserError(f"{path}: holds more than one LoRA: {', '.join(file.name for file in files)}. Name the file.")
+        names_found = ", ".join(file.name for file in files)
+        raise UserError(f"{path}: contains more than one LoRA: {names_found}. Pass the path of one file.")
     if pickles and files in ([], pickles):
         raise UserError(
-            f"{pickles[0]}: a pickle, which can run code when it is opened, so it was not opened. Save the LoRA as "
-            "safetensors, the default of diffusers and PEFT."
+            f"{pickles[0]}: is a pickle, which can run code when it is opened. Save the LoRA as safetensors, the "
+            "default of diffusers and PEFT."
         )
     if not files:
-        raise UserError(f"{path}: no LoRA here. Pass a .safetensors file, or a folder that holds one.")
+        raise UserError(f"{path}: contains no LoRA. Pass a .safetensors file, or a folder with one.")
     return files[0]
 
 
 @contextmanager
-def opened(file: Path) -> Iterator[Any]:
-    """The safetensors file, open. Raises UserError if it is none, or is cut short."""
+def open_safetensors(file: Path) -> Iterator[Any]:
+    """Open a safetensors file. Raises UserError if it is not one, or is truncated."""
     try:
         handle = safe_open(file, "pt")
     except (SafetensorError, OSError) as error:
-        raise UserError(f"{file}: not a safetensors file ({error}). Export the LoRA again.") from None
+        raise UserError(f"{file}: is not a complete safetensors file ({error}). Export the LoRA again.") from None
     with handle as tensors:
         yield tensors
 
 
 @dataclass(frozen=True)
 class LoraPair:
-    """One layer's two matrices in a file: their names, A [rank, num_in] and B [num_out, rank]; scale multiplies BA."""
+    """The matrices of one layer in a file. a, b: names of A [rank, num_in] and B [num_out, rank]; scale: of BA."""
 
     a: str
     b: str
@@ -90,22 +91,27 @@ class LoraPair:
 
 
 class AlphaSource(enum.Enum):
-    """Where a file's strength comes from, in words for people."""
+    """Source of a file's strength, as text for messages."""
 
     FILE = "alpha from the file"
-    GIVEN = "alpha as given"
-    SAT = "the file names no alpha, SAT's default is 1"
-    ASSUMED = "the file names no alpha, alpha = rank is assumed"
+    USER = "alpha from the user"
+    SAT = "no alpha in the file, using SAT's default of 1"
+    ASSUMED = "no alpha in the file, assuming alpha = rank"
 
 
 @dataclass(frozen=True)
 class LoraFile:
-    """What a LoRA file's header says. pairs: by the full name of the transformer's layer."""
+    """The header of a LoRA file.
+
+    Attributes:
+        pairs: by the full name of the layer in the transformer.
+        metadata: recorded by `adapter.export`, {} for other trainers.
+    """
 
     path: Path
     pairs: dict[str, LoraPair]
     alpha_source: AlphaSource
-    metadata: dict[str, Any]  # what `lora.export` recorded; {} from another trainer
+    metadata: dict[str, Any]
 
     @property
     def ranks(self) -> list[int]:
@@ -117,27 +123,32 @@ class LoraFile:
 
 
 def read_loras(paths: Iterable[str | Path], alpha: float | None, setting: str) -> list[LoraFile]:
-    """Read the headers of LoRA files, with `alpha` for those that name none. setting: the name of what gives it.
+    """Read the headers of LoRA files.
 
-    Raises UserError as `read_lora` does, and for an alpha that is not positive or that no file needs.
+    Args:
+        alpha: for files that do not contain one.
+        setting: config key or flag that alpha comes from, for messages.
+
+    Raises:
+        UserError: as for `read_lora`, or alpha is not positive, or no file needs it.
     """
     if alpha is not None and not _is_positive(alpha):
         raise UserError(f"{setting}: {alpha} is not a positive number. Pass the alpha that the LoRA was trained with.")
     files = [read_lora(path, alpha) for path in paths]
     if alpha is not None and all(file.alpha_source is AlphaSource.FILE for file in files):
-        names = " and ".join(f"{file.path} names its alpha (strength {join_values(file.scales)})" for file in files)
-        raise UserError(f"{setting}: {names}. Leave {setting} out; a weight or scale makes a LoRA weaker or stronger.")
+        names = " and ".join(f"{file.path} contains its alpha (strength {join_values(file.scales)})" for file in files)
+        raise UserError(f"{setting}: {names}. Remove {setting}. To change a LoRA's strength, use a weight or scale.")
     return files
 
 
 def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
-    """Read a LoRA's header, in any format of `formats`. alpha: of the layers for which the file names none.
+    """Read the header of a LoRA file in any format of `formats`. alpha: for layers for which the file has none.
 
-    Raises UserError for what is no LoRA of this transformer in whole or in part, is damaged, or is more than a LoRA
-    (DoRA, biases, changed base weights).
+    Raises UserError if the file is damaged, has tensors that are not a LoRA of this transformer, or is more than a
+    LoRA (DoRA, biases, changed base weights).
     """
     file = lora_file(path)
-    with opened(file) as tensors:
+    with open_safetensors(file) as tensors:
         header: dict[str, str] = tensors.metadata() or {}
         slices = {name: tensors.get_slice(name) for name in tensors.keys()}  # noqa: SIM118
         shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
@@ -146,11 +157,11 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
     keys = {name: parse_key(name) for name in shapes}
     metadata = _own_metadata(file, header)
     config = _adapter_config(file, header, shapes, alpha)
-    _refuse_more_than_lora(file, config, shapes)
+    _refuse_other_adapters(file, config, shapes)
     if metadata.pop(ALPHA_IN_WEIGHTS, False):
         alpha, source = None, AlphaSource.FILE
     elif alpha is not None:
-        source = AlphaSource.GIVEN
+        source = AlphaSource.USER
     elif any(key and key.is_sat for key in keys.values()):
         alpha, source = SAT_ALPHA, AlphaSource.SAT
     else:
@@ -161,17 +172,17 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
         shape_a, shape_b = shapes.get(a, ()), shapes.get(b, ())
         if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or not shape_a[0]:
             raise UserError(
-                f"{file}: damaged: layer {layer} has A of shape {shape_a or 'nothing'} and B of shape "
-                f"{shape_b or 'nothing'}, not [rank, in] and [out, rank]. Export the LoRA again."
+                f"{file}: layer {layer} is damaged: A has shape {shape_a or 'none'} and B has shape "
+                f"{shape_b or 'none'}, not [rank, in] and [out, rank]. Export the LoRA again."
             )
         if others := {dtypes[a], dtypes[b]}.difference(FLOATS):
             raise UserError(f"{file}: layer {layer} is stored as {min(others)}. Export the LoRA in bf16 or fp32.")
         _check_rank(file, config, layer, shape_a[0])
-        rank, own = shape_a[0], alphas.get(named.get("alpha", ""))
-        if own is None:
+        rank, layer_alpha = shape_a[0], alphas.get(named.get("alpha", ""))
+        if layer_alpha is None:
             scale = _config_scale(file, config, layer, rank)
         else:
-            scale = _checked(file, layer, own[0] if len(own) == 1 else own) / rank
+            scale = _check_alpha(file, layer, layer_alpha[0] if len(layer_alpha) == 1 else layer_alpha) / rank
         missing = missing or scale is None
         if scale is None:
             scale = 1.0 if alpha is None else alpha / rank
@@ -180,36 +191,36 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
 
 
 def describe_lora(file: LoraFile, setting: str) -> list[str]:
-    """What a LoRA file holds, in a line for people, and what to do if its strength is a guess.
+    """Return a line that describes a LoRA file, and a warning if its strength is a guess.
 
-    setting: the name of what gives an alpha.
+    setting: config key or flag to pass an alpha with.
     """
     ranks, scales = join_values(file.ranks), join_values(file.scales)
     lines = [f"LoRA {file.path}: {len(file.pairs)} layers, rank {ranks}, strength {scales} ({file.alpha_source.value})"]
     if file.alpha_source is AlphaSource.ASSUMED:
         lines.append(
-            f"warning: {file.path}: names no alpha, so alpha = rank is assumed, as diffusers does. If it was trained "
-            f"with another, pass {setting} (CogKit trains with alpha 64 at rank 128, SAT with alpha 1)."
+            f"warning: {file.path}: contains no alpha, so alpha = rank is assumed, as in diffusers. If it was trained "
+            f"with a different alpha, pass {setting} (CogKit trains with alpha 64 at rank 128, SAT with alpha 1)."
         )
     return lines
 
 
 def join_values(values: Sequence[Any], limit: int = 4) -> str:
-    """The first few values, for people."""
+    """Format the first few values."""
     texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
 
 
 def _mapping(file: Path, text: str | None) -> dict[str, Any]:
-    """A mapping that a file keeps as JSON, {} for none. Raises UserError if it is damaged."""
+    """Parse a JSON mapping in a file, {} for None. Raises UserError if it is damaged."""
     if text is None:
         return {}
     try:
         value = json.loads(text)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{file}: the settings in it cannot be read ({error}). Export the LoRA again.") from None
+        raise UserError(f"{file}: its settings are not valid JSON ({error}). Export the LoRA again.") from None
     if not isinstance(value, dict):
-        raise UserError(f"{file}: the settings in it are {text:.60}, not a mapping. Export the LoRA again.")
+        raise UserError(f"{file}: its settings are {text:.60}, not a mapping. Export the LoRA again.")
     return value
 
 
@@ -257,13 +268,13 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
 
 
 def _own_metadata(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
-    """The settings that cogds recorded in the header, {} if none. Raises UserError for values that it never records."""
+    """Return cogds' settings in the header, {} if there are none. Raises UserError for invalid values."""
     metadata = _mapping(file, header.get(OWN_METADATA_KEY))
     for name, is_valid in _IS_VALID.items():
         if name in metadata and not is_valid(metadata[name]):
             raise UserError(
                 f"{file}: {name} in its settings is {_as_json(metadata[name])}, which is not valid. Export the LoRA "
-                "again, or update cogds if a newer version wrote it."
+                "again, or upgrade cogds if a newer version wrote the file."
             )
     return metadata
 
@@ -274,13 +285,13 @@ def _as_json(value: Any) -> str:
 
 
 def _adapter_config(file: Path, header: Mapping[str, str], names: Iterable[str], alpha: float | None) -> dict[str, Any]:
-    """The file's LoraConfig as plain values, wherever its format keeps it; {} if there is none."""
+    """Return the file's LoraConfig as plain values, from where its format stores it, or {} if there is none."""
     text = header.get(LORA_ADAPTER_METADATA_KEY, header.get(FINETRAINERS_KEY))
     is_peft, beside = any(name.startswith(PEFT_PREFIX) for name in names), file.parent / CONFIG_NAME
     if text is None and (is_peft or file.name == SAFETENSORS_WEIGHTS_NAME) and beside.is_file():
         file, text = beside, beside.read_text(encoding="utf-8", errors="replace")
     if text is None and is_peft and alpha is None:
-        raise UserError(f"{file}: {CONFIG_NAME} is not beside it. Copy the whole folder that PEFT wrote.")
+        raise UserError(f"{file}: {CONFIG_NAME} is missing in its folder. Copy the whole folder that PEFT wrote.")
     config = {name.removeprefix(DIFFUSERS_PREFIX): value for name, value in _mapping(file, text).items()}
     rank, rslora = config.get("r", 1), config.get("use_rslora")
     problem = ""
@@ -304,34 +315,33 @@ def _adapter_config(file: Path, header: Mapping[str, str], names: Iterable[str],
     return config
 
 
-def _refuse_more_than_lora(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
-    """Raise UserError if two matrices a layer and a strength are not all there is to the adapter."""
+def _refuse_other_adapters(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+    """Raise UserError if the adapter is more than two matrices and a strength per layer."""
     dora = [name for name in names if "dora_scale" in name or "lora_magnitude_vector" in name]
     biases = [name for name in names if name.endswith(".bias")]
     init = config.get("init_lora_weights")
     if dora or config.get("use_dora"):
-        problem = "a DoRA"
+        problem = "is a DoRA"
     elif biases or config.get("lora_bias") or config.get("bias") not in (None, "none"):
         problem = "has biases"
     elif config.get("peft_type") not in (None, "LORA"):
-        problem = f"an adapter of type {config['peft_type']}"
+        problem = f"is an adapter of type {config['peft_type']}"
     elif beyond := [name for name in BEYOND_LORA if config.get(name)]:
-        problem = f"made with {beyond[0]}={config[beyond[0]]}"
+        problem = f"was trained with {beyond[0]}={config[beyond[0]]}"
     elif init not in KEEPS_BASE:
-        problem = f"made with init_lora_weights={init}, which changes the base model"
+        problem = f"was trained with init_lora_weights={init}, which changes the base model"
     else:
         return
-    raise UserError(f"{file}: {problem}, which this project does not load. Pass a plain LoRA, or convert it to one.")
+    raise UserError(f"{file}: {problem}, which cogds does not support. Pass a plain LoRA, or convert it to one.")
 
 
 def _halves(file: Path, keys: Mapping[str, Any]) -> dict[str, dict[str, str]]:
-    """By layer, the names in the file of its A and its B. Raises UserError for a tensor of anything else."""
-    if strange := [name for name, key in keys.items() if key is None]:
-        whole = "no LoRA" if len(strange) == len(keys) else "not only a LoRA"
+    """Return the names of each layer's A, B and alpha in the file. Raises UserError for any other tensor."""
+    if unknown := [name for name, key in keys.items() if key is None]:
+        problem = "is not a LoRA" if len(unknown) == len(keys) else "is more than a LoRA"
         raise UserError(
-            f"{file}: {whole} of a CogVideoX transformer: {len(strange)} of its {len(keys)} tensors are of no layer "
-            f"and no format that is known, the first is '{strange[0]}'. Pass a LoRA of CogVideoX; docs/operations.md "
-            "lists the formats."
+            f"{file}: {problem} of a CogVideoX transformer: {len(unknown)} of its {len(keys)} tensors have unknown "
+            f"names, such as '{unknown[0]}'. Pass a LoRA of CogVideoX in one of the formats in docs/operations.md."
         )
     halves: dict[str, dict[str, str]] = {}
     for name, key in keys.items():
@@ -343,34 +353,36 @@ def _halves(file: Path, keys: Mapping[str, Any]) -> dict[str, dict[str, str]]:
             )
         parts[key.part] = name
     if not halves:
-        raise UserError(f"{file}: holds nothing. Export the LoRA again.")
+        raise UserError(f"{file}: contains no tensors. Export the LoRA again.")
     return halves
 
 
 def _check_rank(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> None:
-    """Raise UserError if the config names another rank: it belongs to another file, and so does its alpha."""
-    named = _of_layer(config, "rank_pattern", layer, "r")
-    if named not in (None, rank):
+    """Raise UserError if the config has a different rank. It then belongs to a different file, as does its alpha."""
+    config_rank = _of_layer(config, "rank_pattern", layer, "r")
+    if config_rank not in (None, rank):
         raise UserError(
-            f"{file}: layer {layer} has rank {rank}, but the LoRA's config says {named}. Export the LoRA again."
+            f"{file}: layer {layer} has rank {rank}, but the LoRA's config says {config_rank}. Export the LoRA again."
         )
 
 
 def _of_layer(config: Mapping[str, Any], pattern: str, layer: str, default: str) -> Any:
-    """The config's value for a layer, by PEFT's rules: from `pattern`, else from `default`; None if it names none."""
+    """Return the config's value for a layer by PEFT's rules: from `pattern`, otherwise from `default`, or None."""
     patterns = config.get(pattern) or {}
     return patterns.get(get_pattern_key(patterns, layer), config.get(default))
 
 
 def _config_scale(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> float | None:
-    """What the config says BA is multiplied with in one layer; None if it does not say."""
+    """Return the scale of BA in one layer by the config, or None if it has no alpha."""
     alpha = _of_layer(config, "alpha_pattern", layer, "lora_alpha")
     if alpha is None:
         return None
-    return _checked(file, layer, alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
+    return _check_alpha(file, layer, alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)
 
 
-def _checked(file: Path, layer: str, alpha: Any) -> float:
+def _check_alpha(file: Path, layer: str, alpha: Any) -> float:
     if not _is_positive(alpha):
-        raise UserError(f"{file}: layer {layer} has alpha {alpha!r}, not a positive number. Export the LoRA again.")
+        raise UserError(
+            f"{file}: layer {layer} has alpha {alpha!r}, which is not a positive number. Export the LoRA again."
+        )
     return alpha

@@ -1,6 +1,6 @@
-"""What LoRA files call the layers of CogVideoX's transformer: names only (`lora_file` reads, `convert` writes files).
+"""Names of CogVideoX's layers in LoRA files of different tools. `file` reads such files, `convert` writes them.
 
-One layer's A, or one of its tensors, in each format that is read:
+The A matrix of one layer in each supported format:
 
     diffusers, finetrainers     transformer.transformer_blocks.0.attn1.to_q.lora_A.weight
     older diffusers             transformer.transformer_blocks.0.attn1.to_q.lora.down.weight
@@ -12,16 +12,16 @@ One layer's A, or one of its tensors, in each format that is read:
     VideoX-Fun, kohya           lora_unet__transformer_blocks_0_attn1_to_q.lora_down.weight, ... .alpha
     SAT                         model.diffusion_model.transformer.layers.0.attention.query_key_value.matrix_A.0
 
-ComfyUI has a class of its own for this model: the same layers, one linear map each, under other names. Its LoRA loader
-takes `diffusion_model.NAME.lora_down.weight` and `.lora_up.weight`, and multiplies by `NAME.alpha` over the rank, or by
-1 where there is no alpha.
+ComfyUI has its own class for this model, with the same linear layers under different names. Its LoRA loader reads
+`diffusion_model.NAME.lora_down.weight` and `.lora_up.weight`, and multiplies by `NAME.alpha` divided by the rank, or by
+1 if there is no alpha.
 """
 
 import re
 from typing import NamedTuple
 
 COMFYUI_PREFIX, PEFT_PREFIX, DIFFUSERS_PREFIX = "diffusion_model.", "base_model.model.", "transformer."
-# Ours -> ComfyUI's.
+# diffusers' names -> ComfyUI's.
 _COMFYUI = (
     ("transformer_blocks", "blocks"),
     ("attn1.to_q", "q"),
@@ -35,30 +35,30 @@ _COMFYUI = (
     ("ofs_embedding.linear_1", "ofs_embedding_linear_1"),
     ("ofs_embedding.linear_2", "ofs_embedding_linear_2"),
 )
-# Not linear layers: in full weights only.
+# These are not linear layers, and occur only in full weights.
 _COMFYUI_NORMS = (("attn1.norm_q", "norm_q"), ("attn1.norm_k", "norm_k"))
-# The linear layers with the same name in both.
+# Linear layers with the same name in both.
 _SAME = ("norm1.linear", "norm2.linear", "patch_embed.proj", "patch_embed.text_proj", "norm_out.linear", "proj_out")
 _IN_BLOCK = ("attn1.", "ff.", "norm1.", "norm2.")
-# Every name of a linear layer, without its block, dots as underscores -> ours.
+# Names of linear layers in either, without the block and with underscores in place of dots -> diffusers' name.
 _LAYERS = {name.replace(".", "_"): layer for layer, other in _COMFYUI[1:] for name in (layer, other)}
 _LAYERS |= {layer.replace(".", "_"): layer for layer in _SAME}
 
 _KEY = re.compile(
     r"(?:(?:base_model\.model|model|transformer|diffusion_model)\.)*(?:lora_(?:unet|transformer)_+)?"
     r"(?P<name>.+)\."
-    # The name of PEFT's adapter may stand before `weight`.
+    # PEFT may insert the adapter's name before `weight`.
     r"(?:lora_(?P<half>[AB])(?:\.[^.]+)?\.weight|lora[._](?P<way>down|up)\.weight|(?P<alpha>alpha))"
 )
-# `LoraMixin` of SwissArmyTransformer (sat/model/finetune/lora2.py), and the names that zai-org/CogVideo's
-# tools/export_sat_lora_weight.py gives: query, key and value are one layer with three pairs.
+# Names of SwissArmyTransformer's `LoraMixin` (sat/model/finetune/lora2.py) and of tools/export_sat_lora_weight.py in
+# zai-org/CogVideo. Query, key and value are one layer with three pairs of matrices.
 _SAT_KEY = re.compile(r"(?:.+\.)?layers\.(\d+)\.attention\.(query_key_value|dense)\.matrix_([AB])\.([012])")
 _SAT_LAYERS = {"query_key_value": ("attn1.to_q", "attn1.to_k", "attn1.to_v"), "dense": ("attn1.to_out.0",)}
-SAT_ALPHA = 1.0  # that mixin's default, which the configs of zai-org/CogVideo keep
+SAT_ALPHA = 1.0  # the default of `LoraMixin`, which the configs of zai-org/CogVideo do not change
 
 
 class Key(NamedTuple):
-    """What a tensor's name in a LoRA file stands for. part: "A", "B" or "alpha", of `layer` of the transformer."""
+    """A parsed tensor name of a LoRA file. layer: full name in the transformer; part: "A", "B" or "alpha"."""
 
     layer: str
     part: str
@@ -66,7 +66,7 @@ class Key(NamedTuple):
 
 
 def parse_key(key: str) -> Key | None:
-    """What a tensor of a LoRA file is, in any of the formats above; None if it is nothing of this transformer."""
+    """Parse a tensor name in any of the formats above. None if it does not belong to this transformer."""
     if match := _SAT_KEY.fullmatch(key):
         layers, index = _SAT_LAYERS[match[2]], int(match[4])
         name = f"transformer_blocks.{match[1]}.{layers[index]}" if index < len(layers) else None
@@ -79,7 +79,9 @@ def parse_key(key: str) -> Key | None:
 
 
 def layer_named(name: str) -> str | None:
-    """A linear layer's name in diffusers, given that or ComfyUI's, with dots or with underscores; None if unknown.
+    """Return diffusers' name of a linear layer from its name in diffusers or ComfyUI, or None if it is unknown.
+
+    Underscores are accepted in place of dots:
 
     `blocks.0.q`, `transformer_blocks_0_attn1_to_q` -> `transformer_blocks.0.attn1.to_q`.
     """
@@ -91,8 +93,8 @@ def layer_named(name: str) -> str | None:
 
 
 def comfyui_name(layer: str) -> str:
-    """`transformer_blocks.0.attn1.to_q` -> `blocks.0.q`. What ComfyUI calls the same stays as it is."""
+    """Return ComfyUI's name of a layer or weight: `transformer_blocks.0.attn1.to_q` -> `blocks.0.q`."""
     table = dict(_COMFYUI + _COMFYUI_NORMS)
     known = "|".join(re.escape(part) for part in table)
-    # Whole runs of dotted parts only.
+    # Match whole dotted parts only.
     return re.sub(rf"(?<![^.])({known})(?![^.])", lambda match: table[match[1]], layer)

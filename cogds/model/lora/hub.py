@@ -1,4 +1,4 @@
-"""Folders put onto the Hugging Face hub: private unless told otherwise."""
+"""Upload of folders to the Hugging Face hub. Repositories are private by default."""
 
 import re
 from pathlib import Path
@@ -10,21 +10,21 @@ from huggingface_hub.errors import RepositoryNotFoundError
 from cogds.errors import BUGS, UserError, brief
 
 
-def check_repo(repo: str, public: bool, api: Any = None) -> None:
-    """Raise UserError where a folder could not be pushed to `repo`, or would be seen by more than was asked for.
+def check_repository(repo: str, public: bool, api: Any = None) -> None:
+    """Raise UserError if a folder cannot be uploaded to `repo`, or if it would be public against the user's wish.
 
-    api: an `HfApi`, or what stands in for it.
+    api: an `HfApi`, or a stand-in for tests.
     """
     api = api or HfApi()
     if not re.fullmatch(r"[\w.-]+/[\w.-]+", repo):
-        raise UserError(f"--push-to {repo} is no repository of the hub: give OWNER/NAME")
+        raise UserError(f"--push-to {repo}: not a hub repository. Pass OWNER/NAME.")
     try:
-        who = api.whoami()["name"]
+        user = api.whoami()["name"]
     except BUGS:
         raise
     except Exception as error:
         raise UserError(
-            f"--push-to {repo}: the hub does not know who you are ({brief(error)}): log in with `hf auth login`"
+            f"--push-to {repo}: not logged in to the hub ({brief(error)}). Log in with `hf auth login`."
         ) from None
     try:
         private = api.model_info(repo).private
@@ -33,31 +33,35 @@ def check_repo(repo: str, public: bool, api: Any = None) -> None:
     except BUGS:
         raise
     except Exception as error:
-        raise UserError(f"--push-to {repo}: the hub was asked as {who} and does not answer ({brief(error)})") from None
+        raise UserError(
+            f"--push-to {repo}: the hub cannot be queried as {user} ({brief(error)}). Check the network and try again."
+        ) from None
     if not private and not public:
-        raise UserError(f"--push-to {repo} is there already and everybody can see it: give another, or --public")
+        raise UserError(
+            f"--push-to {repo}: the repository exists and is public. Use another one, or allow it with --public."
+        )
 
 
-def listed(folder: Path) -> list[str]:
-    """What a push would upload, for people: every file and its size."""
+def list_files(folder: Path) -> list[str]:
+    """Return a line with name and size for every file in the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
     return [f"  {path.relative_to(folder)}  {path.stat().st_size / 1e6:.2f} MB" for path in files]
 
 
-def push(folder: Path, repo: str, public: bool, api: Any = None) -> str:
-    """Upload the folder into the repository, which is made where there is none; returns its address.
+def upload_folder(folder: Path, repo: str, public: bool, api: Any = None) -> str:
+    """Upload the folder, create the repository if needed, and return its address.
 
-    Raises UserError where the hub refuses, or cannot be reached.
+    Raises UserError if the upload fails.
     """
     api = api or HfApi()
     try:
-        made = api.create_repo(repo, private=not public, exist_ok=True)
+        address = api.create_repo(repo, private=not public, exist_ok=True)
         api.upload_folder(repo_id=repo, folder_path=folder, commit_message=f"Upload {folder.name}")
     except BUGS:
         raise
     except Exception as error:
         raise UserError(
-            f"--push-to {repo}: the upload failed ({brief(error)}); {folder} is whole: upload it later with "
-            f"`hf upload {repo} {folder}`"
+            f"--push-to {repo}: the upload failed ({brief(error)}). {folder} is complete. Upload it later with "
+            f"`hf upload {repo} {folder}`."
         ) from None
-    return str(made)
+    return str(address)

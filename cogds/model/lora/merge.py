@@ -18,7 +18,7 @@ from safetensors.torch import save_file
 
 from cogds.errors import UserError
 from cogds.model.load import PARTS, ModelFolder, transformer_weights
-from cogds.model.lora.file import OWN_METADATA_KEY, LoraFile, opened
+from cogds.model.lora.file import OWN_METADATA_KEY, LoraFile, open_safetensors
 from cogds.model.lora.formats import comfyui_name
 
 SHARD_BYTES = 2 * 10**9
@@ -176,7 +176,7 @@ def _merged(
 ) -> Iterator[tuple[str, torch.Tensor]]:
     """Yield name and value of every weight, in the order of the files; float32 if a LoRA or the factor changed it."""
     with ExitStack() as stack:
-        files = [(lora, strength, stack.enter_context(opened(lora.path))) for lora, strength in loras]
+        files = [(lora, strength, stack.enter_context(open_safetensors(lora.path))) for lora, strength in loras]
         for name, slice_ in transformer_weights(model):
             value, layer = slice_[:], name.removesuffix(".weight")
             for lora, strength, tensors in files:

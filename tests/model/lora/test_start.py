@@ -11,14 +11,14 @@ from safetensors.torch import load_file, save_file
 from cogds.errors import UserError
 from cogds.model.load import empty_transformer, find_model, load_transformer
 from cogds.model.lora.adapter import (
-    check_start,
-    describe_start,
+    check_initial_lora,
+    describe_initial_lora,
     export,
     inject,
     linear_layers,
+    load_initial_lora,
     resolve_targets,
-    start_from,
-    targets_of,
+    shortest_targets,
 )
 from cogds.model.lora.file import read_lora
 from tests.model.lora.test_adapter import ATTENTION, example_inputs, randomize
@@ -83,7 +83,7 @@ def output(transformer):
 
 def started(transformer, path, rank=RANK, alpha=RANK, targets=ATTENTION):
     inject(transformer, rank, alpha, 0.0, targets, seed=1)
-    start_from(transformer, read_lora(path))
+    load_initial_lora(transformer, read_lora(path))
     return transformer
 
 
@@ -125,15 +125,16 @@ def test_it_goes_on_training(fresh, save):
     assert all(parameter.grad.abs().max() > 0 for parameter in trained)
 
 
-def test_what_was_found_is_told(save):
-    told = describe_start(read_lora(save("ours", lora_alpha=8)), "pipeline")
+def test_the_description_names_strength_and_source(save):
+    told = describe_initial_lora(read_lora(save("ours", lora_alpha=8)), "pipeline")
     assert "8 layers, rank 4, strength 2 (alpha from the file)" in told[0]
-    assert "conditioning.image_latents=scaled, this run has pipeline" in told[1]
-    told = describe_start(read_lora(save("no alpha")), "pipeline")
-    assert "strength 1 (the file names no alpha" in told[0]
+    assert "conditioning.image_latents=scaled" in told[1]
+    assert "pipeline" in told[1]
+    told = describe_initial_lora(read_lora(save("no alpha")), "pipeline")
+    assert "rank 4, strength 1 (" in told[0]
     assert "lora.init_alpha" in told[1]
-    (told,) = describe_start(read_lora(save("no alpha"), 2), "pipeline")
-    assert "strength 0.5 (alpha as given)" in told
+    (told,) = describe_initial_lora(read_lora(save("no alpha"), 2), "pipeline")
+    assert "strength 0.5 (alpha from the user)" in told
 
 
 def rewrite(folder, change, name=DIFFUSERS):
@@ -149,18 +150,18 @@ def first(tensors, half="lora_A"):
 @pytest.mark.parametrize(
     "saved, run, message",
     [
-        ({"rank": 8}, {}, r"rank 8 on 8 layers .*this run rank 4 on 8 .*\. Set lora\.rank=8$"),
+        ({"rank": 8}, {}, r"lora\.init_from: .*rank 8 on 8 layers .*rank 4 on 8 layers .* lora\.rank=8\.$"),
         (
             {"targets": ("to_q", "to_out.0")},
             {},
-            r"rank 4 on 4 layers \(to_out\.0, to_q\), this run rank 4 on 8 \(to_k, to_out\.0, to_q, to_v\)\. Set "
-            r"'lora\.target_modules=\[to_out\.0,to_q\]'$",
+            r"rank 4 on 4 layers \(to_out\.0, to_q\), .*rank 4 on 8 layers \(to_k, to_out\.0, to_q, to_v\)\. .*"
+            r"'lora\.target_modules=\[to_out\.0,to_q\]'\.$",
         ),
-        ({"targets": ("all-linear",)}, {"targets": ("to_q",)}, r"'lora\.target_modules=\[all-linear\]'$"),
+        ({"targets": ("all-linear",)}, {"targets": ("to_q",)}, r" 'lora\.target_modules=\[all-linear\]'\.$"),
         (
             {"rank": 2, "targets": ("to_q",)},
             {"targets": ("to_k",)},
-            r"Set lora\.rank=2 'lora\.target_modules=\[to_q\]'",
+            r" lora\.rank=2 'lora\.target_modules=\[to_q\]'\.",
         ),
     ],
 )
@@ -168,13 +169,13 @@ def test_another_rank_or_other_layers_are_named_and_so_is_what_to_set(tiny_model
     transformer = empty_transformer(find_model(str(tiny_model)))
     inject(transformer, RANK, RANK, 0.0, run.get("targets", ATTENTION), seed=0)
     with pytest.raises(UserError, match=message):
-        check_start(transformer, read_lora(save("ours", **saved)))
+        check_initial_lora(transformer, read_lora(save("ours", **saved)))
 
 
 def test_a_file_that_fits_is_known_before_any_weight_is_loaded(tiny_model, save):
     transformer = empty_transformer(find_model(str(tiny_model)))
     inject(transformer, RANK, RANK, 0.0, ATTENTION, seed=0)
-    check_start(transformer, read_lora(save("ours")))
+    check_initial_lora(transformer, read_lora(save("ours")))
 
 
 @pytest.mark.parametrize(
@@ -186,7 +187,7 @@ def test_a_file_that_fits_is_known_before_any_weight_is_loaded(tiny_model, save)
         ),
         (
             lambda t: t.update({first(t).replace(".0.", ".7."): t.pop(first(t)), "x": torch.zeros(1)}),
-            "not only a LoRA .* the first is 'x'",
+            "1 of its 17 tensors .*'x'",
         ),
         (
             lambda t: [t.update({name.replace("blocks.0", "blocks.7"): t.pop(name)}) for name in list(t)],
@@ -194,7 +195,7 @@ def test_a_file_that_fits_is_known_before_any_weight_is_loaded(tiny_model, save)
         ),
         (
             lambda t: t.update({first(t): torch.zeros(2, 32), first(t, "lora_B"): torch.zeros(32, 2)}),
-            "layers of ranks 2, 4",
+            "lora.init_from: .* 2, 4",
         ),
         (lambda t: t[first(t, "lora_B")].fill_(torch.nan), "not finite"),
     ],
@@ -213,7 +214,7 @@ def test_targets_are_found_again_from_their_layers(fresh, targets):
     transformer = fresh()
     linears = list(linear_layers(transformer))
     layers = resolve_targets(transformer, targets)
-    assert set(resolve_targets(transformer, targets_of(layers, linears))) == set(layers)
+    assert set(resolve_targets(transformer, shortest_targets(layers, linears))) == set(layers)
     inject(transformer, RANK, RANK, 0.0, targets, seed=0)
     assert list(linear_layers(transformer)) == linears
 
@@ -221,22 +222,22 @@ def test_targets_are_found_again_from_their_layers(fresh, targets):
 def test_peft_without_its_config_is_refused(save):
     folder = save("peft")
     (folder / "adapter_config.json").unlink()
-    with pytest.raises(UserError, match=r"adapter_config\.json is not beside it"):
+    with pytest.raises(UserError, match=r"adapter_config\.json"):
         read_lora(folder / PEFT)
     (folder / "adapter_config.json").write_text("{")
-    with pytest.raises(UserError, match="cannot be read"):
+    with pytest.raises(UserError, match=r"adapter_config\.json: "):
         read_lora(folder)
 
 
 @pytest.mark.parametrize(
     "settings, message",
     [
-        ({"use_dora": True}, "a DoRA"),
+        ({"use_dora": True}, " DoRA"),
         ({"lora_bias": True}, "has biases"),
         ({"bias": "lora_only"}, "has biases"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa, which changes the base model"),
-        ({"modules_to_save": ["proj_out"]}, "made with modules_to_save"),
-        ({"peft_type": "LOKR"}, "an adapter of type LOKR"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        ({"modules_to_save": ["proj_out"]}, "modules_to_save="),
+        ({"peft_type": "LOKR"}, "LOKR"),
         ({"lora_alpha": "much"}, "lora_alpha.*much"),
     ],
 )
@@ -251,18 +252,18 @@ def test_what_is_more_than_a_lora_is_refused(save, settings, message):
 @pytest.mark.parametrize(
     "change, message",
     [
-        (lambda t: t.update({"transformer.transformer_blocks.0.attn1.to_q.dora_scale": torch.ones(1)}), "a DoRA"),
+        (lambda t: t.update({"transformer.transformer_blocks.0.attn1.to_q.dora_scale": torch.ones(1)}), " DoRA"),
         (lambda t: t.update({"transformer.transformer_blocks.0.attn1.to_q.lora_B.bias": torch.ones(1)}), "has biases"),
         (
             lambda t: t.update({"text_encoder.x.lora_A.weight": torch.ones(1)}),
-            "not only a LoRA .* the first is 'text_encoder",
+            "1 of its 17 tensors .*'text_encoder",
         ),
-        (lambda t: t.pop(first(t)), r"damaged: .*A of shape nothing"),
-        (lambda t: t.update({first(t): torch.zeros(0)}), r"damaged: .*A of shape \(0,\)"),
-        (lambda t: [t.pop(name) for name in list(t)], "holds nothing"),
+        (lambda t: t.pop(first(t)), r"layer .*A has shape none"),
+        (lambda t: t.update({first(t): torch.zeros(0)}), r"layer .*A has shape \(0,\)"),
+        (lambda t: [t.pop(name) for name in list(t)], "no tensors"),
         (
             lambda t: [t.update({name.replace("lora_", ""): t.pop(name)}) for name in list(t)],
-            "no LoRA of a CogVideoX transformer",
+            "16 of its 16 tensors",
         ),
     ],
 )
@@ -276,6 +277,6 @@ def test_a_file_of_other_content_is_refused(save, change, message):
 def test_a_folder_of_two_loras_is_refused(save):
     folder = save("ours")
     (save("peft") / PEFT).rename(folder / PEFT)
-    with pytest.raises(UserError, match="more than one LoRA"):
+    with pytest.raises(UserError, match=r"adapter_model\.safetensors, pytorch_lora_weights\.safetensors"):
         read_lora(folder)
     assert read_lora(folder / DIFFUSERS).ranks == [RANK]

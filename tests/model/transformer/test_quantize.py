@@ -14,7 +14,7 @@ from torch._dynamo.backends.common import aot_autograd
 from cogds.core.memory import TransformerSize, base_weights_bytes, unpacked_weight_bytes
 from cogds.errors import UserError
 from cogds.model.load import build_transformer, find_model, load_transformer
-from cogds.model.lora.adapter import check_start, export, inject, resolve_targets
+from cogds.model.lora.adapter import check_initial_lora, export, inject, resolve_targets
 from cogds.model.lora.file import read_lora
 from cogds.model.transformer import quantize
 from cogds.model.transformer.forward import Transformer
@@ -291,7 +291,7 @@ def test_a_lora_trained_on_a_packed_base_loads_in_diffusers(tiny_model, tmp_path
     with safe_open(files["packed"], "pt") as one, safe_open(files["full"], "pt") as other:
         assert set(one.keys()) == set(other.keys())
         assert one.metadata() == other.metadata()
-    check_start(full, read_lora(files["packed"]))
+    check_initial_lora(full, read_lora(files["packed"]))
     plain = CogVideoXTransformer3DModel.from_pretrained(model.path / "transformer").to(torch.bfloat16)
     before = plain(**batch)[0].float()
     plain.load_lora_adapter(str(files["packed"]), use_safetensors=True)

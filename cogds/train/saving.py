@@ -80,18 +80,18 @@ def export_lora(transformer: Any, weights: Mapping[str, torch.Tensor], run: Run,
 
     weights: whole tensors by parameter name.
     """
-    partial, facts = folder.with_name(folder.name + ".tmp"), lora_metadata(run, checkpoints.step_of(folder))
+    partial, metadata = folder.with_name(folder.name + ".tmp"), lora_metadata(run, checkpoints.step_of(folder))
     checkpoints.remove_partial(folder.parent)
-    export(partial, transformer, weights, facts)
-    write_card(partial, folder, facts)
+    export(partial, transformer, weights, metadata)
+    write_card(partial, folder, metadata)
     checkpoints.replace_folder(partial, folder)
 
 
 def lora_metadata(run: Run, step: int) -> dict[str, Any]:
-    """Collect the JSON-serializable facts that are recorded in the LoRA's header."""
+    """Collect the metadata that is recorded in the LoRA's header."""
     cfg, plan = run.cfg, run.plan
     batches = sorted({size * run.world.data_size * plan.accumulation for size in plan.local_batch_sizes})
-    facts = {
+    metadata = {
         "cogds_version": cogds.__version__,
         "step": step,
         "base_model": cfg.model.path,
@@ -111,7 +111,7 @@ def lora_metadata(run: Run, step: int) -> dict[str, Any]:
         "seed": cfg.seed,
     }
     if cfg.data.default_caption:
-        facts["instance_prompt"] = cfg.data.default_caption
+        metadata["instance_prompt"] = cfg.data.default_caption
     if cfg.sample.prompts:
-        facts["example_prompt"] = cfg.sample.prompts[0].prompt
-    return facts
+        metadata["example_prompt"] = cfg.sample.prompts[0].prompt
+    return metadata

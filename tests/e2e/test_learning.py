@@ -1,4 +1,4 @@
-"""The main command learns: real clips in several buckets, and two clips by heart."""
+"""The train verb learns: real clips in several buckets, and two clips until it overfits."""
 
 import json
 import os
@@ -32,7 +32,7 @@ def test_real_clips_train_in_several_buckets(real_clips, tiny_model, run_train, 
     assert (run / "unusable.jsonl").read_text() == ""
     trained = [name for line in metrics(run) for name in line if name.startswith("train/loss/bucket=")]
     # 1280x720 goes to 17x96x160, 640x272 to 9x64x160, and 176x144 (its pixels are not square) to 25x64x80. In six steps
-    # every clip is seen twice.
+    # every clip is trained twice.
     assert sorted(trained) == sorted(f"train/loss/bucket={b}" for b in ("17x96x160", "25x64x80", "9x64x160") * 2)
 
 
@@ -49,7 +49,7 @@ def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model
     0 is out of the tiny model's reach: a patch holds 64 noisy latents and its residual stream 32 numbers. Where the
     clip is hardly noised, v is the noise and the loss stays near 1; where all is noise, v is the clip: 0.17.
     """
-    # Each clip stands four times in the list, so that a batch holds it with several noises and timesteps.
+    # Each clip is listed four times, so that a batch has it with several noises and timesteps.
     rows = [{"file_name": str(real_clips / name), "text": CAPTIONS[name]} for name in list(CAPTIONS)[1:]] * 4
     (tmp_path / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
     common = [
@@ -61,7 +61,7 @@ def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model
         "lora.target_modules=[all-linear]", "lora.rank=32", "lora.alpha=64",
         "train.num_steps=200", "train.batch_size=4", "eval.every=null", "train.activation_checkpointing=none",
         "optimizer.lr=5e-3", "optimizer.warmup_steps=10", "optimizer.schedule=cosine",
-        # By heart, not in general: what is evaluated is what is trained.
+        # The trained clips are evaluated: this tests memorization, not generalization.
         "conditioning.image_noise=false", "conditioning.image_dropout=0", "conditioning.caption_dropout=0",
         "checkpoint.every=200",
         timeout_s=400, launcher="warm",
@@ -70,5 +70,5 @@ def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model
     tuned = evaluation_loss(warm, *common, "--lora", tmp_path / "run/lora/step-000200")
     print(f"evaluation loss: base {base:.4f}, tuned {tuned:.4f}")
     assert tuned < base / 2
-    # Zeros score the mean square of the target, about 1: it is not enough to unlearn the base model's random output.
+    # Predicting zeros gives about 1, the mean square of the target, so suppressing the random output is not enough.
     assert tuned < 0.6

@@ -24,12 +24,12 @@ VENV = Path(sys.prefix)
 
 @pytest.fixture(scope="module")
 def clone(tmp_path_factory):
-    """A fresh clone. `make install` has been run already, by whoever runs this test."""
+    """A fresh clone that uses the environment of this checkout."""
     if not (VENV / ".installed").exists():
         pytest.skip(f"{VENV} was not created by `make install`: run `make test-slow`")
     folder = tmp_path_factory.mktemp("newcomer") / "cogds"
     subprocess.run(["git", "clone", "--quiet", "--no-hardlinks", str(ROOT), str(folder)], check=True, timeout=60)
-    # With the changes that are not committed.
+    # With uncommitted changes.
     changed = subprocess.run(
         ["git", "ls-files", "-z", "--modified", "--others", "--exclude-standard"], cwd=ROOT, check=True,
         capture_output=True, text=True, timeout=60,
@@ -39,7 +39,7 @@ def clone(tmp_path_factory):
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy(ROOT / name, folder / name)
     for name in ("setup.py", "constraints.txt"):
-        os.utime(folder / name, (0, 0))  # or make would install again
+        os.utime(folder / name, (0, 0))  # otherwise make would install again
     return folder
 
 

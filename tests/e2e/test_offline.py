@@ -1,4 +1,4 @@
-"""Nodes without internet: installed from a folder of wheels, a model in a folder, and a sentence where it is not."""
+"""Nodes without internet: installation from a folder of wheels, a model in a folder, and the error for a hub id."""
 
 import os
 import shutil
@@ -9,7 +9,7 @@ import pytest
 
 from tests.conftest import ROOT
 
-# Everything that is read of a model, and then the one thing that cannot work. No call may so much as ask for a name.
+# Reads everything from a model folder without resolving any host name. Then a hub id, which must fail.
 SCRIPT = """
 import sys
 
@@ -32,12 +32,12 @@ try:
     load.find_model("somebody/some-model")
 except UserError as error:
     print("told:", error)
-assert asked  # what is counted is there to be counted
+assert asked  # the counter works
 """
 
 
 def without_network():
-    """Words in front of a command that take the network from it; none where the system does not allow that."""
+    """The start of a command that removes its network access; [] if the system does not allow that."""
     words = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
     if shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0:
         return words
@@ -45,9 +45,9 @@ def without_network():
 
 
 @pytest.mark.slow
-def test_a_model_in_a_folder_needs_no_network_and_a_hub_id_without_one_is_told(tiny_model, tmp_path):
+def test_a_model_folder_needs_no_network_and_a_hub_id_is_a_user_error(tiny_model, tmp_path):
     environ = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    environ.pop("HF_HUB_OFFLINE")  # nobody told it that there is no network
+    environ.pop("HF_HUB_OFFLINE")  # not told that there is no network
     done = subprocess.run(
         [*without_network(), sys.executable, "-c", SCRIPT, str(tiny_model)],
         cwd=ROOT,
@@ -62,7 +62,7 @@ def test_a_model_in_a_folder_needs_no_network_and_a_hub_id_without_one_is_told(t
 
 
 def make(*words):
-    """What make says, and its exit code."""
+    """The output of make, and its exit code."""
     done = subprocess.run(["make", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     return done.stdout + done.stderr, done.returncode
 
@@ -72,7 +72,7 @@ def new_venv(tmp_path):
     return f"VENV={tmp_path / 'venv'}", f"PYTHON={sys.executable}"
 
 
-def test_a_wheelhouse_holds_all_that_an_install_takes(new_venv):
+def test_a_wheelhouse_has_everything_that_an_installation_needs(new_venv):
     plan, _ = make("-n", "install", *new_venv)
     packages = plan.partition("--editable ")[2].splitlines()[0]
     plan, _ = make("-n", "wheelhouse", *new_venv)
@@ -80,19 +80,19 @@ def test_a_wheelhouse_holds_all_that_an_install_takes(new_venv):
     assert packages
     assert packages in wheels
     assert "--constraint constraints.txt" in wheels
-    assert "setuptools" in wheels  # what building this package takes
-    assert "index" not in plan  # where packages come from is the user's own setting
+    assert "setuptools" in wheels  # needed to build this package
+    assert "index" not in plan  # the user configures the index
     assert "http" not in plan
 
 
-def test_an_install_from_a_wheelhouse_asks_no_index(new_venv):
+def test_an_installation_from_a_wheelhouse_uses_no_index(new_venv):
     plan, _ = make("-n", "install", "WHEELHOUSE=wheelhouse", *new_venv)
     (install,) = (line for line in plan.splitlines() if "pip install" in line)
     assert f"--no-index --find-links {ROOT}/wheelhouse --constraint" in install
     assert "--no-index" not in make("-n", "install", *new_venv)[0]
 
 
-def test_a_wheelhouse_that_does_not_fit_is_refused_before_anything_is_installed(new_venv, tmp_path):
+def test_an_incompatible_wheelhouse_is_refused_before_anything_is_installed(new_venv, tmp_path):
     output, code = make("install", f"WHEELHOUSE={tmp_path}", *new_venv)
     assert code != 0
     assert f"error: WHEELHOUSE: {tmp_path}" in output

@@ -60,7 +60,7 @@ def test_commands_are_short_enough_to_read(file):
 
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory, tiny_model):
-    """Words that make the real run small. They are appended to a command, where the last value of a key wins."""
+    """Overrides that make the real run small. They are appended to a command, and the last value of a key wins."""
     from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("readme")
@@ -77,7 +77,7 @@ def overrides(tmp_path_factory, tiny_model):
 
 
 def run(words, more, timeout_s=240):
-    """Run a command with more words, and return what it printed."""
+    """Run a command with more arguments, and return its output."""
     words = with_programs(words)
     if Path(words[0]).name == "deepspeed":
         words[1:1] = ["--master_port", free_port()]

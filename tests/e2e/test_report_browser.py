@@ -1,4 +1,4 @@
-"""The report in a real browser: it draws, it asks for nothing, and what users wrote stays text."""
+"""The report in a real browser: it renders, requests nothing, and shows user input as text."""
 
 import json
 import re
@@ -17,7 +17,7 @@ BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 
 
 def browse(file, folder, *flags):
-    """Open a page as a fresh user, with every name of a host unresolvable; stdout."""
+    """Open a page with a new profile and no host resolution. Returns stdout."""
     command = [
         BROWSER, "--headless=new", "--no-sandbox", "--disable-gpu", "--disable-background-networking",
         "--no-first-run", "--hide-scrollbars", "--host-resolver-rules=MAP * ~NOTFOUND",
@@ -27,7 +27,7 @@ def browse(file, folder, *flags):
 
 
 def frame(_path, _kind, _start_s, height, width):
-    """A coloured gradient, so that a picture that is drawn is seen to be."""
+    """A color gradient, so that a rendered image can be recognized."""
     y, x = np.mgrid[:height, :width]
     return np.stack([x * 255 // width, y * 255 // height, np.full_like(x, 160)], axis=-1).astype(np.uint8)
 
@@ -42,7 +42,7 @@ def page(tmp_path_factory):
 
 
 def image_sizes(dom):
-    """Alt text -> natural size, as the browser decoded it."""
+    """The natural size of each image in the browser, by alt text."""
     return {alt: (int(width), int(height)) for alt, width, height in re.findall(r"size:(.*?)\|(\d+)x(\d+);", dom)}
 
 
@@ -52,7 +52,7 @@ def test_nothing_is_requested_and_nothing_runs(page, tmp_path):
     addresses = set(re.findall(r'"url":"([^"]+)"', log.read_text()))
     events = json.loads(log.read_text())["events"]
     assert events
-    # The browser's own housekeeping (its update and account hosts) is not the page's doing; hosts never resolve anyway.
+    # The browser itself asks for its update and account hosts, which do not resolve either. Ignore those.
     own = re.compile(r"https?://[\w.-]*(google(apis)?\.com|gvt1\.com|gstatic\.com|android\.com)[:/]")
     foreign = {one for one in addresses if not one.startswith(("file:", "data:", "chrome", "about:", "devtools:"))}
     assert {one for one in foreign if not own.match(one)} == set()
@@ -62,8 +62,8 @@ def test_nothing_is_requested_and_nothing_runs(page, tmp_path):
     assert dom.count("<svg ") == 4
 
 
-def test_a_page_that_asks_for_something_is_seen(tmp_path):
-    """The check above can fail: a page with a foreign picture and no policy is found out."""
+def test_a_page_that_requests_something_is_detected(tmp_path):
+    """The check above can fail: it detects a page with a remote image and no policy."""
     bad = tmp_path / "bad.html"
     bad.write_text("<img src='http://example.invalid/x.png'>")
     log = tmp_path / "net.json"
@@ -71,8 +71,8 @@ def test_a_page_that_asks_for_something_is_seen(tmp_path):
     assert "example.invalid" in log.read_text()
 
 
-def test_pictures_and_plots_have_a_size(page, tmp_path):
-    """A script of the test's own, in a copy without the policy, writes down what the browser decoded and laid out."""
+def test_images_and_plots_have_a_size(page, tmp_path):
+    """A script in a copy without the policy writes the sizes that the browser decoded and laid out."""
     copy = tmp_path / "copy.html"
     probe = """<script>addEventListener("load", () => { let out = "";
         for (const i of document.images) out += `size:${i.alt.slice(0, 200)}|${i.naturalWidth}x${i.naturalHeight};`;
@@ -92,7 +92,7 @@ def test_pictures_and_plots_have_a_size(page, tmp_path):
 
 
 @pytest.mark.parametrize("width", [1280, 480])
-def test_the_page_is_drawn(page, tmp_path, width):
+def test_the_page_is_rendered(page, tmp_path, width):
     shot = tmp_path / "shot.png"
     browse(page, tmp_path, f"--screenshot={shot}", f"--window-size={width},5200")
     pixels = np.asarray(Image.open(shot).convert("RGB")).astype(int)
@@ -100,6 +100,6 @@ def test_the_page_is_drawn(page, tmp_path, width):
     background = pixels[2, 2]
     drawn = (np.abs(pixels - background).sum(axis=2) > 60).mean()
     assert 0.02 < drawn < 0.6
-    # The orange of crops, buckets and kept activations, and the blue of the clips.
+    # Orange for crops, buckets and kept activations, blue for clips.
     for colour in ((224, 129, 43), (59, 130, 196)):
         assert (np.abs(pixels - colour).sum(axis=2) < 40).sum() > 300

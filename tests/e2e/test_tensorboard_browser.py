@@ -1,4 +1,4 @@
-"""A run as its user sees it: TensorBoard's own server, in a real browser. The screenshots are kept to be looked at."""
+"""A run in TensorBoard's server and a real browser. The screenshots are kept for inspection."""
 
 import sys
 import time
@@ -19,7 +19,7 @@ SCREENSHOTS = ROOT / ".testdata/screenshots"
 
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, tiny_model, run_train):
-    """A small real run, with all that it can show."""
+    """A small real run with everything that TensorBoard can show."""
     from cogds.data.video.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("shown")
@@ -37,7 +37,7 @@ def run_folder(tmp_path_factory, tiny_model, run_train):
 
 @pytest.fixture(scope="module")
 def address(run_folder):
-    """Of a TensorBoard server that has read the run."""
+    """The address of a TensorBoard server that has read the run."""
     words = ["--logdir", run_folder / "tensorboard", "--host", "127.0.0.1", "--load_fast=false"]
     with tensorboard(sys.executable, "-m", "tensorboard.main", *words) as address:
         yield address
@@ -60,7 +60,7 @@ def test_scalars(browser, address):
     wanted = quote("^(train/(loss|grad_norm)|perf/(step_s|tokens_per_s|data_wait))$")
     browser.open(f"{address}?tagFilter={wanted}#timeseries")
     browser.wait_for("/loss", "/grad_norm", "/step_s", "/tokens_per_s", "/data_wait")
-    time.sleep(5)  # its lines are drawn by an animation
+    time.sleep(5)  # lines are animated
     browser.screenshot(SCREENSHOTS / "scalars.png")
     assert drawn("scalars") > 0.01
 
@@ -73,7 +73,7 @@ def test_custom_layout(browser, address):
     assert drawn("custom_scalars") > 0.01
 
 
-def test_pictures_and_a_clip_that_plays(browser, address):
+def test_images_and_a_playing_video(browser, address):
     browser.open(f"{address}#images")
     browser.wait_for("data/buckets", "data/first_frames")
     images = 'deep(document).filter(one => one.tagName == "IMG" && one.naturalWidth > 8)'

@@ -94,9 +94,7 @@ def test_another_convention_is_folded_in_or_warned_about(tiny_model, lora, tmp_p
 
 
 @pytest.mark.parametrize("convention, factor", [("pipeline", 1 / 0.49), ("scaled", 1.0), ("unscaled", 1 / 0.7)])
-def test_a_comfyui_merged_file_expects_the_latents_of_comfyui_nodes(
-    comfyui_model, tmp_path, capsys, convention, factor
-):
+def test_a_comfyui_merged_file_expects_latents_of_comfyui_nodes(comfyui_model, tmp_path, capsys, convention, factor):
     """They are scaled by 0.7 whatever was trained: what is missing to the trained scale is within the weights."""
     lora = write_lora(comfyui_model, tmp_path / "lora", metadata={**METADATA, "image_latents": convention})
     out = tmp_path / "mine"

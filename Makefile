@@ -47,8 +47,11 @@ wheelhouse: setup.py constraints.txt
 	rm -rf wheelhouse/cogds-*.whl .wheelhouse
 	$(PYTHON) -c '$(FITS)' > wheelhouse/fits
 
+# More arguments of `cogds demo`: `make demo DEMO_ARGS="train.num_steps=200"`.
+DEMO_ARGS ?=
+
 demo: install
-	$(BIN)/cogds demo --num-gpus $(RANKS)
+	$(BIN)/cogds demo --num-gpus $(RANKS) $(DEMO_ARGS)
 
 # What every commit runs: behavior of all packages, with a real run of two ranks, a resume and an export.
 test: install

@@ -54,8 +54,9 @@ def run(clone, words, more=(), timeout_s=240):
 @pytest.fixture(scope="module")
 def demo(clone):
     """The output of the demo."""
-    output = run(clone, command("make demo"))
-    remove_shared_buffers([int(re.search(r"--master_port=(\d+)", output)[1])])
+    port = free_port()
+    output = run(clone, command("make demo"), [f"DEMO_ARGS=--master-port {port}"])
+    remove_shared_buffers([port])
     return output
 
 

@@ -64,7 +64,7 @@ def main(argv: list[str] | None = None, api: Any = None) -> None:
             f"--to {' or '.join(MERGED)}."
         )
     if args.to not in MERGED and given[0].weight == 0:
-        raise UserError(f"--scale: a LoRA of strength 0 does nothing, with --to {args.to}. Pass another number.")
+        raise UserError(f"{given[0].file.path}: strength 0 does nothing with --to {args.to}. Pass another number.")
     model = base_model(args.model, given, needed=args.to in MERGED)
     if model:
         check_all_fit([one.file for one in given], model)
@@ -146,7 +146,7 @@ def parse_loras(words: Sequence[str], scale: float, alpha: float | None = None) 
         if number is None:
             given.append((word, 1.0))
         elif given:
-            check_scale(number)
+            check_scale(number, given[-1][0])
             given[-1] = (given[-1][0], number)
         else:
             raise UserError(f"there is no LoRA at {word}: give its path first, and its weight after it")

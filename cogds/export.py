@@ -89,7 +89,7 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
             f"--to {' or '.join(MERGED_FORMATS)}."
         )
     if args.to not in MERGED_FORMATS and loras[0].weight == 0:
-        raise UserError(f"--scale: 0 turns the LoRA off, so --to {args.to} has nothing to export. Pass another number.")
+        raise UserError(f"{loras[0].file.path}: strength 0 does nothing with --to {args.to}. Pass another number.")
     model = base_model(args.model, loras, needed=args.to in MERGED_FORMATS)
     if model:
         check_all_fit([lora.file for lora in loras], model)

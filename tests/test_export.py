@@ -152,7 +152,7 @@ Usage = namedtuple("Usage", "total used free")
         (["--to", "diffusers", "--scale", "nan"], "--scale: nan"),
         (["--to", "diffusers", "--scale", "0"], "strength 0 does nothing"),
         (["{lora}", "0", "--to", "diffusers"], "^{lora}.*strength 0 does nothing"),
-        (["{lora}", "nan", "--to", "diffusers"], "^{lora}: nan"),
+        (["{lora}", "nan", "--to", "diffusers"], "^{lora}: .*nan"),
         (["--to", "diffusers", "--output", "{there}"], "--output .*there: already exists"),
         (["--to", "diffusers", "--pipeline", "link"], "--pipeline link: "),
         (["--to", "comfyui-merged", "--model", "{model}", "--pipeline", "link"], "--pipeline link: "),

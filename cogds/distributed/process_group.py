@@ -11,7 +11,6 @@ import socket
 import time
 from collections.abc import Mapping, MutableMapping
 from datetime import timedelta
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
@@ -21,7 +20,6 @@ from cogds.distributed.network import set_network
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.process.environment import environment_variables
-from cogds.process.extension_locks import announce_build, remove_stale_locks
 from cogds.process.log_filters import filter_stdout, install_log_filters
 
 
@@ -139,15 +137,15 @@ def _unreachable(host: str, port: int, timeout_s: float) -> str:
 
 def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConfig()) -> None:  # noqa: B008 (frozen)
     """Join the process group (NCCL on GPUs, gloo on CPUs). Collectives fail after `timeout_s` without an answer."""
-    import deepspeed  # slow to import, and many users of this module never join a process group
+    # Slow to import, and many users of this module never join a process group.
+    import deepspeed
+
+    from cogds.distributed.deepspeed_internals import skip_shared_memory_op
 
     install_log_filters()
     set_network(world, network)
     export_rendezvous(world)
-    built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
-    remove_stale_locks(built)
-    if world.device.type == "cpu" and world.local_rank == 0:
-        announce_build(built, "deepspeed_shm_comm")
+    skip_shared_memory_op()
     if world.device.type == "cuda":
         # Clips of many sizes fragment the allocator's memory. torch reads this at the first allocation. Not yet
         # measured.

@@ -1,5 +1,6 @@
 """Starts DeepSpeed: loads the transformer for a ZeRO stage, creates the engine, gathers parameters."""
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
@@ -11,6 +12,9 @@ from cogds.config.deepspeed import zero_stage
 from cogds.distributed.world import World
 from cogds.model.load import ModelFolder, build_transformer, fill_transformer, load_transformer
 from cogds.model.transformer.forward import Block, Transformer
+from cogds.process.extension_locks import extensions_folder, remove_stale_locks
+
+logger = logging.getLogger(__name__)
 
 
 @contextmanager
@@ -83,8 +87,21 @@ def load_for_stage(
 
 def start_engine(transformer: Any, parameters: Sequence[torch.nn.Parameter], ds_config: dict[str, Any]) -> Any:
     """Create a DeepSpeed engine that trains `parameters` of `transformer` with the optimizer of the config."""
+    if compiles_extension(ds_config):
+        logger.info(
+            "DeepSpeed compiles an extension for this config at its first use, which takes a minute or more. The shipped "
+            'configs need none (optimizer.params.torch_adam=true).'
+        )
+        remove_stale_locks(extensions_folder())
     engine, *_ = deepspeed.initialize(model=transformer, model_parameters=list(parameters), config=ds_config)
     return engine
+
+
+def compiles_extension(ds_config: dict[str, Any]) -> bool:
+    """Whether DeepSpeed compiles C++ code for the optimizer or for weights on NVMe."""
+    torch_adam = ds_config.get("optimizer", {}).get("params", {}).get("torch_adam", False)
+    offload = ds_config.get("zero_optimization", {}).get("offload_param") or {}
+    return not torch_adam or offload.get("device") == "nvme"
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

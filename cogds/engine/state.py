@@ -19,7 +19,7 @@ from deepspeed.utils import (
 
 from cogds.distributed.collectives import on_rank0
 from cogds.distributed.world import World
-from cogds.engine.deepspeed_internals import (
+from cogds.distributed.deepspeed_internals import (
     full_shape,
     make_optimizer_states,
     optimizer_states,

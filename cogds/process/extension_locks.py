@@ -23,6 +23,11 @@ BUILD_TIMEOUT_S = 900.0
 _descriptors: list[int] = []  # file locks, held as long as the process lives: extensions are built at several moments
 
 
+def extensions_folder() -> Path:
+    """Return the folder in which torch builds extensions."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+
+
 def remove_stale_locks(root: Path) -> None:
     """Remove stale locks from torch's folder of extensions. Call it in every process before an extension may be built.
 
@@ -52,12 +57,6 @@ def remove_stale_locks(root: Path) -> None:
                 logger.warning(f"{lock}: removed. A process was killed while it built this DeepSpeed extension.")
     with contextlib.suppress(OSError):  # a file system without locks
         fcntl.flock(_descriptors[-1], fcntl.LOCK_SH)
-
-
-def announce_build(root: Path, extension: str) -> None:
-    """Log that the extension will be built, if it is not there yet. Without a message the build looks like a hang."""
-    if not any(root.glob(f"{extension}/*.so")) and not any(root.glob(f"*/{extension}/*.so")):
-        logger.info(f"building DeepSpeed's {extension} in {root}; this happens once and takes a minute or more")
 
 
 def _locks(root: Path) -> list[Path]:

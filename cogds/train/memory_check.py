@@ -19,7 +19,7 @@ from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import USABLE_SHARE, MemoryEstimate
 from cogds.distributed.collectives import any_rank
-from cogds.engine.deepspeed_internals import (
+from cogds.distributed.deepspeed_internals import (
     has_optimizer_states,
     release_gathered_weights,
     without_zero3_backward_hooks,

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from cogds.distributed.world import World
-from cogds.engine.deepspeed_internals import local_master_weight
+from cogds.distributed.deepspeed_internals import local_master_weight
 from cogds.engine.state import trainable
 from cogds.metrics.step_metrics import SquaredNorms
 

@@ -25,7 +25,7 @@ from cogds.distributed.collectives import all_gather, any_rank, on_rank0
 from cogds.encode.clip_set import ClipSet
 from cogds.encode.encoder import encode_dataset
 from cogds.engine import checkpoint as checkpoints
-from cogds.engine.deepspeed_internals import detach_monitor
+from cogds.distributed.deepspeed_internals import detach_monitor
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine
 from cogds.engine.state import restore_state

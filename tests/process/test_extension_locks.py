@@ -7,7 +7,7 @@ import time
 import pytest
 
 from cogds.process import extension_locks
-from cogds.process.extension_locks import announce_build, remove_stale_locks
+from cogds.process.extension_locks import remove_stale_locks
 from tests.process.processes import heard, line, script
 
 HOLDER = """
@@ -96,15 +96,6 @@ def test_other_files_named_lock_stay(tmp_path):
     remove_stale_locks(tmp_path)
     assert deep.exists()
     assert full.exists()
-
-
-def test_a_build_is_announced_once(tmp_path, capsys):
-    announce_build(tmp_path, "some_op")
-    assert "some_op" in capsys.readouterr().out
-    (tmp_path / "py311_cpu/some_op").mkdir(parents=True)
-    (tmp_path / "py311_cpu/some_op/some_op.so").touch()
-    announce_build(tmp_path, "some_op")
-    assert capsys.readouterr().out == ""
 
 
 def test_a_folder_that_cannot_be_written_is_not_an_error(tmp_path):

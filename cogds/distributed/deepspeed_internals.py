@@ -9,8 +9,22 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
+import deepspeed.ops
 import torch
 from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param, safe_set_local_optimizer_state
+
+# ------------------------------------------------------------------------------------------------ start
+
+
+def skip_shared_memory_op() -> None:
+    """Keep `init_distributed` from compiling DeepSpeed's all-reduce through shared memory. Call it before.
+
+    DeepSpeed uses the op only for inference. Compiling it takes minutes and needs a C++ compiler and the Python
+    headers, and each rank would keep a buffer of 69 MB in /dev/shm. DeepSpeed has no setting for it: this is the table
+    that it asks whether an op can be built (deepspeed/comm/torch.py, `build_shm_op`).
+    """
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
+
 
 # ------------------------------------------------------------------------------------------------ parameters
 

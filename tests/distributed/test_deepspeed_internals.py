@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import torch
 
-from cogds.engine.deepspeed_internals import detach_monitor, without_zero3_backward_hooks
+from cogds.distributed.deepspeed_internals import detach_monitor, without_zero3_backward_hooks
 
 
 def test_backward_hooks_are_off_inside_at_stage_3_only():

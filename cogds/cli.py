@@ -26,7 +26,7 @@ from cogds.errors import (
     UserError,
     did_you_mean,
 )
-from cogds.process.environment import declare_cpu
+from cogds.process.environment import declare_cpu, set_library_defaults
 from cogds.process.log_filters import install_log_filters
 from cogds.process.logs import RESULT, configure_logging
 
@@ -80,7 +80,9 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     if starts_ranks and spec.is_launchable and (launcher := launcher_command(args, argv)):
         sys.stdout.flush()
         os.execv(launcher[0], launcher)
-    configure_logging(read_world().rank, RESULT if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
+    world = read_world()
+    set_library_defaults(world.local_size)
+    configure_logging(world.rank, RESULT if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
     with gc_disabled():
         module = importlib.import_module(spec.module)
     module.main(args)

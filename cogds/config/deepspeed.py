@@ -191,6 +191,13 @@ def zero_stage(ds_config: Mapping[str, Any]) -> int:
     return int(ds_config.get("zero_optimization", {}).get("stage", 0))
 
 
+def compiles_extension(ds_config: Mapping[str, Any]) -> bool:
+    """Whether DeepSpeed compiles C++ code: for its own optimizers, or for weights on NVMe."""
+    torch_adam = ds_config.get("optimizer", {}).get("params", {}).get("torch_adam", False)
+    offload = ds_config.get("zero_optimization", {}).get("offload_param") or {}
+    return not torch_adam or offload.get("device") == "nvme"
+
+
 class _Resolver:
     """A DeepSpeed config and a run config while they are combined, step by step."""
 
@@ -280,7 +287,7 @@ class _Resolver:
 
     def resolve_shared(self) -> None:
         """The optimizer, and the keys of `SHARED`."""
-        optimizer = self.ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True}})  # compiles no op
+        optimizer = self.ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True, "fused": True}})
         kind = optimizer.setdefault("type", "AdamW")
         optimizer.setdefault("params", {})
         if str(kind).lower() not in map(str.lower, _OPTIMIZERS):

@@ -19,7 +19,6 @@ from cogds.config.schema import NetworkConfig
 from cogds.distributed.network import set_network
 from cogds.distributed.world import World
 from cogds.errors import UserError
-from cogds.process.environment import environment_variables
 from cogds.process.log_filters import filter_stdout, install_log_filters
 
 
@@ -147,10 +146,6 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     export_rendezvous(world)
     skip_shared_memory_op()
     if world.device.type == "cuda":
-        # Clips of many sizes fragment the allocator's memory. torch reads this at the first allocation. Not yet
-        # measured.
-        if not environment_variables("PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_ALLOC_CONF"):
-            os.environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
         torch.cuda.set_device(world.device)
     with filter_stdout():
         deepspeed.init_distributed(

@@ -8,7 +8,7 @@ from typing import Any
 import deepspeed
 import torch
 
-from cogds.config.deepspeed import zero_stage
+from cogds.config.deepspeed import compiles_extension, zero_stage
 from cogds.distributed.world import World
 from cogds.model.load import ModelFolder, build_transformer, fill_transformer, load_transformer
 from cogds.model.transformer.forward import Block, Transformer
@@ -90,18 +90,11 @@ def start_engine(transformer: Any, parameters: Sequence[torch.nn.Parameter], ds_
     if compiles_extension(ds_config):
         logger.info(
             "DeepSpeed compiles an extension for this config at its first use, which takes a minute or more. The shipped "
-            'configs need none (optimizer.params.torch_adam=true).'
+            "configs need none (optimizer.params.torch_adam=true)."
         )
         remove_stale_locks(extensions_folder())
     engine, *_ = deepspeed.initialize(model=transformer, model_parameters=list(parameters), config=ds_config)
     return engine
-
-
-def compiles_extension(ds_config: dict[str, Any]) -> bool:
-    """Whether DeepSpeed compiles C++ code for the optimizer or for weights on NVMe."""
-    torch_adam = ds_config.get("optimizer", {}).get("params", {}).get("torch_adam", False)
-    offload = ds_config.get("zero_optimization", {}).get("offload_param") or {}
-    return not torch_adam or offload.get("device") == "nvme"
 
 
 def set_learning_rate(engine: Any, learning_rate: float) -> None:

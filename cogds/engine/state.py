@@ -18,7 +18,6 @@ from deepspeed.utils import (
 )
 
 from cogds.distributed.collectives import on_rank0
-from cogds.distributed.world import World
 from cogds.distributed.deepspeed_internals import (
     full_shape,
     make_optimizer_states,
@@ -26,6 +25,7 @@ from cogds.distributed.deepspeed_internals import (
     set_native_step_counter,
     set_zero3_partition,
 )
+from cogds.distributed.world import World
 from cogds.engine.start import gathered
 from cogds.errors import UserError
 

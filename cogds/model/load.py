@@ -24,6 +24,7 @@ from transformers import AutoTokenizer, T5EncoderModel
 from cogds.core.geometry import ModelGeometry
 from cogds.core.vae_memory import VaeSize
 from cogds.errors import BUGS, UserError, brief
+from cogds.model.cudnn import check_cudnn
 from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.quantize import PackedLinear, pack_block
 
@@ -268,7 +269,8 @@ def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:
 
 
 def load_vae(model: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLCogVideoX:
-    """Load the VAE, frozen and in eval mode."""
+    """Load the VAE, frozen and in eval mode. Raises UserError if this GPU would compute it wrongly (`cudnn`)."""
+    check_cudnn(torch.device(device), dtype)
     vae = AutoencoderKLCogVideoX.from_pretrained(model.path, subfolder="vae", dtype=dtype, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(device)
 
@@ -296,10 +298,11 @@ class TextEncoder:
     def __init__(self, model: ModelFolder, dtype: torch.dtype, device: torch.device | str):
         self.num_tokens = model.geometry.text_tokens
         self.tokenizer = load_tokenizer(model)
+        # Straight onto the device: the ranks of a node would hold 9.5 GB each in host memory.
         encoder = T5EncoderModel.from_pretrained(
-            model.path, subfolder="text_encoder", dtype=dtype, use_safetensors=True
+            model.path, subfolder="text_encoder", dtype=dtype, use_safetensors=True, device_map={"": device}
         )
-        self.encoder = encoder.requires_grad_(False).eval().to(device)
+        self.encoder = encoder.requires_grad_(False).eval()
 
     @torch.no_grad()
     def encode(self, caption: str) -> torch.Tensor:

@@ -14,6 +14,7 @@ from typing import Any
 import torch
 
 import cogds
+from cogds.config.deepspeed import compiles_extension
 from cogds.distributed.world import World
 from cogds.preflight.findings import (
     FAIL,
@@ -25,7 +26,7 @@ from cogds.preflight.findings import (
     describe_ranks,
     path_getter,
 )
-from cogds.process.environment import environment_variables
+from cogds.process.extension_locks import extensions_folder
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy")
 IMPORT_TIMEOUT_S = 60.0
@@ -80,13 +81,6 @@ def assess_versions(results: list[RankResult]) -> list[Finding]:
     return findings or [Finding("versions", OK, common)]
 
 
-def needs_compiler(device_type: str, ds_config: dict[str, Any]) -> bool:
-    """Return whether DeepSpeed compiles at startup: its all-reduce for CPUs, or an optimizer other than torch's."""
-    optimizer = ds_config["optimizer"]
-    is_own = str(optimizer["type"]).lower() in ("adam", "adamw", "lion") and not optimizer["params"].get("torch_adam")
-    return device_type == "cpu" or is_own
-
-
 def find_import_error(module: str) -> str:
     """Import a module in a child process, which a broken library may crash. Returns the error, or ""."""
     command = [sys.executable, "-c", f"import {module}"]
@@ -100,10 +94,7 @@ def find_import_error(module: str) -> str:
 
 def _find_stale_locks() -> list[str]:
     """Return the lock files of killed builds. Every later build of the same extension waits for its lock forever."""
-    folder = Path(
-        environment_variables("TORCH_EXTENSIONS_DIR").get("TORCH_EXTENSIONS_DIR")
-        or Path.home() / ".cache/torch_extensions"
-    )
+    folder = extensions_folder()
     now = time.time()
     locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
     return [str(path) for path in locks if now - path.stat().st_mtime > STALE_LOCK_S]
@@ -119,7 +110,7 @@ def inspect_tools(world: World, decoder: str, ds_config: dict[str, Any]) -> Rank
     modules = ["av", "decord"] if decoder == "decord" else ["av"]
     broken = {module: error for module in modules if (error := find_import_error(module))}
     missing = []
-    if needs_compiler(world.device.type, ds_config):
+    if compiles_extension(ds_config):
         # pip installs ninja beside the interpreter, in a folder that need not be on the PATH.
         ninja = Path(sys.executable).parent / "ninja"
         missing = [name for name in ("g++",) if not shutil.which(name)]

@@ -17,6 +17,7 @@ from cogds.model.load import DTYPES
 from cogds.model.lora.adapter import inject
 from cogds.preflight.findings import FAIL, OK, WARN, Finding, RankResult, describe_ranks
 from cogds.preflight.preflight_job import PreflightJob
+from cogds.train.memory_check import is_out_of_memory
 from cogds.train.step import Draws, load_step_builder, random_batch
 from cogds.train.tuning import choose_execution, prepare_blocks
 
@@ -93,7 +94,9 @@ def run_trial_step(job: PreflightJob) -> RankResult:
             if max(all_gather(world, steps_s[0])) > MAX_FIRST_STEP_S:
                 break
         result["steps_s"] = steps_s
-    except torch.OutOfMemoryError as error:
+    except Exception as error:
+        if not is_out_of_memory(error):
+            raise
         result["error"] = str(error).splitlines()[0]
         result["peak"] = peak_memory_bytes(device)
     if device.type == "cuda":

@@ -1,7 +1,8 @@
 """Environment variables of this process."""
 
 import os
-from collections.abc import Mapping
+import platform
+from collections.abc import Mapping, MutableMapping
 
 
 def environment_variables(*prefixes: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -12,3 +13,25 @@ def environment_variables(*prefixes: str, environ: Mapping[str, str] = os.enviro
 def declare_cpu() -> None:
     """Tell DeepSpeed's launcher that this machine has no GPU. Otherwise its processes warn that they found none."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")
+
+
+def set_library_defaults(local_size: int, environ: MutableMapping[str, str] = os.environ) -> None:
+    """Set variables that torch reads when it is imported or at its first allocation, unless the user has set them.
+
+    Call it before torch is imported. local_size: ranks on this machine, which share its cores.
+    """
+    cores = max(1, len(os.sched_getaffinity(0)) // local_size)
+    # Each of several ranks would otherwise use all cores, or a single one under torchrun, which sets 1. AdamW of an
+    # offloaded LoRA runs on these threads.
+    is_chosen = "OMP_NUM_THREADS" in environ and not (
+        "TORCHELASTIC_RUN_ID" in environ and environ["OMP_NUM_THREADS"] == "1"
+    )
+    if local_size > 1 and not is_chosen:
+        environ["OMP_NUM_THREADS"] = str(cores)
+    # Inductor's own default is up to 32 processes per rank.
+    environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(cores, 32)))
+    # Clips of many sizes fragment the allocator's memory. The setting fails on WSL2 (pytorch issue 192330). The newer
+    # name PYTORCH_ALLOC_CONF is ignored by torch 2.9.1.
+    is_set = "PYTORCH_CUDA_ALLOC_CONF" in environ or "PYTORCH_ALLOC_CONF" in environ
+    if not is_set and "microsoft" not in platform.release().lower():
+        environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"

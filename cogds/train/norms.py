@@ -11,8 +11,8 @@ from typing import Any
 
 import torch
 
-from cogds.distributed.world import World
 from cogds.distributed.deepspeed_internals import local_master_weight
+from cogds.distributed.world import World
 from cogds.engine.state import trainable
 from cogds.metrics.step_metrics import SquaredNorms
 

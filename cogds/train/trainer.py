@@ -22,10 +22,10 @@ from cogds.core.lr_schedule import learning_rate
 from cogds.core.plan import MicroBatch
 from cogds.core.rng import seed_global
 from cogds.distributed.collectives import all_gather, any_rank, on_rank0
+from cogds.distributed.deepspeed_internals import detach_monitor
 from cogds.encode.clip_set import ClipSet
 from cogds.encode.encoder import encode_dataset
 from cogds.engine import checkpoint as checkpoints
-from cogds.distributed.deepspeed_internals import detach_monitor
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine
 from cogds.engine.state import restore_state

@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 
 from cogds.config import deepspeed
-from cogds.config.deepspeed import REFUSED, SHARED, known_keys, load_ds_config, zero_stage
+from cogds.config.deepspeed import REFUSED, SHARED, compiles_extension, known_keys, load_ds_config, zero_stage
 from cogds.config.loading import load_config
 from cogds.config.schema import get
 from cogds.errors import UserError
@@ -60,7 +60,7 @@ def test_every_shipped_file_resolves_with_every_shipped_run(file, run):
     assert ds["train_batch_size"] == 8
     assert ds["bf16"]["enabled"] == (cfg.train.precision == "bf16")
     assert ds["optimizer"]["params"] == {
-        "lr": cfg.optimizer.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-3, "torch_adam": True
+        "lr": cfg.optimizer.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-3, "torch_adam": True, "fused": True
     }  # fmt: skip
 
 
@@ -123,7 +123,14 @@ def test_missing_keys_are_filled_and_resolving_twice_changes_nothing():
         "gradient_clipping": 1.0,
         "optimizer": {
             "type": "AdamW",
-            "params": {"torch_adam": True, "lr": 1e-4, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-3},
+            "params": {
+                "torch_adam": True,
+                "fused": True,
+                "lr": 1e-4,
+                "betas": [0.9, 0.95],
+                "eps": 1e-8,
+                "weight_decay": 1e-3,
+            },
         },
     }
     assert resolve(out) == (out, cfg)
@@ -391,3 +398,19 @@ def test_the_installed_deepspeed_accepts_every_resolved_file(file):
 
 def test_the_stage_of_an_empty_config_is_0():
     assert zero_stage({}) == 0
+
+
+@pytest.mark.parametrize(
+    "optimizer, offload_param, compiles",
+    [
+        ({"type": "AdamW", "params": {"torch_adam": True}}, None, False),
+        ({"type": "AdamW", "params": {}}, None, True),
+        ({"type": "Lion", "params": {}}, None, True),
+        ({"type": "AdamW", "params": {"torch_adam": True}}, {"device": "cpu"}, False),
+        ({"type": "AdamW", "params": {"torch_adam": True}}, {"device": "nvme"}, True),
+    ],
+)
+def test_configs_that_compile_an_extension(optimizer, offload_param, compiles):
+    assert (
+        compiles_extension({"optimizer": optimizer, "zero_optimization": {"offload_param": offload_param}}) == compiles
+    )

@@ -29,7 +29,6 @@ from cogds.preflight.software import (
     find_import_error,
     inspect_tools,
     inspect_versions,
-    needs_compiler,
 )
 from cogds.preflight.table import format_verdict, print_findings
 from cogds.preflight.timeouts import STOPPED
@@ -137,19 +136,6 @@ def test_inspect_tools_reports_broken_modules_and_missing_programs(monkeypatch):
     assert "g++" in inspect_tools(World(0, 1, 0, 1), "pyav", ds_config)["missing_programs"]
     assert find_import_error("no_such_decoder") == "ModuleNotFoundError: No module named 'no_such_decoder'"
     assert find_import_error("os; os._exit(9)") == "exit code 9"
-
-
-def test_needs_compiler():
-    def optimizer(name, **params):
-        return {"optimizer": {"type": name, "params": params}}
-
-    assert needs_compiler("cpu", optimizer("AdamW", torch_adam=True))
-    assert not needs_compiler("cuda", optimizer("AdamW", torch_adam=True))
-    assert needs_compiler("cuda", optimizer("AdamW"))
-    assert not needs_compiler("cuda", optimizer("SGD"))
-
-
-# --------------------------------------------------------------------------------------------------- disks and GPUs
 
 
 def disk(**changes):

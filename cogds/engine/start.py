@@ -89,8 +89,8 @@ def start_engine(transformer: Any, parameters: Sequence[torch.nn.Parameter], ds_
     """Create a DeepSpeed engine that trains `parameters` of `transformer` with the optimizer of the config."""
     if compiles_extension(ds_config):
         logger.info(
-            "DeepSpeed compiles an extension for this config at its first use, which takes a minute or more. The shipped "
-            "configs need none (optimizer.params.torch_adam=true)."
+            "DeepSpeed compiles an extension for this config at its first use, which takes a minute or more. The "
+            "shipped configs need none (optimizer.params.torch_adam=true)."
         )
         remove_stale_locks(extensions_folder())
     engine, *_ = deepspeed.initialize(model=transformer, model_parameters=list(parameters), config=ds_config)

@@ -23,10 +23,8 @@ def set_library_defaults(local_size: int, environ: MutableMapping[str, str] = os
     cores = max(1, len(os.sched_getaffinity(0)) // local_size)
     # Each of several ranks would otherwise use all cores, or a single one under torchrun, which sets 1. AdamW of an
     # offloaded LoRA runs on these threads.
-    is_chosen = "OMP_NUM_THREADS" in environ and not (
-        "TORCHELASTIC_RUN_ID" in environ and environ["OMP_NUM_THREADS"] == "1"
-    )
-    if local_size > 1 and not is_chosen:
+    default = "1" if "TORCHELASTIC_RUN_ID" in environ else None
+    if local_size > 1 and environ.get("OMP_NUM_THREADS") in (None, default):
         environ["OMP_NUM_THREADS"] = str(cores)
     # Inductor's own default is up to 32 processes per rank.
     environ.setdefault("TORCHINDUCTOR_COMPILE_THREADS", str(min(cores, 32)))

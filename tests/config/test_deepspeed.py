@@ -60,7 +60,8 @@ def test_every_shipped_file_resolves_with_every_shipped_run(file, run):
     assert ds["train_batch_size"] == 8
     assert ds["bf16"]["enabled"] == (cfg.train.precision == "bf16")
     assert ds["optimizer"]["params"] == {
-        "lr": cfg.optimizer.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-3, "torch_adam": True, "fused": True
+        "lr": cfg.optimizer.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-3,
+        "torch_adam": True, "fused": True,
     }  # fmt: skip
 
 

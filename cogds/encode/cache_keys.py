@@ -12,6 +12,7 @@ from cogds.core.vae_memory import vae_can_encode, vae_encode_bytes
 from cogds.data.cache.keys import cache_key, digest_files
 from cogds.data.cache.store import key_array_of_bytes
 from cogds.encode.clip_set import ClipSet
+from cogds.model.cudnn import cudnn_version
 from cogds.model.load import ModelFolder
 
 CLIPS_AT_ONCE = 1 << 17  # bounds the memory for Python objects
@@ -80,6 +81,8 @@ class CacheKeys:
             "vae": self._vae,
             "dtype": self._cfg.train.precision,
         }
+        if (cudnn := cudnn_version()) is not None:
+            fields["cudnn"] = cudnn
         return cache_key(fields).encode()
 
 

@@ -15,6 +15,7 @@ from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
 from cogds.errors import refuse_to_run
 from cogds.formatting import counted
 from cogds.job import Job, load_job, make_folders
+from cogds.model.cudnn import check_cudnn
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest, find_launchers
 
@@ -31,6 +32,7 @@ def main(args: argparse.Namespace) -> None:
             print_verified(verify(cache_dir, show_progress=True))
         return
     job = load_job(args, read_world(), changes={"data.encode": "cached"})
+    check_cudnn(job.world.device, job.dtype)
     cfg, world, cache_dir = job.cfg, job.world, job.cfg.data.cache_dir
     StopRequest(find_launchers()).listen()  # every entry is kept as soon as it is made: nothing needs saving
     connect(world, cfg.train.timeout_s, cfg.network)

@@ -12,14 +12,14 @@ FIRST_WRONG = 90800
 FIRST_RIGHT = {torch.bfloat16: 91500, torch.float32: 91600}
 
 
-def cudnn_version(device: torch.device) -> int | None:
-    """Return the version of cuDNN, such as 91002 for 9.10.2; None on a CPU."""
-    return torch.backends.cudnn.version() if device.type == "cuda" else None
+def cudnn_version() -> int | None:
+    """Return the version of cuDNN, such as 91002 for 9.10.2; None on a machine without a GPU."""
+    return torch.backends.cudnn.version() if torch.cuda.is_available() else None
 
 
 def check_cudnn(device: torch.device, dtype: torch.dtype) -> None:
     """Raise UserError if the VAE would be computed wrongly with this dtype."""
-    if message := find_cudnn_problem(cudnn_version(device), dtype):
+    if device.type == "cuda" and (message := find_cudnn_problem(cudnn_version(), dtype)):
         raise UserError(message)
 
 

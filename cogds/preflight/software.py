@@ -16,6 +16,7 @@ import torch
 import cogds
 from cogds.config.deepspeed import compiles_extension
 from cogds.distributed.world import World
+from cogds.model.cudnn import cudnn_version
 from cogds.preflight.findings import (
     FAIL,
     OK,
@@ -65,6 +66,7 @@ def inspect_versions() -> RankResult:
     if torch.cuda.is_available():
         nccl: Any = torch.cuda.nccl.version()
         versions["NCCL"] = ".".join(map(str, nccl)) if isinstance(nccl, tuple) else str(nccl)
+        versions["cuDNN"] = str(cudnn_version())
     versions["driver"] = _driver_version()
     versions["cogds code"] = code_digest(Path(cogds.__file__).parent.parent)
     return {"versions": versions}

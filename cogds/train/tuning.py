@@ -25,6 +25,7 @@ from cogds.distributed.collectives import all_gather, on_all_ranks, on_rank0
 from cogds.errors import UserError
 from cogds.job import Job, choose_checkpointing
 from cogds.metrics.trackers import check_tracker_packages
+from cogds.model.cudnn import check_cudnn
 from cogds.model.transformer.attention import activate_kernel, find_fastest_kernel
 from cogds.model.transformer.quantize import check_quantization
 from cogds.process.environment import environment_variables
@@ -71,6 +72,7 @@ def check_execution(job: Job) -> None:
     check_quantization(
         cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, zero_stage(job.ds_config), world.device
     )
+    check_cudnn(world.device, job.dtype)
     check_tracker_packages(job.ds_config)
     if cfg.model.compile == "on" and (missing := missing_to_compile(world.device)):
         raise UserError(

@@ -4,6 +4,7 @@ from types import SimpleNamespace
 
 import numpy as np
 import pyarrow as pa
+import torch
 
 from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
@@ -12,7 +13,7 @@ from cogds.encode.cache_keys import CacheKeys
 from cogds.encode.clip_set import ClipSet
 
 
-def test_keys_are_those_of_version_0_1(tmp_path):
+def test_keys_are_those_of_version_0_1(tmp_path, monkeypatch):
     for part in ("vae", "text_encoder", "tokenizer"):
         (tmp_path / part).mkdir()
         (tmp_path / part / "weights").write_bytes(part.encode())
@@ -34,7 +35,12 @@ def test_keys_are_those_of_version_0_1(tmp_path):
     rows = np.arange(2)
     assignment = BucketAssignment(rows, np.array([0.0, 1.5]), ((2,),), np.zeros(2, np.int16), np.full(2, 9))
     clips = ClipSet(table, assignment, (ClipShape(9, 64, 96),), (1.0,), 16.0, "/clips")
-    assert [key.hex() for key in keys.clips(clips).to_pylist()] == [
-        "71bc9ff061ae332b167684bd27190f06",
-        "b909522e40542a9007bcf54355325f09",
-    ]
+    before = ["71bc9ff061ae332b167684bd27190f06", "b909522e40542a9007bcf54355325f09"]
+    assert [key.hex() for key in keys.clips(clips).to_pylist()] == before
+    # On a GPU, the version of cuDNN is part of the key, because some versions compute wrongly.
+    on_gpu = []
+    for version in (91500, 91600):
+        monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+        monkeypatch.setattr(torch.backends.cudnn, "version", lambda version=version: version)
+        on_gpu.append([key.hex() for key in keys.clips(clips).to_pylist()])
+    assert len({key for keys in [before, *on_gpu] for key in keys}) == 6

@@ -30,6 +30,7 @@ def test_float32_without_tf32_is_right(monkeypatch):
 
 
 def test_a_vae_is_not_loaded_for_a_gpu_that_computes_it_wrongly(tiny_model, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
     monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
     with pytest.raises(UserError, match=r"9\.10\.2.*nvidia-cudnn-cu.*>=9\.15"):
         load_vae(find_model(str(tiny_model)), torch.bfloat16, torch.device("cuda"))

@@ -133,6 +133,8 @@ def test_inspect_tools_reports_broken_modules_and_missing_programs(monkeypatch):
     ds_config = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     assert inspect_tools(World(0, 1, 0, 1), "decord", ds_config)["broken_modules"] == {}
     monkeypatch.setattr(software.shutil, "which", lambda _: None)
+    assert inspect_tools(World(0, 1, 0, 1), "pyav", ds_config)["missing_programs"] == []  # nothing is compiled
+    ds_config["optimizer"]["params"] = {}
     assert "g++" in inspect_tools(World(0, 1, 0, 1), "pyav", ds_config)["missing_programs"]
     assert find_import_error("no_such_decoder") == "ModuleNotFoundError: No module named 'no_such_decoder'"
     assert find_import_error("os; os._exit(9)") == "exit code 9"

@@ -12,7 +12,8 @@ from cogds.config.deepspeed import compiles_extension, zero_stage
 from cogds.distributed.world import World
 from cogds.model.load import ModelFolder, build_transformer, fill_transformer, load_transformer
 from cogds.model.transformer.forward import Block, Transformer
-from cogds.process.extension_locks import extensions_folder, remove_stale_locks
+from cogds.process.environment import extensions_folder
+from cogds.process.extension_locks import remove_stale_locks
 
 logger = logging.getLogger(__name__)
 

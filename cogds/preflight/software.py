@@ -27,7 +27,7 @@ from cogds.preflight.findings import (
     describe_ranks,
     path_getter,
 )
-from cogds.process.extension_locks import extensions_folder
+from cogds.process.environment import extensions_folder
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy")
 IMPORT_TIMEOUT_S = 60.0

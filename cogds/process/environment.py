@@ -3,11 +3,17 @@
 import os
 import platform
 from collections.abc import Mapping, MutableMapping
+from pathlib import Path
 
 
 def environment_variables(*prefixes: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment variables whose names start with any of the prefixes, sorted by name."""
     return {name: value for name, value in sorted(environ.items()) if name.startswith(prefixes)}
+
+
+def extensions_folder() -> Path:
+    """Return the folder in which torch builds extensions."""
+    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
 
 
 def declare_cpu() -> None:

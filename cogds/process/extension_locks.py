@@ -23,11 +23,6 @@ BUILD_TIMEOUT_S = 900.0
 _descriptors: list[int] = []  # file locks, held as long as the process lives: extensions are built at several moments
 
 
-def extensions_folder() -> Path:
-    """Return the folder in which torch builds extensions."""
-    return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
-
-
 def remove_stale_locks(root: Path) -> None:
     """Remove stale locks from torch's folder of extensions. Call it in every process before an extension may be built.
 

@@ -123,13 +123,14 @@ class Trainer:
         if initial.checkpoint:
             on_rank0(world, lambda: check_identity(initial, identity))
             plan = resume_plan(plan, initial.header, initial.checkpoint)
-        execution = choose_execution(job, plan.local_batch_sizes)
+        execution = choose_execution(job, plan.local_batch_sizes, initial.header.get("kernel"))
         run = Run(job, data, plan, execution, initial.header.get("step", 0))
         header = {
             "cogds_version": cogds.__version__,
             "identity": identity,
             "plan": dataclasses.asdict(plan),
             "index": data.index.path.name,
+            "kernel": execution.kernel,
             "start": checkpoints.start_point(cfg.checkpoint.resume, initial.header),
         }
         return run, initial, header

@@ -22,11 +22,16 @@ from cogds.core.geometry import num_tokens
 from cogds.core.memory import MemoryEstimate
 from cogds.core.memory_advice import explain_shortfall
 from cogds.distributed.collectives import all_gather, on_all_ranks, on_rank0
-from cogds.errors import UserError
+from cogds.errors import UserError, brief
 from cogds.job import Job, choose_checkpointing
 from cogds.metrics.trackers import check_tracker_packages
 from cogds.model.cudnn import check_cudnn
-from cogds.model.transformer.attention import activate_kernel, find_fastest_kernel
+from cogds.model.transformer.attention import (
+    activate_kernel,
+    check_kernel,
+    find_fastest_kernel,
+    installed_kernels,
+)
 from cogds.model.transformer.quantize import check_quantization
 from cogds.process.environment import environment_variables
 
@@ -103,24 +108,39 @@ def missing_to_compile(device: torch.device, variables: Mapping[str, str] | None
     return f"a {language} compiler ({f'{name}={compiler} does not exist' if compiler else ' or '.join(defaults)})"
 
 
-def choose_execution(job: Job, batch_sizes: Sequence[int]) -> Execution:
+def choose_execution(job: Job, batch_sizes: Sequence[int], saved_kernel: str | None = None) -> Execution:
     """Return the execution that the config sets; for `auto`, the fastest that fits. Collective.
 
-    batch_sizes: batch size of each bucket.
+    batch_sizes: batch size of each bucket. saved_kernel: attention kernel of the checkpoint that the run resumes from,
+    which `auto` keeps if it still works. Raises UserError if the kernel that the config sets does not work.
     """
     world = job.world
     reports = all_gather(world, (gpu_memory(world.device), missing_to_compile(world.device)))
     memories = [gpu_bytes for gpu_bytes, _ in reports if gpu_bytes is not None]
     missing = [name for _, name in reports if name]
-    execution = on_rank0(world, lambda: _choose(job, batch_sizes, min(memories, default=None), missing))
-    on_all_ranks(world, lambda: activate_kernel(execution.kernel, world.device))
+    execution = on_rank0(world, lambda: _choose(job, batch_sizes, min(memories, default=None), missing, saved_kernel))
+    on_all_ranks(world, lambda: _activate(execution.kernel, world.device))
     return execution
 
 
-def _choose(job: Job, batch_sizes: Sequence[int], gpu_bytes: float | None, missing: Sequence[str]) -> Execution:
+def _activate(kernel: str, device: torch.device) -> None:
+    try:
+        activate_kernel(kernel, device)
+    except UserError:
+        raise
+    except Exception as error:  # of the kernel's package, which rank 0 could load
+        raise UserError(
+            f"model.attention={kernel}: its package does not work here: {brief(error)}. Install the same packages on "
+            "every node."
+        ) from error
+
+
+def _choose(
+    job: Job, batch_sizes: Sequence[int], gpu_bytes: float | None, missing: Sequence[str], saved_kernel: str | None
+) -> Execution:
     """Choose on rank 0. missing: names from `missing_to_compile` of the ranks that lack something."""
     cfg, memory = job.cfg, job.memory
-    kernel, notes = _choose_kernel(job) if cfg.model.attention == "auto" else (cfg.model.attention, [])
+    kernel, notes = _choose_kernel(job, saved_kernel)
     is_compiled = cfg.model.compile == "on" or (cfg.model.compile == "auto" and job.world.device.type == "cuda")
     if is_compiled and missing and cfg.model.compile == "auto":
         is_compiled = False
@@ -139,14 +159,24 @@ def _choose(job: Job, batch_sizes: Sequence[int], gpu_bytes: float | None, missi
     return Execution(kernel, is_compiled, buckets, gpu_bytes, tuple(notes), job.world.local_size)
 
 
-def _choose_kernel(job: Job) -> tuple[str, list[str]]:
-    """Return the fastest attention kernel for the largest bucket, and lines for the summary that say why."""
-    model, device = job.model, job.world.device
-    if device.type == "cpu":
-        return "torch", []
+def _choose_kernel(job: Job, saved_kernel: str | None) -> tuple[str, list[str]]:
+    """Return the attention kernel for the largest bucket, and lines for the summary that say why."""
+    model, device, configured = job.model, job.world.device, job.cfg.model.attention
     tokens = max(num_tokens(shape, model.geometry) for shape in job.buckets)
     heads = model.transformer_config["num_attention_heads"] // job.world.sequence_size
-    kernel, times, failures = find_fastest_kernel(tokens, heads, model.geometry.head_dim, job.dtype, device)
+    clip = (tokens, heads, model.geometry.head_dim, job.dtype, device)
+    if configured != "auto":
+        if problem := check_kernel(configured, *clip):
+            raise UserError(
+                f"model.attention={configured}: does not work for clips of {tokens} tokens on this {device.type}: "
+                f"{problem}. Use another kernel, or model.attention=auto."
+            )
+        return configured, []
+    if device.type == "cpu":
+        return "torch", []
+    if saved_kernel and saved_kernel in installed_kernels(device) and not check_kernel(saved_kernel, *clip):
+        return saved_kernel, [f"attention kernel {saved_kernel}, as in the checkpoint"]
+    kernel, times, failures = find_fastest_kernel(*clip)
     timings = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in sorted(times.items()))
     return kernel, [
         f"attention on the largest bucket: {timings}",

@@ -86,14 +86,16 @@ def test_the_summary_lists_the_used_buckets_with_their_memory_only_on_gpus(job):
 def on_a_gpu(monkeypatch, job):
     """`on_a_gpu(missing, *overrides)`: the execution on a node of two GPUs where torch.compile lacks `missing`."""
 
-    def choose(missing, *overrides):
+    def choose(missing, *overrides, saved_kernel=None):
         failures = {"flash3": "undefined symbol: _ZN3c10"}
         monkeypatch.setattr(tuning, "find_fastest_kernel", lambda *_: ("cudnn", {"cudnn": 0.2, "flash": 0.3}, failures))
         monkeypatch.setattr(tuning, "activate_kernel", lambda *_: None)
+        monkeypatch.setattr(tuning, "installed_kernels", lambda _: ("cudnn", "flash", "flash4"))
+        monkeypatch.setattr(tuning, "check_kernel", lambda kernel, *_: "no such layout" if kernel == "flash4" else "")
         monkeypatch.setattr(tuning, "gpu_memory", lambda _: 80e9)
         monkeypatch.setattr(tuning, "missing_to_compile", lambda _: missing)
         world = SimpleNamespace(rank=0, size=1, sequence_size=1, local_size=2, device=torch.device("cuda"))
-        return choose_execution(dataclasses.replace(job(*overrides), world=world), (1, 1))
+        return choose_execution(dataclasses.replace(job(*overrides), world=world), (1, 1), saved_kernel)
 
     return choose
 
@@ -104,6 +106,18 @@ def test_notes_have_the_times_and_failures_of_attention_kernels(on_a_gpu):
     text = "\n".join(execution.notes)
     assert all(part in text for part in ("cudnn 200.0 ms", "flash 300.0 ms", "flash3", "_ZN3c10"))
     assert on_a_gpu("", "model.attention=flash").notes == ()
+
+
+def test_a_resumed_run_keeps_its_kernel_if_that_still_works(on_a_gpu):
+    assert on_a_gpu("", saved_kernel="flash").kernel == "flash"
+    assert on_a_gpu("", saved_kernel="flash4").kernel == "cudnn"
+    assert on_a_gpu("", saved_kernel="removed").kernel == "cudnn"
+    assert on_a_gpu("", "model.attention=cudnn", saved_kernel="flash").kernel == "cudnn"
+
+
+def test_a_configured_kernel_that_does_not_work_is_a_user_error(on_a_gpu):
+    with pytest.raises(UserError, match=r"^model\.attention=flash4: .*no such layout"):
+        on_a_gpu("", "model.attention=flash4")
 
 
 def test_the_summary_has_the_pinned_host_memory_of_the_used_buckets(on_a_gpu, job):

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from torch.nn import attention
 
 from cogds.errors import BUGS, UserError, brief
+from cogds.model.transformer import flash4
 
 logger = logging.getLogger(__name__)
 
@@ -54,6 +55,9 @@ _PACKAGES = {"FA3": "flash_attn_interface", "FA4": "flash_attn.cute"}
 # Not tried by `find_fastest_kernel`, because it stores the whole attention matrix.
 _NEVER_CHOSEN = ("math",)
 _NUM_REPEATS = 3
+# The relative error of a kernel's result against float32. bf16 has 8 bits, and a sound kernel is at about 0.005.
+_MAX_ERROR = {torch.bfloat16: 0.02, torch.float32: 0.001}
+_NUM_SAMPLED_QUERIES = 16
 
 
 def attend(query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, kernel: str = "torch") -> torch.Tensor:
@@ -96,6 +100,8 @@ def activate_kernel(kernel: str, device: torch.device) -> None:
     _restore_torch_kernel()
     implementation = KERNELS[kernel][1]
     if implementation is not None:
+        if implementation == "FA4":
+            flash4.register()
         attention.activate_flash_attention_impl(implementation)
 
 
@@ -130,6 +136,46 @@ def time_kernel(
         _restore_torch_kernel()
 
 
+def find_wrong_result(
+    kernel: str, num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Compare an active kernel with attention in float32, forward and backward, over one clip.
+
+    The loss reads a sample of the queries, so the reference needs only their rows of the attention matrix. Raises
+    whatever the kernel raises.
+
+    Returns:
+        What is wrong, such as "key gradient differs by 0.31 from float32", or "".
+    """
+    generator = torch.Generator(device).manual_seed(0)
+
+    def draw(num: int) -> torch.Tensor:
+        return torch.randn(1, num, num_heads, head_dim, dtype=dtype, device=device, generator=generator)
+
+    inputs = [draw(num_tokens).requires_grad_() for _ in range(3)]
+    output = attend(*inputs, kernel)
+    dense = torch.autograd.grad(output, inputs, draw(num_tokens), retain_graph=True)
+    rows = torch.linspace(0, num_tokens - 1, min(num_tokens, _NUM_SAMPLED_QUERIES), device=device).round().long()
+    gradient = draw(len(rows))
+    sparse = torch.autograd.grad(output[:, rows], inputs, gradient)
+
+    exact = [tensor.detach().float().requires_grad_() for tensor in (inputs[0][:, rows], *inputs[1:])]
+    expected = attend(*exact, "math")
+    expected_gradients = torch.autograd.grad(expected, exact, gradient.float())
+    results = {"output": (output[:, rows], expected), "query gradient": (sparse[0][:, rows], expected_gradients[0])}
+    results |= {
+        "key gradient": (sparse[1], expected_gradients[1]),
+        "value gradient": (sparse[2], expected_gradients[2]),
+    }
+    if not all(bool(tensor.isfinite().all()) for tensor in (output, *dense)):
+        return "its output or a gradient is not finite"
+    for name, (result, reference) in results.items():
+        error = ((result.float() - reference).norm() / reference.norm()).item()
+        if not error <= _MAX_ERROR[dtype]:
+            return f"its {name} differs by {error:.2g} from float32"
+    return ""
+
+
 def _synchronize(device: torch.device) -> None:
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -140,8 +186,9 @@ def find_fastest_kernel(
 ) -> tuple[str, dict[str, float], dict[str, str]]:
     """Time the installed kernels on this device with clips of `num_tokens` tokens.
 
-    A kernel that fails because of a bug, in cogds or in its package, is skipped too, and its traceback is logged. If no
-    kernel works and one of them has a bug, that error is raised.
+    The fastest kernel must also give the right result (`find_wrong_result`), or the next one is chosen. A kernel that
+    fails because of a bug, in cogds or in its package, is skipped too, and its traceback is logged. If no kernel works
+    and one of them has a bug, that error is raised.
 
     Returns:
         The name of the fastest kernel, the seconds of each kernel, and the error of each kernel that failed.
@@ -162,12 +209,41 @@ def find_fastest_kernel(
             if isinstance(error, BUGS):
                 bug = error
                 logger.warning(f"attention kernel {name} failed because of a bug: {brief(error)}", exc_info=error)
-    if not times and bug is not None:
+    for name in sorted(times, key=lambda name: times[name]):
+        try:
+            activate_kernel(name, device)
+            problem = find_wrong_result(name, num_tokens, num_heads, head_dim, dtype, device)
+        finally:
+            _restore_torch_kernel()
+        if not problem:
+            return name, times, failures
+        del times[name]
+        failures[name] = problem
+        logger.warning(f"attention kernel {name} is not used: {problem}")
+    if bug is not None:
         raise bug
-    if not times:
-        reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
-        raise UserError(
-            f"model.attention=auto: no attention kernel works for clips of {num_tokens} tokens ({reasons}). Check that "
-            "torch supports this GPU and its driver, and that no other process uses the GPU's memory."
-        )
-    return min(times, key=lambda name: times[name]), times, failures
+    reasons = "; ".join(f"{name}: {reason}" for name, reason in failures.items())
+    raise UserError(
+        f"model.attention=auto: no attention kernel works for clips of {num_tokens} tokens ({reasons}). Check that "
+        "torch supports this GPU and its driver, and that no other process uses the GPU's memory."
+    )
+
+
+def check_kernel(
+    kernel: str, num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Return why a kernel cannot be used for clips of `num_tokens` tokens on this device, or "".
+
+    On CPUs, kernels are only activated: they are torch's own, and a trial of a long clip would take minutes.
+    """
+    try:
+        activate_kernel(kernel, device)
+        if device.type == "cpu":
+            return ""
+        return find_wrong_result(kernel, num_tokens, num_heads, head_dim, dtype, device)
+    except UserError:
+        raise
+    except Exception as error:  # an unsupported shape, type or GPU, or a package that does not fit torch
+        return brief(error)
+    finally:
+        _restore_torch_kernel()

@@ -1,13 +1,23 @@
 """Attention kernels: exactness, availability, and the choice of the fastest."""
 
+import sys
+import types
+
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.config.schema import ATTENTION_KERNELS
 from cogds.errors import UserError
-from cogds.model.transformer import attention
-from cogds.model.transformer.attention import KERNELS, activate_kernel, attend, find_fastest_kernel, installed_kernels
+from cogds.model.transformer import attention, flash4
+from cogds.model.transformer.attention import (
+    KERNELS,
+    activate_kernel,
+    attend,
+    check_kernel,
+    find_fastest_kernel,
+    installed_kernels,
+)
 
 CPU = torch.device("cpu")
 
@@ -130,6 +140,75 @@ def test_the_fastest_kernel_is_chosen_but_never_math(monkeypatch):
     times = {"torch": 3.0, "flash": 2.0, "math": 1.0}
     monkeypatch.setattr(attention, "time_kernel", lambda kernel, *_: times[kernel])
     assert find_fastest_kernel(8, 2, 16, torch.float32, CPU) == ("flash", {"torch": 3.0, "flash": 2.0}, {})
+
+
+class Wrong(torch.autograd.Function):
+    """Attention with a wrong result: `fault` of "nan", "query", "key" or "output"."""
+
+    @staticmethod
+    def forward(ctx, query, key, value, fault):
+        ctx.save_for_backward(query, key, value)
+        ctx.fault = fault
+        output = attend(query, key, value)
+        return output * 1.05 if fault == "output" else output
+
+    @staticmethod
+    def backward(ctx, gradient):
+        with torch.enable_grad():
+            inputs = [tensor.detach().requires_grad_() for tensor in ctx.saved_tensors]
+            gradients = list(torch.autograd.grad(attend(*inputs), inputs, gradient))
+        if ctx.fault == "nan":
+            gradients[2][0, -1] = float("nan")
+        elif ctx.fault in ("query", "key"):
+            gradients[ctx.fault == "key"] *= 1.05
+        return *gradients, None
+
+
+@pytest.mark.parametrize(
+    "fault, words", [("nan", "not finite"), ("query", "query gradient"), ("key", "key gradient"), ("output", "output")]
+)
+def test_a_fast_kernel_with_a_wrong_result_is_not_chosen(monkeypatch, fault, words):
+    def call(query, key, value, kernel):
+        if kernel != "flash":
+            return attend(query, key, value, kernel)
+        return Wrong.apply(query, key, value, fault)
+
+    monkeypatch.setattr(attention, "attend", call)
+    monkeypatch.setattr(attention, "time_kernel", lambda kernel, *_: {"torch": 3.0, "flash": 2.0}[kernel])
+    kernel, times, failures = find_fastest_kernel(40, 2, 16, torch.float32, CPU)
+    assert (kernel, set(times), set(failures)) == ("torch", {"torch"}, {"flash"})
+    assert words in failures["flash"]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("kernel", [*installed_kernels(CPU)])
+def test_the_kernels_of_torch_are_right(kernel, dtype):
+    assert attention.find_wrong_result(kernel, 300, 4, 64, dtype, CPU) == ""
+
+
+def test_a_kernel_that_does_not_work_is_reported_without_a_traceback(monkeypatch):
+    monkeypatch.setattr(attention, "installed_kernels", lambda _: iter(("torch", "flash4")))
+    assert "flash_attn" in check_kernel("flash4", 8, 2, 16, torch.bfloat16, CPU)
+    assert check_kernel("torch", 8, 2, 16, torch.bfloat16, CPU) == ""
+
+
+@pytest.mark.parametrize("num_results", [2, 3, 5])
+def test_flash4_takes_any_number_of_results(monkeypatch, num_results):
+    calls = []
+
+    def forward(_query, _key, _value, softmax_scale=None, return_lse=False):
+        calls.append((softmax_scale, return_lse))
+        return tuple(range(num_results))
+
+    package = types.SimpleNamespace(_flash_attn_fwd=forward, _flash_attn_bwd=lambda *_: tuple(range(num_results + 1)))
+    monkeypatch.setitem(sys.modules, flash4.PACKAGE, package)
+    monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
+    monkeypatch.setitem(sys.modules, "flash_attn.cute", types.ModuleType("flash_attn.cute"))
+    assert flash4._flash_attn_fwd(1, 2, 3, softmax_scale=0.1, return_lse=True, page_table=None) == (0, 1)
+    assert flash4._flash_attn_bwd(1, 2, 3) == (0, 1, 2)
+    assert calls == [(0.1, True)]
+    with pytest.raises(TypeError, match="page_table"):
+        flash4._flash_attn_fwd(1, 2, 3, page_table=4)
 
 
 def test_kernels_are_really_timed():

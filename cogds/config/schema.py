@@ -199,6 +199,7 @@ class TrainConfig(Section):
     )
     memory_check: OnOff = key("auto", "trial of the bucket that needs the most memory, before step 1; auto: on GPUs")
     precision: Literal["bf16", "fp32"] = key("bf16", "number format of the transformer")
+    deterministic: bool = key(False, "only deterministic GPU kernels, which are slower; CPU runs always repeat bitwise")
     timeout_s: float = key(7200.0, "time limit for waiting on another rank, encoding included [s]", gt=0)
     step_timeout_s: float = key(
         1800.0, "time limit for a step or save; beyond it the job dumps stacks and ends [s]", gt=0

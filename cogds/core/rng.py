@@ -15,6 +15,13 @@ def generator(seed: int, step: int, slot: int, purpose: str, device: torch.devic
     return torch.Generator(device).manual_seed(keyed_hash(purpose, seed, step, slot) >> 1)
 
 
+def use_deterministic_kernels() -> None:
+    """Make torch use deterministic kernels only, and raise RuntimeError if an operator has none."""
+    torch.use_deterministic_algorithms(True)
+    torch.backends.cudnn.benchmark = False
+    torch.utils.deterministic.fill_uninitialized_memory = False  # no kernel of ours reads memory that was not written
+
+
 def seed_global(seed: int, step: int, rank: int) -> None:
     """Seed torch's global generators, which layers such as LoRA dropout draw from."""
     torch.manual_seed(keyed_hash("global", seed, step, rank) >> 1)

@@ -16,6 +16,11 @@ def extensions_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
 
 
+def make_cublas_deterministic() -> None:
+    """Have cuBLAS use fixed workspaces, which its determinism needs. Call it before CUDA is used."""
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+
+
 def declare_cpu() -> None:
     """Tell DeepSpeed's launcher that this machine has no GPU. Otherwise its processes warn that they found none."""
     os.environ.setdefault("DS_ACCELERATOR", "cpu")

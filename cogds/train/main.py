@@ -4,12 +4,14 @@ import argparse
 import contextlib
 from pathlib import Path
 
+from cogds.core.rng import use_deterministic_kernels
 from cogds.distributed.collectives import on_rank0
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.run_lock import hold_run_lock
 from cogds.distributed.world import read_world
 from cogds.errors import Interrupted, refuse_to_run
 from cogds.job import load_job, make_folders
+from cogds.process.environment import make_cublas_deterministic
 from cogds.process.signals import StopRequest, find_launchers
 from cogds.train.trainer import Trainer
 from cogds.train.tuning import check_execution
@@ -21,6 +23,9 @@ DRY_RUN = {"data.encode": "on_the_fly", "train.memory_check": "on", "eval.every"
 def main(args: argparse.Namespace) -> None:
     """Train. Errors in the input are reported before any weight is loaded."""
     job = load_job(args, read_world(), changes=DRY_RUN if args.dry_run else {})
+    if job.cfg.train.deterministic:
+        make_cublas_deterministic()
+        use_deterministic_kernels()
     check_execution(job)
     stop = StopRequest(find_launchers())
     stop.listen()

@@ -33,7 +33,8 @@ logger = logging.getLogger(__name__)
 MAY_CHANGE = (
     "output_dir", "model.path", "model.revision", "model.create_tiny", "model.attention", "model.compile", "data.",
     "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
-    "train.gradient_accumulation_steps", "train.activation_checkpointing", "train.memory_check", "train.deterministic", "train.timeout_s",
+    "train.gradient_accumulation_steps", "train.activation_checkpointing", "train.memory_check", "train.deterministic",
+    "train.timeout_s",
     "train.step_timeout_s", "train.max_bad_steps", "parallel.", "eval.every", "eval.path", "eval.num_", "sample.",
     "checkpoint.", "metrics.", "network.", "lora.init_from", "lora.init_alpha",
 )  # fmt: skip

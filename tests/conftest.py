@@ -20,6 +20,7 @@ settings.register_profile("cogds", deadline=None, derandomize=True)
 settings.load_profile("cogds")
 
 ROOT = Path(__file__).resolve().parent.parent
+TRAIN = ROOT / "launch/train.py"
 # One CPU process is one thread: two ranks on two cores do not fight, and sums come out the same every time.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -144,9 +145,9 @@ def warm():
 def run_train(warm):
     """Run `launch/train.py` under this launcher (`warm`: none) with this many ranks; returns the finished process."""
 
-    def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT):
+    def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT, script=TRAIN):
         if launcher == "warm":
-            done = warm(ROOT / "launch/train.py", arguments, ranks, timeout_s, cwd)
+            done = warm(script, arguments, ranks, timeout_s, cwd)
             if check and done.returncode != 0:
                 pytest.fail(f"exit code {done.returncode} of {done.args}:\n{done.stdout[-6000:]}")
             return done

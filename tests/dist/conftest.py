@@ -27,7 +27,7 @@ def train_once(workshop, tiny_model, run_train):
     def run(name, ds="zero2", *overrides, **options):
         if name not in done:
             run_train(
-                "--deepspeed", f"ds_configs/{ds}.json",
+                "--deepspeed", ds if isinstance(ds, Path) else f"ds_configs/{ds}.json",
                 f"model.path={tiny_model}", f"data.path={workshop / 'clips'}", f"data.cache_dir={workshop / 'cache'}",
                 "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]", f"output_dir={workshop / name}",
                 "train.num_steps=6", "train.gradient_accumulation_steps=2", "train.precision=fp32", "data.num_workers=1",

@@ -1,8 +1,11 @@
 """Every shipped DeepSpeed config gives the same losses and the same LoRA on 2 ranks."""
 
+import json
+
 import pytest
 import torch
 
+from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses, metrics
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -32,6 +35,21 @@ def test_bf16_losses_agree(train_once, ds):
     run = train_once(f"{ds}-bf16", ds, "train.precision=bf16")
     assert losses(run) == pytest.approx(losses(reference), rel=5e-3)
     assert all(tensor.dtype == torch.bfloat16 and tensor.numel() for tensor in adapter(run).values())
+
+
+def test_released_weights_give_the_same_losses(train_once, workshop):
+    """The tiny model's weights are below the default threshold, so the shipped config never releases one."""
+    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
+    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
+    file = workshop / "zero3-released.json"
+    file.write_text(json.dumps(config))
+    run = train_once("zero3-released", file, script=ROOT / "tests/dist/released_script.py")
+    released, total = map(int, (run / "released").read_text().split())
+    assert released == total > 100
+    reference = train_once("zero2", "zero2")
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-6)
+    for name, tensor in adapter(run).items():
+        torch.testing.assert_close(tensor, adapter(reference)[name], atol=2e-4, rtol=1e-3)
 
 
 def test_metrics_of_every_step(train_once):

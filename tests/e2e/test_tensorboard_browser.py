@@ -67,7 +67,7 @@ def test_scalars(browser, address):
 
 def test_custom_layout(browser, address):
     browser.open(f"{address}#custom_scalars")
-    browser.wait_for("overview", "speed", "memory", "LoRA", "seconds a step")
+    browser.wait_for("overview", "speed", "memory", "LoRA", "seconds per step")
     time.sleep(2)
     browser.screenshot(SCREENSHOTS / "custom_scalars.png")
     assert drawn("custom_scalars") > 0.01

@@ -84,7 +84,7 @@ def assign_all(
 ) -> np.ndarray:
     """Apply `assign` to many clips: int16 [N], -1 for None. The cost grows with the number of distinct sizes."""
     lengths = np.unique([shape.frames for shape in buckets])
-    # Number of bucket lengths that are short enough, which is all that matters of a clip's length.
+    # Number of bucket lengths that are short enough. Nothing else about a clip's length matters.
     level = np.searchsorted(lengths, num_frames, side="right")
     # One integer per size: sorting rows of three takes ten times as long.
     packed = (level.astype(np.int64) << 50) | (height.astype(np.int64) << 25) | width.astype(np.int64)

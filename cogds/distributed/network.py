@@ -117,19 +117,11 @@ def _check_variable(name: str, value: str) -> None:
         raise UserError(f"network.env: '{name}' is not an environment variable with a text value. Write NAME: 'text'.")
 
 
-def overridden(variables: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
-    """Return a message for each variable that has another value in the environment."""
-    return [
-        f"{name}={value} of the run config overrides {name}={environ[name]} of the environment"
-        for name, value in variables.items()
-        if environ.get(name, value) != value
-    ]
-
-
 def set_network(world: World, network: NetworkConfig, environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables of the run config, and log those that have another value in the environment."""
     place = f"rank {world.rank} on {socket.gethostname()}"
     variables = network_env(network.interface, network.env, interface_addresses(), place)
-    for message in overridden(variables, environ):
-        logger.info(message)
+    for name, value in variables.items():
+        if environ.get(name, value) != value:
+            logger.info(f"{name}={value} of the run config overrides {name}={environ[name]} of the environment")
     environ.update(variables)

@@ -172,19 +172,7 @@ class Saver:
 
     def start(self, write: Callable[[], None]) -> None:
         """Call `write` in the background. The previous save must be finished."""
-
-        def timed_write() -> float:
-            start = time.perf_counter()
-            try:
-                write()
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"output_dir: saving failed ({error}). Correct that, then run the same command again to continue "
-                    "from the previous checkpoint."
-                ) from None
-            return time.perf_counter() - start
-
-        self._save = self._executor.submit(timed_write)
+        self._save = self._executor.submit(self._run, write)
 
     @property
     def is_done(self) -> bool:
@@ -199,6 +187,18 @@ class Saver:
         """
         save, self._save = self._save, None
         return on_rank0(world, lambda: save.result() if save else None)
+
+    @staticmethod
+    def _run(write: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"output_dir: saving failed ({error}). Correct that, then run the same command again to continue from "
+                "the previous checkpoint."
+            ) from None
+        return time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------------------------ reading

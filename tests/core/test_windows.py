@@ -10,7 +10,7 @@ FPS = st.sampled_from([8.0, 16.0, 23.976, 30.0])
 
 
 @given(st.sampled_from(MODES), st.integers(0, 9), st.integers(1, 200), st.integers(0, 3000), FPS, st.integers(0, 99))
-def test_windows_lie_inside_in_order_on_the_grid_without_duplicates(
+def test_windows_are_distinct_sorted_frame_positions_inside_the_range(
     mode: str, num_windows: int, bucket_frames: int, spare: int, fps: float, key: int
 ) -> None:
     starts = window_starts(mode, num_windows, bucket_frames + spare, bucket_frames, fps, (key,))
@@ -40,7 +40,7 @@ def test_all_windows_fit_without_overlap(length: int, spare: int, limit: int) ->
     assert starts == tuple(float(i * length) for i in range(min(fitting, limit or fitting)))
 
 
-def test_values() -> None:
+def test_examples() -> None:
     assert window_starts("first", 5, 100, 49, 16.0, ()) == (0.0,)
     assert window_starts("uniform", 0, 9, 5, 2.0, ()) == window_starts("uniform", 1, 9, 5, 2.0, ()) == (1.0,)
     assert window_starts("uniform", 3, 9, 5, 2.0, ()) == (0.0, 1.0, 2.0)
@@ -50,8 +50,8 @@ def test_values() -> None:
 def test_random_windows_depend_on_the_whole_key_and_reach_every_position() -> None:
     drawn = [window_starts("random", 1, 14, 5, 1.0, (seed, clip))[0] for seed in range(10) for clip in range(40)]
     assert set(drawn) == set(map(float, range(10)))
-    # Uniform: 40 of each of the ten expected, standard deviation 6.
-    assert all(20 <= drawn.count(place) <= 60 for place in set(drawn))
+    # Each position is expected 40 times, with a standard deviation of 6.
+    assert all(20 <= drawn.count(position) <= 60 for position in set(drawn))
     assert drawn[:40] != drawn[40:80]
     assert drawn[0] == window_starts("random", 1, 14, 5, 1.0, (0, 0))[0]
 

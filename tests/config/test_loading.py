@@ -50,7 +50,7 @@ def test_explicit_names_exactly_the_keys_that_were_set(tmp_path):
 def test_the_config_is_frozen_and_can_be_sent_to_another_process():
     cfg = load("data.sets=[{path: a}]", required=["model.path=m"])
     with pytest.raises(ValidationError):
-        cfg.train.num_steps = 3  # type: ignore[misc]
+        cfg.train.num_steps = 3
     assert pickle.loads(pickle.dumps(cfg)) == cfg
 
 

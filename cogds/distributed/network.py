@@ -74,8 +74,8 @@ def gloo_interface(selection: str, present: Mapping[str, str]) -> str:
 def nccl_interfaces(selection: str, present: Mapping[str, str]) -> list[str]:
     """Return the interfaces that NCCL uses, in its order. selection: NCCL_SOCKET_IFNAME, "" if not set.
 
-    Without a selection, NCCL uses InfiniBand interfaces. If there are none, it uses all others but docker's and the
-    loopback, then docker's, then the loopback. Only interfaces with an address count.
+    Without a selection, NCCL uses InfiniBand interfaces. If there are none, it uses all others except docker's and
+    the loopback, then docker's, then the loopback. Only interfaces with an address count.
     """
     usable = {name: address for name, address in present.items() if address}
     selections = [selection] if selection else ["ib", "^docker,lo", "docker", "lo"]

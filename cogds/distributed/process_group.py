@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from datetime import timedelta
 from pathlib import Path
 
@@ -186,12 +186,12 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
-def lost_connection_message(world: World, error: RuntimeError, environ: Mapping[str, str] = os.environ) -> str:
+def lost_connection_message(world: World, error: RuntimeError) -> str:
     """Return the message for an error that `is_lost_connection` recognizes."""
     place = f"rank {world.rank} ({socket.gethostname()})"
     if "EADDRINUSE" in str(error):
         return (
-            f"MASTER_PORT: {place} cannot open port {environ.get('MASTER_PORT')}: another process uses it, for example "
+            f"MASTER_PORT: {place} cannot open port {os.environ.get('MASTER_PORT')}: another process uses it, for example "
             "another run on this machine. Choose another port (deepspeed --master_port 29501; under srun, export "
             "MASTER_PORT), or wait until the other process has ended."
         )

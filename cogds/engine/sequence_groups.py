@@ -10,7 +10,7 @@ from cogds.model.transformer.sequence_parallel import SequenceGroup
 
 
 def share_clips(transformer: Transformer, world: World, timeout_s: float) -> None:
-    """Make each `world.sequence_size` neighboring ranks share their clips. No effect if it is 1. Collective.
+    """Make groups of `world.sequence_size` neighboring ranks share their clips. No effect if it is 1. Collective.
 
     timeout_s: time that a group's collectives wait for a rank before they fail on the others.
     """

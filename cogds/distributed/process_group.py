@@ -191,9 +191,9 @@ def lost_connection_message(world: World, error: RuntimeError) -> str:
     place = f"rank {world.rank} ({socket.gethostname()})"
     if "EADDRINUSE" in str(error):
         return (
-            f"MASTER_PORT: {place} cannot open port {os.environ.get('MASTER_PORT')}: another process uses it, for example "
-            "another run on this machine. Choose another port (deepspeed --master_port 29501; under srun, export "
-            "MASTER_PORT), or wait until the other process has ended."
+            f"MASTER_PORT: {place} cannot open port {os.environ.get('MASTER_PORT')}: another process uses it, for "
+            "example another run on this machine. Choose another port (deepspeed --master_port 29501; under srun, "
+            "export MASTER_PORT), or wait until the other process has ended."
         )
     return (
         f"{place} lost its connection to another rank, which died or cannot be reached, and the job ends: {error}. Run "

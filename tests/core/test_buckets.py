@@ -5,7 +5,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from cogds.core.buckets import assign, crop_share, generate_buckets, parse_buckets
-from cogds.core.geometry import ClipShape, ModelGeometry, check_shape
+from cogds.core.geometry import ClipShape, check_shape
 from cogds.errors import UserError
 from tests.published_model import V15
 
@@ -16,7 +16,7 @@ def shapes(*texts: str) -> tuple[ClipShape, ...]:
     return tuple(ClipShape.parse(text) for text in texts)
 
 
-def test_parse_keeps_the_order() -> None:
+def test_parse_keeps_the_order():
     assert parse_buckets(["81x768x1360", "1x256x256"], V15) == shapes("81x768x1360", "1x256x256")
 
 
@@ -29,19 +29,19 @@ def test_parse_keeps_the_order() -> None:
         (["81x768x2416"], "bucket 81x768x2416 .* 2400"),
     ],
 )
-def test_parse_errors(texts: list[str], match: str) -> None:
+def test_parse_errors(texts, match):
     with pytest.raises(UserError, match=match):
         parse_buckets(texts, V15)
 
 
-def test_generate_known_sizes() -> None:
+def test_generate_known_sizes():
     buckets = generate_buckets(["768x1360"], ["16/9", "9/16", "1/1"], [81, 1], V15)
     assert buckets == tuple(sorted(shapes(
         "1x768x1360", "1x1360x768", "1x1024x1024", "81x768x1360", "81x1360x768", "81x1024x1024"
     )))  # fmt: skip
 
 
-def test_a_short_side_gives_sizes_allowed_by_the_model_card() -> None:
+def test_a_short_side_gives_sizes_allowed_by_the_model_card():
     buckets = generate_buckets(["768p"], ["16/9", "4/3", "1/1", "3/4", "9/16"], [81], V15)
     assert buckets == tuple(sorted(shapes(
         "81x768x1360", "81x768x1024", "81x768x768", "81x1024x768", "81x1360x768"
@@ -55,9 +55,7 @@ def test_a_short_side_gives_sizes_allowed_by_the_model_card() -> None:
     st.lists(st.integers(0, 40).map(lambda n: 4 * n + 1), min_size=1, max_size=3),
     st.sampled_from([V15, V10]),
 )
-def test_generated_buckets_fit_the_model(
-    areas: list[tuple[int, int]], ratios: list[tuple[int, int]], frames: list[int], geometry: ModelGeometry
-) -> None:
+def test_generated_buckets_fit_the_model(areas, ratios, frames, geometry):
     buckets = generate_buckets([f"{h}x{w}" for h, w in areas], [f"{w}/{h}" for w, h in ratios], frames, geometry)
     assert list(buckets) == sorted(set(buckets))
     step, largest = geometry.pixel_multiple, max(h * w for h, w in areas)
@@ -76,12 +74,12 @@ def test_generated_buckets_fit_the_model(
     "areas, ratios, frames", [(["768"], ["1/1"], [1]), (["0p"], ["1/1"], [1]), (["9x9"], ["1:1"], [1]),
                               (["9x9"], ["0/1"], [1]), (["768x1360"], ["16/9"], [80])]
 )  # fmt: skip
-def test_generate_refuses(areas: list[str], ratios: list[str], frames: list[int]) -> None:
+def test_generate_refuses(areas, ratios, frames):
     with pytest.raises(UserError):
         generate_buckets(areas, ratios, frames, V15)
 
 
-def test_crop_share() -> None:
+def test_crop_share():
     assert crop_share(720, 1280, ClipShape(1, 720, 1280)) == 0
     assert crop_share(100, 200, ClipShape(1, 64, 64)) == pytest.approx(0.5)
     assert crop_share(200, 100, ClipShape(1, 64, 64)) == pytest.approx(0.5)
@@ -103,7 +101,7 @@ def test_crop_share() -> None:
         ((9, 1080, 1920), ["17x64x96", "1x64x112"], 1),  # too short for the video bucket
     ],
 )
-def test_assign(clip: tuple[int, int, int], texts: list[str], chosen: int | None) -> None:
+def test_assign(clip, texts, chosen):
     assert assign(*clip, shapes(*texts)) == chosen
 
 
@@ -112,9 +110,7 @@ def test_assign(clip: tuple[int, int, int], texts: list[str], chosen: int | None
     st.lists(st.builds(ClipShape, st.sampled_from([1, 9, 49, 81]), st.integers(16, 900), st.integers(16, 900)),
              max_size=6),
 )  # fmt: skip
-def test_assigned_bucket_is_short_enough_and_crops_little(
-    num_frames: int, height: int, width: int, buckets: list[ClipShape]
-) -> None:
+def test_assigned_bucket_is_short_enough_and_crops_little(num_frames, height, width, buckets):
     index = assign(num_frames, height, width, buckets)
     fitting = [shape for shape in buckets if shape.frames <= num_frames]
     fitting = [shape for shape in fitting if shape.frames > 1] or fitting

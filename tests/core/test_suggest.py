@@ -27,7 +27,7 @@ def sizes(*rows: tuple[int, int, int, int]) -> ClipSizes:
     return ClipSizes(*np.array(rows, np.int64).reshape(-1, 4).T)
 
 
-def test_sizes_are_counted() -> None:
+def test_sizes_are_counted():
     frames, height, width = (
         np.array([81, 500, 81, 20]),
         np.array([720, 721, 1080, 720]),
@@ -43,13 +43,13 @@ def test_sizes_are_counted() -> None:
 
 
 @given(st.lists(st.tuples(*[st.integers(16, 4000)] * 4), min_size=1, max_size=5))
-def test_crop_shares_equal_crop_share(rows: list[tuple[int, int, int, int]]) -> None:
+def test_crop_shares_equal_crop_share(rows):
     height, width, to_height, to_width = np.array(rows).T
     expected = [crop_share(h, w, ClipShape(1, th, tw)) for h, w, th, tw in rows]
     assert crop_shares(height, width, to_height, to_width) == pytest.approx(expected)
 
 
-def test_the_fit_of_three_sizes() -> None:
+def test_the_fit_of_three_sizes():
     result = fit(sizes((81, 720, 1280, 2), (81, 360, 640, 1), (20, 720, 1280, 1)), shapes("81x720x720"))
     crop = 1 - 720 / 1280
     assert result.crop == pytest.approx(crop)
@@ -72,7 +72,7 @@ SIZES = st.lists(
     SIZES, st.sampled_from([["81x768x1360"], ["49x768x1360", "81x1360x768"], ["81x64x2048"]]),
     st.sampled_from([V15, V10]), st.integers(1, 24),
 )  # fmt: skip
-def test_suggestions_are_valid_and_never_worse(clips, texts, geometry, max_buckets) -> None:
+def test_suggestions_are_valid_and_never_worse(clips, texts, geometry, max_buckets):
     given_buckets = shapes(*texts)
     lengths = suggest_lengths(clips, [shape.frames for shape in given_buckets], geometry, 0.1)
     areas = suggest_areas(clips, [max(shape.height * shape.width for shape in given_buckets)], 0.25)
@@ -87,7 +87,7 @@ def test_suggestions_are_valid_and_never_worse(clips, texts, geometry, max_bucke
             check_shape(shape, geometry)
 
 
-def test_portrait_clips_get_a_portrait_bucket() -> None:
+def test_portrait_clips_get_a_portrait_bucket():
     suggestion = suggest_buckets(sizes((90, 1920, 1080, 100)), shapes("81x768x1360"), [AREA], [81], V15, 8)
     (bucket,) = shapes(*suggestion.buckets)
     assert bucket.frames == 81
@@ -95,7 +95,7 @@ def test_portrait_clips_get_a_portrait_bucket() -> None:
     assert abs(bucket.height * bucket.width / AREA - 1) < 0.03
 
 
-def test_the_suggested_ratios_are_optimal() -> None:
+def test_the_suggested_ratios_are_optimal():
     """Compared with every pair of sizes on a coarse grid."""
     rng = np.random.default_rng(0)
     clips = sizes(*((90, 8 * h, 8 * w, n) for h, w, n in rng.integers([60, 60, 1], [300, 300, 50], (40, 3))))
@@ -126,17 +126,17 @@ def test_the_suggested_ratios_are_optimal() -> None:
         ([81], [(90, 720, 1280, 80), (70, 720, 1280, 12), (20, 720, 1280, 8)], [65, 81]),  # 8% may be excluded
     ],
 )
-def test_lengths(lengths, rows, expected) -> None:
+def test_lengths(lengths, rows, expected):
     assert suggest_lengths(sizes(*rows), lengths, V15, 0.1) == expected
 
 
-def test_areas() -> None:
+def test_areas():
     assert suggest_areas(sizes((81, 720, 1280, 1)), [AREA], 0.25) == [AREA]  # nearly as large
     assert suggest_areas(sizes((81, 360, 640, 1)), [AREA], 0.25) == [360 * 640, AREA]
     assert suggest_areas(sizes((81, 360, 640, 1), (81, 1080, 1920, 9)), [AREA], 0.25) == [AREA]
 
 
-def test_a_small_area_is_suggested_for_small_clips() -> None:
+def test_a_small_area_is_suggested_for_small_clips():
     clips = sizes((90, 360, 640, 50), (90, 1080, 1920, 50))
     suggestion = suggest_buckets(clips, shapes("81x768x1360"), [360 * 640, AREA], [81], V15, 8)
     assert [shape.height * shape.width < AREA / 2 for shape in shapes(*suggestion.buckets)] == [True, False]

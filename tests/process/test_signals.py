@@ -40,7 +40,7 @@ def waiting(launcher: str = "()", defer: str = "stop.defer()", same_request_s: f
 
 
 @pytest.mark.parametrize("number", STOP_SIGNALS)
-def test_a_signal_is_handled_while_the_main_thread_waits_in_c(number: signal.Signals) -> None:
+def test_a_signal_is_handled_while_the_main_thread_waits_in_c(number):
     with script(waiting()) as process:
         assert read_stdout(process) == "ready"
         process.send_signal(number)
@@ -71,7 +71,7 @@ LATE = """
 """
 
 
-def test_a_late_signal_does_not_change_the_exit_code() -> None:
+def test_a_late_signal_does_not_change_the_exit_code():
     with script(LATE) as process:
         assert read_stdout(process) == "ready"
         process.send_signal(signal.SIGUSR1)
@@ -80,7 +80,7 @@ def test_a_late_signal_does_not_change_the_exit_code() -> None:
         assert process.wait(TIMEOUT_S) == 75
 
 
-def test_until_defer_the_first_signal_ends_the_process() -> None:
+def test_until_defer_the_first_signal_ends_the_process():
     with script(waiting(defer="print('unflushed')")) as process:
         assert read_stdout(process) == "unflushed"
         assert read_stdout(process) == "ready"
@@ -89,7 +89,7 @@ def test_until_defer_the_first_signal_ends_the_process() -> None:
         assert read_stderr(process).startswith("SIGTERM: stopping at once")
 
 
-def test_two_signals_in_a_row_are_one_request_and_a_later_one_ends_the_process() -> None:
+def test_two_signals_in_a_row_are_one_request_and_a_later_one_ends_the_process():
     with script(waiting(same_request_s=1.0)) as process:
         assert read_stdout(process) == "ready"
         process.send_signal(signal.SIGINT)
@@ -102,7 +102,7 @@ def test_two_signals_in_a_row_are_one_request_and_a_later_one_ends_the_process()
         assert read_stderr(process) == "SIGTERM again: stopping at once"
 
 
-def test_a_signal_after_an_advance_warning_does_not_end_a_save() -> None:
+def test_a_signal_after_an_advance_warning_does_not_end_a_save():
     with script(waiting(same_request_s=0)) as process:
         assert read_stdout(process) == "ready"
         process.send_signal(signal.SIGUSR1)
@@ -129,7 +129,7 @@ def launch(process: subprocess.Popen[str]) -> int:
 
 
 @pytest.mark.parametrize("defer", ["stop.defer()", ""])
-def test_a_rank_stops_when_its_launcher_is_killed(defer: str) -> None:
+def test_a_rank_stops_when_its_launcher_is_killed(defer):
     rank = textwrap.dedent(waiting("find_launchers()", defer, same_request_s=0))
     with script(LAUNCHER, "/bin/torchrun", rank) as process:
         child = launch(process)
@@ -156,7 +156,7 @@ RUNNER = """
 """
 
 
-def test_a_rank_stops_when_the_parent_of_its_launcher_dies() -> None:
+def test_a_rank_stops_when_the_parent_of_its_launcher_dies():
     rank = textwrap.dedent(waiting("find_launchers()"))
     with script(RUNNER, "/bin/deepspeed", textwrap.dedent(LAUNCHER), rank) as process:
         lines = {read_stdout(process), read_stdout(process), read_stdout(process)}
@@ -170,7 +170,7 @@ def test_a_rank_stops_when_the_parent_of_its_launcher_dies() -> None:
         assert wait_until(lambda: not is_alive(child) and not is_alive(launcher))
 
 
-def test_a_parent_that_is_not_a_launcher_may_end() -> None:
+def test_a_parent_that_is_not_a_launcher_may_end():
     assert find_launchers() == ()
     rank = textwrap.dedent(waiting("find_launchers()"))
     with script(LAUNCHER, "other", rank) as process:
@@ -183,7 +183,7 @@ def test_a_parent_that_is_not_a_launcher_may_end() -> None:
         assert read_stdout(process) == "read 1 requested"
 
 
-def test_a_signal_to_a_forked_child_does_not_reach_the_parent() -> None:
+def test_a_signal_to_a_forked_child_does_not_reach_the_parent():
     code = """
         import os, signal, time
         from cogds.process.signals import StopRequest
@@ -204,7 +204,7 @@ def test_a_signal_to_a_forked_child_does_not_reach_the_parent() -> None:
         assert process.wait(TIMEOUT_S) == 0
 
 
-def test_closing_restores_the_handlers() -> None:
+def test_closing_restores_the_handlers():
     before = [signal.getsignal(number) for number in STOP_SIGNALS]
     StopRequest().close()  # it has not listened
     stop = StopRequest()
@@ -263,7 +263,7 @@ def signalled_loader(process: subprocess.Popen[str]) -> list[int]:
 
 
 @pytest.mark.slow
-def test_loader_workers_survive_signals_to_the_tree_and_end_with_their_parent() -> None:
+def test_loader_workers_survive_signals_to_the_tree_and_end_with_their_parent():
     with script(
         LOADER.format(end="print('stuck', flush=True); next(batches); next(batches); next(batches)")
     ) as process:
@@ -275,7 +275,7 @@ def test_loader_workers_survive_signals_to_the_tree_and_end_with_their_parent() 
 
 
 @pytest.mark.slow
-def test_an_error_ends_the_process_although_its_loader_is_alive() -> None:
+def test_an_error_ends_the_process_although_its_loader_is_alive():
     """The traceback keeps the loader, so multiprocessing terminates the workers and waits for them without a limit."""
     with script(LOADER.format(end="raise KeyError('planted')")) as process:
         workers = signalled_loader(process)

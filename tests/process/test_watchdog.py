@@ -3,7 +3,6 @@
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
@@ -36,7 +35,7 @@ def hung(hang: str = SLEEP, describe: str = "return 'step 7, bucket 9x64x64'", l
 
 
 @pytest.mark.parametrize("hang", [SLEEP, f"ctypes.CDLL(None).{READ_IN_C}"])
-def test_a_hung_process_reports_where_it_hangs_and_ends(tmp_path: Path, hang: str) -> None:
+def test_a_hung_process_reports_where_it_hangs_and_ends(tmp_path, hang):
     with script(hung(hang), str(tmp_path / "run")) as process:
         assert process.wait(TIMEOUT_S) == EXIT_HUNG == 76
         stderr = process.stderr.read()
@@ -51,7 +50,7 @@ def test_a_hung_process_reports_where_it_hangs_and_ends(tmp_path: Path, hang: st
 @pytest.mark.parametrize(
     "describe, folder", [("raise KeyError('step')", "run"), (SLEEP, "run"), ("return 'step 7'", "file/run")]
 )
-def test_a_hung_process_ends_even_if_the_report_fails(tmp_path: Path, describe: str, folder: str) -> None:
+def test_a_hung_process_ends_even_if_the_report_fails(tmp_path, describe, folder):
     """The activity cannot be described, or the folder cannot be written."""
     (tmp_path / "file").touch()
     with script(hung(describe=describe), str(tmp_path / folder)) as process:
@@ -60,7 +59,7 @@ def test_a_hung_process_ends_even_if_the_report_fails(tmp_path: Path, describe: 
 
 
 @pytest.mark.slow
-def test_a_process_that_holds_the_gil_is_killed_by_the_guard(tmp_path: Path) -> None:
+def test_a_process_that_holds_the_gil_is_killed_by_the_guard(tmp_path):
     with script(hung(f"ctypes.PyDLL(None).{READ_IN_C}"), str(tmp_path)) as process:
         assert process.wait(TIMEOUT_S) == -signal.SIGKILL
         stderr = process.stderr.read()
@@ -68,7 +67,7 @@ def test_a_process_that_holds_the_gil_is_killed_by_the_guard(tmp_path: Path) -> 
     assert "in hang_here" in stderr
 
 
-def test_a_process_that_makes_progress_rests_or_closes_is_not_ended(tmp_path: Path) -> None:
+def test_a_process_that_makes_progress_rests_or_closes_is_not_ended(tmp_path):
     code = """
         import ctypes, sys, time
         from pathlib import Path
@@ -89,14 +88,14 @@ def test_a_process_that_makes_progress_rests_or_closes_is_not_ended(tmp_path: Pa
         assert not list(tmp_path.iterdir())
 
 
-def test_time_in_which_the_process_does_not_run_does_not_count() -> None:
+def test_time_in_which_the_process_does_not_run_does_not_count():
     assert running_time(5.1, 5.0) == 5.1
     assert running_time(3600.0, 5.0) == 10.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guard_too", [False, True])
-def test_a_suspended_process_continues_and_is_watched_again(tmp_path: Path, guard_too: bool) -> None:
+def test_a_suspended_process_continues_and_is_watched_again(tmp_path, guard_too):
     """SLURM suspends the whole process tree; `kill -STOP` suspends only the process."""
     with script(hung(limit_s=2.0), str(tmp_path)) as process:
         assert read_stdout(process) == "ready"
@@ -115,7 +114,7 @@ def test_a_suspended_process_continues_and_is_watched_again(tmp_path: Path, guar
         assert process.wait(TIMEOUT_S) == EXIT_HUNG
 
 
-def test_the_guard_ends_with_a_killed_process(tmp_path: Path) -> None:
+def test_the_guard_ends_with_a_killed_process(tmp_path):
     code = hung("import os\n        os.fork()\n        time.sleep(600)", limit_s=600)
     with script(code, str(tmp_path)) as process:
         assert read_stdout(process) == "ready"
@@ -131,7 +130,7 @@ def test_the_guard_ends_with_a_killed_process(tmp_path: Path) -> None:
         assert is_alive(fork)
 
 
-def test_watch_makes_no_system_call_between_two_activities(tmp_path: Path) -> None:
+def test_watch_makes_no_system_call_between_two_activities(tmp_path):
     watchdog = Watchdog(0, 600.0, tmp_path)
     heartbeats: list[bytes] = []
     watchdog._send_heartbeat = heartbeats.append

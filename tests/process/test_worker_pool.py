@@ -90,13 +90,13 @@ def read_pid(file: Path) -> int:
     return int(file.read_text())
 
 
-def test_outcomes_are_in_the_order_of_the_tasks(pool: WorkerPool[Any, Any]) -> None:
+def test_outcomes_are_in_the_order_of_the_tasks(pool):
     tasks = [0.3, 0.0, 0.2, 0.0, 0.1] + [float(k) / 1000 for k in range(50)]
     assert list(pool.imap(tasks, ahead=3)) == tasks
     assert run(pool) == []
 
 
-def test_tasks_are_drawn_as_they_are_needed(pool: WorkerPool[Any, Any]) -> None:
+def test_tasks_are_drawn_as_they_are_needed(pool):
     drawn: list[int] = []
 
     def endless() -> Iterator[int]:
@@ -111,12 +111,12 @@ def test_tasks_are_drawn_as_they_are_needed(pool: WorkerPool[Any, Any]) -> None:
         outcomes = pool.imap(endless(), ahead)
         for k in range(20):
             assert next(outcomes) == k
-            assert len(drawn) == 1 + k + 2 + ahead
+            assert len(drawn) == (k + 1) + 2 + ahead  # two workers
         outcomes.close()
         assert run(pool, 1, 2) == [1, 2]
 
 
-def test_workers_run_on_while_the_caller_is_busy(pool: WorkerPool[Any, Any], tmp_path: Path) -> None:
+def test_workers_continue_while_the_caller_is_busy(pool, tmp_path):
     outcomes = pool.imap([0, 1, 2, ("write pid and hang", str(tmp_path / "pid"))])
     next(outcomes)
     next(outcomes)
@@ -125,7 +125,7 @@ def test_workers_run_on_while_the_caller_is_busy(pool: WorkerPool[Any, Any], tmp
     os.kill(pid, signal.SIGKILL)  # the other tests need the worker
 
 
-def test_workers_serve_all_calls() -> None:
+def test_workers_serve_all_calls():
     with WorkerPool(act, 2, timeout_s=60, memory_bytes=1 << 30) as pool:
         pids = set(run(pool, *["pid"] * 40)) | set(run(pool, *["pid"] * 40))
         assert 1 <= len(pids) <= 2
@@ -137,7 +137,7 @@ def test_workers_serve_all_calls() -> None:
     pool.close()
 
 
-def test_a_worker_imports_neither_torch_nor_a_decoder() -> None:
+def test_a_worker_imports_neither_torch_nor_a_decoder():
     """It imports only the pool's and the function's modules."""
     modules = "cogds.process.worker_pool, cogds.data.video.media"
     code = f"import sys, {modules}; print({{'torch', 'av', 'decord', 'PIL'}} & set(sys.modules))"
@@ -149,7 +149,7 @@ def test_a_worker_imports_neither_torch_nor_a_decoder() -> None:
 
 
 @pytest.mark.parametrize("num_workers", [pytest.param(1, marks=pytest.mark.slow), 2])
-def test_each_failure_loses_only_its_own_task(num_workers: int) -> None:
+def test_each_failure_loses_only_its_own_task(num_workers):
     tasks = ["exit", 1, "segfault", 2, "allocate slowly", 3, "allocate at once", 4, "decode error", 5, "stale", 6,
              "exit", 7, "allocate shared", 8]  # fmt: skip
     with WorkerPool(act, num_workers, 60, 400_000_000, (DecodeError,)) as pool:
@@ -164,7 +164,7 @@ def test_each_failure_loses_only_its_own_task(num_workers: int) -> None:
 
 
 @pytest.mark.parametrize("error", [TypeError("planted"), AttributeError("planted"), ValueError("planted")])
-def test_a_bug_is_raised_with_its_traceback(pool: WorkerPool[Any, Any], error: Exception) -> None:
+def test_a_bug_is_raised_with_its_traceback(pool, error):
     with pytest.raises(WorkerError) as caught:
         run(pool, 1, error, 2)
     text = str(caught.value)
@@ -176,19 +176,19 @@ def test_a_bug_is_raised_with_its_traceback(pool: WorkerPool[Any, Any], error: E
         run(alone, 1, error)
 
 
-def test_a_result_that_cannot_be_pickled_is_a_bug(pool: WorkerPool[Any, Any]) -> None:
+def test_a_result_that_cannot_be_pickled_is_a_bug(pool):
     with pytest.raises(WorkerError, match="pickle"):
         run(pool, "unpicklable")
     assert run(pool, 1) == [1]
 
 
 @pytest.mark.parametrize("task", ["hang", "hold the GIL"])
-def test_a_hang_loses_only_its_own_task(task: str) -> None:
+def test_a_hang_loses_only_its_own_task(task):
     with WorkerPool(act, 2, timeout_s=1.0, memory_bytes=1 << 30) as pool:
         assert run(pool, 1, task, 2, 3) == [1, TaskFailure("took more than 1 s"), 2, 3]
 
 
-def test_workers_survive_signals_to_the_whole_process_tree(pool: WorkerPool[Any, Any], tmp_path: Path) -> None:
+def test_workers_survive_signals_to_the_whole_process_tree(pool, tmp_path):
     """Idle and running workers survive, and so do processes that have just started."""
     (idle,) = pool.imap(["pid"])
     with ThreadPoolExecutor(1) as executor:
@@ -207,7 +207,7 @@ def test_workers_survive_signals_to_the_whole_process_tree(pool: WorkerPool[Any,
     assert not signal.pthread_sigmask(signal.SIG_BLOCK, ()) & set(STOP_SIGNALS)
 
 
-def test_a_worker_that_keeps_its_memory_is_replaced() -> None:
+def test_a_worker_that_keeps_its_memory_is_replaced():
     with WorkerPool(act, 1, timeout_s=60, memory_bytes=350_000_000) as pool:
         outcomes = run(pool, "pid", "pid", "keep", "pid", "keep", "pid")
     assert outcomes[0] == outcomes[1]
@@ -215,14 +215,14 @@ def test_a_worker_that_keeps_its_memory_is_replaced() -> None:
     assert not any(isinstance(outcome, TaskFailure) for outcome in outcomes)
 
 
-def test_a_worker_that_dies_idle_loses_no_task(pool: WorkerPool[Any, Any]) -> None:
+def test_a_worker_that_dies_idle_loses_no_task(pool):
     for pid in set(run(pool, *["pid"] * 10)):
         os.kill(pid, signal.SIGKILL)
         assert wait_until(lambda pid=pid: not is_alive(pid))
     assert run(pool, 1, 2, 3, 4) == [1, 2, 3, 4]
 
 
-def test_large_arrays_arrive_whole_and_writable_and_are_released(pool: WorkerPool[Any, Any]) -> None:
+def test_large_arrays_arrive_whole_and_writable_and_are_released(pool):
     def num_memory_files() -> int:
         gc.collect()
         links = [f"/proc/self/fd/{descriptor}" for descriptor in os.listdir("/proc/self/fd")]
@@ -241,7 +241,7 @@ def test_large_arrays_arrive_whole_and_writable_and_are_released(pool: WorkerPoo
     assert OUT_OF_BAND_BYTES < 500_000 * 8
 
 
-def test_torch_takes_the_arrays_without_a_warning(pool: WorkerPool[Any, Any], recwarn: pytest.WarningsRecorder) -> None:
+def test_torch_takes_the_arrays_without_a_warning(pool, recwarn):
     import torch
 
     (outcome,) = pool.imap([("big", 2)])
@@ -249,12 +249,12 @@ def test_torch_takes_the_arrays_without_a_warning(pool: WorkerPool[Any, Any], re
     assert not [warning for warning in recwarn if "writable" in str(warning.message)]
 
 
-def test_without_workers_tasks_run_in_this_process() -> None:
+def test_without_workers_tasks_run_in_this_process():
     with WorkerPool(act, 0, 1, 1, (DecodeError,)) as pool:
         assert run(pool, "pid", "decode error", 2) == [os.getpid(), TaskFailure("not a video", is_permanent=True), 2]
 
 
-def test_a_worker_that_cannot_start_is_an_error(capfd: pytest.CaptureFixture[str]) -> None:
+def test_a_worker_that_cannot_start_is_an_error(capfd):
     pool: WorkerPool[Any, Any] = WorkerPool(_Unloadable(), 2, timeout_s=60, memory_bytes=1 << 30)
     with pool, pytest.raises(RuntimeError, match="could not start"):
         run(pool, 1, 2, 3)
@@ -273,7 +273,7 @@ def _raise(text: str) -> None:
     raise ImportError(text)
 
 
-def test_an_error_of_the_task_iterator_is_raised_to_the_caller(pool: WorkerPool[Any, Any]) -> None:
+def test_an_error_of_the_task_iterator_is_raised_to_the_caller(pool):
     def failing_tasks() -> Iterator[int]:
         yield 1
         raise KeyError("planted")
@@ -283,7 +283,7 @@ def test_an_error_of_the_task_iterator_is_raised_to_the_caller(pool: WorkerPool[
     assert run(pool, 1, 2) == [1, 2]
 
 
-def test_closing_kills_a_hung_worker_and_abandons_its_outcomes(tmp_path: Path) -> None:
+def test_closing_kills_a_hung_worker_and_abandons_its_outcomes(tmp_path):
     pool = WorkerPool(act, 2, timeout_s=600, memory_bytes=1 << 30)
 
     def wait() -> None:
@@ -302,7 +302,7 @@ def test_closing_kills_a_hung_worker_and_abandons_its_outcomes(tmp_path: Path) -
 @pytest.mark.parametrize(
     "state", ["hang", *(pytest.param(s, marks=pytest.mark.slow) for s in ("idle", "hold the GIL"))]
 )
-def test_workers_end_with_a_killed_parent(state: str) -> None:
+def test_workers_end_with_a_killed_parent(state):
     """Even if another process, forked by the parent, keeps the parent's end of the socket open."""
     code = f"""
         import os, sys, threading, time

@@ -177,7 +177,7 @@ def test_a_parent_that_is_not_a_launcher_may_end():
         child = launch(process)
         process.kill()
         process.wait()
-        time.sleep(2.0)
+        time.sleep(1.3)  # longer than LAUNCHER_POLL_S
         assert is_alive(child)
         write_stdin(process, "x")
         assert read_stdout(process) == "read 1 requested"

@@ -72,12 +72,12 @@ def test_a_process_that_makes_progress_rests_or_closes_is_not_ended(tmp_path):
         import ctypes, sys, time
         from pathlib import Path
         from cogds.process.watchdog import Watchdog
-        watchdog = Watchdog(0, 1.0, Path(sys.argv[1]))
-        for step in range(26):
+        watchdog = Watchdog(0, 0.6, Path(sys.argv[1]))
+        for step in range(16):
             watchdog.watch(lambda: "a step")
             time.sleep(0.05)
         watchdog.rest()
-        time.sleep(1.3)
+        time.sleep(0.8)
         watchdog.close()
         watchdog.close()
         print("done", flush=True)

@@ -36,7 +36,7 @@ def generate_buckets(
     Sides are rounded to the geometry's `pixel_multiple`. A size beyond the rotary axes is scaled down until both fit.
 
     Args:
-        sizes: `768p`, the pixels of the short side, or `HEIGHTxWIDTH`, of which only the product is used.
+        sizes: `768p`, the pixels of the short side, or `HEIGHTxWIDTH`, which sets only the area.
         aspect_ratios: `W/H`, width over height, as written: list `9/16` as well for portrait clips.
         frames: numbers of video frames.
 

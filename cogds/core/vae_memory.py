@@ -12,7 +12,7 @@ from cogds.core.geometry import ClipShape
 
 # diffusers' AutoencoderKLCogVideoX encodes this many frames at a time. A remainder is added to the first batch.
 FRAME_BATCH = 8
-# Its convolutions split inputs larger than 2 GiB, assuming two bytes per element whatever the precision.
+# Its convolutions split inputs larger than 2 GiB, and assume two bytes per element at any precision.
 SPLIT_BYTES = 2 * 1024**3
 
 

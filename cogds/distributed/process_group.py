@@ -26,7 +26,7 @@ from cogds.process.log_filters import filter_stdout, install_log_filters
 
 
 class GlooGroups:
-    """Gloo process groups beside the default group. All ranks together create each group at its first use."""
+    """Gloo process groups in addition to the default group. All ranks together create each group at its first use."""
 
     def __init__(self) -> None:
         self.reset(timeout_s=1800.0)

@@ -93,7 +93,7 @@ class _Job:
             return failure
 
     def failure(self, error: Exception) -> TaskFailure | None:
-        """Return the failure that an exception stands for; None for a bug."""
+        """Return the failure for an exception, or None for a bug."""
         match error:
             case _ if isinstance(error, self.permanent_errors):
                 return TaskFailure(str(error), is_permanent=True)

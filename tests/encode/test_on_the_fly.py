@@ -31,7 +31,7 @@ def start(tiny_model, tmp_path):
             "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=1", "train.precision=fp32",
             "train.num_steps=6", "train.batch_size=2", *overrides,
         )  # fmt: skip
-        data = encode_dataset(job.cfg, job.model, job.buckets, ALONE)
+        data = encode_dataset(job)
         plan = job.plan(data.mixture)
         order = ClipOrder(data.index, data.mixture)
         draws = list(BucketBatchSampler(plan, 0, 0, 20))

@@ -9,7 +9,6 @@ import json
 import os
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +27,7 @@ def cache_key(fields: Mapping[str, Any]) -> str:
 def _digest_file(path: str) -> str | None:
     try:
         with open(path, "rb") as file:
-            return hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest()
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
     except OSError:
         return None
 
@@ -53,6 +52,6 @@ def digest_files(paths: Sequence[str], memo_file: Path) -> dict[str, str]:
         new = {path: digest for path, digest in zip(changed, threads.map(_digest_file, changed)) if digest}
     if new:
         memo |= {path: [*stamps[path], digest] for path, digest in new.items()}
-        with whole_file(memo_file) as partial_file:
-            partial_file.write_text(json.dumps(memo))
+        with whole_file(memo_file) as partial:
+            partial.write_text(json.dumps(memo))
     return {path: memo[path][2] for path in stamps if path in new or path not in changed}

@@ -11,7 +11,7 @@ import mmap
 import uuid
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -194,7 +194,7 @@ def write_index(
         if num_rows != sum(map(sum, sizes)):
             raise ValueError(f"{num_rows} rows for sizes {meta['sizes']}")
         with new_file.open("rb") as file:
-            path = new_file.with_stem(hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).hexdigest())
+            path = new_file.with_stem(hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest())
         if not path.exists():  # another process may have it open
             new_file.rename(path)
     except OSError as error:

@@ -16,7 +16,6 @@ import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -185,7 +184,7 @@ def scan_file(task: ProbeTask) -> dict[str, Any]:
         size, mtime_ns = _stamp(os.stat(task.path))
         properties = asdict(probe_file(task))
         with open(task.path, "rb") as file:
-            digest = hashlib.file_digest(file, partial(hashlib.blake2b, digest_size=16)).digest()
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
             is_same = _stamp(os.fstat(file.fileno())) == (size, mtime_ns)
     except OSError as error:
         return {"reason": categorize(_open_problem(error))}

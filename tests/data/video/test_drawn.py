@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 
 from cogds.core.geometry import ClipShape
-from cogds.data.video import drawn as synthetic
+from cogds.data.video import drawn
 from cogds.data.video.drawn import draw_clips
 from cogds.data.video.media import read_clip
 from tests.data.scanned import scan_folder
@@ -26,7 +26,7 @@ def test_clips_are_usable_and_deterministic(tmp_path: Path) -> None:
     assert {(c["width"] > c["height"]) - (c["width"] < c["height"]) for c in clips} == {-1, 0, 1}
     assert all(0.7 <= c["duration_s"] <= 3 and max(c["width"], c["height"]) <= 320 for c in clips[:-1])
     frames = read_clip(clips[0]["path"], ClipShape(9, clips[0]["height"], clips[0]["width"]), fps=4).astype(float)
-    assert abs(frames[0] - frames[-1]).mean() > 2  # something moves
+    assert abs(frames[0] - frames[-1]).mean() > 2  # the shape moves
 
 
 def test_an_existing_folder_is_not_changed(tmp_path: Path) -> None:
@@ -38,7 +38,7 @@ def test_a_failure_leaves_no_files(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     def fail(*_: object, **__: object) -> None:
         raise OSError("disk full")
 
-    monkeypatch.setattr(synthetic, "write_video", fail)
+    monkeypatch.setattr(drawn, "write_video", fail)
     with pytest.raises(OSError, match="disk full"):
         draw_clips(tmp_path / "clips")
     assert not os.listdir(tmp_path)

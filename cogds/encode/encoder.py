@@ -155,7 +155,7 @@ class _RankEncoder:
 def encode_pixels(vae: Any, pixels: torch.Tensor, tiled: bool) -> torch.Tensor:
     """Encode a clip uint8 [F, H, W, 3] to moments [2C, F', H', W'], in the VAE's dtype and on its device.
 
-    The VAE itself encodes 8 frames at a time. They are converted as many at a time, too: at once, a float32 copy of an
+    Frames are converted 8 at a time, as many as the VAE encodes at a time, because a float32 copy of a whole
     81x768x1360 clip would take 1 GB.
     """
     device, dtype = vae.device, vae.dtype
@@ -181,7 +181,7 @@ def check_decoder(cfg: RunConfig) -> None:
 
 
 def _change_reason(row: Mapping) -> str:
-    """Why the files of a clip are not those that were scanned, "" if they are: its key would be wrong."""
+    """Why the files of a clip are not those that were scanned, so that its cache key is wrong; "" if they are."""
     for prefix, path in (("", row["path"]), ("image_", row["image_path"])):
         if path is None:
             continue

@@ -545,7 +545,7 @@ def _load_image(path: str | Path) -> Image:
 
 
 def _is_raised_here(error: BaseException) -> bool:
-    """Whether this module raised the error, not a library that it calls: a bug, such as an argument that is gone."""
+    """Whether the error was raised in this module, which is a bug, and not in a library that it calls."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_code.co_filename == __file__
 

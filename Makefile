@@ -19,8 +19,8 @@ WORKERS ?= --numprocesses auto --maxprocesses 4
 # The constraints of `make test-versions`: tests/versions/lowest.txt (for Python 3.11) or newest.txt.
 VERSIONS ?= newest
 
-.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-endurance test-all \
-	check format clean
+.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-endurance test-planted \
+	test-all check format clean
 
 install: $(VENV)/.installed
 
@@ -95,6 +95,10 @@ test-cluster: install
 test-endurance: install
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m endurance
+
+# Plant each bug of tests/planted/bugs.json in a copy of the project. The quick tests must catch it.
+test-planted: install
+	$(BIN)/python tests/planted/check.py
 
 test-all: test test-quant test-slow test-browser test-cluster test-endurance
 

@@ -441,7 +441,11 @@ _DECORD_SPACES, _FULL_RANGE = {0, 2, 5, 6}, 2
 
 
 def _read_decord(
-    path: str | Path, frames: Iterator[tuple[int, VideoFrame]], timeline: _Timeline, indices: Sequence[int], shape: ClipShape
+    path: str | Path,
+    frames: Iterator[tuple[int, VideoFrame]],
+    timeline: _Timeline,
+    indices: Sequence[int],
+    shape: ClipShape,
 ) -> np.ndarray:
     """Read a clip with decord, in order and without seeking. frames: PyAV's, the first of which is compared.
 

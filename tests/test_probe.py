@@ -15,7 +15,7 @@ from cogds.model.load import find_model, load_transformer, load_vae
 from cogds.probe import NO_IMAGE, Measurement, Probe, Scores, first_frame_slice, judge, one_per_scale, report, to_json
 from tests.train.test_step import make_builder
 
-SHAPE, NUM_CLIPS = ClipShape.parse("9x64x64"), 6
+SHAPE, NUM_CLIPS = ClipShape.parse("9x64x64"), 4
 
 
 class NoText:

@@ -617,6 +617,7 @@ def test_colors_follow_the_tags(
                 read_clip(path, ClipShape(1, *size), 25, decoder="decord")
 
 
+@pytest.mark.slow
 def test_a_large_portrait_needs_little_memory(tmp_path: Path) -> None:
     Image.fromarray(np.zeros((7680, 4320, 3), np.uint8)).save(tmp_path / "a.png")
     encode(tmp_path / "a.mp4", np.broadcast_to(np.uint8(90), (2, 7680, 4320, 3)), options={"preset": "ultrafast"})

@@ -50,7 +50,7 @@ class Trained:
             "eval.num_clips=4",
         )  # fmt: skip
         self.cfg, model = job.cfg, job.model
-        data = encode_dataset(self.cfg, model, job.buckets, ALONE)
+        data = encode_dataset(job)
         assert (len(data.held_out), len(data.trained), len(data.index)) == (4, 2, 2)
         no_caption = data.empty_caption_states
         self.builder = load_step_builder(model, self.cfg.conditioning, no_caption, torch.float32, ALONE.device)

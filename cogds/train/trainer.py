@@ -113,9 +113,7 @@ class Trainer:
             on_rank0(world, lambda: check_identity(initial, identity))
         if self.dry_run:
             initial = dataclasses.replace(initial, checkpoint=None, header={})
-        data = encode_dataset(
-            cfg, job.model, job.buckets, world, max_unusable=cfg.data.max_unusable, on_selected=self.report
-        )
+        data = encode_dataset(job, max_unusable=cfg.data.max_unusable, on_selected=self.report)
         if initial.checkpoint:
             data = on_rank0(world, lambda: resume_data(data, initial.header, cfg))
         plan = job.plan(data.mixture)

@@ -108,9 +108,10 @@ def setting(place):
     """`setting(*overrides, world)`: a job, its data, step builder and evaluation."""
 
     def make(*overrides, world=ALONE):
-        job = dataclasses.replace(make_job(*place, *overrides), world=world)
+        job = make_job(*place, *overrides)
         cfg, model, buckets = job.cfg, job.model, job.buckets
-        data = encode_dataset(cfg, model, buckets, ALONE)
+        data = encode_dataset(job)
+        job = dataclasses.replace(job, world=world)
         builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, torch.float32, ALONE.device)
         evaluation = make_evaluation(job, data, builder, job.batch_sizes)
         return SimpleNamespace(

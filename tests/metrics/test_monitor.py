@@ -10,6 +10,7 @@ import pytest
 import torch
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from cogds.config.schema import MetricsConfig
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
 from cogds.errors import UserError
@@ -33,7 +34,7 @@ class DrainedMonitor(Monitor):
 
 
 def make(tmp_path, first_step=0, every=1):
-    return DrainedMonitor(World(0, 1, 0, 1), tmp_path, BUCKETS, first_step, 10, every)
+    return DrainedMonitor(World(0, 1, 0, 1), tmp_path, BUCKETS, range(first_step, 10), MetricsConfig(every=every))
 
 
 def losses(value, bucket=0):

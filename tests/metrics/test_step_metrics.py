@@ -12,7 +12,7 @@ def metrics(loss, values, squares=None):
     losses = StepLosses(2, torch.device("cpu"))
     losses.add(torch.tensor(loss), torch.tensor([loss]), 1, torch.tensor([3]))
     norms = None if squares is None else SquaredNorms(["lora/a", "lora/b"], torch.tensor(squares, dtype=torch.float64))
-    return StepMetrics({"step": 1}, losses.vector, values, norms)
+    return StepMetrics(1, {}, losses.vector, values, norms)
 
 
 def reduce(*ranks):

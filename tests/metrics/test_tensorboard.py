@@ -10,6 +10,7 @@ from tensorboard.plugins.custom_scalar import layout_pb2
 from tensorboard.plugins.hparams import metadata as hparams_metadata
 from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from cogds.config.schema import MetricsConfig
 from cogds.distributed.world import World
 from cogds.metrics.images import encode_gif, encode_image
 from cogds.metrics.monitor import Monitor
@@ -43,7 +44,7 @@ def opened(event):
 
 def test_an_image_is_read_back_pixel_for_pixel(tmp_path):
     pixels = gradient(40, 64)
-    (event,) = written(tmp_path, image_record(3, "data/one", pixels)).Images("data/one")
+    (event,) = written(tmp_path, image_record("data/one", 3, pixels)).Images("data/one")
     assert (event.step, event.height, event.width) == (3, 40, 64)
     assert opened(event).format == "PNG"
     assert np.array_equal(np.asarray(opened(event)), pixels)
@@ -60,7 +61,7 @@ def test_a_large_image_is_made_smaller_and_a_noisy_one_a_jpeg():
 
 @pytest.mark.parametrize("fps, num, num_played, frame_ms", [(16, 17, 9, 120), (8, 9, 9, 120), (25, 26, 9, 120)])
 def test_a_gif_plays_at_the_clips_speed(tmp_path, fps, num, num_played, frame_ms):
-    (event,) = written(tmp_path, gif_record(2, "clip", gradient(270, 960, num), fps)).Images("clip")
+    (event,) = written(tmp_path, gif_record("clip", 2, gradient(270, 960, num), fps)).Images("clip")
     image = opened(event)
     assert (event.step, event.height, event.width) == (2, 135, 480)
     assert (image.format, image.n_frames, image.size) == ("GIF", num_played, (480, 135))
@@ -81,7 +82,7 @@ def test_a_long_gif_is_bounded():
 
 @pytest.mark.parametrize("pixels", [np.zeros((3, 8, 8), np.uint8), np.zeros((8, 8, 3)), np.zeros((0, 8, 3), np.uint8)])
 def test_an_image_that_cannot_be_encoded_is_reported_and_ends_nothing(tmp_path, pixels, capsys):
-    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, 0, 10, 1)
+    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, range(10), MetricsConfig())
     monitor.add_image(1, "data/odd", pixels)
     monitor.add_video(1, "data/odd", pixels, 8)
     monitor.close()
@@ -89,7 +90,7 @@ def test_an_image_that_cannot_be_encoded_is_reported_and_ends_nothing(tmp_path, 
 
 
 def test_other_ranks_write_nothing(tmp_path):
-    monitor = Monitor(World(1, 2, 1, 2), tmp_path, BUCKETS, 0, 10, 1)
+    monitor = Monitor(World(1, 2, 1, 2), tmp_path, BUCKETS, range(10), MetricsConfig())
     monitor.add_scalars(1, {"a": 1.0})
     monitor.add_text("a", "b")
     monitor.add_image(1, "a", gradient(8, 8))
@@ -119,7 +120,7 @@ def test_hparams_are_read_back_by_tensorboard(tmp_path):
 
 
 def test_images_that_a_full_disk_refuses_are_written_later(small_disk, capsys):  # noqa: F811
-    monitor = Monitor(World(0, 1, 0, 1), small_disk, BUCKETS, 0, 10, 1)
+    monitor = Monitor(World(0, 1, 0, 1), small_disk, BUCKETS, range(10), MetricsConfig())
     picture = np.random.default_rng(0).integers(0, 256, (160, 160, 3), dtype=np.uint8)  # 77 kB on a disk of 64
     monitor.add_image(1, "data/large", picture)
     monitor.add_step(1, {"train/lr": 0.5}, losses(1.0))
@@ -139,7 +140,7 @@ def test_images_that_a_full_disk_refuses_are_written_later(small_disk, capsys): 
 
 def test_a_folder_that_cannot_be_written_ends_nothing(tmp_path, capsys):
     (tmp_path / "tensorboard").touch()
-    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, 0, 10, 1)
+    monitor = Monitor(World(0, 1, 0, 1), tmp_path, BUCKETS, range(10), MetricsConfig())
     monitor.add_image(1, "data/one", gradient(8, 8))
     monitor.add_step(1, {"train/lr": 0.5}, losses(1.0))
     monitor.close()

@@ -4,6 +4,7 @@ import sys
 
 import pytest
 
+from cogds.config.schema import MetricsConfig
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.metrics.jsonl import metrics_line
@@ -62,7 +63,9 @@ def test_a_service_that_cannot_be_reached_is_reported_once(capsys):
 
 def test_trackers_get_the_lines_of_the_file(tmp_path):
     service = ServiceMonitor()
-    monitor = Monitor(World(0, 1, 0, 1), tmp_path, [], 0, 10, 2, False, Trackers(service))
+    monitor = Monitor(
+        World(0, 1, 0, 1), tmp_path, [], range(10), MetricsConfig(every=2, progress_bar=False), Trackers(service)
+    )
     for number in (1, 2, 3):
         losses = StepLosses(0, "cpu")
         monitor.add_step(number, {"train/lr": 0.5}, losses)

@@ -13,13 +13,15 @@ from cogds.errors import UserError
 from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora.file import read_lora
 from cogds.model.lora.merge import (
+    SHARD_BYTES,
+    Merge,
     check_comfyui_supports,
+    read_weights,
     save_comfyui_merged,
     save_merged,
     save_other_parts,
-    scaled_image_channels,
-    shards_of,
-    weights_of,
+    scale_image_channels,
+    split_shards,
 )
 from tests.model.lora.adapters import base_transformer, output, output_in_diffusers, write_lora
 from tests.model.lora.test_adapter import ATTENTION, example_inputs
@@ -40,10 +42,12 @@ def loaded(folder):
     return CogVideoXTransformer3DModel.from_pretrained(folder, use_safetensors=True)
 
 
-def merge(tiny_model, folder, *loras, dtype=None, **options):
-    model = find_model(str(tiny_model))
-    loras = [(read_lora(path), weight) for path, weight in loras]
-    save_merged(folder, model, weights_of(model, dtype), loras, {"image_latents": "pipeline"}, **options)
+def merge_of(model_path, *loras, **options):
+    return Merge(find_model(str(model_path)), [(read_lora(path), weight) for path, weight in loras], **options)
+
+
+def merge(model_path, folder, *loras, shard_bytes=SHARD_BYTES, **options):
+    save_merged(folder, merge_of(model_path, *loras, **options), {"image_latents": "pipeline"}, shard_bytes)
     return folder
 
 
@@ -105,7 +109,7 @@ def test_image_channels_of_a_convolution_are_scaled_too():
     halved = inputs.clone()
     halved[:, 2:] *= 0.5
     expected = conv(halved)
-    conv.weight.data = scaled_image_channels(conv.weight.data, 4, 0.5)
+    conv.weight.data = scale_image_channels(conv.weight.data, 4, 0.5)
     torch.testing.assert_close(conv(inputs), expected)
 
 
@@ -121,11 +125,11 @@ def test_a_whole_pipeline(tiny_model, tmp_path, copy):
 
 
 def test_shards_keep_the_order_and_the_bound(tiny_model):
-    weights = weights_of(find_model(str(tiny_model)))
-    shards = shards_of(weights, 50_000)
+    weights = read_weights(find_model(str(tiny_model)))
+    shards = split_shards(weights, 50_000)
     assert [weight for shard in shards for weight in shard] == weights
     assert all(sum(weight.num_bytes for weight in shard) <= 50_000 or len(shard) == 1 for shard in shards)
-    assert len(shards_of(weights, 10**9)) == 1
+    assert len(split_shards(weights, 10**9)) == 1
 
 
 def test_a_base_of_integers_is_refused(tiny_model, tmp_path):
@@ -133,14 +137,11 @@ def test_a_base_of_integers_is_refused(tiny_model, tmp_path):
     (tmp_path / "transformer").mkdir()
     save_file({"proj_out.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "transformer/x.safetensors")
     with pytest.raises(UserError, match="stored as I8"):
-        weights_of(ModelFolder(tmp_path, model.transformer_config, model.vae_config, model.geometry))
+        read_weights(ModelFolder(tmp_path, model.transformer_config, model.vae_config, model.geometry))
 
 
-def merge_for_comfyui(model_path, file, lora, dtype=None, **options):
-    model = find_model(str(model_path))
-    save_comfyui_merged(
-        file, model, weights_of(model, dtype), [(read_lora(lora), 1.0)], {"image_latents": "scaled"}, **options
-    )
+def merge_for_comfyui(model_path, file, lora, **options):
+    save_comfyui_merged(file, merge_of(model_path, (lora, 1.0), **options), {"image_latents": "scaled"})
     return load_file(file)
 
 
@@ -169,7 +170,7 @@ def test_a_comfyui_file_with_dtypes_of_different_sizes(comfyui_model, tmp_path, 
     save_file(tensors, weights, {"format": "pt"})
     lora = write_lora(comfyui_model, tmp_path / "lora")
     file = tmp_path / "mine.safetensors"
-    stored = merge_for_comfyui(base, file, lora, dtype)
+    stored = merge_for_comfyui(base, file, lora, dtype=dtype)
     data = file.read_bytes()
     length = int.from_bytes(data[:8], "little")
     header = json.loads(data[8 : 8 + length])

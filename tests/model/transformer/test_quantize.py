@@ -347,5 +347,5 @@ def test_unpacking_takes_the_memory_in_the_memory_model(quantization, fp8_matmul
     packed = pack(torch.randn(2048, 512).to(torch.bfloat16), quantization, fp8_matmul)
     rows, kind, parts = torch.randn(4, 2048).to(torch.bfloat16), packed.kind, list(packed.parts)
     with LiveBytes([rows, *parts]) as live:
-        quantize._product_back._init_fn(rows, kind, list(packed.shape), parts)
+        quantize._matmul_backward._init_fn(rows, kind, list(packed.shape), parts)
     assert live.peak == pytest.approx(unpacked_weight_bytes(quantization, fp8_matmul, 2) * 2048 * 512, rel=0.03)

@@ -18,8 +18,7 @@ import cogds.export
 from cogds.arguments import parse_args
 from cogds.errors import UserError
 from cogds.model.lora.file import read_lora
-from tests.model.lora.adapters import output, output_in_diffusers, write_lora
-from tests.model.lora.test_adapter import example_inputs
+from tests.model.lora.adapters import example_inputs, output, output_in_diffusers, write_lora
 
 METADATA = {
     "image_latents": "pipeline", "rank": 4, "alpha": 8.0, "targets": ["to_q"], "step": 500, "fps": 16.0,

@@ -1,4 +1,4 @@
-"""Merged weights load in diffusers and give the output of base and LoRA; ComfyUI's file holds the same weights."""
+"""Merged weights, in diffusers' format and in ComfyUI's, have the same effect as base model and LoRA together."""
 
 import json
 import shutil
@@ -23,11 +23,10 @@ from cogds.model.lora.merge import (
     scale_image_channels,
     split_shards,
 )
-from tests.model.lora.adapters import base_transformer, output, output_in_diffusers, write_lora
-from tests.model.lora.test_adapter import ATTENTION, example_inputs
-from tests.model.lora.test_convert import COMFYUI_RENAMES, KINDS
+from tests.model.lora.adapters import base_transformer, example_inputs, output, output_in_diffusers, write_lora
+from tests.model.lora.test_convert import COMFYUI_RENAMES, LORAS
 
-# Weights of ComfyUI's class, comfy/ldm/cogvideo/model.py: of a block, and outside of the blocks.
+# Layers of ComfyUI's class (comfy/ldm/cogvideo/model.py), in a block and outside of the blocks.
 COMFYUI_BLOCK = (
     "norm1.linear", "norm1.norm", "q", "k", "v", "norm_q", "norm_k", "attn_out", "norm2.linear", "norm2.norm",
     "ff_proj", "ff_out",
@@ -38,7 +37,7 @@ COMFYUI_OTHERS = (
 )  # fmt: skip
 
 
-def loaded(folder):
+def load_merged(folder):
     return CogVideoXTransformer3DModel.from_pretrained(folder, use_safetensors=True)
 
 
@@ -51,21 +50,21 @@ def merge(model_path, folder, *loras, shard_bytes=SHARD_BYTES, **options):
     return folder
 
 
-@pytest.mark.parametrize("rank, alpha, targets", KINDS)
-def test_the_output_is_base_and_lora(tiny_model, tmp_path, rank, alpha, targets):
+@pytest.mark.parametrize("rank, alpha, targets", LORAS)
+def test_the_output_equals_base_and_lora(tiny_model, tmp_path, rank, alpha, targets):
     lora = write_lora(tiny_model, tmp_path / "lora", rank, alpha, targets)
-    merged = loaded(merge(tiny_model, tmp_path / "merged", (lora, 1.0)))
+    merged = load_merged(merge(tiny_model, tmp_path / "merged", (lora, 1.0)))
     expected = output_in_diffusers(tiny_model, (lora, 1.0))
     assert (output(base_transformer(tiny_model)) - expected).abs().max() > 1e-2
     assert (output(merged) - expected).abs().max() < 1e-5
 
 
-def test_several_weighted_loras_and_several_shards(tiny_model, tmp_path):
+def test_several_weighted_loras_are_merged_into_several_shards(tiny_model, tmp_path):
     first = write_lora(tiny_model, tmp_path / "first")
     second = write_lora(tiny_model, tmp_path / "second", 2, 3.0, ("to_k", "ff.net.2"))
     folder = merge(tiny_model, tmp_path / "merged", (first, 0.7), (second, -0.5), shard_bytes=40_000)
     expected = output_in_diffusers(tiny_model, (first, 0.7), (second, -0.5))
-    assert (output(loaded(folder)) - expected).abs().max() < 1e-5
+    assert (output(load_merged(folder)) - expected).abs().max() < 1e-5
     index = json.loads((folder / "diffusion_pytorch_model.safetensors.index.json").read_text())
     files = sorted(folder.glob("*.safetensors"))
     assert len(files) > 3
@@ -75,15 +74,16 @@ def test_several_weighted_loras_and_several_shards(tiny_model, tmp_path):
 
 def test_other_weights_stay_bit_identical(tiny_model, tmp_path):
     lora = write_lora(tiny_model, tmp_path / "lora", targets=("to_q",))
-    merged, base = loaded(merge(tiny_model, tmp_path / "m", (lora, 1.0))), base_transformer(tiny_model)
-    changed = {name for name, one in merged.state_dict().items() if not torch.equal(one, base.state_dict()[name])}
+    merged, base = load_merged(merge(tiny_model, tmp_path / "m", (lora, 1.0))), base_transformer(tiny_model)
+    weights = base.state_dict()
+    changed = {name for name, weight in merged.state_dict().items() if not torch.equal(weight, weights[name])}
     assert changed == {f"transformer_blocks.{block}.attn1.to_q.weight" for block in (0, 1)}
 
 
 def test_the_sum_is_rounded_once(tiny_model, tmp_path):
-    """Into bf16 from float32: a LoRA smaller than a weight's last bit still counts where it meets the rounding."""
-    lora = write_lora(tiny_model, tmp_path / "lora", targets=ATTENTION)
-    exact = loaded(merge(tiny_model, tmp_path / "exact", (lora, 1.0))).state_dict()
+    """The sum is computed in float32 and then rounded to bf16."""
+    lora = write_lora(tiny_model, tmp_path / "lora")
+    exact = load_merged(merge(tiny_model, tmp_path / "exact", (lora, 1.0))).state_dict()
     stored = load_file(
         merge(tiny_model, tmp_path / "bf16", (lora, 1.0), dtype=torch.bfloat16) / "diffusion_pytorch_model.safetensors"
     )
@@ -93,8 +93,8 @@ def test_the_sum_is_rounded_once(tiny_model, tmp_path):
 @pytest.mark.parametrize("factor", [0.49, 0.7])
 def test_the_image_latent_factor_is_folded_into_the_weights(tiny_model, tmp_path, factor):
     lora = write_lora(tiny_model, tmp_path / "lora")
-    merged = loaded(merge(tiny_model, tmp_path / "merged", (lora, 1.0), image_factor=factor))
-    tuned = loaded(merge(tiny_model, tmp_path / "plain", (lora, 1.0)))
+    merged = load_merged(merge(tiny_model, tmp_path / "merged", (lora, 1.0), image_factor=factor))
+    tuned = load_merged(merge(tiny_model, tmp_path / "plain", (lora, 1.0)))
     inputs = example_inputs()
     inputs["hidden_states"][:, :, 8:] *= factor
     with torch.no_grad():
@@ -104,7 +104,7 @@ def test_the_image_latent_factor_is_folded_into_the_weights(tiny_model, tmp_path
 
 
 def test_image_channels_of_a_convolution_are_scaled_too():
-    """CogVideoX 1.0's patch embedding."""
+    """CogVideoX 1.0 has a convolution as its patch embedding."""
     conv, inputs = torch.nn.Conv2d(4, 3, 2, stride=2), torch.randn(1, 4, 4, 4)
     halved = inputs.clone()
     halved[:, 2:] *= 0.5
@@ -114,7 +114,7 @@ def test_image_channels_of_a_convolution_are_scaled_too():
 
 
 @pytest.mark.parametrize("copy", [True, False])
-def test_a_whole_pipeline(tiny_model, tmp_path, copy):
+def test_the_other_parts_complete_the_pipeline(tiny_model, tmp_path, copy):
     model = find_model(str(tiny_model))
     merge(tiny_model, tmp_path / "whole/transformer", (write_lora(tiny_model, tmp_path / "lora"), 1.0))
     save_other_parts(tmp_path / "whole", model, copy)
@@ -124,7 +124,7 @@ def test_a_whole_pipeline(tiny_model, tmp_path, copy):
     find_model(str(tmp_path / "whole"))
 
 
-def test_shards_keep_the_order_and_the_bound(tiny_model):
+def test_shards_keep_the_order_and_the_size_limit(tiny_model):
     weights = read_weights(find_model(str(tiny_model)))
     shards = split_shards(weights, 50_000)
     assert [weight for shard in shards for weight in shard] == weights
@@ -132,7 +132,7 @@ def test_shards_keep_the_order_and_the_bound(tiny_model):
     assert len(split_shards(weights, 10**9)) == 1
 
 
-def test_a_base_of_integers_is_refused(tiny_model, tmp_path):
+def test_a_quantized_base_is_refused(tiny_model, tmp_path):
     model = find_model(str(tiny_model))
     (tmp_path / "transformer").mkdir()
     save_file({"proj_out.weight": torch.ones(2, 2, dtype=torch.int8)}, tmp_path / "transformer/x.safetensors")
@@ -148,7 +148,7 @@ def merge_for_comfyui(model_path, file, lora, **options):
 def test_comfyui_weights_are_merged_and_renamed(comfyui_model, tmp_path):
     lora = write_lora(comfyui_model, tmp_path / "lora", targets=("all-linear",))
     tensors = merge_for_comfyui(comfyui_model, tmp_path / "mine.safetensors", lora, image_factor=2.0)
-    merged = loaded(merge(comfyui_model, tmp_path / "merged", (lora, 1.0), image_factor=2.0)).state_dict()
+    merged = load_merged(merge(comfyui_model, tmp_path / "merged", (lora, 1.0), image_factor=2.0)).state_dict()
     names = [f"blocks.{block}.{name}" for block in (0, 1) for name in COMFYUI_BLOCK]
     assert tensors.keys() == {f"{name}.{part}" for name in (*names, *COMFYUI_OTHERS) for part in ("weight", "bias")}
     for name, value in merged.items():
@@ -160,13 +160,13 @@ def test_comfyui_weights_are_merged_and_renamed(comfyui_model, tmp_path):
 
 
 @pytest.mark.parametrize("dtype", [None, torch.bfloat16])
-def test_a_comfyui_file_with_dtypes_of_different_sizes(comfyui_model, tmp_path, dtype):
-    """Every value starts at a multiple of its size, as in safetensors' own files: readers may map them."""
+def test_tensors_in_a_comfyui_file_are_aligned(comfyui_model, tmp_path, dtype):
+    """Every tensor starts at a multiple of its element size, as in safetensors' own files, which readers may map."""
     base = tmp_path / "model"
     shutil.copytree(comfyui_model, base)
     weights = base / "transformer/diffusion_pytorch_model.safetensors"
     tensors = load_file(weights)
-    tensors["a.bias"] = torch.ones(3, dtype=torch.bfloat16)  # 6 bytes, before every other
+    tensors["a.bias"] = torch.ones(3, dtype=torch.bfloat16)  # 6 bytes, and first in the file
     save_file(tensors, weights, {"format": "pt"})
     lora = write_lora(comfyui_model, tmp_path / "lora")
     file = tmp_path / "mine.safetensors"

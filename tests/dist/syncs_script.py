@@ -1,5 +1,6 @@
-"""Run by test_syncs.py: trains as `launch/train.py` does, and records which code reads values of tensors in a step or
-waits for the device.
+"""Run by test_syncs.py: `launch/train.py` that also records where a step reads values of tensors or waits for the device.
+
+Writes the places to the file named by READS.
 """
 
 import json
@@ -7,11 +8,11 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from unittest.mock import patch
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
-import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -20,7 +21,7 @@ from cogds.cli import call  # noqa: E402
 
 
 def place():
-    """The caller: package, file and function."""
+    """Return package, file and function of the caller."""
     frames = traceback.extract_stack()[:-2]
     own = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename != __file__]
     parts = Path(own[-1].filename).parts
@@ -39,25 +40,23 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-train_step, waits, watching = cogds.train.trainer.train_step, [], []
+train_step, waits = cogds.train.trainer.train_step, []
 
 
-def watched(*args):
+def record_step(*args):
     Reads.steps.append([])
-    watching.append(True)
-    with Reads():
-        result = train_step(*args)
-    watching.clear()
-    return result
+    with (
+        Reads(),
+        patch("torch.cuda.synchronize", synchronize),
+        patch.object(get_accelerator(), "synchronize", synchronize),
+    ):
+        return train_step(*args)
 
 
 def synchronize(*_):
-    if watching:
-        waits.append(place())
+    waits.append(place())
 
 
-cogds.train.trainer.train_step = watched
-# DeepSpeed waits through its own object, which does nothing on a CPU.
-torch.cuda.synchronize = get_accelerator().synchronize = synchronize
+cogds.train.trainer.train_step = record_step
 call("train", sys.argv[1:], starts_ranks=False)
 Path(os.environ["READS"]).write_text(json.dumps({"reads": Reads.steps, "waits": waits}))

@@ -1,4 +1,4 @@
-"""The exported file gives the engine's output, also with the partitioned parameters of ZeRO stage 3."""
+"""The exported file gives the output of the engine, also with the partitioned parameters of ZeRO stage 3."""
 
 import json
 import sys

@@ -1,4 +1,4 @@
-"""Sequence parallelism under DeepSpeed gives the loss, the gradients and the run of a single rank."""
+"""Sequence parallelism with DeepSpeed gives the losses and gradients of a single rank."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def four_heads(tiny_model, tmp_path_factory):
     return path
 
 
-def test_loss_and_gradients_are_those_of_one_rank(four_heads, tmp_path, warm):
+def test_loss_and_gradients_equal_those_of_one_rank(four_heads, tmp_path, warm):
     done = warm(ROOT / "tests/dist/sequence_script.py", [ROOT, four_heads, tmp_path], ranks=4)
     assert done.returncode == 0, done.stdout[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())

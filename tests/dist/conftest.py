@@ -31,8 +31,8 @@ def train_once(workshop, tiny_model, run_train):
                 f"model.path={tiny_model}", f"data.path={workshop / 'clips'}", f"data.cache_dir={workshop / 'cache'}",
                 "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]", f"output_dir={workshop / name}",
                 "train.num_steps=6", "train.gradient_accumulation_steps=2", "train.precision=fp32",
-                "data.num_workers=1", "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", "checkpoint.every=3",
-                "optimizer.schedule=cosine", "eval.every=null", "eval.held_out=0", *overrides,
+                "data.num_workers=1", "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2", "optimizer.warmup_steps=2",
+                "optimizer.schedule=cosine", "checkpoint.every=3", "eval.every=null", "eval.held_out=0", *overrides,
                 **{"launcher": "warm"} | options,
             )  # fmt: skip
             finished.add(name)

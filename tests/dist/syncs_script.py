@@ -1,4 +1,4 @@
-"""Run by test_syncs.py: `launch/train.py` that also records where a step reads values of tensors or waits for the device.
+"""Run by test_syncs.py: `launch/train.py` that also records where a step reads a tensor's value or waits for the device.
 
 Writes the places to the file named by READS.
 """
@@ -8,11 +8,12 @@ import os
 import sys
 import traceback
 from pathlib import Path
-from unittest.mock import patch
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
 
+import torch  # noqa: E402
 from deepspeed.accelerator import get_accelerator  # noqa: E402
 from torch.utils._python_dispatch import TorchDispatchMode  # noqa: E402
 
@@ -32,7 +33,7 @@ def place():
 class Reads(TorchDispatchMode):
     """Records calls such as `item()`, `tolist()` and `if tensor`. On a GPU each waits for all queued work."""
 
-    steps: list[list[str]] = []
+    steps: ClassVar[list[list[str]]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function._schema.name == "aten::_local_scalar_dense":
@@ -40,23 +41,25 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-train_step, waits = cogds.train.trainer.train_step, []
+train_step, waits, active = cogds.train.trainer.train_step, [], []
 
 
 def record_step(*args):
     Reads.steps.append([])
-    with (
-        Reads(),
-        patch("torch.cuda.synchronize", synchronize),
-        patch.object(get_accelerator(), "synchronize", synchronize),
-    ):
-        return train_step(*args)
+    active.append(True)
+    with Reads():
+        result = train_step(*args)
+    active.clear()
+    return result
 
 
 def synchronize(*_):
-    waits.append(place())
+    if active:
+        waits.append(place())
 
 
 cogds.train.trainer.train_step = record_step
+# DeepSpeed waits through its own object, which does nothing on a CPU.
+torch.cuda.synchronize = get_accelerator().synchronize = synchronize
 call("train", sys.argv[1:], starts_ranks=False)
 Path(os.environ["READS"]).write_text(json.dumps({"reads": Reads.steps, "waits": waits}))

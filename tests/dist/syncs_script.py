@@ -1,4 +1,4 @@
-"""Run by test_syncs.py: `launch/train.py` that also records where a step reads a tensor's value or waits for the device.
+"""Run by test_syncs.py: `launch/train.py` that also records where a step reads tensors or waits for the device.
 
 Writes the places to the file named by READS.
 """

@@ -4,7 +4,7 @@
     OTHER/bin/python tests/versions/load_lora.py check DIR  anywhere with torch, safetensors, diffusers (0.34 or newer)
                                                             and PEFT
 
-`write` fills LoRAs of the tiny model with random weights and writes them as training and `launch/export.py` do, with the
+`write` fills LoRAs of the tiny model with random weights and writes them as training and `launch/export.py` do, and the
 strength of every layer and the output of the transformer. `check` loads each file with `load_lora_weights` and prints a
 line with the differences. Its exit code is 1 if a strength differs or an output differs by more than 1e-5.
 """

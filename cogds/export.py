@@ -23,7 +23,7 @@ from cogds.model.lora.convert import (
     save_comfyui_wrapper,
     save_diffusers,
 )
-from cogds.model.lora.file import LoraFile, describe_lora, read_loras
+from cogds.model.lora.file import WeightedLora, describe_lora, read_loras
 from cogds.model.lora.hub import check_repository, list_files, upload_folder
 from cogds.model.lora.merge import (
     Merge,
@@ -41,14 +41,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPARE_BYTES = 64e6  # disk space that an export leaves free
 WEAKENED_NAMES = ("orbit", "dimensionx")  # the wrapper weakens fused LoRAs whose path contains one of these
-
-
-@dataclass(frozen=True)
-class WeightedLora:
-    """A LoRA of the command line, with its header and its weight."""
-
-    file: LoraFile
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -216,16 +208,15 @@ def write_weights(job: ExportJob, folder: Path, name: str) -> str:
     file = folder / f"{name}.safetensors"
     if job.kind in MERGED_FORMATS:
         assert job.model is not None
-        loras = [(lora.file, lora.weight) for lora in job.loras]
         # The image-latent factor moves into the weights, so the header states what the result expects instead.
         header = {**job.metadata, "trained_image_latents": job.metadata.get("image_latents", "pipeline")}
         factor, comfyui_factor = header.pop("image_latent_factor"), header.pop("comfyui_strength")
         if job.kind == "comfyui-merged":
             header["image_latents"] = "scaled"
-            save_comfyui_merged(file, Merge(job.model, loras, job.dtype, comfyui_factor), header)
+            save_comfyui_merged(file, Merge(job.model, job.loras, job.dtype, comfyui_factor), header)
             return file.name
         header["image_latents"] = "pipeline"
-        save_merged(folder / "transformer", Merge(job.model, loras, job.dtype, factor), header)
+        save_merged(folder / "transformer", Merge(job.model, job.loras, job.dtype, factor), header)
         if job.pipeline:
             save_other_parts(folder, job.model, copy=job.pipeline == "copy")
         return "transformer"

@@ -19,7 +19,7 @@ from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
-from cogds.model.lora.file import LoraFile, describe_lora, read_loras
+from cogds.model.lora.file import WeightedLora, describe_lora, read_loras
 from cogds.model.pipelines import (
     Denoising,
     apply_convention,
@@ -38,14 +38,6 @@ logger = logging.getLogger(__name__)
 NO_PROMPT = ""
 CELL_WIDTH = 480  # pixels of a video in a grid
 STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames in a strip, pixels of each frame
-
-
-@dataclass(frozen=True)
-class WeightedLora:
-    """A LoRA and its weight in the sum of all LoRAs."""
-
-    file: LoraFile
-    weight: float
 
 
 @dataclass(frozen=True)

@@ -49,7 +49,8 @@ def test_a_run_is_the_same_with_sequence_parallelism_and_across_resumes(tiny_mod
             "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]", f"output_dir={workshop / name}",
             f"train.num_steps={num_steps}", "train.gradient_accumulation_steps=2", "train.precision=fp32",
             "eval.every=null", "data.num_workers=1", "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2",
-            "optimizer.warmup_steps=2", "train.batch_size=2", f"parallel.sequence_size={sequence}", ranks=ranks, launcher="warm",
+            "optimizer.warmup_steps=2", "train.batch_size=2", f"parallel.sequence_size={sequence}",
+            ranks=ranks, launcher="warm",
         )  # fmt: skip
 
     train("alone", 1, 1, 6)

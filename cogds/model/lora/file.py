@@ -124,6 +124,14 @@ class LoraFile:
         return sorted({pair.scale for pair in self.pairs.values()})
 
 
+@dataclass(frozen=True)
+class WeightedLora:
+    """A LoRA and its weight in a sum of LoRAs."""
+
+    file: LoraFile
+    weight: float
+
+
 def read_loras(paths: Iterable[str | Path], alpha: float | None, setting: str) -> list[LoraFile]:
     """Read the headers of LoRA files.
 

@@ -20,7 +20,7 @@ from safetensors.torch import save_file
 from cogds.errors import UserError
 from cogds.model.load import PARTS, ModelFolder, transformer_weights
 from cogds.model.lora.convert import own_header
-from cogds.model.lora.file import LoraFile, open_safetensors
+from cogds.model.lora.file import WeightedLora, open_safetensors
 from cogds.model.lora.formats import comfyui_name
 
 SHARD_BYTES = 2 * 10**9
@@ -84,14 +84,14 @@ class Merge:
     """A model's transformer with LoRAs merged in.
 
     Attributes:
-        loras: files that fit the model (`convert.check_fits`), each with its strength.
+        loras: must fit the model (`convert.check_fits`).
         dtype: of the stored weights, None to keep the model's.
         image_factor: the factor that the pipeline's image latents would need for these LoRAs. It is folded into the
             patch embedding's weights of the image channels, so tools can feed image latents as the pipeline does.
     """
 
     model: ModelFolder
-    loras: Sequence[tuple[LoraFile, float]]
+    loras: Sequence[WeightedLora]
     dtype: torch.dtype | None = None
     image_factor: float = 1.0
 
@@ -102,18 +102,16 @@ class Merge:
         """
         weights = read_weights(self.model, self.dtype)
         with ExitStack() as stack:
-            files = [
-                (lora, strength, stack.enter_context(open_safetensors(lora.path))) for lora, strength in self.loras
-            ]
+            files = [stack.enter_context(open_safetensors(lora.file.path)) for lora in self.loras]
             for weight, (name, slice_) in zip(weights, transformer_weights(self.model), strict=True):
                 value, layer = slice_[:], name.removesuffix(".weight")
-                for lora, strength, tensors in files:
-                    if (pair := lora.pairs.get(layer)) is not None and name != layer:
+                for lora, tensors in zip(self.loras, files):
+                    if (pair := lora.file.pairs.get(layer)) is not None and name != layer:
                         a, b = (tensors.get_tensor(key).float() for key in (pair.a, pair.b))
-                        value = torch.addmm(value.float(), b, a, alpha=strength * pair.scale)
+                        value = torch.addmm(value.float(), b, a, alpha=lora.weight * pair.scale)
                         if not torch.isfinite(value).all():
                             raise UserError(
-                                f"{lora.path}: layer {layer} is not finite after the merge. Use another LoRA."
+                                f"{lora.file.path}: layer {layer} is not finite after the merge. Use another LoRA."
                             )
                 if name == PATCH_EMBEDDING and self.image_factor != 1.0:
                     num_channels = self.model.transformer_config["in_channels"]

@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, find_model
-from cogds.model.lora.file import read_lora
+from cogds.model.lora.file import WeightedLora, read_lora
 from cogds.model.lora.merge import (
     SHARD_BYTES,
     Merge,
@@ -42,7 +42,8 @@ def load_merged(folder):
 
 
 def merge_of(model_path, *loras, **options):
-    return Merge(find_model(str(model_path)), [(read_lora(path), weight) for path, weight in loras], **options)
+    loras = [WeightedLora(read_lora(path), weight) for path, weight in loras]
+    return Merge(find_model(str(model_path)), loras, **options)
 
 
 def merge(model_path, folder, *loras, shard_bytes=SHARD_BYTES, **options):

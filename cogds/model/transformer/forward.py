@@ -30,10 +30,10 @@ Rotary = tuple[torch.Tensor, torch.Tensor] | None
 
 
 class Layout(NamedTuple):
-    """The tokens of a sequence, with sequence parallelism those of this rank.
+    """The arrangement of the tokens that this rank has of a sequence.
 
     rotary: tables of the video tokens; num_text: number of text tokens; counts: with sequence parallelism, the number
-    of tokens on each rank.
+    of tokens on each rank, otherwise ().
     """
 
     rotary: Rotary
@@ -82,7 +82,7 @@ class Block(nn.Module):
     def forward(
         self, x: torch.Tensor, temb: torch.Tensor, rotary: Rotary, num_text: int, counts: tuple[int, ...] = ()
     ) -> torch.Tensor:
-        """Run the block: x [B, S, D], temb [B, time_embed_dim] -> [B, S, D]. The other arguments are a `Layout`'s."""
+        """Run the block: x [B, S, D], temb [B, time_embed_dim] -> [B, S, D]. The other arguments: see `Layout`."""
         modulations = [
             Modulation(*norm.linear(norm.silu(temb))[:, None].chunk(6, dim=-1)) for norm in (self.norm1, self.norm2)
         ]

@@ -30,7 +30,7 @@ class Modulation(NamedTuple):
 
 
 def _split_text(x: torch.Tensor, num_text: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the text tokens and the video tokens."""
+    """Return views of the text tokens and of the video tokens."""
     return x[:, :num_text], x[:, num_text:]
 
 
@@ -40,13 +40,13 @@ def _without_autocast(x: torch.Tensor) -> torch.autocast | contextlib.nullcontex
 
 
 def _norm_backward(gradient: torch.Tensor, x: torch.Tensor, *norm: torch.Tensor | None) -> torch.Tensor:
-    """The gradient of LayerNorm(x). norm: weight, bias, mean and reciprocal standard deviation."""
+    """Return the gradient of LayerNorm(x) for x. norm: weight, bias, mean and reciprocal standard deviation."""
     weight, bias, mean, rstd = norm
     only_x = [True, False, False]
     return torch.ops.aten.native_layer_norm_backward(gradient, x, [x.shape[-1]], mean, rstd, weight, bias, only_x)[0]
 
 
-# The modulation of the video is applied to all tokens, and the result for the text tokens, which are few, overwritten.
+# All tokens are modulated like those of the video. Then the text tokens, which are few, are overwritten.
 class _NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(

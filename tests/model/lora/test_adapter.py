@@ -51,6 +51,7 @@ def test_the_seed_determines_the_lora_and_the_global_generator_is_unchanged(tiny
     assert not torch.equal(weights[0], weights[2])
 
 
+@pytest.mark.slow  # tests/dist/test_export.py has a quick check in a fresh process
 def test_exported_files_load_in_diffusers_as_trained(tmp_path):
     """A fresh process checks the layers, their strengths and the output."""
     load_lora.write(tmp_path)

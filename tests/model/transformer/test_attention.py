@@ -22,7 +22,7 @@ def test_the_config_lists_all_kernels():
     assert set(KERNELS) == set(ATTENTION_KERNELS)
 
 
-@pytest.mark.parametrize("kernel", installed_kernels(CPU))
+@pytest.mark.parametrize("kernel", list(installed_kernels(CPU)))
 def test_every_kernel_is_exact(kernel):
     torch.manual_seed(0)
     query, key, value = torch.randn(3, 2, 7, 4, 16, dtype=torch.float64).unbind()

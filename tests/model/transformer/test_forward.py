@@ -227,9 +227,9 @@ def compile_without_code(transformer):
 )
 def test_all_buckets_share_one_compilation(checkpointing):
     """There is one graph for single clips and one for batches of any size and shape."""
-    _, ours = pair(V15, ATTENTION)
+    _, ours = pair(V15 | {"num_layers": 2}, ATTENTION)
     ours.set_checkpointing(checkpointing)
-    sizes = [(4, 4, 6), (6, 6, 4), (2, 4, 4), (4, 8, 8), (8, 4, 10)]
+    sizes = [(4, 4, 6), (6, 6, 4), (2, 4, 4)]
     batches = [inputs(V15, batch, latents) for batch in (1, 2) for latents in sizes]
     plain = [outcome(ours, batch) for batch in batches]
     graphs = compile_without_code(ours)

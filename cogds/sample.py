@@ -19,8 +19,9 @@ from cogds.files import whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
-from cogds.model.lora.file import LoraFile, describe_lora, read_loras
+from cogds.model.lora.file import WeightedLora, describe_lora, read_loras
 from cogds.model.pipelines import (
+    Denoising,
     apply_convention,
     count_transformer_calls,
     decode_frames,
@@ -37,14 +38,6 @@ logger = logging.getLogger(__name__)
 NO_PROMPT = ""
 CELL_WIDTH = 480  # pixels of a video in a grid
 STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames in a strip, pixels of each frame
-
-
-@dataclass(frozen=True)
-class WeightedLora:
-    """A LoRA and its weight in the sum of all LoRAs."""
-
-    file: LoraFile
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -82,12 +75,12 @@ def main(args: argparse.Namespace) -> None:
     states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
     pipeline = prepare_pipeline(model, dtype, loras, args, device)
 
+    denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT])
+
     def generate(spec: SampleSpec, scale: float) -> torch.Tensor:
         if loras:
             pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [scale * lora.weight for lora in loras])
-        latents = sample_latents(
-            pipeline, spec.pixels, spec.states, states[NO_PROMPT], spec.shape, args.steps, args.guidance, spec.seed
-        )
+        latents = sample_latents(pipeline, spec.pixels, spec.states, spec.shape, spec.seed, denoising)
         return decode_frames(pipeline, latents, spec.shape)
 
     def write(path: Any, frames: torch.Tensor) -> None:

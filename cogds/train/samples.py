@@ -35,6 +35,7 @@ from cogds.files import whole_file, whole_folder
 from cogds.formatting import counted
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import (
+    Denoising,
     apply_convention,
     build_pipeline,
     count_transformer_calls,
@@ -200,10 +201,8 @@ class SampleCallback:
         if spec is not None:
             self._pipeline.transformer = transformer
             try:
-                latents = sample_latents(
-                    self._pipeline, spec.pixels, spec.states, run.data.empty_caption_states, spec.shape,
-                    sample.num_steps, sample.guidance, spec.seed,
-                )  # fmt: skip
+                denoising = Denoising(sample.num_steps, sample.guidance, run.data.empty_caption_states)
+                latents = sample_latents(self._pipeline, spec.pixels, spec.states, spec.shape, spec.seed, denoising)
             except Stopped:
                 raise
             except Exception as error:

@@ -237,10 +237,10 @@ class Trainer:
     def make_monitor(self, run: Run, engine: Any) -> Monitor:
         """Return the writer of metrics, with the trackers that the DeepSpeed config enables."""
         cfg, monitor = run.cfg, detach_monitor(engine)
+        steps = range(run.first_step, cfg.train.num_steps)
         return Monitor(
-            run.world, self.output_dir, run.buckets, run.first_step, cfg.train.num_steps, cfg.metrics.every,
-            cfg.metrics.progress_bar, Trackers(monitor) if monitor else None,
-        )  # fmt: skip
+            run.world, self.output_dir, run.buckets, steps, cfg.metrics, Trackers(monitor) if monitor else None
+        )
 
     def log_results(self, run: Run) -> None:
         """Log the path of the LoRA, how to watch the run, and how to make a video."""

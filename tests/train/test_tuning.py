@@ -29,7 +29,7 @@ from cogds.train.tuning import (
     prepare_blocks,
 )
 from tests.jobs import make_job
-from tests.model.lora.test_adapter import ATTENTION, example_inputs, randomize
+from tests.model.lora.adapters import ATTENTION, example_inputs, randomize
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(49, 480, 480))
 

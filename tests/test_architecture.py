@@ -18,7 +18,7 @@ MODEL = {"model", "model/lora", "model/transformer"}
 MAY_IMPORT = {
     "version": set(),
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "formatting": set(),
     "config": {"errors"},
     "core": {"errors", "formatting"},

@@ -19,7 +19,7 @@ from cogds.encode.encoder import encode_dataset
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
-from cogds.train.callbacks import CallbackContext
+from cogds.train.callbacks import TrainContext
 from cogds.train.evaluation import (
     MAX_SHARE,
     describe_cost,
@@ -273,7 +273,7 @@ def test_the_trained_transformer_is_not_changed(setting, forward):
     transformer.detect_dropout()
     transformer.set_checkpointing("full")
     callback = make_evaluation_callback(
-        CallbackContext(
+        TrainContext(
             run_of(one), engine_of(transformer), one.builder, monitor, lambda describe: watched.append(describe())
         )
     )
@@ -294,16 +294,14 @@ def test_a_run_that_is_asked_to_stop_records_no_loss(setting):
     one, monitor = setting(), Recorder()
     stops = iter([False, False, True])
     transformer = load_transformer(one.model, torch.float32)
-    context = CallbackContext(
-        run_of(one), engine_of(transformer), one.builder, monitor, is_stopping=lambda: next(stops)
-    )
+    context = TrainContext(run_of(one), engine_of(transformer), one.builder, monitor, is_stopping=lambda: next(stops))
     make_evaluation_callback(context).run(3)
     assert monitor.scalars == {}
     assert list(stops) == []
 
 
 def test_without_eval_every_there_is_no_callback(setting):
-    context = CallbackContext(run_of(setting("eval.every=null")), None, None, None)
+    context = TrainContext(run_of(setting("eval.every=null")), None, None, None)
     assert make_evaluation_callback(context) is None
 
 
@@ -327,7 +325,7 @@ def test_the_cost_is_estimated_and_the_warning_names_a_setting_that_suffices(set
     run = run_of(one, "full", cfg=long)
     line, nothing = describe_cost(run, one.evaluation, 100_000)
     assert nothing == ""
-    assert all(part in line for part in ("eval/loss", "eval/train_loss", "100,000 steps", "0.0%"))
+    assert all(part in line for part in ("1 held-out and 1 trained clips", "3 timesteps", "100,000 steps", "<1%"))
     # 6 forward passes against 4 steps, each of a forward pass, its recomputation and a backward pass.
     share = share_of_training(run, one.evaluation, 4)
     assert 6 / (4 * 3.5) * 0.7 < share < 6 / (4 * 3) * 1.4

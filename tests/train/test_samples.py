@@ -26,7 +26,7 @@ from cogds.encode.cache_keys import CacheKeys
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
-from cogds.train.callbacks import CallbackContext
+from cogds.train.callbacks import TrainContext
 from cogds.train.samples import compare_videos, evenly_spaced_rows, make_sample_callback
 from cogds.train.step import load_step_builder
 
@@ -97,7 +97,7 @@ def make_callback(parts, tmp_path):
         )  # fmt: skip
         monitor = Recorder()
         callback = make_sample_callback(
-            CallbackContext(run, parts.engine, parts.builder, monitor, is_stopping=is_stopping)
+            TrainContext(run, parts.engine, parts.builder, monitor, is_stopping=is_stopping)
         )
         return callback, monitor, Path(cfg.output_dir) / "samples"
 

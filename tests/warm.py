@@ -1,9 +1,7 @@
-"""Ranks without the 8 seconds of imports: forked from a process that has done them, each a process group of its own.
+"""Ranks that start without the 8 seconds of imports: they are forked from a process that has already imported all.
 
-    server = Server(); server.run("launch/train.py", ["train.num_steps=2"], ranks=2, timeout_s=240)
-
-A rank runs the script as `python SCRIPT ...` would, with the variables that DeepSpeed's launcher sets: real processes,
-process groups and ZeRO, without a launcher. Tests of launchers, signals and first imports start their own.
+A rank runs the script as `python SCRIPT ...` would, with the variables that DeepSpeed's launcher sets. Ranks are real
+processes, each in its own process group. Tests of launchers, signals and imports start their own processes.
 """
 
 import contextlib
@@ -21,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Server:
-    """The process that has imported everything. `close` ends it; so does the end of ours."""
+    """The process that has imported everything. It ends with `close`, or with this process."""
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -33,22 +31,16 @@ class Server:
             env={**os.environ, "OMP_NUM_THREADS": "1"},
         )
 
-    def run(self, script, arguments, ranks, timeout_s, port, cwd, output, env=None, kill_after_s=None):
-        """Exit codes of the ranks, once all have ended; None for those of a run that outlived its time.
+    def run(self, words, ranks, timeout_s, port, output, *, cwd=ROOT, env=None, kill_after_s=None):
+        """Run the ranks and return their exit codes, or a list of None if they exceed the time limit.
 
-        A rank that fails ends the others, as a launcher does. kill_after_s: when all are killed, whatever they do.
+        If a rank fails, the others are killed, as a launcher does. words: script and arguments. output: file for the
+        output. kill_after_s: time after which all ranks are killed.
         """
         job = {
-            "script": str(script),
-            "arguments": [str(one) for one in arguments],
-            "ranks": ranks,
-            "timeout_s": timeout_s,
-            "port": port,
-            "cwd": str(cwd),
-            "output": str(output),
-            "env": env or {},
-            "kill_after_s": kill_after_s,
-        }
+            "words": list(map(str, words)), "ranks": ranks, "timeout_s": timeout_s, "port": port, "cwd": str(cwd),
+            "output": str(output), "env": env or {}, "kill_after_s": kill_after_s,
+        }  # fmt: skip
         self.process.stdin.write(json.dumps(job) + "\n")
         self.process.stdin.flush()
         return json.loads(self.process.stdout.readline())
@@ -58,13 +50,13 @@ class Server:
         self.process.wait(30)
 
 
-def become(job, rank):
-    """In a forked process: the rank's surroundings."""
+def become_rank(job, rank):
+    """Set up this forked process as a rank."""
     os.setsid()
     os.chdir(job["cwd"])
     log = os.open(job["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, source in ((0, nothing), (1, log), (2, log)):
+    null = os.open(os.devnull, os.O_RDONLY)
+    for descriptor, source in ((0, null), (1, log), (2, log)):
         os.dup2(source, descriptor)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
@@ -72,33 +64,33 @@ def become(job, rank):
         job["env"], RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(job["ranks"]), LOCAL_SIZE=str(job["ranks"]),
         MASTER_ADDR="127.0.0.1", MASTER_PORT=str(job["port"]),
     )  # fmt: skip
-    sys.argv = [job["script"], *job["arguments"]]
+    sys.argv = job["words"]
 
 
 def kill(pids):
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # not in a group of its own yet
+        with contextlib.suppress(ProcessLookupError):  # it has no process group yet
             os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
 
 
 def wait(job, pids):
-    """Exit codes by rank."""
+    """Return the exit codes in rank order."""
     start, codes, killed = time.monotonic(), {}, False
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
             continue
-        elapsed, left = time.monotonic() - start, [one for one in pids if one not in codes]
+        elapsed, left = time.monotonic() - start, [pid for pid in pids if pid not in codes]
         if elapsed > job["timeout_s"]:
             kill(left)
-            for one in left:
-                os.waitpid(one, 0)
+            for pid in left:
+                os.waitpid(pid, 0)
             return [None] * len(pids)
         failed = any(codes.values())
         if not killed and (failed or (job["kill_after_s"] is not None and elapsed > job["kill_after_s"])):
-            time.sleep(2 if failed else 0)  # what the others have to say
+            time.sleep(2 if failed else 0)  # for the output of the others
             kill(left)
             killed = True
         time.sleep(0.02)
@@ -106,21 +98,21 @@ def wait(job, pids):
 
 
 def serve():
-    """Jobs from stdin, a JSON object a line; the ranks' exit codes to stdout. In a rank: returns the script to run."""
+    """Read jobs from stdin and write exit codes to stdout, as JSON lines. In a rank, return the script to run."""
     for line in sys.stdin:
         job, pids = json.loads(line), []
         for rank in range(job["ranks"]):
             pid = os.fork()
             if pid == 0:
-                become(job, rank)
-                return job["script"]
+                become_rank(job, rank)
+                return job["words"][0]
             pids.append(pid)
         print(json.dumps(wait(job, pids)), flush=True)
     return None
 
 
 if __name__ == "__main__":
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print while they are imported is no answer
+    stdout, sys.stdout = sys.stdout, sys.stderr  # libraries may print while they are imported
     sys.path[0] = str(ROOT)
     from cogds.cli import gc_disabled
 
@@ -130,7 +122,7 @@ if __name__ == "__main__":
         import cogds.encode.main
         import cogds.train.main  # noqa: F401
 
-    sys.stdout = answers
+    sys.stdout = stdout
     if script := serve():
         sys.path[0] = str(Path(script).parent)
         try:

@@ -333,11 +333,9 @@ def describe_cost(run: Run, evaluation: Evaluation, every: int) -> tuple[str, st
     num_left = run.cfg.train.num_steps - run.first_step
     num_steps = max(1, min(every, num_left))
     share = share_of_training(run, evaluation, num_steps)
-    line = labeled(
-        "evaluation", f"{evaluation} every {counted(every, 'step')}, about {percent(share)} of the training time"
-    )
+    line = labeled("evaluation", f"{evaluation} every {counted(every, 'step')}, {percent(share)} of the training time")
     if not evaluation.num_held_out:
-        line += "; none held out (eval.held_out)"
+        line += "; none held out"
     if share <= MAX_SHARE or run.cfg.train.num_steps < TRIAL_STEPS:
         return line, ""
     needed, fewer = math.ceil(num_steps * share / MAX_SHARE), int(run.cfg.eval.num_clips * MAX_SHARE / share)

@@ -48,7 +48,7 @@ def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]
         (
             "schedule",
             [
-                f"{counted(cfg.train.num_steps, 'step')} total, {plan.steps_per_epoch:.1f} steps per epoch, "
+                f"{counted(cfg.train.num_steps, 'step')} total, {counted(plan.steps_per_epoch, 'step')} per epoch, "
                 f"gradient accumulation {plan.accumulation}"
             ],
         ),

@@ -54,7 +54,7 @@ MAY_IMPORT = {
         "report",
         "videos",
         "card",
-    },  # fmt: skip
+    },
     "evaluate": {*PURE, *RANKS, *MODEL, "job", "encode", "train"},
     "probe": {*PURE, *RANKS, "data/cache", "data/loading", "model", "job", "encode", "train", "evaluate"},
     "sample": {*PURE, "process", "data/video", "model", "model/lora", "videos"},

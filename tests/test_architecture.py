@@ -14,6 +14,7 @@ PURE = {"errors", "files", "formatting", "config", "core"}
 RANKS = {"process", "distributed"}
 DATA = {"data/manifest", "data/video", "data/cache", "data/loading"}
 MODEL = {"model", "model/lora", "model/transformer"}
+TRAINING = {"engine", "metrics", "job", "encode"}
 # What each package, or module directly in cogds/, may import besides itself.
 MAY_IMPORT = {
     "version": set(),
@@ -41,25 +42,12 @@ MAY_IMPORT = {
     "encode": {*PURE, *RANKS, *DATA, "model", "job"},
     "report": {*PURE, *RANKS, "data/video", "model", "job", "encode", "metrics"},
     "videos": {"errors", "core", "distributed", "data/video", "model"},
-    "train": {
-        *PURE,
-        *RANKS,
-        *DATA,
-        *MODEL,
-        "version",
-        "engine",
-        "metrics",
-        "job",
-        "encode",
-        "report",
-        "videos",
-        "card",
-    },
+    "train": {*PURE, *RANKS, *DATA, *MODEL, *TRAINING, "version", "report", "videos", "card"},
     "evaluate": {*PURE, *RANKS, *MODEL, "job", "encode", "train"},
     "probe": {*PURE, *RANKS, "data/cache", "data/loading", "model", "job", "encode", "train", "evaluate"},
     "sample": {*PURE, "process", "data/video", "model", "model/lora", "videos"},
     "export": {*PURE, "process", "model", "model/lora", "card", "arguments"},
-    "preflight": {*PURE, *RANKS, *MODEL, "version", "engine", "metrics", "arguments", "job", "encode", "train"},
+    "preflight": {*PURE, *RANKS, *MODEL, *TRAINING, "version", "arguments", "train"},
     "__main__": {"cli"},
     "launch": {"cli"},
 }

@@ -1,6 +1,5 @@
 """Sampling follows how the LoRA was trained: image latent scale, size and frame rate."""
 
-from argparse import Namespace
 from pathlib import Path
 
 import pytest
@@ -220,8 +219,6 @@ def test_size_is_the_bucket_that_crops_the_image_least(tmp_path):
 
 def test_without_recorded_buckets_the_size_is_the_models_own(model, tmp_path):
     Image.new("RGB", (90, 60)).save(tmp_path / "image.png")
-    args = Namespace(
-        prompt=["p"], image=[str(tmp_path / "image.png")], list=None, size=None, lora_scale=[1.0], seed=[0]
-    )
+    args = parse_args("sample", ["--model", "m", "--prompt", "p", "--image", str(tmp_path / "image.png")])
     with pytest.raises(UserError, match=str(TRAINED_SIZE)):  # which the tiny model does not support
         plan_jobs(args, [], model)

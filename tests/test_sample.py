@@ -8,6 +8,7 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cogds.sample
+from cogds.arguments import parse_args
 from cogds.cli import call
 from cogds.core.geometry import TRAINED_SIZE, ClipShape, latent_frames, padding_frames
 from cogds.errors import UserError

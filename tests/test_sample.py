@@ -44,7 +44,7 @@ def test_the_pipeline_feeds_the_transformer_as_training_did(model, pipeline, con
     theirs = pipeline_inputs(pipeline, shape, 1)
     ours, _ = build_ours(model, encoder, vae, shape, 1, image_latents=convention)
     # 0.7 x latents and 0.49 x (latents / 0.7) differ in the last bits.
-    assert differences(ours, theirs) == ([] if convention == "pipeline" else ["image latents"])
+    assert differences(ours, theirs) == ([] if convention == "pipeline" else ["hidden_states"])
     channels = vae.config.latent_channels
     torch.testing.assert_close(
         ours["hidden_states"][:, :, channels:], theirs["hidden_states"][:, :, channels:], atol=0, rtol=1e-6

@@ -50,6 +50,7 @@ def only(findings):
 
 
 def assert_finding(finding, level, *parts):
+    """Check the level of a finding, and that its text has these parts."""
     assert finding.level == level, finding
     for part in parts:
         assert part in finding.text, finding
@@ -304,18 +305,9 @@ def trial(**changes):
 def test_trial_steps():
     sound = only(assess_trial_step(rank_results(trial(), trial(steps_s=[9.0, 8.5], peak=42 * GB))))
     assert_finding(sound, OK, "81x768x1360, batch 1: 9.00 s, 8.50 s", "42.0 GB of 80.0 GB", "41.0 GB")
-    failed = only(
-        assess_trial_step(rank_results(trial(), trial(error="CUDA out of memory", peak=79 * GB)))
-    )  # fmt: skip
-    parts = (
-        "81x768x1360",
-        "rank 1 (n2)",
-        "79.0 GB of 80.0 GB",
-        "41.0 GB",
-        "CUDA out of memory",
-        "ds_configs/zero3.json",
-    )
-    assert_finding(failed, FAIL, *parts)
+    failed = only(assess_trial_step(rank_results(trial(), trial(error="CUDA out of memory", peak=79 * GB))))
+    parts = ("81x768x1360", "79.0 GB of 80.0 GB", "41.0 GB", "CUDA out of memory", "ds_configs/zero3.json")
+    assert_finding(failed, FAIL, "rank 1 (n2)", *parts)
     advised = only(assess_trial_step(rank_results(trial(error="CUDA out of memory", advice="Use less."))))
     assert advised.text.endswith("Use less.")
     assert "zero3.json" not in advised.text

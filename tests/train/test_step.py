@@ -108,8 +108,10 @@ def pipeline_inputs(pipeline, shape, batch_size):
 
 def differences(ours, theirs):
     """Return the names of the arguments that differ between a training step and the pipeline."""
-    names = sorted(ours.keys() ^ theirs.keys())
-    return names + [name for name in ours.keys() & theirs.keys() if not is_equal(name, ours[name], theirs[name])]
+    common = ours.keys() & theirs.keys()
+    return sorted(
+        (ours.keys() ^ theirs.keys()) | {name for name in common if not is_equal(name, ours[name], theirs[name])}
+    )
 
 
 def is_equal(name, ours, theirs):
@@ -164,7 +166,7 @@ def test_a_wrong_image_scale_is_detected(parts, model):
     theirs = pipeline_inputs(pipeline, shape, 1)
     for convention in ("scaled", "unscaled"):
         ours, _ = build_ours(model, encoder, vae, shape, 1, image_latents=convention)
-        assert differences(ours, theirs) == ["image latents"]
+        assert differences(ours, theirs) == ["hidden_states"]
 
 
 def test_padding_at_the_end_is_detected(parts, model, monkeypatch):
@@ -180,7 +182,7 @@ def test_padding_at_the_end_is_detected(parts, model, monkeypatch):
 
     monkeypatch.setattr(cogds.train.step, "image_condition", condition_at_the_end)
     ours, _ = build_ours(model, encoder, vae, shape, 1)
-    assert differences(ours, pipeline_inputs(pipeline, shape, 1)) == ["image latents"]
+    assert differences(ours, pipeline_inputs(pipeline, shape, 1)) == ["hidden_states"]
     monkeypatch.undo()
     monkeypatch.setattr(cogds.train.step, "pad_front", pad_end)
     with pytest.raises(AssertionError, match="not close"):

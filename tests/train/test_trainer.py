@@ -13,7 +13,7 @@ from cogds.core.plan import Plan
 from cogds.data.loading.dataset import Batch
 from cogds.distributed.world import World
 from cogds.train.batches import Prefetcher, make_draws, make_micro_steps
-from cogds.train.callbacks import TrainContext, run_callbacks
+from cogds.train.callbacks import TrainContext, due_after, due_at_start, run_callbacks
 from cogds.train.step import draw_dropouts
 from cogds.train.trainer import train_step
 from cogds.train.tuning import BucketExecution, Execution
@@ -219,3 +219,26 @@ def test_without_callbacks_nothing_is_recorded(gpu):
 
 def test_no_peak_is_recorded_on_a_cpu():
     assert run_after_step_5(Callback(SimpleNamespace(peak=0), 1))[0] == []
+
+
+EVALUATING = SimpleNamespace(name="evaluating", every=4, at_start=True, on_stop=False)
+SAVING = SimpleNamespace(name="saving", every=4, at_start=False, on_stop=True)
+
+
+@pytest.mark.parametrize(
+    "step, is_last, is_stopped, names",
+    [
+        (3, False, False, []),
+        (4, False, False, ["evaluating", "saving"]),
+        (3, True, False, ["evaluating", "saving"]),
+        (3, False, True, ["saving"]),
+        (4, False, True, ["saving"]),
+    ],
+)
+def test_callbacks_run_at_their_interval_and_at_the_end_and_a_stopped_run_only_saves(step, is_last, is_stopped, names):
+    due = due_after([EVALUATING, SAVING], step, is_last=is_last, is_stopped=is_stopped)
+    assert [callback.name for callback in due] == names
+
+
+def test_callbacks_run_at_the_start_if_they_are_due_there():
+    assert [due_at_start([EVALUATING, SAVING], step) for step in (0, 3, 4)] == [[EVALUATING], [], [EVALUATING]]

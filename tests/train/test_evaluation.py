@@ -1,6 +1,7 @@
 """The evaluation loss: its samples, its reproducibility, and its cost."""
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -90,15 +91,16 @@ def overrides(tiny_model, tmp_path_factory):
     draw_clips(folder / "clips")
     return [
         f"model.path={tiny_model}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
-        "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.3",
+        "data.buckets=[9x32x48, 9x48x32, 1x32x32]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.3",
         "eval.num_timesteps=3",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
 def prepare(overrides):
-    """`prepare(*words, world)`: a job, its data, step builder and evaluation."""
+    """`prepare(*words, world)`: a job, its data, step builder and evaluation, shared by all tests."""
 
+    @functools.cache
     def prepare(*words, world=ALONE):
         job = dataclasses.replace(make_job(*overrides, *words), world=world, num_ranks=world.size)
         data = encode_dataset(job.cfg, job.model, job.buckets, ALONE)
@@ -118,12 +120,13 @@ def forward(tiny_model):
 
 
 def test_two_evaluations_of_the_same_weights_are_identical(prepare, forward):
-    evaluation = prepare().evaluation
-    scalars = evaluation.scalars(forward)
-    assert {"eval/loss", "eval/train_loss", "eval/loss/t=166", "eval/train_loss/bucket=9x64x96"} <= set(scalars)
+    prepared = prepare()
+    scalars = prepared.evaluation.scalars(forward)
+    assert {"eval/loss", "eval/train_loss", "eval/loss/t=166", "eval/train_loss/bucket=9x32x48"} <= set(scalars)
     torch.manual_seed(5)
-    assert evaluation.scalars(forward) == scalars
-    assert prepare().evaluation.scalars(forward) == scalars
+    assert prepared.evaluation.scalars(forward) == scalars
+    again = make_evaluation(prepared.job, prepared.data, prepared.builder, prepared.job.batch_sizes)
+    assert again.scalars(forward) == scalars
     other = prepare("seed=1").evaluation.scalars(forward)
     assert other["eval/loss"] != scalars["eval/loss"]
     assert other["eval/loss"] == pytest.approx(scalars["eval/loss"], rel=0.05)
@@ -193,7 +196,7 @@ def test_a_bug_is_not_blamed_on_a_clip(prepare, forward, monkeypatch, error, nam
 
 @pytest.mark.parametrize("fails_always", [False, True])
 def test_clips_whose_inputs_fail_are_left_out_without_changing_the_forward_passes(
-    prepare, forward, caplog, fails_always
+    prepare, forward, caplog, monkeypatch, fails_always
 ):
     """If the VAE runs out of memory on one rank, the other ranks still need its forward passes, in the same shapes."""
     evaluation, shapes = prepare("train.batch_size=2").evaluation, []
@@ -209,16 +212,16 @@ def test_clips_whose_inputs_fail_are_left_out_without_changing_the_forward_passe
         return forward(inputs)
 
     complete = evaluation.scalars(record)
-    evaluation.builder.build = fail
+    monkeypatch.setattr(evaluation.builder, "build", fail)
     scalars = evaluation.scalars(record)
     assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2 :]
     assert "OutOfMemoryError" in caplog.text
     if fails_always:
         assert scalars == {}
     else:
-        left = {name for name in complete if name.endswith(("64x96", "96x64"))}
+        left = {name for name in complete if name.endswith(("32x48", "48x32"))}
         assert {name: scalars[name] for name in left} == {name: complete[name] for name in left}
-        assert not any("1x64x64" in name for name in scalars)
+        assert not any("1x32x32" in name for name in scalars)
 
 
 # ------------------------------------------------------------------------------------------------------ during training

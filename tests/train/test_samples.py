@@ -30,7 +30,7 @@ from cogds.train.callbacks import TrainContext
 from cogds.train.samples import compare_videos, evenly_spaced_rows, make_sample_callback
 from cogds.train.step import load_step_builder
 
-BUCKETS = (ClipShape(9, 64, 96), ClipShape(9, 64, 64), ClipShape(1, 64, 64))
+BUCKETS = (ClipShape(9, 32, 48), ClipShape(9, 32, 32), ClipShape(1, 32, 32))
 
 
 class Recorder:
@@ -69,7 +69,7 @@ def parts(tiny_model, tmp_path_factory):
         f"model.path={tiny_model}", "data.path=unused", f"data.cache_dir={folder / 'cache'}", "train.precision=fp32",
         "data.fps=8", "sample.every=2", "sample.num_steps=2",
         f"sample.prompts=[{{prompt: a red circle, image: {folder / 'first.png'}}}, "
-        f"{{prompt: a blue star, image: {folder / 'first.png'}, size: 9x64x64, seed: 4}}]",
+        f"{{prompt: a blue star, image: {folder / 'first.png'}, size: 9x32x32, seed: 4}}]",
     ])  # fmt: skip
     encoder, keys = TextEncoder(model, torch.float32, "cpu"), CacheKeys(cfg, model)
     with Cache(cfg.data.cache_dir).writer("captions") as writer:
@@ -122,12 +122,12 @@ def test_base_videos_are_made_once_and_others_at_every_step(make_callback):
         assert base != later
         assert later.index(b"moov") < later.index(b"mdat")  # it plays while it loads
     info = probe_video(folder / "step-000002" / names[1])
-    assert (info.num_frames, info.height, info.width, info.fps) == (9, 64, 96, 8)
+    assert (info.num_frames, info.height, info.width, info.fps) == (9, 32, 48, 8)
     red = f"samples/{names[1][:-4]}"
     # A label over each strip, which has the first frame and eight frames of the video.
-    assert monitor.images[2, red].shape == (2 * (64 + 18) + 4, 9 * 96 + 8 * 4, 3)
-    assert monitor.images[0, red].shape[0] == 64 + 18
-    assert monitor.videos[2, red + "/clip"].shape == (9, 3 * (64 + 18) + 2 * 4, 96, 3)
+    assert monitor.images[2, red].shape == (2 * (32 + 18) + 4, 9 * 48 + 8 * 4, 3)
+    assert monitor.images[0, red].shape[0] == 32 + 18
+    assert monitor.videos[2, red + "/clip"].shape == (9, 3 * (32 + 18) + 2 * 4, 48, 3)
     assert monitor.fps == 8
     assert monitor.scalars == [(0, "sample/seconds"), (2, "sample/seconds")]
     assert f"{names[1][:-4]}: a red circle" in monitor.texts["samples"]
@@ -181,17 +181,17 @@ def test_a_resumed_run_makes_no_video_twice(make_callback, monkeypatch):
 def test_a_broken_prompt_is_named_and_left_out(make_callback, parts, capsys):
     prompts = [
         {"prompt": "a red circle", "image": "/nowhere/first.png"},
-        {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "10x64x64"},
+        {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "10x32x32"},
         {"prompt": "never encoded", "image": str(parts.folder / "first.png")},
     ]
     callback, _, _ = make_callback(**{"sample.prompts": prompts})
     warnings = capsys.readouterr().err.splitlines()
     assert callback is None
-    for number, words in enumerate((("a red circle", "/nowhere/first.png"), ("10x64x64",), ("never encoded",))):
+    for number, words in enumerate((("a red circle", "/nowhere/first.png"), ("10x32x32",), ("never encoded",))):
         assert warnings[number].startswith(f"warning: sample.prompts[{number}]: ")
         assert all(word in warnings[number] for word in words)
     assert warnings[-1].startswith("warning: sample.every: ")
-    callback, _, folder = make_callback(**{"sample.prompts": [*prompts, {**prompts[1], "size": "9x64x64"}]})
+    callback, _, folder = make_callback(**{"sample.prompts": [*prompts, {**prompts[1], "size": "9x32x32"}]})
     callback.run(2)
     assert len(files(folder / "step-000002")) == 1
 
@@ -215,7 +215,7 @@ def test_a_clip_that_fails_is_left_out(parts, monkeypatch, capsys):
             return clip
 
     index = Index(SimpleNamespace(path=f"{name}.mp4", caption=name, shape=BUCKETS[1]) for name in ("broken", "sound"))
-    encoded = {"first_frame": torch.zeros(3, 64, 64, dtype=torch.uint8), "text_states": parts.empty}
+    encoded = {"first_frame": torch.zeros(3, 32, 32, dtype=torch.uint8), "text_states": parts.empty}
     monkeypatch.setattr(
         cogds.train.samples, "read_encoded", lambda _, clip: {} if clip.path == "broken.mp4" else encoded
     )
@@ -232,10 +232,10 @@ def test_a_clip_that_fails_is_left_out(parts, monkeypatch, capsys):
 def test_a_video_larger_than_all_buckets_causes_a_warning_if_it_could_end_the_run(
     make_callback, capsys, stage, is_warned
 ):
-    make_callback(stage=stage)  # 9x64x96 and 9x64x64, of which only the latter has clips
+    make_callback(stage=stage)  # 9x32x48 and 9x32x32, of which only the latter has clips
     text = capsys.readouterr().err
-    assert ("9x64x96" in text) == ("80 tokens" in text) == ("64." in text) == is_warned
-    assert "9x64x64" not in text
+    assert ("9x32x48" in text) == ("44 tokens" in text) == ("40." in text) == is_warned
+    assert "9x32x32" not in text
 
 
 def test_the_first_frame_is_scaled_as_in_training_and_as_in_the_sample_verb(
@@ -250,13 +250,13 @@ def test_the_first_frame_is_scaled_as_in_training_and_as_in_the_sample_verb(
     weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad}
     videos = []
     for convention in ("pipeline", "scaled"):
-        prompts = [{"prompt": "a red circle", "image": image, "size": "9x64x64"}]
+        prompts = [{"prompt": "a red circle", "image": image, "size": "9x32x32"}]
         changes = {"sample.prompts": prompts, "conditioning.image_latents": convention}
         callback, *_ = make_callback(output=tmp_path / convention, **changes)
         callback.run(2)
         export(tmp_path / "lora", module, weights, {"image_latents": convention})
         call("sample", ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
-             "--image", image, "--size", "9x64x64", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
+             "--image", image, "--size", "9x32x32", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
         )  # fmt: skip
         videos.append(last["callback"].astype(int))
         # Before compression. In float32, rounding makes a difference of at most one level of 255.

@@ -14,8 +14,9 @@ from cogds.encode.cache_keys import CacheKeys
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
 from cogds.errors import refuse_to_run
+from cogds.files import make_folders
 from cogds.formatting import counted
-from cogds.job import Job, load_job, make_folders
+from cogds.job import Job, load_job
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest, find_launchers
 

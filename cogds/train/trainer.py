@@ -44,7 +44,7 @@ from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
 from cogds.train.bad_samples import BadSamples
 from cogds.train.batches import Prefetcher, load_batches, make_micro_steps
-from cogds.train.callbacks import TAG, Callback, CallbackContext, due_after, due_at_start, run_callbacks
+from cogds.train.callbacks import TAG, Callback, TrainContext, due_after, due_at_start, run_callbacks
 from cogds.train.evaluation import make_evaluation_callback
 from cogds.train.memory_check import check_memory
 from cogds.train.overview import FirstBatchLogger, log_overview
@@ -193,7 +193,7 @@ class Trainer:
             monitor.add_scalars(run.first_step, result.scalars())
             logger.info("%s", result)
 
-        context = CallbackContext(
+        context = TrainContext(
             run, engine, builder, monitor, watchdog.watch, is_stopping=lambda: bool(self.stop.requested)
         )
         saving = CheckpointCallback(run, engine, monitor, header)
@@ -208,7 +208,7 @@ class Trainer:
         meter, num_bad_steps = StepMeter(run, engine), 0
         for step in range(run.first_step, cfg.train.num_steps):
             watchdog.watch(functools.partial(run.describe, step))
-            bad_clips = train_step(run, engine, batches, step, monitor, bad_samples, meter)
+            bad_clips = train_step(context, batches, step, bad_samples, meter)
             num_bad_steps = num_bad_steps + 1 if bad_clips else 0
             is_stopped, is_written = any_rank(world, bool(self.stop.requested), saving.is_written)
             is_last = step + 1 == cfg.train.num_steps
@@ -260,12 +260,13 @@ def tags_written_again(run: Run) -> tuple[str, ...]:
 
 
 def train_step(
-    run: Run, engine: Any, batches: Prefetcher, step: int, monitor: Monitor, bad_samples: BadSamples, meter: StepMeter
+    context: TrainContext, batches: Prefetcher, step: int, bad_samples: BadSamples, meter: StepMeter
 ) -> list[str]:
     """Run one optimizer step: `accumulation` micro-steps of forward and backward, then the update. Collective.
 
     If a loss or gradient is not finite on any rank, no weight changes, and descriptions of the clips are returned.
     """
+    run, engine = context.run, context.engine
     cfg, plan, world = run.cfg, run.plan, run.world
     micro_batches, losses = plan.at(step), StepLosses(len(run.buckets), world.device)
     trained: list[tuple[MicroBatch, torch.Tensor]] = []
@@ -306,7 +307,7 @@ def train_step(
         "train/epoch": plan.epoch_of(step),
         **measured,
     }
-    monitor.add_step(step + 1, scalars, losses, rank_values, norms)
+    context.monitor.add_step(step + 1, scalars, losses, rank_values, norms)
     return _describe_bad_step(run, step, trained) if is_skipped else []
 
 

@@ -1,13 +1,12 @@
 #!/usr/bin/env bash
-# What to measure first on one GPU: in under ten minutes, the most important first, each with a limit of its own.
+# The first measurements on one GPU, the most important first, in under ten minutes. Each part has its own time limit.
 #
 #     bash benchmarks/gpu.sh [FOLDER] [PART ...]
 #
-# Parts: agree peers step short (without any: these four, 590 s at most), then zero3, precision, loss, profile for
-# another fourteen minutes. `agree` comes first: what computes something else need not be timed. Logs, with a line of
-# JSON at the end of each, go to FOLDER (outputs/gpu). It needs no model, no clips and no network: weights are random.
-# With SIZE=tiny it tries itself out on a CPU. PYTHON is the interpreter, by default that of .venv. The code is 1 where
-# a part failed.
+# Parts: agree, peers, step, short (the default, at most 590 s), and zero3, precision, loss, profile (another 14 min).
+# `agree` comes first, because the speed of a wrong result is of no interest. Logs go to FOLDER (default: outputs/gpu).
+# Each ends with a line of JSON. Weights are random, so no model, clips or network are needed. SIZE=tiny tries the
+# script out on a CPU. PYTHON is the interpreter (default: that of .venv). The exit code is 1 if a part fails.
 set -u
 cd "$(dirname "$0")/.."
 folder=${1:-outputs/gpu}
@@ -35,7 +34,7 @@ run() {
     grep -q '^{"benchmark"' "$folder/$name.log" || tail -n 8 "$folder/$name.log"
 }
 
-# NAME LIMIT ARGUMENTS...: step.py begins nothing new 45 s before its limit, so that it prints its table.
+# NAME LIMIT ARGUMENTS...: step.py starts nothing new in its last 45 s, so that it can print its table.
 step() { run "$1" "$2" step.py --limit-s $(($2 * slower - 45)) --sizes "$size" --precisions "$type" "${@:3}"; }
 
 for part in $parts; do
@@ -43,28 +42,28 @@ for part in $parts; do
     agree) # checkpointing, kernels and compilation against float32, on a model of 0.14 billion parameters
         # shellcheck disable=SC2086
         run agree 80 agree.py --limit-s $((80 * slower - 25)) --size "${size/real/mid}" --precision "$type" $compiled ;;
-    peers) # ours, compiled, against the common step, at the size that matters; the fastest kernel there for both
-        # shellcheck disable=SC2086 # $compiled is a word or none
+    peers) # our step, compiled, against the common step, both with the fastest kernel
+        # shellcheck disable=SC2086 # $compiled is one word or none
         run peers 230 peers.py --limit-s $((230 * slower - 45)) --sizes "$size" --precision "$type" \
             --checkpointing selective --kernel auto $compiled --rounds 2 ;;
-    step) # checkpointing and compilation, the fastest kernel; whether it stays below 24 GB is full+offload's row
+    step) # checkpointing and compilation with the fastest kernel; full+offload shows whether 24 GB are enough
         step step 180 --buckets "$long" --kernels auto --compile "$compile" --rounds 2 \
             --checkpointing selective,full,full+offload ;;
-    short) # the shorter buckets, where more may be kept
+    short) # shorter buckets, in which more activations can be kept
         step short 100 --buckets "$short" --checkpointing selective,none --kernels auto --compile "${compile%%,*}" \
             --rounds 3 ;;
     zero3)
         step zero3 150 --buckets "${short%%,*}" --checkpointing selective --rounds 3 \
             --deepspeed zero2,zero3,zero3_offload ;;
-    precision) # needs torchao and bitsandbytes; what cannot be had is a row that says so
+    precision) # needs torchao and bitsandbytes; a quantization that is not available is a row with its error
         step precision 300 --buckets "$long" --checkpointing selective --kernels auto --rounds 1 \
             --quantizations none,int8,fp8,nf4 --fp8-matmul off,on ;;
-    loss) # what the same quantizations do to the loss, on random weights
+    loss) # the effect of these quantizations on the loss, with random weights
         run loss 240 quantized_loss.py --size "$size" --bucket "${short%%,*}" ;;
-    profile) # where the time of a step goes
+    profile) # the time of a step by operation
         step profile 150 --buckets "${short##*,}" --checkpointing selective --kernels auto --rounds 2 --profile ;;
     *)
-        echo "no part is called $part: there are agree, peers, step, short, zero3, precision, loss, profile" >&2
+        echo "error: $part: no such part. Choose from agree, peers, step, short, zero3, precision, loss, profile." >&2
         exit 2 ;;
     esac
 done

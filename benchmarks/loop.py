@@ -144,7 +144,7 @@ def measure(
     job = load_job(Namespace(config=None, deepspeed=ds_path, overrides=overrides, is_demo=False), world)
     cfg, model, buckets = job.cfg, job.model, job.buckets
     Path(cfg.output_dir).mkdir()
-    data = encode_dataset(cfg, model, buckets, world)
+    data = encode_dataset(job)
     plan = job.plan(data.mixture)
     execution = choose_execution(job, plan.local_batch_sizes)
     whole = Run(job, data, plan, execution, 0)

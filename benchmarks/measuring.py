@@ -66,8 +66,8 @@ class Size:
 
 
 SIZES = {
-    one.name: one
-    for one in (
+    size.name: size
+    for size in (
         # The model of the demo.
         Size(
             "tiny",

@@ -21,6 +21,7 @@ step, for the last size.
 
 import argparse
 import contextlib
+import functools
 from typing import Any
 
 import torch
@@ -169,18 +170,9 @@ def difference(common: CommonStep, ours: Trainer) -> dict[str, float]:
     }
 
 
-def compare(
-    size: Size,
-    precision: str,
-    modes: list[str],
-    kernel: str,
-    compiled: bool,
-    rounds: int,
-    world: World,
-    deadline: float | None,
-    clock: str,
-) -> dict[str, Any]:
-    """Measure both on one model: rows by name, ratios, and their differences."""
+def compare(size: Size, world: World, args: argparse.Namespace) -> dict[str, Any]:
+    """Measure both on one model. Returns rows by name, ratios, and the differences of their results."""
+    precision, modes, kernel = args.precision, args.checkpointing, args.kernel
     device, dtype = world.device, DTYPES[precision]
     if kernel == "auto":
         kernel = fastest_kernel(size, [size.bucket], precision, device)[0]
@@ -197,7 +189,7 @@ def compare(
     ours.transformer.set_kernel(kernel)
     differences = difference(common, ours)
     ours.step(SMALL)  # allocates the optimizer's state
-    ours.set_compiled(compiled)
+    ours.set_compiled(args.compile)
     free(device)
     held.append(held_bytes(device))
 
@@ -208,12 +200,9 @@ def compare(
     calls = {
         "common, VAE in the loop": lambda: common.step(True),
         "common, latents given": lambda: common.step(False),
-        **{
-            f"ours, {checkpointing}": lambda checkpointing=checkpointing: our_step(checkpointing)
-            for checkpointing in modes
-        },
+        **{f"ours, {mode}": functools.partial(our_step, mode) for mode in modes},
     }
-    timings = interleaved(calls, rounds, device, deadline=deadline, clock=clock)
+    timings = interleaved(calls, args.rounds, device, deadline=deadline_of(args.limit_s), clock=args.clock)
     rows = {}
     for name, timing in timings.items():
         if timing.peak and None not in held:
@@ -251,17 +240,10 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for shared machines")
     parser.add_argument("--limit-s", type=float, help="process age after which nothing new is started [s]")
     args = parser.parse_args(argv)
-    deadline = deadline_of(args.limit_s)
     info = machine(world.device)
     join_process_group(world)
     print_machine(info)
-    results = [
-        compare(
-            SIZES[name], args.precision, args.checkpointing, args.kernel, args.compile, args.rounds, world, deadline,
-            args.clock,
-        )
-        for name in args.sizes
-    ]  # fmt: skip
+    results = [compare(SIZES[name], world, args) for name in args.sizes]
     cells = []
     for result in results:
         for name, row in result["rows"].items():
@@ -277,13 +259,8 @@ def main(argv: list[str] | None = None) -> None:
     for result in results:
         print(f"{result['size']}: attention kernel of both: {result['kernel']}; same work: {result['same_work']}")
     last = results[-1]
-    settings = {
-        "precision": args.precision,
-        "kernel": last["kernel"],
-        "compiled": args.compile,
-        "checkpointing": args.checkpointing,
-    }
-    settings |= {"clock": args.clock}
+    settings = {name: getattr(args, name) for name in ("precision", "checkpointing", "clock")}
+    settings |= {"kernel": last["kernel"], "compiled": args.compile}
     ratios = {name: value for name, value in last.items() if name.startswith("ratio")}
     print_json("peers", info, **settings, results=results, size=last["size"], **ratios)
 

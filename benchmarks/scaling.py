@@ -19,6 +19,7 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
+from functools import partial
 from typing import Any
 
 from measuring import (
@@ -59,12 +60,10 @@ def time_shapes(
     trainer = Trainer(size, run_config(precision, size.lora_rank), "zero2", world)
     trainer.transformer.set_checkpointing(CHECKPOINTING)
     timings = interleaved(
-        {
-            (bucket, batch): lambda bucket=bucket, batch=batch: trainer.step(ClipShape.parse(bucket), batch)
-            for bucket, batch in shapes
-        },
-        rounds, world.device,
-    )  # fmt: skip
+        {(bucket, batch): partial(trainer.step, ClipShape.parse(bucket), batch) for bucket, batch in shapes},
+        rounds,
+        world.device,
+    )
     rows = []
     for (bucket, batch), timing in timings.items():
         shape = ClipShape.parse(bucket)

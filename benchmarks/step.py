@@ -150,17 +150,10 @@ class EngineGroup:
 
 
 def measure(
-    size: Size,
-    variants: Sequence[Variant],
-    lora_rank: int,
-    rounds: int,
-    peak: float | None,
-    world: World,
-    deadline: float | None = None,
-    clock: str = "wall",
-    profiled: bool = False,
+    size: Size, variants: Sequence[Variant], peak: float | None, world: World, args: argparse.Namespace
 ) -> list[dict[str, Any]]:
     """Return a row for every variant, in their order."""
+    lora_rank = args.lora_rank or size.lora_rank
     rows: dict[Variant, dict[str, Any]] = {}
     for group in group_by_engine(variants, variants[0]):
         engine, start = EngineGroup(size, group[0], lora_rank, world), Timing()
@@ -171,8 +164,8 @@ def measure(
         assert engine.trainer is not None
         num_lora = engine.trainer.num_lora
         calls = {variant: engine.call(variant) for variant in group}
-        timings = interleaved(calls, rounds, world.device, engine.build, deadline, clock)
-        if profiled and group[0] == variants[0]:
+        timings = interleaved(calls, args.rounds, world.device, engine.build, deadline_of(args.limit_s), args.clock)
+        if args.profile and group[0] == variants[0]:
             print_profile(calls[group[0]], world.device)
         engine.close()
         for variant, timing in timings.items():
@@ -278,7 +271,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--peak-tflops", type=float, help="peak of this device (default: known for some GPUs)")
     args = parser.parse_args(argv)
-    deadline = deadline_of(args.limit_s)
     info = machine(world.device)
     join_process_group(world)
     print_machine(info)
@@ -297,20 +289,13 @@ def main(argv: list[str] | None = None) -> None:
             "kernel": kernels, "compiled": args.compile, "quantization": args.quantizations,
             "fp8_matmul": args.fp8_matmul, "precision": args.precisions, "deepspeed": args.deepspeed,
         }  # fmt: skip
-        rank = args.lora_rank or size.lora_rank
-        variants = make_variants(choices, args.all)
-        rows += measure(size, variants, rank, args.rounds, peak, world, deadline, args.clock, args.profile)
+        rows += measure(size, make_variants(choices, args.all), peak, world, args)
     if world.rank == 0:
         print(table(HEAD, [cells(row) for row in rows]))
         print_json(
-            "step",
-            info,
-            peak_tflops=round(peak, 4) if peak else None,
-            peak_from=source,
-            clock=args.clock,
-            attention_s=attention_s,
-            rows=rows,
-        )
+            "step", info, peak_tflops=round(peak, 4) if peak else None, peak_from=source, clock=args.clock,
+            attention_s=attention_s, rows=rows,
+        )  # fmt: skip
 
 
 if __name__ == "__main__":

@@ -22,6 +22,8 @@ from cogds.process.logs import log_failure
 
 logger = logging.getLogger(__name__)
 
+Metadata = Mapping[str, Any]  # any subset of `train.saving.lora_metadata`
+
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
 LICENSE = (
@@ -34,7 +36,7 @@ PUBLISHERS = ("zai-org", "THUDM")
 LOADED_BY_DIFFUSERS = ("diffusers", "comfyui-wrapper", "merged")
 
 
-def pipeline_factor(vae_config: Mapping[str, Any], convention: str) -> float:
+def pipeline_factor(vae_config: Metadata, convention: str) -> float:
     """Return `convention_factor` for a VAE's config."""
     return convention_factor(vae_config["scaling_factor"], bool(vae_config.get("invert_scale_latents")), convention)
 
@@ -44,7 +46,7 @@ def hub_id(path: str | None) -> str | None:
     return path if path and re.fullmatch(r"[\w.-]+/[\w.-]+", path) and not Path(path).is_dir() else None
 
 
-def shareable(metadata: Mapping[str, Any]) -> dict[str, Any]:
+def shareable(metadata: Metadata) -> dict[str, Any]:
     """Replace local paths by the name of their last component."""
     return {
         name: Path(value).name if name in ("base_model", "init_from") and value and not hub_id(value) else value
@@ -58,7 +60,7 @@ def find_sample(lora: Path) -> Path | None:
     return next(iter(sorted((folder.parent.parent / "samples" / folder.name).glob("*.mp4"))), None)
 
 
-def write_card(folder: Path, lora: Path, metadata: Mapping[str, Any]) -> None:
+def write_card(folder: Path, lora: Path, metadata: Metadata) -> None:
     """Write the card of a run's LoRA into `folder`, which will be renamed to `lora`; link to the run's video.
 
     A failure is only a warning, because the checkpoint that follows must still be written.
@@ -73,17 +75,14 @@ def write_card(folder: Path, lora: Path, metadata: Mapping[str, Any]) -> None:
         log_failure(logger, f"{lora}: no model card ({brief(error)}). The LoRA is complete.", error)
 
 
-def model_card(
-    title: str, metadata: Mapping[str, Any], kind: str, location: str, file: str = "", sample: str = ""
-) -> str:
+def model_card(title: str, metadata: Metadata, kind: str, location: str, file: str = "", sample: str = "") -> str:
     """Return the card's text.
 
     Args:
-        metadata: Any subset of `train.saving.lora_metadata`.
-        kind: One of `cogds.export.FORMATS`.
-        location: Path or hub id that the snippet loads.
-        file: Name of the weights' file; the ComfyUI kinds need it.
-        sample: Relative path of a video.
+        kind: one of `arguments.EXPORT_FORMATS`.
+        location: path or hub id that the snippet loads.
+        file: name of the file with the weights, required for the ComfyUI kinds.
+        sample: relative path of a video.
     """
     parts = [front_matter(metadata, kind, sample), f"# {_line(title)}", _introduction(metadata, kind)]
     if sample:
@@ -98,7 +97,7 @@ def model_card(
     return "\n\n".join(part for part in parts if part) + "\n"
 
 
-def front_matter(metadata: Mapping[str, Any], kind: str, sample: str = "") -> str:
+def front_matter(metadata: Metadata, kind: str, sample: str = "") -> str:
     """Return the YAML block that the hub reads.
 
     Fields: https://github.com/huggingface/hub-docs/blob/main/modelcard.md
@@ -128,7 +127,7 @@ def front_matter(metadata: Mapping[str, Any], kind: str, sample: str = "") -> st
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---"
 
 
-def snippet(metadata: Mapping[str, Any], kind: str, location: str) -> str:
+def snippet(metadata: Metadata, kind: str, location: str) -> str:
     """Return Python code that generates a video from `first.png` with diffusers 0.34 or later.
 
     0.34 is the first version that reads alpha from the LoRA. The code uses `torch_dtype` because `dtype` exists only
@@ -185,7 +184,7 @@ def snippet(metadata: Mapping[str, Any], kind: str, location: str) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _introduction(metadata: Mapping[str, Any], kind: str) -> str:
+def _introduction(metadata: Metadata, kind: str) -> str:
     base = hub_id(metadata.get("base_model"))
     model = f"[{base}](https://huggingface.co/{base})" if base else "a CogVideoX image-to-video model"
     if kind in MERGED_FORMATS and metadata.get("exported_scale") == 0:
@@ -195,7 +194,7 @@ def _introduction(metadata: Mapping[str, Any], kind: str) -> str:
     return f"A LoRA for {model}. Trained with cogds."
 
 
-def _comfyui(metadata: Mapping[str, Any], kind: str, file: str) -> str:
+def _comfyui(metadata: Metadata, kind: str, file: str) -> str:
     if kind == "comfyui-wrapper":
         return (
             f"Copy `{file}` to `ComfyUI/models/CogVideo/loras` and select it in *CogVideo LoraSelect* of "
@@ -232,7 +231,7 @@ def _lengths(frames: int) -> str:
     )
 
 
-def _convention(metadata: Mapping[str, Any], kind: str) -> str:
+def _convention(metadata: Metadata, kind: str) -> str:
     """Describe the scale of the image latents, unless the tool uses the right one without help."""
     convention, factor = metadata.get("image_latents", "pipeline"), metadata.get("image_latent_factor", 1.0)
     comfyui = kind.startswith("comfyui")
@@ -253,7 +252,7 @@ def _convention(metadata: Mapping[str, Any], kind: str) -> str:
     return text + "The LoRA expects others."
 
 
-def _table(metadata: Mapping[str, Any]) -> str:
+def _table(metadata: Metadata) -> str:
     """Return the known settings as a table."""
     has_rank = "rank" in metadata and "alpha" in metadata
     rows = [
@@ -276,11 +275,11 @@ def _table(metadata: Mapping[str, Any]) -> str:
     return "\n".join(["| | |", "|---|---|", *known]) if known else "The file does not record its settings."
 
 
-def _prompt(metadata: Mapping[str, Any]) -> str:
+def _prompt(metadata: Metadata) -> str:
     return _line(metadata.get("example_prompt") or metadata.get("instance_prompt") or "what happens in the video")
 
 
-def _largest(metadata: Mapping[str, Any]) -> ClipShape:
+def _largest(metadata: Metadata) -> ClipShape:
     """Return the largest trained size, or the base model's own size if none is known."""
     shapes = [ClipShape.parse(text) for text in metadata.get("buckets", [])]
     return max(

@@ -5,13 +5,14 @@ Arguments are parsed before torch is imported, so `--help` and argument errors a
 """
 
 import argparse
+import contextlib
 import gc
 import importlib
 import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import cogds
 from cogds.arguments import VERBS, find_config, parse_args, shipped_config
@@ -88,17 +89,18 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     module.main(args)
 
 
-class gc_disabled:
+@contextlib.contextmanager
+def gc_disabled() -> Iterator[None]:
     """Turn off garbage collection for a block, and exclude the objects that exist at its end from later collections.
 
     Importing torch, diffusers and DeepSpeed makes a million objects that live as long as the process. Searching them
     for garbage took 3 of the 11 seconds that the imports needed (docs/performance.md).
     """
 
-    def __enter__(self) -> None:
-        gc.disable()
-
-    def __exit__(self, *_: object) -> None:
+    gc.disable()
+    try:
+        yield
+    finally:
         gc.enable()
         gc.freeze()
 

@@ -50,7 +50,7 @@ def main(args: argparse.Namespace) -> None:
     check_quantization(cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
-    data = encode_dataset(cfg, model, job.buckets, world)
+    data = encode_dataset(job)
     transformer = load_eval_transformer(cfg, model, world.device, loras)
     builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device)
     evaluation = make_evaluation(job, data, builder, job.batch_sizes)

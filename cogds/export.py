@@ -23,15 +23,16 @@ from cogds.model.lora.convert import (
     save_comfyui_wrapper,
     save_diffusers,
 )
-from cogds.model.lora.file import LoraFile, describe_lora, read_loras
+from cogds.model.lora.file import WeightedLora, describe_lora, read_loras
 from cogds.model.lora.hub import check_repository, list_files, upload_folder
 from cogds.model.lora.merge import (
+    Merge,
     check_comfyui_supports,
     other_files,
+    read_weights,
     save_comfyui_merged,
     save_merged,
     save_other_parts,
-    weights_of,
 )
 from cogds.process.logs import RESULT
 
@@ -40,14 +41,6 @@ logger = logging.getLogger(__name__)
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPARE_BYTES = 64e6  # disk space that an export leaves free
 WEAKENED_NAMES = ("orbit", "dimensionx")  # the wrapper weakens fused LoRAs whose path contains one of these
-
-
-@dataclass(frozen=True)
-class WeightedLora:
-    """A LoRA of the command line, with its header and its weight."""
-
-    file: LoraFile
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -73,7 +66,7 @@ class ExportJob:
 def main(args: argparse.Namespace, api: Any = None) -> None:
     """Run the command: check everything first, then write the folder, then upload it.
 
-    api: A stand-in for the hub's `HfApi`.
+    api: a stand-in for the hub's `HfApi`.
     """
     if args.pipeline and args.to != "merged":
         raise UserError(f"--pipeline {args.pipeline}: not available with --to {args.to}. Use --to merged.")
@@ -103,11 +96,10 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
     if args.push_to:
         metadata = shareable(metadata)
         check_repository(args.push_to, args.public, api)
-    dtype = DTYPES.get(args.dtype)
     sample = Path(args.sample) if args.sample else find_sample(Path(args.lora[0]))
     if sample and not sample.is_file():
         raise UserError(f"--sample {sample}: no such file. Pass a video, or omit --sample.")
-    job = ExportJob(args.to, loras, model, metadata, dtype, args.pipeline)
+    job = ExportJob(args.to, loras, model, metadata, DTYPES.get(args.dtype), args.pipeline)
     check_space(output, export_bytes(job) + (sample.stat().st_size if sample else 0))
 
     with whole_folder(output) as partial:
@@ -158,9 +150,7 @@ def base_model(path: str | None, loras: Sequence[WeightedLora], needed: bool) ->
     """
     if path:
         return find_model(path)
-    trained_on = next(
-        (lora.file.metadata["base_model"] for lora in loras if lora.file.metadata.get("base_model")), None
-    )
+    trained_on = next(filter(None, (lora.file.metadata.get("base_model") for lora in loras)), None)
     if trained_on and (needed or Path(trained_on).is_dir()):
         return find_model(trained_on)
     if needed:
@@ -171,8 +161,7 @@ def base_model(path: str | None, loras: Sequence[WeightedLora], needed: bool) ->
 def export_metadata(loras: Sequence[WeightedLora], model: ModelFolder | None) -> dict[str, Any]:
     """Collect the metadata for the header and the model card, from the first LoRA if there are several.
 
-    Raises:
-        UserError: The LoRAs differ in their image-latent convention.
+    Raises UserError if the LoRAs differ in their image-latent convention.
     """
     conventions = {lora.file.metadata.get("image_latents", "pipeline") for lora in loras}
     if len(conventions) > 1:
@@ -195,12 +184,12 @@ def export_metadata(loras: Sequence[WeightedLora], model: ModelFolder | None) ->
 
 
 def export_bytes(job: ExportJob) -> float:
-    """Size of the export in bytes."""
+    """Return the size of the export."""
     if job.kind not in MERGED_FORMATS or job.model is None:
         size = sum(lora.file.path.stat().st_size for lora in job.loras)
         return size * 2 if job.dtype is torch.float32 else size
     others = sum(path.stat().st_size for path in other_files(job.model)) if job.pipeline == "copy" else 0
-    return sum(weight.num_bytes for weight in weights_of(job.model, job.dtype)) + others
+    return sum(weight.num_bytes for weight in read_weights(job.model, job.dtype)) + others
 
 
 def check_space(output: Path, needed: float) -> None:
@@ -215,25 +204,23 @@ def check_space(output: Path, needed: float) -> None:
 
 
 def write_weights(job: ExportJob, folder: Path, name: str) -> str:
-    """Write the weights into the folder. Returns the name of the file, or of the folder "transformer"."""
+    """Write the weights into the folder and return the name of the file, or of the folder, "transformer"."""
     file = folder / f"{name}.safetensors"
-    model, dtype = job.model, job.dtype
     if job.kind in MERGED_FORMATS:
-        assert model is not None
-        loras = [(lora.file, lora.weight) for lora in job.loras]
+        assert job.model is not None
         # The image-latent factor moves into the weights, so the header states what the result expects instead.
         header = {**job.metadata, "trained_image_latents": job.metadata.get("image_latents", "pipeline")}
         factor, comfyui_factor = header.pop("image_latent_factor"), header.pop("comfyui_strength")
         if job.kind == "comfyui-merged":
             header["image_latents"] = "scaled"
-            save_comfyui_merged(file, model, weights_of(model, dtype), loras, header, comfyui_factor)
+            save_comfyui_merged(file, Merge(job.model, job.loras, job.dtype, comfyui_factor), header)
             return file.name
         header["image_latents"] = "pipeline"
-        save_merged(folder / "transformer", model, weights_of(model, dtype), loras, header, factor)
+        save_merged(folder / "transformer", Merge(job.model, job.loras, job.dtype, factor), header)
         if job.pipeline:
-            save_other_parts(folder, model, copy=job.pipeline == "copy")
+            save_other_parts(folder, job.model, copy=job.pipeline == "copy")
         return "transformer"
-    adapter = load_adapter(job.loras[0].file, job.loras[0].weight, dtype)
+    adapter = load_adapter(job.loras[0].file, job.loras[0].weight, job.dtype)
     if job.kind == "diffusers":
         return save_diffusers(adapter, folder).name
     (save_comfyui if job.kind == "comfyui" else save_comfyui_wrapper)(adapter, file)

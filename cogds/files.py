@@ -1,4 +1,4 @@
-"""Files and folders that are complete or absent: written under a temporary name, then renamed.
+"""Output folders, and files and folders that are complete or absent: written under a temporary name, then renamed.
 
 A killed process leaves at most a `.tmp` file beside the final one, never half a file under the final name.
 """
@@ -8,13 +8,30 @@ import hashlib
 import os
 import re
 import shutil
+import tempfile
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
+from cogds.errors import UserError
+
 ABANDONED_AFTER_S = 86400.0  # age at which a file of a process on another machine counts as abandoned
+
+
+def make_folders(folders: Mapping[str, str]) -> None:
+    """Create the folders that a command writes to.
+
+    folders: config key -> folder. Raises UserError, naming the key, if a folder cannot be written to.
+    """
+    for key, folder in folders.items():
+        try:
+            Path(folder).mkdir(parents=True, exist_ok=True)
+            tempfile.TemporaryFile(dir=folder).close()
+        except OSError as error:
+            reason = error.strerror or str(error)
+            raise UserError(f"{key}: cannot write to {folder} ({reason}). Choose another folder.") from None
 
 
 def process_tag() -> str:

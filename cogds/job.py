@@ -7,7 +7,6 @@ Every verb that takes a run config starts here.
 
 import argparse
 import dataclasses
-import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -169,17 +168,3 @@ def choose_checkpointing(job: Job, batch_sizes: Sequence[int], gpu_bytes: float 
         job.memory.least_checkpointing(shape, batch_size, gpu_bytes) if mode == "auto" else mode
         for shape, batch_size, mode in zip(job.buckets, batch_sizes, modes)
     )
-
-
-def make_folders(folders: Mapping[str, str]) -> None:
-    """Create the folders that a command writes to.
-
-    folders: config key -> folder. Raises UserError, naming the key, if a folder cannot be written to.
-    """
-    for key, folder in folders.items():
-        try:
-            Path(folder).mkdir(parents=True, exist_ok=True)
-            tempfile.TemporaryFile(dir=folder).close()
-        except OSError as error:
-            reason = error.strerror or str(error)
-            raise UserError(f"{key}: cannot write to {folder} ({reason}). Choose another folder.") from None

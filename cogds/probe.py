@@ -13,14 +13,13 @@ import argparse
 import dataclasses
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 
-from cogds.config.schema import ConditioningConfig
-from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS, image_latent_scale
+from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.core.diffusion import x0_from_v
 from cogds.core.geometry import ClipShape, latent_frames, padding_frames
 from cogds.core.permutation import keyed_hash
@@ -33,15 +32,13 @@ from cogds.errors import UserError, refuse_to_run
 from cogds.evaluate import load_eval_transformer
 from cogds.formatting import counted
 from cogds.job import load_job
-from cogds.model.load import DTYPES, load_alphas_cumprod, load_vae
+from cogds.model.load import load_alphas_cumprod, load_vae
 from cogds.train.evaluation import midpoints
 from cogds.train.step import Draws, StepBuilder
 
 NO_IMAGE = "no image"
 MIN_CLIPS = 4  # the standard error of fewer clips means little
 NUM_ERRORS = 2.0  # a difference is significant above this many standard errors
-
-Forward = Callable[[Mapping[str, Any]], torch.Tensor]
 
 
 @dataclass(frozen=True)
@@ -121,11 +118,14 @@ def main(args: argparse.Namespace) -> None:
     """Print a table and one line of JSON."""
     if args.clips < MIN_CLIPS:
         raise UserError(f"--clips: {args.clips} is too few for a standard error. Pass {MIN_CLIPS} or more.")
-    # Only the evaluated clips are encoded.
-    changes = {"data.encode": "on_the_fly", "eval.every": 1, "eval.num_clips": args.clips}
+    changes = {
+        "data.encode": "on_the_fly",  # encodes the evaluated clips and no others
+        "eval.every": 1,
+        "eval.num_clips": args.clips,
+    }
     job = load_job(args, World(0, 1, 0, 1), changes=changes)
     cfg, model, world = job.cfg, job.model, job.world
-    data = encode_dataset(cfg, model, job.buckets, world)
+    data = encode_dataset(job)
     clips = [index[row] for index in (data.trained, data.held_out) if index is not None for row in range(len(index))]
     clips = clips[: args.clips]
     if len(clips) < MIN_CLIPS:
@@ -133,96 +133,89 @@ def main(args: argparse.Namespace) -> None:
             f"data.path: {cfg.data.path} has {counted(len(clips), 'clip')}, too few for a standard error. "
             f"Give {MIN_CLIPS} or more."
         )
-    dtype = DTYPES[cfg.train.precision]
-    transformer = load_eval_transformer(cfg, model, world.device)
-    vae = load_vae(model, dtype, world.device)
-
-    def make_builder(conditioning: ConditioningConfig) -> StepBuilder:
-        alphas_cumprod = load_alphas_cumprod(model)
-        return StepBuilder(vae, model.geometry, conditioning, alphas_cumprod, data.empty_caption_states, world.device)
-
-    builders = make_builders(make_builder, cfg.conditioning)
-    timesteps = midpoints(args.timesteps, len(next(iter(builders.values())).alphas_cumprod))
-    forward = lambda inputs: transformer(**inputs)[0]  # noqa: E731
-    scores, zeros = measure(forward, builders, clips, Cache(cfg.data.cache_dir), timesteps, cfg.seed)
+    vae, alphas_cumprod = load_vae(model, job.dtype, world.device), load_alphas_cumprod(model)
+    builders = {}
+    for name in IMAGE_LATENT_CONVENTIONS:
+        conditioning = cfg.conditioning.model_copy(update={"image_latents": name, "image_noise": False})
+        builders[name] = StepBuilder(
+            vae, model.geometry, conditioning, alphas_cumprod, data.empty_caption_states, world.device
+        )
+    timesteps = midpoints(args.timesteps, len(alphas_cumprod))
+    probe = Probe(load_eval_transformer(cfg, model, world.device), one_per_scale(builders), timesteps, cfg.seed)
+    scores, zeros = probe.measure(read_batches(clips, Cache(cfg.data.cache_dir)))
     verdict = judge(scores, zeros)
-    inverted, factor = bool(vae.config.invert_scale_latents), float(vae.config.scaling_factor)
-    scales = {name: image_latent_scale(factor, inverted, name) for name in IMAGE_LATENT_CONVENTIONS}
-    measurement = Measurement(scores, zeros, scales, tuple(timesteps))
+    scales = {name: builder.image_scale for name, builder in builders.items()}
+    measurement = Measurement(scores, zeros, scales, timesteps)
     print("\n".join(report(measurement, verdict, cfg.conditioning.image_latents)))
     print(json.dumps(to_json(measurement, verdict)))
 
 
-def make_builders(
-    make: Callable[[ConditioningConfig], StepBuilder], conditioning: ConditioningConfig
-) -> dict[str, StepBuilder]:
-    """Return a StepBuilder without image noise for each convention, except those with the scale of an earlier one."""
-    builders: dict[str, StepBuilder] = {}
-    for name in IMAGE_LATENT_CONVENTIONS:
-        builder = make(conditioning.model_copy(update={"image_latents": name, "image_noise": False}))
-        if builder.image_scale not in [other.image_scale for other in builders.values()]:
-            builders[name] = builder
-    return builders
+def one_per_scale(builders: Mapping[str, StepBuilder]) -> dict[str, StepBuilder]:
+    """Return the builders of the first convention with each scale. Conventions of equal scale are the same."""
+    names: dict[float, str] = {}
+    for name, builder in builders.items():
+        names.setdefault(builder.image_scale, name)
+    return {name: builders[name] for name in names.values()}
 
 
-@torch.no_grad()
-def measure(
-    forward: Forward,
-    builders: Mapping[str, StepBuilder],
-    clips: Sequence[IndexedClip],
-    cache: Cache,
-    timesteps: Sequence[int],
-    seed: int,
-) -> tuple[dict[str, list[Scores]], list[float]]:
-    """Return each clip's scores by convention and for `NO_IMAGE`, and each clip's first-frame loss of predicting zeros.
-
-    forward: returns the transformer's output for the inputs from `StepBuilder.build`.
-    """
-    scores: dict[str, list[Scores]] = {name: [] for name in (*builders, NO_IMAGE)}
-    zeros = []
+def read_batches(clips: Iterable[IndexedClip], cache: Cache) -> Iterator[tuple[IndexedClip, dict[str, torch.Tensor]]]:
+    """Read clips from the cache, each as a batch of its own. Raises UserError if one is damaged."""
     for clip in clips:
         try:
-            batch = collate([Item(read_encoded(cache, clip))]).tensors
+            yield clip, collate([Item(read_encoded(cache, clip))]).tensors
         except DamagedEntryError as error:
             raise UserError(str(error)) from None
-        for name in scores:
-            builder = builders.get(name) or next(iter(builders.values()))
-            clip_scores, zero_loss = _score_clip(
-                forward, builder, batch, clip, timesteps, seed, without_image=name == NO_IMAGE
-            )
-            scores[name].append(clip_scores)
-        zeros.append(zero_loss)
-    return scores, zeros
 
 
-def _score_clip(
-    forward: Forward,
-    builder: StepBuilder,
-    batch: dict[str, torch.Tensor],
-    clip: IndexedClip,
-    timesteps: Sequence[int],
-    seed: int,
-    *,
-    without_image: bool,
-) -> tuple[Scores, float]:
-    """Return the scores of a batch of one clip, and the first-frame loss of predicting zeros."""
-    losses, first_losses, zero_losses, pixel_errors = [], [], [], (0.0, 0.0)
-    for number, timestep in enumerate(timesteps):
-        slot = keyed_hash("probe", int(clip.clip_key, 16), number)  # the same noise under every convention
-        drop_image, drop_caption = torch.tensor([without_image]), torch.tensor([False])
-        draws = Draws(torch.tensor([timestep]), drop_image, drop_caption, seed, 0, [slot])
-        inputs, target = builder.build(batch, clip.shape, draws)
-        prediction = forward(inputs).float()
+@dataclass(frozen=True)
+class Probe:
+    """What measures a clip.
+
+    transformer: takes the inputs from `StepBuilder.build` and returns its output first. builders: by convention.
+    """
+
+    transformer: Callable[..., tuple[torch.Tensor, ...]]
+    builders: Mapping[str, StepBuilder]
+    timesteps: Sequence[int]
+    seed: int
+
+    @torch.no_grad()
+    def measure(
+        self, clips: Iterable[tuple[IndexedClip, dict[str, torch.Tensor]]]
+    ) -> tuple[dict[str, list[Scores]], list[float]]:
+        """Measure clips, each with a batch of its own.
+
+        Returns each clip's scores by convention and for `NO_IMAGE`, and its first-frame loss of predicting zeros.
+        """
+        scores: dict[str, list[Scores]] = {name: [] for name in (*self.builders, NO_IMAGE)}
+        zeros = []
+        for clip, batch in clips:
+            for name in scores:
+                clip_scores, zero_loss = self.score(name, clip, batch)
+                scores[name].append(clip_scores)
+            zeros.append(zero_loss)
+        return scores, zeros
+
+    def score(self, convention: str, clip: IndexedClip, batch: dict[str, torch.Tensor]) -> tuple[Scores, float]:
+        """Measure one clip under a convention, or for `NO_IMAGE`."""
+        builder = self.builders.get(convention) or next(iter(self.builders.values()))
         first = first_frame_slice(clip.shape, builder)
-        errors = (prediction - target).square()
-        losses.append(errors.mean().item())
-        first_losses.append(errors[:, first].mean().item())
-        zero_losses.append(target[:, first].square().mean().item())
-        if number == len(timesteps) // 2:
-            noisy = inputs["hidden_states"][:, :, : target.shape[2]]
-            latents = x0_from_v(noisy, prediction, inputs["timestep"], builder.alphas_cumprod)[:, first.stop - 1]
-            pixel_errors = _pixel_errors(builder, latents, batch["first_frame"])
-    return Scores(_mean(losses), _mean(first_losses), *pixel_errors), _mean(zero_losses)
+        losses, first_losses, zero_losses, pixel_errors = [], [], [], (0.0, 0.0)
+        for number, timestep in enumerate(self.timesteps):
+            slot = keyed_hash("probe", int(clip.clip_key, 16), number)  # the same noise under every convention
+            drop_image, drop_caption = torch.tensor([convention == NO_IMAGE]), torch.tensor([False])
+            draws = Draws(torch.tensor([timestep]), drop_image, drop_caption, self.seed, 0, [slot])
+            inputs, target = builder.build(batch, clip.shape, draws)
+            prediction = self.transformer(**inputs)[0].float()
+            errors = (prediction - target).square()
+            losses.append(errors.mean().item())
+            first_losses.append(errors[:, first].mean().item())
+            zero_losses.append(target[:, first].square().mean().item())
+            if number == len(self.timesteps) // 2:
+                noisy = inputs["hidden_states"][:, :, : target.shape[2]]
+                latents = x0_from_v(noisy, prediction, inputs["timestep"], builder.alphas_cumprod)[:, first.stop - 1]
+                pixel_errors = _pixel_errors(builder, latents, batch["first_frame"])
+        return Scores(_mean(losses), _mean(first_losses), *pixel_errors), _mean(zero_losses)
 
 
 def first_frame_slice(shape: ClipShape, builder: StepBuilder) -> slice:
@@ -257,23 +250,19 @@ def judge(scores: Mapping[str, Sequence[Scores]], zeros: Sequence[float]) -> Ver
     differences = {name: Difference.between(first[best], first[name]) for name in first if name != best}
     rivals = [name for name in conventions if name != best]
 
-    def no_answer(reason: str) -> Verdict:
-        return Verdict(None, reason, best, differences)
-
     if not Difference.between(first[best], zeros).is_significant:
-        return no_answer("the weights predict the first frame no better than zeros, so they are not trained")
-    if not differences[NO_IMAGE].is_significant:
-        return no_answer("the image does not improve the prediction of the first frame, so the weights do not use it")
-    if close := [name for name in rivals if not differences[name].is_significant]:
-        return no_answer(
-            f"'{best}' and '{close[0]}' differ by less than {NUM_ERRORS:g} standard errors; measure more clips"
-        )
-    if better := [name for name in rivals if Difference.between(whole[name], whole[best]).is_significant]:
-        return no_answer(f"'{best}' is best for the first frame, but '{better[0]}' is better for the whole clip")
-    nearest = min(differences[name].mean / max(differences[name].error, 1e-12) for name in rivals)
-    return Verdict(
-        best, f"every other convention is worse by at least {nearest:.1f} standard errors", best, differences
-    )
+        reason = "the weights predict the first frame no better than zeros, so they are not trained"
+    elif not differences[NO_IMAGE].is_significant:
+        reason = "the image does not improve the prediction of the first frame, so the weights do not use it"
+    elif close := [name for name in rivals if not differences[name].is_significant]:
+        reason = f"'{best}' and '{close[0]}' differ by less than {NUM_ERRORS:g} standard errors; measure more clips"
+    elif better := [name for name in rivals if Difference.between(whole[name], whole[best]).is_significant]:
+        reason = f"'{best}' is best for the first frame, but '{better[0]}' is better for the whole clip"
+    else:
+        nearest = min(differences[name].mean / max(differences[name].error, 1e-12) for name in rivals)
+        reason = f"every other convention is worse by at least {nearest:.1f} standard errors"
+        return Verdict(best, reason, best, differences)
+    return Verdict(None, reason, best, differences)
 
 
 def report(measurement: Measurement, verdict: Verdict, configured: str) -> list[str]:

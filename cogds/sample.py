@@ -2,7 +2,6 @@
 
 import argparse
 import logging
-import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,13 @@ from PIL import Image
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video.media import write_video
 from cogds.errors import UserError, refuse_to_run
-from cogds.files import whole_file
+from cogds.files import make_folders, whole_file
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
-from cogds.model.lora.file import LoraFile, describe_lora, read_loras
+from cogds.model.lora.file import WeightedLora, describe_lora, read_loras
 from cogds.model.pipelines import (
+    Denoising,
     apply_convention,
     count_transformer_calls,
     decode_frames,
@@ -30,21 +30,13 @@ from cogds.model.pipelines import (
 from cogds.process.logs import RESULT
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.prompts import PromptSpec, read_prompt_specs
-from cogds.videos.sample_spec import SampleSpec, load_first_frame, slug
+from cogds.videos.sample_spec import load_first_frame, slug
 
 logger = logging.getLogger(__name__)
 
 NO_PROMPT = ""
 CELL_WIDTH = 480  # pixels of a video in a grid
 STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames in a strip, pixels of each frame
-
-
-@dataclass(frozen=True)
-class WeightedLora:
-    """A LoRA and its weight in the sum of all LoRAs."""
-
-    file: LoraFile
-    weight: float
 
 
 @dataclass(frozen=True)
@@ -72,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     jobs = plan_jobs(args, loras, model)
     is_single = sum(job.num_videos for job in jobs) == 1
     folder = Path(args.output).parent if is_single else Path(args.output).with_suffix("")
-    _check_writable(folder)
+    make_folders({"--output": str(folder)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.offload and device.type == "cpu":
         raise UserError("--offload: there is no GPU to offload from. Leave the flag out.")
@@ -81,18 +73,7 @@ def main(args: argparse.Namespace) -> None:
     prompts = dict.fromkeys([NO_PROMPT, *(job.prompt.prompt for job in jobs)])
     states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
     pipeline = prepare_pipeline(model, dtype, loras, args, device)
-
-    def generate(spec: SampleSpec, scale: float) -> torch.Tensor:
-        if loras:
-            pipeline.set_adapters([f"lora{n}" for n in range(len(loras))], [scale * lora.weight for lora in loras])
-        latents = sample_latents(
-            pipeline, spec.pixels, spec.states, states[NO_PROMPT], spec.shape, args.steps, args.guidance, spec.seed
-        )
-        return decode_frames(pipeline, latents, spec.shape)
-
-    def write(path: Any, frames: torch.Tensor) -> None:
-        write_video(path, frames, fps)
-        logger.log(RESULT, f"{path}: {len(frames)} frames, {frames.shape[1]}x{frames.shape[2]}, {fps:g} frames/s")
+    denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT])
 
     for number, job in enumerate(jobs, 1):
         stem = f"{number:02d}-{slug(job.prompt.prompt)}"
@@ -100,13 +81,16 @@ def main(args: argparse.Namespace) -> None:
         for seed in job.seeds:
             rows.append([])
             for scale in job.scales:
-                spec = SampleSpec(job.prompt.prompt, job.shape, seed, job.pixels, states[job.prompt.prompt])
-                frames = generate(spec, scale)
+                if loras:
+                    names = [f"lora{number}" for number in range(len(loras))]
+                    pipeline.set_adapters(names, [scale * lora.weight for lora in loras])
+                latents = sample_latents(pipeline, job.pixels, states[job.prompt.prompt], job.shape, seed, denoising)
+                frames = decode_frames(pipeline, latents, job.shape)
                 if is_single:
-                    write(args.output, frames)
+                    _write(args.output, frames, fps)
                     return
                 label = f"seed {seed}" + (f", scale {scale:g}" if loras else "")
-                write(folder / f"{stem}-{label.replace(', ', '-').replace(' ', '')}.mp4", frames)
+                _write(folder / f"{stem}-{label.replace(', ', '-').replace(' ', '')}.mp4", frames, fps)
                 rows[-1].append((label, shrink(frames.numpy(), CELL_WIDTH)))
         if job.num_videos > 1:
             _write_grid(folder / f"{stem}-grid", rows, fps)
@@ -114,7 +98,7 @@ def main(args: argparse.Namespace) -> None:
 
 def plan_jobs(args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder) -> list[SampleJob]:
     """Read the prompts and their first frames. Raises UserError, naming the flag or the line of the list."""
-    buckets = trained_buckets(recorded_value(loras, "buckets", []))
+    buckets = [ClipShape.parse(text) for text in recorded_value(loras, "buckets", []) or [str(TRAINED_SIZE)]]
     scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
     jobs = []
     for prompt in read_prompt_specs(args.prompt or [], args.image or [], args.list):
@@ -181,22 +165,10 @@ def recorded_value(loras: Sequence[WeightedLora], name: str, default: Any, if_mi
         if name in file.metadata or if_missing is not None
     ]
     for path, value in values[1:]:
-        first_path, first_value = values[0]
-        if value != first_value:
-            logger.warning(
-                f"{first_path} was trained with {name} {_text(first_value)}, {path} with {_text(value)}. "
-                f"Using {_text(first_value)}."
-            )
+        if value != values[0][1]:
+            own, first = (", ".join(map(str, v)) if isinstance(v, list) else v for v in (value, values[0][1]))
+            logger.warning(f"{values[0][0]} was trained with {name} {first}, {path} with {own}. Using {first}.")
     return values[0][1] if values else default
-
-
-def _text(value: Any) -> str:
-    return ", ".join(map(str, value)) if isinstance(value, list) else str(value)
-
-
-def trained_buckets(texts: Sequence[str]) -> list[ClipShape]:
-    """Return the buckets that a LoRA was trained on, or the model's own size if they are unknown."""
-    return [ClipShape.parse(text) for text in texts] or [TRAINED_SIZE]
 
 
 @torch.no_grad()
@@ -215,13 +187,9 @@ def encode_prompts(
     return states
 
 
-def _check_writable(folder: Path) -> None:
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        tempfile.TemporaryFile(dir=folder).close()
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise UserError(f"--output: cannot write to {folder} ({reason}). Choose another path.") from None
+def _write(path: str | Path, frames: torch.Tensor, fps: float) -> None:
+    write_video(path, frames, fps)
+    logger.log(RESULT, f"{path}: {len(frames)} frames, {frames.shape[1]}x{frames.shape[2]}, {fps:g} frames/s")
 
 
 def _write_grid(stem: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], fps: float) -> None:

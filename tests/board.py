@@ -1,4 +1,4 @@
-"""A real TensorBoard server on a run's folder, for as long as a test looks at it."""
+"""A TensorBoard server on a run's folder."""
 
 import contextlib
 import subprocess
@@ -10,7 +10,7 @@ from tests.conftest import free_port
 
 @contextlib.contextmanager
 def tensorboard(*command, cwd=None):
-    """The address of the server that this command starts, once it has read the losses."""
+    """Start a server with this command. Yields its address once it has read the losses."""
     port = free_port()
     address = f"http://127.0.0.1:{port}/"
     server = subprocess.Popen(

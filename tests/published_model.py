@@ -17,6 +17,6 @@ FULL = ClipShape(81, 768, 1360)
 
 
 def published_memory(**changes):
-    """Its memory model in bf16 on one rank with ZeRO-2 and one bucket, 81x768x1360, with changed fields."""
+    """Return its memory model in bf16 on one rank with ZeRO-2 and one bucket, 81x768x1360. changes: other fields."""
     model = MemoryModel(V15, TRANSFORMER, LORA, COGVIDEOX_VAE, ZeroSettings(stage=2), 1, "bf16", (FULL,))
     return dataclasses.replace(model, **changes)

@@ -1,4 +1,4 @@
-"""The commands in the README and the quick start, for tests that run what a newcomer copies."""
+"""The commands in the README and the quick start."""
 
 import re
 import shlex

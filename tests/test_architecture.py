@@ -1,4 +1,4 @@
-"""The house as drawn in docs/architecture.md: imports point one way, and each library comes in through its own gate."""
+"""Rules for imports (docs/architecture.md), for reading files safely, and for docstrings."""
 
 import ast
 import fnmatch
@@ -14,11 +14,12 @@ PURE = {"errors", "files", "formatting", "config", "core"}
 RANKS = {"process", "distributed"}
 DATA = {"data/manifest", "data/video", "data/cache", "data/loading"}
 MODEL = {"model", "model/lora", "model/transformer"}
-# A package, or a module directly in cogds/, may import itself and those named here. There is a row for every one.
+TRAINING = {"engine", "metrics", "job", "encode"}
+# What each package, or module directly in cogds/, may import besides itself.
 MAY_IMPORT = {
     "version": set(),
     "errors": set(),
-    "files": set(),
+    "files": {"errors"},
     "formatting": set(),
     "config": {"errors"},
     "core": {"errors", "formatting"},
@@ -41,30 +42,17 @@ MAY_IMPORT = {
     "encode": {*PURE, *RANKS, *DATA, "model", "job"},
     "report": {*PURE, *RANKS, "data/video", "model", "job", "encode", "metrics"},
     "videos": {"errors", "core", "distributed", "data/video", "model"},
-    "train": {
-        "version",
-        *PURE,
-        *RANKS,
-        *DATA,
-        *MODEL,
-        "engine",
-        "metrics",
-        "job",
-        "encode",
-        "report",
-        "videos",
-        "card",
-    },
+    "train": {*PURE, *RANKS, *DATA, *MODEL, *TRAINING, "version", "report", "videos", "card"},
     "evaluate": {*PURE, *RANKS, *MODEL, "job", "encode", "train"},
     "probe": {*PURE, *RANKS, "data/cache", "data/loading", "model", "job", "encode", "train", "evaluate"},
     "sample": {*PURE, "process", "data/video", "model", "model/lora", "videos"},
     "export": {*PURE, "process", "model", "model/lora", "card", "arguments"},
-    "preflight": {*PURE, *RANKS, *MODEL, "version", "engine", "metrics", "arguments", "job", "encode", "train"},
+    "preflight": {*PURE, *RANKS, *MODEL, *TRAINING, "version", "arguments", "train"},
     "__main__": {"cli"},
     "launch": {"cli"},
 }
-# Third-party library -> where it may be imported (path prefixes below the root).
-GATES = {
+# Third-party library -> paths that may import it (prefixes).
+IMPORTERS = {
     "deepspeed": ("cogds/engine/", "cogds/distributed/", "cogds/config/deepspeed.py"),
     "decord": ("cogds/data/video/media.py",),
     "av": ("cogds/data/video/media.py",),
@@ -94,7 +82,7 @@ GATES = {
 
 
 def package_of(name):
-    """The row of a module: `cogds.core.plan` -> core, `cogds.data.cache.store` -> data/cache, `cogds.job` -> job."""
+    """Return the key of a module in MAY_IMPORT: core for `cogds.core.plan`, data/cache for `cogds.data.cache.store`."""
     parts = name.split(".")
     if parts[0] == "launch":
         return "launch"
@@ -121,33 +109,32 @@ def imports_of(source):
 
 
 def violations(path, source):
-    where = path.relative_to(ROOT).as_posix()
+    """Yield every import that is not allowed."""
+    file = path.relative_to(ROOT).as_posix()
     own = package_of(module_of(path))
     for name in imports_of(source):
-        top = name.split(".")[0]
-        if top == "cogds":
+        library = name.split(".")[0]
+        if library == "cogds":
             target = package_of(name)
             if target != own and target not in MAY_IMPORT[own]:
-                yield f"{where} ({own}) imports {name} ({target})"
-        elif top in GATES and not where.startswith(GATES[top]):
-            yield f"{where} imports {top}, whose place is {', '.join(GATES[top])}"
+                yield f"{file} ({own}) imports {name} ({target})"
+        elif library in IMPORTERS and not file.startswith(IMPORTERS[library]):
+            yield f"{file} imports {library}; allowed in {', '.join(IMPORTERS[library])}"
 
 
 def test_every_package_has_a_row_and_no_two_import_each_other():
     packages = {package_of(module_of(path)) for path in FILES}
-    containers = {"data"}  # holds packages and nothing of its own
-    assert packages - containers == set(MAY_IMPORT)
-    order = TopologicalSorter(MAY_IMPORT)
-    order.prepare()  # raises CycleError
+    assert packages - {"data"} == set(MAY_IMPORT)  # data has only subpackages
+    TopologicalSorter(MAY_IMPORT).prepare()  # raises CycleError
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path))
-def test_imports_point_one_way_and_through_the_gates(path):
+def test_imports_are_allowed(path):
     assert list(violations(path, path.read_text())) == []
 
 
 @pytest.mark.parametrize(
-    "where, source",
+    "file, source",
     [
         ("cogds/core/plan.py", "from cogds.data import cache"),
         ("cogds/data/cache/store.py", "from cogds.model.load import find_model"),
@@ -157,8 +144,8 @@ def test_imports_point_one_way_and_through_the_gates(path):
         ("launch/train.py", "from cogds.core.plan import Plan"),
     ],
 )
-def test_a_wrong_import_is_seen(where, source):
-    assert list(violations(ROOT / where, source))
+def test_a_forbidden_import_is_found(file, source):
+    assert list(violations(ROOT / file, source))
 
 
 def environment_readers(source):
@@ -171,53 +158,53 @@ def environment_readers(source):
 
 
 def test_only_the_lowest_packages_read_the_environment():
-    # data/video only sets what the decoder reads when it is loaded.
+    # data/video only sets a variable that the decoder reads while it is imported.
     allowed = ("cogds/process/environment.py", "cogds/distributed/", "cogds/data/video/media.py")
     readers = {path.relative_to(ROOT).as_posix() for path in FILES if environment_readers(path.read_text())}
     assert [reader for reader in readers if not reader.startswith(allowed)] == []
     assert environment_readers("import os\nos.environ['RANK']")
 
 
-# Who may read objects rather than data: the pool, out of pipes to its own children.
+# May unpickle: the worker pool, from pipes to its own child processes.
 UNPICKLERS = {"cogds/process/worker_pool.py"}
 PICKLING = {"pickle", "_pickle", "cPickle", "cloudpickle", "dill", "joblib", "marshal", "shelve"}
-# Calls that run what they read unless they are told not to, and how they are told.
-SAFE_WHERE = {
+# Function -> its library (None: any), and the argument without which it may execute what it reads.
+SAFE_ARGUMENTS = {
     "load": ("torch", "weights_only", True),
     "from_pretrained": (None, "use_safetensors", True),
     "load_lora_weights": (None, "use_safetensors", True),
     "lora_state_dict": (None, "use_safetensors", True),
 }
-NO_WEIGHTS = {"AutoTokenizer", "scheduler_class"}  # JSON is all that these read
+JSON_ONLY = {"AutoTokenizer", "scheduler_class"}  # classes whose from_pretrained reads no weights
 NEVER = {"trust_remote_code": True, "allow_pickle": True, "weights_only": False, "autoescape": False}
 
 
 def unsafe_reads(source):
-    """Where a file could be read that can do anything: pickles, and Python code of a model folder."""
+    """Yield every place that could execute what it reads: pickles, and Python code in a model folder."""
     for node in ast.walk(ast.parse(source)):
         names = [alias.name for alias in node.names] if isinstance(node, ast.Import) else []
         names += [node.module or ""] if isinstance(node, ast.ImportFrom) else []
         yield from (f"{node.lineno}: imports {name}" for name in names if name.split(".")[0] in PICKLING)
         if not isinstance(node, ast.Call):
             continue
-        method = isinstance(node.func, ast.Attribute)
-        called = node.func.attr if method else getattr(node.func, "id", "")
-        owner = getattr(node.func.value, "id", "") if method else ""
-        given = {word.arg: getattr(word.value, "value", None) for word in node.keywords}
-        if called in ("eval", "exec") and not method:
+        is_method = isinstance(node.func, ast.Attribute)
+        called = node.func.attr if is_method else getattr(node.func, "id", "")
+        owner = getattr(node.func.value, "id", "") if is_method else ""
+        arguments = {keyword.arg: getattr(keyword.value, "value", None) for keyword in node.keywords}
+        if called in ("eval", "exec") and not is_method:
             yield f"{node.lineno}: {called}"
         if owner == "yaml" and called in ("load", "load_all", "unsafe_load", "full_load"):
             yield f"{node.lineno}: yaml.{called} instead of safe_load"
-        of, word, wanted = SAFE_WHERE.get(called, (None, None, None))
-        if word and of in (None, owner) and owner not in NO_WEIGHTS and given.get(word) is not wanted:
-            yield f"{node.lineno}: {called} without {word}={wanted}"
-        yield from (
-            f"{node.lineno}: {name}" for name, value in NEVER.items() if given.get(name, not value) is not (not value)
-        )
+        library, name, value = SAFE_ARGUMENTS.get(called, (None, None, None))
+        if name and library in (None, owner) and owner not in JSON_ONLY and arguments.get(name) is not value:
+            yield f"{node.lineno}: {called} without {name}={value}"
+        for name, value in NEVER.items():
+            if arguments.get(name, not value) is not (not value):
+                yield f"{node.lineno}: {name}"
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: module_of(path))
-def test_what_is_loaded_is_data(path):
+def test_nothing_executes_what_it_reads(path):
     if path.relative_to(ROOT).as_posix() not in UNPICKLERS:
         assert list(unsafe_reads(path.read_text())) == []
 
@@ -241,28 +228,26 @@ def test_what_is_loaded_is_data(path):
         "eval(text)",
     ],
 )
-def test_reading_more_than_data_is_seen(source):
+def test_an_unsafe_read_is_found(source):
     assert list(unsafe_reads(source))
 
 
 def test_entry_points_are_thin():
-    long = {path.name: len(path.read_text().splitlines()) for path in ROOT.glob("launch/*.py")}
-    assert {name: lines for name, lines in long.items() if lines > 40} == {}
+    assert [path.name for path in ROOT.glob("launch/*.py") if len(path.read_text().splitlines()) > 40] == []
 
 
-def test_public_functions_say_what_they_do():
-    # Methods and inner functions of a few lines speak by their name.
-    silent = [
+def test_public_functions_have_docstrings():
+    undocumented = [
         f"{path.relative_to(ROOT)}:{node.name}"
         for path in FILES
         for node in ast.parse(path.read_text()).body
         if isinstance(node, ast.FunctionDef) and not node.name.startswith("_") and not ast.get_docstring(node)
     ]
-    assert silent == []
+    assert undocumented == []
 
 
 def test_no_folder_of_tests_is_skipped(pytestconfig):
-    """Pytest's default for `norecursedirs` skips every `dist`, and says nothing."""
+    """Pytest's default of `norecursedirs` silently skips folders called `dist`."""
     folders = {part for path in ROOT.glob("tests/**/test_*.py") for part in path.parent.relative_to(ROOT).parts}
     skipped = pytestconfig.getini("norecursedirs")
     assert [folder for folder in folders for pattern in skipped if fnmatch.fnmatch(folder, pattern)] == []

@@ -26,15 +26,8 @@ def error_of(verb, argv):
 
 
 def test_flags_and_overrides_may_be_mixed():
-    words = [
-        "--local_rank=1",
-        "a=1",
-        "--config",
-        "r.yaml",
-        "conditioning.image_noise_log_mean=-2",
-        "--deepspeed=d.json",
-    ]
-    args = parse_args("train", words)
+    line = "--local_rank=1 a=1 --config r.yaml conditioning.image_noise_log_mean=-2 --deepspeed=d.json"
+    args = parse_args("train", line.split())
     assert (args.config, args.deepspeed) == ("r.yaml", "d.json")
     assert args.overrides == ["a=1", "conditioning.image_noise_log_mean=-2"]
 
@@ -108,7 +101,7 @@ def test_shipped_configs_are_found_by_name_unless_there_is_such_a_file(tmp_path,
 
 
 def test_help_and_errors_answer_without_torch():
-    """The imports are what makes them slow. The timeout only guards against a hang."""
+    """Importing torch would take seconds. The timeout only guards against a hang."""
     code = (
         "import sys, cogds.cli\n"
         "codes = []\n"
@@ -123,11 +116,11 @@ def test_help_and_errors_answer_without_torch():
 
 @pytest.mark.slow
 def test_every_verb_has_help_that_lists_its_keys():
-    for verb, about in VERBS.items():
+    for verb, spec in VERBS.items():
         done = subprocess.run(
             [sys.executable, "-m", "cogds", verb, "--help"], capture_output=True, text=True, timeout=60, cwd=ROOT
         )
         assert done.returncode == 0
-        assert about.summary in " ".join(done.stdout.split())
-        assert ("train.num_steps" in done.stdout) == about.takes_config
+        assert spec.summary in " ".join(done.stdout.split())
+        assert ("train.num_steps" in done.stdout) == spec.takes_config
         assert "local-rank" not in done.stdout

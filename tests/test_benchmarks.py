@@ -45,27 +45,27 @@ def outputs():
 def result(outputs, name):
     """The JSON of a benchmark's last line, and the text before it."""
     *table, last = [line for line in outputs[name].splitlines() if line.strip()]
-    found = json.loads(last)
-    assert found["benchmark"] == name
-    assert {"device", "torch", "commit", "load_average"} <= set(found["machine"])
-    return found, "\n".join(table)
+    values = json.loads(last)
+    assert values["benchmark"] == name
+    assert {"device", "torch", "commit", "load_average"} <= set(values["machine"])
+    return values, "\n".join(table)
 
 
 @pytest.mark.slow
 def test_agree(outputs):
-    found, table = result(outputs, "agree")
-    assert {(row["checkpointing"], row["kernel"]) for row in found["rows"]} == {
-        (level, kernel) for level in CHECKPOINTING_MODES for kernel in ("torch", "flash", "math")
+    values, table = result(outputs, "agree")
+    assert {(row["checkpointing"], row["kernel"]) for row in values["rows"]} == {
+        (mode, kernel) for mode in CHECKPOINTING_MODES for kernel in ("torch", "flash", "math")
     }
-    assert all(row["output"] < 1e-5 and row["gradient"] < 1e-5 for row in found["rows"])
-    assert found["num_wrong"] == 0
+    assert all(row["output"] < 1e-5 and row["gradient"] < 1e-5 for row in values["rows"])
+    assert values["num_wrong"] == 0
     assert "agrees" in table
 
 
 @pytest.mark.slow
 def test_step(outputs):
-    found, table = result(outputs, "step")
-    rows = found["rows"]
+    values, table = result(outputs, "step")
+    rows = values["rows"]
     assert [(row["checkpointing"], row["kernel"], row["deepspeed"]) for row in rows if row["kernel"] != "math"] == [
         ("full", rows[0]["kernel"], "zero2"), ("none", rows[0]["kernel"], "zero2"),
         ("full", rows[0]["kernel"], "zero3"),
@@ -73,16 +73,16 @@ def test_step(outputs):
     assert all(row["median_s"] > 0 and row["mfu"] > 0 and row["estimate_gb"] > 0 for row in rows)
     assert rows[0]["to_baseline"] == 1.0
     assert rows[0]["floor_s"] > rows[1]["floor_s"]  # recomputation takes time
-    assert set(found["attention_s"]["tiny"]) >= {"torch"}
+    assert set(values["attention_s"]["tiny"]) >= {"torch"}
     assert "Self CPU" in table
 
 
 @pytest.mark.slow
 def test_peers(outputs):
-    found, table = result(outputs, "peers")
-    assert found["ratio"] > 0
-    assert found["ratio_without_vae"] > 0
-    same = found["results"][0]["same_work"]
+    values, table = result(outputs, "peers")
+    assert values["ratio"] > 0
+    assert values["ratio_without_vae"] > 0
+    same = values["results"][0]["same_work"]
     assert same["v_loss_ours"] == pytest.approx(same["weighted_x0_loss_common"], rel=1e-4)
     assert same["largest_difference"] < 1e-5
     assert "common, VAE in the loop" in table
@@ -91,23 +91,22 @@ def test_peers(outputs):
 @pytest.mark.slow
 def test_memory(outputs):
     """With the real geometry, the values shown in docs/performance.md."""
-    found, table = result(outputs, "memory")
-    rows = {(row["deepspeed"], row["ranks"], row["quantization"]): row for row in found["rows"]}
-    levels = ("none", "selective", "full", "full+offload")
-    assert [rows["zero2", 1, "none"][level] for level in levels] == [172.5, 44.2, 32.5, 21.4]
-    assert [rows["zero3", 8, "none"][level] for level in levels] == [162.0, 33.7, 21.9, 10.8]
+    values, table = result(outputs, "memory")
+    rows = {(row["deepspeed"], row["ranks"], row["quantization"]): row for row in values["rows"]}
+    assert [rows["zero2", 1, "none"][mode] for mode in CHECKPOINTING_MODES] == [172.5, 44.2, 32.5, 21.4]
+    assert [rows["zero3", 8, "none"][mode] for mode in CHECKPOINTING_MODES] == [162.0, 33.7, 21.9, 10.8]
     assert rows["zero2_offload", 1, "nf4"]["full+offload"] == 11.6
     assert {row["pinned"] for row in rows.values()} == {11.6}
     assert "calculated" in table
     shown = (ROOT / "docs/performance.md").read_text()
     for row in rows.values():
-        assert "| " + " | ".join(str(row[level]) for level in levels) + " |" in shown
+        assert "| " + " | ".join(str(row[mode]) for mode in CHECKPOINTING_MODES) + " |" in shown
 
 
 @pytest.mark.slow
 def test_quantized_loss(outputs):
-    found, _ = result(outputs, "quantized_loss")
-    bf16, fp32, int8 = found["rows"]
+    values, _ = result(outputs, "quantized_loss")
+    bf16, fp32, int8 = values["rows"]
     assert (bf16["precision"], fp32["precision"], int8["quantization"]) == ("bf16", "fp32", "int8")
     assert bf16["output_distance"] == 0 < fp32["output_distance"] < 0.02
     assert "error" in int8 or 0 < int8["output_distance"] < 0.05
@@ -115,8 +114,8 @@ def test_quantized_loss(outputs):
 
 @pytest.mark.slow
 def test_loop(outputs):
-    found, table = result(outputs, "loop")
-    (row,) = found["rows"]
+    values, table = result(outputs, "loop")
+    (row,) = values["rows"]
     assert row["median_s"]["loop"] > row["median_s"]["inputs"] > 0
     assert 0 <= row["data_wait_share"] < 1
     assert "engine over plain" in table
@@ -124,11 +123,11 @@ def test_loop(outputs):
 
 @pytest.mark.slow
 def test_scaling(outputs):
-    found, table = result(outputs, "scaling")
-    assert [(row["bucket"], row["batch_size"]) for row in found["shapes"]] == [
+    values, table = result(outputs, "scaling")
+    assert [(row["bucket"], row["batch_size"]) for row in values["shapes"]] == [
         ("5x64x64", 1), ("17x64x96", 1), ("5x64x64", 2)
     ]  # fmt: skip
-    assert [row["num_clips"] for row in found["clips"]] == [1_000, 100_000, 10_000_000]
+    assert [row["num_clips"] for row in values["clips"]] == [1_000, 100_000, 10_000_000]
     assert "calculated, not measured" in table
 
 
@@ -200,13 +199,13 @@ def test_mfu_needs_the_exact_device_name(scripts, monkeypatch, name, peak):
     measuring, step = scripts("measuring"), scripts("step")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
     gpu = torch.device("cuda")
-    found, source = measuring.peak_tflops(None, torch.bfloat16, gpu)
-    assert found == peak
+    tflops, source = measuring.peak_tflops(None, torch.bfloat16, gpu)
+    assert tflops == peak
     assert name in source
     assert measuring.peak_tflops(None, torch.float32, gpu)[0] is None
     assert measuring.peak_tflops(50.0, torch.float32, gpu) == (50.0, "given")
     variant = step.Variant("17x64x96", 1, "full", "torch", "off", "none", "off", "bf16", "zero2")
-    row = step.make_row(variant, measuring.Timing([1.0], 2.0), measuring.SIZES["tiny"], 0, found, None)
+    row = step.make_row(variant, measuring.Timing([1.0], 2.0), measuring.SIZES["tiny"], 0, tflops, None)
     assert ("mfu" in row) == ("floor_s" in row) == (peak is not None)
     assert row["tokens_per_s"] == 104
     step.cells(row | {"estimate_gb": 1.0})

@@ -1,8 +1,9 @@
-"""The model card shows what training recorded, and its code runs."""
+"""The model card shows the settings of the training, and its code runs."""
 
 import json
 import re
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import diffusers.utils
 import pytest
@@ -30,7 +31,7 @@ from cogds.model.load import find_model
 from cogds.train.saving import lora_metadata
 from tests.model.lora.adapters import base_transformer, write_lora
 
-FACTS = {
+METADATA = {
     "step": 500, "base_model": "zai-org/CogVideoX1.5-5B-I2V", "rank": 128, "alpha": 64.0, "targets": ["to_q", "to_k"],
     "image_latents": "pipeline", "image_latent_factor": 1.0, "fps": 16.0, "num_clips": 30, "learning_rate": 1e-4,
     "buckets": ["1x768x1360", "81x768x1360", "49x480x720"], "example_prompt": 'a "cat" | runs `fast`\nuphill',
@@ -42,13 +43,13 @@ def export(argv, api=None):
     cogds.export.main(parse_args("export", argv), api)
 
 
-def matter_of(*arguments):
+def parse_front_matter(*arguments):
     """Parse the front matter with the hub's own parser, which raises for invalid metadata."""
     return ModelCard(front_matter(*arguments) + "\n", ignore_metadata_errors=False).data
 
 
 def test_the_front_matter_is_valid_for_the_hub():
-    assert matter_of(FACTS, "diffusers", "sample.mp4").to_dict() == {
+    assert parse_front_matter(METADATA, "diffusers", "sample.mp4").to_dict() == {
         "license": "other",
         "license_name": "cogvideox-license",
         "license_link": "https://huggingface.co/zai-org/CogVideoX1.5-5B-I2V/blob/main/LICENSE",
@@ -60,16 +61,16 @@ def test_the_front_matter_is_valid_for_the_hub():
         "instance_prompt": "in the style of: mine",
         "widget": [{"text": "a \"cat\" / runs 'fast' uphill", "output": {"url": "sample.mp4"}}],
     }
-    local = matter_of({"base_model": "/models/mine"}, "diffusers").to_dict()
+    local = parse_front_matter({"base_model": "/models/mine"}, "diffusers").to_dict()
     assert local["license"] == "other"
     assert not {"base_model", "license_name", "license_link"} & local.keys()
     # Another owner's base model may have another license.
-    assert matter_of({"base_model": "me/mine"}, "diffusers").license_name is None
+    assert parse_front_matter({"base_model": "me/mine"}, "diffusers").license_name is None
 
 
 @pytest.mark.parametrize("kind", EXPORT_FORMATS)
 def test_the_library_name_is_set_only_if_diffusers_loads_the_file(comfyui_model, tmp_path, kind):
-    """The hub shows code of the card's library: a LoRA is loaded by the folder, merged weights as a transformer."""
+    """The hub shows code for this library, which loads a LoRA's folder or a merged transformer."""
     lora = write_lora(comfyui_model, tmp_path / "lora", metadata={"base_model": str(comfyui_model)})
     export([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
     data = ModelCard.load(tmp_path / "out/README.md").data
@@ -91,19 +92,19 @@ def test_the_library_name_is_set_only_if_diffusers_loads_the_file(comfyui_model,
 
 
 def test_settings_are_shown_in_a_table():
-    card = model_card("mine", FACTS, "diffusers", "me/mine", sample="../a.mp4")
+    card = model_card("mine", METADATA, "diffusers", "me/mine", sample="../a.mp4")
     for row in ("| Rank, alpha | 128, 64 |", "| Layers | to_q, to_k |", "| Clips | 30 |", "| Frame rate | 16 |"):
         assert row in card
     assert '<video controls loop src="../a.mp4">' in card
     assert "None" not in card
-    assert "## Image latents" not in card  # diffusers' own
+    assert "## Image latents" not in card  # diffusers scales them in the same way
     assert "num_frames=81" in card
     assert "| Steps" not in model_card("theirs", {}, "diffusers", "lora")
 
 
 def test_a_prompt_cannot_break_out_of_the_code():
-    facts = {**FACTS, "example_prompt": 'x"); import os; os.abort()  #\n```\n'}
-    code = snippet(facts, "diffusers", "me/mine")
+    metadata = {**METADATA, "example_prompt": 'x"); import os; os.abort()  #\n```\n'}
+    code = snippet(metadata, "diffusers", "me/mine")
     compile(code, "card", "exec")
     assert "`" not in code
     assert sum(line.lstrip().startswith("prompt=") for line in code.splitlines()) == 1
@@ -111,24 +112,26 @@ def test_a_prompt_cannot_break_out_of_the_code():
 
 
 def test_each_kind_has_its_own_instructions():
-    scaled = {**FACTS, "image_latents": "scaled", "image_latent_factor": 0.49, "comfyui_strength": 1.0}
+    scaled = {**METADATA, "image_latents": "scaled", "image_latent_factor": 0.49, "comfyui_strength": 1.0}
     assert "image_latents * 0.49" in model_card("m", scaled, "diffusers", "m")
-    assert "image_latents *" not in model_card("m", scaled, "merged", "m")  # it is within the weights
-    facts = {**FACTS, "comfyui_strength": 1 / 0.49}
-    cards = {kind: model_card("m", facts, kind, "m", "m.safetensors") for kind in EXPORT_FORMATS if "comfyui" in kind}
+    assert "image_latents *" not in model_card("m", scaled, "merged", "m")  # the weights include the factor
+    metadata = {**METADATA, "comfyui_strength": 1 / 0.49}
+    cards = {
+        kind: model_card("m", metadata, kind, "m", "m.safetensors") for kind in EXPORT_FORMATS if "comfyui" in kind
+    }
     for kind, card in cards.items():
         assert "`m.safetensors`" in card
         assert "```python" not in card
         assert ("2.04" in card) is (kind == "comfyui-wrapper")
-        assert ("--scale 0" in card) is (kind == "comfyui")  # it needs the base model in ComfyUI's names
+        assert ("--scale 0" in card) is (kind == "comfyui")  # to export the base model in ComfyUI's names
 
 
 @pytest.mark.parametrize("frames, latents", [(81, 21), (49, 13), (9, 3), (1, 1)])
 def test_comfyui_instructions_use_an_even_number_of_latents(frames, latents):
-    """As many as diffusers' pipeline samples, and the ones that it drops are cut."""
-    facts = {"buckets": [f"{frames}x768x1360"]}
+    """diffusers' pipeline samples as many, and drops those that are to be cut."""
+    metadata = {"buckets": [f"{frames}x768x1360"]}
     for kind in ("comfyui", "comfyui-merged"):
-        card = model_card("m", facts, kind, "m", "m.safetensors")
+        card = model_card("m", metadata, kind, "m", "m.safetensors")
         length, index, amount = map(int, re.search(r"length to (\d+).*index (\d+), amount (\d+)", card).groups())
         assert (length - 1) // 4 + 1 == latents + 1
         assert (index, amount) == (1, latents)
@@ -148,9 +151,9 @@ def test_the_card_shows_what_a_run_records(tiny_model):
         data=SimpleNamespace(index=range(7)), world=World(0, 2, 0, 2),
         plan=SimpleNamespace(local_batch_sizes=(1,), accumulation=1),
     )  # fmt: skip
-    facts = json.loads(json.dumps(lora_metadata(run, 500)))
-    assert facts["image_latent_factor"] == pytest.approx(0.49)
-    card = model_card("mine", facts, "diffusers", "mine")
+    metadata = json.loads(json.dumps(lora_metadata(run, 500)))
+    assert metadata["image_latent_factor"] == pytest.approx(0.49)
+    card = model_card("mine", metadata, "diffusers", "mine")
     for text in (
         "| Steps | 500 |", "| Rank, alpha | 4, 6 |", "| Clips | 7 |", "| Clips per step | 2 |", "| 0.0003 |",
         "*in my style*",
@@ -166,8 +169,8 @@ def test_a_failing_card_is_only_a_warning(tmp_path, capsys):
 
 
 def test_shareable_metadata_has_no_local_paths():
-    facts = {"base_model": "/home/me/models/cog", "init_from": "/home/me/lora.safetensors", "rank": 4, "seed": 0}
-    assert shareable(facts) == {"base_model": "cog", "init_from": "lora.safetensors", "rank": 4, "seed": 0}
+    metadata = {"base_model": "/home/me/models/cog", "init_from": "/home/me/lora.safetensors", "rank": 4, "seed": 0}
+    assert shareable(metadata) == {"base_model": "cog", "init_from": "lora.safetensors", "rank": 4, "seed": 0}
     assert shareable({"base_model": "zai-org/cog", "init_from": None}) == {
         "base_model": "zai-org/cog",
         "init_from": None,
@@ -188,12 +191,12 @@ def test_the_video_of_the_run_is_linked(tmp_path):
     for path in (lora, video.parent):
         path.mkdir(parents=True)
     assert find_sample(lora) is None
-    write_card(lora, lora, FACTS)
+    write_card(lora, lora, METADATA)
     assert "<video" not in (lora / "README.md").read_text()
     video.touch()
     (lora / "pytorch_lora_weights.safetensors").touch()
     assert find_sample(lora) == find_sample(lora / "pytorch_lora_weights.safetensors") == video
-    write_card(lora, lora, FACTS)
+    write_card(lora, lora, METADATA)
     assert (lora / re.search('src="(.*?)"', (lora / "README.md").read_text())[1]).resolve() == video.resolve()
 
 
@@ -207,14 +210,9 @@ def test_a_local_folder_is_not_a_hub_id(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("kind, convention", [("diffusers", "pipeline"), ("diffusers", "scaled"), ("merged", "scaled")])
 def test_the_code_on_the_card_generates_a_video(tiny_model, tmp_path, monkeypatch, kind, convention):
-    """As a reader runs it, on the tiny model: the code block of an exported folder's card.
-
-    Only the last line is not diffusers' own here: `export_to_video` takes imageio, which is no dependency.
-    """
-    videos = []
-    monkeypatch.setattr(
-        diffusers.utils, "export_to_video", lambda frames, path, fps: videos.append((len(frames), path, fps))
-    )
+    """Only `export_to_video` is a stand-in, because it requires imageio, which is not installed."""
+    export_to_video = Mock()
+    monkeypatch.setattr(diffusers.utils, "export_to_video", export_to_video)
     lora = write_lora(tiny_model, tmp_path / "lora", metadata={
         "image_latents": convention, "buckets": ["9x64x96"], "fps": 8.0, "base_model": str(tiny_model),
     })  # fmt: skip
@@ -225,8 +223,9 @@ def test_the_code_on_the_card_generates_a_video(tiny_model, tmp_path, monkeypatc
     names = {}
     torch.manual_seed(0)
     exec(compile(code.replace("frames = pipe(", "frames = pipe(num_inference_steps=1,"), "card", "exec"), names)
-    assert videos == [(9, "video.mp4", 8)]
+    export_to_video.assert_called_once_with(names["frames"], "video.mp4", fps=8)
+    assert len(names["frames"]) == 9
     assert names["frames"][0].size == (96, 64)
     assert names["pipe"].transformer.dtype is torch.bfloat16
-    scaled = names["pipe"].prepare_latents is names.get("prepare_latents", ...)
-    assert scaled is (convention == "scaled" and kind == "diffusers")
+    is_rescaled = names["pipe"].prepare_latents is names.get("prepare_latents", ...)
+    assert is_rescaled is (convention == "scaled" and kind == "diffusers")

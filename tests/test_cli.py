@@ -11,7 +11,6 @@ import torch.distributed as dist
 from cogds import cli
 from cogds.arguments import VERBS, parse_args
 from cogds.errors import EXIT_BUG, EXIT_HUNG, EXIT_USER_ERROR, BugReported, UserError
-from cogds.job import make_folders
 from tests.conftest import ROOT
 
 
@@ -50,14 +49,7 @@ def test_one_rank_is_started_per_gpu_or_as_many_as_num_gpus_says(num_gpus, flags
     assert command[:3] == [sys.executable, "-m", "deepspeed.launcher.runner"]
     assert command[command.index("--num_gpus") + 1] == str(num_ranks)
     # The ranks get all arguments except the launcher's.
-    assert command[command.index("--module") :] == [
-        "--module",
-        "cogds",
-        "train",
-        "--config",
-        "a.yaml",
-        "train.num_steps=3",
-    ]
+    assert command[-6:] == ["--module", "cogds", "train", "--config", "a.yaml", "train.num_steps=3"]
 
 
 @pytest.mark.usefixtures("no_launcher")
@@ -135,14 +127,6 @@ def test_a_bug_keeps_its_traceback_and_success_is_0():
     assert cli.run(lambda: None) == 0
 
 
-def test_a_folder_that_cannot_be_created_is_named_by_its_key(tmp_path):
-    (tmp_path / "file").touch()
-    with pytest.raises(UserError, match=r"^output_dir: "):
-        make_folders({"output_dir": str(tmp_path / "file/run")})
-    with pytest.raises(UserError, match=r"^data\.cache_dir: "):
-        make_folders({"output_dir": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "file")})
-
-
 def test_a_port_in_use_is_named(monkeypatch, capsys):
     with socket.socket() as other:
         other.bind(("", 0))
@@ -165,7 +149,7 @@ def test_a_lost_connection_has_its_own_exit_code(capsys):
 
 @pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"demo"}))  # the demo is in the module of train
 def test_a_module_of_a_verb_is_not_a_command(verb):
-    """`python -m` runs its last lines. The imports before them take seconds, so one module is run below."""
+    """Compares the last lines, because running each module takes seconds of imports."""
     module = VERBS[verb].module
     *_, guard, call = (ROOT / f"{module.replace('.', '/')}.py").read_text().splitlines()
     assert guard == 'if __name__ == "__main__":'

@@ -1,13 +1,10 @@
-"""The demo's own files."""
-
-from pathlib import Path
+"""The model and clips that the demo creates."""
 
 import pytest
 
 from cogds.config.loading import load_config
 from cogds.demo import protect_given_paths
-
-ROOT = Path(__file__).resolve().parents[1]
+from tests.conftest import ROOT
 
 
 @pytest.mark.parametrize(

@@ -1,10 +1,11 @@
-"""launch/export.py as a user calls it: what it writes, what it says, what it refuses."""
+"""The export command: files, messages and refusals."""
 
 import json
 import shutil
 from collections import namedtuple
 from pathlib import Path
 from types import SimpleNamespace
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -18,8 +19,7 @@ import cogds.export
 from cogds.arguments import parse_args
 from cogds.errors import UserError
 from cogds.model.lora.file import read_lora
-from tests.model.lora.adapters import output, output_in_diffusers, write_lora
-from tests.model.lora.test_adapter import example_inputs
+from tests.model.lora.adapters import example_inputs, output, output_in_diffusers, write_lora
 
 METADATA = {
     "image_latents": "pipeline", "rank": 4, "alpha": 8.0, "targets": ["to_q"], "step": 500, "fps": 16.0,
@@ -33,7 +33,7 @@ def export(argv, api=None):
 
 @pytest.fixture
 def lora(tiny_model, tmp_path):
-    """`lora(convention)`: a LoRA as training leaves it, in a run's folder."""
+    """`lora(convention)`: a LoRA in the folder of a run."""
 
     def write(convention="pipeline", **settings):
         folder = tmp_path / convention / "lora/step-000500"
@@ -65,15 +65,15 @@ def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp
     assert matter["base_model"] == "zai-org/CogVideoX1.5-5B-I2V"
     assert matter["pipeline_tag"] == "image-to-video"
     assert ("lora" in matter["tags"]) is (kind != "merged")
-    told = capsys.readouterr().out
-    assert file in told
-    # diffusers' pipeline does what training did; ComfyUI's nodes scale the image latents in their own way.
-    assert ("warning: " in told) is kind.startswith("comfyui")
-    assert ("ImageEncode to 2.04" in told) is (kind == "comfyui-wrapper")
+    text = capsys.readouterr().out
+    assert file in text
+    # diffusers' pipeline scales image latents as in training, but ComfyUI's nodes do not.
+    assert ("warning: " in text) is kind.startswith("comfyui")
+    assert ("ImageEncode to 2.04" in text) is (kind == "comfyui-wrapper")
     assert not list(tmp_path.glob("*.tmp*"))
 
 
-def test_another_convention_is_folded_in_or_warned_about(tiny_model, lora, tmp_path, capsys):
+def test_another_convention_is_folded_in_or_causes_a_warning(tiny_model, lora, tmp_path, capsys):
     folder = lora("scaled")
     export([str(folder), "--to", "diffusers", "--output", str(tmp_path / "d"), "--model", str(tiny_model)])
     assert "warning: " in capsys.readouterr().out
@@ -83,26 +83,28 @@ def test_another_convention_is_folded_in_or_warned_about(tiny_model, lora, tmp_p
     assert "warning" not in capsys.readouterr().out
     export([str(folder), "--to", "merged", "--output", str(tmp_path / "m"), "--model", str(tiny_model)])
     assert "warning" not in capsys.readouterr().out
-    said = header(tmp_path / "m/transformer/diffusion_pytorch_model.safetensors")
-    assert (said["image_latents"], said["trained_image_latents"]) == ("pipeline", "scaled")
+    metadata = header(tmp_path / "m/transformer/diffusion_pytorch_model.safetensors")
+    assert (metadata["image_latents"], metadata["trained_image_latents"]) == ("pipeline", "scaled")
     merged = CogVideoXTransformer3DModel.from_pretrained(tmp_path / "m", subfolder="transformer")
     inputs = example_inputs()
-    inputs["hidden_states"][:, :, 8:] /= 0.7**2  # the pipeline's, of which a scaled one is 0.49
+    inputs["hidden_states"][:, :, 8:] /= 0.7**2  # the pipeline's scale
     with torch.no_grad():
-        given_by_the_pipeline = merged(**inputs)[0]
-    assert (given_by_the_pipeline - output_in_diffusers(tiny_model, (folder, 1.0))).abs().max() < 1e-4
+        merged_output = merged(**inputs)[0]
+    assert (merged_output - output_in_diffusers(tiny_model, (folder, 1.0))).abs().max() < 1e-4
 
 
 @pytest.mark.parametrize("convention, factor", [("pipeline", 1 / 0.49), ("scaled", 1.0), ("unscaled", 1 / 0.7)])
-def test_a_comfyui_merged_file_expects_latents_of_comfyui_nodes(comfyui_model, tmp_path, capsys, convention, factor):
-    """They are scaled by 0.7 whatever was trained: what is missing to the trained scale is within the weights."""
+def test_a_comfyui_merged_file_expects_image_latents_of_comfyui_nodes(
+    comfyui_model, tmp_path, capsys, convention, factor
+):
+    """ComfyUI's nodes always scale by 0.7. The weights include the factor from there to the scale in training."""
     lora = write_lora(comfyui_model, tmp_path / "lora", metadata={**METADATA, "image_latents": convention})
     out = tmp_path / "mine"
     export([str(lora), "--to", "comfyui-merged", "--output", str(out), "--model", str(comfyui_model)])
     assert "warning" not in capsys.readouterr().out
-    said = header(out / "mine.safetensors")
-    assert (said["image_latents"], said["trained_image_latents"]) == ("scaled", convention)
-    assert "image_latent_factor" not in said
+    metadata = header(out / "mine.safetensors")
+    assert (metadata["image_latents"], metadata["trained_image_latents"]) == ("scaled", convention)
+    assert "image_latent_factor" not in metadata
     tensors = load_file(out / "mine.safetensors")
     base = load_file(comfyui_model / "transformer/diffusion_pytorch_model.safetensors")["patch_embed.proj.weight"]
     changed = (tensors["patch_embed.proj.weight"] / base).reshape(len(base), 32, 8)  # channels come first
@@ -111,7 +113,7 @@ def test_a_comfyui_merged_file_expects_latents_of_comfyui_nodes(comfyui_model, t
     assert "mine.safetensors" in (out / "README.md").read_text()
 
 
-def test_several_are_merged_with_their_weights(tiny_model, lora, tmp_path):
+def test_several_loras_are_merged_with_their_weights(tiny_model, lora, tmp_path):
     first = lora()
     second = write_lora(tiny_model, tmp_path / "second", 2, 3.0, ("to_k",), {"image_latents": "pipeline"})
     export([
@@ -136,10 +138,10 @@ def test_the_video_of_the_run_is_copied(tiny_model, lora, tmp_path):
 
 
 def test_nothing_is_downloaded_to_check_a_lora(lora, tmp_path, monkeypatch, capsys):
-    """The model that it was trained on is on the hub: 20 GB, only to compare sizes."""
+    """The base model on the hub, 20 GB, would only be used to compare sizes."""
     monkeypatch.setattr(cogds.export, "find_model", lambda path: pytest.fail(f"looked for {path}"))
     export([str(lora()), "--to", "comfyui", "--output", str(tmp_path / "out")])
-    assert "--model" in capsys.readouterr().out  # how to compare it
+    assert "--model" in capsys.readouterr().out
 
 
 Usage = namedtuple("Usage", "total used free")
@@ -161,7 +163,6 @@ Usage = namedtuple("Usage", "total used free")
         (["--to", "diffusers", "--sample", "nowhere.mp4"], "--sample nowhere.mp4: "),
         (["{lora}", "0.5", "{lora}", "--to", "comfyui"], "--to comfyui: .* 2 were given"),
         (["{lora}", "much", "--to", "merged"], "much: "),
-        (["{lora}", "much", "--to", "merged"], "much"),
         (["--to", "diffusers", "--lora-alpha", "8"], "--lora-alpha: .*its alpha"),
         (["--to", "diffusers", "--lora-alpha", "nan"], "--lora-alpha: "),
         (["0.7", "--to", "merged"], "0.7: "),
@@ -199,8 +200,8 @@ def test_a_lora_of_another_model_is_refused(tiny_model, lora, tmp_path):
         export([str(lora()), "--to", "merged", "--output", str(tmp_path / "out"), "--model", str(other)])
 
 
-class StandIn:
-    """The part of the hub's API that an upload uses."""
+class Hub:
+    """A stand-in for the hub's API."""
 
     def __init__(self, private=None, failing=False):
         self.private, self.failing, self.calls = private, failing, []
@@ -223,22 +224,22 @@ class StandIn:
         self.calls.append(("upload", repo_id, sorted(path.name for path in Path(folder_path).iterdir())))
 
 
-def pushed(lora, tmp_path, api, *words):
+def push(lora, tmp_path, api, *words):
     export([str(lora()), "--to", "diffusers", "--output", str(tmp_path / "out"), "--push-to", "me/mine", *words], api)
 
 
 @pytest.mark.parametrize("words, private", [((), True), (("--public",), False)])
 def test_an_upload_is_private_by_default(lora, tmp_path, capsys, words, private):
-    api = StandIn()
-    pushed(lora, tmp_path, api, *words)
+    api = Hub()
+    push(lora, tmp_path, api, *words)
     assert api.calls == [
         ("create", "me/mine", private, True),
         ("upload", "me/mine", ["README.md", "pytorch_lora_weights.safetensors"]),
     ]
-    told = capsys.readouterr().out
-    assert f"me/mine ({'private' if private else 'public'})" in told
-    assert told.index("pytorch_lora_weights.safetensors  ") < told.index("me/mine (")
-    assert "https://hub/me/mine" in told
+    text = capsys.readouterr().out
+    assert f"me/mine ({'private' if private else 'public'})" in text
+    assert text.index("pytorch_lora_weights.safetensors  ") < text.index("me/mine (")
+    assert "https://hub/me/mine" in text
     card = (tmp_path / "out/README.md").read_text()
     assert 'load_lora_weights("me/mine", ' in card
     weights = (tmp_path / "out/pytorch_lora_weights.safetensors").read_bytes()
@@ -246,26 +247,23 @@ def test_an_upload_is_private_by_default(lora, tmp_path, capsys, words, private)
 
 
 def test_a_public_repository_needs_the_public_flag(lora, tmp_path):
-    api = StandIn(private=False)
+    api = Hub(private=False)
     with pytest.raises(UserError, match=r"--push-to me/mine: .*--public"):
-        pushed(lora, tmp_path, api)
+        push(lora, tmp_path, api)
     assert not (tmp_path / "out").exists()
-    pushed(lora, tmp_path, api, "--public")
+    push(lora, tmp_path, api, "--public")
     assert len(api.calls) == 2
 
 
 @pytest.mark.parametrize("name", ["whoami", "model_info", "create_repo"])
 def test_a_bug_is_not_reported_as_a_hub_error(lora, tmp_path, name):
-    def fail(*_, **__):
-        raise TypeError("planted")
-
-    api = StandIn()
-    setattr(api, name, fail)
+    api = Hub()
+    setattr(api, name, Mock(side_effect=TypeError("planted")))
     with pytest.raises(TypeError, match="planted"):
-        pushed(lora, tmp_path, api)
+        push(lora, tmp_path, api)
 
 
 def test_a_failed_upload_keeps_the_export(lora, tmp_path):
     with pytest.raises(UserError, match=r"--push-to me/mine: .*\(OSError: connection reset\).*hf upload me/mine"):
-        pushed(lora, tmp_path, StandIn(private=True, failing=True))
+        push(lora, tmp_path, Hub(private=True, failing=True))
     assert (tmp_path / "out/pytorch_lora_weights.safetensors").exists()

@@ -3,11 +3,28 @@ import time
 
 import pytest
 
-from cogds.files import ABANDONED_AFTER_S, is_abandoned, process_tag, remove_abandoned, whole_file, whole_folder
+from cogds.errors import UserError
+from cogds.files import (
+    ABANDONED_AFTER_S,
+    is_abandoned,
+    make_folders,
+    process_tag,
+    remove_abandoned,
+    whole_file,
+    whole_folder,
+)
 
 
 def names(folder):
     return sorted(path.name for path in folder.iterdir())
+
+
+def test_a_folder_that_cannot_be_created_is_named_by_its_key(tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^output_dir: "):
+        make_folders({"output_dir": str(tmp_path / "file/run")})
+    with pytest.raises(UserError, match=r"^data\.cache_dir: "):
+        make_folders({"output_dir": str(tmp_path / "run"), "data.cache_dir": str(tmp_path / "file")})
 
 
 def test_a_file_appears_whole(tmp_path):
@@ -19,7 +36,7 @@ def test_a_file_appears_whole(tmp_path):
     assert names(tmp_path / "new") == ["a.json"]
 
 
-def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
+def test_a_failed_write_keeps_the_old_file_and_removes_the_temporary_one(tmp_path):
     (tmp_path / "a").write_text("old")
 
     def write_half():
@@ -33,15 +50,15 @@ def test_a_failure_keeps_the_old_file_and_leaves_nothing(tmp_path):
     assert (tmp_path / "a").read_text() == "old"
 
 
-def test_of_two_that_make_a_folder_the_first_stays(tmp_path):
-    with whole_folder(tmp_path / "a") as one, whole_folder(tmp_path / "a") as other:
-        (one / "x").write_text("one")
-        (other / "x").write_text("other")
+def test_the_first_of_two_folders_with_the_same_name_is_kept(tmp_path):
+    with whole_folder(tmp_path / "a") as slow, whole_folder(tmp_path / "a") as fast:
+        (slow / "x").write_text("slow")
+        (fast / "x").write_text("fast")
     assert names(tmp_path) == ["a"]
-    assert (tmp_path / "a/x").read_text() == "other"  # the inner block ended first
+    assert (tmp_path / "a/x").read_text() == "fast"
 
 
-def test_a_failure_leaves_no_folder(tmp_path):
+def test_a_failed_folder_is_removed(tmp_path):
     with pytest.raises(ValueError, match="no"), whole_folder(tmp_path / "a"):
         raise ValueError("no")
     assert names(tmp_path) == []
@@ -51,7 +68,7 @@ def test_temporary_files_of_ended_processes_are_removed(tmp_path):
     host = process_tag().split("@")[0]
     ended, old = tmp_path / f"a.{host}@999999999-1.tmp", tmp_path / "b.00000000@1-1.tmp.json"
     recent, own = tmp_path / "c.00000000@1-1.tmp", tmp_path / f"d.{process_tag()}-1.tmp"
-    other = tmp_path / f"e.{host}@999999999-1.json"  # no temporary file
+    other = tmp_path / f"e.{host}@999999999-1.json"  # not a temporary file
     for path in (ended, old, recent, own, other):
         path.touch()
     day_ago = time.time() - ABANDONED_AFTER_S - 1

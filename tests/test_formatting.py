@@ -3,7 +3,7 @@ import pytest
 from cogds.formatting import counted, duration, gigabytes, magnitude, number, percent
 
 
-def test_one_is_not_many():
+def test_nouns_are_singular_or_plural():
     assert [counted(num, "clip") for num in (0, 1, 2, 12_000)] == ["0 clips", "1 clip", "2 clips", "12,000 clips"]
     assert [counted(num, "entry") for num in (1, 2)] == ["1 entry", "2 entries"]
 
@@ -21,5 +21,5 @@ def test_units(value, text):
 
 
 def test_counts():
-    assert [magnitude(one) for one in (5_571_594_880, 132_120_576, 2016, 7)] == ["5.57 B", "132.1 M", "2.0 k", "7"]
-    assert [number(one) for one in (0.5, 12.0, 12.34, 1234.5)] == ["0.5", "12", "12.3", "1,234"]
+    assert [magnitude(value) for value in (5_571_594_880, 132_120_576, 2016, 7)] == ["5.57 B", "132.1 M", "2.0 k", "7"]
+    assert [number(value) for value in (0.5, 12.0, 12.34, 1234.5)] == ["0.5", "12", "12.3", "1,234"]

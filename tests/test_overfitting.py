@@ -1,4 +1,4 @@
-"""The evaluation loss shows overfitting, and tells checkpoints apart much better than the training loss."""
+"""The evaluation loss shows overfitting, and compares checkpoints much more precisely than the training loss."""
 
 import copy
 import dataclasses
@@ -27,7 +27,7 @@ SEEDS = range(1, 9)
 
 
 class Trained:
-    """A tiny model trained on two images of noise that differ only in their captions. Four more are held out.
+    """A tiny model that is trained on two images of noise, which only their captions identify. Four more are held out.
 
     size: height and width of the images [pixels].
     """
@@ -39,9 +39,9 @@ class Trained:
         for name in held + trained:
             blocks = np.random.default_rng(int(name[:-4])).integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(blocks.repeat(size // 8, 0).repeat(size // 8, 1)).save(folder / name)
-        Image.new("RGB", (size, size), (128, 128, 128)).save(folder / "grey.png")
+        Image.new("RGB", (size, size), (128, 128, 128)).save(folder / "gray.png")
         columns = {"videos": held + trained, "prompts": [f"picture {name}" for name in held + trained]}
-        columns["images"] = ["grey.png"] * 6  # the condition carries no information
+        columns["images"] = ["gray.png"] * 6  # all clips have the same condition
         for name, lines in columns.items():
             (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
         job = make_job(
@@ -50,14 +50,14 @@ class Trained:
             "eval.num_clips=4",
         )  # fmt: skip
         self.cfg, model = job.cfg, job.model
-        data = encode_dataset(self.cfg, model, job.buckets, ALONE)
+        data = encode_dataset(job)
         assert (len(data.held_out), len(data.trained), len(data.index)) == (4, 2, 2)
         no_caption = data.empty_caption_states
         self.builder = load_step_builder(model, self.cfg.conditioning, no_caption, torch.float32, ALONE.device)
-        if size > 64:  # to encode a grey first frame would take most of the time
+        if size > 64:  # encoding the gray first frame would take most of the time
             latents = size // model.geometry.vae_spatial
-            grey = torch.zeros(1, 1, model.geometry.latent_channels, latents, latents)
-            self.builder.image_latents = lambda frames, _: grey.expand(len(frames), -1, -1, -1, -1)
+            gray = torch.zeros(1, 1, model.geometry.latent_channels, latents, latents)
+            self.builder.image_latents = lambda frames, _: gray.expand(len(frames), -1, -1, -1, -1)
         self.evaluation = make_evaluation(job, data, self.builder, (BATCH_SIZE,))
         self.items = [Item(read_encoded(Cache(folder / "cache"), data.index[row])) for row in range(2)]
         self.shape = data.index.buckets[0]
@@ -71,7 +71,7 @@ class Trained:
         for step in range(num_steps + 1):
             if step in (0, 25, NUM_STEPS):
                 self.losses[step] = self.evaluation.scalars(self.forward)
-                self.weights[step] = copy.deepcopy([one.detach() for one in self.parameters])
+                self.weights[step] = copy.deepcopy([parameter.detach() for parameter in self.parameters])
             optimizer.param_groups[0]["lr"] = 5e-3 * min(1, (step + 1) / 10)
             optimizer.zero_grad()
             self.loss(seed=0, step=step, batch_size=BATCH_SIZE).backward()
@@ -82,7 +82,7 @@ class Trained:
         return self.transformer(**inputs)[0]
 
     def loss(self, seed, step, batch_size):
-        """Of an optimizer step, with everything drawn as in training."""
+        """Return the loss of an optimizer step, with the random draws of training."""
         slots = range(batch_size)
         timesteps = stratified_timesteps(slots, batch_size, 1000, seed, step)
         dropped = draw_dropouts(self.cfg.conditioning, seed, step, slots)
@@ -91,65 +91,62 @@ class Trained:
         return v_loss(self.forward(inputs), target).mean()
 
     @torch.no_grad()
-    def become(self, step):
+    def restore(self, step):
+        """Restore the weights after `step` optimizer steps."""
         for parameter, weights in zip(self.parameters, self.weights[step]):
             parameter.copy_(weights)
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_model, tmp_path_factory):
-    return Trained(tiny_model, tmp_path_factory.mktemp("pictures"))
+    return Trained(tiny_model, tmp_path_factory.mktemp("images"))
 
 
-def test_overfitting_shows_as_the_two_losses_diverge(trained):
+def test_the_two_losses_diverge_when_the_model_overfits(trained):
     held_out, learned = (
         [trained.losses[step][name] for step in (0, 25, NUM_STEPS)] for name in ("eval/loss", "eval/train_loss")
     )
     print(f"eval/loss {held_out}, eval/train_loss {learned}")
-    assert held_out[0] == pytest.approx(learned[0], rel=0.1)  # it has seen neither
+    assert held_out[0] == pytest.approx(learned[0], rel=0.1)  # before training
     assert learned[2] < 0.92 * learned[1] < 0.92 * learned[0]
     assert held_out[2] > 0.98 * held_out[1]
     assert held_out[2] > 1.1 * learned[2]
 
 
-def spread(trained, steps):
-    """Losses of the same clips, (evaluation or training, step, seed) -> loss, by 18 samples each, of 8 seeds.
+def losses_by_seed(trained, steps):
+    """Return (kind, step, seed) -> loss of the trained clips, as the mean of 18 samples. kind: evaluation or training.
 
-    The training loss is the mean of steps of one clip each, which draw their timesteps, noise and dropouts; an
-    evaluation draws its noise, and the same at every step.
+    The training loss draws timesteps, noise and dropout for each step. The evaluation loss draws only the noise, which
+    is the same for all weights.
     """
-    own = trained.evaluation
-    clips, num = own.clips[own.num_held_out :], len(own.timesteps)
+    evaluation = trained.evaluation
+    clips, num = evaluation.clips[evaluation.num_held_out :], len(evaluation.timesteps)
     rounds = schedule_rounds(make_eval_batches([0, 0], num, (BATCH_SIZE,)), (1.0,), 1)
-    found = {}
+    losses = {}
     for step in steps:
-        trained.become(step)
+        trained.restore(step)
         for seed in SEEDS:
-            one = dataclasses.replace(own, clips=clips, num_held_out=0, rounds=rounds, seed=seed)
+            seeded = dataclasses.replace(evaluation, clips=clips, num_held_out=0, rounds=rounds, seed=seed)
             with torch.no_grad():
-                found["evaluation", step, seed] = one.scalars(trained.forward)["eval/train_loss"]
-                drawn = range(1000 * step, 1000 * step + 2 * num)  # the draws of other steps than the other weights'
-                found["training", step, seed] = statistics.mean(trained.loss(seed, each, 1).item() for each in drawn)
-    return found
+                losses["evaluation", step, seed] = seeded.scalars(trained.forward)["eval/train_loss"]
+                draws = range(1000 * step, 1000 * step + 2 * num)  # not those of other weights
+                losses["training", step, seed] = statistics.mean(trained.loss(seed, draw, 1).item() for draw in draws)
+    return losses
 
 
-def test_checkpoints_are_told_apart_ten_times_better_than_by_the_training_loss(trained):
-    """Two weights of one run: how much does the difference between them vary over seeds?"""
-    found = spread(trained, (25, NUM_STEPS))
+def test_the_difference_of_two_checkpoints_varies_ten_times_less_than_with_the_training_loss(trained):
+    losses = losses_by_seed(trained, (25, NUM_STEPS))
     differences = {
-        name: statistics.stdev(found[name, NUM_STEPS, seed] - found[name, 25, seed] for seed in SEEDS)
-        for name in ("evaluation", "training")
+        kind: statistics.stdev(losses[kind, NUM_STEPS, seed] - losses[kind, 25, seed] for seed in SEEDS)
+        for kind in ("evaluation", "training")
     }
     print(f"standard error of the difference between two checkpoints {differences}")
     assert differences["training"] > 10 * differences["evaluation"]
 
 
-def test_the_level_varies_ten_times_less_than_that_of_the_training_loss(tiny_model, tmp_path):
-    """Of clips that are not tiny: the noise of one timestep, which is all that is left, is the mean of many numbers.
-
-    3,600 latents of 16 channels here; 768x1360 has 16,320 in every latent frame.
-    """
-    found = spread(Trained(tiny_model, tmp_path, size=480, num_steps=25), (25,))
-    levels = {name: statistics.stdev(found[name, 25, seed] for seed in SEEDS) for name in ("evaluation", "training")}
+def test_the_loss_varies_ten_times_less_than_the_training_loss(tiny_model, tmp_path):
+    """For clips that are not tiny, because noise averages out over the latents: 3,600 here, 16,320 at 768x1360."""
+    losses = losses_by_seed(Trained(tiny_model, tmp_path, size=480, num_steps=25), (25,))
+    levels = {kind: statistics.stdev(losses[kind, 25, seed] for seed in SEEDS) for kind in ("evaluation", "training")}
     print(f"standard error of the loss {levels}")
     assert levels["training"] > 10 * levels["evaluation"]

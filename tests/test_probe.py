@@ -6,17 +6,16 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-import cogds.probe
 from cogds.cli import call
-from cogds.core.conditioning import image_latent_scale
+from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS, image_latent_scale
 from cogds.core.geometry import ClipShape
 from cogds.data.video.drawn import draw_clips
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer, load_vae
-from cogds.probe import NO_IMAGE, Measurement, Scores, first_frame_slice, judge, make_builders, measure, report, to_json
+from cogds.probe import NO_IMAGE, Measurement, Probe, Scores, first_frame_slice, judge, one_per_scale, report, to_json
 from tests.train.test_step import make_builder
 
-SHAPE, NUM_CLIPS = ClipShape.parse("9x64x64"), 6
+SHAPE, NUM_CLIPS = ClipShape.parse("9x64x64"), 4
 
 
 class NoText:
@@ -37,50 +36,37 @@ def vae(model):
 
 
 @pytest.fixture(scope="module")
-def batches(vae):
-    """Cache entries of still clips, by clip key."""
-    entries = {}
+def clips(vae):
+    """Still clips, each with a batch of its own."""
+    clips = []
     for number in range(NUM_CLIPS):
         draw = torch.Generator().manual_seed(number)
         coarse = torch.randint(0, 256, (1, 3, 8, 8), generator=draw).float()
         picture = torch.nn.functional.interpolate(coarse, size=(64, 64), mode="bilinear").round()
         video = (picture / 127.5 - 1)[:, :, None].expand(-1, -1, SHAPE.frames, -1, -1)
         with torch.no_grad():
-            moments = vae.encode(video).latent_dist.parameters[0]
-        entries[f"{number:032x}"] = {
-            "moments": moments, "first_frame": picture[0].to(torch.uint8), "text_states": torch.zeros(32, 32)
-        }  # fmt: skip
-    return entries
+            moments = vae.encode(video).latent_dist.parameters
+        batch = {"moments": moments, "first_frame": picture.to(torch.uint8), "text_states": torch.zeros(1, 32, 32)}
+        clips.append((SimpleNamespace(clip_key=f"{number:032x}", shape=SHAPE), batch))
+    return clips
 
 
-def all_builders(model, vae):
-    plain = make_builder(model, NoText(), vae).conditioning
-    return make_builders(lambda c: make_builder(model, NoText(), vae, image_latents=c.image_latents), plain)
-
-
-@pytest.fixture
-def probe(model, vae, batches, monkeypatch):
-    """`probe(forward, timesteps)`: the scores, and the losses of predicting zeros."""
-    monkeypatch.setattr(cogds.probe, "read_encoded", lambda _, clip: batches[clip.clip_key])
-    builders = all_builders(model, vae)
-    clips = [SimpleNamespace(clip_key=key, shape=SHAPE) for key in batches]
-
-    def run(forward, timesteps=(166, 500, 833)):
-        return measure(forward, builders, clips, None, timesteps, 0)
-
-    return run
+def make_builders(model, vae):
+    return one_per_scale(
+        {name: make_builder(model, NoText(), vae, image_latents=name) for name in IMAGE_LATENT_CONVENTIONS}
+    )
 
 
 def model_trained_with(convention, builder):
     """A formula in place of weights: it reconstructs the first frame from image latents of this convention's scale."""
     ratio = 0.7 / image_latent_scale(0.7, True, convention)
 
-    def forward(inputs):
-        noisy, image = inputs["hidden_states"].chunk(2, dim=2)
-        abar = builder.alphas_cumprod[inputs["timestep"]].float()
+    def forward(hidden_states, timestep, **_):
+        noisy, image = hidden_states.chunk(2, dim=2)
+        abar = builder.alphas_cumprod[timestep].float()
         clean = torch.zeros_like(noisy)
         clean[:, first_frame_slice(SHAPE, builder)] = ratio * image[:, :1]
-        return (abar.sqrt() * noisy - clean) / (1 - abar).sqrt()
+        return ((abar.sqrt() * noisy - clean) / (1 - abar).sqrt(),)
 
     return forward
 
@@ -88,11 +74,12 @@ def model_trained_with(convention, builder):
 @pytest.mark.parametrize(
     "convention", ["pipeline", *(pytest.param(name, marks=pytest.mark.slow) for name in ("scaled", "unscaled"))]
 )
-def test_each_convention_is_found(model, vae, probe, convention):
-    scores, zeros = probe(model_trained_with(convention, make_builder(model, NoText(), vae)))
+def test_each_convention_is_found(model, vae, clips, convention):
+    transformer = model_trained_with(convention, make_builder(model, NoText(), vae))
+    scores, zeros = Probe(transformer, make_builders(model, vae), (166, 500, 833), 0).measure(clips)
     verdict = judge(scores, zeros)
     assert verdict.convention == convention
-    scales = {name: image_latent_scale(0.7, True, name) for name in ("pipeline", "scaled", "unscaled")}
+    scales = {name: image_latent_scale(0.7, True, name) for name in IMAGE_LATENT_CONVENTIONS}
     measurement = Measurement(scores, zeros, scales, [1])
     text = "\n".join(report(measurement, verdict, "pipeline"))
     assert f"'{convention}'" in text
@@ -101,15 +88,15 @@ def test_each_convention_is_found(model, vae, probe, convention):
 
 
 @pytest.mark.slow
-def test_random_weights_give_no_verdict(model, probe):
+def test_random_weights_give_no_verdict(model, vae, clips):
     transformer = load_transformer(model, torch.float32)
-    verdict = judge(*probe(lambda inputs: transformer(**inputs)[0]))
+    verdict = judge(*Probe(transformer, make_builders(model, vae), (166, 500, 833), 0).measure(clips))
     assert verdict.convention is None
     assert "zeros" in verdict.reason
 
 
-def test_pixel_errors_are_those_of_the_predicted_first_frame(model, vae, batches):
-    """With its own convention the formula predicts the first latent frame exactly; its decoded pixels are compared."""
+def test_pixel_errors_are_those_of_the_predicted_first_frame(model, vae, clips):
+    """With its own convention, the formula predicts the first latent frame exactly. Its decoded pixels are compared."""
     decoded = []
 
     def decode(latents):
@@ -118,15 +105,22 @@ def test_pixel_errors_are_those_of_the_predicted_first_frame(model, vae, batches
 
     decoder = SimpleNamespace(config=vae.config, dtype=vae.dtype, encode=vae.encode, decode=decode)
     builder = make_builder(model, NoText(), decoder)
-    (key, batch), *_ = batches.items()
-    batch = {name: value[None] for name, value in batch.items()}
-    forward, clip = model_trained_with("pipeline", builder), SimpleNamespace(clip_key=key, shape=SHAPE)
-    scores, _ = cogds.probe._score_clip(forward, builder, batch, clip, [100, 500, 900], 0, without_image=False)
+    clip, batch = clips[0]
+    probe = Probe(model_trained_with("pipeline", builder), {"pipeline": builder}, [100, 500, 900], 0)
+    scores, _ = probe.score("pipeline", clip, batch)
     clean = batch["moments"][:, :8, 0]
     assert (decoded[0][:, :, 0] - clean).abs().mean() < 0.1 * clean.abs().mean()
     means = batch["first_frame"][0].float().mean(dim=(1, 2))
     assert scores.brightness == pytest.approx(191.25 - means.mean().item(), abs=1e-3)
     assert scores.color == pytest.approx((191.25 - means).abs().mean().item(), abs=1e-3)
+
+
+def scores_of(**losses):
+    """Scores by convention from pairs of a clip's loss and first-frame loss."""
+    return {
+        name.replace("_", " "): [Scores(whole, first, 0.0, 0.0) for whole, first in pairs]
+        for name, pairs in losses.items()
+    }
 
 
 def test_weights_that_ignore_the_image_give_no_verdict():
@@ -136,18 +130,10 @@ def test_weights_that_ignore_the_image_give_no_verdict():
     assert "image" in verdict.reason
 
 
-def scores_of(**first):
-    return {
-        name.replace("_", " "): [Scores(whole, loss, 0.0, 0.0) for whole, loss in losses]
-        for name, losses in first.items()
-    }
-
-
 def test_a_difference_within_its_error_gives_no_verdict():
-    noisy = [0.2, 0.4, 0.1, 0.5]
     scores = scores_of(
-        pipeline=[(1, 0.3), (1, 0.3), (1, 0.3), (1, 0.3)], scaled=[(1, one + 0.01) for one in noisy],
-        unscaled=[(1, 0.5)] * 4, no_image=[(1, 0.9)] * 4,
+        pipeline=[(1, 0.3)] * 4, scaled=[(1, loss) for loss in (0.21, 0.41, 0.11, 0.51)], unscaled=[(1, 0.5)] * 4,
+        no_image=[(1, 0.9)] * 4,
     )  # fmt: skip
     verdict = judge(scores, [1.0] * 4)
     assert (verdict.convention, verdict.best) == (None, "pipeline")
@@ -166,9 +152,9 @@ def test_no_verdict_if_the_whole_clip_contradicts_the_first_frame():
 
 
 def test_conventions_of_the_same_scale_are_measured_once(model):
-    """Without `invert_scale_latents`, the pipeline's scale is that of most trainers."""
+    """Without `invert_scale_latents`, `pipeline` and `scaled` have the same scale."""
     same = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.7, invert_scale_latents=False))
-    assert list(all_builders(model, same)) == ["pipeline", "unscaled"]
+    assert list(make_builders(model, same)) == ["pipeline", "unscaled"]
 
 
 @pytest.mark.slow

@@ -8,14 +8,15 @@ from PIL import Image
 from safetensors.torch import save_file
 
 import cogds.sample
+from cogds.arguments import parse_args
 from cogds.cli import call
-from cogds.core.geometry import ClipShape, latent_frames, padding_frames
+from cogds.core.geometry import TRAINED_SIZE, ClipShape, latent_frames, padding_frames
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
 from cogds.model.lora.adapter import export, inject
 from cogds.model.lora.file import AlphaSource, LoraFile
 from cogds.model.pipelines import apply_convention, count_transformer_calls, load_pipeline
-from cogds.sample import WeightedLora, recorded_value, trained_buckets
+from cogds.sample import WeightedLora, plan_jobs, recorded_value
 from cogds.videos.sample_spec import best_bucket, load_first_frame
 from tests.train.test_step import build_ours, differences, pipeline_inputs
 
@@ -43,7 +44,7 @@ def test_the_pipeline_feeds_the_transformer_as_training_did(model, pipeline, con
     theirs = pipeline_inputs(pipeline, shape, 1)
     ours, _ = build_ours(model, encoder, vae, shape, 1, image_latents=convention)
     # 0.7 x latents and 0.49 x (latents / 0.7) differ in the last bits.
-    assert differences(ours, theirs) == ([] if convention == "pipeline" else ["image latents"])
+    assert differences(ours, theirs) == ([] if convention == "pipeline" else ["hidden_states"])
     channels = vae.config.latent_channels
     torch.testing.assert_close(
         ours["hidden_states"][:, :, channels:], theirs["hidden_states"][:, :, channels:], atol=0, rtol=1e-6
@@ -52,7 +53,7 @@ def test_the_pipeline_feeds_the_transformer_as_training_did(model, pipeline, con
 
 @pytest.fixture
 def sample(model, tmp_path, monkeypatch):
-    """`sample(convention, *argv)`: what `cogds sample` writes with such a LoRA: path, frames, frame rate."""
+    """`sample(convention, *argv)`: the path, frames and frame rate that `cogds sample` writes for such a LoRA."""
     transformer = load_transformer(model, torch.float32)
     inject(transformer, 4, 8, 0.0, ["to_q", "to_v"], seed=0)
     tensors = {
@@ -97,7 +98,7 @@ def test_a_video_equals_that_of_the_plain_pipeline(sample, pipeline, model):
 
 def test_seeds_and_scales_make_a_grid(sample):
     sample("pipeline", "--seed", "1", "2", "--lora-scale", "0", "0.5", "1", "--output", str(sample.folder / "made.mp4"))
-    names = [path.relative_to(sample.folder / "made").as_posix() for path, _, _ in map(paths, sample.written)]
+    names = [Path(path).relative_to(sample.folder / "made").as_posix() for path, _, _ in sample.written]
     assert names == [
         *(f"01-a-red-circle-seed{seed}-scale{scale}.mp4" for seed in (1, 2) for scale in ("0", "0.5", "1")),
         "01-a-red-circle-grid.mp4",
@@ -111,11 +112,6 @@ def test_seeds_and_scales_make_a_grid(sample):
     # The same video made alone is identical.
     _, alone, _ = sample("pipeline", "--seed", "2", "--lora-scale", "0.5")
     assert torch.equal(alone, videos[4])
-
-
-def paths(written):
-    path, frames, fps = written
-    return Path(path), frames, fps
 
 
 def test_several_loras_add_up(sample, capsys):
@@ -216,8 +212,14 @@ def test_size_frame_rate_and_strength_can_be_given(sample):
 
 
 def test_size_is_the_bucket_that_crops_the_image_least(tmp_path):
-    buckets = trained_buckets(["1x64x64", "9x64x96", "9x96x64"])
+    buckets = [ClipShape.parse(text) for text in ("1x64x64", "9x64x96", "9x96x64")]
     for width, height, expected in ((90, 60, "9x64x96"), (60, 90, "9x96x64"), (90, 90, "9x64x96")):
         Image.new("RGB", (width, height)).save(tmp_path / "image.png")
         assert str(best_bucket(str(tmp_path / "image.png"), buckets)) == expected
-    assert str(best_bucket(str(tmp_path / "image.png"), trained_buckets([]))) == "81x768x1360"
+
+
+def test_without_recorded_buckets_the_size_is_the_models_own(model, tmp_path):
+    Image.new("RGB", (90, 60)).save(tmp_path / "image.png")
+    args = parse_args("sample", ["--model", "m", "--prompt", "p", "--image", str(tmp_path / "image.png")])
+    with pytest.raises(UserError, match=str(TRAINED_SIZE)):  # which the tiny model does not support
+        plan_jobs(args, [], model)

@@ -1,9 +1,9 @@
-"""Ranks without the 8 seconds of imports: forked from a process that has done them, each a process group of its own.
+"""Ranks that start without the 8 seconds of imports, because they are forked from a process that has imported all.
 
-    server = Server(); server.run("launch/train.py", ["train.num_steps=2"], ranks=2, timeout_s=240)
+    Server().run("launch/train.py", ["train.num_steps=2"], ranks=2, timeout_s=240, ...)
 
-A rank runs the script as `python SCRIPT ...` would, with the variables that DeepSpeed's launcher sets: real processes,
-process groups and ZeRO, without a launcher. Tests of launchers, signals and first imports start their own.
+A rank runs the script as `python SCRIPT ...` would, with the variables that DeepSpeed's launcher sets. Processes,
+process groups and ZeRO are real; only the launcher is missing. Tests of launchers, signals and imports cannot use it.
 """
 
 import contextlib
@@ -21,7 +21,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 
 class Server:
-    """The process that has imported everything. `close` ends it; so does the end of ours."""
+    """The process that has imported everything. It ends with `close`, or when this process ends."""
 
     def __init__(self):
         self.process = subprocess.Popen(
@@ -34,13 +34,13 @@ class Server:
         )
 
     def run(self, script, arguments, ranks, timeout_s, port, cwd, output, env=None, kill_after_s=None):
-        """Exit codes of the ranks, once all have ended; None for those of a run that outlived its time.
+        """Run the ranks and return their exit codes, or None for each if they take longer than timeout_s.
 
-        A rank that fails ends the others, as a launcher does. kill_after_s: when all are killed, whatever they do.
+        If a rank fails, the others are killed, as by a launcher. After kill_after_s, all are killed in any case.
         """
         job = {
             "script": str(script),
-            "arguments": [str(one) for one in arguments],
+            "arguments": [str(argument) for argument in arguments],
             "ranks": ranks,
             "timeout_s": timeout_s,
             "port": port,
@@ -58,13 +58,12 @@ class Server:
         self.process.wait(30)
 
 
-def become(job, rank):
-    """In a forked process: the rank's surroundings."""
+def set_up_rank(job, rank):
+    """Give a forked process the session, folder, streams, environment and arguments of a rank."""
     os.setsid()
     os.chdir(job["cwd"])
     log = os.open(job["output"], os.O_WRONLY | os.O_APPEND | os.O_CREAT)
-    nothing = os.open(os.devnull, os.O_RDONLY)
-    for descriptor, source in ((0, nothing), (1, log), (2, log)):
+    for descriptor, source in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):
         os.dup2(source, descriptor)
     sys.stdin = os.fdopen(0, closefd=False)
     sys.stdout, sys.stderr = os.fdopen(1, "w", closefd=False), os.fdopen(2, "w", buffering=1, closefd=False)
@@ -77,42 +76,42 @@ def become(job, rank):
 
 def kill(pids):
     for pid in pids:
-        with contextlib.suppress(ProcessLookupError):  # not in a group of its own yet
+        with contextlib.suppress(ProcessLookupError):  # it has no process group yet
             os.killpg(pid, signal.SIGKILL)
         os.kill(pid, signal.SIGKILL)
 
 
 def wait(job, pids):
-    """Exit codes by rank."""
-    start, codes, killed = time.monotonic(), {}, False
+    """Wait for the ranks and return their exit codes, in rank order."""
+    start, codes, is_killed = time.monotonic(), {}, False
     while len(codes) < len(pids):
         pid, status = os.waitpid(-1, os.WNOHANG)
         if pid:
             codes[pid] = os.waitstatus_to_exitcode(status)
             continue
-        elapsed, left = time.monotonic() - start, [one for one in pids if one not in codes]
-        if elapsed > job["timeout_s"]:
-            kill(left)
-            for one in left:
-                os.waitpid(one, 0)
+        elapsed_s, running = time.monotonic() - start, [pid for pid in pids if pid not in codes]
+        if elapsed_s > job["timeout_s"]:
+            kill(running)
+            for pid in running:
+                os.waitpid(pid, 0)
             return [None] * len(pids)
-        failed = any(codes.values())
-        if not killed and (failed or (job["kill_after_s"] is not None and elapsed > job["kill_after_s"])):
-            time.sleep(2 if failed else 0)  # what the others have to say
-            kill(left)
-            killed = True
+        has_failed = any(codes.values())
+        if not is_killed and (has_failed or (job["kill_after_s"] is not None and elapsed_s > job["kill_after_s"])):
+            time.sleep(2 if has_failed else 0)  # the other ranks may print messages too
+            kill(running)
+            is_killed = True
         time.sleep(0.02)
     return [codes[pid] for pid in pids]
 
 
 def serve():
-    """Jobs from stdin, a JSON object a line; the ranks' exit codes to stdout. In a rank: returns the script to run."""
+    """Read jobs from stdin, one JSON object per line, and print exit codes. In a rank, return the script to run."""
     for line in sys.stdin:
         job, pids = json.loads(line), []
         for rank in range(job["ranks"]):
             pid = os.fork()
             if pid == 0:
-                become(job, rank)
+                set_up_rank(job, rank)
                 return job["script"]
             pids.append(pid)
         print(json.dumps(wait(job, pids)), flush=True)
@@ -120,7 +119,7 @@ def serve():
 
 
 if __name__ == "__main__":
-    answers, sys.stdout = sys.stdout, sys.stderr  # what libraries print while they are imported is no answer
+    results, sys.stdout = sys.stdout, sys.stderr  # stdout is for exit codes, and libraries print during their import
     sys.path[0] = str(ROOT)
     from cogds.cli import gc_disabled
 
@@ -130,7 +129,7 @@ if __name__ == "__main__":
         import cogds.encode.main
         import cogds.train.main  # noqa: F401
 
-    sys.stdout = answers
+    sys.stdout = results
     if script := serve():
         sys.path[0] = str(Path(script).parent)
         try:

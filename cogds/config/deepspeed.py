@@ -207,9 +207,11 @@ class _Resolver:
             ds.setdefault("bf16", ds.pop("bfloat16"))
 
     def error(self, message: str) -> UserError:
+        """Return an error about the DeepSpeed file; the message lacks its final period."""
         return UserError(f"{self.path}: {message}.")
 
     def look_up(self, key: str, default: Any = _NOT_SET) -> Any:
+        """Return the value of a dotted key of the DeepSpeed file."""
         node: Any = self.ds
         for name in key.split("."):
             if not isinstance(node, Mapping) or name not in node:
@@ -218,7 +220,7 @@ class _Resolver:
         return node
 
     def check_keys(self) -> None:
-        """Names, and values that never fit this trainer."""
+        """Refuse unknown keys, and keys and values that this trainer does not support."""
         for key, reason in REFUSED.items():
             if self.look_up(key) is not _NOT_SET:
                 raise self.error(f"{key} is not supported: {reason}")
@@ -242,7 +244,7 @@ class _Resolver:
             )
 
     def resolve_precision(self) -> None:
-        """train.precision, bf16.enabled and torch_autocast."""
+        """Make train.precision, bf16.enabled and torch_autocast agree."""
         fp16, autocast = self.ds.get("fp16", {}), self.ds.get("torch_autocast", {})
         bf16 = self.ds.setdefault("bf16", {"enabled": "auto"})
         if fp16.get("enabled") == "auto":
@@ -251,7 +253,7 @@ class _Resolver:
         if enabled not in (True, False, "auto"):
             raise self.error(f'bf16.enabled must be true, false or "auto", but is {json.dumps(enabled)}. Change it')
         if uses_autocast:
-            # Without a dtype torch takes fp16 on a GPU.
+            # Without a dtype, torch uses fp16 on a GPU.
             dtype = str(autocast.setdefault("dtype", "bfloat16")).removeprefix("torch.")
             if dtype not in ("bfloat16", "bf16"):
                 raise self.error(f"torch_autocast.dtype={dtype} is not supported: only bfloat16 is. Use bfloat16")
@@ -266,13 +268,13 @@ class _Resolver:
                     f'config. Set bf16.enabled to "auto"{advice}, or remove train.precision'
                 )
             self.cfg = replace(self.cfg, {"train.precision": precision}, f"in {self.path}")
-        # Autocast keeps the LoRA in fp32; the bf16 section would cast it.
+        # Autocast keeps the LoRA in fp32. The bf16 section would cast it.
         bf16["enabled"] = (precision == "bf16" and not uses_autocast) if enabled == "auto" else enabled
-        # Skip steps whose gradient is not finite. Set here because the default of DeepSpeed has changed before.
+        # Skip steps whose gradient is not finite. Set here because DeepSpeed has changed this default before.
         bf16.setdefault("check_grad_overflow", True)
 
     def check_stage(self) -> None:
-        """The ZeRO stage, and what it rules out."""
+        """Check the ZeRO stage, and a setting that stage 1 does not support."""
         stage = self.look_up("zero_optimization.stage", 0)
         if type(stage) is not int or not 0 <= stage <= 3:
             raise self.error(f"zero_optimization.stage must be 1, 2 or 3, but is {json.dumps(stage)}. Change it")
@@ -286,7 +288,8 @@ class _Resolver:
             )
 
     def resolve_shared(self) -> None:
-        """The optimizer, and the keys of `SHARED`."""
+        """Check the optimizer, and make the keys of `SHARED` agree."""
+        # DeepSpeed compiles an extension for its own Adam, but not for torch's.
         optimizer = self.ds.setdefault("optimizer", {"type": "AdamW", "params": {"torch_adam": True, "fused": True}})
         kind = optimizer.setdefault("type", "AdamW")
         optimizer.setdefault("params", {})
@@ -302,8 +305,8 @@ class _Resolver:
             if value is _NOT_SET and ds_key.startswith("optimizer.params.") and not is_adam and key != "optimizer.lr":
                 if key in self.explicit:
                     raise self.error(
-                        f"{key} is set in the run config, but {ds_key} is not, and {kind} may not have it. If it has, "
-                        f'set {ds_key} to "auto", else remove {key}'
+                        f"{key} is set in the run config, but {ds_key} is not, and {kind} may not have it. If it does, "
+                        f'set {ds_key} to "auto". If not, remove {key}'
                     )
                 continue
             if value is not _NOT_SET and value != "auto":
@@ -313,7 +316,7 @@ class _Resolver:
             (self.look_up(section) if section else self.ds)[name] = list(value) if isinstance(value, tuple) else value
 
     def _take(self, ds_key: str, key: str, value: Any) -> None:
-        """Put a value of the DeepSpeed file into the run config, unless that has another one."""
+        """Put a value of the DeepSpeed file into the run config, unless a different value was set there."""
         changed = replace(self.cfg, {key: value}, f"in {self.path} ({ds_key})")
         other = key
         if key == "train.batch_size" and self.cfg.train.tokens_per_batch is not None:
@@ -327,10 +330,10 @@ class _Resolver:
         self.cfg = changed
 
     def resolve_train_batch_size(self, num_ranks: int) -> None:
-        """train_batch_size: clips per optimizer step, which follows from other keys."""
+        """Set train_batch_size, the number of clips per optimizer step, which follows from other keys."""
         train, sequence_size = self.cfg.train, self.cfg.parallel.sequence_size
         num_groups, total = num_ranks // sequence_size, self.ds.get("train_batch_size", "auto")
-        who = f"groups of {sequence_size} ranks" if sequence_size > 1 else "ranks"
+        groups = f"groups of {sequence_size} ranks" if sequence_size > 1 else "ranks"
         expected = train.batch_size * train.gradient_accumulation_steps * num_groups
         if total not in ("auto", expected):
             advice = 'Set it to "auto"'
@@ -338,19 +341,19 @@ class _Resolver:
                 advice += f", or gradient_accumulation_steps to {total // (train.batch_size * num_groups)}"
             raise self.error(
                 f"train_batch_size is {json.dumps(total)}, but train.batch_size {train.batch_size} x "
-                f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {num_groups} {who} is {expected}. "
-                f"{advice}"
+                f"gradient_accumulation_steps {train.gradient_accumulation_steps} x {num_groups} {groups} is "
+                f"{expected}. {advice}"
             )
-        if sequence_size > 1:  # DeepSpeed computes it, and would count every rank of a group
+        if sequence_size > 1:  # DeepSpeed computes its own, which counts every rank of a group
             self.ds.pop("train_batch_size", None)
         else:
             self.ds["train_batch_size"] = expected
 
     def fill_bucket_sizes(self, hidden_size: int | None) -> None:
-        """Sizes of zero_optimization that are "auto", in parameters."""
-        # A block, which ZeRO-3 gathers as one, has a little more than 12 squares of the width. One is computed while
+        """Set the sizes of zero_optimization that are "auto", in numbers of parameters."""
+        # A block, which ZeRO-3 gathers as a unit, has a little more than 12 width^2 parameters. While one block runs,
         # the next is gathered, and a third may not be released yet. Parameters smaller than a matrix of the LoRA stay
-        # on every rank: gathering them would cost more time than keeping them costs memory.
+        # on every rank, because gathering them would take time and save little memory.
         width = hidden_size or 0
         block = 14 * width * width
         sizes = {

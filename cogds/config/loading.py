@@ -1,7 +1,7 @@
-"""From a YAML file and `key=value` texts to a `RunConfig`, and back. The command line wins over the file.
+"""Read a `RunConfig` from a YAML file and `key=value` texts, and write it. The command line wins over the file.
 
-OmegaConf reads the values and fills in `${...}`; pydantic checks them. `load_config` also returns which keys were set,
-because a key that was set must not silently lose against the DeepSpeed file (`config.deepspeed`).
+OmegaConf reads the values and resolves `${...}`; pydantic checks them. `load_config` also returns which keys were set,
+because the DeepSpeed file must not silently override a key that was set (`config.deepspeed`).
 """
 
 import difflib
@@ -36,7 +36,7 @@ from cogds.errors import UserError, did_you_mean
 
 Setting = tuple[str, str, Any]  # dotted key, place ("in run.yaml"), value
 _COMMAND_LINE = "on the command line"
-# In place of pydantic's messages, by their type.
+# Replacements for pydantic's messages, by error type.
 _EXPECTED = {
     "bool_type": "must be true or false",
     "int_type": "must be a whole number",
@@ -64,7 +64,7 @@ def load_config(config_file: str | None, overrides: list[str]) -> tuple[RunConfi
 
 
 def replace(cfg: RunConfig, changes: Mapping[str, Any], place: str = "in the program") -> RunConfig:
-    """A copy with other values, `{"train.num_steps": 5}`, checked like a file's. place: for the errors."""
+    """A copy with changed values, such as `{"train.num_steps": 5}`, which are checked. place: for errors."""
     for name in changes:
         _check_name(name, place)
     tree = to_dict(cfg)
@@ -73,7 +73,7 @@ def replace(cfg: RunConfig, changes: Mapping[str, Any], place: str = "in the pro
 
 
 def to_dict(cfg: RunConfig) -> dict[str, Any]:
-    """Plain dicts, lists and scalars: fit for JSON."""
+    """The config as plain dicts, lists and scalars, for JSON."""
     return cfg.model_dump(mode="json")
 
 
@@ -92,7 +92,7 @@ def is_run_config(tree: Any) -> bool:
 
 
 def _escape(node: Any) -> Any:
-    """Text that contains `${` so that OmegaConf reads it as it is."""
+    """Escape `${` in all texts, so that OmegaConf does not resolve it."""
     if isinstance(node, dict):
         return {name: _escape(child) for name, child in node.items()}
     if isinstance(node, list):
@@ -156,7 +156,7 @@ def _yaml_error(error: Exception, source: str, text: str) -> UserError:
 
 
 def _choose(first: str, second: str, settings: list[Setting]) -> list[Setting]:
-    """Of two keys that replace each other, keep the one on the command line."""
+    """If two keys that replace each other are both set, keep the one from the command line."""
     last = {name: (place, value) for name, place, value in settings}
     if any(last.get(name, ("", None))[1] in (None, "", [], (), 0) for name in (first, second)):
         return settings
@@ -167,7 +167,7 @@ def _choose(first: str, second: str, settings: list[Setting]) -> list[Setting]:
 
 
 def _interpolate(values: dict[str, Any], places: Mapping[str, str]) -> dict[str, Any]:
-    """The values with `${...}` filled in, from these values, the defaults and OmegaConf's resolvers."""
+    """Resolve `${...}` from these values, the defaults and OmegaConf's resolvers."""
     defaults = {name: field.default for name, field in KEYS.items() if field.default is not PydanticUndefined}
     tree = OmegaConf.create(_nest(defaults | values))
     try:
@@ -176,7 +176,7 @@ def _interpolate(values: dict[str, Any], places: Mapping[str, str]) -> dict[str,
         name = str(error.full_key).partition("[")[0]
         reason, place = str(error).splitlines()[0], places.get(name, "by default")
         raise UserError(
-            f"{name}: cannot fill in {show(values.get(name))} {place}: {reason}. Set the value itself."
+            f"{name}: cannot resolve {show(values.get(name))} {place}: {reason}. Set the value itself."
         ) from None
     resolved = {name: _lookup(plain, name) for name in values}
     for name, value in resolved.items():  # an environment variable is text
@@ -208,13 +208,14 @@ def _validate(values: Mapping[str, Any], places: Mapping[str, str]) -> RunConfig
         for name, value in values.items()
     }
     try:
-        # As JSON, because strict types are wanted, but lists for tuples.
+        # As JSON: strict validation of Python objects refuses a list for a tuple.
         return RunConfig.model_validate_json(json.dumps(_nest(listed)), strict=True)
     except ValidationError as error:
-        raise UserError("\n".join(_message(one, places) for one in error.errors())) from None
+        raise UserError("\n".join(_message(details, places) for details in error.errors())) from None
 
 
 def _message(error: ErrorDetails, places: Mapping[str, str]) -> str:
+    """Return the message for one of pydantic's errors. places: where each key was set."""
     kind, value = error["type"], error["input"]
     if kind == "value_error":  # of a model_validator, whose text names the key
         return str(error["ctx"]["error"])
@@ -254,7 +255,7 @@ def _check_name(name: str, place: str) -> None:
     if whole:
         example = "'[{path: a}, {path: b}]'" if is_list(KEYS[whole]) else "'{name: text}'"
         raise UserError(f"{name}: part of {whole}, set {place}. Set all of {whole}, for example {whole}={example}.")
-    # People forget or misplace the section: `lr` or `train.lr` for optimizer.lr.
+    # The section may be missing or wrong: `lr` or `train.lr` instead of optimizer.lr.
     same_leaf = [key for key in KEYS if key.split(".")[-1] == name.split(".")[-1]]
     near = difflib.get_close_matches(name, same_leaf or list(KEYS), n=1, cutoff=0.0 if same_leaf else 0.6)
     advice = f"Did you mean {near[0]}?" if near else "--help lists all keys."
@@ -262,5 +263,5 @@ def _check_name(name: str, place: str) -> None:
 
 
 def show(value: Any) -> str:
-    """A value as YAML, so that an error shows what was written."""
+    """A value as YAML, as in a config file."""
     return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()

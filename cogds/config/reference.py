@@ -45,5 +45,5 @@ def _by_section() -> dict[str, dict[str, FieldInfo]]:
         keys = sections.setdefault(name.rpartition(".")[0], {})
         keys[name] = field
         if inner := element_section(field):
-            keys |= {f"{name}[].{leaf}": one for leaf, one in inner.model_fields.items()}
+            keys |= {f"{name}[].{leaf}": inner_field for leaf, inner_field in inner.model_fields.items()}
     return sections

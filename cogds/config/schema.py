@@ -1,7 +1,7 @@
-"""The run config: frozen pydantic models. Every key stands here once, with its default, range, unit and help line.
+"""The run config: frozen pydantic models that define every key, with its default, range, unit and help line.
 
 `config.loading` fills them from a YAML file and `key=value` texts; `config.reference` prints them. Types are strict:
-a number is not a text, and `yes` is not one either (YAML reads it as a boolean).
+a number is not accepted as text, and neither is `yes`, which YAML reads as a boolean.
 """
 
 from collections.abc import Iterator
@@ -23,7 +23,7 @@ ATTENTION_KERNELS: tuple[str, ...] = get_args(Attention)[1:]
 CHECKPOINTING_MODES: tuple[str, ...] = get_args(Checkpointing)[1:]  # from the least recomputed to the most
 COLUMNS: tuple[str, ...] = get_args(Column)
 
-# Removed names of keys (or sections) and values: refused, with the new name.
+# Former names of keys (or sections) and values: refused, with the new name.
 RENAMED = {
     "train.recompute": "train.activation_checkpointing",
     "train.recompute_by_bucket": "train.activation_checkpointing_by_bucket",
@@ -42,7 +42,7 @@ RENAMED_VALUES = {
     "train.activation_checkpointing_by_bucket": _CHECKPOINTING_VALUES,
 }
 _ALSO_AT_THE_ENDS = "also before the first and after the last step; null: never [optimizer steps]"
-# Pairs of keys of which one replaces the other.
+# Pairs of keys that replace each other.
 ALTERNATIVES = (
     ("train.batch_size", "train.tokens_per_batch"),
     ("data.path", "data.sets"),
@@ -135,10 +135,10 @@ class DataConfig(Section):
         for name in ("repeats", "columns"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"data.{name}: does not apply to data.sets. Set {name} in each set.")
-        for index, one in enumerate(self.sets):
-            if (one.weight is None) != (self.sets[0].weight is None):
+        for index, data_set in enumerate(self.sets):
+            if (data_set.weight is None) != (self.sets[0].weight is None):
                 raise ValueError(f"data.sets[{index}].weight: must be set in all sets or in none. Add or remove it.")
-            if one.weight is not None and one.repeats != 1.0:
+            if data_set.weight is not None and data_set.repeats != 1.0:
                 raise ValueError(f"data.sets[{index}].repeats: replaced by weight, but both are set. Remove one.")
         return self
 

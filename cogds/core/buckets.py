@@ -36,7 +36,7 @@ def generate_buckets(
     Sides are rounded to the geometry's `pixel_multiple`. A size beyond the rotary axes is scaled down until both fit.
 
     Args:
-        sizes: `768p`, the pixels of the short side, or `HEIGHTxWIDTH`, of which only the product is used.
+        sizes: `768p`, the pixels of the short side, or `HEIGHTxWIDTH`, which sets only the area.
         aspect_ratios: `W/H`, width over height, as written: list `9/16` as well for portrait clips.
         frames: numbers of video frames.
 
@@ -84,7 +84,7 @@ def assign_all(
 ) -> np.ndarray:
     """Apply `assign` to many clips: int16 [N], -1 for None. The cost grows with the number of distinct sizes."""
     lengths = np.unique([shape.frames for shape in buckets])
-    # Number of bucket lengths that are short enough, which is all that matters of a clip's length.
+    # Number of bucket lengths that are short enough. Nothing else about a clip's length matters.
     level = np.searchsorted(lengths, num_frames, side="right")
     # One integer per size: sorting rows of three takes ten times as long.
     packed = (level.astype(np.int64) << 50) | (height.astype(np.int64) << 25) | width.astype(np.int64)

@@ -15,7 +15,7 @@ import torch
 from cogds.core.permutation import keyed_hash, permute
 
 
-def _bar(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
+def _alpha_sigma(alphas_cumprod: torch.Tensor, timesteps: torch.Tensor, ndim: int) -> tuple[torch.Tensor, torch.Tensor]:
     """sqrt(abar_t) and sqrt(1 - abar_t) as float32 [B, 1, 1, ...].
 
     The table may be float64, as it is for DDIM and DPM. 1 - abar is computed before the cast to float32, while exact.
@@ -28,7 +28,7 @@ def add_noise(
     latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
     """x_t, float32 [B, F, C, H, W], for latents x_0 and noise eps of that shape and timesteps int64 [B]."""
-    alpha, sigma = _bar(alphas_cumprod, timesteps, latents.ndim)
+    alpha, sigma = _alpha_sigma(alphas_cumprod, timesteps, latents.ndim)
     return alpha * latents.float() + sigma * noise.float()
 
 
@@ -36,7 +36,7 @@ def v_target(
     latents: torch.Tensor, noise: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
     """v_t, the transformer's training target: float32 [B, F, C, H, W]."""
-    alpha, sigma = _bar(alphas_cumprod, timesteps, latents.ndim)
+    alpha, sigma = _alpha_sigma(alphas_cumprod, timesteps, latents.ndim)
     return alpha * noise.float() - sigma * latents.float()
 
 
@@ -44,7 +44,7 @@ def x0_from_v(
     noisy: torch.Tensor, velocity: torch.Tensor, timesteps: torch.Tensor, alphas_cumprod: torch.Tensor
 ) -> torch.Tensor:
     """x_0 = sqrt(abar_t) x_t - sqrt(1 - abar_t) v_t, float32 [B, F, C, H, W], for x_t and a (predicted) v_t."""
-    alpha, sigma = _bar(alphas_cumprod, timesteps, noisy.ndim)
+    alpha, sigma = _alpha_sigma(alphas_cumprod, timesteps, noisy.ndim)
     return alpha * noisy.float() - sigma * velocity.float()
 
 

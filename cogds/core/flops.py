@@ -84,6 +84,6 @@ def step_flops(tokens: int, num_layers: int, hidden_size: int, num_lora_paramete
 def forward_flops(tokens: int, num_layers: int, hidden_size: int) -> float:
     """Floating-point operations of one forward pass of the base over a clip.
 
-    CogVideoX-1.5 at 81x768x1360 (45,106 tokens): 1,479 TFLOP, of which attention is 71%.
+    CogVideoX-1.5 at 81x768x1360 (45,106 tokens): 1,479 TFLOP, 71% of it attention.
     """
     return step_flops(tokens, num_layers, hidden_size).forward

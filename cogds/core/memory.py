@@ -25,13 +25,13 @@ ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 # The share of a GPU's memory that an estimate may use. The rest is for fragmentation and other processes.
 USABLE_SHARE = 0.92
 
-# The CUDA context with the kernels of torch and NCCL takes 0.4 to 0.8 GB depending on GPU and driver. This adds some
-# for workspaces. Assumed, not measured.
+# The CUDA context with the kernels of torch and NCCL takes 0.4 to 0.8 GB depending on GPU and driver. The rest is for
+# workspaces. Assumed, not measured.
 CUDA_CONTEXT_BYTES = 1_000_000_000
 
-# Modules for which DeepSpeed prefetches between the last block's forward and backward pass: the norms, the projection
-# and the transformer itself.
-NUM_MODULES_AT_TURN = 12
+# Modules for which DeepSpeed prefetches weights between the last block's forward and backward pass: the norms, the
+# projection and the transformer itself.
+NUM_PREFETCHING_MODULES = 12
 
 
 @dataclass(frozen=True)
@@ -400,7 +400,7 @@ class MemoryModel:
         zero, block = self.zero, self._gathered_block_size
         used = self.transformer.block_weights + self.lora.num_parameters // self.transformer.num_layers
         waiting = max(1, -(-zero.max_reuse_distance // used)) * block
-        ahead = min(zero.max_live_parameters - waiting, NUM_MODULES_AT_TURN * zero.prefetch_bucket_size)
+        ahead = min(zero.max_live_parameters - waiting, NUM_PREFETCHING_MODULES * zero.prefetch_bucket_size)
         live = waiting + (ahead + 4 * self.transformer.width**2 if ahead > 0 else 0)
         return min(float(self.transformer.num_layers), live / block)
 

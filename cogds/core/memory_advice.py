@@ -8,7 +8,7 @@ from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryModel, ZeroSettings
 from cogds.formatting import gigabytes
 
-# Most remedies named for one bucket.
+# Maximum number of remedies for one bucket.
 MAX_REMEDIES = 6
 
 
@@ -59,7 +59,7 @@ def find_remedies(model: MemoryModel, shape: ClipShape, batch_size: int, gpu_byt
 def explain_shortfall(
     model: MemoryModel, shape: ClipShape, batch_size: int, checkpointing: str, gpu_bytes: float | None
 ) -> str:
-    """Say that a bucket does not fit and what makes it fit. "" if it fits or if gpu_bytes is None (no GPU)."""
+    """Explain why a bucket does not fit and what makes it fit. "" if it fits or if gpu_bytes is None (no GPU)."""
     if gpu_bytes is None or (estimate := model.estimate(shape, batch_size, checkpointing)).fits(gpu_bytes):
         return ""
     remedies = find_remedies(model, shape, batch_size, gpu_bytes)

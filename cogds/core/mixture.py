@@ -62,18 +62,15 @@ class Mixture:
     def clip(self, bucket: int, position: int) -> int:
         """The clip at a position of the bucket's stream, in [0, sum(sizes[bucket]))."""
         num_virtual = self.virtual_sizes[bucket]
-        return self.real_clip(bucket, clip_at(position, num_virtual, bucket, self.seed), position // num_virtual)
-
-    def real_clip(self, bucket: int, virtual: int, pass_number: int) -> int:
-        """The real clip of a virtual clip in one pass over the bucket. The same clip if its data set has 1 repeat."""
-        first = 0
-        for number, (m, n) in enumerate(zip(self.virtual_sets[bucket], self.sizes[bucket])):
+        pass_number, virtual, first = position // num_virtual, clip_at(position, num_virtual, bucket, self.seed), 0
+        for set_number, (m, n) in enumerate(zip(self.virtual_sets[bucket], self.sizes[bucket])):  # noqa: B007
             if virtual < m:
-                place = pass_number * m + virtual
-                return first + (virtual if m == n else permute(place % n, n, self.seed, bucket, number))
+                break
             virtual -= m
             first += n
-        raise ValueError(f"virtual clip is out of range: bucket {bucket} has {self.virtual_sizes[bucket]} per epoch")
+        if m == n:  # with 1 repeat, virtual clips are the real ones
+            return first + virtual
+        return first + permute((pass_number * m + virtual) % n, n, self.seed, bucket, set_number)
 
     def next_clips(self, bucket: int, position: int, stride: int) -> Iterator[int]:
         """Yield the clip at a position, then its possible substitutes: the clips of the stream `stride` positions on.

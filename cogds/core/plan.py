@@ -277,11 +277,6 @@ class Plan:
         """B: clips per rank and micro-step for each bucket. Below `batch_sizes` if the group is too small."""
         return self._layout[1]
 
-    @cached_property
-    def cost_spreads(self) -> tuple[float, ...]:
-        """For each group, cost of the most expensive batch relative to the cheapest, minus 1. 0 without costs."""
-        return tuple(max(costs) / min(costs) - 1 for costs in map(self._batch_costs, self.groups))
-
     @property
     def steps_per_epoch(self) -> float:
         """Mean number of optimizer steps per epoch."""
@@ -433,9 +428,6 @@ class Plan:
             for group in self._groups
         )
         return sum((group.micro_steps_per_epoch for group in self._groups), Fraction(0)), slack
-
-    def _batch_costs(self, buckets: Sequence[int]) -> list[float]:
-        return [(self.costs[b] if self.costs else 1.0) * self.local_batch_sizes[b] for b in buckets]
 
     def _micro_step(self, step: int) -> int:
         """The first micro-step of an optimizer step, counted from the origin, since accumulation may change there."""

@@ -15,7 +15,7 @@ from cogds.errors import UserError
 
 # Sides are rounded to multiples of this. From 800 pixels on, that changes a crop share by less than 0.01.
 SIZE_STEP = 8
-# CogVideoX was trained with 16N+1 frames. Suggested lengths follow that if any such length fits.
+# CogVideoX was trained with 16N+1 frames. Suggested lengths are of this form if one fits.
 TRAINED_LENGTH_STEP = 16
 # Another aspect ratio is suggested only if it lowers the misfit by at least this.
 MIN_GAIN = 0.01

@@ -12,7 +12,7 @@ from cogds.core.geometry import ClipShape
 
 # diffusers' AutoencoderKLCogVideoX encodes this many frames at a time. A remainder is added to the first batch.
 FRAME_BATCH = 8
-# Its convolutions split inputs larger than 2 GiB, assuming two bytes per element whatever the precision.
+# Its convolutions split inputs larger than 2 GiB, and assume two bytes per element at any precision.
 SPLIT_BYTES = 2 * 1024**3
 
 
@@ -106,8 +106,8 @@ def _encoder_elements(frames: int, area: int, vae: VaeSize, is_first: bool) -> f
         block_area = area / 4**index
         cached += _block_cache(channels_in, channels, vae.layers_per_block) * block_area
         # In a block of one layer, the block's input is the layer's input, not an additional tensor.
-        held = 4 if vae.layers_per_block > 1 else 3
-        active = (held * frames + 2) * channels + frames * channels_in
+        num_tensors = 4 if vae.layers_per_block > 1 else 3
+        active = (num_tensors * frames + 2) * channels + frames * channels_in
         peak = max(peak, cached + active * block_area + _split_elements(frames, channels, block_area))
         if index < time_halvings:
             frames = (frames + 1) // 2

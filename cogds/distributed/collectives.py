@@ -1,6 +1,6 @@
 """Operations that all ranks take part in. Every function is collective, and the identity in a world of one rank.
 
-Small values travel over gloo on the CPU, so no GPU is waited for; `all_reduce_sum` uses the default group.
+Small values travel over gloo on the CPU, so no rank waits for its GPU. `all_reduce_sum` uses the default group.
 """
 
 from collections.abc import Callable
@@ -19,8 +19,8 @@ T = TypeVar("T")
 def on_rank0(world: World, function: Callable[[], T]) -> T:
     """Run `function` on rank 0 and return its result on every rank.
 
-    What it raises is raised on every rank: UserError and Interrupted themselves, anything else as BugReported on the
-    other ranks.
+    An exception is raised on every rank: UserError and Interrupted unchanged, any other as BugReported on the other
+    ranks.
     """
     result, own_error = _try_on_rank0(world, function)
     result, error = broadcast(world, 0, (result, _error_elsewhere(own_error)))
@@ -44,12 +44,12 @@ def _try_on_rank0(world: World, function: Callable[[], T]) -> tuple[T | None, Ex
         return None, None
     try:
         return function(), None
-    except Exception as error:  # raised once the other ranks know
+    except Exception as error:  # raised when the other ranks know
         return None, error
 
 
 def _error_elsewhere(error: Exception | None) -> Exception | None:
-    """Return what the other ranks raise if this rank raises `error`: this rank alone reports it."""
+    """Return the exception for the other ranks if this rank raises `error`. Only this rank reports it."""
     if isinstance(error, UserError):
         return error.as_shared()
     if error is None or isinstance(error, Interrupted):
@@ -65,7 +65,7 @@ def _raise(error: Exception | None) -> None:
 def scatter_from_rank0(world: World, function: Callable[[], list[T]]) -> T:
     """Run `function` on rank 0 and give each rank its own element of the list that it returns.
 
-    What it raises is raised on every rank.
+    Errors are raised on every rank, as by `on_rank0`.
     """
     values = rank0_only(world, function)
     if values is not None and world.size == 1:
@@ -78,14 +78,14 @@ def scatter_from_rank0(world: World, function: Callable[[], list[T]]) -> T:
 def on_all_ranks(world: World, function: Callable[[], T]) -> list[T]:
     """Run `function` on every rank and return all results, in rank order, on every rank.
 
-    If it raises on any rank, every rank raises: that rank its own error; the others BugReported if a rank has a bug,
-    else a shared UserError.
+    If it fails on any rank, every rank raises: a failed rank its own error, and the others BugReported if any error is
+    a bug, otherwise a shared UserError.
     """
     result: Any = None
     own_error: Exception | None = None
     try:
         result = function()
-    except Exception as error:  # raised below, once every rank has got here
+    except Exception as error:  # raised below, when every rank knows
         own_error = error
     outcomes = all_gather(world, (result, own_error and brief(own_error), isinstance(own_error, UserError)))
     _raise(own_error)

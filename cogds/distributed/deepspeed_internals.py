@@ -1,7 +1,7 @@
-"""What cogds uses of DeepSpeed that its documentation does not promise.
+"""The parts of DeepSpeed that cogds uses although its documentation does not promise them.
 
-No other module touches these attributes. Each function says why it needs them; all were read in, and are tested with,
-DeepSpeed 0.19.8. tests/engine/test_state.py and tests/dist fail if a version changes one of them.
+No other module touches these attributes. Each function says why it needs them. They are those of DeepSpeed 0.19.8.
+tests/engine/test_state.py and tests/dist fail if a version changes one of them.
 """
 
 from collections import OrderedDict
@@ -30,7 +30,7 @@ def skip_shared_memory_op() -> None:
 
 
 def full_shape(parameter: Any) -> torch.Size:
-    """Return the shape of a parameter. At stage 3 the parameter itself is an empty tensor, and `ds_shape` has it."""
+    """Return the shape of a parameter. At stage 3, the parameter itself is an empty tensor, and `ds_shape` has it."""
     return torch.Size(getattr(parameter, "ds_shape", parameter.shape))
 
 
@@ -70,7 +70,7 @@ def set_zero3_partition(parameter: Any, value: torch.Tensor, rank: int, num_rank
 def master_partitions(engine: Any) -> list[torch.Tensor]:
     """Return this rank's part of the float32 master weights: flat tensors, which are the optimizer's parameters.
 
-    The public functions go parameter by parameter and cannot reach step counters or make missing states.
+    The public functions work on single parameters and cannot access step counters or create missing states.
     """
     if engine.zero_optimization_stage() == 3:
         return engine.optimizer.fp32_partitioned_groups_flat
@@ -78,20 +78,20 @@ def master_partitions(engine: Any) -> list[torch.Tensor]:
 
 
 def optimizer_states(engine: Any) -> Iterator[tuple[torch.Tensor, dict[str, Any]]]:
-    """Yield each of the master partitions with what the optimizer keeps of it; empty before the first step."""
+    """Yield each master partition with its optimizer state, which is empty before the first step."""
     for partition in master_partitions(engine):
         yield partition, engine.basic_optimizer.state.get(partition, {})
 
 
 def has_optimizer_states(engine: Any) -> bool:
-    """Whether the optimizer has already made its states."""
+    """Whether the optimizer has already created its states."""
     return bool(engine.basic_optimizer.state)
 
 
 def make_optimizer_states(engine: Any) -> None:
-    """Have the optimizer make its states by a step that changes nothing: learning rate 0, gradients 0.
+    """Make the optimizer create its states with a step that changes nothing: learning rate 0, gradients 0.
 
-    Optimizers make them at their first step, and `safe_set_*_optimizer_state` sets only states that exist.
+    Optimizers create states in their first step, and `safe_set_*_optimizer_state` sets only states that exist.
     """
     groups = engine.basic_optimizer.param_groups
     learning_rates = [group["lr"] for group in groups]
@@ -109,10 +109,10 @@ def make_optimizer_states(engine: Any) -> None:
 
 
 def set_native_step_counter(engine: Any, num_updates: int) -> None:
-    """Set the step counter of DeepSpeed's CPU Adam, which has its own in C++; nothing for other optimizers.
+    """Set the step counter of DeepSpeed's CPU Adam, which is in C++. Do nothing for other optimizers.
 
-    It multiplies powers of the betas step by step. If it is given a later step it computes the powers directly, which
-    rounds differently: so it counts from the first step, on a tensor that is no weight.
+    CPU Adam multiplies powers of the betas step by step. If it skips steps, it computes the powers directly, which
+    rounds differently. So this function lets it count from the first step, on tensors that are not weights.
     """
     optimizer = engine.basic_optimizer
     native = getattr(optimizer, "ds_opt_adam", None)
@@ -130,11 +130,11 @@ def set_native_step_counter(engine: Any, num_updates: int) -> None:
 
 @contextmanager
 def without_zero3_backward_hooks(module: torch.nn.Module, stage: int) -> Iterator[None]:
-    """Run a forward and backward pass without ZeRO-3's backward hooks on blocks; nothing at the other stages.
+    """Run a forward and backward pass without ZeRO-3's backward hooks on blocks. No effect at the other stages.
 
-    With `torch.autograd.grad` no gradient is accumulated, and the hooks would make gradients of zeros and reduce them.
-    Forward hooks, and those that gather weights for the backward pass, are others and still run. There is no public
-    way to switch the hooks off.
+    With `torch.autograd.grad`, no gradient is accumulated, and the hooks would create gradients of zeros and reduce
+    them. Forward hooks still run, and so do the hooks that gather weights for the backward pass. There is no public way
+    to disable the hooks.
     """
     if stage < 3:
         yield
@@ -150,14 +150,14 @@ def without_zero3_backward_hooks(module: torch.nn.Module, stage: int) -> Iterato
 
 
 def release_gathered_weights(engine: Any) -> None:
-    """Release the weights that a backward pass without hooks left gathered (stage 3 only)."""
+    """Release the weights that are still gathered after a backward pass without hooks (stage 3 only)."""
     engine.optimizer.parameter_offload.release_backward_leftovers()
 
 
 def detach_monitor(engine: Any) -> Any | None:
     """Return the engine's monitor (W&B, Comet, CSV) and stop the engine from writing to it; None if there is none.
 
-    The engine writes only the learning rate, over samples.
+    The engine would write only the learning rate, and count samples instead of steps.
     """
     if not engine.monitor.enabled:
         return None

@@ -1,4 +1,4 @@
-"""Network settings of the run config, `network.interface` and `network.env`, as environment variables of every rank.
+"""Network settings of the run config (`network.interface`, `network.env`) as environment variables of every rank.
 
 NCCL and gloo read environment variables when the process group is created. `connect` sets them just before that, on
 every rank, so that no launcher has to pass them on. The config wins over the environment.
@@ -18,7 +18,7 @@ from cogds.errors import UserError
 
 logger = logging.getLogger(__name__)
 
-# Names that network.env must not set -> reason.
+# Variables that network.env must not set -> reason.
 _REFUSED = {
     r"RANK|WORLD_SIZE|NODE_RANK|(LOCAL|GROUP|ROLE|MASTER|TORCHELASTIC|SLURM)_.*": "The launcher sets it.",
     r"(CUDA|HIP|ROCR|NVIDIA)_VISIBLE_DEVICES|CUDA_DEVICE_ORDER": "The launcher assigns the GPUs.",
@@ -49,7 +49,7 @@ def matching_interfaces(selection: str, present: Mapping[str, str]) -> list[str]
     excludes = selection.startswith("^")
     rest = selection.removeprefix("^")
     is_exact = rest.startswith("=")
-    # A port may follow the name; only NCCL uses it.
+    # A port may follow the name. Only NCCL uses it.
     wanted = [word.strip().partition(":")[0] for word in rest.removeprefix("=").split(",") if word.strip()]
 
     def matches(name: str, word: str) -> bool:
@@ -57,7 +57,7 @@ def matching_interfaces(selection: str, present: Mapping[str, str]) -> list[str]
 
     if excludes:
         return [name for name in present if not any(matches(name, word) for word in wanted)]
-    # The exact name comes first: `eth1` does not mean eth10.
+    # The exact name comes first, so that `eth1` selects eth1 before eth10.
     names = [name for word in wanted for name in sorted(present, key=lambda name: name != word) if matches(name, word)]
     return list(dict.fromkeys(names))
 
@@ -72,10 +72,10 @@ def gloo_interface(selection: str, present: Mapping[str, str]) -> str:
 
 
 def nccl_interfaces(selection: str, present: Mapping[str, str]) -> list[str]:
-    """Return the interfaces that NCCL uses; it starts with the first. selection: NCCL_SOCKET_IFNAME, "" if not set.
+    """Return the interfaces that NCCL uses, in its order. selection: NCCL_SOCKET_IFNAME, "" if not set.
 
-    Without a selection it takes InfiniBand interfaces, else any but docker's and the loopback, else those. Only
-    interfaces with an address count.
+    Without a selection, NCCL uses InfiniBand interfaces. If there are none, it uses all others except docker's and
+    the loopback, then docker's, then the loopback. Only interfaces with an address count.
     """
     usable = {name: address for name, address in present.items() if address}
     selections = [selection] if selection else ["ib", "^docker,lo", "docker", "lo"]
@@ -105,7 +105,7 @@ def network_env(
         variables = {"NCCL_SOCKET_IFNAME": interface, "GLOO_SOCKET_IFNAME": gloo}
         for name in variables:
             if name in env:
-                raise UserError(f"network.env: {name} is set, and network.interface too. Remove one of them.")
+                raise UserError(f"network.env: {name} is set, but network.interface sets it too. Remove one of them.")
     return {**variables, **env}
 
 
@@ -117,19 +117,11 @@ def _check_variable(name: str, value: str) -> None:
         raise UserError(f"network.env: '{name}' is not an environment variable with a text value. Write NAME: 'text'.")
 
 
-def overridden(variables: Mapping[str, str], environ: Mapping[str, str]) -> list[str]:
-    """Return a message for each variable that has another value in the environment."""
-    return [
-        f"{name}={value} of the run config overrides {name}={environ[name]} of the environment"
-        for name, value in variables.items()
-        if environ.get(name, value) != value
-    ]
-
-
 def set_network(world: World, network: NetworkConfig, environ: MutableMapping[str, str] = os.environ) -> None:
-    """Set the variables of the run config. Those that have another value in the environment are logged."""
+    """Set the variables of the run config, and log those that have another value in the environment."""
     place = f"rank {world.rank} on {socket.gethostname()}"
     variables = network_env(network.interface, network.env, interface_addresses(), place)
-    for message in overridden(variables, environ):
-        logger.info(message)
+    for name, value in variables.items():
+        if environ.get(name, value) != value:
+            logger.info(f"{name}={value} of the run config overrides {name}={environ[name]} of the environment")
     environ.update(variables)

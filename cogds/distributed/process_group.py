@@ -9,7 +9,7 @@ import os
 import re
 import socket
 import time
-from collections.abc import Mapping, MutableMapping
+from collections.abc import MutableMapping
 from datetime import timedelta
 
 import torch
@@ -23,24 +23,24 @@ from cogds.process.log_filters import filter_stdout, install_log_filters
 
 
 class GlooGroups:
-    """Process groups over CPUs beside the default one. Each is made at its first use, by all ranks together."""
+    """Gloo process groups in addition to the default group. All ranks together create each group at its first use."""
 
     def __init__(self) -> None:
         self.reset(timeout_s=1800.0)
 
     def reset(self, timeout_s: float) -> None:
-        """Forget the groups; the next ones wait for at most `timeout_s` (`objects`)."""
+        """Forget the groups. `timeout_s` is the time limit of the next `objects` group."""
         self._timeout_s = timeout_s
         self._groups: dict[str, dist.ProcessGroup] = {}
 
     @property
     def flags(self) -> dist.ProcessGroup:
-        """For flags that are compared at every step. Only the watchdog bounds the wait."""
+        """For flags that are compared at every step. Only the watchdog limits the wait."""
         return self._group("flags", timedelta(days=1))
 
     @property
     def objects(self) -> dist.ProcessGroup:
-        """For pickled objects, which would otherwise go through a GPU's memory. Waits as long as `connect` was told."""
+        """For pickled objects, which would otherwise go through a GPU's memory. Has the time limit of `connect`."""
         return self._group("objects", timedelta(seconds=self._timeout_s))
 
     def _group(self, name: str, timeout: timedelta) -> dist.ProcessGroup:
@@ -69,8 +69,7 @@ def first_slurm_host(nodelist: str) -> str:
 
 def export_rendezvous(world: World, environ: MutableMapping[str, str] = os.environ) -> None:
     """Set the variables that DeepSpeed's `init_distributed` reads, unless the launcher has set them."""
-    slurm = "RANK" not in environ and world.size > 1
-    if slurm:
+    if "RANK" not in environ and world.size > 1:  # started by srun
         job = int(environ.get("SLURM_JOB_ID", "0")) * 16 + int(environ.get("SLURM_STEP_ID", "0"))
         host, port = first_slurm_host(environ.get("SLURM_STEP_NODELIST", "")), 20000 + job % 12000
     else:
@@ -79,7 +78,7 @@ def export_rendezvous(world: World, environ: MutableMapping[str, str] = os.envir
     if "MASTER_PORT" not in environ:
         environ["MASTER_PORT"] = str(port or _free_port())
     environ["RANK"], environ["WORLD_SIZE"] = str(world.rank), str(world.size)
-    # DeepSpeed takes it for the index of the GPU, but a task may see only its own GPU.
+    # DeepSpeed uses it as the index of the GPU, but under SLURM a task may see only its own GPU.
     environ["LOCAL_RANK"] = str(world.device.index if world.device.type == "cuda" else world.local_rank)
 
 
@@ -90,7 +89,7 @@ def _free_port() -> int:
 
 
 def open_store(world: World, timeout_s: float, environ: MutableMapping[str, str] = os.environ) -> dist.Store | None:
-    """Open the key-value store behind the process group. It works before NCCL and gloo do, or if they do not.
+    """Open the key-value store behind the process group, which needs neither NCCL nor gloo.
 
     Returns None in a world of one rank. Rank 0 must keep the store until `connect`, which shares it.
 
@@ -119,7 +118,7 @@ def open_store(world: World, timeout_s: float, environ: MutableMapping[str, str]
 
 
 def _unreachable(host: str, port: int, timeout_s: float) -> str:
-    """Return why nothing answers there within `timeout_s`, or "" as soon as something does."""
+    """Return why no process accepts connections within `timeout_s`, or "" as soon as one does."""
     deadline = time.monotonic() + timeout_s
     while True:
         try:
@@ -166,7 +165,7 @@ def is_connected() -> bool:
 
 
 def disconnect() -> None:
-    """Leave the process group. Collective: without the barrier, one run in five aborts at exit."""
+    """Leave the process group. Collective. Without the barrier, one run in five aborts at exit."""
     if dist.is_initialized():
         dist.barrier()
         dist.destroy_process_group()
@@ -180,14 +179,14 @@ def is_lost_connection(error: RuntimeError) -> bool:
     return isinstance(error, dist.DistError) or "gloo" in str(error).lower()
 
 
-def lost_connection_message(world: World, error: RuntimeError, environ: Mapping[str, str] = os.environ) -> str:
-    """Return the message for an error of which `is_lost_connection` is true."""
+def lost_connection_message(world: World, error: RuntimeError) -> str:
+    """Return the message for an error that `is_lost_connection` recognizes."""
     place = f"rank {world.rank} ({socket.gethostname()})"
     if "EADDRINUSE" in str(error):
         return (
-            f"MASTER_PORT: {place} cannot open port {environ.get('MASTER_PORT')}: another process uses it, for example "
-            "another run on this machine. Choose another port (deepspeed --master_port 29501; under srun, export "
-            "MASTER_PORT), or wait until the other process has ended."
+            f"MASTER_PORT: {place} cannot open port {os.environ.get('MASTER_PORT')}: another process uses it, for "
+            "example another run on this machine. Choose another port (deepspeed --master_port 29501; under srun, "
+            "export MASTER_PORT), or wait until the other process has ended."
         )
     return (
         f"{place} lost its connection to another rank, which died or cannot be reached, and the job ends: {error}. Run "

@@ -17,14 +17,14 @@ from cogds.errors import UserError
 logger = logging.getLogger(__name__)
 
 LOCK_FILE = "run.lock"
-# A run that was just killed, or has lost its node, still holds the lock, and SLURM starts the next one quickly.
+# A run that was just killed or has lost its node may still hold the lock, and SLURM starts the next one quickly.
 WAIT_S = 120.0
 _HELD = (errno.EWOULDBLOCK, errno.EACCES)
 _descriptors: set[int] = set()  # of the locks that this process holds
 
 
 def _close_all() -> None:
-    """In a forked child, such as a data loader's worker: it may outlive a killed run and must not keep its lock."""
+    """Close the locks in a forked child, such as a data loader's worker, which may outlive a killed run."""
     while _descriptors:
         os.close(_descriptors.pop())
 
@@ -36,7 +36,7 @@ os.register_at_fork(after_in_child=_close_all)
 def hold_run_lock(world: World, folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
     """Keep every other run from writing into the folder while the block runs. Collective.
 
-    The kernel releases the lock when the process that holds it ends, however it ends. On a file system without locks
+    The kernel releases the lock when the process that holds it ends for any reason. On a file system without locks,
     the run continues with a warning.
 
     Raises:

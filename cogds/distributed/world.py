@@ -1,7 +1,7 @@
 """Rank and world size of this process, read from the variables that the launcher sets.
 
 `deepspeed` and `torchrun` set RANK and WORLD_SIZE, `srun` sets its own variables, and a plain `python` sets none and
-is a world of one rank. Importing this module does not import torch: the command line reads the world before that.
+is a world of one rank. Importing this module does not import torch, because the command line reads the world first.
 """
 
 import os
@@ -79,12 +79,12 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
         return World(0, 1, 0, 1)
     values = [environ.get(name, default) for name, default in zip(names, defaults)]
     try:
-        # SLURM writes tasks per node as "4(x2),3": the first number is the first nodes'.
+        # SLURM writes tasks per node as "4(x2),3". The first number is that of the first nodes.
         rank, size, local_rank, local_size = (int(re.split(r"[(,]", value)[0]) for value in values)
     except ValueError:
-        found = ", ".join(f"{name}={value}" for name, value in zip(names, values))
+        settings = ", ".join(f"{name}={value}" for name, value in zip(names, values))
         raise UserError(
-            f"{names[0]}: the launcher set {found}, but each must be a number. Check the launcher."
+            f"{names[0]}: the launcher set {settings}, but each must be a number. Check the launcher."
         ) from None
     if not 0 <= rank < size:
         raise UserError(

@@ -30,8 +30,8 @@ from cogds.files import whole_file
 from cogds.formatting import counted
 
 NUM_EXAMPLES = 5
-# Clips for evaluation are chosen from about this many of each bucket, evenly spaced, because each costs a hash; from
-# eval.num_clips if that is more.
+# Clips to evaluate are chosen from about this many of each bucket (or eval.num_clips, if that is more), evenly spaced,
+# because each candidate costs a hash.
 MAX_CANDIDATES = 1 << 16
 
 
@@ -76,7 +76,7 @@ class ClipSet:
     Attributes:
         table: the manifest.
         assignment: the bucket and the time range of each clip.
-        repeats: repeats per epoch of each data set.
+        repeats: how often an epoch repeats each data set.
         data_path: the data sets, for messages.
         reasons: rows of the manifest that are usable but left out, with the reasons.
         roots: folders of the data sets, to which file names are relative.
@@ -121,7 +121,7 @@ class ClipSet:
         return lengths * areas + num_decoded * width * height
 
     def select(self, clips: np.ndarray) -> "ClipSet":
-        """The set of these clips alone. clips: their numbers, ascending."""
+        """The set of only these clips. clips: their numbers, ascending."""
         rows = self.assignment.rows[clips]
         sizes = np.zeros((len(self.buckets), len(self.repeats)), np.int64)
         np.add.at(sizes, (self.assignment.buckets[clips], column_values(self.table, "set")[rows]), 1)
@@ -250,15 +250,16 @@ def _is_held_out(table: pa.Table, roots: Sequence[str], share: float) -> np.ndar
 def evaluation_clips(
     cfg: RunConfig, clips: ClipSet, eval_manifest: Path | None
 ) -> tuple[ClipSet | None, ClipSet | None, list[str]]:
-    """Choose the clips to evaluate: those that are not trained, and some that are. None if eval.every and sample.every
-    are null.
+    """Choose the clips to evaluate: held-out clips, and some that are trained.
+
+    Both are None if eval.every and sample.every are null.
 
     Args:
         clips: the clips to train.
         eval_manifest: manifest of the data set in eval.path.
 
     Returns:
-        The clips that are not trained, those that are, and warnings.
+        The clips to evaluate that are not trained, those that are trained, and warnings.
 
     Raises:
         UserError: no clip of eval.path can be used.
@@ -294,14 +295,14 @@ def _held_out_clips(cfg: RunConfig, clips: ClipSet, eval_manifest: Path | None) 
         first = min(names, key=name_hash)
         return None, [
             f"eval.held_out: {cfg.eval.held_out:g} holds out none of {counted(len(names), 'file')}, so only the loss "
-            "of trained clips is evaluated, which does not show overfitting. Increase it (from "
-            f"{min_held_out_share(first):g}, {first} is held out), or set eval.path."
+            "of trained clips is evaluated, which does not show overfitting. Increase it "
+            f"({min_held_out_share(first):g} or more holds out {first}), or set eval.path."
         ]
     num_held_out, num_trained = clips.held_out.num_files, clips.num_files
     if num_held_out <= 2 * max(1.0, cfg.eval.held_out * (num_held_out + num_trained)):
         return clips.held_out, []
     return clips.held_out, [
         f"eval.held_out: {cfg.eval.held_out:g} holds out {num_held_out:,} of "
-        f"{counted(num_held_out + num_trained, 'clip')}, which are not trained. They are chosen by a hash of their "
-        "names, and of few clips that may be many. Decrease it, or set eval.path."
+        f"{counted(num_held_out + num_trained, 'clip')}, which are not trained. A hash of their names chooses them, "
+        "which may be many in a small data set. Decrease it, or set eval.path."
     ]

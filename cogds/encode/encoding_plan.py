@@ -1,4 +1,4 @@
-"""What rank 0 decides before and after encoding: which encodings the cache lacks, who makes them, and the index.
+"""What rank 0 decides before and after encoding: which encodings the cache lacks, which rank makes each, and the index.
 
 Only rank 0's memory grows with the number of clips.
 """
@@ -87,25 +87,27 @@ class KeyedClips:
         if num_lost or not len(kept):
             return IndexedClips(clips, kept, None, num_lost)
 
-        def tables() -> Iterator[pa.Table]:
-            for start in range(0, len(kept), CLIPS_AT_ONCE):
-                chunk = kept[start : start + CLIPS_AT_ONCE]
-                captions = self.caption_numbers[chunk]
-                yield pa.table(
-                    {name: self.clips.column(name, chunk) for name in ("path", "kind", "image_path")}
-                    | {
-                        "caption": self.captions.take(captions),
-                        "start_s": self.clips.assignment.starts_s[chunk],
-                        "clip_key": self.clip_keys.take(chunk),
-                        "caption_key": self.caption_keys.take(captions),
-                        "clip_place": clip_places[chunk],
-                        "caption_place": caption_places[captions],
-                    }
-                )
-
+        rows = self._index_rows(kept, clip_places, caption_places)
         places = {"clips": cached.clips.places, "captions": cached.captions.places}
-        index = write_index(folder, tables(), clips.buckets, clips.assignment.sizes, places)
+        index = write_index(folder, rows, clips.buckets, clips.assignment.sizes, places)
         return IndexedClips(clips, kept, index, 0)
+
+    def _index_rows(self, kept: np.ndarray, clip_places: np.ndarray, caption_places: np.ndarray) -> Iterator[pa.Table]:
+        """The rows of the index for the clips in `kept`. clip_places, caption_places: of all clips and captions."""
+        for start in range(0, len(kept), CLIPS_AT_ONCE):
+            chunk = kept[start : start + CLIPS_AT_ONCE]
+            captions = self.caption_numbers[chunk]
+            yield pa.table(
+                {name: self.clips.column(name, chunk) for name in ("path", "kind", "image_path")}
+                | {
+                    "caption": self.captions.take(captions),
+                    "start_s": self.clips.assignment.starts_s[chunk],
+                    "clip_key": self.clip_keys.take(chunk),
+                    "caption_key": self.caption_keys.take(captions),
+                    "clip_place": clip_places[chunk],
+                    "caption_place": caption_places[captions],
+                }
+            )
 
 
 @dataclass(frozen=True)
@@ -125,7 +127,7 @@ class IndexedClips:
         clips: the clips that are left.
         kept: their numbers among the keyed clips.
         index: None if no clip is left or an encoding is lost.
-        num_lost: number of encodings that were in the cache and are not any more.
+        num_lost: number of encodings that have disappeared from the cache.
     """
 
     clips: ClipSet
@@ -178,8 +180,8 @@ class EncodingPlan:
         prompts = [spec.prompt for spec in cfg.sample.prompts] if cfg.sample.every is not None else []
         self._texts = {text: keys.caption(text) for text in dict.fromkeys([EMPTY_CAPTION, *prompts])}
         self._train = KeyedClips(clips, keys, cfg.data.encode == "cached")
-        self._held_out = None if held_out is None else KeyedClips(held_out, keys, is_cached=True)
-        self._trained = None if trained is None else KeyedClips(trained, keys, is_cached=True)
+        self._held_out = KeyedClips(held_out, keys, is_cached=True) if held_out else None
+        self._trained = KeyedClips(trained, keys, is_cached=True) if trained else None
 
     @property
     def _cached(self) -> list[KeyedClips]:
@@ -216,7 +218,7 @@ class EncodingPlan:
         return pa.concat_tables(tables)
 
     def finish(self, failures: Mapping[bytes, str]) -> EncodedData:
-        """Write the indexes of what is encoded, and print warnings.
+        """Write the indexes of the encoded clips, and log warnings.
 
         Args:
             failures: keys of the clips that this run could not encode but another may, with the reasons.
@@ -229,11 +231,11 @@ class EncodingPlan:
         cached, folder = CachedEncodings(clips, captions, failures), self._cache.root / "index"
         train = self._train.write_index(folder, cached)
         train.clips.check_not_empty()
-        held_out = None if self._held_out is None else self._held_out.write_index(folder, cached)
-        trained = None if self._trained is None else self._trained.write_index(folder, cached)
+        held_out = self._held_out.write_index(folder, cached) if self._held_out else None
+        trained = self._trained.write_index(folder, cached) if self._trained else None
         empty_caption = self._texts[EMPTY_CAPTION].hex()
         place = captions.place(empty_caption)
-        # Evaluated clips that are trained are among those of `train` if these are cached.
+        # If the trained clips are cached, those that are evaluated are among them.
         parts = [train, held_out] if self._train.is_cached else [held_out, trained]
         num_lost = sum(part.num_lost for part in parts if part) + int(place is None)
         if train.index is None or place is None or num_lost:
@@ -250,13 +252,13 @@ class EncodingPlan:
         self._warn_of_overlap(train.kept)
         more = {} if self._cfg.eval.path is not None else held_out_reasons  # eval.path is another data set
         return EncodedData(
-            train.index,
-            Mixture(train.index.sizes, train.clips.repeats, self._cfg.seed),
-            train.clips.unusable(train.index.path.with_suffix(".unusable.jsonl"), more),
-            self._cache.read("captions", empty_caption, place)["text_states"],
-            self._fingerprint(train),
-            None if held_out is None else held_out.index,
-            None if trained is None else trained.index,
+            index=train.index,
+            mixture=Mixture(train.index.sizes, train.clips.repeats, self._cfg.seed),
+            unusable=train.clips.unusable(train.index.path.with_suffix(".unusable.jsonl"), more),
+            empty_caption_states=self._cache.read("captions", empty_caption, place)["text_states"],
+            fingerprint=self._fingerprint(train),
+            held_out=held_out.index if held_out else None,
+            trained=trained.index if trained else None,
         )
 
     def _fingerprint(self, train: IndexedClips) -> str:
@@ -271,7 +273,7 @@ class EncodingPlan:
         return state.hexdigest()
 
     def _warn_of_overlap(self, kept: np.ndarray) -> None:
-        """Warn if clips that should only be evaluated are trained, too: copies, or the same files."""
+        """Warn if clips that should only be evaluated are also trained, as copies or as ranges of the same files."""
         if self._held_out is None:
             return
         # Copies have the same key. Other ranges of a file, or clips in other buckets, have the same path.
@@ -281,9 +283,9 @@ class EncodingPlan:
         overlap = np.flatnonzero(is_copy | is_same_file)
         if len(overlap):
             logger.warning(
-                f"{len(overlap)} of the {len(paths)} clips that should only be evaluated are trained, too, as copies "
+                f"{len(overlap)} of the {len(paths)} clips that should only be evaluated are also trained, as copies "
                 f"or ranges of the same files (the first: {paths[int(overlap[0])].as_py()}). eval/loss shows less "
-                "overfitting than there is. Remove them from one of the two."
+                "overfitting than there is. Remove them from one of the two data sets."
             )
 
 

@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from functools import partial
 
 from cogds.config.loading import load_config
 from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
@@ -13,8 +14,9 @@ from cogds.encode.cache_keys import CacheKeys
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
 from cogds.errors import refuse_to_run
+from cogds.files import make_folders
 from cogds.formatting import counted
-from cogds.job import Job, load_job, make_folders
+from cogds.job import Job, load_job
 from cogds.model.cudnn import check_cudnn
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest, find_launchers
@@ -34,12 +36,12 @@ def main(args: argparse.Namespace) -> None:
     job = load_job(args, read_world(), changes={"data.encode": "cached"})
     check_cudnn(job.world.device, job.dtype)
     cfg, world, cache_dir = job.cfg, job.world, job.cfg.data.cache_dir
-    StopRequest(find_launchers()).listen()  # every entry is kept as soon as it is made: nothing needs saving
+    StopRequest(find_launchers()).listen()  # the cache keeps every shard that was written
     connect(world, cfg.train.timeout_s, cfg.network)
-    on_rank0(world, lambda: make_folders({"data.cache_dir": cache_dir}))
+    on_rank0(world, partial(make_folders, {"data.cache_dir": cache_dir}))
     if args.retry:
-        on_rank0(world, lambda: prune(cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
-    data = encode_dataset(cfg, job.model, job.buckets, world, retry_failed=args.retry)
+        on_rank0(world, partial(prune, cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
+    data = encode_dataset(job, retry_failed=args.retry)
     if world.rank == 0:
         held_out = f", and {len(data.held_out)} for evaluation only" if data.held_out is not None else ""
         logger.log(RESULT, f"{counted(len(data.index), 'clip')} encoded in {cache_dir}{held_out}")
@@ -56,8 +58,8 @@ def prune_unused(job: Job, data: EncodedData) -> None:
     cfg = job.cfg
     columns = {"clips": "clip_key", "captions": "caption_key"}
     keep = {kind: set().union(*(index.keys(column) for index in data.indexes)) for kind, column in columns.items()}
-    names, prompts = CacheKeys(cfg, job.model), [EMPTY_CAPTION, *(prompt.prompt for prompt in cfg.sample.prompts)]
-    keep["captions"] |= {names.caption(prompt).hex() for prompt in prompts}
+    keys, prompts = CacheKeys(cfg, job.model), [EMPTY_CAPTION, *(prompt.prompt for prompt in cfg.sample.prompts)]
+    keep["captions"] |= {keys.caption(prompt).hex() for prompt in prompts}
     pruned = prune(cfg.data.cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
     used = tuple(index.path.stem for index in data.indexes)
     for path in set(data.index.path.parent.iterdir()):
@@ -71,14 +73,14 @@ def prune_unused(job: Job, data: EncodedData) -> None:
 
 
 def print_verified(report: VerifyReport) -> None:
-    """What a look at every entry found, for people."""
-    for one in report.damaged:
-        logger.log(RESULT, f"removed {one.kind}/{one.place} {one.key}: {one.reason}")
+    """Log the result of `verify`."""
+    for entry in report.damaged:
+        logger.log(RESULT, f"removed {entry.kind}/{entry.place} {entry.key}: {entry.reason}")
     logger.log(
         RESULT,
-        f"{counted(report.num_entries, 'entry')} whole ({report.num_bytes / 1e9:.3f} GB), "
-        f"{counted(report.num_failures, 'clip')} not decodable, {len(report.damaged)} damaged and removed: the next "
-        "run encodes them again",
+        f"{counted(report.num_entries, 'intact entry')} ({report.num_bytes / 1e9:.3f} GB), "
+        f"{counted(report.num_failures, 'clip')} not decodable, {len(report.damaged)} damaged and removed (the next "
+        "run encodes them again)",
     )
 
 

@@ -1,15 +1,17 @@
-"""Batches without a cache: decoded and encoded while earlier ones train. For huge runs that see each clip about once.
+"""Batches without a cache, decoded and encoded while earlier ones train, for huge runs that see each clip about once.
 
-Guarded processes decode a few clips ahead; one thread encodes a few batches ahead, on a stream of its own where there
-is a GPU. A batch holds just what the cache would have given, so a run is the same either way; T5 stays in memory.
+Worker processes decode a few clips ahead. One thread encodes a few batches ahead, on a CUDA stream of its own if there
+is a GPU. A batch holds exactly what the cache would have given.
 """
 
+import contextlib
+import functools
 import itertools
 import queue
 import threading
-from collections import deque
-from collections.abc import Iterable, Iterator
-from typing import Any, TypeVar
+from collections.abc import Generator, Iterable, Iterator
+from dataclasses import dataclass
+from typing import Generic, TypeVar
 
 import torch
 
@@ -19,116 +21,122 @@ from cogds.data.loading.sampler import Draw
 from cogds.data.video.decode_task import DecodedClip, DecodeTask
 from cogds.distributed.world import World
 from cogds.encode.cache_keys import is_tiled
-from cogds.encode.encoder import decode_pool, decode_task, encode_pixels
+from cogds.encode.encoder import decode_pool, encode_pixels
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
 from cogds.process.worker_pool import TaskFailure
 
 T = TypeVar("T")
 
-# Batches that wait for the step: one is enough where encoding keeps up, the second covers a slow clip.
+# Encoded batches that wait to be trained. One is enough if encoding keeps up; the second covers a slow clip.
 BATCHES_AHEAD = 2
 
 
 @torch.no_grad()
 def stream_batches(
-    draws: Iterable[list[Draw]],
-    order: ClipOrder,
-    cfg: RunConfig,
-    model: ModelFolder,
-    world: World,
-) -> Iterator[Batch]:
-    """This rank's batches, one per micro-step, on its device; `ahead` makes them ahead of time.
+    draws: Iterable[list[Draw]], order: ClipOrder, cfg: RunConfig, model: ModelFolder, world: World
+) -> Generator[Batch, None, None]:
+    """Yield this rank's batches, one per micro-step, on its device. draws: those of `BucketBatchSampler`."""
+    yield from _BatchEncoder(order, cfg, model, world).batches(draws)
 
-    draws: what `BucketBatchSampler` yields.
-    """
-    dtype, index = DTYPES[cfg.train.precision], order.index
-    # A VAE of its own: tiling is a switch on the module, and the step uses another one at the same time.
-    vae, text = load_vae(model, dtype, world.device), TextEncoder(model, dtype, world.device)
-    stream = torch.cuda.Stream(world.device) if world.device.type == "cuda" else None
-    for_pool, for_us = itertools.tee(draws)
-    submitted: deque[int] = deque()
-    known_bad: set[int] = set()
 
-    def task(row: int) -> DecodeTask:
-        clip = index[row]
-        return decode_task(cfg, clip.path, clip.kind, clip.image_path, clip.start_s, clip.shape)
+class _BatchEncoder:
+    """Decodes and encodes batches. It loads a VAE of its own, because the training step switches tiling on and off."""
 
-    def encode(row: int, clip: DecodedClip) -> dict[str, torch.Tensor]:
-        tiled = is_tiled(cfg, model, index[row].shape)
+    def __init__(self, order: ClipOrder, cfg: RunConfig, model: ModelFolder, world: World):
+        self._order, self._index, self._cfg, self._model, self._device = order, order.index, cfg, model, world.device
+        dtype = DTYPES[cfg.train.precision]
+        self._vae, self._text = load_vae(model, dtype, world.device), TextEncoder(model, dtype, world.device)
+        self._known_bad: set[int] = set()
+        self._substitutes = decode_pool(cfg)
+
+    def batches(self, draws: Iterable[list[Draw]]) -> Iterator[Batch]:
+        """Yield the batch of each list of draws."""
+        stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        batches, decoded_ahead = itertools.tee([(draw, self._likely_row(draw)) for draw in batch] for batch in draws)
+        tasks = (self._task(row) for batch in decoded_ahead for _, row in batch)
+        with decode_pool(self._cfg) as pool, self._substitutes, torch.cuda.stream(stream):
+            decoded = pool.imap(tasks, ahead=self._cfg.data.num_workers)
+            for batch in batches:
+                items = []
+                for draw, row in batch:
+                    load = functools.partial(self._load, row, next(decoded))
+                    items.append(Item(*self._order.first_good(draw, self._known_bad, load)))
+                encoded = collate(items)
+                if stream is not None:
+                    stream.synchronize()  # the batch may be used at once, on any stream
+                yield encoded
+
+    def _likely_row(self, draw: Draw) -> int:
+        """The first row of a draw that is not known to be bad. If all are, `first_good` reports it."""
+        good = (row for row in self._order.rows(draw) if row not in self._known_bad)
+        return next(good, next(self._order.rows(draw)))
+
+    def _task(self, row: int) -> DecodeTask:
+        clip, data = self._index[row], self._cfg.data
+        return DecodeTask(
+            clip.path, clip.kind, clip.image_path, clip.start_s, shape=clip.shape, fps=data.fps, decoder=data.decoder
+        )
+
+    def _load(
+        self, decoded_row: int, decoded: DecodedClip | TaskFailure, row: int
+    ) -> dict[str, torch.Tensor] | BadClip:
+        """Encode a row; decode it first if it is not the one that was decoded ahead."""
+        clip = self._index[row]
+        pixels = decoded if row == decoded_row else next(self._substitutes.imap([self._task(row)]))
+        if isinstance(pixels, TaskFailure):
+            return BadClip(row, clip.path, pixels.reason)
+        tiled = is_tiled(self._cfg, self._model, clip.shape)
         return {
-            "moments": encode_pixels(vae, torch.from_numpy(clip.pixels), tiled),
-            "first_frame": torch.from_numpy(clip.first_frame).permute(2, 0, 1).contiguous().to(world.device),
-            "text_states": text.encode(index[row].caption),
+            "moments": encode_pixels(self._vae, torch.from_numpy(pixels.pixels), tiled),
+            "first_frame": torch.from_numpy(pixels.first_frame).permute(2, 0, 1).contiguous().to(self._device),
+            "text_states": self._text.encode(clip.caption),
         }
 
-    def tasks() -> Iterator[DecodeTask]:
-        for batch in for_pool:
-            for draw in batch:
-                # What is known to be bad is not tried again. Where all are bad, `first_good` says so.
-                row = next((row for row in order.rows(draw) if row not in known_bad), next(order.rows(draw)))
-                submitted.append(row)
-                yield task(row)
 
-    with decode_pool(cfg) as pool, decode_pool(cfg) as spare, torch.cuda.stream(stream):
-        decoded = pool.imap(tasks(), ahead=cfg.data.num_workers)
-        for batch in for_us:
-            items = []
-            for draw in batch:
-                clip = next(decoded)
-                first = submitted.popleft()
-
-                def load(row: int, first: int = first, clip: DecodedClip | TaskFailure = clip) -> Any:
-                    found = clip if row == first else next(spare.imap([task(row)]))
-                    return (
-                        BadClip(row, index[row].path, found.reason)
-                        if isinstance(found, TaskFailure)
-                        else encode(row, found)
-                    )
-
-                items.append(Item(*order.first_good(draw, known_bad, load)))
-            made = collate(items)
-            if stream is not None:
-                stream.synchronize()  # whoever takes the batch may use it at once, on any stream
-            yield made
-
-
-class _Failed:
-    def __init__(self, error: BaseException):
-        self.error = error
-
-
-def ahead(items: Iterator[T], num: int) -> Iterator[T]:
-    """The same items, made by a thread that is up to `num` of them ahead. What it raises is raised here."""
-    waiting: queue.Queue = queue.Queue(num)
-    stopped, end = threading.Event(), object()
-
-    def put(item: Any) -> bool:
-        while not stopped.is_set():
-            try:
-                waiting.put(item, timeout=0.1)
-                return True
-            except queue.Full:
-                continue
-        return False
-
-    def work() -> None:
-        try:
-            for item in items:
-                if not put(item):
-                    break
-            put(end)
-        except BaseException as error:  # carried to whoever waits
-            put(_Failed(error))
-        finally:
-            items.close()  # type: ignore[attr-defined]
-
-    thread = threading.Thread(target=work, name="cogds-ahead", daemon=True)
-    thread.start()
+def ahead(items: Generator[T, None, None], num: int) -> Iterator[T]:
+    """Yield the same items, made by a thread that is up to `num` of them ahead. Its errors are raised here."""
+    producer = _Producer(items, num)
+    producer.start()
     try:
-        while (item := waiting.get()) is not end:
-            if isinstance(item, _Failed):
-                raise item.error
+        while not isinstance(item := producer.queue.get(), _End):
             yield item
+        if item.error is not None:
+            raise item.error
     finally:
-        stopped.set()
-        thread.join()
+        producer.is_stopped.set()
+        producer.join()
+
+
+@dataclass(frozen=True)
+class _End:
+    """Follows the last item. error: what making the next one raised."""
+
+    error: BaseException | None = None
+
+
+class _Producer(threading.Thread, Generic[T]):
+    """Makes items and puts them into a bounded queue, until it is stopped."""
+
+    def __init__(self, items: Generator[T, None, None], num: int):
+        super().__init__(name="cogds-ahead", daemon=True)
+        self._items = items
+        self.queue: queue.Queue[T | _End] = queue.Queue(num)
+        self.is_stopped = threading.Event()
+
+    def run(self) -> None:
+        try:
+            for item in self._items:
+                self._put(item)
+                if self.is_stopped.is_set():
+                    return
+            self._put(_End())
+        except BaseException as error:  # raised in the thread that takes the items
+            self._put(_End(error))
+        finally:
+            self._items.close()
+
+    def _put(self, item: T | _End) -> None:
+        while not self.is_stopped.is_set():
+            with contextlib.suppress(queue.Full):
+                self.queue.put(item, timeout=0.1)
+                return

@@ -1,5 +1,6 @@
 """The scan of a run's data sets, shared by all ranks."""
 
+from functools import partial
 from pathlib import Path
 
 from cogds.config.schema import RunConfig
@@ -23,11 +24,12 @@ def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
 
     retry_failed: open files again that could not be used.
     """
-    file = manifest_file(data_sets(cfg), cfg.data.cache_dir, cfg.data.manifest)
-    scan = on_rank0(world, lambda: start_scan(data_sets(cfg), file, cfg.data.default_caption, retry_failed))
-    share, memory_bytes = (world.rank, world.size), int(cfg.data.decode_memory_gb * 1e9)
-    on_all_ranks(world, lambda: scan_share(scan, share, cfg.data.num_workers, cfg.data.decode_timeout_s, memory_bytes))
-    on_rank0(world, lambda: finish_scan(scan))
+    sets, data = data_sets(cfg), cfg.data
+    file = manifest_file(sets, data.cache_dir, data.manifest)
+    scan = on_rank0(world, partial(start_scan, sets, file, data.default_caption, retry_failed))
+    share, memory_bytes = (world.rank, world.size), int(data.decode_memory_gb * 1e9)
+    on_all_ranks(world, partial(scan_share, scan, share, data.num_workers, data.decode_timeout_s, memory_bytes))
+    on_rank0(world, partial(finish_scan, scan))
     return file
 
 
@@ -45,5 +47,4 @@ def scan_evaluation_data(cfg: RunConfig, world: World, retry_failed: bool = Fals
     try:
         return scan_data(evaluation_config(cfg), world, retry_failed)
     except UserError as error:
-        error.args = (str(error).replace("data.path", "eval.path"),)
-        raise
+        raise UserError(str(error).replace("data.path", "eval.path"), shared=error.shared) from None

@@ -1,12 +1,12 @@
-"""Checkpoints: written beside their final place, complete or absent, and verified before anything is loaded.
+"""Checkpoints, which are complete or absent, and verified before anything is loaded.
 
     output_dir/checkpoints/latest               name of the newest complete checkpoint, for people and scripts
     output_dir/checkpoints/step-000500/         trainable.safetensors, and state.json, which is written last
 
 Rank 0 writes into `step-N.tmp` while training continues: the tensors, then state.json with the digest of each file.
 Both are flushed to the disk, the folder is renamed, `latest` is replaced, and only then are old checkpoints removed.
-Sample order and random draws follow from the step number, so there is no state of a loader or generator. A checkpoint
-holds only data: JSON and safetensors.
+Sample order and random draws depend only on the step number, so no state of loaders or generators is saved. A
+checkpoint holds only data: JSON and safetensors.
 """
 
 import errno
@@ -40,13 +40,13 @@ RUN_FILES = (
     "checkpoints", "lora", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl",
     "quarantine.jsonl", "samples",
 )  # fmt: skip
-# Left free beside a checkpoint for logs, metrics, and other users of the disk.
+# Disk space to leave free for logs, metrics and other users of the disk.
 SPARE_BYTES = 64e6
 STEP_NAME = re.compile(r"step-\d{6,}")
 
 
 class DamagedCheckpoint(UserError):
-    """A checkpoint whose files are not what was written, or a folder that never was a checkpoint."""
+    """A file of the checkpoint is missing, unreadable or changed, or the folder is not a checkpoint."""
 
 
 class Checkpoint(NamedTuple):
@@ -63,17 +63,17 @@ def step_name(step: int) -> str:
 
 
 def step_of(path: Path) -> int:
-    """Return the step of a folder that `step_name` named."""
+    """Return the step of a folder named by `step_name`."""
     return int(path.name.rpartition("-")[2])
 
 
 def _is_step_folder(path: Path) -> bool:
-    """Whether `step_name` named the folder. A user's `step-000500-backup` is left alone."""
+    """Whether `step_name` named the folder. A user's folder such as `step-000500-backup` is left alone."""
     return STEP_NAME.fullmatch(path.name) is not None
 
 
 def start_point(resume: str, header: Mapping[str, Any]) -> str:
-    """Return the checkpoint that a run was told to start from (stored in its own checkpoints), or ""."""
+    """Return the checkpoint that a run started from, which its own checkpoints record, or ""."""
     return header.get("start", "") if resume in ("auto", "none") else str(Path(resume).resolve())
 
 
@@ -81,19 +81,19 @@ def start_point(resume: str, header: Mapping[str, Any]) -> str:
 
 
 def replace_folder(partial: Path, final: Path) -> None:
-    """Rename a complete folder; a folder that has the name (the same step, trained again) is removed."""
+    """Rename a complete folder. A folder that already has the name (the same step, trained again) is removed."""
     if final.exists():
         remove_folder(final)
     partial.rename(final)
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder. It is renamed first, so that it is never seen in part if the removal is interrupted."""
+    """Remove a folder. It is renamed first, so that an interrupted removal leaves no incomplete folder of that name."""
     shutil.rmtree(folder.rename(folder.with_name(f"{folder.name}.old.tmp")))
 
 
 def remove_partial(folder: Path) -> None:
-    """Remove what an interrupted save left in a folder of checkpoints or exports."""
+    """Remove the files of interrupted saves from a folder of checkpoints or exports."""
     for partial in folder.glob("*.tmp"):
         if partial.is_dir():
             shutil.rmtree(partial)
@@ -108,11 +108,7 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def check_space(folder: Path, num_bytes: float) -> None:
-    """Check that the disk has room for `num_bytes` more, before they are written.
-
-    Raises:
-        UserError: It has not.
-    """
+    """Raise UserError if the disk does not have room for `num_bytes` more."""
     free, needed = shutil.disk_usage(folder).free, num_bytes + SPARE_BYTES
     if free < needed:
         raise UserError(
@@ -124,14 +120,15 @@ def check_space(folder: Path, num_bytes: float) -> None:
 
 def _flush_to_disk(path: Path) -> None:
     """Make the content of a file, or the names in a folder, survive a power failure."""
-    handle = os.open(path, os.O_RDONLY)
+    descriptor = os.open(path, os.O_RDONLY)
     try:
-        os.fsync(handle)
+        os.fsync(descriptor)
     except OSError as error:
-        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):  # some network disks cannot
+        # Some network disks cannot flush folders.
+        if not path.is_dir() or error.errno not in (errno.EINVAL, errno.ENOTSUP):
             raise
     finally:
-        os.close(handle)
+        os.close(descriptor)
 
 
 # ------------------------------------------------------------------------------------------------ writing
@@ -140,9 +137,9 @@ def _flush_to_disk(path: Path) -> None:
 def write(
     checkpoints: Path, step: int, state: TrainState, header: Mapping[str, Any], keep_last: int, keep_every: int | None
 ) -> Path:
-    """Write checkpoint `step` with a JSON-able `header` in its state.json, then remove those not to be kept.
+    """Write checkpoint `step` with `header` in its state.json, then remove old checkpoints that need not be kept.
 
-    If it raises, the earlier checkpoints are still there.
+    If writing fails, no earlier checkpoint is lost.
     """
     final = checkpoints / step_name(step)
     partial = final.with_name(f"{final.name}.tmp")
@@ -174,34 +171,34 @@ class Saver:
         self._save: Future[float] | None = None
 
     def start(self, write: Callable[[], None]) -> None:
-        """Call `write` in the background. The save before must be finished."""
-
-        def timed_write() -> float:
-            start = time.perf_counter()
-            try:
-                write()
-            except (OSError, SafetensorError) as error:
-                raise UserError(
-                    f"output_dir: saving failed ({error}). Correct that, then run the same command again to continue "
-                    "from the checkpoint before."
-                ) from None
-            return time.perf_counter() - start
-
-        self._save = self._executor.submit(timed_write)
+        """Call `write` in the background. The previous save must be finished."""
+        self._save = self._executor.submit(self._run, write)
 
     @property
     def is_done(self) -> bool:
-        """Whether a save has ended, with or without an error, for which `finish` has not been called."""
+        """Whether a save has ended, with or without an error, and `finish` has not been called yet."""
         return self._save is not None and self._save.done()
 
     def finish(self, world: World) -> float | None:
-        """Wait for the save in progress and return its seconds; None if there is none. Collective.
+        """Wait for the save in progress and return its duration in seconds; None if there is none. Collective.
 
         Raises:
-            UserError: The save failed, because of the disk.
+            UserError: The disk failed or is full.
         """
         save, self._save = self._save, None
         return on_rank0(world, lambda: save.result() if save else None)
+
+    @staticmethod
+    def _run(write: Callable[[], None]) -> float:
+        start = time.perf_counter()
+        try:
+            write()
+        except (OSError, SafetensorError) as error:
+            raise UserError(
+                f"output_dir: saving failed ({error}). Correct that, then run the same command again to continue from "
+                "the previous checkpoint."
+            ) from None
+        return time.perf_counter() - start
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -213,7 +210,7 @@ def _file_digest(path: Path) -> dict[str, Any]:
 
 
 def _header_digest(header: Mapping[str, Any]) -> str:
-    """Return a digest of the values, whatever the layout of the file."""
+    """Return a digest of the values, which does not depend on the layout of the file."""
     return hashlib.sha256(json.dumps(header, sort_keys=True).encode()).hexdigest()
 
 
@@ -230,7 +227,7 @@ def read_header(checkpoint: Path) -> dict[str, Any]:
         except ValueError as error:
             raise DamagedCheckpoint(f"{file}: is damaged ({error}).") from None
         if not isinstance(header, dict) or not isinstance(header.get("files"), dict):
-            raise DamagedCheckpoint(f"{file}: has no digests of files, because it is damaged or from an early version.")
+            raise DamagedCheckpoint(f"{file}: has no file digests: it is damaged or from an early version of cogds.")
         if header.pop("digest", "") != _header_digest(header) or header["step"] != step_of(checkpoint):
             raise DamagedCheckpoint(f"{file}: is damaged: its content is not what was written.")
         for name, expected in header["files"].items():
@@ -267,13 +264,13 @@ def read_checkpoint(path: Path) -> Checkpoint:
 def find(checkpoints: Path, resume: str) -> Checkpoint | None:
     """Find and verify the checkpoint that `checkpoint.resume` names; None to start from scratch.
 
-    resume: `auto` is the newest undamaged checkpoint, and damaged ones are reported. `none` starts from scratch.
-    Anything else is the folder of a checkpoint to start from; a run that has already started from it continues from
-    its own newest checkpoint.
+    resume: `auto` is the newest undamaged checkpoint; damaged ones are reported. `none` starts from scratch. Any other
+    value is the folder of a checkpoint to start from, but a run that has already started from it continues from its
+    own newest checkpoint.
 
     Raises:
-        UserError: The folder is not a checkpoint or is damaged, or `auto` finds only damaged ones: a run never starts
-            from scratch by itself.
+        UserError: The folder is not a checkpoint or is damaged, or `auto` finds only damaged checkpoints, because
+            only `none` may start from scratch when there are checkpoints.
     """
     if resume == "none":
         return None
@@ -292,11 +289,11 @@ def find(checkpoints: Path, resume: str) -> Checkpoint | None:
         try:
             return read_checkpoint(path)
         except DamagedCheckpoint as error:
-            logger.warning(f"{error} Trying the checkpoint before it.")
+            logger.warning(f"{error} Trying the previous checkpoint.")
     if candidates:
         raise UserError(
-            f"checkpoint.resume: all {len(candidates)} checkpoints in {checkpoints} are damaged, see the warnings "
-            "above. Set checkpoint.resume=none to start from scratch; they are kept."
+            f"checkpoint.resume: all {len(candidates)} checkpoints in {checkpoints} are damaged; see the warnings "
+            "above. To start from scratch and keep them, set checkpoint.resume=none."
         )
     return None
 

@@ -10,9 +10,9 @@ from cogds.model.transformer.sequence_parallel import SequenceGroup
 
 
 def share_clips(transformer: Transformer, world: World, timeout_s: float) -> None:
-    """Make every `world.sequence_size` neighboring ranks share their clips; nothing if it is 1. Collective.
+    """Make groups of `world.sequence_size` neighboring ranks share their clips. No effect if it is 1. Collective.
 
-    timeout_s: how long the collectives of a group wait for a rank before they raise on the others.
+    timeout_s: time that a group's collectives wait for a rank before they fail on the others.
     """
     if world.sequence_size == 1:
         return

@@ -1,4 +1,4 @@
-"""Starts DeepSpeed: loads the transformer for a ZeRO stage, creates the engine, gathers parameters."""
+"""Load the transformer for a ZeRO stage, create the DeepSpeed engine, and gather parameters."""
 
 import logging
 from collections.abc import Iterator, Sequence
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 
 @contextmanager
 def gathered(parameters: Sequence[torch.nn.Parameter], stage: int, modifier_rank: int | None = None) -> Iterator[None]:
-    """Gather whole parameters on every rank while the block runs. Collective at stage 3, nothing at other stages.
+    """Gather whole parameters on every rank while the block runs. Collective at stage 3, no effect at other stages.
 
     modifier_rank: the rank whose changes are sent to the others at the end.
     """
@@ -38,8 +38,8 @@ def build_for_stage(
 ) -> Transformer:
     """Build the frozen transformer with random weights. Collective.
 
-    It is whole on `device` below stage 3, and partitioned over the ranks at stage 3. A block is one unit of ZeRO-3: its
-    weights are gathered together before it runs, forward and backward.
+    It is whole on `device` below stage 3, and partitioned over the ranks at stage 3. A block is a unit of ZeRO-3: its
+    weights are gathered together before its forward and its backward pass.
 
     quantization, fp8_matmul: of the blocks' weights (`model.quantize`); not at stage 3 (`check_quantization`).
     """
@@ -65,7 +65,7 @@ def load_for_stage(
     """Build the transformer as `build_for_stage` does and load the model's weights. Collective.
 
     Weights are loaded one by one, so that no process holds all of them in host memory. diffusers' `from_pretrained`
-    holds all, and cannot run under `zero.Init`, where parameters have size 0.
+    holds all of them, and cannot run under `zero.Init`, where parameters have size 0.
 
     Raises:
         UserError: The files and the config disagree on a weight.

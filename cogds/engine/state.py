@@ -1,7 +1,7 @@
-"""The state that training changes, gathered from any ZeRO stage, world size and offload, and restored into any other.
+"""The training state, gathered from any ZeRO stage, world size and offload setting, and restored into any other.
 
-It has, for every trainable parameter, the float32 master weight and the optimizer's states (two moments for AdamW). For
-a LoRA this is small enough for one copy in the host memory of rank 0.
+For every trainable parameter, it has the float32 master weight and the optimizer's states (two moments for AdamW). For
+a LoRA, this is small enough for a copy in the host memory of rank 0.
 """
 
 from collections.abc import Mapping
@@ -30,16 +30,16 @@ from cogds.engine.start import gathered
 from cogds.errors import UserError
 
 WEIGHT = "weight"
-STEP_COUNTER = "step"  # the optimizers' name for the number of steps they have taken
+STEP_COUNTER = "step"  # name of the optimizers' number of steps taken
 ADVICE = "Set lora.* as in the checkpoint, or start a new run with checkpoint.resume=none."
 
 
 @dataclass(frozen=True)
 class TrainState:
-    """State of training.
+    """The training state.
 
-    tensors: `KIND/NAME` -> float32 on the CPU, where KIND is `weight` or a state of the optimizer, such as `exp_avg`.
-    num_updates: number of steps that the optimizer has taken, without skipped ones.
+    tensors: `KIND/NAME` -> float32 on the CPU. KIND is `weight` or a state of the optimizer, such as `exp_avg`.
+    num_updates: number of steps that the optimizer has taken, without skipped steps.
     """
 
     tensors: dict[str, torch.Tensor]
@@ -61,7 +61,7 @@ def trainable(engine: Any) -> dict[str, torch.nn.Parameter]:
 
 
 def state_bytes(engine: Any) -> int:
-    """Return the size of the state with two moments, which is that of a checkpoint."""
+    """Return the size of a state with two moments, which is about that of a checkpoint."""
     return sum(12 * full_shape(parameter).numel() for parameter in trainable(engine).values())
 
 
@@ -85,20 +85,20 @@ def gather_state(engine: Any, world: World) -> TrainState:
 
 
 def _check_same(name: str, parameter: torch.nn.Parameter, master: torch.Tensor) -> None:
-    """Check that the master weight is the model's own, and not another parameter's or a part: never save that."""
+    """Refuse to save a master weight that is not the model's: another parameter's, for example, or only a part."""
     if not torch.equal(master.to(parameter.dtype), parameter.detach().cpu()):
         raise RuntimeError(f"DeepSpeed's master weight of '{name}' is not the model's weight; nothing is saved")
 
 
 def restore_state(engine: Any, state: TrainState, world: World) -> None:
-    """Restore rank 0's state into a new engine; the other ranks' argument is ignored. Collective.
+    """Restore rank 0's state into a new engine. The argument of the other ranks is ignored. Collective.
 
     Raises:
         UserError: The state belongs to other parameters.
     """
     parameters = trainable(engine)
 
-    def checked() -> tuple[list[str], float]:
+    def check() -> tuple[list[str], float]:
         expected = {f"{kind}/{name}" for kind in state.kinds for name in parameters}
         if different := sorted(expected ^ set(state.tensors)):
             where = "checkpoint" if different[0] in state.tensors else "run"
@@ -114,7 +114,7 @@ def restore_state(engine: Any, state: TrainState, world: World) -> None:
                 )
         return state.kinds, state.num_updates
 
-    kinds, num_updates = on_rank0(world, checked)
+    kinds, num_updates = on_rank0(world, check)
     if len(kinds) > 1:
         make_optimizer_states(engine)
     for name, parameter in parameters.items():
@@ -143,7 +143,7 @@ def _set(engine: Any, parameter: Any, kind: str, value: torch.Tensor, world: Wor
 
 
 def _optimizer_kinds(engine: Any) -> tuple[list[str], float]:
-    """Return the names of the optimizer's states, and its number of steps; none before the first step."""
+    """Return the names of the optimizer's states and its number of steps: none and 0 before the first step."""
     for partition, states in optimizer_states(engine):
         kinds = [name for name, value in states.items() if torch.is_tensor(value) and value.shape == partition.shape]
         holders = [states, *engine.basic_optimizer.param_groups]

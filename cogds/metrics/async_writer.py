@@ -26,8 +26,8 @@ from cogds.process.logs import log_failure
 
 logger = logging.getLogger(__name__)
 
-MAX_PENDING_BYTES = 256 << 20  # of records that a disk refuses
-MAX_QUEUED = 1000  # submissions that wait for a disk that does not answer
+MAX_PENDING_BYTES = 256 << 20  # records kept while the disk refuses them
+MAX_QUEUED = 1000  # submissions kept while the disk does not answer
 WARN_INTERVAL_S = 60.0
 CLOSE_TIMEOUT_S = 60.0
 EXIT_TIMEOUT_S = 5.0  # if an error ends the run before `close`
@@ -38,13 +38,13 @@ class Sink(Protocol):
 
     @property
     def path(self) -> Path | str:
-        """The name of the place in messages."""
+        """Name used in messages."""
 
     def write(self, records: Sequence[bytes] = ()) -> None:
-        """Write the records, and those that could not be written before. Does not raise if the place fails."""
+        """Write the records after those that could not be written before. Never raises because of a failing disk."""
 
     def close(self) -> None:
-        """Try once more to write what could not be written before."""
+        """Try once more to write the records that could not be written before."""
 
 
 class AppendFile:
@@ -58,7 +58,7 @@ class AppendFile:
         self.path, self.num_lost = path, 0
         self._header = header
         self._pending, self._pending_bytes = deque[bytes](), 0
-        self._whole_bytes: int | None = None  # after a failed write: what follows in the file is an incomplete record
+        self._whole_bytes: int | None = None  # after a failed write: size of the file's complete records
         self._warned_at = -math.inf
 
     def write(self, records: Sequence[bytes] = ()) -> None:

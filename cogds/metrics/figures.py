@@ -86,9 +86,9 @@ def to_svg(figure: "Figure", label: str) -> str:
 
     buffer = io.StringIO()
     # Metadata would contain a date and addresses.
-    nothing: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
+    no_metadata: dict[str, Any] = {"Date": None, "Creator": None, "Format": None, "Type": None}
     with matplotlib.rc_context({"svg.hashsalt": label}):
-        figure.savefig(buffer, format="svg", transparent=True, metadata=nothing)
+        figure.savefig(buffer, format="svg", transparent=True, metadata=no_metadata)
     svg = buffer.getvalue()
     svg = svg[svg.index("<svg") :].replace(INK, "currentColor")
     svg = re.sub(r"<metadata>.*?</metadata>", "", svg, flags=re.DOTALL)

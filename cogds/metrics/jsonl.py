@@ -30,10 +30,7 @@ def rewind_metrics(file: Path, step: int, repeated: tuple[str, ...] = ()) -> Non
     """Remove the lines after `step`, and incomplete lines, so that a resumed run writes each step once.
 
     Notes that name `step` itself stay, except those with a tag that starts with any of `repeated`: the resumed run
-    writes these again.
-
-    Raises:
-        UserError: The file exists and cannot be read or replaced.
+    writes these again. Raises UserError if the file exists but cannot be read or replaced.
     """
     try:
         with file.open("rb") as lines, whole_file(file) as partial, partial.open("wb") as kept:

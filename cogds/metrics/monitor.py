@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from cogds.config.schema import MetricsConfig
 from cogds.core.geometry import ClipShape
 from cogds.distributed.collectives import all_reduce_sum
 from cogds.distributed.world import World
@@ -47,29 +48,27 @@ class Monitor:
         world: World,
         output_dir: Path,
         buckets: Sequence[ClipShape],
-        first_step: int,
-        num_steps: int,
-        every: int,
-        use_bar: bool = True,
+        steps: range,
+        config: MetricsConfig,
         trackers: Sink | None = None,
     ):
-        """first_step: number of steps already trained, the argument of `rewind_metrics`. every: steps between flushes.
+        """steps: range(steps already trained, steps of the whole run), the first as in `rewind_metrics`.
 
-        use_bar: show a progress bar if stderr is a terminal. trackers: also receives the lines of `metrics.jsonl`.
+        trackers: also receives the lines of `metrics.jsonl`.
         """
-        self.world, self.buckets, self.every = world, buckets, every
+        self.world, self.buckets, self.every = world, buckets, config.every
         self.pending: list[StepMetrics] = []
         self.is_writer = world.rank == 0
         if not self.is_writer:
             return
         self.metrics_file = AppendFile(output_dir / "metrics.jsonl")
-        self.event_file = event_file(output_dir / "tensorboard", first_step)
+        self.event_file = event_file(output_dir / "tensorboard", steps.start)
         self.last_events: list[bytes] = []
         self.writer = AsyncWriter()
         self.writer.submit(self.metrics_file)
         self.writer.submit(self.event_file, [layout_record(LAYOUT)])
         self.writer.drain(1.0)  # reports a folder that cannot be written before the run, if the disk is quick
-        self.progress = TrainingProgress(first_step, num_steps, use_bar=use_bar)
+        self.progress = TrainingProgress(steps.start, steps.stop, use_bar=config.progress_bar)
         self.trackers = trackers
         # A thread of its own: a service that does not answer must not hold up the files.
         self.tracker_writer = AsyncWriter() if trackers else None
@@ -86,7 +85,7 @@ class Monitor:
 
         scalars: numbers, tensors (read at the flush), or None. norms: given on all ranks or on none.
         """
-        self.pending.append(StepMetrics({"step": step, **scalars}, losses.vector, values, norms))
+        self.pending.append(StepMetrics(step, scalars, losses.vector, values, norms))
         if step % self.every == 0:
             self.flush()
 
@@ -103,12 +102,9 @@ class Monitor:
         lines, events, start = [], [], 0
         labels = [f"bucket={bucket}" for bucket in self.buckets]
         for metrics, vector in zip(pending, vectors):
-            end = start + len(vector)
-            step = metrics.scalars["step"]
+            step, end = metrics.step, start + len(vector)
             scalars = metrics.reduced(sums[start:end], self.world.size, labels)
-            scalars |= {
-                name: float(value) for name, value in metrics.scalars.items() if name != "step" and value is not None
-            }
+            scalars |= {name: float(value) for name, value in metrics.scalars.items() if value is not None}
             lines.append(metrics_line(step, scalars))
             events.append(scalars_record(step, scalars))
             start = end
@@ -123,19 +119,19 @@ class Monitor:
             self.writer.submit(self.event_file, [scalars_record(step, scalars)])
 
     def add_text(self, name: str, text: str) -> None:
-        """Write a text to TensorBoard, such as the resolved config; it is shown verbatim."""
-        self._submit_event(name, lambda: text_record(name, text))
+        """Write a text to TensorBoard, such as the resolved config. It is shown verbatim."""
+        self._submit_event(text_record, name, text)
 
     def add_image(self, step: int, name: str, pixels: np.ndarray) -> None:
-        """Write an image, uint8 [H, W, 3], to TensorBoard; a large one is made smaller (`metrics.images`)."""
-        self._submit_event(name, lambda: image_record(step, name, pixels))
+        """Write an image, uint8 [H, W, 3], to TensorBoard. Large images are shrunk (`metrics.images`)."""
+        self._submit_event(image_record, name, step, pixels)
 
     def add_video(self, step: int, name: str, frames: np.ndarray, fps: float) -> None:
         """Write a clip, uint8 [F, H, W, 3], to TensorBoard's images, as a GIF of at most 480 pixels and 8 fps."""
-        self._submit_event(name, lambda: gif_record(step, name, frames, fps))
+        self._submit_event(gif_record, name, step, frames, fps)
 
     def add_hparams(self, settings: Mapping[str, str | float | bool], metrics: Sequence[str]) -> None:
-        """Write what TensorBoard's HParams tab compares runs by: settings, and tags of scalars."""
+        """Write the settings and the tags of scalars by which TensorBoard's HParams tab compares runs."""
         if self.is_writer:
             start, end = hparams_records(settings, metrics)
             self.last_events = [end]
@@ -156,11 +152,11 @@ class Monitor:
         if self.trackers and self.tracker_writer:
             self.tracker_writer.submit(self.trackers, lines)
 
-    def _submit_event(self, name: str, make_record: Callable[[], bytes]) -> None:
+    def _submit_event(self, make_record: Callable[..., bytes], name: str, *args: Any) -> None:
         if not self.is_writer:
             return
         try:
-            record = make_record()
+            record = make_record(name, *args)
         except Exception as error:  # an image must not end a run
             log_failure(logger, f"{name}: cannot be written for TensorBoard ({brief(error)}).", error)
             return

@@ -75,9 +75,10 @@ class RankValues:
 class StepMetrics:
     """Metrics of one optimizer step on one rank.
 
-    scalars: values that are the same on every rank, by tag, and `step`. losses: `StepLosses.vector`.
+    scalars: values that are the same on every rank, by tag. losses: `StepLosses.vector`.
     """
 
+    step: int
     scalars: dict[str, Any]
     losses: torch.Tensor
     values: RankValues

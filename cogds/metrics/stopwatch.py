@@ -1,4 +1,4 @@
-"""Timers for the phases of a step that do not wait for the GPU."""
+"""Timers for a step and its phases. They never wait for the GPU."""
 
 import itertools
 import time
@@ -20,10 +20,10 @@ class Stopwatch:
 
 
 class PhaseTimer:
-    """Measures the seconds of a step by phase; each phase starts when another ends.
+    """Measures the seconds of a step by phase. Each phase ends when the next one begins.
 
-    On a GPU these are the phases of its own queue, between events that are read one step later, when they have long
-    happened, so that nothing is waited for. On a CPU they are the host's.
+    On a GPU, CUDA events measure when the GPU runs each phase. They are read one step later, so that nothing waits for
+    the GPU. On a CPU, the host's clock measures the phases.
     """
 
     def __init__(self, device: torch.device) -> None:
@@ -32,7 +32,7 @@ class PhaseTimer:
         self._previous_marks: list[tuple[str, float | torch.cuda.Event]] = []
 
     def begin(self, name: str) -> None:
-        """Start a phase; "" starts a time that belongs to none."""
+        """Begin a phase. "" begins time that belongs to no phase."""
         if not self._is_gpu:
             self._marks.append((name, time.perf_counter()))
             return
@@ -41,7 +41,7 @@ class PhaseTimer:
         self._marks.append((name, event))
 
     def lap(self) -> dict[str, float]:
-        """End the step and return its phases in seconds; on a GPU those of the step before, or {} if unknown."""
+        """End the step and return its phases in seconds: on a GPU, those of the step before, or {} if unknown."""
         self.begin("")
         marks = self._previous_marks if self._is_gpu else self._marks
         self._previous_marks, self._marks = self._marks, []

@@ -93,17 +93,17 @@ def text_record(name: str, text: str) -> bytes:
     return event_bytes(Event(summary=text_summary(name, "    " + text.replace("\n", "\n    "))))
 
 
-def image_record(step: int, name: str, pixels: np.ndarray) -> bytes:
+def image_record(name: str, step: int, pixels: np.ndarray) -> bytes:
     """Return the record of an image, uint8 [H, W, 3]; see `encode_image` for its size."""
-    return _image_record(step, name, *encode_image(pixels))
+    return _image_record(name, step, *encode_image(pixels))
 
 
-def gif_record(step: int, name: str, frames: np.ndarray, fps: float) -> bytes:
+def gif_record(name: str, step: int, frames: np.ndarray, fps: float) -> bytes:
     """Return the record of a clip, uint8 [F, H, W, 3], that plays in the Images tab; see `encode_gif` for its size."""
-    return _image_record(step, name, *encode_gif(frames, fps))
+    return _image_record(name, step, *encode_gif(frames, fps))
 
 
-def _image_record(step: int, name: str, data: bytes, height: int, width: int) -> bytes:
+def _image_record(name: str, step: int, data: bytes, height: int, width: int) -> bytes:
     image = Summary.Image(height=height, width=width, colorspace=RGB, encoded_image_string=data)
     return event_bytes(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
 

@@ -32,14 +32,14 @@ class Trackers:
     path = "trackers of the DeepSpeed config"  # for messages, see `Sink`
 
     def __init__(self, monitor: Any) -> None:
-        """monitor: a DeepSpeed engine's monitor, which has `write_events([(name, value, step), ...])`."""
+        """monitor: that of a DeepSpeed engine, with a method `write_events([(name, value, step), ...])`."""
         self._monitor = monitor
         self._held: list[dict[str, Any]] = []
         self._newest_step = self._last_written = -math.inf
         self._warned_at = -math.inf
 
     def write(self, records: Sequence[bytes] = ()) -> None:
-        """Pass on these lines, and held ones whose step has come."""
+        """Pass on these lines and the held ones, except for those whose step has not come yet."""
         lines = [json.loads(line) for line in records]
         self._newest_step = max([self._newest_step, *(line["step"] for line in lines if "train/loss" in line)])
         self._held = sorted(self._held + lines, key=lambda line: line["step"])
@@ -48,7 +48,7 @@ class Trackers:
         self._write_events(ready)
 
     def close(self) -> None:
-        """Pass on what is held."""
+        """Pass on the held lines."""
         lines, self._held = self._held, []
         self._write_events(lines)
 
@@ -77,11 +77,7 @@ class Trackers:
 
 
 def check_tracker_packages(ds_config: Mapping[str, Any]) -> None:
-    """Check that the packages of the enabled trackers are installed.
-
-    Raises:
-        UserError: One is not.
-    """
+    """Raise UserError if the package of an enabled tracker is not installed."""
     for section, package in PACKAGES.items():
         if ds_config.get(section, {}).get("enabled") is True and importlib.util.find_spec(package) is None:
             raise UserError(

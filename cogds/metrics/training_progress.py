@@ -1,4 +1,4 @@
-"""Progress of a training run: a bar on a terminal, a log line now and then elsewhere."""
+"""Progress of a training run: a bar on a terminal, otherwise a log line every few seconds."""
 
 import logging
 import sys
@@ -43,7 +43,7 @@ class TrainingProgress:
 
 
 def scalars_text(scalars: Mapping[str, float]) -> str:
-    """`loss 0.1234  1.23 s/step  45,000 tokens/s`."""
+    """Format as `loss 0.1234  1.23 s/step  45,000 tokens/s`."""
     parts = [f"loss {scalars['train/loss']:.4f}"]
     if step_s := scalars.get("perf/step_s"):
         parts.append(f"{step_s:.2f} s/step" if step_s >= 0.1 else f"{1e3 * step_s:.0f} ms/step")

@@ -6,11 +6,12 @@ pipeline does not include T5. Callers pass its states.
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
-from diffusers import CogVideoXImageToVideoPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline
 from PIL import Image
 
 from cogds.core.conditioning import convention_factor
@@ -19,7 +20,21 @@ from cogds.errors import UserError
 from cogds.model.load import ModelFolder
 
 
-def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> Any:
+@dataclass(frozen=True)
+class Denoising:
+    """How videos are denoised.
+
+    Attributes:
+        guidance: classifier-free guidance scale; 1: off.
+        empty_states: text states [text_tokens, dim] of the empty prompt.
+    """
+
+    num_steps: int
+    guidance: float
+    empty_states: torch.Tensor
+
+
+def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> CogVideoXImageToVideoPipeline:
     """Load diffusers' own pipeline with transformer, VAE and scheduler on the CPU, without T5."""
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(
         model.path, text_encoder=None, tokenizer=None, dtype=dtype, use_safetensors=True
@@ -29,7 +44,7 @@ def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> Any:
     return pipeline
 
 
-def build_pipeline(model: ModelFolder, transformer: Any, vae: Any) -> Any:
+def build_pipeline(model: ModelFolder, transformer: Any, vae: AutoencoderKLCogVideoX) -> CogVideoXImageToVideoPipeline:
     """Build a pipeline from loaded parts and the folder's scheduler, without a progress bar.
 
     transformer: a callable with the transformer's arguments, with attributes `config` and `cache_context`.
@@ -42,7 +57,7 @@ def build_pipeline(model: ModelFolder, transformer: Any, vae: Any) -> Any:
     return pipeline
 
 
-def count_transformer_calls(pipeline: Any, num_steps: int) -> int:
+def count_transformer_calls(pipeline: CogVideoXImageToVideoPipeline, num_steps: int) -> int:
     """Number of transformer calls in `sample_latents`. Raises UserError if the model has fewer timesteps than steps."""
     max_steps = pipeline.scheduler.config.num_train_timesteps
     if num_steps > max_steps:
@@ -69,7 +84,7 @@ def _drop_negative_timesteps(scheduler: Any) -> None:
     scheduler.set_timesteps = set_valid_timesteps
 
 
-def apply_convention(pipeline: Any, convention: str) -> float:
+def apply_convention(pipeline: CogVideoXImageToVideoPipeline, convention: str) -> float:
     """Make the pipeline scale image latents as in a LoRA's training. Returns the factor relative to its own scale."""
     vae = pipeline.vae.config
     factor = convention_factor(vae.scaling_factor, vae.invert_scale_latents, convention)
@@ -85,14 +100,12 @@ def apply_convention(pipeline: Any, convention: str) -> float:
 
 
 def sample_latents(
-    pipeline: Any,
+    pipeline: CogVideoXImageToVideoPipeline,
     pixels: np.ndarray,
     states: torch.Tensor,
-    empty_states: torch.Tensor,
     shape: ClipShape,
-    num_steps: int,
-    guidance: float,
     seed: int,
+    denoising: Denoising,
 ) -> torch.Tensor:
     """Generate the latents [1, F, C, H, W] of one video, including padding.
 
@@ -100,18 +113,18 @@ def sample_latents(
 
     Args:
         pixels: the first frame, uint8 [H, W, 3].
-        states, empty_states: text states [text_tokens, dim] of the prompt and of the empty prompt.
+        states: text states [text_tokens, dim] of the prompt.
     """
     device = pipeline._execution_device  # diffusers does not move embeddings that it is given
     return pipeline(
         image=Image.fromarray(pixels),
         prompt_embeds=states[None].to(device),
-        negative_prompt_embeds=empty_states[None].to(device) if guidance > 1 else None,
+        negative_prompt_embeds=denoising.empty_states[None].to(device) if denoising.guidance > 1 else None,
         num_frames=shape.frames,
         height=shape.height,
         width=shape.width,
-        num_inference_steps=num_steps,
-        guidance_scale=guidance,
+        num_inference_steps=denoising.num_steps,
+        guidance_scale=denoising.guidance,
         max_sequence_length=len(states),
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
@@ -119,7 +132,7 @@ def sample_latents(
 
 
 @torch.no_grad()
-def decode_frames(pipeline: Any, latents: torch.Tensor, shape: ClipShape) -> torch.Tensor:
+def decode_frames(pipeline: CogVideoXImageToVideoPipeline, latents: torch.Tensor, shape: ClipShape) -> torch.Tensor:
     """Decode the latents of `sample_latents` without their padding to frames, uint8 [F, H, W, 3] on the CPU.
 
     Decoding is tiled, which takes less memory. The first frame was encoded without tiling, as in training.
@@ -134,7 +147,7 @@ def decode_frames(pipeline: Any, latents: torch.Tensor, shape: ClipShape) -> tor
 
 
 @contextmanager
-def _tiled(vae: Any) -> Iterator[None]:
+def _tiled(vae: AutoencoderKLCogVideoX) -> Iterator[None]:
     before = vae.use_tiling
     vae.enable_tiling()
     try:

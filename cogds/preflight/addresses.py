@@ -16,8 +16,6 @@ from cogds.preflight.findings import (
     describe_differences,
     describe_ranks,
     group_by_value,
-    host_names,
-    path_getter,
 )
 from cogds.process.environment import environment_variables
 
@@ -79,7 +77,10 @@ def _is_loopback(address: str) -> bool:
 def assess_addresses(results: list[RankResult]) -> list[Finding]:
     """Every node must be able to reach the others. Different variables and clocks are warnings."""
     findings: list[Finding] = []
-    nodes = list({result["host"]: result for result in reversed(results)}.values())[::-1]  # the first rank of each
+    first_ranks: dict[str, RankResult] = {}
+    for result in results:
+        first_ranks.setdefault(result["host"], result)
+    nodes = list(first_ranks.values())
     if len(nodes) > 1:
         findings += _assess_routes(nodes)
     differences = {
@@ -87,7 +88,7 @@ def assess_addresses(results: list[RankResult]) -> list[Finding]:
         for name in sorted({name for result in results for name in result["net"]["env"]})
         # The names of the interfaces may differ between nodes.
         if name != "GLOO_SOCKET_IFNAME"
-        and (text := describe_differences(results, path_getter("net", "env", name, default="not set")))
+        and (text := describe_differences(results, [result["net"]["env"].get(name, "not set") for result in results]))
     }
     if differences:
         listed = "; ".join(f"{name}: {text}" for name, text in differences.items())
@@ -95,10 +96,8 @@ def assess_addresses(results: list[RankResult]) -> list[Finding]:
         findings.append(Finding("network", WARN, text))
     clocks = [result["net"]["clock_s"] for result in results]
     if max(clocks) - min(clocks) > MAX_CLOCK_SKEW_S:
-        offsets = group_by_value(
-            results,
-            lambda result: round((result["net"]["clock_s"] - clocks[0]) / MAX_CLOCK_SKEW_S) * int(MAX_CLOCK_SKEW_S),
-        )
+        rounded = [round((clock_s - clocks[0]) / MAX_CLOCK_SKEW_S) * int(MAX_CLOCK_SKEW_S) for clock_s in clocks]
+        offsets = group_by_value(results, rounded)
         listed = ", ".join(f"{offset:+} s on {describe_ranks(group)}" for offset, group in offsets)
         text = f"clocks differ: {listed}. Synchronize them: caches compare the modification times of files."
         findings.append(Finding("network", WARN, text))
@@ -163,4 +162,4 @@ def _summarize_network(nodes: list[RankResult]) -> str:
     if nodes[0]["net"]["uses_nccl"] and "NCCL_SOCKET_IFNAME" not in selected:
         settings += f", NCCL will use {', '.join(nodes[0]['net']['nccl'])}"
     master = nodes[0]["net"]["master"]
-    return f"{len(host_names(nodes))} nodes reach {master} from {', '.join(listed)}{more}{settings}"
+    return f"{len(nodes)} nodes reach {master} from {', '.join(listed)}{more}{settings}"

@@ -1,6 +1,6 @@
 """The findings of the checks, and text that says which ranks a finding is about."""
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -48,39 +48,17 @@ def describe_ranks(results: Sequence[RankResult]) -> str:
     return ("rank " if len(results) == 1 else "ranks ") + ", ".join(parts[:MAX_LISTED_HOSTS]) + more
 
 
-def host_names(results: Sequence[RankResult]) -> list[str]:
-    """Return the names of the nodes in rank order, without duplicates."""
-    return list(dict.fromkeys(result["host"] for result in results))
-
-
-def path_getter(*path: str, default: Any = None) -> Callable[[RankResult], Any]:
-    """Return a function that reads the value at a path of nested dicts, or `default` if the path does not exist."""
-
-    def get(result: RankResult) -> Any:
-        node: Any = result
-        for name in path:
-            if name not in node:
-                return default
-            node = node[name]
-        return node
-
-    return get
-
-
-def group_by_value(
-    results: Sequence[RankResult], get_value: Callable[[RankResult], Any]
-) -> list[tuple[Any, list[RankResult]]]:
-    """Group the ranks by a value. Returns (value, results) pairs, the largest group first."""
+def group_by_value(results: Sequence[RankResult], values: Iterable[Any]) -> list[tuple[Any, list[RankResult]]]:
+    """Group the ranks by their values. Returns (value, results) pairs, the largest group first."""
     groups: dict[str, tuple[Any, list[RankResult]]] = {}
-    for result in results:
-        value = get_value(result)
+    for result, value in zip(results, values, strict=True):
         groups.setdefault(repr(value), (value, []))[1].append(result)
     return sorted(groups.values(), key=lambda group: -len(group[1]))
 
 
-def describe_differences(results: Sequence[RankResult], get_value: Callable[[RankResult], Any]) -> str:
+def describe_differences(results: Sequence[RankResult], values: Iterable[Any]) -> str:
     """Return `2.13.0 on rank 0 (n1), 2.12.0 on rank 1 (n2)`, or "" if the value is the same on all ranks."""
-    groups = group_by_value(results, get_value)
+    groups = group_by_value(results, values)
     if len(groups) < 2:
         return ""
     return ", ".join(f"{value} on {describe_ranks(group)}" for value, group in groups)

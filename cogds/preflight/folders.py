@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from cogds.errors import UserError
-from cogds.job import make_folders
+from cogds.files import make_folders
 from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_ranks, group_by_value
 
 POLL_S = 0.2
@@ -134,7 +134,7 @@ def assess_folders(
             else:
                 continue
             problems.append({**result, "problem": problem})
-        for problem, group in group_by_value(problems, lambda result: result["problem"]):
+        for problem, group in group_by_value(problems, [result["problem"] for result in problems]):
             on_rank0 = "" if first["resolved"] in problem else f"; on rank 0 it is {first['resolved']}"
             text = (
                 f"{key}: not shared on {describe_ranks(group)}: {problem}{on_rank0}. Use an absolute path to a folder "

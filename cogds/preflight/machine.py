@@ -19,7 +19,6 @@ from cogds.preflight.findings import (
     describe_differences,
     describe_ranks,
     group_by_value,
-    path_getter,
 )
 from cogds.preflight.preflight_job import PreflightJob
 
@@ -161,7 +160,7 @@ def assess_gpu(results: list[RankResult]) -> list[Finding]:
                 f"{describe_ranks(sharing)} use the same GPU. Start one rank per GPU, and check CUDA_VISIBLE_DEVICES."
             )
             findings.append(Finding("gpu", FAIL, text))
-    if kinds := describe_differences(results, path_getter("gpu", "name")):
+    if kinds := describe_differences(results, [result["gpu"]["name"] for result in results]):
         findings.append(Finding("gpu", WARN, f"different kinds of GPUs; the slowest determines the speed: {kinds}"))
     occupied = [result for result in results if result["gpu"]["total"] - result["gpu"]["free"] > OCCUPIED_BYTES]
     if occupied:
@@ -172,9 +171,8 @@ def assess_gpu(results: list[RankResult]) -> list[Finding]:
         )
         findings.append(Finding("gpu", WARN, text))
     idle = [result for result in results if result["gpu"]["num_visible"] > result["num_local"]]
-    for (num_gpus, num_ranks), group in group_by_value(
-        idle, lambda result: (result["gpu"]["num_visible"], result["num_local"])
-    ):
+    counts = [(result["gpu"]["num_visible"], result["num_local"]) for result in idle]
+    for (num_gpus, num_ranks), group in group_by_value(idle, counts):
         text = (
             f"{num_gpus} GPUs but only {counted(num_ranks, 'rank')} per node on {describe_ranks(group)}. Start one "
             "rank per GPU to use all of them."

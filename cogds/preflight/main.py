@@ -23,15 +23,7 @@ from cogds.distributed.world import World, read_world
 from cogds.errors import EXIT_BUG, EXIT_USER_ERROR, BugReported, UserError, did_you_mean, refuse_to_run
 from cogds.preflight.addresses import assess_addresses, inspect_addresses
 from cogds.preflight.exchange import assess_exchange, measure_exchange
-from cogds.preflight.findings import (
-    FAIL,
-    Finding,
-    RankResult,
-    describe_ranks,
-    format_ranges,
-    group_by_value,
-    path_getter,
-)
+from cogds.preflight.findings import FAIL, Finding, RankResult, describe_ranks, format_ranges, group_by_value
 from cogds.preflight.folders import (
     assess_folders,
     create_folders,
@@ -108,7 +100,8 @@ def parse_skipped_checks(text: str) -> frozenset[str]:
 
 def error_findings(check: str, results: Sequence[RankResult]) -> list[Finding]:
     """Return one finding per different error of this check."""
-    groups = group_by_value([result for result in results if result["errors"].get(check)], path_getter("errors", check))
+    failed = [result for result in results if result["errors"].get(check)]
+    groups = group_by_value(failed, [result["errors"][check] for result in failed])
     return [Finding(check, FAIL, f"on {describe_ranks(group)}: {error}") for error, group in groups]
 
 

@@ -14,7 +14,7 @@ from cogds.distributed.world import World
 from cogds.encode.scan_data import data_sets
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import empty_transformer
-from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_differences, path_getter
+from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_differences
 from cogds.train.tuning import check_execution, gpu_memory
 
 PREFETCH_FACTOR = 2  # DataLoader's default: batches that each worker keeps ready
@@ -119,7 +119,11 @@ def load_preflight_job(args: argparse.Namespace, world: World) -> PreflightJob:
 def assess_config(results: list[RankResult]) -> list[Finding]:
     """Every key must have the same value on all ranks. Reads `config`, from `PreflightJob.flat_config`."""
     keys = dict.fromkeys(key for result in results for key in result["config"])
-    differences = {key: text for key in keys if (text := describe_differences(results, path_getter("config", key)))}
+    differences = {
+        key: text
+        for key in keys
+        if (text := describe_differences(results, [result["config"].get(key) for result in results]))
+    }
     if differences:
         listed = "; ".join(f"{key}: {text}" for key, text in list(differences.items())[:MAX_LISTED_KEYS])
         text = (

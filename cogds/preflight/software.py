@@ -25,7 +25,6 @@ from cogds.preflight.findings import (
     RankResult,
     describe_differences,
     describe_ranks,
-    path_getter,
 )
 from cogds.process.environment import extensions_folder
 
@@ -76,8 +75,7 @@ def assess_versions(results: list[RankResult]) -> list[Finding]:
     """All ranks must have the same versions. Different drivers are only a warning."""
     findings = []
     for name in dict.fromkeys(name for result in results for name in result["versions"]):
-        differences = describe_differences(results, path_getter("versions", name, default="none"))
-        if differences:
+        if differences := describe_differences(results, [result["versions"].get(name, "none") for result in results]):
             findings.append(Finding("versions", WARN if name == "driver" else FAIL, f"{name}: {differences}"))
     common = ", ".join(f"{name} {version}" for name, version in results[0]["versions"].items() if version != "none")
     return findings or [Finding("versions", OK, common)]

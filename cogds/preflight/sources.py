@@ -9,7 +9,7 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
-from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_ranks, group_by_value, path_getter
+from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_ranks, group_by_value
 from cogds.preflight.folders import MARKER_PREFIX
 
 MAX_ENTRIES = 200_000
@@ -94,7 +94,7 @@ def assess_sources(results: list[RankResult]) -> list[Finding]:
         if not all(key in node["sources"] for node in nodes):
             continue  # the configs differ, which the check `config` reports
         path = nodes[0]["sources"][key]["path"]
-        groups = group_by_value(nodes, path_getter("sources", key, "content"))
+        groups = group_by_value(nodes, [node["sources"][key]["content"] for node in nodes])
         unreadable = [node for node in nodes if node["sources"][key]["kind"] == "nothing"]
         if unreadable:
             source = unreadable[0]["sources"][key]

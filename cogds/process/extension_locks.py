@@ -1,9 +1,9 @@
-"""Stale locks of the C++ extensions that torch compiles for DeepSpeed at their first use.
+"""Remove stale locks of the C++ extensions that torch compiles when DeepSpeed first uses them.
 
 While a process compiles an extension, a file `lock` is in the extension's folder, and other processes wait until it is
-gone. A killed process leaves the file behind, and every later process would wait forever. This module removes such
-locks. It tells them from locks of running builds in two ways: ninja and the compilers run in the extension's folder,
-and every cogds process holds a file lock that the kernel releases when the process ends.
+gone. A killed process leaves the file behind, and every later process would wait forever. Two things distinguish the
+lock of a running build: ninja and the compilers run in the extension's folder, and every cogds process holds a file
+lock that the kernel releases when the process ends.
 """
 
 import contextlib
@@ -16,29 +16,29 @@ from pathlib import Path
 
 logger = logging.getLogger(__name__)
 
-NAME = "cogds.lock"
-# A lock that is younger may belong to a build on another node.
+LOCK_FILE = "cogds.lock"
+# A younger lock may belong to a build on another node.
 MIN_STALE_AGE_S = 60.0
 BUILD_TIMEOUT_S = 900.0
-_descriptors: list[int] = []  # file locks, held as long as the process lives: extensions are built at several moments
+_descriptors: list[int] = []  # file locks, held until the process ends, because it may build an extension at any time
 
 
 def remove_stale_locks(root: Path) -> None:
     """Remove stale locks from torch's folder of extensions. Call it in every process before an extension may be built.
 
-    If another cogds process uses the folder, which may be on another node, nothing is removed. Locks that no process
-    of this machine explains are then reported after MIN_STALE_AGE_S.
+    If another cogds process uses the folder, perhaps on another node, nothing is removed. Locks of extensions that no
+    process of this machine builds are then reported after MIN_STALE_AGE_S.
     """
     try:
         root.mkdir(parents=True, exist_ok=True)
-        _descriptors.append(os.open(root / NAME, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
-    except OSError:  # a home that cannot be written: nothing is built there
+        _descriptors.append(os.open(root / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666))
+    except OSError:  # the folder cannot be written, so nothing is built there
         return
     try:
         fcntl.flock(_descriptors[-1], fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError:
-        _wait_until(lambda: not _unexplained_locks(root, MIN_STALE_AGE_S), MIN_STALE_AGE_S)
-        for lock in _unexplained_locks(root):
+        _wait_until(lambda: not _stale_locks(root, MIN_STALE_AGE_S), MIN_STALE_AGE_S)
+        for lock in _stale_locks(root):
             logger.warning(
                 f"{lock}: no process of this machine builds this DeepSpeed extension. If none on another machine does "
                 "either, a killed process left the file and this run will wait forever. Delete the file."
@@ -46,11 +46,11 @@ def remove_stale_locks(root: Path) -> None:
     else:
         # Compilers may outlive the process that started them, and a second build would write the same files.
         _wait_until(lambda: not any(map(_is_being_built, _locks(root))), BUILD_TIMEOUT_S)
-        for lock in _unexplained_locks(root):
+        for lock in _stale_locks(root):
             with contextlib.suppress(OSError):
                 lock.unlink()
                 logger.warning(f"{lock}: removed. A process was killed while it built this DeepSpeed extension.")
-    with contextlib.suppress(OSError):  # a file system without locks
+    with contextlib.suppress(OSError):  # the file system has no locks
         fcntl.flock(_descriptors[-1], fcntl.LOCK_SH)
 
 
@@ -60,13 +60,12 @@ def _locks(root: Path) -> list[Path]:
     return [file for file in files if file.is_file() and not file.stat().st_size]
 
 
-def _unexplained_locks(root: Path, max_age_s: float | None = None) -> list[Path]:
-    """Return locks of extensions that no process of this machine builds."""
+def _stale_locks(root: Path, max_age_s: float = float("inf")) -> list[Path]:
+    """Return locks, up to this age, of extensions that no process of this machine builds."""
     locks = []
     for lock in _locks(root):
         with contextlib.suppress(OSError):  # it has just been removed
-            is_young = max_age_s is None or time.time() - lock.stat().st_mtime < max_age_s
-            if is_young and not _is_being_built(lock):
+            if time.time() - lock.stat().st_mtime < max_age_s and not _is_being_built(lock):
                 locks.append(lock)
     return locks
 

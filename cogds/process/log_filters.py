@@ -1,6 +1,6 @@
 """Filters for messages of libraries that appear at every start and that no user can act on.
 
-Each message is listed. No level is raised and no stream is closed, so errors always come through.
+Each message is listed. No log level is raised and no stream is closed, so errors are always shown.
 """
 
 import contextlib
@@ -35,7 +35,7 @@ class _MessageFilter(logging.Filter):
 
 
 def install_log_filters() -> None:
-    """Install the filters. Call it before the libraries are imported, because some messages come at import."""
+    """Install the filters. Call it before the libraries are imported, because importing them logs some messages."""
     for name, pattern in LOGGED.items():
         logger = logging.getLogger(name)
         if not any(isinstance(installed, _MessageFilter) for installed in logger.filters):
@@ -46,7 +46,7 @@ def install_log_filters() -> None:
 
 @contextlib.contextmanager
 def filter_stdout(pattern: str = PRINTED) -> Iterator[None]:
-    """Hold back what is printed inside, and print it at the end without the lines that match."""
+    """Hold back the output of the block, and print it at the end without the lines that match."""
     printed = io.StringIO()
     try:
         with contextlib.redirect_stdout(printed):

@@ -2,10 +2,10 @@
 
     logger = logging.getLogger(__name__)
     logger.info("...")           # stdout, rank 0 only, not with --quiet
-    logger.log(RESULT, "...")    # stdout, rank 0 only, also with --quiet: where the results are
-    logger.warning("...")        # stderr as `warning: ...`; other ranks than 0 add their name
+    logger.log(RESULT, "...")    # stdout, rank 0 only, also with --quiet: the paths of results
+    logger.warning("...")        # stderr as `warning: ...`; ranks other than 0 add their rank and host
 
-Loggers of libraries are left alone (see `log_filters`). Progress bars are shown if INFO is (see `progress`).
+Loggers of libraries are not changed (see `log_filters`). Progress bars are shown if INFO is (see `progress`).
 """
 
 import logging
@@ -28,25 +28,24 @@ def configure_logging(rank: int = 0, level: int = logging.INFO) -> None:
     logger = logging.getLogger("cogds")
     logger.handlers = [handler]
     logger.setLevel(level if rank == 0 else max(level, logging.WARNING))
-    logger.propagate = False  # libraries add handlers to the root logger, and every line would come twice
+    logger.propagate = False  # libraries add handlers to the root logger, which would print every line again
 
 
 def log_failure(logger: logging.Logger, message: str, error: BaseException) -> None:
     """Log a warning about an exception that must not end the run, with its traceback if it may be a bug."""
-    is_no_bug = isinstance(error, (UserError, OSError))
-    logger.warning(message, exc_info=None if is_no_bug else error)
+    logger.warning(message, exc_info=None if isinstance(error, (UserError, OSError)) else error)
 
 
 class ConsoleHandler(logging.Handler):
     """Write records below WARNING to stdout and the others to stderr, above progress bars if there are any."""
 
     def emit(self, record: logging.LogRecord) -> None:
-        """Write one record. Never raises: a reader that is gone, or a full disk, must not end a run."""
+        """Write a record. Never raises: a closed pipe or a full disk must not end a run."""
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
         try:
             text = self.format(record)
             if stream.isatty():
-                from tqdm import tqdm  # slow to import, and only a terminal shows bars that a line would tear
+                from tqdm import tqdm  # slow to import, and needed only on a terminal, where lines would break bars
 
                 tqdm.write(text, file=stream)
             else:

@@ -1,4 +1,4 @@
-"""Progress bars: on a terminal they move, elsewhere (a file, SLURM) they are a log line now and then."""
+"""Progress bars, which move on a terminal. Elsewhere (a file, SLURM), they log a line at intervals."""
 
 import logging
 import sys
@@ -16,7 +16,7 @@ logger = logging.getLogger(__name__)
 
 
 def is_terminal(stream: TextIO) -> bool:
-    """Whether a person watches the stream as it is written. Under SLURM it is a log, even if srun makes it a tty."""
+    """Whether the stream is a terminal. Under SLURM it counts as a log file, even if srun makes it a tty."""
     return stream.isatty() and not environment_variables("SLURM_JOB_ID")
 
 
@@ -31,8 +31,8 @@ def progress_bar(
 ) -> tqdm:
     """Return a bar with rate and time left, around `items` or moved by `update`.
 
-    It is shown if INFO is logged, that is on rank 0 without --quiet. In a log, what takes less than LOG_INTERVAL_S
-    writes nothing.
+    It is shown if INFO is logged, that is on rank 0 without --quiet. In a log file, a bar that takes less than
+    LOG_INTERVAL_S writes nothing.
     """
     options: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
     if not is_terminal(sys.stderr):
@@ -47,7 +47,7 @@ def log_options(interval_s: float) -> dict[str, Any]:
 
 
 class _LogFile:
-    """What tqdm draws, as lines of the log; it draws some of them twice."""
+    """A stream for tqdm that logs each line, but not the same line twice in a row, as tqdm draws it."""
 
     def __init__(self) -> None:
         self._last_line = ""

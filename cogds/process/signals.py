@@ -1,7 +1,7 @@
-"""Requests to stop this process: by a signal, or because the launcher that started it has died.
+"""Requests to stop this process, which are signals and the death of its launcher.
 
-A thread receives them: the main thread may wait in a collective for minutes, and no Python signal handler runs
-meanwhile. The interpreter's own handler, in C, writes the number of the signal to that thread at once.
+A thread handles them, because the main thread may wait in a collective for minutes, and Python signal handlers do not
+run meanwhile. The interpreter's C handler sends the number of the signal to that thread at once.
 """
 
 import contextlib
@@ -20,17 +20,18 @@ from cogds.errors import EXIT_INTERRUPTED
 
 T = TypeVar("T")
 
-# Signals that ask a run to stop. Ctrl-C goes to the whole group of a terminal, a launcher or SLURM signals a whole
+# Signals that ask a run to stop. A terminal sends Ctrl-C to a whole process group; a launcher or SLURM signals a whole
 # process tree. A run that saves first still needs its child processes, and ends them itself (`block_stop_signals`).
 STOP_SIGNALS = (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)
 LAUNCHER_DIED = "its launcher has died"
-# Requests within this time are the same one: launchers send two signals in a row, and Ctrl-C comes from the terminal
-# and from the launcher.
+# Requests within this time count as one: launchers send two signals in a row, and Ctrl-C comes from the terminal and
+# from the launcher.
 SAME_REQUEST_S = 3.0
 LAUNCHER_POLL_S = 1.0
-# A pipe that nobody reads delays the end of a process by at most this.
+# The longest time that writing to a pipe that nobody reads may delay the end of a process.
 MESSAGE_TIMEOUT_S = 2.0
-# These come first, and a signal that ends the job follows while a save still has time: it does not mean "at once".
+# After one of these, a second signal does not mean "at once": the signal that ends the job follows while there is still
+# time to save.
 _ADVANCE_WARNINGS = ("SIGUSR1", LAUNCHER_DIED)
 # Commands that launch ranks: `python -u -m MODULE` or `python FILE`, then the script's arguments. `deepspeed` starts a
 # launcher on every node; on a single node it is that launcher's parent.
@@ -43,9 +44,9 @@ _NUM_COMMAND_WORDS = 4
 
 @contextlib.contextmanager
 def block_stop_signals() -> Iterator[None]:
-    """Start child processes that never receive STOP_SIGNALS, from their first moment on.
+    """Block STOP_SIGNALS in this thread, so that child processes started meanwhile never receive them.
 
-    They inherit the signals that this thread blocks. The other threads of this process still receive its own.
+    Child processes inherit the thread's signal mask. The other threads of this process still receive its signals.
     """
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, STOP_SIGNALS)
     try:
@@ -79,7 +80,7 @@ def _is_launcher(pid: int) -> bool:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
         return False
-    # SLURM itself does not miss its daemon, and would never end the rank.
+    # SLURM does not notice that its daemon has died, and would never end the rank.
     return command.startswith("slurmstepd: ") or any(
         word.endswith(_LAUNCHERS) for word in command.split("\0")[:_NUM_COMMAND_WORDS]
     )
@@ -101,7 +102,7 @@ def run_with_timeout(function: Callable[[], T], timeout_s: float, default: T) ->
 
 
 def write_stderr(text: str) -> None:
-    """Write a line to stderr without Python's buffers and logging, whose locks a stuck thread may hold."""
+    """Write a line to stderr, bypassing Python's buffers and logging, whose locks a stuck thread may hold."""
     with contextlib.suppress(OSError):
         os.write(2, f"{text}\n".encode())
 
@@ -123,16 +124,16 @@ class StopRequest:
         self._thread = threading.Thread(target=self._run, daemon=True, name="stop-request")
 
     def listen(self) -> None:
-        """Handle STOP_SIGNALS. Until `defer`, the first one ends the process at once with EXIT_INTERRUPTED.
+        """Handle STOP_SIGNALS. Call it once, in the main thread.
 
-        While data is prepared there is nothing to save. Call it once, in the main thread.
+        Until `defer`, when there is nothing to save yet, the first signal ends the process with EXIT_INTERRUPTED.
         """
         self._previous_fd = signal.set_wakeup_fd(self._write_end.fileno(), warn_on_full_buffer=False)
         # A forked child would write to its parent's socket.
         os.register_at_fork(after_in_child=self._reset_in_child)
         for number in STOP_SIGNALS:
             self._previous_handlers[number] = signal.signal(number, _do_nothing)
-            # The kernel restarts a system call that a library waits in, instead of ending it.
+            # The kernel restarts the system call that a library waits in, instead of interrupting it.
             signal.siginterrupt(number, False)
         self._thread.start()
 
@@ -143,8 +144,8 @@ class StopRequest:
     def ignore(self) -> None:
         """Ignore signals from now on, because the request has been carried out.
 
-        Python removes its handlers while it ends. A signal that comes then, from a launcher that ends all ranks, would
-        change the exit code.
+        Python removes its handlers when it exits. A signal that arrives then, from a launcher that ends all ranks,
+        would change the exit code.
         """
         for number in STOP_SIGNALS:
             signal.signal(number, signal.SIG_IGN)
@@ -180,7 +181,7 @@ class StopRequest:
                 self._request(LAUNCHER_DIED)
 
     def _ancestors(self) -> tuple[int, ...]:
-        """Return as many processes above this one as there were launchers; those of an orphan are others."""
+        """Return as many ancestors of this process as it had launchers. They change if a launcher dies."""
         pids = [os.getpid()]
         for _ in self._launchers:
             pids.append(_parent(pids[-1]))
@@ -197,7 +198,7 @@ class StopRequest:
 
 
 def _do_nothing(number: int, frame: Any) -> None:
-    """Handle a signal: the thread acts on it; without a handler, the signal would end the process."""
+    """Keep a signal from ending the process. The thread acts on it."""
 
 
 def _exit_now(text: str) -> None:

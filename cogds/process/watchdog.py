@@ -1,13 +1,14 @@
-"""Ends a process that hangs and reports where: a job that hangs costs as much as one that trains.
+"""End a process that hangs, because a job that hangs costs as much as one that trains, and report where it hangs.
 
 A thread counts the time in which this process runs without progress. If C code hangs and holds Python's global
 interpreter lock (GIL), that thread hangs too, and a small guard process notices that its heartbeats stop.
-`faulthandler.dump_traceback_later` cannot replace the guard: it counts the time in which a process is suspended (SLURM
-suspends jobs, debuggers stop processes), and ends the process when it continues, with exit code 1.
+`faulthandler.dump_traceback_later` cannot replace the guard: it also counts time in which a process is suspended (SLURM
+suspends jobs, debuggers stop processes), and would end the process when it continues, with exit code 1.
 """
 
 import contextlib
 import faulthandler
+import functools
 import json
 import os
 import select
@@ -24,7 +25,7 @@ from cogds.errors import EXIT_HUNG
 from cogds.files import whole_file
 from cogds.process.signals import block_stop_signals, run_with_timeout, write_stderr
 
-MAX_TICK_S = 5.0  # a short limit ticks faster
+MAX_TICK_S = 5.0  # with a short limit, ticks are shorter
 DESCRIBE_TIMEOUT_S = 5.0
 REPORT_TIMEOUT_S = 20.0  # the report itself may hang, for example on the disk that caused the hang
 DUMP_SIGNAL = signal.SIGRTMIN + 7  # prints the stacks of all threads, even if the GIL is held
@@ -39,14 +40,14 @@ class Watchdog:
     """Ends this process if it makes no progress for `limit_s`, and reports where it hangs. One per process.
 
     Only time in which the process runs counts, not time in which it is suspended. A hung process exits with EXIT_HUNG,
-    and the stacks of all threads are on stderr and in `folder`/hung-rank-N.txt. If the GIL is held, it ends by SIGKILL
-    up to 30 s later, and the stacks are only on stderr.
+    after writing the stacks of all threads to stderr and to `folder`/hung-rank-N.txt. If the GIL is held, SIGKILL ends
+    it up to 30 s later, and the stacks are only on stderr.
     """
 
     def __init__(self, rank: int, limit_s: float, folder: Path) -> None:
         self._rank, self._limit_s, self._folder = rank, limit_s, folder
         self._tick_s = min(MAX_TICK_S, limit_s / 8)
-        # A new list for each activity: a change of its identity is progress.
+        # A new list for each activity. Another list means progress.
         self._activity: list[Callable[[], str]] | None = None
         self._is_closing = threading.Event()
         faulthandler.register(DUMP_SIGNAL, file=2, all_threads=True)
@@ -61,7 +62,7 @@ class Watchdog:
         self._thread.start()
 
     def watch(self, describe: Callable[[], str]) -> None:
-        """Restart the clock for a new activity. `describe()` returns its description if that is needed."""
+        """Restart the clock for a new activity. `describe` returns its description and is called only for a report."""
         is_first, self._activity = self._activity is None, [describe]
         if is_first:
             self._send_heartbeat(_WATCHING)
@@ -81,7 +82,7 @@ class Watchdog:
         faulthandler.unregister(DUMP_SIGNAL)
 
     def _send_heartbeat(self, heartbeat: bytes) -> None:
-        with contextlib.suppress(OSError):  # the guard is gone or suspended, and the thread works without it
+        with contextlib.suppress(OSError):  # the guard is gone or suspended; the thread works without it
             self._socket.send(heartbeat)
 
     def _run(self) -> None:
@@ -102,7 +103,7 @@ class Watchdog:
     def _exit(self, describe: Callable[[], str], hung_s: float) -> None:
         try:
             activity = run_with_timeout(describe, DESCRIBE_TIMEOUT_S, "an activity that cannot be described")
-            run_with_timeout(lambda: self._report(activity, hung_s), REPORT_TIMEOUT_S, None)
+            run_with_timeout(functools.partial(self._report, activity, hung_s), REPORT_TIMEOUT_S, None)
         finally:
             os._exit(EXIT_HUNG)
 
@@ -122,7 +123,7 @@ class Watchdog:
 
 
 def running_time(elapsed_s: float, tick_s: float) -> float:
-    """Return how much of the time between two ticks counts; the process did not run for more than two ticks."""
+    """Return how much of the time between two ticks counts. More than two ticks means that the process did not run."""
     return min(elapsed_s, 2 * tick_s)
 
 
@@ -130,7 +131,7 @@ def running_time(elapsed_s: float, tick_s: float) -> float:
 
 
 def _guard(parent: int, rank: int, limit_s: float, tick_s: float) -> None:
-    """Run until the parent is gone, or kill it if its heartbeats stop for too long."""
+    """Run until the parent ends. Kill it if its heartbeats stop for too long."""
     poll = select.poll()
     poll.register(0, select.POLLIN)
     patience_s = limit_s + min(30.0, 4 * limit_s)  # the thread's own report comes first

@@ -1,4 +1,4 @@
-"""Worker processes that can be killed: one that crashes, hangs or runs out of memory loses only its own task.
+"""Worker processes that can be killed. One that crashes, hangs or runs out of memory loses only its own task.
 
     with WorkerPool(decode, 4, timeout_s=120, memory_bytes=4 << 30, permanent_errors=(DecodeError,)) as pool:
         for outcome in pool.imap(tasks):  # a result of `decode`, or a TaskFailure
@@ -8,9 +8,9 @@ handles both, but its workers share one pipe for results: a decoded clip (254 MB
 anonymous memory used here. They also run the main module again. A worker here is a new interpreter that imports the
 module of the function and nothing else: importing torch would take seconds and half a gigabyte in each.
 
-In this process, each worker has a thread that sends tasks, waits, watches and replaces the worker. Large arrays come
-back in anonymous memory (memfd) whose descriptor travels over the socket: a killed worker leaves nothing behind, and a
-container's small /dev/shm is no limit.
+In this process, each worker has a thread that sends tasks, waits, and watches and replaces the worker. Large arrays
+come back in anonymous memory (memfd) whose descriptor travels over the socket. So a killed worker leaves nothing
+behind, and a container's small /dev/shm is no limit.
 """
 
 import contextlib
@@ -40,9 +40,9 @@ from cogds.process.signals import block_stop_signals
 Task = TypeVar("Task")
 Result = TypeVar("Result")
 
-POLL_INTERVAL_S = 0.1  # between looks at a worker's time and memory
-START_TIMEOUT_S = 300.0  # imports on a busy network disk
-OUT_OF_BAND_BYTES = 1 << 20  # larger buffers travel as memory instead of in a pickle
+POLL_INTERVAL_S = 0.1  # between checks of a worker's time and memory
+START_TIMEOUT_S = 300.0  # imports from a busy network disk
+OUT_OF_BAND_BYTES = 1 << 20  # buffers of this size and larger travel as memory instead of in a pickle
 _ALIGNMENT = 64
 _WORKER_CODE = (
     "import json, sys; sys.path[:] = json.loads(sys.argv[2]); "
@@ -56,7 +56,7 @@ class TaskFailure:
 
     reason: "took more than 120 s", "crashed its process (code -11)", "needed more than 4 GB of memory", the message of
     a permanent error, or "failed: Type: message" for an OSError. is_permanent: the function raised a permanent error,
-    which says something about the task itself. Other failures may come from the machine and not happen again.
+    which lies in the task itself. Other failures may come from the machine and not happen again.
     """
 
     reason: str
@@ -64,19 +64,19 @@ class TaskFailure:
 
 
 class WorkerError(Exception):
-    """A bug in the function of a task: it raised an exception that is not a TaskFailure. Has the worker's traceback."""
+    """A bug in the function of a task. The message has the worker's traceback."""
 
 
 @dataclass(frozen=True)
 class _Bug:
-    """What a worker sends instead of a result if its function has a bug."""
+    """The outcome of a task whose function has a bug."""
 
     traceback: str
 
 
 @dataclass(frozen=True)
 class _Job:
-    """What a worker does with each task, and its limits."""
+    """The function that a worker runs on each task, and its limits."""
 
     function: Callable[[Any], Any]
     timeout_s: float
@@ -93,7 +93,7 @@ class _Job:
             return failure
 
     def failure(self, error: Exception) -> TaskFailure | None:
-        """Return the failure that an exception stands for; None for a bug."""
+        """Return the failure for an exception, or None for a bug."""
         match error:
             case _ if isinstance(error, self.permanent_errors):
                 return TaskFailure(str(error), is_permanent=True)
@@ -118,9 +118,9 @@ class WorkerPool(Generic[Task, Result]):
         num_workers: Number of processes. With 0, tasks run in this process, one after another, without any limit.
         timeout_s: Limit for one task.
         memory_bytes: Limit for a worker's resident memory, including its interpreter and libraries (about 0.1 GB), and
-            for what it allocates after its start. A worker that holds more than half of it between two tasks is
-            replaced.
-        permanent_errors: Exceptions of `function` that say something about the task itself.
+            for the memory that it allocates after its start. A worker that holds more than half of it between two
+            tasks is replaced.
+        permanent_errors: Exceptions of `function` whose cause lies in the task itself.
     """
 
     def __init__(
@@ -135,7 +135,7 @@ class WorkerPool(Generic[Task, Result]):
             raise ValueError("the function of a WorkerPool must be in a module that a worker can import")
         self._job, self._num_workers = _Job(function, timeout_s, memory_bytes, permanent_errors), max(0, num_workers)
         self._queue: queue.SimpleQueue[tuple[Future[Result | TaskFailure], Task] | None] = queue.SimpleQueue()
-        self._lock = threading.Lock()  # of the attributes below
+        self._lock = threading.Lock()  # protects the attributes below
         self._threads: list[threading.Thread] = []
         self._workers: set[_Worker] = set()
         self._is_closed = False
@@ -143,8 +143,8 @@ class WorkerPool(Generic[Task, Result]):
     def imap(self, tasks: Iterable[Task], ahead: int = 0) -> Iterator[Result | TaskFailure]:
         """Yield the outcome of each task, in the order of the tasks.
 
-        Tasks are drawn in the caller's thread: besides the outcome that was yielded last, at most num_workers + ahead
-        tasks are queued, running or finished. Workers run on while the caller is busy. If the iterator is closed
+        Tasks are drawn in the caller's thread. Besides the outcome that was yielded last, at most num_workers + ahead
+        tasks are queued, running or finished. Workers continue while the caller is busy. If the iterator is closed
         early, the results of running tasks are dropped and the pool stays usable.
 
         Raises:
@@ -158,7 +158,7 @@ class WorkerPool(Generic[Task, Result]):
         return self._imap_in_workers(tasks, self._num_workers + max(0, ahead))
 
     def close(self) -> None:
-        """Kill the workers, whatever they do. May be called twice."""
+        """Kill the workers, even if they are running tasks. May be called twice."""
         with self._lock:
             self._is_closed = True
             threads, self._threads = self._threads, []
@@ -210,7 +210,7 @@ class WorkerPool(Generic[Task, Result]):
             if self._is_closed:
                 raise ValueError("the pool is closed")
             if len(self._threads) < min(self._num_workers, num_pending):
-                # A daemon: an interpreter that ends does not wait for a task, and the workers notice that it ended.
+                # A daemon thread does not keep the interpreter alive. The workers notice when this process has ended.
                 self._threads.append(threading.Thread(target=self._serve_worker, daemon=True, name="worker-pool"))
                 self._threads[-1].start()
             self._queue.put((future, task))
@@ -270,7 +270,7 @@ class _Worker:
     def __init__(self, job: _Job) -> None:
         self.job = job
         self.connection, worker_end = Pipe()
-        # This process must not keep the other end open: then the death of the worker reads as the end of the stream.
+        # This process closes the worker's end, so that it reads the end of the stream if the worker dies.
         with worker_end, block_stop_signals():
             self.process = subprocess.Popen(
                 [sys.executable, "-c", _WORKER_CODE, str(worker_end.fileno()), json.dumps(sys.path)],
@@ -279,7 +279,7 @@ class _Worker:
             )
 
     def wait_until_ready(self) -> None:
-        """Send the job and wait for the imports, whose time does not count for the first task.
+        """Send the job and wait for the imports, whose time must not count for the first task.
 
         Raises:
             RuntimeError: The worker cannot start.
@@ -311,7 +311,7 @@ class _Worker:
             return _receive_outcome(self.connection)
         except (EOFError, ConnectionError):
             with contextlib.suppress(subprocess.TimeoutExpired):
-                # It closed the connection and is about to end: its own exit code says more than that of a kill.
+                # It closed the connection and is about to exit. Its own exit code says more than that of a kill.
                 self.process.wait(timeout=5.0)
             self.end()
             return TaskFailure(f"crashed its process (code {self.process.returncode})")
@@ -353,7 +353,7 @@ def _work(descriptor: int) -> None:
             task = connection.recv()
         except (EOFError, ConnectionError):
             return
-        # A task that hangs and holds the GIL stops `_exit_with` too: the kernel's timer ends both.
+        # A task that hangs and holds the GIL also stops `_exit_with`. The kernel's timer then ends the process.
         signal.setitimer(signal.ITIMER_REAL, job.timeout_s + 10.0)
         try:
             outcome = job.run(task)
@@ -364,7 +364,7 @@ def _work(descriptor: int) -> None:
             _send_outcome(connection, outcome)
         except BrokenPipeError:
             return
-        except Exception as error:  # it cannot be pickled, or there is no memory: nothing has been sent yet
+        except Exception as error:  # it cannot be pickled, or memory is short; nothing has been sent yet
             _send_outcome(connection, job.failure(error) or _Bug(traceback.format_exc()))
         del outcome
         signal.setitimer(signal.ITIMER_REAL, 0.0)
@@ -373,8 +373,8 @@ def _work(descriptor: int) -> None:
 def _exit_with(parent: int) -> None:
     """Exit when the parent process has ended.
 
-    PR_SET_PDEATHSIG follows the thread that started this process, and such threads end. The end of the stream is not
-    enough: a process that the parent forked may hold the other end open, and a busy worker does not read.
+    PR_SET_PDEATHSIG would kill this process when the thread that started it ends. The end of the stream is not a
+    reliable sign: a process that the parent forked may hold the other end open, and a busy worker does not read.
     """
     while os.getppid() == parent:
         time.sleep(0.5)
@@ -382,9 +382,9 @@ def _exit_with(parent: int) -> None:
 
 
 def _limit_memory(num_bytes: int) -> None:
-    """Let the kernel refuse more private memory than this from now on.
+    """Limit the private memory that this process allocates from now on.
 
-    The parent looks ten times a second, but a process can touch a gigabyte in 0.1 s.
+    The parent checks ten times per second, but a process can allocate a gigabyte in 0.1 s.
     """
     with open("/proc/self/statm") as file:
         allocated_bytes = int(file.read().split()[5]) * mmap.PAGESIZE  # what RLIMIT_DATA counts

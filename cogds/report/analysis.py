@@ -371,8 +371,8 @@ def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
     examples: dict[str, tuple[str, ...]] = {}
     listed = clips.table.select(["path", "reason"]).filter(pa.array(unusable))
     if len(listed):
-        reasons = pc.fill_null(listed.column("reason"), "no reason given")
-        phrases = pc.list_element(pc.split_pattern(reasons, ":", max_splits=1), 0).combine_chunks().dictionary_encode()
+        texts = pc.fill_null(listed.column("reason"), "no reason given")
+        phrases = pc.list_element(pc.split_pattern(texts, ":", max_splits=1), 0).combine_chunks().dictionary_encode()
         indices, names = phrases.indices.to_numpy(), phrases.dictionary.to_pylist()
         total = np.bincount(indices, minlength=len(names))
         for number in np.argsort(-total, kind="stable")[:MAX_REASONS].tolist():
@@ -384,9 +384,9 @@ def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
     if len(short):
         paths = clips.table.column("path").take(pa.array(short[:NUM_EXAMPLES])).to_pylist()
         counts["too short"], examples["too short"] = len(short), tuple(paths)
-    reasons_found = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
-    reasons_found.sort(key=lambda reason: (-reason.num_clips, reason.phrase))
-    return tuple(reasons_found), int(unusable.sum()) + len(short) - sum(counts.values())
+    reasons = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
+    reasons.sort(key=lambda reason: (-reason.num_clips, reason.phrase))
+    return tuple(reasons), int(unusable.sum()) + len(short) - sum(counts.values())
 
 
 def _suggestion(sizes: ClipSizes, setup: TrainingSetup) -> Suggestion | None:

@@ -90,8 +90,8 @@ def short_report(report: Report) -> str:
     """A few lines for the start of training."""
     lines = [
         f"{report.num_clips:,} of {counted(report.num_rows, 'clip')} in {len(report.used_buckets)} of "
-        f"{counted(len(report.buckets), 'bucket')}, {counted(report.steps_per_epoch, 'step')} per epoch; "
-        f"{percent(report.crop_share)} of the picture is cropped away on average",
+        f"{counted(len(report.buckets), 'bucket')}; {percent(report.crop_share)} of the picture is cropped away on "
+        "average",
         *held_out_lines(report),
     ]
     if report.num_unusable:

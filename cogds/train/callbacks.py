@@ -37,8 +37,8 @@ class Callback(Protocol):
 
 
 @dataclass(frozen=True)
-class CallbackContext:
-    """What evaluation and sampling during training work with.
+class TrainContext:
+    """What the steps and callbacks of a run work with.
 
     watch: called with a description of each forward pass (`Watchdog.watch`). is_stopping: whether this rank was asked
     to stop, which ends a callback without a result.

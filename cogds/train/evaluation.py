@@ -15,7 +15,7 @@ import copy
 import logging
 import math
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -29,18 +29,19 @@ from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_fr
 from cogds.core.permutation import keyed_hash
 from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.dataset import Item, collate, read_encoded
-from cogds.data.loading.index import ClipIndex, IndexedClip
+from cogds.data.loading.index import IndexedClip
 from cogds.distributed.collectives import all_gather, any_rank
 from cogds.distributed.world import World
 from cogds.encode.encoding_plan import EncodedData
 from cogds.errors import UserError, brief
-from cogds.formatting import counted
+from cogds.formatting import counted, percent
 from cogds.job import Job
 from cogds.model.evaluation_mode import call_module, evaluation_mode
-from cogds.train.callbacks import CallbackContext
+from cogds.train.callbacks import TrainContext
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder
+from cogds.train.summary import labeled
 
 logger = logging.getLogger(__name__)
 
@@ -194,10 +195,10 @@ class Evaluation:
         return self.builder.build(collate(items).tensors, shape, draws)
 
     def __str__(self) -> str:
-        num_trained = len(self.clips) - self.num_held_out
-        parts = [f"{counted(self.num_held_out, 'held-out clip')} (eval/loss)"] if self.num_held_out else []
-        parts += [f"{counted(num_trained, 'trained clip')} (eval/train_loss)"] if num_trained else []
-        return f"{' and '.join(parts)} at {counted(len(self.timesteps), 'timestep')}"
+        counts = {"held-out": self.num_held_out, "trained": len(self.clips) - self.num_held_out}
+        kinds = " and ".join(f"{num} {kind}" for kind, num in counts.items() if num)
+        noun = "clip" if len(self.clips) == 1 else "clips"
+        return f"{kinds} {noun} at {counted(len(self.timesteps), 'timestep')}"
 
 
 def make_evaluation(job: Job, data: EncodedData, builder: StepBuilder, batch_sizes: Sequence[int]) -> Evaluation | None:
@@ -206,7 +207,10 @@ def make_evaluation(job: Job, data: EncodedData, builder: StepBuilder, batch_siz
     builder: that of training, which is not changed. batch_sizes: largest batch of each bucket.
     """
     cfg, model = job.cfg, job.model
-    held_out, trained = ([] if index is None else list(_clips(index)) for index in (data.held_out, data.trained))
+    held_out, trained = (
+        [index[row] for row in range(len(index))] if index is not None else []
+        for index in (data.held_out, data.trained)
+    )
     clips = held_out + trained
     if not clips:
         return None
@@ -243,14 +247,10 @@ def _zero_inputs(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tup
     return transformer_inputs(latents, image, text, timesteps, builder.rotary(shape), geometry), latents
 
 
-def _clips(index: ClipIndex) -> Iterator[IndexedClip]:
-    return (index[row] for row in range(len(index)))
-
-
 # ------------------------------------------------------------------------------------------------------ during training
 
 
-def make_evaluation_callback(context: CallbackContext) -> "EvaluationCallback | None":
+def make_evaluation_callback(context: TrainContext) -> "EvaluationCallback | None":
     """Return the evaluation of a run, or None if eval.every is null or no clip can be evaluated.
 
     Rank 0 logs what is evaluated and what it costs.
@@ -276,7 +276,7 @@ def make_evaluation_callback(context: CallbackContext) -> "EvaluationCallback | 
 class EvaluationCallback:
     """Records the evaluation losses during training (`callbacks.Callback`)."""
 
-    context: CallbackContext
+    context: TrainContext
     evaluation: Evaluation
     every: int
     name: str = "evaluating"
@@ -333,12 +333,9 @@ def describe_cost(run: Run, evaluation: Evaluation, every: int) -> tuple[str, st
     num_left = run.cfg.train.num_steps - run.first_step
     num_steps = max(1, min(every, num_left))
     share = share_of_training(run, evaluation, num_steps)
-    line = (
-        f"evaluation: {evaluation}, every {counted(every, 'step')}, about {100 * share:.1f}% of the "
-        "training time (calculated)"
-    )
+    line = labeled("evaluation", f"{evaluation} every {counted(every, 'step')}, {percent(share)} of the training time")
     if not evaluation.num_held_out:
-        line += ". Set eval.held_out or eval.path to see overfitting."
+        line += "; none held out"
     if share <= MAX_SHARE or run.cfg.train.num_steps < TRIAL_STEPS:
         return line, ""
     needed, fewer = math.ceil(num_steps * share / MAX_SHARE), int(run.cfg.eval.num_clips * MAX_SHARE / share)

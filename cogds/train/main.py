@@ -10,7 +10,8 @@ from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.run_lock import hold_run_lock
 from cogds.distributed.world import read_world
 from cogds.errors import Interrupted, refuse_to_run
-from cogds.job import load_job, make_folders
+from cogds.files import make_folders
+from cogds.job import load_job
 from cogds.process.environment import make_cublas_deterministic
 from cogds.process.signals import StopRequest, find_launchers
 from cogds.train.trainer import Trainer

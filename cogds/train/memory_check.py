@@ -1,11 +1,11 @@
 """The memory check: trains the largest bucket once before the first step.
 
-A run that does not fit then fails in its first minute, not when it first reaches that bucket. All ranks run
-one forward and backward pass on random numbers that leaves no trace: it calls the engine's module, not the engine, and
-returns the gradients (`torch.autograd.grad`) instead of accumulating them. So none of DeepSpeed's parameter hooks runs,
-nothing is reduced and no micro-step is counted. At stage 3 DeepSpeed also hooks each block for the gradients of its
-parameters; that hook is removed during the check. The check leaves one trace at stage 3: DeepSpeed records the order of
-the blocks in its first pass. That order is the same in every pass.
+A run that does not fit then fails in its first minute, not when it first reaches that bucket. All ranks run one forward
+and backward pass on random numbers that leaves no trace: it calls the engine's module, not the engine, and returns the
+gradients (`torch.autograd.grad`) instead of accumulating them. So none of DeepSpeed's parameter hooks runs, nothing is
+reduced and no micro-step is counted. At stage 3 DeepSpeed also hooks each block for the gradients of its parameters;
+that hook is removed during the check. The check leaves one trace at stage 3: DeepSpeed records the order of the blocks
+in its first pass. That order is the same in every pass.
 """
 
 import time
@@ -59,10 +59,8 @@ class MemoryCheck:
 
     def scalars(self) -> dict[str, float]:
         """Return tags and values for `Monitor.add_scalars`."""
-        predicted = {"memory/predicted_gb": self.predicted_bytes / 1e9}
-        return (
-            predicted if self.measured_bytes is None else predicted | {"memory/measured_gb": self.measured_bytes / 1e9}
-        )
+        sizes = {"memory/predicted_gb": self.predicted_bytes, "memory/measured_gb": self.measured_bytes}
+        return {tag: size / 1e9 for tag, size in sizes.items() if size is not None}
 
 
 def check_memory(run: Run, engine: Any, builder: StepBuilder) -> MemoryCheck | None:
@@ -128,17 +126,17 @@ def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), without_zero3_backward_hooks(engine.module, stage):
         # Reserve what DeepSpeed allocates in the first steps and keeps, so the peak is that of any later step.
-        later = torch.empty(_missing_bytes(estimate, engine, stage), dtype=torch.uint8, device=device)
+        reserved = torch.empty(_missing_bytes(estimate, engine, stage), dtype=torch.uint8, device=device)
         # At stage 3 DeepSpeed records the first pass and prefetches weights from the second on.
         for _ in range(2 if stage == 3 else 1):
             _pass(engine, builder, batch, shape, size)
-        del later
+        del reserved
 
 
 def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], shape: ClipShape, size: int) -> None:
-    """Forward and backward; the gradients are discarded."""
-    kept = torch.zeros(size, dtype=torch.bool)
-    draws = Draws(torch.full((size,), len(builder.alphas_cumprod) // 2), kept, kept, 0, 0, range(size))
+    """Run forward and backward. The gradients are discarded."""
+    no_dropout = torch.zeros(size, dtype=torch.bool)
+    draws = Draws(torch.full((size,), len(builder.alphas_cumprod) // 2), no_dropout, no_dropout, 0, 0, range(size))
     inputs, target = builder.build(batch, shape, draws)
     output = call_module(engine, builder.device, inputs)[0]
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]

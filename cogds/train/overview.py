@@ -5,6 +5,7 @@ No random numbers are drawn for it, so it does not change the run. An image that
 
 import json
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -76,16 +77,13 @@ def draw_bucket_shares(run: Run) -> np.ndarray:
     num_trained = run.data.mixture.virtual_sizes
     tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
     costs = [step_flops(num, run.model.num_layers, run.model.hidden_size).model_flops for num in tokens]
-
-    def shares(values: list[float]) -> list[float]:
-        return [value / (sum(values) or 1.0) for value in values]
-
-    series = [
-        ("clips", shares([float(num) for num in num_clips])),
-        ("tokens", shares([float(num * size) for num, size in zip(num_trained, tokens)])),
-        ("cost", shares([num * cost for num, cost in zip(num_trained, costs)])),
-    ]
-    return share_chart("Shares of an epoch", [str(shape) for shape in run.buckets], series)
+    series: dict[str, Sequence[float]] = {
+        "clips": num_clips,
+        "tokens": [num * size for num, size in zip(num_trained, tokens)],
+        "cost": [num * cost for num, cost in zip(num_trained, costs)],
+    }
+    shares = [(name, [value / (sum(values) or 1) for value in values]) for name, values in series.items()]
+    return share_chart("Shares of an epoch", [str(shape) for shape in run.buckets], shares)
 
 
 class FirstBatchLogger:

@@ -65,8 +65,9 @@ def find_initial_state(job: Job) -> InitialState:
     Raises UserError for a damaged checkpoint or a LoRA that does not fit.
     """
     cfg, world = job.cfg, job.world
-    found = rank0_only(world, lambda: checkpoints.find(Path(cfg.output_dir) / "checkpoints", cfg.checkpoint.resume))
-    checkpoint, header, state = found or (None, {}, TrainState({}))
+    folder = Path(cfg.output_dir) / "checkpoints"
+    loaded = rank0_only(world, lambda: checkpoints.find(folder, cfg.checkpoint.resume))
+    checkpoint, header, state = loaded or (None, {}, TrainState({}))
     checkpoint, header = broadcast(world, 0, (checkpoint, header))
     if checkpoint:
         return InitialState(checkpoint, header, state)

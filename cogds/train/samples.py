@@ -35,6 +35,7 @@ from cogds.files import whole_file, whole_folder
 from cogds.formatting import counted
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import (
+    Denoising,
     apply_convention,
     build_pipeline,
     count_transformer_calls,
@@ -42,10 +43,11 @@ from cogds.model.pipelines import (
     sample_latents,
 )
 from cogds.process.logs import log_failure
-from cogds.train.callbacks import CallbackContext
+from cogds.train.callbacks import TrainContext
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
+from cogds.train.summary import labeled
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.lockstep import LockstepTransformer, Stopped
 from cogds.videos.sample_spec import SampleSpec, load_first_frame
@@ -57,7 +59,7 @@ STRIP_FRAMES, STRIP_WIDTH = 8, 200  # frames in a strip, pixels of each frame
 PLAYED_WIDTH = 320  # pixels of a video that plays in TensorBoard
 
 
-def make_sample_callback(context: CallbackContext) -> "SampleCallback | None":
+def make_sample_callback(context: TrainContext) -> "SampleCallback | None":
     """Return the callback that makes the videos of a run, or None if there are none to make. Collective."""
     run = context.run
     if run.cfg.sample.every is None:
@@ -77,7 +79,7 @@ class SampleCallback:
     at_start = True
     on_stop = False
 
-    def __init__(self, context: CallbackContext, specs: Mapping[str, SampleSpec], every: int):
+    def __init__(self, context: TrainContext, specs: Mapping[str, SampleSpec], every: int):
         """specs: by file stem, the same on all ranks."""
         self.every = every
         self._run, self._engine, self._builder = context.run, context.engine, context.builder
@@ -96,8 +98,11 @@ class SampleCallback:
         num_rounds = -(-len(self._specs) // run.world.data_size)
         shapes = ", ".join(dict.fromkeys(str(spec.shape) for spec in self._specs.values()))
         logger.info(
-            f"samples: {counted(len(self._specs), 'video')} ({shapes}) every {counted(self.every, 'step')}, "
-            f"{num_rounds * self._num_calls} forward passes per rank, in {self._folder}"
+            labeled(
+                "samples",
+                f"{counted(len(self._specs), 'video')} ({shapes}) every {counted(self.every, 'step')}, "
+                f"{num_rounds * self._num_calls} forward passes per rank, in {self._folder}",
+            )
         )
         for warning in dict.fromkeys(filter(None, map(self._size_warning, self._specs.values()))):
             logger.warning(warning)
@@ -200,10 +205,8 @@ class SampleCallback:
         if spec is not None:
             self._pipeline.transformer = transformer
             try:
-                latents = sample_latents(
-                    self._pipeline, spec.pixels, spec.states, run.data.empty_caption_states, spec.shape,
-                    sample.num_steps, sample.guidance, spec.seed,
-                )  # fmt: skip
+                denoising = Denoising(sample.num_steps, sample.guidance, run.data.empty_caption_states)
+                latents = sample_latents(self._pipeline, spec.pixels, spec.states, spec.shape, spec.seed, denoising)
             except Stopped:
                 raise
             except Exception as error:

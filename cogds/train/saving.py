@@ -31,10 +31,6 @@ class CheckpointCallback:
         self._saver = checkpoints.Saver()
         self._output_dir = Path(run.cfg.output_dir)
 
-    def check_space(self) -> None:
-        """Raise UserError if the disk has no room for one save. Collective."""
-        on_rank0(self._run.world, lambda: check_space(self._output_dir, self._engine))
-
     def run(self, step: int) -> None:
         """Start saving the state after `step` optimizer steps. Collective.
 
@@ -42,7 +38,7 @@ class CheckpointCallback:
         """
         began = time.perf_counter()
         self.finish(step)
-        self.check_space()
+        on_rank0(self._run.world, lambda: check_space(self._output_dir, self._engine))
         state = gather_state(self._engine, self._run.world)
         # Read now, because sampling the base model may disable the LoRA while the thread writes.
         dtypes = {name: parameter.dtype for name, parameter in trainable(self._engine).items()}

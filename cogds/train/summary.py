@@ -23,6 +23,11 @@ EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # per parameter in the LoRA's file
 LABEL_WIDTH = 11
 
 
+def labeled(label: str, text: str) -> str:
+    """Return a line of the summary, or one that a part of the run logs after it."""
+    return f"{label:{LABEL_WIDTH}}{text}"
+
+
 def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]:
     """Return the lines of the summary: a label and the facts, aligned in columns."""
     cfg, plan, output = run.cfg, run.plan, Path(run.cfg.output_dir)
@@ -43,7 +48,7 @@ def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]
         (
             "schedule",
             [
-                f"{counted(cfg.train.num_steps, 'step')} total, {plan.steps_per_epoch:.1f} steps per epoch, "
+                f"{counted(cfg.train.num_steps, 'step')} total, {counted(plan.steps_per_epoch, 'step')} per epoch, "
                 f"gradient accumulation {plan.accumulation}"
             ],
         ),
@@ -55,7 +60,7 @@ def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]
     ]
     lines = []
     for label, texts in sections:
-        lines += [f"{label if not number else '':{LABEL_WIDTH}}{text}" for number, text in enumerate(texts)]
+        lines += [labeled("" if number else label, text) for number, text in enumerate(texts)]
     return lines
 
 

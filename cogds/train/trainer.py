@@ -44,7 +44,7 @@ from cogds.report.main import clip_table, run_report
 from cogds.report.text import short_report
 from cogds.train.bad_samples import BadSamples
 from cogds.train.batches import Prefetcher, load_batches, make_micro_steps
-from cogds.train.callbacks import TAG, Callback, CallbackContext, due_after, due_at_start, run_callbacks
+from cogds.train.callbacks import TAG, Callback, TrainContext, due_after, due_at_start, run_callbacks
 from cogds.train.evaluation import make_evaluation_callback
 from cogds.train.memory_check import check_memory
 from cogds.train.overview import FirstBatchLogger, log_overview
@@ -113,9 +113,7 @@ class Trainer:
             on_rank0(world, lambda: check_identity(initial, identity))
         if self.dry_run:
             initial = dataclasses.replace(initial, checkpoint=None, header={})
-        data = encode_dataset(
-            cfg, job.model, job.buckets, world, max_unusable=cfg.data.max_unusable, on_selected=self.report
-        )
+        data = encode_dataset(job, max_unusable=cfg.data.max_unusable, on_selected=self.report)
         if initial.checkpoint:
             data = on_rank0(world, lambda: resume_data(data, initial.header, cfg))
         plan = job.plan(data.mixture)
@@ -196,7 +194,7 @@ class Trainer:
             monitor.add_scalars(run.first_step, result.scalars())
             logger.info("%s", result)
 
-        context = CallbackContext(
+        context = TrainContext(
             run, engine, builder, monitor, watchdog.watch, is_stopping=lambda: bool(self.stop.requested)
         )
         saving = CheckpointCallback(run, engine, monitor, header)
@@ -211,7 +209,7 @@ class Trainer:
         meter, num_bad_steps = StepMeter(run, engine), 0
         for step in range(run.first_step, cfg.train.num_steps):
             watchdog.watch(functools.partial(run.describe, step))
-            bad_clips = train_step(run, engine, batches, step, monitor, bad_samples, meter)
+            bad_clips = train_step(context, batches, step, bad_samples, meter)
             num_bad_steps = num_bad_steps + 1 if bad_clips else 0
             is_stopped, is_written = any_rank(world, bool(self.stop.requested), saving.is_written)
             is_last = step + 1 == cfg.train.num_steps
@@ -240,10 +238,10 @@ class Trainer:
     def make_monitor(self, run: Run, engine: Any) -> Monitor:
         """Return the writer of metrics, with the trackers that the DeepSpeed config enables."""
         cfg, monitor = run.cfg, detach_monitor(engine)
+        steps = range(run.first_step, cfg.train.num_steps)
         return Monitor(
-            run.world, self.output_dir, run.buckets, run.first_step, cfg.train.num_steps, cfg.metrics.every,
-            cfg.metrics.progress_bar, Trackers(monitor) if monitor else None,
-        )  # fmt: skip
+            run.world, self.output_dir, run.buckets, steps, cfg.metrics, Trackers(monitor) if monitor else None
+        )
 
     def log_results(self, run: Run) -> None:
         """Log the path of the LoRA, how to watch the run, and how to make a video."""
@@ -263,12 +261,13 @@ def tags_written_again(run: Run) -> tuple[str, ...]:
 
 
 def train_step(
-    run: Run, engine: Any, batches: Prefetcher, step: int, monitor: Monitor, bad_samples: BadSamples, meter: StepMeter
+    context: TrainContext, batches: Prefetcher, step: int, bad_samples: BadSamples, meter: StepMeter
 ) -> list[str]:
     """Run one optimizer step: `accumulation` micro-steps of forward and backward, then the update. Collective.
 
     If a loss or gradient is not finite on any rank, no weight changes, and descriptions of the clips are returned.
     """
+    run, engine = context.run, context.engine
     cfg, plan, world = run.cfg, run.plan, run.world
     micro_batches, losses = plan.at(step), StepLosses(len(run.buckets), world.device)
     trained: list[tuple[MicroBatch, torch.Tensor]] = []
@@ -309,7 +308,7 @@ def train_step(
         "train/epoch": plan.epoch_of(step),
         **measured,
     }
-    monitor.add_step(step + 1, scalars, losses, rank_values, norms)
+    context.monitor.add_step(step + 1, scalars, losses, rank_values, norms)
     return _describe_bad_step(run, step, trained) if is_skipped else []
 
 

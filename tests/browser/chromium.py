@@ -1,8 +1,9 @@
-"""A headless Chromium that is told what to do through a pipe (its DevTools protocol): open, look inside, photograph.
+"""A headless Chromium, controlled through a pipe with the DevTools protocol.
 
 with Chromium(folder) as browser:
     browser.open("http://127.0.0.1:6006/#scalars")
-    browser.wait_for("train/loss"); browser.screenshot(folder / "scalars.png")
+    browser.wait_for("train/loss")
+    browser.screenshot(folder / "scalars.png")
 """
 
 import base64
@@ -15,18 +16,18 @@ import time
 
 BROWSER = shutil.which("chromium") or shutil.which("chromium-browser")
 WAIT_S = 60
-# Of a page and of all shadow roots in it: its elements, and its text as it is seen.
+# The elements and the visible text of a page, including its shadow roots.
 DEEP = """
-const deep = (root, out = []) => { for (const one of root.querySelectorAll("*")) {
-    out.push(one); if (one.shadowRoot) deep(one.shadowRoot, out); } return out; };
-const texts = () => deep(document).filter(one => !["SCRIPT", "STYLE"].includes(one.tagName)).flatMap(
-    one => [...one.childNodes].filter(node => node.nodeType == 3).map(node => node.data.trim())).filter(Boolean)
+const deep = (root, out = []) => { for (const element of root.querySelectorAll("*")) {
+    out.push(element); if (element.shadowRoot) deep(element.shadowRoot, out); } return out; };
+const texts = () => deep(document).filter(element => !["SCRIPT", "STYLE"].includes(element.tagName)).flatMap(
+    element => [...element.childNodes].filter(node => node.nodeType == 3).map(node => node.data.trim())).filter(Boolean)
     .join("\\n");
 """
 
 
 class Chromium:
-    """One page in a browser of its own; ended with the `with`."""
+    """A browser with one page. It ends with the `with` block."""
 
     def __init__(self, folder, size=(1400, 1100)):
         to_read, self._to = os.pipe()
@@ -38,12 +39,14 @@ class Chromium:
             "--remote-debugging-pipe",
         ]  # fmt: skip
 
-        def arrange():  # the browser reads from descriptor 3 and writes to 4
+        def move_descriptors():  # the browser reads from descriptor 3 and writes to 4
             for source, target in ((to_read, 103), (to_write, 104), (103, 3), (104, 4)):
                 os.dup2(source, target)
 
         with (folder / "chromium.log").open("wb") as log:
-            self._process = subprocess.Popen(command, preexec_fn=arrange, pass_fds=(3, 4), stderr=log, stdout=log)
+            self._process = subprocess.Popen(
+                command, preexec_fn=move_descriptors, pass_fds=(3, 4), stderr=log, stdout=log
+            )
         os.close(to_read)
         os.close(to_write)
         self._number, self._buffer, self._session = 0, b"", {}
@@ -61,35 +64,31 @@ class Chromium:
         os.close(self._from)
 
     def open(self, address):
-        """Load a page anew, also where only what is behind its # has changed."""
+        """Load a page, also if only the part after # has changed."""
         self._call("Page.navigate", url="about:blank")
         self._call("Page.navigate", url=address)
 
     def run(self, script):
-        """The value of a JavaScript expression; `deep(root)` and `texts()` are there for it."""
+        """Return the value of a JavaScript expression, which may use `deep(root)` and `texts()`."""
         expression = f"(async () => {{ {DEEP} return await ({script}); }})()"
-        found = self._call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
-        assert "exceptionDetails" not in found, found
-        return found["result"].get("value")
+        answer = self._call("Runtime.evaluate", expression=expression, awaitPromise=True, returnByValue=True)
+        assert "exceptionDetails" not in answer, answer
+        return answer["result"].get("value")
 
     def wait_for(self, *texts):
-        """Until the page shows all of these; the whole of its text."""
+        """Wait until the page shows all of these. Returns its whole text."""
+        return self.until("texts()", lambda shown: all(text in shown for text in texts))
 
-        def missing(shown):
-            return [text for text in texts if text not in shown]
-
-        return self.until("texts()", lambda shown: not missing(shown), missing)
-
-    def until(self, script, holds, say=lambda value: value):
-        """Evaluate until it holds; the value."""
+    def until(self, script, condition):
+        """Evaluate the script until the condition is true of its value. Returns the value."""
         end = time.monotonic() + WAIT_S
-        while not holds(value := self.run(script)):
-            assert time.monotonic() < end, say(value)
+        while not condition(value := self.run(script)):
+            assert time.monotonic() < end, value
             time.sleep(0.3)
         return value
 
     def screenshot(self, path):
-        """What is seen now, as a PNG."""
+        """Write what the page shows as a PNG."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(base64.b64decode(self._call("Page.captureScreenshot", format="png")["data"]))
 

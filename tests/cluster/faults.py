@@ -29,8 +29,7 @@ RUN_PROCESSES = r"launch/train[.]py|deepspeed[.]launcher|hostfile[.]sh|cogds[.]p
 STOP_IN_SAVE = """
 import glob, os, signal, sys, time
 pid, folder, delay_s = int(sys.argv[1]), sys.argv[2], float(sys.argv[3]) / 1000
-for part in ("lora", "checkpoints"):
-    os.chdir(folder)
+os.chdir(folder)
 saving = lambda: glob.glob("lora/step-*.tmp") + glob.glob("checkpoints/step-*.tmp")
 while True:
     if saving():

@@ -16,7 +16,7 @@ from cogds.errors import UserError
 
 
 def test_posterior_sample_equals_diffusers():
-    moments = torch.randn(2, 8, 3, 4, 4) * 20  # log-variances beyond the clamp included
+    moments = torch.randn(2, 8, 3, 4, 4) * 20  # some log-variances are clamped
     theirs = DiagonalGaussianDistribution(moments).sample(torch.Generator().manual_seed(1))
     ours = sample_moments(moments, torch.Generator().manual_seed(1))
     assert torch.equal(ours, theirs.transpose(1, 2))
@@ -71,5 +71,7 @@ def test_image_noise_keeps_the_dtype():
 
 
 def test_drop_replaces_whole_samples():
-    condition, nothing = torch.ones(3, 2, 2), torch.full((2, 2), 7.0)
-    assert drop(condition, nothing, torch.tensor([False, True, False]))[:, 0, 0].tolist() == [1.0, 7.0, 1.0]
+    condition, unconditional = torch.ones(3, 2, 2), torch.full((2, 2), 7.0)
+    dropped = drop(condition, unconditional, torch.tensor([False, True, False]))
+    assert dropped[:, 0, 0].tolist() == [1.0, 7.0, 1.0]
+    assert torch.equal(dropped[1], unconditional)

@@ -36,12 +36,12 @@ def test_x0_is_recovered_from_the_noisy_clip_and_v(scheduler):
     torch.manual_seed(0)
     latents, noise = torch.randn(2, 4, 3, 2, 4, 4)
     timesteps, abar = torch.tensor([0, 3, 500, 999]), scheduler.alphas_cumprod
-    noisy, velocity = (one(latents, noise, timesteps, abar) for one in (add_noise, v_target))
+    noisy, velocity = (function(latents, noise, timesteps, abar) for function in (add_noise, v_target))
     torch.testing.assert_close(x0_from_v(noisy, velocity, timesteps, abar), latents, atol=1e-5, rtol=0)
 
 
 def test_the_weighted_x0_loss_equals_the_loss_on_v(scheduler):
-    """w = 1 / (1 - abar) on x_0 recovered from the prediction, as CogVideo's trainers write it."""
+    """CogVideo's trainers weight the loss on x_0 recovered from the prediction by 1 / (1 - abar)."""
     torch.manual_seed(0)
     latents, noise, prediction = torch.randn(3, 4, 3, 2, 4, 4, dtype=torch.float64)
     timesteps = torch.tensor([50, 300, 700, 950])
@@ -53,7 +53,7 @@ def test_the_weighted_x0_loss_equals_the_loss_on_v(scheduler):
 
 
 def test_a_perfect_bf16_output_has_almost_no_loss_near_t_zero(scheduler):
-    """In bf16 sigma is 0 at the first steps and a perfect output scores 0.018 at t = 3; here rounding alone is left."""
+    """Only rounding is left. In bf16, sigma would be 0 at these steps, and the loss 0.018 at t = 3."""
     torch.manual_seed(0)
     latents, noise = torch.randn(2, 1, 6, 8, 32, 32)
     for timestep in (0, 1, 3):
@@ -73,7 +73,7 @@ def test_loss_is_per_sample_and_in_float32():
 def test_every_slot_draws_from_its_own_slice(num_slots):
     for step in range(20):
         drawn = stratified_timesteps(range(num_slots), num_slots, 1000, seed=1, step=step)
-        # Where num_slots does not divide 1000, a slice's edge falls inside a timestep: hence int(low).
+        # If num_slots does not divide 1000, the edge of a slice lies inside a timestep, hence int(low).
         edges = [slot * 1000 / num_slots for slot in range(num_slots + 1)]
         for low, high, t in zip(edges, edges[1:], sorted(drawn.tolist())):
             assert int(low) <= t < high
@@ -81,7 +81,7 @@ def test_every_slot_draws_from_its_own_slice(num_slots):
 
 def test_slices_are_shuffled_over_slots_and_cover_the_schedule_evenly():
     drawn = torch.stack([stratified_timesteps(range(4), 4, 1000, seed=0, step=step) for step in range(4000)])
-    for slot in range(4):  # a rank that kept to its slice would see a quarter of the schedule
+    for slot in range(4):  # without shuffling, a slot would draw from only a quarter of the schedule
         counts = torch.bincount(timestep_quarter(drawn[:, slot], 1000), minlength=4)
         assert (counts - 1000).abs().max() < 130
     hundredths = torch.bincount(drawn.flatten() // 10, minlength=100)
@@ -93,16 +93,15 @@ def test_a_slot_draws_the_same_on_every_rank():
     assert torch.equal(stratified_timesteps([4, 5], 6, 1000, seed=5, step=9), whole[4:])
 
 
-def test_every_part_of_the_key_matters():
-    places = [(seed, step) for seed in (0, 1) for step in (0, 1)]
-    drawn = {tuple(stratified_timesteps(range(4), 4, 1000, *place).tolist()) for place in places}
-    assert len(drawn) == len(places)
-    # Nor do seeds differ by the slices' order alone: of one slot there is only one.
-    assert len({stratified_timesteps([0], 1, 10**6, *place).item() for place in places}) == len(places)
+def test_timesteps_depend_on_seed_and_step():
+    keys = [(seed, step) for seed in (0, 1) for step in (0, 1)]
+    assert len({tuple(stratified_timesteps(range(4), 4, 1000, *key).tolist()) for key in keys}) == len(keys)
+    # Not only the order of the slices differs, because a single slot has no order.
+    assert len({stratified_timesteps([0], 1, 10**6, *key).item() for key in keys}) == len(keys)
 
 
 def test_timesteps_do_not_change_between_versions():
-    # A run resumed with another version of this code must draw the same: change these and you break resume.
+    # If these values change, a run cannot be resumed with a new version of cogds.
     assert stratified_timesteps(range(6), 6, 1000, seed=5, step=9).tolist() == [260, 994, 587, 736, 495, 115]
     assert stratified_timesteps([70, 71, 511], 512, 1000, seed=0, step=10**6).tolist() == [653, 467, 886]
 

@@ -11,7 +11,7 @@ REAL = step_flops(45_104, 42, 3072, 132_120_576)
 
 
 def test_operations_of_the_published_model():
-    """Counts published for the model's geometry: 42 layers of 3072."""
+    """Published counts for 42 layers of width 3072."""
     assert forward_flops(45_104, 42, 3072) == pytest.approx(1479e12, rel=1e-3)
     assert forward_flops(15_074, 42, 3072) == pytest.approx(261e12, rel=4e-3)
     assert forward_flops(9_674, 42, 3072) == pytest.approx(140e12, rel=4e-3)
@@ -38,17 +38,17 @@ def test_recomputation_counts_only_as_hardware_flops():
 
 
 def test_operations_of_a_block_counted_by_torch():
-    """Forward and backward matrix products of a frozen block with a LoRA."""
+    """Forward and backward pass of a frozen block with a LoRA."""
     width, rank, num_text, num_video = 1024, 32, 96, 4000
     with torch.device("meta"):
         block = CogVideoXBlock(width, width // 64, 64, time_embed_dim=64).requires_grad_(False)
         inject_adapter_in_model(LoraConfig(r=rank, target_modules=["to_q", "to_k", "to_v", "to_out.0"]), block)
-        numbers = sum(parameter.numel() for parameter in block.parameters() if parameter.requires_grad)
+        num_lora = sum(parameter.numel() for parameter in block.parameters() if parameter.requires_grad)
         video, text = (torch.zeros(1, num, width, requires_grad=True) for num in (num_video, num_text))
         with FlopCounterMode(display=False) as forward:
             outs = block(video, text, torch.zeros(1, 64))
         with FlopCounterMode(display=False) as backward:
             torch.autograd.backward([out.sum() for out in outs])
-    flops = step_flops(num_video + num_text, 1, width, numbers)
+    flops = step_flops(num_video + num_text, 1, width, num_lora)
     assert forward.get_total_flops() == pytest.approx(flops.forward + flops.lora, rel=1e-3)
     assert backward.get_total_flops() == pytest.approx(flops.backward + 2 * flops.lora, rel=1e-3)

@@ -13,7 +13,7 @@ from cogds.core.geometry import (
 )
 from cogds.errors import UserError
 
-# CogVideoX1.5-5B-I2V and CogVideoX-5b-I2V (1.0), as their config.json files say.
+# CogVideoX1.5-5B-I2V and CogVideoX-5b-I2V (1.0), from their config.json files.
 V15 = ModelGeometry.from_configs(
     {"patch_size": 2, "patch_size_t": 2, "sample_height": 300, "sample_width": 300, "sample_frames": 81,
      "max_text_seq_length": 226, "attention_head_dim": 64, "use_rotary_positional_embeddings": True,

@@ -24,7 +24,7 @@ def test_cosine_is_at_half_in_the_middle():
 
 
 @pytest.mark.parametrize("schedule", ["linear", "cosine"])
-def test_the_end_is_the_final_ratio(schedule):
+def test_the_last_step_has_the_final_ratio(schedule):
     assert rates(schedule, warmup_steps=2, final_lr_ratio=0.1)[-1] == pytest.approx(0.1)
 
 

@@ -1,4 +1,4 @@
-"""The memory model against the real classes: the bytes of all tensors alive while they run."""
+"""The memory model, compared with the bytes of all tensors that are alive while the real classes run."""
 
 import dataclasses
 import math
@@ -27,11 +27,11 @@ from cogds.model.transformer.sequence_parallel import SequenceGroup
 from tests.live_bytes import LiveBytes
 from tests.published_model import ATTENTION, FULL, LORA, TRANSFORMER, V15, published_memory
 
-FULL_UNIT = 45_106 * 3072 * 2  # bytes of its hidden states in bf16
+FULL_UNIT = 45_106 * 3072 * 2  # bytes of the hidden states of a clip of shape FULL in bf16
 
 
 class OffloadedTensor(checkpointing_module._OffloadedTensor):
-    """A block's input on the "host", which is the same device here: counted only while it is back on the "GPU"."""
+    """A block's input on the "host", which is the same device here. It counts only while it is back on the "GPU"."""
 
     live: LiveBytes
 
@@ -50,7 +50,7 @@ class OffloadedTensor(checkpointing_module._OffloadedTensor):
 
 
 def flash_attention(query, key, value, kernel):  # noqa: ARG001
-    """FlashAttention's operator. Without a GPU, torch still knows the shapes that it returns and saves."""
+    """FlashAttention's operator. Even without a GPU, torch knows the shapes that it returns and saves."""
     operation = torch.ops.aten._scaled_dot_product_flash_attention.default
     assert operation in checkpointing_module._ATTENTION
     return operation(*(tensor.transpose(1, 2) for tensor in (query, key, value)))[0].transpose(1, 2)
@@ -91,7 +91,7 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
         transformer.train()
         transformer.set_checkpointing(checkpointing)
         if model.sequence_size > 1:
-            transformer.share_sequence(SequenceGroup("a group that sends nothing", model.sequence_size, 0))
+            transformer.share_sequence(SequenceGroup("a group without communication", model.sequence_size, 0))
         num_video_tokens = math.prod(token_grid(shape, V15))
         inputs = {
             "hidden_states": torch.zeros(1, frames, 32, height, width, dtype=dtype),
@@ -111,7 +111,7 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
 
 
 def four_blocks(layers=ATTENTION, **changes):
-    """Four blocks of the published model. All but the first, which has nothing trained before it, need the same."""
+    """Memory model of four blocks of the published model, with a LoRA on these layers."""
     lora = LoraSize(0, 128, frozenset(layers))
     return published_memory(transformer=dataclasses.replace(TRANSFORMER, num_layers=4), lora=lora, **changes)
 
@@ -131,7 +131,7 @@ def test_activations_at_the_published_size(monkeypatch, layers, mode):
     kept, peak = train_once(monkeypatch, model, FULL, mode, "meta")
     estimate = model.estimate(FULL, 1, mode)
     assert estimate.activations_bytes == pytest.approx(peak, rel=0.04)
-    # After the forward pass, the last block's output and the head's input are alive too, and no input is on its way
+    # After the forward pass, the last block's output and the head's input are alive too, and no input has been copied
     # back from the host yet.
     expected = estimate.kept_activations_bytes if mode != "full+offload" else 0
     assert expected + 2 * FULL_UNIT == pytest.approx(kept, rel=0.04)
@@ -153,7 +153,7 @@ def test_activations_with_sequence_parallelism(monkeypatch, mode):
 def test_activations_of_fp8_matmuls(monkeypatch, mode, layers):
     """In a block that is not compiled: within 5%."""
     monkeypatch.setattr(transformer_module, "attend", flash_attention)
-    # peft asks for a weight's dtype and device; nothing else unpacks it.
+    # peft reads the dtype and device of a weight. Nothing else unpacks it.
     monkeypatch.setattr(quantize, "_unpack", lambda _, shape, dtype, __: torch.empty(shape, dtype=dtype))
     model = four_blocks(layers, fp8_matmul=True)
     _, peak = train_once(monkeypatch, model, FULL, mode, "meta")
@@ -176,12 +176,12 @@ def test_saved_tensors_follow_the_adapted_layers():
 
     assert units(*ATTENTION[:3]) - units() == units("attn1.to_k") - units() == 1  # q, k and v read one tensor
     assert units(*ATTENTION, rank=1536) - units(*ATTENTION) == pytest.approx(4 * 1536 / 3072)
-    assert units("attn1.to_out.0") == units()  # it reads attention's output, which is saved anyway
+    assert units("attn1.to_out.0") == units()  # its input, attention's output, is saved anyway
     assert units("ff.net.2") - units() == 4
 
 
 def estimate(num_ranks=1, batch_size=1, mode="full", shape=FULL, changes=None, **section):
-    """Of the published model with a `zero_optimization` section."""
+    """Estimate for the published model with a `zero_optimization` section."""
     model = published_memory(zero=ZeroSettings.from_config(section), num_ranks=num_ranks, **(changes or {}))
     return model.estimate(shape, batch_size, mode)
 
@@ -202,7 +202,7 @@ def test_zero_stages_shard_their_tensors():
 
 
 def test_blocks_gathered_by_zero3():
-    """As observed with DeepSpeed 0.19.8 on 12 small blocks of the same proportions."""
+    """As observed with DeepSpeed 0.19.8 on 12 small blocks with the same proportions."""
     block = TRANSFORMER.block_weights + LORA.num_parameters // 42
 
     def num_blocks(**zero):
@@ -225,7 +225,7 @@ def test_blocks_gathered_by_zero3():
 
 
 def test_quantized_weights():
-    """Against the linear layers of a real transformer."""
+    """Compared with the linear layers of a real transformer."""
     with torch.device("meta"):
         empty = Transformer(
             num_attention_heads=8, attention_head_dim=64, num_layers=3, time_embed_dim=96, text_embed_dim=64,
@@ -251,7 +251,7 @@ def test_quantized_weights():
 def test_sequence_parallelism_divides_activations():
     one, two, four = (estimate(8, stage=2, changes={"sequence_size": size}) for size in (1, 2, 4))
     assert one.kept_activations_bytes == pytest.approx(2 * two.kept_activations_bytes, rel=1e-4)
-    # Attention's output returns to its tokens' ranks as a copy, which the output layer's LoRA saves.
+    # The ranks receive attention's output for their tokens as a copy, which the output layer's LoRA saves.
     units = two.block_activations_bytes / (FULL_UNIT / 2)
     assert units == pytest.approx(one.block_activations_bytes / FULL_UNIT + 1, rel=1e-4)
     assert two.block_activations_bytes == pytest.approx(2 * four.block_activations_bytes, rel=1e-4)
@@ -274,10 +274,10 @@ def test_overlapping_communication_doubles_the_buffers():
     assert estimate(stage=2, reduce_bucket_size="auto").reduce_buffers_bytes == 2 * 500_000_000
 
 
-def test_the_total_is_the_largest_moment():
+def test_the_total_is_the_largest_peak():
     backward = estimate(stage=2, reduce_bucket_size=1000)
-    passing = backward.first_frame_encode_bytes + backward.optimizer_step_bytes
-    resident = sum(backward.terms().values()) - backward.activations_bytes - passing
+    other_peaks = backward.first_frame_encode_bytes + backward.optimizer_step_bytes
+    resident = sum(backward.terms().values()) - backward.activations_bytes - other_peaks
     assert backward.total_bytes == resident + backward.activations_bytes
     assert backward.terms()["cuda context"] == CUDA_CONTEXT_BYTES
     tiny = dataclasses.replace(backward, kept_activations_bytes=0, block_activations_bytes=0)
@@ -287,7 +287,7 @@ def test_the_total_is_the_largest_moment():
 
 
 def test_total_of_a_full_clip():
-    """32 and 35 GB have been published for other trainers with other buffers."""
+    """For other trainers, with other buffers, 32 and 35 GB have been published."""
     assert 28e9 < estimate(stage=2, reduce_bucket_size=9_437_184, overlap_comm=True).total_bytes < 38e9
     assert estimate(stage=2, mode="none").total_bytes > 150e9
     double = estimate(stage=2, batch_size=2)
@@ -303,7 +303,7 @@ def test_rotary_tables_of_all_buckets_are_counted():
 
 
 def test_pinned_host_memory():
-    """Every block's input in whole pages: 11.6 GB for a full clip of the published model."""
+    """The input of every block in whole pages."""
     pages = 42 * -(-FULL_UNIT // 4096) * 4096
 
     def pinned(mode="full+offload", batch_size=1, **changes):
@@ -316,7 +316,7 @@ def test_pinned_host_memory():
     assert pinned(sequence_size=2) == pytest.approx(pages / 2, rel=1e-4)
 
 
-# DeepSpeed configs as ds_configs/*.json are resolved for a width of 3072.
+# ds_configs/*.json, resolved for a width of 3072.
 ZERO2 = ZeroSettings(stage=2, reduce_bucket_size=3072**2)
 ZERO2_OFFLOAD = dataclasses.replace(ZERO2, offload_optimizer=True)
 ZERO3 = ZeroSettings(

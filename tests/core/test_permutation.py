@@ -1,4 +1,4 @@
-"""permute is a bijection, the same for ever, and uniform. Keys are fixed, so a chi-square test cannot flake."""
+"""`permute` is a bijection, uniform, and never changes. Keys are fixed, so the chi-square tests are deterministic."""
 
 import math
 from collections import Counter
@@ -10,13 +10,9 @@ from hypothesis import strategies as st
 
 from cogds.core.permutation import MAX_SORTED_SIZE, keyed_hash, permute
 
-TEN = [7, 1, 9, 8, 4, 5, 0, 2, 3, 6]
-MANY = [4282962, 8511068, 816953, 2240758, 4756216]
-HASH = 8356565435317875266
-
 
 def assert_uniform(observed: Counter, cells: int) -> None:
-    """Pearson's chi-square within 5 standard deviations of its mean, on both sides: 1 in a million by chance."""
+    """Check that Pearson's chi-square is within 5 standard deviations of its mean. By chance, 1 in a million is not."""
     expected = observed.total() / cells
     assert len(observed) <= cells
     chi2 = sum((count - expected) ** 2 for count in observed.values()) / expected + (cells - len(observed)) * expected
@@ -45,7 +41,7 @@ def test_all_orders_of_a_small_range_are_equally_likely(size):
 @pytest.mark.parametrize("size, num_keys", [(10, 3000), (97, 500)])
 def test_every_index_lands_everywhere_equally_often(size, num_keys):
     landed = Counter((i, permute(i, size, 12, key)) for key in range(num_keys) for i in range(size))
-    # Every key fills one cell in each row and column, which spreads the cells by n / (n - 1) more than chance alone.
+    # Every key fills one cell in each row and column. This makes the variance n / (n - 1) times that of random cells.
     expected = num_keys / size
     chi2 = sum((landed[cell] - expected) ** 2 for cell in product(range(size), repeat=2)) / expected
     chi2 *= (size - 1) / size
@@ -61,14 +57,14 @@ def test_one_index_of_a_thousand_lands_everywhere_equally_often(i):
 @pytest.mark.parametrize("size, num_keys", [(10, 5_000), (17, 7_000), (20, 14_000)])
 @pytest.mark.parametrize("i, j", [(0, 1), (0, 5)])
 def test_two_indices_land_on_all_pairs_equally_often(size, num_keys, i, j):
-    # On the grid of 17 and 20, (0, 1) share a row and (0, 5) a column: the pairs that too few rounds keep together.
+    # On the grids of 17 and 20, (0, 1) share a row and (0, 5) a column. Too few rounds would keep these pairs together.
     landed = Counter((permute(i, size, 14, key), permute(j, size, 14, key)) for key in range(num_keys))
     assert_uniform(landed, size * (size - 1))
-    # Sharper, for fewer cells: no pair of neighbours is more likely than another to end in one row, or in one column.
-    for place in (lambda x: x // 5, lambda x: x % 5):
+    # A sharper test with fewer cells: how often the two land in the same row or column.
+    for row_or_column in (lambda x: x // 5, lambda x: x % 5):
         pairs = list(permutations(range(size), 2))
-        p = sum(place(x) == place(y) for x, y in pairs) / len(pairs)
-        together = sum(count for (x, y), count in landed.items() if place(x) == place(y))
+        p = sum(row_or_column(x) == row_or_column(y) for x, y in pairs) / len(pairs)
+        together = sum(count for (x, y), count in landed.items() if row_or_column(x) == row_or_column(y))
         assert abs(together - num_keys * p) < 5 * math.sqrt(num_keys * p * (1 - p))
 
 
@@ -79,10 +75,10 @@ def test_neighbors_are_separated_in_a_large_domain(gap):
 
 
 def test_values_do_not_change_between_versions():
-    # A run resumed with another version of this code must go on in the same order: change these and you break resume.
-    assert [permute(i, 10, 0, 1, 2) for i in range(10)] == TEN
-    assert [permute(i, 10_000_000, 42, 3, 7) for i in range(5)] == MANY
-    assert keyed_hash("purpose", 1, 2, 3) == HASH
+    # If these values change, a run cannot be resumed with a new version of cogds.
+    assert [permute(i, 10, 0, 1, 2) for i in range(10)] == [7, 1, 9, 8, 4, 5, 0, 2, 3, 6]
+    assert [permute(i, 10_000_000, 42, 3, 7) for i in range(5)] == [4282962, 8511068, 816953, 2240758, 4756216]
+    assert keyed_hash("purpose", 1, 2, 3) == 8356565435317875266
 
 
 def test_keys_do_not_collide():

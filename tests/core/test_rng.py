@@ -1,37 +1,36 @@
 import itertools
 
+import pytest
 import torch
 
 from cogds.core.rng import generator, seed_global
 
 
-def first_draws(*place):
-    return torch.rand(4, generator=generator(*place))
+def draw(*key):
+    return tuple(torch.rand(4, generator=generator(*key)).tolist())
 
 
-def test_the_same_key_draws_the_same():
-    assert torch.equal(first_draws(0, 5, 1, "noise"), first_draws(0, 5, 1, "noise"))
+def draw_globally(*key):
+    seed_global(*key)
+    return tuple(torch.rand(4).tolist())
 
 
-def test_every_part_of_the_key_matters():
-    places = list(itertools.product((0, 1), (0, 1), (0, 1), ("noise", "dropout")))
-    assert len({tuple(first_draws(*place).tolist()) for place in places}) == len(places)
-
-
-def test_the_global_seed_depends_on_every_part_of_the_key_and_nothing_else():
-    def first_draws(*place):
-        seed_global(*place)
-        return tuple(torch.rand(4).tolist())
-
-    places = list(itertools.product((0, 1), repeat=3))
+@pytest.mark.parametrize(
+    "draw, keys",
+    [
+        (draw, list(itertools.product((0, 1), (0, 1), (0, 1), ("noise", "dropout")))),
+        (draw_globally, list(itertools.product((0, 1), repeat=3))),
+    ],
+)
+def test_draws_depend_on_every_part_of_the_key_and_on_nothing_else(draw, keys):
     with torch.random.fork_rng(devices=[]):
-        drawn = [first_draws(*place) for place in places]
-        assert len(set(drawn)) == len(places)
-        assert [first_draws(*place) for place in places] == drawn
+        drawn = [draw(*key) for key in keys]
+        assert len(set(drawn)) == len(keys)
+        assert [draw(*key) for key in keys] == drawn
 
 
 def test_seeds_do_not_change_between_versions():
-    # A run resumed with another version of this code must draw the same: change these and you break resume.
+    # If these values change, a run cannot be resumed with a new version of cogds.
     assert generator(0, 5, 1, "noise").initial_seed() == 6154930350676789344
     assert generator(42, 10**6, 511, "image posterior").initial_seed() == 7408540104903672028
     with torch.random.fork_rng(devices=[]):

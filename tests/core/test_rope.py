@@ -1,5 +1,6 @@
-"""Rotary tables against the pipeline's own method, for 1.5 and for 1.0."""
+"""Rotary tables of 1.5 and 1.0, compared with those of the pipeline."""
 
+from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -11,7 +12,7 @@ from cogds.core.rope import rotary_tables
 from cogds.errors import UserError
 from tests.core.test_geometry import V10, V15
 
-ROPE_10 = V10.__class__(**{**V10.__dict__, "learned_positions": False})
+ROPE_10 = replace(V10, learned_positions=False)
 
 
 def pipeline_tables(geometry, shape):
@@ -34,12 +35,11 @@ def pipeline_tables(geometry, shape):
 @pytest.mark.parametrize("text", ["81x768x1360", "49x480x720", "17x720x480", "13x256x256", "1x64x96", "17x2400x16"])
 def test_tables_equal_those_of_the_pipeline(geometry, text):
     shape = ClipShape.parse(text)
-    ours, theirs = rotary_tables(shape, geometry), pipeline_tables(geometry, shape)
     time, height, width = token_grid(shape, geometry)
-    for one, other in zip(ours, theirs):
-        assert one.dtype == torch.float32
-        assert one.shape == (time * height * width, geometry.head_dim)
-        assert torch.equal(one, other)
+    for table, expected in zip(rotary_tables(shape, geometry), pipeline_tables(geometry, shape), strict=True):
+        assert table.dtype == torch.float32
+        assert table.shape == (time * height * width, geometry.head_dim)
+        assert torch.equal(table, expected)
 
 
 def test_an_axis_beyond_the_grid_is_refused():
@@ -48,4 +48,4 @@ def test_an_axis_beyond_the_grid_is_refused():
 
 
 def test_no_tables_for_a_model_without_rope():
-    assert rotary_tables(ClipShape(49, 480, 720), V10.__class__(**{**V10.__dict__, "rope": False})) is None
+    assert rotary_tables(ClipShape(49, 480, 720), replace(V10, rope=False)) is None

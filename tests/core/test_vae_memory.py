@@ -1,4 +1,4 @@
-"""The VAE's memory against the tensors that the real encoder allocates on the meta device."""
+"""The VAE's memory, compared with the tensors that the real encoder allocates on the meta device."""
 
 import pytest
 import torch
@@ -35,8 +35,8 @@ def real_vae():
 
 
 @pytest.mark.parametrize("size", ["1x768x1360", "5x96x176", "9x768x1360", "13x768x1360", "17x768x1360", "17x96x176"])
-def test_one_frame_at_the_published_size(real_vae, size):
-    """Tensors without memory, as the real encoder makes them: within 1%. From 768x1360 on its convolutions split."""
+def test_short_clips_at_the_published_size(real_vae, size):
+    """Within 1%. From 768x1360 on, convolutions are split."""
     shape = ClipShape.parse(size)
     assert vae_encode_bytes(shape, tiling=False) == pytest.approx(
         encode_peak(real_vae, shape, torch.bfloat16), rel=0.01
@@ -54,14 +54,14 @@ def test_whole_clips_at_the_published_size(real_vae, size, tiling):
 
 
 class CheckedConvolutions(TorchDispatchMode):
-    """Convolutions on the meta device refuse an input smaller than their kernel. torch 2.11 does not check it there."""
+    """Make convolutions on the meta device refuse inputs smaller than their kernel, which torch 2.11 does not check."""
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.convolution.default:
             inputs, weight, _, _, padding, *_ = args
             sizes = [size + 2 * pad for size, pad in zip(inputs.shape[2:], padding)]
             if any(size < kernel for size, kernel in zip(sizes, weight.shape[2:])):
-                raise RuntimeError(f"Kernel size {tuple(weight.shape[2:])} of an input of {sizes}")
+                raise RuntimeError(f"Kernel size {tuple(weight.shape[2:])} exceeds the input's {sizes}")
         return function(*args, **(kwargs or {}))
 
 
@@ -84,9 +84,9 @@ def test_a_vae_with_other_channels():
 
 
 def test_the_published_sizes_match_the_real_vae(real_vae):
-    number = sum(parameter.numel() for parameter in real_vae.parameters())
-    assert VaeSize.from_config(real_vae.config, number) == COGVIDEOX_VAE
+    num_parameters = sum(parameter.numel() for parameter in real_vae.parameters())
+    assert VaeSize.from_config(real_vae.config, num_parameters) == COGVIDEOX_VAE
 
 
-def test_a_full_clip_needs_tiles_on_a_gpu_of_24_gb():
+def test_a_full_clip_needs_tiles_on_a_24_gb_gpu():
     assert vae_encode_bytes(FULL, tiling=False) > 24e9 > 10 * vae_encode_bytes(FULL, tiling=True)

@@ -1,4 +1,4 @@
-"""Clips to scan, and which of them are opened."""
+"""Clips to scan, and a record of the files that are probed."""
 
 import shutil
 from pathlib import Path
@@ -8,8 +8,8 @@ import pytest
 from PIL import Image
 
 from cogds.data.manifest import scan as scan_module
-from cogds.data.video.media import write_video
-from cogds.data.video.probe_task import ProbeResult, ProbeTask, probe_file
+from cogds.data.video.media import VideoInfo, write_video
+from cogds.data.video.probe_task import ProbeTask, probe_file
 
 
 @pytest.fixture(scope="module")
@@ -21,6 +21,7 @@ def clip(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def folder(tmp_path: Path, clip: Path) -> Path:
+    """Three equal clips and an image, with captions."""
     folder = tmp_path / "clips"
     folder.mkdir()
     for name in ("a", "b", "c"):
@@ -33,10 +34,10 @@ def folder(tmp_path: Path, clip: Path) -> Path:
 
 @pytest.fixture
 def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """Names of the files that were probed in this process since it was cleared."""
+    """Names of the files that this process has probed since the list was last cleared."""
     names: list[str] = []
 
-    def spy(task: ProbeTask) -> ProbeResult:
+    def spy(task: ProbeTask) -> VideoInfo:
         names.append(Path(task.path).name)
         return probe_file(task)
 

@@ -1,4 +1,4 @@
-"""What the tests of the cache share: entries that follow from a number, and ways to write, read and damage them."""
+"""Cache entries that are made from a number, and functions that write, read and damage them."""
 
 from pathlib import Path
 
@@ -13,7 +13,7 @@ def key_of(number):
 
 
 def entry(number, size=64):
-    """Tensors that differ for every number and are always the same."""
+    """Tensors that differ for every number, and are the same for the same number."""
     generator = torch.Generator().manual_seed(number)
     return {
         "moments": torch.randn(2, size, generator=generator).bfloat16(),
@@ -21,9 +21,9 @@ def entry(number, size=64):
     }
 
 
-def same(one, other):
-    return one.keys() == other.keys() and all(
-        one[name].dtype == other[name].dtype and torch.equal(one[name], other[name]) for name in one
+def same(first, second):
+    return first.keys() == second.keys() and all(
+        first[name].dtype == second[name].dtype and torch.equal(first[name], second[name]) for name in first
     )
 
 
@@ -50,7 +50,7 @@ def files_in(root):
 
 
 def stage(root, numbers, kind="clips"):
-    """What a killed run of cogds 0.1 left: a folder with a lock, one file per entry, and a temporary one."""
+    """Leave what a killed run of cogds 0.1 leaves: a folder with a lock, a file per entry, and a temporary file."""
     staging = Path(root) / kind / f"staging-{'ab' * 16}"
     for number in numbers:
         write(root, [number], kind)

@@ -1,4 +1,4 @@
-"""What the tests of the manifest share: a scan in one process, and what it leaves."""
+"""Scans in one process, and helpers that look at their results."""
 
 import json
 from collections.abc import Sequence
@@ -21,6 +21,7 @@ def scan_folder(folder: Path, file: Path, **options: object) -> list[dict]:
 
 
 def rows_of_list(tmp_path: Path, file: Path, lines: list[dict]) -> list[dict]:
+    """Write a list of clips and scan it."""
     (tmp_path / "l.jsonl").write_text("\n".join(json.dumps({"text": "x"} | line) for line in lines))
     return scan_folder(tmp_path / "l.jsonl", file)
 
@@ -29,5 +30,5 @@ def names_of(rows: list[dict], status: str) -> list[str]:
     return [Path(row["path"]).name for row in rows if row["status"] == status]
 
 
-def leftovers(file: Path) -> list[str]:
+def names_beside(file: Path) -> list[str]:
     return sorted(path.name for path in file.parent.iterdir() if path != file)

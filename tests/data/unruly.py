@@ -1,16 +1,16 @@
-"""A decoder that goes wrong on certain names, for guarded processes to run."""
+"""A decoder that misbehaves for certain clips, in a module that a worker process imports quickly."""
 
 import time
 
-from cogds.data.video import decode_task as good
+from cogds.data.video import decode_task
 
 
-def decode(task: good.DecodeTask) -> good.DecodedClip:
-    """Hang on clip_0, eat memory on clip_1, decode all others."""
+def decode(task: decode_task.DecodeTask) -> decode_task.DecodedClip:
+    """Hang on clip_0, use up the memory on clip_1, decode all others."""
     if task.path.endswith("clip_0.mp4"):
         time.sleep(1000)
     if task.path.endswith("clip_1.mp4"):
-        held = []
+        memory = []
         while True:
-            held.append(bytearray(50_000_000))
-    return good.decode(task)
+            memory.append(bytearray(50_000_000))
+    return decode_task.decode(task)

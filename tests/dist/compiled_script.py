@@ -1,6 +1,6 @@
-"""Run by test_compiled.py: `launch/train.py` with blocks compiled except for code generation, which takes minutes.
+"""Run by test_compiled.py: `launch/train.py` with compiled blocks, but without code generation, which takes minutes.
 
-Writes the sizes of the graphs.
+Writes the sizes of the graphs to the file named by GRAPHS.
 """
 
 import os
@@ -22,8 +22,8 @@ graphs = []
 
 def count(graph, example):
     # Each checkpoint is a graph within the graph.
-    nested = [one for one in graph.modules() if isinstance(one, GraphModule)]
-    graphs.append(sum(node.op == "call_function" for one in nested for node in one.graph.nodes))
+    nested = [module for module in graph.modules() if isinstance(module, GraphModule)]
+    graphs.append(sum(node.op == "call_function" for module in nested for node in module.graph.nodes))
     return aot_eager(graph, example)
 
 

@@ -1,4 +1,4 @@
-"""Run by test_export.py on 2 ranks: fill the adapter with random numbers, save the engine's output and the LoRA file."""
+"""Run by test_export.py on 2 ranks: fill the LoRA with random numbers, save the engine's output and the LoRA file."""
 
 import json
 import sys
@@ -24,7 +24,7 @@ transformer = load_for_stage(model, torch.float32, ds_config, world)
 parameters = inject(transformer, 4, 12, 0.0, ("to_q", "to_v", "to_out.0"), seed=0)  # alpha is three times the rank
 engine = start_engine(transformer, parameters, ds_config)
 generator = torch.Generator().manual_seed(1)
-shapes = {name: getattr(one, "ds_shape", one.shape) for name, one in trainable(engine).items()}
+shapes = {name: getattr(parameter, "ds_shape", parameter.shape) for name, parameter in trainable(engine).items()}
 weights = {f"weight/{name}": 0.1 * torch.randn(shape, generator=generator) for name, shape in shapes.items()}
 restore_state(engine, TrainState(weights), world)
 example = torch.load(folder / "inputs.pt")
@@ -32,7 +32,6 @@ with torch.no_grad():
     output = engine(**example)[0]
 state = gather_state(engine, world)
 if world.rank == 0:
-    dtypes = {name: one.dtype for name, one in transformer.named_parameters() if one.requires_grad}
-    export(folder / "lora", engine.module, state.weights(dtypes), {})
+    export(folder / "lora", engine.module, state.weights(dict.fromkeys(shapes, torch.float32)), {})
     torch.save(output, folder / "output.pt")
 disconnect()

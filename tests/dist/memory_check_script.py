@@ -77,12 +77,12 @@ for stage in (2, 3):
     plain, checked = (train(model, world, stage, memory_check) for memory_check in ("off", "on"))
     report[stage] = {
         "losses": [plain[0], checked[0]],
-        "different": [name for name, one in plain[1].items() if not torch.equal(one, checked[1][name])],
+        "different": [name for name, tensor in plain[1].items() if not torch.equal(tensor, checked[1][name])],
         "num_tensors": len(plain[1]),
         "random state kept": checked[2],
         "texts": [plain[3], checked[3]],
+        "norms": {name: tensor.double().norm().item() for name, tensor in plain[1].items()},
     }
-    report[stage]["weights"] = {name: one.double().norm().item() for name, one in plain[1].items()}
 if world.rank == 0:
     out.write_text(json.dumps(report))
 disconnect()

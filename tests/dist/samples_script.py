@@ -1,4 +1,4 @@
-"""Run by test_samples.py: `launch/train.py`, which also saves the frames of every video before compression."""
+"""Run by test_samples.py: `launch/train.py` that also saves the frames of every video before compression."""
 
 import itertools
 import sys

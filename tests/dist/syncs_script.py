@@ -1,5 +1,6 @@
-"""Run by test_syncs.py: trains as `launch/train.py` does, and records which code reads values of tensors in a step or
-waits for the device.
+"""Run by test_syncs.py: `launch/train.py` that also records where a step reads tensors or waits for the device.
+
+Writes the places to the file named by READS.
 """
 
 import json
@@ -7,6 +8,7 @@ import os
 import sys
 import traceback
 from pathlib import Path
+from typing import ClassVar
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT))
@@ -20,7 +22,7 @@ from cogds.cli import call  # noqa: E402
 
 
 def place():
-    """The caller: package, file and function."""
+    """Return package, file and function of the caller."""
     frames = traceback.extract_stack()[:-2]
     own = [frame for frame in frames if "/torch/" not in frame.filename and frame.filename != __file__]
     parts = Path(own[-1].filename).parts
@@ -31,7 +33,7 @@ def place():
 class Reads(TorchDispatchMode):
     """Records calls such as `item()`, `tolist()` and `if tensor`. On a GPU each waits for all queued work."""
 
-    steps: list[list[str]] = []
+    steps: ClassVar[list[list[str]]] = []
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function._schema.name == "aten::_local_scalar_dense":
@@ -39,24 +41,24 @@ class Reads(TorchDispatchMode):
         return function(*args, **(kwargs or {}))
 
 
-train_step, waits, watching = cogds.train.trainer.train_step, [], []
+train_step, waits, active = cogds.train.trainer.train_step, [], []
 
 
-def watched(*args):
+def record_step(*args):
     Reads.steps.append([])
-    watching.append(True)
+    active.append(True)
     with Reads():
         result = train_step(*args)
-    watching.clear()
+    active.clear()
     return result
 
 
 def synchronize(*_):
-    if watching:
+    if active:
         waits.append(place())
 
 
-cogds.train.trainer.train_step = watched
+cogds.train.trainer.train_step = record_step
 # DeepSpeed waits through its own object, which does nothing on a CPU.
 torch.cuda.synchronize = get_accelerator().synchronize = synchronize
 call("train", sys.argv[1:], starts_ranks=False)

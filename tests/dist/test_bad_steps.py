@@ -14,21 +14,17 @@ pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
 
 def poison(cache):
-    """Make the moments of one encoded clip infinite. Returns the number of changed clips."""
-    num_changed = 0
-    for path in (cache / "clips").glob("*.safetensors"):
-        tensors = load_file(path)
-        with safe_open(path, "pt") as file:
-            texts = dict(file.metadata())
-        key = min(name.partition("/")[0] for name in tensors)
-        if not num_changed:
-            tensors[f"{key}/moments"].fill_(torch.inf)
-            entry = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(key)}
-            texts[key] = entry_record(key, entry)
-            path.unlink()
-            write_shard(path, tensors, {name: text for name, text in texts.items() if name != "format"})
-            num_changed += 1
-    return num_changed
+    """Make the moments of one encoded clip infinite."""
+    path = min((cache / "clips").glob("*.safetensors"))
+    tensors = load_file(path)
+    with safe_open(path, "pt") as file:
+        texts = dict(file.metadata())
+    key = min(name.partition("/")[0] for name in tensors)
+    tensors[f"{key}/moments"].fill_(torch.inf)
+    entry = {name.partition("/")[2]: tensor for name, tensor in tensors.items() if name.startswith(key)}
+    texts[key] = entry_record(key, entry)
+    path.unlink()
+    write_shard(path, tensors, {name: text for name, text in texts.items() if name != "format"})
 
 
 @pytest.mark.parametrize("ds, precision", [("zero2", "fp32"), ("zero1", "bf16"), ("zero2", "bf16"), ("zero3", "bf16")])
@@ -41,7 +37,7 @@ def test_the_step_is_skipped_on_all_ranks_and_its_clip_is_named(workshop, tiny_m
         "data.num_workers=0", "lora.rank=4", "eval.every=null", "train.gradient_accumulation_steps=2",
     ]  # fmt: skip
     run_train(*own, "train.num_steps=1", launcher="warm")
-    assert poison(folder / "cache") == 1
+    poison(folder / "cache")
     done = run_train(*own, "train.num_steps=7", "checkpoint.resume=none", launcher="warm")
     lines = metrics(folder / "run")
     skipped = [line["step"] for line in lines if line["train/skipped"]]

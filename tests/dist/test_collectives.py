@@ -1,4 +1,4 @@
-"""Collectives with two real processes: results arrive where they should, and a failure on one rank ends both."""
+"""Collectives with two real processes."""
 
 import json
 
@@ -60,7 +60,7 @@ dist.destroy_process_group()
 """
 
 
-def test_values_arrive_where_they_should_and_a_failure_on_one_rank_is_raised_on_all(warm, tmp_path):
+def test_results_are_correct_and_a_failure_on_one_rank_is_raised_on_all(warm, tmp_path):
     script = tmp_path / "script.py"
     script.write_text(SCRIPT)
     done = warm(script, [], ranks=2, timeout_s=60)

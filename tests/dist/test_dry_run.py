@@ -1,4 +1,4 @@
-"""`--dry-run` and `--quiet`."""
+"""The flags `--dry-run` and `--quiet`."""
 
 import pytest
 
@@ -21,8 +21,8 @@ def test_a_dry_run_shows_the_summary_and_writes_nothing(run_train, words, tmp_pa
         *words, "--dry-run", f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.every=1",
         "eval.held_out=0.3", "sample.every=1", "sample.prompts=[{prompt: a cat, image: cat.png}]", launcher="warm",
     )  # fmt: skip
-    for fact in ("rank 4", "to_q, to_k, to_v, to_out.0", "memory check: 17x64x96, batch 1", str(tmp_path / "run")):
-        assert fact in done.stdout
+    for text in ("rank 4", "to_q, to_k, to_v, to_out.0", "memory check: 17x64x96, batch 1", str(tmp_path / "run")):
+        assert text in done.stdout
     assert done.stdout.splitlines()[-1].startswith("dry run:")
     assert not list((tmp_path / "run").iterdir())
     cache = stats(tmp_path / "cache")  # only the empty caption, which every step needs

@@ -1,4 +1,4 @@
-"""Evaluation in real runs: it does not change training, and all ZeRO stages and the evaluate verb agree."""
+"""Evaluation in real runs does not change training, and all ZeRO stages and the evaluate command agree."""
 
 import json
 
@@ -18,7 +18,7 @@ OVERRIDES = (
 
 
 def evaluated(run):
-    """The evaluation losses by step."""
+    """Return the evaluation losses by step."""
     evaluations = {}
     for line in notes(run):
         if "eval/train_loss" in line:
@@ -42,11 +42,11 @@ def test_training_is_bitwise_the_same(train_once, ds):
     assert first != last
 
 
-def test_the_stages_and_the_evaluate_verb_agree(train_once, warm):
+def test_the_stages_and_the_evaluate_command_agree(train_once, warm):
     two, three = (train_once(f"{ds}-evaluated", ds, *OVERRIDES, "eval.every=2") for ds in ("zero2", "zero3"))
     for step, scalars in evaluated(two).items():
         assert evaluated(three)[step] == pytest.approx(scalars, rel=1e-4)
-    # Two ranks, each with the whole model: another number of ranks and no ZeRO.
+    # The evaluate command uses no ZeRO.
     for step, lora in ((0, []), (4, ["--lora", two / "lora/step-000004"])):
         done = warm(ROOT / "launch/evaluate.py", ["--config", two / "run.yaml", *lora], ranks=1 if lora else 2)
         assert done.returncode == 0, done.stdout[-4000:]

@@ -1,4 +1,4 @@
-"""The exported file gives the engine's output, also with the partitioned parameters of ZeRO stage 3."""
+"""The exported file gives the output of the engine, also with the partitioned parameters of ZeRO stage 3."""
 
 import json
 import sys
@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.loading import load_config
 from tests.conftest import ROOT, run_command
-from tests.model.lora.test_adapter import example_inputs
+from tests.model.lora.adapters import example_inputs
 
 pytestmark = pytest.mark.dist
 

@@ -1,4 +1,4 @@
-"""A run that starts from a LoRA starts with its weights, also at ZeRO stage 3."""
+"""A run that starts from a LoRA has its weights at step 0, also at ZeRO stage 3."""
 
 import pytest
 import torch

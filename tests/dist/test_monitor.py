@@ -18,23 +18,23 @@ TOKENS = {"17x64x96": 104, "9x96x64": 80, "9x64x64": 64, "1x64x64": 48}  # T/2 x
 
 @pytest.fixture(scope="module", params=["zero2", "zero3"])
 def run(request, train_once, workshop):
-    """Steps 5 and 6 are saved, and DeepSpeed's CSV monitor is on."""
+    """A run that saves steps 5 and 6, with DeepSpeed's CSV monitor, which writes to `csv-` + its name."""
+    name = f"monitored-{request.param}"
     ds_config = json.loads((ROOT / f"ds_configs/{request.param}.json").read_text())
-    folder = workshop / f"csv-{request.param}"
-    ds_config["csv_monitor"] = {"enabled": True, "output_path": str(folder), "job_name": "own"}
-    file = workshop / f"{request.param}-csv.json"
+    ds_config["csv_monitor"] = {"enabled": True, "output_path": str(workshop / f"csv-{name}"), "job_name": "own"}
+    file = workshop / f"{name}.json"
     file.write_text(json.dumps(ds_config))
     return train_once(
-        f"monitored-{request.param}", request.param, "--deepspeed", file, "train.gradient_accumulation_steps=1",
+        name, request.param, "--deepspeed", file, "train.gradient_accumulation_steps=1",
         "checkpoint.every=5", "metrics.every=2", "metrics.norms_every=2", "metrics.show_batches=1",
         f"optimizer.max_grad_norm={MAX_GRAD_NORM}", "train.precision=bf16", "optimizer.lr=1e-5",
-    ), folder  # fmt: skip
+    )  # fmt: skip
 
 
 def test_throughput_counts_the_work_of_all_ranks(run):
     from cogds.core.flops import step_flops
 
-    for line in metrics(run[0]):
+    for line in metrics(run):
         (bucket,) = [name.partition("bucket=")[2] for name in line if name.startswith("train/loss/bucket=")]
         step_s = line["perf/step_s"]
         assert line["perf/samples_per_s"] * step_s == pytest.approx(2)
@@ -45,7 +45,7 @@ def test_throughput_counts_the_work_of_all_ranks(run):
         assert all(seconds > 0 for seconds in phases)
         assert sum(phases) <= step_s
         assert line["perf/data_wait_s"] == pytest.approx(line["perf/data_wait"] * step_s)
-        if "zero2" in run[0].name:
+        if "zero2" in run.name:
             assert line["perf/rank_skew"] >= 1
         else:  # all ranks end a forward pass together, because it gathers weights
             assert "perf/rank_skew" not in line
@@ -54,28 +54,28 @@ def test_throughput_counts_the_work_of_all_ranks(run):
 
 
 def test_coverage_grows_to_the_whole_dataset(run):
-    seen = [line["data/coverage"] for line in metrics(run[0])]
+    seen = [line["data/coverage"] for line in metrics(run)]
     assert seen == sorted(seen)
     assert seen[0] == pytest.approx(2 / 7)
     assert seen[-1] == 1.0
 
 
 def test_the_gradient_norm_is_measured_before_clipping(run):
-    assert all(line["train/grad_norm"] > 10 * MAX_GRAD_NORM for line in metrics(run[0]))
+    assert all(line["train/grad_norm"] > 10 * MAX_GRAD_NORM for line in metrics(run))
 
 
 def norm(tensors):
     return math.sqrt(sum(float(tensor.double().square().sum()) for tensor in tensors))
 
 
-def masters(run, step):
-    """The float32 weights by name. A step changes only few of the exported bf16 weights."""
+def float32_weights(run, step):
+    """Return the float32 weights by name. A step changes only few of the exported bf16 weights."""
     tensors = load_file(run / f"checkpoints/step-{step:06d}/trainable.safetensors")
     return {name: tensor for name, tensor in tensors.items() if name.startswith("weight/")}
 
 
 def test_norms_by_depth_are_those_of_the_trained_weights(run):
-    lines, before, after = metrics(run[0]), masters(run[0], 5), masters(run[0], 6)
+    lines, before, after = metrics(run), float32_weights(run, 5), float32_weights(run, 6)
     due = [line["step"] for line in lines if any(name.startswith("lora/") for name in line)]
     assert due == [2, 4, 6]
     for block in range(2):
@@ -87,27 +87,28 @@ def test_norms_by_depth_are_those_of_the_trained_weights(run):
 
 
 def test_scalars_of_callbacks_are_in_the_same_file(run):
-    names = {name for line in notes(run[0]) for name in line} - {"step"}
+    names = {name for line in notes(run) for name in line} - {"step"}
     assert {"checkpoint/pause_s", "checkpoint/write_s"} <= names
 
 
 def test_tensorboard_has_images_and_the_layout(run):
-    board = EventAccumulator(str(run[0] / "tensorboard"))
+    board = EventAccumulator(str(run / "tensorboard"))
     board.Reload()
     assert {"data/buckets", "data/first_frames"} <= set(board.Tags()["images"])
     assert any(name.startswith("data/decoded/") for name in board.Tags()["images"])
     assert "custom_scalars__config__" in board.Tags()["tensors"]
     assert set(board.Tags()["scalars"]) == {
-        name for line in [*metrics(run[0]), *notes(run[0])] for name in line
+        name for line in [*metrics(run), *notes(run)] for name in line
     } - {"step"}  # fmt: skip
 
 
 def test_deepspeeds_monitors_get_the_same_numbers(run):
-    written = {file.name for file in run[1].glob("own/*.csv")}
-    expected = {name for line in [*metrics(run[0]), *notes(run[0])] for name in line} - {"step"}
+    folder = run.with_name(f"csv-{run.name}") / "own"
+    written = {file.name for file in folder.glob("*.csv")}
+    expected = {name for line in [*metrics(run), *notes(run)] for name in line} - {"step"}
     assert written == {f"{name.replace('/', '_')}.csv" for name in expected}
-    rows = list(csv.reader((run[1] / "own/train_loss.csv").open()))
+    rows = list(csv.reader((folder / "train_loss.csv").open()))
     assert rows[0] == ["step", "loss"]
     assert [(int(step), float(loss)) for step, loss in rows[1:]] == [
-        (line["step"], line["train/loss"]) for line in metrics(run[0])
+        (line["step"], line["train/loss"]) for line in metrics(run)
     ]

@@ -1,4 +1,4 @@
-"""The preflight command with two real ranks: without problems, and with a folder that they do not share."""
+"""The preflight command with two real ranks."""
 
 import os
 import re
@@ -34,7 +34,7 @@ def job(tmp_path_factory, tiny_model):
     ]
 
 
-def test_a_sound_cluster_is_ready(job):
+def test_a_cluster_without_problems_is_ready(job):
     folder, overrides = job
     torchrun = [Path(sys.executable).parent / "torchrun", "--nproc_per_node", 2, "--master_port", free_port()]
     words = ["--deepspeed", ROOT / "ds_configs/zero3.json", *overrides, f"data.cache_dir={folder / 'cache'}"]

@@ -1,4 +1,4 @@
-"""A resumed run is bitwise the uninterrupted run, at the same world size and ZeRO stage."""
+"""A resumed run is bitwise equal to the uninterrupted run with the same number of ranks and ZeRO stage."""
 
 import json
 import shutil
@@ -16,8 +16,6 @@ from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses, metrics
 
 pytestmark = pytest.mark.dist
-
-
 SLOW = [pytest.param(ds, marks=pytest.mark.slow) for ds in ("zero2_offload", "zero3_offload")]
 
 
@@ -39,14 +37,14 @@ def check_resuming(train_once, workshop, name, ds, *overrides, **options):
     assert losses(stopped) == losses(whole)
     assert all(torch.equal(tensor, adapter(whole)[name]) for name, tensor in adapter(stopped).items())
     assert (stopped / "checkpoints/latest").read_text() == "step-000006\n"
-    saved, again = (load_file(one / "checkpoints/step-000006/trainable.safetensors") for one in (whole, stopped))
-    assert saved.keys() == again.keys()
-    assert all(torch.equal(tensor, again[name]) for name, tensor in saved.items())
-    return saved
+    expected, tensors = (load_file(run / "checkpoints/step-000006/trainable.safetensors") for run in (whole, stopped))
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+    return tensors
 
 
 @pytest.mark.parametrize("ds", ["zero2", *SLOW])
-def test_3_and_resume_and_3_are_6_bitwise(train_once, workshop, ds):
+def test_a_resumed_run_equals_the_uninterrupted_run(train_once, workshop, ds):
     overrides = ["train.deterministic=true"] if ds == "zero3_offload" else []  # changes nothing on CPUs
     check_resuming(train_once, workshop, ds, ds, *overrides)
 
@@ -85,7 +83,7 @@ def test_a_finished_run_does_nothing(train_once, run_train):
 
 
 def damage_entry(shard, bucket):
-    """Flip a bit of one entry of this bucket, which has other clips to replace it. Return whether there is one."""
+    """Flip a bit of an entry of this bucket, if the shard has one. Return whether it has."""
     frames, height, width = bucket
     moments = [(frames + 3) // 4, height // 8, width // 8]  # latent frames, height and width
     data = bytearray(shard.read_bytes())
@@ -104,7 +102,7 @@ def damage_entry(shard, bucket):
 
 @pytest.mark.slow
 def test_a_run_continues_without_its_clips(train_once, workshop):
-    """A deleted clip is trained from the cache, a damaged entry is replaced, and both ranks train all steps."""
+    """A deleted clip is read from the cache, a damaged entry is replaced, and both ranks train all steps."""
     clips = workshop / "mortal"
     shutil.copytree(workshop / "clips", clips)
     own = (f"data.path={clips}", "data.max_unusable=0.5")
@@ -118,7 +116,7 @@ def test_a_run_continues_without_its_clips(train_once, workshop):
     assert losses(stopped) == losses(whole)
     assert not (stopped / "quarantine.jsonl").exists()
 
-    (clips / "clip_6.mp4").write_bytes((clips / "clip_1.mp4").read_bytes())  # another run, for new data
+    (clips / "clip_6.mp4").write_bytes((clips / "clip_1.mp4").read_bytes())  # new data needs a new run
     (clips / "clip_6.txt").write_text("one more")
     cache = f"data.cache_dir={workshop / 'mortal-cache'}"
     train_once("mortal-new", "zero2", *own, cache, "train.num_steps=1")
@@ -152,7 +150,7 @@ def test_a_checkpoint_is_the_adapter_and_its_moments(train_once, tiny_model):
     for name, tensor in exported.items():
         key = name.removeprefix("transformer.").replace(".weight", ".default.weight")
         assert torch.equal(tensor, tensors[f"weight/{key}"])
-    # What is asked of the disk beforehand is what was written.
+    # The size that is checked against the free disk space before a run is the size of the file.
     transformer, (cfg, _) = empty_transformer(find_model(str(tiny_model))), load_config(str(whole / "run.yaml"), [])
     inject(transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, seed=0)
     assert state_bytes(SimpleNamespace(module=transformer)) == sum(tensor.nbytes for tensor in tensors.values())

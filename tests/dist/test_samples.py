@@ -1,4 +1,4 @@
-"""Three videos during training on 2 ranks equal those of the sample verb, and do not change the run."""
+"""Videos generated during training equal those of the sample command and do not change the run."""
 
 import json
 
@@ -19,9 +19,9 @@ PROMPTS = [("a red circle moves", "17x64x96", 0), ("a blue star", "9x96x64", 3),
 
 @pytest.fixture
 def with_videos(train_once, workshop, warm):
-    """`with_videos(ds, *overrides)`: a plain run, the folder of the same run with videos, and its output."""
+    """`with_videos(ds)`: a plain run, the folder of the same run with videos, and its output."""
 
-    def run(ds, *overrides):
+    def run(ds):
         plain = train_once(ds, ds)
         folder = workshop / f"{ds}-videos"
         (folder / "frames").mkdir(parents=True)
@@ -34,7 +34,7 @@ def with_videos(train_once, workshop, warm):
             ROOT / "tests/dist/samples_script.py",
             [folder / "frames", "--deepspeed", f"ds_configs/{ds}.json", "--config", plain / "run.yaml",
              f"output_dir={folder / 'run'}", "sample.every=3", "sample.num_steps=2",
-             f"sample.prompts=[{', '.join(prompts)}]", *overrides],
+             f"sample.prompts=[{', '.join(prompts)}]"],
             ranks=2,
         )  # fmt: skip
         assert done.returncode == 0, done.stdout[-4000:]
@@ -52,7 +52,7 @@ def test_three_videos_on_two_ranks(with_videos, tiny_model, monkeypatch, ds):
     assert losses(run) == losses(plain)
     expected, tensors = adapter(plain), adapter(run)
     assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
-    # The base model's videos once, and three at every step; those of step 0 are the base model's.
+    # Videos of the base model, which are linked as those of step 0, and of every third step.
     made = sorted(path.relative_to(run / "samples").as_posix() for path in (run / "samples").glob("*/*"))
     names = [name.removeprefix("base/") for name in made[:3]]
     assert [name[:-13] for name in names] == ["a-blue-star", "a-green-ball-falls", "a-red-circle-moves"]

@@ -1,4 +1,4 @@
-"""Sequence parallelism under DeepSpeed gives the loss, the gradients and the run of a single rank."""
+"""Sequence parallelism with DeepSpeed gives the losses and gradients of a single rank."""
 
 import json
 import shutil
@@ -28,7 +28,7 @@ def four_heads(tiny_model, tmp_path_factory):
     return path
 
 
-def test_loss_and_gradients_are_those_of_one_rank(four_heads, tmp_path, warm):
+def test_loss_and_gradients_equal_those_of_one_rank(four_heads, tmp_path, warm):
     done = warm(ROOT / "tests/dist/sequence_script.py", [ROOT, four_heads, tmp_path], ranks=4)
     assert done.returncode == 0, done.stdout[-4000:]
     report = json.loads((tmp_path / "report.json").read_text())
@@ -47,9 +47,10 @@ def test_a_run_is_the_same_with_sequence_parallelism_and_across_resumes(tiny_mod
             "--deepspeed", "ds_configs/zero2.json",
             f"model.path={tiny_model}", f"data.path={workshop / 'clips'}", f"data.cache_dir={workshop / 'cache'}",
             "data.buckets=[17x64x96, 9x96x64, 9x64x64, 1x64x64]", f"output_dir={workshop / name}",
-            f"train.num_steps={num_steps}", "train.gradient_accumulation_steps=2", "train.precision=fp32", "eval.every=null",
-            "data.num_workers=1", "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2", "optimizer.warmup_steps=2",
-            "train.batch_size=2", f"parallel.sequence_size={sequence}", ranks=ranks, launcher="warm",
+            f"train.num_steps={num_steps}", "train.gradient_accumulation_steps=2", "train.precision=fp32",
+            "eval.every=null", "data.num_workers=1", "lora.rank=4", "lora.alpha=8", "optimizer.lr=1e-2",
+            "optimizer.warmup_steps=2", "train.batch_size=2", f"parallel.sequence_size={sequence}",
+            ranks=ranks, launcher="warm",
         )  # fmt: skip
 
     train("alone", 1, 1, 6)

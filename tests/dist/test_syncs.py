@@ -9,8 +9,8 @@ from tests.conftest import ROOT
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 NUM_STEPS = 4
-# The monitor's record of the steps since the last one, and the seed of a loader.
-OWN = {"cogds:monitor.py:<dictcomp>": NUM_STEPS, "cogds:batches.py:load_batches": 1}
+# The monitor reads the metrics of all steps at once. The data loader draws a seed.
+READS = {"cogds:monitor.py:<dictcomp>": NUM_STEPS, "cogds:batches.py:load_batches": 1}
 
 
 def test_only_deepspeed_and_the_monitor_read_values_from_the_device(workshop, tiny_model, warm, tmp_path):
@@ -28,9 +28,9 @@ def test_only_deepspeed_and_the_monitor_read_values_from_the_device(workshop, ti
     assert done.returncode == 0, done.stdout[-4000:]
     recorded = json.loads(reads.read_text())
     steps = recorded["reads"]
-    assert recorded["waits"] == []  # as DeepSpeed's throughput timer would, twice per micro-step
+    assert recorded["waits"] == []  # DeepSpeed's throughput timer would wait twice per micro-step
     places = Counter(place for step in steps for place in step)
-    assert {place: num for place, num in places.items() if not place.startswith("deepspeed:")} == OWN
-    # Once per step, not per micro-step, and the monitor only when it is due.
+    assert {place: num for place, num in places.items() if not place.startswith("deepspeed:")} == READS
+    # DeepSpeed reads once per step and not per micro-step, and the monitor only in the last step.
     assert all(len(step) <= 4 for step in steps[1:-1]), steps
     assert not any("monitor" in place for step in steps[:-1] for place in step)

@@ -1,4 +1,4 @@
-"""What cogds does to DeepSpeed's engine beside its public functions. Real engines run in tests/dist."""
+"""Parts of DeepSpeed's engine that are not public. Real engines run in tests/dist."""
 
 from types import SimpleNamespace
 
@@ -11,16 +11,16 @@ def test_backward_hooks_are_off_inside_at_stage_3_only():
     module, calls = torch.nn.Linear(2, 2), []
     module.register_full_backward_hook(lambda *_: calls.append(1))
 
-    def backward(number):
-        with without_zero3_backward_hooks(module, number):
+    def num_calls_after_backward(stage):
+        with without_zero3_backward_hooks(module, stage):
             x = torch.ones(1, 2, requires_grad=True)
             torch.autograd.grad(module(x).sum(), [module.weight, x])
         return len(calls)
 
-    assert [backward(number) for number in (2, 3, 2)] == [1, 1, 2]
+    assert [num_calls_after_backward(stage) for stage in (2, 3, 2)] == [1, 1, 2]
 
 
-def test_a_detached_monitor_is_no_longer_written_by_the_engine():
+def test_a_detached_monitor_is_disabled_for_the_engine():
     monitor = SimpleNamespace(enabled=True)
     engine = SimpleNamespace(monitor=monitor)
     assert detach_monitor(engine) is monitor

@@ -1,4 +1,4 @@
-"""Where ranks meet, and what is reported if they cannot."""
+"""The address where ranks meet, and the error if it cannot be reached."""
 
 import pytest
 import torch
@@ -24,7 +24,7 @@ def test_first_host_of_a_slurm_list(nodelist, host):
     assert first_slurm_host(nodelist) == host
 
 
-def test_an_empty_node_list_is_an_error():
+def test_an_empty_node_list_is_refused():
     with pytest.raises(UserError, match="SLURM_STEP_NODELIST"):
         first_slurm_host("")
 
@@ -36,7 +36,7 @@ def test_rendezvous_under_srun_is_the_same_on_every_rank():
         export_rendezvous(read_world(environ), environ)
         exported.append((environ["MASTER_ADDR"], environ["MASTER_PORT"], environ["RANK"], environ["WORLD_SIZE"]))
     assert exported[0][:2] == exported[1][:2] == ("gpu07", str(20000 + 4211 * 16 % 12000))
-    assert [one[2:] for one in exported] == [("0", "8"), ("5", "8")]
+    assert [variables[2:] for variables in exported] == [("0", "8"), ("5", "8")]
 
 
 def test_rendezvous_keeps_what_the_launcher_set():
@@ -45,18 +45,20 @@ def test_rendezvous_keeps_what_the_launcher_set():
     assert (environ["MASTER_ADDR"], environ["MASTER_PORT"]) == ("n1", "123")
 
 
-@pytest.mark.parametrize("shown, expected", [(1, "0"), (2, "1")])
-def test_deepspeed_gets_the_index_of_this_ranks_gpu(monkeypatch, shown, expected):
+@pytest.mark.parametrize("num_visible_gpus, index", [(1, 0), (2, 1)])
+def test_deepspeed_gets_the_index_of_this_ranks_gpu(monkeypatch, num_visible_gpus, index):
+    """Under SLURM, a task may see only its own GPU."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "device_count", lambda: shown)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: num_visible_gpus)
     environ = dict(SLURM)
     world = read_world(environ)
     export_rendezvous(world, environ)
     assert world.local_rank == 1
-    assert environ["LOCAL_RANK"] == expected == str(world.device.index)
+    assert world.device == torch.device("cuda", index)
+    assert environ["LOCAL_RANK"] == str(index)
 
 
-def test_a_store_that_no_process_serves_is_an_error_that_names_its_address():
+def test_an_error_about_an_unreachable_store_names_its_address():
     environ = {"RANK": "1", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     with pytest.raises(UserError, match=rf"MASTER_PORT: rank 1 .*127\.0\.0\.1:{environ['MASTER_PORT']}"):
         open_store(World(1, 2, 1, 2), 0.2, environ)

@@ -1,4 +1,4 @@
-"""Two runs in one folder. flock belongs to an open file, so one process can hold two locks."""
+"""Two runs in one folder. A file lock belongs to an open file, so one process can try to hold two."""
 
 import fcntl
 import os
@@ -42,33 +42,33 @@ def test_a_waiting_run_starts_when_the_first_ends(tmp_path):
 
 
 def test_a_forked_child_does_not_keep_the_lock(tmp_path):
-    told, tell = os.pipe()
+    reader, writer = os.pipe()
     run = os.fork()
     if not run:
         try:
             lock = hold_run_lock(ALONE, tmp_path)
             lock.__enter__()
             if not os.fork():
-                os.write(tell, b"%d" % os.getpid())
+                os.write(writer, b"%d" % os.getpid())
                 time.sleep(60)
         finally:
             os._exit(0)
-    os.close(tell)
-    worker = int(os.read(told, 20))
+    os.close(writer)
+    worker = int(os.read(reader, 20))
     os.waitpid(run, 0)
     try:
         with hold_run_lock(ALONE, tmp_path, wait_s=0):
-            os.kill(worker, 0)  # it is there
+            os.kill(worker, 0)  # the child is still alive
     finally:
         os.kill(worker, signal.SIGKILL)
-        os.close(told)
+        os.close(reader)
 
 
 def test_a_file_system_without_locks_is_reported(tmp_path, monkeypatch, capsys):
-    def none(*_):
+    def fail(*_):
         raise OSError(95, "Operation not supported")
 
-    monkeypatch.setattr(fcntl, "flock", none)
+    monkeypatch.setattr(fcntl, "flock", fail)
     with hold_run_lock(ALONE, tmp_path):
         assert (tmp_path / LOCK_FILE).exists()
     assert str(tmp_path) in capsys.readouterr().err

@@ -60,7 +60,7 @@ def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # n
 
 
 def test_without_an_error_weights_are_loaded(error_of):
-    """Otherwise the tests below would pass because nothing ever gets that far."""
+    """Checks that `no_weights` works, without which the tests below would prove nothing."""
     with pytest.raises(pytest.fail.Exception, match="weights were loaded"):
         error_of()
 

@@ -83,7 +83,7 @@ def test_tensorboard_has_the_scalars_of_metrics_jsonl(demo):
     assert [event.value for event in events.Scalars("train/loss")] == pytest.approx(losses(run))
     lines = [*metrics(run), *notes(run)]
     assert {name for line in lines for name in line} - {"step"} == set(events.Tags()["scalars"])
-    for name in ("checkpoint/pause_s", "checkpoint/write_s"):  # that of the last save, too
+    for name in ("checkpoint/pause_s", "checkpoint/write_s"):  # also those of the last save
         assert [event.step for event in events.Scalars(name)][-1] == 12
     assert {"config/run/text_summary", "config/deepspeed/text_summary"} <= set(events.Tags()["tensors"])
 
@@ -116,7 +116,6 @@ def signal_the_ranks(process):
     subprocess.run(["pkill", "--session", str(process.pid), *shlex.split(words)], check=True)
 
 
-@pytest.mark.slow
 @pytest.mark.parametrize("stop", [kill_deepspeed, signal_the_ranks])
 def test_a_stopped_run_is_saved_and_leaves_no_process(demo, stop):
     folder, _ = demo
@@ -140,27 +139,26 @@ def test_a_stopped_run_is_saved_and_leaves_no_process(demo, stop):
 
 
 def session(leader):
-    """The living processes of a session."""
+    """Return the running processes of a session."""
     listing = subprocess.run(["ps", "-o", "pid=,stat=", "-s", str(leader)], capture_output=True, text=True, check=False)
     return [int(line.split()[0]) for line in listing.stdout.splitlines() if "Z" not in line.split()[1]]
 
 
-def until(condition, bound_s=120):
-    end = time.monotonic() + bound_s
+def until(condition, timeout_s=120):
+    end = time.monotonic() + timeout_s
     while not condition():
         assert time.monotonic() < end
         time.sleep(0.2)
 
 
-def test_the_demo_model_clips_and_encodings_are_made_once(demo, torchrun):
-    """A second run changes none of the files."""
-    made = [path for parent in sorted((demo[0] / "outputs").glob("demo-*")) for path in parent.rglob("*")]
-    assert len([path for path in made if path.suffix == ".mp4"]) == 6
+def test_a_second_run_does_not_create_the_demo_files_again(demo, torchrun):
+    files = [path for parent in sorted((demo[0] / "outputs").glob("demo-*")) for path in parent.rglob("*")]
+    assert len([path for path in files if path.suffix == ".mp4"]) == 6
     started = (torchrun / "run.yaml").stat().st_mtime
     # The manifest and the list of unusable clips are written at every start.
-    kept = [path for path in made if path.is_file() and not path.name.endswith((".parquet", ".unusable.jsonl"))]
+    kept = [path for path in files if path.is_file() and not path.name.endswith((".parquet", ".unusable.jsonl"))]
     assert [path for path in kept if path.stat().st_mtime > started] == []
-    assert [path for path in made if ".tmp" in path.name] == []
+    assert [path for path in files if ".tmp" in path.name] == []
 
 
 def test_sample_writes_a_video_of_the_requested_size(demo):

@@ -13,9 +13,9 @@ from tests.conftest import ROOT
 SCRIPT = """
 import sys
 
-asked = []
+requests = []
 events = ("socket.connect", "socket.getaddrinfo", "socket.gethostbyname")
-sys.addaudithook(lambda event, arguments: asked.append((event, arguments)) if event in events else None)
+sys.addaudithook(lambda event, arguments: requests.append((event, arguments)) if event in events else None)
 import torch
 from diffusers import CogVideoXImageToVideoPipeline
 from cogds.errors import UserError
@@ -27,17 +27,17 @@ load.load_transformer(model, torch.float32)
 load.load_vae(model, torch.float32, "cpu")
 load.TextEncoder(model, torch.float32, "cpu").encode("a red circle")
 CogVideoXImageToVideoPipeline.from_pretrained(model.path, use_safetensors=True)
-assert not asked, asked
+assert not requests, requests
 try:
     load.find_model("somebody/some-model")
 except UserError as error:
-    print("told:", error)
-assert asked  # the counter works
+    print("error:", error)
+assert requests  # the hook works
 """
 
 
 def without_network():
-    """The start of a command that removes its network access; [] if the system does not allow that."""
+    """Return words in front of a command that remove its network access; [] if the system does not allow that."""
     words = ["unshare", "-n"] if os.geteuid() == 0 else ["unshare", "-rn"]
     if shutil.which("unshare") and subprocess.run([*words, "true"], capture_output=True).returncode == 0:
         return words
@@ -47,7 +47,7 @@ def without_network():
 @pytest.mark.slow
 def test_a_model_folder_needs_no_network_and_a_hub_id_is_a_user_error(tiny_model, tmp_path):
     environ = {name: value for name, value in os.environ.items() if "proxy" not in name.lower()}
-    environ.pop("HF_HUB_OFFLINE")  # not told that there is no network
+    environ.pop("HF_HUB_OFFLINE")
     done = subprocess.run(
         [*without_network(), sys.executable, "-c", SCRIPT, str(tiny_model)],
         cwd=ROOT,
@@ -57,12 +57,12 @@ def test_a_model_folder_needs_no_network_and_a_hub_id_is_a_user_error(tiny_model
         timeout=120,
     )
     assert done.returncode == 0, done.stderr
-    assert "told: model.path: " in done.stdout
+    assert "error: model.path: " in done.stdout
     assert "`hf download somebody/some-model --local-dir FOLDER`" in done.stdout
 
 
 def make(*words):
-    """The output of make, and its exit code."""
+    """Return the output of make and its exit code."""
     done = subprocess.run(["make", *map(str, words)], cwd=ROOT, capture_output=True, text=True, timeout=60)
     return done.stdout + done.stderr, done.returncode
 

@@ -1,4 +1,4 @@
-"""A bug in the code that opens clips ends every command with its traceback and code 1. Clips are not blamed for it."""
+"""A bug in the code that opens clips ends every command with its traceback and code 1, and is not blamed on a clip."""
 
 from pathlib import Path
 
@@ -60,8 +60,8 @@ def test_a_bug_while_clips_are_scanned(start, tmp_path: Path, error: str) -> Non
     assert start("report").returncode == 0
 
 
-@pytest.mark.parametrize("verb, how", [("encode", "cached"), ("train", "on_the_fly")])
-def test_a_bug_while_clips_are_decoded(start, verb: str, how: str) -> None:
-    words = (f"data.encode={how}", *(["--deepspeed", "ds_configs/zero2.json"] if verb == "train" else []))
+@pytest.mark.parametrize("verb, mode", [("encode", "cached"), ("train", "on_the_fly")])
+def test_a_bug_while_clips_are_decoded(start, verb: str, mode: str) -> None:
+    words = (f"data.encode={mode}", *(["--deepspeed", "ds_configs/zero2.json"] if verb == "train" else []))
     assert start("report", *words).returncode == 0  # scanned: known to be usable
     assert is_a_bug(start(verb, *words, error="TypeError", ranks=2), "TypeError")

@@ -42,7 +42,7 @@ def page(tmp_path_factory):
 
 
 def image_sizes(dom):
-    """The natural size of each image in the browser, by alt text."""
+    """Return the size of each image and plot in the browser, by alt text."""
     return {alt: (int(width), int(height)) for alt, width, height in re.findall(r"size:(.*?)\|(\d+)x(\d+);", dom)}
 
 
@@ -54,8 +54,8 @@ def test_nothing_is_requested_and_nothing_runs(page, tmp_path):
     assert events
     # The browser itself asks for its update and account hosts, which do not resolve either. Ignore those.
     own = re.compile(r"https?://[\w.-]*(google(apis)?\.com|gvt1\.com|gstatic\.com|android\.com)[:/]")
-    foreign = {one for one in addresses if not one.startswith(("file:", "data:", "chrome", "about:", "devtools:"))}
-    assert {one for one in foreign if not own.match(one)} == set()
+    local = ("file:", "data:", "chrome", "about:", "devtools:")
+    assert [address for address in addresses if not address.startswith(local) and not own.match(address)] == []
     assert "<script" not in dom
     assert '<img src="x"' not in dom
     assert "&lt;script&gt;alert(1)&lt;/script&gt;" in dom
@@ -63,7 +63,7 @@ def test_nothing_is_requested_and_nothing_runs(page, tmp_path):
 
 
 def test_a_page_that_requests_something_is_detected(tmp_path):
-    """The check above can fail: it detects a page with a remote image and no policy."""
+    """The log of the test above has the requests of a page with a remote image and no policy."""
     bad = tmp_path / "bad.html"
     bad.write_text("<img src='http://example.invalid/x.png'>")
     log = tmp_path / "net.json"
@@ -101,5 +101,5 @@ def test_the_page_is_rendered(page, tmp_path, width):
     drawn = (np.abs(pixels - background).sum(axis=2) > 60).mean()
     assert 0.02 < drawn < 0.6
     # Orange for crops, buckets and kept activations, blue for clips.
-    for colour in ((224, 129, 43), (59, 130, 196)):
-        assert (np.abs(pixels - colour).sum(axis=2) < 40).sum() > 300
+    for color in ((224, 129, 43), (59, 130, 196)):
+        assert (np.abs(pixels - color).sum(axis=2) < 40).sum() > 300

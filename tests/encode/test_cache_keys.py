@@ -1,4 +1,4 @@
-"""Cache keys never change: other keys would make every user encode everything again."""
+"""Cache keys of earlier versions stay valid: with other keys, every user would have to encode everything again."""
 
 from types import SimpleNamespace
 

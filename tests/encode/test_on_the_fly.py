@@ -1,49 +1,48 @@
-"""Batches made on the fly: the same as from the cache, ahead of time, with stand-ins for what cannot be read."""
+"""Batches encoded on the fly: equal to those of the cache, made ahead, with substitutes for bad clips."""
 
 import threading
 import time
+from pathlib import Path
 
 import pytest
 import torch
 
 from cogds.data.cache.store import Cache
-from cogds.data.loading.dataset import ClipDataset, ClipOrder, collate, read_encoded
+from cogds.data.loading.dataset import ClipDataset, collate, read_encoded
 from cogds.data.loading.sampler import BucketBatchSampler
 from cogds.data.video.drawn import draw_clips
-from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.on_the_fly import ahead
 from cogds.train.batches import Run, load_batches
 from cogds.train.tuning import Execution
 from tests.jobs import make_job
 
-ALONE = World(0, 1, 0, 1)
-
 
 @pytest.fixture
-def start(tiny_model, tmp_path):
-    """`start(*overrides)`: a function that gives the batches of six steps, the plan's order, and its first draws."""
+def make_run(tiny_model, tmp_path):
+    """`make_run(*overrides)`: a run of six steps."""
     draw_clips(tmp_path / "clips")
 
-    def run(*overrides):
+    def make(*overrides):
         job = make_job(
             f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
             "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=1", "train.precision=fp32",
             "train.num_steps=6", "train.batch_size=2", *overrides,
         )  # fmt: skip
-        data = encode_dataset(job.cfg, job.model, job.buckets, ALONE)
-        plan = job.plan(data.mixture)
-        order = ClipOrder(data.index, data.mixture)
-        draws = list(BucketBatchSampler(plan, 0, 0, 20))
-        made = Run(job, data, plan, Execution("torch", False, ()), first_step=0)
-        return lambda: list(load_batches(made)), order, draws
+        data = encode_dataset(job)
+        return Run(job, data, job.plan(data.mixture), Execution("torch", False, ()), first_step=0)
 
-    return run
+    return make
+
+
+def planned_draws(run, num_steps):
+    """The draws of the first steps, with one clip per batch."""
+    return [draw for (draw,) in BucketBatchSampler(run.plan, 0, 0, num_steps)]
 
 
 @pytest.mark.slow
-def test_batches_are_those_of_the_cache(start):
-    streamed, cached = (start(f"data.encode={mode}")[0]() for mode in ("on_the_fly", "cached"))
+def test_batches_equal_those_of_the_cache(make_run):
+    streamed, cached = (list(load_batches(make_run(f"data.encode={mode}"))) for mode in ("on_the_fly", "cached"))
     assert len(streamed) == len(cached) == 6
     for ours, theirs in zip(streamed, cached):
         assert ours.tensors.keys() == theirs.tensors.keys()
@@ -52,46 +51,44 @@ def test_batches_are_those_of_the_cache(start):
 
 
 @pytest.mark.slow
-def test_a_file_that_goes_is_replaced_by_the_next_of_its_bucket(start, tmp_path):
-    batches, order, draws = start("data.encode=on_the_fly", "train.batch_size=1")
-    rows = [next(order.rows(draw)) for (draw,) in draws[:6]]
-    bad = next(row for row in rows if sum(order.index.sizes[order.index.bucket_of(row)]) > 1)
-    lost = order.index[bad]
-    (tmp_path / "clips" / lost.path.rpartition("/")[2]).unlink()
-    made = batches()
-    assert len(made) == 6
-    found = [one for batch in made for one in batch.bad]
-    assert {(one.row, one.path) for one in found} == {(bad, lost.path)}
-    # It is named once, and replaced by the same clips in a resumed run.
-    assert len(found) == 1
-    again = batches()
-    assert all(torch.equal(one.tensors["moments"], two.tensors["moments"]) for one, two in zip(made, again))
+def test_a_missing_file_is_reported_once_and_replaced_by_the_next_of_its_bucket(make_run):
+    run = make_run("data.encode=on_the_fly", "train.batch_size=1")
+    index = run.order.index
+    rows = [next(run.order.rows(draw)) for draw in planned_draws(run, 6)]
+    bad = next(row for row in rows if sum(index.sizes[index.bucket_of(row)]) > 1)
+    path = Path(index[bad].path)
+    path.unlink()
+    batches = list(load_batches(run))
+    assert len(batches) == 6
+    assert [(clip.row, clip.path) for batch in batches for clip in batch.bad] == [(bad, str(path))]
+    again = list(load_batches(run))
+    for first, second in zip(batches, again):
+        assert torch.equal(first.tensors["moments"], second.tensors["moments"])
 
 
 @pytest.mark.slow
-def test_a_damaged_entry_is_replaced_too(start, tmp_path):
-    batches, order, draws = start("train.batch_size=1")
+def test_a_damaged_entry_is_replaced(make_run, tmp_path):
+    run = make_run("train.batch_size=1")
+    draws = planned_draws(run, 20)
     shard = next((tmp_path / "cache/clips").glob("*.safetensors"))
     data = bytearray(shard.read_bytes())
     data[-20] ^= 1  # in the data of the last entry
     shard.write_bytes(data)
-    dataset = ClipDataset(order, tmp_path / "cache")
-    items = [dataset[draw] for (draw,) in draws]
-    bad = [one for item in items for one in item.bad]
-    assert len(bad) == 1
-    assert "--verify" in bad[0].reason
-    # Each says which row it is of, which the plan alone does not know where one stands in for another.
+    dataset = ClipDataset(run.order, tmp_path / "cache")
+    items = [dataset[draw] for draw in draws]
+    (bad,) = (clip for item in items for clip in item.bad)
+    assert "--verify" in bad.reason
+    # An item's row is that of its tensors, which differs from the planned one for a substitute.
     cache = Cache(tmp_path / "cache")
     for item in items:
-        own = read_encoded(cache, order.index[item.row])
-        assert all(torch.equal(tensor, own[name]) for name, tensor in item.tensors.items())
-    planned = [next(order.rows(draw)) for (draw,) in draws]
-    assert [one.row for one in items] != planned
+        encoded = read_encoded(cache, run.order.index[item.row])
+        assert all(torch.equal(tensor, encoded[name]) for name, tensor in item.tensors.items())
+    assert [item.row for item in items] != [next(run.order.rows(draw)) for draw in draws]
     assert collate(items[:1]).rows == (items[0].row,)
-    assert len(batches()) == 6
+    assert len(list(load_batches(run))) == 6
 
 
-def test_items_are_made_ahead_but_not_too_far():
+def test_items_are_made_ahead_up_to_the_bound():
     made = []
 
     def items():
@@ -105,11 +102,11 @@ def test_items_are_made_ahead_but_not_too_far():
     while len(made) < 4 and time.monotonic() < deadline:
         time.sleep(0.01)
     time.sleep(0.2)
-    assert made == [0, 1, 2, 3]  # one taken, two waiting, one in hand
+    assert made == [0, 1, 2, 3]  # one taken, two in the queue, one that waits for a place in it
     assert list(taken) == list(range(1, 10))
 
 
-def test_an_error_comes_out_where_it_is_waited_for():
+def test_an_error_is_raised_to_the_reader_in_its_turn():
     def items():
         yield 1
         raise ValueError("no more")
@@ -120,7 +117,7 @@ def test_an_error_comes_out_where_it_is_waited_for():
         next(taken)
 
 
-def test_the_thread_ends_with_its_reader():
+def test_closing_the_iterator_ends_the_thread_and_closes_the_items():
     before, closed = threading.active_count(), []
 
     def items():

@@ -1,4 +1,4 @@
-"""Files and names of checkpoints. tests/dist shows that a resumed run is the same run."""
+"""Checkpoint folders: writing, finding, verifying and removing them. Resumed runs are tested in tests/dist."""
 
 import collections
 import json
@@ -30,10 +30,11 @@ def names(folder):
     return sorted(path.name for path in folder.iterdir())
 
 
-def found(folder, resume="auto"):
-    path, facts, state = checkpoint.find(folder, resume)
-    assert facts["step"] == checkpoint.step_of(path)
-    assert torch.equal(state.tensors["weight/a"], TENSORS["weight/a"] + facts["step"])
+def find_path(folder, resume="auto"):
+    """Find a checkpoint, check that it has the state of its step, and return its path."""
+    path, header, state = checkpoint.find(folder, resume)
+    assert header["step"] == checkpoint.step_of(path)
+    assert torch.equal(state.tensors["weight/a"], TENSORS["weight/a"] + header["step"])
     return path
 
 
@@ -41,66 +42,63 @@ def test_the_newest_complete_checkpoint_is_found(tmp_path):
     assert checkpoint.find(tmp_path, "auto") is None
     save(tmp_path, 5, 10)
     assert (tmp_path / "latest").read_text() == "step-000010\n"
-    assert found(tmp_path) == tmp_path / "step-000010"
+    assert find_path(tmp_path) == tmp_path / "step-000010"
     assert checkpoint.find(tmp_path, "none") is None
 
 
 def test_checkpoints_are_ordered_by_step_not_by_name(tmp_path):
     save(tmp_path, 999_999, 1_000_000)
-    assert found(tmp_path).name == "step-1000000"
+    assert find_path(tmp_path).name == "step-1000000"
 
 
-def test_a_folder_that_a_user_made_is_not_a_checkpoint(tmp_path):
+def test_a_users_folder_is_not_a_checkpoint(tmp_path):
     save(tmp_path, 3)
-    for name in ("step-000003-2", "step-000003-backup", "step-3", "old-step-000009"):
+    copies = {"step-000003-2", "step-000003-backup", "step-3", "old-step-000009"}
+    for name in copies:
         shutil.copytree(tmp_path / "step-000003", tmp_path / name)
     save(tmp_path, 4, 5, keep_last=1)
-    assert found(tmp_path).name == "step-000005"
-    assert {"step-000003-2", "step-000003-backup", "step-3", "old-step-000009"} <= set(names(tmp_path))
+    assert find_path(tmp_path).name == "step-000005"
+    assert copies <= set(names(tmp_path))
     assert checkpoint.set_aside(tmp_path.parent, tmp_path / "step-000005", 1) is None
 
 
 def test_a_run_that_started_from_a_checkpoint_continues_from_its_own(tmp_path):
-    """The same command is given again, by its user or by SLURM: it must not begin again."""
+    """The user or SLURM may run the same command again."""
     save(tmp_path / "a", 3)
     start = tmp_path / "a/step-000003"
-    assert found(tmp_path / "b", str(start)) == start
-    save(tmp_path / "b", 4)  # of an earlier run
-    assert found(tmp_path / "b", str(start)) == start
-    about = {"identity": {}, "start": checkpoint.start_point(str(start), {})}
+    assert find_path(tmp_path / "b", str(start)) == start
+    save(tmp_path / "b", 4)  # from an earlier run
+    assert find_path(tmp_path / "b", str(start)) == start
+    header = {"identity": {}, "start": checkpoint.start_point(str(start), {})}
     state = TrainState({name: tensor + 7 for name, tensor in TENSORS.items()}, 7)
-    checkpoint.write(tmp_path / "b", 7, state, about, 3, None)
-    assert found(tmp_path / "b", str(start)) == found(tmp_path / "b", "auto") == tmp_path / "b/step-000007"
-    assert checkpoint.start_point("auto", about) == about["start"]
+    checkpoint.write(tmp_path / "b", 7, state, header, 3, None)
+    assert find_path(tmp_path / "b", str(start)) == find_path(tmp_path / "b", "auto") == tmp_path / "b/step-000007"
+    assert checkpoint.start_point("auto", header) == header["start"]
     assert checkpoint.start_point("none", {}) == ""
 
 
-def test_what_was_saved_comes_back(tmp_path):
+def test_a_checkpoint_has_the_header_and_state_that_were_saved(tmp_path):
     save(tmp_path, 7)
-    _, facts, state = checkpoint.find(tmp_path, "auto")
-    assert facts["identity"] == {"seed": 0}
+    _, header, state = checkpoint.find(tmp_path, "auto")
+    assert header["identity"] == {"seed": 0}
     assert state.num_updates == 7
     assert state.kinds == ["weight", "exp_avg"]
     assert state.weights({"a": torch.bfloat16})["a"].dtype is torch.bfloat16
 
 
-def test_old_checkpoints_are_removed(tmp_path):
-    save(tmp_path, 1, 2, 3, keep_last=2)
-    assert names(tmp_path) == ["latest", "step-000002", "step-000003"]
+@pytest.mark.parametrize("keep_last, keep_every, kept", [(2, None, {6, 7}), (1, 3, {3, 6, 7})])
+def test_old_checkpoints_are_removed(tmp_path, keep_last, keep_every, kept):
+    save(tmp_path, *range(1, 8), keep_last=keep_last, keep_every=keep_every)
+    assert set(names(tmp_path)) == {"latest", *map(checkpoint.step_name, kept)}
 
 
-def test_every_nth_checkpoint_is_kept(tmp_path):
-    save(tmp_path, *range(1, 8), keep_last=1, keep_every=3)
-    assert names(tmp_path) == ["latest", "step-000003", "step-000006", "step-000007"]
-
-
-def test_a_step_saved_again_replaces_itself(tmp_path):
+def test_a_step_saved_again_replaces_its_checkpoint(tmp_path):
     save(tmp_path, 1, 2, 1, keep_last=1)
     assert (tmp_path / "latest").read_text() == "step-000001\n"
-    assert found(tmp_path, str(tmp_path / "step-000001"))
+    assert find_path(tmp_path, str(tmp_path / "step-000001"))
 
 
-def test_a_failed_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
+def test_a_failed_save_does_not_change_the_previous_checkpoint(tmp_path, monkeypatch):
     save(tmp_path, 1)
 
     def full(*_):
@@ -111,62 +109,62 @@ def test_a_failed_save_leaves_the_checkpoint_before(tmp_path, monkeypatch):
         with pytest.raises(OSError, match="No space"):
             save(tmp_path, 2, keep_last=1)
     assert names(tmp_path) == ["latest", "step-000001", "step-000002.tmp"]
-    assert found(tmp_path).name == "step-000001"
-    save(tmp_path, 2)  # what the failed one left is no obstacle
+    assert find_path(tmp_path).name == "step-000001"
+    save(tmp_path, 2)
     assert names(tmp_path) == ["latest", "step-000001", "step-000002"]
 
 
 def test_files_are_flushed_before_they_are_renamed(tmp_path, monkeypatch):
-    """No kill shows it, since what was written stays in memory: it is for when the power fails."""
+    """This matters only if the power fails. A killed process loses nothing that it has written."""
     save(tmp_path, 1)
-    done = []
+    events = []
 
     def name(path):
         return Path(path).relative_to(tmp_path).as_posix()
 
-    def sync(handle, right=os.fsync):
-        path = Path(os.readlink(f"/proc/self/fd/{handle}"))
-        content = {one.name: one.read_bytes() for one in (path.iterdir() if path.is_dir() else [path]) if one.is_file()}
-        done.append(("sync", name(path), content))
-        right(handle)
+    def sync(descriptor, fsync=os.fsync):
+        path = Path(os.readlink(f"/proc/self/fd/{descriptor}"))
+        files = filter(Path.is_file, path.iterdir() if path.is_dir() else [path])
+        events.append(("sync", name(path), {file.name: file.read_bytes() for file in files}))
+        fsync(descriptor)
 
-    def moving(right):
-        return lambda old, new: done.append(("move", name(new))) or right(old, new)
+    def recorded(move):
+        return lambda old, new: events.append(("move", name(new), {})) or move(old, new)
 
     with monkeypatch.context() as patch:
-        for call in ("rename", "replace"):
-            patch.setattr(os, call, moving(getattr(os, call)))
+        patch.setattr(os, "rename", recorded(os.rename))
+        patch.setattr(os, "replace", recorded(os.replace))
         patch.setattr(os, "fsync", sync)
         save(tmp_path, 2, keep_last=1)
-    assert [event[:2] for event in done] == [
+    assert [event[:2] for event in events] == [
         ("sync", "step-000002.tmp/trainable.safetensors"),
         ("sync", "step-000002.tmp/state.json"),
-        ("sync", "step-000002.tmp"),  # the names of the two
+        ("sync", "step-000002.tmp"),  # the names of the two files
         ("move", "step-000002"),
-        ("sync", "."),  # its own name
+        ("sync", "."),  # the name of the folder
         ("move", "latest"),
-        ("move", "step-000001.old.tmp"),  # the one before goes last
+        ("move", "step-000001.old.tmp"),  # the previous checkpoint is removed last
     ]
-    tensors, state, folder = (content for _, _, content in done[:3])
+    tensors, state, folder = (content for _, _, content in events[:3])
     final = {path.name: path.read_bytes() for path in (tmp_path / "step-000002").iterdir()}
-    assert tensors | state == folder == final  # nothing was written after it was synced
+    assert tensors | state == folder == final  # nothing was written after the flush
 
 
 def test_incomplete_checkpoints_are_not_found(tmp_path):
     save(tmp_path, 1, 2)
     (tmp_path / "step-000002/state.json").unlink()
-    assert found(tmp_path).name == "step-000001"
+    assert find_path(tmp_path).name == "step-000001"
 
 
-def flip(file, place=-5):
+def flip_bit(file):
     content = bytearray(file.read_bytes())
-    content[place] ^= 1
+    content[-5] ^= 1
     file.write_bytes(content)
 
 
 def edit_state(folder, **changes):
-    facts = json.loads((folder / "state.json").read_text())
-    (folder / "state.json").write_text(json.dumps(facts | changes))
+    header = json.loads((folder / "state.json").read_text())
+    (folder / "state.json").write_text(json.dumps(header | changes))
 
 
 def truncate(file):
@@ -177,7 +175,7 @@ def truncate(file):
     "damage, file",
     [
         (lambda folder: truncate(folder / "trainable.safetensors"), "trainable.safetensors"),
-        (lambda folder: flip(folder / "trainable.safetensors"), "trainable.safetensors"),
+        (lambda folder: flip_bit(folder / "trainable.safetensors"), "trainable.safetensors"),
         (lambda folder: (folder / "trainable.safetensors").unlink(), "trainable.safetensors"),
         (lambda folder: (folder / "state.json").write_text("{"), "state.json"),
         (lambda folder: (folder / "state.json").write_text("[]"), "state.json"),
@@ -186,13 +184,13 @@ def truncate(file):
         (lambda folder: (folder / "state.json").write_text('{"step": 3, "identity": {}}'), "state.json"),
     ],
 )
-def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, capsys, damage, file):
+def test_a_damaged_checkpoint_is_reported_and_the_previous_one_is_used(tmp_path, capsys, damage, file):
     save(tmp_path, 2, 3)
     damage(tmp_path / "step-000003")
-    assert found(tmp_path).name == "step-000002"
+    assert find_path(tmp_path).name == "step-000002"
     damaged = tmp_path / "step-000003" / file
     assert capsys.readouterr().err.startswith(f"warning: {damaged}: ")
-    with pytest.raises(UserError, match=f"^{damaged}: "):  # a checkpoint that was named is not replaced by another
+    with pytest.raises(UserError, match=f"^{damaged}: "):  # no other checkpoint replaces the requested one
         checkpoint.find(tmp_path, str(tmp_path / "step-000003"))
     damage(tmp_path / "step-000002")
     with pytest.raises(UserError, match=r"checkpoint\.resume: all 2 checkpoints"):
@@ -202,7 +200,7 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(tmp_path, caps
 @pytest.mark.parametrize("name", ["_file_digest", "_header_digest"])
 @pytest.mark.parametrize("error", [TypeError("planted"), KeyError("planted"), ValueError("planted")])
 def test_a_bug_is_not_damage(tmp_path, monkeypatch, error, name):
-    """Else an undamaged checkpoint would be passed over for an older one."""
+    """Otherwise a bug would skip an undamaged checkpoint and resume from an older one."""
     save(tmp_path, 2, 3)
 
     def fail(_):
@@ -210,41 +208,43 @@ def test_a_bug_is_not_damage(tmp_path, monkeypatch, error, name):
 
     monkeypatch.setattr(checkpoint, name, fail)
     with pytest.raises(type(error), match="planted"):
-        found(tmp_path)
+        find_path(tmp_path)
 
 
 class Harmful:
-    def __init__(self, place):
-        self.place = place
+    """Creates a file when it is unpickled."""
+
+    def __init__(self, file):
+        self.file = file
 
     def __reduce__(self):
-        return Path.touch, (self.place,)
+        return Path.touch, (self.file,)
 
 
 @pytest.mark.parametrize("write", [lambda obj, file: file.write_bytes(pickle.dumps(obj)), torch.save])
 def test_a_pickled_object_is_refused_and_not_opened(tmp_path, write):
-    """Even where its digest is right: somebody may have written both."""
+    """Even if its digest is correct."""
     save(tmp_path / "runs", 1)
     file = tmp_path / "runs/step-000001/trainable.safetensors"
     write({"weight/a": Harmful(tmp_path / "executed")}, file)
-    facts = json.loads((file.parent / "state.json").read_text())
-    facts["files"][file.name] = checkpoint._file_digest(file)
-    facts["digest"] = checkpoint._header_digest({name: value for name, value in facts.items() if name != "digest"})
-    (file.parent / "state.json").write_text(json.dumps(facts))
+    header = json.loads((file.parent / "state.json").read_text())
+    header["files"][file.name] = checkpoint._file_digest(file)
+    header["digest"] = checkpoint._header_digest({name: value for name, value in header.items() if name != "digest"})
+    (file.parent / "state.json").write_text(json.dumps(header))
     with pytest.raises(UserError, match=str(file)):
         checkpoint.find(tmp_path / "runs", str(file.parent))
     with pytest.raises(UserError, match="all 1 checkpoints"):
         checkpoint.find(tmp_path / "runs", "auto")
     assert not (tmp_path / "executed").exists()
     pickle.loads(pickle.dumps(Harmful(tmp_path / "executed")))
-    assert (tmp_path / "executed").exists()  # it would have been
+    assert (tmp_path / "executed").exists()  # unpickling does create the file
 
 
-def test_a_wrong_path_is_an_error_not_a_fresh_start(tmp_path):
+def test_a_wrong_path_is_an_error_and_does_not_start_from_scratch(tmp_path):
     with pytest.raises(UserError, match=r"^checkpoint\.resume: "):
         checkpoint.find(tmp_path, str(tmp_path / "step-000009"))
     save(tmp_path, 4)
-    assert found(tmp_path / "other", str(tmp_path / "step-000004")) == tmp_path / "step-000004"
+    assert find_path(tmp_path / "other", str(tmp_path / "step-000004")) == tmp_path / "step-000004"
 
 
 def test_a_nearly_full_disk_is_reported_before_writing(tmp_path, monkeypatch):
@@ -256,14 +256,14 @@ def test_a_nearly_full_disk_is_reported_before_writing(tmp_path, monkeypatch):
 
 
 def test_the_saver_writes_in_the_background(tmp_path):
-    saver, may_go_on = checkpoint.Saver(), threading.Event()
+    saver, may_continue = checkpoint.Saver(), threading.Event()
     assert saver.finish(ALONE) is None
-    saver.start(lambda: (may_go_on.wait(10), save(tmp_path, 1)))
+    saver.start(lambda: (may_continue.wait(10), save(tmp_path, 1)))
     assert not saver.is_done
     assert checkpoint.find(tmp_path, "auto") is None
-    may_go_on.set()
+    may_continue.set()
     assert saver.finish(ALONE) > 0
-    assert found(tmp_path).name == "step-000001"
+    assert find_path(tmp_path).name == "step-000001"
 
 
 def test_a_failure_in_the_background_is_raised_by_finish():
@@ -298,10 +298,10 @@ def test_resuming_from_an_earlier_step_keeps_the_later_files(tmp_path):
     assert names(aside / "checkpoints") == ["step-000002", "step-000003"]
     assert (aside / "lora/step-000003").is_dir()
     assert (aside / "metrics.jsonl").read_text() == (tmp_path / "metrics.jsonl").read_text() == "lines"
-    assert found(checkpoints) == checkpoints / "step-000001"
+    assert find_path(checkpoints) == checkpoints / "step-000001"
 
 
-def test_resuming_from_another_run_moves_the_own_files(tmp_path):
+def test_starting_from_another_run_moves_all_files(tmp_path):
     save(tmp_path / "a/checkpoints", 1)
     save(tmp_path / "b/checkpoints", 5)
     aside = checkpoint.set_aside(tmp_path / "b", tmp_path / "a/checkpoints/step-000001", 1)

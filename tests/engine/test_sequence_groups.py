@@ -1,4 +1,4 @@
-"""What counts ranks and what counts groups of them, where `parallel.sequence_size` ranks share a clip."""
+"""Batch sizes, bad samples and errors if `parallel.sequence_size` ranks share a clip."""
 
 import pytest
 
@@ -11,20 +11,20 @@ from tests.config.test_deepspeed import ZERO2, refused, resolve
 
 
 def test_a_batch_counts_clips_and_not_ranks():
-    shared = {**ZERO2, "train_batch_size": 6}
-    out, cfg = resolve(shared, "train.batch_size=3", "parallel.sequence_size=2", world_size=4)
+    ds_config = {**ZERO2, "train_batch_size": 6}
+    out, cfg = resolve(ds_config, "train.batch_size=3", "parallel.sequence_size=2", world_size=4)
     assert cfg.parallel.sequence_size == 2
-    assert "train_batch_size" not in out  # DeepSpeed takes ranks for clips, and what is left is right for it
+    assert "train_batch_size" not in out  # DeepSpeed computes it, counting every rank
     assert out["train_micro_batch_size_per_gpu"] == 3
-    said = refused(shared, "train.batch_size=3", "parallel.sequence_size=4", world_size=4)
-    assert 'x 1 groups of 4 ranks is 3. Set it to "auto", or gradient_accumulation_steps to 2' in said
+    message = refused(ds_config, "train.batch_size=3", "parallel.sequence_size=4", world_size=4)
+    assert 'x 1 groups of 4 ranks is 3. Set it to "auto", or gradient_accumulation_steps to 2' in message
     assert "parallel.sequence_size" in refused({**ZERO2, "sequence_parallel_size": 2})
     assert "communication_data_type" in refused({**ZERO2, "seq_parallel_communication_data_type": "fp32"})
 
 
 @pytest.mark.parametrize("rank, shared", [(0, False), (1, True), (2, False), (3, True)])
 def test_ranks_of_a_clip_must_read_the_same_files(tmp_path, monkeypatch, rank, shared):
-    """Rank 0 reports it, and every rank that has a file to name."""
+    """Rank 0 reports the error, and so does every rank that has a file to name."""
     world, bad = World(rank, 4, 0, 4, sequence_size=2), [BadClip(7, "/a.mp4", "gone")] if rank == 2 else []
     samples = bad_samples.BadSamples(world, tmp_path, num_clips=100, max_share=0.1)
     monkeypatch.setattr(bad_samples, "disagreeing_data_ranks", lambda _world, _value: [1])
@@ -40,13 +40,8 @@ def test_ranks_of_a_clip_must_read_the_same_files(tmp_path, monkeypatch, rank, s
     assert (values[0] != values[1]) == bool(bad)
 
 
-def test_what_does_not_divide_is_said_before_anything_is_loaded(tiny_model, tmp_path):
-    settings = [
-        f"model.path={tiny_model}",
-        f"output_dir={tmp_path / 'out'}",
-        "data.path=unused",
-        "parallel.sequence_size=2",
-    ]
+def test_a_size_that_does_not_divide_the_ranks_is_refused_before_the_run_starts(tiny_model, tmp_path):
+    settings = [f"model.path={tiny_model}", f"output_dir={tmp_path / 'out'}", "data.path=d", "parallel.sequence_size=2"]
     with pytest.raises(UserError, match=r"^parallel\.sequence_size: 2 "):
         call("train", settings, starts_ranks=False)
     assert not (tmp_path / "out").exists()

@@ -1,4 +1,4 @@
-"""A disk that is full, slow, hung or back again: what is written, what waits, what is lost, and what is reported."""
+"""Disks that are full, slow, hung or working again: which records are written, kept or lost, and which warnings."""
 
 import resource
 import threading
@@ -10,7 +10,7 @@ from cogds.metrics.async_writer import WARN_INTERVAL_S, AppendFile, AsyncWriter
 
 
 class SlowFile(AppendFile):
-    """A file on a disk that answers when `may_write` is set, like a network file system without its server."""
+    """A file on a disk that hangs until `may_write` is set, like a network file system without its server."""
 
     def __init__(self, path):
         super().__init__(path)
@@ -38,7 +38,7 @@ def slow_file(tmp_path):
     file.may_write.set()
 
 
-def test_a_hung_disk_delays_nobody_and_gets_everything_in_order(writer, slow_file):
+def test_a_hung_disk_delays_no_caller_and_gets_all_records_in_order(writer, slow_file):
     for number in range(100):
         writer.submit(slow_file, [b"%d\n" % number])
     assert slow_file.is_writing.wait(10)
@@ -50,7 +50,7 @@ def test_a_hung_disk_delays_nobody_and_gets_everything_in_order(writer, slow_fil
     assert threading.current_thread() not in slow_file.threads
 
 
-def test_closing_does_not_wait_forever_and_reports_how_much_is_lost(writer, slow_file, capsys):
+def test_closing_does_not_wait_forever_and_reports_lost_records(writer, slow_file, capsys):
     writer.submit(slow_file, [b"one"])
     assert slow_file.is_writing.wait(10)
     writer.submit(slow_file, [b"two", b"three"])
@@ -113,7 +113,7 @@ def test_a_failing_file_is_reported_once_a_minute(missing_folder, monkeypatch, c
 
 @pytest.fixture
 def limited():
-    """`limited(size)` bounds the size of files that this process writes: the kernel writes in part up to there."""
+    """`limited(size)` limits the size of files that this process writes. The kernel writes a part up to the limit."""
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     yield lambda size: resource.setrlimit(resource.RLIMIT_FSIZE, (size, before[1]))
     resource.setrlimit(resource.RLIMIT_FSIZE, before)
@@ -140,7 +140,7 @@ def test_an_incomplete_record_never_stays(tmp_path, limited, monkeypatch, keeps_
 
 
 def test_a_disk_that_refuses_when_the_file_is_closed_loses_nothing(tmp_path, monkeypatch):
-    """As network disks do: everything is written, and the error comes late."""
+    """A network disk may report that it is full only after everything seems to be written."""
     file = AppendFile(tmp_path / "file")
     file.write([b"one\n"])
     open_file = type(file.path).open

@@ -22,11 +22,11 @@ def test_bars_are_as_long_as_their_shares():
     assert axes.transData.transform((0, first.get_y()))[1] > axes.transData.transform((0, second.get_y()))[1]
 
 
-def test_share_chart_is_drawn():
+def test_areas_of_a_share_chart_are_proportional():
     pixels = share_chart("Shares", ["81x768x1360", "1x64x64"], [("clips", [0.75, 0.25]), ("cost", [0.5, 0.0])])
     assert pixels.dtype == np.uint8
     assert pixels.shape[2] == 3
-    # (0.75 + 0.25) / 0.5, and a little more of each color in the legend
+    # (0.75 + 0.25) / 0.5, apart from the legend
     assert count(pixels, rgb(BLUE)) / count(pixels, rgb(ORANGE)) == pytest.approx(2, rel=0.1)
     assert count(pixels, (255, 255, 255)) > pixels.shape[0] * pixels.shape[1] / 3
 
@@ -45,10 +45,10 @@ def test_an_svg_contains_no_metadata_and_no_unescaped_label():
     assert not any(text in svg for text in ("<metadata", "<b>", "<?xml", "matplotlib.org"))
 
 
-def test_every_picture_is_on_the_sheet_in_its_own_shape():
+def test_a_contact_sheet_keeps_the_shape_of_every_picture():
     tall, wide = np.full((96, 64, 3), (255, 0, 0), np.uint8), np.full((64, 128, 3), (0, 0, 255), np.uint8)
     sheet = contact_sheet([tall, wide, tall], ["a red thing", "blue\n" * 40, ""], num_columns=2)
     assert count(sheet, (255, 0, 0)) == 2 * 256 * 384
     assert count(sheet, (0, 0, 255)) == 256 * 128
     ink = (sheet.astype(int).sum(axis=2) < 200).sum()
-    assert 200 < ink < sheet.shape[0] * sheet.shape[1] / 10  # a caption of forty lines is cut
+    assert 200 < ink < sheet.shape[0] * sheet.shape[1] / 10  # a caption of 40 lines is truncated

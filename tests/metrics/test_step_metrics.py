@@ -12,11 +12,11 @@ def metrics(loss, values, squares=None):
     losses = StepLosses(2, torch.device("cpu"))
     losses.add(torch.tensor(loss), torch.tensor([loss]), 1, torch.tensor([3]))
     norms = None if squares is None else SquaredNorms(["lora/a", "lora/b"], torch.tensor(squares, dtype=torch.float64))
-    return StepMetrics({"step": 1}, losses.vector, values, norms)
+    return StepMetrics(1, {}, losses.vector, values, norms)
 
 
 def reduce(*ranks):
-    sums = sum(one.to_vector(rank, len(ranks)) for rank, one in enumerate(ranks))
+    sums = sum(metrics.to_vector(rank, len(ranks)) for rank, metrics in enumerate(ranks))
     return ranks[0].reduced(sums.tolist(), len(ranks), LABELS)
 
 
@@ -38,7 +38,7 @@ def test_one_sum_over_ranks_reduces_everything():
     }
 
 
-def test_a_value_that_one_rank_does_not_know_is_left_out():
+def test_a_value_that_is_unknown_on_one_rank_is_omitted():
     scalars = reduce(metrics(1.0, RankValues(2.0, 3e9, 7e9)), metrics(1.0, RankValues(math.nan, 5e9, 6e9)))
     assert "perf/rank_skew" not in scalars
     assert scalars["perf/peak_memory_gb"] == 5.0

@@ -1,12 +1,12 @@
 import torch
 
-from cogds.metrics import stopwatch as module
+from cogds.metrics import stopwatch
 from cogds.metrics.stopwatch import PhaseTimer
 
 
 def test_phases_of_a_step_add_up(monkeypatch):
     now = [0.0]
-    monkeypatch.setattr(module.time, "perf_counter", lambda: now[0])
+    monkeypatch.setattr(stopwatch.time, "perf_counter", lambda: now[0])
     phases = PhaseTimer(torch.device("cpu"))
     assert phases.lap() == {}
     for name, seconds in (("inputs", 1.0), ("forward", 2.0), ("backward", 4.0), ("forward", 8.0), ("", 16.0)):
@@ -17,7 +17,7 @@ def test_phases_of_a_step_add_up(monkeypatch):
 
 
 class Event:
-    """A GPU's: the moment is known once the queue has come so far."""
+    """A stand-in for a CUDA event. queue_s: time of the GPU; done: whether the GPU has reached all events."""
 
     queue_s, done = 0.0, True
 
@@ -31,11 +31,11 @@ class Event:
         return Event.done
 
     def elapsed_time(self, other):
-        assert Event.done, "a wait for the GPU"
+        assert Event.done, "this would wait for the GPU"
         return 1e3 * (other.at - self.at)
 
 
-def test_a_gpus_phases_come_one_step_late_and_are_never_waited_for(monkeypatch):
+def test_phases_on_a_gpu_are_read_one_step_late_without_waiting(monkeypatch):
     monkeypatch.setattr(torch.cuda, "Event", Event)
     phases = PhaseTimer(torch.device("cuda"))
 

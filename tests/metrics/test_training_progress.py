@@ -27,7 +27,7 @@ def show_steps(*, use_bar):
 
 
 @pytest.mark.parametrize("stream, use_bar", [(io.StringIO, True), (Terminal, False)])
-def test_a_log_has_the_first_and_the_last_step_at_least(monkeypatch, capsys, stream, use_bar):
+def test_a_log_has_at_least_the_first_and_the_last_step(monkeypatch, capsys, stream, use_bar):
     monkeypatch.setattr(sys, "stderr", stream())
     show_steps(use_bar=use_bar)
     lines = capsys.readouterr().out.splitlines()

@@ -1,4 +1,4 @@
-"""Evaluation of the trained transformer has no effect on training."""
+"""Evaluation of the transformer has no effect on training."""
 
 import contextlib
 from types import SimpleNamespace
@@ -8,16 +8,16 @@ import torch
 
 from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.model.evaluation_mode import call_module, evaluation_mode
-from cogds.model.load import find_model, load_transformer
+from tests.model.lora.adapters import load
 
 
 def test_modes_are_restored_even_after_an_error(tiny_model):
-    transformer = load_transformer(find_model(str(tiny_model)), torch.float32).train()
+    transformer = load(tiny_model).train()
     transformer.proj_out.eval()
     for number, block in enumerate(transformer.transformer_blocks):
         block.checkpointing = CHECKPOINTING_MODES[1 + number % 2]
     modes = [block.checkpointing for block in transformer.transformer_blocks]
-    training, random = [module.training for module in transformer.modules()], torch.get_rng_state()
+    training, random_state = [module.training for module in transformer.modules()], torch.get_rng_state()
     with contextlib.suppress(ZeroDivisionError), evaluation_mode(transformer, torch.device("cpu")):
         assert not any(module.training for module in transformer.modules())
         assert {block.checkpointing for block in transformer.transformer_blocks} == {"none"}
@@ -27,7 +27,7 @@ def test_modes_are_restored_even_after_an_error(tiny_model):
     assert len(set(modes)) > 1
     assert [block.checkpointing for block in transformer.transformer_blocks] == modes
     assert [module.training for module in transformer.modules()] == training
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert torch.is_grad_enabled()
 
 

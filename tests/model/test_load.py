@@ -44,17 +44,17 @@ def test_the_tiny_model_has_all_features(tiny_model):
 def test_the_tiny_model_is_deterministic_and_never_replaced(tiny_model, tmp_path):
     create_tiny_model(tmp_path / "again")
     file = "transformer/diffusion_pytorch_model.safetensors"
-    one, other = load_file(tiny_model / file), load_file(tmp_path / "again" / file)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    first, second = load_file(tiny_model / file), load_file(tmp_path / "again" / file)
+    assert all(torch.equal(first[name], second[name]) for name in first)
     (tmp_path / "again/mark").touch()
     create_tiny_model(tmp_path / "again", seed=1)
     assert (tmp_path / "again/mark").exists()
 
 
-def pickled(file):
+def replace_by_pickle(file):
     """Replace a safetensors file by a pickle with the same weights, under its usual name."""
-    names = {"model": "pytorch_model", "diffusion_pytorch_model": "diffusion_pytorch_model"}
-    torch.save(load_file(file), file.with_name(f"{names[file.stem]}.bin"))
+    stem = {"model": "pytorch_model"}.get(file.stem, file.stem)
+    torch.save(load_file(file), file.with_name(f"{stem}.bin"))
     file.unlink()
 
 
@@ -71,7 +71,7 @@ def pickled(file):
         (lambda path: (path / "transformer/config.json").write_text("{}"), "'patch_size'"),
         (lambda path: (path / "text_encoder/model.safetensors").unlink(), r"text_encoder .*\.safetensors"),
         (
-            lambda path: pickled(path / "transformer/diffusion_pytorch_model.safetensors"),
+            lambda path: replace_by_pickle(path / "transformer/diffusion_pytorch_model.safetensors"),
             r"_model\.bin",
         ),
         (lambda path: (path / "vae/x.safetensors.index.json").write_text(INDEX), r"lacks part-2\.safetensors"),
@@ -90,19 +90,18 @@ def test_a_hub_id_that_cannot_be_downloaded_is_named():
 
 def test_a_hub_that_does_not_answer_times_out(monkeypatch, tmp_path):
     """By default, the client waits for minutes if the network drops packets."""
-
-    ask = Mock(side_effect=TimeoutError("no answer"))
-    fetch = Mock(return_value=str(tmp_path))
-    monkeypatch.setattr(load.HfApi, "model_info", ask)
-    monkeypatch.setattr(load, "snapshot_download", fetch)
+    query = Mock(side_effect=TimeoutError("no answer"))
+    download = Mock(return_value=str(tmp_path))
+    monkeypatch.setattr(load.HfApi, "model_info", query)
+    monkeypatch.setattr(load, "snapshot_download", download)
     with pytest.raises(UserError, match=r"model_index\.json is missing"):  # in the copy of an earlier download
         find_model("somebody/some-model")
-    assert ask.call_args.kwargs["timeout"] == load.HUB_TIMEOUT_S
-    assert fetch.call_args.kwargs["local_files_only"]
-    fetch.side_effect = OSError("nothing here")
+    assert query.call_args.kwargs["timeout"] == load.HUB_TIMEOUT_S
+    assert download.call_args.kwargs["local_files_only"]
+    download.side_effect = OSError("nothing here")
     with pytest.raises(UserError, match=r"TimeoutError: no answer.*hf download somebody/some-model --local-dir"):
         find_model("somebody/some-model")
-    for call in (fetch, ask):  # a bug is not reported as a fault of the hub
+    for call in (download, query):  # a bug is not reported as a fault of the hub
         call.side_effect = TypeError("planted")
         with pytest.raises(TypeError, match="planted"):
             find_model("somebody/some-model")
@@ -119,19 +118,19 @@ def test_a_hub_that_does_not_answer_times_out(monkeypatch, tmp_path):
 def test_pickled_weights_are_never_loaded(copy, file, loader):
     model = find_model(str(copy))
     loader(model)
-    pickled(copy / file)
+    replace_by_pickle(copy / file)
     with pytest.raises((OSError, UserError), match=r"safetensors|missing"):
         loader(model)
 
 
 def test_code_in_a_tokenizer_folder_is_never_run(copy):
     """A folder may refer to its own Python code. By default, transformers would ask on the terminal."""
-    made, folder = copy / "made", copy / "tokenizer"
-    (folder / "own.py").write_text(f"open({str(made)!r}, 'w')\nclass Own: pass\n")
+    created, folder = copy / "created", copy / "tokenizer"
+    (folder / "own.py").write_text(f"open({str(created)!r}, 'w')\nclass Own: pass\n")
     edit_json(folder / "tokenizer_config.json", auto_map={"AutoTokenizer": ["own.Own", None]}, tokenizer_class="Own")
     with pytest.raises(UserError, match=r"/tokenizer: "):
         load.load_tokenizer(find_model(str(copy)))
-    assert not made.exists()
+    assert not created.exists()
 
 
 def test_a_scheduler_that_predicts_noise_is_refused(copy):
@@ -140,16 +139,15 @@ def test_a_scheduler_that_predicts_noise_is_refused(copy):
         load_alphas_cumprod(find_model(str(copy)))
 
 
-def test_weights_by_name_equal_those_of_the_model(tiny_model):
+def test_loaded_weights_equal_those_of_the_files(tiny_model):
     model = find_model(str(tiny_model))
     weights = {name: weight[:] for name, weight in transformer_weights(model)}
     loaded = load_transformer(model, torch.float32)
+    parameters = dict(loaded.named_parameters())
     assert (
-        {name for name, _ in loaded.named_parameters()}
-        == set(weights)
-        == {name for name, _ in build_transformer(model, torch.float32).named_parameters()}
+        parameters.keys() == weights.keys() == dict(build_transformer(model, torch.float32).named_parameters()).keys()
     )
-    assert all(torch.equal(weights[name], parameter) for name, parameter in loaded.named_parameters())
+    assert all(torch.equal(weights[name], parameter) for name, parameter in parameters.items())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
 
 
@@ -162,7 +160,7 @@ def test_captions_are_padded_and_truncation_is_counted(tiny_model):
 
 
 def test_a_tokenizer_in_the_format_of_the_published_model(copy):
-    """A spiece.model and no tokenizer.json, which is what the hub's CogVideoX folders hold."""
+    """CogVideoX folders on the hub have a spiece.model and no tokenizer.json."""
     import sentencepiece
 
     corpus = copy / "corpus.txt"
@@ -182,12 +180,11 @@ def test_a_tokenizer_in_the_format_of_the_published_model(copy):
     )
     processor = sentencepiece.SentencePieceProcessor(model_file=str(copy / "tokenizer/spiece.model"))
     encoder = TextEncoder(find_model(str(copy)), torch.float32, "cpu")
-    ours = encoder.tokenizer("a red ball moves").input_ids
-    assert ours == [*processor.encode("a red ball moves"), 1]
+    assert encoder.tokenizer("a red ball moves").input_ids == [*processor.encode("a red ball moves"), 1]
 
 
 def test_learned_positions_are_loaded(copy):
-    """1.0 image-to-video keeps a buffer among its weights: names that are not parameters must be listed too."""
+    """The files of CogVideoX 1.0 image-to-video contain a buffer, whose name must be listed as well."""
     file = copy / "transformer/diffusion_pytorch_model.safetensors"
     save_file({**load_file(file), "patch_embed.pos_embedding": torch.zeros(1, 2, 3)}, file, metadata={"format": "pt"})
     assert "patch_embed.pos_embedding" in dict(transformer_weights(find_model(str(copy))))

@@ -1,4 +1,4 @@
-"""Shared folders: marker files, and what differs between ranks."""
+"""Marker files find folders that the ranks do not share."""
 
 import threading
 
@@ -14,7 +14,7 @@ from cogds.preflight.folders import (
 
 
 def check_folders(folders_of_rank0, *folders_of_others):
-    """Run the whole check for ranks with these folders: the findings of rank 0. Deletes the marker files."""
+    """Run the whole check for ranks with these folders, and delete the marker files. Returns the findings of rank 0."""
     all_folders = [folders_of_rank0, *folders_of_others]
     errors = create_folders(folders_of_rank0, "t")
     keys = [key for key in folders_of_rank0 if key not in errors]
@@ -52,7 +52,7 @@ def test_different_and_missing_folders_name_the_rank(tmp_path):
 
 
 def test_a_marker_that_rank_0_does_not_see_fails(tmp_path):
-    """As on a node that sees a copy or a snapshot of the folder."""
+    """The folder of that rank may be a copy or a snapshot."""
     shared = {"output_dir": str(tmp_path)}
     assert create_folders(shared, "t") == {}
     results = [{"rank": rank, "host": "n1", **inspect_folders(shared, "t", rank, 0.0)} for rank in (0, 1)]

@@ -1,4 +1,4 @@
-"""The whole command on one rank, without any check that takes time."""
+"""The command on one rank, in which a check fails."""
 
 import pytest
 
@@ -9,10 +9,10 @@ from cogds.preflight import main as module
 
 @pytest.fixture
 def run(monkeypatch):
-    """Run the command with this error in the check of versions, and without a config."""
+    """`run(error)`: run the command with an invalid config and an error in the check of versions."""
 
     def refuse(*_):
-        raise UserError("no config here")
+        raise UserError("invalid config")
 
     def run_with(error):
         def fail():
@@ -29,15 +29,15 @@ def run(monkeypatch):
 def test_a_bug_in_a_check_ends_with_its_traceback(run, capsys, error):
     with pytest.raises(BugReported):
         run(error)
-    said = capsys.readouterr()
-    assert "in fail\n" in said.err
-    assert "not ready" in said.out
+    output = capsys.readouterr()
+    assert "in fail\n" in output.err
+    assert "not ready" in output.out
 
 
 @pytest.mark.parametrize("error", [OSError("stale file handle"), RuntimeError("no CUDA driver")])
 def test_a_fault_of_the_machine_is_a_finding(run, capsys, error):
     with pytest.raises(UserError):
         run(error)
-    said = capsys.readouterr()
-    assert str(error) in said.out
-    assert "Traceback" not in said.err
+    output = capsys.readouterr()
+    assert str(error) in output.out
+    assert "Traceback" not in output.err

@@ -8,15 +8,16 @@ from cogds.distributed.world import World
 from cogds.preflight.machine import inspect_disk
 from cogds.preflight.preflight_job import load_preflight_job
 from tests.conftest import ROOT
+from tests.jobs import ALONE
 
 OFFLOAD_ACTIVATIONS = "train.activation_checkpointing=full+offload"
 
 
 @pytest.fixture
 def load(tiny_model, tmp_path):
-    """Load a job with a DeepSpeed config of ds_configs, on a rank of a world, with overrides."""
+    """`load(name, *overrides, world)`: a job with a DeepSpeed config of ds_configs/."""
 
-    def load(ds_name, world=World(0, 1, 0, 1), *overrides):  # noqa: B008 (frozen)
+    def load(ds_name, *overrides, world=ALONE):
         overrides = [f"model.path={tiny_model}", f"data.path={tmp_path}", "data.buckets=[9x64x96]", *overrides]
         args = argparse.Namespace(
             config=None, deepspeed=str(ROOT / f"ds_configs/{ds_name}.json"), overrides=overrides, is_demo=False
@@ -27,10 +28,10 @@ def load(tiny_model, tmp_path):
 
 
 def test_offloaded_weights_are_counted_with_the_rounding_of_pinned_memory(load):
-    job = load("zero3_offload", World(0, 1, 0, 1), "train.precision=bf16")
+    job = load("zero3_offload", "train.precision=bf16")
     exact = 2 * job.memory.transformer.num_parameters
     assert exact < job.offloaded_bytes < 2 * exact
-    half = load("zero3_offload", World(0, 2, 0, 2), "train.precision=bf16").offloaded_bytes
+    half = load("zero3_offload", "train.precision=bf16", world=World(0, 2, 0, 2)).offloaded_bytes
     assert half == pytest.approx(job.offloaded_bytes / 2, rel=0.01)
     job.ds_config["zero_optimization"]["offload_param"]["pin_memory"] = False
     del job.__dict__["offloaded_bytes"]  # cached
@@ -39,7 +40,7 @@ def test_offloaded_weights_are_counted_with_the_rounding_of_pinned_memory(load):
 
 
 def test_offloaded_weights_and_activations_add_up(load):
-    job = load("zero3_offload", World(0, 1, 0, 1), OFFLOAD_ACTIVATIONS)
+    job = load("zero3_offload", OFFLOAD_ACTIVATIONS)
     _, _, needed = inspect_disk(job)["disk"]["memory"]
     assert needed == job.offloaded_bytes + job.pinned_bytes
     assert min(job.offloaded_bytes, job.pinned_bytes) > 0
@@ -47,4 +48,4 @@ def test_offloaded_weights_and_activations_add_up(load):
 
 def test_activations_are_pinned_only_if_they_are_offloaded(load):
     assert load("zero2").pinned_bytes == 0
-    assert load("zero2", World(0, 1, 0, 1), OFFLOAD_ACTIVATIONS).pinned_bytes > 0
+    assert load("zero2", OFFLOAD_ACTIVATIONS).pinned_bytes > 0

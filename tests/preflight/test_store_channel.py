@@ -1,4 +1,4 @@
-"""Ranks that exchange messages through the store (here, threads of one process), and calls with a time limit."""
+"""Messages between ranks through the store (the ranks are threads of one process), and calls with a time limit."""
 
 import threading
 

@@ -12,12 +12,12 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
-BOUND_S = 60.0
+TIMEOUT_S = 60.0
 
 
 @contextlib.contextmanager
 def script(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
-    """A process in a session of its own, ended with all that it started after BOUND_S at the latest."""
+    """Run code in a new process and session. At the end, or after TIMEOUT_S, kill it with all of its children."""
     process = subprocess.Popen(
         [sys.executable, "-c", textwrap.dedent(code), *arguments],
         stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
@@ -28,7 +28,7 @@ def script(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
 
-    timer = threading.Timer(BOUND_S, end)
+    timer = threading.Timer(TIMEOUT_S, end)
     timer.start()
     try:
         yield process
@@ -37,36 +37,43 @@ def script(code: str, *arguments: str) -> Iterator[subprocess.Popen[str]]:
         end()
         process.wait()
         for stream in (process.stdin, process.stdout, process.stderr):
-            assert stream is not None
             with contextlib.suppress(OSError):
                 stream.close()
 
 
-def line(process: subprocess.Popen[str]) -> str:
-    assert process.stdout is not None
+def read_stdout(process: subprocess.Popen[str]) -> str:
+    """Wait for a line of stdout and return it."""
     return process.stdout.readline().strip()
 
 
-def heard(process: subprocess.Popen[str]) -> str:
-    assert process.stderr is not None
+def read_stderr(process: subprocess.Popen[str]) -> str:
+    """Wait for a line of stderr and return it."""
     return process.stderr.readline().strip()
 
 
-def until(condition: Callable[[], bool]) -> bool:
-    deadline = time.monotonic() + BOUND_S
+def write_stdin(process: subprocess.Popen[str], text: str) -> None:
+    process.stdin.write(text)
+    process.stdin.flush()
+
+
+def wait_until(condition: Callable[[], bool], timeout_s: float = TIMEOUT_S) -> bool:
+    """Wait until the condition is true, for at most `timeout_s`. Return whether it is."""
+    deadline = time.monotonic() + timeout_s
     while not condition() and time.monotonic() < deadline:
         time.sleep(0.05)
     return condition()
 
 
-def state(pid: int) -> str:
-    """As in ps; Z for one that is gone."""
+def is_alive(pid: int) -> bool:
+    """Whether a process has not ended. A zombie has, unless a thread of it is still ending."""
     with contextlib.suppress(OSError):
-        return Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
-    return "Z"
+        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        return state != "Z" or len(os.listdir(f"/proc/{pid}/task")) > 1
+    return False
 
 
 def children(pid: int) -> list[int]:
+    """Return the process ids of the children of a process."""
     return [
         int(child)
         for task in Path(f"/proc/{pid}/task").iterdir()

@@ -8,7 +8,7 @@ def defaults(local_size, **environ):
     return environ
 
 
-def test_variables_are_selected_by_the_beginning_of_their_name():
+def test_variables_are_selected_by_prefix():
     environ = {"NCCL_B": "1", "NCCL_A": "2", "X_NCCL_": "3", "GLOO_C": "4"}
     assert environment_variables("NCCL_", "GLOO_", environ=environ) == {"GLOO_C": "4", "NCCL_A": "2", "NCCL_B": "1"}
 

@@ -1,4 +1,4 @@
-"""Locks that a killed build left are removed, and those of running builds never."""
+"""Locks of killed builds are removed. Locks of running builds are not."""
 
 import os
 import subprocess
@@ -8,7 +8,7 @@ import pytest
 
 from cogds.process import extension_locks
 from cogds.process.extension_locks import remove_stale_locks
-from tests.process.processes import heard, line, script
+from tests.process.processes import read_stderr, read_stdout, script
 
 HOLDER = """
     import sys
@@ -21,7 +21,7 @@ HOLDER = """
 
 
 @pytest.fixture(autouse=True)
-def released():
+def clean_up():
     yield
     release_file_locks()
 
@@ -32,7 +32,7 @@ def release_file_locks():
     extension_locks._descriptors.clear()
 
 
-def leave_lock(root):
+def create_lock(root):
     lock = root / "py311_cpu/some_op/lock"
     lock.parent.mkdir(parents=True)
     lock.touch()
@@ -40,38 +40,37 @@ def leave_lock(root):
 
 
 def test_a_lock_of_a_killed_process_is_removed(tmp_path):
-    lock = leave_lock(tmp_path)
+    lock = create_lock(tmp_path)
     with script(HOLDER, str(tmp_path)) as process:
-        assert line(process) == "ready"
-        assert heard(process).startswith(f"{lock}: ")
+        assert read_stdout(process) == "ready"
+        assert read_stderr(process).startswith(f"{lock}: ")
     assert not lock.exists()
 
 
 def test_nothing_is_removed_while_another_process_uses_the_folder(tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(extension_locks, "MIN_STALE_AGE_S", 1.0)
     with script(HOLDER, str(tmp_path)) as process:
-        assert line(process) == "ready"
-        lock = leave_lock(tmp_path)
+        assert read_stdout(process) == "ready"
+        lock = create_lock(tmp_path)
         start = time.monotonic()
         remove_stale_locks(tmp_path)
-        assert time.monotonic() - start > 0.9  # another node may have begun to build
+        assert time.monotonic() - start > 0.9  # it has waited, because another node may be building
         assert lock.exists()
         assert f"warning: {lock}: " in capsys.readouterr().err
     release_file_locks()
-    remove_stale_locks(tmp_path)  # the other has been killed
+    remove_stale_locks(tmp_path)  # the other process has ended
     assert not lock.exists()
 
 
-def test_only_a_process_that_would_remove_a_lock_waits_for_its_build(tmp_path, capsys):
-    lock = leave_lock(tmp_path)
-    with script(HOLDER, str(tmp_path / "elsewhere")) as other, script(HOLDER, str(tmp_path)) as ours:
-        assert line(other) == "ready"
-        heard(ours)  # removed the lock
+def test_a_process_that_would_not_remove_the_lock_does_not_wait_for_a_build(tmp_path, capsys):
+    lock = create_lock(tmp_path)
+    with script(HOLDER, str(tmp_path)) as process:
+        read_stderr(process)  # it has removed the lock
         lock.touch()
         compiler = subprocess.Popen(["sleep", "60"], cwd=lock.parent)
         try:
             start = time.monotonic()
-            remove_stale_locks(tmp_path)  # beside a process of ours: torch itself waits
+            remove_stale_locks(tmp_path)  # torch itself waits
             assert time.monotonic() - start < 5
             assert capsys.readouterr().err == ""
         finally:
@@ -79,8 +78,8 @@ def test_only_a_process_that_would_remove_a_lock_waits_for_its_build(tmp_path, c
             compiler.wait()
 
 
-def test_compilers_that_outlive_a_killed_build_are_waited_for(tmp_path, capsys):
-    lock = leave_lock(tmp_path)
+def test_remaining_compilers_of_a_killed_build_are_waited_for(tmp_path, capsys):
+    lock = create_lock(tmp_path)
     compiler = subprocess.Popen(["sleep", "0.7"], cwd=lock.parent)
     remove_stale_locks(tmp_path)
     assert compiler.poll() == 0
@@ -88,14 +87,14 @@ def test_compilers_that_outlive_a_killed_build_are_waited_for(tmp_path, capsys):
     assert not lock.exists()
 
 
-def test_other_files_named_lock_stay(tmp_path):
-    deep, full = tmp_path / "a/b/c/lock", tmp_path / "a/lock"
-    deep.parent.mkdir(parents=True)
-    deep.touch()
-    full.write_text("pid 7")
+def test_other_files_named_lock_are_not_removed(tmp_path):
+    deeper, not_empty = tmp_path / "a/b/c/lock", tmp_path / "a/lock"
+    deeper.parent.mkdir(parents=True)
+    deeper.touch()
+    not_empty.write_text("pid 7")
     remove_stale_locks(tmp_path)
-    assert deep.exists()
-    assert full.exists()
+    assert deeper.exists()
+    assert not_empty.exists()
 
 
 def test_a_folder_that_cannot_be_written_is_not_an_error(tmp_path):

@@ -1,4 +1,4 @@
-"""What reaches stdout and stderr, on which rank and at which level."""
+"""Records on stdout and stderr, by rank and level."""
 
 import io
 import logging
@@ -14,43 +14,43 @@ logger = logging.getLogger("cogds.test")
 
 
 def log_all():
-    logger.debug("detail")
-    logger.info("fact")
-    logger.log(RESULT, "result")
-    logger.warning("disk")
-    logger.error("end")
+    logger.debug("a detail")
+    logger.info("a fact")
+    logger.log(RESULT, "a result")
+    logger.warning("a warning")
+    logger.error("an error")
 
 
 @pytest.mark.parametrize(
     "level, stdout",
     [
-        (logging.DEBUG, ["detail", "fact", "result"]),
-        (logging.INFO, ["fact", "result"]),
-        (RESULT, ["result"]),
+        (logging.DEBUG, ["a detail", "a fact", "a result"]),
+        (logging.INFO, ["a fact", "a result"]),
+        (RESULT, ["a result"]),
     ],
 )
-def test_the_level_selects_what_rank_0_prints(capsys, level, stdout):
+def test_the_level_selects_the_output_of_rank_0(capsys, level, stdout):
     configure_logging(0, level)
     log_all()
     printed = capsys.readouterr()
     assert printed.out.splitlines() == stdout
-    assert printed.err.splitlines() == ["warning: disk", "error: end"]
+    assert printed.err.splitlines() == ["warning: a warning", "error: an error"]
 
 
-def test_other_ranks_log_only_warnings_and_errors_and_name_themselves(capsys):
+def test_other_ranks_log_only_warnings_and_errors_with_rank_and_host(capsys):
     configure_logging(3, logging.DEBUG)
     log_all()
     printed = capsys.readouterr()
     assert printed.out == ""
-    host = socket.gethostname()
-    assert printed.err.splitlines() == [f"warning on rank 3 ({host}): disk", f"error on rank 3 ({host}): end"]
+    place = f"on rank 3 ({socket.gethostname()})"
+    assert printed.err.splitlines() == [f"warning {place}: a warning", f"error {place}: an error"]
 
 
 def test_configuring_twice_prints_once(capsys):
     configure_logging()
     configure_logging()
-    logger.info("fact")
-    assert capsys.readouterr().out == "fact\n"
+    logger.info("a fact")
+    assert capsys.readouterr().out == "a fact\n"
 
 
 @pytest.mark.parametrize(
@@ -60,29 +60,28 @@ def test_a_failure_that_may_be_a_bug_is_logged_with_its_traceback(capsys, error,
     try:
         raise error
     except Exception as caught:
-        log_failure(logger, "one image is missing", caught)
+        log_failure(logger, "an image is missing", caught)
     warning = capsys.readouterr().err
-    assert warning.startswith("warning: one image is missing\n")
+    assert warning.startswith("warning: an image is missing\n")
     assert ("Traceback" in warning and __file__ in warning) == has_traceback
 
 
-def test_libraries_keep_their_own_loggers(capsys, caplog):
-    logging.getLogger("diffusers").warning("theirs")
-    assert [record.message for record in caplog.records] == ["theirs"]
-    logger.warning("ours")
-    assert capsys.readouterr().err == "warning: ours\n"
+def test_loggers_of_libraries_are_not_changed(capsys, caplog):
+    logging.getLogger("diffusers").warning("library")
+    assert [record.message for record in caplog.records] == ["library"]
+    logger.warning("cogds")
+    assert capsys.readouterr().err == "warning: cogds\n"
 
 
-class Closed(io.StringIO):
+class BrokenPipe(io.StringIO):
     def write(self, _text):
         raise BrokenPipeError(32, "Broken pipe")
 
 
-def test_a_reader_that_is_gone_ends_nothing(monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdout", Closed())
-    logger.info("fact")
+def test_a_closed_stdout_is_not_an_error(monkeypatch, capsys):
     closed = io.StringIO()
     closed.close()
-    monkeypatch.setattr(sys, "stdout", closed)
-    logger.info("fact")
+    for stdout in (BrokenPipe(), closed):
+        monkeypatch.setattr(sys, "stdout", stdout)
+        logger.info("a fact")
     assert capsys.readouterr().err == ""

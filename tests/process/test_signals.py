@@ -1,4 +1,4 @@
-"""Real processes and signals, because the behavior depends on the kernel, C code and threads."""
+"""Requests to stop, with real processes and signals, because they depend on the kernel, C code and threads."""
 
 import os
 import signal
@@ -8,10 +8,19 @@ import time
 
 import pytest
 
-from cogds.process.signals import SAME_REQUEST_S, StopRequest, find_launchers
-from tests.process.processes import BOUND_S, children, heard, line, script, state, until
+from cogds.process.signals import SAME_REQUEST_S, STOP_SIGNALS, StopRequest, find_launchers
+from tests.process.processes import (
+    TIMEOUT_S,
+    children,
+    is_alive,
+    read_stderr,
+    read_stdout,
+    script,
+    wait_until,
+    write_stdin,
+)
 
-# The main thread sits in C, without the interpreter's lock, on a pipe that the test holds the other end of.
+# The main thread waits in C code, without the GIL, for input from the test.
 WAIT_IN_C = """
     import ctypes
     from cogds.process import signals as module
@@ -21,8 +30,8 @@ WAIT_IN_C = """
     stop.listen()
     {defer}
     print("ready", flush=True)
-    got = ctypes.CDLL(None).read(0, ctypes.create_string_buffer(9), 1)
-    print(f"read {{got}} requested {{stop.requested}}", flush=True)
+    num_bytes = ctypes.CDLL(None).read(0, ctypes.create_string_buffer(9), 1)
+    print(f"read {{num_bytes}} requested {{stop.requested}}", flush=True)
 """
 
 
@@ -30,15 +39,15 @@ def waiting(launcher: str = "()", defer: str = "stop.defer()", same_request_s: f
     return WAIT_IN_C.format(launcher=launcher, defer=defer, same_request_s=same_request_s)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGUSR1, signal.SIGINT])
-def test_a_signal_is_handled_while_the_main_thread_waits_in_c(number: signal.Signals) -> None:
+@pytest.mark.parametrize("number", STOP_SIGNALS)
+def test_a_signal_is_handled_while_the_main_thread_waits_in_c(number):
     with script(waiting()) as process:
-        assert line(process) == "ready"
+        assert read_stdout(process) == "ready"
         process.send_signal(number)
-        # Reported while the call still waits; the signal does not end the call.
-        assert heard(process).startswith(f"{number.name}: saving")
+        # It is reported while the call still waits. The signal does not interrupt the call.
+        assert read_stderr(process).startswith(f"{number.name}: saving")
         assert process.poll() is None
-        assert process.communicate("x", timeout=BOUND_S) == (f"read 1 requested {number.name}\n", "")
+        assert process.communicate("x", timeout=TIMEOUT_S) == (f"read 1 requested {number.name}\n", "")
         assert process.returncode == 0
 
 
@@ -48,7 +57,7 @@ LATE = """
 
     class Late:
         def __del__(self, write=os.write, sleep=time.sleep):
-            write(1, b"ending\\n")  # Python has given its handlers up by now
+            write(1, b"ending\\n")  # by now, Python has removed its handlers
             sleep(1.0)
 
     late, stop = Late(), StopRequest()
@@ -62,48 +71,48 @@ LATE = """
 """
 
 
-def test_a_late_signal_does_not_change_the_exit_code() -> None:
+def test_a_late_signal_does_not_change_the_exit_code():
     with script(LATE) as process:
-        assert line(process) == "ready"
+        assert read_stdout(process) == "ready"
         process.send_signal(signal.SIGUSR1)
-        assert line(process) == "ending"
+        assert read_stdout(process) == "ending"
         process.send_signal(signal.SIGUSR1)
-        assert process.wait(BOUND_S) == 75
+        assert process.wait(TIMEOUT_S) == 75
 
 
-def test_until_defer_the_first_signal_ends_the_process() -> None:
+def test_until_defer_the_first_signal_ends_the_process():
     with script(waiting(defer="print('unflushed')")) as process:
-        assert line(process) == "unflushed"
-        assert line(process) == "ready"
+        assert read_stdout(process) == "unflushed"
+        assert read_stdout(process) == "ready"
         process.send_signal(signal.SIGTERM)
-        assert process.wait(BOUND_S) == 75
-        assert heard(process).startswith("SIGTERM: stopping at once")
+        assert process.wait(TIMEOUT_S) == 75
+        assert read_stderr(process).startswith("SIGTERM: stopping at once")
 
 
-def test_two_signals_in_a_row_are_one_request_and_a_later_one_ends_the_process() -> None:
+def test_two_signals_in_a_row_are_one_request_and_a_later_one_ends_the_process():
     with script(waiting(same_request_s=1.0)) as process:
-        assert line(process) == "ready"
+        assert read_stdout(process) == "ready"
         process.send_signal(signal.SIGINT)
-        assert "SIGINT: saving" in heard(process)
+        assert "SIGINT: saving" in read_stderr(process)
         process.send_signal(signal.SIGTERM)
         time.sleep(1.2)
         assert process.poll() is None
         process.send_signal(signal.SIGTERM)
-        assert process.wait(BOUND_S) == 75
-        assert heard(process) == "SIGTERM again: stopping at once"
+        assert process.wait(TIMEOUT_S) == 75
+        assert read_stderr(process) == "SIGTERM again: stopping at once"
 
 
-def test_a_signal_after_an_advance_warning_does_not_end_a_save() -> None:
+def test_a_signal_after_an_advance_warning_does_not_end_a_save():
     with script(waiting(same_request_s=0)) as process:
-        assert line(process) == "ready"
+        assert read_stdout(process) == "ready"
         process.send_signal(signal.SIGUSR1)
-        assert "SIGUSR1: saving" in heard(process)
+        assert "SIGUSR1: saving" in read_stderr(process)
         process.send_signal(signal.SIGTERM)
-        assert "SIGTERM: saving" in heard(process)
-        assert process.communicate("x", timeout=BOUND_S)[0] == "read 1 requested SIGTERM\n"
+        assert "SIGTERM: saving" in read_stderr(process)
+        assert process.communicate("x", timeout=TIMEOUT_S)[0] == "read 1 requested SIGTERM\n"
 
 
-# Its one child is the process of the test, on the same pipes; the name stands where a launcher's module would.
+# A process whose command line looks like a launcher's and whose child, on the same pipes, is a rank.
 LAUNCHER = """
     import subprocess, sys
     child = subprocess.Popen([sys.executable, "-c", sys.argv[2]])
@@ -113,32 +122,30 @@ LAUNCHER = """
 
 
 def launch(process: subprocess.Popen[str]) -> int:
-    """The launcher's child, once it is ready."""
-    said = {line(process), line(process)}
-    assert "ready" in said
-    return int((said - {"ready"}).pop())
+    """Wait until the launcher's child is ready, and return its process id."""
+    lines = {read_stdout(process), read_stdout(process)}
+    assert "ready" in lines
+    return int((lines - {"ready"}).pop())
 
 
 @pytest.mark.parametrize("defer", ["stop.defer()", ""])
-def test_a_rank_stops_when_its_launcher_is_killed(defer: str) -> None:
+def test_a_rank_stops_when_its_launcher_is_killed(defer):
     rank = textwrap.dedent(waiting("find_launchers()", defer, same_request_s=0))
     with script(LAUNCHER, "/bin/torchrun", rank) as process:
         child = launch(process)
         process.kill()
         process.wait()
-        assert state(child) != "Z"
+        assert is_alive(child)
         if defer:
-            assert heard(process).startswith("its launcher has died: saving")
-            # A signal that cleans up afterwards does not mean "at once".
+            assert read_stderr(process).startswith("its launcher has died: saving")
+            # A signal that follows does not mean "at once".
             os.kill(child, signal.SIGTERM)
-            assert heard(process).startswith("SIGTERM: saving")
-            assert process.stdin is not None
-            process.stdin.write("x")
-            process.stdin.flush()
-            assert line(process) == "read 1 requested SIGTERM"
+            assert read_stderr(process).startswith("SIGTERM: saving")
+            write_stdin(process, "x")
+            assert read_stdout(process) == "read 1 requested SIGTERM"
         else:
-            assert heard(process).startswith("its launcher has died: stopping at once")
-        assert until(lambda: state(child) == "Z")
+            assert read_stderr(process).startswith("its launcher has died: stopping at once")
+        assert wait_until(lambda: not is_alive(child))
 
 
 RUNNER = """
@@ -149,38 +156,34 @@ RUNNER = """
 """
 
 
-def test_a_rank_stops_when_the_parent_of_its_launcher_dies() -> None:
+def test_a_rank_stops_when_the_parent_of_its_launcher_dies():
     rank = textwrap.dedent(waiting("find_launchers()"))
     with script(RUNNER, "/bin/deepspeed", textwrap.dedent(LAUNCHER), rank) as process:
-        said = {line(process), line(process), line(process)}
-        launcher, child = sorted(int(one) for one in said - {"ready"})
+        lines = {read_stdout(process), read_stdout(process), read_stdout(process)}
+        launcher, child = sorted(int(line) for line in lines - {"ready"})
         process.terminate()
         process.wait()
-        assert heard(process).startswith("its launcher has died: saving")
-        assert state(launcher) != "Z"  # it waits for the rank
-        assert process.stdin is not None
-        process.stdin.write("x")
-        process.stdin.flush()
-        assert line(process) == "read 1 requested its launcher has died"
-        assert until(lambda: state(child) == "Z" and state(launcher) == "Z")
+        assert read_stderr(process).startswith("its launcher has died: saving")
+        assert is_alive(launcher)  # it waits for the rank
+        write_stdin(process, "x")
+        assert read_stdout(process) == "read 1 requested its launcher has died"
+        assert wait_until(lambda: not is_alive(child) and not is_alive(launcher))
 
 
-def test_a_parent_that_is_not_a_launcher_may_end() -> None:
+def test_a_parent_that_is_not_a_launcher_may_end():
     assert find_launchers() == ()
     rank = textwrap.dedent(waiting("find_launchers()"))
     with script(LAUNCHER, "other", rank) as process:
         child = launch(process)
         process.kill()
         process.wait()
-        time.sleep(2.0)
-        assert state(child) != "Z"
-        assert process.stdin is not None
-        process.stdin.write("x")
-        process.stdin.flush()
-        assert line(process) == "read 1 requested"
+        time.sleep(1.3)  # longer than LAUNCHER_POLL_S
+        assert is_alive(child)
+        write_stdin(process, "x")
+        assert read_stdout(process) == "read 1 requested"
 
 
-def test_a_signal_to_a_forked_child_does_not_reach_the_parent() -> None:
+def test_a_signal_to_a_forked_child_does_not_reach_the_parent():
     code = """
         import os, signal, time
         from cogds.process.signals import StopRequest
@@ -189,7 +192,7 @@ def test_a_signal_to_a_forked_child_does_not_reach_the_parent() -> None:
         stop.defer()
         child = os.fork()
         if not child:
-            signal.signal(signal.SIGALRM, lambda *_: os._exit(7))  # is heard: the child lives
+            signal.signal(signal.SIGALRM, lambda *_: os._exit(7))  # shows that the child is still alive
             os.kill(os.getpid(), signal.SIGTERM)
             time.sleep(0.2)
             os.kill(os.getpid(), signal.SIGALRM)
@@ -197,22 +200,21 @@ def test_a_signal_to_a_forked_child_does_not_reach_the_parent() -> None:
         print(os.waitstatus_to_exitcode(os.waitpid(child, 0)[1]), repr(stop.requested), flush=True)
     """
     with script(code) as process:
-        assert line(process) == "7 ''"
-        assert process.wait(BOUND_S) == 0
+        assert read_stdout(process) == "7 ''"
+        assert process.wait(TIMEOUT_S) == 0
 
 
-def test_closing_restores_the_handlers() -> None:
-    before = [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)]
-    stop = StopRequest()
-    stop.close()
+def test_closing_restores_the_handlers():
+    before = [signal.getsignal(number) for number in STOP_SIGNALS]
+    StopRequest().close()  # it has not listened
     stop = StopRequest()
     stop.listen()
     stop.defer()
     os.kill(os.getpid(), signal.SIGUSR1)
-    assert until(lambda: stop.requested == "SIGUSR1")
+    assert wait_until(lambda: stop.requested == "SIGUSR1")
     stop.close()
     stop.close()
-    assert [signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGUSR1, signal.SIGINT)] == before
+    assert [signal.getsignal(number) for number in STOP_SIGNALS] == before
     assert signal.set_wakeup_fd(-1) == -1
 
 
@@ -245,40 +247,37 @@ LOADER = """
 
 
 def signalled_loader(process: subprocess.Popen[str]) -> list[int]:
-    """The workers, all of the tree having got two signals that they should outlive."""
-    assert line(process) == "10"
+    """Send two signals to the process and its workers, and return the workers, which must survive."""
+    assert read_stdout(process) == "10"
     workers = children(process.pid)
     assert len(workers) == 2
     for number in (signal.SIGTERM, signal.SIGINT):
         for pid in [*workers, process.pid]:
             os.kill(pid, number)
-    assert "SIGTERM: saving" in heard(process)
-    assert process.stdin is not None
-    process.stdin.write("\n")
-    process.stdin.flush()
-    assert line(process) == "390 SIGTERM"
+    assert "SIGTERM: saving" in read_stderr(process)
+    write_stdin(process, "\n")
+    assert read_stdout(process) == "390 SIGTERM"
     assert children(process.pid) == workers
-    process.stdin.write("\n")
-    process.stdin.flush()
+    write_stdin(process, "\n")
     return workers
 
 
 @pytest.mark.slow
-def test_loader_workers_survive_signals_to_the_tree_and_end_with_their_parent() -> None:
+def test_loader_workers_survive_signals_to_the_tree_and_end_with_their_parent():
     with script(
         LOADER.format(end="print('stuck', flush=True); next(batches); next(batches); next(batches)")
     ) as process:
         workers = signalled_loader(process)
-        assert line(process) == "stuck"  # a worker reads and does not come back
+        assert read_stdout(process) == "stuck"  # a worker hangs while it reads
         process.kill()
         process.wait()
-        assert until(lambda: [state(pid) for pid in workers] == ["Z", "Z"])
+        assert wait_until(lambda: not any(map(is_alive, workers)))
 
 
 @pytest.mark.slow
-def test_an_error_with_a_living_loader_ends_the_process() -> None:
-    """The traceback keeps the loader: multiprocessing terminates the workers and waits for them without a bound."""
+def test_an_error_ends_the_process_although_its_loader_is_alive():
+    """The traceback keeps the loader, so multiprocessing terminates the workers and waits for them without a limit."""
     with script(LOADER.format(end="raise KeyError('planted')")) as process:
         workers = signalled_loader(process)
-        assert process.wait(BOUND_S) == 1
-        assert [state(pid) for pid in workers] == ["Z", "Z"]
+        assert process.wait(TIMEOUT_S) == 1
+        assert not any(map(is_alive, workers))

@@ -1,15 +1,14 @@
-"""Processes that hang in different ways, and processes that only seem to."""
+"""The watchdog on processes that hang, and on processes that do not."""
 
 import os
 import signal
 import time
-from pathlib import Path
 
 import pytest
 
 from cogds.errors import EXIT_HUNG
 from cogds.process.watchdog import Watchdog, running_time
-from tests.process.processes import BOUND_S, children, line, script, state, until
+from tests.process.processes import TIMEOUT_S, children, is_alive, read_stdout, script, wait_until
 
 HUNG = """
     import ctypes, sys, time
@@ -18,133 +17,126 @@ HUNG = """
     from cogds.process.watchdog import Watchdog
     module.DESCRIBE_TIMEOUT_S = 0.5
     watchdog = Watchdog(3, {limit_s}, Path(sys.argv[1]))
-    def stuck_here():
-        {stuck}
-    def name():
-        {name}
+    def hang_here():
+        {hang}
+    def describe():
+        {describe}
     watchdog.watch(lambda: "step 6")
-    watchdog.watch(name)
+    watchdog.watch(describe)
     print("ready", flush=True)
-    stuck_here()
+    hang_here()
 """
+SLEEP = "time.sleep(600)"
+READ_IN_C = "read(0, ctypes.create_string_buffer(9), 1)"
 
 
-def hung(stuck: str, name: str = "return 'step 7, bucket 9x64x64'", limit_s: float = 0.5) -> str:
-    return HUNG.format(stuck=stuck, name=name, limit_s=limit_s)
+def hung(hang: str = SLEEP, describe: str = "return 'step 7, bucket 9x64x64'", limit_s: float = 0.5) -> str:
+    return HUNG.format(hang=hang, describe=describe, limit_s=limit_s)
 
 
-@pytest.mark.parametrize("stuck", ["time.sleep(600)", "ctypes.CDLL(None).read(0, ctypes.create_string_buffer(9), 1)"])
-def test_a_hung_process_reports_where_and_ends(tmp_path: Path, stuck: str) -> None:
-    with script(hung(stuck), str(tmp_path / "run")) as process:
-        assert process.wait(BOUND_S) == EXIT_HUNG == 76
-        assert process.stderr is not None
-        said = process.stderr.read()
-    written = (tmp_path / "run/hung-rank-3.txt").read_text()
-    for text in (said, written):
+@pytest.mark.parametrize("hang", [SLEEP, f"ctypes.CDLL(None).{READ_IN_C}"])
+def test_a_hung_process_reports_where_it_hangs_and_ends(tmp_path, hang):
+    with script(hung(hang), str(tmp_path / "run")) as process:
+        assert process.wait(TIMEOUT_S) == EXIT_HUNG == 76
+        stderr = process.stderr.read()
+    for text in (stderr, (tmp_path / "run/hung-rank-3.txt").read_text()):
         assert text.startswith("rank 3 (")
         assert ": step 7, bucket 9x64x64, for " in text
         assert "train.step_timeout_s is 0.5" in text
-        assert "in stuck_here" in text
+        assert "in hang_here" in text
         assert "(most recent call first)" in text
 
 
-@pytest.mark.parametrize("name", ["raise KeyError('name')", "time.sleep(600)"])
-def test_an_activity_that_cannot_be_described_does_not_keep_the_process(tmp_path: Path, name: str) -> None:
-    with script(hung("time.sleep(600)", name), str(tmp_path)) as process:
-        assert process.wait(BOUND_S) == EXIT_HUNG
-        assert process.stderr is not None
-        assert "in stuck_here" in process.stderr.read()
-
-
-def test_a_folder_that_cannot_be_written_does_not_keep_the_process(tmp_path: Path) -> None:
+@pytest.mark.parametrize(
+    "describe, folder", [("raise KeyError('step')", "run"), (SLEEP, "run"), ("return 'step 7'", "file/run")]
+)
+def test_a_hung_process_ends_even_if_the_report_fails(tmp_path, describe, folder):
+    """The activity cannot be described, or the folder cannot be written."""
     (tmp_path / "file").touch()
-    with script(hung("time.sleep(600)"), str(tmp_path / "file/run")) as process:
-        assert process.wait(BOUND_S) == EXIT_HUNG
-        assert process.stderr is not None
-        assert "in stuck_here" in process.stderr.read()
+    with script(hung(describe=describe), str(tmp_path / folder)) as process:
+        assert process.wait(TIMEOUT_S) == EXIT_HUNG
+        assert "in hang_here" in process.stderr.read()
 
 
 @pytest.mark.slow
-def test_a_process_that_holds_the_gil_is_killed_by_the_guard(tmp_path: Path) -> None:
-    with script(hung("ctypes.PyDLL(None).read(0, ctypes.create_string_buffer(9), 1)"), str(tmp_path)) as process:
-        assert process.wait(BOUND_S) == -signal.SIGKILL
-        assert process.stderr is not None
-        said = process.stderr.read()
-    assert "rank 3 (" in said
-    assert "in stuck_here" in said
+def test_a_process_that_holds_the_gil_is_killed_by_the_guard(tmp_path):
+    with script(hung(f"ctypes.PyDLL(None).{READ_IN_C}"), str(tmp_path)) as process:
+        assert process.wait(TIMEOUT_S) == -signal.SIGKILL
+        stderr = process.stderr.read()
+    assert "rank 3 (" in stderr
+    assert "in hang_here" in stderr
 
 
-def test_progress_rest_and_close_keep_a_process_alive(tmp_path: Path) -> None:
+def test_a_process_that_makes_progress_rests_or_closes_is_not_ended(tmp_path):
     code = """
         import ctypes, sys, time
         from pathlib import Path
         from cogds.process.watchdog import Watchdog
-        watchdog = Watchdog(0, 1.0, Path(sys.argv[1]))
-        for step in range(26):
+        watchdog = Watchdog(0, 0.6, Path(sys.argv[1]))
+        for step in range(16):
             watchdog.watch(lambda: "a step")
             time.sleep(0.05)
         watchdog.rest()
-        time.sleep(1.3)
+        time.sleep(0.8)
         watchdog.close()
         watchdog.close()
         print("done", flush=True)
     """
     with script(code, str(tmp_path)) as process:
-        assert line(process) == "done"
-        assert process.wait(BOUND_S) == 0
+        assert read_stdout(process) == "done"
+        assert process.wait(TIMEOUT_S) == 0
         assert not list(tmp_path.iterdir())
 
 
-def test_time_in_which_the_process_does_not_run_does_not_count() -> None:
+def test_time_in_which_the_process_does_not_run_does_not_count():
     assert running_time(5.1, 5.0) == 5.1
     assert running_time(3600.0, 5.0) == 10.0
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("guard_too", [False, True])
-def test_a_suspended_process_continues_and_is_watched_again(tmp_path: Path, guard_too: bool) -> None:
+def test_a_suspended_process_continues_and_is_watched_again(tmp_path, guard_too):
     """SLURM suspends the whole process tree; `kill -STOP` suspends only the process."""
-    with script(hung("time.sleep(600)", limit_s=2.0), str(tmp_path)) as process:
-        assert line(process) == "ready"
+    with script(hung(limit_s=2.0), str(tmp_path)) as process:
+        assert read_stdout(process) == "ready"
         guards = children(process.pid)
         assert len(guards) == 1
-        time.sleep(0.8)  # the clock has started
+        time.sleep(0.8)  # let the clock start
         pids = [process.pid, *(guards if guard_too else [])]
         for pid in pids:
             os.kill(pid, signal.SIGSTOP)
-        time.sleep(12.0)  # longer than both would ever wait
+        time.sleep(12.0)  # longer than the limits of both
         for pid in pids:
             os.kill(pid, signal.SIGCONT)
         time.sleep(0.7)
         assert process.poll() is None
-        assert state(guards[0]) != "Z"
-        assert process.wait(BOUND_S) == EXIT_HUNG
+        assert is_alive(guards[0])
+        assert process.wait(TIMEOUT_S) == EXIT_HUNG
 
 
-def test_the_guard_ends_with_a_killed_process(tmp_path: Path) -> None:
+def test_the_guard_ends_with_a_killed_process(tmp_path):
     code = hung("import os\n        os.fork()\n        time.sleep(600)", limit_s=600)
     with script(code, str(tmp_path)) as process:
-        assert line(process) == "ready"
-        assert until(lambda: len(children(process.pid)) == 2)
-        guard, fork = children(process.pid)  # which holds the other end of its pipe open
+        assert read_stdout(process) == "ready"
+        assert wait_until(lambda: len(children(process.pid)) == 2)
+        guard, fork = children(process.pid)  # the fork keeps the other end of the guard's socket open
         for number in (signal.SIGTERM, signal.SIGINT):
             os.kill(guard, number)
         time.sleep(0.2)
-        assert "Z" not in [state(pid) for pid in (guard, fork)]
+        assert is_alive(guard)
         process.kill()
         process.wait()
-        assert until(lambda: state(guard) == "Z")
-        assert state(fork) != "Z"
+        assert wait_until(lambda: not is_alive(guard))
+        assert is_alive(fork)
 
 
-def test_watch_makes_no_system_call_between_two_activities(tmp_path: Path) -> None:
-    """Counted in calls instead of time."""
+def test_watch_makes_no_system_call_between_two_activities(tmp_path):
     watchdog = Watchdog(0, 600.0, tmp_path)
-    signs: list[bytes] = []
-    watchdog._send_heartbeat = signs.append  # type: ignore[method-assign]
+    heartbeats: list[bytes] = []
+    watchdog._send_heartbeat = heartbeats.append
     for _ in range(1000):
         watchdog.watch(str)
-    assert signs == [b"w"]
+    assert heartbeats == [b"w"]
     watchdog.rest()
-    assert signs == [b"w", b"r"]
+    assert heartbeats == [b"w", b"r"]
     watchdog.close()

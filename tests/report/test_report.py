@@ -1,3 +1,5 @@
+"""The report: its numbers, its text, and its HTML page."""
+
 import dataclasses
 import io
 import json
@@ -16,7 +18,7 @@ from cogds.core.memory import ZeroSettings
 from cogds.core.plan import Plan
 from cogds.errors import UserError
 from cogds.formatting import gigabytes
-from cogds.report.analysis import Captions, ClipTable, Rates, TrainingSetup, make_report, read_rates
+from cogds.report.analysis import Captions, ClipTable, Rates, Reason, TrainingSetup, make_report, read_rates
 from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
@@ -28,7 +30,7 @@ EVIL = ("<script>alert(1)</script>.mp4", '"><img src=x onerror=alert(2)>.mp4', "
 
 
 def table(rows):
-    """rows: (path, frames, height, width, bucket, reason); a reason makes the clip unusable."""
+    """Return a table of clips. rows: (path, frames, height, width, bucket, reason if unusable)."""
     columns = {
         "path": [row[0] for row in rows],
         "kind": ["video"] * len(rows),
@@ -65,25 +67,25 @@ MEMORY = published_memory(zero=ZeroSettings(stage=2, reduce_bucket_size=9_437_18
 
 
 def setup(**changes):
-    """The setup of a run. Changes may be fields of the memory model, too."""
-    ours = TrainingSetup(MEMORY, batch_sizes=(2, 1, 1), accumulation=2, checkpointing=("full",) * 3)
-    of_memory = {name: changes.pop(name) for name in list(changes) if name in MEMORY.__dataclass_fields__}
-    return dataclasses.replace(ours, memory=dataclasses.replace(MEMORY, **of_memory), **changes)
+    """Return the setup of a run. changes: fields of it or of its memory model."""
+    memory_changes = {name: changes.pop(name) for name in list(changes) if name in MEMORY.__dataclass_fields__}
+    memory = dataclasses.replace(MEMORY, **memory_changes)
+    return dataclasses.replace(TrainingSetup(memory, (2, 1, 1), 2, ("full",) * 3), **changes)
 
 
 def report(rows=ROWS, captions=GOOD, **changes):
     return make_report(table(rows), setup(**changes), captions)
 
 
-def test_every_bucket_is_counted():
-    first, second, third = report().buckets
-    assert [one.num_clips for one in (first, second, third)] == [1, 2, 1]
+def test_numbers_of_each_bucket():
+    first, second, _ = buckets = report().buckets
+    assert [bucket.num_clips for bucket in buckets] == [1, 2, 1]
     assert first.num_tokens == 7 * 48 * 85 + 226
     assert (first.micro_steps, first.steps) == (1, 1 / 2)  # one clip: the second rank trains a copy
     assert (second.micro_steps, second.steps) == (1, 1 / 2)
     expected = [crop_share(1080, 1920, BUCKETS[1]), crop_share(480, 640, BUCKETS[1])]
     assert second.crop_share == pytest.approx(sum(expected) / 2)
-    assert [one.upscaled_share for one in (first, second, third)] == [0, 0.5, 0]
+    assert [bucket.upscaled_share for bucket in buckets] == [0, 0.5, 0]
     assert first.unused_share == pytest.approx(0.5)
     assert second.unused_share == pytest.approx((0 + 0.5) / 2)
     assert second.cache_bytes == 2 * cached_clip_bytes(BUCKETS[1], V15, 2)
@@ -92,133 +94,131 @@ def test_every_bucket_is_counted():
 
 
 def test_totals():
-    found = report()
-    assert (found.num_rows, found.num_clips, found.num_unusable) == (8, 4, 4)
-    assert found.steps_per_epoch == 3 / 2
-    assert found.caption_cache_bytes == 4 * cached_caption_bytes(V15, 4096, 2)
-    assert found.cache_bytes == found.caption_cache_bytes + sum(one.cache_bytes for one in found.buckets)
-    assert found.largest is found.buckets[0]
-    assert found.epoch_s is None
+    result = report()
+    assert (result.num_rows, result.num_clips, result.num_unusable) == (8, 4, 4)
+    assert result.steps_per_epoch == 3 / 2
+    assert result.caption_cache_bytes == 4 * cached_caption_bytes(V15, 4096, 2)
+    assert result.cache_bytes == result.caption_cache_bytes + sum(bucket.cache_bytes for bucket in result.buckets)
+    assert result.largest is result.buckets[0]
+    assert result.epoch_s is None
     assert report(is_cached=False).cache_bytes == 0
 
 
 def test_reasons_are_counted_by_phrase_with_examples():
-    reasons = {one.phrase: one for one in report().reasons}
-    assert {phrase: one.num_clips for phrase, one in reasons.items()} == {
-        "cannot be opened": 2, "no caption": 1, "too short": 1,
-    }  # fmt: skip
-    assert reasons["cannot be opened"].examples == ("/clips/x.mp4", "/clips/y.mp4")
-    assert reasons["too short"].examples == ("/clips/short.mp4",)
+    assert report().reasons == (
+        Reason("cannot be opened", 2, ("/clips/x.mp4", "/clips/y.mp4")),
+        Reason("no caption", 1, ("/clips/z.mp4",)),
+        Reason("too short", 1, ("/clips/short.mp4",)),
+    )
     many = [*ROWS, *((f"/clips/{n}.mp4", 1, 1, 1, -1, f"odd {n}") for n in range(40))]
-    found = report(many)
-    assert sum(one.num_clips for one in found.reasons) + found.num_other_reasons == found.num_unusable == 44
+    result = report(many)
+    assert sum(reason.num_clips for reason in result.reasons) + result.num_other_reasons == result.num_unusable == 44
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4, 16])
-def test_steps_are_those_of_the_plan(num_ranks):
+def test_steps_equal_those_of_the_plan(num_ranks):
     rows = [(f"/{n}.mp4", 81, 768, 1360, n % 7 % 3, None) for n in range(23)]
-    found = report(rows, num_ranks=num_ranks)
-    plan = Plan(tuple(one.num_samples for one in found.buckets), (2, 1, 1), num_ranks, 2, 0)
-    assert found.steps_per_epoch == pytest.approx(plan.steps_per_epoch)
+    result = report(rows, num_ranks=num_ranks)
+    plan = Plan(tuple(bucket.num_samples for bucket in result.buckets), (2, 1, 1), num_ranks, 2, 0)
+    assert result.steps_per_epoch == pytest.approx(plan.steps_per_epoch)
 
 
 def test_windows_and_repeats():
     clips = dataclasses.replace(table(ROWS), num_windows=np.array([2, 1, 2, 1, 0, 0, 0, 0]))
-    found = make_report(clips, setup(), GOOD)
-    assert [one.num_samples for one in found.buckets] == [2, 3, 1]
-    assert [one.unused_share for one in found.buckets] == [0, 0, 0]
-    assert found.buckets[1].cache_bytes == 3 * cached_clip_bytes(BUCKETS[1], V15, 2)
+    buckets = make_report(clips, setup(), GOOD).buckets
+    assert [bucket.num_samples for bucket in buckets] == [2, 3, 1]
+    assert [bucket.unused_share for bucket in buckets] == [0, 0, 0]
+    assert buckets[1].cache_bytes == 3 * cached_clip_bytes(BUCKETS[1], V15, 2)
     repeated = make_report(clips, setup(epoch_sizes=(20.0, 3.0, 1.0)), GOOD)
     assert repeated.buckets[0].micro_steps == 5  # of 2 ranks x 2 clips
-    assert repeated.buckets[0].num_samples == 2  # what is encoded does not grow with repeats
+    assert repeated.buckets[0].num_samples == 2  # repeats are not encoded
 
 
-def test_pieces_of_the_table_add_up(monkeypatch):
-    whole = report()
+def test_the_report_does_not_depend_on_the_rows_processed_at_a_time(monkeypatch):
+    expected = report()
     monkeypatch.setattr("cogds.report.analysis.ROWS_AT_ONCE", 3)
-    assert report() == whole
+    assert report() == expected
 
 
-def test_a_dataset_without_a_clip():
-    found = report([ROWS[-1]])
-    assert (found.num_clips, found.largest, found.suggestion) == (0, None, None)
-    assert short_report(found)
-    page = html_page(found, table([ROWS[-1]]), no_frame)
+def test_a_dataset_without_clips():
+    result = report([ROWS[-1]])
+    assert (result.num_clips, result.largest, result.suggestion) == (0, None, None)
+    assert short_report(result)
+    page = html_page(result, table([ROWS[-1]]), no_frame)
     assert page.count("<svg ") == page.count("<img ") == 0
     assert report([]).num_rows == 0
 
 
 def test_rates_of_an_earlier_run(tmp_path):
     lines = [{"perf/tokens_per_s": 9e9, "perf/step_s": 9e9, "train/loss/bucket=81x768x1360": 1.0}] * 5
-    one = {"train/loss/bucket=81x768x1360": 1.0, "train/loss/t_q1": 1.0}
-    lines += [{"perf/tokens_per_s": 1000.0, "perf/step_s": 40.0 + n, **one} for n in range(3)]
-    lines += [{"perf/tokens_per_s": 1000.0, "perf/step_s": 60.0, **one, "train/loss/bucket=49x768x1360": 1.0}]
+    losses = {"train/loss/bucket=81x768x1360": 1.0, "train/loss/t_q1": 1.0}
+    lines += [{"perf/tokens_per_s": 1000.0, "perf/step_s": 40.0 + n, **losses} for n in range(3)]
+    lines += [{"perf/tokens_per_s": 1000.0, "perf/step_s": 60.0, **losses, "train/loss/bucket=49x768x1360": 1.0}]
     file = tmp_path / "metrics.jsonl"
     file.write_text("".join(json.dumps({"step": n, **line}) + "\n" for n, line in enumerate(lines)) + '{"step": 9')
     rates = read_rates(file)
     assert rates == Rates(1000.0, {"81x768x1360": 41.0}, str(file))
-    found = report(rates=rates)
-    assert (found.buckets[1].step_s, found.buckets[1].step_is_measured) == (41.0, True)
-    assert found.buckets[0].step_s == pytest.approx((7 * 48 * 85 + 226) * 2 * 2 * 2 / 1000)
-    assert not found.buckets[0].step_is_measured
-    assert found.epoch_s == pytest.approx(sum(one.steps * one.step_s for one in found.buckets))
+    result = report(rates=rates)
+    assert (result.buckets[1].step_s, result.buckets[1].step_is_measured) == (41.0, True)
+    assert result.buckets[0].step_s == pytest.approx((7 * 48 * 85 + 226) * 2 * 2 * 2 / 1000)
+    assert not result.buckets[0].step_is_measured
+    assert result.epoch_s == pytest.approx(sum(bucket.steps * bucket.step_s for bucket in result.buckets))
     assert read_rates(tmp_path / "none.jsonl") is None
     file.write_text("")
     assert read_rates(file) is None
 
 
-def test_better_buckets_are_suggested_only_where_the_given_ones_fit_badly():
+def test_better_buckets_are_suggested_only_if_the_given_ones_fit_badly():
     assert report(ROWS[:2] * 20).suggestion is None
     portrait = [(f"/{n}.mp4", 90, 1920, 1080, 0, None) for n in range(20)]
-    found = report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,)).suggestion
-    assert found
-    assert found.after.crop < 0.02 < 0.6 < found.before.crop
-    assert "data.buckets=[81x1360x768]" in printed(report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,)))
+    result = report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,))
+    assert result.suggestion.after.crop < 0.02 < 0.6 < result.suggestion.before.crop
+    assert "data.buckets=[81x1360x768]" in printed(result)
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_the_given_buckets_have_one_share_of_upscaled_clips():
-    """A clip that is too short, and sizes that the suggestion's counting rounds, do not make a second figure."""
+def test_the_share_of_upscaled_clips_is_the_same_everywhere():
+    """Even if a clip is too short, and although suggestions round the sizes of clips."""
     rows = [(f"/{n}.mp4", 90, 477 if n else 1080, 640 if n else 1920, 0, None) for n in range(4)]
     rows += [("/short.mp4", 5, 477, 640, -1, None)]
-    found = report(rows, buckets=(ClipShape(81, 480, 640),), batch_sizes=(1,))
-    assert found.suggestion
-    assert found.upscaled_share == 0.75
-    for text in (printed(found), html_page(found, table(rows), no_frame)):
+    result = report(rows, buckets=(ClipShape(81, 480, 640),), batch_sizes=(1,))
+    assert result.suggestion
+    assert result.upscaled_share == 0.75
+    for text in (printed(result), html_page(result, table(rows), no_frame)):
         assert set(re.findall(r"(\d+)% of the clips upscaled", text)) == {"75"}
 
 
-def test_the_short_form_is_short():
-    found = report(captions=Captions(3, 1, 2, 4, 226), gpu_bytes=80e9)
-    lines, memory = short_report(found).splitlines(), gigabytes(found.largest.memory.total_bytes)
+def test_the_short_report():
+    result = report(captions=Captions(3, 1, 2, 4, 226), gpu_bytes=80e9)
+    lines, memory = short_report(result).splitlines(), gigabytes(result.largest.memory.total_bytes)
     assert len(lines) <= 8
     for expected in ("4 of 8 clips", "2 x cannot be opened", "3 clips", "2 captions", "226 tokens", memory):
         assert any(expected in line for line in lines), expected
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_buckets_without_clips_are_one_line():
-    found = report(ROWS[1:3])
-    text = printed(found)
+def test_buckets_without_clips_are_listed_in_one_line():
+    result = report(ROWS[1:3])
+    text = printed(result)
     (line,) = (line for line in text.splitlines() if "49x768x1360" in line and "data.buckets" not in line)
     assert "81x1360x768" in line
-    page = html_page(found, table(ROWS[1:3]), no_frame)
+    page = html_page(result, table(ROWS[1:3]), no_frame)
     assert re.findall(r'<th scope="row">(\d+x\d+x\d+)</th>', page) == ["81x768x1360"]
 
 
 def test_one_step_is_singular():
-    found = report(ROWS[:1], batch_sizes=(1, 1, 1), accumulation=1)
-    assert found.steps_per_epoch == 1
-    assert "1 step per epoch" in short_report(found)
+    result = report(ROWS[:1], batch_sizes=(1, 1, 1), accumulation=1)
+    assert result.steps_per_epoch == 1
+    assert "1 step per epoch" in printed(result)
 
 
-def printed(found, **console):
+def printed(result, **console):
     file = io.StringIO()
-    print_report(found, Console(file=file, **console))
+    print_report(result, Console(file=file, **console))
     return file.getvalue()
 
 
-def test_tables_are_plain_where_there_is_no_terminal():
+def test_tables_are_plain_without_a_terminal():
     text = printed(report())
     assert "\x1b" not in text
     assert text.isascii()
@@ -228,7 +228,7 @@ def test_tables_are_plain_where_there_is_no_terminal():
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_pinned_host_memory_is_said_where_there_is_any():
+def test_pinned_host_memory_is_shown_if_there_is_any():
     offloaded = report(ROWS[1:3], checkpointing=("full+offload",) * 3)
     assert offloaded.buckets[1].pinned_bytes == pytest.approx(42 * 264 * 2**20, rel=0.01)  # 42 blocks' inputs
     assert re.search(r"pinned .* 11\.6 GB", printed(offloaded))
@@ -237,15 +237,15 @@ def test_pinned_host_memory_is_said_where_there_is_any():
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_what_does_not_fit_is_said_with_what_would():
-    found = report(gpu_bytes=24e9)
-    sentence = found.buckets[1].shortfall
+def test_a_bucket_that_does_not_fit_is_reported_with_a_setting_that_does():
+    result = report(gpu_bytes=24e9)
+    sentence = result.buckets[1].shortfall
     assert all(part in sentence for part in ("81x768x1360", "31.6 GB", "24.0 GB"))
     assert "train.activation_checkpointing=full+offload (20.5 GB)" in sentence
-    assert sentence in short_report(found)
-    assert re.search(r"81x768x1360 .* full +31\.6 GB, too much", printed(found))
-    assert "<td>full</td><td>31.6 GB, too much</td>" in html_page(found, table(ROWS), no_frame)
-    # A bucket without clips may be too large.
+    assert sentence in short_report(result)
+    assert re.search(r"81x768x1360 .* full +31\.6 GB, too much", printed(result))
+    assert "<td>full</td><td>31.6 GB, too much</td>" in html_page(result, table(ROWS), no_frame)
+    # Buckets without clips need not fit.
     unused = report(ROWS[:1], batch_sizes=(1, 9, 9), gpu_bytes=80e9)
     assert unused.buckets[1].shortfall
     assert "train.activation_checkpointing=selective" not in short_report(unused)
@@ -253,7 +253,7 @@ def test_what_does_not_fit_is_said_with_what_would():
     assert "80.0 GB" in printed(report(gpu_bytes=80e9))
 
 
-def test_what_files_are_called_is_shown_and_never_obeyed():
+def test_markup_and_escapes_in_file_names_have_no_effect():
     rows = [(path, None, None, None, -1, "cannot be opened: [red]x") for path in ("/a/[bold]b.mp4", "/a/\x1b[31mc.mp4")]
     text = printed(report([*ROWS, *rows]), force_terminal=True, width=200)
     assert "[bold]b.mp4" in text
@@ -280,13 +280,13 @@ def test_the_page_escapes_names_and_captions():
     assert "{{ 7*7 }} [bold]&#39;&amp;.mp4" in page
 
 
-def test_the_page_refers_to_nothing_outside_itself():
+def test_the_page_has_no_external_references():
     page = html_page(report(), table(ROWS), lambda *size: np.zeros((*size[-2:], 3), np.uint8))
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
     addresses = set(re.findall(r"""(?:src|href|url|action|srcset)\s*[=(]\s*["']?([^"'\s>)]+)""", page))
     assert addresses
-    assert {one for one in addresses if not one.startswith(("#", "data:image/jpeg;base64,"))} == set()
-    # Names of XML vocabularies are the only addresses left, and no browser fetches those.
+    assert {address for address in addresses if not address.startswith(("#", "data:image/jpeg;base64,"))} == set()
+    # The only addresses are XML namespaces, which no browser requests.
     assert set(re.findall(r"https?://[^\"'\s<]+", page)) <= {
         "http://www.w3.org/2000/svg",
         "http://www.w3.org/1999/xlink",
@@ -297,7 +297,7 @@ def test_the_page_refers_to_nothing_outside_itself():
     assert page.count("<svg ") == 4
 
 
-def test_a_clip_that_cannot_be_read_costs_one_tile():
+def test_a_clip_that_cannot_be_read_is_a_tile_without_a_picture():
     def frame(path, kind, start_s, height, width):
         assert (kind, start_s) == ("video", 0.0)
         assert max(height, width) == 260
@@ -311,7 +311,7 @@ def test_a_clip_that_cannot_be_read_costs_one_tile():
     assert small.note == "640 × 480, 25% cropped away, upscaled"
 
 
-def test_samples_follow_from_the_seed():
+def test_the_seed_determines_the_sample_clips():
     rows = [(f"/clips/{n}.mp4", 81, 768, 1360, 1, None) for n in range(500)]
 
     def names(seed):
@@ -321,7 +321,7 @@ def test_samples_follow_from_the_seed():
     assert len(names(1)) == 4
 
 
-def test_the_picture_shows_what_is_cut_away():
+def test_the_cropped_part_of_a_picture_is_dimmed():
     frame = np.full((200, 400, 3), 255, np.uint8)
     picture = crop_picture(frame, ClipShape(81, 200, 200))
     row = np.asarray(picture)[picture.height // 2, :, 0]
@@ -331,12 +331,12 @@ def test_the_picture_shows_what_is_cut_away():
     assert (np.asarray(crop_picture(frame, ClipShape(81, 400, 800)))[4:-4, 4:-4] == 255).all()
 
 
-def test_control_characters_are_shown():
+def test_control_characters_are_escaped():
     assert printable("a\x00b\x1b[1m\u202ec") == "a\\x00b\\x1b[1m\\u202ec"
 
 
 @pytest.mark.usefixtures("no_plots")
-def test_the_file_is_whole(tmp_path):
+def test_the_page_is_written_without_leftovers(tmp_path):
     write_html(tmp_path / "report.html", report(), table(ROWS), no_frame)
     assert (tmp_path / "report.html").read_text().endswith("</html>")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
@@ -351,7 +351,7 @@ def test_a_page_in_a_folder_that_does_not_exist_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    """The demo, whose clips and model the command makes: tables, a page with pictures, nothing trained."""
+    """It creates the demo's clips and model, prints tables and writes a page, but trains nothing."""
     page = tmp_path / "report.html"
     done = run_command(
         [
@@ -371,27 +371,31 @@ def test_the_command(tmp_path):
     assert "--num-gpus: 0" in refused.stdout
 
 
-def test_what_is_held_out_is_neither_trained_nor_unusable():
+def test_held_out_clips_are_neither_trained_nor_unusable():
     clips = dataclasses.replace(table(ROWS), num_held_out=2)
-    found = make_report(clips, setup(max_unusable=0.4), GOOD)
-    assert (found.num_rows, found.num_clips, found.num_unusable) == (10, 4, 4)
-    assert not found.is_refused
-    assert "2 clips held out" in short_report(found)
+    result = make_report(clips, setup(max_unusable=0.4), GOOD)
+    assert (result.num_rows, result.num_clips, result.num_unusable) == (10, 4, 4)
+    assert not result.is_refused
+    assert "2 clips held out" in short_report(result)
     assert "held out" not in short_report(report())
 
 
-def test_an_axis_counts_whole_clips(monkeypatch):
+@pytest.fixture
+def figures(monkeypatch):
+    """The figures of the page."""
     figures = []
     monkeypatch.setattr("cogds.report.plots.to_svg", lambda figure, _: figures.append(figure) or "")
+    return figures
+
+
+def test_axes_that_count_clips_have_integer_ticks(figures):
     html_page(report(ROWS[:1]), table(ROWS[:1]), no_frame)
     _, lengths, samples, _ = figures
     for axis in (lengths.axes[0].yaxis, samples.axes[0].xaxis):
         assert all(tick == int(tick) for tick in axis.get_ticklocs())
 
 
-def test_labels_of_buckets_do_not_overlap(monkeypatch):
-    figures = []
-    monkeypatch.setattr("cogds.report.plots.to_svg", lambda figure, _: figures.append(figure) or "")
+def test_labels_of_buckets_do_not_overlap(figures):
     buckets = tuple(ClipShape(81, height, width) for height in range(704, 1024, 32) for width in range(704, 1024, 32))
     rows = [("/a.mp4", 81, 768, 1360, 0, None)]
     html_page(

@@ -5,11 +5,9 @@ import json
 import pytest
 
 from cogds.data.loading.dataset import BadClip
-from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.train.bad_samples import BadSamples
-
-ALONE = World(0, 1, 0, 1)
+from tests.jobs import ALONE
 
 
 def test_each_bad_clip_is_listed_and_logged_once(tmp_path, capsys):
@@ -30,7 +28,7 @@ def test_each_bad_clip_is_listed_and_logged_once(tmp_path, capsys):
     assert (warnings.count("warning: "), warnings.count("gone"), warnings.count("/b.mp4")) == (2, 1, 1)
 
 
-def test_too_many_end_the_run(tmp_path):
+def test_too_many_bad_clips_end_the_run(tmp_path):
     bad_samples = BadSamples(ALONE, tmp_path, num_clips=20, max_share=0.1)
     bad_samples.add([BadClip(row, f"{row}.mp4", "gone") for row in range(2)])
     bad_samples.sync()

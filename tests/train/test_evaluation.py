@@ -1,6 +1,7 @@
 """The evaluation loss: its samples, its reproducibility, and its cost."""
 
 import dataclasses
+import functools
 import json
 from collections import Counter
 from types import SimpleNamespace
@@ -19,7 +20,7 @@ from cogds.encode.encoder import encode_dataset
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
-from cogds.train.callbacks import CallbackContext
+from cogds.train.callbacks import TrainContext
 from cogds.train.evaluation import (
     MAX_SHARE,
     describe_cost,
@@ -34,15 +35,12 @@ from cogds.train.evaluation import (
 from cogds.train.run import Run
 from cogds.train.step import load_step_builder
 from cogds.train.tuning import BucketExecution, Execution
-from tests.jobs import make_job
-
-ALONE = World(0, 1, 0, 1)
-
+from tests.jobs import ALONE, make_job
 
 # -------------------------------------------------------------------------------------------------- batches and rounds
 
 
-def test_timesteps_are_the_middles_of_equal_parts():
+def test_timesteps_are_the_midpoints_of_equal_parts():
     assert midpoints(9, 1000) == [55, 166, 277, 388, 500, 611, 722, 833, 944]
     assert midpoints(1, 1000) == [500]
 
@@ -67,12 +65,7 @@ def test_every_sample_is_evaluated_and_every_rank_has_a_batch_in_every_round(buc
 def test_the_batches_of_a_round_cost_about_the_same():
     batches = make_eval_batches([0, 1, 0, 1], 2, [1, 1])
     rounds = schedule_rounds(batches, [1.0, 100.0], 2)
-    assert [[batch.bucket for batch in batches_of_round] for batches_of_round in rounds] == [
-        [1, 1],
-        [1, 1],
-        [0, 0],
-        [0, 0],
-    ]
+    assert [[batch.bucket for batch in batches_of_round] for batches_of_round in rounds] == [[1, 1]] * 2 + [[0, 0]] * 2
 
 
 def test_means_are_over_clips_and_timesteps_and_skip_missing_losses():
@@ -92,39 +85,33 @@ def test_means_are_over_clips_and_timesteps_and_skip_missing_losses():
 
 
 @pytest.fixture(scope="module")
-def place(tiny_model, tmp_path_factory):
-    """Overrides that all runs of this file share."""
+def overrides(tiny_model, tmp_path_factory):
+    """Overrides of all runs in this file."""
     folder = tmp_path_factory.mktemp("evaluated")
     draw_clips(folder / "clips")
     return [
         f"model.path={tiny_model}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
-        "data.buckets=[9x64x96, 9x96x64, 1x64x64]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.3",
+        "data.buckets=[9x32x48, 9x48x32, 1x32x32]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.3",
         "eval.num_timesteps=3",
     ]  # fmt: skip
 
 
 @pytest.fixture(scope="module")
-def setting(place):
-    """`setting(*overrides, world)`: a job, its data, step builder and evaluation."""
+def prepare(overrides):
+    """`prepare(*words, world)`: a job, its data, step builder and evaluation, shared by all tests."""
 
-    def make(*overrides, world=ALONE):
-        job = dataclasses.replace(make_job(*place, *overrides), world=world)
-        cfg, model, buckets = job.cfg, job.model, job.buckets
-        data = encode_dataset(cfg, model, buckets, ALONE)
-        builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, torch.float32, ALONE.device)
-        evaluation = make_evaluation(job, data, builder, job.batch_sizes)
-        return SimpleNamespace(
-            job=job,
-            cfg=cfg,
-            model=model,
-            buckets=buckets,
-            data=data,
-            builder=builder,
-            evaluation=evaluation,
-            world=world,
+    @functools.cache
+    def prepare(*words, world=ALONE):
+        job = make_job(*overrides, *words)
+        data = encode_dataset(job)
+        job = dataclasses.replace(job, world=world, num_ranks=world.size)
+        builder = load_step_builder(
+            job.model, job.cfg.conditioning, data.empty_caption_states, torch.float32, ALONE.device
         )
+        evaluation = make_evaluation(job, data, builder, job.batch_sizes)
+        return SimpleNamespace(job=job, data=data, builder=builder, evaluation=evaluation)
 
-    return make
+    return prepare
 
 
 @pytest.fixture(scope="module")
@@ -133,113 +120,109 @@ def forward(tiny_model):
     return lambda inputs: transformer(**inputs)[0]
 
 
-def test_two_evaluations_of_the_same_weights_are_identical(setting, forward):
-    one = setting()
-    found = one.evaluation.scalars(forward)
-    assert {"eval/loss", "eval/train_loss", "eval/loss/t=166", "eval/train_loss/bucket=9x64x96"} <= set(found)
+def test_two_evaluations_of_the_same_weights_are_identical(prepare, forward):
+    prepared = prepare()
+    scalars = prepared.evaluation.scalars(forward)
+    assert {"eval/loss", "eval/train_loss", "eval/loss/t=166", "eval/train_loss/bucket=9x32x48"} <= set(scalars)
     torch.manual_seed(5)
-    assert one.evaluation.scalars(forward) == found
-    assert setting().evaluation.scalars(forward) == found
-    other = setting("seed=1").evaluation.scalars(forward)
-    assert other["eval/loss"] != found["eval/loss"]
-    assert other["eval/loss"] == pytest.approx(found["eval/loss"], rel=0.05)
+    assert prepared.evaluation.scalars(forward) == scalars
+    again = make_evaluation(prepared.job, prepared.data, prepared.builder, prepared.job.batch_sizes)
+    assert again.scalars(forward) == scalars
+    other = prepare("seed=1").evaluation.scalars(forward)
+    assert other["eval/loss"] != scalars["eval/loss"]
+    assert other["eval/loss"] == pytest.approx(scalars["eval/loss"], rel=0.05)
 
 
 @pytest.mark.slow
-def test_the_loss_is_the_same_on_any_number_of_ranks(setting, forward, monkeypatch):
-    alone = setting().evaluation.scalars(forward)
-    for size, sequence in ((2, 1), (5, 1), (2, 2)):
-        told = []
+def test_the_loss_is_the_same_on_any_number_of_ranks(prepare, forward, monkeypatch):
+    """The ranks are evaluated one after another. The last one receives what all have gathered."""
+    alone = prepare().evaluation.scalars(forward)
+    for size, sequence_size in ((2, 1), (5, 1), (2, 2)):
+        gathered = []
         monkeypatch.setattr(
-            cogds.train.evaluation, "all_gather", lambda _, value, told=told: told.append(value) or told
+            cogds.train.evaluation, "all_gather", lambda _, value, values=gathered: values.append(value) or values
         )
         num_passes = set()
         for rank in range(size):
-            one = setting(world=World(rank, size, 0, 1, sequence)).evaluation
-            num_passes.add(len(one.rounds))
-            last = one.scalars(forward)
-        assert last == alone
+            evaluation = prepare(world=World(rank, size, 0, 1, sequence_size)).evaluation
+            num_passes.add(len(evaluation.rounds))
+            scalars = evaluation.scalars(forward)
+        assert scalars == alone
         assert len(num_passes) == 1
 
 
-def test_a_loss_does_not_depend_on_the_other_clips_or_on_the_batch(setting, forward):
-    one = setting().evaluation
-    losses = one.losses(forward)
-    for clip in (0, len(one.clips) - 1):
-        batches = make_eval_batches([one.clips[clip].bucket], len(one.timesteps), (1,) * 3)
-        rounds = schedule_rounds(batches, (1.0,) * 3, 1)
-        alone = dataclasses.replace(one, clips=one.clips[clip : clip + 1], rounds=rounds).losses(forward)
-        assert alone == {(0, number): losses[clip, number] for number in range(3)}
-    batched = setting("train.batch_size=4").evaluation
-    assert len(batched.rounds) < len(one.rounds)
+def test_a_loss_does_not_depend_on_the_other_clips_or_on_the_batch(prepare, forward):
+    evaluation = prepare().evaluation
+    losses = evaluation.losses(forward)
+    for index in (0, len(evaluation.clips) - 1):
+        clip = evaluation.clips[index]
+        rounds = schedule_rounds(make_eval_batches([clip.bucket], 3, (1,) * 3), (1.0,) * 3, 1)
+        alone = dataclasses.replace(evaluation, clips=(clip,), rounds=rounds).losses(forward)
+        assert alone == {(0, number): losses[index, number] for number in range(3)}
+    batched = prepare("train.batch_size=4").evaluation
+    assert len(batched.rounds) < len(evaluation.rounds)
     assert batched.losses(forward) == pytest.approx(losses, rel=1e-5)
 
 
-def test_nothing_is_dropped_and_no_noise_is_added_to_the_image(setting, forward):
-    overrides = (
-        "conditioning.image_dropout=1",
-        "conditioning.caption_dropout=1",
-        "conditioning.image_noise_log_mean=3",
-    )
-    one = setting(*overrides)
-    assert one.evaluation.scalars(forward) == setting().evaluation.scalars(forward)
-    assert one.builder.conditioning.image_noise  # training's is as it was
+def test_nothing_is_dropped_and_no_noise_is_added_to_the_image(prepare, forward):
+    changes = {"image_dropout": 1, "caption_dropout": 1, "image_noise_log_mean": 3}
+    prepared = prepare(*(f"conditioning.{name}={value}" for name, value in changes.items()))
+    assert prepared.evaluation.scalars(forward) == prepare().evaluation.scalars(forward)
+    assert prepared.builder.conditioning.image_noise  # still on in training
 
 
-def test_a_clip_that_cannot_be_read_is_left_out_and_named(setting, forward, caplog):
-    one = setting().evaluation
-    whole = one.scalars(forward)
-    gone = dataclasses.replace(one.clips[0], clip_key="0" * 32)
-    found = dataclasses.replace(one, clips=(gone, *one.clips[1:])).scalars(forward)
+def test_a_clip_that_cannot_be_read_is_left_out_with_a_warning(prepare, forward, caplog):
+    evaluation = prepare().evaluation
+    complete = evaluation.scalars(forward)
+    unreadable = [dataclasses.replace(clip, clip_key="0" * 32) for clip in evaluation.clips]
+    scalars = dataclasses.replace(evaluation, clips=(unreadable[0], *evaluation.clips[1:])).scalars(forward)
     (warning,) = caplog.records
-    assert gone.path in warning.getMessage()
-    assert found["eval/loss"] != whole["eval/loss"]
-    assert found["eval/train_loss"] == whole["eval/train_loss"]
-    nothing = [dataclasses.replace(clip, clip_key="0" * 32) for clip in one.clips]
-    assert dataclasses.replace(one, clips=tuple(nothing)).scalars(forward) == {}
+    assert unreadable[0].path in warning.getMessage()
+    assert scalars["eval/loss"] != complete["eval/loss"]
+    assert scalars["eval/train_loss"] == complete["eval/train_loss"]
+    assert dataclasses.replace(evaluation, clips=tuple(unreadable)).scalars(forward) == {}
 
 
 @pytest.mark.parametrize("name", ["read_encoded", "collate"])
 @pytest.mark.parametrize("error", [TypeError("planted"), KeyError("planted"), RuntimeError("planted")])
-def test_a_bug_is_not_a_fault_of_a_clip(setting, forward, monkeypatch, error, name):
+def test_a_bug_is_not_blamed_on_a_clip(prepare, forward, monkeypatch, error, name):
     def fail(*_):
         raise error
 
-    one = setting().evaluation
+    evaluation = prepare().evaluation
     monkeypatch.setattr(f"cogds.train.evaluation.{name}", fail)
     with pytest.raises(type(error), match="planted"):
-        one.scalars(forward)
+        evaluation.scalars(forward)
 
 
-@pytest.mark.parametrize("always", [False, True])
-def test_clips_whose_inputs_fail_are_left_out_without_changing_the_forward_passes(setting, forward, caplog, always):
-    """As when the VAE runs out of memory. The other ranks make as many passes, of the same shapes."""
-    one, whole = setting("train.batch_size=2").evaluation, setting("train.batch_size=2").evaluation.scalars(forward)
-    build, passes, plain = one.builder.build, [], []
+@pytest.mark.parametrize("fails_always", [False, True])
+def test_clips_whose_inputs_fail_are_left_out_without_changing_the_forward_passes(
+    prepare, forward, caplog, monkeypatch, fails_always
+):
+    """If the VAE runs out of memory on one rank, the other ranks still need its forward passes, in the same shapes."""
+    evaluation, shapes = prepare("train.batch_size=2").evaluation, []
+    build = evaluation.builder.build
 
-    def fails(batch, shape, draws):
-        if always or shape.frames == 1:
-            raise torch.OutOfMemoryError  # without a word
+    def fail(batch, shape, draws):
+        if fails_always or shape.frames == 1:
+            raise torch.OutOfMemoryError  # without a message
         return build(batch, shape, draws)
 
-    def shapes(kept):
-        def counted(inputs):
-            kept.append([inputs[name].shape for name in ("hidden_states", "encoder_hidden_states", "timestep")])
-            return forward(inputs)
+    def record(inputs):
+        shapes.append([inputs[name].shape for name in ("hidden_states", "encoder_hidden_states", "timestep")])
+        return forward(inputs)
 
-        return counted
-
-    one.scalars(shapes(plain))
-    one.builder.build = fails
-    found = one.scalars(shapes(passes))
-    assert passes == plain
+    complete = evaluation.scalars(record)
+    monkeypatch.setattr(evaluation.builder, "build", fail)
+    scalars = evaluation.scalars(record)
+    assert shapes[: len(shapes) // 2] == shapes[len(shapes) // 2 :]
     assert "OutOfMemoryError" in caplog.text
-    if always:
-        assert found == {}
+    if fails_always:
+        assert scalars == {}
     else:
-        left = {name for name in whole if name.endswith(("64x96", "96x64"))}
-        assert {name: found[name] for name in left} == {name: whole[name] for name in left}
-        assert not any("1x64x64" in name for name in found)
+        left = {name for name in complete if name.endswith(("32x48", "48x32"))}
+        assert {name: scalars[name] for name in left} == {name: complete[name] for name in left}
+        assert not any("1x32x32" in name for name in scalars)
 
 
 # ------------------------------------------------------------------------------------------------------ during training
@@ -255,26 +238,30 @@ class Recorder:
         self.scalars[step] = scalars
 
 
-def run_of(one, mode="none", **changes):
-    parts = tuple(BucketExecution(mode, None) for _ in one.job.buckets)
-    job = dataclasses.replace(one.job, world=one.world, num_ranks=one.world.size, **changes)
-    return Run(job, one.data, job.plan(one.data.mixture), Execution("torch", False, parts), first_step=0)
+def make_run(prepared, mode="none", **changes):
+    parts = tuple(BucketExecution(mode, None) for _ in prepared.job.buckets)
+    job = dataclasses.replace(prepared.job, **changes)
+    return Run(job, prepared.data, job.plan(prepared.data.mixture), Execution("torch", False, parts), first_step=0)
 
 
-def engine_of(module):
+def make_engine(module):
     return SimpleNamespace(module=module, torch_autocast_enabled=lambda: False, torch_autocast_dtype=lambda: None)
 
 
-def test_the_trained_transformer_is_not_changed(setting, forward):
-    one, monitor, watched = setting(), Recorder(), []
-    transformer = load_transformer(one.model, torch.float32)
-    inject(transformer, 4, 8, 0.5, ("to_q",), seed=0)  # dropout that is not turned off would change the loss
+def test_the_trained_transformer_is_not_changed(prepare, forward):
+    prepared, monitor, watched = prepare(), Recorder(), []
+    transformer = load_transformer(prepared.job.model, torch.float32)
+    inject(transformer, 4, 8, 0.5, ("to_q",), seed=0)  # if dropout stayed on, it would change the loss
     transformer.train()
     transformer.detect_dropout()
     transformer.set_checkpointing("full")
     callback = make_evaluation_callback(
-        CallbackContext(
-            run_of(one), engine_of(transformer), one.builder, monitor, lambda describe: watched.append(describe())
+        TrainContext(
+            make_run(prepared),
+            make_engine(transformer),
+            prepared.builder,
+            monitor,
+            lambda describe: watched.append(describe()),
         )
     )
     assert callback.every == 500
@@ -286,68 +273,70 @@ def test_the_trained_transformer_is_not_changed(setting, forward):
     assert {block.checkpointing for block in transformer.transformer_blocks} == {"full"}
     assert all(parameter.grad is None for parameter in transformer.parameters())
     assert monitor.scalars[7].pop("eval/seconds") > 0
-    assert monitor.scalars[7] == one.evaluation.scalars(forward)  # B is zero: the base model
-    assert f"1 of {len(one.evaluation.rounds)}" in watched[0]
+    assert monitor.scalars[7] == prepared.evaluation.scalars(forward)  # B is zero, so this is the base model
+    assert f"1 of {len(prepared.evaluation.rounds)}" in watched[0]
 
 
-def test_a_run_that_is_asked_to_stop_records_no_loss(setting):
-    one, monitor = setting(), Recorder()
+def test_a_run_that_is_asked_to_stop_records_no_loss(prepare):
+    prepared, monitor = prepare(), Recorder()
     stops = iter([False, False, True])
-    transformer = load_transformer(one.model, torch.float32)
-    context = CallbackContext(
-        run_of(one), engine_of(transformer), one.builder, monitor, is_stopping=lambda: next(stops)
-    )
+    engine = make_engine(load_transformer(prepared.job.model, torch.float32))
+    context = TrainContext(make_run(prepared), engine, prepared.builder, monitor, is_stopping=lambda: next(stops))
     make_evaluation_callback(context).run(3)
     assert monitor.scalars == {}
     assert list(stops) == []
 
 
-def test_without_eval_every_there_is_no_callback(setting):
-    context = CallbackContext(run_of(setting("eval.every=null")), None, None, None)
+def test_without_eval_every_there_is_no_callback(prepare):
+    context = TrainContext(make_run(prepare("eval.every=null")), None, None, None)
     assert make_evaluation_callback(context) is None
 
 
 @pytest.mark.slow
-def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(setting, forward):
-    one, graphs = setting("train.batch_size=2"), []
+def test_evaluating_compiled_blocks_compiles_once_for_all_buckets(prepare, forward):
+    prepared, graphs = prepare("train.batch_size=2"), []
     torch._dynamo.reset()
-    transformer = load_transformer(one.model, torch.float32)
+    transformer = load_transformer(prepared.job.model, torch.float32)
     transformer.compile_blocks(lambda graph, _: graphs.append(graph) or graph.forward)
     with evaluation_mode(transformer, ALONE.device):
-        found = one.evaluation.scalars(lambda inputs: transformer(**inputs)[0])
+        scalars = prepared.evaluation.scalars(lambda inputs: transformer(**inputs)[0])
     torch._dynamo.reset()
-    assert len(one.evaluation.rounds) > 6
-    assert 1 <= len(graphs) <= 2  # one for single clips, one for batches
-    assert found == pytest.approx(one.evaluation.scalars(forward), rel=1e-4)
+    assert len(prepared.evaluation.rounds) > 6
+    assert 1 <= len(graphs) <= 2  # for single clips and for batches
+    assert scalars == pytest.approx(prepared.evaluation.scalars(forward), rel=1e-4)
 
 
-def test_the_cost_is_estimated_and_the_warning_names_a_setting_that_suffices(setting):
-    one = setting("eval.num_clips=1")
-    long = replace(one.cfg, {"eval.every": 100_000, "train.num_steps": 1_000_000})
-    run = run_of(one, "full", cfg=long)
-    line, nothing = describe_cost(run, one.evaluation, 100_000)
-    assert nothing == ""
-    assert all(part in line for part in ("eval/loss", "eval/train_loss", "100,000 steps", "0.0%"))
+def test_the_cost_is_estimated_and_the_warning_names_a_setting_that_suffices(prepare):
+    prepared = prepare("eval.num_clips=1")
+    evaluation = prepared.evaluation
+    long = replace(prepared.job.cfg, {"eval.every": 100_000, "train.num_steps": 1_000_000})
+    run = make_run(prepared, "full", cfg=long)
+    line, warning = describe_cost(run, evaluation, 100_000)
+    assert warning == ""
+    assert all(part in line for part in ("1 held-out and 1 trained clips", "3 timesteps", "100,000 steps", "<1%"))
     # 6 forward passes against 4 steps, each of a forward pass, its recomputation and a backward pass.
-    share = share_of_training(run, one.evaluation, 4)
+    share = share_of_training(run, evaluation, 4)
     assert 6 / (4 * 3.5) * 0.7 < share < 6 / (4 * 3) * 1.4
-    _, warning = describe_cost(run, one.evaluation, 4)
+    _, warning = describe_cost(run, evaluation, 4)
     needed = int(warning.partition("eval.every=")[2].partition(" ")[0])
-    assert share_of_training(run, one.evaluation, needed) <= MAX_SHARE
+    assert share_of_training(run, evaluation, needed) <= MAX_SHARE
 
 
-def test_the_cost_is_relative_to_the_mean_step_of_all_ranks(setting):
-    one, two = setting(), setting(world=World(0, 2, 0, 2))
-    shares = [share_of_training(run_of(each), each.evaluation, 10) for each in (one, two)]
-    assert shares[1] == pytest.approx(shares[0] / 2, rel=0.2)
+def test_the_cost_is_relative_to_the_mean_step_of_all_ranks(prepare):
+    one_rank, two_ranks = (
+        share_of_training(make_run(prepared), prepared.evaluation, 10)
+        for prepared in (prepare(), prepare(world=World(0, 2, 0, 2)))
+    )
+    assert two_ranks == pytest.approx(one_rank / 2, rel=0.2)
 
 
 @pytest.fixture
-def command(place, capsys):
-    """`command(*words)`: what the command prints, as a mapping."""
+def command(overrides, tmp_path, capsys):
+    """`command(*words)`: the losses that the evaluate verb prints."""
+    (tmp_path / "run.yaml").write_text("output_dir: unused\n")
 
     def run(*words):
-        call("evaluate", [*place, "--config", str(_empty(place)), *words])
+        call("evaluate", [*overrides, "--config", str(tmp_path / "run.yaml"), *words])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
         return json.loads(line)
 
@@ -355,8 +344,8 @@ def command(place, capsys):
 
 
 @pytest.mark.slow
-def test_the_evaluate_verb_prints_the_same_losses(setting, forward, command):
-    assert command() == pytest.approx(setting().evaluation.scalars(forward), rel=1e-5)
+def test_the_evaluate_verb_prints_the_same_losses(prepare, forward, command):
+    assert command() == pytest.approx(prepare().evaluation.scalars(forward), rel=1e-5)
 
 
 @pytest.mark.slow
@@ -364,29 +353,25 @@ def test_the_evaluate_verb_prints_the_same_losses(setting, forward, command):
     ("scaled", "pipeline", "scaled"), ("pipeline", "scaled", "pipeline"), (None, "scaled", "scaled"),
 ])  # fmt: skip
 def test_the_evaluate_verb_scales_the_first_frame_as_the_lora_was_trained(
-    setting, forward, command, tiny_model, tmp_path, recorded, configured, used
+    prepare, forward, command, tiny_model, tmp_path, recorded, configured, used
 ):
-    """The config's setting counts only if the LoRA has none."""
+    """The config's value counts only if the LoRA does not record one."""
     few, key = "eval.num_clips=1", "conditioning.image_latents"
-    expected = {one: setting(few, f"{key}={one}").evaluation.scalars(forward) for one in ("pipeline", "scaled")}
+    expected = {
+        convention: prepare(few, f"{key}={convention}").evaluation.scalars(forward)
+        for convention in ("pipeline", "scaled")
+    }
     assert expected["scaled"]["eval/loss"] != pytest.approx(expected["pipeline"]["eval/loss"], rel=1e-4)
     transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
-    inject(transformer, 4, 8, 0.0, ("to_q",), seed=0)  # B is zero: the base model
-    weights = {name: one.detach() for name, one in transformer.named_parameters() if one.requires_grad}
+    inject(transformer, 4, 8, 0.0, ("to_q",), seed=0)  # B is zero, so this is the base model
+    weights = {name: weight.detach() for name, weight in transformer.named_parameters() if weight.requires_grad}
     export(tmp_path, transformer, weights, {"image_latents": recorded} if recorded else {})
     assert command(few, f"{key}={configured}", "--lora", str(tmp_path)) == pytest.approx(expected[used], rel=1e-5)
 
 
 @pytest.mark.slow
-def test_the_evaluate_verb_evaluates_all_clips_with_all(setting, forward, command):
-    every, one = (setting(f"eval.num_clips={num}").evaluation.scalars(forward) for num in (100, 1))
-    assert one["eval/loss"] != pytest.approx(every["eval/loss"], rel=1e-4)
-    assert command("eval.num_clips=1") == pytest.approx(one, rel=1e-5)
-    assert command("eval.num_clips=1", "--all") == pytest.approx(every, rel=1e-5)
-
-
-def _empty(place):
-    path = place[2].partition("=")[2] + ".yaml"
-    with open(path, "w") as file:
-        file.write("output_dir: unused\n")
-    return path
+def test_the_evaluate_verb_evaluates_all_clips_with_all(prepare, forward, command):
+    all_clips, one_clip = (prepare(f"eval.num_clips={num}").evaluation.scalars(forward) for num in (100, 1))
+    assert one_clip["eval/loss"] != pytest.approx(all_clips["eval/loss"], rel=1e-4)
+    assert command("eval.num_clips=1") == pytest.approx(one_clip, rel=1e-5)
+    assert command("eval.num_clips=1", "--all") == pytest.approx(all_clips, rel=1e-5)

@@ -1,3 +1,5 @@
+"""What TensorBoard shows of a run besides curves. A failure is only logged."""
+
 from types import SimpleNamespace
 
 import numpy as np
@@ -14,16 +16,16 @@ class Vae:
 
     dtype, use_tiling = torch.float32, False
 
-    def __init__(self, fails):
-        self.fails, self.was_tiled = fails, []
+    def __init__(self, error):
+        self.error, self.was_tiled = error, []
 
     def enable_tiling(self):
         self.use_tiling = True
 
     def decode(self, latents):
         self.was_tiled.append(self.use_tiling)
-        if self.fails:
-            raise self.fails
+        if self.error:
+            raise self.error
         assert latents.shape == (1, 2, 3, 4, 4)
         return SimpleNamespace(sample=latents.new_zeros(1, 3, 9, 32, 32))
 
@@ -33,7 +35,7 @@ def shown():
     return []
 
 
-def first_batches(shown, vae, show_batches=0, show_clips=0):
+def make_logger(shown, vae, show_batches=0, show_clips=0):
     cfg = SimpleNamespace(
         metrics=SimpleNamespace(show_clips=show_clips, show_batches=show_batches),
         train=SimpleNamespace(num_steps=9),
@@ -49,74 +51,71 @@ def first_batches(shown, vae, show_batches=0, show_clips=0):
     return FirstBatchLogger(run, builder, monitor)
 
 
-FAILURES = [None, RuntimeError("CUDA out of memory\nand more"), ValueError("odd"), torch.OutOfMemoryError()]
-
-
-@pytest.mark.parametrize("fails", FAILURES)
-def test_the_first_batches_are_decoded_and_a_failure_is_only_logged(shown, fails, capsys):
-    vae = Vae(fails)
-    first = first_batches(shown, vae, 2)
+@pytest.mark.parametrize(
+    "error", [None, RuntimeError("CUDA out of memory\nand more"), ValueError("odd"), torch.OutOfMemoryError()]
+)
+def test_the_first_batches_are_decoded_and_a_failure_is_only_logged(shown, error, capsys):
+    vae = Vae(error)
+    batch_logger = make_logger(shown, vae, 2)
     batch = Batch({"moments": torch.zeros(1, 4, 3, 4, 4)})
     before = torch.get_rng_state()
     for step in range(4, 9):
-        first.log(step, SimpleNamespace(slots_of=lambda _: range(3, 4)), batch)
+        batch_logger.log(step, SimpleNamespace(slots_of=lambda _: range(3, 4)), batch)
     assert torch.equal(torch.get_rng_state(), before)
     assert vae.was_tiled == [True, True]
     assert vae.use_tiling is False
-    if fails:
-        said = capsys.readouterr().err
-        warnings = [line for line in said.splitlines() if line.startswith("warning: ")]
-        assert all(type(fails).__name__ in line for line in warnings)
+    if error:
+        stderr = capsys.readouterr().err
+        warnings = [line for line in stderr.splitlines() if line.startswith("warning: ")]
+        assert all(type(error).__name__ in line for line in warnings)
         assert [f"step {n} " in line for n, line in zip((5, 6), warnings, strict=True)] == [True, True]
-        assert said.count("Traceback") == 2
+        assert stderr.count("Traceback") == 2
         assert shown == []
     else:
         assert shown == [(step, "data/decoded/3", (9, 32, 32, 3), 16.0) for step in (5, 6)]
 
 
 def frames(num):
-    """A batch of first frames, each with its own gray level."""
+    """Return first frames with the gray levels 60, 120, ..."""
     return (torch.arange(1, num + 1, dtype=torch.uint8) * 60)[:, None, None, None].repeat(1, 3, 32, 48)
 
 
 @pytest.fixture
 def sheets(monkeypatch):
     """The gray levels and captions of each contact sheet."""
-    made = []
+    sheets = []
 
-    def sheet(pictures, captions):
-        made.append(([int(picture.mean()) for picture in pictures], list(captions)))
+    def contact_sheet(images, captions):
+        sheets.append(([int(image.mean()) for image in images], list(captions)))
         return np.zeros((8, 8, 3), np.uint8)
 
-    monkeypatch.setattr(cogds.train.overview, "contact_sheet", sheet)
-    return made
+    monkeypatch.setattr(cogds.train.overview, "contact_sheet", contact_sheet)
+    return sheets
 
 
 def test_a_replacement_clip_has_its_own_caption_and_images_are_copies(shown, sheets):
-    first, tensors = first_batches(shown, None, show_clips=3), {"first_frame": frames(2)}
-    first.log(4, None, Batch(tensors, (BadClip(0, "a", "odd"),), (2, 1)))
+    batch_logger, tensors = make_logger(shown, None, show_clips=3), {"first_frame": frames(2)}
+    batch_logger.log(4, None, Batch(tensors, (BadClip(0, "a", "odd"),), (2, 1)))
     assert sheets == []
-    assert sum(picture.nbytes for picture in first._frames) == 2 * 256 * 171 * 3
+    assert sum(image.nbytes for image in batch_logger._frames) == 2 * 256 * 171 * 3
     tensors["first_frame"].zero_()
-    first.log(5, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
+    batch_logger.log(5, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
     assert sheets == [([60, 120, 60], ["9x32x48  a cow", "9x32x48  a dog", "9x32x48  a cat"])]
-    assert [one[:2] for one in shown] == [(6, "data/first_frames")]
-    first.log(6, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
+    assert [call[:2] for call in shown] == [(6, "data/first_frames")]
+    batch_logger.log(6, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
     assert len(shown) == 1
-    assert not first._frames
-    assert not first._captions
+    assert batch_logger._frames == batch_logger._captions == []
 
 
 def test_an_image_that_fails_is_logged_once_and_is_not_fatal(shown, monkeypatch, capsys):
     monkeypatch.setattr(cogds.train.overview, "contact_sheet", lambda *_: 1 / 0)
-    first = first_batches(shown, None, show_clips=1)
+    batch_logger = make_logger(shown, None, show_clips=1)
     for step in (4, 5):
-        first.log(step, None, Batch({"first_frame": frames(1)}, (), (0,)))
-    assert shown == []
-    said = capsys.readouterr().err
-    assert said.count("warning: ") == said.count("Traceback") == 1
-    assert "ZeroDivisionError" in said
-    assert not first._frames
+        batch_logger.log(step, None, Batch({"first_frame": frames(1)}, (), (0,)))
+    assert shown == batch_logger._frames == []
+    stderr = capsys.readouterr().err
+    assert stderr.count("warning: ") == stderr.count("Traceback") == 1
+    assert "ZeroDivisionError" in stderr
 
 
 @pytest.mark.parametrize("rank", [0, 1])
@@ -127,5 +126,5 @@ def test_a_chart_that_fails_is_logged_by_rank_0(monkeypatch, capsys, rank):
     monitor = SimpleNamespace(**dict.fromkeys(("add_text", "add_hparams", "add_image"), lambda *_: None))
     run = SimpleNamespace(cfg=None, ds_config={}, first_step=0, world=SimpleNamespace(rank=rank))
     log_overview(run, monitor)
-    said = capsys.readouterr().err
-    assert said.count("warning: ") == said.count("Traceback") == (rank == 0)
+    stderr = capsys.readouterr().err
+    assert stderr.count("warning: ") == stderr.count("Traceback") == (rank == 0)

@@ -18,7 +18,7 @@ DATA = SimpleNamespace(fingerprint="f", mixture=SimpleNamespace(repeats=(1.0,)))
 BUCKETS = (ClipShape(9, 64, 64),)
 
 
-def identity_of(*overrides, optimizer="AdamW", weights="w", data=DATA, buckets=BUCKETS):
+def make_identity(*overrides, optimizer="AdamW", weights="w", data=DATA, buckets=BUCKETS):
     cfg, _ = load_config(None, ["model.path=m", "data.path=d", *overrides])
     return json.loads(json.dumps(run_identity(cfg, optimizer, weights, buckets) | data_identity(data)))
 
@@ -28,7 +28,7 @@ def start(saved):
 
 
 def test_an_unchanged_run_matches():
-    check_identity(start(identity_of()), identity_of())
+    check_identity(start(make_identity()), make_identity())
 
 
 @pytest.mark.parametrize(
@@ -39,7 +39,7 @@ def test_an_unchanged_run_matches():
      "model.path=elsewhere", "eval.every=7", "eval.path=other", "eval.num_clips=3", "eval.num_timesteps=4"],
 )  # fmt: skip
 def test_these_keys_may_change(override):
-    check_identity(start(identity_of()), identity_of(override))
+    check_identity(start(make_identity()), make_identity(override))
 
 
 @pytest.mark.parametrize(
@@ -58,24 +58,24 @@ def test_these_keys_may_change(override):
 )
 def test_other_keys_that_changed_are_named(override, change):
     with pytest.raises(UserError, match=f"step-1: .*: {change}") as error:
-        check_identity(start(identity_of()), identity_of(override))
+        check_identity(start(make_identity()), make_identity(override))
     assert str(error.value).count(", now ") == 1
 
 
 def test_model_data_and_optimizer_may_not_change():
     data = SimpleNamespace(fingerprint="g", mixture=SimpleNamespace(repeats=(2.0,)))
-    now = identity_of(optimizer="Lion", weights="v", data=data, buckets=(ClipShape(17, 64, 64),))
+    now = make_identity(optimizer="Lion", weights="v", data=data, buckets=(ClipShape(17, 64, 64),))
     with pytest.raises(UserError) as error:
-        check_identity(start(identity_of()), now)
+        check_identity(start(make_identity()), now)
     for part in ("model weights was w, now v", "data was f", "repeats was [1.0], now [2.0]",
                  "buckets was ['9x64x64']", "optimizer was adamw"):  # fmt: skip
         assert part in str(error.value)
 
 
-def test_a_key_is_fixed_unless_it_is_named():
-    """Each key that may change is listed here too, so that no key is added to the list by accident."""
-    free = {name for name in KEYS if name.startswith(MAY_CHANGE)}
-    assert free == {
+def test_the_keys_that_may_change():
+    """Listed here too, so that no key is added by accident."""
+    changeable = {name for name in KEYS if name.startswith(MAY_CHANGE)}
+    assert changeable == {
         "output_dir",
         "model.path", "model.revision", "model.create_tiny", "model.attention", "model.compile",
         "data.path", "data.sets", "data.columns", "data.repeats", "data.default_caption", "data.max_unusable",
@@ -99,47 +99,47 @@ def test_a_key_is_fixed_unless_it_is_named():
         "metrics.show_batches",
         "network.interface", "network.env",
     }  # fmt: skip
-    assert set(KEYS) - free <= set(identity_of())
+    assert set(KEYS) - changeable <= set(make_identity())
 
 
 def test_a_key_that_an_older_version_did_not_save_had_its_default():
-    older = {name: value for name, value in identity_of().items() if name != "lora.dropout"}
-    check_identity(start(older), identity_of())
+    older = {name: value for name, value in make_identity().items() if name != "lora.dropout"}
+    check_identity(start(older), make_identity())
     with pytest.raises(UserError, match=r"lora.dropout was 0.0, now 0.5"):
-        check_identity(start(older), identity_of("lora.dropout=0.5"))
+        check_identity(start(older), make_identity("lora.dropout=0.5"))
 
 
-def facts_of(plan, step):
+def make_header(plan, step):
     return json.loads(json.dumps({"step": step, "plan": dataclasses.asdict(plan)}))
 
 
 def test_the_plan_continues_in_any_layout():
     plan = Plan((10, 7), (1, 1), world_size=2, accumulation=2, seed=3)
-    same = resume_plan(plan, facts_of(plan, 3), "c")
+    same = resume_plan(plan, make_header(plan, 3), "c")
     assert same == plan
-    wider = resume_plan(dataclasses.replace(plan, world_size=4), facts_of(plan, 3), "c")
+    wider = resume_plan(dataclasses.replace(plan, world_size=4), make_header(plan, 3), "c")
     assert (wider.world_size, wider.origin.step, wider.coverage(3)) == (4, 3, plan.coverage(3))
-    again = resume_plan(wider, facts_of(wider, 5), "c")
+    again = resume_plan(wider, make_header(wider, 5), "c")
     assert again == wider
 
 
-def test_a_plan_that_makes_no_sense_is_an_error():
+def test_an_invalid_plan_is_an_error():
     plan = Plan((10,), (1,), world_size=2, accumulation=2, seed=3)
     for change in ({"sizes": [3, 4]}, {"origin": {"step": -1}}, {"unknown": 1}):
-        facts = facts_of(plan, 3)
-        facts["plan"] |= change
+        header = make_header(plan, 3)
+        header["plan"] |= change
         with pytest.raises(UserError, match=r"^c: .*plan"):
-            resume_plan(plan, facts, "c")
+            resume_plan(plan, header, "c")
     for missing in ("sizes", "seed", "origin"):
-        facts = facts_of(plan, 3)
-        del facts["plan"][missing]
+        header = make_header(plan, 3)
+        del header["plan"][missing]
         with pytest.raises(UserError, match=f"^c: .*{missing}"):
-            resume_plan(plan, facts, "c")
+            resume_plan(plan, header, "c")
     with pytest.raises(UserError, match=r"^c: .*plan"):
         resume_plan(plan, {"step": 3}, "c")
 
 
-def test_a_bug_in_the_plan_is_no_fault_of_the_checkpoint(monkeypatch):
+def test_a_bug_in_the_plan_is_not_blamed_on_the_checkpoint(monkeypatch):
     plan = Plan((10,), (1,), world_size=2, accumulation=2, seed=3)
 
     def fail(_):
@@ -147,4 +147,4 @@ def test_a_bug_in_the_plan_is_no_fault_of_the_checkpoint(monkeypatch):
 
     monkeypatch.setattr(Plan, "_check_origin", fail)
     with pytest.raises(TypeError, match="planted"):
-        resume_plan(plan, facts_of(plan, 3), "c")
+        resume_plan(plan, make_header(plan, 3), "c")

@@ -26,15 +26,15 @@ from cogds.encode.cache_keys import CacheKeys
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
-from cogds.train.callbacks import CallbackContext
+from cogds.train.callbacks import TrainContext
 from cogds.train.samples import compare_videos, evenly_spaced_rows, make_sample_callback
 from cogds.train.step import load_step_builder
 
-BUCKETS = (ClipShape(9, 64, 96), ClipShape(9, 64, 64), ClipShape(1, 64, 64))
+BUCKETS = (ClipShape(9, 32, 48), ClipShape(9, 32, 32), ClipShape(1, 32, 32))
 
 
 class Recorder:
-    """A monitor that keeps what it is given."""
+    """A monitor that records its calls."""
 
     def __init__(self):
         self.scalars, self.images, self.videos, self.texts = [], {}, {}, {}
@@ -56,7 +56,7 @@ class Recorder:
 @pytest.fixture(scope="module")
 def parts(tiny_model, tmp_path_factory):
     """A model with a random LoRA, and a cache with the states of its prompts."""
-    folder, model = tmp_path_factory.mktemp("preview"), find_model(str(tiny_model))
+    folder, model = tmp_path_factory.mktemp("samples"), find_model(str(tiny_model))
     Image.linear_gradient("L").convert("RGB").resize((100, 60)).save(folder / "first.png")
     transformer = load_transformer(model, torch.float32)
     inject(transformer, 4, 8, 0.5, ["to_q", "to_v"], seed=0)
@@ -69,12 +69,12 @@ def parts(tiny_model, tmp_path_factory):
         f"model.path={tiny_model}", "data.path=unused", f"data.cache_dir={folder / 'cache'}", "train.precision=fp32",
         "data.fps=8", "sample.every=2", "sample.num_steps=2",
         f"sample.prompts=[{{prompt: a red circle, image: {folder / 'first.png'}}}, "
-        f"{{prompt: a blue star, image: {folder / 'first.png'}, size: 9x64x64, seed: 4}}]",
+        f"{{prompt: a blue star, image: {folder / 'first.png'}, size: 9x32x32, seed: 4}}]",
     ])  # fmt: skip
-    encoder, names = TextEncoder(model, torch.float32, "cpu"), CacheKeys(cfg, model)
+    encoder, keys = TextEncoder(model, torch.float32, "cpu"), CacheKeys(cfg, model)
     with Cache(cfg.data.cache_dir).writer("captions") as writer:
         for text in ("a red circle", "a blue star"):
-            writer.write(names.caption(text).hex(), {"text_states": encoder.encode(text)})
+            writer.write(keys.caption(text).hex(), {"text_states": encoder.encode(text)})
     empty = encoder.encode("")
     builder = load_step_builder(model, cfg.conditioning, empty, torch.float32, torch.device("cpu"))
     engine = SimpleNamespace(
@@ -97,7 +97,7 @@ def make_callback(parts, tmp_path):
         )  # fmt: skip
         monitor = Recorder()
         callback = make_sample_callback(
-            CallbackContext(run, parts.engine, parts.builder, monitor, is_stopping=is_stopping)
+            TrainContext(run, parts.engine, parts.builder, monitor, is_stopping=is_stopping)
         )
         return callback, monitor, Path(cfg.output_dir) / "samples"
 
@@ -122,12 +122,12 @@ def test_base_videos_are_made_once_and_others_at_every_step(make_callback):
         assert base != later
         assert later.index(b"moov") < later.index(b"mdat")  # it plays while it loads
     info = probe_video(folder / "step-000002" / names[1])
-    assert (info.num_frames, info.height, info.width, info.fps) == (9, 64, 96, 8)
+    assert (info.num_frames, info.height, info.width, info.fps) == (9, 32, 48, 8)
     red = f"samples/{names[1][:-4]}"
     # A label over each strip, which has the first frame and eight frames of the video.
-    assert monitor.images[2, red].shape == (2 * (64 + 18) + 4, 9 * 96 + 8 * 4, 3)
-    assert monitor.images[0, red].shape[0] == 64 + 18
-    assert monitor.videos[2, red + "/clip"].shape == (9, 3 * (64 + 18) + 2 * 4, 96, 3)
+    assert monitor.images[2, red].shape == (2 * (32 + 18) + 4, 9 * 48 + 8 * 4, 3)
+    assert monitor.images[0, red].shape[0] == 32 + 18
+    assert monitor.videos[2, red + "/clip"].shape == (9, 3 * (32 + 18) + 2 * 4, 48, 3)
     assert monitor.fps == 8
     assert monitor.scalars == [(0, "sample/seconds"), (2, "sample/seconds")]
     assert f"{names[1][:-4]}: a red circle" in monitor.texts["samples"]
@@ -138,29 +138,27 @@ def test_weights_modes_and_random_states_are_not_changed(make_callback, parts):
     transformer.set_checkpointing("full")
     vae.enable_tiling()
     callback, *_ = make_callback()
-    parameters = {name: (one.clone(), one.requires_grad) for name, one in transformer.named_parameters()}
+    before = {name: (weight.clone(), weight.requires_grad) for name, weight in transformer.named_parameters()}
     torch.manual_seed(7)
-    random = torch.get_rng_state()
+    random_state = torch.get_rng_state()
     callback.run(2)
-    assert torch.equal(torch.get_rng_state(), random)
+    assert torch.equal(torch.get_rng_state(), random_state)
     assert all(module.training for module in transformer.modules())
     assert {block.checkpointing for block in transformer.transformer_blocks} == {"full"}
     assert vae.use_tiling
     vae.disable_tiling()
-    assert callback._pipeline.transformer is transformer  # not the one of the last video
-    for name, one in transformer.named_parameters():
-        before, requires_grad = parameters[name]
-        assert torch.equal(one, before)
-        assert one.requires_grad == requires_grad
-        assert one.grad is None
+    assert callback._pipeline.transformer is transformer  # not that of the last video
+    for name, weight in transformer.named_parameters():
+        assert torch.equal(weight, before[name][0])
+        assert (weight.requires_grad, weight.grad) == (before[name][1], None)
     assert not any(getattr(module, "disable_adapters", False) is True for module in transformer.modules())
 
 
 def test_the_lora_is_disabled_only_if_base_videos_are_missing(make_callback, parts, monkeypatch):
-    """The thread may still be writing the last checkpoint."""
+    """The thread of the last checkpoint may still be reading it."""
     callback, *_ = make_callback()
     callback.run(0)
-    monkeypatch.setattr(parts.engine.module, "disable_adapters", fail(AssertionError("nothing is missing")))
+    monkeypatch.setattr(parts.engine.module, "disable_adapters", fail(AssertionError("no video is missing")))
     callback.run(2)
 
 
@@ -169,11 +167,9 @@ def test_a_resumed_run_makes_no_video_twice(make_callback, monkeypatch):
     callback.run(0)
     callback.run(2)
     before = {path: (folder / path).stat().st_mtime_ns for path in files(folder)}
-    made = []
-    monkeypatch.setattr(cogds.train.samples, "sample_latents", lambda *args: made.append(args))
+    monkeypatch.setattr(cogds.train.samples, "sample_latents", fail(AssertionError("the videos exist")))
     callback, monitor, _ = make_callback(first_step=2)
     callback.run(2)
-    assert made == []
     assert monitor.scalars == []
     assert {path: (folder / path).stat().st_mtime_ns for path in files(folder)} == before
     monkeypatch.undo()
@@ -185,31 +181,28 @@ def test_a_resumed_run_makes_no_video_twice(make_callback, monkeypatch):
 def test_a_broken_prompt_is_named_and_left_out(make_callback, parts, capsys):
     prompts = [
         {"prompt": "a red circle", "image": "/nowhere/first.png"},
-        {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "10x64x64"},
+        {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "10x32x32"},
         {"prompt": "never encoded", "image": str(parts.folder / "first.png")},
     ]
     callback, _, _ = make_callback(**{"sample.prompts": prompts})
     warnings = capsys.readouterr().err.splitlines()
     assert callback is None
-    for number, words in enumerate((("a red circle", "/nowhere/first.png"), ("10x64x64",), ("never encoded",))):
+    for number, words in enumerate((("a red circle", "/nowhere/first.png"), ("10x32x32",), ("never encoded",))):
         assert warnings[number].startswith(f"warning: sample.prompts[{number}]: ")
         assert all(word in warnings[number] for word in words)
     assert warnings[-1].startswith("warning: sample.every: ")
-    callback, _, folder = make_callback(**{"sample.prompts": [*prompts, {**prompts[1], "size": "9x64x64"}]})
+    callback, _, folder = make_callback(**{"sample.prompts": [*prompts, {**prompts[1], "size": "9x32x32"}]})
     callback.run(2)
     assert len(files(folder / "step-000002")) == 1
 
 
 def test_any_other_error_loses_only_its_prompt(make_callback, monkeypatch, capsys):
-    right, left = cogds.train.samples.load_first_frame, [ValueError("planted")]
-    monkeypatch.setattr(
-        cogds.train.samples, "load_first_frame", lambda *args: fail(left.pop())() if left else right(*args)
-    )
+    fail_once(monkeypatch, "load_first_frame", ValueError("planted"))
     callback, _, folder = make_callback()
-    said = capsys.readouterr().err
-    assert "sample.prompts[0]: 'a red circle'" in said
-    assert "ValueError: planted" in said
-    assert "Traceback" in said
+    stderr = capsys.readouterr().err
+    assert "sample.prompts[0]: 'a red circle'" in stderr
+    assert "ValueError: planted" in stderr
+    assert "Traceback" in stderr
     callback.run(2)
     assert [name[:11] for name in files(folder / "step-000002")] == ["a-blue-star"]
 
@@ -222,27 +215,27 @@ def test_a_clip_that_fails_is_left_out(parts, monkeypatch, capsys):
             return clip
 
     index = Index(SimpleNamespace(path=f"{name}.mp4", caption=name, shape=BUCKETS[1]) for name in ("broken", "sound"))
-    encoded = {"first_frame": torch.zeros(3, 64, 64, dtype=torch.uint8), "text_states": parts.empty}
+    encoded = {"first_frame": torch.zeros(3, 32, 32, dtype=torch.uint8), "text_states": parts.empty}
     monkeypatch.setattr(
         cogds.train.samples, "read_encoded", lambda _, clip: {} if clip.path == "broken.mp4" else encoded
     )
     cfg = replace(parts.cfg, {"sample.prompts": []})
     run = SimpleNamespace(cfg=cfg, model=parts.model, data=SimpleNamespace(held_out=index))
     assert [spec.prompt for spec in cogds.train.samples._find_specs(run).values()] == ["sound"]
-    said = capsys.readouterr().err
-    assert said.startswith("warning: broken.mp4: ")
-    assert "KeyError: 'first_frame'" in said
-    assert "in _specs_of_clips\n" in said  # a bug keeps its traceback
+    stderr = capsys.readouterr().err
+    assert stderr.startswith("warning: broken.mp4: ")
+    assert "KeyError: 'first_frame'" in stderr
+    assert "in _specs_of_clips\n" in stderr  # a bug keeps its traceback
 
 
 @pytest.mark.parametrize("stage, is_warned", [(2, False), (3, True)])
 def test_a_video_larger_than_all_buckets_causes_a_warning_if_it_could_end_the_run(
     make_callback, capsys, stage, is_warned
 ):
-    make_callback(stage=stage)  # 9x64x96 and 9x64x64, of which only the latter has clips
+    make_callback(stage=stage)  # 9x32x48 and 9x32x32, of which only the latter has clips
     text = capsys.readouterr().err
-    assert ("9x64x96" in text) == ("80 tokens" in text) == ("64." in text) == is_warned
-    assert "9x64x64" not in text
+    assert ("9x32x48" in text) == ("44 tokens" in text) == ("40." in text) == is_warned
+    assert "9x32x32" not in text
 
 
 def test_the_first_frame_is_scaled_as_in_training_and_as_in_the_sample_verb(
@@ -251,24 +244,24 @@ def test_the_first_frame_is_scaled_as_in_training_and_as_in_the_sample_verb(
     last, image, module = {}, str(parts.folder / "first.png"), parts.engine.module
     write_video = cogds.train.samples.write_video
     monkeypatch.setattr(
-        cogds.train.samples, "write_video", lambda *args: last.update(preview=args[1]) or write_video(*args)
+        cogds.train.samples, "write_video", lambda *args: last.update(callback=args[1]) or write_video(*args)
     )
-    monkeypatch.setattr(cogds.sample, "write_video", lambda *args: last.update(sample=args[1].numpy()))
-    weights = {name: one.detach() for name, one in module.named_parameters() if one.requires_grad}
-    made = []
+    monkeypatch.setattr(cogds.sample, "write_video", lambda *args: last.update(verb=args[1].numpy()))
+    weights = {name: weight.detach() for name, weight in module.named_parameters() if weight.requires_grad}
+    videos = []
     for convention in ("pipeline", "scaled"):
-        prompts = [{"prompt": "a red circle", "image": image, "size": "9x64x64"}]
+        prompts = [{"prompt": "a red circle", "image": image, "size": "9x32x32"}]
         changes = {"sample.prompts": prompts, "conditioning.image_latents": convention}
         callback, *_ = make_callback(output=tmp_path / convention, **changes)
         callback.run(2)
         export(tmp_path / "lora", module, weights, {"image_latents": convention})
         call("sample", ["--model", str(parts.model.path), "--lora", str(tmp_path / "lora"), "--prompt", "a red circle",
-             "--image", image, "--size", "9x64x64", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
+             "--image", image, "--size", "9x32x32", "--steps", "2", "--output", str(tmp_path / "fresh.mp4")]
         )  # fmt: skip
-        made.append(last["preview"].astype(int))
+        videos.append(last["callback"].astype(int))
         # Before compression. In float32, rounding makes a difference of at most one level of 255.
-        assert abs(made[-1] - last["sample"]).max() <= 1
-    assert abs(made[0] - made[1]).max() > 10
+        assert abs(videos[-1] - last["verb"]).max() <= 1
+    assert abs(videos[0] - videos[1]).max() > 10
 
 
 def test_without_sample_every_there_is_no_callback(make_callback):
@@ -276,10 +269,18 @@ def test_without_sample_every_there_is_no_callback(make_callback):
 
 
 def fail(error):
+    """Return a function that raises an error."""
+
     def failing(*_args, **_options):
         raise error
 
     return failing
+
+
+def fail_once(monkeypatch, name, error):
+    """Let the first call of a function of cogds.train.samples raise an error."""
+    function, errors = getattr(cogds.train.samples, name), [error]
+    monkeypatch.setattr(cogds.train.samples, name, lambda *args: fail(errors.pop())() if errors else function(*args))
 
 
 @pytest.mark.parametrize(
@@ -291,8 +292,7 @@ def fail(error):
     ],
 )
 def test_a_failure_loses_only_its_video(make_callback, monkeypatch, capsys, function, error):
-    right, left = getattr(cogds.train.samples, function), [error]
-    monkeypatch.setattr(cogds.train.samples, function, lambda *args: fail(left.pop())() if left else right(*args))
+    fail_once(monkeypatch, function, error)
     callback, _, folder = make_callback()
     callback.run(0)
     text = capsys.readouterr().err
@@ -315,7 +315,7 @@ def test_a_failure_loses_only_its_video(make_callback, monkeypatch, capsys, func
 def test_inside_the_transformer_only_running_out_of_memory_is_a_user_error(
     make_callback, parts, monkeypatch, error, raised, named
 ):
-    """A lost connection is not: the same command resumes the run, and a scheduler can start it."""
+    """After a lost connection, the same command resumes the run, so its exit code must not be that of a user error."""
     callback, *_ = make_callback(stage=3)
     monkeypatch.setattr(parts.engine.module, "forward", fail(error))
     with pytest.raises(raised, match=named):
@@ -330,12 +330,12 @@ def test_a_lost_connection_between_calls_ends_the_run(make_callback, monkeypatch
         callback.run(2)
 
 
-def test_a_number_of_steps_that_diffusers_would_round_up(make_callback, parts, capsys, monkeypatch):
-    """With 61, the last timestep would be -1."""
+def test_no_timestep_is_negative(make_callback, parts, capsys, monkeypatch):
+    """With 61 steps, diffusers rounds so that the last of its own timesteps is -1."""
     timesteps, module = [], parts.engine.module
-    right = module.forward
+    forward = module.forward
     monkeypatch.setattr(
-        module, "forward", lambda **inputs: timesteps.append(int(inputs["timestep"][0])) or right(**inputs)
+        module, "forward", lambda **inputs: timesteps.append(int(inputs["timestep"][0])) or forward(**inputs)
     )
     prompt = {"prompt": "a blue star", "image": str(parts.folder / "first.png"), "size": "1x16x16"}
     callback, _, folder = make_callback(**{"sample.num_steps": 61, "sample.prompts": [prompt]})

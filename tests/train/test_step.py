@@ -1,4 +1,4 @@
-"""Parity: what a training step gives the transformer is what the diffusers pipeline gives it, bucket by bucket."""
+"""Parity: a training step passes the same inputs to the transformer as the diffusers pipeline, for several buckets."""
 
 import numpy as np
 import pytest
@@ -16,7 +16,7 @@ from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_
 from cogds.train.step import Draws, StepBuilder, draw_dropouts, random_batch, to_device
 from tests.published_model import V15
 
-# Landscape, portrait, square; latents odd (17, 9, 25, 1) and even (13, 21), so padded and not.
+# Landscape, portrait, square; an odd (17, 9, 25, 1) or even (13, 21) number of latent frames: padded or not.
 SHAPES = ["17x64x96", "13x96x64", "9x64x64", "21x48x80", "25x80x48", "1x64x96"]
 CAPTIONS = ["a red circle moves over a blue background", "two squares"]
 NO_CONDITIONING_NOISE = {"image_noise": False, "image_dropout": 0.0, "caption_dropout": 0.0}
@@ -28,8 +28,8 @@ def model(tiny_model):
 
 
 @pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def setting(request, model):
-    """A pipeline and the parts of a training step, in the same dtype."""
+def parts(request, model):
+    """The pipeline, the text encoder and the VAE in the same dtype."""
     from diffusers import CogVideoXImageToVideoPipeline
 
     dtype = request.param
@@ -39,11 +39,8 @@ def setting(request, model):
 
 
 def pixels_of(shape, batch_size):
-    return torch.from_numpy(
-        np.random.default_rng(3).integers(
-            0, 256, (batch_size, shape.frames, 3, shape.height, shape.width), dtype=np.uint8
-        )
-    )
+    size = (batch_size, shape.frames, 3, shape.height, shape.width)
+    return torch.from_numpy(np.random.default_rng(3).integers(0, 256, size, dtype=np.uint8))
 
 
 def make_builder(model, encoder, vae, **conditioning):
@@ -71,24 +68,24 @@ def make_batch(shape, batch_size, encoder, vae):
 
 class SeededDraws(Draws):
     def generators(self, _purpose, _device):
-        # One for all samples, as in the pipeline, whose first draw, too, is the image's posterior.
+        # One for all samples, as in the pipeline. Its first draw is also the posterior of the image.
         return [torch.Generator().manual_seed(7)] * len(self.slots)
 
 
 def build_ours(model, encoder, vae, shape, batch_size, **conditioning):
-    nothing = torch.zeros(batch_size, dtype=torch.bool)
-    draws = SeededDraws(torch.full((batch_size,), 999), nothing, nothing, 0, 0, range(batch_size))
+    no_dropout = torch.zeros(batch_size, dtype=torch.bool)
+    draws = SeededDraws(torch.full((batch_size,), 999), no_dropout, no_dropout, 0, 0, range(batch_size))
     builder = make_builder(model, encoder, vae, **conditioning)
     return builder.build(make_batch(shape, batch_size, encoder, vae), shape, draws)
 
 
 def pipeline_inputs(pipeline, shape, batch_size):
-    """The keyword arguments of the transformer in the pipeline's own call."""
-    seen, forward = [], pipeline.transformer.forward
+    """Return the keyword arguments that the pipeline passes to its transformer."""
+    calls, forward = [], pipeline.transformer.forward
 
-    def record(**kwargs):
-        seen.append(kwargs)
-        return forward(**kwargs)
+    def record(**inputs):
+        calls.append(inputs)
+        return forward(**inputs)
 
     pipeline.transformer.forward = record
     try:
@@ -106,40 +103,38 @@ def pipeline_inputs(pipeline, shape, batch_size):
         )
     finally:
         pipeline.transformer.forward = forward
-    return seen[0]
+    return calls[0]
 
 
 def differences(ours, theirs):
-    """Names of the arguments in which a training step departs from the pipeline."""
-    found = sorted(ours.keys() ^ theirs.keys())
-    for name in ours.keys() & theirs.keys():
-        one, other = ours[name], theirs[name]
-        if name == "hidden_states" and one.shape == other.shape and one.dtype == other.dtype:
-            channels = one.shape[2] // 2  # in front of these stand the latents, noise there and a noised clip here
-            if not torch.equal(one[:, :, channels:], other[:, :, channels:]):
-                found.append("image latents")
-        elif name == "encoder_hidden_states" and one.shape == other.shape and one.dtype == other.dtype:
-            # A batch of captions and one caption differ in the last bits of a matrix product.
-            if not torch.allclose(one.float(), other.float(), atol=1e-6 if one.dtype == torch.float32 else 0.1):
-                found.append(name)
-        elif name == "image_rotary_emb" and one is not None and other is not None:
-            if not all(torch.equal(a, b) and a.dtype == b.dtype for a, b in zip(one, other)):
-                found.append(name)
-        elif name == "timestep":
-            if one.shape != other.shape or one.dtype != other.dtype:
-                found.append(name)
-        elif isinstance(one, torch.Tensor) and isinstance(other, torch.Tensor):
-            if one.shape != other.shape or one.dtype != other.dtype or not torch.equal(one, other):
-                found.append(name)
-        elif one is not other:
-            found.append(name)
-    return found
+    """Return the names of the arguments that differ between a training step and the pipeline."""
+    common = ours.keys() & theirs.keys()
+    return sorted(
+        (ours.keys() ^ theirs.keys()) | {name for name in common if not is_equal(name, ours[name], theirs[name])}
+    )
+
+
+def is_equal(name, ours, theirs):
+    if name == "image_rotary_emb" and ours is not None and theirs is not None:
+        return all(is_equal("rotary table", a, b) for a, b in zip(ours, theirs, strict=True))
+    if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
+        return ours is theirs
+    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
+        return False
+    if name == "timestep":  # training may use another value
+        return True
+    if name == "encoder_hidden_states":  # in a batch, matrix products differ in the last bits
+        return torch.allclose(ours.float(), theirs.float(), atol=1e-6 if ours.dtype == torch.float32 else 0.1)
+    if name == "hidden_states":  # the first half of the channels is noise in the pipeline and a noised clip in training
+        channels = ours.shape[2] // 2
+        return torch.equal(ours[:, :, channels:], theirs[:, :, channels:])
+    return torch.equal(ours, theirs)
 
 
 @pytest.mark.parametrize("batch_size", [1, 2])
 @pytest.mark.parametrize("text", SHAPES)
-def test_inputs_equal_the_pipelines(setting, model, text, batch_size):
-    pipeline, encoder, vae = setting
+def test_inputs_equal_those_of_the_pipeline(parts, model, text, batch_size):
+    pipeline, encoder, vae = parts
     shape = ClipShape.parse(text)
     ours, _ = build_ours(model, encoder, vae, shape, batch_size)
     theirs = pipeline_inputs(pipeline, shape, batch_size)
@@ -149,14 +144,13 @@ def test_inputs_equal_the_pipelines(setting, model, text, batch_size):
 
 
 @pytest.mark.parametrize("text", SHAPES)
-def test_the_clip_stands_where_the_pipeline_decodes_it(setting, model, text):
-    """The pipeline drops `additional_frames` from the front and decodes the rest: there the clip's latents must be."""
-    _, encoder, vae = setting
+def test_the_clip_is_in_the_latent_frames_that_the_pipeline_decodes(parts, model, text):
+    """The pipeline drops the first `additional_frames` and decodes the others."""
+    _, encoder, vae = parts
     shape = ClipShape.parse(text)
     inputs, target = build_ours(model, encoder, vae, shape, 1)
     noisy = inputs["hidden_states"][:, :, : target.shape[2]].float()
-    # At the last step abar is 0: v = -x_0.
-    latents = -target
+    latents = -target  # abar is 0 at the last timestep, so v = -x_0
     assert noisy.shape == latents.shape
     moments = make_batch(shape, 1, encoder, vae)["moments"]
     expected = moments.float().chunk(2, dim=1)[0].transpose(1, 2) * vae.config.scaling_factor
@@ -166,18 +160,17 @@ def test_the_clip_stands_where_the_pipeline_decodes_it(setting, model, text):
     torch.testing.assert_close(latents[:, :additional], expected[:, :additional], atol=0.03, rtol=0)
 
 
-def test_a_wrong_image_scale_is_seen(setting, model):
-    pipeline, encoder, vae = setting
+def test_a_wrong_image_scale_is_detected(parts, model):
+    pipeline, encoder, vae = parts
     shape = ClipShape.parse("17x64x96")
     theirs = pipeline_inputs(pipeline, shape, 1)
     for convention in ("scaled", "unscaled"):
         ours, _ = build_ours(model, encoder, vae, shape, 1, image_latents=convention)
-        assert differences(ours, theirs) == ["image latents"]
+        assert differences(ours, theirs) == ["hidden_states"]
 
 
-def test_padding_at_the_end_is_seen(setting, model, monkeypatch):
-    """For the image condition in the arguments, for the clip in where the pipeline decodes it."""
-    pipeline, encoder, vae = setting
+def test_padding_at_the_end_is_detected(parts, model, monkeypatch):
+    pipeline, encoder, vae = parts
     shape = ClipShape.parse("17x64x96")
 
     def condition_at_the_end(image_latents, num_frames):
@@ -189,15 +182,15 @@ def test_padding_at_the_end_is_seen(setting, model, monkeypatch):
 
     monkeypatch.setattr(cogds.train.step, "image_condition", condition_at_the_end)
     ours, _ = build_ours(model, encoder, vae, shape, 1)
-    assert differences(ours, pipeline_inputs(pipeline, shape, 1)) == ["image latents"]
+    assert differences(ours, pipeline_inputs(pipeline, shape, 1)) == ["hidden_states"]
     monkeypatch.undo()
     monkeypatch.setattr(cogds.train.step, "pad_front", pad_end)
     with pytest.raises(AssertionError, match="not close"):
-        test_the_clip_stands_where_the_pipeline_decodes_it(setting, model, "17x64x96")
+        test_the_clip_is_in_the_latent_frames_that_the_pipeline_decodes(parts, model, "17x64x96")
 
 
-def test_a_missing_ofs_is_seen(setting, model, monkeypatch):
-    pipeline, encoder, vae = setting
+def test_a_missing_ofs_is_detected(parts, model, monkeypatch):
+    pipeline, encoder, vae = parts
     shape = ClipShape.parse("17x64x96")
     inputs = cogds.train.step.transformer_inputs
     monkeypatch.setattr(cogds.train.step, "transformer_inputs", lambda *args: {**inputs(*args), "ofs": None})
@@ -225,23 +218,23 @@ def test_dropout_rates():
     assert torch.cat(caption).float().mean() == pytest.approx(0.1, abs=0.008)
 
 
-def test_the_caption_is_dropped_as_often_with_the_image_as_without():
+def test_image_and_caption_are_dropped_independently():
     config = ConditioningConfig(image_dropout=0.5, caption_dropout=0.5)
     image, caption = draw_dropouts(config, 0, 0, range(8000))
     joint = torch.bincount(2 * image + caption, minlength=4) / 8000
     assert joint.tolist() == pytest.approx([0.25] * 4, abs=0.02)
 
 
-def test_image_noise_is_new_at_every_step_and_the_same_again(model, monkeypatch):
-    # So that an image's latents can differ by that noise alone.
+def test_image_noise_differs_by_step_and_sample_and_is_reproducible(model, monkeypatch):
+    # So that the latents of an image depend on nothing else that is random.
     monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, _: self.mode())
     encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
-    shape, nothing = ClipShape.parse("9x64x64"), torch.tensor([False])
+    shape, no_dropout = ClipShape.parse("9x64x64"), torch.tensor([False])
     batch = make_batch(shape, 1, encoder, vae)
 
     def image(step, slot, image_noise=True):
         builder = make_builder(model, encoder, vae, image_noise=image_noise)
-        draws = Draws(torch.tensor([500]), nothing, nothing, 0, step, [slot])
+        draws = Draws(torch.tensor([500]), no_dropout, no_dropout, 0, step, [slot])
         hidden = builder.build(batch, shape, draws)[0]["hidden_states"]
         return hidden[:, :1, hidden.shape[2] // 2 :]
 
@@ -252,22 +245,22 @@ def test_image_noise_is_new_at_every_step_and_the_same_again(model, monkeypatch)
     assert not torch.equal(image(3, 0), image(3, 0, image_noise=False))
 
 
-def test_whatever_is_random_in_a_sample_has_a_generator_of_its_own(model):
-    """By these names, for ever: a run resumed with another version of this code must draw the same noise."""
-    made = []
+def test_each_random_draw_of_a_sample_has_its_own_generator(model):
+    """The purposes must never change: a run that is resumed with another version must draw the same noise."""
+    generators = {}
 
     class Recorded(Draws):
         def generators(self, purpose, device):
-            made.append((purpose, *super().generators(purpose, device)))
-            return [made[-1][1]]
+            generators[purpose] = super().generators(purpose, device)
+            return generators[purpose]
 
     encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
-    shape, nothing = ClipShape.parse("9x64x64"), torch.tensor([False])
+    shape, no_dropout = ClipShape.parse("9x64x64"), torch.tensor([False])
     builder, batch = make_builder(model, encoder, vae, image_noise=True), make_batch(shape, 1, encoder, vae)
-    inputs, target = builder.build(batch, shape, Recorded(torch.tensor([999]), nothing, nothing, 5, 3, [7]))
-    assert sorted(purpose for purpose, _ in made) == ["image noise", "image posterior", "noise", "posterior"]
-    assert len({one.initial_seed() for _, one in made}) == 4
-    # At the last step abar is 0: x_t is the noise, and v = -x_0.
+    inputs, target = builder.build(batch, shape, Recorded(torch.tensor([999]), no_dropout, no_dropout, 5, 3, [7]))
+    assert sorted(generators) == ["image noise", "image posterior", "noise", "posterior"]
+    assert len({random.initial_seed() for (random,) in generators.values()}) == 4
+    # abar is 0 at the last timestep, so x_t is the noise and v = -x_0.
     noise, posterior = (generator(5, 3, 7, purpose) for purpose in ("noise", "posterior"))
     noisy = inputs["hidden_states"][:, :, : target.shape[2]]
     assert torch.equal(noisy[0], torch.randn(noisy.shape[1:], generator=noise))
@@ -275,24 +268,24 @@ def test_whatever_is_random_in_a_sample_has_a_generator_of_its_own(model):
     torch.testing.assert_close(-target[:, -clip.shape[1] :], clip * vae.config.scaling_factor)
 
 
-def test_a_sample_gets_the_same_noise_whoever_trains_it(model):
-    """Two slots in one batch, or one each on two ranks: a run may go on with another number of ranks."""
+def test_the_noise_of_a_sample_does_not_depend_on_its_batch(model):
+    """So a run can continue on another number of ranks."""
     encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
-    shape, nothing = ClipShape.parse("9x64x64"), torch.tensor([False, False])
+    shape, no_dropout = ClipShape.parse("9x64x64"), torch.tensor([False, False])
     builder, batch = make_builder(model, encoder, vae, image_noise=True), make_batch(shape, 2, encoder, vae)
     timesteps = torch.tensor([500, 20])
-    together, target = builder.build(batch, shape, Draws(timesteps, nothing, nothing, 0, 3, (4, 5)))
+    together, target = builder.build(batch, shape, Draws(timesteps, no_dropout, no_dropout, 0, 3, (4, 5)))
     for sample in range(2):
-        one = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
-        draws = Draws(timesteps[sample : sample + 1], nothing[:1], nothing[:1], 0, 3, [4 + sample])
-        alone, its_target = builder.build(one, shape, draws)
+        single = {name: tensor[sample : sample + 1] for name, tensor in batch.items()}
+        draws = Draws(timesteps[sample : sample + 1], no_dropout[:1], no_dropout[:1], 0, 3, [4 + sample])
+        alone, single_target = builder.build(single, shape, draws)
         assert torch.equal(alone["hidden_states"][0], together["hidden_states"][sample])
-        assert torch.equal(its_target[0], target[sample])
+        assert torch.equal(single_target[0], target[sample])
     assert not torch.equal(together["hidden_states"][0], together["hidden_states"][1])
 
 
 def test_noise_and_target_agree_with_the_scheduler(model):
-    """The pipeline's own scheduler undoes our noise: from x_t and v it recovers x_0."""
+    """From x_t and v, the formula of the scheduler recovers x_0."""
     alphas_cumprod = load_alphas_cumprod(model)
     latents, noise = torch.randn(2, 4, 8, 2, 2), torch.randn(2, 4, 8, 2, 2)
     timesteps = torch.tensor([3, 700])
@@ -301,25 +294,25 @@ def test_noise_and_target_agree_with_the_scheduler(model):
     torch.testing.assert_close(abar.sqrt() * noisy - (1 - abar).sqrt() * target, latents, atol=1e-5, rtol=0)
 
 
-def test_random_batches_are_as_the_cache_gives_them_and_always_the_same():
-    one, other = (random_batch(ClipShape(17, 64, 96), 2, V15, 8, "bf16") for _ in range(2))
-    assert all(torch.equal(one[name], other[name]) for name in one)
-    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in one.items()} == {
+def test_random_batches_have_the_format_of_the_cache_and_are_reproducible():
+    first, second = (random_batch(ClipShape(17, 64, 96), 2, V15, 8, "bf16") for _ in range(2))
+    assert all(torch.equal(first[name], second[name]) for name in first)
+    assert {name: (tuple(tensor.shape), tensor.dtype) for name, tensor in first.items()} == {
         "moments": ((2, 32, 5, 8, 12), torch.bfloat16), "first_frame": ((2, 3, 64, 96), torch.uint8),
         "text_states": ((2, 226, 8), torch.bfloat16),
     }  # fmt: skip
 
 
-def test_what_another_stream_made_is_marked_as_in_use_here(monkeypatch):
-    """Made by the encoder's thread, its memory would be given to the next clip while this step still reads it."""
+def test_a_tensor_of_another_stream_is_marked_as_in_use(monkeypatch):
+    """Otherwise the encoder's thread could reuse its memory for the next clip while this step still reads it."""
 
-    class OnGPU:
+    class GpuTensor:
         is_cuda, device, used_on = True, torch.device("cuda", 0), None
 
         def record_stream(self, stream):
             self.used_on = stream
 
     monkeypatch.setattr(torch.cuda, "current_stream", lambda device: f"the stream of {device}")
-    made = OnGPU()
-    assert to_device(made, made.device) is made
-    assert made.used_on == "the stream of cuda:0"
+    tensor = GpuTensor()
+    assert to_device(tensor, tensor.device) is tensor
+    assert tensor.used_on == "the stream of cuda:0"

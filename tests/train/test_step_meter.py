@@ -1,4 +1,4 @@
-"""Measurements of a step that depend on how the ranks work together."""
+"""Measurements of a step that depend on the other ranks or on earlier steps."""
 
 import math
 from types import SimpleNamespace
@@ -14,7 +14,7 @@ from cogds.train.step_meter import StepMeter
 
 @pytest.fixture
 def meter(monkeypatch):
-    """`meter(stage, sequence_size)`: for a run with one tiny bucket, on the last of four ranks."""
+    """`meter(stage, sequence_size)`: the meter of a run with one tiny bucket, on the last of four ranks."""
     monkeypatch.setattr(cogds.train.step_meter, "num_tokens", lambda *_: 32)
 
     def make(stage=2, sequence_size=1):
@@ -43,8 +43,8 @@ def test_busy_time_is_measured_only_if_no_rank_waits_for_another(meter):
     assert math.isnan(step(meter(sequence_size=2)).busy_s)
 
 
-def test_peak_memory_is_that_of_all_steps_though_the_allocator_restarts_its_own(meter, monkeypatch):
+def test_the_peak_memory_is_that_of_all_steps_even_if_the_allocators_peak_is_reset(meter, monkeypatch):
     peaks = iter([7.0, 3.0, 8.0])
     monkeypatch.setattr(cogds.train.step_meter, "peak_memory_bytes", lambda _: next(peaks))
-    restarted = meter()
-    assert [step(restarted).device_bytes for _ in range(3)] == [7.0, 7.0, 8.0]
+    same_meter = meter()
+    assert [step(same_meter).device_bytes for _ in range(3)] == [7.0, 7.0, 8.0]

@@ -9,13 +9,13 @@ from rich.console import Console
 from cogds.train.summary import describe_ranks, show
 
 
-def test_a_log_gets_the_lines_as_they_are(capsys):
+def test_a_log_has_the_lines_unchanged(capsys):
     lines = ["model /a [b] " + "x" * 300, "  two"]
     show(lines, "cogds")
     assert capsys.readouterr().out.splitlines() == lines
 
 
-def test_a_terminal_gets_a_panel():
+def test_a_terminal_shows_a_panel():
     out = io.StringIO()
     show(["model /a [b]", "LoRA rank 4"], "cogds", Console(file=out, force_terminal=True, width=60, color_system=None))
     drawn = out.getvalue().splitlines()

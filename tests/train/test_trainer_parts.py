@@ -1,4 +1,4 @@
-"""Parts of the trainer that need no process group; tests/dist and tests/e2e have whole runs."""
+"""Parts of a run that need no process group. tests/dist and tests/e2e have whole runs."""
 
 import shutil
 from types import SimpleNamespace
@@ -47,17 +47,18 @@ def test_callbacks_that_run_again_on_resuming_write_their_tags_again():
 
     both = ("eval/", "callbacks/")
     words = ("eval.every=4", "sample.every=6", "train.num_steps=24")
-    found = {step: tags(step, *words) for step in (3, 4, 6, 12, 24)}
-    assert found == {3: (), 4: both, 6: ("callbacks/",), 12: both, 24: ()}  # after the last step nothing runs
+    expected = {3: (), 4: both, 6: ("callbacks/",), 12: both, 24: ()}  # nothing runs after the last step
+    assert {step: tags(step, *words) for step in expected} == expected
     assert tags(4, "eval.every=null") == ()
 
 
-def test_a_lora_is_exported_whole_while_it_is_switched_off(tiny_model, tmp_path):
-    """A thread writes it, while videos of the base model are made."""
+def test_a_lora_is_exported_completely_while_it_is_disabled(tiny_model, tmp_path):
+    """It is written by a thread, while the main thread may be making videos of the base model."""
     model = find_model(str(tiny_model))
     transformer = load_transformer(model, torch.float32)
     inject(transformer, 4, 8, 0.0, ["to_q", "to_v"], seed=0)
-    weights = {name: one.detach().clone() for name, one in transformer.named_parameters() if one.requires_grad}
+    parameters = {name: weight for name, weight in transformer.named_parameters() if weight.requires_grad}
+    weights = {name: weight.detach().clone() for name, weight in parameters.items()}
     run = SimpleNamespace(
         cfg=config("lora.rank=4"), model=model, buckets=(ClipShape(9, 64, 64),), world=World(0, 1, 0, 1),
         data=SimpleNamespace(index=range(3)), plan=SimpleNamespace(local_batch_sizes=(1,), accumulation=1),

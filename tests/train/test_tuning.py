@@ -29,14 +29,14 @@ from cogds.train.tuning import (
     prepare_blocks,
 )
 from tests.jobs import make_job
-from tests.model.lora.test_adapter import ATTENTION, example_inputs, randomize
+from tests.model.lora.adapters import ATTENTION, example_inputs, randomize
 
 BUCKETS = (ClipShape(9, 64, 96), ClipShape(49, 480, 480))
 
 
 @pytest.fixture
 def job(tiny_model):
-    """`job(*overrides)` on the tiny model, with a small and a large bucket."""
+    """`job(*overrides)`: a job on the tiny model with a small and a large bucket."""
     return lambda *words, **settings: make_job(
         f"model.path={tiny_model}", "data.path=clips", "data.buckets=[9x64x96, 49x480x480]", *words, **settings
     )
@@ -63,7 +63,7 @@ def test_each_bucket_gets_the_fastest_mode_that_fits(job):
 
 
 def run_of(job, execution, *num_clips):
-    """A run with so many clips in each bucket."""
+    """Return a run with this number of clips in each bucket."""
     data = SimpleNamespace(index=SimpleNamespace(buckets=BUCKETS, sizes=[(num,) for num in num_clips]))
     plan = SimpleNamespace(local_batch_sizes=(1, 1))
     return Run(job, data, plan, execution, 0)
@@ -84,7 +84,7 @@ def test_the_summary_lists_the_used_buckets_with_their_memory_only_on_gpus(job):
 
 @pytest.fixture
 def on_a_gpu(monkeypatch, job):
-    """`on_a_gpu(missing, *overrides)`: the execution on a node of two GPUs where torch.compile lacks `missing`."""
+    """`on_a_gpu(missing, *overrides)`: the execution on a node of two GPUs. missing: see `missing_to_compile`."""
 
     def choose(missing, *overrides, saved_kernel=None):
         failures = {"flash3": "undefined symbol: _ZN3c10"}
@@ -158,15 +158,15 @@ def test_compile_on_is_refused_if_something_is_missing(monkeypatch, job):
 
 def test_requirements_of_compiling(monkeypatch, tmp_path):
     (tmp_path / "Python.h").touch()
-    there = {"gcc", "g++", "icc"}
-    monkeypatch.setattr(shutil, "which", lambda name: name if name in there else None)
+    installed = {"gcc", "g++", "icc"}
+    monkeypatch.setattr(shutil, "which", lambda name: name if name in installed else None)
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
     monkeypatch.setattr(sysconfig, "get_paths", lambda: {"include": str(tmp_path)})
     gpu, cpu = torch.device("cuda"), torch.device("cpu")
     assert missing_to_compile(gpu, {}) == missing_to_compile(cpu, {}) == ""
     assert missing_to_compile(gpu, {"CC": "icc -O2", "CXX": "nothing"}) == ""
     assert missing_to_compile(cpu, {"CXX": "nothing"}) == "a C++ compiler (CXX=nothing does not exist)"
-    there.clear()
+    installed.clear()
     assert missing_to_compile(gpu, {}) == "a C compiler (gcc or clang)"
     (tmp_path / "Python.h").unlink()
     assert missing_to_compile(gpu, {}).startswith("the Python headers")
@@ -183,22 +183,21 @@ def test_names_are_the_same_in_the_config_the_memory_model_and_the_model(job):
 
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_recomputed_blocks_draw_the_same_dropout(tiny_model, dropout):
-    levels = CHECKPOINTING_MODES
     transformer = load_transformer(find_model(str(tiny_model)), torch.float32).train()
     parameters = inject(transformer, 4, 8, dropout, ATTENTION, seed=0)
     randomize(parameters)  # B is zero at first, and so would be A's gradients
     prepare_blocks(transformer, Execution("torch", False, ()))
     assert [block.has_dropout for block in transformer.transformer_blocks] == [dropout > 0] * 2
 
-    def gradients(level):
-        transformer.set_checkpointing(level)
+    def gradients(mode):
+        transformer.set_checkpointing(mode)
         torch.manual_seed(1)
         return torch.autograd.grad(transformer(**example_inputs())[0].square().mean(), parameters)
 
-    expected = gradients(levels[0])
+    expected = gradients("none")
     assert all(gradient.abs().max() > 0 for gradient in expected)
-    for level in levels[1:]:
-        assert all(map(torch.equal, gradients(level), expected)), level
+    for mode in CHECKPOINTING_MODES:
+        assert all(map(torch.equal, gradients(mode), expected)), mode
 
 
 def test_a_cpu_has_no_gpu_memory():

@@ -30,7 +30,7 @@ def run(*command: object) -> None:
 
 
 def train(zero: str, output: Path, *overrides: str) -> list[float | None]:
-    """Train the demo. Returns the loss of each step, None if it is not finite."""
+    """Train the demo and return the loss of each step, None if it is not finite."""
     demo = output.parents[1]
     run(
         *COGDS, "train", "--num-gpus", NUM_RANKS, "--deepspeed", f"ds_configs/{zero}.json",
@@ -43,7 +43,7 @@ def train(zero: str, output: Path, *overrides: str) -> list[float | None]:
 
 
 def check(zero: str, demo: Path) -> None:
-    """Train, resume from the checkpoint half way in another folder, compare, sample and open the logs."""
+    """Train, resume from the checkpoint at half of the run, compare, sample, and read the logs."""
     whole, resumed = demo / zero / "whole", demo / zero / "resumed"
     losses = train(zero, whole)
     assert len(losses) == 12, losses
@@ -51,9 +51,9 @@ def check(zero: str, demo: Path) -> None:
     again = train(zero, resumed, f"checkpoint.resume={whole / 'checkpoints' / HALF}")
     assert again == losses[6:], (again, losses)
     for file in (f"lora/{LAST}/pytorch_lora_weights.safetensors", f"checkpoints/{LAST}/trainable.safetensors"):
-        expected, found = load_file(whole / file), load_file(resumed / file)
-        assert expected.keys() == found.keys()
-        assert all(torch.equal(tensor, found[name]) for name, tensor in expected.items()), file
+        expected, tensors = load_file(whole / file), load_file(resumed / file)
+        assert tensors.keys() == expected.keys()
+        assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items()), file
     video = demo / zero / "sample.mp4"
     run(
         *COGDS, "sample", "--model", demo / "model", "--lora", resumed / "lora" / LAST,

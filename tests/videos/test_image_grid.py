@@ -1,4 +1,4 @@
-"""Grids of videos: sizes that H.264 accepts, and every frame at its place."""
+"""Grids of videos have even sides, as H.264 requires, and every frame in its place."""
 
 import numpy as np
 
@@ -9,7 +9,7 @@ def video(num_frames, height, width, level):
     return np.full((num_frames, height, width, 3), level, np.uint8)
 
 
-def test_a_grid_has_every_video_at_its_place_and_is_as_long_as_the_longest():
+def test_a_grid_has_every_video_in_its_place_and_is_as_long_as_the_longest():
     moving = np.stack([video(1, 16, 32, 10 * n)[0] for n in range(3)])
     grid = make_grid([[moving, video(1, 8, 16, 200)], [video(2, 16, 16, 90)]])
     assert grid.shape == (3, 16 + GAP + 16, 32 + GAP + 16, 3)

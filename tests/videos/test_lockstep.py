@@ -1,4 +1,4 @@
-"""Every rank calls the transformer equally often, whatever happens to its own video."""
+"""Every rank calls the transformer equally often, even if its own video fails."""
 
 import contextlib
 from types import SimpleNamespace
@@ -9,6 +9,7 @@ import torch
 import cogds.videos.lockstep
 from cogds.distributed.world import World
 from cogds.videos.lockstep import LockstepTransformer, Stopped
+from tests.jobs import ALONE
 
 
 def make_engine(fails_at=None):
@@ -25,9 +26,6 @@ def make_engine(fails_at=None):
     return SimpleNamespace(
         module=module, calls=calls, torch_autocast_dtype=lambda: torch.bfloat16, torch_autocast_enabled=lambda: False
     )
-
-
-ALONE = World(0, 1, 0, 1)
 
 
 def test_remaining_calls_are_made_with_the_idle_inputs():
@@ -71,16 +69,16 @@ def test_all_ranks_stop_before_the_same_call(idle_inputs):
     assert numbers == [0, 1, 2]
 
 
-def test_ranks_that_share_a_video_give_it_up_together(monkeypatch):
+def test_ranks_that_share_a_video_abandon_it_together(monkeypatch):
     """Ranks 0 and 1 share a video, 2 and 3 another. Rank 1 fails after two calls."""
-    failures = []
+    votes = []
     worlds = [World(rank, 4, rank, 4, sequence_size=2) for rank in range(4)]
 
-    def vote(_world, stop, *failed):
-        failures.append(failed)
-        return stop, *map(any, zip(*failures, failed))
+    def any_rank(_world, stop, *failures):
+        votes.append(failures)
+        return stop, *map(any, zip(*votes))
 
-    monkeypatch.setattr(cogds.videos.lockstep, "any_rank", vote)
+    monkeypatch.setattr(cogds.videos.lockstep, "any_rank", any_rank)
     engines = [make_engine() for _ in worlds]
     ranks = [LockstepTransformer(engine, world, 5, idle_inputs={"x": 0}) for engine, world in zip(engines, worlds)]
     for _ in range(2):

@@ -72,7 +72,7 @@ def test_a_list_takes_no_prompt_and_one_image_at_most(tmp_path):
         ("p.txt", "\n", "p.txt: ", "prompts"),
     ],
 )
-def test_a_list_that_is_wrong_is_refused_with_its_line(tmp_path, name, text, place, named):
+def test_an_invalid_list_is_refused_with_its_line(tmp_path, name, text, place, named):
     (tmp_path / name).write_text(text)
     with pytest.raises(UserError, match=f"{place}.*{named}"):
         read_prompt_specs([], [], str(tmp_path / name))

@@ -24,9 +24,12 @@ def cache_key(fields: Mapping[str, Any]) -> str:
     return hashlib.blake2b(text.encode(), digest_size=16).hexdigest()
 
 
-def _digest_file(path: str) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+def _digest_file(path: str) -> str | None:
+    try:
+        with open(path, "rb") as file:
+            return hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).hexdigest()
+    except OSError:
+        return None
 
 
 def digest_files(paths: Sequence[str], memo_file: Path) -> dict[str, str]:
@@ -44,18 +47,11 @@ def digest_files(paths: Sequence[str], memo_file: Path) -> dict[str, str]:
         with contextlib.suppress(OSError):
             stat = os.stat(path)
             stamps[path] = [stat.st_size, stat.st_mtime_ns]
-
-    def stamp_and_digest(path: str) -> list[Any]:
-        if path in memo and memo[path][:2] == stamps[path]:
-            return memo[path]
-        try:
-            return [*stamps[path], _digest_file(path)]
-        except OSError:
-            return []
-
+    changed = [path for path, stamp in stamps.items() if memo.get(path, [])[:2] != stamp]
     with ThreadPoolExecutor(8) as threads:  # hashing and reading both release the GIL
-        entries = {path: entry for path, entry in zip(stamps, threads.map(stamp_and_digest, stamps)) if entry}
-    if any(memo.get(path) != entry for path, entry in entries.items()):
+        new = {path: digest for path, digest in zip(changed, threads.map(_digest_file, changed)) if digest}
+    if new:
+        memo |= {path: [*stamps[path], digest] for path, digest in new.items()}
         with whole_file(memo_file) as partial:
-            partial.write_text(json.dumps({**memo, **entries}))
-    return {path: entry[2] for path, entry in entries.items()}
+            partial.write_text(json.dumps(memo))
+    return {path: memo[path][2] for path in stamps if path in new or path not in changed}

@@ -42,7 +42,7 @@ class DamagedEntry:
 
 @dataclass(frozen=True)
 class VerifyReport:
-    """What `verify` found: numbers of intact entries, failures and bytes of tensors, and the entries it removed."""
+    """The result of `verify`: numbers of intact entries, failures and bytes of tensors, and the entries it removed."""
 
     num_entries: int
     num_failures: int
@@ -107,7 +107,7 @@ def verify(root: Path | str, num_threads: int = 4, show_progress: bool = False) 
 
 
 def _check_shard(path: Path) -> _CheckedShard:
-    """Read every entry of a shard. Nothing is found in a shard that was removed."""
+    """Read every entry of a shard. Returns an empty result if the shard was removed."""
     try:
         shard = open_shard(path)
     except FileNotFoundError:

@@ -186,7 +186,7 @@ class Cache:
                 raise DamageError("it is the record of a failure")
         except DamageError as error:
             raise DamagedEntryError(
-                f"{path}: the cache entry {key} is damaged: {error}. Run launch/encode.py --verify to remove it; the "
+                f"{path}: the cache entry {key} is damaged: {error}. Run cogds encode --verify to remove it; the "
                 "next run encodes it again."
             ) from None
         return tensors

@@ -54,7 +54,7 @@ def column_values(table: pa.Table, name: str, null_value: float = 0) -> np.ndarr
 
 
 def num_frames_at(table: pa.Table, fps: float) -> np.ndarray:
-    """int64 [num_rows]: `num_frames_at` of the video package for every row's range, with the same rounding."""
+    """int64 [num_rows]: `media.num_frames_at` for every row's range, with the same rounding."""
     start_s = column_values(table, "start_s")
     end_s = np.minimum(column_values(table, "duration_s"), column_values(table, "end_s", np.inf)) - TIME_TOLERANCE_S
     frames = np.maximum(0, np.ceil((end_s - start_s) * fps)) + 1
@@ -83,14 +83,12 @@ def too_short_reasons(
 ) -> dict[int, str]:
     """Usable rows that have no bucket, with the reasons."""
     shortest = min(shape.frames for shape in buckets)
-
-    def reason(num_frames: int) -> str:
-        if num_frames == 1:
-            return f"too short: an image, but no bucket has one frame: the shortest has {shortest}"
-        return f"too short: {num_frames} frames at {fps:g} fps, the shortest bucket has {shortest}"
-
-    rows = np.flatnonzero(_is_usable(table) & (assignment.row_buckets < 0))
-    return {int(row): reason(assignment.row_frames[row]) for row in rows}
+    reasons = {}
+    for row in np.flatnonzero(_is_usable(table) & (assignment.row_buckets < 0)).tolist():
+        num_frames = assignment.row_frames[row]
+        clip = "an image has 1 frame" if num_frames == 1 else f"{num_frames} frames at {fps:g} fps"
+        reasons[row] = f"too short: {clip}, the shortest bucket has {shortest}"
+    return reasons
 
 
 def _is_usable(table: pa.Table) -> np.ndarray:

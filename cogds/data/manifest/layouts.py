@@ -12,6 +12,7 @@ import os
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TextIO
 
@@ -42,7 +43,7 @@ _COLUMN_NAMES: dict[str, tuple[str, ...]] = {
 }
 _LIST_NAMES = ("metadata.jsonl", "metadata.csv", "videos.txt")
 _CAPTIONS_PER_BATCH = 1024
-_NUM_CAPTION_THREADS = 16  # a network file system is slow to answer, but answers many small reads at once
+_NUM_CAPTION_THREADS = 16  # a network file system is slow, but serves many small reads at once
 
 
 class Entry(NamedTuple):
@@ -85,7 +86,7 @@ def iter_entries(
     Raises:
         UserError: the path, the layout or a list is wrong.
     """
-    path, columns = Path(os.path.abspath(os.path.expanduser(data_path))), dict(columns or {})
+    path = Path(os.path.abspath(os.path.expanduser(data_path)))
     if not path.exists():
         raise UserError(f"data.path: no such file or folder: {path}. Check the spelling, or the mount.")
     lists = _lists_in(path) if path.is_dir() else [path]
@@ -93,7 +94,7 @@ def iter_entries(
         names = ", ".join(file.name for file in lists)
         raise UserError(f"data.path: {path} holds several lists of clips: {names}. Set data.path to the one to use.")
     if lists:
-        yield from _read_lists(lists, columns, need_captions)
+        yield from _read_lists(lists, _Columns(columns or {}, need_captions))
     else:
         yield from _read_folder(path)
 
@@ -122,8 +123,50 @@ def _is_manifest(file: Path) -> bool:
         return False  # reading it will raise an error that says more
 
 
-def _read_lists(paths: Sequence[Path], columns: dict[str, str], need_captions: bool) -> Iterator[Entry]:
-    readers: dict[str, Callable[[Path, dict[str, str], bool], Iterator[Entry]]] = {
+class _BadRowError(Exception):
+    """A row is wrong; the message says how. The reader adds the file and the line."""
+
+
+@dataclass(frozen=True)
+class _Columns:
+    """The columns to read from a table. given: our column names -> the table's, from data.columns."""
+
+    given: Mapping[str, str]
+    need_captions: bool
+
+    def find(self, available: Iterable[Any], path_name: str) -> dict[str, str]:
+        """Map our column names to those of a table that has them. Raises _BadRowError if a needed one is missing.
+
+        path_name: usual name of the column of paths in such a table, for the message.
+        """
+        names = list(available)
+        listed = f"the columns are {', '.join(map(str, names)) or 'none'}"
+        mapping = {}
+        for ours, usual in _COLUMN_NAMES.items():
+            if ours in self.given:
+                if self.given[ours] not in names:
+                    hint = did_you_mean(self.given[ours], map(str, names))
+                    raise _BadRowError(
+                        f"no column '{self.given[ours]}'{hint}, which data.columns names for {ours}: {listed}. Correct "
+                        f"data.columns.{ours}."
+                    )
+                mapping[ours] = self.given[ours]
+            elif theirs := next((name for name in usual if name in names), None):
+                mapping[ours] = theirs
+            elif ours == "path" or (ours == "caption" and self.need_captions):
+                missing = path_name if ours == "path" else usual[0]
+                raise _BadRowError(f"no column '{missing}': {listed}. Rename one, or set data.columns={{{ours}: ...}}.")
+        return mapping
+
+    def entry(self, folder: Path, row: Any, path_name: str) -> Entry:
+        """The entry of a row that names its columns."""
+        if not isinstance(row, dict):
+            raise _BadRowError(f"a {type(row).__name__}. Write an object with {path_name} and text.")
+        return _entry(folder, {ours: row[theirs] for ours, theirs in self.find(row, path_name).items()})
+
+
+def _read_lists(paths: Sequence[Path], columns: _Columns) -> Iterator[Entry]:
+    readers: dict[str, Callable[[Path, _Columns], Iterator[Entry]]] = {
         ".json": _read_json,
         ".jsonl": _read_jsonl,
         ".csv": _read_csv,
@@ -136,7 +179,7 @@ def _read_lists(paths: Sequence[Path], columns: dict[str, str], need_captions: b
             raise UserError(
                 f"data.path: {path} is not a list of clips. Give a folder, or a file of type {', '.join(readers)}."
             )
-        for entry in readers[path.suffix.lower()](path, columns, need_captions):
+        for entry in readers[path.suffix.lower()](path, columns):
             num_entries += 1
             yield entry
     if not num_entries:
@@ -167,12 +210,12 @@ def _read_folder(folder: Path) -> Iterator[Entry]:
 def _walk(folder: str, seen: set[str]) -> Iterator[str]:
     """Yield the paths of the clips below a folder in sorted order, with the names of one folder in memory per level."""
     real = os.path.realpath(folder)
-    if real in seen:  # a link that leads back
+    if real in seen:  # a link to a parent folder
         return
     seen.add(real)
     try:
         with os.scandir(folder) as items:
-            # A sorted list of paths has a folder's files at the folder's name with a slash.
+            # As in a sorted list of paths, a folder's files are at the place of its name with a slash.
             names = sorted(item.name + "/" if item.is_dir() else item.name for item in items)
     except OSError as error:
         raise UserError(
@@ -206,7 +249,7 @@ def _is_clip(name: str) -> bool:
 # --- lists of lines
 
 
-def _read_lines(path: Path, _columns: dict[str, str], _need_captions: bool) -> Iterator[Entry]:
+def _read_lines(path: Path, _columns: _Columns) -> Iterator[Entry]:
     """videos.txt with prompts.txt (or prompt.txt), and images.txt if it exists: one line per clip."""
     folder = path.parent
     captions = [folder / name for name in ("prompts.txt", "prompt.txt") if (folder / name).is_file()]
@@ -224,12 +267,11 @@ def _read_lines(path: Path, _columns: dict[str, str], _need_captions: bool) -> I
             f"data.path: the lists in {folder} have different numbers of lines: {lengths}. Line N of each must be of "
             "clip N."
         )
-    prefix = _prefix(path)
     for number, (name, caption, *image) in enumerate(zip(*map(_lines, files)), 1):
         for file, line in ((path, name), *((images_path, line) for line in image)):
             if not line.strip():
                 raise UserError(f"{file}:{number}: empty line. Remove it here and in the other lists.")
-        yield _entry(prefix, name.strip(), caption, None, image[0] if image else None, None, None)
+        yield _entry(folder, {"path": name.strip(), "caption": caption, "image": image[0] if image else None})
 
 
 def _lines(path: Path) -> Iterator[str]:
@@ -249,7 +291,7 @@ def _lines(path: Path) -> Iterator[str]:
 # --- tables
 
 
-def _read_json(path: Path, columns: dict[str, str], need_captions: bool) -> Iterator[Entry]:
+def _read_json(path: Path, columns: _Columns) -> Iterator[Entry]:
     with _opened(path, None) as file:
         try:
             rows = json.load(file)
@@ -261,71 +303,63 @@ def _read_json(path: Path, columns: dict[str, str], need_captions: bool) -> Iter
         raise UserError(
             f'{path}: holds a {type(rows).__name__}, not a list. Write [{{"file_path": ..., "text": ...}}, ...].'
         )
-    prefix, number = _prefix(path), 0
+    folder, number = path.parent, 0
     try:
         for row in rows:
             number += 1
-            yield _row_entry(prefix, row, columns, need_captions, "file_path")
+            yield columns.entry(folder, row, "file_path")
     except _BadRowError as error:
         raise UserError(f"{path}: row {number}: {error}") from None
 
 
-def _read_jsonl(path: Path, columns: dict[str, str], need_captions: bool) -> Iterator[Entry]:
-    prefix, number = _prefix(path), 0
+def _read_jsonl(path: Path, columns: _Columns) -> Iterator[Entry]:
+    folder, number = path.parent, 0
     with _opened(path, "\n") as file:
         try:
             for line in file:
                 number += 1
                 if line.strip():
-                    yield _row_entry(prefix, json.loads(line), columns, need_captions, "file_name")
+                    yield columns.entry(folder, json.loads(line), "file_name")
         except json.JSONDecodeError as error:
             raise UserError(f"{path}:{number}: invalid JSON: {error.msg} (column {error.colno}). Fix it.") from None
         except _BadRowError as error:
             raise UserError(f"{path}:{number}: {error}") from None
 
 
-def _read_csv(path: Path, columns: dict[str, str], need_captions: bool) -> Iterator[Entry]:
-    prefix = _prefix(path)
+def _read_csv(path: Path, columns: _Columns) -> Iterator[Entry]:
+    folder = path.parent
     with _opened(path, "") as file:
         reader = csv.DictReader(file, strict=True)
         try:
             for row in reader:
                 if None in row:
                     raise _BadRowError("more cells than in the first line. Put text with commas in quotes.")
-                # The cells that a short row lacks are None: they are missing, not empty.
+                # DictReader fills a short row with None: those cells are missing, not empty.
                 cells = {name: value for name, value in row.items() if value is not None}
-                yield _row_entry(prefix, cells, columns, need_captions, "file_name")
+                yield columns.entry(folder, cells, "file_name")
         except csv.Error as error:
             raise UserError(f"{path}:{reader.line_num}: invalid CSV: {error}. Fix it.") from None
         except _BadRowError as error:
             raise UserError(f"{path}:{reader.line_num}: {error}") from None
 
 
-def _read_parquet(path: Path, columns: dict[str, str], need_captions: bool) -> Iterator[Entry]:
-    prefix, number = _prefix(path), 0
+def _read_parquet(path: Path, columns: _Columns) -> Iterator[Entry]:
+    folder, number = path.parent, 0
     try:
         with pq.ParquetFile(path) as table:
             schema = table.schema_arrow
-            names = _find_columns(schema.names, columns, need_captions, "file_name")
+            names = columns.find(schema.names, "file_name")
             for ours, theirs in names.items():
                 _check_type(schema.field(theirs).type, ours, theirs)
             for batch in table.iter_batches(8192, columns=list(names.values())):
-                lists = [
-                    batch.column(names[ours]).to_pylist() if ours in names else itertools.repeat(None)
-                    for ours in _COLUMN_NAMES
-                ]
-                for values in zip(range(len(batch)), *lists):
+                for values in zip(*(batch.column(theirs).to_pylist() for theirs in names.values())):
                     number += 1
-                    yield _entry(prefix, *values[1:])
+                    yield _entry(folder, dict(zip(names, values)))
     except _BadRowError as error:
         raise UserError(f"{path}: {f'row {number}: ' if number else ''}{error}") from None
     except (OSError, pa.ArrowException) as error:
         reason = str(error).splitlines()[0]
         raise UserError(f"{path}: cannot be read as Parquet ({reason}). Write it again.") from None
-
-
-class _BadRowError(Exception):
-    """A row is wrong; the message says how. The reader adds the file and the line."""
 
 
 def _check_type(kind: pa.DataType, ours: str, theirs: str) -> None:
@@ -338,44 +372,9 @@ def _check_type(kind: pa.DataType, ours: str, theirs: str) -> None:
         raise _BadRowError(f"column '{theirs}' holds {kind}. Write strings.")
 
 
-def _find_columns(
-    available: Iterable[Any], columns: Mapping[str, str], need_captions: bool, name_key: str
-) -> dict[str, str]:
-    """Map our column names to the table's, as far as it has them. Raises _BadRowError if a needed column is missing."""
-    names = list(available)
-    listed = f"the columns are {', '.join(map(str, names)) or 'none'}"
-    mapping = {}
-    for ours, usual in _COLUMN_NAMES.items():
-        if ours in columns:
-            if columns[ours] not in names:
-                hint = did_you_mean(columns[ours], map(str, names))
-                raise _BadRowError(
-                    f"no column '{columns[ours]}'{hint}, which data.columns names for {ours}: {listed}. Correct "
-                    f"data.columns.{ours}."
-                )
-            mapping[ours] = columns[ours]
-        elif theirs := next((name for name in usual if name in names), None):
-            mapping[ours] = theirs
-        elif ours == "path" or (ours == "caption" and need_captions):
-            missing = name_key if ours == "path" else usual[0]
-            raise _BadRowError(f"no column '{missing}': {listed}. Rename one, or set data.columns={{{ours}: ...}}.")
-    return mapping
-
-
-def _row_entry(prefix: str, row: Any, columns: dict[str, str], need_captions: bool, name_key: str) -> Entry:
-    if not isinstance(row, dict):
-        raise _BadRowError(f"a {type(row).__name__}. Write an object with {name_key} and text.")
-    names = _find_columns(row, columns, need_captions, name_key)
-    return _entry(prefix, *(row[names[ours]] if ours in names else None for ours in _COLUMN_NAMES))
-
-
-def _prefix(path: Path) -> str:
-    """What to put before a relative path of a list."""
-    return os.path.join(path.parent, "")
-
-
-def _entry(prefix: str, path: Any, caption: Any, kind: Any, image: Any, start: Any, end: Any) -> Entry:
-    """Check the values of a row, in the order of _COLUMN_NAMES. Raises _BadRowError."""
+def _entry(folder: Path, row: Mapping[str, Any]) -> Entry:
+    """Check a row, by our column names. Raises _BadRowError. folder: relative paths are relative to it."""
+    path, caption, kind, image = (row.get(name) for name in ("path", "caption", "kind", "image"))
     if not isinstance(path, str) or not path.strip():
         raise _BadRowError(f"the path is {path!r}. Write a path.")
     if not isinstance(caption, str | None):
@@ -384,24 +383,22 @@ def _entry(prefix: str, path: Any, caption: Any, kind: Any, image: Any, start: A
         raise _BadRowError(f"unknown type {kind!r}. Write video or image.")
     if not isinstance(image, str | None):
         raise _BadRowError(f"the image is {image!r}. Write a path.")
-    start_s = None if start is None else _seconds(start, "start_s")
-    end_s = None if end is None else _seconds(end, "end_s")
+    start_s, end_s = (_seconds(row.get(name), name) for name in ("start_s", "end_s"))
     if start_s is not None and end_s is not None and start_s >= end_s:
         raise _BadRowError(f"the range ends at {end_s:g} s, not after its start at {start_s:g} s. Correct one of them.")
     return Entry(
-        path if path.startswith("/") else prefix + path,
-        caption if caption is None else caption.strip(),
-        kind or _kind(path),
-        os.path.join(prefix, image.strip()) if image and image.strip() else None,
-        None,
-        start_s,
-        end_s,
+        path=os.path.join(folder, path),
+        caption=caption if caption is None else caption.strip(),
+        kind=kind or _kind(path),
+        image_path=os.path.join(folder, image.strip()) if image and image.strip() else None,
+        start_s=start_s,
+        end_s=end_s,
     )
 
 
 def _seconds(value: Any, name: str) -> float | None:
     """The seconds in a cell, None if it is empty."""
-    if isinstance(value, str) and not value.strip():
+    if value is None or (isinstance(value, str) and not value.strip()):
         return None
     try:
         seconds = math.inf if isinstance(value, bool) else float(value)

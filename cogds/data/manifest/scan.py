@@ -15,7 +15,7 @@ import os
 import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
@@ -182,7 +182,7 @@ def scan_file(task: ProbeTask) -> dict[str, Any]:
     """
     try:
         size, mtime_ns = _stamp(os.stat(task.path))
-        properties = probe_file(task)._asdict()
+        properties = asdict(probe_file(task))
         with open(task.path, "rb") as file:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
             is_same = _stamp(os.fstat(file.fileno())) == (size, mtime_ns)
@@ -190,7 +190,7 @@ def scan_file(task: ProbeTask) -> dict[str, Any]:
         return {"reason": categorize(_open_problem(error))}
     if not is_same:
         return {"reason": "file changed: it was written to while it was scanned; start again when it is complete"}
-    return {"size": size, "mtime_ns": mtime_ns, "digest": digest, **properties}
+    return {"size": size, "mtime_ns": mtime_ns, "digest": digest, "frames": properties.pop("num_frames"), **properties}
 
 
 def _changed_files(batches: Sequence[pa.RecordBatch], writer: ResultWriter, is_shown: bool) -> Iterator[pa.RecordBatch]:

@@ -10,7 +10,7 @@ from cogds.data.video.media import read_clip, read_image
 
 @dataclass(frozen=True)
 class DecodeTask:
-    """A clip to decode. See `index.IndexedClip` and `video.read_clip` for the fields."""
+    """A clip to decode. See `index.IndexedClip` and `media.read_clip` for the fields."""
 
     path: str
     kind: str
@@ -35,7 +35,7 @@ class DecodedClip:
 
 
 def decode(task: DecodeTask) -> DecodedClip:
-    """Decode, resample in time, resize and crop. Raises video.DecodeError."""
+    """Decode, resample in time, resize and crop. Raises media.DecodeError."""
     height, width = task.shape.height, task.shape.width
     if task.kind == "image":
         pixels = read_image(task.path, height, width)[None]

@@ -1,6 +1,7 @@
 """Clips drawn by cogds, for the quick start and for tests, without a download."""
 
 from pathlib import Path
+from typing import NamedTuple
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -47,43 +48,46 @@ def draw_clips(folder: str | Path, seed: int = 0) -> None:
     rng = np.random.default_rng(seed)
     with whole_folder(folder) as partial:
         for number, (width, height, fps, length_s) in enumerate(_CLIPS):
-            shape, color, background, move = _choose(rng)
+            scene = _choose_scene(rng)
             num_frames = round(fps * length_s)
-            frames = np.stack(
-                [_draw(width, height, shape, color, background, move, k / (num_frames - 1)) for k in range(num_frames)]
-            )
+            frames = np.stack([scene.draw(width, height, k / (num_frames - 1)) for k in range(num_frames)])
             # One thread, because x264's output depends on the number of threads.
             write_video(partial / f"clip_{number}.mp4", frames, fps, num_threads=1)
-            caption = f"a {color} {shape} moves {move} over a {background} background"
+            caption = f"a {scene.color} {scene.shape} moves {scene.move} over a {scene.background} background"
             (partial / f"clip_{number}.txt").write_text(caption + "\n", encoding="utf-8")
-        shape, color, background, move = _choose(rng)
-        Image.fromarray(_draw(320, 192, shape, color, background, move, 0.5)).save(partial / "image_0.png")
-        caption = f"a {color} {shape} in the middle of a {background} background"
+        scene = _choose_scene(rng)
+        Image.fromarray(scene.draw(320, 192, 0.5)).save(partial / "image_0.png")
+        caption = f"a {scene.color} {scene.shape} in the middle of a {scene.background} background"
         (partial / "image_0.txt").write_text(caption + "\n", encoding="utf-8")
 
 
-def _choose(rng: np.random.Generator) -> tuple[str, str, str, str]:
-    shape, color, background, move = (
-        options[int(rng.integers(len(options)))]
-        for options in (_SHAPES, list(_COLORS), list(_BACKGROUNDS), list(_MOVES))
-    )
-    return shape, color, background, move
+class _Scene(NamedTuple):
+    """A shape that moves over a background, by the names in the caption."""
+
+    shape: str
+    color: str
+    background: str
+    move: str
+
+    def draw(self, width: int, height: int, progress: float) -> np.ndarray:
+        """Draw one frame, uint8 [H, W, 3]. progress: of the motion, from 0 to 1."""
+        # A gradient, because a model could not get the texture of a flat background wrong.
+        light = np.linspace(0.7, 1.3, height)[:, None, None] * np.ones((1, width, 1))
+        canvas = np.clip(light * np.array(_BACKGROUNDS[self.background]), 0, 255).astype(np.uint8)
+        image = Image.fromarray(canvas)
+        draw = ImageDraw.Draw(image)
+        start, end = _MOVES[self.move]
+        x, y = ((a + (b - a) * progress) * side for a, b, side in zip(start, end, (width, height)))
+        r = min(width, height) / 6
+        if self.shape == "circle":
+            draw.ellipse((x - r, y - r, x + r, y + r), fill=_COLORS[self.color])
+        elif self.shape == "square":
+            draw.rectangle((x - r, y - r, x + r, y + r), fill=_COLORS[self.color])
+        else:
+            draw.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=_COLORS[self.color])
+        return np.array(image)
 
 
-def _draw(width: int, height: int, shape: str, color: str, background: str, move: str, progress: float) -> np.ndarray:
-    """Draw one frame, uint8 [H, W, 3]. progress: of the motion, from 0 to 1."""
-    # A gradient, because a model could not get the texture of a flat background wrong.
-    light = np.linspace(0.7, 1.3, height)[:, None, None] * np.ones((1, width, 1))
-    canvas = np.clip(light * np.array(_BACKGROUNDS[background]), 0, 255).astype(np.uint8)
-    image = Image.fromarray(canvas)
-    draw = ImageDraw.Draw(image)
-    start, end = _MOVES[move]
-    x, y = ((a + (b - a) * progress) * side for a, b, side in zip(start, end, (width, height)))
-    r = min(width, height) / 6
-    if shape == "circle":
-        draw.ellipse((x - r, y - r, x + r, y + r), fill=_COLORS[color])
-    elif shape == "square":
-        draw.rectangle((x - r, y - r, x + r, y + r), fill=_COLORS[color])
-    else:
-        draw.polygon(((x, y - r), (x - r, y + r), (x + r, y + r)), fill=_COLORS[color])
-    return np.array(image)
+def _choose_scene(rng: np.random.Generator) -> _Scene:
+    options = (_SHAPES, list(_COLORS), list(_BACKGROUNDS), list(_MOVES))
+    return _Scene(*(names[int(rng.integers(len(names)))] for names in options))

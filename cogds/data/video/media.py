@@ -41,6 +41,8 @@ from cogds.files import whole_file
 
 if TYPE_CHECKING:
     import torch
+    from av import VideoFrame
+    from av.container import InputContainer
     from PIL.Image import Image
 
 # Containers round timestamps to 1 ms at worst (mkv): a frame at 62.5 ms may say 63. This is half of that and a margin.
@@ -114,6 +116,7 @@ def probe_video(path: str | Path) -> VideoInfo:
     """Read the times of all frames and decode the first one. Raises DecodeError if the file cannot be used."""
     with _open(path) as container:
         timeline, frame = _read_timeline(container, decode_first=True)
+    assert frame is not None
     height, width = _displayed_size(frame, timeline.pixel_aspect)
     rotation = -90 * _turns(frame) % 360
     return VideoInfo(len(timeline.pts), timeline.fps, width, height, timeline.duration_s, rotation)
@@ -238,7 +241,7 @@ def write_video(
 # ---------------------------------------------------------------------------------------------------- frame times
 
 
-def _open(path: str | Path) -> Any:
+def _open(path: str | Path) -> InputContainer:
     """Open a PyAV container with at least one video stream, and set up the first for strict decoding."""
     import av
 
@@ -277,7 +280,7 @@ _recent_timelines: dict[tuple[str, int, int], _Timeline] = {}
 _MAX_RECENT = 8
 
 
-def _cached_timeline(path: str | Path, container: Any) -> _Timeline:
+def _cached_timeline(path: str | Path, container: InputContainer) -> _Timeline:
     """The file's timeline, which is read again only if the file changes."""
     stat = os.stat(path)
     key = (str(path), stat.st_size, stat.st_mtime_ns)
@@ -288,7 +291,7 @@ def _cached_timeline(path: str | Path, container: Any) -> _Timeline:
     return _recent_timelines[key]
 
 
-def _read_timeline(container: Any, decode_first: bool = False) -> tuple[_Timeline, Any]:
+def _read_timeline(container: InputContainer, decode_first: bool = False) -> tuple[_Timeline, VideoFrame | None]:
     """Read the timeline from the packets, and decode the first frame if decode_first is set (otherwise None)."""
     import av
 
@@ -365,8 +368,8 @@ def _displayed_frames(timeline: _Timeline, times_s: Sequence[float], end_s: floa
 
 
 def _decode_strict(
-    container: Any, timeline: _Timeline, first: int, last: int, seek: bool = True
-) -> Iterator[tuple[int, Any]]:
+    container: InputContainer, timeline: _Timeline, first: int, last: int, seek: bool = True
+) -> Iterator[tuple[int, VideoFrame]]:
     """Yield the frames first to last (indices and PyAV frames). Raises DecodeError if one is damaged or missing.
 
     Frames before `first` are dropped, because they may depend on frames before the keyframe.
@@ -401,7 +404,7 @@ def _decode_strict(
     raise DecodeError(f"only {index + 1} of its {len(timeline.pts)} frames can be decoded")
 
 
-def _check_frame(frame: Any, timeline: _Timeline, index: int) -> None:
+def _check_frame(frame: VideoFrame | None, timeline: _Timeline, index: int) -> None:
     if frame is not None and frame.is_corrupt:
         raise DecodeError(f"the frame at {timeline.seconds(index):.3f} s is damaged")
     if frame is None or frame.pts != timeline.pts[index]:
@@ -409,7 +412,7 @@ def _check_frame(frame: Any, timeline: _Timeline, index: int) -> None:
 
 
 def _read_pyav(
-    frames: Iterator[tuple[int, Any]], timeline: _Timeline, indices: Sequence[int], shape: ClipShape
+    frames: Iterator[tuple[int, VideoFrame]], timeline: _Timeline, indices: Sequence[int], shape: ClipShape
 ) -> np.ndarray:
     clip = np.empty((shape.frames, shape.height, shape.width, 3), np.uint8)
     fitter, wanted = _Fitter(timeline.pixel_aspect), 0
@@ -438,7 +441,11 @@ _DECORD_SPACES, _FULL_RANGE = {0, 2, 5, 6}, 2
 
 
 def _read_decord(
-    path: str | Path, frames: Iterator[tuple[int, Any]], timeline: _Timeline, indices: Sequence[int], shape: ClipShape
+    path: str | Path,
+    frames: Iterator[tuple[int, VideoFrame]],
+    timeline: _Timeline,
+    indices: Sequence[int],
+    shape: ClipShape,
 ) -> np.ndarray:
     """Read a clip with decord, in order and without seeking. frames: PyAV's, the first of which is compared.
 
@@ -487,7 +494,7 @@ def _read_decord(
     return clip
 
 
-def _turns(frame: Any) -> int:
+def _turns(frame: VideoFrame) -> int:
     """Number of counterclockwise quarter turns that make a stored frame upright."""
     from av.sidedata.sidedata import SideDataContainer
 
@@ -507,7 +514,7 @@ def _turns(frame: Any) -> int:
     return frame.rotation // 90 % 4
 
 
-def _displayed_size(frame: Any, pixel_aspect: Fraction) -> tuple[int, int]:
+def _displayed_size(frame: VideoFrame, pixel_aspect: Fraction) -> tuple[int, int]:
     """Height and width of a PyAV frame on a display with square pixels."""
     width, height = max(1, round(frame.width * pixel_aspect)), frame.height
     return (width, height) if _turns(frame) % 2 else (height, width)
@@ -545,7 +552,7 @@ def _load_image(path: str | Path) -> Image:
 
 
 def _is_raised_here(error: BaseException) -> bool:
-    """Whether this module raised the error, not a library that it calls: a bug, such as an argument that is gone."""
+    """Whether the error was raised in this module, which is a bug, and not in a library that it calls."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
     return frame.f_code.co_filename == __file__
 
@@ -566,7 +573,7 @@ class _Fitter:
         self._pixel_aspect = pixel_aspect
         self._scaler, self._packer = VideoReformatter(), VideoReformatter()
 
-    def fit(self, frame: Any, out: np.ndarray) -> None:
+    def fit(self, frame: VideoFrame, out: np.ndarray) -> None:
         """Write a PyAV frame, scaled and center-cropped, to out [H, W, 3] in one pass from the decoded planes.
 
         If no scaling or rotation is needed, this is FFmpeg's plain conversion.
@@ -593,13 +600,13 @@ class _Fitter:
         out.reshape(height, 3 * width)[:] = rows[top : top + height, 3 * left : 3 * (left + width)]
 
 
-def _plane(frame: Any, plane: int, num_channels: int = 1) -> np.ndarray:
+def _plane(frame: VideoFrame, plane: int, num_channels: int = 1) -> np.ndarray:
     """A view of a plane's bytes without padding: [height, width * num_channels]."""
-    rows = np.frombuffer(frame.planes[plane], np.uint8).reshape(frame.height, -1)
+    rows = np.frombuffer(memoryview(frame.planes[plane]), np.uint8).reshape(frame.height, -1)
     return rows[:, : frame.width * num_channels]
 
 
-def _turned(frame: Any, turns: int) -> Any:
+def _turned(frame: VideoFrame, turns: int) -> VideoFrame:
     """Rotate a gbrp frame counterclockwise by quarter turns. Rotating planes is twice as fast as packed pixels."""
     import av
 

@@ -3,7 +3,7 @@
 import re
 from typing import NamedTuple
 
-from cogds.data.video import media as video
+from cogds.data.video.media import VideoInfo, probe_image, probe_video
 
 # A probe reads the file once and decodes one frame, which takes seconds even for gigabytes on a network disk.
 PROBE_TIMEOUT_S = 120.0
@@ -18,21 +18,9 @@ class ProbeTask(NamedTuple):
     path: str
 
 
-class ProbeResult(NamedTuple):
-    """Properties of a file. See `video.VideoInfo` for the fields."""
-
-    frames: int
-    fps: float
-    width: int
-    height: int
-    rotation: int
-    duration_s: float
-
-
-def probe_file(task: ProbeTask) -> ProbeResult:
-    """Open a file and decode its first frame. Raises video.DecodeError if it cannot be used."""
-    info = video.probe_video(task.path) if task.kind == "video" else video.probe_image(task.path)
-    return ProbeResult(info.num_frames, info.fps, info.width, info.height, info.rotation, info.duration_s)
+def probe_file(task: ProbeTask) -> VideoInfo:
+    """Open a file and decode its first frame. Raises media.DecodeError if it cannot be used."""
+    return probe_video(task.path) if task.kind == "video" else probe_image(task.path)
 
 
 # Patterns of error messages, and the category under which such messages are counted.

@@ -4,6 +4,7 @@ Exported files keep the trained strength: rank and alpha are stored as diffusers
 with alpha = 2 rank would load at half its strength. cogds adds its own metadata, such as the image-latent convention.
 """
 
+import functools
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -92,7 +93,7 @@ def export(folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], 
     CogVideoXImageToVideoPipeline.save_lora_weights(
         folder,
         transformer_lora_layers=state,
-        save_function=lambda weights, filename: save_file(weights, filename, metadata=header),
+        save_function=functools.partial(save_file, metadata=header),
     )
     return folder / LORA_WEIGHT_NAME_SAFE
 

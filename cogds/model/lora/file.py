@@ -26,8 +26,9 @@ from safetensors import SafetensorError, safe_open
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.core.geometry import ClipShape
 from cogds.errors import UserError
-from cogds.model.lora.formats import DIFFUSERS_PREFIX, PEFT_PREFIX, SAT_ALPHA, parse_key
+from cogds.model.lora.formats import DIFFUSERS_PREFIX, PEFT_PREFIX, SAT_ALPHA, Key, parse_key
 
+Config = Mapping[str, Any]  # the fields of a `LoraConfig` in a file
 OWN_METADATA_KEY, FINETRAINERS_KEY = "cogds", "lora_config"
 ALPHA_IN_WEIGHTS = "alpha_in_weights"  # metadata key of cogds: B includes the factor alpha/rank, so the strength is 1
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
@@ -55,8 +56,9 @@ def lora_file(path: str | Path) -> Path:
     files = [file for file in files if file.name in names] or files
     pickles = [file for file in inside if file.suffix in PICKLES]
     if len(files) > 1:
-        names_found = ", ".join(file.name for file in files)
-        raise UserError(f"{path}: contains more than one LoRA: {names_found}. Pass the path of one file.")
+        raise UserError(
+            f"{path}: contains more than one LoRA: {', '.join(file.name for file in files)}. Pass the path of one file."
+        )
     if pickles and files in ([], pickles):
         raise UserError(
             f"{pickles[0]}: is a pickle, which can run code when it is opened. Save the LoRA as safetensors, the "
@@ -122,6 +124,14 @@ class LoraFile:
         return sorted({pair.scale for pair in self.pairs.values()})
 
 
+@dataclass(frozen=True)
+class WeightedLora:
+    """A LoRA and its weight in a sum of LoRAs."""
+
+    file: LoraFile
+    weight: float
+
+
 def read_loras(paths: Iterable[str | Path], alpha: float | None, setting: str) -> list[LoraFile]:
     """Read the headers of LoRA files.
 
@@ -166,9 +176,9 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
         alpha, source = SAT_ALPHA, AlphaSource.SAT
     else:
         source = AlphaSource.ASSUMED
-    pairs, missing = {}, False
-    for layer, named in _halves(file, keys).items():
-        a, b = named.get("A", ""), named.get("B", "")
+    pairs, is_incomplete = {}, False  # incomplete: the file has no alpha for some layer
+    for layer, names in _names_by_layer(file, keys).items():
+        a, b = names.get("A", ""), names.get("B", "")
         shape_a, shape_b = shapes.get(a, ()), shapes.get(b, ())
         if len(shape_a) != 2 or len(shape_b) != 2 or shape_a[0] != shape_b[1] or not shape_a[0]:
             raise UserError(
@@ -178,16 +188,15 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
         if others := {dtypes[a], dtypes[b]}.difference(FLOATS):
             raise UserError(f"{file}: layer {layer} is stored as {min(others)}. Export the LoRA in bf16 or fp32.")
         _check_rank(file, config, layer, shape_a[0])
-        rank, layer_alpha = shape_a[0], alphas.get(named.get("alpha", ""))
+        rank, layer_alpha = shape_a[0], alphas.get(names.get("alpha", ""))
         if layer_alpha is None:
             scale = _config_scale(file, config, layer, rank)
         else:
             scale = _check_alpha(file, layer, layer_alpha[0] if len(layer_alpha) == 1 else layer_alpha) / rank
-        missing = missing or scale is None
         if scale is None:
-            scale = 1.0 if alpha is None else alpha / rank
+            is_incomplete, scale = True, 1.0 if alpha is None else alpha / rank
         pairs[layer] = LoraPair(a, b, rank, shape_a[1], shape_b[0], scale)
-    return LoraFile(file, pairs, source if missing else AlphaSource.FILE, metadata)
+    return LoraFile(file, pairs, source if is_incomplete else AlphaSource.FILE, metadata)
 
 
 def describe_lora(file: LoraFile, setting: str) -> list[str]:
@@ -205,7 +214,7 @@ def describe_lora(file: LoraFile, setting: str) -> list[str]:
     return lines
 
 
-def join_values(values: Sequence[Any], limit: int = 4) -> str:
+def join_values(values: Sequence[object], limit: int = 4) -> str:
     """Format the first few values."""
     texts = [f"{value:g}" if isinstance(value, float) else str(value) for value in values]
     return ", ".join(texts[:limit]) + (", ..." if len(texts) > limit else "")
@@ -233,11 +242,11 @@ def _is_positive(value: Any) -> bool:
     return _is_number(value) and value > 0
 
 
-def _is_text(value: Any) -> bool:
+def _is_text(value: object) -> bool:
     return isinstance(value, str)
 
 
-def _are_texts(value: Any) -> bool:
+def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
@@ -279,13 +288,13 @@ def _own_metadata(file: Path, header: Mapping[str, str]) -> dict[str, Any]:
     return metadata
 
 
-def _as_json(value: Any) -> str:
+def _as_json(value: object) -> str:
     """The start of a value as JSON, for messages."""
     return f"{json.dumps(value):.60}"
 
 
-def _adapter_config(file: Path, header: Mapping[str, str], names: Iterable[str], alpha: float | None) -> dict[str, Any]:
-    """Return the file's LoraConfig as plain values, from where its format stores it, or {} if there is none."""
+def _adapter_config(file: Path, header: Mapping[str, str], names: Iterable[str], alpha: float | None) -> Config:
+    """Return the file's LoraConfig from the place where its format stores it, or {} if there is none."""
     text = header.get(LORA_ADAPTER_METADATA_KEY, header.get(FINETRAINERS_KEY))
     is_peft, beside = any(name.startswith(PEFT_PREFIX) for name in names), file.parent / CONFIG_NAME
     if text is None and (is_peft or file.name == SAFETENSORS_WEIGHTS_NAME) and beside.is_file():
@@ -315,7 +324,7 @@ def _adapter_config(file: Path, header: Mapping[str, str], names: Iterable[str],
     return config
 
 
-def _refuse_other_adapters(file: Path, config: Mapping[str, Any], names: Iterable[str]) -> None:
+def _refuse_other_adapters(file: Path, config: Config, names: Iterable[str]) -> None:
     """Raise UserError if the adapter is more than two matrices and a strength per layer."""
     dora = [name for name in names if "dora_scale" in name or "lora_magnitude_vector" in name]
     biases = [name for name in names if name.endswith(".bias")]
@@ -335,7 +344,7 @@ def _refuse_other_adapters(file: Path, config: Mapping[str, Any], names: Iterabl
     raise UserError(f"{file}: {problem}, which cogds does not support. Pass a plain LoRA, or convert it to one.")
 
 
-def _halves(file: Path, keys: Mapping[str, Any]) -> dict[str, dict[str, str]]:
+def _names_by_layer(file: Path, keys: Mapping[str, Key | None]) -> dict[str, dict[str, str]]:
     """Return the names of each layer's A, B and alpha in the file. Raises UserError for any other tensor."""
     if unknown := [name for name, key in keys.items() if key is None]:
         problem = "is not a LoRA" if len(unknown) == len(keys) else "is more than a LoRA"
@@ -343,38 +352,39 @@ def _halves(file: Path, keys: Mapping[str, Any]) -> dict[str, dict[str, str]]:
             f"{file}: {problem} of a CogVideoX transformer: {len(unknown)} of its {len(keys)} tensors have unknown "
             f"names, such as '{unknown[0]}'. Pass a LoRA of CogVideoX in one of the formats in docs/operations.md."
         )
-    halves: dict[str, dict[str, str]] = {}
+    layers: dict[str, dict[str, str]] = {}
     for name, key in keys.items():
-        parts = halves.setdefault(key.layer, {})
+        assert key is not None
+        parts = layers.setdefault(key.layer, {})
         if key.part in parts:
             raise UserError(
                 f"{file}: '{parts[key.part]}' and '{name}' are both {key.part} of layer {key.layer}. Save one adapter "
                 "per file."
             )
         parts[key.part] = name
-    if not halves:
+    if not layers:
         raise UserError(f"{file}: contains no tensors. Export the LoRA again.")
-    return halves
+    return layers
 
 
-def _check_rank(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> None:
+def _check_rank(file: Path, config: Config, layer: str, rank: int) -> None:
     """Raise UserError if the config has a different rank. It then belongs to a different file, as does its alpha."""
-    config_rank = _of_layer(config, "rank_pattern", layer, "r")
+    config_rank = _layer_value(config, "rank_pattern", layer, "r")
     if config_rank not in (None, rank):
         raise UserError(
             f"{file}: layer {layer} has rank {rank}, but the LoRA's config says {config_rank}. Export the LoRA again."
         )
 
 
-def _of_layer(config: Mapping[str, Any], pattern: str, layer: str, default: str) -> Any:
+def _layer_value(config: Config, pattern: str, layer: str, default: str) -> Any:
     """Return the config's value for a layer by PEFT's rules: from `pattern`, otherwise from `default`, or None."""
     patterns = config.get(pattern) or {}
     return patterns.get(get_pattern_key(patterns, layer), config.get(default))
 
 
-def _config_scale(file: Path, config: Mapping[str, Any], layer: str, rank: int) -> float | None:
+def _config_scale(file: Path, config: Config, layer: str, rank: int) -> float | None:
     """Return the scale of BA in one layer by the config, or None if it has no alpha."""
-    alpha = _of_layer(config, "alpha_pattern", layer, "lora_alpha")
+    alpha = _layer_value(config, "alpha_pattern", layer, "lora_alpha")
     if alpha is None:
         return None
     return _check_alpha(file, layer, alpha) / (math.sqrt(rank) if config.get("use_rslora") else rank)

@@ -4,6 +4,7 @@ Weights are read, merged in float32 and written one shard (diffusers) or one ten
 needed does not depend on the size of the model.
 """
 
+import itertools
 import json
 import shutil
 from collections.abc import Iterator, Mapping, Sequence
@@ -18,7 +19,8 @@ from safetensors.torch import save_file
 
 from cogds.errors import UserError
 from cogds.model.load import PARTS, ModelFolder, transformer_weights
-from cogds.model.lora.file import OWN_METADATA_KEY, LoraFile, open_safetensors
+from cogds.model.lora.convert import own_header
+from cogds.model.lora.file import WeightedLora, open_safetensors
 from cogds.model.lora.formats import comfyui_name
 
 SHARD_BYTES = 2 * 10**9
@@ -51,74 +53,94 @@ class Weight:
         return torch.Size(self.shape).numel() * self.dtype.itemsize
 
 
-def weights_of(model: ModelFolder, dtype: torch.dtype | None = None) -> list[Weight]:
-    """All weights of the transformer, in the order of its files, to be stored in `dtype` or in their own dtype.
+def read_weights(model: ModelFolder, dtype: torch.dtype | None = None) -> list[Weight]:
+    """List all weights of the transformer, in the order of its files, to be stored in `dtype` or in their own dtype.
 
-    Raises:
-        UserError: A weight is not stored in floating point.
+    Raises UserError if a weight is not stored in floating point.
     """
-    found = []
+    weights = []
     for name, slice_ in transformer_weights(model):
-        if (own := _DTYPES.get(slice_.get_dtype())) is None:
+        if (own_dtype := _DTYPES.get(slice_.get_dtype())) is None:
             raise UserError(
                 f"{model.path}: weight '{name}' is stored as {slice_.get_dtype()}, but LoRAs can be merged only into "
                 "bf16, fp16 or fp32. Use an unquantized model."
             )
-        found.append(Weight(name, tuple(slice_.get_shape()), dtype or own))
-    return found
+        weights.append(Weight(name, tuple(slice_.get_shape()), dtype or own_dtype))
+    return weights
 
 
-def shards_of(weights: Sequence[Weight], shard_bytes: int) -> list[list[Weight]]:
+def split_shards(weights: Sequence[Weight], shard_bytes: int) -> list[list[Weight]]:
     """Split the weights, in order, into files of at most `shard_bytes` (or of one larger weight)."""
     shards: list[list[Weight]] = []
     for weight in weights:
-        if not shards or sum(one.num_bytes for one in shards[-1]) + weight.num_bytes > shard_bytes:
+        if not shards or sum(other.num_bytes for other in shards[-1]) + weight.num_bytes > shard_bytes:
             shards.append([])
         shards[-1].append(weight)
     return shards
 
 
-def save_merged(
-    folder: Path,
-    model: ModelFolder,
-    weights: Sequence[Weight],
-    loras: Sequence[tuple[LoraFile, float]],
-    metadata: Mapping[str, Any],
-    image_factor: float = 1.0,
-    shard_bytes: int = SHARD_BYTES,
-) -> None:
-    """Write a `transformer/` folder for diffusers: merged weights, index and config.
+@dataclass(frozen=True)
+class Merge:
+    """A model's transformer with LoRAs merged in.
 
-    Args:
-        weights: The result of `weights_of`.
-        loras: Files that fit the model (`convert.check_fits`), each with its strength.
-        image_factor: The factor that the pipeline's image latents would need for these LoRAs. It is folded into the
+    Attributes:
+        loras: must fit the model (`convert.check_fits`).
+        dtype: of the stored weights, None to keep the model's.
+        image_factor: the factor that the pipeline's image latents would need for these LoRAs. It is folded into the
             patch embedding's weights of the image channels, so tools can feed image latents as the pipeline does.
     """
+
+    model: ModelFolder
+    loras: Sequence[WeightedLora]
+    dtype: torch.dtype | None = None
+    image_factor: float = 1.0
+
+    def tensors(self) -> Iterator[tuple[Weight, torch.Tensor]]:
+        """Yield every weight and its values after the merge, in the order of `read_weights`.
+
+        Raises UserError if a LoRA makes a weight infinite or NaN.
+        """
+        weights = read_weights(self.model, self.dtype)
+        with ExitStack() as stack:
+            files = [stack.enter_context(open_safetensors(lora.file.path)) for lora in self.loras]
+            for weight, (name, slice_) in zip(weights, transformer_weights(self.model), strict=True):
+                value, layer = slice_[:], name.removesuffix(".weight")
+                for lora, tensors in zip(self.loras, files):
+                    if (pair := lora.file.pairs.get(layer)) is not None and name != layer:
+                        a, b = (tensors.get_tensor(key).float() for key in (pair.a, pair.b))
+                        value = torch.addmm(value.float(), b, a, alpha=lora.weight * pair.scale)
+                        if not torch.isfinite(value).all():
+                            raise UserError(
+                                f"{lora.file.path}: layer {layer} is not finite after the merge. Use another LoRA."
+                            )
+                if name == PATCH_EMBEDDING and self.image_factor != 1.0:
+                    num_channels = self.model.transformer_config["in_channels"]
+                    value = scale_image_channels(value.float(), num_channels, self.image_factor)
+                yield weight, value.to(weight.dtype).contiguous()
+
+
+def save_merged(folder: Path, merge: Merge, metadata: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
+    """Write a `transformer/` folder for diffusers: merged weights, index and config."""
     folder.mkdir(parents=True)
-    shards = shards_of(weights, shard_bytes)
+    weights = read_weights(merge.model, merge.dtype)
+    shards = split_shards(weights, shard_bytes)
     single = len(shards) == 1
     stem, _, end = SAFETENSORS_WEIGHTS_NAME.rpartition(".")
     files = [
         SAFETENSORS_WEIGHTS_NAME if single else f"{stem}-{number + 1:05d}-of-{len(shards):05d}.{end}"
         for number in range(len(shards))
     ]
-    header = {"format": "pt", OWN_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)}
-    merged = _merged(model, loras, image_factor)
+    merged = merge.tensors()
     for file, shard in zip(files, shards):
-        tensors = {}
-        for weight in shard:
-            name, value = next(merged)
-            assert name == weight.name
-            tensors[name] = value.to(weight.dtype).contiguous()
-        save_file(tensors, folder / file, header)
+        tensors = {weight.name: tensor for weight, tensor in itertools.islice(merged, len(shard))}
+        save_file(tensors, folder / file, own_header(metadata))
     if not single:
         index = {
             "metadata": {"total_size": sum(weight.num_bytes for weight in weights)},
             "weight_map": {weight.name: file for file, shard in zip(files, shards) for weight in shard},
         }
         (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
-    shutil.copyfile(model.path / "transformer/config.json", folder / "config.json")
+    shutil.copyfile(merge.model.path / "transformer/config.json", folder / "config.json")
 
 
 def check_comfyui_supports(model: ModelFolder) -> None:
@@ -131,20 +153,14 @@ def check_comfyui_supports(model: ModelFolder) -> None:
             )
 
 
-def save_comfyui_merged(
-    file: Path,
-    model: ModelFolder,
-    weights: Sequence[Weight],
-    loras: Sequence[tuple[LoraFile, float]],
-    metadata: Mapping[str, Any],
-    image_factor: float = 1.0,
-) -> None:
-    """Write one .safetensors file that ComfyUI's *Load Diffusion Model* node loads. Arguments as in `save_merged`.
+def save_comfyui_merged(file: Path, merge: Merge, metadata: Mapping[str, Any]) -> None:
+    """Write one .safetensors file that ComfyUI's *Load Diffusion Model* node loads.
 
-    The weights keep their shapes; only their names differ from diffusers'. safetensors can only write a file whose
+    The weights keep their shapes. Only their names differ from diffusers'. safetensors can only write a file whose
     tensors are all in memory (11 GB for the 5B in bf16), so this writes the format itself, one tensor at a time:
     https://github.com/huggingface/safetensors#format
     """
+    weights = read_weights(merge.model, merge.dtype)
     # Wider dtypes first, as safetensors writes them: every offset is then a multiple of its dtype's size.
     offsets, end = {}, 0
     for weight in sorted(weights, key=lambda weight: -weight.dtype.itemsize):
@@ -159,38 +175,18 @@ def save_comfyui_merged(
         }
         for weight in weights
     }
-    header["__metadata__"] = {"format": "pt", OWN_METADATA_KEY: json.dumps(dict(metadata), sort_keys=True)}
+    header["__metadata__"] = own_header(metadata)
     encoded = json.dumps(header).encode()
     encoded += b" " * (-len(encoded) % 8)
     with file.open("wb") as output:
         output.write(len(encoded).to_bytes(8, "little") + encoded)
         start = output.tell()
-        for weight, (name, value) in zip(weights, _merged(model, loras, image_factor), strict=True):
-            assert name == weight.name
-            output.seek(start + offsets[name])
-            output.write(value.to(weight.dtype).contiguous().flatten().view(torch.uint8).numpy().data)
+        for weight, tensor in merge.tensors():
+            output.seek(start + offsets[weight.name])
+            output.write(tensor.flatten().view(torch.uint8).numpy().data)
 
 
-def _merged(
-    model: ModelFolder, loras: Sequence[tuple[LoraFile, float]], image_factor: float
-) -> Iterator[tuple[str, torch.Tensor]]:
-    """Yield name and value of every weight, in the order of the files; float32 if a LoRA or the factor changed it."""
-    with ExitStack() as stack:
-        files = [(lora, strength, stack.enter_context(open_safetensors(lora.path))) for lora, strength in loras]
-        for name, slice_ in transformer_weights(model):
-            value, layer = slice_[:], name.removesuffix(".weight")
-            for lora, strength, tensors in files:
-                if (pair := lora.pairs.get(layer)) is not None and name != layer:
-                    a, b = (tensors.get_tensor(key).float() for key in (pair.a, pair.b))
-                    value = torch.addmm(value.float(), b, a, alpha=strength * pair.scale)
-                    if not torch.isfinite(value).all():
-                        raise UserError(f"{lora.path}: layer {layer} is not finite after the merge. Use another LoRA.")
-            if name == PATCH_EMBEDDING and image_factor != 1.0:
-                value = scaled_image_channels(value.float(), model.transformer_config["in_channels"], image_factor)
-            yield name, value
-
-
-def scaled_image_channels(weight: torch.Tensor, in_channels: int, factor: float) -> torch.Tensor:
+def scale_image_channels(weight: torch.Tensor, in_channels: int, factor: float) -> torch.Tensor:
     """Scale the patch embedding's weights of the image latents, which are the second half of the channels.
 
     weight: [dim, channels x patch values] (linear) or [dim, channels, ...] (convolution); channels come first in both.
@@ -201,9 +197,9 @@ def scaled_image_channels(weight: torch.Tensor, in_channels: int, factor: float)
 
 
 def save_other_parts(folder: Path, model: ModelFolder, copy: bool) -> None:
-    """Complete `folder`, which holds the merged transformer, to a whole pipeline with the model's other parts.
+    """Add the model's other parts to `folder`, which holds the merged transformer, so that it is a whole pipeline.
 
-    copy: Copy the files. Otherwise link to the model's files, which must then stay in place.
+    copy: copy the files. Otherwise link to the model's files, which must then stay in place.
     """
     shutil.copyfile(model.path / "model_index.json", folder / "model_index.json")
     for part in other_files(model):

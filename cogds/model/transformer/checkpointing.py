@@ -31,17 +31,15 @@ _ATTENTION = {
     )
     if hasattr(_ATEN, name)
 }
-
-
 # Number of block inputs that stay on the device while they are copied to the host.
 MAX_COPYING = 2
 
 
-def _keep_attention(_context: Any, operation: Any, *_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _keep_attention(_context: object, operation: object, *_args: object, **_kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.MUST_SAVE if operation in _ATTENTION else CheckpointPolicy.PREFER_RECOMPUTE
 
 
-def _keep_nothing(*_args: Any, **_kwargs: Any) -> CheckpointPolicy:
+def _keep_nothing(*_args: object, **_kwargs: object) -> CheckpointPolicy:
     return CheckpointPolicy.PREFER_RECOMPUTE
 
 
@@ -101,11 +99,11 @@ class PinnedPool:
     allocate: creates a buffer of the given number of bytes.
     """
 
-    def __init__(self, allocate: Callable[[int], Any] = PinnedBuffer):
+    def __init__(self, allocate: Callable[[int], PinnedBuffer] = PinnedBuffer):
         self.allocate = allocate
-        self.free: list[Any] = []
+        self.free: list[PinnedBuffer] = []
 
-    def acquire(self, num_bytes: int) -> Any:
+    def acquire(self, num_bytes: int) -> PinnedBuffer:
         """Return a buffer of at least this size. The caller must release it."""
         fitting = [buffer for buffer in self.free if buffer.num_bytes >= num_bytes]
         if not fitting:
@@ -115,7 +113,7 @@ class PinnedPool:
         self.free.remove(buffer)
         return buffer
 
-    def release(self, buffer: Any) -> None:
+    def release(self, buffer: PinnedBuffer) -> None:
         """Return a buffer to the pool."""
         self.free.append(buffer)
 
@@ -148,29 +146,27 @@ class Offload:
     def save_on_host(self, x: torch.Tensor) -> Iterator[None]:
         """Context manager in which tensors that autograd saves and that share x's memory are kept on the host."""
         # The hook must not refer to x itself, because autograd keeps the hook alive.
-        storage, num_elements = x.untyped_storage().data_ptr(), x.numel()
-
-        def pack(tensor: torch.Tensor) -> Any:
-            if tensor.untyped_storage().data_ptr() != storage or tensor.numel() != num_elements:
-                return tensor
-            offloaded = _OffloadedTensor(tensor, self.stream, self.pool)
-            self._on_host.append(offloaded)
-            self._copying.append(offloaded)
-            while len(self._copying) > MAX_COPYING:
-                self._copying.pop(0).release_source()
-            return offloaded
-
-        def unpack(packed: Any) -> torch.Tensor:
-            return self._fetch(packed) if isinstance(packed, _OffloadedTensor) else packed
-
-        with torch.autograd.graph.saved_tensors_hooks(pack, unpack):
+        pack = functools.partial(self._pack, x.untyped_storage().data_ptr(), x.numel())
+        with torch.autograd.graph.saved_tensors_hooks(pack, self._unpack):
             yield
 
-    def _fetch(self, offloaded: "_OffloadedTensor") -> torch.Tensor:
-        tensor = offloaded.fetch(self.stream)
+    def _pack(self, storage: int, num_elements: int, tensor: torch.Tensor) -> "torch.Tensor | _OffloadedTensor":
+        if tensor.untyped_storage().data_ptr() != storage or tensor.numel() != num_elements:
+            return tensor
+        offloaded = _OffloadedTensor(tensor, self.stream, self.pool)
+        self._on_host.append(offloaded)
+        self._copying.append(offloaded)
+        while len(self._copying) > MAX_COPYING:
+            self._copying.pop(0).release_source()
+        return offloaded
+
+    def _unpack(self, packed: "torch.Tensor | _OffloadedTensor") -> torch.Tensor:
+        if isinstance(packed, torch.Tensor):
+            return packed
+        tensor = packed.fetch(self.stream)
         for tensors in (self._on_host, self._copying):
-            if offloaded in tensors:
-                del tensors[tensors.index(offloaded) :]
+            if packed in tensors:
+                del tensors[tensors.index(packed) :]
         if self._on_host:
             self._on_host[-1].prefetch(self.stream)
         return tensor
@@ -183,12 +179,12 @@ class _OffloadedTensor:
     for. The host buffer is released when autograd drops this object.
     """
 
-    def __init__(self, tensor: torch.Tensor, stream: Any, pool: PinnedPool):
+    def __init__(self, tensor: torch.Tensor, stream: torch.cuda.Stream | None, pool: PinnedPool):
         self.device = tensor.device
         self.source: torch.Tensor | None = None
         self.fetched: torch.Tensor | None = None
-        self.copied_event: Any = None
-        self.fetched_event: Any = None
+        self.copied_event: torch.cuda.Event  # of the copies to the host and back
+        self.fetched_event: torch.cuda.Event
         if stream is None:
             self.host = tensor.detach().clone()
             return
@@ -207,7 +203,7 @@ class _OffloadedTensor:
             torch.cuda.current_stream(self.device).wait_event(self.copied_event)
             self.source = None
 
-    def prefetch(self, stream: Any) -> None:
+    def prefetch(self, stream: torch.cuda.Stream | None) -> None:
         """Start copying back to the device."""
         if stream is None or self.source is not None or self.fetched is not None:
             return
@@ -217,7 +213,7 @@ class _OffloadedTensor:
             self.fetched.copy_(self.host, non_blocking=True)
             self.fetched_event = stream.record_event()
 
-    def fetch(self, stream: Any) -> torch.Tensor:
+    def fetch(self, stream: torch.cuda.Stream | None) -> torch.Tensor:
         """Return the tensor on the device."""
         if stream is None:
             return self.host

@@ -7,7 +7,8 @@ those of diffusers up to rounding. The tests compare outputs and gradients.
 """
 
 import functools
-from typing import Any
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
 
 import torch
 from diffusers import CogVideoXTransformer3DModel
@@ -26,6 +27,19 @@ from cogds.model.transformer.sequence_parallel import (
 )
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
+
+
+class Layout(NamedTuple):
+    """The arrangement of the tokens that this rank has of a sequence.
+
+    rotary: tables of the video tokens; num_text: number of text tokens; counts: with sequence parallelism, the number
+    of tokens on each rank, otherwise ().
+    """
+
+    rotary: Rotary
+    num_text: int
+    counts: tuple[int, ...] = ()
+
 
 # Graphs that one process may compile of the block: four checkpointing modes, single clips or batches, with or without
 # gradients, with or without the LoRA, whole or shared sequences.
@@ -47,69 +61,46 @@ class Block(nn.Module):
         self.kernel, self.checkpointing, self.has_dropout = "torch", "none", False
         self.offload: Offload | None = None
         self.group = ""
-        self._body: Any = self.body  # replaced by `compile_body`
+        self._body: Callable[..., torch.Tensor] = self.body  # replaced by `compile_body`
 
     def compile_body(self, backend: Any) -> None:
         """Compile the block except for its modulations."""
-        body = torch.compile(self.body, backend=backend)
+        self._body = functools.partial(self._run_compiled, torch.compile(self.body, backend=backend))
 
-        def run_compiled(
-            checkpointing: str,
-            x: torch.Tensor,
-            first: Any,
-            second: Any,
-            rotary: Rotary,
-            num_text: int,
-            counts: tuple[int, ...],
-        ) -> Any:
-            # Without these marks, the second length would trigger another compilation.
-            for tensor, axis in ((x, 1), *((table, 0) for table in rotary or ())):
-                torch._dynamo.maybe_mark_dynamic(tensor, axis)
-            if len(x) > 1:
-                for tensor in (x, *first, *second):
-                    torch._dynamo.maybe_mark_dynamic(tensor, 0)
-            return body(checkpointing, x, first, second, rotary, num_text, counts)
-
-        self._body = run_compiled
+    @staticmethod
+    def _run_compiled(
+        body: Callable[..., torch.Tensor], mode: str, x: torch.Tensor, modulations: Sequence[Modulation], layout: Layout
+    ) -> torch.Tensor:
+        # Without these marks, the second length would trigger another compilation.
+        for tensor, axis in ((x, 1), *((table, 0) for table in layout.rotary or ())):
+            torch._dynamo.maybe_mark_dynamic(tensor, axis)
+        if len(x) > 1:
+            for tensor in (x, *modulations[0], *modulations[1]):
+                torch._dynamo.maybe_mark_dynamic(tensor, 0)
+        return body(mode, x, modulations, layout)
 
     def forward(
         self, x: torch.Tensor, temb: torch.Tensor, rotary: Rotary, num_text: int, counts: tuple[int, ...] = ()
     ) -> torch.Tensor:
-        """Run the block.
-
-        Args:
-            x: [B, S, D].
-            temb: [B, time_embed_dim].
-            rotary: tables of the video tokens.
-            num_text: number of text tokens.
-            counts: with sequence parallelism, the number of tokens on each rank. x, rotary and num_text are then those
-                of this rank.
-
-        Returns:
-            [B, S, D].
-        """
+        """Run the block: x [B, S, D], temb [B, time_embed_dim] -> [B, S, D]. The other arguments: see `Layout`."""
         modulations = [
             Modulation(*norm.linear(norm.silu(temb))[:, None].chunk(6, dim=-1)) for norm in (self.norm1, self.norm2)
         ]
+        layout = Layout(rotary, num_text, counts)
         if self.checkpointing == "full+offload" and torch.is_grad_enabled():
             assert self.offload is not None
             with self.offload.save_on_host(x):
-                return self._body("full", x, *modulations, rotary, num_text, counts)
-        return self._body(self.checkpointing, x, *modulations, rotary, num_text, counts)
+                return self._body("full", x, modulations, layout)
+        return self._body(self.checkpointing, x, modulations, layout)
 
     def body(
-        self, checkpointing: str, x: torch.Tensor, first: Modulation, second: Modulation, rotary: Rotary, num_text: int,
-        counts: tuple[int, ...] = (),
-    ) -> torch.Tensor:  # fmt: skip
-        """The part of the block that is checkpointed and compiled. first, second: modulations of the two norms."""
-        inputs = (x, first, second, rotary, num_text, counts)
-        return run_checkpointed(checkpointing, self._forward, *inputs, has_dropout=self.has_dropout)
+        self, checkpointing: str, x: torch.Tensor, modulations: Sequence[Modulation], layout: Layout
+    ) -> torch.Tensor:
+        """The part of the block that is checkpointed and compiled. modulations: of the two norms."""
+        return run_checkpointed(checkpointing, self._forward, x, modulations, layout, has_dropout=self.has_dropout)
 
-    def _forward(
-        self, x: torch.Tensor, first: Modulation, second: Modulation, rotary: Rotary, num_text: int,
-        counts: tuple[int, ...],
-    ) -> torch.Tensor:  # fmt: skip
-        attn = self.attn1
+    def _forward(self, x: torch.Tensor, modulations: Sequence[Modulation], layout: Layout) -> torch.Tensor:
+        attn, (first, second), (rotary, num_text, counts) = self.attn1, modulations, layout
         normed = norm_modulate(x, self.norm1.norm, first, num_text)
         query, key, value = (
             tensor.unflatten(-1, (attn.heads, -1)) for tensor in lora_linears(normed, attn.to_q, attn.to_k, attn.to_v)

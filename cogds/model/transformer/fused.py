@@ -30,40 +30,34 @@ class Modulation(NamedTuple):
 
 
 def _split_text(x: torch.Tensor, num_text: int) -> tuple[torch.Tensor, torch.Tensor]:
-    """Views of the text tokens and the video tokens."""
+    """Return views of the text tokens and of the video tokens."""
     return x[:, :num_text], x[:, num_text:]
 
 
-def _text(x: torch.Tensor, num_text: int) -> torch.Tensor:
-    """A view of the text tokens. They are few, so results computed with the video's modulation are overwritten."""
-    return x[:, :num_text]
-
-
-def _without_autocast(x: torch.Tensor) -> Any:
+def _without_autocast(x: torch.Tensor) -> torch.autocast | contextlib.nullcontext[None]:
     """Disable autocast, which on CUDA would run a norm in float32, but not the norm's backward pass."""
     return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
 
 
-def _norm_backward(
-    gradient: torch.Tensor, x: torch.Tensor, norm: tuple[Any, ...], mean: torch.Tensor, rstd: torch.Tensor
-) -> torch.Tensor:
-    weight, bias = norm
-    size = [x.shape[-1]]
-    return torch.ops.aten.native_layer_norm_backward(gradient, x, size, mean, rstd, weight, bias, [True, False, False])[
-        0
-    ]
+def _norm_backward(gradient: torch.Tensor, x: torch.Tensor, *norm: torch.Tensor | None) -> torch.Tensor:
+    """Return the gradient of LayerNorm(x) for x. norm: weight, bias, mean and reciprocal standard deviation."""
+    weight, bias, mean, rstd = norm
+    only_x = [True, False, False]
+    return torch.ops.aten.native_layer_norm_backward(gradient, x, [x.shape[-1]], mean, rstd, weight, bias, only_x)[0]
 
 
+# All tokens are modulated like those of the video. Then the text tokens, which are few, are overwritten.
 class _NormModulate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, num_text: int,
-        shift: torch.Tensor, scale: torch.Tensor, text_shift: torch.Tensor, text_scale: torch.Tensor,
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float, num_text: int,
+        *modulation: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
+        shift, scale, text_shift, text_scale = modulation
         with _without_autocast(x):
             normed, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
         out = torch.addcmul(shift, normed, 1 + scale)
-        _text(out, num_text).copy_(torch.addcmul(text_shift, _text(normed, num_text), 1 + text_scale))
+        out[:, :num_text].copy_(torch.addcmul(text_shift, normed[:, :num_text], 1 + text_scale))
         ctx.save_for_backward(x, weight, bias, mean, rstd, scale, text_scale)
         ctx.eps, ctx.num_text = eps, num_text
         return out
@@ -83,8 +77,9 @@ class _NormModulate(torch.autograd.Function):
                 (text_grad * text).sum(1, keepdim=True),
             ]
         normed_grad = gradient * (1 + scale)
-        _text(normed_grad, ctx.num_text).copy_(text_grad * (1 + text_scale))
-        return _norm_backward(normed_grad, x, (weight, bias), mean, rstd), None, None, None, None, *modulation_grads
+        normed_grad[:, : ctx.num_text].copy_(text_grad * (1 + text_scale))
+        x_grad = _norm_backward(normed_grad, x, weight, bias, mean, rstd)
+        return x_grad, None, None, None, None, *modulation_grads
 
 
 def norm_modulate(x: torch.Tensor, norm: nn.LayerNorm, modulation: Modulation, num_text: int) -> torch.Tensor:
@@ -104,7 +99,7 @@ class _GatedSum(torch.autograd.Function):
         ctx: Any, x: torch.Tensor, y: torch.Tensor, num_text: int, gate: torch.Tensor, text_gate: torch.Tensor
     ) -> torch.Tensor:
         out = torch.addcmul(x, y, gate)
-        _text(out, num_text).copy_(torch.addcmul(_text(x, num_text), _text(y, num_text), text_gate))
+        out[:, :num_text].copy_(torch.addcmul(x[:, :num_text], y[:, :num_text], text_gate))
         ctx.num_text, ctx.needs_gates = num_text, gate.requires_grad or text_gate.requires_grad
         ctx.save_for_backward(y if ctx.needs_gates else None, gate, text_gate)
         return out
@@ -118,7 +113,7 @@ class _GatedSum(torch.autograd.Function):
             text, video = _split_text(y, ctx.num_text)
             gate_grads = [(video_grad * video).sum(1, keepdim=True), (text_grad * text).sum(1, keepdim=True)]
         y_grad = gradient * gate
-        _text(y_grad, ctx.num_text).copy_(text_grad * text_gate)
+        y_grad[:, : ctx.num_text].copy_(text_grad * text_gate)
         return gradient, y_grad, None, *gate_grads
 
 
@@ -137,8 +132,10 @@ def _rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torc
 class _NormRotate(torch.autograd.Function):
     @staticmethod
     def forward(
-        ctx: Any, x: torch.Tensor, weight: Any, bias: Any, eps: float, cosines: torch.Tensor, sines: torch.Tensor
-    ) -> torch.Tensor:
+        ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float,
+        *rotary: torch.Tensor,
+    ) -> torch.Tensor:  # fmt: skip
+        cosines, sines = rotary
         with _without_autocast(x):
             out, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
         video = out[:, x.shape[1] - len(cosines) :]
@@ -152,7 +149,7 @@ class _NormRotate(torch.autograd.Function):
         normed_grad = gradient.clone(memory_format=torch.contiguous_format)
         video_grad = normed_grad[:, x.shape[1] - len(cosines) :]
         video_grad.copy_(_rotate(video_grad, cosines, -sines))
-        return _norm_backward(normed_grad, x, (weight, bias), mean, rstd), None, None, None, None, None
+        return _norm_backward(normed_grad, x, weight, bias, mean, rstd), None, None, None, None, None
 
 
 def norm_rotate(x: torch.Tensor, norm: nn.LayerNorm, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:
@@ -250,7 +247,8 @@ def lora_linears(x: torch.Tensor, *layers: nn.Module) -> tuple[torch.Tensor, ...
     with one gradient for x. Layers with other peft features (dropout, DoRA) run peft's own code.
     """
     parts = [_lora_parts(layer, x) for layer in layers]
-    if None in parts:
+    loras = [lora for lora in parts if lora is not None]
+    if len(loras) < len(layers):
         return tuple(layer(x) for layer in layers)
-    weights = [tensor for lora in parts for tensor in lora[:4]]  # type: ignore[index]
-    return _LoraLinears.apply(x, tuple(lora.scale for lora in parts), *weights)  # type: ignore[union-attr]
+    weights = [tensor for lora in loras for tensor in lora[:4]]
+    return _LoraLinears.apply(x, tuple(lora.scale for lora in loras), *weights)

@@ -1,4 +1,4 @@
-"""Writers killed at any moment: what was flushed is never lost, and nothing is left behind in the end."""
+"""Writers that are killed at any moment lose at most one shard, and pruning removes the files they leave."""
 
 import os
 import random
@@ -26,7 +26,7 @@ def entry(number):
 
 
 def start(root, numbers):
-    """A forked writer of these entries: (process, pipe). It writes the number of each entry that it was given."""
+    """Fork a writer of these entries. Returns its process id and a pipe with the numbers of the entries written."""
     reading, writing = os.pipe()
     process = os.fork()
     if process:
@@ -45,7 +45,7 @@ def start(root, numbers):
         os._exit(status)
 
 
-def read_all(pipe):
+def read_numbers(pipe):
     with os.fdopen(pipe, "rb") as file:
         written = file.read()
     return [int(written[at : at + 4]) for at in range(0, len(written), 4)]
@@ -63,22 +63,22 @@ def test_a_kill_loses_at_most_one_shard(tmp_path, num_writers):
     exits = []
 
     def run(lifetime_s):
-        todo = missing(tmp_path)
-        writers = [start(tmp_path, todo[rank::num_writers]) for rank in range(num_writers)]
+        numbers = missing(tmp_path)
+        writers = [start(tmp_path, numbers[rank::num_writers]) for rank in range(num_writers)]
         if lifetime_s is not None:
             time.sleep(lifetime_s)
             for process, _ in writers:
                 os.kill(process, signal.SIGKILL)
         for process, pipe in writers:
             exits.append(os.waitpid(process, 0)[1])
-            lost = set(read_all(pipe)) & set(missing(tmp_path))
+            lost = set(read_numbers(pipe)) & set(missing(tmp_path))
             assert len(lost) <= ENTRIES_PER_SHARD
 
     for _ in range(NUM_KILLS):
         run(generator.uniform(0.002, 0.06))
     num_killed = sum(os.WIFSIGNALED(status) for status in exits)
     run(None)
-    # The last run ended by itself; most of those before it did not.
+    # Only the last run must complete.
     assert exits[-num_writers:] == [0] * num_writers
     assert num_killed >= NUM_KILLS // 2
     assert missing(tmp_path) == []
@@ -97,22 +97,22 @@ def test_a_kill_loses_at_most_one_shard(tmp_path, num_writers):
 @pytest.mark.parametrize("owner, name", [(shard_module, "save_file"), (os, "fsync"), (os, "replace"), (os, "unlink")])
 @pytest.mark.parametrize("is_after", [False, True])
 def test_a_kill_at_each_step_of_writing_and_pruning(tmp_path, owner, name, is_after, monkeypatch):
-    """The n-th call of each of these, for each n, never returns: the process is killed before or after it."""
+    """The process is killed before or after the n-th call of a function, for each n."""
     original = getattr(owner, name)
     monkeypatch.setattr(store_module, "SHARD_ENTRIES", 2)
-    for place in range(1, 6):
+    for kill_at in range(1, 6):
         calls = []
 
-        def stop(*args, calls=calls, place=place, **options):
+        def stop(*args, calls=calls, kill_at=kill_at, **options):
             calls.append(1)
-            if len(calls) == place and not is_after:
+            if len(calls) == kill_at and not is_after:
                 os.kill(os.getpid(), signal.SIGKILL)
             result = original(*args, **options)
-            if len(calls) == place:
+            if len(calls) == kill_at:
                 os.kill(os.getpid(), signal.SIGKILL)
             return result
 
-        root = tmp_path / f"{place}"
+        root = tmp_path / f"{kill_at}"
         process = os.fork()
         if not process:
             with monkeypatch.context() as patch:
@@ -124,7 +124,7 @@ def test_a_kill_at_each_step_of_writing_and_pruning(tmp_path, owner, name, is_af
             os._exit(0)
         os.waitpid(process, 0)
         lost = set(missing(root)) & set(range(7))
-        assert lost <= set(range(2 * (place - 1), 7)) if name != "unlink" else not lost
+        assert lost <= set(range(2 * (kill_at - 1), 7)) if name != "unlink" else not lost
         with Cache(root).writer("clips") as writer:
             for number in lost:
                 writer.write(KEYS[number], entry(number))

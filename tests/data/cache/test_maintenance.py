@@ -15,12 +15,12 @@ from tests.data.entries import entry, fail, files_in, flip, key_of, read, same, 
 # --- verifying
 
 
-def test_verify_drops_the_damaged_entry_alone(tmp_path):
+def test_verify_removes_only_the_damaged_entry(tmp_path):
     write(tmp_path, range(10))
     shard = files_in(tmp_path)[0]
     flip(shard, shard.read_bytes().index(entry(4)["moments"].view(torch.uint8).numpy().tobytes()) + 17)
     report = verify(tmp_path)
-    assert [(one.kind, one.place, one.key) for one in report.damaged] == [("clips", shard.name, key_of(4))]
+    assert [(bad.kind, bad.place, bad.key) for bad in report.damaged] == [("clips", shard.name, key_of(4))]
     assert report.num_entries == 9
     assert report.num_bytes == 9 * sum(tensor.nbytes for tensor in entry(0).values())
     assert len(files_in(tmp_path)) == 1
@@ -36,16 +36,16 @@ def test_a_file_that_may_not_be_read_is_not_removed(tmp_path, monkeypatch):
         raise PermissionError(errno.EACCES, "Permission denied")
 
     monkeypatch.setattr("cogds.data.cache.shard.safe_open", refused)
-    for act in (verify, stats, prune):
+    for function in (verify, stats, prune):
         with pytest.raises(UserError, match=r"^data.cache_dir: .*\.safetensors"):
-            act(tmp_path)
+            function(tmp_path)
     assert len(files_in(tmp_path)) == 1
 
 
 # --- pruning
 
 
-def test_prune_removes_what_is_not_kept(tmp_path):
+def test_prune_removes_the_other_entries(tmp_path):
     write(tmp_path, range(10))
     write(tmp_path, range(10, 12))
     write(tmp_path, range(3), kind="captions")
@@ -61,7 +61,7 @@ def test_prune_removes_what_is_not_kept(tmp_path):
     assert same(read(tmp_path, 2), entry(2))
 
 
-def test_prune_forgets_failures_when_asked(tmp_path):
+def test_prune_removes_failures_on_demand(tmp_path):
     with Cache(tmp_path).writer("clips") as writer:
         writer.write(key_of(1), entry(1))
         writer.fail(key_of(2), "no frames")
@@ -72,7 +72,7 @@ def test_prune_forgets_failures_when_asked(tmp_path):
     assert snapshot.num_entries == 1
 
 
-def test_prune_keeps_one_of_two_copies(tmp_path):
+def test_prune_removes_duplicates(tmp_path):
     write(tmp_path, range(3))
     write(tmp_path, range(2, 5))
     report = prune(tmp_path)
@@ -82,8 +82,8 @@ def test_prune_keeps_one_of_two_copies(tmp_path):
 
 
 @pytest.mark.parametrize("failed_first", [True, False])
-@pytest.mark.parametrize("shard_bytes", [1, 1 << 30])  # as they lie, and merged
-def test_prune_keeps_what_failed_once_and_was_made_elsewhere(tmp_path, failed_first, shard_bytes):
+@pytest.mark.parametrize("shard_bytes", [1, 1 << 30])  # not merged, and merged
+def test_prune_keeps_an_entry_and_removes_the_record_of_its_failure(tmp_path, failed_first, shard_bytes):
     fail(tmp_path, 1, "a disk was away")
     files_in(tmp_path)[0].rename(tmp_path / "clips" / f"{('0' if failed_first else 'f') * 32}.safetensors")
     write(tmp_path, [1])
@@ -93,7 +93,7 @@ def test_prune_keeps_what_failed_once_and_was_made_elsewhere(tmp_path, failed_fi
     assert verify(tmp_path).damaged == ()
 
 
-def test_files_of_the_old_layout_are_ignored_counted_and_pruned(tmp_path):
+def test_files_of_encoding_version_1_are_ignored_counted_and_pruned(tmp_path):
     old = tmp_path / "clips" / "ab" / f"{'ab' * 16}.safetensors"
     old.parent.mkdir(parents=True)
     old.write_bytes(b"x" * 100)
@@ -108,7 +108,7 @@ def test_files_of_the_old_layout_are_ignored_counted_and_pruned(tmp_path):
     assert same(read(tmp_path, 1), entry(1))
 
 
-def test_other_things_in_the_root_are_left_alone(tmp_path):
+def test_other_files_in_the_root_are_left_alone(tmp_path):
     write(tmp_path, [1])
     (tmp_path / "files.json").write_text("{}")
     (tmp_path / "manifests").mkdir()
@@ -123,12 +123,12 @@ def test_other_things_in_the_root_are_left_alone(tmp_path):
 # --- merging
 
 
-def test_prune_puts_small_shards_together(tmp_path):
+def test_prune_merges_small_shards(tmp_path):
     for run in range(8):
         write(tmp_path, range(3 * run, 3 * run + 3))
     fail(tmp_path, 50)
     bound = int(3.5 * max(path.stat().st_size for path in files_in(tmp_path)))
-    write(tmp_path, range(24, 32))  # above half of it
+    write(tmp_path, range(24, 32))  # more than half of the bound
     large = max(files_in(tmp_path), key=lambda path: path.stat().st_size)
     before = sum(path.stat().st_size for path in files_in(tmp_path))
     report = prune(tmp_path, shard_bytes=bound)
@@ -178,21 +178,21 @@ def test_a_damaged_entry_is_not_merged_and_an_unreadable_shard_stays(tmp_path):
 def test_a_shard_that_is_damaged_while_it_is_merged_stays(tmp_path, monkeypatch):
     for number in range(3):
         write(tmp_path, [number])
-    torn = tmp_path / "clips" / Cache(tmp_path).snapshot("clips").place(key_of(1))
+    damaged = tmp_path / "clips" / Cache(tmp_path).snapshot("clips").place(key_of(1))
     open_shard = maintenance_module.open_shard
 
-    def tear_first(path):
-        os.truncate(torn, 30)
+    def damage_first(path):
+        os.truncate(damaged, 30)
         return open_shard(path)
 
-    monkeypatch.setattr(maintenance_module, "open_shard", tear_first)
+    monkeypatch.setattr(maintenance_module, "open_shard", damage_first)
     assert prune(tmp_path).num_entries == 0
-    assert torn.exists()
+    assert damaged.exists()
     assert len(files_in(tmp_path)) == 2
     assert all(same(read(tmp_path, number), entry(number)) for number in (0, 2))
 
 
-def test_a_kill_while_merging_leaves_copies_that_the_next_prune_removes(tmp_path, monkeypatch):
+def test_a_kill_while_merging_leaves_duplicates_that_the_next_prune_removes(tmp_path, monkeypatch):
     for number in range(3):
         write(tmp_path, [number])
     with monkeypatch.context() as patch:

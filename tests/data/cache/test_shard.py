@@ -22,14 +22,14 @@ def test_reading_one_entry_does_not_read_its_shard(tmp_path):
         for number in range(20):
             writer.write(key_of(number), entry(number, 50_000))  # 200 kB
 
-    def num_read():
+    def num_bytes_read():
         return int(Path("/proc/self/io").read_text().split()[1])
 
     cache = Cache(tmp_path)
     snapshot = cache.snapshot("clips")
-    before = num_read()
+    before = num_bytes_read()
     assert same(cache.read("clips", key_of(7), snapshot.place(key_of(7))), entry(7, 50_000))
-    assert 200_000 < num_read() - before < 300_000
+    assert 200_000 < num_bytes_read() - before < 300_000
 
 
 # --- damage
@@ -45,30 +45,30 @@ def small_cache(root):
     return keys, files_in(root)[0]
 
 
-def what_is_read(root, keys):
-    """Key -> tensors or reason, for all that the cache gives out, and how many of the keys were damaged."""
+def read_all(root, keys):
+    """The tensors or the reason by key, without damaged entries, and how many of the keys are damaged."""
     cache, num_damaged = Cache(root), 0
     snapshot = cache.snapshot("clips")
-    given = dict(snapshot.failures)
+    entries = dict(snapshot.failures)
     for key in keys:
         if (place := snapshot.place(key)) is not None:
             try:
-                given[key] = cache.read("clips", key, place)
-            except DamagedEntryError as damage:
-                num_damaged += key in str(damage) and "--verify" in str(damage)
-    return given, num_damaged
+                entries[key] = cache.read("clips", key, place)
+            except DamagedEntryError as error:
+                num_damaged += key in str(error) and "--verify" in str(error)
+    return entries, num_damaged
 
 
-def equal(one, other):
-    return one == other if isinstance(one, str) or isinstance(other, str) else same(one, other)
+def equal(first, second):
+    return first == second if isinstance(first, str) or isinstance(second, str) else same(first, second)
 
 
 @pytest.mark.parametrize("step", [13, pytest.param(1, marks=pytest.mark.slow)])
-def test_a_flipped_bit_anywhere_is_seen(tmp_path, step):
+def test_a_flipped_bit_anywhere_is_detected(tmp_path, step):
     keys, original = small_cache(tmp_path / "whole")
     data = original.read_bytes()
-    right, _ = what_is_read(tmp_path / "whole", keys)
-    assert set(right) == set(keys)
+    expected, _ = read_all(tmp_path / "whole", keys)
+    assert set(expected) == set(keys)
     generator = random.Random(0)
     for at in range(0, len(data), step):
         copy = tmp_path / f"{at}" / "clips" / original.name
@@ -76,36 +76,36 @@ def test_a_flipped_bit_anywhere_is_seen(tmp_path, step):
         copy.write_bytes(data)
         flip(copy, at, generator.randrange(8))
         root = copy.parent.parent
-        given, num_damaged = what_is_read(root, keys)
-        assert all(key in right and equal(given[key], right[key]) for key in given), f"byte {at}: a wrong entry"
-        assert num_damaged or len(given) < len(right), f"byte {at}: nothing was seen"
+        entries, num_damaged = read_all(root, keys)
+        assert all(key in expected and equal(entries[key], expected[key]) for key in entries), f"byte {at}: wrong entry"
+        assert num_damaged or len(entries) < len(expected), f"byte {at}: not detected"
         report = verify(root)
         assert report.damaged, f"byte {at}: not in the report"
-        assert report.num_entries + report.num_failures == len(given)
+        assert report.num_entries + report.num_failures == len(entries)
         if at % 8 == 0:
             assert not verify(root).damaged
-            assert what_is_read(root, keys)[0].keys() == given.keys()
+            assert read_all(root, keys)[0].keys() == entries.keys()
         shutil.rmtree(root)
 
 
 @pytest.mark.parametrize("old, new", [(b'"I16"', b'"F16"'), (b"[2,1]", b"[1,2]"), (b"/y", b"/z")])
-def test_a_header_that_says_another_dtype_shape_or_name_is_seen(tmp_path, old, new):
+def test_another_dtype_shape_or_name_in_the_header_is_detected(tmp_path, old, new):
     keys, shard = small_cache(tmp_path)
     data = shard.read_bytes()
     assert data.count(old) == 2
     shard.write_bytes(data.replace(old, new))
-    assert what_is_read(tmp_path, keys) == ({keys[2]: "no frames"}, 2)
-    assert {one.key for one in verify(tmp_path).damaged} == set(keys[:2])
+    assert read_all(tmp_path, keys) == ({keys[2]: "no frames"}, 2)
+    assert {entry.key for entry in verify(tmp_path).damaged} == set(keys[:2])
 
 
-def test_an_entry_under_another_key_is_seen(tmp_path):
+def test_an_entry_under_another_key_is_detected(tmp_path):
     keys, shard = small_cache(tmp_path)
-    one, other = (key.encode() for key in keys[:2])
-    shard.write_bytes(shard.read_bytes().replace(one, b"z" * 32).replace(other, one).replace(b"z" * 32, other))
-    assert what_is_read(tmp_path, keys) == ({keys[2]: "no frames"}, 2)
+    first, second = (key.encode() for key in keys[:2])
+    shard.write_bytes(shard.read_bytes().replace(first, b"z" * 32).replace(second, first).replace(b"z" * 32, second))
+    assert read_all(tmp_path, keys) == ({keys[2]: "no frames"}, 2)
     shard.write_bytes(shard.read_bytes().replace(keys[2].encode(), b"c" * 32))
     assert Cache(tmp_path).snapshot("clips").failures == {}
-    assert {one.key for one in verify(tmp_path).damaged} == {*keys[:2], "c" * 32}
+    assert {entry.key for entry in verify(tmp_path).damaged} == {*keys[:2], "c" * 32}
 
 
 def test_a_truncated_shard_is_reported_and_removed(tmp_path):
@@ -123,5 +123,5 @@ def test_a_truncated_shard_is_reported_and_removed(tmp_path):
         with pytest.raises(DamagedEntryError, match=f"{original.name}.*{keys[0]}"):
             Cache(root).read("clips", keys[0], original.name)
         report = verify(root)
-        assert [(one.kind, one.place, one.key) for one in report.damaged] == [("clips", original.name, "")]
+        assert [(entry.kind, entry.place, entry.key) for entry in report.damaged] == [("clips", original.name, "")]
         assert files_in(root) == []

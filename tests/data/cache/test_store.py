@@ -16,10 +16,8 @@ from cogds.errors import UserError
 from cogds.files import process_tag
 from tests.data.entries import entry, fail, files_in, flip, key_of, read, same, stage, write
 
-# --- what is written is read
 
-
-def test_what_is_written_is_read_from_few_files(tmp_path):
+def test_entries_are_read_back_from_one_file(tmp_path):
     write(tmp_path, range(20))
     snapshot = Cache(tmp_path).snapshot("clips")
     assert len(files_in(tmp_path)) == len(snapshot.places) == 1
@@ -28,10 +26,10 @@ def test_what_is_written_is_read_from_few_files(tmp_path):
     assert Cache(tmp_path).snapshot("captions").num_entries == 0
 
 
-# --- which keys are there
+# --- snapshots
 
 
-def test_find_answers_for_many_keys_at_once(tmp_path):
+def test_find_looks_up_many_keys(tmp_path):
     write(tmp_path, range(0, 50))
     write(tmp_path, range(50, 90))
     snapshot = Cache(tmp_path).snapshot("clips")
@@ -44,14 +42,13 @@ def test_find_answers_for_many_keys_at_once(tmp_path):
     assert snapshot.place(key_of(95)) is None
 
 
-def test_find_in_an_empty_cache_and_with_no_keys_and_null_keys(tmp_path):
+def test_find_with_an_empty_cache_no_keys_and_null_keys(tmp_path):
     empty = Cache(tmp_path / "none").snapshot("clips")
     assert empty.find(key_array([key_of(1)])).tolist() == [-1]
     write(tmp_path, [1])
     snapshot = Cache(tmp_path).snapshot("clips")
     assert snapshot.find(key_array([])).tolist() == []
-    one = bytes.fromhex(key_of(1))
-    assert snapshot.find(pa.array([None, one], pa.binary(16))).tolist() == [-1, 0]
+    assert snapshot.find(pa.array([None, bytes.fromhex(key_of(1))], pa.binary(16))).tolist() == [-1, 0]
     assert not (tmp_path / "none").exists()
 
 
@@ -62,8 +59,8 @@ def test_a_snapshot_can_be_sent_to_another_process(tmp_path):
     assert same(cache.read("clips", key_of(1), snapshot.place(key_of(1))), entry(1))
 
 
-@pytest.mark.parametrize("reason", ["no frames", 'line\n"quote" Übung', "bytes \udcff of no text"])
-def test_a_failure_is_kept_with_its_reason(tmp_path, reason):
+@pytest.mark.parametrize("reason", ["no frames", 'line\n"quote" Übung', "a byte that is not text: \udcff"])
+def test_failures_are_kept_with_their_reasons(tmp_path, reason):
     with Cache(tmp_path).writer("clips") as writer:
         writer.write(key_of(1), entry(1))
         writer.fail(key_of(2), reason)
@@ -74,7 +71,7 @@ def test_a_failure_is_kept_with_its_reason(tmp_path, reason):
     assert verify(tmp_path).num_failures == 1
 
 
-def test_what_failed_once_and_was_made_elsewhere_is_there(tmp_path):
+def test_an_entry_supersedes_the_record_of_its_failure(tmp_path):
     fail(tmp_path, 1, "a disk was away")
     write(tmp_path, [1])
     snapshot = Cache(tmp_path).snapshot("clips")
@@ -84,8 +81,8 @@ def test_what_failed_once_and_was_made_elsewhere_is_there(tmp_path):
 
 def test_two_writers_may_write_the_same_key(tmp_path):
     cache = Cache(tmp_path)
-    with cache.writer("clips") as one, cache.writer("clips") as other:
-        for writer in (one, other):
+    with cache.writer("clips") as first, cache.writer("clips") as second:
+        for writer in (first, second):
             for number in range(3):
                 writer.write(key_of(number), entry(number))
     snapshot = cache.snapshot("clips")
@@ -94,24 +91,23 @@ def test_two_writers_may_write_the_same_key(tmp_path):
     assert all(same(read(tmp_path, number), entry(number)) for number in range(3))
 
 
-# --- places that move
+# --- shards that are replaced
 
 
-def test_entries_are_found_again_when_their_shards_are_gone(tmp_path, monkeypatch):
+def test_one_new_snapshot_finds_the_entries_of_removed_shards(tmp_path, monkeypatch):
     cache = Cache(tmp_path)
     for number in range(4):
         write(tmp_path, [number])
     snapshot = cache.snapshot("clips")
     prune(tmp_path)
-    num_snapshots = []
-    take = Cache.snapshot
-    monkeypatch.setattr(Cache, "snapshot", lambda self, kind: num_snapshots.append(kind) or take(self, kind))
+    snapshots, take_snapshot = [], Cache.snapshot
+    monkeypatch.setattr(Cache, "snapshot", lambda self, kind: snapshots.append(kind) or take_snapshot(self, kind))
     for number in range(4):
         assert same(cache.read("clips", key_of(number), snapshot.place(key_of(number))), entry(number))
-    assert num_snapshots == ["clips"]  # one for all four
+    assert snapshots == ["clips"]
 
 
-def test_a_place_may_move_twice(tmp_path):
+def test_an_entry_is_found_after_its_shard_is_replaced_twice(tmp_path):
     cache = Cache(tmp_path)
     write(tmp_path, range(4))
     first = cache.snapshot("clips")
@@ -122,7 +118,7 @@ def test_a_place_may_move_twice(tmp_path):
     assert same(other.read("clips", key_of(1), first.place(key_of(1))), entry(1))
 
 
-def test_an_entry_that_is_gone_is_named(tmp_path):
+def test_the_error_names_a_missing_entry(tmp_path):
     write(tmp_path, range(2))
     cache = Cache(tmp_path)
     place = cache.snapshot("clips").place(key_of(1))
@@ -131,23 +127,22 @@ def test_an_entry_that_is_gone_is_named(tmp_path):
         cache.read("clips", key_of(1), place)
 
 
-def test_readers_go_on_while_shards_are_written_and_rewritten(tmp_path):
+def test_readers_continue_while_shards_are_written_and_replaced(tmp_path):
     cache = Cache(tmp_path)
     write(tmp_path, range(5))
     places = {number: cache.snapshot("clips").place(key_of(number)) for number in range(5)}
     done, errors, num_read = threading.Event(), [], [0, 0, 0]
 
     def keep_reading(reader):
-        own, generator = Cache(tmp_path), random.Random(reader)
+        own_cache, generator = Cache(tmp_path), random.Random(reader)
         while not done.is_set() or num_read[reader] < 20:
             number, place = generator.choice(list(places.items()))
             try:
-                if not same(own.read("clips", key_of(number), place), entry(number)):
-                    errors.append(f"{number} is another")
+                if not same(own_cache.read("clips", key_of(number), place), entry(number)):
+                    errors.append(f"wrong tensors for {number}")
             except Exception as error:
                 errors.append(repr(error))
-            wanted = key_array(key_of(number) for number in list(places))
-            if (own.snapshot("clips").find(wanted) < 0).any():
+            if (own_cache.snapshot("clips").find(key_array(map(key_of, list(places)))) < 0).any():
                 errors.append("a snapshot misses entries")
             num_read[reader] += 1
 
@@ -158,7 +153,7 @@ def test_readers_go_on_while_shards_are_written_and_rewritten(tmp_path):
         for number in range(5, 45):
             write(tmp_path, [number])
             places = {**places, number: cache.snapshot("clips").place(key_of(number))}
-            if number % 10 == 0:  # second copies and small shards, which rewriting removes
+            if number % 10 == 0:  # make duplicates, which pruning removes as it merges small shards
                 write(tmp_path, range(number - 3, number))
                 prune(tmp_path)
     finally:
@@ -169,23 +164,22 @@ def test_readers_go_on_while_shards_are_written_and_rewritten(tmp_path):
     assert min(num_read) >= 20
 
 
-def test_a_snapshot_taken_while_shards_are_rewritten_misses_none(tmp_path, monkeypatch):
+def test_a_snapshot_misses_no_entry_while_shards_are_replaced(tmp_path, monkeypatch):
     write(tmp_path, range(3))
-    write(tmp_path, range(2, 4))  # a second copy
+    write(tmp_path, range(2, 4))  # with a duplicate
     stage(tmp_path / "old", [4])
     (tmp_path / "old/clips" / f"staging-{'ab' * 16}").rename(tmp_path / "clips" / f"staging-{'ab' * 16}")
-    moved = []
+    pruned = []
 
     def prune_first(path):
-        if not moved:
-            moved.append(path)
-            prune(tmp_path)
+        if not pruned:
+            pruned.append(prune(tmp_path))
         return list_shard(path)
 
     monkeypatch.setattr(store_module, "_NUM_THREADS", 1)
     monkeypatch.setattr(store_module, "list_shard", prune_first)
     snapshot = Cache(tmp_path).snapshot("clips")
-    assert moved
+    assert pruned
     assert snapshot.num_entries == 5
     assert snapshot.damaged == {}
     assert all((tmp_path / "clips" / place).exists() for place in snapshot.places)
@@ -200,26 +194,19 @@ def test_a_forked_worker_opens_its_own_files(tmp_path):
     assert store_module._open_cached(path, os.getpid() + 1) is not handle
 
 
-# --- what the user can mend
+# --- errors of the file system
 
 
-def test_a_root_that_is_a_file(tmp_path):
-    (tmp_path / "cache").write_text("")
-    for act in (Cache, verify, prune, stats):
+def test_a_file_in_the_place_of_a_folder_is_an_error(tmp_path):
+    for name in ("cache", "clips", "file"):
+        (tmp_path / name).write_text("")
+    for function in (Cache, verify, prune, stats):
         with pytest.raises(UserError, match=r"^data\.cache_dir: .*/cache"):
-            act(tmp_path / "cache")
-
-
-def test_a_kind_that_is_a_file(tmp_path):
-    (tmp_path / "clips").write_text("")
+            function(tmp_path / "cache")
     with pytest.raises(UserError, match=r"^data\.cache_dir: .*/clips"):
         Cache(tmp_path).snapshot("clips")
     with pytest.raises(UserError, match=r"^data\.cache_dir: .*/clips"):
         write(tmp_path, [1])
-
-
-def test_a_parent_that_is_a_file(tmp_path):
-    (tmp_path / "file").write_text("")
     with pytest.raises(UserError, match=r"^data\.cache_dir: .*/file/cache"):
         write(tmp_path / "file" / "cache", [1])
 
@@ -227,13 +214,13 @@ def test_a_parent_that_is_a_file(tmp_path):
 @pytest.fixture
 def small_disk(tmp_path):
     """A file system of 4 MB."""
-    place = tmp_path / "disk"
-    place.mkdir()
-    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(place)]
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    mount = ["mount", "-t", "tmpfs", "-o", "size=4m", "tmpfs", str(disk)]
     if os.geteuid() != 0 or subprocess.run(mount, capture_output=True, timeout=20).returncode:
         pytest.skip("needs root, to mount a small file system")
-    yield place
-    subprocess.run(["umount", "--lazy", str(place)], check=True, timeout=20)
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True, timeout=20)
 
 
 def write_bytes(root, numbers, num_bytes, shard_bytes):
@@ -262,8 +249,7 @@ def test_a_read_only_cache_can_be_read_but_not_written(small_disk):
     write(small_disk, [9], kind="images")
     (image,) = files_in(small_disk / "images")
     flip(image, image.stat().st_size - 1)
-    left = small_disk / "clips" / f"a.{process_tag().split('@')[0]}@999999999-0.tmp"
-    left.touch()
+    (small_disk / "clips" / f"a.{process_tag().split('@')[0]}@999999999-0.tmp").touch()
     subprocess.run(["mount", "-o", "remount,ro", str(small_disk)], check=True, timeout=20)
     assert same(read(small_disk, 1), entry(1))
     with pytest.raises(UserError, match=r"^data\.cache_dir: .*/clips \(Read-only file system\)"):

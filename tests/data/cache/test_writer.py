@@ -1,4 +1,4 @@
-"""When shards are written, what is left behind, and what earlier versions left."""
+"""When shards are written, and files of killed runs and of earlier versions."""
 
 import os
 
@@ -33,16 +33,16 @@ def test_a_shard_is_written_after_some_time(tmp_path, monkeypatch):
     now = [1000.0]
     monkeypatch.setattr(store_module.time, "monotonic", lambda: now[0])
     with Cache(tmp_path).writer("clips") as writer:
-        num_there = []
+        num_written = []
         for number, seconds in enumerate([10, 10, 15, 10, 40]):
             now[0] += seconds
             writer.write(key_of(number), entry(number))
-            num_there.append(Cache(tmp_path).snapshot("clips").num_entries)
-    # A kill never loses more than FLUSH_S (30 s) of work and the entry in hand.
-    assert num_there == [0, 0, 3, 3, 5]
+            num_written.append(Cache(tmp_path).snapshot("clips").num_entries)
+    # A kill never loses more than FLUSH_S (30 s) of work and the entry being made.
+    assert num_written == [0, 0, 3, 3, 5]
 
 
-def test_a_run_that_fails_keeps_what_it_wrote(tmp_path):
+def test_a_run_that_fails_keeps_its_entries(tmp_path):
     def run():
         with Cache(tmp_path).writer("clips") as writer:
             writer.write(key_of(1), entry(1))
@@ -53,7 +53,7 @@ def test_a_run_that_fails_keeps_what_it_wrote(tmp_path):
     assert same(read(tmp_path, 1), entry(1))
 
 
-def test_what_is_written_is_a_copy(tmp_path):
+def test_tensors_are_copied_when_they_are_written(tmp_path):
     tensors = entry(1)
     with Cache(tmp_path).writer("clips") as writer:
         writer.write(key_of(1), tensors)
@@ -61,7 +61,7 @@ def test_what_is_written_is_a_copy(tmp_path):
     assert same(read(tmp_path, 1), entry(1))
 
 
-def test_others_may_read_what_the_umask_allows(tmp_path):
+def test_the_umask_sets_the_permissions_of_shards(tmp_path):
     before = os.umask(0o022)
     try:
         write(tmp_path, range(2))
@@ -77,7 +77,7 @@ def test_a_key_has_32_hex_digits(tmp_path, key):
     assert files_in(tmp_path) == []
 
 
-def test_what_killed_writers_left_is_removed_and_what_living_ones_write_is_not(tmp_path):
+def test_temporary_files_of_killed_writers_are_removed_and_those_of_running_ones_kept(tmp_path):
     write(tmp_path, [1])
     host, process_id = process_tag().split("@")
     names = [f"a.{host}@{number}-0a1b2c3d.tmp.safetensors" for number in (999_999_999, process_id)]
@@ -92,7 +92,7 @@ def test_what_killed_writers_left_is_removed_and_what_living_ones_write_is_not(t
 # --- earlier versions
 
 
-def test_what_killed_runs_of_earlier_versions_left_is_read_and_merged(tmp_path):
+def test_entries_of_killed_runs_of_earlier_versions_are_read_and_merged(tmp_path):
     staging = stage(tmp_path, range(3))
     fail(tmp_path, 1, "a disk was away")
     assert Cache(tmp_path).snapshot("clips").num_entries == 3
@@ -107,10 +107,10 @@ def test_what_killed_runs_of_earlier_versions_left_is_read_and_merged(tmp_path):
     assert all(same(read(tmp_path, number), entry(number)) for number in range(4))
 
 
-def test_damage_in_what_earlier_versions_left_is_removed(tmp_path):
+def test_damaged_entries_of_earlier_versions_are_removed(tmp_path):
     staging = stage(tmp_path, range(3))
     os.truncate(staging / f"{key_of(1)}.safetensors", 30)
-    assert [one.place for one in verify(tmp_path).damaged] == [f"{staging.name}/{key_of(1)}.safetensors"]
+    assert [entry.place for entry in verify(tmp_path).damaged] == [f"{staging.name}/{key_of(1)}.safetensors"]
     assert Cache(tmp_path).snapshot("clips").num_entries == 2
 
 

@@ -58,11 +58,11 @@ def test_rows_are_read_by_number(tmp_path, cut):
 
 
 def test_a_file_is_named_after_its_content(tmp_path):
-    one = write_index(tmp_path, [rows(4)], BUCKETS, [(4,), (0,), (0,)], PLACES)
-    again = write_index(tmp_path, [rows(4)[:1], rows(4)[1:]], BUCKETS, [(4,), (0,), (0,)], PLACES)
+    first = write_index(tmp_path, [rows(4)], BUCKETS, [(4,), (0,), (0,)], PLACES)
+    same = write_index(tmp_path, [rows(4)[:1], rows(4)[1:]], BUCKETS, [(4,), (0,), (0,)], PLACES)
     other = write_index(tmp_path, [rows(4)], BUCKETS, [(3,), (1,), (0,)], PLACES)
-    assert one.path == again.path != other.path
-    assert sorted(os.listdir(tmp_path)) == sorted({one.path.name, other.path.name})
+    assert first.path == same.path != other.path
+    assert sorted(os.listdir(tmp_path)) == sorted({first.path.name, other.path.name})
 
 
 def test_invalid_sizes_and_damaged_files_are_refused(tmp_path):

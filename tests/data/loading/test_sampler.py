@@ -28,19 +28,19 @@ def test_draws_are_converted_to_the_clips_of_the_plan(plan):
 
 
 def test_without_costs_all_ranks_are_in_the_same_bucket_at_every_micro_step():
-    ranks = [list(BucketBatchSampler(PLAN, rank, 0, 20)) for rank in (0, 1)]
-    for one, other in zip(*ranks):
-        assert len({draw.bucket for draw in one + other}) == 1
-        assert len(one) == len(other)
+    batches = [list(BucketBatchSampler(PLAN, rank, 0, 20)) for rank in (0, 1)]
+    for first, second in zip(*batches):
+        assert len({draw.bucket for draw in first + second}) == 1
+        assert len(first) == len(second)
 
 
 def test_with_costs_ranks_may_be_in_different_buckets():
-    ranks = [list(BucketBatchSampler(BY_COST, rank, 0, 20)) for rank in (0, 1)]
-    assert any(one[0].bucket != other[0].bucket for one, other in zip(*ranks))
+    batches = [list(BucketBatchSampler(BY_COST, rank, 0, 20)) for rank in (0, 1)]
+    assert any(first[0].bucket != second[0].bucket for first, second in zip(*batches))
 
 
 class Echo:
-    """A dataset whose items are what was asked for."""
+    """A dataset whose items are the draws."""
 
     def __getitem__(self, draw):
         return list(draw)
@@ -56,10 +56,10 @@ def test_starting_later_equals_an_uninterrupted_run():
     assert list(BucketBatchSampler(PLAN, 0, 4, 9)) == list(BucketBatchSampler(PLAN, 0, 0, 9))[8:]
 
 
-def test_slots_of_a_micro_step_have_different_substitutes():
+def test_draws_of_a_micro_step_have_different_substitutes():
     plan = Plan((40,), (3,), world_size=4, accumulation=1, seed=0)
     draws = [draw for rank in range(4) for batch in BucketBatchSampler(plan, rank, 0, 1) for draw in batch]
-    taken = {draw.position for draw in draws}
-    stand_ins = {draw.position + draw.stride for draw in draws}
-    assert len(taken) == len(stand_ins) == 12
-    assert not taken & stand_ins
+    positions = {draw.position for draw in draws}
+    substitutes = {draw.position + draw.stride for draw in draws}
+    assert len(positions) == len(substitutes) == 12
+    assert not positions & substitutes

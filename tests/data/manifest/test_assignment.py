@@ -35,11 +35,13 @@ CLIPS = [
     st.lists(st.tuples(st.integers(1, 60), st.integers(0, 300), st.integers(0, 300)), min_size=1, max_size=30),
     st.sets(st.integers(0, 3), min_size=1),
 )
-def test_many_are_assigned_as_one_by_one(clips, chosen):
+def test_assign_all_equals_assign(clips, chosen):
     buckets = [BUCKETS[number] for number in sorted(chosen)]
     frames, height, width = map(np.array, zip(*clips))
     expected = [assign(f, h, w, buckets) if h and w else None for f, h, w in clips]
-    assert assign_all(frames, height, width, buckets).tolist() == [-1 if one is None else one for one in expected]
+    assert assign_all(frames, height, width, buckets).tolist() == [
+        -1 if bucket is None else bucket for bucket in expected
+    ]
 
 
 @given(
@@ -49,16 +51,16 @@ def test_many_are_assigned_as_one_by_one(clips, chosen):
     st.floats(0, 3),
     st.floats(0.05, 30),
 )
-def test_frames_are_counted_as_the_decoder_counts_them(num_frames, rate, fps, start_s, length_s):
+def test_frames_are_counted_as_by_the_decoder(num_frames, rate, fps, start_s, length_s):
     info = VideoInfo(num_frames, rate, 10, 10, num_frames / rate)
     for start, end in ((None, None), (start_s, None), (start_s, start_s + length_s)):
         table = manifest((num_frames, info.duration_s, 10, 10, start, end, 0, "ok"))
         assert num_frames_of_rows(table, fps)[0] == num_frames_at(info, fps, start or 0.0, end)
 
 
-def test_rows_stand_by_bucket_then_set_then_row():
+def test_windows_are_in_order_of_bucket_data_set_and_row():
     assigned = assign_rows(manifest(*CLIPS), BUCKETS, WindowRule(16), num_sets=2)
-    # The longest that fits: 48 frames have 33, 1.5 s have 17, 10 portrait ones 9.
+    # The longest that fits: 33 for 48 frames, 17 for 1.5 s, 9 for the portrait clip of 10 frames.
     assert assigned.row_buckets.tolist() == [2, 1, -1, 0, 3, 2]
     assert assigned.rows.tolist() == [3, 1, 0, 5, 4]
     assert assigned.sizes == ((1, 0), (0, 1), (1, 1), (1, 0))
@@ -66,7 +68,7 @@ def test_rows_stand_by_bucket_then_set_then_row():
     assert assigned.buckets.tolist() == [0, 1, 2, 2, 3]
 
 
-def test_windows_stay_in_their_range():
+def test_windows_are_within_their_range():
     table = manifest((480, 30.0, 96, 64, 5.0, 15.0, 0, "ok"), (48, 3.0, 96, 64, None, None, 0, "ok"))
     every = assign_rows(table, BUCKETS[:1], WindowRule(16, "all", 0, seed=0), num_sets=1)
     assert every.sizes == ((9 + 2,),)
@@ -81,7 +83,7 @@ def test_windows_stay_in_their_range():
     assert random.starts_s.tolist() == again.starts_s.tolist() != other.starts_s.tolist()
 
 
-def test_clips_that_are_too_short_for_every_bucket_have_a_reason():
+def test_a_clip_that_is_too_short_for_every_bucket_has_a_reason():
     table = manifest(*CLIPS)
     assigned = assign_rows(table, BUCKETS[:1], WindowRule(16), num_sets=2)
     reasons = too_short_reasons(assigned, table, BUCKETS[:1], 16)

@@ -1,4 +1,4 @@
-"""Keys, and what is found by them: across chunks, with nulls, with what stands there twice."""
+"""Keys of files, and look-up by them across chunks, with nulls and duplicates."""
 
 import pyarrow as pa
 
@@ -11,7 +11,7 @@ def keys(*letters: bytes | None) -> pa.Array:
     return pa.array([letter and letter * 16 for letter in letters], pa.binary(16))
 
 
-def test_a_key_is_of_the_file_and_how_it_is_opened() -> None:
+def test_a_key_depends_on_the_path_and_the_kind() -> None:
     paths = pa.array(["/a", "/b", None])
     videos, images = file_keys(pa.array(["video"] * 3), paths), file_keys(condition_kinds(3), paths)
     assert len({*videos.to_pylist()[:2], *images.to_pylist()[:2]}) == 4
@@ -20,15 +20,15 @@ def test_a_key_is_of_the_file_and_how_it_is_opened() -> None:
     assert file_key("video", "/\udce9") is None
 
 
-def test_the_first_occurrences_key() -> None:
-    fresh = first_occurrences([keys(*chunk) for chunk in CHUNKS])
-    assert [mask.tolist() for mask in fresh] == [[True, False, True], [], [False, True, False], [False]]
+def test_first_occurrences() -> None:
+    masks = first_occurrences([keys(*chunk) for chunk in CHUNKS])
+    assert [mask.tolist() for mask in masks] == [[True, False, True], [], [False, True, False], [False]]
 
 
-def test_rows_are_found_at_their_first_place() -> None:
+def test_look_up_takes_the_first_row_with_a_key() -> None:
     table = pa.table({"key": keys(b"c", b"b", None, b"c"), "number": [1, 2, 3, 4]})
     chunks = [keys(*chunk) for chunk in CHUNKS]
-    found = [one["number"].to_pylist() for one in look_up(pa.concat_tables([table, table]), chunks)]
-    assert found == [[None, None, 2], [], [2, 1, None], [None]]
-    nowhere = [one["number"].to_pylist() for one in look_up(table.slice(0, 0), chunks)]
-    assert nowhere == [[None] * len(chunk) for chunk in CHUNKS]
+    numbers = [columns["number"].to_pylist() for columns in look_up(pa.concat_tables([table, table]), chunks)]
+    assert numbers == [[None, None, 2], [], [2, 1, None], [None]]
+    numbers = [columns["number"].to_pylist() for columns in look_up(table.slice(0, 0), chunks)]
+    assert numbers == [[None] * len(chunk) for chunk in CHUNKS]

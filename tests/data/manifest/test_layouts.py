@@ -10,7 +10,7 @@ import pytest
 from cogds.data.manifest.layouts import MANIFEST_MARK, Entry, iter_entries
 from cogds.errors import UserError
 
-OURS = {"path": "url", "caption": "alt text", "kind": "sort", "image": "still", "start_s": "from", "end_s": "to"}
+COLUMNS = {"path": "url", "caption": "alt text", "kind": "sort", "image": "still", "start_s": "from", "end_s": "to"}
 
 
 def read_entries(path: Path, columns: dict[str, str] | None = None) -> list[Entry]:
@@ -47,37 +47,37 @@ def test_folder_of_clips(tmp_path: Path) -> None:
 def test_lists_of_lines(tmp_path: Path, captions: str) -> None:
     put(tmp_path, videos__txt="videos/1.mp4\r\n/abs/2.mp4\n\n")
     (tmp_path / captions).write_text("one\u2028line\ntwo\n", encoding="utf-8")
-    want = [entry(tmp_path, "videos/1.mp4", "one\u2028line"), Entry("/abs/2.mp4", "two", "video")]
-    assert read_entries(tmp_path) == read_entries(tmp_path / "videos.txt") == want
+    expected = [entry(tmp_path, "videos/1.mp4", "one\u2028line"), Entry("/abs/2.mp4", "two", "video")]
+    assert read_entries(tmp_path) == read_entries(tmp_path / "videos.txt") == expected
     put(tmp_path, images__txt="i/1.png\ni/2.png\n")
-    assert [e.image_path for e in read_entries(tmp_path)] == [str(tmp_path / "i/1.png"), str(tmp_path / "i/2.png")]
+    assert [clip.image_path for clip in read_entries(tmp_path)] == [
+        str(tmp_path / "i/1.png"),
+        str(tmp_path / "i/2.png"),
+    ]
 
 
-def test_rows(tmp_path: Path) -> None:
-    want = [entry(tmp_path, "a b.mp4", "one, two"), entry(tmp_path, "c.png", None, "image")]
+def test_tables(tmp_path: Path) -> None:
+    expected = [entry(tmp_path, "a b.mp4", "one, two"), entry(tmp_path, "c.png", None, "image")]
     put(
         tmp_path,
         metadata__jsonl='\ufeff{"file_name": "a b.mp4", "text": " one, two"}\n\n{"file_name": "c.png", "text": null}',
     )
-    assert read_entries(tmp_path) == want
+    assert read_entries(tmp_path) == expected
     (tmp_path / "metadata.jsonl").unlink()
     put(tmp_path, metadata__csv='\ufefffile_name,text\na b.mp4,"one, two"\nc.png,\n')
-    assert read_entries(tmp_path) == read_entries(tmp_path / "metadata.csv") == [want[0], want[1]._replace(caption="")]
+    from_csv = [expected[0], expected[1]._replace(caption="")]
+    assert read_entries(tmp_path) == read_entries(tmp_path / "metadata.csv") == from_csv
     (tmp_path / "metadata.csv").unlink()
     rows = [{"file_path": "a b.mp4", "text": "one, two", "type": "video"}, {"file_path": "c.png", "text": None}]
     put(tmp_path, my_list__json=json.dumps(rows))
-    assert read_entries(tmp_path) == read_entries(tmp_path / "my_list.json") == want
-
-
-def no_files(folder: Path) -> Path:
-    return folder
+    assert read_entries(tmp_path) == read_entries(tmp_path / "my_list.json") == expected
 
 
 @pytest.mark.parametrize(
-    "make, says",
+    "make, message",
     [
         (lambda d: d / "nowhere", "^data.path: .*/nowhere"),
-        (no_files, "^data.path: .*/no_files"),
+        (lambda d: d, "^data.path: .*/no_files"),
         (lambda d: put(d, videos__txt="a.mp4", metadata__jsonl="{}"), "^data.path: .*metadata.jsonl, videos.txt"),
         (lambda d: put(d, videos__txt="a.mp4\nb.mp4", prompts__txt="one"), "^data.path: .*videos.txt has 2.* has 1"),
         (lambda d: put(d, videos__txt="a.mp4\n\nb.mp4", prompts__txt="1\n2\n3"), "/videos.txt:2: "),
@@ -113,10 +113,10 @@ def no_files(folder: Path) -> Path:
         (lambda d: table(d, url=["a"], text=["b"]), "/metadata.parquet: .*'file_name'.* url, text"),
     ],
 )  # fmt: skip
-def test_errors_name_the_key_or_the_file_and_the_line(tmp_path: Path, make: Callable[[Path], Path], says: str) -> None:
+def test_errors_name_the_key_or_the_file_and_line(tmp_path: Path, make: Callable[[Path], Path], message: str) -> None:
     folder = tmp_path / "no_files"
     folder.mkdir()
-    with pytest.raises(UserError, match=says):
+    with pytest.raises(UserError, match=message):
         read_entries(make(folder))
 
 
@@ -125,12 +125,12 @@ def table(folder: Path, name: str = "metadata.parquet", /, **columns: list) -> P
     return folder
 
 
-def test_tables_with_ranges_images_and_any_names(tmp_path: Path) -> None:
+def test_tables_with_ranges_images_and_given_column_names(tmp_path: Path) -> None:
     rows = [
         {"url": "a.mp4", "alt text": "one", "sort": None, "still": "i.png", "from": 0, "to": 2.5, "other": 1},
         {"url": "/b.mp4", "alt text": None, "sort": "image", "still": None, "from": None, "to": None, "other": 1},
     ]
-    want = [
+    expected = [
         Entry(str(tmp_path / "a.mp4"), "one", "video", str(tmp_path / "i.png"), None, 0.0, 2.5),
         Entry("/b.mp4", None, "image"),
     ]
@@ -139,48 +139,49 @@ def test_tables_with_ranges_images_and_any_names(tmp_path: Path) -> None:
     put(tmp_path, l__json=json.dumps(rows))
     table(tmp_path, "l.parquet", **{name: [row[name] for row in rows] for name in rows[0]})
     for file in ("l.jsonl", "l.json", "l.parquet"):
-        assert read_entries(tmp_path / file, OURS) == want
-    assert read_entries(tmp_path / "l.csv", OURS) == [want[0], want[1]._replace(caption="")]
+        assert read_entries(tmp_path / file, COLUMNS) == expected
+    assert read_entries(tmp_path / "l.csv", COLUMNS) == [expected[0], expected[1]._replace(caption="")]
     with pytest.raises(UserError, match=r"l.parquet: no column 'uri' \(did you mean 'url'"):
         read_entries(tmp_path / "l.parquet", {"path": "uri"})
 
 
-def test_our_own_names_and_no_captions(tmp_path: Path) -> None:
+def test_cogds_column_names_and_no_captions(tmp_path: Path) -> None:
     table(tmp_path, path=["a.mp4"], kind=["image"], start_s=pa.array([float("nan")]))
     with pytest.raises(UserError, match=r"metadata\.parquet: .*'text'"):
         read_entries(tmp_path)
     assert list(iter_entries(tmp_path, None, need_captions=False)) == [entry(tmp_path, "a.mp4", None, "image")]
 
 
-def test_several_parquet_files_are_one_list_and_a_manifest_is_none(tmp_path: Path) -> None:
+def test_parquet_files_are_joined_and_manifests_ignored(tmp_path: Path) -> None:
     for part in (1, 0):
         table(tmp_path, f"part-{part}.parquet", path=pa.array([f"{part}.mp4"]).dictionary_encode(), text=["x"])
     manifest = pa.table({"path": ["c.mp4"]}).replace_schema_metadata({MANIFEST_MARK: b"1"})
     pq.write_table(manifest, tmp_path / "manifest.parquet")
-    assert [Path(one.path).name for one in read_entries(tmp_path)] == ["0.mp4", "1.mp4"]
+    assert [Path(clip.path).name for clip in read_entries(tmp_path)] == ["0.mp4", "1.mp4"]
 
 
-def test_what_shares_a_clips_name_is_no_list(tmp_path: Path) -> None:
+def test_a_file_with_the_name_of_a_clip_is_not_a_list(tmp_path: Path) -> None:
     for name in ("a.mp4", "videos.mp4", "metadata.mov"):
         (tmp_path / name).touch()
     put(tmp_path, a__json='[{"fps": 1}]', a__txt="an a", videos__txt="v", metadata__csv="x", dataset_info__json="{}")
-    assert [(Path(one.path).name, one.caption) for one in read_entries(tmp_path)] == [
+    assert [(Path(clip.path).name, clip.caption) for clip in read_entries(tmp_path)] == [
         ("a.mp4", "an a"), ("metadata.mov", None), ("videos.mp4", "v")
     ]  # fmt: skip
 
 
-def test_a_folder_is_read_in_the_order_of_its_paths(tmp_path: Path) -> None:
+def test_a_folder_is_read_in_the_order_of_sorted_paths(tmp_path: Path) -> None:
     names = ["a-b.mp4", "a/z.mp4", "a.mp4", "a b/c.mp4", "b/a/x.mp4", "b/a.mp4", "B.mp4"]
     for name in names:
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).touch()
     (tmp_path / "folder.mp4" / "inner").mkdir(parents=True)
     (tmp_path / "folder.mp4" / "inner" / "x.mp4").touch()
-    want = sorted(str(tmp_path / name) for name in [*names, "folder.mp4"])
-    assert [one.path for one in read_entries(tmp_path)] == want
+    assert [clip.path for clip in read_entries(tmp_path)] == sorted(
+        str(tmp_path / name) for name in [*names, "folder.mp4"]
+    )
 
 
-def test_entries_come_as_they_are_read(tmp_path: Path) -> None:
+def test_entries_are_yielded_while_the_list_is_read(tmp_path: Path) -> None:
     put(tmp_path, l__jsonl='{"path": "a", "text": "b"}\nnot json\n')
     entries = iter_entries(tmp_path / "l.jsonl")
     assert next(entries).caption == "b"

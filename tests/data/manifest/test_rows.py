@@ -1,4 +1,4 @@
-"""The manifest's rows: what they hold of a clip, and why it cannot be used."""
+"""The manifest's rows: the properties of a clip, and why it cannot be used."""
 
 import hashlib
 from pathlib import Path
@@ -6,10 +6,10 @@ from pathlib import Path
 import pytest
 
 from cogds.data.manifest.table import SCHEMA, DataSet, read_manifest
-from tests.data.scanned import leftovers, names_of, rows_of_list, scan_folder, scan_sets
+from tests.data.scanned import names_beside, names_of, rows_of_list, scan_folder, scan_sets
 
 
-def test_a_row_holds_what_the_file_holds(folder: Path, tmp_path: Path) -> None:
+def test_a_row_holds_the_properties_of_its_file(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "m" / "manifest.parquet"
     rows = scan_sets([DataSet(str(folder))], file, num_workers=2)
     assert read_manifest(file).schema.equals(SCHEMA)
@@ -22,11 +22,11 @@ def test_a_row_holds_what_the_file_holds(folder: Path, tmp_path: Path) -> None:
         "digest": hashlib.blake2b((folder / "a.mp4").read_bytes(), digest_size=16).digest(),
     }  # fmt: skip
     assert (last["kind"], last["frames"], last["width"], last["height"]) == ("image", 1, 8, 6)
-    assert leftovers(file) == []
+    assert names_beside(file) == []
 
 
-def phrases(rows: list[dict]) -> list[str | None]:
-    """The beginnings of the reasons, by which clips are counted."""
+def categories(rows: list[dict]) -> list[str | None]:
+    """The categories of the reasons, by which clips are counted."""
     return [row["reason"] and row["reason"].split(":")[0] for row in rows]
 
 
@@ -35,7 +35,7 @@ def test_captions(folder: Path, tmp_path: Path) -> None:
     (folder / "b.txt").write_text(" \n")
     (folder / "c.txt").write_bytes(b"\xff\xfe\xfa")
     rows = scan_folder(folder, tmp_path / "manifest.parquet")
-    assert phrases(rows) == ["caption missing", "caption empty", "caption unreadable", None]
+    assert categories(rows) == ["caption missing", "caption empty", "caption unreadable", None]
     assert "c.txt" in rows[2]["reason"]
     assert [row["frames"] for row in rows] == [5, 5, 5, 1]
     rows = scan_folder(folder, tmp_path / "manifest.parquet", default_caption="a film")
@@ -48,9 +48,9 @@ def test_ranges(folder: Path, tmp_path: Path, opened: list[str]) -> None:
     lines = [{"path": str(folder / "a.mp4"), "start_s": start, "end_s": end} for start, end in ranges]
     rows = rows_of_list(tmp_path, tmp_path / "m.parquet", lines)
     assert [(row["start_s"], row["end_s"]) for row in rows] == ranges
-    assert phrases(rows) == [None] * 4 + ["range outside the clip"] * 3
+    assert categories(rows) == [None] * 4 + ["range outside the clip"] * 3
     assert "0.1 s to 1.01 s, of 0.5 s" in rows[5]["reason"]
-    assert opened == ["a.mp4"]  # one file, seven clips
+    assert opened == ["a.mp4"]  # the seven clips are of one file
 
 
 def test_conditioning_images(folder: Path, tmp_path: Path, opened: list[str]) -> None:

@@ -1,4 +1,4 @@
-"""The scan: what is opened again, what is digested, what ranks share, and how many batches are joined."""
+"""The scan: which files are opened again, digests, sharing by ranks, and many batches."""
 
 import json
 import os
@@ -16,9 +16,9 @@ from cogds.data.manifest import scan_state
 from cogds.data.manifest import table as table_module
 from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
 from cogds.data.manifest.table import DataSet, read_manifest, write_manifest
-from cogds.data.video.media import DecodeError, write_video
-from cogds.data.video.probe_task import ProbeResult, ProbeTask, probe_file
-from tests.data.scanned import leftovers, names_of, rows_of_list, scan_folder, scan_sets
+from cogds.data.video.media import DecodeError, VideoInfo, write_video
+from cogds.data.video.probe_task import ProbeTask, probe_file
+from tests.data.scanned import names_beside, names_of, rows_of_list, scan_folder, scan_sets
 
 
 def test_only_new_and_changed_files_are_opened(folder: Path, tmp_path: Path, opened: list[str], clip: Path) -> None:
@@ -26,10 +26,10 @@ def test_only_new_and_changed_files_are_opened(folder: Path, tmp_path: Path, ope
     first = scan_folder(folder, file)
     assert opened == ["a.mp4", "b.mp4", "c.mp4", "d.png"]
     opened.clear()
-    (folder / "a.txt").write_text("other words")
-    again = scan_folder(folder, file)
+    (folder / "a.txt").write_text("another caption")
+    second = scan_folder(folder, file)
     assert opened == []
-    assert again == [first[0] | {"caption": "other words"}, *first[1:]]
+    assert second == [first[0] | {"caption": "another caption"}, *first[1:]]
     shutil.copy(clip, folder / "e.mp4")
     write_video(folder / "b.mp4", np.zeros((7, 32, 48, 3), np.uint8), 10)
     rows = scan_folder(folder, file)
@@ -43,14 +43,14 @@ def test_digests_follow_the_content(folder: Path, tmp_path: Path) -> None:
     assert first[0] == first[1] == first[2] != first[3]
     content = bytearray((folder / "b.mp4").read_bytes())
     content[-1] ^= 1
-    (folder / "b.mp4").write_bytes(content)  # the same size, another time
-    again = [row["digest"] for row in scan_folder(folder, file)]
-    assert again[1] not in (None, first[1])
-    assert [again[row] == first[row] for row in (0, 2, 3)] == [True] * 3
+    (folder / "b.mp4").write_bytes(content)  # of the same size, at another time
+    second = [row["digest"] for row in scan_folder(folder, file)]
+    assert second[1] not in (None, first[1])
+    assert [second[row] == first[row] for row in (0, 2, 3)] == [True] * 3
 
 
 def test_files_without_a_digest_are_scanned_again(folder: Path, tmp_path: Path, opened: list[str]) -> None:
-    """cogds 0.1 wrote the digests later, and of usable rows only."""
+    """cogds 0.1 wrote the digests in a later step."""
     file = tmp_path / "manifest.parquet"
     rows = scan_folder(folder, file)
     digests = pa.array([None, *(row["digest"] for row in rows[1:])], pa.binary(16))
@@ -65,7 +65,7 @@ def test_files_without_a_digest_are_scanned_again(folder: Path, tmp_path: Path, 
 def test_a_file_that_changes_while_it_is_scanned_is_unusable_until_the_next_scan(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def probe(task: ProbeTask) -> ProbeResult:
+    def probe(task: ProbeTask) -> VideoInfo:
         properties = probe_file(task)
         if task.path.endswith("b.mp4"):
             os.utime(task.path, ns=(5, 5))
@@ -92,7 +92,7 @@ def test_a_file_that_changes_while_it_is_scanned_is_unusable_until_the_next_scan
     assert all(row["digest"] for row in rows)
 
 
-def test_unusable_files_are_opened_again_when_they_change_or_on_demand(
+def test_unusable_files_are_opened_again_if_they_change_or_retry_failed_is_set(
     folder: Path, tmp_path: Path, opened: list[str], clip: Path
 ) -> None:
     file = tmp_path / "manifest.parquet"
@@ -110,9 +110,7 @@ def test_unusable_files_are_opened_again_when_they_change_or_on_demand(
     assert opened == ["b.mp4"]
 
 
-def test_a_file_that_disappears_is_unusable_and_not_opened_again_when_it_is_back(
-    folder: Path, tmp_path: Path, opened: list[str]
-) -> None:
+def test_a_file_that_was_away_is_not_opened_again(folder: Path, tmp_path: Path, opened: list[str]) -> None:
     file = tmp_path / "manifest.parquet"
     lines = [{"path": str(folder / f"{name}.mp4"), "text": "x"} for name in "ab"]
     (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lines)))
@@ -129,16 +127,16 @@ def test_a_file_that_disappears_is_unusable_and_not_opened_again_when_it_is_back
 
 
 def test_several_data_sets(folder: Path, tmp_path: Path) -> None:
-    pq.write_table(pa.table({"url": [str(folder / "a.mp4")], "words": ["again"]}), tmp_path / "t.parquet")
+    pq.write_table(pa.table({"url": [str(folder / "a.mp4")], "words": ["another caption"]}), tmp_path / "t.parquet")
     sets = [DataSet(str(folder)), DataSet(str(tmp_path / "t.parquet"), {"path": "url", "caption": "words"})]
     rows = scan_sets(sets, tmp_path / "m.parquet")
     assert [row["set"] for row in rows] == [0, 0, 0, 0, 1]
-    assert rows[4]["caption"] == "again"
+    assert rows[4]["caption"] == "another caption"
 
 
 @pytest.mark.parametrize("num_ranks", [2, 7])
 def test_ranks_share_the_files(folder: Path, tmp_path: Path, num_ranks: int, opened: list[str]) -> None:
-    alone = scan_folder(folder, tmp_path / "alone.parquet")
+    by_one_rank = scan_folder(folder, tmp_path / "one_rank.parquet")
     opened.clear()
     file = tmp_path / "shared.parquet"
     scan = start_scan([DataSet(str(folder))], file)
@@ -146,28 +144,29 @@ def test_ranks_share_the_files(folder: Path, tmp_path: Path, num_ranks: int, ope
     assert sum(scan_share(scan, (rank, num_ranks), 0) for rank in range(num_ranks)) == 4
     assert sorted(opened) == ["a.mp4", "b.mp4", "c.mp4", "d.png"]
     finish_scan(scan)
-    assert read_manifest(file).to_pylist() == alone
-    assert leftovers(file) == ["alone.parquet", "clips"]
+    assert read_manifest(file).to_pylist() == by_one_rank
+    assert names_beside(file) == ["clips", "one_rank.parquet"]
 
 
-def by_name(task: ProbeTask) -> ProbeResult:
+def probe_by_name(task: ProbeTask) -> VideoInfo:
+    """Instead of `probe_file`: a video with as many frames as its name says."""
     number = int(Path(task.path).stem)
     if not number:
         raise DecodeError("the file is empty (0 bytes)")
-    return ProbeResult(number, 10.0, 16, 16, 0, number / 10)
+    return VideoInfo(number, 10.0, 16, 16, number / 10)
 
 
 def test_many_rows_in_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Small batches, so that every border is crossed; the order and each file's own properties must come out."""
+    """The order and each file's own properties are right across the borders of small batches."""
     monkeypatch.setattr(scan_module, "ENTRIES_PER_BATCH", 64)
-    monkeypatch.setattr(scan_module, "probe_file", by_name)
+    monkeypatch.setattr(scan_module, "probe_file", probe_by_name)
     monkeypatch.setattr(table_module, "ROWS_PER_BATCH", 30)
     monkeypatch.setattr(scan_state, "FLUSH_FILES", 50)
     for i in range(300):
         (tmp_path / f"{i}.mp4").write_bytes(b"x" * i)
     numbers = np.random.default_rng(0).integers(0, 300, 1000).tolist()
     (tmp_path / "l.csv").write_text("path,text\n" + "".join(f"{i}.mp4,caption {i}\n" for i in numbers))
-    for _ in range(2):  # new, then from the manifest
+    for _ in range(2):  # probed, then from the manifest
         scan = start_scan([DataSet(str(tmp_path / "l.csv"))], tmp_path / "m.parquet")
         assert scan.num_files == len(set(numbers))
         for rank in (0, 1):

@@ -1,4 +1,4 @@
-"""The work folder of a scan: what a kill loses, and what later runs use."""
+"""The work folder of a scan: later runs use the results of killed ones."""
 
 import json
 import os
@@ -11,13 +11,9 @@ from cogds.data.manifest import scan as scan_module
 from cogds.data.manifest import scan_state
 from cogds.data.manifest.scan import scan_share, start_scan
 from cogds.data.manifest.table import DataSet
-from cogds.data.video.media import write_video
-from cogds.data.video.probe_task import ProbeResult, ProbeTask, probe_file
-from tests.data.scanned import leftovers, names_of, scan_folder
-
-
-class KilledError(BaseException):
-    """Ends a run as a signal would."""
+from cogds.data.video.media import VideoInfo, write_video
+from cogds.data.video.probe_task import ProbeTask, probe_file
+from tests.data.scanned import names_beside, names_of, scan_folder
 
 
 def test_a_killed_scan_is_resumed(
@@ -26,18 +22,18 @@ def test_a_killed_scan_is_resumed(
     monkeypatch.setattr(scan_state, "FLUSH_FILES", 1)
     file = tmp_path / "manifest.parquet"
 
-    def killed_at_c(task: ProbeTask) -> ProbeResult:
+    def interrupted_at_c(task: ProbeTask) -> VideoInfo:
         if Path(task.path).name == "c.mp4":
-            raise KilledError
+            raise KeyboardInterrupt
         return probe_file(task)
 
     scan = start_scan([DataSet(str(folder))], file)
     with monkeypatch.context() as patch:
-        patch.setattr(scan_module, "probe_file", killed_at_c)
-        with pytest.raises(KilledError):
+        patch.setattr(scan_module, "probe_file", interrupted_at_c)
+        with pytest.raises(KeyboardInterrupt):
             scan_share(scan, (0, 1), 0)
     assert not file.exists()
-    # What a kill in the middle of writing leaves, of a process that has ended.
+    # Files of another process that was killed while it wrote.
     ended = scan.run.replace(f"@{os.getpid()}-", "@999999999-")
     temporary = f"{scan_state._RESULTS}{ended}-00000-000009.{ended[21:].rpartition('-')[0]}-0a.tmp.arrow"
     for name in (temporary, f"files-{ended}.arrow"):
@@ -46,20 +42,20 @@ def test_a_killed_scan_is_resumed(
     assert opened == ["c.mp4", "d.png"]
     assert names_of(rows, "ok") == ["a.mp4", "b.mp4", "c.mp4", "d.png"]
     assert all(row["digest"] for row in rows)
-    # The killed scan's lists stay as long as its process, which is this one, lives.
-    assert leftovers(file) == ["clips", f"{file.name}.work"]
+    # The lists of the interrupted scan stay while its process, which is this one, runs.
+    assert names_beside(file) == ["clips", f"{file.name}.work"]
     assert sorted(path.name.split("-")[0] for path in scan.folder.iterdir()) == ["entries", "files"]
 
 
-def test_the_newest_results_of_killed_scans_count(folder: Path, tmp_path: Path, opened: list[str]) -> None:
+def test_the_newest_results_of_unfinished_scans_are_used(folder: Path, tmp_path: Path, opened: list[str]) -> None:
     file = tmp_path / "manifest.parquet"
     lines = [{"path": str(folder / f"{name}.mp4"), "text": "x"} for name in "ab"]
     (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, lines)))
     os.rename(folder / "a.mp4", tmp_path / "away.mp4")
-    for num_frames in (6, 7):  # b is written again before each of two scans that end before the last step
+    for num_frames in (6, 7):  # two scans that do not reach the last step, each of a new b
         write_video(folder / "b.mp4", np.zeros((num_frames, 32, 48, 3), np.uint8), 10)
         scan_share(start_scan([DataSet(str(tmp_path / "l.jsonl"))], file), (0, 1), 0)
-    os.rename(tmp_path / "away.mp4", folder / "a.mp4")  # that it was missing is forgotten
+    os.rename(tmp_path / "away.mp4", folder / "a.mp4")
     opened.clear()
     rows = scan_folder(tmp_path / "l.jsonl", file)
     assert opened == ["a.mp4"]

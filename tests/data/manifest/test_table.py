@@ -13,8 +13,8 @@ from tests.data.scanned import scan_folder
 
 def test_the_name_follows_from_the_data_sets(tmp_path: Path) -> None:
     sets = [DataSet("/data/clips"), DataSet("/data/t.parquet", {"path": "url", "caption": "words"})]
-    others = (sets, sets[:1], sets[1:], sets[::-1], [sets[0], DataSet("/data/t.parquet")])
-    assert len({manifest_file(some, tmp_path) for some in others}) == len(others)
+    choices = (sets, sets[:1], sets[1:], sets[::-1], [sets[0], DataSet("/data/t.parquet")])
+    assert len({manifest_file(choice, tmp_path) for choice in choices}) == len(choices)
     assert manifest_file(sets, tmp_path).name.startswith("clips-")
     assert manifest_file(sets, tmp_path, str(tmp_path / "x")) == tmp_path / "x"
 

@@ -4,10 +4,8 @@ import os
 import shutil
 import time
 from collections.abc import Callable, Iterator
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -17,55 +15,16 @@ from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
 from cogds.data.manifest.table import DataSet, read_manifest
 from cogds.data.video.media import write_video
 from cogds.data.video.probe_task import ProbeTask
+from tests.data.video.clips import audio_only, encode, rotate
 
 
 def grey(count: int, height: int, width: int) -> np.ndarray:
     return np.full((count, height, width, 3), 90, np.uint8)
 
 
-def audio_only(path: Path) -> None:
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("aac", rate=16000)
-        frame = av.AudioFrame.from_ndarray(np.zeros((1, 4096), np.float32), format="fltp", layout="mono")
-        frame.sample_rate = 16000
-        container.mux(stream.encode(frame))
-        container.mux(stream.encode(None))
-
-
-def variable_rate(path: Path) -> None:
-    """Frames at 0, 100, 150, 400, 420, 1000 ms."""
-    with av.open(str(path), "w") as container:
-        stream = container.add_stream("libx264", rate=25)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        stream.codec_context.time_base = Fraction(1, 1000)
-        for pts in (0, 100, 150, 400, 420, 1000):
-            frame = av.VideoFrame.from_ndarray(grey(1, 48, 64)[0], format="rgb24")
-            frame.pts, frame.time_base = pts, Fraction(1, 1000)
-            container.mux(stream.encode(frame))
-        container.mux(stream.encode())
-
-
-def turned(path: Path) -> None:
-    """Stored as 64x32 with a rotation of 90 degrees in the track header's matrix."""
-    write_video(path, grey(5, 32, 64), 10)
-    data = bytearray(path.read_bytes())
-    upright = b"".join(n.to_bytes(4, "big") for n in (1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30))
-    quarter = b"".join((n % (1 << 32)).to_bytes(4, "big") for n in (0, 1 << 16, 0, -(1 << 16), 0, 0, 0, 0, 1 << 30))
-    at = data.index(b"tkhd")
-    at = data.index(upright, at)
-    data[at : at + 36] = quarter
-    path.write_bytes(data)
-
-
 def no_rate(path: Path) -> None:
     """An AVI with 0 frames per second in its header."""
-    with av.open(str(path), "w", format="avi") as container:
-        stream = container.add_stream("mpeg4", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
-        for image in grey(3, 48, 64):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
-    data = bytearray(path.read_bytes())
+    data = bytearray(encode(path, grey(3, 48, 64), codec="mpeg4").read_bytes())
     at = data.index(b"strh") + 8  # fourcc, fourcc, flags, priority + language, initial frames, scale, rate
     data[at + 20 : at + 28] = bytes(8)
     path.write_bytes(data)
@@ -80,15 +39,10 @@ def unusual_folder(folder: Path) -> None:
     (folder / "text.mp4").write_text("this is no video\n" * 100)
     audio_only(folder / "audio.mp4")
     write_video(folder / "one frame.mp4", grey(1, 32, 32), 10)
-    with av.open(str(folder / "one pixel.mkv"), "w") as container:
-        stream = container.add_stream("ffv1", rate=10)
-        stream.width, stream.height, stream.pix_fmt = 1, 1, "yuv444p"
-        for image in grey(2, 1, 1):
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
-        container.mux(stream.encode())
+    encode(folder / "one pixel.mkv", grey(2, 1, 1), codec="ffv1", pix_fmt="yuv444p")
     write_video(folder / "8k portrait.mp4", grey(1, 7680, 4320), 30)
-    variable_rate(folder / "variable.mp4")
-    turned(folder / "turned.mp4")
+    encode(folder / "variable.mp4", grey(6, 48, 64), [0, 100, 150, 400, 420, 1000])
+    rotate(encode(folder / "turned.mp4", grey(5, 32, 64)), folder / "turned.mp4", 0, 1, -1, 0)
     no_rate(folder / "no rate.avi")
     shutil.copy(folder / "good.mp4", folder / "long caption.mp4")
     for name in ("a b.mp4", 'it\'s "quoted".mp4', "two\nlines.mp4", "ünï 🎬 \u2028.mp4", "no caption.mp4"):
@@ -119,7 +73,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict]]:
 
 
 @pytest.mark.parametrize(
-    "name, phrase, says",
+    "name, category, text",
     [
         ("zero.mp4", "empty file", "0 bytes"),
         ("truncated.mp4", "truncated", ""),
@@ -133,11 +87,11 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict]]:
         ("picture.jpg", "cannot be opened", "as an image"),
     ],
 )
-def test_unusable_files_are_listed_with_a_reason(rows: dict[str, dict], name: str, phrase: str, says: str) -> None:
+def test_unusable_files_are_listed_with_a_reason(rows: dict[str, dict], name: str, category: str, text: str) -> None:
     assert rows[name]["status"] == "unusable"
-    assert rows[name]["reason"].split(": ")[0] == phrase
-    assert says in rows[name]["reason"]
-    assert (rows[name]["frames"] is None) == (phrase != "caption missing")
+    assert rows[name]["reason"].split(": ")[0] == category
+    assert text in rows[name]["reason"]
+    assert (rows[name]["frames"] is None) == (category != "caption missing")
 
 
 @pytest.mark.parametrize(
@@ -185,27 +139,28 @@ def test_a_file_removed_before_probing_affects_no_other(tmp_path: Path) -> None:
 
 
 def unruly(task: ProbeTask) -> dict:
-    """Instead of `scan_file`, in a worker process."""
+    """Instead of `scan_file`, in a worker process: hangs, crashes or leaks memory."""
     name = Path(task.path).stem
     if name == "hang":
         time.sleep(600)
     if name == "crash":
         os._exit(7)
-    if name == "eat":
-        held = []
+    if name == "leak":
+        memory = []
         while True:
-            held.append(bytearray(50_000_000))
+            memory.append(bytearray(50_000_000))
     return benign(task)
 
 
 def benign(task: ProbeTask) -> dict:
+    """Instead of `scan_file`, for empty files."""
     status = os.stat(task.path)
     stamp = {"size": status.st_size, "mtime_ns": status.st_mtime_ns}
     return {**stamp, "frames": 5, "fps": 10.0, "width": 32, "height": 32, "duration_s": 0.5, "digest": bytes(16)}
 
 
 def test_a_hang_crash_or_memory_leak_loses_one_file_each(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    names = ["1", "hang", "2", "crash", "3", "eat", "4"]
+    names = ["1", "hang", "2", "crash", "3", "leak", "4"]
     for name in names:
         (tmp_path / f"{name}.mp4").touch()
     file = tmp_path / "out" / "m.parquet"
@@ -219,10 +174,10 @@ def test_a_hang_crash_or_memory_leak_loses_one_file_each(tmp_path: Path, monkeyp
 
     scan_with(unruly, 2)
     reasons = {Path(row["path"]).stem: row["reason"] for row in read_manifest(file).to_pylist()}
-    phrases = {"hang": "took too long", "crash": "crashed the decoder", "eat": "needed too much memory"}
+    categories = {"hang": "took too long", "crash": "crashed the decoder", "leak": "needed too much memory"}
     assert {name: reason and reason.split(": ")[0] for name, reason in reasons.items()} == (
-        dict.fromkeys("1234") | phrases
+        dict.fromkeys("1234") | categories
     )
-    # The machine may have been at fault: those three are opened again, and nothing else.
+    # Only those three are opened again, because the machine may have been at fault.
     assert scan_with(benign, 1) == 3
     assert {row["status"] for row in read_manifest(file).to_pylist()} == {"ok"}

@@ -4,19 +4,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from cogds.data.video.media import DecodeError, write_video
-from cogds.data.video.probe_task import ProbeResult, ProbeTask, categorize, probe_file
+from cogds.data.video.media import DecodeError, VideoInfo, write_video
+from cogds.data.video.probe_task import ProbeTask, categorize, probe_file
 
 
 def test_properties_of_files(tmp_path: Path) -> None:
     frames = np.random.default_rng(0).integers(0, 255, (5, 32, 48, 3), dtype=np.uint8)
     write_video(tmp_path / "a.mp4", frames, 10)
     Image.fromarray(frames[0]).save(tmp_path / "b.png")
-    assert probe_file(ProbeTask("video", str(tmp_path / "a.mp4"))) == ProbeResult(
-        5, 10.0, 48, 32, 0, pytest.approx(0.5)
-    )
+    assert probe_file(ProbeTask("video", str(tmp_path / "a.mp4"))) == VideoInfo(5, 10.0, 48, 32, pytest.approx(0.5))
     for kind in ("image", "condition"):
-        assert probe_file(ProbeTask(kind, str(tmp_path / "b.png"))) == ProbeResult(1, 0.0, 48, 32, 0, 0.0)
+        assert probe_file(ProbeTask(kind, str(tmp_path / "b.png"))) == VideoInfo(1, 0.0, 48, 32, 0.0)
     with pytest.raises(DecodeError, match="as an image"):
         probe_file(ProbeTask("image", str(tmp_path / "a.mp4")))
 

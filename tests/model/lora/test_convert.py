@@ -1,4 +1,4 @@
-"""A LoRA in other tools' formats does there what it does in diffusers, and comes back the same."""
+"""A LoRA converted to the formats of other tools has the same effect there as in diffusers, and can be read back."""
 
 import json
 
@@ -10,16 +10,24 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from cogds.errors import UserError
-from cogds.model.load import empty_transformer, find_model, load_transformer
+from cogds.model.load import empty_transformer, find_model
 from cogds.model.lora.adapter import export, inject
 from cogds.model.lora.convert import check_fits, load_adapter, save_comfyui, save_comfyui_wrapper, save_diffusers
 from cogds.model.lora.file import read_lora
-from tests.model.lora.adapters import base_transformer, output, output_in_diffusers, write_lora
-from tests.model.lora.test_adapter import ATTENTION, randomize
+from tests.model.lora.adapters import (
+    ATTENTION,
+    base_transformer,
+    load,
+    output,
+    output_in_diffusers,
+    randomize,
+    trainable,
+    write_lora,
+)
 
-# rank, alpha, layers: alpha/rank of 2, of 1.5 and of 1/4, all of them in one.
-KINDS = [(4, 8.0, ATTENTION), (3, 4.5, ("to_q", "ff.net.2")), (4, 1.0, ("all-linear",))]
-# As ComfyUI turns the names of diffusers' weights into those of its own class, one after another.
+# Rank, alpha and layers of LoRAs with strengths 2, 1.5 and 1/4.
+LORAS = [(4, 8.0, ATTENTION), (3, 4.5, ("to_q", "ff.net.2")), (4, 1.0, ("all-linear",))]
+# Replacements that turn names of diffusers' weights into those of ComfyUI's class, applied in this order.
 COMFYUI_RENAMES = [
     ("time_embedding.linear_", "time_embedding_linear_"), ("ofs_embedding.linear_", "ofs_embedding_linear_"),
     ("transformer_blocks.", "blocks."), (".attn1.to_q.", ".q."), (".attn1.to_k.", ".k."), (".attn1.to_v.", ".v."),
@@ -27,8 +35,8 @@ COMFYUI_RENAMES = [
 ]  # fmt: skip
 
 
-def as_comfyui_does(file, transformer):
-    """ComfyUI's loader by its rules: a weight takes alpha/rank times up x down, 1 where there is no alpha."""
+def apply_like_comfyui(file, transformer):
+    """Add alpha/rank (or 1 without alpha) times up x down to each weight, as ComfyUI's loader does."""
     tensors, used = load_file(file), set()
     for key, weight in transformer.state_dict().items():
         for old, new in COMFYUI_RENAMES:
@@ -39,12 +47,12 @@ def as_comfyui_does(file, transformer):
             scale = tensors[f"{name}.alpha"].item() / down.shape[0] if f"{name}.alpha" in tensors else 1.0
             weight += scale * (up.float() @ down.float())
             used |= {f"{name}.lora_up.weight", f"{name}.lora_down.weight", f"{name}.alpha"}
-    assert used == set(tensors)  # it only warns of the others
+    assert used == set(tensors)  # ComfyUI ignores other tensors with a warning
     return transformer
 
 
-def as_the_wrapper_does(file, transformer):
-    """The wrapper with an old diffusers: its names, no header read, alpha = rank."""
+def apply_like_wrapper(file, transformer):
+    """Add up x down to each weight, as the wrapper does with an old diffusers, which ignores the header."""
     weights = transformer.state_dict()
     tensors = {name.removeprefix("transformer."): value for name, value in load_file(file).items()}
     layers = {name.removesuffix(".lora_B.weight") for name in tensors if name.endswith(".lora_B.weight")}
@@ -54,7 +62,7 @@ def as_the_wrapper_does(file, transformer):
     return transformer
 
 
-@pytest.mark.parametrize("rank, alpha, targets", KINDS)
+@pytest.mark.parametrize("rank, alpha, targets", LORAS)
 def test_every_format_equals_diffusers(tiny_model, tmp_path, rank, alpha, targets):
     lora = write_lora(tiny_model, tmp_path / "lora", rank, alpha, targets, {"image_latents": "scaled"})
     expected, base = output_in_diffusers(tiny_model, (lora, 1.0)), output(base_transformer(tiny_model))
@@ -65,15 +73,14 @@ def test_every_format_equals_diffusers(tiny_model, tmp_path, rank, alpha, target
     (tmp_path / "diffusers").mkdir()
     save_diffusers(adapter, tmp_path / "diffusers")
     outputs = {
-        "comfyui": output(as_comfyui_does(tmp_path / "comfyui.safetensors", base_transformer(tiny_model))),
-        "wrapper": output(as_the_wrapper_does(tmp_path / "wrapper.safetensors", base_transformer(tiny_model))),
+        "comfyui": output(apply_like_comfyui(tmp_path / "comfyui.safetensors", base_transformer(tiny_model))),
+        "wrapper": output(apply_like_wrapper(tmp_path / "wrapper.safetensors", base_transformer(tiny_model))),
         "wrapper in diffusers": output_in_diffusers(tiny_model, (tmp_path / "wrapper.safetensors", 1.0)),
         "diffusers": output_in_diffusers(tiny_model, (tmp_path / "diffusers", 1.0)),
     }
-    # Merged or added, a product is rounded in another order: float32's last bits.
-    assert {name: (one - expected).abs().max().item() < 1e-5 for name, one in outputs.items()} == dict.fromkeys(
-        outputs, True
-    )
+    # Merging rounds in another order, which changes the last bits.
+    differences = {name: (converted - expected).abs().max().item() for name, converted in outputs.items()}
+    assert max(differences.values()) < 1e-5, differences
     for file in ("comfyui.safetensors", "wrapper.safetensors", "diffusers/pytorch_lora_weights.safetensors"):
         again = load_adapter(read_lora(tmp_path / file))
         assert again.metadata == {"image_latents": "scaled"}
@@ -87,8 +94,8 @@ def test_every_format_equals_diffusers(tiny_model, tmp_path, rank, alpha, target
                 assert again.layers[name].scale == pytest.approx(layer.scale, rel=1e-6)
 
 
-def test_layers_with_other_strengths_and_ranks_keep_them(tiny_model, tmp_path):
-    """PEFT's patterns, rank-stabilised too: every layer keeps its own strength."""
+def test_every_layer_keeps_its_own_strength_and_rank(tiny_model, tmp_path):
+    """From PEFT's patterns and rank-stabilized scaling."""
     model = get_peft_model(
         base_transformer(tiny_model),
         LoraConfig(
@@ -105,7 +112,7 @@ def test_layers_with_other_strengths_and_ranks_keep_them(tiny_model, tmp_path):
 
 
 class OldLoraConfig(LoraConfig):
-    """PEFT's of a version that knows no fields but the oldest."""
+    """LoraConfig of an old PEFT, without newer fields."""
 
     def __init__(self, r, lora_alpha, target_modules, rank_pattern, alpha_pattern):
         super().__init__(
@@ -114,8 +121,8 @@ class OldLoraConfig(LoraConfig):
         )  # fmt: skip
 
 
-def test_an_older_peft_knows_every_field_of_the_header(tiny_model, tmp_path, monkeypatch):
-    """diffusers calls LoraConfig with the header's fields, and a field that it does not know is a TypeError."""
+def test_an_old_peft_knows_every_field_of_the_header(tiny_model, tmp_path, monkeypatch):
+    """diffusers passes the header's fields to LoraConfig, which raises TypeError for an unknown one."""
     lora = write_lora(tiny_model, tmp_path / "lora", 4, 6.0)
     adapter = load_adapter(read_lora(lora))
     for file in (lora / "pytorch_lora_weights.safetensors", save_diffusers(adapter, tmp_path)):
@@ -137,14 +144,14 @@ def test_a_scale_changes_alpha_but_no_weights(tiny_model, tmp_path):
     save_diffusers(load_adapter(read_lora(lora), 0.5), tmp_path)
     with safe_open(tmp_path / "pytorch_lora_weights.safetensors", "pt") as tensors:
         assert json.loads(tensors.metadata()["lora_adapter_metadata"])["transformer.lora_alpha"] == 4
-    before, after = (load_file(one / "pytorch_lora_weights.safetensors") for one in (lora, tmp_path))
+    before, after = (load_file(folder / "pytorch_lora_weights.safetensors") for folder in (lora, tmp_path))
     assert all(torch.equal(before[name], after[name]) for name in before)
     half = output_in_diffusers(tiny_model, (lora, 0.5))
     assert (output_in_diffusers(tiny_model, (tmp_path, 1.0)) - half).abs().max() < 1e-6
 
 
 @pytest.mark.parametrize("save", [save_diffusers, save_comfyui, save_comfyui_wrapper])
-def test_a_negative_scale_can_be_read_again(tiny_model, tmp_path, save):
+def test_a_negative_scale_can_be_read_back(tiny_model, tmp_path, save):
     lora = write_lora(tiny_model, tmp_path / "lora")
     file = tmp_path / "x.safetensors"
     file = save(load_adapter(read_lora(lora), -0.5), tmp_path if save is save_diffusers else file) or file
@@ -158,7 +165,7 @@ def test_a_negative_scale_can_be_read_again(tiny_model, tmp_path, save):
         assert (output_in_diffusers(tiny_model, (file, 1.0)) - expected).abs().max() < 1e-5
 
 
-def test_a_lora_of_another_model_is_refused_by_layer(tiny_model, tmp_path):
+def test_the_layer_that_does_not_fit_is_named(tiny_model, tmp_path):
     file = read_lora(write_lora(tiny_model, tmp_path / "lora"))
     weights = empty_transformer(find_model(str(tiny_model))).named_parameters()
     shapes = {name: tuple(weight.shape) for name, weight in weights}
@@ -186,11 +193,10 @@ def test_a_file_with_unknown_names_is_refused(tmp_path):
 
 
 def test_dropout_is_not_exported(tiny_model, tmp_path):
-    """diffusers would put it into the pipeline's transformer, and nothing would switch it off."""
-    transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
+    """diffusers would add it to the pipeline's transformer and leave it enabled."""
+    transformer = load(tiny_model)
     randomize(inject(transformer, 4, 8.0, 0.5, ATTENTION, seed=0))
-    tensors = {name: one.detach() for name, one in transformer.named_parameters() if one.requires_grad}
-    file = export(tmp_path, transformer, tensors, {})
+    file = export(tmp_path, transformer, trainable(transformer), {})
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(tiny_model)
     pipeline.load_lora_weights(file)
     torch.testing.assert_close(output(pipeline.transformer), output(transformer.eval()), atol=1e-5, rtol=0)

@@ -1,4 +1,4 @@
-"""A LoRA's path may come from anywhere: what is behind it is read as data, and nothing in it is run."""
+"""LoRA files are read as data: nothing in them is run."""
 
 import io
 import pickle
@@ -12,8 +12,8 @@ from cogds.errors import UserError
 from cogds.model.lora.file import OWN_METADATA_KEY, open_safetensors, read_lora
 
 
-class MakesFile:
-    """Unpickled, it makes a file."""
+class CreatesFile:
+    """An object that creates a file when it is unpickled."""
 
     def __init__(self, path):
         self.path = path
@@ -22,29 +22,28 @@ class MakesFile:
         return open, (str(self.path), "w")
 
 
-@pytest.mark.parametrize("write", [lambda thing, file: file.write_bytes(pickle.dumps(thing)), torch.save])
+@pytest.mark.parametrize("write", [lambda trap, file: file.write_bytes(pickle.dumps(trap)), torch.save])
 @pytest.mark.parametrize(
-    "name, of_folder, message",
+    "name, pass_folder, message",
     [
-        ("pytorch_lora_weights.bin", True, "{name}: .*pickle"),
-        ("adapter_model.bin", True, "{name}: .*pickle"),
-        ("lora.pt", False, "{name}: .*pickle"),
-        ("lora.ckpt", False, "{name}: .*pickle"),
-        ("pytorch_lora_weights.safetensors", True, "{name}: .*safetensors"),
-        ("lora", False, "{name}: .*safetensors"),
+        ("pytorch_lora_weights.bin", True, "pickle"),
+        ("adapter_model.bin", True, "pickle"),
+        ("lora.pt", False, "pickle"),
+        ("lora.ckpt", False, "pickle"),
+        ("pytorch_lora_weights.safetensors", True, "safetensors"),
+        ("lora", False, "safetensors"),
     ],
 )
-def test_a_pickle_is_never_opened(tmp_path, write, name, of_folder, message):
-    made, folder = tmp_path / "made", tmp_path / "lora"
+def test_a_pickle_is_never_opened(tmp_path, write, name, pass_folder, message):
+    created, folder = tmp_path / "created", tmp_path / "lora"
     folder.mkdir()
-    write(MakesFile(made), folder / name)
-    path = folder if of_folder else folder / name
-    with pytest.raises(UserError, match=message.format(name=re.escape(name))):
-        read_lora(path)
-    assert not made.exists()
-    trap = (folder / name).read_bytes()
-    torch.load(io.BytesIO(trap), weights_only=False) if write is torch.save else pickle.loads(trap)
-    assert made.exists()  # the trap works
+    write(CreatesFile(created), folder / name)
+    with pytest.raises(UserError, match=rf"{re.escape(name)}: .*{message}"):
+        read_lora(folder if pass_folder else folder / name)
+    assert not created.exists()
+    data = (folder / name).read_bytes()
+    torch.load(io.BytesIO(data), weights_only=False) if write is torch.save else pickle.loads(data)
+    assert created.exists()  # the trap works
 
 
 def test_a_truncated_file_is_refused(tmp_path):

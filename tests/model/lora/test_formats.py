@@ -1,7 +1,9 @@
-"""Every format of a LoRA through everything that reads one: the layers, the strength and what the transformer gives."""
+"""LoRAs in all formats, read by all commands: layers, strength and output."""
 
 import copy
 import json
+import re
+from functools import partial
 from types import SimpleNamespace
 
 import pytest
@@ -16,7 +18,7 @@ import cogds.evaluate
 import cogds.sample
 from cogds import cli
 from cogds.errors import UserError
-from cogds.model.load import find_model, load_transformer
+from cogds.model.load import find_model
 from cogds.model.lora.adapter import export, inject, linear_layers, load_initial_lora
 from cogds.model.lora.convert import load_adapter, save_comfyui, save_comfyui_wrapper
 from cogds.model.lora.file import AlphaSource, read_lora, read_loras
@@ -24,24 +26,31 @@ from cogds.model.lora.formats import comfyui_name, parse_key
 from cogds.model.pipelines import load_pipeline
 from cogds.train.resume import check_init
 from tests.jobs import make_job
-from tests.model.lora.adapters import base_transformer, output, output_in_diffusers
-from tests.model.lora.test_adapter import ATTENTION, randomize
+from tests.model.lora.adapters import (
+    ATTENTION,
+    base_transformer,
+    load,
+    output,
+    output_in_diffusers,
+    randomize,
+    trainable,
+)
 
-RANK, ALPHA = 4, 3
+RANK, ALPHA, NAN = 4, 3, float("nan")
 SAT = {"to_q": "query_key_value.{}.0", "to_k": "query_key_value.{}.1", "to_v": "query_key_value.{}.2"}
 
 
 @pytest.fixture(scope="module")
 def trained(tiny_model):
-    """A transformer with a LoRA, and the LoRA's weights as PEFT names them: layer.lora_A.weight."""
-    transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
+    """A transformer with a LoRA, its output, and the LoRA's weights under PEFT's names, layer.lora_A.weight."""
+    transformer = load(tiny_model)
     randomize(inject(transformer, RANK, ALPHA, 0.0, ATTENTION, seed=0))
-    state = {name: one.detach() for name, one in get_peft_model_state_dict(transformer).items()}
+    state = {name: tensor.detach() for name, tensor in get_peft_model_state_dict(transformer).items()}
     return SimpleNamespace(transformer=transformer, state=state, output=output(transformer), model=tiny_model)
 
 
 def renamed(trained, **endings):
-    """The weights under other names. endings: what stands for `.lora_A.weight` and `.lora_B.weight`."""
+    """The weights under other names. endings: replacements of `.lora_A.weight` and `.lora_B.weight`."""
     return {
         f"{name.removesuffix(f'.lora_{half}.weight')}{endings[half]}": tensor
         for name, tensor in trained.state.items()
@@ -55,8 +64,7 @@ def prefixed(prefix, tensors):
 
 
 def diffusers(trained, folder):
-    tensors = {name: one.detach() for name, one in trained.transformer.named_parameters() if one.requires_grad}
-    return export(folder, trained.transformer, tensors, {"image_latents": "pipeline"})
+    return export(folder, trained.transformer, trainable(trained.transformer), {"image_latents": "pipeline"})
 
 
 def diffusers_without_alpha(trained, folder):
@@ -85,7 +93,8 @@ def peft(trained, folder):
 
 
 def peft_state_dict(trained, folder=None):
-    tensors = {name: one.contiguous() for name, one in trained.transformer.state_dict().items() if ".lora_" in name}
+    state = trained.transformer.state_dict()
+    tensors = {name: tensor.contiguous() for name, tensor in state.items() if ".lora_" in name}
     assert all(".default." in name for name in tensors)
     if folder:
         save_file(tensors, folder / "checkpoint-10.safetensors")
@@ -97,9 +106,9 @@ def cogkit(trained, folder):
     return folder
 
 
-def finetrainers(trained, folder):
-    config = {"r": RANK, "lora_alpha": ALPHA, "init_lora_weights": True, "target_modules": "(to_q|to_k|to_v|to_out.0)"}
-    header = {"lora_config": json.dumps(config, indent=4), "format": "pt"}
+def finetrainers(trained, folder, config=None):
+    fields = {"r": RANK, "lora_alpha": ALPHA, "init_lora_weights": True, "target_modules": "(to_q|to_k|to_v|to_out.0)"}
+    header = {"lora_config": json.dumps(fields, indent=4) if config is None else config, "format": "pt"}
     save_file(prefixed("transformer.", trained.state), folder / "pytorch_lora_weights.safetensors", header)
     return folder
 
@@ -157,10 +166,10 @@ def sat(trained, folder):
     return file
 
 
-# What writes the format, and where a file's alpha comes from if the user gives none.
+# The functions that write the formats, and the source of alpha if the user gives none.
 FORMATS = [
     (diffusers, AlphaSource.FILE),
-    (diffusers_without_alpha, AlphaSource.ASSUMED),  # as zai-org/CogVideo and its SAT exports are
+    (diffusers_without_alpha, AlphaSource.ASSUMED),  # like those of zai-org/CogVideo and its SAT exports
     (older_diffusers, AlphaSource.ASSUMED),
     (save_lora_adapter, AlphaSource.FILE),
     (peft, AlphaSource.FILE),
@@ -178,49 +187,50 @@ FORMATS = [
 
 
 class Loaded(Exception):
-    """Ends a verb where its transformer is ready."""
+    """Ends a command when its transformer is loaded."""
+
+    def __init__(self, transformer):
+        super().__init__()
+        self.output = output(transformer.eval())
 
 
 @pytest.fixture
-def verbs(tiny_model, tmp_path, monkeypatch):
-    """By verb, a function of a LoRA's path and an alpha: the output of the transformer that the verb works with."""
+def commands(tiny_model, tmp_path, monkeypatch):
+    """For each command, a function of a LoRA's path and alpha that returns the output of the command's transformer."""
     model, pipelines = find_model(str(tiny_model)), []
-    outputs = []
+    config = [f"model.path={tiny_model}", f"data.path={tmp_path}", "data.buckets=[9x64x96]"]
 
     def stop(transformer):
-        outputs.append(output(transformer.eval()))
-        raise Loaded
+        raise Loaded(transformer)
 
-    def until_loaded(main, argv):
-        with pytest.raises(Loaded):
-            main(argv)
-        return outputs[-1]
+    def run_until_loaded(name, *argv):
+        with pytest.raises(Loaded) as loaded:
+            cli.call(name, argv)
+        return loaded.value.output
 
-    def config(*words):
-        return [f"model.path={tiny_model}", f"data.path={tmp_path}", "data.buckets=[9x64x96]", *words]
-
-    def options(alpha):
+    def alpha_flags(alpha):
         return ["--lora-alpha", str(alpha)] if alpha else []
 
     def train(path, alpha):
         words = [f"lora.init_from={path}", f"lora.rank={RANK}", "lora.alpha=5"]
         words += [f"lora.init_alpha={alpha}"] if alpha else []
-        job = make_job(*config(*words))
+        job = make_job(*config, *words)
         cfg, file = job.cfg, check_init(job)
         assert (len(file.pairs), file.ranks) == (8, [RANK])
-        transformer = load_transformer(model, torch.float32)
+        transformer = load(tiny_model)
         inject(transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, cfg.seed)
         load_initial_lora(transformer, file)
         return output(transformer)
 
     def evaluate(path, alpha):
-        load = cogds.evaluate.load_eval_transformer
+        load_eval_transformer = cogds.evaluate.load_eval_transformer
+        (tmp_path / "none.yaml").write_text("{}")
         with monkeypatch.context() as patch:
             patch.setattr(cogds.evaluate, "encode_dataset", lambda *_: SimpleNamespace())
-            patch.setattr(cogds.evaluate, "load_eval_transformer", lambda *args: stop(load(*args)))
-            main = lambda argv: cli.call("evaluate", argv)  # noqa: E731
-            (tmp_path / "none.yaml").write_text("{}")
-            return until_loaded(main, [*config("train.precision=fp32"), "--lora", str(path), *options(alpha)])
+            patch.setattr(cogds.evaluate, "load_eval_transformer", lambda *args: stop(load_eval_transformer(*args)))
+            return run_until_loaded(
+                "evaluate", *config, "train.precision=fp32", "--lora", str(path), *alpha_flags(alpha)
+            )
 
     def sample(path, alpha):
         Image.new("RGB", (96, 64)).save(tmp_path / "first.png")
@@ -231,14 +241,15 @@ def verbs(tiny_model, tmp_path, monkeypatch):
             patch.setattr(cogds.sample, "encode_prompts", lambda _, prompts, *__: dict.fromkeys(prompts))
             patch.setattr(cogds.sample, "load_pipeline", lambda *_: pipeline)
             patch.setattr(cogds.sample, "sample_latents", lambda pipeline, *_: stop(pipeline.transformer))
-            argv = ["--model", str(tiny_model), "--image", str(tmp_path / "first.png"), "--prompt", "a ball"]
-            argv += ["--size", "9x64x96", "--output", str(tmp_path / "a.mp4"), "--lora", str(path), *options(alpha)]
-            return until_loaded(lambda argv: cli.call("sample", argv), argv)
+            return run_until_loaded(
+                "sample", "--model", str(tiny_model), "--image", str(tmp_path / "first.png"), "--prompt", "a ball",
+                "--size", "9x64x96", "--output", str(tmp_path / "a.mp4"), "--lora", str(path), *alpha_flags(alpha),
+            )  # fmt: skip
 
     def export(path, alpha):
         out = tmp_path / "exported"
         cli.call("export", [str(path), "--to", "diffusers", "--output", str(out), "--model", str(tiny_model),
-                           *options(alpha)])  # fmt: skip
+                            *alpha_flags(alpha)])  # fmt: skip
         assert len(read_lora(out).pairs) == 8
         return output_in_diffusers(tiny_model, (out, 1.0))
 
@@ -246,7 +257,7 @@ def verbs(tiny_model, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("write, source", FORMATS, ids=[write.__name__ for write, _ in FORMATS])
-def test_every_verb_reads_every_format_at_its_strength(trained, verbs, tmp_path, write, source):
+def test_every_command_reads_every_format_at_its_strength(trained, commands, tmp_path, write, source):
     (tmp_path / "lora").mkdir()
     path = write(trained, tmp_path / "lora")
     file, alpha = read_lora(path), None if source is AlphaSource.FILE else ALPHA
@@ -257,43 +268,47 @@ def test_every_verb_reads_every_format_at_its_strength(trained, verbs, tmp_path,
         layer: RANK for layer in linear_layers(trained.transformer) if layer.endswith(ATTENTION)
     }
     assert file.scales == [pytest.approx(1.0 if write is comfyui_wrapper else ALPHA / RANK)]
-    differences = {verb: (run(path, alpha) - trained.output).abs().max().item() for verb, run in verbs.items()}
-    assert {verb: difference < 1e-5 for verb, difference in differences.items()} == dict.fromkeys(verbs, True)
+    differences = {name: (run(path, alpha) - trained.output).abs().max().item() for name, run in commands.items()}
+    assert max(differences.values()) < 1e-5, differences
 
 
-def nothing_of_it(tensors):
-    return {f"lora_unet_down_blocks_{name}": tensor for name, tensor in enumerate(tensors.values())}
+def rename_all(tensors):
+    return {f"lora_unet_down_blocks_{number}": tensor for number, tensor in enumerate(tensors.values())}
 
 
-def one_layer_of_another(tensors):
+def add_unknown_layer(tensors):
     return {**tensors, "transformer.x_embedder.lora_A.weight": torch.ones(4, 32)}
 
 
-def one_layer_too_many(tensors):
-    one = {name.replace(".1.", ".2."): tensor.clone() for name, tensor in tensors.items() if ".1.attn1.to_q" in name}
-    return {**tensors, **one}
+def add_missing_block(tensors):
+    block_2 = {name.replace(".1.", ".2."): tensor.clone() for name, tensor in tensors.items() if "1.attn1.to_q" in name}
+    return {**tensors, **block_2}
 
 
-def another_shape(tensors):
-    return {name: one.repeat(1, 2) if "lora_A" in name else one for name, one in tensors.items()}
+def change_shapes(tensors):
+    return {name: tensor.repeat(1, 2) if "lora_A" in name else tensor for name, tensor in tensors.items()}
 
 
-def without_one_b(tensors):
-    return {name: one for name, one in tensors.items() if "0.attn1.to_q.lora_B" not in name}
+def remove_one_b(tensors):
+    return {name: tensor for name, tensor in tensors.items() if "0.attn1.to_q.lora_B" not in name}
+
+
+def make_nan(tensors):
+    return {name: tensor * NAN for name, tensor in tensors.items()}
 
 
 @pytest.mark.parametrize(
-    "damage", [nothing_of_it, one_layer_of_another, one_layer_too_many, another_shape, without_one_b]
+    "damage", [rename_all, add_unknown_layer, add_missing_block, change_shapes, remove_one_b, make_nan]
 )
-def test_a_lora_that_fits_in_part_ends_every_verb_with_code_2(trained, verbs, tmp_path, capsys, damage):
+def test_every_command_refuses_a_lora_that_does_not_fit(trained, commands, tmp_path, capsys, damage):
     file = diffusers(trained, tmp_path / "lora")
     save_file(damage(load_file(file)), file)
-    for verb, run in verbs.items():
-        assert cli.run(lambda: run(file, None)) == 2, verb  # noqa: B023
+    for name, run in commands.items():
+        assert cli.run(partial(run, file, None)) == 2, name
         assert str(file) in capsys.readouterr().err.splitlines()[-1]
 
 
-def test_all_names_of_all_layers_are_known(tiny_model):
+def test_all_names_of_all_layers_are_parsed(tiny_model):
     layers = list(linear_layers(base_transformer(tiny_model)))
     assert len({comfyui_name(layer) for layer in layers}) == len(layers)
     assert comfyui_name("transformer_blocks.11.attn1.to_out.0") == "blocks.11.attn_out"
@@ -312,27 +327,27 @@ def test_all_names_of_all_layers_are_known(tiny_model):
 
 
 def test_two_adapters_in_a_file_are_refused(trained, tmp_path):
-    tensors = renamed(trained, A=".lora_A.one.weight", B=".lora_B.one.weight")
-    other = {name.replace(".one.", ".two."): tensor.clone() for name, tensor in tensors.items()}
-    save_file(tensors | other, tmp_path / "x.safetensors")
+    tensors = renamed(trained, A=".lora_A.first.weight", B=".lora_B.first.weight")
+    second = {name.replace(".first.", ".second."): tensor.clone() for name, tensor in tensors.items()}
+    save_file(tensors | second, tmp_path / "x.safetensors")
     with pytest.raises(UserError, match=r"are both [AB] of layer"):
         read_lora(tmp_path)
 
 
-def test_a_layer_without_alpha_uses_the_given_one(trained, tmp_path):
+def test_a_layer_without_alpha_uses_that_of_the_user(trained, tmp_path):
     videox_fun(trained, tmp_path)
     file = tmp_path / "checkpoint-10.safetensors"
     tensors = load_file(file)
     layer = "transformer_blocks.0.attn1.to_q"
     del tensors[f"lora_unet__{layer.replace('.', '_')}.alpha"]
     save_file(tensors, file)
-    read = read_lora(file, 8.0)
-    assert (read.alpha_source, read.pairs[layer].scale) == (AlphaSource.USER, 2.0)
-    assert read.scales == [ALPHA / RANK, 2.0]
+    lora = read_lora(file, 8.0)
+    assert (lora.alpha_source, lora.pairs[layer].scale) == (AlphaSource.USER, 2.0)
+    assert lora.scales == [ALPHA / RANK, 2.0]
 
 
 def with_header(trained, folder, **changes):
-    """A file in diffusers' format with texts in its header replaced."""
+    """Write a file in diffusers' format with changed texts in its header."""
     file = diffusers(trained, folder)
     with safe_open(file, "pt") as tensors:
         header = tensors.metadata()
@@ -341,25 +356,24 @@ def with_header(trained, folder, **changes):
 
 
 def with_settings(trained, folder, **changes):
-    """A file with changed settings of cogds. Python's JSON knows NaN and Infinity."""
+    """Write a file with changed settings of cogds."""
     return with_header(trained, folder, cogds=json.dumps({"image_latents": "pipeline", **changes}))
 
 
-def with_config(trained, folder, prefix="transformer.", key="lora_adapter_metadata", **changes):
-    """A file with changed values in its adapter's config."""
+def with_config(trained, folder, **changes):
+    """Write a file with changed values in its LoraConfig."""
     config = {"r": RANK, "lora_alpha": ALPHA, "target_modules": list(ATTENTION), **changes}
-    return with_header(
-        trained, folder, **{key: json.dumps({f"{prefix}{name}": value for name, value in config.items()})}
-    )
+    text = json.dumps({f"transformer.{name}": value for name, value in config.items()})
+    return with_header(trained, folder, lora_adapter_metadata=text)
 
 
 def with_tensors(trained, folder, write=diffusers, **changes):
-    """A file with changed tensors. changes: by a word in the names of tensors, what becomes of each."""
+    """Write a file with changed tensors. changes: functions to apply to tensors, by a part of their names."""
     path = write(trained, folder)
     file = path if path.is_file() else next(path.glob("*.safetensors"))
     tensors = load_file(file)
-    for word, change in changes.items():
-        tensors |= {name: change(tensor) for name, tensor in tensors.items() if word in name}
+    for part, change in changes.items():
+        tensors |= {name: change(tensor) for name, tensor in tensors.items() if part in name}
     with safe_open(file, "pt") as before:
         header = before.metadata()
     save_file(tensors, file, header)
@@ -367,7 +381,7 @@ def with_tensors(trained, folder, write=diffusers, **changes):
 
 
 def with_bytes(trained, folder, change, write=diffusers, name="*.safetensors"):
-    """A file of a format with changed bytes."""
+    """Write a file with changed bytes."""
     path = write(trained, folder)
     file = path if path.is_file() else next(path.glob(name))
     file.write_bytes(change(file.read_bytes()))
@@ -380,19 +394,26 @@ def pickled(trained, folder, name):
 
 
 def sat_folder(trained, folder):
-    """A checkpoint of SwissArmyTransformer: the name of a folder, and a pickle in it."""
+    """Write a checkpoint of SwissArmyTransformer: a file with the name of a folder, and a pickle in that folder."""
     (folder / "latest").write_text("1000")
     (folder / "1000").mkdir()
     torch.save({"module": trained.state}, folder / "1000/mp_rank_00_model_states.pt")
     return folder
 
 
-def nothing(_, folder):
+def sat_without_b(trained, folder):
+    tensors = load_file(file := sat(trained, folder))
+    del tensors["model.diffusion_model.transformer.layers.0.attention.query_key_value.matrix_B.0"]
+    save_file(tensors, file)
+    return file
+
+
+def config_only(_, folder):
     (folder / "adapter_config.json").write_text("{}")
     return folder
 
 
-NAN, HUGE = float("nan"), 10**400
+HUGE = 10**400
 DAMAGES = {
     "settings cut": (with_header, {"cogds": "{"}),
     "settings a list": (with_header, {"cogds": "[1]"}),
@@ -436,10 +457,10 @@ DAMAGES = {
     "rank_pattern of another file": (with_config, {"rank_pattern": {"to_q": 2}}),
     "rank_pattern a list": (with_config, {"rank_pattern": ["to_q"]}),
     "use_rslora a text": (with_config, {"use_rslora": "no"}),
-    "finetrainers, a list": (with_tensors, {"write": lambda *_: finetrainers_with(*_, "[1]")}),
-    "finetrainers, alpha a text": (with_tensors, {"write": lambda *_: finetrainers_with(*_, '{"lora_alpha": "3"}')}),
-    "finetrainers, rank a list": (with_tensors, {"write": lambda *_: finetrainers_with(*_, '{"r": [4]}')}),
-    "finetrainers, empty": (with_tensors, {"write": lambda *_: finetrainers_with(*_, "")}),
+    "finetrainers, a list": (finetrainers, {"config": "[1]"}),
+    "finetrainers, alpha a text": (finetrainers, {"config": '{"lora_alpha": "3"}'}),
+    "finetrainers, rank a list": (finetrainers, {"config": '{"r": [4]}'}),
+    "finetrainers, empty": (finetrainers, {"config": ""}),
     **{
         f"{write.__name__}, config {name}": (
             with_bytes, {"change": lambda _, text=text: text, "write": write, "name": "adapter_config.json"}
@@ -451,14 +472,14 @@ DAMAGES = {
             "rank a list": b'{"r": [4], "lora_alpha": 3}', "alpha Infinity": b'{"r": 4, "lora_alpha": Infinity}',
         }.items()
     },
-    "tensor alpha NaN": (with_tensors, {"write": comfyui, "alpha": lambda one: one * NAN}),
-    "tensor alpha negative": (with_tensors, {"write": comfyui, "alpha": lambda one: -one}),
-    "tensor alpha of two numbers": (with_tensors, {"write": videox_fun, "alpha": lambda one: one.repeat(2)}),
-    "tensor alpha of no number": (with_tensors, {"write": dotted_kohya, "alpha": lambda one: one.reshape(1)[:0]}),
-    "integers": (with_tensors, {"lora_B": lambda one: one.to(torch.int8)}),
-    "rank 0": (with_tensors, {"lora_A": lambda one: one[:0], "lora_B": lambda one: one[:, :0].contiguous()}),
-    "a convolution": (with_tensors, {"lora_A": lambda one: one[..., None, None]}),
-    "NaN": (with_tensors, {"0.attn1.to_q.lora_B": lambda one: one * NAN}),
+    "tensor alpha NaN": (with_tensors, {"write": comfyui, "alpha": lambda tensor: tensor * NAN}),
+    "tensor alpha negative": (with_tensors, {"write": comfyui, "alpha": lambda tensor: -tensor}),
+    "tensor alpha of two numbers": (with_tensors, {"write": videox_fun, "alpha": lambda tensor: tensor.repeat(2)}),
+    "tensor alpha of no number": (with_tensors, {"write": dotted_kohya, "alpha": lambda tensor: tensor.reshape(1)[:0]}),
+    "integers": (with_tensors, {"lora_B": lambda tensor: tensor.to(torch.int8)}),
+    "rank 0": (with_tensors, {"lora_A": lambda a: a[:0], "lora_B": lambda b: b[:, :0].contiguous()}),
+    "a convolution": (with_tensors, {"lora_A": lambda a: a[..., None, None]}),
+    "NaN": (with_tensors, {"0.attn1.to_q.lora_B": lambda tensor: tensor * NAN}),
     "cut in the header": (with_bytes, {"change": lambda data: data[:100]}),
     "cut in the tensors": (with_bytes, {"change": lambda data: data[:-1]}),
     "too long": (with_bytes, {"change": lambda data: data + b"0"}),
@@ -466,43 +487,23 @@ DAMAGES = {
     "adapter_model empty": (with_bytes, {"change": lambda _: b"", "write": peft}),
     "a .bin": (pickled, {"name": "pytorch_lora_weights.bin"}),
     "a .pt": (pickled, {"name": "mp_rank_00_model_states.pt"}),
-    "a folder without adapter": (nothing, {}),
+    "a folder without adapter": (config_only, {}),
     "SAT's folder": (sat_folder, {}),
     "SAT, cut": (with_bytes, {"change": lambda data: data[:-4], "write": sat}),
-    "SAT, query without B": (with_tensors, {"write": lambda *_: sat_without_one(*_)}),
+    "SAT, query without B": (sat_without_b, {}),
 }  # fmt: skip
 
 
-def finetrainers_with(trained, folder, config):
-    save_file(
-        prefixed("transformer.", trained.state), file := folder / "pytorch_lora_weights.safetensors",
-        {"lora_config": config, "format": "pt"},
-    )  # fmt: skip
-    return file
-
-
-def sat_without_one(trained, folder):
-    tensors = load_file(file := sat(trained, folder))
-    del tensors["model.diffusion_model.transformer.layers.0.attention.query_key_value.matrix_B.0"]
-    save_file(tensors, file)
-    return file
-
-
 @pytest.mark.parametrize("damage", DAMAGES)
-def test_damaged_files_end_every_verb_with_code_2(trained, verbs, tmp_path, capsys, damage):
+def test_damaged_files_are_refused(trained, tmp_path, damage):
     write, arguments = DAMAGES[damage]
     (tmp_path / "lora").mkdir()
     path = write(trained, tmp_path / "lora", **arguments)
-    codes, places = {}, {}
-    for verb, run in verbs.items():
-        capsys.readouterr()
-        codes[verb] = cli.run(lambda: run(path, None))  # noqa: B023
-        last = capsys.readouterr().err.splitlines()
-        places[verb] = str(path) in last[-1]
-    assert (codes, places) == (dict.fromkeys(verbs, 2), dict.fromkeys(verbs, True))
+    with pytest.raises(UserError, match=re.escape(str(path))):
+        load_adapter(read_lora(path))
 
 
-def test_a_path_that_the_system_refuses_is_an_error():
+def test_a_path_that_is_too_long_is_refused():
     with pytest.raises(UserError, match=r"lll: "):
         read_lora("l" * 300)
 

@@ -9,7 +9,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.errors import UserError
-from cogds.model.transformer.checkpointing import Offload, PinnedBuffer, PinnedPool
+from cogds.model.transformer.checkpointing import PinnedBuffer, PinnedPool
 from tests.model.transformer.test_forward import ATTENTION, V15, inputs, outcome, pair
 
 PAGE = mmap.PAGESIZE
@@ -18,65 +18,64 @@ PAGE = mmap.PAGESIZE
 class Buffer:
     """Unpinned memory in place of `PinnedBuffer`."""
 
-    made: list[int]
+    sizes: list[int]
 
     def __init__(self, num_bytes):
         self.num_bytes, self.bytes = num_bytes, torch.zeros(num_bytes, dtype=torch.uint8)
-        self.made.append(num_bytes)
+        self.sizes.append(num_bytes)
 
 
 @pytest.fixture
-def made(monkeypatch):
+def sizes(monkeypatch):
     """The sizes of the allocated buffers."""
-    monkeypatch.setattr(Buffer, "made", [], raising=False)
-    return Buffer.made
+    monkeypatch.setattr(Buffer, "sizes", [], raising=False)
+    return Buffer.sizes
 
 
-def test_buffers_are_rounded_up_to_whole_pages(made):
+def test_buffers_are_rounded_up_to_whole_pages(sizes):
     pool = PinnedPool(Buffer)
-    num_bytes = 45_106 * 3072 * 2  # of a full clip
+    num_bytes = 45_106 * 3072 * 2  # of a block's input for a long clip
     assert pool.acquire(num_bytes).num_bytes - num_bytes < PAGE
     assert PinnedPool(Buffer).acquire(1).num_bytes == PAGE
-    assert len(made) == 2
+    assert len(sizes) == 2
 
 
-def test_the_smallest_fitting_buffer_is_reused(made):
+def test_the_smallest_fitting_buffer_is_reused(sizes):
     pool = PinnedPool(Buffer)
     large, small = pool.acquire(3 * PAGE), pool.acquire(PAGE)
-    assert made == [3 * PAGE, PAGE]
+    assert sizes == [3 * PAGE, PAGE]
     pool.release(large)
     pool.release(small)
     assert pool.acquire(PAGE) is small
     assert pool.acquire(PAGE) is large
-    assert made == [3 * PAGE, PAGE]
+    assert sizes == [3 * PAGE, PAGE]
 
 
-def test_buffers_that_are_too_small_are_freed_first(made):
+def test_buffers_that_are_too_small_are_freed_first(sizes):
     pool = PinnedPool(Buffer)
     for buffer in [pool.acquire(PAGE) for _ in range(3)]:
         pool.release(buffer)
     pool.acquire(2 * PAGE)
     assert pool.free == []
-    assert made == [PAGE] * 3 + [2 * PAGE]
+    assert sizes == [PAGE] * 3 + [2 * PAGE]
 
 
 class LateStream(TorchDispatchMode):
     """A stream that performs its copies only when the compute stream waits for them.
 
-    It does the worst that a real stream may do. A copy that was not told to wait for the compute stream runs before its
-    source is computed, or before the last use of the memory that it overwrites. A source that was freed before it was
-    copied has been reused. The results of all of these are NaN.
+    This is the worst that a real stream may do. The result of a copy is NaN if it does not wait for the compute stream,
+    which may not have computed the source yet or may still use the memory to overwrite, or if the source is freed.
     """
 
     def __init__(self):
         super().__init__()
-        self.queued, self.num_done, self.in_time = [], 0, False
+        self.queued, self.num_done, self.has_waited = [], 0, False
 
     def __torch_dispatch__(self, function, types, args=(), kwargs=None):
         if function is torch.ops.aten.copy_.default:
             to, source = args[:2]
-            self.queued.append((to, weakref.ref(source), self.in_time))
-            self.in_time = False  # later computations need another wait
+            self.queued.append((to, weakref.ref(source), self.has_waited))
+            self.has_waited = False  # later computations need another wait
             return to
         return function(*args, **(kwargs or {}))
 
@@ -85,12 +84,12 @@ class LateStream(TorchDispatchMode):
 
     def wait_stream(self, stream):
         assert isinstance(stream, ComputingStream)
-        self.in_time = True
+        self.has_waited = True
 
-    def make(self, num_copies):
-        for to, source_of, in_time in self.queued[self.num_done : num_copies]:
-            source = source_of()
-            if in_time and source is not None:
+    def perform(self, num_copies):
+        for to, source_ref, has_waited in self.queued[self.num_done : num_copies]:
+            source = source_ref()
+            if has_waited and source is not None:
                 to.copy_(source)
             else:
                 to.fill_(torch.nan)
@@ -104,7 +103,7 @@ class ComputingStream:
         self.late = late
 
     def wait_event(self, event):
-        self.late.make(event)
+        self.late.perform(event)
 
 
 @pytest.fixture
@@ -123,8 +122,8 @@ def late(monkeypatch):
     return stream
 
 
-def offloaded(late):
-    """A transformer that offloads block inputs as on a GPU."""
+def offloading_transformer(late):
+    """A transformer that offloads block inputs as on a GPU, and its `Offload`."""
     _, ours = pair(V15, ATTENTION)
     ours.set_checkpointing("full+offload")
     offload = ours.transformer_blocks[0].offload
@@ -136,12 +135,12 @@ def offloaded(late):
 CLIPS = [(4, 4, 6), (4, 8, 10), (4, 4, 6)]
 
 
-def test_offload_on_a_stream_is_exact_and_reuses_its_memory(made, late):
-    ours, offload = offloaded(late)
+def test_offload_on_a_stream_is_exact_and_reuses_its_memory(sizes, late):
+    ours, offload = offloading_transformer(late)
     torch.manual_seed(1)
     batches = [inputs(V15, 2, latents) for latents in CLIPS]
     outcomes = [outcome(ours, batch) for batch in batches]
-    assert made == [3 * PAGE] * 3 + [6 * PAGE] * 3
+    assert sizes == [3 * PAGE] * 3 + [6 * PAGE] * 3
     assert [buffer.num_bytes for buffer in offload.pool.free] == [6 * PAGE] * 3
     # Three block inputs per clip are copied to the host, and back unless they are still on the device.
     assert late.num_done == len(late.queued) >= 3 * (3 + 1)
@@ -152,12 +151,12 @@ def test_offload_on_a_stream_is_exact_and_reuses_its_memory(made, late):
         assert all(torch.equal(gradients[name], gradient) for name, gradient in expected[1].items())
 
 
-def test_buffers_are_released_after_the_backward_pass(made, late):
+def test_buffers_are_released_after_the_backward_pass(sizes, late):
     """Two forward passes before the first backward pass: the second uses its own buffers."""
-    ours, offload = offloaded(late)
+    ours, offload = offloading_transformer(late)
     torch.manual_seed(1)
     first, second = (ours(**inputs(V15))[0].square().mean() for _ in range(2))
-    assert len(made) == 6
+    assert len(sizes) == 6
     assert offload.pool.free == []
     second.backward()
     assert len(offload.pool.free) == 3
@@ -166,7 +165,7 @@ def test_buffers_are_released_after_the_backward_pass(made, late):
 
 
 def test_a_failure_to_pin_memory_is_a_user_error(monkeypatch):
-    class Refusing:
+    class CudaRuntime:
         def cudaHostRegister(self, *_):
             return 2
 
@@ -178,12 +177,7 @@ def test_a_failure_to_pin_memory_is_a_user_error(monkeypatch):
         pass
 
     monkeypatch.setattr(torch.cuda, "CudaError", CudaError)
-    monkeypatch.setattr(torch.cuda, "cudart", Refusing)
+    monkeypatch.setattr(torch.cuda, "cudart", CudaRuntime)
     monkeypatch.setattr(torch.cuda, "check_error", check)
     with pytest.raises(UserError, match=r"train\.activation_checkpointing=full\+offload: .* 0 MB"):
         PinnedBuffer(PAGE)
-
-
-def test_no_stream_on_a_cpu():
-    offload = Offload(torch.device("cpu"))
-    assert offload.stream is None

@@ -1,6 +1,7 @@
 """Quantization of the base: accuracy, memory, and compatibility of a LoRA trained on it."""
 
 import importlib.util
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -20,15 +21,14 @@ from cogds.model.transformer import quantize
 from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.quantize import PackedLinear, check_quantization, pack, pack_block, unpack
 from tests.live_bytes import LiveBytes
+from tests.model.lora.adapters import ATTENTION, trainable
 
 missing = [name for name in ("torchao", "bitsandbytes") if importlib.util.find_spec(name) is None]
 needs_libraries = pytest.mark.skipif(bool(missing), reason=f"needs {', '.join(missing)}: pip install -e '.[quant]'")
 
 CPU = torch.device("cpu")
-ATTENTION = ("to_q", "to_k", "to_v", "to_out.0")
-KINDS = [("int8", False), ("fp8", False), ("nf4", False), ("none", True), ("fp8", True)]
 QUANTIZATIONS = ["int8", "fp8", "nf4"]
-# Largest relative deviation from bf16: of the loss, the output and the LoRA's gradient.
+# Quantization and fp8 matmul -> largest relative deviation from bf16: of the loss, the output and the LoRA's gradient.
 DISTANCES = {
     ("int8", False): (1e-3, 0.01, 0.03),
     ("fp8", False): (2e-3, 0.02, 0.08),
@@ -36,6 +36,7 @@ DISTANCES = {
     ("none", True): (2e-3, 0.03, 0.10),
     ("fp8", True): (2e-3, 0.03, 0.12),
 }
+KINDS = list(DISTANCES)
 SMALL = {
     "num_attention_heads": 4, "attention_head_dim": 64, "in_channels": 16, "out_channels": 8, "time_embed_dim": 64,
     "ofs_embed_dim": 64, "text_embed_dim": 32, "num_layers": 3, "sample_width": 30, "sample_height": 30,
@@ -46,54 +47,48 @@ SMALL = {
 MID = SMALL | {"num_attention_heads": 12, "num_layers": 12, "time_embed_dim": 512, "ofs_embed_dim": 512}
 
 
-def transformer_of(config, quantization="none", fp8_matmul=False, dtype=torch.bfloat16, lora=True):
+def transformer_of(config, quantization="none", fp8_matmul=False):
     """A transformer with the same random weights for every quantization, and a LoRA that is not zero."""
     torch.manual_seed(0)
     transformer = Transformer(**config).requires_grad_(False)
     for parameter in transformer.parameters():
-        parameter.data = parameter.data.to(dtype)
+        parameter.data = parameter.data.to(torch.bfloat16)
     for block in transformer.transformer_blocks:
         pack_block(block, quantization, fp8_matmul, fill=True)
-    if lora:
-        fill_lora(inject(transformer, 8, 8, 0.0, ATTENTION, seed=0))
+    generator = torch.Generator().manual_seed(1)
+    for parameter in inject(transformer, 8, 8, 0.0, ATTENTION, seed=0):
+        parameter.data.copy_(0.05 * torch.randn(parameter.shape, generator=generator))
     return transformer
 
 
-def fill_lora(parameters):
-    numbers = torch.Generator().manual_seed(1)
-    with torch.no_grad():
-        for parameter in parameters:
-            parameter.copy_(0.05 * torch.randn(parameter.shape, generator=numbers))
-
-
-def inputs(config, dtype=torch.bfloat16, latents=(4, 8, 12)):
-    numbers, (frames, height, width) = torch.Generator().manual_seed(2), latents
+def inputs(config, latents=(4, 8, 12)):
+    generator, (frames, height, width) = torch.Generator().manual_seed(2), latents
     tokens = frames // 2 * (height // 2) * (width // 2)
-    angles = torch.randn(tokens, config["attention_head_dim"] // 2, generator=numbers).repeat_interleave(2, 1)
+    angles = torch.randn(tokens, config["attention_head_dim"] // 2, generator=generator).repeat_interleave(2, 1)
     states = (1, config["max_text_seq_length"], config["text_embed_dim"])
     return {
-        "hidden_states": torch.randn(1, frames, 16, height, width, generator=numbers).to(dtype),
-        "encoder_hidden_states": torch.randn(states, generator=numbers).to(dtype),
+        "hidden_states": torch.randn(1, frames, 16, height, width, generator=generator).to(torch.bfloat16),
+        "encoder_hidden_states": torch.randn(states, generator=generator).to(torch.bfloat16),
         "timestep": torch.tensor([500]),
-        "ofs": torch.full((1,), 2.0, dtype=dtype),
+        "ofs": torch.full((1,), 2.0, dtype=torch.bfloat16),
         "image_rotary_emb": (angles.cos(), angles.sin()),
         "return_dict": False,
     }
 
 
 def outcome(transformer, batch):
-    """Loss against fixed noise, output, and the LoRA's gradients as one vector."""
+    """Return the loss against fixed noise, the output, and the LoRA's gradients as a vector."""
     transformer.zero_grad()
     output = transformer(**batch)[0].float()
     target = torch.randn(output.shape, generator=torch.Generator().manual_seed(3))
     loss = (output - target).square().mean()
     loss.backward()
-    gradients = [one.grad.float().flatten() for one in transformer.parameters() if one.requires_grad]
+    gradients = [parameter.grad.float().flatten() for parameter in transformer.parameters() if parameter.requires_grad]
     return loss.item(), output.detach(), torch.cat(gradients)
 
 
-def distance(one, other):
-    return ((one - other).norm() / other.norm()).item()
+def distance(tensor, expected):
+    return ((tensor - expected).norm() / expected.norm()).item()
 
 
 @needs_libraries
@@ -103,13 +98,12 @@ def distance(one, other):
 def test_the_loss_is_close_to_that_of_the_full_base(config, latents):
     batch = inputs(config, latents=latents)
     loss, output, gradient = outcome(transformer_of(config), batch)
-    found = {}
-    for quantization, fp8_matmul in KINDS:
-        own = outcome(transformer_of(config, quantization, fp8_matmul), batch)
-        found[quantization, fp8_matmul] = abs(own[0] / loss - 1), distance(own[1], output), distance(own[2], gradient)
+    distances = {}
     for kind, limits in DISTANCES.items():
-        assert all(one < limit for one, limit in zip(found[kind], limits)), (kind, found[kind])
-    assert 0 < found["int8", False][1] < found["fp8", False][1] < found["nf4", False][1]
+        result = outcome(transformer_of(config, *kind), batch)
+        distances[kind] = abs(result[0] / loss - 1), distance(result[1], output), distance(result[2], gradient)
+        assert all(value < limit for value, limit in zip(distances[kind], limits)), (kind, distances[kind])
+    assert 0 < distances["int8", False][1] < distances["fp8", False][1] < distances["nf4", False][1]
 
 
 @needs_libraries
@@ -165,30 +159,24 @@ def test_weights_of_any_shape_can_be_packed(shape):
 @needs_libraries
 @pytest.mark.parametrize("quantization", QUANTIZATIONS)
 def test_loading_packs_weights_one_by_one(tiny_model, quantization, monkeypatch):
-    model, largest = find_model(str(tiny_model)), []
-
-    def watched(weight, *args):
-        largest.append(weight.numel())
-        return pack(weight, *args)
-
-    monkeypatch.setattr(quantize, "pack", watched)
+    model, spy = find_model(str(tiny_model)), Mock(wraps=pack)
+    monkeypatch.setattr(quantize, "pack", spy)
     loaded, full = load_transformer(model, torch.float32, "cpu", quantization), load_transformer(model, torch.float32)
-    layers = {name: one for name, one in loaded.named_modules() if isinstance(one, PackedLinear)}
-    names = {name for name, one in full.transformer_blocks.named_modules() if isinstance(one, torch.nn.Linear)}
+    layers = {name: module for name, module in loaded.named_modules() if isinstance(module, PackedLinear)}
+    names = {name for name, module in full.transformer_blocks.named_modules() if isinstance(module, torch.nn.Linear)}
     assert {name.removeprefix("transformer_blocks.") for name in layers} == names
     for name, layer in layers.items():
         expected = full.get_submodule(name)
         assert torch.equal(layer.weight, unpack(pack(expected.weight, quantization)))
         assert torch.equal(layer.bias, expected.bias)
-    assert len(largest) == len(layers)  # each weight was packed once, when it was loaded
-    own, theirs = dict(loaded.named_parameters()), dict(full.named_parameters())
-    assert set(theirs) - set(own) == {f"{name}.weight" for name in layers}
-    assert all(torch.equal(one, theirs[name]) for name, one in own.items())
+    assert spy.call_count == len(layers)  # each weight was packed once, when it was loaded
+    parameters, full_parameters = dict(loaded.named_parameters()), dict(full.named_parameters())
+    assert set(full_parameters) - set(parameters) == {f"{name}.weight" for name in layers}
+    assert all(torch.equal(parameter, full_parameters[name]) for name, parameter in parameters.items())
     assert loaded.config == full.config
-    parts = [one for layer in layers.values() for one in layer.packed.parts]
-    held = sum(one.numel() * one.element_size() for one in [*parts, *own.values()])
-    num_parameters = sum(one.numel() for one in full.parameters())
-    assert held == base_weights_bytes(
+    parts = [part for layer in layers.values() for part in layer.packed.parts]
+    num_parameters = sum(parameter.numel() for parameter in full.parameters())
+    assert sum(tensor.nbytes for tensor in [*parts, *parameters.values()]) == base_weights_bytes(
         TransformerSize.from_config(model.transformer_config, num_parameters), quantization, 4
     )
 
@@ -206,9 +194,9 @@ def test_recomputation_is_exact(kind):
     expected = outcome(transformer, batch)
     for checkpointing in ("selective", "full", "full+offload"):
         transformer.set_checkpointing(checkpointing)
-        found = outcome(transformer, batch)
-        assert torch.equal(found[1], expected[1])
-        assert torch.equal(found[2], expected[2])
+        result = outcome(transformer, batch)
+        assert torch.equal(result[1], expected[1])
+        assert torch.equal(result[2], expected[2])
 
 
 def packed_shapes(transformer):
@@ -256,20 +244,19 @@ def test_a_compiled_layer_is_equivalent_and_keeps_no_unpacked_weight(kind):
             partition_fn=min_cut_rematerialization_partition,
         )
     )
-    found = outcome(transformer, batch)
-    assert distance(found[1], expected[1]) < 1e-2
-    assert distance(found[2], expected[2]) < 2e-2
-    kept = [one for one in kept if isinstance(one, torch.Tensor) and one.dtype is torch.bfloat16]
-    assert kept
+    result = outcome(transformer, batch)
+    assert distance(result[1], expected[1]) < 1e-2
+    assert distance(result[2], expected[2]) < 2e-2
+    shapes = [value.shape for value in kept if isinstance(value, torch.Tensor) and value.dtype is torch.bfloat16]
+    assert shapes
     # Sizes that depend on the clip are symbolic.
-    fixed = {tuple(one.shape) for one in kept if all(type(size) is int for size in one.shape)}
+    fixed = {tuple(shape) for shape in shapes if all(type(size) is int for size in shape)}
     assert not fixed & packed_shapes(transformer)
 
 
 @needs_libraries
 @pytest.mark.parametrize("quantization, fp8_matmul", KINDS)
 def test_a_lora_trained_on_a_packed_base_loads_in_diffusers(tiny_model, tmp_path, quantization, fp8_matmul):
-    """Trained on a packed base, exported, and loaded by diffusers into its own transformer."""
     model = find_model(str(tiny_model))
     packed, full = (
         load_transformer(model, torch.bfloat16, "cpu", *kind) for kind in ((quantization, fp8_matmul), ("none", False))
@@ -286,21 +273,18 @@ def test_a_lora_trained_on_a_packed_base_loads_in_diffusers(tiny_model, tmp_path
                 losses.append(outcome(transformer, batch)[0])
                 optimizer.step()
             assert losses[-1] < losses[0]
-        tensors = {name: one.detach() for name, one in transformer.named_parameters() if one.requires_grad}
-        files[name] = export(tmp_path / name, transformer, tensors, {})
-    with safe_open(files["packed"], "pt") as one, safe_open(files["full"], "pt") as other:
-        assert set(one.keys()) == set(other.keys())
-        assert one.metadata() == other.metadata()
+        files[name] = export(tmp_path / name, transformer, trainable(transformer), {})
+    with safe_open(files["packed"], "pt") as packed_file, safe_open(files["full"], "pt") as full_file:
+        assert set(packed_file.keys()) == set(full_file.keys())
+        assert packed_file.metadata() == full_file.metadata()
     check_initial_lora(full, read_lora(files["packed"]))
     plain = CogVideoXTransformer3DModel.from_pretrained(model.path / "transformer").to(torch.bfloat16)
     before = plain(**batch)[0].float()
     plain.load_lora_adapter(str(files["packed"]), use_safetensors=True)
-    trained, theirs = (
-        load_file(files["packed"]),
-        get_peft_model_state_dict(plain, adapter_name=next(iter(plain.peft_config))),
-    )
+    trained = load_file(files["packed"])
+    loaded = get_peft_model_state_dict(plain, adapter_name=next(iter(plain.peft_config)))
     assert len(trained) == 2 * 2 * 5
-    assert all(torch.equal(theirs[name.removeprefix("transformer.")], tensor) for name, tensor in trained.items())
+    assert all(torch.equal(loaded[name.removeprefix("transformer.")], tensor) for name, tensor in trained.items())
     after, ours = plain(**batch)[0].float(), packed(**batch)[0].float()
     assert distance(before, after) > 3 * distance(ours, after)
     assert distance(ours, after) < 0.05

@@ -15,25 +15,33 @@ from cogds.errors import UserError
 from cogds.model.transformer import sequence_parallel as sequence
 from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.sequence_parallel import SequenceGroup, check_sequence, share_sizes, ulysses_attention
-from tests.model.transformer.test_forward import CHECKPOINTING_MODES, V10, V15, all_linear, inputs
+from tests.model.transformer.test_forward import (
+    CHECKPOINTING_MODES,
+    V10,
+    V15,
+    all_linear,
+    gradients,
+    inputs,
+    largest_distance,
+)
 
 ODD = (2, 6, 10)  # 15 video tokens, and 5 of text
 PORTRAIT = (4, 10, 2)
 
 
 class Threads:
-    """all_to_all_single between threads. changed: modifies the rows before they are sent."""
+    """Ranks as threads, with an all_to_all_single between them. change: modifies the rows before they are sent."""
 
-    def __init__(self, size, changed=lambda rows: rows):
-        self.size, self.changed = size, changed
+    def __init__(self, size, change=lambda rows: rows):
+        self.size, self.change = size, change
         self.local, self.barrier, self.boxes = threading.local(), threading.Barrier(size, timeout=60), [()] * size
 
-    def all_to_all_single(self, out, rows, taken, given, group):  # noqa: ARG002
+    def all_to_all_single(self, out, rows, receive_counts, send_counts, group):  # noqa: ARG002
         rank = self.local.rank
-        self.boxes[rank] = self.changed(rows).split(given)
+        self.boxes[rank] = self.change(rows).split(send_counts)
         self.barrier.wait()
         received = [box[rank] for box in self.boxes]
-        assert [len(one) for one in received] == taken
+        assert [len(part) for part in received] == receive_counts
         out.copy_(torch.cat(received))
         self.barrier.wait()
 
@@ -55,10 +63,10 @@ class Threads:
 @pytest.fixture
 def threads(monkeypatch):
     def make(size, **options):
-        made = Threads(size, **options)
-        monkeypatch.setattr(sequence.dist, "all_to_all_single", made.all_to_all_single)
+        ranks = Threads(size, **options)
+        monkeypatch.setattr(sequence.dist, "all_to_all_single", ranks.all_to_all_single)
         monkeypatch.setattr(sequence, "_resolve_process_group", lambda name: name)
-        return made
+        return ranks
 
     return make
 
@@ -75,7 +83,7 @@ def model(config, **lora):
 def outcome(transformer, batch, target):
     loss = (transformer(**batch)[0] - target).square().mean()
     loss.backward()
-    return loss.item(), {name: one.grad for name, one in transformer.named_parameters() if one.requires_grad}
+    return loss.item(), gradients(transformer)
 
 
 def compare(threads, transformer, batch, checkpointing="none"):
@@ -84,10 +92,10 @@ def compare(threads, transformer, batch, checkpointing="none"):
     alone = outcome(copy.deepcopy(transformer), batch, target)
 
     def on_rank(group):
-        mine = copy.deepcopy(transformer)
-        mine.share_sequence(group)
-        mine.set_checkpointing(checkpointing)
-        return outcome(mine, batch, target)
+        shared = copy.deepcopy(transformer)
+        shared.share_sequence(group)
+        shared.set_checkpointing(checkpointing)
+        return outcome(shared, batch, target)
 
     together = threads.run(on_rank)
     mean = {name: torch.stack([grads[name] for _, grads in together]).mean(0) for name in together[0][1]}
@@ -107,11 +115,6 @@ def compiled(transformer, function):
     return list(function()), len(graphs)
 
 
-def distances(ours, theirs):
-    assert set(ours) == set(theirs)
-    return max(((ours[name] - theirs[name]).norm() / theirs[name].norm()).item() for name in ours)
-
-
 @pytest.mark.parametrize("latents", [ODD, PORTRAIT], ids=["odd", "portrait"])
 @pytest.mark.parametrize(
     "config", [V15, V10, V10 | {"use_rotary_positional_embeddings": False}], ids=["15", "10", "2b"]
@@ -122,14 +125,14 @@ def test_a_shared_clip_equals_one_rank(threads, size, config, latents):
     (loss, grads), (losses, mean) = compare(threads(size), model(config), batch)
     assert losses == pytest.approx([loss] * size, rel=1e-6)
     assert losses == [losses[0]] * size  # exactly equal, so that the ranks of a group agree if a loss is finite
-    assert distances(mean, grads) < 1e-5
+    assert largest_distance(mean, grads) < 1e-5
 
 
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES[1:])
 def test_checkpointing_with_a_shared_clip(threads, checkpointing):
     (loss, grads), (losses, mean) = compare(threads(2), model(V15), inputs(V15, latents=ODD), checkpointing)
     assert losses == pytest.approx([loss] * 2, rel=1e-6)
-    assert distances(mean, grads) < 1e-5
+    assert largest_distance(mean, grads) < 1e-5
 
 
 def test_fewer_text_tokens_than_ranks(threads):
@@ -137,19 +140,18 @@ def test_fewer_text_tokens_than_ranks(threads):
     batch["encoder_hidden_states"] = batch["encoder_hidden_states"][:, :3]
     (loss, grads), (losses, mean) = compare(threads(4), model(V15 | {"max_text_seq_length": 3}), batch)
     assert losses == pytest.approx([loss] * 4, rel=1e-6)
-    assert distances(mean, grads) < 1e-5
+    assert largest_distance(mean, grads) < 1e-5
 
 
 def test_a_lost_token_is_detected(threads):
-    def without_the_first(rows):
+    def clear_first(rows):
         rows = rows.clone()
         rows[0] = 0
         return rows
 
-    wrong = threads(2, changed=without_the_first)
-    (loss, grads), (losses, mean) = compare(wrong, model(V15), inputs(V15, latents=ODD))
+    (loss, grads), (losses, mean) = compare(threads(2, change=clear_first), model(V15), inputs(V15, latents=ODD))
     assert losses[0] != pytest.approx(loss, rel=1e-6)
-    assert distances(mean, grads) > 1e-3
+    assert largest_distance(mean, grads) > 1e-3
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -162,16 +164,16 @@ def test_the_exchange_restores_heads_and_tokens(threads, dtype):
         return ulysses_attention(query, key, value, "torch", counts, group.name)
 
     together = torch.cat(threads(2).run(on_rank), dim=1)
-    alone = torch.nn.functional.scaled_dot_product_attention(*(one.transpose(1, 2) for one in whole)).transpose(1, 2)
+    alone = torch.nn.functional.scaled_dot_product_attention(*whole.transpose(2, 3)).transpose(1, 2)
     torch.testing.assert_close(together, alone)
 
 
 @pytest.mark.slow
 def test_compiled_blocks_with_a_shared_clip(monkeypatch):
-    """One rank of two whose partner returns what it receives: the exchange and its derivative are in the graph."""
+    """One rank of two, whose partner returns the rows that it receives. The exchange is part of the graph."""
     order = []
 
-    def echo(out, rows, taken, given, group):  # noqa: ARG001
+    def echo(out, rows, *_args, group):  # noqa: ARG001
         order.append(tuple(rows.shape))
         out.copy_(rows[torch.arange(len(out)) % len(rows)])
 
@@ -189,16 +191,16 @@ def test_compiled_blocks_with_a_shared_clip(monkeypatch):
 
     plain = list(outcomes())
     plain_order, order[:] = list(order), []
-    found, num_graphs = compiled(ours, outcomes)
+    results, num_graphs = compiled(ours, outcomes)
     assert order == plain_order
     assert num_graphs <= 2  # the counts are integers, not tensor sizes, so a change may compile a second graph
-    for (loss, grads), (expected, expected_grads) in zip(found, plain):
+    for (loss, grads), (expected, expected_grads) in zip(results, plain):
         assert loss == pytest.approx(expected, rel=1e-6)
-        assert distances(grads, expected_grads) < 1e-5
+        assert largest_distance(grads, expected_grads) < 1e-5
 
 
 @pytest.mark.parametrize("num_tokens, size, expected", [(5, 2, (3, 2)), (4, 4, (1,) * 4), (3, 4, (1, 1, 1, 0))])
-def test_shares_differ_by_one_at_most(num_tokens, size, expected):
+def test_shares_differ_by_at_most_one(num_tokens, size, expected):
     assert share_sizes(num_tokens, size) == expected
     assert tuple(len(part) for part in torch.arange(num_tokens).tensor_split(size)) == expected
 

@@ -152,18 +152,19 @@ def find_wrong_result(
     def draw(num: int) -> torch.Tensor:
         return torch.randn(1, num, num_heads, head_dim, dtype=dtype, device=device, generator=generator)
 
-    inputs = [draw(num_tokens).requires_grad_() for _ in range(3)]
-    output = attend(*inputs, kernel)
+    inputs = query, key, value = [draw(num_tokens).requires_grad_() for _ in range(3)]
+    output = attend(query, key, value, kernel)
     dense = torch.autograd.grad(output, inputs, draw(num_tokens), retain_graph=True)
     rows = torch.linspace(0, num_tokens - 1, min(num_tokens, _NUM_SAMPLED_QUERIES), device=device).round().long()
     gradient = draw(len(rows))
     sparse = torch.autograd.grad(output[:, rows], inputs, gradient)
 
-    exact = [tensor.detach().float().requires_grad_() for tensor in (inputs[0][:, rows], *inputs[1:])]
-    expected = attend(*exact, "math")
+    exact = [tensor.detach().float().requires_grad_() for tensor in (query[:, rows], key, value)]
+    expected = attend(exact[0], exact[1], exact[2], "math")
     expected_gradients = torch.autograd.grad(expected, exact, gradient.float())
-    results = {"output": (output[:, rows], expected), "query gradient": (sparse[0][:, rows], expected_gradients[0])}
-    results |= {
+    results = {
+        "output": (output[:, rows], expected),
+        "query gradient": (sparse[0][:, rows], expected_gradients[0]),
         "key gradient": (sparse[1], expected_gradients[1]),
         "value gradient": (sparse[2], expected_gradients[2]),
     }

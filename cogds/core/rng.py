@@ -19,7 +19,7 @@ def use_deterministic_kernels() -> None:
     """Make torch use deterministic kernels only, and raise RuntimeError if an operator has none."""
     torch.use_deterministic_algorithms(True)
     torch.backends.cudnn.benchmark = False
-    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined] # no kernel of ours reads memory that was not written
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
 
 
 def seed_global(seed: int, step: int, rank: int) -> None:

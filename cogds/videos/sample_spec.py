@@ -62,6 +62,4 @@ def load_first_frame(
 def best_bucket(image: str, buckets: Sequence[ClipShape]) -> ClipShape:
     """Return the video bucket that crops an image least; of several, the longest. Raises DecodeError."""
     info = probe_image(image)
-    videos = [shape for shape in buckets if shape.frames > 1] or list(buckets)
-    chosen = assign(max(shape.frames for shape in videos), info.height, info.width, videos)
-    return videos[chosen or 0]
+    return buckets[assign(max(shape.frames for shape in buckets), info.height, info.width, buckets) or 0]

@@ -20,6 +20,7 @@ from cogds.metrics.jsonl import step_lines
 from tests.cluster.lab import ENDED, Lab, wait_until
 from tests.conftest import ROOT
 
+NUM_STEPS = 1500  # of the reference run, which both tests share
 TRAIN_S = 240  # time limit for a start or a few steps on a busy machine
 DISK_BYTES = 256 << 20  # size of the run's own disk
 RANK = r"^[^ ]+ (-u )?[^ ]*launch/train[.]py"  # also matches the loaders of a rank, which have higher pids

@@ -6,10 +6,9 @@ import time
 
 import pytest
 
-from tests.cluster.faults import FAULTS, LabRun, create_inputs, format_table, read_steps, reference_steps
+from tests.cluster.faults import FAULTS, NUM_STEPS, LabRun, create_inputs, format_table, read_steps, reference_steps
 
 pytestmark = pytest.mark.endurance
-NUM_STEPS = 2000
 EVERY = 10
 MORE = (f"checkpoint.every={EVERY}", "checkpoint.keep_last=2", f"train.num_steps={NUM_STEPS}")
 

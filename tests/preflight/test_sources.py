@@ -1,5 +1,7 @@
 """Data and models that differ between nodes, cannot be read, or are damaged."""
 
+import contextlib
+import os
 import struct
 
 import pytest
@@ -10,15 +12,17 @@ from cogds.preflight.findings import FAIL, OK
 from cogds.preflight.sources import assess_sources, find_damage, inspect_sources, summarize_path
 
 
-def test_summaries_of_folders_compare_names_in_any_order(tmp_path):
-    for folder, names in (("a", "xyz"), ("b", "zyx"), ("c", "xy")):
-        (tmp_path / folder).mkdir()
-        for name in names:
-            (tmp_path / folder / name).touch()
-    a, b, c = (summarize_path(str(tmp_path / folder)) for folder in "abc")
-    assert a == b
-    assert (a["kind"], a["num"]) == ("folder", 3)
-    assert a["content"] != c["content"]
+def test_summaries_of_folders_compare_names_in_any_order(tmp_path, monkeypatch):
+    for name in "xyz":
+        (tmp_path / name).touch()
+    entries = list(os.scandir(tmp_path))
+    summaries = []
+    for listing in (entries, entries[::-1], entries[1:]):
+        monkeypatch.setattr(os, "scandir", lambda _, listing=listing: contextlib.nullcontext(listing))
+        summaries.append(summarize_path(str(tmp_path)))
+    assert summaries[0] == summaries[1]
+    assert (summaries[0]["kind"], summaries[0]["num"]) == ("folder", 3)
+    assert summaries[0]["content"] != summaries[2]["content"]
 
 
 def test_summaries_of_files_compare_bytes(tmp_path):

@@ -95,13 +95,6 @@ def free_port():
         return sock.getsockname()[1]
 
 
-def remove_shared_buffers(ports):
-    """Remove the shared memory that DeepSpeed's all-reduce on CPUs leaves behind: 69 MB per rank and port."""
-    for port in ports:
-        for path in Path("/dev/shm").glob(f"deepspeed_allreduce_buffer_*_{port}_*"):
-            path.unlink(missing_ok=True)
-
-
 def run_command(command, timeout_s, cwd=ROOT, env=None):
     """Run a command in its own session. After `timeout_s`, kill it with all of its children."""
     process = subprocess.Popen(
@@ -119,8 +112,6 @@ def run_command(command, timeout_s, cwd=ROOT, env=None):
         os.killpg(process.pid, signal.SIGKILL)
         output, _ = process.communicate()
         pytest.fail(f"{command} ran past {timeout_s} s:\n{output[-4000:]}")
-    finally:
-        remove_shared_buffers(part for part in command if isinstance(part, int))
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
@@ -135,7 +126,6 @@ def warm():
         port = free_port()
         with tempfile.NamedTemporaryFile() as file:
             codes = servers[0].run(script, arguments, ranks, timeout_s, port, cwd, file.name, env, kill_after_s)
-            remove_shared_buffers([port])
             output = Path(file.name).read_text(errors="replace")
         command = [script, *map(str, arguments)]
         if None in codes:

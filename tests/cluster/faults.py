@@ -193,9 +193,8 @@ class LabRun:
         return [path for path in self.output_dir.rglob("*") if ".tmp" in path.name]
 
     def shared_memory(self) -> list[str]:
-        """Return the files in shared memory, except DeepSpeed's buffers."""
-        own = "deepspeed_allreduce_buffer_"
-        return [name for name in os.listdir(self.root / "dev/shm") if not name.startswith(own)]
+        """Return the files in shared memory."""
+        return os.listdir(self.root / "dev/shm")
 
     # -------------------------------------------------------------------------------------------------- fault tools
 

@@ -68,11 +68,10 @@ def work(jobs):
 
 def launch(server, num_ranks, jobs, folder, timeout_s):
     """Run the jobs on `num_ranks` ranks. Raises if one fails."""
-    from tests.conftest import free_port, remove_shared_buffers
+    from tests.conftest import free_port
 
     port, output = free_port(), folder / f"{num_ranks}.log"
     codes = server.run(__file__, ["--jobs", json.dumps(jobs)], num_ranks, timeout_s, port, ROOT, output)
-    remove_shared_buffers([port])
     if any(code != 0 for code in codes):
         raise RuntimeError(f"{num_ranks} ranks ended with {codes}:\n{output.read_text()[-6000:]}")
 

@@ -14,7 +14,7 @@ import pytest
 from PIL import Image
 
 from tests.board import tensorboard
-from tests.conftest import ROOT, free_port, remove_shared_buffers, run_command
+from tests.conftest import ROOT, free_port, run_command
 from tests.readme import README, command, with_programs
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -54,10 +54,7 @@ def run(clone, words, more=(), timeout_s=240):
 @pytest.fixture(scope="module")
 def demo(clone):
     """The output of the demo."""
-    port = free_port()
-    output = run(clone, command("make demo"), [f"DEMO_ARGS=--master-port {port}"])
-    remove_shared_buffers([port])
-    return output
+    return run(clone, command("make demo"), [f"DEMO_ARGS=--master-port {free_port()}"])
 
 
 @pytest.fixture(scope="module")

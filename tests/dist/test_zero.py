@@ -42,7 +42,7 @@ def test_released_weights_give_the_same_losses(train_once, workshop):
     file.write_text(json.dumps(config))
     run = train_once("zero3-released", file, script=ROOT / "tests/dist/released_script.py")
     released, total = map(int, (run / "released").read_text().split())
-    assert released == total > 100
+    assert released == total > 50
     reference = train_once("zero2", "zero2")
     assert losses(run) == pytest.approx(losses(reference), rel=1e-6)
     for name, tensor in adapter(run).items():

@@ -146,7 +146,7 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     remove_stale_locks(built)
     if world.device.type == "cpu" and world.local_rank == 0:
-        announce_build(built, "deepspeed_shm_comm")
+        announce_build(built, "deepspeed_shm_comm", Path(deepspeed.__file__).parent)
     if world.device.type == "cuda":
         # Clips of many sizes fragment the allocator's memory. torch reads this at the first allocation. The effect has
         # not been measured yet.

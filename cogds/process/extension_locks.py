@@ -54,9 +54,13 @@ def remove_stale_locks(root: Path) -> None:
         fcntl.flock(_descriptors[-1], fcntl.LOCK_SH)
 
 
-def announce_build(root: Path, extension: str) -> None:
-    """Log that the extension will be built, if it does not exist. Without a message, the build looks like a hang."""
-    if not any(root.glob(f"{extension}/*.so")) and not any(root.glob(f"*/{extension}/*.so")):
+def announce_build(root: Path, extension: str, library: Path) -> None:
+    """Log that the extension will be built. Without a message, the build looks like a hang.
+
+    library: folder of the DeepSpeed that builds it. An extension built by the one of another environment is replaced.
+    """
+    files = [*root.glob(f"{extension}/build.ninja"), *root.glob(f"*/{extension}/build.ninja")]
+    if not any(str(library) in file.read_text() and any(file.parent.glob("*.so")) for file in files):
         logger.info(f"building DeepSpeed's {extension} in {root}; this happens once and takes a minute or more")
 
 

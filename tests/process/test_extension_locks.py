@@ -97,13 +97,17 @@ def test_other_files_named_lock_are_not_removed(tmp_path):
     assert not_empty.exists()
 
 
-def test_a_build_is_announced_once(tmp_path, capsys):
-    announce_build(tmp_path, "some_op")
+def test_a_build_is_announced_once_per_environment(tmp_path, capsys):
+    announce_build(tmp_path, "some_op", tmp_path / "deepspeed")
     assert "some_op" in capsys.readouterr().out
-    (tmp_path / "py311_cpu/some_op").mkdir(parents=True)
-    (tmp_path / "py311_cpu/some_op/some_op.so").touch()
-    announce_build(tmp_path, "some_op")
+    folder = tmp_path / "py311_cpu/some_op"
+    folder.mkdir(parents=True)
+    (folder / "some_op.so").touch()
+    (folder / "build.ninja").write_text(f"cflags = -I{tmp_path}/deepspeed/ops\n")
+    announce_build(tmp_path, "some_op", tmp_path / "deepspeed")
     assert capsys.readouterr().out == ""
+    announce_build(tmp_path, "some_op", tmp_path / "another/deepspeed")
+    assert "some_op" in capsys.readouterr().out
 
 
 def test_a_folder_that_cannot_be_written_is_not_an_error(tmp_path):

@@ -161,7 +161,11 @@ def unpack(argv: Sequence[str]) -> list[str]:
 
 
 def _positive_int(text: str) -> int:
-    if (number := int(text)) < 1:
+    try:
+        number = int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a whole number") from None
+    if number < 1:
         raise argparse.ArgumentTypeError(f"{number} is below 1")
     return number
 
@@ -174,19 +178,19 @@ def _new_file(text: str) -> Path:
     return file
 
 
-def _positive_float(text: str) -> float:
-    if not 0 < (number := float(text)) < float("inf"):
-        raise argparse.ArgumentTypeError(f"{number:g} is not above 0")
-    return number
-
-
 def _finite(text: str) -> float:
     try:
         number = float(text)
     except ValueError:
         number = math.nan
     if not math.isfinite(number):
-        raise argparse.ArgumentTypeError(f"{text} is not a finite number")
+        raise argparse.ArgumentTypeError(f"'{text}' is not a finite number")
+    return number
+
+
+def _positive_float(text: str) -> float:
+    if (number := _finite(text)) <= 0:
+        raise argparse.ArgumentTypeError(f"{number:g} is not above 0")
     return number
 
 
@@ -266,7 +270,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     add(
         "--size",
         metavar="FxHxW",
-        help="frames, height and width [pixels] (the LoRA's bucket that crops the image least)",
+        help="frames, height and width [px] (the LoRA's bucket that crops the image least)",
     )
     add("--fps", type=_positive_float, help="frame rate [frames/s] (as the LoRA was trained)")
     add("--steps", type=_positive_int, default=50, help="denoising steps (50)")

@@ -1,6 +1,6 @@
 """The command line: `cogds VERB ...`, and launch/VERB.py for launchers.
 
-Arguments are parsed before torch is imported, so `--help` and argument errors answer at once. The exit codes are in
+Arguments and configs are checked before torch is imported, so `--help` and errors answer at once. The exit codes are in
 `cogds.errors`.
 """
 
@@ -16,6 +16,8 @@ from collections.abc import Callable, Iterator, Sequence
 
 import cogds
 from cogds.arguments import VERBS, find_config, parse_args, shipped_config
+from cogds.config.deepspeed import load_ds_config
+from cogds.config.loading import load_config
 from cogds.distributed.world import is_launched, read_world
 from cogds.errors import (
     EXIT_BUG,
@@ -60,7 +62,7 @@ def launch(verb: str) -> int:
 
 
 def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = True) -> None:
-    """Parse a verb's arguments and run it. Raises UserError for an unknown verb or argument.
+    """Parse a verb's arguments and run it. Raises UserError for an unknown verb, or wrong arguments or configs.
 
     prog: name of the command in `--help`. starts_ranks: if several ranks are wanted and no launcher has started this
     process, replace it by DeepSpeed's launcher.
@@ -77,6 +79,9 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
         args.config = config or str(shipped_config("run_configs", DEMO_CONFIG))
         ds_config = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
         args.deepspeed = ds_config or str(shipped_config("ds_configs", DEFAULT_DEEPSPEED))
+        # For their errors only. The verb reads both again.
+        load_config(args.config, args.overrides)
+        load_ds_config(args.deepspeed)
     install_log_filters()  # some libraries log while they are imported
     if starts_ranks and spec.is_launchable and (launcher := launcher_command(args, argv)):
         sys.stdout.flush()
@@ -96,7 +101,6 @@ def gc_disabled() -> Iterator[None]:
     Importing torch, diffusers and DeepSpeed makes a million objects that live as long as the process. Searching them
     for garbage took 3 of the 11 seconds that the imports needed (docs/performance.md).
     """
-
     gc.disable()
     try:
         yield

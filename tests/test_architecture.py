@@ -35,7 +35,7 @@ MAY_IMPORT = {
     "engine": {*PURE, *RANKS, "model", "model/transformer"},
     "metrics": {*PURE, *RANKS},
     "arguments": {"version", "errors", "config"},
-    "cli": {"version", "errors", "process", "distributed", "arguments"},
+    "cli": {"version", "errors", "config", "process", "distributed", "arguments"},
     "demo": {"config", "model", "data/video"},
     "card": {"errors", "core", "process", "arguments"},
     "job": {*PURE, *MODEL, "data/cache", "distributed", "demo"},

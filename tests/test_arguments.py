@@ -50,7 +50,8 @@ def test_every_flag_may_be_written_with_underscores(verb):
         (["--deepspeed"], ["--deepspeed"]),
         (["run.yaml"], ["run.yaml", "--config"]),
         (["zero3.json"], ["zero3.json", "--deepspeed"]),
-        (["--num-gpus", "0"], ["--num-gpus"]),
+        (["--num-gpus", "0"], ["--num-gpus", "0"]),
+        (["--num-gpus", "two"], ["--num-gpus", "'two'"]),
     ],
 )
 def test_an_unknown_argument_is_named_with_the_likely_one(argv, named):
@@ -105,13 +106,14 @@ def test_help_and_errors_answer_without_torch():
     code = (
         "import sys, cogds.cli\n"
         "codes = []\n"
-        "for argv in (['--help'], ['--version'], ['train', '--nonsense'], ['nonsense'], ['sample']):\n"
+        "for argv in (['--help'], ['--version'], ['train', '--nonsense'], ['nonsense'], ['sample'],\n"
+        "             ['train', 'no.key=1'], ['train', '--config', 'no'], ['train', '--deepspeed=no']):\n"
         "    codes.append(cogds.cli.main(argv))\n"
         "heavy = {'torch', 'numpy', 'deepspeed', 'diffusers', 'transformers', 'peft', 'matplotlib'}\n"
         "print(codes, heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.stdout.splitlines()[-1] == "[0, 0, 2, 2, 2] set()"
+    assert done.stdout.splitlines()[-1] == "[0, 0, 2, 2, 2, 2, 2, 2] set()"
 
 
 @pytest.mark.slow

@@ -9,7 +9,7 @@ import functools
 import json
 import operator
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from types import NoneType
 from typing import Any, cast, get_args
@@ -56,8 +56,7 @@ def load_config(config_file: str | None, overrides: list[str]) -> tuple[RunConfi
     settings = [*(_read_file(config_file) if config_file else ()), *map(_parse_override, overrides)]
     for pair in ALTERNATIVES:
         settings = _choose(*pair, settings)
-    for name, place, _ in settings:
-        _check_name(name, place)
+    _check_names((name, place) for name, place, _ in settings)
     places = {name: place for name, place, _ in settings}
     values = _interpolate({name: value for name, _, value in settings}, places)
     return _validate(values, places), frozenset(values)
@@ -65,8 +64,7 @@ def load_config(config_file: str | None, overrides: list[str]) -> tuple[RunConfi
 
 def replace(cfg: RunConfig, changes: Mapping[str, Any], place: str = "in the program") -> RunConfig:
     """A copy with changed values, such as `{"train.num_steps": 5}`, which are checked. place: for errors."""
-    for name in changes:
-        _check_name(name, place)
+    _check_names((name, place) for name in changes)
     tree = to_dict(cfg)
     set_before = {name: _lookup(tree, name) for name, field in KEYS.items() if get(cfg, name) != field.default}
     return _validate(set_before | dict(changes), dict.fromkeys(changes, place))
@@ -124,7 +122,7 @@ def _read_file(path: str) -> Iterator[Setting]:
 def _parse_override(text: str) -> Setting:
     name, equals, raw = text.partition("=")
     if not equals or not name:
-        raise UserError(f"'{text}' {_COMMAND_LINE}: not KEY=VALUE. Write for example train.num_steps=100.")
+        raise UserError(f"command line: '{text}' is not KEY=VALUE. Write for example train.num_steps=100.")
     # Text is taken as typed: YAML would read the commit 12e4567 as infinity and 0123 as 83.
     if name in KEYS and is_text(KEYS[name]) and not raw.startswith(("[", "{", "'", '"')) and raw != "null":
         return name, _COMMAND_LINE, raw
@@ -242,24 +240,29 @@ def _message(error: ErrorDetails, places: Mapping[str, str]) -> str:
     return f"{name}: {text}, but is {show(value)} {place}. Change it there."
 
 
-def _check_name(name: str, place: str) -> None:
-    if name in KEYS:
-        return
+def _check_names(named: Iterable[tuple[str, str]]) -> None:
+    """Refuse unknown keys, all in one error. named: keys and their places."""
+    if unknown := [_unknown_key(name, place) for name, place in named if name not in KEYS]:
+        raise UserError("\n".join(unknown))
+
+
+def _unknown_key(name: str, place: str) -> str:
+    """Return the message for a key that is not in the config."""
     section, _, leaf = name.partition(".")
     if new := RENAMED.get(name) or (section in RENAMED and leaf and f"{RENAMED[section]}.{leaf}"):
-        raise UserError(f"{name}: set {place}, but its name is now {new}. Use {new}.")
+        return f"{name}: set {place}, but its name is now {new}. Use {new}."
     if name in SECTIONS:
         example = next(key for key in KEYS if key.startswith(f"{name}."))
-        raise UserError(f"{name}: a section, but set to a value {place}. Set its keys, for example {example}.")
+        return f"{name}: a section, but set to a value {place}. Set its keys, for example {example}."
     whole = next((key for key in KEYS if name.startswith((f"{key}.", f"{key}["))), None)
     if whole:
         example = "'[{path: a}, {path: b}]'" if is_list(KEYS[whole]) else "'{name: text}'"
-        raise UserError(f"{name}: part of {whole}, set {place}. Set all of {whole}, for example {whole}={example}.")
+        return f"{name}: part of {whole}, set {place}. Set all of {whole}, for example {whole}={example}."
     # The section may be missing or wrong: `lr` or `train.lr` instead of optimizer.lr.
     same_leaf = [key for key in KEYS if key.split(".")[-1] == name.split(".")[-1]]
     near = difflib.get_close_matches(name, same_leaf or list(KEYS), n=1, cutoff=0.0 if same_leaf else 0.6)
     advice = f"Did you mean {near[0]}?" if near else "--help lists all keys."
-    raise UserError(f"{name}: unknown key {place}. {advice}")
+    return f"{name}: unknown key {place}. {advice}"
 
 
 def show(value: Any) -> str:

@@ -65,8 +65,10 @@ class ModelConfig(Section):
     path: Text = key(..., "base model: a hub id or a local diffusers folder")
     revision: Text | None = key(None, "commit, tag or branch of a hub model")
     create_tiny: bool = key(False, "create a tiny random model at model.path if there is none")
-    attention: Attention = key("auto", "attention kernel, all exact; auto: the fastest on the largest bucket, measured")
-    compile: OnOff = key("auto", "torch.compile for the transformer's block; auto: on GPUs")
+    attention: Attention = key(
+        "auto", "attention kernel; all are exact; auto: measures which is fastest on the largest bucket"
+    )
+    compile: OnOff = key("auto", "torch.compile for the transformer blocks; auto: on GPUs")
     quantization: Quantization = key(
         "none", "format of the blocks' frozen weights; int8, fp8: with torchao; nf4 (4 bits): with bitsandbytes"
     )
@@ -76,19 +78,19 @@ class ModelConfig(Section):
 
 
 class SetConfig(Section):
-    """One of several data sets."""
+    """One of several datasets."""
 
-    path: Text = key(..., "data set: a folder of clips, or a list or table of clips")
-    repeats: float = key(1.0, "times that each clip is trained per epoch, may be a fraction", gt=0)
+    path: Text = key(..., "dataset: a folder of clips, or a list or table of clips")
+    repeats: float = key(1.0, "times that each clip is trained per epoch; may be a fraction", gt=0)
     weight: float | None = key(None, "share of the training relative to the other sets; replaces repeats", gt=0)
     columns: dict[Column, Text] = key({}, "names of the table's columns, by cogds column name")
 
 
 class DataConfig(Section):
-    path: str = key("", "data set: a folder of clips, or a list or table of clips; or set data.sets")
-    sets: tuple[SetConfig, ...] = key((), "several data sets, a list of mappings; replaces data.path")
+    path: str = key("", "dataset: a folder of clips, or a list or table of clips; or set data.sets")
+    sets: tuple[SetConfig, ...] = key((), "several datasets, a list of mappings; replaces data.path")
     columns: dict[Column, Text] = key({}, "names of the table's columns, by cogds column name")
-    repeats: float = key(1.0, "times that each clip is trained per epoch, may be a fraction", gt=0)
+    repeats: float = key(1.0, "times that each clip is trained per epoch; may be a fraction", gt=0)
     default_caption: Text | None = key(None, "caption of clips without one; null: such clips are unusable")
     max_unusable: float = key(0.1, "fraction of unusable clips above which training is refused", ge=0, le=1)
     manifest: Text | None = key(None, "Parquet table of the clips' properties; null: created in data.cache_dir")
@@ -105,21 +107,21 @@ class DataConfig(Section):
     windows: Literal["first", "random", "uniform", "all"] = key(
         "first", "parts used of a clip longer than its bucket: its start, a random one, evenly spaced ones, or all"
     )
-    num_windows: int = key(0, "windows per clip; uniform: 0 is one in the middle; all: an upper limit, 0 is none", ge=0)
+    num_windows: int = key(0, "windows per clip; uniform: 0 is one in the middle; all: maximum, 0 is no limit", ge=0)
     encode: Literal["cached", "on_the_fly"] = key("cached", "encoding once before training, or again in every step")
     vae_tiling: OnOff = key("auto", "VAE encoding in tiles: less memory, more time; auto: if a whole clip does not fit")
     decoder: Literal["pyav", "decord"] = key(
         "pyav", "video decoder; pyav rejects damaged files, decord misses most damage"
     )
-    decode_timeout_s: float = key(300.0, "time limit for reading a file, which is unusable beyond it [s]", gt=0)
-    decode_memory_gb: float = key(8.0, "memory limit for reading a file, which is unusable beyond it [GB]", gt=0)
+    decode_timeout_s: float = key(300.0, "time limit for reading a file; a slower file is unusable [s]", gt=0)
+    decode_memory_gb: float = key(8.0, "memory limit for reading a file; a file that needs more is unusable [GB]", gt=0)
     sync: Literal["bucket", "cost"] = key(
-        "bucket", "what clips trained at the same time share: the bucket, or the cost"
+        "bucket", "property shared by clips that are trained at the same time: bucket, or cost of a step"
     )
     cost_tolerance: Fraction = key(0.03, "relative difference in cost allowed between ranks with data.sync=cost")
     cache_dir: Text = key("outputs/cache", "folder of encoded clips and captions")
     shard_gb: float = key(1.0, "size of a cache file [GB]", gt=0)
-    num_workers: int = key(2, "data loader processes per rank; 0: load in the training process", ge=0)
+    num_workers: int = key(2, "data loader processes per rank; 0: the training process loads", ge=0)
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -202,7 +204,7 @@ class TrainConfig(Section):
     deterministic: bool = key(False, "only deterministic GPU kernels, which are slower; CPU runs always repeat bitwise")
     timeout_s: float = key(7200.0, "time limit for waiting on another rank, encoding included [s]", gt=0)
     step_timeout_s: float = key(
-        1800.0, "time limit for a step or save; beyond it the job dumps stacks and ends [s]", gt=0
+        1800.0, "time limit for a step or a save; after it, the run writes the stacks of all threads and ends [s]", gt=0
     )
     max_bad_steps: int = key(10, "consecutive steps with a non-finite loss or gradient that end the run", ge=1)
 
@@ -218,8 +220,10 @@ class EvalConfig(Section):
 
     every: int | None = key(500, f"evaluation interval, {_ALSO_AT_THE_ENDS}", ge=1)
     held_out: Fraction = key(0.0, "fraction of the files, chosen by a hash of their names, evaluated and never trained")
-    path: Text | None = key(None, "data set to evaluate (with data.columns); replaces eval.held_out")
-    num_clips: int = key(8, "clips to evaluate, spread over the buckets: up to this many held out, and trained", ge=1)
+    path: Text | None = key(None, "dataset to evaluate (with data.columns); replaces eval.held_out")
+    num_clips: int = key(
+        8, "maximum of held-out clips to evaluate, and of trained clips; spread over the buckets", ge=1
+    )
     num_timesteps: int = key(9, "timesteps to evaluate: the middles of equal parts of the schedule", ge=1)
 
 
@@ -251,11 +255,15 @@ class CheckpointConfig(Section):
 
 
 class MetricsConfig(Section):
-    every: int = key(1, "interval of TensorBoard, metrics.jsonl and progress [optimizer steps]", ge=1)
+    every: int = key(1, "interval of TensorBoard, metrics.jsonl and progress lines [optimizer steps]", ge=1)
     progress_bar: bool = key(True, "progress bar on a terminal")
     norms_every: int | None = key(10, "interval of LoRA weight and update norms; null: never [optimizer steps]", ge=1)
-    show_clips: int = key(16, "number of first trained clips in TensorBoard, as first frames with captions", ge=0)
-    show_batches: int = key(0, "first steps whose batches rank 0 decodes and shows in TensorBoard", ge=0)
+    show_clips: int = key(
+        16, "number of clips shown in TensorBoard (first frame and caption), from the start of the run", ge=0
+    )
+    show_batches: int = key(
+        0, "number of steps, from the start of the run, whose batches rank 0 decodes for TensorBoard", ge=0
+    )
 
 
 class NetworkConfig(Section):

@@ -8,8 +8,8 @@ from cogds.core.mixture import Mixture
 def share_seen(drawn: Sequence[int], mixture: Mixture) -> float:
     """Return the share of all clips that have been drawn at least once.
 
-    Exact for a single data set with 1 repeat per epoch, and in general at the end of a pass over each bucket. In
-    between, it assumes that all data sets have advanced equally far and that no clip was drawn twice in the pass.
+    Exact for a single dataset with 1 repeat per epoch, and in general at the end of a pass over each bucket. In
+    between, it assumes that all datasets have advanced equally far and that no clip was drawn twice in the pass.
 
     Args:
         drawn: number of positions drawn from each bucket's stream since step 0.

@@ -1,7 +1,7 @@
 """Choose held-out files and evaluation clips by hashes of file names.
 
-The choice for a file depends only on its path relative to the data set's folder. It does not change when other files
-are added or removed, or when the data set is moved. A larger share holds out the same files and more.
+The choice for a file depends only on its path relative to the dataset's folder. It does not change when other files
+are added or removed, or when the dataset is moved. A larger share holds out the same files and more.
 """
 
 import os
@@ -15,12 +15,12 @@ import numpy as np
 def portable_name(path: str, roots: Sequence[str]) -> str:
     """Return a file name that is the same on every machine.
 
-    This is the path relative to the innermost data set folder that contains the file. A file outside of all of them
+    This is the path relative to the innermost dataset folder that contains the file. A file outside of all of them
     keeps its parent folder.
 
     Args:
         path: absolute path of the file.
-        roots: absolute paths of the data set folders.
+        roots: absolute paths of the dataset folders.
     """
     parts = path.split(os.sep)
     starts = [root.rstrip(os.sep).split(os.sep) for root in roots]

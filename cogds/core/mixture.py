@@ -1,6 +1,6 @@
-"""Mixture of data sets: maps the plan's virtual clips to real ones, so that data sets can have different repeats.
+"""Mixture of datasets: maps the plan's virtual clips to real ones, so that datasets can have different repeats.
 
-The plan works with virtual clips. A data set with n clips in a bucket has m = max(1, round(n * repeats)) virtual clips
+The plan works with virtual clips. A dataset with n clips in a bucket has m = max(1, round(n * repeats)) virtual clips
 there, each trained once per epoch. Pass p over the bucket takes places p * m to (p + 1) * m - 1 of an endless sequence
 that cycles through the n clips in one shuffled order. So after P passes, each clip has been trained floor(P * m / n) or
 ceil(P * m / n) times, and a pass never repeats a clip if m <= n. The order is the same in every cycle, because a pass
@@ -19,11 +19,11 @@ from cogds.errors import UserError
 
 @dataclass(frozen=True)
 class Mixture:
-    """Data sets with different repeats per epoch. The plan is built with `virtual_sizes` as its sizes.
+    """Datasets with different repeats per epoch. The plan is built with `virtual_sizes` as its sizes.
 
     Attributes:
-        sizes: number of clips, [bucket][data set]. Clips are numbered within a bucket, one data set after the other.
-        repeats: mean number of times that each data set's clips are trained per epoch. m is rounded, so the actual
+        sizes: number of clips, [bucket][dataset]. Clips are numbered within a bucket, one dataset after the other.
+        repeats: mean number of times that each dataset's clips are trained per epoch. m is rounded, so the actual
             mean differs by up to 1 / (2 n).
         seed: of the plan.
 
@@ -39,7 +39,7 @@ class Mixture:
         object.__setattr__(self, "sizes", tuple(tuple(map(index, sets)) for sets in self.sizes))
         object.__setattr__(self, "repeats", tuple(map(float, self.repeats)))
         if any(len(sets) != len(self.repeats) for sets in self.sizes):
-            raise ValueError(f"sizes {self.sizes} must have {len(self.repeats)} values per bucket, one per data set")
+            raise ValueError(f"sizes {self.sizes} must have {len(self.repeats)} values per bucket, one per dataset")
         # This comparison also rejects NaN.
         if not all(0 < repeats < float("inf") for repeats in self.repeats):
             raise ValueError(f"repeats {self.repeats} must be finite and positive")
@@ -48,7 +48,7 @@ class Mixture:
 
     @cached_property
     def virtual_sets(self) -> tuple[tuple[int, ...], ...]:
-        """m: number of clips trained per epoch, [bucket][data set]."""
+        """m: number of clips trained per epoch, [bucket][dataset]."""
         return tuple(
             tuple(max(1, round(n * repeats)) if n else 0 for n, repeats in zip(sets, self.repeats))
             for sets in self.sizes
@@ -83,27 +83,27 @@ class Mixture:
         """
         yield self.clip(bucket, position)
         m = self.virtual_sizes[bucket]
-        # The rest of this pass, then as many passes as the data set with the fewest repeats needs.
+        # The rest of this pass, then as many passes as the dataset with the fewest repeats needs.
         num_passes = 1 + max(-(-n // v) for n, v in zip(self.sizes[bucket], self.virtual_sets[bucket]) if n)
         for offset in range(num_passes * m):
             yield self.clip(bucket, position + stride + offset)
 
 
 def repeats_from_weights(weights: Sequence[float], num_clips: Sequence[int]) -> tuple[float, ...]:
-    """Return the repeats that give each data set its weighted share, in an epoch as long as all clips once.
+    """Return the repeats that give each dataset its weighted share, in an epoch as long as all clips once.
 
     Args:
-        num_clips: of each data set, over all buckets.
+        num_clips: of each dataset, over all buckets.
 
     Raises:
-        UserError: a data set has no clips or an invalid weight.
+        UserError: a dataset has no clips or an invalid weight.
     """
     if len(weights) != len(num_clips):
-        raise ValueError(f"weights: {len(weights)} values for {len(num_clips)} data sets")
+        raise ValueError(f"weights: {len(weights)} values for {len(num_clips)} datasets")
     for number, (weight, n) in enumerate(zip(weights, num_clips)):
         if n <= 0:
             raise UserError(
-                f"data.sets[{number}]: weight {weight:g}, but no clip can be trained. Remove the data set, or fix its "
+                f"data.sets[{number}]: weight {weight:g}, but no clip can be trained. Remove the dataset, or fix its "
                 "clips."
             )
         if not 0 < weight < float("inf"):

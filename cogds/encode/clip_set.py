@@ -1,4 +1,4 @@
-"""The clips of a data set that are trained, and those that are only evaluated, before anything is encoded."""
+"""The clips of a dataset that are trained, and those that are only evaluated, before anything is encoded."""
 
 import itertools
 import json
@@ -37,7 +37,7 @@ MAX_CANDIDATES = 1 << 16
 
 @dataclass(frozen=True)
 class UnusableClips:
-    """The clips that are left out of a data set.
+    """The clips that are left out of a dataset.
 
     Attributes:
         num: their number.
@@ -76,10 +76,10 @@ class ClipSet:
     Attributes:
         table: the manifest.
         assignment: the bucket and the time range of each clip.
-        repeats: how often an epoch repeats each data set.
-        data_path: the data sets, for messages.
+        repeats: how often an epoch repeats each dataset.
+        data_path: the datasets, for messages.
         reasons: rows of the manifest that are usable but left out, with the reasons.
-        roots: folders of the data sets, to which file names are relative.
+        roots: folders of the datasets, to which file names are relative.
         held_out: the clips of the same manifest that are only evaluated; None if there are none.
     """
 
@@ -222,7 +222,7 @@ def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]
 
 
 def _repeats(cfg: RunConfig, clips: ClipSet) -> tuple[float, ...]:
-    """The repeats of each data set, given or computed from the weights."""
+    """The repeats of each dataset, given or computed from the weights."""
     sets = cfg.data.sets
     if not sets:
         return (cfg.data.repeats,)
@@ -233,7 +233,7 @@ def _repeats(cfg: RunConfig, clips: ClipSet) -> tuple[float, ...]:
 
 
 def _root(data_set: DataSet) -> str:
-    """The folder to which the paths in a data set are relative."""
+    """The folder to which the paths in a dataset are relative."""
     path = os.path.abspath(os.path.expanduser(data_set.path))
     return path if os.path.isdir(path) else os.path.dirname(path)
 
@@ -256,7 +256,7 @@ def evaluation_clips(
 
     Args:
         clips: the clips to train.
-        eval_manifest: manifest of the data set in eval.path.
+        eval_manifest: manifest of the dataset in eval.path.
 
     Returns:
         The clips to evaluate that are not trained, those that are trained, and warnings.
@@ -304,5 +304,5 @@ def _held_out_clips(cfg: RunConfig, clips: ClipSet, eval_manifest: Path | None) 
     return clips.held_out, [
         f"eval.held_out: {cfg.eval.held_out:g} holds out {num_held_out:,} of "
         f"{counted(num_held_out + num_trained, 'clip')}, which are not trained. A hash of their names chooses them, "
-        "which may be many in a small data set. Decrease it, or set eval.path."
+        "which may be many in a small dataset. Decrease it, or set eval.path."
     ]

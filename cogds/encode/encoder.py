@@ -1,4 +1,4 @@
-"""From a data set to encoded clips that can be trained: scan, assign to buckets, encode what the cache lacks, index.
+"""From a dataset to encoded clips that can be trained: scan, assign to buckets, encode what the cache lacks, index.
 
 What depends only on the clip and the model is computed once and kept: the moments of the VAE's posterior, the pixels
 of the first frame (their noise is drawn at every step, before the VAE), and the T5 states of the caption. The ranks
@@ -42,7 +42,7 @@ def encode_dataset(
     retry_failed: bool = False,
     on_selected: Callable[[ClipSet], None] | None = None,
 ) -> EncodedData:
-    """Scan a run's data sets and encode what the cache lacks. Collective; all ranks return the same.
+    """Scan a run's datasets and encode what the cache lacks. Collective; all ranks return the same.
 
     A file that cannot be used is among `unusable`, and never ends the run.
 
@@ -74,7 +74,7 @@ def _make_plan(
     max_unusable: float,
     on_selected: Callable[[ClipSet], None] | None,
 ) -> EncodingPlan:
-    """Choose the clips to train and to evaluate. manifests: of the run's data sets, and of eval.path."""
+    """Choose the clips to train and to evaluate. manifests: of the run's datasets, and of eval.path."""
     clips = load_clip_set(job.cfg, manifests[0], job.buckets)
     clips.check_not_empty()
     if on_selected:

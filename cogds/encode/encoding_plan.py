@@ -142,7 +142,7 @@ class EncodedData:
 
     Attributes:
         index: the clips to train, in the order of the plan.
-        mixture: how often each data set is trained.
+        mixture: how often each dataset is trained.
         unusable: the clips that are left out.
         empty_caption_states: [text_tokens, dim], T5 states of the empty caption.
         fingerprint: changes if the encoding of any clip to train does.
@@ -250,7 +250,7 @@ class EncodingPlan:
         for path, reason in held_out_reasons.items():
             logger.warning(f"{path} cannot be evaluated: {reason}")
         self._warn_of_overlap(train.kept)
-        more = {} if self._cfg.eval.path is not None else held_out_reasons  # eval.path is another data set
+        more = {} if self._cfg.eval.path is not None else held_out_reasons  # eval.path is another dataset
         return EncodedData(
             index=train.index,
             mixture=Mixture(train.index.sizes, train.clips.repeats, self._cfg.seed),
@@ -285,7 +285,7 @@ class EncodingPlan:
             logger.warning(
                 f"{len(overlap)} of the {len(paths)} clips that should only be evaluated are also trained, as copies "
                 f"or ranges of the same files (the first: {paths[int(overlap[0])].as_py()}). eval/loss shows less "
-                "overfitting than there is. Remove them from one of the two data sets."
+                "overfitting than there is. Remove them from one of the two datasets."
             )
 
 

@@ -1,4 +1,4 @@
-"""The scan of a run's data sets, shared by all ranks."""
+"""The scan of a run's datasets, shared by all ranks."""
 
 from functools import partial
 from pathlib import Path
@@ -12,7 +12,7 @@ from cogds.errors import UserError
 
 
 def data_sets(cfg: RunConfig) -> list[DataSet]:
-    """The run's data sets, in the order of their numbers."""
+    """The run's datasets, in the order of their numbers."""
     sets = cfg.data.sets or (cfg.data,)
     return [
         DataSet(data_set.path, {str(name): column for name, column in data_set.columns.items()}) for data_set in sets
@@ -34,14 +34,14 @@ def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
 
 
 def evaluation_config(cfg: RunConfig) -> RunConfig:
-    """The config of a run that would train the data set in eval.path."""
+    """The config of a run that would train the dataset in eval.path."""
     data = cfg.data.model_copy(update={"path": cfg.eval.path, "sets": (), "repeats": 1.0, "manifest": None})
     evaluation = cfg.eval.model_copy(update={"path": None, "held_out": 0.0})
     return cfg.model_copy(update={"data": data, "eval": evaluation})
 
 
 def scan_evaluation_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path | None:
-    """`scan_data` for the data set in eval.path; None if there is none. Collective."""
+    """`scan_data` for the dataset in eval.path; None if there is none. Collective."""
     if cfg.eval.path is None:
         return None
     try:

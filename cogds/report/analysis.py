@@ -337,7 +337,7 @@ def _step_s(shape: ClipShape, batch_size: int, setup: TrainingSetup) -> tuple[fl
 
 
 def _count(clips: ClipTable, buckets: Sequence[ClipShape]) -> tuple[dict[str, np.ndarray], ClipSizes]:
-    """Sum over clips by bucket (`sets`: by data set), and count the sizes of all usable clips."""
+    """Sum over clips by bucket (`sets`: by dataset), and count the sizes of all usable clips."""
     num, longest = len(buckets), max(shape.frames for shape in buckets)
     shapes = np.array([(shape.frames, shape.height, shape.width) for shape in buckets])
     names = ("clips", "samples", "crop", "upscaled", "unused")

@@ -129,7 +129,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         console.print(Text(f"Step times from {report.rate_source}; ~ follows from its mean rate.", style="dim"))
     if len(report.set_clips) > 1:
         clips = ", ".join(f"set {index}: {num:,}" for index, num in enumerate(report.set_clips))
-        console.print(Text(f"Clips by data set: {clips}"))
+        console.print(Text(f"Clips by dataset: {clips}"))
     if largest := report.largest:
         console.print(Text(f"\nGPU memory of {largest.shape}, the bucket that needs the most", style="bold"))
         terms = _table("part", "size", console=console)

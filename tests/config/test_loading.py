@@ -142,7 +142,7 @@ def test_the_nearest_name_is_suggested(setting, near):
 
 @pytest.mark.parametrize("text", ["train.num_steps", "=3"])
 def test_an_override_without_key_or_value_is_quoted(text):
-    assert refused(text).startswith(f"'{text}' on the command line")
+    assert refused(text).startswith(f"command line: '{text}'")
 
 
 @pytest.mark.parametrize(
@@ -190,6 +190,8 @@ def test_every_error_is_reported_at_once(tmp_path):
     assert [line.partition(":")[0] for line in message.splitlines()] == ["lora.rank", "train.num_steps"]
     assert "on the command line" in message.splitlines()[0]
     assert str(tmp_path / "run.yaml") in message.splitlines()[1]
+    unknown = refused("lora.rnk=4", "train.rehearse=on", "lora.rank=0")
+    assert [line.partition(":")[0] for line in unknown.splitlines()] == ["lora.rnk", "train.rehearse"]
 
 
 def test_a_missing_file_and_a_missing_key_are_named(tmp_path):
@@ -208,7 +210,7 @@ def test_a_path_that_is_not_utf8_is_refused():
     assert refused("output_dir=a\udcff").startswith("output_dir: ")
 
 
-# Several data sets.
+# Several datasets.
 
 
 def load_sets(*overrides: str) -> RunConfig:

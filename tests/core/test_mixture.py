@@ -1,4 +1,4 @@
-"""Mixtures of data sets: how often each clip is trained."""
+"""Mixtures of datasets: how often each clip is trained."""
 
 from collections import Counter
 from fractions import Fraction

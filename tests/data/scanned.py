@@ -9,7 +9,7 @@ from cogds.data.manifest.table import DataSet, read_manifest
 
 
 def scan_sets(sets: Sequence[DataSet], file: Path, num_workers: int = 0, **options: object) -> list[dict]:
-    """Scan the data sets in one process and return the manifest's rows. options: of `start_scan`."""
+    """Scan the datasets in one process and return the manifest's rows. options: of `start_scan`."""
     scan = start_scan(sets, file, **options)  # type: ignore[arg-type]
     scan_share(scan, (0, 1), num_workers)
     finish_scan(scan)

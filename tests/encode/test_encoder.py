@@ -1,4 +1,4 @@
-"""From a data set to encoded clips: what is cached, what misses the cache, what is left out, what is evaluated."""
+"""From a dataset to encoded clips: what is cached, what misses the cache, what is left out, what is evaluated."""
 
 import json
 import re
@@ -35,7 +35,7 @@ NAMES = [*(f"clip_{number}.mp4" for number in range(6)), "image_0.png"]
 
 @pytest.fixture(scope="module")
 def drawn(tmp_path_factory):
-    """The demo's data set. Tests that change it copy it."""
+    """The demo's dataset. Tests that change it copy it."""
     folder = tmp_path_factory.mktemp("drawn") / "clips"
     draw_clips(folder)
     return folder
@@ -70,7 +70,7 @@ def cache(warm_cache, tmp_path):
 
 @pytest.fixture
 def encode(job_of, cache):
-    """`encode(folder, *overrides)`: encode a data set with `cache`."""
+    """`encode(folder, *overrides)`: encode a dataset with `cache`."""
 
     def run(folder, *overrides, max_unusable=1.0):
         return encode_dataset(job_of(folder, cache, *overrides), max_unusable=max_unusable)
@@ -80,13 +80,13 @@ def encode(job_of, cache):
 
 @pytest.fixture
 def folder(drawn, tmp_path):
-    """A copy of the demo's data set."""
+    """A copy of the demo's dataset."""
     return shutil.copytree(drawn, tmp_path / "clips")
 
 
 @pytest.fixture(scope="module")
 def image(drawn, tmp_path_factory):
-    """A data set of one image."""
+    """A dataset of one image."""
     folder = tmp_path_factory.mktemp("image")
     for suffix in (".png", ".txt"):
         shutil.copy(drawn / f"image_0{suffix}", folder)

@@ -1,8 +1,8 @@
 """Index of the trained clips in a memory-mapped file, so that even 100 million clips take no memory on a rank.
 
-The file is uncompressed Arrow, with rows in the order of the plan: the clips of bucket 0 (of data set 0, then of data
-set 1, ...), then those of bucket 1, and so on. Rank 0 writes it. Every loader process of every rank maps it and reads
-only the rows it needs. The file name is a hash of the content, so the content never changes while it is being read.
+The file is uncompressed Arrow, with rows in the order of the plan: the clips of bucket 0 (of dataset 0, then of
+dataset 1, ...), then those of bucket 1, and so on. Rank 0 writes it. Every loader process of every rank maps it and
+reads only the rows it needs. The file name is a hash of the content, so the content never changes while it is read.
 """
 
 import hashlib
@@ -70,7 +70,7 @@ class IndexedClip:
 class ClipIndex:
     """Rows of an index file by number. It is pickled as a path, so every process opens its own mapping.
 
-    buckets: shapes; sizes: number of clips, [bucket][data set]. Raises UserError if the file cannot be read.
+    buckets: shapes; sizes: number of clips, [bucket][dataset]. Raises UserError if the file cannot be read.
     """
 
     def __init__(self, path: Path | str):
@@ -173,7 +173,7 @@ def write_index(
 
     Args:
         tables: rows with SCHEMA, in the order of the plan.
-        sizes: number of rows, [bucket][data set].
+        sizes: number of rows, [bucket][dataset].
         places: shard names that the columns clip_place and caption_place number, for `clips` and `captions`.
 
     Raises:

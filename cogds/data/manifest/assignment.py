@@ -26,12 +26,12 @@ class WindowRule:
 
 @dataclass(frozen=True)
 class BucketAssignment:
-    """The windows that are trained: by bucket, then data set, then row of the manifest.
+    """The windows that are trained: by bucket, then dataset, then row of the manifest.
 
     Attributes:
         rows: int64 [N], the row of each window in the manifest.
         starts_s: float64 [N], start of each window in seconds after the file's first frame.
-        sizes: number of windows of [bucket][data set].
+        sizes: number of windows of [bucket][dataset].
         row_buckets: int16 [num_rows], the bucket of each row, -1 if it has none.
         row_frames: int64 [num_rows], number of frames in each row's range at the target frame rate.
     """

@@ -1,4 +1,4 @@
-"""Readers of all data set layouts, which yield one entry per clip.
+"""Readers of all dataset layouts, which yield one entry per clip.
 
 `iter_entries` reads lists and folders, but no clips: `scan` opens those. An error in a list, such as invalid JSON or a
 missing column, raises UserError. An error in a clip is recorded in the manifest.
@@ -47,7 +47,7 @@ _NUM_CAPTION_THREADS = 16  # a network file system is slow, but serves many smal
 
 
 class Entry(NamedTuple):
-    """A clip of a data set.
+    """A clip of a dataset.
 
     Attributes:
         path: absolute path.
@@ -71,7 +71,7 @@ class Entry(NamedTuple):
 def iter_entries(
     data_path: str | Path, columns: Mapping[str, str] | None = None, need_captions: bool = True
 ) -> Iterator[Entry]:
-    """Yield the entries of a data set, in the order of its list, or sorted by path for a folder of clips.
+    """Yield the entries of a dataset, in the order of its list, or sorted by path for a folder of clips.
 
     Only a few entries are in memory at a time.
 
@@ -105,7 +105,7 @@ def _lists_in(folder: Path) -> list[Path]:
     stems = {os.path.splitext(name)[0] for name in names if _is_clip(name)}
     files = [folder / name for name in names if os.path.splitext(name)[0] not in stems]
     named = [folder / name for name in _LIST_NAMES if folder / name in files and (folder / name).is_file()]
-    # A .json that does not hold a list describes something else, such as the data set.
+    # A .json that does not hold a list describes something else, such as the dataset.
     jsons = [file for file in files if file.suffix == ".json" and file.is_file() and _first_character(file) != "{"]
     tables = [file for file in files if file.suffix == ".parquet" and file.is_file() and not _is_manifest(file)]
     return named + jsons + tables

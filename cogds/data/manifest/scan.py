@@ -1,8 +1,8 @@
-"""The scan of the data sets, which makes the manifest.
+"""The scan of the datasets, which makes the manifest.
 
 It has three steps. All ranks share the second one:
 
-    scan = start_scan(sets, manifest)                   # rank 0: list the clips of the data sets
+    scan = start_scan(sets, manifest)                   # rank 0: list the clips of the datasets
     scan_share(scan, (rank, num_ranks), num_workers)    # every rank: probe and digest the files that are new or changed
     finish_scan(scan)                                   # rank 0: write the manifest
 
@@ -56,14 +56,14 @@ _NUM_THREADS = 16  # on a network file system, `stat` is mostly waiting
 def start_scan(
     sets: Sequence[DataSet], manifest: Path, default_caption: str | None = None, retry_failed: bool = False
 ) -> Scan:
-    """First step, on rank 0: list the clips of the data sets.
+    """First step, on rank 0: list the clips of the datasets.
 
     Args:
         default_caption: caption of clips that have none.
         retry_failed: open files again that could not be used, even if they have not changed.
 
     Raises:
-        UserError: a data set cannot be read (`layouts.iter_entries`), or `manifest` is another file.
+        UserError: a dataset cannot be read (`layouts.iter_entries`), or `manifest` is another file.
     """
     scan = new_scan(manifest, default_caption)
     try:
@@ -80,7 +80,7 @@ def start_scan(
 
 
 def _list_entries(sets: Sequence[DataSet], need_captions: bool) -> Iterator[pa.RecordBatch]:
-    """The entries (ENTRY_SCHEMA) of all data sets."""
+    """The entries (ENTRY_SCHEMA) of all datasets."""
     for number, data_set in enumerate(sets):
         entries = iter_entries(data_set.path, data_set.columns, need_captions)
         while chunk := list(itertools.islice(entries, ENTRIES_PER_BATCH)):

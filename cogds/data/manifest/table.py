@@ -1,4 +1,4 @@
-"""The manifest: a Parquet table with a row for every clip of every data set, and what the clip's file holds.
+"""The manifest: a Parquet table with a row for every clip of every dataset, and what the clip's file holds.
 
 This module owns the table's columns, where it is, and how it is read and replaced. `scan` makes it, `rows` computes its
 rows, and `assignment` assigns the rows to buckets.
@@ -60,7 +60,7 @@ class DataSet:
 
 
 def manifest_file(sets: Sequence[DataSet], cache_dir: str | Path, manifest: str | None = None) -> Path:
-    """Path of the manifest: `manifest` if given, else a name in `cache_dir` that follows from the data sets."""
+    """Path of the manifest: `manifest` if given, else a name in `cache_dir` that follows from the datasets."""
     if manifest is not None:
         return Path(os.path.abspath(os.path.expanduser(manifest)))
     paths = [os.path.abspath(os.path.expanduser(data_set.path)) for data_set in sets]

@@ -318,7 +318,7 @@ def test_windows_of_a_file_have_their_own_encodings(encode, folder):
 
 def make_plan(job):
     clips = load_clip_set(job.cfg, scan_data(job.cfg, job.world), job.buckets)
-    return EncodingPlan(job.cfg, job.model, clips, held_out=None, trained=None)
+    return EncodingPlan(job, clips, held_out=None, trained=None)
 
 
 def test_each_clip_is_encoded_by_one_rank(job_of, drawn, tmp_path):

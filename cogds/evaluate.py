@@ -12,6 +12,7 @@ from cogds.config.schema import RunConfig
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.world import read_world
 from cogds.encode.encoder import encode_dataset
+from cogds.encode.tiling import choose_tiling
 from cogds.errors import UserError, refuse_to_run
 from cogds.job import load_job
 from cogds.model.load import DTYPES, ModelFolder, load_transformer
@@ -33,16 +34,13 @@ def main(args: argparse.Namespace) -> None:
 
     Several ranks share the work. Each holds the whole model, because ZeRO is not used.
     """
-    changes = {
-        "data.encode": "on_the_fly",  # encodes the evaluated clips and no others
-        "eval.every": 1,
-    }
+    changes: dict[str, Any] = {"eval.every": 1}
     if args.all:
         changes["eval.num_clips"] = ALL_CLIPS
     loras = read_loras([args.lora] if args.lora else [], args.lora_alpha, "--lora-alpha")
     if loras and (convention := loras[0].metadata.get("image_latents")):
         changes["conditioning.image_latents"] = convention  # as the LoRA was trained
-    job = load_job(args, read_world(), changes=changes)
+    job = load_job(args, read_world(), changes=changes, evaluated_only=True)
     cfg, model, world = job.cfg, job.model, job.world
     check_all_fit(loras, model)
     for lora in loras:
@@ -50,6 +48,7 @@ def main(args: argparse.Namespace) -> None:
     check_quantization(cfg.model.quantization, cfg.model.fp8_matmul, cfg.train.precision, 0, world.device)
     if world.size > 1:
         connect(world, cfg.train.timeout_s, cfg.network)
+    job = choose_tiling(job)
     data = encode_dataset(job)
     transformer = load_eval_transformer(cfg, model, world.device, loras)
     builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device)

@@ -21,10 +21,18 @@ from cogds.config.schema import RunConfig
 from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.flops import forward_flops
 from cogds.core.geometry import ClipShape, num_tokens
-from cogds.core.memory import LoraSize, MemoryModel, TransformerSize, ZeroSettings
+from cogds.core.memory import (
+    CUDA_CONTEXT_BYTES,
+    USABLE_SHARE,
+    LoraSize,
+    MemoryModel,
+    OnTheFlyEncoding,
+    TransformerSize,
+    ZeroSettings,
+)
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Plan
-from cogds.core.vae_memory import vae_can_encode
+from cogds.core.vae_memory import needs_tiles, vae_can_encode
 from cogds.data.cache.keys import cache_key, digest_files
 from cogds.demo import create_demo_files, protect_given_paths
 from cogds.distributed.world import World
@@ -33,13 +41,17 @@ from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence
 
+# Batches encoded on the fly that wait to be trained. One is enough if encoding keeps up; the second covers a slow clip.
+BATCHES_AHEAD = 2
+
 
 @dataclass(frozen=True)
 class Job:
     """A run before its data is known.
 
     targets: full names of the layers that get a LoRA. num_ranks: ranks of the run. They differ from `world`, the ranks
-    around this process, if this process only reports on the run.
+    around this process, if this process only reports on the run. evaluated_only: encode no clips except those that are
+    evaluated. tiled: the buckets that the VAE encodes in tiles (`encode.tiling` chooses them by the GPUs).
     """
 
     cfg: RunConfig
@@ -49,11 +61,18 @@ class Job:
     targets: tuple[str, ...]
     world: World
     num_ranks: int
+    evaluated_only: bool = False
+    tiled: frozenset[ClipShape] = frozenset()
 
     @property
     def dtype(self) -> torch.dtype:
         """Dtype of the transformer and the VAE."""
         return DTYPES[self.cfg.train.precision]
+
+    @property
+    def caches_trained_clips(self) -> bool:
+        """Whether the clips to train are encoded into the cache."""
+        return self.cfg.data.encode == "cached" and not self.evaluated_only
 
     @cached_property
     def batch_sizes(self) -> tuple[int, ...]:
@@ -82,6 +101,10 @@ class Job:
             quantization=cfg.model.quantization,
             fp8_matmul=cfg.model.fp8_matmul,
             sequence_size=cfg.parallel.sequence_size,
+            # One more batch is being encoded.
+            on_the_fly=OnTheFlyEncoding(self.model.num_text_parameters, self.tiled, BATCHES_AHEAD + 1)
+            if cfg.data.encode == "on_the_fly"
+            else None,
         )
 
     def plan(self, mixture: Mixture) -> Plan:
@@ -107,12 +130,17 @@ class Job:
 
 
 def load_job(
-    args: argparse.Namespace, world: World, num_ranks: int | None = None, changes: Mapping[str, Any] | None = None
+    args: argparse.Namespace,
+    world: World,
+    num_ranks: int | None = None,
+    changes: Mapping[str, Any] | None = None,
+    evaluated_only: bool = False,
 ) -> Job:
     """Resolve a command line. Creates the demo's model and clips if the config asks for them.
 
     args: from `arguments.parse_args`. num_ranks: ranks of the run, by default those of `world`. changes: values of
-    config keys that the verb sets. Raises UserError if anything is wrong with the configs or the model.
+    config keys that the verb sets. evaluated_only: see `Job`. Raises UserError if anything is wrong with the configs or
+    the model.
     """
     cfg, explicit = load_config(args.config, args.overrides)
     if args.is_demo:
@@ -127,7 +155,8 @@ def load_job(
     buckets = make_buckets(cfg, model)
     targets = tuple(resolve_targets(empty_transformer(model), cfg.lora.target_modules))
     ds_config, cfg = resolve(ds_config, cfg, explicit, num_ranks, model.hidden_size, args.deepspeed)
-    return Job(cfg, ds_config, model, buckets, targets, world, num_ranks)
+    tiled = tiled_buckets(cfg, model, buckets)
+    return Job(cfg, ds_config, model, buckets, targets, world, num_ranks, evaluated_only, tiled)
 
 
 def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
@@ -146,6 +175,24 @@ def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
                 "without tiles, as the pipeline does. Choose a smaller bucket."
             )
     return buckets
+
+
+def tiled_buckets(
+    cfg: RunConfig, model: ModelFolder, buckets: Sequence[ClipShape], gpu_bytes: float | None = None
+) -> frozenset[ClipShape]:
+    """Return the buckets whose clips the VAE encodes in tiles: the config's choice, or those that do not fit whole.
+
+    gpu_bytes: memory of the smallest GPU, on which the VAE is alone. Without it, the limit is `UNTILED_BYTES`: on CPUs,
+    and if clips are encoded on the fly, when training needs the GPU.
+    """
+    if cfg.data.vae_tiling != "auto":
+        return frozenset(buckets if cfg.data.vae_tiling == "on" else ())
+    vae = model.vae_size
+    if gpu_bytes is None or cfg.data.encode == "on_the_fly":
+        return frozenset(shape for shape in buckets if needs_tiles(shape, vae))
+    element_bytes = DTYPES[cfg.train.precision].itemsize
+    free_bytes = USABLE_SHARE * gpu_bytes - CUDA_CONTEXT_BYTES - vae.num_parameters * element_bytes
+    return frozenset(shape for shape in buckets if needs_tiles(shape, vae, element_bytes, free_bytes))
 
 
 def choose_checkpointing(job: Job, batch_sizes: Sequence[int], gpu_bytes: float | None) -> tuple[str, ...]:

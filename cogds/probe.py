@@ -28,6 +28,7 @@ from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
+from cogds.encode.tiling import choose_tiling
 from cogds.errors import UserError, refuse_to_run
 from cogds.evaluate import load_eval_transformer
 from cogds.formatting import counted
@@ -118,12 +119,8 @@ def main(args: argparse.Namespace) -> None:
     """Print a table and one line of JSON."""
     if args.clips < MIN_CLIPS:
         raise UserError(f"--clips: {args.clips} is too few for a standard error. Pass {MIN_CLIPS} or more.")
-    changes = {
-        "data.encode": "on_the_fly",  # encodes the evaluated clips and no others
-        "eval.every": 1,
-        "eval.num_clips": args.clips,
-    }
-    job = load_job(args, World(0, 1, 0, 1), changes=changes)
+    changes = {"eval.every": 1, "eval.num_clips": args.clips}
+    job = choose_tiling(load_job(args, World(0, 1, 0, 1), changes=changes, evaluated_only=True))
     cfg, model, world = job.cfg, job.model, job.world
     data = encode_dataset(job)
     clips = [index[row] for index in (data.trained, data.held_out) if index is not None for row in range(len(index))]

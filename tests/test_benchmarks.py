@@ -26,6 +26,7 @@ LINES = [
     "step --sizes tiny --rounds 1 --checkpointing full,none --kernels auto,math --deepspeed zero2,zero3 --profile",
     "peers --sizes tiny --rounds 1 --checkpointing none --kernel auto",
     "memory",
+    "vae --size tiny --precision fp32 --rounds 1",
     "quantized_loss --size tiny --quantizations int8 --fp8-matmul off",
     "agree --size tiny",
     "loop --sizes tiny --bucket 5x64x64 --steps 3",
@@ -49,6 +50,15 @@ def result(outputs, name):
     assert values["benchmark"] == name
     assert {"device", "torch", "commit", "load_average"} <= set(values["machine"])
     return values, "\n".join(table)
+
+
+@pytest.mark.slow
+def test_vae(outputs):
+    values, _ = result(outputs, "vae")
+    assert [(row["tiled"], row["layout"]) for row in values["rows"]] == [
+        (tiled, layout) for tiled in (True, False, False) for layout in ("default", "channels_last_3d")
+    ]
+    assert all(row["median_s"] > 0 and row["distance"] < 1e-5 for row in values["rows"])
 
 
 @pytest.mark.slow

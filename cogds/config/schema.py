@@ -109,7 +109,7 @@ class DataConfig(Section):
     )
     num_windows: int = key(0, "windows per clip; uniform: 0 is one in the middle; all: maximum, 0 is no limit", ge=0)
     encode: Literal["cached", "on_the_fly"] = key("cached", "encoding once before training, or again in every step")
-    vae_tiling: OnOff = key("auto", "VAE encoding in tiles: less memory, more time; auto: if a whole clip does not fit")
+    vae_tiling: OnOff = key("auto", "VAE encoding in tiles: less memory, more time; auto: if the smallest GPU needs it")
     decoder: Literal["pyav", "decord"] = key(
         "pyav", "video decoder; pyav rejects damaged files, decord misses most damage"
     )

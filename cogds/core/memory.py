@@ -15,7 +15,15 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
-from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens, padded_latent_frames, token_grid
+from cogds.core.geometry import (
+    ClipShape,
+    ModelGeometry,
+    cached_caption_bytes,
+    cached_clip_bytes,
+    num_tokens,
+    padded_latent_frames,
+    token_grid,
+)
 from cogds.core.vae_memory import VaeSize, vae_encode_bytes
 
 # Activation checkpointing modes, from the fastest to the one that needs the least memory.
@@ -147,11 +155,25 @@ class ZeroSettings:
 
 
 @dataclass(frozen=True)
+class OnTheFlyEncoding:
+    """What a rank that encodes on the fly keeps on its GPU while it trains.
+
+    num_text_parameters: of T5. tiled: the buckets that the VAE encodes in tiles. num_batches: encoded batches that
+    exist in addition to the one that is trained.
+    """
+
+    num_text_parameters: int
+    tiled: frozenset[ClipShape]
+    num_batches: int
+
+
+@dataclass(frozen=True)
 class MemoryEstimate:
     """Bytes on one GPU while one bucket is trained. A term is 0 if its tensors are on the host or on other ranks.
 
     `first_frame_encode_bytes` and `optimizer_step_bytes` are needed before and after the backward pass, when there are
-    no activations. All other terms coexist in the backward pass.
+    no activations. All other terms coexist in the backward pass. `text_encoder_weights_bytes`,
+    `second_vae_weights_bytes` and `clip_encode_bytes` are 0 unless clips are encoded on the fly.
     """
 
     base_weights_bytes: int
@@ -162,6 +184,9 @@ class MemoryEstimate:
     optimizer_state_bytes: int
     reduce_buffers_bytes: int
     vae_weights_bytes: int
+    text_encoder_weights_bytes: int
+    second_vae_weights_bytes: int
+    clip_encode_bytes: int
     rotary_tables_bytes: int
     inputs_and_loss_bytes: int
     cuda_context_bytes: int
@@ -174,6 +199,11 @@ class MemoryEstimate:
     def activations_bytes(self) -> int:
         """All activations at the peak of the backward pass."""
         return self.kept_activations_bytes + self.block_activations_bytes
+
+    @property
+    def on_the_fly_bytes(self) -> int:
+        """Everything that encoding on the fly adds."""
+        return self.text_encoder_weights_bytes + self.second_vae_weights_bytes + self.clip_encode_bytes
 
     @property
     def total_bytes(self) -> int:
@@ -201,6 +231,7 @@ class MemoryModel:
         buckets: all buckets of the run, since the rotary tables of all of them stay on the GPU.
         quantization: of the base weights, "none" or a key of `QUANTIZED_FORMATS`.
         sequence_size: ranks that share a clip.
+        on_the_fly: None if clips are encoded before training.
     """
 
     geometry: ModelGeometry
@@ -214,6 +245,7 @@ class MemoryModel:
     quantization: str = "none"
     fp8_matmul: bool = False
     sequence_size: int = 1
+    on_the_fly: OnTheFlyEncoding | None = None
 
     @property
     def element_bytes(self) -> int:
@@ -236,6 +268,7 @@ class MemoryModel:
             optimizer state    fp32 master weights and two Adam moments, 12 L (8 L at stage 0, which has no master
                                weights); / N from stage 1; 0 with offload_optimizer
             optimizer step     fp32 copy of the gradients, 4 L / N from stage 1; 0 with offload_optimizer
+            on the fly         the weights of T5 and of a second VAE, and `_clip_encode_bytes`
             reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication
             kept activations   per block, by mode. none: the input and the tensors that autograd saves
                                (`saved_units`); selective: the input, attention's output and its statistic;
@@ -259,6 +292,7 @@ class MemoryModel:
         block_units += _fp8_matmul_units(checkpointing) if self.fp8_matmul else 0.0
         unit = self._unit_bytes(shape, batch_size)
         gradients_offloaded = zero.offload_optimizer and zero.stage >= 2
+        vae_weights, on_the_fly = self.vae.num_parameters * element_bytes, self.on_the_fly
         return MemoryEstimate(
             base_weights_bytes=shard(base_weights_bytes(self.transformer, self.quantization, element_bytes), 3)
             * on_gpu,
@@ -269,7 +303,10 @@ class MemoryModel:
             lora_gradients_bytes=0 if gradients_offloaded else shard(num_lora, 2) * element_bytes,
             optimizer_state_bytes=0 if zero.offload_optimizer else shard(num_lora, 1) * (12 if zero.stage else 8),
             reduce_buffers_bytes=num_buffers * zero.reduce_bucket_size * element_bytes if zero.stage else 0,
-            vae_weights_bytes=self.vae.num_parameters * element_bytes,
+            vae_weights_bytes=vae_weights,
+            text_encoder_weights_bytes=on_the_fly.num_text_parameters * element_bytes if on_the_fly else 0,
+            second_vae_weights_bytes=vae_weights if on_the_fly else 0,
+            clip_encode_bytes=self._clip_encode_bytes(shape, batch_size, on_the_fly) if on_the_fly else 0,
             rotary_tables_bytes=sum(rotary_tables_bytes(bucket, self.geometry) for bucket in self.buckets),
             inputs_and_loss_bytes=batch_size * self._inputs_and_loss_bytes(shape),
             cuda_context_bytes=CUDA_CONTEXT_BYTES,
@@ -374,6 +411,19 @@ class MemoryModel:
         latents = geometry.latent_channels * padded_latent_frames(shape.frames, geometry) * height * width
         text = geometry.text_tokens * self.transformer.text_dim
         return latents * (6 * 4 + (2 + 2 + 1) * self.element_bytes) + text * self.element_bytes
+
+    def _clip_encode_bytes(self, shape: ClipShape, batch_size: int, on_the_fly: OnTheFlyEncoding) -> int:
+        """Bytes for encoding later clips while this one is trained, and for the encoded batches.
+
+        The next clips may be of any bucket. T5 runs before and after the VAE, and needs less.
+        """
+        encode_bytes = max(
+            vae_encode_bytes(bucket, bucket in on_the_fly.tiled, self.vae, self.element_bytes)
+            for bucket in {shape, *self.buckets}
+        )
+        sample_bytes = cached_clip_bytes(shape, self.geometry, self.element_bytes)
+        sample_bytes += cached_caption_bytes(self.geometry, self.transformer.text_dim, self.element_bytes)
+        return encode_bytes + on_the_fly.num_batches * batch_size * sample_bytes
 
     @property
     def _lora_persists(self) -> bool:

@@ -79,6 +79,11 @@ def _changes(model: MemoryModel, batch_size: int) -> list[tuple[str, dict[str, A
     zero, changes = model.zero, list[tuple[str, dict[str, Any]]]()
     if batch_size > 1:
         changes.append(("train.batch_size=1 train.tokens_per_batch=null", {"batch_size": 1}))
+    if model.on_the_fly is not None:
+        changes.append(("data.encode=cached", {"on_the_fly": None}))
+        if set(model.buckets) - model.on_the_fly.tiled:
+            tiled = replace(model.on_the_fly, tiled=frozenset(model.buckets))
+            changes.append(("data.vae_tiling=on", {"on_the_fly": tiled}))
     defaults = ZeroSettings(reduce_bucket_size=zero.reduce_bucket_size)
     if zero.stage < 2 or (zero.stage == 2 and not zero.offload_optimizer):
         settings = replace(defaults, stage=2, offload_optimizer=True)

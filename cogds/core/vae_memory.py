@@ -14,6 +14,9 @@ from cogds.core.geometry import ClipShape
 FRAME_BATCH = 8
 # Its convolutions split inputs larger than 2 GiB, and assume two bytes per element at any precision.
 SPLIT_BYTES = 2 * 1024**3
+# Memory for an encoding if the GPU does not decide: what a 24 GB GPU has beside the CUDA context, the VAE's weights and
+# what its allocator cannot use.
+UNTILED_BYTES = 20e9
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,12 @@ def vae_can_encode(shape: ClipShape, tiling: bool, vae: VaeSize = COGVIDEOX_VAE)
     """
     area = _tile_area(shape, tiling, vae)
     return all(_piece_length(frames, vae.channels[0], area) >= 3 for frames in _frame_batches(shape.frames))
+
+
+def needs_tiles(shape: ClipShape, vae: VaeSize, element_bytes: int = 2, free_bytes: float = UNTILED_BYTES) -> bool:
+    """Whether the VAE can encode clips of this shape only in tiles. free_bytes: memory beside the VAE's weights."""
+    is_too_large = vae_encode_bytes(shape, False, vae, element_bytes) > free_bytes
+    return is_too_large or not vae_can_encode(shape, tiling=False, vae=vae)
 
 
 def _tile_area(shape: ClipShape, tiling: bool, vae: VaeSize) -> int:

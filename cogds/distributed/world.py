@@ -55,6 +55,13 @@ class World:
         return torch.device("cpu")
 
 
+def gpu_memory(device: "torch.device") -> float | None:
+    """Return the memory of a GPU [bytes], or None for a CPU."""
+    import torch
+
+    return float(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
+
+
 def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher started this process as one of its ranks: `deepspeed`, `torchrun` or `srun`."""
     return {"RANK", "WORLD_SIZE"} <= environ.keys() or {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environ.keys()

@@ -2,13 +2,13 @@
 
 import hashlib
 import struct
+from collections.abc import Collection
 from pathlib import Path
 
 import pyarrow as pa
 
 from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
-from cogds.core.vae_memory import vae_can_encode, vae_encode_bytes
 from cogds.data.cache.keys import cache_key, digest_files
 from cogds.data.cache.store import key_array_of_bytes
 from cogds.encode.clip_set import ClipSet
@@ -16,28 +16,16 @@ from cogds.model.cudnn import cudnn_version
 from cogds.model.load import ModelFolder
 
 CLIPS_AT_ONCE = 1 << 17  # bounds the memory for Python objects
-# With data.vae_tiling=auto, buckets whose encoding would take more memory are encoded in overlapping tiles. A 24 GB
-# card has this much beside the CUDA context, the VAE's weights and what its allocator cannot use.
-UNTILED_BYTES = 20e9
-
-
-def is_tiled(cfg: RunConfig, model: ModelFolder, shape: ClipShape) -> bool:
-    """Whether clips of this shape are encoded in tiles.
-
-    It follows from the config, the model and the shape, never from the machine: tiles change the encoding a little, so
-    they are part of the cache key.
-    """
-    if cfg.data.vae_tiling == "auto":
-        is_too_large = vae_encode_bytes(shape, tiling=False, vae=model.vae_size) > UNTILED_BYTES
-        return is_too_large or not vae_can_encode(shape, tiling=False, vae=model.vae_size)
-    return cfg.data.vae_tiling == "on"
 
 
 class CacheKeys:
-    """Computes cache keys, 16 bytes each. What many encodings share is digested once."""
+    """Computes cache keys, 16 bytes each. What many encodings share is digested once.
 
-    def __init__(self, cfg: RunConfig, model: ModelFolder):
-        self._cfg, self._model = cfg, model
+    tiled: the buckets that are encoded in tiles, which changes the encodings a little. Captions do not depend on it.
+    """
+
+    def __init__(self, cfg: RunConfig, model: ModelFolder, tiled: Collection[ClipShape] = ()):
+        self._cfg, self._tiled = cfg, tiled
         parts = {
             part: sorted(str(path) for path in (model.path / part).iterdir() if path.is_file())
             for part in ("vae", "text_encoder", "tokenizer")
@@ -77,7 +65,7 @@ class CacheKeys:
             "bucket": str(shape),
             "fps": self._cfg.data.fps,
             "decoder": self._cfg.data.decoder,
-            "tiled": is_tiled(self._cfg, self._model, shape),
+            "tiled": shape in self._tiled,
             "vae": self._vae,
             "dtype": self._cfg.train.precision,
         }

@@ -22,7 +22,6 @@ from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
 from cogds.data.video.media import DecodeError
 from cogds.data.video.probe_task import categorize
 from cogds.distributed.collectives import on_all_ranks, on_rank0, rank0_only, scatter_from_rank0
-from cogds.encode.cache_keys import is_tiled
 from cogds.encode.clip_set import ClipSet, evaluation_clips, load_clip_set
 from cogds.encode.encoding_plan import EncodedData, EncodingPlan, EncodingWork
 from cogds.encode.scan_data import scan_data, scan_evaluation_data
@@ -83,7 +82,7 @@ def _make_plan(
     held_out, trained, warnings = evaluation_clips(job.cfg, clips, manifests[1])
     for warning in warnings:
         logger.warning(warning)
-    return EncodingPlan(job.cfg, job.model, clips, held_out, trained)
+    return EncodingPlan(job, clips, held_out, trained)
 
 
 def _finish(plan: EncodingPlan, failures: Mapping[bytes, str], max_unusable: float) -> EncodedData:
@@ -101,7 +100,7 @@ class _RankEncoder:
 
     def check_decoder(self) -> None:
         """Raise UserError if a decoder is needed and missing, before any weight is loaded."""
-        if len(self._work.clips) or self._cfg.data.encode != "cached":
+        if len(self._work.clips) or not self._job.caches_trained_clips:
             check_decoder(self._cfg)
 
     def encode_captions(self) -> None:
@@ -140,8 +139,8 @@ class _RankEncoder:
                 elif isinstance(clip, TaskFailure):
                     failures[row["key"]] = categorize(clip.reason)
                 else:
-                    tiled = is_tiled(self._cfg, self._job.model, self._job.buckets[row["bucket"]])
-                    moments = encode_pixels(vae, torch.from_numpy(clip.pixels), tiled)
+                    is_tiled = self._job.buckets[row["bucket"]] in self._job.tiled
+                    moments = encode_pixels(vae, torch.from_numpy(clip.pixels), is_tiled)
                     first_frame = torch.from_numpy(clip.first_frame).permute(2, 0, 1)
                     writer.write(key, {"moments": moments, "first_frame": first_frame})
         return failures
@@ -152,14 +151,14 @@ class _RankEncoder:
         return DecodeTask(**file, shape=shape, fps=data.fps, decoder=data.decoder)
 
 
-def encode_pixels(vae: Any, pixels: torch.Tensor, tiled: bool) -> torch.Tensor:
+def encode_pixels(vae: Any, pixels: torch.Tensor, is_tiled: bool) -> torch.Tensor:
     """Encode a clip uint8 [F, H, W, 3] to moments [2C, F', H', W'], in the VAE's dtype and on its device.
 
     Frames are converted 8 at a time, as many as the VAE encodes at a time, because a float32 copy of a whole
     81x768x1360 clip would take 1 GB.
     """
     device, dtype = vae.device, vae.dtype
-    (vae.enable_tiling if tiled else vae.disable_tiling)()
+    (vae.enable_tiling if is_tiled else vae.disable_tiling)()
     parts = [normalize_pixels(part.to(device), dtype) for part in pixels.split(8)]
     video = torch.cat(parts).permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]
     return vae.encode(video).latent_dist.parameters[0]

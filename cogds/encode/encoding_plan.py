@@ -14,7 +14,6 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
-from cogds.config.schema import RunConfig
 from cogds.core.load_balance import assign_by_cost
 from cogds.core.mixture import Mixture
 from cogds.data.cache.store import Cache, Snapshot, key_array, key_array_of_bytes
@@ -22,7 +21,7 @@ from cogds.data.loading.index import ClipIndex, write_index
 from cogds.encode.cache_keys import CLIPS_AT_ONCE, CacheKeys
 from cogds.encode.clip_set import ClipSet, UnusableClips
 from cogds.errors import UserError
-from cogds.model.load import ModelFolder
+from cogds.job import Job
 
 logger = logging.getLogger(__name__)
 
@@ -167,19 +166,17 @@ class EncodedData:
 class EncodingPlan:
     """The clips to train and to evaluate, with their cache keys.
 
-    held_out, trained: the clips to evaluate (`clip_set.evaluation_clips`), which are encoded even if data.encode is
-    on_the_fly.
+    held_out, trained: the clips to evaluate (`clip_set.evaluation_clips`), which are encoded even if the clips to train
+    are not (`Job.caches_trained_clips`).
     """
 
-    def __init__(
-        self, cfg: RunConfig, model: ModelFolder, clips: ClipSet, held_out: ClipSet | None, trained: ClipSet | None
-    ):
-        self._cfg, self._cache = cfg, Cache(cfg.data.cache_dir)
-        keys = CacheKeys(cfg, model)
+    def __init__(self, job: Job, clips: ClipSet, held_out: ClipSet | None, trained: ClipSet | None):
+        self._cfg = cfg = job.cfg
+        self._cache, keys = Cache(cfg.data.cache_dir), CacheKeys(cfg, job.model, job.tiled)
         # Captions of no clip: the empty one, and the prompts of videos during training.
         prompts = [spec.prompt for spec in cfg.sample.prompts] if cfg.sample.every is not None else []
         self._texts = {text: keys.caption(text) for text in dict.fromkeys([EMPTY_CAPTION, *prompts])}
-        self._train = KeyedClips(clips, keys, cfg.data.encode == "cached")
+        self._train = KeyedClips(clips, keys, job.caches_trained_clips)
         self._held_out = KeyedClips(held_out, keys, is_cached=True) if held_out else None
         self._trained = KeyedClips(trained, keys, is_cached=True) if trained else None
 

@@ -13,6 +13,7 @@ from cogds.distributed.world import read_world
 from cogds.encode.cache_keys import CacheKeys
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
+from cogds.encode.tiling import choose_tiling
 from cogds.errors import refuse_to_run
 from cogds.files import make_folders
 from cogds.formatting import counted
@@ -41,7 +42,7 @@ def main(args: argparse.Namespace) -> None:
     on_rank0(world, partial(make_folders, {"data.cache_dir": cache_dir}))
     if args.retry:
         on_rank0(world, partial(prune, cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
-    data = encode_dataset(job, retry_failed=args.retry)
+    data = encode_dataset(choose_tiling(job), retry_failed=args.retry)
     if world.rank == 0:
         held_out = f", and {len(data.held_out)} for evaluation only" if data.held_out is not None else ""
         logger.log(RESULT, f"{counted(len(data.index), 'clip')} encoded in {cache_dir}{held_out}")

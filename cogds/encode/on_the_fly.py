@@ -11,47 +11,59 @@ import queue
 import threading
 from collections.abc import Generator, Iterable, Iterator
 from dataclasses import dataclass
-from typing import Generic, TypeVar
+from typing import Any, Generic, TypeVar
 
 import torch
 
-from cogds.config.schema import RunConfig
 from cogds.data.loading.dataset import BadClip, Batch, ClipOrder, Item, collate
 from cogds.data.loading.sampler import Draw
 from cogds.data.video.decode_task import DecodedClip, DecodeTask
-from cogds.distributed.world import World
-from cogds.encode.cache_keys import is_tiled
 from cogds.encode.encoder import decode_pool, encode_pixels
-from cogds.model.load import DTYPES, ModelFolder, TextEncoder, load_vae
+from cogds.job import Job
+from cogds.model.load import TextEncoder, load_vae
 from cogds.process.worker_pool import TaskFailure
 
 T = TypeVar("T")
 
-# Encoded batches that wait to be trained. One is enough if encoding keeps up; the second covers a slow clip.
-BATCHES_AHEAD = 2
+
+@dataclass(frozen=True)
+class OnTheFlyModels:
+    """The models that encode beside training. vae: not that of the training step, which never encodes in tiles."""
+
+    vae: Any
+    text_encoder: TextEncoder
+
+
+def load_on_the_fly_models(job: Job) -> OnTheFlyModels | None:
+    """Load the VAE and T5 onto this rank's device if the run encodes on the fly. Returns None if it does not."""
+    if job.cfg.data.encode != "on_the_fly":
+        return None
+    device = job.world.device
+    return OnTheFlyModels(load_vae(job.model, job.dtype, device), TextEncoder(job.model, job.dtype, device))
 
 
 @torch.no_grad()
 def stream_batches(
-    draws: Iterable[list[Draw]], order: ClipOrder, cfg: RunConfig, model: ModelFolder, world: World
+    draws: Iterable[list[Draw]], order: ClipOrder, job: Job, models: OnTheFlyModels
 ) -> Generator[Batch, None, None]:
     """Yield this rank's batches, one per micro-step, on its device. draws: those of `BucketBatchSampler`."""
-    yield from _BatchEncoder(order, cfg, model, world).batches(draws)
+    yield from _BatchEncoder(order, job, models).batches(draws)
 
 
 class _BatchEncoder:
-    """Decodes and encodes batches. It loads a VAE of its own, because the training step switches tiling on and off."""
+    """Decodes and encodes batches."""
 
-    def __init__(self, order: ClipOrder, cfg: RunConfig, model: ModelFolder, world: World):
-        self._order, self._index, self._cfg, self._model, self._device = order, order.index, cfg, model, world.device
-        dtype = DTYPES[cfg.train.precision]
-        self._vae, self._text = load_vae(model, dtype, world.device), TextEncoder(model, dtype, world.device)
+    def __init__(self, order: ClipOrder, job: Job, models: OnTheFlyModels):
+        self._order, self._index, self._models = order, order.index, models
+        self._cfg, self._tiled, self._device = job.cfg, job.tiled, job.world.device
         self._known_bad: set[int] = set()
-        self._substitutes = decode_pool(cfg)
+        self._substitutes = decode_pool(job.cfg)
 
     def batches(self, draws: Iterable[list[Draw]]) -> Iterator[Batch]:
         """Yield the batch of each list of draws."""
         stream = torch.cuda.Stream(self._device) if self._device.type == "cuda" else None
+        if stream is not None:
+            stream.wait_stream(torch.cuda.default_stream(self._device))  # which loads the models
         batches, decoded_ahead = itertools.tee([(draw, self._likely_row(draw)) for draw in batch] for batch in draws)
         tasks = (self._task(row) for batch in decoded_ahead for _, row in batch)
         with decode_pool(self._cfg) as pool, self._substitutes, torch.cuda.stream(stream):
@@ -85,11 +97,10 @@ class _BatchEncoder:
         pixels = decoded if row == decoded_row else next(self._substitutes.imap([self._task(row)]))
         if isinstance(pixels, TaskFailure):
             return BadClip(row, clip.path, pixels.reason)
-        tiled = is_tiled(self._cfg, self._model, clip.shape)
         return {
-            "moments": encode_pixels(self._vae, torch.from_numpy(pixels.pixels), tiled),
+            "moments": encode_pixels(self._models.vae, torch.from_numpy(pixels.pixels), clip.shape in self._tiled),
             "first_frame": torch.from_numpy(pixels.first_frame).permute(2, 0, 1).contiguous().to(self._device),
-            "text_states": self._text.encode(clip.caption),
+            "text_states": self._models.text_encoder.encode(clip.caption),
         }
 
 

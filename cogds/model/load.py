@@ -19,7 +19,7 @@ import transformers
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
-from transformers import AutoTokenizer, T5EncoderModel
+from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
 from cogds.core.geometry import ModelGeometry
 from cogds.core.vae_memory import VaeSize
@@ -62,6 +62,13 @@ class ModelFolder:
         with torch.device("meta"):
             vae = AutoencoderKLCogVideoX.from_config(self.vae_config)
         return VaeSize.from_config(self.vae_config, sum(parameter.numel() for parameter in vae.parameters()))
+
+    @cached_property
+    def num_text_parameters(self) -> int:
+        """Parameters of T5, without reading its weights."""
+        with torch.device("meta"):
+            encoder = T5EncoderModel(T5Config.from_pretrained(self.path / "text_encoder"))
+        return sum(parameter.numel() for parameter in encoder.parameters())
 
 
 def _read_json(path: Path) -> dict[str, Any]:

@@ -10,12 +10,12 @@ from cogds.config.loading import to_dict
 from cogds.core.geometry import cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import MemoryEstimate
 from cogds.distributed.network import set_network
-from cogds.distributed.world import World
+from cogds.distributed.world import World, gpu_memory
 from cogds.encode.scan_data import data_sets
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import empty_transformer
 from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_differences
-from cogds.train.tuning import check_execution, gpu_memory
+from cogds.train.tuning import check_execution
 
 PREFETCH_FACTOR = 2  # DataLoader's default: batches that each worker keeps ready
 MAX_LISTED_KEYS = 5

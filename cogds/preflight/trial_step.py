@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from cogds.core.diffusion import v_loss
+from cogds.core.memory import MemoryEstimate
 from cogds.distributed.collectives import all_gather
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.start import build_for_stage, start_engine
@@ -36,6 +37,12 @@ def one_step_config(ds_config: dict[str, Any], num_ranks: int) -> dict[str, Any]
     changed["gradient_accumulation_steps"] = 1
     changed["train_batch_size"] = changed["train_micro_batch_size_per_gpu"] * num_ranks
     return changed
+
+
+def reserve_on_the_fly(estimate: MemoryEstimate, device: torch.device) -> torch.Tensor:
+    """Return a tensor as large as what encoding on the fly needs beside a step; empty on a CPU."""
+    num_bytes = estimate.on_the_fly_bytes if device.type != "cpu" else 0
+    return torch.empty(num_bytes, dtype=torch.uint8, device=device)
 
 
 def run_trial_step(job: PreflightJob) -> RankResult:
@@ -74,6 +81,7 @@ def run_trial_step(job: PreflightJob) -> RankResult:
         batch = random_batch(
             job.buckets[bucket], batch_size, model.geometry, job.memory.transformer.text_dim, cfg.train.precision
         )
+        reserved = reserve_on_the_fly(job.estimates[bucket], device)
         builder = load_step_builder(model, cfg.conditioning, batch["text_states"][0], dtype, device)
         result["build_s"] = time.perf_counter() - start
         not_dropped = torch.zeros(batch_size, dtype=torch.bool)
@@ -94,6 +102,7 @@ def run_trial_step(job: PreflightJob) -> RankResult:
             if max(all_gather(world, steps_s[0])) > MAX_FIRST_STEP_S:
                 break
         result["steps_s"] = steps_s
+        del reserved
     except Exception as error:
         if not is_out_of_memory(error):
             raise

@@ -10,6 +10,7 @@ from cogds.formatting import counted, percent
 from cogds.metrics.figures import (
     BLUE,
     GRAY,
+    GREEN,
     ORANGE,
     PALE_ORANGE,
     PURPLE,
@@ -31,6 +32,7 @@ LABEL_WIDTH, LABEL_HEIGHT = 0.17, 0.04
 MEMORY_GROUPS = (
     ("frozen weights", BLUE, ("base weights", "gathered weights", "unpacked weight", "vae weights")),
     ("LoRA and its optimizer", PURPLE, ("lora weights", "lora gradients", "optimizer state")),
+    ("encoding on the fly", GREEN, ("text encoder weights", "second vae weights", "clip encode")),
     ("kept activations", ORANGE, ("kept activations",)),
     ("one block", PALE_ORANGE, ("block activations",)),
     ("buffers, inputs, CUDA", GRAY, ("reduce buffers", "rotary tables", "inputs and loss", "cuda context")),

@@ -13,8 +13,9 @@ from cogds.core.plan import MicroBatch
 from cogds.data.loading.dataset import BadClip, Batch, ClipDataset, collate, ignore_stop_signals
 from cogds.data.loading.sampler import BucketBatchSampler
 from cogds.distributed.world import World
-from cogds.encode.on_the_fly import BATCHES_AHEAD, ahead, stream_batches
+from cogds.encode.on_the_fly import OnTheFlyModels, ahead, stream_batches
 from cogds.errors import UserError
+from cogds.job import BATCHES_AHEAD
 from cogds.metrics.stopwatch import Stopwatch
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, draw_dropouts, to_device
@@ -23,15 +24,15 @@ from cogds.train.step import Draws, StepBuilder, draw_dropouts, to_device
 OnBatch = Callable[[int, MicroBatch, Batch], None]
 
 
-def load_batches(run: Run) -> Iterator[Batch]:
-    """Yield this rank's batches, one per micro-step, read from the cache or encoded on the fly.
+def load_batches(run: Run, models: OnTheFlyModels | None = None) -> Iterator[Batch]:
+    """Yield this rank's batches, one per micro-step, encoded on the fly by `models` or read from the cache.
 
     A UserError of a loader process is raised unchanged.
     """
     cfg, world = run.cfg, run.world
     sampler = BucketBatchSampler(run.plan, world.data_rank, run.first_step, cfg.train.num_steps)
-    if cfg.data.encode == "on_the_fly":
-        yield from ahead(stream_batches(sampler, run.order, cfg, run.model, world), BATCHES_AHEAD)
+    if models is not None:
+        yield from ahead(stream_batches(sampler, run.order, run.job, models), BATCHES_AHEAD)
         return
     loader = DataLoader(
         ClipDataset(run.order, cfg.data.cache_dir),

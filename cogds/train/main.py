@@ -17,13 +17,13 @@ from cogds.process.signals import StopRequest, find_launchers
 from cogds.train.trainer import Trainer
 from cogds.train.tuning import check_execution
 
-# A dry run encodes nothing, and checks memory on a CPU too.
-DRY_RUN = {"data.encode": "on_the_fly", "train.memory_check": "on", "eval.every": None, "sample.every": None}
+# A dry run evaluates nothing, and so encodes nothing. It checks memory on a CPU too.
+DRY_RUN = {"train.memory_check": "on", "eval.every": None, "sample.every": None}
 
 
 def main(args: argparse.Namespace) -> None:
     """Train. Errors in the input are reported before any weight is loaded."""
-    job = load_job(args, read_world(), changes=DRY_RUN if args.dry_run else {})
+    job = load_job(args, read_world(), changes=DRY_RUN if args.dry_run else {}, evaluated_only=args.dry_run)
     if job.cfg.train.deterministic:
         make_cublas_deterministic()
         use_deterministic_kernels()

@@ -125,7 +125,7 @@ def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
         torch.cuda.reset_peak_memory_stats(device)
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices), without_zero3_backward_hooks(engine.module, stage):
-        # Reserve what DeepSpeed allocates in the first steps and keeps, so the peak is that of any later step.
+        # Reserve what the first steps allocate and keep, so the peak is that of any later step.
         reserved = torch.empty(_missing_bytes(estimate, engine, stage), dtype=torch.uint8, device=device)
         # At stage 3 DeepSpeed records the first pass and prefetches weights from the second on.
         for _ in range(2 if stage == 3 else 1):
@@ -151,15 +151,16 @@ def _memory_key(estimate: MemoryEstimate) -> tuple[int, int]:
 
 
 def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
-    """Return the part of the estimate that DeepSpeed allocates during its first steps, or 0 on a CPU.
+    """Return the part of the estimate that is allocated after the check, or 0 on a CPU.
 
-    These are Adam's moments, two of the optimizer's three tensors, and below stage 3 also the reduction's buffers and
-    the gradients between micro-steps.
+    DeepSpeed's first steps allocate Adam's moments, two of the optimizer's three tensors, and below stage 3 also the
+    reduction's buffers and the gradients between micro-steps. Encoding on the fly starts after the check, too.
     """
     if engine.device.type != "cuda":
         return 0
     moments = 0 if has_optimizer_states(engine) else estimate.optimizer_state_bytes * 2 // 3
-    return moments + (estimate.reduce_buffers_bytes + estimate.lora_gradients_bytes if stage < 3 else 0)
+    reduction = estimate.reduce_buffers_bytes + estimate.lora_gradients_bytes if stage < 3 else 0
+    return moments + reduction + estimate.clip_encode_bytes
 
 
 def is_out_of_memory(error: Exception) -> bool:

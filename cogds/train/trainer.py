@@ -23,8 +23,11 @@ from cogds.core.plan import MicroBatch
 from cogds.core.rng import seed_global
 from cogds.distributed.collectives import all_gather, any_rank, on_rank0
 from cogds.distributed.deepspeed_internals import detach_monitor
+from cogds.distributed.world import gpu_memory
 from cogds.encode.clip_set import ClipSet
 from cogds.encode.encoder import encode_dataset
+from cogds.encode.on_the_fly import OnTheFlyModels, load_on_the_fly_models
+from cogds.encode.tiling import choose_tiling
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine
@@ -63,7 +66,7 @@ from cogds.train.saving import CheckpointCallback, check_space
 from cogds.train.step import StepBuilder, load_step_builder
 from cogds.train.step_meter import StepMeter
 from cogds.train.summary import show, summary
-from cogds.train.tuning import choose_execution, gpu_memory, prepare_blocks
+from cogds.train.tuning import choose_execution, prepare_blocks
 
 logger = logging.getLogger(__name__)
 
@@ -92,11 +95,12 @@ class Trainer:
         builder = load_step_builder(
             run.model, run.cfg.conditioning, run.data.empty_caption_states, self.job.dtype, run.world.device
         )
+        models = load_on_the_fly_models(self.job)  # before the memory check, which then counts them
         if self.dry_run:
             logger.log(RESULT, "%s", check_memory(run, engine, builder))
             logger.log(RESULT, "dry run: ready to train; nothing was trained or saved")
             return
-        self.train(run, engine, builder, header)
+        self.train(run, engine, builder, models, header)
         self.log_results(run)
 
     # ------------------------------------------------------------------------------------------------- preparation
@@ -106,7 +110,8 @@ class Trainer:
 
         Returns the run, its initial state, and the header of its checkpoints.
         """
-        job, cfg, world = self.job, self.job.cfg, self.job.world
+        self.job = job = choose_tiling(self.job, initial.header)
+        cfg, world = job.cfg, job.world
         weights_digest = on_rank0(world, job.weights_digest)
         identity = run_identity(cfg, job.ds_config["optimizer"]["type"], weights_digest, job.buckets)
         if initial.checkpoint:  # check before encoding, which may take hours
@@ -129,6 +134,7 @@ class Trainer:
             "plan": dataclasses.asdict(plan),
             "index": data.index.path.name,
             "kernel": execution.kernel,
+            "tiled": sorted(map(str, job.tiled)),
             "start": checkpoints.start_point(cfg.checkpoint.resume, initial.header),
         }
         return run, initial, header
@@ -180,7 +186,9 @@ class Trainer:
 
     # ---------------------------------------------------------------------------------------------------- training
 
-    def train(self, run: Run, engine: Any, builder: StepBuilder, header: dict[str, Any]) -> None:
+    def train(
+        self, run: Run, engine: Any, builder: StepBuilder, models: OnTheFlyModels | None, header: dict[str, Any]
+    ) -> None:
         """Train from `run.first_step` to the last step.
 
         Raises Interrupted after saving, if a rank was asked to stop, and UserError after too many bad steps in a row.
@@ -205,7 +213,7 @@ class Trainer:
         bad_samples = BadSamples(world, self.output_dir, len(run.data.index), cfg.data.max_unusable)
         run_callbacks(due_at_start(callbacks, run.first_step), run.first_step, watchdog, monitor, world)
 
-        batches = Prefetcher(make_micro_steps(run, builder, load_batches(run), on_batch))
+        batches = Prefetcher(make_micro_steps(run, builder, load_batches(run, models), on_batch))
         meter, num_bad_steps = StepMeter(run, engine), 0
         for step in range(run.first_step, cfg.train.num_steps):
             watchdog.watch(functools.partial(run.describe, step))

@@ -22,6 +22,7 @@ from cogds.core.geometry import num_tokens
 from cogds.core.memory import MemoryEstimate
 from cogds.core.memory_advice import explain_shortfall
 from cogds.distributed.collectives import all_gather, on_all_ranks, on_rank0
+from cogds.distributed.world import gpu_memory
 from cogds.errors import UserError, brief
 from cogds.job import Job, choose_checkpointing
 from cogds.metrics.trackers import check_tracker_packages
@@ -64,11 +65,6 @@ class Execution:
     gpu_bytes: float | None = None
     notes: tuple[str, ...] = ()
     ranks_per_node: int = 1
-
-
-def gpu_memory(device: torch.device) -> float | None:
-    """Return the memory of a GPU [bytes], or None for a CPU."""
-    return float(torch.cuda.mem_get_info(device)[1]) if device.type == "cuda" else None
 
 
 def check_execution(job: Job) -> None:

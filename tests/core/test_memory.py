@@ -5,18 +5,23 @@ import math
 
 import pytest
 import torch
+from diffusers import AutoencoderKLCogVideoX
 from peft import LoraConfig
+from transformers import T5Config, T5EncoderModel
 
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes, padded_latent_frames, token_grid
 from cogds.core.memory import (
     CHECKPOINTING_MODES,
     CUDA_CONTEXT_BYTES,
     LoraSize,
+    OnTheFlyEncoding,
     TransformerSize,
     ZeroSettings,
     base_weights_bytes,
     rotary_tables_bytes,
 )
+from cogds.core.vae_memory import COGVIDEOX_VAE, vae_encode_bytes
+from cogds.encode.encoder import encode_pixels
 from cogds.model.transformer import checkpointing as checkpointing_module
 from cogds.model.transformer import forward as transformer_module
 from cogds.model.transformer import quantize
@@ -300,6 +305,56 @@ def test_rotary_tables_of_all_buckets_are_counted():
     assert rotary_tables_bytes(FULL, V15) == one.rotary_tables_bytes == 2 * 4 * 44_880 * 64
     assert two.rotary_tables_bytes - one.rotary_tables_bytes == rotary_tables_bytes(short, V15)
     assert two.total_bytes > one.total_bytes
+
+
+T5_XXL = T5Config(
+    d_model=4096, d_ff=10240, num_layers=24, num_heads=64, d_kv=64, vocab_size=32128, feed_forward_proj="gated-gelu"
+)  # fmt: skip
+NUM_T5 = 4_762_310_656
+
+
+@pytest.mark.parametrize(
+    "shape, tiled", [(ClipShape(17, 480, 720), ()), pytest.param(FULL, (FULL,), marks=pytest.mark.slow)]
+)
+def test_encoding_on_the_fly(shape, tiled):
+    """Published T5 and VAE on the meta device, as `on_the_fly` runs them: within 3%."""
+    before = torch.get_default_dtype()
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        with torch.device("meta"), torch.no_grad(), LiveBytes() as live:
+            vae = AutoencoderKLCogVideoX(
+                block_out_channels=COGVIDEOX_VAE.channels, down_block_types=("CogVideoXDownBlock3D",) * 4,
+                up_block_types=("CogVideoXUpBlock3D",) * 4, latent_channels=16, layers_per_block=3,
+            ).eval()  # fmt: skip
+            text_encoder = T5EncoderModel(T5_XXL).eval()
+            live.peak = weights = live.live
+            batches = []
+            for _ in range(3):
+                pixels = torch.zeros(shape.frames, shape.height, shape.width, 3, dtype=torch.uint8)
+                live.discount(pixels)  # in host memory
+                moments = encode_pixels(vae, pixels, bool(tiled))
+                text_states = text_encoder(torch.zeros(1, V15.text_tokens, dtype=torch.long))[0][0]
+                batches.append((moments, pixels[0].clone(), text_states))
+    finally:
+        torch.set_default_dtype(before)
+    on_the_fly = OnTheFlyEncoding(NUM_T5, frozenset(tiled), len(batches))
+    model = published_memory(buckets=(shape,), on_the_fly=on_the_fly)
+    beside, cached = model.estimate(shape, 1, "full"), published_memory(buckets=(shape,)).estimate(shape, 1, "full")
+    assert beside.text_encoder_weights_bytes + beside.second_vae_weights_bytes == pytest.approx(weights, rel=1e-3)
+    assert beside.clip_encode_bytes == pytest.approx(live.peak - weights, rel=0.03)
+    assert cached.on_the_fly_bytes == 0
+    # It exists in every phase of a step.
+    assert beside.total_bytes == cached.total_bytes + beside.on_the_fly_bytes
+    assert beside.on_the_fly_bytes == sum(beside.terms().values()) - sum(cached.terms().values())
+
+
+def test_the_next_clips_may_be_of_the_largest_bucket():
+    short, on_the_fly = ClipShape(49, 480, 720), OnTheFlyEncoding(NUM_T5, frozenset(), 0)
+    model = published_memory(buckets=(short, FULL), on_the_fly=on_the_fly)
+    sizes = {model.estimate(shape, 1, "full").clip_encode_bytes for shape in model.buckets}
+    assert sizes == {vae_encode_bytes(FULL, False)}
+    tiled = dataclasses.replace(model, on_the_fly=dataclasses.replace(on_the_fly, tiled=frozenset([FULL])))
+    assert tiled.estimate(FULL, 1, "full").clip_encode_bytes == vae_encode_bytes(short, False) < sizes.pop()
 
 
 def test_pinned_host_memory():

@@ -1,4 +1,5 @@
 from cogds.core.geometry import ClipShape
+from cogds.core.memory import OnTheFlyEncoding
 from cogds.core.memory_advice import explain_shortfall, find_remedies
 from tests.core.test_memory import ZERO2, ZERO2_OFFLOAD
 from tests.published_model import FULL, published_memory
@@ -42,6 +43,17 @@ def test_quantized_weights_are_not_sharded():
     pairs = arguments(published_memory(zero=ZERO2, num_ranks=8), FULL, 4, 13e9)
     assert len(pairs[0]) == 2
     assert not any("zero3" in str(pair) and "model.quantization" in str(pair) for pair in pairs)
+
+
+def test_encoding_before_training_or_in_tiles_is_a_remedy():
+    def remedies(tiled, gpu_bytes):
+        on_the_fly = OnTheFlyEncoding(4_762_310_656, frozenset(tiled), 3)
+        model = published_memory(zero=ZERO2_OFFLOAD, on_the_fly=on_the_fly)
+        return [argument for (argument,) in arguments(model, FULL, 1, gpu_bytes)]
+
+    assert "data.encode=cached" in remedies([FULL], 24e9)
+    assert "data.vae_tiling=on" not in remedies([FULL], 24e9)
+    assert {"data.encode=cached", "data.vae_tiling=on"} <= set(remedies([], 40e9))
 
 
 def test_the_explanation_names_the_bucket_and_the_settings():

@@ -1,5 +1,6 @@
 """From a dataset to encoded clips: what is cached, what misses the cache, what is left out, what is evaluated."""
 
+import dataclasses
 import json
 import re
 import shutil
@@ -318,7 +319,7 @@ def test_windows_of_a_file_have_their_own_encodings(encode, folder):
 
 def make_plan(job):
     clips = load_clip_set(job.cfg, scan_data(job.cfg, job.world), job.buckets)
-    return EncodingPlan(job.cfg, job.model, clips, held_out=None, trained=None)
+    return EncodingPlan(job, clips, held_out=None, trained=None)
 
 
 def test_each_clip_is_encoded_by_one_rank(job_of, drawn, tmp_path):
@@ -383,6 +384,8 @@ def test_all_windows_of_a_file_are_held_out_or_none(encode, drawn):
 def test_on_the_fly_only_evaluated_clips_are_encoded(encode, drawn, job_of, tmp_path):
     cache = tmp_path / "empty"
     assert encode_dataset(job_of(drawn, cache, "eval.every=null", "data.encode=on_the_fly")).trained is None
+    job = dataclasses.replace(job_of(drawn, cache, "eval.every=null"), evaluated_only=True)
+    assert {clip.clip_place for clip in clips_of(encode_dataset(job))} == {""}
     assert kinds_added(cache, Counter()) == {"captions": 1}  # the empty one
     evaluation = "eval.held_out=0.3", "eval.num_clips=2"
     on_the_fly = encode_dataset(job_of(drawn, cache, *evaluation, "data.encode=on_the_fly"))

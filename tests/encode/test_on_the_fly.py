@@ -11,8 +11,9 @@ from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import ClipDataset, collate, read_encoded
 from cogds.data.loading.sampler import BucketBatchSampler
 from cogds.data.video.drawn import draw_clips
+from cogds.encode import on_the_fly
 from cogds.encode.encoder import encode_dataset
-from cogds.encode.on_the_fly import ahead
+from cogds.encode.on_the_fly import ahead, load_on_the_fly_models
 from cogds.train.batches import Run, load_batches
 from cogds.train.tuning import Execution
 from tests.jobs import make_job
@@ -35,6 +36,10 @@ def make_run(tiny_model, tmp_path):
     return make
 
 
+def batches_of(run):
+    return list(load_batches(run, load_on_the_fly_models(run.job)))
+
+
 def planned_draws(run, num_steps):
     """The draws of the first steps, with one clip per batch."""
     return [draw for (draw,) in BucketBatchSampler(run.plan, 0, 0, num_steps)]
@@ -42,12 +47,32 @@ def planned_draws(run, num_steps):
 
 @pytest.mark.slow
 def test_batches_equal_those_of_the_cache(make_run):
-    streamed, cached = (list(load_batches(make_run(f"data.encode={mode}"))) for mode in ("on_the_fly", "cached"))
+    streamed, cached = (batches_of(make_run(f"data.encode={mode}")) for mode in ("on_the_fly", "cached"))
     assert len(streamed) == len(cached) == 6
     for ours, theirs in zip(streamed, cached):
         assert ours.tensors.keys() == theirs.tensors.keys()
         assert all(torch.equal(ours.tensors[name], theirs.tensors[name]) for name in theirs.tensors)
         assert ours.bad == theirs.bad == ()
+
+
+@pytest.mark.slow
+def test_nothing_is_loaded_when_the_first_batch_is_made(make_run, monkeypatch):
+    """The memory check comes before that."""
+    run = make_run("data.encode=on_the_fly", "train.num_steps=1")
+    models = load_on_the_fly_models(run.job)
+    for name in ("load_vae", "TextEncoder"):
+        monkeypatch.delattr(on_the_fly, name)
+    assert len(list(load_batches(run, models))) == 1
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("tiling", ["on", "off"])
+def test_tiles_are_those_of_the_job(make_run, monkeypatch, tiling):
+    calls = []
+    encode = on_the_fly.encode_pixels
+    monkeypatch.setattr(on_the_fly, "encode_pixels", lambda *args: calls.append(args[2]) or encode(*args))
+    batches_of(make_run("data.encode=on_the_fly", "train.num_steps=1", f"data.vae_tiling={tiling}"))
+    assert calls == [tiling == "on"] * 2
 
 
 @pytest.mark.slow
@@ -58,10 +83,10 @@ def test_a_missing_file_is_reported_once_and_replaced_by_the_next_of_its_bucket(
     bad = next(row for row in rows if sum(index.sizes[index.bucket_of(row)]) > 1)
     path = Path(index[bad].path)
     path.unlink()
-    batches = list(load_batches(run))
+    batches = batches_of(run)
     assert len(batches) == 6
     assert [(clip.row, clip.path) for batch in batches for clip in batch.bad] == [(bad, str(path))]
-    again = list(load_batches(run))
+    again = batches_of(run)
     for first, second in zip(batches, again):
         assert torch.equal(first.tensors["moments"], second.tensors["moments"])
 

@@ -154,6 +154,7 @@ def test_loaded_weights_equal_those_of_the_files(tiny_model):
 def test_captions_are_padded_and_truncation_is_counted(tiny_model):
     model = find_model(str(tiny_model))
     encoder = TextEncoder(model, torch.float32, "cpu")
+    assert sum(parameter.numel() for parameter in encoder.encoder.parameters()) == model.num_text_parameters
     assert encoder.encode("a red circle").shape == (model.geometry.text_tokens, 32)
     assert num_truncated(["a red circle", "a red circle " * 30, ""], model) == 1
     assert num_truncated([], model) == 0

@@ -3,10 +3,12 @@
 import argparse
 
 import pytest
+import torch
 
 from cogds.distributed.world import World
 from cogds.preflight.machine import inspect_disk
 from cogds.preflight.preflight_job import load_preflight_job
+from cogds.preflight.trial_step import reserve_on_the_fly
 from tests.conftest import ROOT
 from tests.jobs import ALONE
 
@@ -49,3 +51,11 @@ def test_offloaded_weights_and_activations_add_up(load):
 def test_activations_are_pinned_only_if_they_are_offloaded(load):
     assert load("zero2").pinned_bytes == 0
     assert load("zero2", OFFLOAD_ACTIVATIONS).pinned_bytes > 0
+
+
+def test_the_trial_step_reserves_what_encoding_on_the_fly_needs(load):
+    def reserved(mode, device):
+        return len(reserve_on_the_fly(load("zero2", f"data.encode={mode}").estimates[0], torch.device(device)))
+
+    assert reserved("on_the_fly", "meta") > 0
+    assert reserved("on_the_fly", "cpu") == reserved("cached", "meta") == 0

@@ -142,9 +142,13 @@ GPU = torch.device("cuda")
     [(1, {}, 8_570), (2, {}, 8_570), (3, {}, 8_000), (2, {"resumed": 1}, 570), (3, {"resumed": 1}, 0)],
 )
 def test_memory_that_the_first_steps_allocate_is_reserved(stage, state, missing):
-    estimate = SimpleNamespace(optimizer_state_bytes=12_000, reduce_buffers_bytes=500, lora_gradients_bytes=70)
+    estimate = SimpleNamespace(
+        optimizer_state_bytes=12_000, reduce_buffers_bytes=500, lora_gradients_bytes=70, clip_encode_bytes=0
+    )
     engine = SimpleNamespace(device=GPU, basic_optimizer=SimpleNamespace(state=state))
     assert _missing_bytes(estimate, engine, stage) == missing
+    estimate.clip_encode_bytes = 3
+    assert _missing_bytes(estimate, engine, stage) == missing + 3
     engine.device = torch.device("cpu")
     assert _missing_bytes(estimate, engine, stage) == 0
 

@@ -11,8 +11,10 @@ from cogds.distributed.world import World
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import inject
 from cogds.model.lora.file import read_lora
+from cogds.process.signals import StopRequest
+from cogds.train import trainer
 from cogds.train.saving import export_lora
-from cogds.train.trainer import tags_written_again
+from cogds.train.trainer import Trainer, tags_written_again
 from tests.jobs import make_job
 
 
@@ -50,6 +52,22 @@ def test_callbacks_that_run_again_on_resuming_write_their_tags_again():
     expected = {3: (), 4: both, 6: ("callbacks/",), 12: both, 24: ()}  # nothing runs after the last step
     assert {step: tags(step, *words) for step in expected} == expected
     assert tags(4, "eval.every=null") == ()
+
+
+def test_the_models_of_on_the_fly_encoding_are_loaded_before_the_memory_check(tiny_model, monkeypatch):
+    events = []
+    for name in ("load_step_builder", "load_on_the_fly_models", "check_memory"):
+        monkeypatch.setattr(trainer, name, lambda *_, name=name: events.append(name))
+    monkeypatch.setattr(trainer, "find_initial_state", lambda _: None)
+    job = make_job(f"model.path={tiny_model}", "data.path=d", "data.buckets=[9x64x64]")
+    run = SimpleNamespace(
+        cfg=job.cfg, model=job.model, world=job.world, first_step=0, data=SimpleNamespace(empty_caption_states=None)
+    )
+    monkeypatch.setattr(Trainer, "prepare", lambda *_: (run, None, {}))
+    for name in ("announce", "build"):
+        monkeypatch.setattr(Trainer, name, lambda *_: None)
+    Trainer(job, StopRequest(), dry_run=True).run()
+    assert events == ["load_step_builder", "load_on_the_fly_models", "check_memory"]
 
 
 def test_a_lora_is_exported_completely_while_it_is_disabled(tiny_model, tmp_path):

@@ -181,6 +181,13 @@ def test_names_are_the_same_in_the_config_the_memory_model_and_the_model(job):
     assert (memory.quantization, memory.sequence_size, memory.buckets) == ("nf4", 2, BUCKETS)
 
 
+def test_models_for_encoding_on_the_fly_are_in_the_memory_model(job):
+    assert job().memory.on_the_fly is None
+    on_the_fly = job("data.encode=on_the_fly", "data.vae_tiling=on").memory.on_the_fly
+    assert on_the_fly.tiled == set(BUCKETS)
+    assert on_the_fly.num_batches == 3  # two that wait and one that is encoded
+
+
 @pytest.mark.parametrize("dropout", [0.0, 0.5])
 def test_recomputed_blocks_draw_the_same_dropout(tiny_model, dropout):
     transformer = load_transformer(find_model(str(tiny_model)), torch.float32).train()

@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from cogds.config.loading import to_dict
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import MemoryEstimate
 from cogds.distributed.network import set_network
@@ -30,8 +31,8 @@ class PreflightJob(Job):
         return self.memory.element_bytes
 
     @cached_property
-    def checkpointing(self) -> tuple[str, ...]:
-        """Activation checkpointing mode of each bucket on this GPU."""
+    def checkpointing(self) -> tuple[BlockCheckpointing, ...]:
+        """Activation checkpointing of each bucket on this GPU."""
         return choose_checkpointing(self, self.batch_sizes, gpu_memory(self.world.device))
 
     @cached_property
@@ -41,18 +42,12 @@ class PreflightJob(Job):
 
     @cached_property
     def offloaded_bytes(self) -> int:
-        """Host memory per rank for its share of the weights, 0 unless ZeRO-3 offloads parameters.
-
-        Pinned, the share of each weight takes the next power of two, because torch's allocator rounds up.
-        """
+        """Host memory per rank for its share of the weights, 0 unless ZeRO-3 offloads parameters."""
         offload = self.ds_config.get("zero_optimization", {}).get("offload_param", {})
         if str(offload.get("device", "none")) != "cpu":
             return 0
-        shares = [
-            -(-parameter.numel() // self.world.size) * self.element_bytes
-            for parameter in empty_transformer(self.model).parameters()
-        ]
-        return sum(1 << (share - 1).bit_length() for share in shares) if offload.get("pin_memory") else sum(shares)
+        parameters = empty_transformer(self.model).parameters()
+        return sum(-(-parameter.numel() // self.world.size) * self.element_bytes for parameter in parameters)
 
     @property
     def pinned_bytes(self) -> int:

@@ -103,7 +103,8 @@ def restore_state(engine: Any, state: TrainState, world: World) -> None:
         if different := sorted(expected ^ set(state.tensors)):
             where = "checkpoint" if different[0] in state.tensors else "run"
             raise UserError(
-                f"checkpoint.resume: the checkpoint has a different LoRA: '{different[0]}' is only in the {where}. {ADVICE}"
+                f"checkpoint.resume: the checkpoint has a different LoRA: '{different[0]}' is only in the {where}. "
+                f"{ADVICE}"
             )
         for name, parameter in parameters.items():
             saved, expected_shape = tuple(state.tensors[f"{WEIGHT}/{name}"].shape), tuple(full_shape(parameter))

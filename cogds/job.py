@@ -38,8 +38,8 @@ from cogds.model.transformer.sequence_parallel import check_sequence
 class Job:
     """A run before its data is known.
 
-    targets: full names of the layers that get a LoRA. num_ranks: ranks of the run. They differ from `world`, the ranks
-    around this process, if this process only reports on the run.
+    targets: full names of the layers that get a LoRA. num_ranks: number of ranks of the run, which is not `world.size`
+    if this process only reports on the run.
     """
 
     cfg: RunConfig

@@ -20,7 +20,7 @@ from cogds.config.schema import NetworkConfig
 from cogds.distributed.network import set_network
 from cogds.distributed.world import World
 from cogds.errors import UserError
-from cogds.process.environment import environment_variables
+from cogds.process.environment import environment_variables, find_ninja
 from cogds.process.extension_locks import announce_build, remove_stale_locks
 from cogds.process.log_filters import filter_stdout, install_log_filters
 
@@ -145,6 +145,7 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     export_rendezvous(world)
     built = Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
     remove_stale_locks(built)
+    find_ninja()
     if world.device.type == "cpu" and world.local_rank == 0:
         announce_build(built, "deepspeed_shm_comm", Path(deepspeed.__file__).parent)
     if world.device.type == "cuda":

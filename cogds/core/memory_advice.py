@@ -35,7 +35,7 @@ class Remedy:
 def find_remedies(model: MemoryModel, shape: ClipShape, batch_size: int, gpu_bytes: float) -> list[Remedy]:
     """Return up to MAX_REMEDIES changes that make the bucket fit, each with the fastest checkpointing mode.
 
-    Another mode alone comes first, then single changes, then pairs: only the first of these groups that has any.
+    Tries another mode alone, then single changes, then pairs. Returns the first of these groups that is not empty.
     """
     changes = _changes(model, batch_size)
     for num_changes in range(3):

@@ -15,7 +15,7 @@ from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, build_transformer, fill_transformer, load_transformer
 from cogds.model.transformer.forward import Block, Transformer
-from cogds.process.environment import extensions_folder
+from cogds.process.environment import extensions_folder, find_ninja
 from cogds.process.extension_locks import remove_stale_locks
 from cogds.process.host_memory import HostBuffer
 
@@ -115,6 +115,7 @@ def start_engine(transformer: Any, parameters: Sequence[torch.nn.Parameter], ds_
             "DeepSpeed compiles an extension for this config at its first use, which takes a minute or more. The "
             "shipped configs need none (optimizer.params.torch_adam=true)."
         )
+        find_ninja()
         remove_stale_locks(extensions_folder())
     engine, *_ = deepspeed.initialize(model=transformer, model_parameters=list(parameters), config=ds_config)
     return engine

@@ -1,6 +1,6 @@
 """The training state, gathered from any ZeRO stage, world size and offload setting, and restored into any other.
 
-For every trainable parameter, it has the float32 master weight and the optimizer's states (two moments for AdamW). For
+It holds the float32 master weight and the optimizer's states (two moments for AdamW) of every trainable parameter. For
 a LoRA, this is small enough for a copy in the host memory of rank 0.
 """
 
@@ -85,7 +85,7 @@ def gather_state(engine: Any, world: World) -> TrainState:
 
 
 def _check_same(name: str, parameter: torch.nn.Parameter, master: torch.Tensor) -> None:
-    """Refuse to save a master weight that is not the model's: another parameter's, for example, or only a part."""
+    """Refuse to save a master weight that is not the model's, for example another parameter's or only a part of it."""
     if not torch.equal(master.to(parameter.dtype), parameter.detach().cpu()):
         raise RuntimeError(f"DeepSpeed's master weight of '{name}' is not the model's weight; nothing is saved")
 
@@ -103,13 +103,14 @@ def restore_state(engine: Any, state: TrainState, world: World) -> None:
         if different := sorted(expected ^ set(state.tensors)):
             where = "checkpoint" if different[0] in state.tensors else "run"
             raise UserError(
-                f"checkpoint.resume: the checkpoint has another LoRA: '{different[0]}' is only in the {where}. {ADVICE}"
+                f"checkpoint.resume: the checkpoint has a different LoRA: '{different[0]}' is only in the {where}. "
+                f"{ADVICE}"
             )
         for name, parameter in parameters.items():
             saved, expected_shape = tuple(state.tensors[f"{WEIGHT}/{name}"].shape), tuple(full_shape(parameter))
             if saved != expected_shape:
                 raise UserError(
-                    f"checkpoint.resume: the checkpoint has another LoRA: '{name}' has shape {saved} instead of "
+                    f"checkpoint.resume: the checkpoint has a different LoRA: '{name}' has shape {saved} instead of "
                     f"{expected_shape}. {ADVICE}"
                 )
         return state.kinds, state.num_updates

@@ -40,7 +40,7 @@ class Monitor:
     """Collects one record per optimizer step on every rank; rank 0 writes them.
 
     `add_step`, `flush` and `close` are called on all ranks. The other methods are not collective and do nothing on
-    ranks other than 0. No method raises because of a disk.
+    ranks other than 0. No method raises if writing fails.
     """
 
     def __init__(
@@ -52,7 +52,7 @@ class Monitor:
         config: MetricsConfig,
         trackers: Sink | None = None,
     ):
-        """steps: range(steps already trained, steps of the whole run), the first as in `rewind_metrics`.
+        """steps: range(number of steps already trained, number of steps of the whole run).
 
         trackers: also receives the lines of `metrics.jsonl`.
         """
@@ -67,7 +67,7 @@ class Monitor:
         self.writer = AsyncWriter()
         self.writer.submit(self.metrics_file)
         self.writer.submit(self.event_file, [layout_record(LAYOUT)])
-        self.writer.drain(1.0)  # reports a folder that cannot be written before the run, if the disk is quick
+        self.writer.drain(1.0)  # so that a folder that cannot be written is reported before the run, not during it
         self.progress = TrainingProgress(steps.start, steps.stop, use_bar=config.progress_bar)
         self.trackers = trackers
         # A thread of its own: a service that does not answer must not hold up the files.

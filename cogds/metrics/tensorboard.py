@@ -18,7 +18,7 @@ from torch.utils.tensorboard.summary import text as text_summary
 from cogds.metrics.async_writer import AppendFile
 from cogds.metrics.images import encode_gif, encode_image
 
-RGB = 3  # number of TensorBoard's color space
+RGB = 3  # TensorBoard's number for this color space
 
 # The Custom Scalars tab: category -> chart -> the tags in it, as regular expressions.
 LAYOUT: dict[str, dict[str, list[str]]] = {

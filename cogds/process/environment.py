@@ -2,6 +2,8 @@
 
 import os
 import platform
+import shutil
+import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
 
@@ -44,3 +46,14 @@ def set_library_defaults(local_size: int, environ: MutableMapping[str, str] = os
     is_set = "PYTORCH_CUDA_ALLOC_CONF" in environ or "PYTORCH_ALLOC_CONF" in environ
     if not is_set and "microsoft" not in platform.release().lower():
         environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def find_ninja(environ: MutableMapping[str, str] = os.environ, python: str = sys.executable) -> None:
+    """Extend the PATH so that torch finds ninja, with which it builds DeepSpeed's extensions.
+
+    pip installs ninja beside the interpreter. That folder is not on the PATH if the virtual environment is not active.
+    It goes to the end, so that it hides no other program.
+    """
+    path, folder = environ.get("PATH", os.defpath), Path(python).parent
+    if not shutil.which("ninja", path=path) and (folder / "ninja").is_file():
+        environ["PATH"] = f"{path}{os.pathsep}{folder}"

@@ -47,7 +47,7 @@ def log_options(interval_s: float) -> dict[str, Any]:
 
 
 class _LogFile:
-    """A stream for tqdm that logs each line, but not the same line twice in a row, as tqdm draws it."""
+    """A stream for tqdm that logs its lines. tqdm may draw a line several times in a row, which is logged once."""
 
     def __init__(self) -> None:
         self._last_line = ""

@@ -29,7 +29,7 @@ logger = logging.getLogger(__name__)
 
 # Metrics that TensorBoard's HParams tab compares runs by.
 HPARAM_METRICS = ("train/loss", "eval/loss", "eval/train_loss")
-MAX_DECODED = 4  # clips per step
+MAX_DECODED = 4  # clips per micro-batch
 
 
 def log_overview(run: Run, monitor: Monitor) -> None:
@@ -143,9 +143,9 @@ class FirstBatchLogger:
 
 
 def _shrink(frame: torch.Tensor) -> np.ndarray:
-    """Resize a first frame, uint8 [3, H, W], to pixels [h, w, 3] of a contact sheet.
+    """Resize a first frame, uint8 [3, H, W], to the width of a contact sheet's cell, uint8 [h, w, 3].
 
-    It is a copy, because a view would keep the pinned memory of the whole batch.
+    Returns a copy, because a view would keep the pinned memory of the whole batch.
     """
     image = Image.fromarray(frame.permute(1, 2, 0).cpu().numpy())
     return np.array(image.resize((CELL, max(1, round(CELL * image.height / image.width))), Image.Resampling.LANCZOS))

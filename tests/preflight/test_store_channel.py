@@ -29,7 +29,7 @@ def run_ranks(size, function, present=None):
         except UserError as error:
             results[rank] = error
 
-    threads = [threading.Thread(target=run, args=(rank,)) for rank in (present or range(size))]
+    threads = [threading.Thread(target=run, args=(rank,), daemon=True) for rank in (present or range(size))]
     for thread in threads:
         thread.start()
     for thread in threads:

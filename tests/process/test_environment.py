@@ -1,4 +1,6 @@
-from cogds.process.environment import environment_variables, set_library_defaults
+import pytest
+
+from cogds.process.environment import environment_variables, find_ninja, set_library_defaults
 
 SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
@@ -35,3 +37,15 @@ def test_the_single_thread_of_torchrun_is_not_a_choice(monkeypatch):
 def test_wsl2_has_no_expandable_segments(monkeypatch):
     monkeypatch.setattr("platform.release", lambda: "5.15.167.4-microsoft-standard-WSL2")
     assert "PYTORCH_CUDA_ALLOC_CONF" not in defaults(1)
+
+
+@pytest.mark.parametrize("on_path, beside, expected", [(0, 0, "a"), (0, 1, "a:b"), (1, 0, "a"), (1, 1, "a")])
+def test_ninja_is_found_beside_the_interpreter(on_path, beside, expected, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    for folder, exists in (("a", on_path), ("b", beside)):
+        (tmp_path / folder).mkdir()
+        if exists:
+            (tmp_path / folder / "ninja").touch(mode=0o755)
+    environ = {"PATH": "a"}
+    find_ninja(environ, python="b/python")
+    assert environ["PATH"] == expected

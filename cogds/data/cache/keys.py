@@ -14,7 +14,7 @@ from typing import Any
 
 from cogds.files import whole_file
 
-# Increase it whenever the same inputs would give other tensors, such as after changes of resampling or cropping.
+# Increase this if the same inputs would give different tensors, for example after a change to resampling or cropping.
 ENCODING_VERSION = 2
 
 
@@ -33,7 +33,7 @@ def _digest_file(path: str) -> str | None:
 
 
 def digest_files(paths: Sequence[str], memo_file: Path) -> dict[str, str]:
-    """Digest the content of files; those that cannot be read are missing in the result.
+    """Digest the content of files; those that cannot be read are missing from the result.
 
     Args:
         memo_file: JSON file of digests. A file whose size and modification time are listed there is not read again.

@@ -21,8 +21,6 @@ from cogds.distributed.world import read_world
 from cogds.encode.encoder import encode_pixels
 from cogds.model.load import DTYPES
 
-LAYOUTS = {"default": torch.contiguous_format, "channels_last_3d": torch.channels_last_3d}
-
 
 @torch.no_grad()
 def main(argv: list[str] | None = None) -> None:
@@ -36,15 +34,17 @@ def main(argv: list[str] | None = None) -> None:
     size, device = SIZES[args.size], read_world().device
     shape, vae_size = ClipShape.parse(args.bucket or size.bucket), model_of(size).vae_size
     vae = random_vae(size, DTYPES[args.precision], device)
-    # Only weights of 3-D convolutions have five dimensions, which this layout needs.
-    vaes = {name: copy.deepcopy(vae).to(memory_format=layout) for name, layout in LAYOUTS.items()}
+    vaes = {"default": vae, "channels_last_3d": copy.deepcopy(vae)}
+    for module in vaes["channels_last_3d"].modules():
+        if isinstance(module, torch.nn.Conv3d):  # the VAE has 2-D convolutions too
+            module.to(memory_format=torch.channels_last_3d)
     cases = [(shape, True), *([(shape, False)] if vae_can_encode(shape, False, vae_size) else [])]
     cases.append((replace(shape, frames=1), False))
     rows = []
     for clip, is_tiled in cases:
         numbers = torch.Generator().manual_seed(0)
         pixels = torch.randint(0, 256, (clip.frames, clip.height, clip.width, 3), dtype=torch.uint8, generator=numbers)
-        calls = {name: functools.partial(encode_pixels, vaes[name], pixels, is_tiled) for name in LAYOUTS}
+        calls = {name: functools.partial(encode_pixels, vaes[name], pixels, is_tiled) for name in vaes}
         timings = interleaved(calls, args.rounds, device)
         is_complete = not any(timing.error for timing in timings.values())
         moments = {name: call().float() for name, call in calls.items()} if is_complete else {}

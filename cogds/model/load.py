@@ -67,7 +67,7 @@ class ModelFolder:
     def num_text_parameters(self) -> int:
         """Parameters of T5, without reading its weights."""
         with torch.device("meta"):
-            encoder = T5EncoderModel(T5Config.from_pretrained(self.path / "text_encoder"))
+            encoder = T5EncoderModel(T5Config.from_dict(_read_json(self.path / "text_encoder/config.json")))
         return sum(parameter.numel() for parameter in encoder.parameters())
 
 

@@ -197,7 +197,7 @@ def measure(
     medians = {way: round(statistics.median(every), 5) for way, every in seconds.items()}
     spread = {way: [round(min(every), 5), round(max(every), 5)] for way, every in seconds.items()}
     return {
-        "size": size.name, "bucket": bucket, "checkpointing": execution.buckets[0].checkpointing,
+        "size": size.name, "bucket": bucket, "checkpointing": str(execution.buckets[0].checkpointing),
         "median_s": medians, "spread_s": spread,
         "num_counted": len(seconds["loop"]),
         "loop_overhead": round(medians["loop"] / medians["bare"] - 1, 4),

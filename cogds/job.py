@@ -19,6 +19,7 @@ from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.loading import load_config, replace
 from cogds.config.schema import RunConfig
 from cogds.core.buckets import generate_buckets, parse_buckets
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.flops import forward_flops
 from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.memory import LoraSize, MemoryModel, TransformerSize, ZeroSettings
@@ -148,10 +149,13 @@ def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
     return buckets
 
 
-def choose_checkpointing(job: Job, batch_sizes: Sequence[int], gpu_bytes: float | None) -> tuple[str, ...]:
-    """Return the activation checkpointing mode of each bucket: the config's, or for `auto` the fastest that fits.
+def choose_checkpointing(
+    job: Job, batch_sizes: Sequence[int], gpu_bytes: float | None
+) -> tuple[BlockCheckpointing, ...]:
+    """Return the activation checkpointing of each bucket: the config's, or for `auto` the fastest that fits.
 
-    If no mode fits, returns the one that needs the least memory. gpu_bytes: memory of one GPU; None if there is no
+    `auto` lets as many blocks as fit keep all activations. A mode in the config applies to all blocks. If nothing fits,
+    `auto` becomes the mode that needs the least memory. gpu_bytes: memory of one GPU; None if there is no
     limit. Raises UserError if the config names a bucket that the run does not have.
     """
     names, by_bucket = [str(shape) for shape in job.buckets], job.cfg.train.activation_checkpointing_by_bucket
@@ -163,8 +167,8 @@ def choose_checkpointing(job: Job, batch_sizes: Sequence[int], gpu_bytes: float 
             )
     modes = [by_bucket.get(name, job.cfg.train.activation_checkpointing) for name in names]
     if gpu_bytes is None:
-        return tuple("none" if mode == "auto" else mode for mode in modes)
+        return tuple(BlockCheckpointing("none" if mode == "auto" else mode) for mode in modes)
     return tuple(
-        job.memory.least_checkpointing(shape, batch_size, gpu_bytes) if mode == "auto" else mode
+        job.memory.best_checkpointing(shape, batch_size, gpu_bytes) if mode == "auto" else BlockCheckpointing(mode)
         for shape, batch_size, mode in zip(job.buckets, batch_sizes, modes)
     )

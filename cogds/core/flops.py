@@ -2,6 +2,8 @@
 
 from dataclasses import dataclass
 
+from cogds.core.checkpointing import BlockCheckpointing
+
 # Attention's backward pass relative to its forward pass: the gradients of its two products take twice the operations.
 # A kernel that does not store the attention matrix computes the first product again.
 BACKWARD_FACTOR, FLASH_BACKWARD_FACTOR = 2.0, 2.5
@@ -52,19 +54,20 @@ class StepFlops:
         """
         return self.forward + self.backward
 
-    def hardware_flops(self, checkpointing: str) -> float:
+    def hardware_flops(self, checkpointing: BlockCheckpointing | str) -> float:
         """Operations that a GPU executes, including the LoRA, whose backward pass is twice its forward pass.
 
-        checkpointing: a mode of `train.activation_checkpointing`, which determines what is recomputed.
+        checkpointing: determines what is recomputed. A mode is for all blocks.
         """
+        blocks = BlockCheckpointing.of(checkpointing)
         recomputed = {
             "none": 0.0,
             "selective": self.linears + self.lora,
             "full": self.forward + self.lora,
             "full+offload": self.forward + self.lora,
-        }[checkpointing]
+        }[blocks.mode]
         backward = self.linears + FLASH_BACKWARD_FACTOR * self.attention
-        return self.forward + backward + 3 * self.lora + recomputed
+        return self.forward + backward + 3 * self.lora + blocks.checkpointed_share * recomputed
 
 
 def step_flops(tokens: int, num_layers: int, hidden_size: int, num_lora_parameters: int = 0) -> StepFlops:

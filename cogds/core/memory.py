@@ -15,11 +15,10 @@ from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
 
+from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens, padded_latent_frames, token_grid
 from cogds.core.vae_memory import VaeSize, vae_encode_bytes
 
-# Activation checkpointing modes, from the fastest to the one that needs the least memory.
-CHECKPOINTING_MODES = ("none", "selective", "full", "full+offload")
 # Bytes per element of the frozen weights, the LoRA and the activations.
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 # The share of a GPU's memory that an estimate may use. The rest is for fragmentation and other processes.
@@ -193,7 +192,7 @@ class MemoryEstimate:
 
 @dataclass(frozen=True)
 class MemoryModel:
-    """Everything that a rank's memory depends on, except the bucket, its batch size and its checkpointing mode.
+    """Everything that a rank's memory depends on, except the bucket, its batch size and its activation checkpointing.
 
     Attributes:
         num_ranks: ranks that ZeRO shards over.
@@ -220,8 +219,8 @@ class MemoryModel:
         """Bytes per element in the run's precision."""
         return ELEMENT_BYTES[self.precision]
 
-    def estimate(self, shape: ClipShape, batch_size: int, checkpointing: str) -> MemoryEstimate:
-        """Estimate the GPU memory of a rank that trains clips of this shape. checkpointing: of `CHECKPOINTING_MODES`.
+    def estimate(self, shape: ClipShape, batch_size: int, checkpointing: BlockCheckpointing | str) -> MemoryEstimate:
+        """Estimate the GPU memory of a rank that trains clips of this shape. checkpointing: a mode is for all blocks.
 
         For P base and L LoRA parameters, N ranks, e bytes per element (2 or 4), B clips of T tokens (a rank's share of
         them), hidden size d, and U = B T d e, the bytes of one hidden-state tensor:
@@ -241,9 +240,10 @@ class MemoryModel:
                                (`saved_units`); selective: the input, attention's output and its statistic;
                                full: the input; full+offload: nothing, but two inputs on their way back to the GPU
             block activations  the tensors that a recomputed block saves and the gradients at the peak of its backward
-                               pass (`_gradient_units`); at stage 3 at least the copy of a block's weights that
-                               DeepSpeed takes out of the gathered buffer; with fp8 matmuls additionally
-                               `_fp8_matmul_units`, an upper bound if the block is compiled
+                               pass (`_gradient_units`); with fp8 matmuls additionally `_fp8_matmul_units`, an upper
+                               bound if the block is compiled; less what the blocks without recomputation have freed by
+                               then (`_block_units`); at stage 3 at least the copy of a block's weights that DeepSpeed
+                               takes out of the gathered buffer
         """
         zero, element_bytes, num_lora = self.zero, self.element_bytes, self.lora.num_parameters
         is_sharded = zero.stage == 3
@@ -255,9 +255,7 @@ class MemoryModel:
         block_bytes = self._gathered_block_size * element_bytes if is_sharded else 0
         whole_lora = num_lora if is_sharded and self._lora_persists else 0
         num_buffers = 2 if zero.stage in (1, 2) and zero.overlap_comm else 1
-        block_units = self._recomputed_units(checkpointing) + self._gradient_units
-        block_units += _fp8_matmul_units(checkpointing) if self.fp8_matmul else 0.0
-        unit = self._unit_bytes(shape, batch_size)
+        blocks, unit = BlockCheckpointing.of(checkpointing), self._unit_bytes(shape, batch_size)
         gradients_offloaded = zero.offload_optimizer and zero.stage >= 2
         return MemoryEstimate(
             base_weights_bytes=shard(base_weights_bytes(self.transformer, self.quantization, element_bytes), 3)
@@ -273,23 +271,24 @@ class MemoryModel:
             rotary_tables_bytes=sum(rotary_tables_bytes(bucket, self.geometry) for bucket in self.buckets),
             inputs_and_loss_bytes=batch_size * self._inputs_and_loss_bytes(shape),
             cuda_context_bytes=CUDA_CONTEXT_BYTES,
-            kept_activations_bytes=round(unit * self._kept_units(checkpointing)),
-            block_activations_bytes=max(round(unit * block_units), block_bytes),
+            kept_activations_bytes=round(unit * self._kept_units(blocks)),
+            block_activations_bytes=max(round(unit * self._block_units(blocks)), block_bytes),
             first_frame_encode_bytes=vae_encode_bytes(
                 dataclasses.replace(shape, frames=1), False, self.vae, element_bytes
             ),
             optimizer_step_bytes=0 if zero.offload_optimizer or not zero.stage else shard(num_lora, 1) * 4,
         )  # fmt: skip
 
-    def pinned_host_bytes(self, shape: ClipShape, batch_size: int, checkpointing: str) -> int:
-        """Pinned host memory of a rank for activations: every block's input, in whole pages, with full+offload.
+    def pinned_host_bytes(self, shape: ClipShape, batch_size: int, checkpointing: BlockCheckpointing | str) -> int:
+        """Pinned host memory of a rank for activations: the inputs of blocks with full+offload, in whole pages.
 
         Does not include memory pinned by data loaders and by DeepSpeed's offload.
         """
-        if checkpointing != "full+offload":
+        blocks = BlockCheckpointing.of(checkpointing)
+        if blocks.mode != "full+offload":
             return 0
         num_pages = -(-self._unit_bytes(shape, batch_size) // mmap.PAGESIZE)
-        return self.transformer.num_layers * num_pages * mmap.PAGESIZE
+        return (self.transformer.num_layers - blocks.num_kept_blocks) * num_pages * mmap.PAGESIZE
 
     def least_checkpointing(self, shape: ClipShape, batch_size: int, gpu_bytes: float) -> str:
         """The fastest checkpointing mode that fits a GPU of this size, or the smallest mode if none fits."""
@@ -297,6 +296,17 @@ class MemoryModel:
             if self.estimate(shape, batch_size, mode).fits(gpu_bytes):
                 return mode
         return CHECKPOINTING_MODES[-1]
+
+    def best_checkpointing(self, shape: ClipShape, batch_size: int, gpu_bytes: float) -> BlockCheckpointing:
+        """`least_checkpointing`, with as many blocks that keep all activations as fit as well."""
+        mode, num_blocks = self.least_checkpointing(shape, batch_size, gpu_bytes), self.transformer.num_layers
+        best = BlockCheckpointing(mode)
+        for num_kept in range(1, num_blocks if mode != "none" else 1):
+            blocks = BlockCheckpointing(mode, num_kept, num_blocks)
+            if not self.estimate(shape, batch_size, blocks).fits(gpu_bytes):
+                break
+            best = blocks
+        return best
 
     @cached_property
     def saved_units(self) -> float:
@@ -335,21 +345,40 @@ class MemoryModel:
         """Attention's output and its statistic per row and head, in U."""
         return 1 + 4 * self.transformer.num_heads / (self.transformer.width * self.element_bytes)
 
-    def _kept_units(self, checkpointing: str) -> float:
+    def _kept_units(self, blocks: BlockCheckpointing) -> float:
         """Tensors that all blocks together keep until the backward pass, in U."""
-        num_layers = self.transformer.num_layers
-        return {
+        num_layers = self.transformer.num_layers - blocks.num_kept_blocks
+        kept = {
             "none": num_layers * (1 + self.saved_units),
             "selective": num_layers * (1 + self._attention_units),
             "full": float(num_layers),
             "full+offload": float(min(2, num_layers)),
-        }[checkpointing]
+        }[blocks.mode]
+        return kept + blocks.num_kept_blocks * (1 + self.saved_units)
 
-    def _recomputed_units(self, checkpointing: str) -> float:
+    def _block_units(self, blocks: BlockCheckpointing) -> float:
+        """Tensors at the peak of the backward pass in addition to `_kept_units`, in U.
+
+        The peak is in a block without recomputation, or in one with recomputation, when the activations of all blocks
+        without it have been freed. These are the last blocks.
+        """
+
+        def peak(mode: str) -> float:
+            return (
+                self._recomputed_units(mode)
+                + self._gradient_units
+                + (_fp8_matmul_units(mode) if self.fp8_matmul else 0.0)
+            )
+
+        if not blocks.num_kept_blocks:
+            return peak(blocks.mode)
+        return max(peak("none"), peak(blocks.mode) - blocks.num_kept_blocks * (1 + self.saved_units))
+
+    def _recomputed_units(self, mode: str) -> float:
         """Tensors that a block saves when it is recomputed, in U."""
-        if checkpointing == "none":
+        if mode == "none":
             return 0.0
-        return self.saved_units - (self._attention_units if checkpointing == "selective" else 0.0)
+        return self.saved_units - (self._attention_units if mode == "selective" else 0.0)
 
     @property
     def _gradient_units(self) -> float:
@@ -430,11 +459,11 @@ def rotary_tables_bytes(shape: ClipShape, geometry: ModelGeometry) -> int:
     return 2 * 4 * time * height * width * geometry.head_dim if geometry.rope else 0
 
 
-def _fp8_matmul_units(checkpointing: str) -> float:
+def _fp8_matmul_units(mode: str) -> float:
     """Tensors that fp8 matmuls add to the peak of a block that is not compiled, in U.
 
     Rows are rounded by way of float32. At the width of the feed-forward, 4 U, that is 8 U and 2 U of codes. They exist
     in the block's forward pass or in the backward pass of the feed-forward's first layer. Without recomputation, less
     of the memory counted otherwise is alive then. Confirmed in runs on the meta device with the real shapes.
     """
-    return 3.0 if checkpointing == "none" else 8.0
+    return 3.0 if mode == "none" else 8.0

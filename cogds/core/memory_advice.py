@@ -4,6 +4,7 @@ import itertools
 from dataclasses import dataclass, replace
 from typing import Any
 
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import MemoryModel, ZeroSettings
 from cogds.formatting import gigabytes
@@ -57,7 +58,11 @@ def find_remedies(model: MemoryModel, shape: ClipShape, batch_size: int, gpu_byt
 
 
 def explain_shortfall(
-    model: MemoryModel, shape: ClipShape, batch_size: int, checkpointing: str, gpu_bytes: float | None
+    model: MemoryModel,
+    shape: ClipShape,
+    batch_size: int,
+    checkpointing: BlockCheckpointing | str,
+    gpu_bytes: float | None,
 ) -> str:
     """Explain why a bucket does not fit and what makes it fit. "" if it fits or if gpu_bytes is None (no GPU)."""
     if gpu_bytes is None or (estimate := model.estimate(shape, batch_size, checkpointing)).fits(gpu_bytes):

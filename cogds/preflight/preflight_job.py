@@ -7,6 +7,7 @@ from functools import cached_property
 from typing import Any
 
 from cogds.config.loading import to_dict
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import MemoryEstimate
 from cogds.distributed.network import set_network
@@ -30,8 +31,8 @@ class PreflightJob(Job):
         return self.memory.element_bytes
 
     @cached_property
-    def checkpointing(self) -> tuple[str, ...]:
-        """Activation checkpointing mode of each bucket on this GPU."""
+    def checkpointing(self) -> tuple[BlockCheckpointing, ...]:
+        """Activation checkpointing of each bucket on this GPU."""
         return choose_checkpointing(self, self.batch_sizes, gpu_memory(self.world.device))
 
     @cached_property

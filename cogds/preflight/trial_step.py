@@ -42,7 +42,7 @@ def run_trial_step(job: PreflightJob) -> RankResult:
     """Train the largest bucket for one or two steps. Collective.
 
     Returns:
-        `trial`: the bucket, its batch size, the seconds of each step, the loss, the peak and the total memory [bytes].
+        `trial`: the bucket, its batch size and activation checkpointing, the seconds of each step, the loss, the peak and the total memory [bytes].
         `error` is not empty if the memory was not enough.
     """
     cfg, world, model = job.cfg, job.world, job.model
@@ -51,6 +51,7 @@ def run_trial_step(job: PreflightJob) -> RankResult:
     result: dict[str, Any] = {
         "bucket": str(job.buckets[bucket]),
         "batch_size": batch_size,
+        "checkpointing": str(job.checkpointing[bucket]),
         "error": "",
         "estimate": job.estimates[bucket].total_bytes,
         "device": device.type,
@@ -109,7 +110,7 @@ def run_trial_step(job: PreflightJob) -> RankResult:
 def assess_trial_step(results: list[RankResult]) -> list[Finding]:
     """The step must fit into memory on every rank."""
     first = results[0]["trial"]
-    bucket = f"{first['bucket']}, batch {first['batch_size']}"
+    bucket = f"{first['bucket']}, batch {first['batch_size']}, activation checkpointing {first['checkpointing']}"
     out_of_memory = [result for result in results if result["trial"]["error"]]
     if out_of_memory:
         trial = out_of_memory[0]["trial"]

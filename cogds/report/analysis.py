@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import ClipShape, ModelGeometry, cached_caption_bytes, cached_clip_bytes, num_tokens
 from cogds.core.memory import MemoryEstimate, MemoryModel
 from cogds.core.memory_advice import explain_shortfall
@@ -91,7 +92,7 @@ class TrainingSetup:
     Attributes:
         batch_sizes: clips per rank and micro-step, by bucket.
         accumulation: micro-steps per optimizer step.
-        checkpointing: activation checkpointing mode, by bucket.
+        checkpointing: activation checkpointing, by bucket.
         is_cached: whether clips are encoded into a cache before training.
         epoch_sizes: samples of each bucket in one epoch, repeats included. None: the clips' windows.
         steps_per_epoch: optimizer steps. None: calculated from the samples.
@@ -102,7 +103,7 @@ class TrainingSetup:
     memory: MemoryModel
     batch_sizes: Sequence[int]
     accumulation: int
-    checkpointing: Sequence[str]
+    checkpointing: Sequence[BlockCheckpointing]
     is_cached: bool = True
     epoch_sizes: Sequence[float] | None = None
     steps_per_epoch: float | None = None
@@ -133,7 +134,7 @@ class BucketReport:
         crop_share: mean share of the picture cropped away.
         upscaled_share: share of clips that are upscaled.
         unused_share: mean share of a clip's frames that are in no sample.
-        checkpointing: activation checkpointing mode.
+        checkpointing: activation checkpointing.
         pinned_bytes: host memory per GPU.
         shortfall: a sentence if the bucket does not fit into GPU memory, else "".
         step_s: None if unknown.
@@ -151,7 +152,7 @@ class BucketReport:
     upscaled_share: float
     unused_share: float
     cache_bytes: int
-    checkpointing: str
+    checkpointing: BlockCheckpointing
     memory: MemoryEstimate
     pinned_bytes: int
     shortfall: str

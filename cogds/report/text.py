@@ -101,7 +101,7 @@ def short_report(report: Report) -> str:
     if (largest := report.largest) and report.gpu_bytes is not None:
         lines.append(
             f"about {gigabytes(largest.memory.total_bytes)} of GPU memory (calculated) for {largest.shape} with "
-            f"train.activation_checkpointing={largest.checkpointing}; {gigabytes(report.cache_bytes)} of cache"
+            f"activation checkpointing {largest.checkpointing}; {gigabytes(report.cache_bytes)} of cache"
         )
     return "\n".join(lines + suggestion_lines(report)[:1])
 
@@ -166,7 +166,7 @@ def _bucket_table(report: Report, console: Console) -> Table:
             *(f"{count:,}" for count in counts),
             *(number(bucket.micro_steps), number(bucket.steps)),
             *map(percent, (bucket.crop_share, bucket.upscaled_share, bucket.unused_share)),
-            *(gigabytes(bucket.cache_bytes), bucket.checkpointing, memory_text(bucket), step_text(bucket)),
+            *(gigabytes(bucket.cache_bytes), str(bucket.checkpointing), memory_text(bucket), step_text(bucket)),
         )
     return table
 

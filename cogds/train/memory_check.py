@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from cogds.config.deepspeed import zero_stage
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.diffusion import v_loss
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import USABLE_SHARE, MemoryEstimate
@@ -39,7 +40,7 @@ class MemoryCheck:
 
     shape: ClipShape
     batch_size: int
-    checkpointing: str
+    checkpointing: BlockCheckpointing
     predicted_bytes: int
     measured_bytes: int | None
     seconds: float
@@ -177,12 +178,14 @@ def _describe_shortage(run: Run, bucket: int, error: Exception | None = None) ->
     rank = f"rank {run.world.rank}" if error is not None else "another rank"
     reason = f" ({str(error).splitlines()[0]})" if error is not None and str(error) else ""
     gpu = "" if gpu_bytes is None else f" of {gpu_bytes / 1e9:.1f} GB"
+    blocks = BlockCheckpointing.of(part.checkpointing)
+    mode = f"={blocks.mode}, which keeps no whole block" if blocks.num_kept_blocks else " to a mode that keeps less"
     advice = part.shortfall or (
         f"The estimate was {part.estimate.total_bytes / 1e9:.1f} GB{gpu}, {USABLE_SHARE:.0%} of which is usable. Set "
-        "train.activation_checkpointing to a mode that keeps less, model.quantization=nf4, a smaller batch or bucket, "
-        "or use ds_configs/zero3.json on several GPUs."
+        f"train.activation_checkpointing{mode}, model.quantization=nf4, a smaller batch or bucket, or use "
+        "ds_configs/zero3.json on several GPUs."
     )
     return (
-        f"data.buckets: {shape} with batch size {size} and train.activation_checkpointing={part.checkpointing} does "
-        f"not fit into the memory of {rank}{reason}. {advice}"
+        f"data.buckets: {shape} with batch size {size} and activation checkpointing {part.checkpointing} does not fit "
+        f"into the memory of {rank}{reason}. {advice}"
     )

@@ -60,7 +60,7 @@ def hparams(run: Run) -> dict[str, str | float | bool]:
         "train.precision": cfg.train.precision,
         "train.gradient_accumulation_steps": plan.accumulation,
         "tokens per rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
-        "activation checkpointing": ", ".join(sorted({part.checkpointing for part in run.execution.buckets})),
+        "activation checkpointing": "; ".join(sorted({str(part.checkpointing) for part in run.execution.buckets})),
         "ranks": run.world.size,
         "zero stage": zero_stage(run.ds_config),
         "model.quantization": cfg.model.quantization,

@@ -95,7 +95,7 @@ def bucket_table(run: Run) -> list[str]:
             f"{num_tokens(shape, run.model.geometry):,}",
             f"{sum(run.data.index.sizes[bucket]):,}",
             str(run.plan.local_batch_sizes[bucket]),
-            part.checkpointing,
+            str(part.checkpointing),
         ]
         if gpu_bytes:
             row.append(f"{gigabytes(part.estimate.total_bytes)} of {gigabytes(gpu_bytes)}")

@@ -18,6 +18,7 @@ from typing import Any
 import torch
 
 from cogds.config.deepspeed import zero_stage
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import num_tokens
 from cogds.core.memory import MemoryEstimate
 from cogds.core.memory_advice import explain_shortfall
@@ -40,11 +41,11 @@ from cogds.process.environment import environment_variables
 class BucketExecution:
     """How one bucket is trained, and the memory that it needs.
 
-    checkpointing: activation checkpointing mode. shortfall: a message if the bucket does not fit, else "".
+    checkpointing: activation checkpointing. shortfall: a message if the bucket does not fit, else "".
     pinned_host_bytes: pinned memory of one rank.
     """
 
-    checkpointing: str
+    checkpointing: BlockCheckpointing
     estimate: MemoryEstimate
     shortfall: str = ""
     pinned_host_bytes: int = 0
@@ -149,12 +150,14 @@ def _choose(
         )
     buckets = tuple(
         BucketExecution(
-            mode,
-            memory.estimate(shape, batch_size, mode),
-            explain_shortfall(memory, shape, batch_size, mode, gpu_bytes),
-            memory.pinned_host_bytes(shape, batch_size, mode),
+            blocks,
+            memory.estimate(shape, batch_size, blocks),
+            explain_shortfall(memory, shape, batch_size, blocks, gpu_bytes),
+            memory.pinned_host_bytes(shape, batch_size, blocks),
         )
-        for shape, batch_size, mode in zip(job.buckets, batch_sizes, choose_checkpointing(job, batch_sizes, gpu_bytes))
+        for shape, batch_size, blocks in zip(
+            job.buckets, batch_sizes, choose_checkpointing(job, batch_sizes, gpu_bytes)
+        )
     )
     return Execution(kernel, is_compiled, buckets, gpu_bytes, tuple(notes), job.world.local_size)
 

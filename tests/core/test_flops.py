@@ -4,6 +4,7 @@ from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBloc
 from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.flop_counter import FlopCounterMode
 
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.flops import forward_flops, step_flops
 
 TERA = 1e12
@@ -35,6 +36,8 @@ def test_recomputation_counts_only_as_hardware_flops():
     assert kept - none == pytest.approx(REAL.linears + REAL.lora)
     assert block - none == pytest.approx(REAL.forward + REAL.lora)
     assert REAL.hardware_flops("full+offload") == block
+    split = REAL.hardware_flops(BlockCheckpointing("selective", 30, 42))
+    assert split - none == pytest.approx((kept - none) * 12 / 42)
 
 
 def test_operations_of_a_block_counted_by_torch():

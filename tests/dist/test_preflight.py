@@ -47,7 +47,7 @@ def test_a_cluster_without_problems_is_ready(job):
     assert {level for _, level in rows} == {"ok"}, done.stdout
     names = ["versions", "config", "tools", "sources", "disk", "gpu", "network", "folders", "exchange", "step"]
     assert list(dict.fromkeys(name for name, _ in rows)) == names
-    assert "17x64x96, batch 1: " in done.stdout
+    assert "17x64x96, batch 1, activation checkpointing none: " in done.stdout
     assert [path for path in folder.rglob("*") if "preflight" in path.name] == []
     assert sorted(path.name for path in folder.iterdir()) == ["cache", "clips", "run"]
 

@@ -10,8 +10,9 @@ import pytest
 import torch
 
 from cogds.config.schema import CHECKPOINTING_MODES as CONFIG_MODES
+from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
 from cogds.core.geometry import ClipShape
-from cogds.core.memory import CHECKPOINTING_MODES, QUANTIZED_FORMATS
+from cogds.core.memory import QUANTIZED_FORMATS
 from cogds.errors import UserError
 from cogds.job import choose_checkpointing
 from cogds.model.load import find_model, load_transformer
@@ -46,7 +47,7 @@ def test_each_bucket_gets_the_fastest_mode_that_fits(job):
     sizes = (1, 64)
 
     def modes(gpu_bytes, *overrides):
-        return choose_checkpointing(job(*overrides), sizes, gpu_bytes)
+        return tuple(blocks.mode for blocks in choose_checkpointing(job(*overrides), sizes, gpu_bytes))
 
     assert modes(None) == modes(80e9) == ("none", "none")
     memory = job().memory
@@ -62,6 +63,19 @@ def test_each_bucket_gets_the_fastest_mode_that_fits(job):
         modes(80e9, "train.activation_checkpointing_by_bucket={49x480x48: full}")
 
 
+def test_only_auto_lets_some_blocks_keep_their_activations(job):
+    """The tiny model has two blocks. The last one would be recomputed at once, so keeping it takes no memory."""
+    sizes, memory = (1, 64), job().memory
+    gpu_bytes = memory.estimate(BUCKETS[1], 64, "selective").total_bytes / 0.92 + 1
+    assert choose_checkpointing(job(), sizes, gpu_bytes)[1] == BlockCheckpointing("selective", 1, 2)
+    assert choose_checkpointing(job(), sizes, 1e6)[1] == BlockCheckpointing("full+offload")  # nothing fits
+    for mode in ("selective", "full"):
+        fixed = choose_checkpointing(job(f"train.activation_checkpointing={mode}"), sizes, 1e12)
+        assert fixed == (BlockCheckpointing(mode),) * 2
+    chosen = choose_checkpointing(job("train.activation_checkpointing_by_bucket={49x480x480: full}"), sizes, gpu_bytes)
+    assert chosen == (BlockCheckpointing("none"), BlockCheckpointing("full"))
+
+
 def run_of(job, execution, *num_clips):
     """Return a run with this number of clips in each bucket."""
     data = SimpleNamespace(index=SimpleNamespace(buckets=BUCKETS, sizes=[(num,) for num in num_clips]))
@@ -73,7 +87,7 @@ def test_the_summary_lists_the_used_buckets_with_their_memory_only_on_gpus(job):
     full = job("train.activation_checkpointing=full")
     execution = choose_execution(full, (1, 1))
     assert (execution.kernel, execution.is_compiled) == ("torch", False)
-    assert [part.checkpointing for part in execution.buckets] == ["full", "full"]
+    assert [str(part.checkpointing) for part in execution.buckets] == ["full", "full"]
     header, row = bucket_table(run_of(full, execution, 3, 0))
     assert row.split() == ["9x64x96", "80", "3", "1", "full"]
     assert "GB" not in header + row

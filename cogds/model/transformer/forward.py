@@ -15,6 +15,7 @@ from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.activations import GELU
 from torch import nn
 
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.model.transformer.attention import attend
 from cogds.model.transformer.checkpointing import Offload, run_checkpointed
 from cogds.model.transformer.fused import Modulation, gated_sum, lora_linears, norm_modulate, norm_rotate
@@ -154,14 +155,16 @@ class Transformer(CogVideoXTransformer3DModel):
         for block in self.transformer_blocks:
             block.has_dropout = any(isinstance(module, nn.Dropout) and module.p > 0 for module in block.modules())
 
-    def set_checkpointing(self, checkpointing: str) -> None:
-        """Set the activation checkpointing mode of every block, one of `CHECKPOINTING_MODES`."""
-        if checkpointing == "full+offload" and self.transformer_blocks[0].offload is None:
+    def set_checkpointing(self, checkpointing: BlockCheckpointing | str) -> None:
+        """Set the activation checkpointing of every block. A mode is for all blocks."""
+        blocks = BlockCheckpointing.of(checkpointing)
+        num_checkpointed = len(self.transformer_blocks) - blocks.num_kept_blocks
+        if blocks.mode == "full+offload" and self.transformer_blocks[0].offload is None:
             offload = Offload(next(self.parameters()).device)
             for block in self.transformer_blocks:
                 block.offload = offload
-        for block in self.transformer_blocks:
-            block.checkpointing = checkpointing
+        for number, block in enumerate(self.transformer_blocks):
+            block.checkpointing = blocks.mode if number < num_checkpointed else "none"
 
     def share_sequence(self, group: SequenceGroup) -> None:
         """Split every clip over the ranks of `group`. All of them take the whole input and return the whole output."""

@@ -10,12 +10,12 @@ from peft import LoraConfig
 from torch._dynamo.backends.common import aot_autograd
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
 from cogds.model.transformer.attention import attend
 from cogds.model.transformer.forward import MAX_GRAPHS, Block, Transformer
 from tests.live_bytes import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-CHECKPOINTING_MODES = ("none", "selective", "full", "full+offload")
 # Tiny versions of CogVideoX 1.5 and 1.0 (without temporal patches).
 V15 = {
     "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 8, "out_channels": 4, "time_embed_dim": 32,
@@ -135,6 +135,21 @@ def test_recomputation_is_exact(checkpointing, lora):
     assert all(torch.equal(result[1][name], gradient) for name, gradient in expected[1].items())
 
 
+@pytest.mark.parametrize("mode", CHECKPOINTING_MODES[1:])
+def test_every_split_of_the_blocks_is_exact(mode):
+    """A resumed run may therefore choose another one."""
+    _, ours = pair(V15, ATTENTION)
+    batch = inputs(V15)
+    expected = outcome(ours, batch)
+    for num_kept in range(4):
+        ours.set_checkpointing(BlockCheckpointing(mode, num_kept, 3))
+        modes = [block.checkpointing for block in ours.transformer_blocks]
+        assert modes == [mode] * (3 - num_kept) + ["none"] * num_kept
+        result = outcome(ours, batch)
+        assert torch.equal(result[0], expected[0])
+        assert all(torch.equal(result[1][name], gradient) for name, gradient in expected[1].items())
+
+
 class Calls(TorchDispatchMode):
     """Records operations that really run, which excludes those whose saved results are reused."""
 
@@ -238,6 +253,21 @@ def test_all_buckets_share_one_compilation(checkpointing):
     for result, expected in zip(results, plain):
         assert distance(result[0], expected[0]) < 1e-6
         assert largest_distance(result[1], expected[1]) < 5e-6
+
+
+def test_a_split_of_the_blocks_is_compiled_once_for_each_of_its_modes():
+    _, ours = pair(V15, ATTENTION)
+    splits = [BlockCheckpointing("selective", num_kept, 3) for num_kept in (1, 2)]
+    batch = inputs(V15, 1, (2, 2, 2))
+    ours.set_checkpointing("selective")
+    expected = outcome(ours, batch)
+    graphs = compile_without_code(ours)
+    for split in splits:
+        ours.set_checkpointing(split)
+        result = outcome(ours, batch)
+        assert distance(result[0], expected[0]) < 1e-6
+        assert largest_distance(result[1], expected[1]) < 5e-6
+    assert len(graphs) == 2
 
 
 @pytest.mark.slow

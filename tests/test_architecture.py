@@ -29,7 +29,7 @@ MAY_IMPORT = {
     "data/cache": {"errors", "files", "process"},
     "data/manifest": {"errors", "files", "core", "process", "data/video"},
     "data/loading": {"errors", "files", "core", "process", "data/cache"},
-    "model/transformer": {"errors"},
+    "model/transformer": {"errors", "core", "process"},
     "model": {"errors", "files", "core", "model/transformer"},
     "model/lora": {"errors", "core", "model"},
     "engine": {*PURE, *RANKS, "model", "model/transformer"},

@@ -192,7 +192,8 @@ class TrainConfig(Section):
     activation_checkpointing: Checkpointing = key(
         "auto",
         "activations recomputed in the backward pass; selective: all but attention's outputs; full: whole blocks; "
-        "full+offload: also keeps their inputs in host memory; auto: the first that fits, per bucket",
+        "full+offload: also keeps their inputs in host memory; auto: the first that fits, per bucket, with as many "
+        "blocks not recomputed as fit",
     )
     activation_checkpointing_by_bucket: dict[Text, Checkpointing] = key(
         {}, "train.activation_checkpointing of single buckets, such as {81x768x1360: full}"

@@ -1,5 +1,6 @@
 """Load the transformer for a ZeRO stage, create the DeepSpeed engine, and gather parameters."""
 
+import copy
 import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -9,11 +10,14 @@ import deepspeed
 import torch
 
 from cogds.config.deepspeed import compiles_extension, zero_stage
+from cogds.distributed.deepspeed_internals import merge_offloaded_weights
 from cogds.distributed.world import World
+from cogds.errors import UserError
 from cogds.model.load import ModelFolder, build_transformer, fill_transformer, load_transformer
 from cogds.model.transformer.forward import Block, Transformer
 from cogds.process.environment import extensions_folder
 from cogds.process.extension_locks import remove_stale_locks
+from cogds.process.host_memory import HostBuffer
 
 logger = logging.getLogger(__name__)
 
@@ -46,12 +50,30 @@ def build_for_stage(
     if zero_stage(ds_config) < 3:
         return build_transformer(model, dtype, device, quantization, fp8_matmul)
     # The dtype is passed in the config: `zero.Init(dtype=...)` ignores it if the accelerator has no fp16.
-    init_config = {**ds_config, "bf16": {"enabled": dtype is torch.bfloat16}}
+    init_config = {**copy.deepcopy(ds_config), "bf16": {"enabled": dtype is torch.bfloat16}}
+    offload = init_config["zero_optimization"].get("offload_param") or {}
+    is_pinned = offload.get("device") == "cpu" and offload.pop("pin_memory", False)
     with deepspeed.zero.Init(config_dict_or_path=init_config):
         transformer = build_transformer(model, dtype)
+    if is_pinned:
+        transformer.offloaded_weights = _pin_in_one_piece(transformer, device)
     deepspeed.utils.set_z3_leaf_modules(transformer, [Block])
     transformer.require_input_grad()
     return transformer
+
+
+def _pin_in_one_piece(transformer: Transformer, device: torch.device) -> HostBuffer | None:
+    """Move the weights in host memory into one buffer and, for a GPU, pin it. Raises UserError if that fails."""
+    try:
+        buffer = merge_offloaded_weights(transformer)
+        if buffer is not None and device.type == "cuda":
+            buffer.pin()
+    except (OSError, torch.cuda.CudaError) as error:
+        raise UserError(
+            f"zero_optimization.offload_param.pin_memory: cannot pin this rank's weights in host memory ({error}). Set "
+            "it to false in the DeepSpeed config, use fewer ranks per node, or give the job more memory."
+        ) from None
+    return buffer
 
 
 def load_for_stage(

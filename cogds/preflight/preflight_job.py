@@ -42,18 +42,12 @@ class PreflightJob(Job):
 
     @cached_property
     def offloaded_bytes(self) -> int:
-        """Host memory per rank for its share of the weights, 0 unless ZeRO-3 offloads parameters.
-
-        Pinned, the share of each weight takes the next power of two, because torch's allocator rounds up.
-        """
+        """Host memory per rank for its share of the weights, 0 unless ZeRO-3 offloads parameters."""
         offload = self.ds_config.get("zero_optimization", {}).get("offload_param", {})
         if str(offload.get("device", "none")) != "cpu":
             return 0
-        shares = [
-            -(-parameter.numel() // self.world.size) * self.element_bytes
-            for parameter in empty_transformer(self.model).parameters()
-        ]
-        return sum(1 << (share - 1).bit_length() for share in shares) if offload.get("pin_memory") else sum(shares)
+        parameters = empty_transformer(self.model).parameters()
+        return sum(-(-parameter.numel() // self.world.size) * self.element_bytes for parameter in parameters)
 
     @property
     def pinned_bytes(self) -> int:

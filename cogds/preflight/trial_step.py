@@ -42,8 +42,8 @@ def run_trial_step(job: PreflightJob) -> RankResult:
     """Train the largest bucket for one or two steps. Collective.
 
     Returns:
-        `trial`: the bucket, its batch size and activation checkpointing, the seconds of each step, the loss, the peak and the total memory [bytes].
-        `error` is not empty if the memory was not enough.
+        `trial`: the bucket, its batch size and activation checkpointing, the seconds of each step, the loss, the peak
+        and the total memory [bytes]. `error` is not empty if the memory was not enough.
     """
     cfg, world, model = job.cfg, job.world, job.model
     dtype, bucket, device = DTYPES[cfg.train.precision], job.largest_bucket, world.device

@@ -1,5 +1,10 @@
-"""`launch/train.py` that also counts, before training, the weights that ZeRO-3 has released: `OUTPUT_DIR/released`."""
+"""`launch/train.py` that also writes, before training, what ZeRO-3 did with the weights: `OUTPUT_DIR/weights.json`.
 
+released: number of weights that are not gathered; total: of all weights; storages: number of pieces of memory that hold
+this rank's partitions of the frozen weights.
+"""
+
+import json
 import sys
 from pathlib import Path
 
@@ -15,8 +20,13 @@ if __name__ == "__main__":
     def counting_build(self, run, initial):
         engine = build(self, run, initial)
         parameters = list(engine.module.parameters())
-        num_released = sum(not parameter.numel() for parameter in parameters)
-        (self.output_dir / "released").write_text(f"{num_released} {len(parameters)}")
+        frozen = [parameter.ds_tensor for parameter in parameters if not parameter.requires_grad]
+        counts = {
+            "released": sum(not parameter.numel() for parameter in parameters),
+            "total": len(parameters),
+            "storages": len({partition.untyped_storage().data_ptr() for partition in frozen}),
+        }
+        (self.output_dir / "weights.json").write_text(json.dumps(counts))
         return engine
 
     Trainer.build = counting_build

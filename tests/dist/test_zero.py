@@ -34,19 +34,44 @@ def test_bf16_losses_agree(train_once, ds):
     assert all(tensor.dtype == torch.bfloat16 and tensor.numel() for tensor in adapter(run).values())
 
 
-def test_released_weights_give_the_same_losses(train_once, workshop):
-    """The tiny model's weights are below the default threshold, so the shipped config never releases one."""
-    config = json.loads((ROOT / "ds_configs/zero3.json").read_text())
-    config["zero_optimization"] |= {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
-    file = workshop / "zero3-released.json"
-    file.write_text(json.dumps(config))
-    run = train_once("zero3-released", file, script=ROOT / "tests/dist/released_script.py")
-    released, total = map(int, (run / "released").read_text().split())
-    assert released == total > 50
+@pytest.fixture
+def train_released(train_once, workshop):
+    """`train_released(name, ds, **zero_optimization)`: the folder of a run, and its weights.json.
+
+    The tiny model's weights are below the default threshold, so the shipped config never releases one.
+    """
+
+    def run(name, ds, **section):
+        config = json.loads((ROOT / f"ds_configs/{ds}.json").read_text())
+        released = {"stage3_param_persistence_threshold": 0, "stage3_prefetch_bucket_size": 20_000}
+        config["zero_optimization"] |= released | section
+        file = workshop / f"{name}.json"
+        file.write_text(json.dumps(config))
+        folder = train_once(name, file, script=ROOT / "tests/dist/released_script.py")
+        return folder, json.loads((folder / "weights.json").read_text())
+
+    return run
+
+
+def test_released_weights_give_the_same_losses(train_once, train_released):
+    run, weights = train_released("zero3-released", "zero3")
+    assert weights["released"] == weights["total"] > 50
     reference = train_once("zero2", "zero2")
     assert losses(run) == pytest.approx(losses(reference), rel=1e-6)
     for name, tensor in adapter(run).items():
         torch.testing.assert_close(tensor, adapter(reference)[name], atol=2e-4, rtol=1e-3)
+
+
+def test_offloaded_weights_share_one_piece_of_memory(train_released):
+    """Without pin_memory, DeepSpeed allocates each by itself. On CPUs it does so even with it."""
+    run, weights = train_released("zero3_offload-pinned", "zero3_offload")
+    assert weights["storages"] == 1
+    assert weights["released"] == weights["total"] > 50
+    unpinned, apart = train_released("zero3_offload-unpinned", "zero3_offload", offload_param={"device": "cpu"})
+    assert apart["storages"] > 50
+    assert losses(run) == losses(unpinned)
+    expected = adapter(unpinned)
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in adapter(run).items())
 
 
 def test_metrics_of_every_step(train_once):

@@ -285,14 +285,17 @@ def test_exchanges():
 
 
 def trial(**changes):
-    sound = {"bucket": "81x768x1360", "batch_size": 1, "checkpointing": "full", "error": "", "estimate": 41 * GB, "device": "cuda", "advice": "",
-             "build_s": 3.0, "loss": 1.0, "peak": 40 * GB, "total": 80 * GB, "steps_s": [9.0, 8.0]}  # fmt: skip
+    sound = {"bucket": "81x768x1360", "batch_size": 1, "checkpointing": "full", "error": "", "estimate": 41 * GB,
+             "device": "cuda", "advice": "", "build_s": 3.0, "loss": 1.0, "peak": 40 * GB, "total": 80 * GB,
+             "steps_s": [9.0, 8.0]}  # fmt: skip
     return {"trial": sound | changes}
 
 
 def test_trial_steps():
     sound = only(assess_trial_step(rank_results(trial(), trial(steps_s=[9.0, 8.5], peak=42 * GB))))
-    assert_finding(sound, OK, "81x768x1360, batch 1", "checkpointing full: 9.00 s, 8.50 s", "42.0 GB of 80.0 GB", "41.0 GB")
+    assert_finding(
+        sound, OK, "81x768x1360, batch 1", "checkpointing full: 9.00 s, 8.50 s", "42.0 GB of 80.0 GB", "41.0 GB"
+    )
     failed = only(assess_trial_step(rank_results(trial(), trial(error="CUDA out of memory", peak=79 * GB))))
     parts = ("81x768x1360", "79.0 GB of 80.0 GB", "41.0 GB", "CUDA out of memory", "ds_configs/zero3.json")
     assert_finding(failed, FAIL, "rank 1 (n2)", *parts)

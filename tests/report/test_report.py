@@ -13,6 +13,7 @@ from rich.console import Console
 
 from cogds.arguments import parse_args
 from cogds.core.buckets import crop_share
+from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import ZeroSettings
 from cogds.core.plan import Plan
@@ -234,6 +235,13 @@ def test_pinned_host_memory_is_shown_if_there_is_any():
     assert re.search(r"pinned .* 11\.6 GB", printed(offloaded))
     assert re.search(r"pinned .*</th><td>11\.6 GB", html_page(offloaded, table(ROWS), no_frame))
     assert "pinned" not in printed(report()) + html_page(report(), table(ROWS), no_frame)
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_split_of_the_blocks_is_shown():
+    split = report(ROWS[1:3], checkpointing=(BlockCheckpointing("selective", 10, 42),) * 3, gpu_bytes=80e9)
+    for text in (printed(split), html_page(split, table(ROWS), no_frame), short_report(split)):
+        assert "selective, 10 of 42 blocks kept" in text
 
 
 @pytest.mark.usefixtures("no_plots")

@@ -96,6 +96,15 @@ def test_the_summary_lists_the_used_buckets_with_their_memory_only_on_gpus(job):
     assert len(header) == len(row)
 
 
+def test_the_summary_shows_the_split_of_the_blocks(job):
+    execution = choose_execution(job(), (1, 1))
+    small, large = execution.buckets
+    large = dataclasses.replace(large, checkpointing=BlockCheckpointing("selective", 1, 2))
+    _, row, split_row = bucket_table(run_of(job(), dataclasses.replace(execution, buckets=(small, large)), 3, 3))
+    assert row.endswith(" none")
+    assert split_row.endswith(" selective, 1 of 2 blocks kept")
+
+
 @pytest.fixture
 def on_a_gpu(monkeypatch, job):
     """`on_a_gpu(missing, *overrides)`: the execution on a node of two GPUs. missing: see `missing_to_compile`."""

@@ -8,7 +8,6 @@ full+offload    like full, with the input in pinned host memory, copied while th
 """
 
 import functools
-import mmap
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -18,6 +17,7 @@ import torch
 from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
 
 from cogds.errors import UserError
+from cogds.process.host_memory import HostBuffer
 
 _ATEN = torch.ops.aten
 _ATTENTION = {
@@ -62,41 +62,27 @@ def run_checkpointed(
     return checkpoint(function, *args, use_reentrant=False, preserve_rng_state=has_dropout, **kwargs)
 
 
-class PinnedBuffer:
-    """Pinned host memory for asynchronous copies, unpinned when this object is garbage collected.
-
-    num_bytes: a multiple of the page size; bytes: uint8 [num_bytes].
-    """
+class PinnedBuffer(HostBuffer):
+    """Pinned host memory for activations."""
 
     def __init__(self, num_bytes: int):
-        self.num_bytes = num_bytes
         try:
-            pages = mmap.mmap(-1, num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-            pages.madvise(mmap.MADV_DONTFORK)  # forked data loaders never use it
-            self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
-            torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), num_bytes, 0))
+            super().__init__(num_bytes)
+            self.pin()
         except (OSError, torch.cuda.CudaError) as error:
             raise UserError(
                 f"train.activation_checkpointing=full+offload: cannot pin another {num_bytes / 1e6:.0f} MB of host "
                 f"memory ({error}). Use another mode, fewer ranks per node or a smaller bucket, or give the job more "
                 "memory."
             ) from None
-        # Memory must stay allocated while CUDA may use it. At the end of the process, the driver unpins it.
-        weakref.finalize(self, _unpin, self.bytes.data_ptr()).atexit = False
-
-
-def _unpin(address: int) -> None:
-    torch.cuda.synchronize()  # a copy may be in progress
-    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))
 
 
 class PinnedPool:
     """A pool of pinned buffers that are reused from step to step.
 
     torch's pinned allocator rounds up to powers of two: a block's input of a long clip, 264 MiB, would take 512 MiB.
-    These buffers are rounded up to whole pages.
 
-    allocate: creates a buffer of the given number of bytes.
+    allocate: creates a buffer of at least this number of bytes.
     """
 
     def __init__(self, allocate: Callable[[int], PinnedBuffer] = PinnedBuffer):
@@ -108,7 +94,7 @@ class PinnedPool:
         fitting = [buffer for buffer in self.free if buffer.num_bytes >= num_bytes]
         if not fitting:
             self.free.clear()  # this clip is longer than all before, so its buffers will fit every clip
-            return self.allocate(-(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE)
+            return self.allocate(num_bytes)
         buffer = min(fitting, key=lambda buffer: buffer.num_bytes)
         self.free.remove(buffer)
         return buffer

@@ -26,6 +26,7 @@ from cogds.model.transformer.sequence_parallel import (
     share_sizes,
     ulysses_attention,
 )
+from cogds.process.host_memory import HostBuffer
 
 Rotary = tuple[torch.Tensor, torch.Tensor] | None
 
@@ -136,6 +137,7 @@ class Transformer(CogVideoXTransformer3DModel):
         self.transformer_blocks = nn.ModuleList(Block(block) for block in self.transformer_blocks)
         self.sequence_group: SequenceGroup | None = None
         self.input_requires_grad = False
+        self.offloaded_weights: HostBuffer | None = None  # the memory of weights that ZeRO-3 offloads
 
     def require_input_grad(self) -> None:
         """Compute a gradient for the first block's input as well, although nothing uses it.

@@ -10,19 +10,20 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from cogds.errors import UserError
 from cogds.model.transformer.checkpointing import PinnedBuffer, PinnedPool
+from cogds.process.host_memory import HostBuffer
 from tests.model.transformer.test_forward import ATTENTION, V15, inputs, outcome, pair
 
 PAGE = mmap.PAGESIZE
 
 
-class Buffer:
+class Buffer(HostBuffer):
     """Unpinned memory in place of `PinnedBuffer`."""
 
     sizes: list[int]
 
     def __init__(self, num_bytes):
-        self.num_bytes, self.bytes = num_bytes, torch.zeros(num_bytes, dtype=torch.uint8)
-        self.sizes.append(num_bytes)
+        super().__init__(num_bytes)
+        self.sizes.append(self.num_bytes)
 
 
 @pytest.fixture

@@ -1,0 +1,33 @@
+"""Host memory in whole pages that can be pinned, so that a GPU copies from it and to it asynchronously.
+
+torch's own allocator of pinned memory rounds every tensor up to a power of two.
+"""
+
+import mmap
+import weakref
+
+import torch
+
+
+class HostBuffer:
+    """Host memory, unpinned when this object is garbage collected.
+
+    num_bytes: rounded up to whole pages; bytes: uint8 [num_bytes]. Raises OSError if there is not enough memory.
+    """
+
+    def __init__(self, num_bytes: int):
+        self.num_bytes = -(-num_bytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        pages = mmap.mmap(-1, self.num_bytes, flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+        pages.madvise(mmap.MADV_DONTFORK)  # forked data loaders never use it
+        self.bytes = torch.frombuffer(pages, dtype=torch.uint8)
+
+    def pin(self) -> None:
+        """Pin all pages. Raises torch.cuda.CudaError if that is not possible."""
+        torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.num_bytes, 0))
+        # Memory must stay allocated while CUDA may use it. At the end of the process, the driver unpins it.
+        weakref.finalize(self, _unpin, self.bytes.data_ptr()).atexit = False
+
+
+def _unpin(address: int) -> None:
+    torch.cuda.synchronize()  # a copy may be in progress
+    torch.cuda.check_error(torch.cuda.cudart().cudaHostUnregister(address))

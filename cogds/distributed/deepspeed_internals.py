@@ -73,7 +73,7 @@ WEIGHT_ALIGNMENT = 64
 def merge_offloaded_weights(module: torch.nn.Module) -> HostBuffer | None:
     """Move this rank's partitions of frozen weights that are in host memory into one buffer. It is not pinned.
 
-    DeepSpeed pins every partition by itself, which torch rounds up to a power of two: on one GPU 19.7 GB instead of
+    DeepSpeed pins every partition by itself, which torch rounds up to a power of two: on one GPU 19.8 GB instead of
     11.1 GB for CogVideoX-1.5-5B. (DS_PIN_MEMORY_BACKEND=native does not round up, but compiles an extension.) DeepSpeed
     only copies from and to the partition of a frozen weight, and makes those of trained weights views itself
     (stage3.py, `_move_to_flat_buffer`). Weights below the persistence threshold stay on the GPU.

@@ -66,7 +66,7 @@ def test_offloaded_weights_share_one_piece_of_memory(train_released):
     """Without pin_memory, DeepSpeed allocates each by itself. On CPUs it does so even with it."""
     run, weights = train_released("zero3_offload-pinned", "zero3_offload")
     assert weights["storages"] == 1
-    assert weights["released"] == weights["total"] > 100
+    assert weights["released"] == weights["total"] > 50
     unpinned, apart = train_released("zero3_offload-unpinned", "zero3_offload", offload_param={"device": "cpu"})
     assert apart["storages"] > 50
     assert losses(run) == losses(unpinned)

@@ -49,9 +49,14 @@ def build_for_stage(
     init_config = {**ds_config, "bf16": {"enabled": dtype is torch.bfloat16}}
     with deepspeed.zero.Init(config_dict_or_path=init_config):
         transformer = build_transformer(model, dtype)
+    prepare_for_zero3(transformer)
+    return transformer
+
+
+def prepare_for_zero3(transformer: Transformer) -> None:
+    """Make each block a unit of ZeRO-3. Call this before the engine is created."""
     deepspeed.utils.set_z3_leaf_modules(transformer, [Block])
     transformer.require_input_grad()
-    return transformer
 
 
 def load_for_stage(

@@ -28,6 +28,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import measuring  # noqa: F401 (before torch)
 import torch
 from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
 from measuring import (
@@ -40,6 +41,7 @@ from measuring import (
     machine,
     print_json,
     print_machine,
+    share_weights,
     table,
     timed,
 )
@@ -93,11 +95,8 @@ class PlainLoop:
     @classmethod
     def sharing_weights(cls, other: Transformer, run: Run) -> "PlainLoop":
         """Train like `run`, with the weights of a transformer without LoRA."""
-        with torch.device("meta"):
-            transformer: Any = Transformer.from_config(run.model.transformer_config)
-        transformer.load_state_dict(other.state_dict(), assign=True)
+        transformer = share_weights(Transformer, run.model.transformer_config, other.state_dict())
         lora, cfg = run.cfg.lora, run.cfg.optimizer
-        transformer.requires_grad_(False)
         parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, run.cfg.seed)
         prepare_blocks(transformer.train(), run.execution)
         transformer.set_checkpointing(run.execution.buckets[0].checkpointing)
@@ -170,7 +169,7 @@ def measure(
         longer = dataclasses.replace(job, cfg=replace(cfg, {"train.num_steps": first + num_steps}))
         steps_s: list[float] = []
         with unittest.mock.patch.object(cogds.train.trainer, "Watchdog", timing_watchdog(clock, between, steps_s)):
-            Trainer(longer, StopRequest()).train(Run(longer, data, plan, execution, first), engine, builder, {})
+            Trainer(longer, StopRequest()).train(Run(longer, data, plan, execution, first), engine, builder, None, {})
         # Skips the times before the memory check, before step 1, and of step 1.
         return steps_s[3 : num_steps + 1]
 

@@ -1,6 +1,7 @@
 """Shared code of the speed benchmarks: random models, the training step on them, timing and tables.
 
-Needs torch, diffusers, peft and DeepSpeed, but no video decoders and no Parquet.
+Needs torch, diffusers, peft and DeepSpeed, but no video decoders. Scripts import it before torch, because it sets
+variables that torch reads when it is imported.
 """
 
 import contextlib
@@ -21,18 +22,22 @@ from typing import Any
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from cogds.distributed.world import World, read_world  # noqa: E402
+from cogds.process.environment import set_library_defaults  # noqa: E402
+
+set_library_defaults(read_world().local_size)
+
 import torch  # noqa: E402
 from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler  # noqa: E402
 
-from cogds.config.deepspeed import load_ds_config, resolve  # noqa: E402
+from cogds.config.deepspeed import load_ds_config, resolve, zero_stage  # noqa: E402
 from cogds.config.loading import load_config  # noqa: E402
 from cogds.config.schema import RunConfig  # noqa: E402
 from cogds.core.diffusion import v_loss  # noqa: E402
-from cogds.core.flops import PEAK_TFLOPS, StepFlops, step_flops  # noqa: E402
+from cogds.core.flops import StepFlops, step_flops  # noqa: E402
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens  # noqa: E402
 from cogds.distributed.process_group import connect, is_connected  # noqa: E402
-from cogds.distributed.world import World  # noqa: E402
-from cogds.engine.start import build_for_stage, start_engine  # noqa: E402
+from cogds.engine.start import build_for_stage, prepare_for_zero3, start_engine  # noqa: E402
 from cogds.job import Job  # noqa: E402
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer  # noqa: E402
 from cogds.model.lora.adapter import inject, resolve_targets  # noqa: E402
@@ -154,6 +159,22 @@ def random_vae(size: Size, dtype: torch.dtype, device: torch.device) -> Any:
         torch.set_default_dtype(before)
 
 
+def share_weights(of_class: Any, config: Mapping[str, Any], weights: Mapping[str, torch.Tensor]) -> Any:
+    """Build a frozen transformer around existing weights, which are not copied. weights: by diffusers' names."""
+    with torch.device("meta"):
+        transformer = of_class.from_config(config)
+    transformer.load_state_dict(weights, assign=True)
+    return transformer.requires_grad_(False)
+
+
+def randomize_lora(transformer: torch.nn.Module) -> None:
+    """Draw the LoRA's B, which is zero at first, so that a wrong LoRA changes the results."""
+    numbers = torch.Generator().manual_seed(1)
+    for name, parameter in transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data.copy_(0.02 * torch.randn(parameter.shape, generator=numbers))
+
+
 class Trainer:
     """cogds training with random weights: engine, step builder, and one batch per bucket."""
 
@@ -167,7 +188,8 @@ class Trainer:
         vae: Any = None,
     ):
         """ds_name: of a file in ds_configs/. transformer: an existing one without LoRA to train, None for a new one."""
-        self.size, self.cfg, self.world, self.device = size, cfg, world, world.device
+        self.size, self.cfg, self.ds_name, self.world, self.device = size, cfg, ds_name, world, world.device
+        self.others_bytes = 0  # memory in use that is not this trainer's
         self.model, self.dtype = model_of(size), DTYPES[cfg.train.precision]
         ds_config = deepspeed_config(ds_name, cfg, self.model, world)
         torch.manual_seed(0)
@@ -176,6 +198,9 @@ class Trainer:
         )
         parameters = inject(self.transformer, cfg.lora.rank, cfg.lora.alpha, 0.0, cfg.lora.target_modules, cfg.seed)
         self.num_lora = sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in parameters)
+        randomize_lora(self.transformer)
+        if zero_stage(ds_config) == 3 and transformer is not None:
+            prepare_for_zero3(self.transformer)
         self.transformer.train()
         self.engine = start_engine(self.transformer, parameters, ds_config)
         no_caption = torch.zeros(
@@ -214,10 +239,10 @@ class Trainer:
         """Run a whole step: encoding of the first frame, noise, forward, backward, optimizer."""
         return self.train(*self.inputs(shape, batch_size))
 
-    def set_compiled(self, compiled: bool) -> None:
+    def set_compiled(self, compiled: bool, backend: str = "inductor") -> None:
         """Switch between compiled and uncompiled blocks. The compiled code is kept."""
         if compiled and not self._compiled:
-            self.transformer.compile_blocks()
+            self.transformer.compile_blocks(backend)
             self._compiled = [block._body for block in self.transformer.transformer_blocks]
         for index, block in enumerate(self.transformer.transformer_blocks):
             block._body = self._compiled[index] if compiled else block.body
@@ -289,12 +314,10 @@ def fastest_kernel(size: Size, buckets: Sequence[str], precision: str, device: t
     return kernel, times
 
 
-def deadline_of(limit_s: float | None) -> float | None:
-    """The time.monotonic() at which this process will be `limit_s` seconds old, imports included."""
-    if limit_s is None:
-        return None
+def process_age_s() -> float:
+    """Seconds since this process started, imports included."""
     started = int(Path("/proc/self/stat").read_text().rpartition(")")[2].split()[19]) / os.sysconf("SC_CLK_TCK")
-    return time.monotonic() - (time.clock_gettime(time.CLOCK_BOOTTIME) - started) + limit_s
+    return time.clock_gettime(time.CLOCK_BOOTTIME) - started
 
 
 def wait(device: torch.device) -> None:
@@ -359,7 +382,7 @@ class Timing:
         """Values for a JSON row."""
         if not self.seconds:
             first = {"first_s": round(self.first_s, 3)} if self.first_s else {}
-            return {"error": self.error or "no time left", **first}
+            return {"error": self.error, **first}
         return {
             "median_s": round(statistics.median(self.seconds), 5),
             "min_s": round(min(self.seconds), 5),
@@ -400,22 +423,17 @@ def interleaved(
     rounds: int,
     device: torch.device,
     recover: Callable[[], object] = lambda: None,
-    deadline: float | None = None,
     clock: str = "wall",
 ) -> dict[Any, Timing]:
     """Time calls in turn, `rounds` times each: A A B B, then A B ..., without counting the first call of each.
 
-    The first counted call directly follows the uncounted one, so a run that is cut short has results. Results are also
-    printed immediately. The peak of memory is that of the uncounted call. A call that fails is not repeated, and
-    `recover` is called. deadline: in time.monotonic(), after which no call is started.
+    Results are also printed immediately. The peak of memory is that of the uncounted call. A call that fails is not
+    repeated, and `recover` is called.
     """
     timings = {name: Timing() for name in calls}
 
-    def is_late() -> bool:
-        return deadline is not None and time.monotonic() > deadline
-
     def count(name: Any) -> None:
-        if timings[name].error or is_late():
+        if timings[name].error:
             return
         seconds = attempt(calls[name], device, timings[name], clock)
         if seconds is None:
@@ -426,9 +444,6 @@ def interleaved(
 
     for name, call in calls.items():
         timing = timings[name]
-        if is_late():
-            timing.error = "no time left"
-            continue
         reset_peak(device)
         timing.first_s = attempt(call, device, timing, clock)
         timing.peak = peak_bytes(device)
@@ -442,26 +457,6 @@ def interleaved(
         for name in calls:
             count(name)
     return timings
-
-
-def matmul_tflops(dtype: torch.dtype, device: torch.device) -> float:
-    """The rate of a large matrix product on this CPU, best of several. Used because there is no data sheet value."""
-    size = 1024
-    a, b = (torch.randn(size, size, device=device).to(dtype) for _ in range(2))
-    best = min(timed(lambda: a @ b, device) for _ in range(6))
-    return 2 * size**3 / best / 1e12
-
-
-def peak_tflops(given: float | None, dtype: torch.dtype, device: torch.device) -> tuple[float | None, str]:
-    """Return the peak TFLOP/s for MFU and the source of the number. The peak is None for an unknown GPU."""
-    if given:
-        return given, "given"
-    if device.type == "cpu":
-        return matmul_tflops(dtype, device), "best of several large matrix products on this CPU"
-    name = torch.cuda.get_device_name(device)
-    if name in PEAK_TFLOPS and dtype is torch.bfloat16:
-        return PEAK_TFLOPS[name], f"{name}, dense bf16, data sheet"
-    return None, f"for {name} in {str(dtype).removeprefix('torch.')}; pass --peak-tflops to get MFU and floor"
 
 
 def machine(device: torch.device) -> dict[str, Any]:
@@ -494,7 +489,7 @@ def _commit() -> str:
             for command in (("rev-parse", "--short", "HEAD"), ("status", "--porcelain", "cogds", "benchmarks"))
         ]
         return outputs[0].strip() + (" and changes" if outputs[1].strip() else "")
-    return "unknown"
+    return os.environ.get("COMMIT", "unknown")  # a copy without its repository
 
 
 def print_machine(info: Mapping[str, Any]) -> None:

@@ -24,6 +24,7 @@ import contextlib
 import functools
 from typing import Any
 
+import measuring  # noqa: F401 (before torch)
 import torch
 from diffusers import CogVideoXTransformer3DModel
 from measuring import (
@@ -34,7 +35,6 @@ from measuring import (
     Size,
     Trainer,
     alphas_cumprod,
-    deadline_of,
     fastest_kernel,
     free,
     held_bytes,
@@ -48,6 +48,7 @@ from measuring import (
     random_vae,
     run_config,
     seconds_text,
+    share_weights,
     table,
 )
 from peft import LoraConfig
@@ -83,10 +84,7 @@ class CommonStep:
         """weights: of the base in this precision, by diffusers' names."""
         self.model, self.shape, self.device, self.vae = model_of(size), ClipShape.parse(size.bucket), device, vae
         self.dtype, self.backend, rank = DTYPES[precision], BACKENDS[kernel], size.lora_rank
-        with torch.device("meta"):
-            self.transformer: Any = CogVideoXTransformer3DModel.from_config(size.transformer)
-        self.transformer.load_state_dict(weights, assign=True)
-        self.transformer.requires_grad_(False)
+        self.transformer = share_weights(CogVideoXTransformer3DModel, size.transformer, weights)
         self.transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(TARGETS)))
         self.transformer.enable_gradient_checkpointing()
         self.transformer.train()
@@ -108,6 +106,14 @@ class CommonStep:
             parameter.grad = torch.zeros_like(parameter)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    @torch.no_grad()
+    def copy_lora(self, transformer: torch.nn.Module) -> None:
+        """Take over the LoRA of another transformer."""
+        theirs = dict(transformer.named_parameters())
+        for name, parameter in self.transformer.named_parameters():
+            if parameter.requires_grad:
+                parameter.copy_(theirs[name])
 
     @torch.no_grad()
     def encode(self, pixels: torch.Tensor) -> torch.Tensor:
@@ -155,9 +161,10 @@ class CommonStep:
 
 
 @torch.no_grad()
-def difference(common: CommonStep, ours: Trainer) -> dict[str, float]:
-    """Compare the losses and predictions of both on the same inputs."""
-    inputs, target = ours.inputs(common.shape)
+def difference(common: CommonStep, ours: Trainer, shape: ClipShape) -> dict[str, float]:
+    """Compare the losses and predictions of both on the same inputs, with the same LoRA."""
+    common.copy_lora(ours.transformer)
+    inputs, target = ours.inputs(shape)
     prediction = ours.transformer(**inputs)[0]
     theirs = common.transformer(**{**inputs, "attention_kwargs": None})[0]
     channels = target.shape[2]
@@ -187,7 +194,7 @@ def compare(size: Size, world: World, args: argparse.Namespace) -> dict[str, Any
     held.append(held_bytes(device))
     ours = Trainer(size, run_config(precision, size.lora_rank), "zero2", world, base, vae)
     ours.transformer.set_kernel(kernel)
-    differences = difference(common, ours)
+    differences = difference(common, ours, common.shape)
     ours.step(SMALL)  # allocates the optimizer's state
     ours.set_compiled(args.compile)
     free(device)
@@ -202,7 +209,7 @@ def compare(size: Size, world: World, args: argparse.Namespace) -> dict[str, Any
         "common, latents given": lambda: common.step(False),
         **{f"ours, {mode}": functools.partial(our_step, mode) for mode in modes},
     }
-    timings = interleaved(calls, args.rounds, device, deadline=deadline_of(args.limit_s), clock=args.clock)
+    timings = interleaved(calls, args.rounds, device, clock=args.clock)
     rows = {}
     for name, timing in timings.items():
         if timing.peak and None not in held:
@@ -238,7 +245,6 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--compile", action="store_true", help="compile the blocks of ours")
     parser.add_argument("--rounds", type=int, default=2 if gpu else 5)
     parser.add_argument("--clock", default="wall", choices=CLOCKS, help="cpu: for shared machines")
-    parser.add_argument("--limit-s", type=float, help="process age after which nothing new is started [s]")
     args = parser.parse_args(argv)
     info = machine(world.device)
     join_process_group(world)

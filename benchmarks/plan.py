@@ -111,7 +111,7 @@ def time_plan(num_clips: int) -> tuple[list[dict], float]:
     # Six groups of five buckets with similar costs, as different aspect ratios have.
     costs = tuple(1.5 ** (bucket // 5) * (1 + bucket % 5 / 200) for bucket in range(NUM_BUCKETS))
     print(f"{num_clips:,} clips, {NUM_BUCKETS} buckets of {min(sizes):,} to {max(sizes):,}")
-    print(f"{'sync':>6} {'world':>6} {'step':>14} {'at median':>12} {'at p99':>12} {'one rank, median':>18}   (CPU us)")
+    print(f"{'sync':>6} {'ranks':>6} {'step':>14} {'at median':>12} {'at p99':>12} {'one rank, median':>18}   (CPU us)")
     for sync in ("bucket", "cost"):
         for world_size in WORLD_SIZES:
             start = time.thread_time_ns()
@@ -384,7 +384,7 @@ def simulate(num_clips: int, num_ranks: int, seed: int = 0) -> list[Outcome]:
 def run_simulation() -> list[dict]:
     """Simulate all layouts and print a table."""
     print(
-        f"\n{'way':<18} {'ranks':>5} {'clips':>6} {'steps':>6} {'idle':>7} {'copies':>7} {'never':>6} {'|n-3|':>5} "
+        f"\n{'method':<18} {'ranks':>5} {'clips':>6} {'steps':>6} {'idle':>7} {'copies':>7} {'never':>6} {'|n-3|':>5} "
         f"{'PFLOP/clip':>10} {'cropped':>8} {'distorted':>9} {'mean':>6}"
     )
     rows = []

@@ -17,6 +17,7 @@ import time
 from dataclasses import replace
 from typing import Any
 
+import measuring  # noqa: F401 (before torch)
 import torch
 from measuring import (
     DTYPES,

@@ -3,6 +3,7 @@
 import importlib
 import json
 import sys
+import zipfile
 
 import pytest
 
@@ -23,12 +24,10 @@ from cogds.distributed.process_group import disconnect
 disconnect()
 """
 LINES = [
-    "step --sizes tiny --rounds 1 --checkpointing full,none --kernels auto,math --deepspeed zero2,zero3 --profile",
     "peers --sizes tiny --rounds 1 --checkpointing none --kernel auto",
     "memory",
     "vae --size tiny --precision fp32 --rounds 1",
     "quantized_loss --size tiny --quantizations int8 --fp8-matmul off",
-    "agree --size tiny",
     "loop --sizes tiny --bucket 5x64x64 --steps 3",
     "scaling --size tiny --rounds 1 --parts tokens,batch,clips,paper --batch-sizes 1,2",
 ]
@@ -61,30 +60,89 @@ def test_vae(outputs):
     assert all(row["median_s"] > 0 and row["distance"] < 1e-5 for row in values["rows"])
 
 
-@pytest.mark.slow
-def test_agree(outputs):
-    values, table = result(outputs, "agree")
-    assert {(row["checkpointing"], row["kernel"]) for row in values["rows"]} == {
-        (mode, kernel) for mode in CHECKPOINTING_MODES for kernel in ("torch", "flash", "math")
-    }
-    assert all(row["output"] < 1e-5 and row["gradient"] < 1e-5 for row in values["rows"])
-    assert values["num_wrong"] == 0
-    assert "agrees" in table
+@pytest.fixture(scope="module")
+def rehearsal(tmp_path_factory):
+    """The rows of both calls of gpu.sh at tiny size, without video decoders, and the output folder."""
+    folder, blocked = tmp_path_factory.mktemp("gpu"), tmp_path_factory.mktemp("blocked")
+    for name in ("av", "decord"):
+        (blocked / f"{name}.py").write_text("raise ImportError('not on the GPU machine')")
+    rows = []
+    for call in ("1", "2"):
+        variables = [f"PYTHON={sys.executable}", f"PYTHONPATH={blocked}", "OMP_NUM_THREADS=1"]
+        command = ["env", *variables, "bash", ROOT / "benchmarks/gpu.sh", folder, call, "--tiny"]
+        done = run_command(command, 460)
+        assert done.returncode == 0, done.stdout[-4000:]
+        rows += map(json.loads, (folder / f"call{call}.jsonl").read_text().splitlines())
+    return rows, folder
+
+
+def rows_of(rehearsal, measurement):
+    return [row for row in rehearsal[0] if row["measurement"] == measurement]
 
 
 @pytest.mark.slow
-def test_step(outputs):
-    values, table = result(outputs, "step")
-    rows = values["rows"]
-    assert [(row["checkpointing"], row["kernel"], row["deepspeed"]) for row in rows if row["kernel"] != "math"] == [
-        ("full", rows[0]["kernel"], "zero2"), ("none", rows[0]["kernel"], "zero2"),
-        ("full", rows[0]["kernel"], "zero3"),
+def test_the_gpu_script_measures_everything(rehearsal):
+    rows, folder = rehearsal
+    assert list(dict.fromkeys(row["measurement"] for row in rows)) == [
+        "versions", "attention kernels", "selective, eager", "selective, compiled", "common step, latents given",
+        "full, compiled", "full+offload, compiled", "phases of a step", "end",
+        "VAE", "ZeRO", "none, compiled", "quantization", "profile",
     ]  # fmt: skip
-    assert all(row["median_s"] > 0 and row["mfu"] > 0 and row["estimate_gb"] > 0 for row in rows)
-    assert rows[0]["to_baseline"] == 1.0
-    assert rows[0]["floor_s"] > rows[1]["floor_s"]  # recomputation takes time
-    assert set(values["attention_s"]["tiny"]) >= {"torch"}
-    assert "Self CPU" in table
+    assert not [row for row in rows if "skipped" in row]
+    assert not [row for row in rows if "error" in row and row["measurement"] != "quantization"]
+    assert all(row["is_finite"] for row in rows if "is_finite" in row)
+    assert rows_of(rehearsal, "versions")[0]["allocator"] == "expandable_segments:True"
+    assert {row["kernel"] for row in rows_of(rehearsal, "attention kernels")} == {"torch", "flash"}
+    assert {*rows_of(rehearsal, "phases of a step")[0]["phases_s"]} == {"inputs", "forward", "backward", "optimizer"}
+    assert "CompiledFunction" in (folder / "profile.txt").read_text()
+
+
+@pytest.mark.slow
+def test_the_gpu_script_compares_results(rehearsal):
+    for mode in ("selective", "full", "full+offload"):
+        comparison, timing = rows_of(rehearsal, f"{mode}, compiled")
+        assert abs(comparison["loss_change"]) < 1e-3
+        assert comparison["gradient_distance"] < 0.05
+        assert timing["seconds"]
+        assert timing["predicted_gb"] > 0
+    same, common = rows_of(rehearsal, "common step, latents given")
+    assert same["same_work"]["largest_difference"] < 0.02
+    assert common["ours_relative"] > 0
+    vae = {row["encoded"]: row for row in rows_of(rehearsal, "VAE") if "encoded" in row}
+    assert {*vae} == {"whole", "tiled", "one frame"}
+    assert all(row["bf16, cuDNN on"] < 0.05 for row in rows_of(rehearsal, "VAE") if "compared_with" in row)
+    zero = {row["deepspeed"]: row for row in rows_of(rehearsal, "ZeRO")}
+    assert zero["zero2_offload"]["largest_change"] < 1e-4
+    assert zero["zero3"]["largest_change"] < 1e-3
+    # ZeRO-3 leaves another linear function behind, which must not reach the engines after it.
+    assert rows_of(rehearsal, "quantization")[0]["loss"] == zero["zero2"]["losses"][0]
+
+
+WRONG_LORA = f"""
+import sys
+sys.path.insert(0, {str(ROOT / "benchmarks")!r})
+import gpu, measuring
+from pathlib import Path
+bench = gpu.Bench(gpu.TINY, Path("unused"))
+measuring.join_process_group(bench.world)
+shape = gpu.TINY.short
+for scale in (1.0, 1.0, 1.5):
+    for name, parameter in bench.trainer.transformer.named_parameters():
+        if "lora_B" in name:
+            parameter.data.mul_(scale)
+    row = bench.pass_row(bench.trainer, shape, "selective", is_reference=bench.reference is None)
+    print("distance", row["gradient_distance"])
+gpu.disconnect()
+"""
+
+
+@pytest.mark.slow
+def test_the_gpu_script_notices_a_wrong_lora():
+    done = run_command([sys.executable, "-c", WRONG_LORA], 120)
+    assert done.returncode == 0, done.stdout
+    distances = [float(line.split()[1]) for line in done.stdout.splitlines() if line.startswith("distance")]
+    assert distances[:2] == [0.0, 0.0]
+    assert distances[2] > 0.01
 
 
 @pytest.mark.slow
@@ -184,6 +242,75 @@ def test_a_failing_call_becomes_a_row_with_its_error(scripts):
     assert len(recovered) == 2
 
 
+def test_the_gpu_script_skips_what_no_longer_fits(scripts, tmp_path):
+    """Each line is on disk before the next measurement, and a slow machine makes the later ones longer."""
+    gpu, now, path = scripts("gpu"), [10.0], tmp_path / "new" / "call1.jsonl"
+    lines = lambda: [json.loads(line) for line in path.read_text().splitlines()]  # noqa: E731
+
+    def takes(seconds, error=None):
+        def rows():
+            yield {"number": len(lines())}
+            now[0] += seconds
+            if error:
+                raise error
+
+        return rows
+
+    names = ("on time", "slow", "fails", "too long", "short")
+    seconds = (takes(10), takes(50), takes(1, RuntimeError("no kernel\nmore")), takes(30), takes(5))
+    expected = (10, 20, 1, 30, 5)
+    measurements = [gpu.Measurement(*values) for values in zip(names, expected, seconds)]
+    record = gpu.Record(path, lambda: now[0])
+    assert not gpu.measure_all(measurements, record, 120.0, 1.0, lambda: now[0])
+    rows = lines()
+    assert [row["measurement"] for row in rows] == ["on time", "slow", "fails", "fails", "too long", "short", "end"]
+    assert [row["number"] for row in rows if "number" in row] == [0, 1, 2, 5]
+    assert rows[3]["error"] == "RuntimeError: no kernel"
+    assert rows[4]["skipped"] == "needs about 60 s, and 49 s are left"  # twice as slow as expected
+    assert gpu.measure_all(measurements[:1], record, 120.0, 1.0, lambda: now[0])
+
+
+def test_the_gpu_script_reports_wrong_kernels(scripts, monkeypatch):
+    import torch
+
+    gpu = scripts("gpu")
+    from cogds.model.transformer import attention
+
+    def wrong(query, key, value):
+        return 1.1 * torch.nn.functional.scaled_dot_product_attention(query, key, value)
+
+    cpu = torch.device("cpu")
+    right = gpu.attention_row("torch", 40, 2, 16, cpu)
+    assert right["is_finite"]
+    assert right["problem"] == ""
+    assert right["forward_ms"] > 0 < right["backward_ms"]
+    monkeypatch.setitem(attention.KERNELS, "torch", (wrong, None))
+    assert "output differs" in gpu.attention_row("torch", 40, 2, 16, cpu)["problem"]
+    assert "not available" in gpu.attention_row("cudnn", 40, 2, 16, cpu)["error"]
+
+
+def test_the_gpu_script_installs_wheels_without_a_network(tmp_path):
+    wheels, stub = tmp_path / "wheels", tmp_path / "python"
+    wheels.mkdir()
+    with zipfile.ZipFile(wheels / "carried-1.0-py3-none-any.whl", "w") as wheel:
+        wheel.writestr("carried.py", "here = True")
+        info = "carried-1.0.dist-info"
+        wheel.writestr(f"{info}/METADATA", "Metadata-Version: 2.1\nName: carried\nVersion: 1.0\n")
+        wheel.writestr(f"{info}/WHEEL", "Wheel-Version: 1.0\nRoot-Is-Purelib: true\nTag: py3-none-any\n")
+        wheel.writestr(f"{info}/RECORD", "")
+    show = "import carried, os, sys; print(*sys.argv[1:], os.environ['HF_HUB_OFFLINE'])"
+    stub.write_text(
+        f'#!/bin/sh\n[ "$1" = -m ] && exec {sys.executable} "$@"\nshift 2\nexec {sys.executable} -c "{show}" "$@"\n'
+    )
+    stub.chmod(0o755)
+    command = ["bash", ROOT / "benchmarks/gpu.sh", "out", "2", "--wheels", wheels, "--tiny"]
+    done = run_command(["env", f"PYTHON={stub}", *command], 60)
+    assert done.returncode == 0, done.stdout
+    out, call, tiny, option, limit_s, offline = done.stdout.split()
+    assert (out, call, tiny, option, offline) == ("out", "2", "--tiny", "--limit-s", "1")
+    assert 400 <= int(limit_s) <= 435
+
+
 def test_the_real_size_is_the_published_model(scripts):
     measuring = scripts("measuring")
     size = measuring.SIZES["real"]
@@ -198,7 +325,7 @@ def test_the_real_size_is_the_published_model(scripts):
 @pytest.mark.parametrize(
     "name, peak",
     [
-        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H100 NVL", 835),
+        ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
         ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
         ("NVIDIA GeForce RTX 4090", None),
     ],
@@ -206,35 +333,8 @@ def test_the_real_size_is_the_published_model(scripts):
 def test_mfu_needs_the_exact_device_name(scripts, monkeypatch, name, peak):
     import torch
 
-    measuring, step = scripts("measuring"), scripts("step")
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: name)
-    gpu = torch.device("cuda")
-    tflops, source = measuring.peak_tflops(None, torch.bfloat16, gpu)
-    assert tflops == peak
-    assert name in source
-    assert measuring.peak_tflops(None, torch.float32, gpu)[0] is None
-    assert measuring.peak_tflops(50.0, torch.float32, gpu) == (50.0, "given")
-    variant = step.Variant("17x64x96", 1, "full", "torch", "off", "none", "off", "bf16", "zero2")
-    row = step.make_row(variant, measuring.Timing([1.0], 2.0), measuring.SIZES["tiny"], 0, tflops, None)
-    assert ("mfu" in row) == ("floor_s" in row) == (peak is not None)
-    assert row["tokens_per_s"] == 104
-    step.cells(row | {"estimate_gb": 1.0})
-
-
-def test_variants_differ_in_one_value_or_are_all_combinations(scripts):
-    step = scripts("step")
-    choices = {
-        "bucket": ["a", "b"], "batch_size": [1], "checkpointing": ["full", "none"], "kernel": ["torch"],
-        "compiled": ["off", "on"], "quantization": ["none"], "fp8_matmul": ["off"], "precision": ["bf16"],
-        "deepspeed": ["zero2", "zero3"],
-    }  # fmt: skip
-    single = step.make_variants(choices, False)
-    assert len(single) == 2 * (1 + 3)
-    assert len(step.make_variants(choices, True)) == 2 * 2 * 2 * 2
-    groups = list(step.group_by_engine(single, single[0]))
-    assert [len(group) for group in groups] == [6, 2]
-    # Each engine first measures the baseline's settings.
-    assert all((group[0].checkpointing, group[0].compiled) == ("full", "off") for group in groups)
+    assert scripts("gpu").peak_rate(torch.device("cuda")) == peak
 
 
 def test_calculated_communication(scripts):

@@ -57,9 +57,14 @@ def build_for_stage(
         transformer = build_transformer(model, dtype)
     if is_pinned:
         transformer.offloaded_weights = _pin_in_one_piece(transformer, device)
+    prepare_for_zero3(transformer)
+    return transformer
+
+
+def prepare_for_zero3(transformer: Transformer) -> None:
+    """Make each block a unit of ZeRO-3. Call this before the engine is created."""
     deepspeed.utils.set_z3_leaf_modules(transformer, [Block])
     transformer.require_input_grad()
-    return transformer
 
 
 def _pin_in_one_piece(transformer: Transformer, device: torch.device) -> HostBuffer | None:

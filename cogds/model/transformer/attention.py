@@ -8,6 +8,7 @@ import importlib.util
 import logging
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 
 import torch
 import torch.nn.functional as F
@@ -136,16 +137,33 @@ def time_kernel(
         _restore_torch_kernel()
 
 
-def find_wrong_result(
+@dataclass(frozen=True)
+class KernelErrors:
+    """How far a kernel's result is from attention in float32.
+
+    is_finite: whether the output and all gradients are. relative: L2 distances, by name, such as "key gradient".
+    """
+
+    is_finite: bool
+    relative: dict[str, float]
+
+    def problem(self, dtype: torch.dtype) -> str:
+        """Return what is wrong for this dtype, such as "its output differs by 0.31 from float32", or ""."""
+        if not self.is_finite:
+            return "its output or a gradient is not finite"
+        for name, error in self.relative.items():
+            if not error <= _MAX_ERROR[dtype]:
+                return f"its {name} differs by {error:.2g} from float32"
+        return ""
+
+
+def measure_errors(
     kernel: str, num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
-) -> str:
+) -> KernelErrors:
     """Compare an active kernel with attention in float32, forward and backward, over one clip.
 
     The loss reads a sample of the queries, so the reference needs only their rows of the attention matrix. Raises
     whatever the kernel raises.
-
-    Returns:
-        What is wrong, such as "key gradient differs by 0.31 from float32", or "".
     """
     generator = torch.Generator(device).manual_seed(0)
 
@@ -168,13 +186,20 @@ def find_wrong_result(
         "key gradient": (sparse[1], expected_gradients[1]),
         "value gradient": (sparse[2], expected_gradients[2]),
     }
-    if not all(bool(tensor.isfinite().all()) for tensor in (output, *dense)):
-        return "its output or a gradient is not finite"
-    for name, (result, reference) in results.items():
-        error = ((result.float() - reference).norm() / reference.norm()).item()
-        if not error <= _MAX_ERROR[dtype]:
-            return f"its {name} differs by {error:.2g} from float32"
-    return ""
+    return KernelErrors(
+        all(bool(tensor.isfinite().all()) for tensor in (output, *dense)),
+        {
+            name: ((result.float() - reference).norm() / reference.norm()).item()
+            for name, (result, reference) in results.items()
+        },
+    )
+
+
+def find_wrong_result(
+    kernel: str, num_tokens: int, num_heads: int, head_dim: int, dtype: torch.dtype, device: torch.device
+) -> str:
+    """Return what is wrong with the results of an active kernel, or "". Raises whatever the kernel raises."""
+    return measure_errors(kernel, num_tokens, num_heads, head_dim, dtype, device).problem(dtype)
 
 
 def _synchronize(device: torch.device) -> None:

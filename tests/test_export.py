@@ -151,7 +151,7 @@ Usage = namedtuple("Usage", "total used free")
     "words, message",
     [
         (["--to", "merged"], r" --model"),
-        (["--to", "diffusers", "--scale", "nan"], "--scale: nan"),
+        (["--to", "diffusers", "--scale", "nan"], "--scale: .*nan"),
         (["--to", "diffusers", "--scale", "0"], "strength 0 does nothing"),
         (["{lora}", "0", "--to", "diffusers"], "^{lora}.*strength 0 does nothing"),
         (["{lora}", "nan", "--to", "diffusers"], "^{lora}: .*nan"),

@@ -19,7 +19,7 @@ from cogds.model.load import DTYPES, ModelFolder, load_transformer
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, load_adapter
 from cogds.model.lora.file import LoraFile, describe_lora, read_loras
-from cogds.model.transformer.attention import activate_kernel
+from cogds.model.transformer.attention import require_kernel
 from cogds.model.transformer.quantize import check_quantization
 from cogds.train.evaluation import make_evaluation
 from cogds.train.step import load_step_builder
@@ -74,7 +74,7 @@ def load_eval_transformer(
     for lora in loras:
         add_lora(transformer, load_adapter(lora))
     if cfg.model.attention != "auto":
-        activate_kernel(cfg.model.attention, device)
+        require_kernel(cfg.model.attention, device)
         transformer.set_kernel(cfg.model.attention)
     return transformer.eval()
 

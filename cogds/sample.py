@@ -15,6 +15,7 @@ from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.data.video.media import write_video
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import make_folders, whole_file
+from cogds.model.cudnn import check_cudnn
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
@@ -70,6 +71,7 @@ def main(args: argparse.Namespace) -> None:
         raise UserError("--offload: there is no GPU to offload from. Leave the flag out.")
 
     dtype = DTYPES[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
+    check_cudnn(device, dtype)
     prompts = dict.fromkeys([NO_PROMPT, *(job.prompt.prompt for job in jobs)])
     states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
     pipeline = prepare_pipeline(model, dtype, loras, args, device)

@@ -194,6 +194,14 @@ def test_errors_are_raised_before_any_weight_is_loaded(sample, monkeypatch, argv
         sample("pipeline", *(word.format(folder=sample.folder) for word in argv))
 
 
+def test_a_cudnn_that_computes_the_vae_wrongly_is_refused(sample, monkeypatch):
+    monkeypatch.setattr(cogds.sample, "TextEncoder", None)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.backends.cudnn, "version", lambda: 91002)
+    with pytest.raises(UserError, match=r"^cuDNN 9\.10\.2: "):
+        sample("pipeline")
+
+
 def test_another_convention_is_followed_and_logged(sample, capsys):
     _, frames, fps = sample("pipeline")
     assert frames.shape == (9, 32, 48, 3)

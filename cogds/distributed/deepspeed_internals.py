@@ -19,11 +19,12 @@ from cogds.process.host_memory import HostBuffer
 
 
 def skip_shared_memory_op() -> None:
-    """Keep `init_distributed` from compiling DeepSpeed's all-reduce through shared memory. Call it before.
+    """Keep `init_distributed` from compiling DeepSpeed's all-reduce through shared memory. Call it before, on CPUs.
 
     DeepSpeed uses the op only for inference. Compiling it takes minutes and needs a C++ compiler and the Python
     headers, and each rank would keep a buffer of 69 MB in /dev/shm. DeepSpeed has no setting for it: this is the table
-    that it asks whether an op can be built (deepspeed/comm/torch.py, `build_shm_op`).
+    that it asks whether an op can be built (deepspeed/comm/torch.py, `build_shm_op`). On GPUs there is no such op, and
+    the first access to the table would try compilers for all ops on every rank.
     """
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False
 

@@ -143,9 +143,10 @@ def connect(world: World, timeout_s: float, network: NetworkConfig = NetworkConf
     install_log_filters()
     set_network(world, network)
     export_rendezvous(world)
-    skip_shared_memory_op()
     if world.device.type == "cuda":
         torch.cuda.set_device(world.device)
+    else:
+        skip_shared_memory_op()
     with filter_stdout():
         deepspeed.init_distributed(
             auto_mpi_discovery=False,

@@ -47,6 +47,7 @@ def build_for_stage(
 
     quantization, fp8_matmul: of the blocks' weights (`model.quantize`); not at stage 3 (`check_quantization`).
     """
+    prepare_extensions(ds_config)
     if zero_stage(ds_config) < 3:
         return build_transformer(model, dtype, device, quantization, fp8_matmul)
     # The dtype is passed in the config: `zero.Init(dtype=...)` ignores it if the accelerator has no fp16.
@@ -59,6 +60,17 @@ def build_for_stage(
         transformer.offloaded_weights = _pin_in_one_piece(transformer, device)
     prepare_for_zero3(transformer)
     return transformer
+
+
+def prepare_extensions(ds_config: dict[str, Any]) -> None:
+    """Get ready to compile the extensions of this config. `zero.Init` may already compile one, for weights on NVMe."""
+    if compiles_extension(ds_config):
+        logger.info(
+            "DeepSpeed compiles an extension for this config at its first use, which takes a minute or more. The "
+            "shipped configs need none (optimizer.params.torch_adam=true)."
+        )
+        find_ninja()
+        remove_stale_locks(extensions_folder())
 
 
 def prepare_for_zero3(transformer: Transformer) -> None:
@@ -98,6 +110,7 @@ def load_for_stage(
         UserError: The files and the config disagree on a weight.
     """
     if zero_stage(ds_config) < 3:
+        prepare_extensions(ds_config)
         return load_transformer(model, dtype, world.device, quantization, fp8_matmul)
     transformer = build_for_stage(model, dtype, ds_config, world.device)
 
@@ -115,13 +128,6 @@ def load_for_stage(
 
 def start_engine(transformer: Any, parameters: Sequence[torch.nn.Parameter], ds_config: dict[str, Any]) -> Any:
     """Create a DeepSpeed engine that trains `parameters` of `transformer` with the optimizer of the config."""
-    if compiles_extension(ds_config):
-        logger.info(
-            "DeepSpeed compiles an extension for this config at its first use, which takes a minute or more. The "
-            "shipped configs need none (optimizer.params.torch_adam=true)."
-        )
-        find_ninja()
-        remove_stale_locks(extensions_folder())
     engine, *_ = deepspeed.initialize(model=transformer, model_parameters=list(parameters), config=ds_config)
     return engine
 

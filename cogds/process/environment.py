@@ -33,7 +33,7 @@ def set_library_defaults(local_size: int, environ: MutableMapping[str, str] = os
 
     Call it before torch is imported. local_size: ranks on this machine, which share its cores.
     """
-    cores = max(1, len(os.sched_getaffinity(0)) // local_size)
+    cores = _num_cores(local_size, environ)
     # Each of several ranks would otherwise use all cores, or a single one under torchrun, which sets 1. AdamW of an
     # offloaded LoRA runs on these threads.
     default = "1" if "TORCHELASTIC_RUN_ID" in environ else None
@@ -46,6 +46,16 @@ def set_library_defaults(local_size: int, environ: MutableMapping[str, str] = os
     is_set = "PYTORCH_CUDA_ALLOC_CONF" in environ or "PYTORCH_ALLOC_CONF" in environ
     if not is_set and "microsoft" not in platform.release().lower():
         environ["PYTORCH_CUDA_ALLOC_CONF"] = "expandable_segments:True"
+
+
+def _num_cores(local_size: int, environ: Mapping[str, str]) -> int:
+    """Return the number of cores of this rank: those that SLURM gives to a task, or its share of the machine's."""
+    num_cores = len(os.sched_getaffinity(0))
+    per_task = environ.get("SLURM_CPUS_PER_TASK", "")
+    # With a launcher inside a task (RANK), the ranks share the task's cores.
+    if "RANK" not in environ and "SLURM_STEP_NUM_TASKS" in environ and per_task.isdecimal():
+        return max(1, min(num_cores, int(per_task)))
+    return max(1, num_cores // local_size)
 
 
 def find_ninja(environ: MutableMapping[str, str] = os.environ, python: str = sys.executable) -> None:

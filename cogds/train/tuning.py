@@ -24,15 +24,15 @@ from cogds.core.memory import MemoryEstimate
 from cogds.core.memory_advice import explain_shortfall
 from cogds.distributed.collectives import all_gather, on_all_ranks, on_rank0
 from cogds.distributed.world import gpu_memory
-from cogds.errors import UserError, brief
+from cogds.errors import UserError
 from cogds.job import Job, choose_checkpointing
 from cogds.metrics.trackers import check_tracker_packages
 from cogds.model.cudnn import check_cudnn
 from cogds.model.transformer.attention import (
-    activate_kernel,
     check_kernel,
     find_fastest_kernel,
     installed_kernels,
+    require_kernel,
 )
 from cogds.model.transformer.quantize import check_quantization
 from cogds.process.environment import environment_variables
@@ -116,20 +116,8 @@ def choose_execution(job: Job, batch_sizes: Sequence[int], saved_kernel: str | N
     memories = [gpu_bytes for gpu_bytes, _ in reports if gpu_bytes is not None]
     missing = [name for _, name in reports if name]
     execution = on_rank0(world, lambda: _choose(job, batch_sizes, min(memories, default=None), missing, saved_kernel))
-    on_all_ranks(world, lambda: _activate(execution.kernel, world.device))
+    on_all_ranks(world, lambda: require_kernel(execution.kernel, world.device))
     return execution
-
-
-def _activate(kernel: str, device: torch.device) -> None:
-    try:
-        activate_kernel(kernel, device)
-    except UserError:
-        raise
-    except Exception as error:  # of the kernel's package, which rank 0 could load
-        raise UserError(
-            f"model.attention={kernel}: its package does not work here: {brief(error)}. Install the same packages on "
-            "every node."
-        ) from error
 
 
 def _choose(

@@ -80,6 +80,18 @@ def test_deepspeed_does_not_pin_what_is_pinned_in_one_piece(build):
     assert pinned == [1]
 
 
+def test_locks_of_killed_builds_are_removed_before_zero_init_compiles(tiny_model, monkeypatch):
+    """For weights on NVMe, `zero.Init` compiles an extension, and would wait for such a lock forever."""
+    events = []
+    job = make_job(f"model.path={tiny_model}", "data.path=unused", deepspeed="zero3_offload")
+    job.ds_config["zero_optimization"]["offload_param"] = {"device": "nvme", "nvme_path": "unused"}
+    monkeypatch.setattr(start, "find_ninja", lambda: None)
+    monkeypatch.setattr(start, "remove_stale_locks", lambda _: events.append("locks"))
+    monkeypatch.setattr(deepspeed.zero, "Init", lambda **_: events.append("init") or contextlib.nullcontext())
+    start.build_for_stage(find_model(str(tiny_model)), torch.float32, job.ds_config, CUDA)
+    assert events == ["locks", "init"]
+
+
 def test_a_failure_to_pin_the_weights_is_a_user_error(build):
     def fail():
         raise OSError("Cannot allocate memory")

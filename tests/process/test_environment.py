@@ -22,6 +22,17 @@ def test_ranks_of_a_node_share_its_cores(monkeypatch):
     assert defaults(128)["OMP_NUM_THREADS"] == "1"
 
 
+def test_a_task_of_slurm_has_cores_of_its_own(monkeypatch):
+    task = {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "8", "SLURM_CPUS_PER_TASK": "16"}
+    for visible in (16, 128):  # with and without binding
+        monkeypatch.setattr("os.sched_getaffinity", lambda _pid, visible=visible: set(range(visible)))
+        environ = defaults(8, **task)
+        assert (environ["OMP_NUM_THREADS"], environ["TORCHINDUCTOR_COMPILE_THREADS"]) == ("16", "16")
+    assert defaults(4, **task, RANK="0")["OMP_NUM_THREADS"] == "32"  # of a launcher inside the task
+    del task["SLURM_CPUS_PER_TASK"]
+    assert defaults(4, **task)["OMP_NUM_THREADS"] == "32"
+
+
 def test_variables_of_the_user_are_kept():
     chosen = {"OMP_NUM_THREADS": "3", "TORCHINDUCTOR_COMPILE_THREADS": "2", "PYTORCH_ALLOC_CONF": "backend:native"}
     assert defaults(2, **chosen) == chosen

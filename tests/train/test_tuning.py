@@ -112,7 +112,7 @@ def on_a_gpu(monkeypatch, job):
     def choose(missing, *overrides, saved_kernel=None):
         failures = {"flash3": "undefined symbol: _ZN3c10"}
         monkeypatch.setattr(tuning, "find_fastest_kernel", lambda *_: ("cudnn", {"cudnn": 0.2, "flash": 0.3}, failures))
-        monkeypatch.setattr(tuning, "activate_kernel", lambda *_: None)
+        monkeypatch.setattr(tuning, "require_kernel", lambda *_: None)
         monkeypatch.setattr(tuning, "installed_kernels", lambda _: ("cudnn", "flash", "flash4"))
         monkeypatch.setattr(tuning, "check_kernel", lambda kernel, *_: "no such layout" if kernel == "flash4" else "")
         monkeypatch.setattr(tuning, "gpu_memory", lambda _: 80e9)

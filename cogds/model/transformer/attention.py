@@ -106,6 +106,19 @@ def activate_kernel(kernel: str, device: torch.device) -> None:
         attention.activate_flash_attention_impl(implementation)
 
 
+def require_kernel(kernel: str, device: torch.device) -> None:
+    """`activate_kernel` for the kernel of a run. Raises UserError also if its package cannot be loaded."""
+    try:
+        activate_kernel(kernel, device)
+    except UserError:
+        raise
+    except Exception as error:  # the package was built for another version of torch, for example
+        raise UserError(
+            f"model.attention={kernel}: its package does not work here: {brief(error)}. Install it for this version of "
+            "torch on every node, or use model.attention=auto."
+        ) from error
+
+
 def _restore_torch_kernel() -> None:
     """Switch back to torch's own flash kernel."""
     if getattr(attention, "current_flash_attention_impl", lambda: None)():
@@ -239,6 +252,8 @@ def find_fastest_kernel(
         try:
             activate_kernel(name, device)
             problem = find_wrong_result(name, num_tokens, num_heads, head_dim, dtype, device)
+        except Exception as error:  # too little memory for the comparison, for example
+            problem = brief(error)
         finally:
             _restore_torch_kernel()
         if not problem:

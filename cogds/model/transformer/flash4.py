@@ -41,5 +41,9 @@ def _call(name: str, args: tuple, kwargs: dict[str, Any]) -> tuple[torch.Tensor,
     """Call a function of the package. Arguments that it does not know are dropped if they are not set."""
     function = getattr(_import_package(), name)
     known = inspect.signature(function).parameters
-    unset = (None, False)
-    return function(*args, **{key: value for key, value in kwargs.items() if key in known or value not in unset})
+    return function(*args, **{key: value for key, value in kwargs.items() if key in known or _is_set(key, value)})
+
+
+def _is_set(key: str, value: Any) -> bool:
+    """Whether an argument of torch's wrapper has an effect. `num_splits` is 1 by default."""
+    return value is not None and value is not False and (key, value) != ("num_splits", 1)

@@ -17,6 +17,7 @@ from cogds.model.transformer.attention import (
     check_kernel,
     find_fastest_kernel,
     installed_kernels,
+    require_kernel,
 )
 
 CPU = torch.device("cpu")
@@ -184,6 +185,21 @@ def test_a_kernel_that_does_not_work_is_reported_without_a_traceback(monkeypatch
     monkeypatch.setattr(attention, "installed_kernels", lambda _: iter(("torch", "flash4")))
     assert "flash_attn" in check_kernel("flash4", 8, 2, 16, torch.bfloat16, CPU)
     assert check_kernel("torch", 8, 2, 16, torch.bfloat16, CPU) == ""
+    with pytest.raises(UserError, match=r"^model\.attention=flash4: .*flash_attn"):
+        require_kernel("flash4", CPU)
+
+
+def test_a_kernel_that_cannot_be_compared_is_not_chosen(monkeypatch):
+    def compare(kernel, *_):
+        if kernel == "flash":
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return ""
+
+    monkeypatch.setattr(attention, "find_wrong_result", compare)
+    monkeypatch.setattr(attention, "time_kernel", lambda kernel, *_: {"torch": 3.0, "flash": 2.0}[kernel])
+    kernel, times, failures = find_fastest_kernel(8, 2, 16, torch.float32, CPU)
+    assert (kernel, times) == ("torch", {"torch": 3.0})
+    assert "out of memory" in failures["flash"]
 
 
 @pytest.mark.parametrize("num_results", [2, 3, 5])
@@ -198,7 +214,7 @@ def test_flash4_takes_any_number_of_results(monkeypatch, num_results):
     monkeypatch.setitem(sys.modules, flash4.PACKAGE, package)
     monkeypatch.setitem(sys.modules, "flash_attn", types.ModuleType("flash_attn"))
     monkeypatch.setitem(sys.modules, "flash_attn.cute", types.ModuleType("flash_attn.cute"))
-    assert flash4._flash_attn_fwd(1, 2, 3, softmax_scale=0.1, return_lse=True, page_table=None) == (0, 1)
+    assert flash4._flash_attn_fwd(1, 2, 3, softmax_scale=0.1, return_lse=True, page_table=None, num_splits=1) == (0, 1)
     assert flash4._flash_attn_bwd(1, 2, 3) == (0, 1, 2)
     assert calls == [(0.1, True)]
     with pytest.raises(TypeError, match="page_table"):

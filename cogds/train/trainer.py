@@ -133,7 +133,7 @@ class Trainer:
             "identity": identity,
             "plan": dataclasses.asdict(plan),
             "index": data.index.path.name,
-            "kernel": execution.kernel,
+            "kernel": execution.kernel if world.device.type == "cuda" else None,  # a CPU does not choose
             "tiled": sorted(map(str, job.tiled)),
             "start": checkpoints.start_point(cfg.checkpoint.resume, initial.header),
         }

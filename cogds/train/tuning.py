@@ -161,11 +161,17 @@ def _choose_kernel(job: Job, saved_kernel: str | None) -> tuple[str, list[str]]:
         return configured, []
     if device.type == "cpu":
         return "torch", []
-    if saved_kernel and saved_kernel in installed_kernels(device) and not check_kernel(saved_kernel, *clip):
-        return saved_kernel, [f"attention kernel {saved_kernel}, as in the checkpoint"]
+    notes = []
+    if saved_kernel:
+        is_installed = saved_kernel in installed_kernels(device)
+        problem = check_kernel(saved_kernel, *clip) if is_installed else "it is not installed"
+        if not problem:
+            return saved_kernel, [f"attention kernel {saved_kernel}, as in the checkpoint"]
+        notes = [f"attention kernel {saved_kernel} of the checkpoint is not used: {problem}"]
     kernel, times, failures = find_fastest_kernel(*clip)
     timings = ", ".join(f"{name} {seconds * 1e3:.1f} ms" for name, seconds in sorted(times.items()))
     return kernel, [
+        *notes,
         f"attention on the largest bucket: {timings}",
         *(f"attention kernel {name} is not usable: {reason}" for name, reason in failures.items()),
     ]

@@ -133,7 +133,9 @@ def test_notes_have_the_times_and_failures_of_attention_kernels(on_a_gpu):
 
 def test_a_resumed_run_keeps_its_kernel_if_that_still_works(on_a_gpu):
     assert on_a_gpu("", saved_kernel="flash").kernel == "flash"
-    assert on_a_gpu("", saved_kernel="flash4").kernel == "cudnn"
+    replaced = on_a_gpu("", saved_kernel="flash4")
+    assert replaced.kernel == "cudnn"
+    assert "flash4" in replaced.notes[0]
     assert on_a_gpu("", saved_kernel="removed").kernel == "cudnn"
     assert on_a_gpu("", "model.attention=cudnn", saved_kernel="flash").kernel == "cudnn"
 

@@ -130,12 +130,13 @@ def _rotate(x: torch.Tensor, cosines: torch.Tensor, sines: torch.Tensor) -> torc
 
 
 class _NormRotate(torch.autograd.Function):
+    # Not *rotary: without gradients, torch 2.11's compiler drops ctx if a call has as many arguments, ctx aside, as
+    # `forward` has parameters (torch/_dynamo/variables/misc.py).
     @staticmethod
     def forward(
         ctx: Any, x: torch.Tensor, weight: torch.Tensor | None, bias: torch.Tensor | None, eps: float,
-        *rotary: torch.Tensor,
+        cosines: torch.Tensor, sines: torch.Tensor,
     ) -> torch.Tensor:  # fmt: skip
-        cosines, sines = rotary
         with _without_autocast(x):
             out, mean, rstd = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, eps)
         video = out[:, x.shape[1] - len(cosines) :]

@@ -1,7 +1,8 @@
 """`launch/train.py` that also writes, before training, what ZeRO-3 did with the weights: `OUTPUT_DIR/weights.json`.
 
 released: number of weights that are not gathered; total: of all weights; storages: number of pieces of memory that hold
-this rank's partitions of the frozen weights. The first block of each bucket is recomputed, as `auto` may choose on a GPU.
+this rank's partitions of the frozen weights. The first block of each bucket is recomputed, as `auto` may choose on a
+GPU.
 """
 
 import json

@@ -98,7 +98,7 @@ def test_the_readme_shows_what_the_demo_prints(demo):
     def shape(line):
         return re.sub(r"\bms/", "s/", re.sub(r"\d[\d.,:]*", "#", line))
 
-    (shown,) = re.findall(r"it prints.*?```text\n(.*?)```", (ROOT / README).read_text(), flags=re.S)
+    (shown,) = re.findall(r"[Ii]t prints.*?```text\n(.*?)```", (ROOT / README).read_text(), flags=re.S)
     assert set(map(shape, shown.splitlines())) <= set(map(shape, demo.splitlines()))
 
 

@@ -11,7 +11,8 @@ zero2; a shorter bucket without checkpointing; nf4 and fp8; a profile.
 The model has the sizes of CogVideoX-1.5-5B with random weights, drawn once on the GPU and shared by all engines, so no
 model, clips or network are needed. Every measurement is a line of JSON in FOLDER/call1.jsonl or call2.jsonl, which is
 on disk before the next one starts. A measurement that would not fit into the time left is a line with "skipped", and
-one that fails a line with "error"; the exit code is then 1.
+one that fails a line with "error"; the exit code is then 1. (A
+kernel or quantization that this machine does not support is only a line with its error.)
 
 In every checkpointing mode, loss and gradients are compared with those of the first one (relative L2 distance). The
 learning rate is 0 there, so that the weights stay equal. Peak memory counts tensors, less those of other engines, next

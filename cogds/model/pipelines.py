@@ -141,7 +141,7 @@ def decode_frames(pipeline: CogVideoXImageToVideoPipeline, latents: torch.Tensor
     with _tiled(pipeline.vae):
         decoded = pipeline.decode_latents(latents[:, padding:])
     video = pipeline.video_processor.postprocess_video(decoded, output_type="pt")[0]
-    # For an even number of latents, the VAE decodes the first one to 4 frames, of which the last is used.
+    # For an even number of latents, the VAE decodes the first one to 4 frames. Only the last of them is used.
     video = video[-shape.frames :]
     return (video.float().clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1).cpu()
 

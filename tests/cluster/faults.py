@@ -203,7 +203,7 @@ class LabRun:
         return min(self.lab.processes(RANK, self.lab.nodes[number]))
 
     def kill(self, pids: list[int], signal_name: str = "KILL") -> None:
-        """Send a signal to processes, of which there must be at least one."""
+        """Send a signal to processes. At least one must match."""
         assert pids, f"no process to kill:\n{self.describe_processes()}"
         self.lab.kill(pids, signal_name)
 

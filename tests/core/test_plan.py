@@ -37,7 +37,7 @@ def plans(draw, max_clips=50, modes=("bucket", "cost")):
 
 
 def costs_of(batch_sizes):
-    """Costs of which some are within the tolerance of each other, so that groups form."""
+    """Costs that form groups, because some are within the tolerance of each other."""
     batch_costs = st.sampled_from([12.0, 12.2, 12.3, 6.0, 6.1])
     return st.tuples(*(batch_costs.map(lambda cost, b=b: cost / b) for b in batch_sizes))
 

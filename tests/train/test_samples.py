@@ -232,7 +232,7 @@ def test_a_clip_that_fails_is_left_out(parts, monkeypatch, capsys):
 def test_a_video_larger_than_all_buckets_causes_a_warning_if_it_could_end_the_run(
     make_callback, capsys, stage, is_warned
 ):
-    make_callback(stage=stage)  # 9x32x48 and 9x32x32, of which only the latter has clips
+    make_callback(stage=stage)  # 9x32x48 and 9x32x32; only the latter has clips
     text = capsys.readouterr().err
     assert ("9x32x48" in text) == ("44 tokens" in text) == ("40." in text) == is_warned
     assert "9x32x32" not in text

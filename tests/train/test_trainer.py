@@ -19,7 +19,7 @@ from cogds.train.trainer import train_step
 from cogds.train.tuning import BucketExecution, Execution
 
 # A step has two micro-steps and trains all eight clips: six of bucket 0, two on each of three ranks, and two of bucket
-# 1, of which ranks 0 and 2 train the same one.
+# 1, where ranks 0 and 2 train the same clip.
 PLAN = Plan((6, 2), (2, 2), world_size=3, accumulation=2, seed=0)
 # The target of each clip. The prediction is 0, so the clip's loss is the square of the target.
 TARGETS = ((1.0, 2.0, 3.0, 4.0, 5.0, 6.0), (7.0, 8.0))

@@ -117,7 +117,7 @@ def _choose_windows(
             for row in rows.tolist()
         ]
         return rows, range_starts[rows] + np.array(starts, np.float64)
-    # The other modes depend only on the numbers of frames, of which there are few distinct pairs.
+    # The other modes depend only on the numbers of frames, and there are few distinct pairs of them.
     lengths = np.array([shape.frames for shape in buckets])[row_buckets[rows]]
     pairs, inverse = np.unique(np.stack([frames[rows], lengths]), axis=1, return_inverse=True)
     starts_of_pairs = [

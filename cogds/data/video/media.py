@@ -447,7 +447,7 @@ def _read_decord(
     indices: Sequence[int],
     shape: ClipShape,
 ) -> np.ndarray:
-    """Read a clip with decord, in order and without seeking. frames: PyAV's, the first of which is compared.
+    """Read a clip with decord, in order and without seeking. frames: PyAV's; only the first is compared.
 
     Raises _DecordUnreliableError if decord fails, substitutes frames at the end, reports different times or a
     different first frame, or would misinterpret the colors. Damage in between is not detected.

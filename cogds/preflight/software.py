@@ -26,7 +26,8 @@ from cogds.preflight.findings import (
     describe_differences,
     describe_ranks,
 )
-from cogds.process.environment import extensions_folder
+from cogds.process.environment import extensions_folder, find_ninja
+from cogds.process.extension_locks import find_locks
 
 PACKAGES = ("torch", "deepspeed", "diffusers", "transformers", "peft", "safetensors", "numpy")
 IMPORT_TIMEOUT_S = 60.0
@@ -94,10 +95,8 @@ def find_import_error(module: str) -> str:
 
 def _find_stale_locks() -> list[str]:
     """Return the lock files of killed builds. Every later build of the same extension waits for its lock forever."""
-    folder = extensions_folder()
     now = time.time()
-    locks = [*folder.glob("*/lock"), *folder.glob("*/*/lock")]
-    return [str(path) for path in locks if now - path.stat().st_mtime > STALE_LOCK_S]
+    return [str(lock) for lock in find_locks(extensions_folder()) if now - lock.stat().st_mtime > STALE_LOCK_S]
 
 
 def inspect_tools(world: World, decoder: str, ds_config: dict[str, Any]) -> RankResult:
@@ -111,10 +110,8 @@ def inspect_tools(world: World, decoder: str, ds_config: dict[str, Any]) -> Rank
     broken = {module: error for module in modules if (error := find_import_error(module))}
     missing = []
     if compiles_extension(ds_config):
-        # pip installs ninja beside the interpreter, in a folder that need not be on the PATH.
-        ninja = Path(sys.executable).parent / "ninja"
-        missing = [name for name in ("g++",) if not shutil.which(name)]
-        missing += [] if shutil.which("ninja") or ninja.exists() else ["ninja"]
+        find_ninja()
+        missing = [name for name in ("g++", "ninja") if not shutil.which(name)]
     return {"broken_modules": broken, "missing_programs": missing, "stale_locks": _find_stale_locks()}
 
 

@@ -45,7 +45,7 @@ def remove_stale_locks(root: Path) -> None:
             )
     else:
         # Compilers may outlive the process that started them, and a second build would write the same files.
-        _wait_until(lambda: not any(map(_is_being_built, _locks(root))), BUILD_TIMEOUT_S)
+        _wait_until(lambda: not any(map(_is_being_built, find_locks(root))), BUILD_TIMEOUT_S)
         for lock in _stale_locks(root):
             with contextlib.suppress(OSError):
                 lock.unlink()
@@ -54,7 +54,7 @@ def remove_stale_locks(root: Path) -> None:
         fcntl.flock(_descriptors[-1], fcntl.LOCK_SH)
 
 
-def _locks(root: Path) -> list[Path]:
+def find_locks(root: Path) -> list[Path]:
     """Return torch's lock files: empty files, one or two folders down."""
     files = [*root.glob("*/lock"), *root.glob("*/*/lock")]
     return [file for file in files if file.is_file() and not file.stat().st_size]
@@ -63,7 +63,7 @@ def _locks(root: Path) -> list[Path]:
 def _stale_locks(root: Path, max_age_s: float = float("inf")) -> list[Path]:
     """Return locks, up to this age, of extensions that no process of this machine builds."""
     locks = []
-    for lock in _locks(root):
+    for lock in find_locks(root):
         with contextlib.suppress(OSError):  # it has just been removed
             if time.time() - lock.stat().st_mtime < max_age_s and not _is_being_built(lock):
                 locks.append(lock)

@@ -132,7 +132,8 @@ def test_tool_problems_name_the_rank():
 def test_inspect_tools_reports_broken_modules_and_missing_programs(monkeypatch):
     ds_config = {"optimizer": {"type": "AdamW", "params": {"torch_adam": True}}}
     assert inspect_tools(World(0, 1, 0, 1), "decord", ds_config)["broken_modules"] == {}
-    monkeypatch.setattr(software.shutil, "which", lambda _: None)
+    monkeypatch.setattr(software.shutil, "which", lambda *_, **__: None)
+    monkeypatch.setenv("PATH", "")  # restored after the test
     assert inspect_tools(World(0, 1, 0, 1), "pyav", ds_config)["missing_programs"] == []  # nothing is compiled
     ds_config["optimizer"]["params"] = {}
     assert "g++" in inspect_tools(World(0, 1, 0, 1), "pyav", ds_config)["missing_programs"]

@@ -12,7 +12,7 @@ FILES = sorted([*ROOT.glob("cogds/**/*.py"), *ROOT.glob("launch/*.py")])
 
 PURE = {"errors", "files", "formatting", "config", "core"}
 RANKS = {"process", "distributed"}
-DATA = {"data/manifest", "data/video", "data/cache", "data/loading"}
+DATA = {"data/storage", "data/manifest", "data/video", "data/cache", "data/loading"}
 MODEL = {"model", "model/lora", "model/transformer"}
 TRAINING = {"engine", "metrics", "job", "encode"}
 # What each package, or module directly in cogds/, may import besides itself.
@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "core": {"errors", "formatting"},
     "process": {"errors", "files"},
     "distributed": {"errors", "config", "process"},
-    "data/video": {"errors", "files", "core"},
-    "data/cache": {"errors", "files", "process"},
-    "data/manifest": {"errors", "files", "core", "process", "data/video"},
+    "data/video": {"errors", "files", "core", "data/storage"},
+    "data/storage": {"errors"},
+    "data/cache": {"errors", "files", "process", "data/storage"},
+    "data/manifest": {"errors", "files", "core", "process", "data/storage", "data/video"},
     "data/loading": {"errors", "files", "core", "process", "data/cache"},
     "model/transformer": {"errors", "core", "process"},
     "model": {"errors", "files", "core", "model/transformer"},
@@ -56,6 +57,7 @@ IMPORTERS = {
     "deepspeed": ("cogds/engine/", "cogds/distributed/", "cogds/config/deepspeed.py"),
     "decord": ("cogds/data/video/media.py",),
     "av": ("cogds/data/video/media.py",),
+    "fsspec": ("cogds/data/storage/access.py",),
     "peft": ("cogds/model/",),
     "torchao": ("cogds/model/transformer/quantize.py",),
     "bitsandbytes": ("cogds/model/transformer/quantize.py",),

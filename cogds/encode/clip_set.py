@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -24,6 +23,8 @@ from cogds.data.manifest.assignment import (
     too_short_reasons,
 )
 from cogds.data.manifest.table import DataSet, read_manifest
+from cogds.data.storage.access import is_folder
+from cogds.data.storage.location import absolute, display_name, parent
 from cogds.encode.scan_data import data_sets, evaluation_config
 from cogds.errors import UserError
 from cogds.files import whole_file
@@ -149,7 +150,7 @@ class ClipSet:
             candidates.append(np.arange(start, start + size, max(1, size // max(MAX_CANDIDATES, num_clips))))
         clips = np.concatenate(candidates)
         paths, starts_s = self.column("path", clips).to_pylist(), self.assignment.starts_s[clips].tolist()
-        hashes = [name_hash(portable_name(path, self.roots), repr(start)) for path, start in zip(paths, starts_s)]
+        hashes = [name_hash(_name(path, self.roots), repr(start)) for path, start in zip(paths, starts_s)]
         chosen = spread(self.assignment.buckets[clips], np.array(hashes, np.uint64), num_clips)
         sampled = self.select(clips[chosen])
         rows, new_rows = np.unique(sampled.assignment.rows, return_inverse=True)
@@ -232,16 +233,25 @@ def _repeats(cfg: RunConfig, clips: ClipSet) -> tuple[float, ...]:
     return repeats_from_weights([data_set.weight or 0.0 for data_set in sets], sizes)
 
 
+def _name(path: str, roots: Sequence[str]) -> str:
+    """The name by which a file is held out or not: the same on every machine, and in a tar file packed again."""
+    return portable_name(display_name(path), roots)
+
+
 def _root(data_set: DataSet) -> str:
     """The folder to which the paths in a dataset are relative."""
-    path = os.path.abspath(os.path.expanduser(data_set.path))
-    return path if os.path.isdir(path) else os.path.dirname(path)
+    path = absolute(data_set.path)
+    return path if is_folder(path) or path.endswith(".tar") else parent(path)
 
 
 def _is_held_out(table: pa.Table, roots: Sequence[str], share: float) -> np.ndarray:
     """bool [num_rows]: whether the file of each row is held out."""
     parts = [
-        np.fromiter((is_held_out(portable_name(path, roots), share) for path in chunk.to_pylist()), bool, len(chunk))
+        np.fromiter(
+            (is_held_out(_name(path, roots), share) for path in chunk.to_pylist()),
+            bool,
+            len(chunk),
+        )
         for chunk in table.column("path").chunks
     ]
     return np.concatenate(parts) if parts else np.zeros(0, bool)
@@ -291,7 +301,7 @@ def _held_out_clips(cfg: RunConfig, clips: ClipSet, eval_manifest: Path | None) 
         return None, []
     if clips.held_out is None:
         paths = clips.column("path", slice(0, MAX_CANDIDATES)).to_pylist()
-        names = {portable_name(path, clips.roots) for path in paths}
+        names = {_name(path, clips.roots) for path in paths}
         first = min(names, key=name_hash)
         return None, [
             f"eval.held_out: {cfg.eval.held_out:g} holds out none of {counted(len(names), 'file')}, so only the loss "

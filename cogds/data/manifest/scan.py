@@ -11,8 +11,6 @@ Files that have not changed since an earlier scan are not opened.
 
 import hashlib
 import itertools
-import os
-import stat
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
@@ -42,6 +40,8 @@ from cogds.data.manifest.scan_state import (
     write_table,
 )
 from cogds.data.manifest.table import DataSet, read_manifest_batches, write_manifest
+from cogds.data.storage.access import Stamp, open_binary, stamp
+from cogds.data.storage.location import parse_member
 from cogds.data.video.media import DecodeError
 from cogds.data.video.probe_task import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, ProbeTask, categorize, probe_file
 from cogds.process.progress import progress_bar
@@ -181,16 +181,17 @@ def scan_file(task: ProbeTask) -> dict[str, Any]:
     The digest reads what the probe has just brought into the system's file cache.
     """
     try:
-        size, mtime_ns = _stamp(os.stat(task.path))
+        before = stamp(task.path)
         properties = asdict(probe_file(task))
-        with open(task.path, "rb") as file:
+        with open_binary(task.path) as file:
             digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-            is_same = _stamp(os.fstat(file.fileno())) == (size, mtime_ns)
+        is_same = stamp(task.path) == before
     except OSError as error:
         return {"reason": categorize(_open_problem(error))}
     if not is_same:
         return {"reason": "file changed: it was written to while it was scanned; start again when it is complete"}
-    return {"size": size, "mtime_ns": mtime_ns, "digest": digest, "frames": properties.pop("num_frames"), **properties}
+    size, version = before
+    return {"size": size, "mtime_ns": version, "digest": digest, "frames": properties.pop("num_frames"), **properties}
 
 
 def _changed_files(batches: Sequence[pa.RecordBatch], writer: ResultWriter, is_shown: bool) -> Iterator[pa.RecordBatch]:
@@ -213,30 +214,33 @@ def _changed_files(batches: Sequence[pa.RecordBatch], writer: ResultWriter, is_s
                 yield pa.record_batch([*columns, pa.array(sizes), pa.array(times)], names)
 
 
-def _stamps(batch: pa.RecordBatch) -> list[tuple[int, int] | str]:
-    """(size, mtime_ns) of every file, or the reason why it cannot be opened."""
-    return [_stamp_or_reason(path) for path in batch.column("path").to_pylist()]
+def _stamps(batch: pa.RecordBatch) -> list[Stamp | str]:
+    """The stamp of every file, or the reason why it cannot be opened."""
+    tars: dict[str, Stamp | str] = {}  # the members of one tar file are next to each other
+    stamps = []
+    for path in batch.column("path").to_pylist():
+        if member := parse_member(path):
+            if member.tar not in tars:
+                tars[member.tar] = _stamp_or_reason(member.tar)
+            tar = tars[member.tar]
+            stamps.append(tar if isinstance(tar, str) else Stamp(member.size, tar.version))
+        else:
+            stamps.append(_stamp_or_reason(path))
+    return stamps
 
 
-def _stamp_or_reason(path: str) -> tuple[int, int] | str:
+def _stamp_or_reason(location: str) -> Stamp | str:
     try:
-        status = os.stat(path)
+        return stamp(location)
     except (OSError, ValueError) as error:  # a name with a null character is a ValueError
         return categorize(_open_problem(error))
-    if stat.S_ISDIR(status.st_mode):
-        return categorize("it is a folder, not a file")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
-        return categorize("it is a device, a pipe or a socket, not a file")
-    return _stamp(status)
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
 
 
 def _open_problem(error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "the file does not exist"
+    if isinstance(error, OSError) and error.errno is None:  # of `storage.access`, which says it all
+        return str(error)
     return f"it cannot be opened: {getattr(error, 'strerror', None) or error}"
 
 

@@ -17,6 +17,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cogds.data.manifest.layouts import MANIFEST_MARK
+from cogds.data.storage.location import absolute
 from cogds.errors import UserError
 from cogds.files import whole_file
 
@@ -63,7 +64,7 @@ def manifest_file(sets: Sequence[DataSet], cache_dir: str | Path, manifest: str 
     """Path of the manifest: `manifest` if given, else a name in `cache_dir` that follows from the datasets."""
     if manifest is not None:
         return Path(os.path.abspath(os.path.expanduser(manifest)))
-    paths = [os.path.abspath(os.path.expanduser(data_set.path)) for data_set in sets]
+    paths = [absolute(data_set.path) for data_set in sets]
     fields = json.dumps([[path, sorted(data_set.columns.items())] for path, data_set in zip(paths, sets)])
     name = re.sub(r"[^\w.-]", "_", Path(paths[0]).name, flags=re.ASCII) or "data"
     digest = hashlib.blake2b(fields.encode(errors="surrogateescape"), digest_size=4).hexdigest()

@@ -14,7 +14,7 @@ import random
 import stat
 import time
 from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+from typing import Any, NamedTuple, TypeVar
 
 from cogds.data.storage.location import is_url, parse_member, protocol
 from cogds.errors import BUGS, UserError, brief
@@ -67,7 +67,7 @@ class Item(NamedTuple):
 # --- reading
 
 
-def open_binary(location: str, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
+def open_binary(location: str, block_bytes: int = BLOCK_BYTES) -> io.BufferedIOBase:
     """Open a file for reading; it can seek. Raises OSError, or UserError as `file_system`.
 
     block_bytes: bytes per request for files of more than WHOLE_BYTES.

@@ -12,7 +12,7 @@ FILES = sorted([*ROOT.glob("cogds/**/*.py"), *ROOT.glob("launch/*.py")])
 
 PURE = {"errors", "files", "formatting", "config", "core"}
 RANKS = {"process", "distributed"}
-DATA = {"data/storage", "data/manifest", "data/video", "data/cache", "data/loading"}
+DATA = {"data/storage", "data/layouts", "data/manifest", "data/video", "data/cache", "data/loading"}
 MODEL = {"model", "model/lora", "model/transformer"}
 TRAINING = {"engine", "metrics", "job", "encode"}
 # What each package, or module directly in cogds/, may import besides itself.
@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "distributed": {"errors", "config", "process"},
     "data/video": {"errors", "files", "core", "data/storage"},
     "data/storage": {"errors"},
+    "data/layouts": {"errors", "data/storage", "data/video"},
     "data/cache": {"errors", "files", "process", "data/storage"},
-    "data/manifest": {"errors", "files", "core", "process", "data/storage", "data/video"},
+    "data/manifest": {"errors", "files", "core", "process", "data/storage", "data/layouts", "data/video"},
     "data/loading": {"errors", "files", "core", "process", "data/cache"},
     "model/transformer": {"errors", "core", "process"},
     "model": {"errors", "files", "core", "model/transformer"},

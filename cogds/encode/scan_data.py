@@ -15,7 +15,14 @@ def data_sets(cfg: RunConfig) -> list[DataSet]:
     """The run's datasets, in the order of their numbers."""
     sets = cfg.data.sets or (cfg.data,)
     return [
-        DataSet(data_set.path, {str(name): column for name, column in data_set.columns.items()}) for data_set in sets
+        DataSet(
+            data_set.path,
+            {str(name): column for name, column in data_set.columns.items()},
+            data_set.root,
+            data_set.path_template,
+            data_set.where,
+        )
+        for data_set in sets
     ]
 
 
@@ -35,7 +42,9 @@ def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
 
 def evaluation_config(cfg: RunConfig) -> RunConfig:
     """The config of a run that would train the dataset in eval.path."""
-    data = cfg.data.model_copy(update={"path": cfg.eval.path, "sets": (), "repeats": 1.0, "manifest": None})
+    data = cfg.data.model_copy(
+        update={"path": cfg.eval.path, "sets": (), "repeats": 1.0, "manifest": None, "where": None}
+    )
     evaluation = cfg.eval.model_copy(update={"path": None, "held_out": 0.0})
     return cfg.model_copy(update={"data": data, "eval": evaluation})
 

@@ -20,8 +20,10 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cogds.data.layouts.entry import Entry
+from cogds.data.layouts.listing import Listing
+from cogds.data.layouts.parts import iter_entries
 from cogds.data.manifest.file_keys import CONDITION, condition_kinds, file_key, first_occurrences, look_up
-from cogds.data.manifest.layouts import Entry, iter_entries
 from cogds.data.manifest.rows import build_rows, entry_keys, results_in
 from cogds.data.manifest.scan_state import (
     ENTRY_SCHEMA,
@@ -63,14 +65,16 @@ def start_scan(
         retry_failed: open files again that could not be used, even if they have not changed.
 
     Raises:
-        UserError: a dataset cannot be read (`layouts.iter_entries`), or `manifest` is another file.
+        UserError: a dataset cannot be read (`layouts.parts.iter_entries`), or `manifest` is another file.
     """
-    scan = new_scan(manifest, default_caption)
+    scan, skipped = new_scan(manifest, default_caption), Listing()
     try:
-        write_table(scan.entries, ENTRY_SCHEMA, _list_entries(sets, need_captions=default_caption is None))
+        batches = _list_entries(sets, default_caption is None, skipped)
+        write_table(scan.entries, ENTRY_SCHEMA, batches)
     except BaseException:
         remove_state(scan)
         raise
+    scan = replace(scan, skipped=dict(skipped.skipped))
     known = _known_results(scan).rows
     # A usable file without a digest was scanned by cogds 0.1, which digested later.
     is_usable = pc.is_valid(known["frames"])
@@ -79,25 +83,29 @@ def start_scan(
     return write_files(scan, _list_files(scan.entries, known), first_occurrences(entry_keys(scan.entries)))
 
 
-def _list_entries(sets: Sequence[DataSet], need_captions: bool) -> Iterator[pa.RecordBatch]:
-    """The entries (ENTRY_SCHEMA) of all datasets."""
+def _list_entries(sets: Sequence[DataSet], need_captions: bool, total: Listing) -> Iterator[pa.RecordBatch]:
+    """The entries (ENTRY_SCHEMA) of all datasets. total: to add the counts to."""
     for number, data_set in enumerate(sets):
-        entries = iter_entries(data_set.path, data_set.columns, need_captions)
+        listing = Listing()
+        entries = iter_entries(data_set, need_captions, listing)
         while chunk := list(itertools.islice(entries, ENTRIES_PER_BATCH)):
             yield _entry_batch(chunk, number)
+        total.add(listing)
 
 
 def _entry_batch(entries: Sequence[Entry], set_number: int) -> pa.RecordBatch:
     columns: dict[str, list[Any]] = dict(zip(Entry._fields, map(list, zip(*entries))))
+    columns["more_captions"] = [texts or None for texts in columns["more_captions"]]
     columns["set"] = [set_number] * len(entries)
     columns["key"] = [file_key(kind, path) for kind, path in zip(columns["kind"], columns["path"])]
     columns["image_key"] = [path and file_key(CONDITION, path) for path in columns["image_path"]]
     try:
         return pa.RecordBatch.from_pydict(columns, ENTRY_SCHEMA)
     except UnicodeEncodeError:  # rare, so only then look at every text
-        for row, caption in enumerate(columns["caption"]):
-            if caption != _escape(caption):
-                columns["caption"][row] = None
+        for row, texts in enumerate(zip(columns["caption"], columns["more_captions"])):
+            captions = (texts[0], *(texts[1] or ()))
+            if captions != tuple(map(_escape, captions)):
+                columns["caption"][row] = columns["more_captions"][row] = None
                 columns["caption_error"][row] = "it holds half of a surrogate pair, which is not a character"
         for name in ("path", "image_path", "caption_error"):
             columns[name] = list(map(_escape, columns[name]))
@@ -251,7 +259,7 @@ def finish_scan(scan: Scan) -> None:
     """Third step, on rank 0 after all ranks: write the manifest and remove the scan's state."""
     with manifest_lock(scan):
         results = _known_results(scan)
-        write_manifest(scan.manifest, build_rows(scan.entries, results, scan.default_caption))
+        write_manifest(scan.manifest, build_rows(scan.entries, results, scan.default_caption), scan.skipped)
         remove_state(scan, results.files)
 
 

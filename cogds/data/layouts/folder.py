@@ -46,6 +46,12 @@ class ListFile(NamedTuple):
     path: str
 
 
+class TarFile(NamedTuple):
+    """A tar file with clips."""
+
+    path: str
+
+
 class Folder(NamedTuple):
     """A folder to search.
 
@@ -60,7 +66,7 @@ class Folder(NamedTuple):
     labels: str | None = None
 
 
-def search_folder(folder: Folder, lists: ListReader, listing: Listing) -> Iterator[ClipFile | ListFile | Folder]:
+def search_folder(folder: Folder, lists: ListReader, listing: Listing) -> Iterator[ClipFile | ListFile | TarFile | Folder]:
     """Yield what a folder holds, without the content of subfolders, in the order of a sorted list of paths.
 
     A folder with a list of clips yields only the list. What is skipped is counted. Raises UserError.
@@ -92,6 +98,8 @@ def search_folder(folder: Folder, lists: ListReader, listing: Listing) -> Iterat
             yield Folder(
                 path, (*folder.parents, real), join(folder.path, labels) if labels and name == "videos" else inner
             )
+        elif not item.is_folder and suffix_of(name) == ".tar":
+            yield TarFile(path)
         elif not item.is_folder and path not in clips.caption_files:
             suffix = suffix_of(name)
             listing.skip(f"{suffix} file" if suffix else "file without a suffix")

@@ -4,15 +4,17 @@ import itertools
 from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
+from typing import Any
 
 from cogds.data.layouts.captions import captioned_entry
 from cogds.data.layouts.data_set import DataSet
 from cogds.data.layouts.entry import Entry
-from cogds.data.layouts.folder import ClipFile, Folder, ListFile, dataset_folder, search_folder
+from cogds.data.layouts.folder import ClipFile, Folder, ListFile, TarFile, dataset_folder, search_folder
 from cogds.data.layouts.listing import Listing
-from cogds.data.layouts.lists import TABLE_SUFFIXES, ListReader
+from cogds.data.layouts.lists import ListReader
 from cogds.data.layouts.rows import suffix_of
+from cogds.data.layouts.tars import read_tar
 from cogds.data.storage.access import is_file, is_folder
 from cogds.data.storage.location import absolute
 from cogds.errors import UserError
@@ -20,8 +22,8 @@ from cogds.errors import UserError
 CLIPS_PER_PART = 1024
 _NUM_CAPTION_THREADS = 16  # a network file system is slow, but serves many small reads at once
 
-# A list, a folder with its subfolders, or at most CLIPS_PER_PART clips of a folder.
-Part = ListFile | Folder | tuple[ClipFile, ...]
+# A list, a tar file, a folder with its subfolders, or at most CLIPS_PER_PART clips of a folder.
+Part = ListFile | TarFile | Folder | tuple[ClipFile, ...]
 
 LAYOUTS = (
     "a folder of clips with same-named .txt captions; videos.txt + prompts.txt (+ images.txt); "
@@ -60,7 +62,7 @@ class DatasetReader:
             raise UserError(f"data.path: {path}: cannot be read ({error}). Check the address and the access.") from None
         if not exists:
             raise UserError(f"data.path: no such file or folder: {path}. Check the spelling, or the mount.")
-        yield ListFile(path)
+        yield TarFile(path) if suffix_of(path) == ".tar" else ListFile(path)
 
     def split(self, folder: Folder, listing: Listing) -> Iterator[Part]:
         """Yield the parts of a folder in order: its lists, groups of its clips, and its subfolders."""
@@ -80,11 +82,11 @@ class DatasetReader:
             yield entry
 
     def _entries(self, part: Part, listing: Listing) -> Iterator[Entry]:
-        files: Iterator[ClipFile | ListFile] = (
-            self._files(part, listing)
-            if isinstance(part, Folder)
-            else iter((part,) if isinstance(part, ListFile) else part)
-        )
+        files: Iterator[ClipFile | ListFile | TarFile]
+        if isinstance(part, Folder):
+            files = self._files(part, listing)
+        else:
+            files = iter((part,) if isinstance(part, ListFile | TarFile) else part)
         with ThreadPoolExecutor(_NUM_CAPTION_THREADS) as threads:
             for is_clip, group in itertools.groupby(files, key=lambda file: isinstance(file, ClipFile)):
                 if is_clip:  # across folders, which may have few clips each
@@ -92,9 +94,12 @@ class DatasetReader:
                         yield from threads.map(self._captioned, chunk)  # type: ignore[arg-type]
                 else:
                     for file in group:
-                        yield from self._lists.entries(file.path, listing)
+                        if isinstance(file, TarFile):
+                            yield from read_tar(file.path, self.data_set.columns, listing)
+                        else:
+                            yield from self._lists.entries(file.path, listing)
 
-    def _files(self, folder: Folder, listing: Listing) -> Iterator[ClipFile | ListFile]:
+    def _files(self, folder: Folder, listing: Listing) -> Iterator[ClipFile | ListFile | TarFile]:
         for item in search_folder(folder, self._lists, listing):
             if isinstance(item, Folder):
                 yield from self._files(item, listing)
@@ -130,6 +135,22 @@ class DatasetReader:
             )
         if self.data_set.where is not None and not listing.lists:
             raise UserError(f"data.where: {path} holds no table to filter. Remove data.where, or write a table.")
+
+
+_KINDS: dict[str, Any] = {kind.__name__: kind for kind in (ListFile, TarFile, Folder)}
+
+
+def part_to_json(part: Part) -> list[Any]:
+    """A part as values for JSON, which `part_from_json` reads."""
+    kind = type(part).__name__
+    return [kind, *part] if kind in _KINDS else ["clips", *part]
+
+
+def part_from_json(kind: str, *fields: Any) -> Part:
+    """The part that `part_to_json` has written."""
+    if kind == "clips":
+        return tuple(ClipFile(*clip) for clip in fields)
+    return _KINDS[kind](*(tuple(value) if isinstance(value, list) else value for value in fields))
 
 
 def iter_entries(data_set: DataSet, need_captions: bool = True, listing: Listing | None = None) -> Iterator[Entry]:

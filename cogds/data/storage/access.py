@@ -13,7 +13,7 @@ import os
 import stat
 import uuid
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote, unquote
 
 from cogds.data.storage.location import is_url, parse_member, protocol
@@ -59,7 +59,7 @@ class Item(NamedTuple):
 # --- reading
 
 
-def open_binary(location: str, block_bytes: int = BLOCK_BYTES) -> io.BufferedIOBase:
+def open_binary(location: str, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
     """Open a file for reading; it can seek. Raises OSError, or UserError as `file_system`.
 
     block_bytes: bytes per request for files of more than WHOLE_BYTES.

@@ -75,7 +75,7 @@ def test_tars_that_are_cut_short(tmp_path):
         list(list_members(str(tmp_path / "cut.tar")))
     end = next(member.offset + member.size for member, _ in list_members(str(tmp_path / "a.tar")))
     (tmp_path / "cut.tar").write_bytes(whole[: -(-end // 512) * 512])  # nothing but the end is missing
-    with pytest.raises(TarError, match="cut short after its member a.mp4"):
+    with pytest.raises(TarError, match="cut short after its member"):
         list(list_members(str(tmp_path / "cut.tar")))
     (tmp_path / "empty.tar").write_bytes(b"")
     with pytest.raises(TarError):
@@ -83,5 +83,5 @@ def test_tars_that_are_cut_short(tmp_path):
 
 
 def test_contents_of_small_members_are_read_on_the_way(tar):
-    contents = dict((member.name, content) for member, content in list_members(tar(), lambda name: name.endswith(".txt")))
+    contents = {member.name: content for member, content in list_members(tar(), lambda name: name.endswith(".txt"))}
     assert contents == {name: data if name.endswith(".txt") else None for name, data in FILES.items()}

@@ -19,10 +19,9 @@ from typing import Any, NamedTuple, TextIO
 import pyarrow as pa
 import pyarrow.parquet as pq
 
+from cogds.data.video.kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from cogds.errors import UserError, did_you_mean
 
-VIDEO_SUFFIXES = frozenset({".mp4", ".mov", ".mkv", ".webm", ".avi", ".m4v"})
-IMAGE_SUFFIXES = frozenset({".jpg", ".jpeg", ".png", ".webp"})
 _IMAGE_ENDS = tuple(IMAGE_SUFFIXES)
 # In the metadata of Parquet files that are manifests of cogds, not lists of clips.
 MANIFEST_MARK = b"cogds.manifest"

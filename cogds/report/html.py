@@ -30,6 +30,7 @@ from cogds.report.text import (
     memory_text,
     step_text,
     suggestion_lines,
+    processing_lines,
     warning_lines,
 )
 
@@ -88,6 +89,7 @@ def html_page(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: i
         Markup=Markup,
         warnings=warning_lines(report),
         empty_buckets=empty_bucket_lines(report),
+        processing=processing_lines(report),
         suggestion=suggestion_lines(report),
         estimate_note=ESTIMATE_NOTE,
         memory_text=memory_text,

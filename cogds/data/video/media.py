@@ -64,8 +64,8 @@ def probe_video(path: str | Path) -> VideoInfo:
     colors = colors_of(frame)
     steps = {
         "deinterlaced": timeline.is_interlaced,
-        "tone-mapped": colors.is_hdr,
-        "wide gamut": colors.is_wide and not colors.is_hdr,
+        "tone-mapped from HDR": colors.is_hdr,
+        "converted from a wide gamut": colors.is_wide and not colors.is_hdr,
     }
     return VideoInfo(
         num_frames=len(timeline.pts),

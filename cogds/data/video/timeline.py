@@ -34,8 +34,8 @@ class VideoInfo:
         width, height: in pixels as displayed, with rotation and pixel aspect ratio applied.
         duration_s: from the start of the first frame to the end of the last.
         rotation: clockwise rotation from stored to displayed frames in degrees (0, 90, 180, 270).
-        processing: what reading does to the pixels besides resizing: "deinterlaced", "tone-mapped" (HDR), "wide gamut",
-            joined by commas.
+        processing: what reading does to the pixels besides resizing: "deinterlaced", "tone-mapped from HDR", "converted
+            from a wide gamut", joined by commas.
     """
 
     num_frames: int

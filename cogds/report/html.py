@@ -28,9 +28,9 @@ from cogds.report.text import (
     NOT_MEASURED,
     empty_bucket_lines,
     memory_text,
+    processing_lines,
     step_text,
     suggestion_lines,
-    processing_lines,
     warning_lines,
 )
 

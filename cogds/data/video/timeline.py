@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, NamedTuple
 
 from cogds.data.video.container import video_stream
 from cogds.data.video.errors import DecodeError, brief
-from cogds.data.video.interlacing import is_interlaced, is_marked_interlaced
+from cogds.data.video.interlacing import choose_deinterlacing, is_marked_interlaced
 
 if TYPE_CHECKING:
     from av import Packet, VideoFrame
@@ -54,24 +54,34 @@ class Timeline:
     Attributes:
         pts: of the displayed frames, ascending, in units of time_base. Equal ones are displayed for no time.
         keys: indices of the keyframes.
+        seek_targets: timestamps with which the container finds the keyframes.
         end: end of the last frame, in units of time_base.
         fps: frames per second.
         pixel_aspect: width of a pixel divided by its height.
         num_hidden: number of packets hidden by an edit list.
         num_leading: number of packets at the start of a file cut from a longer one, up to the last of those that depend
             on frames before the cut.
-        is_interlaced: whether frames have to be deinterlaced.
+        is_reordered: whether only the order of the decoded frames tells which is which: AVI with B-frames of H.264.
+            The container has a constant rate and no display times, and FFmpeg does not compute them.
+        deinterlacing: arguments of the filter, "" if the frames are not interlaced.
     """
 
     pts: Sequence[int]
     keys: Sequence[int]
+    seek_targets: Sequence[int]
     time_base: Fraction
     end: int
     fps: float
     pixel_aspect: Fraction = Fraction(1)
     num_hidden: int = 0
     num_leading: int = 0
-    is_interlaced: bool = False
+    is_reordered: bool = False
+    deinterlacing: str = ""
+
+    @property
+    def is_seekable(self) -> bool:
+        """Whether a frame can be identified after a seek. Hidden packets are decoded from the start."""
+        return not self.num_hidden and not self.is_reordered
 
     def seconds(self, index: int) -> float:
         """Start of a frame in seconds after the first."""
@@ -81,6 +91,11 @@ class Timeline:
         """Index of the last keyframe at or before a frame. 0 if there is none, as in a stream cut between keyframes."""
         position = bisect.bisect_right(self.keys, index)
         return self.keys[position - 1] if position else 0
+
+    def seek_target(self, index: int) -> int:
+        """Timestamp with which the container finds a keyframe, or the start if the frame is not a keyframe."""
+        position = bisect.bisect_right(self.keys, index)
+        return self.seek_targets[position - 1] if position else self.pts[0]
 
     @property
     def duration_s(self) -> float:
@@ -139,6 +154,7 @@ def cached_timeline(path: str | Path, container: InputContainer) -> Timeline:
 
 class _Packet(NamedTuple):
     pts: int
+    seek_target: int
     duration: int
     is_key: bool
     is_hidden: bool
@@ -153,6 +169,9 @@ def read_timeline(container: InputContainer) -> tuple[Timeline, VideoFrame]:
     num_indexed = sum(entry.size > 0 for entry in stream.index_entries) if stream.frames else 0
     packets: list[_Packet] = []
     first, failure = None, None
+    context = stream.codec_context
+    is_reordered = container.format.name == "avi" and context.name in ("h264", "hevc") and context.has_b_frames
+    has_index = "mpeg" not in container.format.name
     try:
         for packet in container.demux(stream):
             if first is None:
@@ -163,7 +182,9 @@ def read_timeline(container: InputContainer) -> tuple[Timeline, VideoFrame]:
                 except av.error.FFmpegError as error:
                     failure = len(packets), brief(error)
             if packet.size:  # else it is the flush packet at the end
-                packets.append(_read_packet(packet))
+                # Without an index, in MPEG-TS and MPEG-PS, FFmpeg searches for decoding times.
+                target = packet.pts if has_index or packet.dts is None else packet.dts
+                packets.append(_read_packet(packet, packet.dts if is_reordered else packet.pts, target))
     except MemoryError:
         raise  # not a problem of the file
     except av.error.FFmpegError as error:
@@ -176,11 +197,11 @@ def read_timeline(container: InputContainer) -> tuple[Timeline, VideoFrame]:
     num_leading = _num_leading(packets)
     if failure and (not num_leading or failure[0] > num_leading):
         raise DecodeError(f"its first frame cannot be decoded: {failure[1]}")
-    timeline = _build_timeline(stream, packets, num_leading, first)
-    check_frame(first, timeline, 0)
+    timeline = replace(_build_timeline(stream, packets, num_leading, first), is_reordered=is_reordered)
+    FrameCheck(timeline).check(first, 0)
     assert first is not None
-    if is_marked_interlaced(stream) and is_interlaced(container, stream, [timeline.pts[key] for key in timeline.keys]):
-        timeline = replace(timeline, is_interlaced=True)
+    if is_marked_interlaced(stream, first):
+        timeline = replace(timeline, deinterlacing=choose_deinterlacing(container, stream, timeline.seek_targets))
     return timeline, first
 
 
@@ -192,7 +213,7 @@ def _build_timeline(
         first_key_pts = next(packet.pts for packet in packets if packet.is_key)
         start = min(first.pts, shown[bisect.bisect_left(shown, first_key_pts)])
         shown = shown[bisect.bisect_left(shown, start) :]
-    keys = sorted(packet.pts for packet in packets if packet.is_key and not packet.is_hidden)
+    keys = sorted(packet for packet in packets if packet.is_key and not packet.is_hidden and packet.pts >= shown[0])
     time_base, rate = Fraction(stream.time_base or 0), stream.average_rate
     span = float((shown[-1] - shown[0]) * time_base)
     measured = (len(shown) - 1) / span if span > 0 else 0.0
@@ -206,7 +227,8 @@ def _build_timeline(
         length = max(1, round(1 / (fps * time_base)))
     return Timeline(
         pts=shown,
-        keys=[bisect.bisect_left(shown, pts) for pts in keys if pts >= shown[0]],
+        keys=[bisect.bisect_left(shown, packet.pts) for packet in keys],
+        seek_targets=[packet.seek_target for packet in keys],
         time_base=time_base,
         end=shown[-1] + length,
         fps=fps,
@@ -216,20 +238,38 @@ def _build_timeline(
     )
 
 
-def check_frame(frame: VideoFrame | None, timeline: Timeline, index: int) -> None:
-    """Raise DecodeError if a decoded frame is not the one with this index, or is damaged."""
-    if frame is not None and frame.is_corrupt:
-        raise DecodeError(f"the frame at {timeline.seconds(index):.3f} s is damaged")
-    if frame is None or frame.pts != timeline.pts[index]:
-        raise DecodeError(f"the frame at {timeline.seconds(index):.3f} s cannot be decoded")
+class FrameCheck:
+    """Checks that decoded frames are those of a timeline, in order."""
+
+    def __init__(self, timeline: Timeline) -> None:
+        self._timeline = timeline
+        self._delay: int | None = None  # of the decoder, in frames, if frames are reordered
+
+    def check(self, frame: VideoFrame | None, index: int) -> None:
+        """Raise DecodeError if a frame is not the one with this index, or is damaged."""
+        if frame is not None and frame.is_corrupt:
+            raise DecodeError(f"the frame at {self._timeline.seconds(index):.3f} s is damaged")
+        if frame is None or not self._is_at(frame, index):
+            raise DecodeError(f"the frame at {self._timeline.seconds(index):.3f} s cannot be decoded")
+
+    def _is_at(self, frame: VideoFrame, index: int) -> bool:
+        pts = self._timeline.pts
+        if not self._timeline.is_reordered:
+            return frame.pts == pts[index]
+        # A frame has the decoding time of the packet with which it came out. A lost frame leaves a gap.
+        if frame.dts is None:  # after the last packet
+            return True
+        if self._delay is None:
+            self._delay = bisect.bisect_left(pts, frame.dts) - index
+        return index + self._delay < len(pts) and pts[index + self._delay] == frame.dts
 
 
-def _read_packet(packet: Packet) -> _Packet:
+def _read_packet(packet: Packet, time: int | None, seek_target: int | None) -> _Packet:
     if packet.is_corrupt:
         raise DecodeError("the container marks a packet as corrupt (a truncated file?)")
-    if packet.pts is None:
+    if time is None or seek_target is None:
         raise DecodeError("its frames have no timestamps: re-encode it, for example as H.264 in mp4")
-    return _Packet(packet.pts, packet.duration or 0, packet.is_keyframe, packet.is_discard)
+    return _Packet(time, seek_target, packet.duration or 0, packet.is_keyframe, packet.is_discard)
 
 
 def _num_leading(packets: Sequence[_Packet]) -> int:

@@ -28,6 +28,7 @@ if TYPE_CHECKING:
 
 # Formats in which several frames are an animation. In others (TIFF, MPO, HEIF), they are pages, previews or photos.
 _ANIMATIONS = {"APNG", "AVIF", "GIF", "PNG", "WEBP"}
+_RETRY = "cogds encode --retry"
 _HEADER_BYTES = 1 << 16
 
 
@@ -135,7 +136,8 @@ def _load_image(path: str | Path) -> Image:
     with open_image(path) as image:
         if image.mode.startswith(("I", "F")):
             raise DecodeError(f"its pixels are of mode {image.mode}, not 8 bits: convert it to 8 bits")
-        return _to_srgb(ImageOps.exif_transpose(image), _colors_of(image))
+        colors = _colors_of(image)  # before the pixels are loaded, which closes the file
+        return _to_srgb(ImageOps.exif_transpose(image), colors)
 
 
 def _colors_of(image: Image) -> Colors | None:
@@ -196,7 +198,7 @@ def _missing_package(path: str | Path) -> str | None:
     if head[4:8] != b"ftyp":
         return None
     if head[8:] in (b"avif", b"avis"):
-        return "it is an AVIF, which this version of Pillow does not read: run pip install 'pillow>=11.3'"
+        return f"it is an AVIF, which this Pillow does not read: run pip install 'pillow>=11.3', then {_RETRY}"
     if head[8:] in (b"heic", b"heix", b"heim", b"heis", b"mif1", b"hevc", b"msf1"):
-        return "it is a HEIC photo: run pip install pillow-heif"
+        return f"it is a HEIC photo, for which a package is missing: run pip install pillow-heif, then {_RETRY}"
     return None

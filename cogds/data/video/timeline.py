@@ -152,8 +152,12 @@ def cached_timeline(path: str | Path, container: InputContainer) -> Timeline:
     return _recent_timelines[key]
 
 
+# Before the cut of a file that was cut from a longer one, times would be negative, which some containers cannot hold.
+_NO_TIME = -math.inf
+
+
 class _Packet(NamedTuple):
-    pts: int
+    pts: int | float
     seek_target: int
     duration: int
     is_key: bool
@@ -189,12 +193,14 @@ def read_timeline(container: InputContainer) -> tuple[Timeline, VideoFrame]:
         raise  # not a problem of the file
     except av.error.FFmpegError as error:
         raise DecodeError(f"it cannot be read to its end: {brief(error)}") from None
+    num_leading = _num_leading(packets)
+    if any(packet.pts == _NO_TIME for packet in packets[num_leading:]):
+        raise DecodeError("its frames have no timestamps: re-encode it, for example as H.264 in mp4")
     if all(packet.is_hidden for packet in packets):
         raise DecodeError("it has no frames")
     # A smaller index than in the header is that of an edit list, or of an AVI with dropped frames.
     if stream.frames > len(packets) != num_indexed:
         raise DecodeError(f"it is truncated: only {len(packets)} of {stream.frames} frames are left")
-    num_leading = _num_leading(packets)
     if failure and (not num_leading or failure[0] > num_leading):
         raise DecodeError(f"its first frame cannot be decoded: {failure[1]}")
     timeline = replace(_build_timeline(stream, packets, num_leading, first), is_reordered=is_reordered)
@@ -233,7 +239,7 @@ def _build_timeline(
         end=shown[-1] + length,
         fps=fps,
         pixel_aspect=Fraction(stream.sample_aspect_ratio or 1),
-        num_hidden=sum(packet.is_hidden for packet in packets),
+        num_hidden=sum(packet.is_hidden and packet.pts != _NO_TIME for packet in packets),
         num_leading=num_leading,
     )
 
@@ -268,7 +274,7 @@ def _read_packet(packet: Packet, time: int | None, seek_target: int | None) -> _
     if packet.is_corrupt:
         raise DecodeError("the container marks a packet as corrupt (a truncated file?)")
     if time is None or seek_target is None:
-        raise DecodeError("its frames have no timestamps: re-encode it, for example as H.264 in mp4")
+        return _Packet(_NO_TIME, 0, 0, packet.is_keyframe, is_hidden=True)
     return _Packet(time, seek_target, packet.duration or 0, packet.is_keyframe, packet.is_discard)
 
 

@@ -45,8 +45,8 @@ class ClipTable:
     """The dataset, one row per clip of the manifest, without held-out clips.
 
     Attributes:
-        table: columns path, kind, width, height (as displayed), status ("ok" or "unusable"), reason ("short phrase:
-            detail"), caption, start_s, set.
+        table: columns path, kind, width, height (as displayed), processing, status ("ok" or "unusable"), reason ("short
+            phrase: detail"), caption, start_s, set.
         buckets: int [N], -1 for a clip without a bucket.
         frames: int [N], at the target frame rate, within the clip's time range.
         num_windows: int [N], samples of each clip. None: one each.
@@ -171,7 +171,12 @@ class Reason:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole report. epoch_s: None if the step time of a bucket with clips is unknown."""
+    """The whole report.
+
+    Attributes:
+        epoch_s: None if the step time of a bucket with clips is unknown.
+        processed: what is done to pixels (`VideoInfo.processing`), and the number of trained clips.
+    """
 
     num_rows: int
     buckets: tuple[BucketReport, ...]
@@ -189,6 +194,7 @@ class Report:
     max_unusable: float = 1.0
     gpu_bytes: float | None = None
     num_held_out: int = 0
+    processed: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_refused(self) -> bool:
@@ -285,6 +291,7 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
         max_unusable=setup.max_unusable,
         gpu_bytes=setup.gpu_bytes,
         num_held_out=clips.num_held_out,
+        processed=_count_processed(clips),
     )
 
 
@@ -388,6 +395,16 @@ def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
     reasons = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
     reasons.sort(key=lambda reason: (-reason.num_clips, reason.phrase))
     return tuple(reasons), int(unusable.sum()) + len(short) - sum(counts.values())
+
+
+def _count_processed(clips: ClipTable) -> dict[str, int]:
+    """Number of trained clips by what is done to their pixels."""
+    texts = clips.table.column("processing").filter(pa.array(clips.buckets >= 0))
+    counts: dict[str, int] = {}
+    for item in pc.value_counts(texts).to_pylist():
+        for name in filter(None, (item["values"] or "").split(", ")):
+            counts[name] = counts.get(name, 0) + item["counts"]
+    return counts
 
 
 def _suggestion(sizes: ClipSizes, setup: TrainingSetup) -> Suggestion | None:

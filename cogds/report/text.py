@@ -61,6 +61,12 @@ def held_out_lines(report: Report) -> list[str]:
     return [f"{counted(num, 'clip')} held out for evaluation."] if num else []
 
 
+def processing_lines(report: Report) -> list[str]:
+    """A sentence about clips whose pixels are converted, [] if there are none."""
+    parts = [f"{counted(num, 'clip')} {name}" for name, num in sorted(report.processed.items())]
+    return [f"{', '.join(parts)}."] if parts else []
+
+
 def empty_bucket_lines(report: Report) -> list[str]:
     """A sentence about buckets without clips, [] if there are none."""
     empty = [str(bucket.shape) for bucket in report.buckets if not bucket.num_samples]
@@ -93,6 +99,7 @@ def short_report(report: Report) -> str:
         f"{counted(len(report.buckets), 'bucket')}; {percent(report.crop_share)} of the picture is cropped away on "
         "average",
         *held_out_lines(report),
+        *processing_lines(report),
     ]
     if report.num_unusable:
         reasons = ", ".join(f"{reason.num_clips:,} x {reason.phrase}" for reason in report.reasons[:3])
@@ -119,7 +126,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
             f"cache {gigabytes(report.cache_bytes)}, including {gigabytes(report.caption_cache_bytes)} for captions"
         )
     )
-    for line in held_out_lines(report):
+    for line in held_out_lines(report) + processing_lines(report):
         console.print(Text(line))
     console.print(_bucket_table(report, console))
     for line in empty_bucket_lines(report):

@@ -40,6 +40,7 @@ def table(rows):
         "width": [row[3] for row in rows],
         "height": [row[2] for row in rows],
         "rotation": [0] * len(rows),
+        "processing": [""] * len(rows),
         "duration_s": [(row[1] or 0) / 16 for row in rows],
         "caption": [f"caption of {row[0]}" for row in rows],
         "status": ["unusable" if row[5] else "ok" for row in rows],

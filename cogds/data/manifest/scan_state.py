@@ -74,6 +74,7 @@ RESULT_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("rotation", pa.int16()),
         ("duration_s", pa.float64()),
+        ("processing", pa.string()),
         ("reason", pa.string()),
         ("digest", pa.binary(16)),
     ]

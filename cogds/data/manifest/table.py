@@ -38,6 +38,7 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("rotation", pa.int16()),
         ("duration_s", pa.float64()),
+        ("processing", pa.string()),
         ("caption", pa.string()),
         ("status", pa.string()),
         ("reason", pa.string()),
@@ -50,7 +51,7 @@ SCHEMA = pa.schema(
         ("image_size", pa.int64()),
         ("image_mtime_ns", pa.int64()),
     ],
-    metadata={MANIFEST_MARK: b"1"},
+    metadata={MANIFEST_MARK: b"2"},
 )
 
 

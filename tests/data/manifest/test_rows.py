@@ -18,6 +18,7 @@ def test_a_row_holds_the_properties_of_its_file(folder: Path, tmp_path: Path) ->
     assert first == dict.fromkeys(SCHEMA.names) | {
         "path": str(folder / "a.mp4"), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "kind": "video",
         "frames": 5, "fps": 10.0, "width": 48, "height": 32, "rotation": 0, "duration_s": pytest.approx(0.5),
+        "processing": "",
         "caption": "clip a", "status": "ok", "set": 0,
         "digest": hashlib.blake2b((folder / "a.mp4").read_bytes(), digest_size=16).digest(),
     }  # fmt: skip

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, BinaryIO
 
+from cogds.data.storage.access import open_binary, stamp
+from cogds.data.storage.location import is_local_file, is_url
 from cogds.data.video.errors import DecodeError, brief
 
 if TYPE_CHECKING:
@@ -19,21 +21,14 @@ def open_container(path: str | Path) -> InputContainer:
     """Open a PyAV container whose chosen stream is set up for strict decoding. Raises DecodeError."""
     import av
 
-    path = Path(path)
     # By default, PyAV 18 raises UnicodeDecodeError for a title that is not UTF-8. PyAV 19 does not.
     options: dict[str, Any] = {"metadata_errors": "replace"} if int(av.__version__.split(".")[0]) < 19 else {}
+    source = open_source(path)
     try:
-        num_bytes = path.stat().st_size
-        if path.is_dir():
-            raise DecodeError("it is a folder, not a file")
-        if not num_bytes:
-            raise DecodeError("the file is empty (0 bytes)")
-        container = av.open(str(path), **options)
-    except FileNotFoundError:
-        raise DecodeError("the file does not exist") from None
+        container = av.open(source, **options)
     except MemoryError:
         raise
-    except (OSError, av.error.FFmpegError) as error:
+    except av.error.FFmpegError as error:
         raise DecodeError(f"it cannot be opened as a video: {brief(error)}") from None
     try:
         stream = video_stream(container)
@@ -45,6 +40,28 @@ def open_container(path: str | Path) -> InputContainer:
     stream.thread_type = "NONE"
     stream.codec_context.options = {"err_detect": "crccheck+bitstream+buffer+explode"}
     return container
+
+
+def open_source(path: str | Path) -> str | BinaryIO:
+    """What a library opens for a location: the path of a local file, or a file object for others.
+
+    Raises DecodeError if the file is missing, not a file or empty, and OSError if a server fails.
+    """
+    location = str(path)
+    try:
+        size = stamp(location).size
+        source = location if is_local_file(location) else open_binary(location)
+    except FileNotFoundError:
+        raise DecodeError("the file does not exist") from None
+    except IsADirectoryError:
+        raise DecodeError("it is a folder, not a file") from None
+    except OSError as error:
+        if is_url(location):
+            raise  # another time, the server may not fail
+        raise DecodeError(f"it cannot be opened: {brief(error)}") from None
+    if not size:
+        raise DecodeError("the file is empty (0 bytes)")
+    return source
 
 
 def video_stream(container: InputContainer) -> VideoStream:

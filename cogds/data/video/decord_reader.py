@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from cogds.core.geometry import ClipShape
+from cogds.data.storage.location import is_local_file
 from cogds.data.video.decode import repeat
 from cogds.data.video.errors import brief
 from cogds.data.video.pixels import Fitter, colors_of, cover, displayed_size, turns_of
@@ -61,6 +62,8 @@ def read_decord(
     import decord
 
     decord.logging.set_level(decord.logging.QUIET)
+    if not is_local_file(str(path)):
+        raise UnreliableError("it is not a file on a disk")
     if timeline.deinterlacing:
         raise UnreliableError("it is interlaced")
     _, frame = next(frames)

@@ -18,6 +18,7 @@ import numpy as np
 
 from cogds.core.geometry import ClipShape
 from cogds.data.video.colors import Colors, to_bt709
+from cogds.data.video.container import open_source
 from cogds.data.video.decode import repeat
 from cogds.data.video.errors import DecodeError, brief, is_raised_in
 from cogds.data.video.pixels import cover
@@ -37,17 +38,16 @@ def open_image(path: str | Path) -> Iterator[Image]:
     """Open an image, without decoding it. Raises DecodeError, also for what Pillow raises in the body."""
     from PIL import Image, UnidentifiedImageError
 
+    source = open_source(path)
+    if not isinstance(source, str):
+        source = io.BytesIO(source.read())  # now: a server that fails while Pillow reads would look like damage
     try:
         with contextlib.suppress(ImportError):
             import pillow_heif
 
             pillow_heif.register_heif_opener()
-        with Image.open(path) as image:
+        with Image.open(source) as image:
             yield image
-    except FileNotFoundError:
-        raise DecodeError("the file does not exist") from None
-    except IsADirectoryError:
-        raise DecodeError("it is a folder, not a file") from None
     except (DecodeError, MemoryError):
         raise
     except Exception as error:
@@ -81,11 +81,7 @@ def is_animation(path: str | Path) -> bool:
 
 def is_webp(path: str | Path) -> bool:
     """Whether a file is a WebP, by its content. FFmpeg does not read its animations."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(12)
-    except OSError:
-        return False
+    head = _read_head(path)
     return head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
 
@@ -191,10 +187,16 @@ def _fit(image: Image, height: int, width: int) -> np.ndarray:
     return np.array(image)
 
 
+def _read_head(path: str | Path) -> bytes:
+    """The first bytes of a file. Raises DecodeError or OSError as `open_source`."""
+    source = open_source(path)
+    with open(source, "rb") if isinstance(source, str) else source as file:
+        return file.read(12)
+
+
 def _missing_package(path: str | Path) -> str | None:
     """What to install for a file that Pillow does not know, if that is the reason."""
-    with open(path, "rb") as file:
-        head = file.read(12)
+    head = _read_head(path)
     if head[4:8] != b"ftyp":
         return None
     if head[8:] in (b"avif", b"avis"):

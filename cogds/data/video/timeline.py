@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import bisect
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
+from cogds.data.storage.access import stamp
 from cogds.data.video.container import video_stream
 from cogds.data.video.errors import DecodeError, brief
 from cogds.data.video.interlacing import choose_deinterlacing, is_marked_interlaced
@@ -143,8 +143,7 @@ _MAX_RECENT = 8
 
 def cached_timeline(path: str | Path, container: InputContainer) -> Timeline:
     """The file's timeline, which is read again only if the file changes."""
-    stat = os.stat(path)
-    key = (str(path), stat.st_size, stat.st_mtime_ns)
+    key = (str(path), *stamp(str(path)))
     if key not in _recent_timelines:
         while len(_recent_timelines) >= _MAX_RECENT:
             del _recent_timelines[next(iter(_recent_timelines))]

@@ -102,7 +102,8 @@ folder=$(mktemp -d) || exit 1 # readable only by its owner
 trap 'rm -rf "$folder"' EXIT
 messages=$folder/messages env_file=$folder/variables
 # A connection without an answer for 9 s is lost. By default, ssh waits for hours.
-export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=3 -o ServerAliveCountMax=3 -o ConnectTimeout=20 ${PDSH_SSH_ARGS_APPEND:-}"
+# Of several values for an option, ssh takes the first.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=3 -o ServerAliveCountMax=3 -o ConnectTimeout=20"
 export PYTHONUTF8=1 # file names are UTF-8, whatever the locale
 
 # Start a command in a process group of its own: otherwise Ctrl-C would end pdsh before the ranks have saved.
@@ -112,6 +113,9 @@ start_in_group() { # start_in_group COMMAND... sets `child`
   child=$!
   set +m
 }
+
+# `wait` keeps the shell from reporting the killed child.
+kill_child() { { kill -KILL -- "-$child" && wait "$child"; } 2>/dev/null; }
 
 # Called in the background after the first signal.
 ask_ranks() {
@@ -129,7 +133,7 @@ stop() {
   if ((num_signals == 1)) && [[ $hosts ]]; then
     ask_ranks &
   elif [[ $child ]]; then
-    kill -KILL -- "-$child" 2>/dev/null
+    kill_child
   fi
 }
 trap stop TERM INT HUP USR1
@@ -184,7 +188,7 @@ while kill -0 "$child" 2>/dev/null; do
     killed=1
     kill_at=$((SECONDS + 60)) # try again if this had no effect
   fi
-  if [[ -e $folder/no_ranks ]]; then kill -KILL -- "-$child" 2>/dev/null; fi
+  if [[ -e $folder/no_ranks ]]; then kill_child; fi
 done
 wait_for_child
 trap '' TERM INT HUP USR1
@@ -192,6 +196,7 @@ if [[ -s $messages && $(head -n 1 "$messages") =~ exit\ code\ ([0-9]+)$ ]]; then
   code=${BASH_REMATCH[1]} # of the node that failed first; the other nodes were stopped because of it
 fi
 if ((code != 0 && !killed)); then kill_all; fi
+if ((num_signals > 1)); then code=137; fi # SIGKILL
 # The signal came before the ranks existed, or ended a rank that had not begun to handle signals (246, 138).
 if ((num_signals == 1)) && [[ -e $folder/no_ranks || $code == 246 || $code == 138 ]]; then code=75; fi
 exit "$code"

@@ -396,9 +396,10 @@ def _advice(name: str, section: str) -> str:
     homes = [other or "the top level" for other, known in known_keys().items() if name in known and other != section]
     homes += ["optimizer.params"] if name in _OPTIMIZER_PARAMS else []
     if homes == ["fp16"]:
-        return ": it is a key of fp16, which this model overflows in. Delete it: bf16 needs no loss scale"
+        return ": it is a key of fp16, in which this model overflows. Delete it: bf16 needs no loss scale"
     if homes:
-        return f": it is a key of {' and of '.join(homes)}. Move it there, or delete it"
+        text = " or ".join(filter(None, [", ".join(homes[:-1]), homes[-1]]))
+        return f": it is a key of {text}. Move it there, or delete it"
     return f"{did_you_mean(name, known_keys()[section])}. Correct or delete it"
 
 

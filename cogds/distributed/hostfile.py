@@ -82,14 +82,15 @@ def _parse_entry(entry: str, place: str) -> Host:
     """Parse a line without its comment. place: the file and the line, for errors."""
     match = _LINE.fullmatch(entry)
     login = match[1] if match else re.split(r"[\s:]", entry)[0]
-    if match and ":" in login or entry.count(":") > 1:
+    if (match and ":" in login) or entry.count(":") > 1:
         raise UserError(
-            f"{place}: '{entry}' has a colon in the host's name. Write the name or IPv4 address, as in 'node1 slots=8'; "
-            "the port of ssh belongs in ~/.ssh/config."
+            f"{place}: '{entry}' has a colon in the host's name. Write the name or IPv4 address, as in "
+            "'node1 slots=8'; the port of ssh belongs in ~/.ssh/config."
         )
     if not _LOGIN.fullmatch(login):
         raise UserError(
-            f"{place}: '{login}' is not a host. Write one line per node, with its name or IPv4 address: 'node1 slots=8'."
+            f"{place}: '{login}' is not a host. Write one line per node, with its name or IPv4 address, as in "
+            "'node1 slots=8'."
         )
     if not match:
         number = re.search(r"[=:\s]\s*([0-9]+)", entry)
@@ -145,8 +146,8 @@ def check_nodes(
         _NO_MASTER: f"it does not know the name {master}",
     }
     # ssh must not ask for a password or about an unknown host. Of several values for an option, it takes the first.
-    ssh = ["ssh", "-o", "BatchMode=yes", "-o", f"ConnectTimeout={CONNECT_TIMEOUT_S}"]
-    ssh += shlex.split(environ.get("PDSH_SSH_ARGS_APPEND", "")) + (["-p", str(ssh_port)] if ssh_port else [])
+    ssh = ["ssh", "-o", "BatchMode=yes", *shlex.split(environ.get("PDSH_SSH_ARGS_APPEND", ""))]
+    ssh += ["-o", f"ConnectTimeout={CONNECT_TIMEOUT_S}", *(["-p", str(ssh_port)] if ssh_port else [])]
     with ThreadPoolExecutor(_MAX_CONNECTIONS) as threads:
         results = threads.map(lambda host: _failure([*ssh, host.login, command], reasons), hosts)
         failures = [(host.login, failure) for host, failure in zip(hosts, results) if failure]
@@ -174,8 +175,11 @@ def _failure(command: Sequence[str], reasons: Mapping[int, str]) -> str:
         return f"no answer within {CHECK_TIMEOUT_S} s"
     if done.returncode == 0:
         return ""
-    said = done.stderr.decode(errors="replace").strip().splitlines()
-    return reasons.get(done.returncode) or (said[-1].strip() if said else f"ssh ended with code {done.returncode}")
+    *_, said = ["", *done.stderr.decode(errors="replace").strip().splitlines()]
+    # 255 is a failure of ssh itself, which then says why.
+    return reasons.get(done.returncode) or (
+        said if said and done.returncode == 255 else f"code {done.returncode} {said}"
+    )
 
 
 def select_hosts(hosts: Sequence[Host], include: str, exclude: str, num_nodes: int) -> list[Host]:

@@ -89,7 +89,7 @@ def _is_in_slurm_shell(environ: Mapping[str, str]) -> bool:
         task = Path(f"/proc/{environ['SLURM_TASK_PID']}/cmdline").read_bytes().rstrip(b"\0")
     except (KeyError, OSError):
         return False
-    return all(word.startswith(b"-") for word in task.split(b"\0")[1:])
+    return bool(task) and all(word.startswith(b"-") for word in task.split(b"\0")[1:])
 
 
 def refuse_missing_tasks(environ: Mapping[str, str] = os.environ) -> None:
@@ -97,9 +97,9 @@ def refuse_missing_tasks(environ: Mapping[str, str] = os.environ) -> None:
     num_tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if num_tasks != "1" and "RANK" not in environ and _is_in_slurm_shell(environ):
         raise UserError(
-            f"SLURM_STEP_NUM_TASKS: this is the shell of `srun --pty` with {num_tasks} tasks, and only the first task "
-            f"runs what you type. Start all ranks with `srun --overlap --ntasks={num_tasks} python launch/train.py ...`, "
-            "or those of this machine with `cogds train --num-gpus N ...`."
+            f"SLURM_STEP_NUM_TASKS: this is the shell of `srun --pty` with {num_tasks} tasks, and only the first of "
+            f"them runs what you type. Start all ranks with `srun --overlap --ntasks={num_tasks} python "
+            "launch/train.py ...`, or those of this machine with `cogds train --num-gpus N ...`."
         )
 
 

@@ -72,8 +72,9 @@ UTF8 = """
 import os, sys
 from cogds.process.environment import use_utf8
 use_utf8()
-print("\\U0001f600", flush=True)
+print("\\U0001f600")
 print(sys.flags.utf8_mode, os.environ.get("PYTHONUTF8"), sys.argv[2:] == ["", "a b"], os.path.exists("b\\u00e4r"))
+sys.stdout.flush()
 sys.stdout.buffer.write(os.fsencode(sys.argv[1]))
 """
 

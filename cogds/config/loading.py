@@ -104,7 +104,7 @@ def _read_file(path: str) -> Iterator[Setting]:
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except yaml.YAMLError as error:
-        raise _yaml_error(error, path, Path(path).read_text() + "\n") from None
+        raise _yaml_error(error, path, Path(path).read_text(encoding="utf-8-sig") + "\n") from None
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}. Fix or replace the file.") from None
     if not isinstance(tree, dict):
@@ -267,4 +267,4 @@ def _unknown_key(name: str, place: str) -> str:
 
 def show(value: Any) -> str:
     """A value as YAML, as in a config file."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()

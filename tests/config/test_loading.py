@@ -85,6 +85,11 @@ def test_an_override_has_the_type_of_its_key(override, expected):
     assert type(value) is type(expected)
 
 
+def test_a_file_from_an_editor_on_windows_is_read(tmp_path):
+    cfg = load(yaml=b"\xef\xbb\xbf" + "train: {num_steps: 7}\r\noutput_dir: größe\r\n".encode(), tmp=tmp_path)
+    assert (cfg.train.num_steps, cfg.output_dir) == (7, "größe")
+
+
 def test_a_file_may_have_a_text_for_a_list_and_1e_4_for_a_number(tmp_path):
     cfg = load(yaml="lora: {target_modules: all-linear}\noptimizer: {lr: 1e-4, eps: 1}", tmp=tmp_path)
     assert cfg.lora.target_modules == ("all-linear",)

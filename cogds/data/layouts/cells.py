@@ -1,6 +1,7 @@
 """Values in the cells of a table: paths, captions and times, as text, numbers, lists or objects."""
 
 import ast
+import contextlib
 import json
 import math
 import re
@@ -65,10 +66,8 @@ def seconds_in(value: Any, name: str) -> float | None:
         hours, minutes, rest = match.groups()
         seconds = int(hours or 0) * 3600 + int(minutes) * 60 + float(rest.replace(",", "."))
     elif not isinstance(value, bool):
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             seconds = float(value)
-        except (TypeError, ValueError):
-            pass
     if math.isnan(seconds):
         return None
     if not 0 <= seconds < math.inf:

@@ -69,8 +69,8 @@ class PathTemplate:
         column = find_column(name, row)
         if column is None:
             raise BadRowError(
-                f"no column '{name}'{did_you_mean(name, map(str, row))}, which data.path_template names: {listed(row)}. "
-                "Correct data.path_template."
+                f"no column '{name}'{did_you_mean(name, map(str, row))}, which data.path_template names: "
+                f"{listed(row)}. Correct data.path_template."
             )
         value = row[column]
         if isinstance(value, float) and value.is_integer():  # a column of integers with missing values

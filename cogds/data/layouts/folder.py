@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from cogds.data.layouts.captions import CaptionNames
+from cogds.data.layouts.captions import CAPTION_SUFFIXES, CaptionNames
 from cogds.data.layouts.line_lists import main_list
-from cogds.data.layouts.lists import TABLE_SUFFIXES, ListReader
 from cogds.data.layouts.listing import Listing, add_names
+from cogds.data.layouts.lists import TABLE_SUFFIXES, ListReader
 from cogds.data.layouts.parquet_tables import is_manifest
 from cogds.data.layouts.rows import suffix_of
 from cogds.data.layouts.text_tables import opened_text
@@ -92,7 +92,7 @@ def search_folder(folder: Folder, lists: ListReader, listing: Listing) -> Iterat
             yield Folder(
                 path, (*folder.parents, real), join(folder.path, labels) if labels and name == "videos" else inner
             )
-        elif not item.is_folder and path not in clips.caption_files:
+        elif not item.is_folder and not clips.has_beside(name):
             suffix = suffix_of(name)
             listing.skip(f"{suffix} file" if suffix else "file without a suffix")
             if suffix in TABLE_SUFFIXES:
@@ -114,9 +114,10 @@ class _Clips(NamedTuple):
     stems: set[str]
     has_subfolders: bool
 
-    @property
-    def caption_files(self) -> set[str]:
-        return set(filter(None, self.names.values()))
+    def has_beside(self, name: str) -> bool:
+        """Whether a file belongs to a clip: its caption, or what a program wrote about it."""
+        stem, suffix = os.path.splitext(name)
+        return suffix.lower() in CAPTION_SUFFIXES and (stem in self.stems or stem in self.names)
 
     @property
     def have_captions(self) -> bool:
@@ -125,7 +126,6 @@ class _Clips(NamedTuple):
 
 def _clips_in(folder: Folder, items: Sequence[Item], files: Sequence[str]) -> _Clips:
     beside = CaptionNames(folder.path, files)
-    labels = CaptionNames(folder.labels, _names_in(folder.labels)) if folder.labels is not None else None
     names = [item.name for item in items if kind_of(item.name)]
     videos = {name for name in names if kind_of(name) == "video"}
     stems = {os.path.splitext(name)[0] for name in names}
@@ -133,7 +133,10 @@ def _clips_in(folder: Folder, items: Sequence[Item], files: Sequence[str]) -> _C
     posters = {
         name for name in names if name not in videos and os.path.splitext(name)[0] in shown and not beside.has_own(name)
     }
-    captions = {name: beside.find(name) or (labels and labels.find(name)) for name in names if name not in posters}
+    captions = {name: beside.find(name) for name in names if name not in posters}
+    if folder.labels is not None:
+        labels = CaptionNames(folder.labels, _names_in(folder.labels))
+        captions = {name: file or labels.find(name) for name, file in captions.items()}
     return _Clips(captions, posters, stems, any(item.is_folder for item in items))
 
 
@@ -153,8 +156,8 @@ def _visible(folder: Folder, listing: Listing) -> list[Item]:
         items = list_folder(folder.path)
     except OSError as error:
         raise UserError(
-            f"data.path: cannot read the folder {folder.path} ({error.strerror or error}). Allow access to it, or move it "
-            "away."
+            f"data.path: cannot read the folder {folder.path} ({error.strerror or error}). Allow access to it, or "
+            "move it away."
         ) from None
     visible = []
     for item in items:
@@ -200,7 +203,8 @@ def _lists_in(folder: Folder, files: Sequence[str], clips: _Clips, lists: ListRe
     names = [name for name in names if name not in others]
     if len(names) > 1 and not all(suffix_of(name) == ".parquet" for name in names):
         raise UserError(
-            f"data.path: {folder.path} holds several lists of clips: {', '.join(names)}. Set data.path to the one to use."
+            f"data.path: {folder.path} holds several lists of clips: {', '.join(names)}. Set data.path to the one to "
+            "use."
         )
     return [join(folder.path, name) for name in names]
 

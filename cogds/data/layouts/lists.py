@@ -43,7 +43,8 @@ class ListReader:
         """Yield the entries of a list, and count what is left out. Raises UserError."""
         if suffix_of(file) not in LIST_SUFFIXES:
             raise UserError(
-                f"data.path: {file} is not a list of clips. Give a folder, or a file of type {', '.join(LIST_SUFFIXES)}."
+                f"data.path: {file} is not a list of clips. Give a folder, or a file of type "
+                f"{', '.join(LIST_SUFFIXES)}."
             )
         add_names(listing.lists, [file])
         yield from self._table(file).entries(self._rows(file), listing)

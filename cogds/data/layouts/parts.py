@@ -1,21 +1,21 @@
 """The entries of a dataset, and the parts that its listing can be divided into."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import cached_property, partial
+from functools import cached_property
 
 from cogds.data.layouts.captions import captioned_entry
 from cogds.data.layouts.data_set import DataSet
 from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.folder import ClipFile, Folder, ListFile, dataset_folder, search_folder
 from cogds.data.layouts.listing import Listing
-from cogds.data.layouts.lists import TABLE_SUFFIXES, ListReader
-from cogds.data.layouts.rows import suffix_of
+from cogds.data.layouts.lists import ListReader
 from cogds.data.storage.access import is_file, is_folder
 from cogds.data.storage.location import absolute
 from cogds.errors import UserError
+from cogds.formatting import counts
 
 CLIPS_PER_PART = 1024
 _NUM_CAPTION_THREADS = 16  # a network file system is slow, but serves many small reads at once
@@ -89,7 +89,7 @@ class DatasetReader:
             for is_clip, group in itertools.groupby(files, key=lambda file: isinstance(file, ClipFile)):
                 if is_clip:  # across folders, which may have few clips each
                     while chunk := list(itertools.islice(group, CLIPS_PER_PART)):
-                        yield from threads.map(self._captioned, chunk)  # type: ignore[arg-type]
+                        yield from threads.map(self._captioned, chunk)
                 else:
                     for file in group:
                         yield from self._lists.entries(file.path, listing)
@@ -117,10 +117,10 @@ class DatasetReader:
                 raise UserError(f"data.where: removes all {removed:,} rows of {path}. Relax it.")
             if listing.lists:
                 raise UserError(
-                    f"data.path: {', '.join(listing.lists[:3])} lists no clips. Fill it in, or set data.path to another "
-                    "list."
+                    f"data.path: {', '.join(listing.lists[:3])} lists no clips. Fill it in, or set data.path to "
+                    "another list."
                 )
-            skipped = f" It skipped {describe_skipped(listing.skipped)}." if listing.skipped else ""
+            skipped = f" It skipped {counts(listing.skipped)}." if listing.skipped else ""
             if tables:
                 raise UserError(f"data.path: {path} holds no clips, but {', '.join(tables)}. {advice}")
             raise UserError(f"data.path: {path} holds no clips.{skipped} Expected {LAYOUTS}.")
@@ -148,9 +148,3 @@ def iter_entries(data_set: DataSet, need_captions: bool = True, listing: Listing
     for part in reader.parts(listing):
         yield from reader.read(part, listing)
     reader.check(listing)
-
-
-def describe_skipped(skipped: Mapping[str, int]) -> str:
-    """`3 x .md file, 1 x hidden or system folder`: the most frequent reasons first."""
-    pairs = sorted(skipped.items(), key=lambda pair: (-pair[1], pair[0]))
-    return ", ".join(f"{number:,} x {reason}" for reason, number in pairs)

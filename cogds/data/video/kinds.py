@@ -2,9 +2,7 @@
 
 import os
 
-_VIDEOS = (
-    "mp4 m4v mov qt 3gp 3g2 f4v mkv webm avi divx wmv asf flv ogv mpg mpeg mpe vob ts mts m2t m2ts mxf dv gif apng"
-)
+_VIDEOS = "mp4 m4v mov qt 3gp 3g2 f4v mkv webm avi divx wmv asf flv ogv mpg mpeg vob ts mts m2t m2ts mxf dv gif apng"
 _IMAGES = "jpg jpeg jpe jfif png webp bmp tif tiff heic heif hif avif"
 VIDEO_SUFFIXES = frozenset(f".{name}" for name in _VIDEOS.split())
 IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGES.split())

@@ -24,6 +24,7 @@ from cogds.data.manifest.assignment import (
     too_short_reasons,
 )
 from cogds.data.manifest.table import DataSet, read_manifest, read_skipped
+from cogds.data.storage.location import absolute
 from cogds.encode.scan_data import data_sets, evaluation_config
 from cogds.errors import UserError
 from cogds.files import whole_file
@@ -237,6 +238,8 @@ def _repeats(cfg: RunConfig, clips: ClipSet) -> tuple[float, ...]:
 
 def _root(data_set: DataSet) -> str:
     """The folder to which the paths in a dataset are relative."""
+    if data_set.root is not None:
+        return absolute(data_set.root)
     path = os.path.abspath(os.path.expanduser(data_set.path))
     return path if os.path.isdir(path) else os.path.dirname(path)
 

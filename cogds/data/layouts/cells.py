@@ -57,8 +57,11 @@ def captions_in(first: Any, listed: Any = None) -> list[str | None]:
     return list(dict.fromkeys(filter(None, texts))) or ([""] if texts else [None])
 
 
-def seconds_in(value: Any, name: str) -> float | None:
-    """The seconds in a cell, as a number, text or HH:MM:SS.mmm; None if it is empty."""
+def seconds_in(value: Any, name: str, ours: str) -> float | None:
+    """The seconds in a cell, as a number, text or HH:MM:SS.mmm; None if it is empty.
+
+    name, ours: the table's name of the column, and ours.
+    """
     if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return None
     seconds = math.inf
@@ -71,7 +74,8 @@ def seconds_in(value: Any, name: str) -> float | None:
     if math.isnan(seconds):
         return None
     if not 0 <= seconds < math.inf:
-        raise BadRowError(f"{name} is {value!r}. Write seconds, 0 or more, or HH:MM:SS.mmm.")
+        other = "" if name == ours else f" If it is something else, set data.columns={{{ours}: null}}."
+        raise BadRowError(f"{name} is {value!r}. Write seconds, 0 or more, or HH:MM:SS.mmm.{other}")
     return seconds
 
 

@@ -192,7 +192,7 @@ def _lists_in(folder: Folder, files: Sequence[str], clips: _Clips, lists: ListRe
     named, unnamed = _tables(folder, free), []
     if not folder.parents:  # of the dataset, not of a part of it
         unnamed = [name for name in free if _may_list_clips(folder, name) and name not in named]
-    fitting = [name for name in (*named, *unnamed) if lists.is_list(join(folder.path, name))]
+    fitting = [name for name in (*named, *unnamed) if lists.is_list(join(folder.path, name), if_damaged=name in named)]
     lines = main_list(free, need_captions=bool(clips.names))
     names = fitting + ([lines] if lines else [])
     if not names and not clips.have_captions:  # reading them raises an error that says what they lack

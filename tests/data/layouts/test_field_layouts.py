@@ -423,6 +423,17 @@ LAYOUTS = [
         path="l.jsonl",
     ),
     Layout(
+        "a damaged metadata.jsonl among captioned clips",
+        {"a.mp4": "", "a.txt": "one", "metadata.jsonl": '{"file_name": '},
+        r"metadata\.jsonl:1: invalid JSON",
+    ),
+    Layout(
+        "a column with an unclear name",
+        {"l.csv": "path,text,start\na.mp4,one,2021-02-03\n"},
+        r"l\.csv:2: start is '2021-02-03'.* set data\.columns={start_s: null}",
+        path="l.csv",
+    ),
+    Layout(
         "two lists in a folder",
         {"metadata.csv": "path,text\na.mp4,x\n", "metadata.jsonl": lines({"path": "b.mp4", "text": "x"})},
         r"several lists of clips: metadata\.jsonl, metadata\.csv\. Set data\.path",

@@ -1,6 +1,6 @@
 """The layouts in which other trainers and datasets write clips: read as they are, by a key, or refused by name.
 
-The table in docs/data.md lists them in the same order.
+docs/data.md has a table of them.
 """
 
 import io

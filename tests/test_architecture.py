@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "distributed": {"errors", "config", "process"},
     "data/video": {"errors", "files", "core", "data/storage"},
     "data/storage": {"errors"},
-    "data/layouts": {"errors", "data/storage", "data/video"},
+    "data/layouts": {"errors", "formatting", "data/storage", "data/video"},
     "data/cache": {"errors", "files", "process", "data/storage"},
     "data/manifest": {"errors", "files", "core", "process", "data/storage", "data/layouts", "data/video"},
     "data/loading": {"errors", "files", "core", "process", "data/cache"},

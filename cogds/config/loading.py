@@ -36,6 +36,8 @@ from cogds.errors import UserError, did_you_mean
 
 Setting = tuple[str, str, Any]  # dotted key, place ("in run.yaml"), value
 _COMMAND_LINE = "on the command line"
+# Texts that may begin with a brace or a quote and need no others around them on the command line: {vid}.mp4.
+_AS_TYPED = {"data.path_template", "data.where"}
 # Replacements for pydantic's messages, by error type.
 _EXPECTED = {
     "bool_type": "must be true or false",
@@ -129,6 +131,8 @@ def _parse_override(text: str) -> Setting:
     try:
         return name, _COMMAND_LINE, _parse_value(raw)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
+        if name in _AS_TYPED:
+            return name, _COMMAND_LINE, raw
         raise _yaml_error(error, f"{name}: {raw} {_COMMAND_LINE}", raw) from None
 
 

@@ -22,7 +22,7 @@ from cogds.data.manifest.assignment import (
     column_values,
     too_short_reasons,
 )
-from cogds.data.manifest.table import DataSet, read_manifest
+from cogds.data.manifest.table import DataSet, read_manifest, read_skipped
 from cogds.data.storage.access import is_folder
 from cogds.data.storage.location import absolute, display_name, parent
 from cogds.encode.scan_data import data_sets, evaluation_config
@@ -82,6 +82,7 @@ class ClipSet:
         reasons: rows of the manifest that are usable but left out, with the reasons.
         roots: folders of the datasets, to which file names are relative.
         held_out: the clips of the same manifest that are only evaluated; None if there are none.
+        skipped: what the listing of the datasets skipped: reason -> number.
     """
 
     table: pa.Table
@@ -93,6 +94,7 @@ class ClipSet:
     reasons: Mapping[int, str] = field(default_factory=dict)
     roots: tuple[str, ...] = ()
     held_out: "ClipSet | None" = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_clips(self) -> int:
@@ -214,6 +216,7 @@ def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]
         data_path=", ".join(data_set.path for data_set in sets),
         reasons=too_short_reasons(assignment, table, buckets, cfg.data.fps),
         roots=tuple(map(_root, sets)),
+        skipped=read_skipped(manifest),
     )
     if cfg.eval.held_out:
         is_held = _is_held_out(table, clips.roots, cfg.eval.held_out)[assignment.rows]
@@ -240,6 +243,8 @@ def _name(path: str, roots: Sequence[str]) -> str:
 
 def _root(data_set: DataSet) -> str:
     """The folder to which the paths in a dataset are relative."""
+    if data_set.root is not None:
+        return absolute(data_set.root)
     path = absolute(data_set.path)
     return path if is_folder(path) or path.endswith(".tar") else parent(path)
 

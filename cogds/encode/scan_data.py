@@ -44,9 +44,8 @@ def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
 
 def evaluation_config(cfg: RunConfig) -> RunConfig:
     """The config of a run that would train the dataset in eval.path."""
-    data = cfg.data.model_copy(
-        update={"path": cfg.eval.path, "sets": (), "repeats": 1.0, "manifest": None, "where": None}
-    )
+    own = {"path": cfg.eval.path, "sets": (), "repeats": 1.0, "manifest": None, "where": None}
+    data = cfg.data.model_copy(update=own)
     evaluation = cfg.eval.model_copy(update={"path": None, "held_out": 0.0})
     return cfg.model_copy(update={"data": data, "eval": evaluation})
 

@@ -51,6 +51,7 @@ class ClipTable:
         frames: int [N], at the target frame rate, within the clip's time range.
         num_windows: int [N], samples of each clip. None: one each.
         num_held_out: clips not in the table because they are held out for evaluation.
+        skipped: what the listing of the datasets skipped: reason -> number.
     """
 
     table: pa.Table
@@ -58,6 +59,7 @@ class ClipTable:
     frames: np.ndarray
     num_windows: np.ndarray | None = None
     num_held_out: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def windows_of(self, rows: slice) -> np.ndarray:
         """Number of samples of each of these rows, int64."""
@@ -195,6 +197,7 @@ class Report:
     gpu_bytes: float | None = None
     num_held_out: int = 0
     processed: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_refused(self) -> bool:
@@ -292,6 +295,7 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
         gpu_bytes=setup.gpu_bytes,
         num_held_out=clips.num_held_out,
         processed=_count_processed(clips),
+        skipped=clips.skipped,
     )
 
 

@@ -5,7 +5,7 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cogds.formatting import counted, duration, gigabytes, number, percent
+from cogds.formatting import counted, counts, duration, gigabytes, number, percent
 from cogds.report.analysis import BucketReport, Report
 
 ESTIMATE_NOTE = "Memory is calculated from shapes. It has not been compared with a GPU."
@@ -74,7 +74,7 @@ def empty_bucket_lines(report: Report) -> list[str]:
 
 
 def warning_lines(report: Report) -> list[str]:
-    """Sentences about buckets that do not fit, too many unusable clips, and bad captions; [] if there are none."""
+    """Sentences about buckets that do not fit, unusable clips, captions and skipped files; [] if there are none."""
     captions, lines = report.captions, [bucket.shortfall for bucket in report.used_buckets if bucket.shortfall]
     if report.is_refused:
         lines.append(
@@ -89,6 +89,8 @@ def warning_lines(report: Report) -> list[str]:
         lines.append(
             f"{counted(captions.num_too_long, 'caption')} longer than {captions.limit} tokens: the rest is cut off."
         )
+    if report.skipped:
+        lines.append(f"Skipped in the datasets: {counts(report.skipped)}.")
     return lines
 
 

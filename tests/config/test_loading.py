@@ -406,3 +406,17 @@ def test_importing_the_config_loads_neither_torch_nor_deepspeed():
     imports = "import sys, cogds.config.reference, cogds.config.deepspeed"
     code = imports + "; print({'torch', 'deepspeed', 'numpy'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("data.path_template={vid}.mp4", "{vid}.mp4"),
+        ('data.path_template="{vid}.mp4"', "{vid}.mp4"),
+        ("data.where='a: b' == name", "'a: b' == name"),
+        ("data.where=score > 5 and name in ['a', 'b']", "score > 5 and name in ['a', 'b']"),
+    ],
+)
+def test_templates_and_filters_need_no_quotes_on_the_command_line(setting, value):
+    cfg, _ = load_config(None, ["model.path=m", "data.path=d", "output_dir=o", setting])
+    assert getattr(cfg.data, setting.split("=")[0].removeprefix("data.")) == value

@@ -416,3 +416,12 @@ def test_labels_of_buckets_do_not_overlap(figures):
     assert len(boxes) > 3
     assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
     assert all(figure.bbox.fully_containsx(x) for box in boxes for x in (box.x0, box.x1))
+
+
+def test_skipped_files_are_reported():
+    skipped = {".md file": 2, "row removed by data.where": 12_000}
+    result = make_report(dataclasses.replace(table(ROWS), skipped=skipped), setup(), GOOD)
+    sentence = "Skipped in the datasets: 12,000 x row removed by data.where, 2 x .md file."
+    assert sentence in short_report(result)
+    assert sentence in html_page(result, table(ROWS), no_frame)
+    assert "Skipped" not in short_report(report())

@@ -45,33 +45,32 @@ def captioned_entry(path: str, kind: str, caption_file: str | None, columns: Map
     """
     if caption_file is None:
         return Entry(path, None, kind)
+    name = os.path.basename(caption_file)
     try:
-        content = read_bytes(caption_file)
+        caption, *more = captions_of(read_bytes(caption_file), name, columns)
     except FileNotFoundError:
         return Entry(path, None, kind)
-    except OSError as error:
-        return Entry(path, None, kind, None, f"{_problem(caption_file)}: {error.strerror or error}")
-    try:
-        caption, *more = captions_of(content, caption_file, columns)
+    except (OSError, UnicodeDecodeError) as error:
+        return Entry(path, None, kind, None, f"caption file {name} cannot be read as UTF-8: {error}")
     except ValueError as error:
-        return Entry(path, None, kind, None, f"{_problem(caption_file)}: {error}")
+        return Entry(path, None, kind, None, f"caption file {name}: {error}")
     return Entry(path, caption, kind, more_captions=tuple(text for text in more if text))
 
 
-def _problem(caption_file: str) -> str:
-    return f"caption file {os.path.basename(caption_file)} cannot be read as UTF-8"
-
-
 def captions_of(content: bytes, name: str, columns: Mapping[str, str | None]) -> list[str | None]:
-    """The captions in the content of a caption file: [None] for a .json file without one. Raises ValueError."""
+    """The captions in the content of a caption file: [None] for a .json file without one. Raises ValueError.
+
+    columns: our column names -> the keys in a .json file; usual names if the file has no such key.
+    """
     text = content.decode("utf-8-sig")
     if not name.lower().endswith(".json"):
         return [text.strip()]
     row = json.loads(text)
     if not isinstance(row, dict):  # about something else
         return [None]
+    given = {ours: theirs for ours, theirs in columns.items() if theirs in row}
+    mapping = Columns(given, None, need_captions=False).match(row)
     try:
-        mapping = Columns(columns, None, need_captions=False).match(row)
         return captions_in(*(row.get(mapping.get(ours, "")) for ours in ("caption", "captions")))
     except BadRowError as error:
         raise ValueError(str(error)) from None

@@ -1,6 +1,7 @@
 """Values in the cells of a table: paths, captions and times, as text, numbers, lists or objects."""
 
 import ast
+import contextlib
 import json
 import math
 import re
@@ -56,8 +57,11 @@ def captions_in(first: Any, listed: Any = None) -> list[str | None]:
     return list(dict.fromkeys(filter(None, texts))) or ([""] if texts else [None])
 
 
-def seconds_in(value: Any, name: str) -> float | None:
-    """The seconds in a cell, as a number, text or HH:MM:SS.mmm; None if it is empty."""
+def seconds_in(value: Any, name: str, ours: str) -> float | None:
+    """The seconds in a cell, as a number, text or HH:MM:SS.mmm; None if it is empty.
+
+    name, ours: the table's name of the column, and ours.
+    """
     if is_missing(value) or (isinstance(value, str) and not value.strip()):
         return None
     seconds = math.inf
@@ -65,14 +69,13 @@ def seconds_in(value: Any, name: str) -> float | None:
         hours, minutes, rest = match.groups()
         seconds = int(hours or 0) * 3600 + int(minutes) * 60 + float(rest.replace(",", "."))
     elif not isinstance(value, bool):
-        try:
+        with contextlib.suppress(TypeError, ValueError):
             seconds = float(value)
-        except (TypeError, ValueError):
-            pass
     if math.isnan(seconds):
         return None
     if not 0 <= seconds < math.inf:
-        raise BadRowError(f"{name} is {value!r}. Write seconds, 0 or more, or HH:MM:SS.mmm.")
+        other = "" if name == ours else f" If it is something else, set data.columns={{{ours}: null}}."
+        raise BadRowError(f"{name} is {value!r}. Write seconds, 0 or more, or HH:MM:SS.mmm.{other}")
     return seconds
 
 

@@ -12,12 +12,12 @@ from cogds.errors import did_you_mean
 USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "path": (
         *("file_name", "file_path", "path", "video_path", "video", "video_file", "file", "filename", "filepath"),
-        *("video_name", "clip_path", "image_path"),
+        *("video_file_name", "video_name", "clip_path", "image_path"),
     ),
     "caption": ("text", "caption", "prompt"),
     "captions": ("captions", "texts", "prompts"),
     "kind": ("type", "kind"),
-    "image": ("image", "image_path", "first_frame"),
+    "image": ("image", "image_path", "image_file_name", "first_frame"),
     "start_s": ("start_s", "start", "start_time", "start_timestamp", "span_start", "start_sec"),
     "end_s": ("end_s", "end", "end_time", "end_timestamp", "span_end", "end_sec"),
     "spans": ("spans", "span", "timestamps", "timestamp", "clips", "clip"),
@@ -69,8 +69,8 @@ class PathTemplate:
         column = find_column(name, row)
         if column is None:
             raise BadRowError(
-                f"no column '{name}'{did_you_mean(name, map(str, row))}, which data.path_template names: {listed(row)}. "
-                "Correct data.path_template."
+                f"no column '{name}'{did_you_mean(name, map(str, row))}, which data.path_template names: "
+                f"{listed(row)}. Correct data.path_template."
             )
         value = row[column]
         if isinstance(value, float) and value.is_integer():  # a column of integers with missing values

@@ -5,10 +5,10 @@ import re
 from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
-from cogds.data.layouts.captions import CaptionNames
+from cogds.data.layouts.captions import CAPTION_SUFFIXES, CaptionNames
 from cogds.data.layouts.line_lists import main_list
-from cogds.data.layouts.lists import TABLE_SUFFIXES, ListReader
 from cogds.data.layouts.listing import Listing, add_names
+from cogds.data.layouts.lists import TABLE_SUFFIXES, ListReader
 from cogds.data.layouts.parquet_tables import is_manifest
 from cogds.data.layouts.rows import suffix_of
 from cogds.data.layouts.text_tables import opened_text
@@ -66,7 +66,9 @@ class Folder(NamedTuple):
     labels: str | None = None
 
 
-def search_folder(folder: Folder, lists: ListReader, listing: Listing) -> Iterator[ClipFile | ListFile | TarFile | Folder]:
+def search_folder(
+    folder: Folder, lists: ListReader, listing: Listing
+) -> Iterator[ClipFile | ListFile | TarFile | Folder]:
     """Yield what a folder holds, without the content of subfolders, in the order of a sorted list of paths.
 
     A folder with a list of clips yields only the list. What is skipped is counted. Raises UserError.
@@ -100,7 +102,7 @@ def search_folder(folder: Folder, lists: ListReader, listing: Listing) -> Iterat
             )
         elif not item.is_folder and suffix_of(name) == ".tar":
             yield TarFile(path)
-        elif not item.is_folder and path not in clips.caption_files:
+        elif not item.is_folder and not clips.has_beside(name):
             suffix = suffix_of(name)
             listing.skip(f"{suffix} file" if suffix else "file without a suffix")
             if suffix in TABLE_SUFFIXES:
@@ -122,9 +124,10 @@ class _Clips(NamedTuple):
     stems: set[str]
     has_subfolders: bool
 
-    @property
-    def caption_files(self) -> set[str]:
-        return set(filter(None, self.names.values()))
+    def has_beside(self, name: str) -> bool:
+        """Whether a file belongs to a clip: its caption, or what a program wrote about it."""
+        stem, suffix = os.path.splitext(name)
+        return suffix.lower() in CAPTION_SUFFIXES and (stem in self.stems or stem in self.names)
 
     @property
     def have_captions(self) -> bool:
@@ -133,7 +136,6 @@ class _Clips(NamedTuple):
 
 def _clips_in(folder: Folder, items: Sequence[Item], files: Sequence[str]) -> _Clips:
     beside = CaptionNames(folder.path, files)
-    labels = CaptionNames(folder.labels, _names_in(folder.labels)) if folder.labels is not None else None
     names = [item.name for item in items if kind_of(item.name)]
     videos = {name for name in names if kind_of(name) == "video"}
     stems = {os.path.splitext(name)[0] for name in names}
@@ -141,7 +143,10 @@ def _clips_in(folder: Folder, items: Sequence[Item], files: Sequence[str]) -> _C
     posters = {
         name for name in names if name not in videos and os.path.splitext(name)[0] in shown and not beside.has_own(name)
     }
-    captions = {name: beside.find(name) or (labels and labels.find(name)) for name in names if name not in posters}
+    captions = {name: beside.find(name) for name in names if name not in posters}
+    if folder.labels is not None:
+        labels = CaptionNames(folder.labels, _names_in(folder.labels))
+        captions = {name: file or labels.find(name) for name, file in captions.items()}
     return _Clips(captions, posters, stems, any(item.is_folder for item in items))
 
 
@@ -161,8 +166,8 @@ def _visible(folder: Folder, listing: Listing) -> list[Item]:
         items = list_folder(folder.path)
     except OSError as error:
         raise UserError(
-            f"data.path: cannot read the folder {folder.path} ({error.strerror or error}). Allow access to it, or move it "
-            "away."
+            f"data.path: cannot read the folder {folder.path} ({error.strerror or error}). Allow access to it, or "
+            "move it away."
         ) from None
     visible = []
     for item in items:
@@ -197,7 +202,7 @@ def _lists_in(folder: Folder, files: Sequence[str], clips: _Clips, lists: ListRe
     named, unnamed = _tables(folder, free), []
     if not folder.parents:  # of the dataset, not of a part of it
         unnamed = [name for name in free if _may_list_clips(folder, name) and name not in named]
-    fitting = [name for name in (*named, *unnamed) if lists.is_list(join(folder.path, name))]
+    fitting = [name for name in (*named, *unnamed) if lists.is_list(join(folder.path, name), if_damaged=name in named)]
     lines = main_list(free, need_captions=bool(clips.names))
     names = fitting + ([lines] if lines else [])
     if not names and not clips.have_captions:  # reading them raises an error that says what they lack
@@ -208,7 +213,8 @@ def _lists_in(folder: Folder, files: Sequence[str], clips: _Clips, lists: ListRe
     names = [name for name in names if name not in others]
     if len(names) > 1 and not all(suffix_of(name) == ".parquet" for name in names):
         raise UserError(
-            f"data.path: {folder.path} holds several lists of clips: {', '.join(names)}. Set data.path to the one to use."
+            f"data.path: {folder.path} holds several lists of clips: {', '.join(names)}. Set data.path to the one to "
+            "use."
         )
     return [join(folder.path, name) for name in names]
 

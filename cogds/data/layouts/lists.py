@@ -43,7 +43,8 @@ class ListReader:
         """Yield the entries of a list, and count what is left out. Raises UserError."""
         if suffix_of(file) not in LIST_SUFFIXES:
             raise UserError(
-                f"data.path: {file} is not a list of clips. Give a folder, or a file of type {', '.join(LIST_SUFFIXES)}."
+                f"data.path: {file} is not a list of clips. Give a folder, or a file of type "
+                f"{', '.join(LIST_SUFFIXES)}."
             )
         add_names(listing.lists, [file])
         yield from self._table(file).entries(self._rows(file), listing)
@@ -88,8 +89,8 @@ class ListReader:
         needed = {*mapping.values(), *in_filter, *filter(None, in_template)}
         return read_parquet(file, [name for name in schema.names if name in needed])
 
-    def is_list(self, file: str) -> bool:
-        """Whether a table has the columns of a list of clips, or is empty. False for other and for damaged content."""
+    def is_list(self, file: str, if_damaged: bool = False) -> bool:
+        """Whether a table has the columns of a list of clips, or is empty."""
         try:
             if suffix_of(file) == ".parquet":
                 names = parquet_schema(file).names
@@ -99,6 +100,8 @@ class ListReader:
                     return True
                 names = list(row[1])
             self._columns.find(names, "path")
-        except (BadRowError, UserError):
+        except BadRowError:
             return False
+        except UserError:
+            return if_damaged
         return True

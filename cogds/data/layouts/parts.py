@@ -1,7 +1,7 @@
 """The entries of a dataset, and the parts that its listing can be divided into."""
 
 import itertools
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import cached_property
@@ -18,6 +18,7 @@ from cogds.data.layouts.tars import read_tar
 from cogds.data.storage.access import is_file, is_folder
 from cogds.data.storage.location import absolute
 from cogds.errors import UserError
+from cogds.formatting import counts
 
 CLIPS_PER_PART = 1024
 _NUM_CAPTION_THREADS = 16  # a network file system is slow, but serves many small reads at once
@@ -91,7 +92,7 @@ class DatasetReader:
             for is_clip, group in itertools.groupby(files, key=lambda file: isinstance(file, ClipFile)):
                 if is_clip:  # across folders, which may have few clips each
                     while chunk := list(itertools.islice(group, CLIPS_PER_PART)):
-                        yield from threads.map(self._captioned, chunk)  # type: ignore[arg-type]
+                        yield from threads.map(self._captioned, chunk)
                 else:
                     for file in group:
                         if isinstance(file, TarFile):
@@ -122,10 +123,10 @@ class DatasetReader:
                 raise UserError(f"data.where: removes all {removed:,} rows of {path}. Relax it.")
             if listing.lists:
                 raise UserError(
-                    f"data.path: {', '.join(listing.lists[:3])} lists no clips. Fill it in, or set data.path to another "
-                    "list."
+                    f"data.path: {', '.join(listing.lists[:3])} lists no clips. Fill it in, or set data.path to "
+                    "another list."
                 )
-            skipped = f" It skipped {describe_skipped(listing.skipped)}." if listing.skipped else ""
+            skipped = f" It skipped {counts(listing.skipped)}." if listing.skipped else ""
             if tables:
                 raise UserError(f"data.path: {path} holds no clips, but {', '.join(tables)}. {advice}")
             raise UserError(f"data.path: {path} holds no clips.{skipped} Expected {LAYOUTS}.")
@@ -169,9 +170,3 @@ def iter_entries(data_set: DataSet, need_captions: bool = True, listing: Listing
     for part in reader.parts(listing):
         yield from reader.read(part, listing)
     reader.check(listing)
-
-
-def describe_skipped(skipped: Mapping[str, int]) -> str:
-    """`3 x .md file, 1 x hidden or system folder`: the most frequent reasons first."""
-    pairs = sorted(skipped.items(), key=lambda pair: (-pair[1], pair[0]))
-    return ", ".join(f"{number:,} x {reason}" for reason, number in pairs)

@@ -107,7 +107,7 @@ class Table:
         path = path_in(template.path(cells) if template else row["path"])
         kind = None if is_missing(row.get("kind")) else row["kind"]
         if kind not in (None, "", "video", "image"):
-            raise BadRowError(f"unknown type {kind!r}. Write video or image.")
+            raise BadRowError(f"unknown type {kind!r}. Write video or image, or set data.columns={{kind: null}}.")
         image = None if is_missing(row.get("image")) else row["image"]
         if not isinstance(image, str | None):
             raise BadRowError(f"the image is {image!r}. Write a path.")
@@ -136,8 +136,9 @@ class Table:
             start, end = None, None
         elif clip.span:
             start, end = clip.span
-        start_s = seconds_in(start, mapping.get("start_s", "start_s"))
-        end_s = seconds_in(end, mapping.get("end_s", "end_s"))
+        start_s, end_s = (
+            seconds_in(value, mapping.get(ours, ours), ours) for value, ours in ((start, "start_s"), (end, "end_s"))
+        )
         if start_s is not None and end_s is not None and start_s >= end_s:
             raise BadRowError(
                 f"the range ends at {end_s:g} s, not after its start at {start_s:g} s. Correct one of them."

@@ -52,7 +52,8 @@ def _distributed(row: dict[str, Any], mapping: Mapping[str, str], num_clips: int
         texts = lists.get(mapping.get(ours, ""))
         if isinstance(texts, list) and len(texts) != num_clips:
             raise BadRowError(
-                f"{mapping['spans']} holds {num_clips} spans, and {mapping[ours]} {len(texts)} texts. Write one for each."
+                f"{mapping['spans']} holds {num_clips} spans, and {mapping[ours]} {len(texts)} texts. Write one for "
+                "each."
             )
     lists = {name: values for name, values in lists.items() if isinstance(values, list) and len(values) == num_clips}
     return [row | {name: values[clip] for name, values in lists.items()} for clip in range(num_clips)]

@@ -205,8 +205,8 @@ def read_csv(file: str, columns: Columns) -> Iterator[Row]:
             for cells in reader:
                 if len(cells) > len(names):
                     raise UserError(
-                        f"{file}:{number}: more cells than in the first line. Put text with {_DELIMITERS[delimiter]} in "
-                        "quotes."
+                        f"{file}:{number}: more cells than in the first line. Put text with {_DELIMITERS[delimiter]} "
+                        "in quotes."
                     )
                 if cells:  # else an empty line
                     yield number, dict(zip(names, cells))  # cells that a short row lacks are missing

@@ -186,19 +186,16 @@ class Where:
 
 def _array(values: Iterable[Any], kind: _Type | None, column: str, file: str) -> pa.Array:
     """The values of a column as numbers, texts or truth values; without a type, only whether they are there."""
-    convert, arrow_type = {float: (_number, pa.float64()), str: (_text, pa.string()), bool: (_truth, pa.bool_())}.get(
-        kind, (lambda _: True, pa.bool_())
-    )
+    convert, arrow_type, noun = _CONVERSIONS[kind]
     converted = []
     for value in values:
         is_empty = is_missing(value) or (kind is not str and isinstance(value, str) and not value.strip())
         try:
             converted.append(None if is_empty else convert(value))
         except (TypeError, ValueError):
-            noun = {float: "a number", str: "a text", bool: "true or false"}[kind]  # type: ignore[index]
             raise UserError(
-                f"data.where: column '{column}' of {file} holds {value!r}, which is not {noun}. Compare it with another "
-                "value, or correct the table."
+                f"data.where: column '{column}' of {file} holds {value!r}, which is not {noun}. Compare it with "
+                "another value, or correct the table."
             ) from None
     return pa.array(converted, arrow_type)
 
@@ -220,3 +217,11 @@ def _truth(value: Any) -> bool:
     if value not in (0, 1):
         raise ValueError
     return bool(value)
+
+
+_CONVERSIONS: dict[_Type | None, tuple[Callable[[Any], Any], pa.DataType, str]] = {
+    float: (_number, pa.float64(), "a number"),
+    str: (_text, pa.string(), "a text"),
+    bool: (_truth, pa.bool_(), "true or false"),
+    None: (lambda _: True, pa.bool_(), ""),
+}

@@ -81,7 +81,7 @@ def test_tables(tmp_path: Path) -> None:
     [
         (lambda d: d / "nowhere", "^data.path: .*/nowhere"),
         (lambda d: d, "^data.path: .*/no_files"),
-        (lambda d: put(d, videos__txt="a", prompts__txt="b", metadata__jsonl='{"path": "a", "text": "b"}'), "^data.path: .*metadata.jsonl, videos.txt"),
+        (lambda d: put(d, videos__txt="a", prompts__txt="b", metadata__csv="path,text\na,b"), "metadata.csv, vid"),
         (lambda d: put(d, videos__txt="a.mp4\nb.mp4", prompts__txt="one"), "^data.path: .*videos.txt has 2.* has 1"),
         (lambda d: put(d, videos__txt="a.mp4\n\nb.mp4", prompts__txt="1\n2\n3"), "/videos.txt:2: "),
         (lambda d: put(d, videos__txt="a.mp4"), "^data.path: .* no prompts.txt"),

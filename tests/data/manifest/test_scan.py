@@ -20,7 +20,8 @@ from cogds.data.manifest import scan as scan_module
 from cogds.data.manifest import scan_state
 from cogds.data.manifest import table as table_module
 from cogds.data.manifest.scan import finish_scan, scan_share
-from cogds.data.manifest.table import DataSet, read_manifest, write_manifest
+from cogds.data.manifest.scan_state import remove_state
+from cogds.data.manifest.table import DataSet, read_manifest, read_skipped, write_manifest
 from cogds.data.storage.location import display_name
 from cogds.data.video.media import DecodeError, VideoInfo, write_video
 from cogds.data.video.probe_task import ProbeTask, probe_file
@@ -241,3 +242,24 @@ def test_many_rows_in_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert table["frames"].to_pylist() == [i or None for i in numbers]
         assert len(pc.unique(table["digest"])) == len(set(numbers))
         assert pc.sum(pc.equal(table["status"], "unusable")).as_py() == numbers.count(0)
+
+
+def test_what_the_listing_skips_is_in_the_manifest(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.parquet"
+    (folder / ".Trash-1000").mkdir()
+    (folder / ".Trash-1000" / "deleted.mp4").touch()
+    (folder / "notes.md").touch()
+    scan_folder(folder, file)
+    assert read_skipped(file) == {"hidden or system folder": 1, ".md file": 1}
+    (folder / "notes.md").unlink()
+    scan_folder(folder, file)
+    assert read_skipped(file) == {"hidden or system folder": 1}
+
+
+def test_all_captions_of_a_clip_are_listed(tmp_path: Path) -> None:
+    rows = [{"path": "a.mp4", "captions": ["one", "uno"]}, {"path": "b.mp4", "text": "two"}]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scan = listed([DataSet(str(tmp_path / "l.jsonl"))], tmp_path / "m.parquet")
+    columns = [batch.column("more_captions").to_pylist() for batch in read_entries(scan)]
+    assert columns == [[["uno"], None]]
+    remove_state(scan)

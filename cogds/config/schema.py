@@ -17,7 +17,7 @@ OnOff = Literal["auto", "on", "off"]
 Attention = Literal["auto", "torch", "flash", "cudnn", "efficient", "flash3", "flash4", "math"]
 Checkpointing = Literal["auto", "none", "selective", "full", "full+offload"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
-Column = Literal["path", "caption", "kind", "image", "start_s", "end_s"]
+Column = Literal["path", "caption", "captions", "kind", "image", "start_s", "end_s"]
 
 ATTENTION_KERNELS: tuple[str, ...] = get_args(Attention)[1:]
 CHECKPOINTING_MODES: tuple[str, ...] = get_args(Checkpointing)[1:]  # from the least recomputed to the most
@@ -84,6 +84,7 @@ class SetConfig(Section):
     repeats: float = key(1.0, "times that each clip is trained per epoch; may be a fraction", gt=0)
     weight: float | None = key(None, "share of the training relative to the other sets; replaces repeats", gt=0)
     columns: dict[Column, Text] = key({}, "names of the table's columns, by cogds column name")
+    caption_prefix: str | None = key(None, "text before every caption of this set; null: data.caption_prefix")
 
 
 class DataConfig(Section):
@@ -92,6 +93,9 @@ class DataConfig(Section):
     columns: dict[Column, Text] = key({}, "names of the table's columns, by cogds column name")
     repeats: float = key(1.0, "times that each clip is trained per epoch; may be a fraction", gt=0)
     default_caption: Text | None = key(None, "caption of clips without one; null: such clips are unusable")
+    caption_prefix: str = key(
+        "", "text before every caption of the clips, such as a trigger word; not before sample.prompts"
+    )
     max_unusable: float = key(0.1, "fraction of unusable clips above which training is refused", ge=0, le=1)
     manifest: Text | None = key(None, "Parquet table of the clips' properties; null: created in data.cache_dir")
     draw_demo_clips: bool = key(False, "draw the demo clips at data.path if there are none")

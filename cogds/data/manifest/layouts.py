@@ -36,6 +36,7 @@ _LAYOUTS = (
 _COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "path": ("file_name", "file_path", "path"),
     "caption": ("text", "caption"),
+    "captions": ("captions",),
     "kind": ("type", "kind"),
     "image": ("image",),
     "start_s": ("start_s",),
@@ -57,6 +58,7 @@ class Entry(NamedTuple):
         caption_error: why the caption cannot be read.
         start_s, end_s: the clip's range in the file, in seconds after its first frame; None means the beginning and
             the end of the file.
+        more_captions: further captions, not blank.
     """
 
     path: str
@@ -66,6 +68,7 @@ class Entry(NamedTuple):
     caption_error: str | None = None
     start_s: float | None = None
     end_s: float | None = None
+    more_captions: tuple[str, ...] = ()
 
 
 def iter_entries(
@@ -79,8 +82,8 @@ def iter_entries(
         data_path: a folder, or a list (.json, .jsonl, .csv, .parquet, videos.txt). If a folder holds a list, that is
             used; it may hold several Parquet files, which are joined. A file with the same name as a clip beside it
             (a.json, a.mp4) belongs to the clip and is not a list. Relative paths are relative to the list's folder.
-        columns: our column names (path, caption, kind, image, start_s, end_s) -> the table's. By default `file_name`,
-            `file_path` or `path`; `text` or `caption`; `type` or `kind`; and our names for the rest.
+        columns: our column names (path, caption, captions, kind, image, start_s, end_s) -> the table's. By default
+            `file_name`, `file_path` or `path`; `text` or `caption`; `type` or `kind`; and our names for the rest.
         need_captions: whether a table without captions is an error.
 
     Raises:
@@ -141,7 +144,8 @@ class _Columns:
         """
         names = list(available)
         listed = f"the columns are {', '.join(map(str, names)) or 'none'}"
-        mapping = {}
+        mapping: dict[str, str] = {}
+        has_list = "captions" in self.given or "captions" in names
         for ours, usual in _COLUMN_NAMES.items():
             if ours in self.given:
                 if self.given[ours] not in names:
@@ -153,7 +157,7 @@ class _Columns:
                 mapping[ours] = self.given[ours]
             elif theirs := next((name for name in usual if name in names), None):
                 mapping[ours] = theirs
-            elif ours == "path" or (ours == "caption" and self.need_captions):
+            elif ours == "path" or (ours == "caption" and self.need_captions and not has_list):
                 missing = path_name if ours == "path" else usual[0]
                 raise _BadRowError(f"no column '{missing}': {listed}. Rename one, or set data.columns={{{ours}: ...}}.")
         return mapping
@@ -368,7 +372,10 @@ def _check_type(kind: pa.DataType, ours: str, theirs: str) -> None:
     if ours in ("start_s", "end_s"):
         if not (pa.types.is_integer(kind) or pa.types.is_floating(kind) or pa.types.is_null(kind)):
             raise _BadRowError(f"column '{theirs}' holds {kind}. Write numbers of seconds.")
-    elif not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
+        return
+    if ours == "captions" and (pa.types.is_list(kind) or pa.types.is_large_list(kind)):
+        kind = kind.value_type
+    if not (pa.types.is_string(kind) or pa.types.is_large_string(kind) or pa.types.is_null(kind)):
         raise _BadRowError(f"column '{theirs}' holds {kind}. Write strings.")
 
 
@@ -379,6 +386,7 @@ def _entry(folder: Path, row: Mapping[str, Any]) -> Entry:
         raise _BadRowError(f"the path is {path!r}. Write a path.")
     if not isinstance(caption, str | None):
         raise _BadRowError(f"the caption is {caption!r}. Write a string.")
+    caption, *more_captions = _captions(caption, row.get("captions"))
     if kind not in (None, "", "video", "image"):
         raise _BadRowError(f"unknown type {kind!r}. Write video or image.")
     if not isinstance(image, str | None):
@@ -388,12 +396,29 @@ def _entry(folder: Path, row: Mapping[str, Any]) -> Entry:
         raise _BadRowError(f"the range ends at {end_s:g} s, not after its start at {start_s:g} s. Correct one of them.")
     return Entry(
         path=os.path.join(folder, path),
-        caption=caption if caption is None else caption.strip(),
+        caption=caption,
         kind=kind or _kind(path),
         image_path=os.path.join(folder, image.strip()) if image and image.strip() else None,
         start_s=start_s,
         end_s=end_s,
+        more_captions=tuple(more_captions),
     )
+
+
+def _captions(first: str | None, listed: Any) -> list[str | None]:
+    """The distinct captions of a row, without blanks; [None] if none is given, [""] if all are blank.
+
+    listed: the cell with a list of captions.
+    """
+    if isinstance(listed, str):  # a single caption, or a list in a CSV table
+        try:
+            listed = json.loads(listed) if listed.lstrip().startswith("[") else [listed]
+        except json.JSONDecodeError:
+            listed = [listed]
+    if not isinstance(listed, list | None) or not all(isinstance(text, str | None) for text in listed or ()):
+        raise _BadRowError(f"the captions are {listed!r}. Write a list of strings.")
+    texts = [text.strip() for text in (first, *(listed or ())) if text is not None]
+    return list(dict.fromkeys(filter(None, texts))) or ([""] if texts else [None])
 
 
 def _seconds(value: Any, name: str) -> float | None:

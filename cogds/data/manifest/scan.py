@@ -89,15 +89,17 @@ def _list_entries(sets: Sequence[DataSet], need_captions: bool) -> Iterator[pa.R
 
 def _entry_batch(entries: Sequence[Entry], set_number: int) -> pa.RecordBatch:
     columns: dict[str, list[Any]] = dict(zip(Entry._fields, map(list, zip(*entries))))
+    columns["more_captions"] = [texts or None for texts in columns["more_captions"]]
     columns["set"] = [set_number] * len(entries)
     columns["key"] = [file_key(kind, path) for kind, path in zip(columns["kind"], columns["path"])]
     columns["image_key"] = [path and file_key(CONDITION, path) for path in columns["image_path"]]
     try:
         return pa.RecordBatch.from_pydict(columns, ENTRY_SCHEMA)
     except UnicodeEncodeError:  # rare, so only then look at every text
-        for row, caption in enumerate(columns["caption"]):
-            if caption != _escape(caption):
-                columns["caption"][row] = None
+        for row, texts in enumerate(zip(columns["caption"], columns["more_captions"])):
+            captions = (texts[0], *(texts[1] or ()))
+            if captions != tuple(map(_escape, captions)):
+                columns["caption"][row] = columns["more_captions"][row] = None
                 columns["caption_error"][row] = "it holds half of a surrogate pair, which is not a character"
         for name in ("path", "image_path", "caption_error"):
             columns[name] = list(map(_escape, columns[name]))

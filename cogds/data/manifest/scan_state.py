@@ -36,6 +36,7 @@ ENTRY_SCHEMA = pa.schema(
         ("path", pa.string()),
         ("kind", pa.string()),
         ("caption", pa.string()),
+        ("more_captions", pa.list_(pa.string())),
         ("caption_error", pa.string()),
         ("image_path", pa.string()),
         ("start_s", pa.float64()),

@@ -22,7 +22,8 @@ from cogds.files import whole_file
 
 ROWS_PER_BATCH = 1 << 16
 
-# status: "ok", or "unusable" with the reason. image_*: the clip's conditioning image, if one is given.
+# more_captions: null if there are none. status: "ok", or "unusable" with the reason. image_*: the clip's conditioning
+# image, if one is given.
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -36,6 +37,7 @@ SCHEMA = pa.schema(
         ("rotation", pa.int16()),
         ("duration_s", pa.float64()),
         ("caption", pa.string()),
+        ("more_captions", pa.list_(pa.string())),
         ("status", pa.string()),
         ("reason", pa.string()),
         ("image_path", pa.string()),

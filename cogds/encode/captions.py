@@ -6,6 +6,8 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+_EMPTY = pa.scalar("", pa.large_string())
+
 
 def with_prefixes(table: pa.Table, prefixes: Sequence[str]) -> pa.Table:
     """Put a prefix and a space before every caption of a manifest. prefixes: of each dataset, "" for none."""
@@ -14,9 +16,9 @@ def with_prefixes(table: pa.Table, prefixes: Sequence[str]) -> pa.Table:
     starts = pa.array([f"{prefix.strip()} " if prefix.strip() else "" for prefix in prefixes], pa.large_string())
     starts = starts.take(table.column("set").combine_chunks())
     lists = table.column("more_captions").combine_chunks()
-    more = pc.binary_join_element_wise(starts.take(pc.list_parent_indices(lists)), lists.flatten(), "")
+    more = pc.binary_join_element_wise(starts.take(pc.list_parent_indices(lists)), lists.flatten(), _EMPTY)
     columns = {
-        "caption": pc.binary_join_element_wise(starts, table.column("caption"), ""),
+        "caption": pc.binary_join_element_wise(starts, table.column("caption"), _EMPTY),
         "more_captions": make_lists(list_lengths(lists), more),
     }
     for name, column in columns.items():

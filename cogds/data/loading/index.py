@@ -145,7 +145,9 @@ class ClipIndex:
     def keys(self, name: str) -> set[str]:
         """Distinct values of column `clip_key` or `caption_keys`, as hex digits."""
         column = self.column(name)
-        return {key.hex() for key in pc.unique(pc.list_flatten(column) if name == "caption_keys" else column).to_pylist()}
+        return {
+            key.hex() for key in pc.unique(pc.list_flatten(column) if name == "caption_keys" else column).to_pylist()
+        }
 
     def names(self) -> set[tuple]:
         """The identity of every clip: bucket, path, start and cache keys."""

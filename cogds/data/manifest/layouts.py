@@ -386,7 +386,7 @@ def _entry(folder: Path, row: Mapping[str, Any]) -> Entry:
         raise _BadRowError(f"the path is {path!r}. Write a path.")
     if not isinstance(caption, str | None):
         raise _BadRowError(f"the caption is {caption!r}. Write a string.")
-    caption, *more_captions = _captions(caption, row.get("captions"))
+    caption, more_captions = _captions(caption, row.get("captions"))
     if kind not in (None, "", "video", "image"):
         raise _BadRowError(f"unknown type {kind!r}. Write video or image.")
     if not isinstance(image, str | None):
@@ -401,12 +401,12 @@ def _entry(folder: Path, row: Mapping[str, Any]) -> Entry:
         image_path=os.path.join(folder, image.strip()) if image and image.strip() else None,
         start_s=start_s,
         end_s=end_s,
-        more_captions=tuple(more_captions),
+        more_captions=more_captions,
     )
 
 
-def _captions(first: str | None, listed: Any) -> list[str | None]:
-    """The distinct captions of a row, without blanks; [None] if none is given, [""] if all are blank.
+def _captions(first: str | None, listed: Any) -> tuple[str | None, tuple[str, ...]]:
+    """The first caption of a row, None if none is given and "" if all are blank, and the others without blanks.
 
     listed: the cell with a list of captions.
     """
@@ -418,7 +418,8 @@ def _captions(first: str | None, listed: Any) -> list[str | None]:
     if not isinstance(listed, list | None) or not all(isinstance(text, str | None) for text in listed or ()):
         raise _BadRowError(f"the captions are {listed!r}. Write a list of strings.")
     texts = [text.strip() for text in (first, *(listed or ())) if text is not None]
-    return list(dict.fromkeys(filter(None, texts))) or ([""] if texts else [None])
+    caption, *more = dict.fromkeys(filter(None, texts)) or (["" if texts else None])
+    return caption, tuple(more)
 
 
 def _seconds(value: Any, name: str) -> float | None:

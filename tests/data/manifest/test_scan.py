@@ -62,6 +62,18 @@ def test_files_without_a_digest_are_scanned_again(folder: Path, tmp_path: Path, 
     assert opened == ["a.mp4"]
 
 
+def test_a_manifest_of_cogds_0_2_is_updated_without_opening_files(
+    folder: Path, tmp_path: Path, opened: list[str]
+) -> None:
+    """It has one caption per clip."""
+    file = tmp_path / "manifest.parquet"
+    rows = scan_folder(folder, file)
+    pq.write_table(read_manifest(file).drop_columns(["more_captions"]), file)
+    opened.clear()
+    assert scan_folder(folder, file) == rows
+    assert opened == []
+
+
 def test_a_file_that_changes_while_it_is_scanned_is_unusable_until_the_next_scan(
     folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -91,6 +91,7 @@ class SetConfig(Section):
     )
     path_template: Text | None = key(None, "path of a table's rows, with columns in braces: {vid}.mp4")
     where: Text | None = key(None, "filter on a table's columns, such as: aesthetic > 5 and motion > 0.3")
+    caption_prefix: str | None = key(None, "text before every caption of this set; null: data.caption_prefix")
 
 
 class DataConfig(Section):
@@ -106,6 +107,9 @@ class DataConfig(Section):
     where: Text | None = key(None, "filter on a table's columns, such as: aesthetic > 5 and motion > 0.3")
     repeats: float = key(1.0, "times that each clip is trained per epoch; may be a fraction", gt=0)
     default_caption: Text | None = key(None, "caption of clips without one; null: such clips are unusable")
+    caption_prefix: str = key(
+        "", "text before every caption of the clips, such as a trigger word; not before sample.prompts"
+    )
     max_unusable: float = key(0.1, "fraction of unusable clips above which training is refused", ge=0, le=1)
     manifest: Text | None = key(None, "Parquet table of the clips' properties; null: created in data.cache_dir")
     draw_demo_clips: bool = key(False, "draw the demo clips at data.path if there are none")

@@ -25,7 +25,8 @@ from cogds.data.manifest.assignment import (
 from cogds.data.manifest.table import DataSet, read_manifest, read_skipped
 from cogds.data.storage.access import is_folder
 from cogds.data.storage.location import absolute, display_name, parent
-from cogds.encode.scan_data import data_sets, evaluation_config
+from cogds.encode.captions import join_lists, with_prefixes
+from cogds.encode.scan_data import caption_prefixes, data_sets, evaluation_config
 from cogds.errors import UserError
 from cogds.files import whole_file
 from cogds.formatting import counted
@@ -75,7 +76,7 @@ class ClipSet:
     """Clips of a manifest with their buckets, in the order of the plan. Only rank 0's memory grows with their number.
 
     Attributes:
-        table: the manifest.
+        table: the manifest, with `data.caption_prefix` before the captions.
         assignment: the bucket and the time range of each clip.
         repeats: how often an epoch repeats each dataset.
         data_path: the datasets, for messages.
@@ -108,6 +109,11 @@ class ClipSet:
     def column(self, name: str, clips: slice | np.ndarray = slice(None)) -> pa.ChunkedArray:
         """A column of the manifest for these clips."""
         return self.table.column(name).take(pa.array(self.assignment.rows[clips]))
+
+    def captions(self) -> pa.LargeListArray:
+        """The captions of each clip, at least one."""
+        first, more = (self.column(name).combine_chunks() for name in ("caption", "more_captions"))
+        return join_lists(first, more)
 
     def costs(self) -> np.ndarray:
         """float64 [num_clips]: cost of encoding each clip, in pixels that are decoded and encoded.
@@ -144,7 +150,8 @@ class ClipSet:
     def sample(self, num_clips: int) -> "ClipSet":
         """Up to `num_clips` clips, spread over the buckets, with a table of their own.
 
-        A hash of the file name chooses them, so that the choice stays the same as clips are added.
+        A hash of the file name chooses them, so that the choice stays the same as clips are added. Each keeps only its
+        first caption.
         """
         candidates = []
         sizes = [sum(set_sizes) for set_sizes in self.assignment.sizes]
@@ -163,6 +170,8 @@ class ClipSet:
             row_frames=sampled.assignment.row_frames[rows],
         )
         table = self.table.take(pa.array(rows))
+        no_captions = pa.nulls(len(table), table.schema.field("more_captions").type)
+        table = table.set_column(table.column_names.index("more_captions"), "more_captions", no_captions)
         return replace(sampled, table=table, assignment=assignment, reasons={}, held_out=None)
 
     def unusable(self, file: Path | None = None, more: Mapping[str, str] | None = None) -> UnusableClips:
@@ -202,8 +211,11 @@ class ClipSet:
 def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]) -> ClipSet:
     """Assign the clips of a manifest to buckets, and set apart those that eval.held_out holds out."""
     table = read_manifest(manifest)
-    for name in ("path", "caption", "image_path"):  # a column of plain strings holds at most 2 GB
-        table = table.set_column(table.column_names.index(name), name, table.column(name).cast(pa.large_string()))
+    large = dict.fromkeys(("path", "caption", "image_path"), pa.large_string())
+    large["more_captions"] = pa.large_list(pa.large_string())
+    for name, kind in large.items():  # a column of plain strings holds at most 2 GB
+        table = table.set_column(table.column_names.index(name), name, table.column(name).cast(kind))
+    table = with_prefixes(table, caption_prefixes(cfg))
     sets = data_sets(cfg)
     rule = WindowRule(cfg.data.fps, cfg.data.windows, cfg.data.num_windows, cfg.seed)
     assignment = assign_rows(table, buckets, rule, len(sets))

@@ -26,6 +26,13 @@ def data_sets(cfg: RunConfig) -> list[DataSet]:
     ]
 
 
+def caption_prefixes(cfg: RunConfig) -> list[str]:
+    """The caption prefix of each dataset, "" for none."""
+    data = cfg.data
+    own = [data_set.caption_prefix for data_set in data.sets] or [None]
+    return [data.caption_prefix if prefix is None else prefix for prefix in own]
+
+
 def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
     """Bring the manifest up to date and return its path. Collective.
 

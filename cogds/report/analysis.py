@@ -69,13 +69,19 @@ class ClipTable:
 
 @dataclass(frozen=True)
 class Captions:
-    """Numbers of clips with caption problems, and of distinct captions. limit: of a caption, in tokens."""
+    """Numbers of clips with caption problems, and of distinct captions.
+
+    Attributes:
+        limit: of a caption, in tokens.
+        per_clip: smallest and largest number of captions of a usable clip, and the mean.
+    """
 
     num_missing: int
     num_empty: int
     num_too_long: int
     num_distinct: int
     limit: int
+    per_clip: tuple[int, int, float] = (1, 1, 1.0)
 
 
 @dataclass(frozen=True)

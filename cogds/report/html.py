@@ -26,6 +26,7 @@ from cogds.report.plots import make_plots
 from cogds.report.text import (
     ESTIMATE_NOTE,
     NOT_MEASURED,
+    caption_lines,
     empty_bucket_lines,
     memory_text,
     processing_lines,
@@ -88,8 +89,7 @@ def html_page(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: i
         sheets=sample_sheets(report, clips, first_frame, seed),
         Markup=Markup,
         warnings=warning_lines(report),
-        empty_buckets=empty_bucket_lines(report),
-        processing=processing_lines(report),
+        notes=empty_bucket_lines(report) + caption_lines(report) + processing_lines(report),
         suggestion=suggestion_lines(report),
         estimate_note=ESTIMATE_NOTE,
         memory_text=memory_text,

@@ -67,6 +67,15 @@ def processing_lines(report: Report) -> list[str]:
     return [f"{', '.join(parts)}."] if parts else []
 
 
+def caption_lines(report: Report) -> list[str]:
+    """A sentence about several captions of a clip, [] if every clip has one."""
+    fewest, most, mean = report.captions.per_clip
+    if most == 1:
+        return []
+    amount = f"{most}" if fewest == most else f"{fewest} to {most}, {mean:.1f} on average"
+    return [f"Captions per clip: {amount}. They take turns: each time a clip is trained, the next one is used."]
+
+
 def empty_bucket_lines(report: Report) -> list[str]:
     """A sentence about buckets without clips, [] if there are none."""
     empty = [str(bucket.shape) for bucket in report.buckets if not bucket.num_samples]
@@ -102,6 +111,7 @@ def short_report(report: Report) -> str:
         "average",
         *held_out_lines(report),
         *processing_lines(report),
+        *caption_lines(report),
     ]
     if report.num_unusable:
         reasons = ", ".join(f"{reason.num_clips:,} x {reason.phrase}" for reason in report.reasons[:3])
@@ -128,7 +138,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
             f"cache {gigabytes(report.cache_bytes)}, including {gigabytes(report.caption_cache_bytes)} for captions"
         )
     )
-    for line in held_out_lines(report) + processing_lines(report):
+    for line in held_out_lines(report) + caption_lines(report) + processing_lines(report):
         console.print(Text(line))
     console.print(_bucket_table(report, console))
     for line in empty_bucket_lines(report):

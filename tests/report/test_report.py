@@ -19,8 +19,10 @@ from cogds.core.memory import ZeroSettings
 from cogds.core.plan import Plan
 from cogds.errors import UserError
 from cogds.formatting import gigabytes
+from cogds.model.load import find_model
 from cogds.report.analysis import Captions, ClipTable, Rates, Reason, TrainingSetup, make_report, read_rates
 from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
+from cogds.report.main import count_captions
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
 from tests.published_model import V15, published_memory
@@ -196,6 +198,17 @@ def test_the_short_report():
     assert len(lines) <= 8
     for expected in ("4 of 8 clips", "2 x cannot be opened", "3 clips", "2 captions", "226 tokens", memory):
         assert any(expected in line for line in lines), expected
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(
+    "per_clip, expected", [((1, 1, 1.0), None), ((5, 5, 5.0), ": 5. "), ((1, 4, 2.5), ": 1 to 4, 2.5 on average. ")]
+)
+def test_captions_per_clip_are_counted(per_clip, expected):
+    result = report(captions=dataclasses.replace(GOOD, per_clip=per_clip))
+    for text in (printed(result), short_report(result), html_page(result, table(ROWS), no_frame)):
+        assert ("Captions per clip" in text) is (expected is not None)
+        assert expected is None or f"Captions per clip{expected}" in text
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -425,3 +438,16 @@ def test_skipped_files_are_reported():
     assert sentence in short_report(result)
     assert sentence in html_page(result, table(ROWS), no_frame)
     assert "Skipped" not in short_report(report())
+
+
+def test_all_captions_of_usable_clips_are_counted(tiny_model):
+    captions = [["one", "two " * 40], ["one"], ["unusable", "unusable too"]]
+    rows = pa.table(
+        {
+            "caption": pa.array([texts[0] for texts in captions], pa.large_string()),
+            "more_captions": pa.array([texts[1:] for texts in captions], pa.large_list(pa.large_string())),
+            "status": ["ok", "ok", "unusable"],
+            "reason": [None, None, "no video"],
+        }
+    )
+    assert count_captions(rows, find_model(str(tiny_model))) == Captions(0, 0, 1, 2, 32, (1, 2, 1.5))

@@ -72,7 +72,10 @@ def _row_batch(
     )
     columns = {
         **{name: clip[name] for name in RESULT_SCHEMA.names},
-        **{name: entries.column(name) for name in ("path", "kind", "image_path", "start_s", "end_s", "set")},
+        **{
+            name: entries.column(name)
+            for name in ("path", "kind", "more_captions", "image_path", "start_s", "end_s", "set")
+        },
         "caption": caption,
         "reason": reason,
         "status": pc.if_else(pc.is_null(reason), "ok", "unusable"),

@@ -25,7 +25,8 @@ from cogds.files import whole_file
 ROWS_PER_BATCH = 1 << 16
 _SKIPPED_MARK = b"cogds.skipped"
 
-# status: "ok", or "unusable" with the reason. image_*: the clip's conditioning image, if one is given.
+# more_captions: null if there are none. status: "ok", or "unusable" with the reason. image_*: the clip's conditioning
+# image, if one is given.
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -40,6 +41,7 @@ SCHEMA = pa.schema(
         ("duration_s", pa.float64()),
         ("processing", pa.string()),
         ("caption", pa.string()),
+        ("more_captions", pa.list_(pa.string())),
         ("status", pa.string()),
         ("reason", pa.string()),
         ("image_path", pa.string()),

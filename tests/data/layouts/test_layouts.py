@@ -148,6 +148,40 @@ def test_tables_with_ranges_images_and_given_column_names(tmp_path: Path) -> Non
         read_entries(tmp_path / "l.parquet", {"path": "uri"})
 
 
+def test_a_list_of_captions(tmp_path: Path) -> None:
+    rows = [
+        {"path": "a.mp4", "captions": [" one", "two ", "", "one"]},
+        {"path": "b.mp4", "captions": ["three"]},
+        {"path": "c.mp4", "captions": [" "]},
+        {"path": "d.mp4", "captions": []},
+        {"path": "e.mp4", "captions": None},
+    ]
+    put(tmp_path, l__jsonl="\n".join(map(json.dumps, rows)), l__json=json.dumps(rows))
+    put(tmp_path, l__csv='path,captions\na.mp4,"["" one"", ""two "", """"]"\nb.mp4,three\n')
+    table(tmp_path, "l.parquet", **{name: [row[name] for row in rows] for name in rows[0]})
+    first = entry(tmp_path, "a.mp4", "one", "video")._replace(more_captions=("two",))
+    expected = [first, *(entry(tmp_path, f"{n}.mp4", c, "video") for n, c in zip("bcde", ("three", "", None, None)))]
+    for file in ("l.jsonl", "l.json", "l.parquet"):
+        assert read_entries(tmp_path / file) == expected
+    assert read_entries(tmp_path / "l.csv") == expected[:2]
+
+
+def test_a_caption_and_a_list_of_captions(tmp_path: Path) -> None:
+    put(tmp_path, l__jsonl='{"path": "a.mp4", "text": "two", "all": ["one", "two"]}')
+    (clip,) = read_entries(tmp_path / "l.jsonl", {"captions": "all"})
+    assert (clip.caption, *clip.more_captions) == ("two", "one")
+
+
+@pytest.mark.parametrize("captions", ['"a"', "[1]"])
+def test_captions_that_are_no_texts_are_refused(tmp_path: Path, captions: str) -> None:
+    put(tmp_path, l__jsonl=f'{{"path": "a.mp4", "captions": {{"en": {captions}}}}}')
+    with pytest.raises(UserError, match=r"l\.jsonl:1: the captions are {'en'.*Write a list of strings"):
+        read_entries(tmp_path / "l.jsonl")
+    table(tmp_path, path=["a.mp4"], captions=[[1]])
+    with pytest.raises(UserError, match=r"parquet: column 'captions' holds int64"):
+        read_entries(tmp_path)
+
+
 def test_cogds_column_names_and_no_captions(tmp_path: Path) -> None:
     table(tmp_path, path=["a.mp4"], kind=["image"], start_s=pa.array([float("nan")]))
     with pytest.raises(UserError, match=r"metadata\.parquet: .*'text'"):

@@ -44,6 +44,15 @@ def test_captions(folder: Path, tmp_path: Path) -> None:
     assert names_of(rows, "unusable") == ["c.mp4"]
 
 
+def test_several_captions(folder: Path, tmp_path: Path) -> None:
+    lists = [["one", "two", "three"], ["one"], ["half of a pair: \ud83d", "x"], ["x", "half of a pair: \ud83d"]]
+    lines = [{"path": str(folder / "a.mp4"), "text": None, "captions": captions} for captions in lists]
+    rows = rows_of_list(tmp_path, tmp_path / "m.parquet", lines)
+    assert [row["caption"] for row in rows] == ["one", "one", None, None]
+    assert [row["more_captions"] for row in rows] == [["two", "three"], None, None, None]
+    assert categories(rows) == [None, None, "caption unreadable", "caption unreadable"]
+
+
 def test_ranges(folder: Path, tmp_path: Path, opened: list[str]) -> None:
     ranges = [(None, None), (0, 0.5), (0.4, None), (0.1, 0.9), (0.5, None), (0.1, 1.01), (None, 2)]
     lines = [{"path": str(folder / "a.mp4"), "start_s": start, "end_s": end} for start, end in ranges]

@@ -20,7 +20,7 @@ from cogds.data.manifest import scan as scan_module
 from cogds.data.manifest import scan_state
 from cogds.data.manifest import table as table_module
 from cogds.data.manifest.scan import finish_scan, scan_share
-from cogds.data.manifest.scan_state import remove_state
+from cogds.data.manifest.scan_state import read_entries, remove_state
 from cogds.data.manifest.table import DataSet, read_manifest, read_skipped, write_manifest
 from cogds.data.storage.location import display_name
 from cogds.data.video.media import DecodeError, VideoInfo, write_video
@@ -67,6 +67,18 @@ def test_files_without_a_digest_are_scanned_again(folder: Path, tmp_path: Path, 
     opened.clear()
     assert scan_folder(folder, file) == rows
     assert opened == ["a.mp4"]
+
+
+def test_a_manifest_of_cogds_0_2_is_updated_without_opening_files(
+    folder: Path, tmp_path: Path, opened: list[str]
+) -> None:
+    """It has one caption per clip."""
+    file = tmp_path / "manifest.parquet"
+    rows = scan_folder(folder, file)
+    pq.write_table(read_manifest(file).drop_columns(["more_captions"]), file)
+    opened.clear()
+    assert scan_folder(folder, file) == rows
+    assert opened == []
 
 
 def test_a_file_that_changes_while_it_is_scanned_is_unusable_until_the_next_scan(

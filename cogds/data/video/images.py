@@ -162,7 +162,7 @@ def _to_srgb(image: Image, colors: Colors | None = None) -> Image:
     icc = image.info.get("icc_profile")
     if icc:
         # Browsers ignore a profile that is broken or of another kind than the pixels.
-        with contextlib.suppress(ImageCms.PyCMSError):
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
             if "srgb" in ImageCms.getProfileDescription(profile).lower():
                 return image.convert("RGB")

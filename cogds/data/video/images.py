@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 # Formats in which several frames are an animation. In others (TIFF, MPO, HEIF), they are pages, previews or photos.
 _ANIMATIONS = {"APNG", "AVIF", "GIF", "PNG", "WEBP"}
-_RETRY = "cogds encode --retry"
+_PHOTO_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1"}
 _HEADER_BYTES = 1 << 16
 
 
@@ -142,10 +142,11 @@ def _load_image(path: str | Path) -> Image:
 
 def _colors_of(image: Image) -> Colors | None:
     """The color tags of a HEIC or AVIF, None if it has none. Raises DecodeError for HDR."""
-    if image.format not in ("AVIF", "HEIF") or image.fp is None:
+    file = getattr(image, "fp", None)
+    if image.format not in ("AVIF", "HEIF") or file is None:
         return None
-    image.fp.seek(0)
-    header = image.fp.read(_HEADER_BYTES)
+    file.seek(0)
+    header = file.read(_HEADER_BYTES)
     at = header.find(b"colrnclx")
     if at < 0:
         return None
@@ -169,7 +170,9 @@ def _to_srgb(image: Image, colors: Colors | None = None) -> Image:
             opaque = image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
             srgb = ImageCms.createProfile("sRGB")
             intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
-            return ImageCms.profileToProfile(opaque, profile, srgb, intent, "RGB")
+            converted = ImageCms.profileToProfile(opaque, profile, srgb, intent, "RGB")
+            assert converted is not None  # only None if it converts in place
+            return converted
     image = image.convert("RGB")
     if colors and colors.is_wide and not icc:
         return Image.fromarray(to_bt709(np.asarray(image, np.uint16) * 257, colors))
@@ -195,10 +198,10 @@ def _missing_package(path: str | Path) -> str | None:
     """What to install for a file that Pillow does not know, if that is the reason."""
     with open(path, "rb") as file:
         head = file.read(12)
-    if head[4:8] != b"ftyp":
+    if head[4:8] != b"ftyp" or head[8:] not in _PHOTO_BRANDS:
         return None
-    if head[8:] in (b"avif", b"avis"):
-        return f"it is an AVIF, which this Pillow does not read: run pip install 'pillow>=11.3', then {_RETRY}"
-    if head[8:] in (b"heic", b"heix", b"heim", b"heis", b"mif1", b"hevc", b"msf1"):
-        return f"it is a HEIC photo, for which a package is missing: run pip install pillow-heif, then {_RETRY}"
-    return None
+    brand = head[8:].decode()
+    return (
+        f"it is a photo of type {brand}, which needs a package: run pip install --upgrade pillow pillow-heif, then "
+        "cogds encode --retry"
+    )

@@ -153,11 +153,11 @@ def cached_timeline(path: str | Path, container: InputContainer) -> Timeline:
 
 
 # Before the cut of a file that was cut from a longer one, times would be negative, which some containers cannot hold.
-_NO_TIME = -math.inf
+_NO_TIME = -(1 << 63)
 
 
 class _Packet(NamedTuple):
-    pts: int | float
+    pts: int
     seek_target: int
     duration: int
     is_key: bool

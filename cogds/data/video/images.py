@@ -20,6 +20,7 @@ from cogds.core.geometry import ClipShape
 from cogds.data.video.colors import Colors, to_bt709
 from cogds.data.video.decode import repeat
 from cogds.data.video.errors import DecodeError, brief, is_raised_in
+from cogds.data.video.kinds import kind_of
 from cogds.data.video.pixels import cover
 from cogds.data.video.timeline import Timeline, VideoInfo, displayed_frames
 
@@ -81,11 +82,9 @@ def is_animation(path: str | Path) -> bool:
 
 def is_webp(path: str | Path) -> bool:
     """Whether a file is a WebP, by its content. FFmpeg does not read its animations."""
-    try:
-        with open(path, "rb") as file:
-            head = file.read(12)
-    except OSError:
+    if kind_of(str(path)) == "video":
         return False
+    head = _read_head(path)
     return head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
 
@@ -194,10 +193,18 @@ def _fit(image: Image, height: int, width: int) -> np.ndarray:
     return np.array(image)
 
 
+def _read_head(path: str | Path) -> bytes:
+    """The first bytes of a file, which tell its type. b"" if it cannot be read."""
+    try:
+        with open(path, "rb") as file:
+            return file.read(12)
+    except OSError:
+        return b""
+
+
 def _missing_package(path: str | Path) -> str | None:
     """What to install for a file that Pillow does not know, if that is the reason."""
-    with open(path, "rb") as file:
-        head = file.read(12)
+    head = _read_head(path)
     if head[4:8] != b"ftyp" or head[8:] not in _PHOTO_BRANDS:
         return None
     brand = head[8:].decode()

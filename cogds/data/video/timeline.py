@@ -217,8 +217,8 @@ def _build_timeline(
     shown = sorted(packet.pts for packet in packets if not packet.is_hidden)
     if num_leading and first is not None and first.pts is not None:
         first_key_pts = next(packet.pts for packet in packets if packet.is_key)
-        start = min(first.pts, shown[bisect.bisect_left(shown, first_key_pts)])
-        shown = shown[bisect.bisect_left(shown, start) :]
+        complete = shown[bisect.bisect_left(shown, first_key_pts) :]
+        shown = [pts for pts in shown if pts >= min(first.pts, complete[0])] if complete else shown
     keys = sorted(packet for packet in packets if packet.is_key and not packet.is_hidden and packet.pts >= shown[0])
     time_base, rate = Fraction(stream.time_base or 0), stream.average_rate
     span = float((shown[-1] - shown[0]) * time_base)

@@ -119,6 +119,19 @@ def test_reasons_are_counted_by_phrase_with_examples():
     assert sum(reason.num_clips for reason in result.reasons) + result.num_other_reasons == result.num_unusable == 44
 
 
+def test_clips_whose_pixels_are_converted_are_counted():
+    clips = table(ROWS)
+    values = ["deinterlaced", "deinterlaced, tone-mapped from HDR", "", "converted from a wide gamut", "deinterlaced"]
+    column = pa.array([*values, None, None, ""])
+    index = clips.table.column_names.index("processing")
+    clips = dataclasses.replace(clips, table=clips.table.set_column(index, "processing", column))
+    result = make_report(clips, setup(), GOOD)
+    # The fifth clip is too short.
+    assert result.processed == {"deinterlaced": 2, "tone-mapped from HDR": 1, "converted from a wide gamut": 1}
+    assert "2 clips deinterlaced" in short_report(result)
+    assert report().processed == {}
+
+
 @pytest.mark.parametrize("num_ranks", [1, 4, 16])
 def test_steps_equal_those_of_the_plan(num_ranks):
     rows = [(f"/{n}.mp4", 81, 768, 1360, n % 7 % 3, None) for n in range(23)]

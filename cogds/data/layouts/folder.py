@@ -10,11 +10,10 @@ from cogds.data.layouts.line_lists import main_list
 from cogds.data.layouts.listing import Listing, add_names
 from cogds.data.layouts.lists import TABLE_SUFFIXES, ListReader
 from cogds.data.layouts.parquet_tables import is_manifest
-from cogds.data.layouts.rows import suffix_of
 from cogds.data.layouts.text_tables import opened_text
 from cogds.data.storage.access import Item, list_folder
 from cogds.data.storage.location import is_url, join, parent
-from cogds.data.video.kinds import kind_of
+from cogds.data.video.kinds import kind_of, suffix_of
 from cogds.errors import UserError
 
 # Folders that desktops, servers and tools make, in small letters: deleted files, snapshots, thumbnails.

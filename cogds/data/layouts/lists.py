@@ -14,10 +14,11 @@ from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.line_lists import read_lines
 from cogds.data.layouts.listing import Listing, add_names
 from cogds.data.layouts.parquet_tables import check_type, parquet_schema, read_parquet
-from cogds.data.layouts.rows import Table, suffix_of
+from cogds.data.layouts.rows import Table
 from cogds.data.layouts.text_tables import read_csv, read_json, read_jsonl
 from cogds.data.layouts.where import Where
 from cogds.data.storage.location import absolute, parent
+from cogds.data.video.kinds import suffix_of
 from cogds.errors import UserError
 
 TABLE_SUFFIXES = (".json", ".jsonl", ".ndjson", ".csv", ".tsv", ".parquet")

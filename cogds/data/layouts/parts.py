@@ -13,10 +13,10 @@ from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.folder import ClipFile, Folder, ListFile, TarFile, dataset_folder, search_folder
 from cogds.data.layouts.listing import Listing
 from cogds.data.layouts.lists import ListReader
-from cogds.data.layouts.rows import suffix_of
 from cogds.data.layouts.tars import read_tar
 from cogds.data.storage.access import is_file, is_folder
 from cogds.data.storage.location import absolute
+from cogds.data.video.kinds import suffix_of
 from cogds.errors import UserError
 from cogds.formatting import counts
 

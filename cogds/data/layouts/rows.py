@@ -1,7 +1,6 @@
 """Entries from the rows of lists and tables."""
 
 import itertools
-import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -13,7 +12,7 @@ from cogds.data.layouts.listing import Listing
 from cogds.data.layouts.spans import ClipRow, clip_rows
 from cogds.data.layouts.where import Where
 from cogds.data.storage.location import is_url, join
-from cogds.data.video.kinds import kind_of
+from cogds.data.video.kinds import kind_of, suffix_of
 from cogds.errors import UserError
 
 _FILTERED_PER_BATCH = 4096
@@ -144,9 +143,3 @@ class Table:
                 f"the range ends at {end_s:g} s, not after its start at {start_s:g} s. Correct one of them."
             )
         return start_s, end_s
-
-
-def suffix_of(path: str) -> str:
-    """The suffix in lower case, "" if there is none or the text after the dot is something else."""
-    suffix = os.path.splitext(path.split("?")[0])[1].lower()
-    return suffix if len(suffix) <= 10 and suffix[1:].isalnum() else ""

@@ -10,10 +10,9 @@ from dataclasses import dataclass, field
 from cogds.data.layouts.captions import CAPTION_SUFFIXES, captions_of
 from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.listing import Listing, add_names
-from cogds.data.layouts.rows import suffix_of
 from cogds.data.storage.location import Member
 from cogds.data.storage.tars import TarError, list_members
-from cogds.data.video.kinds import kind_of
+from cogds.data.video.kinds import kind_of, suffix_of
 from cogds.errors import UserError
 
 

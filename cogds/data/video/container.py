@@ -13,6 +13,9 @@ if TYPE_CHECKING:
     from av.container import InputContainer
     from av.video.stream import VideoStream
 
+# Codec tags of Dolby Vision. Without tags of HDR10 or HLG (profile 5), only a Dolby Vision decoder knows the colors.
+_DOLBY_TAGS = frozenset({"dvh1", "dvhe", "dvav", "dva1", "dav1"})
+_UNSPECIFIED_TRANSFER = 2
 # Brands of ISO files that hold photos. Sequences, such as animated AVIF (avis), are videos.
 _PHOTO_BRANDS = frozenset({"heic", "heix", "heim", "heis", "mif1", "avif"})
 
@@ -88,6 +91,8 @@ def _check_stream(container: InputContainer, stream: VideoStream) -> None:
 
     if stream.codec_context is None:
         raise DecodeError("its codec is not supported by the decoder: re-encode it")
+    if stream.codec_tag in _DOLBY_TAGS and stream.codec_context.color_trc == _UNSPECIFIED_TRANSFER:
+        raise DecodeError("its colors are those of Dolby Vision (profile 5), which is not supported: re-encode it")
     brand = container.metadata.get("major_brand", "")
     if brand in _PHOTO_BRANDS or stream.disposition & Disposition.dependent:
         raise DecodeError(f"it is a photo ({brand or 'made of tiles'}), not a video: set its type to image")

@@ -21,6 +21,7 @@ from cogds.data.video.colors import Colors, to_bt709
 from cogds.data.video.container import open_source
 from cogds.data.video.decode import repeat
 from cogds.data.video.errors import DecodeError, brief, is_raised_in
+from cogds.data.video.kinds import kind_of
 from cogds.data.video.pixels import cover
 from cogds.data.video.timeline import Timeline, VideoInfo, displayed_frames
 
@@ -29,7 +30,7 @@ if TYPE_CHECKING:
 
 # Formats in which several frames are an animation. In others (TIFF, MPO, HEIF), they are pages, previews or photos.
 _ANIMATIONS = {"APNG", "AVIF", "GIF", "PNG", "WEBP"}
-_RETRY = "cogds encode --retry"
+_PHOTO_BRANDS = {b"avif", b"avis", b"heic", b"heix", b"heim", b"heis", b"mif1"}
 _HEADER_BYTES = 1 << 16
 
 
@@ -81,6 +82,8 @@ def is_animation(path: str | Path) -> bool:
 
 def is_webp(path: str | Path) -> bool:
     """Whether a file is a WebP, by its content. FFmpeg does not read its animations."""
+    if kind_of(str(path)) == "video":
+        return False
     head = _read_head(path)
     return head[:4] == b"RIFF" and head[8:] == b"WEBP"
 
@@ -138,10 +141,11 @@ def _load_image(path: str | Path) -> Image:
 
 def _colors_of(image: Image) -> Colors | None:
     """The color tags of a HEIC or AVIF, None if it has none. Raises DecodeError for HDR."""
-    if image.format not in ("AVIF", "HEIF") or image.fp is None:
+    file = getattr(image, "fp", None)
+    if image.format not in ("AVIF", "HEIF") or file is None:
         return None
-    image.fp.seek(0)
-    header = image.fp.read(_HEADER_BYTES)
+    file.seek(0)
+    header = file.read(_HEADER_BYTES)
     at = header.find(b"colrnclx")
     if at < 0:
         return None
@@ -158,14 +162,16 @@ def _to_srgb(image: Image, colors: Colors | None = None) -> Image:
     icc = image.info.get("icc_profile")
     if icc:
         # Browsers ignore a profile that is broken or of another kind than the pixels.
-        with contextlib.suppress(ImageCms.PyCMSError):
+        with contextlib.suppress(ImageCms.PyCMSError, OSError):
             profile = ImageCms.ImageCmsProfile(io.BytesIO(icc))
             if "srgb" in ImageCms.getProfileDescription(profile).lower():
                 return image.convert("RGB")
             opaque = image if image.mode in ("L", "RGB", "CMYK") else image.convert("RGB")
             srgb = ImageCms.createProfile("sRGB")
             intent = ImageCms.Intent.RELATIVE_COLORIMETRIC
-            return ImageCms.profileToProfile(opaque, profile, srgb, intent, "RGB")
+            converted = ImageCms.profileToProfile(opaque, profile, srgb, intent, "RGB")
+            assert converted is not None  # only None if it converts in place
+            return converted
     image = image.convert("RGB")
     if colors and colors.is_wide and not icc:
         return Image.fromarray(to_bt709(np.asarray(image, np.uint16) * 257, colors))
@@ -197,10 +203,10 @@ def _read_head(path: str | Path) -> bytes:
 def _missing_package(path: str | Path) -> str | None:
     """What to install for a file that Pillow does not know, if that is the reason."""
     head = _read_head(path)
-    if head[4:8] != b"ftyp":
+    if head[4:8] != b"ftyp" or head[8:] not in _PHOTO_BRANDS:
         return None
-    if head[8:] in (b"avif", b"avis"):
-        return f"it is an AVIF, which this Pillow does not read: run pip install 'pillow>=11.3', then {_RETRY}"
-    if head[8:] in (b"heic", b"heix", b"heim", b"heis", b"mif1", b"hevc", b"msf1"):
-        return f"it is a HEIC photo, for which a package is missing: run pip install pillow-heif, then {_RETRY}"
-    return None
+    brand = head[8:].decode()
+    return (
+        f"it is a photo of type {brand}, which needs a package: run pip install --upgrade pillow pillow-heif, then "
+        "cogds encode --retry"
+    )

@@ -152,11 +152,11 @@ def cached_timeline(path: str | Path, container: InputContainer) -> Timeline:
 
 
 # Before the cut of a file that was cut from a longer one, times would be negative, which some containers cannot hold.
-_NO_TIME = -math.inf
+_NO_TIME = -(1 << 63)
 
 
 class _Packet(NamedTuple):
-    pts: int | float
+    pts: int
     seek_target: int
     duration: int
     is_key: bool
@@ -216,8 +216,8 @@ def _build_timeline(
     shown = sorted(packet.pts for packet in packets if not packet.is_hidden)
     if num_leading and first is not None and first.pts is not None:
         first_key_pts = next(packet.pts for packet in packets if packet.is_key)
-        start = min(first.pts, shown[bisect.bisect_left(shown, first_key_pts)])
-        shown = shown[bisect.bisect_left(shown, start) :]
+        complete = shown[bisect.bisect_left(shown, first_key_pts) :]
+        shown = [pts for pts in shown if pts >= min(first.pts, complete[0])] if complete else shown
     keys = sorted(packet for packet in packets if packet.is_key and not packet.is_hidden and packet.pts >= shown[0])
     time_base, rate = Fraction(stream.time_base or 0), stream.average_rate
     span = float((shown[-1] - shown[0]) * time_base)

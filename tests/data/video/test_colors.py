@@ -88,3 +88,12 @@ def test_colors_that_cannot_be_converted_are_refused(tmp_path: Path, tags: str) 
     for read in (probe_video, lambda path: read_clip(path, ClipShape(1, 16, 128), 25)):
         with pytest.raises(DecodeError, match="colors are not supported"):
             read(path)
+
+
+def test_dolby_vision_without_other_tags_is_refused(tmp_path: Path) -> None:
+    options = ("-c:v", "libx265", "-pix_fmt", "yuv420p10le", "-tag:v", "hvc1", "-x265-params", "log-level=none")
+    path = ffmpeg.make(tmp_path / "a.mp4", np.zeros((3, 64, 96, 3), np.uint8), 25, *options)
+    assert probe_video(path).num_frames == 3
+    path.write_bytes(path.read_bytes().replace(b"hvc1", b"dvh1"))
+    with pytest.raises(DecodeError, match="Dolby Vision"):
+        probe_video(path)

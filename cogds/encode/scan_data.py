@@ -25,7 +25,7 @@ def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
     retry_failed: open files again that could not be used.
     """
     sets, data = data_sets(cfg), cfg.data
-    file = manifest_file(sets, data.cache_dir, data.manifest)
+    file = manifest_file(sets, cfg.metadata_dir, data.manifest)
     scan = on_rank0(world, partial(start_scan, sets, file, data.default_caption, retry_failed))
     share, memory_bytes = (world.rank, world.size), int(data.decode_memory_gb * 1e9)
     on_all_ranks(world, partial(scan_share, scan, share, data.num_workers, data.decode_timeout_s, memory_bytes))

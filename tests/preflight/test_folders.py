@@ -1,6 +1,7 @@
 """Marker files find folders that the ranks do not share."""
 
 import threading
+from pathlib import Path
 
 from cogds.preflight.findings import FAIL, OK
 from cogds.preflight.folders import (
@@ -56,7 +57,7 @@ def test_a_marker_that_rank_0_does_not_see_fails(tmp_path):
     shared = {"output_dir": str(tmp_path)}
     assert create_folders(shared, "t") == {}
     results = [{"rank": rank, "host": "n1", **inspect_folders(shared, "t", rank, 0.0)} for rank in (0, 1)]
-    marker_path(tmp_path, "t", 1).unlink()
+    Path(marker_path(tmp_path, "t", 1)).unlink()
     unseen = find_unseen_ranks(shared, "t", results, 0.0)
     assert unseen == {"output_dir": [1]}
     (finding,) = assess_folders(results, {}, unseen)

@@ -3,6 +3,7 @@
 import threading
 from pathlib import Path
 
+from cogds.data.storage.access import is_folder
 from cogds.preflight.findings import FAIL, OK
 from cogds.preflight.folders import (
     assess_folders,
@@ -81,3 +82,17 @@ def test_a_late_marker_is_awaited(tmp_path):
     state = inspect_folders(shared, "t", 1, 30.0)["folders"]["output_dir"]
     timer.join()
     assert state["is_marker_visible"]
+
+
+def test_a_folder_at_a_url(s3, tmp_path):
+    root = s3.new_bucket()
+    shared = {"data.cache_dir": f"{root}/cache"}
+    (finding,) = check_folders(shared, shared)
+    assert (finding.level, finding.text) == (OK, f"data.cache_dir: {root}/cache, the same on 2 ranks")
+    assert not is_folder(f"{root}/cache")  # nothing is left
+    (finding,) = check_folders(shared, {"data.cache_dir": "s3://no-such-bucket/cache"})
+    assert finding.level == FAIL
+    assert "rank 1 (n1): cannot write to s3://no-such-bucket/cache" in finding.text
+    (finding,) = check_folders({"data.cache_dir": "s3://no-such-bucket/cache"})
+    assert finding.level == FAIL
+    assert finding.text.startswith("data.cache_dir: cannot write to s3://no-such-bucket/cache")

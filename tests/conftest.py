@@ -169,17 +169,17 @@ def warm():
 def run_train(warm):
     """Run `launch/train.py` with a launcher, or in warm processes, and return the finished process."""
 
-    def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT, script=TRAIN):
+    def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT, script=TRAIN, env=None):
         bin_dir = Path(sys.executable).parent
         if launcher == "warm":
-            done = warm(script, arguments, ranks, timeout_s, cwd)
+            done = warm(script, arguments, ranks, timeout_s, cwd, env)
         else:
             launch = {
                 "deepspeed": [bin_dir / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()],
                 "torchrun": [bin_dir / "torchrun", "--nproc_per_node", ranks, "--master_port", free_port()],
                 "python": [sys.executable],
             }[launcher]
-            done = run_command([*launch, script, *arguments], timeout_s, cwd)
+            done = run_command([*launch, script, *arguments], timeout_s, cwd, env)
         if check and done.returncode != 0:
             pytest.fail(f"exit code {done.returncode} of {done.args}:\n{done.stdout[-6000:]}")
         return done

@@ -16,8 +16,6 @@ import threading
 import time
 from pathlib import Path
 
-import botocore.session
-
 
 class Proxy:
     """Forwards TCP connections to a server, and fails when told to.
@@ -224,6 +222,8 @@ class S3Server:
         """The URL of a new bucket."""
         self._num_buckets += 1
         name = f"bucket-{os.getpid()}-{self._num_buckets}"
+        import botocore.session
+
         client = botocore.session.get_session().create_client(
             "s3", "us-east-1", endpoint_url=f"http://127.0.0.1:{self._port}", aws_access_key_id="key",
             aws_secret_access_key="secret",

@@ -49,7 +49,7 @@ MAY_IMPORT = {
     "probe": {*PURE, *RANKS, "data/cache", "data/loading", "model", "job", "encode", "train", "evaluate"},
     "sample": {*PURE, "process", "data/video", "model", "model/lora", "videos"},
     "export": {*PURE, "process", "model", "model/lora", "card", "arguments"},
-    "preflight": {*PURE, *RANKS, *MODEL, *TRAINING, "version", "arguments", "train"},
+    "preflight": {*PURE, *RANKS, *MODEL, *TRAINING, "version", "arguments", "train", "data/storage", "data/cache"},
     "__main__": {"cli"},
     "launch": {"cli"},
 }
@@ -72,7 +72,7 @@ IMPORTERS = {
     "pydantic": ("cogds/config/",),
     "safetensors": (
         "cogds/model/",
-        "cogds/data/cache/shard.py",
+        "cogds/data/cache/",
         "cogds/engine/checkpoint.py",
         "cogds/preflight/sources.py",
     ),

@@ -5,10 +5,11 @@ a number is not accepted as text, and neither is `yes`, which YAML reads as a bo
 """
 
 from collections.abc import Iterator
+from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
 
 Text = Annotated[str, Field(pattern=r"\S")]  # not blank
@@ -137,9 +138,19 @@ class DataConfig(Section):
         "bucket", "property shared by clips that are trained at the same time: bucket, or cost of a step"
     )
     cost_tolerance: Fraction = key(0.03, "relative difference in cost allowed between ranks with data.sync=cost")
-    cache_dir: Text = key("outputs/cache", "folder of encoded clips and captions")
+    cache_dir: Text = key("outputs/cache", "folder of encoded clips and captions, or a URL such as s3://bucket/cache")
+    local_cache_dir: Text | None = key(
+        None,
+        "folder on each node for copies of what is read from a data.cache_dir that is a URL; null: a temporary one",
+    )
+    local_cache_gb: float = key(20.0, "size of data.local_cache_dir [GB]", gt=0)
     shard_gb: float = key(1.0, "size of a cache file [GB]", gt=0)
     num_workers: int = key(2, "data loader processes per rank; 0: the training process loads", ge=0)
+
+    @field_validator("cache_dir")
+    @classmethod
+    def _without_file_protocol(cls, value: str) -> str:
+        return value.removeprefix("file://")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -311,6 +322,11 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     network: NetworkConfig = NetworkConfig()
+
+    @property
+    def metadata_dir(self) -> Path:
+        """Folder of the manifests, the index of clips, and the digests of files: local, and shared by all nodes."""
+        return Path(self.output_dir, "cache") if "://" in self.data.cache_dir else Path(self.data.cache_dir)
 
 
 def element_section(field: FieldInfo) -> type[Section] | None:

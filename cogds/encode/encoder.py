@@ -16,7 +16,6 @@ import torch
 
 from cogds.config.schema import RunConfig
 from cogds.core.conditioning import normalize_pixels
-from cogds.data.cache.store import Cache
 from cogds.data.storage.access import stamp
 from cogds.data.storage.location import display_name
 from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
@@ -97,7 +96,7 @@ class _RankEncoder:
 
     def __init__(self, job: Job, work: EncodingWork):
         self._job, self._cfg, self._work, self._device = job, job.cfg, work, job.world.device
-        self._cache, self._shard_bytes = Cache(job.cfg.data.cache_dir), int(job.cfg.data.shard_gb * 1e9)
+        self._cache, self._shard_bytes = job.cache, int(job.cfg.data.shard_gb * 1e9)
 
     def check_decoder(self) -> None:
         """Raise UserError if a decoder is needed and missing, before any weight is loaded."""

@@ -16,7 +16,7 @@ import torch
 
 from cogds.core.load_balance import assign_by_cost
 from cogds.core.mixture import Mixture
-from cogds.data.cache.store import Cache, Snapshot, key_array, key_array_of_bytes
+from cogds.data.cache.store import Snapshot, key_array, key_array_of_bytes
 from cogds.data.loading.index import ClipIndex, write_index
 from cogds.encode.cache_keys import CLIPS_AT_ONCE, CacheKeys
 from cogds.encode.captions import list_lengths, make_lists
@@ -181,7 +181,7 @@ class EncodingPlan:
 
     def __init__(self, job: Job, clips: ClipSet, held_out: ClipSet | None, trained: ClipSet | None):
         self._cfg = cfg = job.cfg
-        self._cache, keys = Cache(cfg.data.cache_dir), CacheKeys(cfg, job.model, job.tiled)
+        self._cache, keys = job.cache, CacheKeys(cfg, job.model, job.tiled)
         # Captions of no clip: the empty one, and the prompts of videos during training.
         prompts = [spec.prompt for spec in cfg.sample.prompts] if cfg.sample.every is not None else []
         self._texts = {text: keys.caption(text) for text in dict.fromkeys([EMPTY_CAPTION, *prompts])}
@@ -234,7 +234,7 @@ class EncodingPlan:
         """
         clips, captions = self._cache.snapshot("clips"), self._cache.snapshot("captions")
         failures = {bytes.fromhex(key): reason for key, reason in clips.failures.items()} | dict(failures)
-        cached, folder = CachedEncodings(clips, captions, failures), self._cache.root / "index"
+        cached, folder = CachedEncodings(clips, captions, failures), self._cfg.metadata_dir / "index"
         train = self._train.write_index(folder, cached)
         train.clips.check_not_empty()
         held_out = self._held_out.write_index(folder, cached) if self._held_out else None

@@ -39,7 +39,7 @@ def scan_data(cfg: RunConfig, world: World, retry_failed: bool = False) -> Path:
     retry_failed: open files again that could not be used.
     """
     sets, data = data_sets(cfg), cfg.data
-    file = manifest_file(sets, data.cache_dir, data.manifest)
+    file = manifest_file(sets, cfg.metadata_dir, data.manifest)
     scan = on_rank0(world, partial(start_scan, sets, file, data.default_caption))
     listings = on_all_ranks(world, partial(list_share, scan, (world.rank, world.size)))
     scan = on_rank0(world, partial(choose_files, scan, listings, retry_failed))

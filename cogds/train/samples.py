@@ -303,7 +303,7 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
     """Return the videos to make by file stem. What cannot be made is left out with a warning."""
     sample, specs = run.cfg.sample, []
     try:
-        cache = Cache(run.cfg.data.cache_dir)
+        cache = run.job.cache
         if sample.prompts:
             keys, snapshot = CacheKeys(run.cfg, run.model), cache.snapshot("captions")
             for number, prompt in enumerate(sample.prompts):

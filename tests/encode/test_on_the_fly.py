@@ -116,7 +116,7 @@ def test_a_damaged_entry_is_replaced(make_run, tmp_path):
     data = bytearray(shard.read_bytes())
     data[-20] ^= 1  # in the data of the last entry
     shard.write_bytes(data)
-    dataset = ClipDataset(run.order, tmp_path / "cache")
+    dataset = ClipDataset(run.order, Cache(tmp_path / "cache"))
     items = [dataset[draw] for draw in draws]
     (bad,) = (clip for item in items for clip in item.bad)
     assert "--verify" in bad.reason

@@ -112,8 +112,8 @@ class ClipDataset(Dataset[Item]):
     uint8 [3, H, W] in pixels, and `text_states` [text_tokens, dim].
     """
 
-    def __init__(self, order: ClipOrder, cache_dir: Path | str):
-        self.order, self.cache, self.known_bad = order, Cache(cache_dir), set[int | Choice]()
+    def __init__(self, order: ClipOrder, cache: Cache):
+        self.order, self.cache, self.known_bad = order, cache, set[int | Choice]()
 
     def __getitem__(self, draw: Draw) -> Item:
         return Item(*self.order.first_good(draw, self.known_bad, self._load))

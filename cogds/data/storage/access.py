@@ -11,6 +11,7 @@ import html
 import io
 import os
 import stat
+import tempfile
 import uuid
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
@@ -249,10 +250,21 @@ def upload(path: Path, url: str) -> None:
     request(url, "mv", source)
 
 
+def write_bytes(location: str, data: bytes) -> None:
+    """Write a small file. Raises OSError."""
+    if is_url(location):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            upload(Path(file.name), location)
+    else:
+        Path(location).write_bytes(data)
+
+
 def remove(location: str) -> None:
     """Remove a file if it exists. Raises OSError."""
     with contextlib.suppress(FileNotFoundError):
         if is_url(location):
             request(location, "rm_file")
         else:
-            os.remove(location)
+            Path(location).unlink()

@@ -21,6 +21,7 @@ from cogds.data.storage.access import (
 )
 from cogds.errors import UserError
 
+pytestmark = pytest.mark.usefixtures("short_delays")
 DATA = random.Random(0).randbytes(300_000)
 
 
@@ -44,13 +45,6 @@ def stored(request, tmp_path):
 
     store.proxy, store.root, store.protocol = server.proxy, root, request.param
     return store
-
-
-@pytest.fixture(autouse=True)
-def short_delays(monkeypatch):
-    """Try again sooner, and give up sooner."""
-    monkeypatch.setattr(requests, "FIRST_DELAY_S", 0.01)
-    monkeypatch.setattr(requests, "GIVE_UP_S", 0.5)
 
 
 def test_reads_any_range(stored):

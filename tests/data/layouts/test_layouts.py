@@ -175,7 +175,7 @@ def test_a_caption_and_a_list_of_captions(tmp_path: Path) -> None:
 @pytest.mark.parametrize("captions", ['"a"', "[1]"])
 def test_captions_that_are_no_texts_are_refused(tmp_path: Path, captions: str) -> None:
     put(tmp_path, l__jsonl=f'{{"path": "a.mp4", "captions": {{"en": {captions}}}}}')
-    with pytest.raises(UserError, match=r"l\.jsonl:1: the captions are {'en'.*Write a list of strings"):
+    with pytest.raises(UserError, match=r"l\.jsonl:1: the caption is {'en'.*Write a string"):
         read_entries(tmp_path / "l.jsonl")
     table(tmp_path, path=["a.mp4"], captions=[[1]])
     with pytest.raises(UserError, match=r"parquet: column 'captions' holds int64"):

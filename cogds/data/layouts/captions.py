@@ -8,7 +8,6 @@ from cogds.data.layouts.cells import BadRowError, captions_in
 from cogds.data.layouts.columns import Columns
 from cogds.data.layouts.entry import Entry
 from cogds.data.storage.access import read_bytes
-from cogds.data.storage.location import join
 
 CAPTION_SUFFIXES = (".txt", ".caption", ".json")
 
@@ -27,10 +26,11 @@ class CaptionNames:
 
     def find(self, clip: str) -> str | None:
         """Location of the caption file of a clip's name; None if there is none."""
+        stems = (clip, os.path.splitext(clip)[0])
         for suffix in CAPTION_SUFFIXES:
-            for stem in (clip, os.path.splitext(clip)[0]):
+            for stem in stems:
                 if name := self._names.get(stem + suffix):
-                    return join(self._folder, name)
+                    return f"{self._folder.rstrip('/')}/{name}"
         return None
 
     def has_own(self, clip: str) -> bool:

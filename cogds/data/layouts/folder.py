@@ -6,7 +6,7 @@ from collections.abc import Iterator, Sequence
 from typing import NamedTuple
 
 from cogds.data.layouts.captions import CAPTION_SUFFIXES, CaptionNames
-from cogds.data.layouts.line_lists import main_list
+from cogds.data.layouts.line_lists import CAPTION_LISTS, IMAGE_LISTS, VIDEO_LISTS, main_list
 from cogds.data.layouts.listing import Listing, add_names
 from cogds.data.layouts.lists import TABLE_SUFFIXES, ListReader
 from cogds.data.layouts.parquet_tables import is_manifest
@@ -80,25 +80,24 @@ def search_folder(
         return
     items = _visible(folder, listing)
     files, folders = ([item.name for item in items if item.is_folder is kind] for kind in (False, True))
-    clips = _clips_in(folder, items, files)
+    clips = _Clips(folder, {item.name: kind for item in items if (kind := kind_of(item.name))}, files, bool(folders))
     if found := _lists_in(folder, files, clips, lists, listing):
         yield from map(ListFile, found)
         return
-    labels = next((name for name in _LABEL_FOLDERS if name in folders and "videos" in folders), None)
-    other_splits = set() if clips.names else _other_splits(folders)
+    labels = _labels_of("videos", folder.path, folders)
+    other_splits = set() if clips.kinds else _other_splits(folders)
     for item in items:
-        name, path = item.name, join(folder.path, item.name)
-        if name in clips.posters:
-            listing.skip("image with the name of a video beside it")
-        elif name in clips.names:  # or a folder with such a name, which the scan reports as unusable
-            yield ClipFile(path, str(kind_of(name)), clips.names[name])
+        name, path = item.name, f"{folder.path.rstrip('/')}/{item.name}"
+        if kind := clips.kinds.get(name):  # or a folder with such a name, which the scan reports as unusable
+            if clips.is_poster(name):
+                listing.skip("image with the name of a video beside it")
+            else:
+                yield ClipFile(path, kind, clips.caption_file(name))
         elif name in other_splits:
             listing.skip("folder of another split than train")
-        elif item.is_folder and name != labels:
+        elif item.is_folder and path != labels:
             inner = join(folder.labels, name) if folder.labels is not None else None
-            yield Folder(
-                path, (*folder.parents, real), join(folder.path, labels) if labels and name == "videos" else inner
-            )
+            yield Folder(path, (*folder.parents, real), labels if labels and name == "videos" else inner)
         elif not item.is_folder and suffix_of(name) == ".tar":
             yield TarFile(path)
         elif not item.is_folder and not clips.has_beside(name):
@@ -108,55 +107,61 @@ def search_folder(
                 add_names(listing.tables, [path])
 
 
-class _Clips(NamedTuple):
-    """The clips in a folder.
+class _Clips:
+    """The clips in a folder, and the files that belong to them.
 
     Attributes:
-        names: name -> caption file.
-        posters: images that only show a video: `a.jpg` or `a.mp4.jpg` beside `a.mp4`, without their own caption.
+        kinds: name of a clip -> "video" or "image".
         stems: names without suffixes.
         has_subfolders: whether there may be more clips in subfolders.
     """
 
-    names: dict[str, str | None]
-    posters: set[str]
-    stems: set[str]
-    has_subfolders: bool
+    def __init__(self, folder: Folder, kinds: dict[str, str], files: Sequence[str], has_subfolders: bool) -> None:
+        """files: names of all files in the folder."""
+        self.kinds, self.has_subfolders = kinds, has_subfolders
+        self.stems = {os.path.splitext(name)[0] for name in kinds}
+        self._captions = [CaptionNames(folder.path, files)]
+        if folder.labels is not None and kinds:
+            self._captions.append(CaptionNames(folder.labels, _names_in(folder.labels)))
+        videos = [name for name, kind in kinds.items() if kind == "video"]
+        has_images = len(videos) < len(kinds)
+        self._shown = {*videos, *(os.path.splitext(name)[0] for name in videos)} if has_images else set()
+
+    def caption_file(self, name: str) -> str | None:
+        """Location of a clip's captions; None if there are none."""
+        return next(filter(None, (captions.find(name) for captions in self._captions)), None)
+
+    @property
+    def have_captions(self) -> bool:
+        """Whether any clip has captions."""
+        return any(map(self.caption_file, self.kinds))
+
+    def is_poster(self, name: str) -> bool:
+        """Whether an image only shows a video: `a.jpg` or `a.mp4.jpg` beside `a.mp4`, without its own caption."""
+        is_shown = self.kinds[name] == "image" and os.path.splitext(name)[0] in self._shown
+        return is_shown and not self._captions[0].has_own(name)
 
     def has_beside(self, name: str) -> bool:
         """Whether a file belongs to a clip: its caption, or what a program wrote about it."""
         stem, suffix = os.path.splitext(name)
-        return suffix.lower() in CAPTION_SUFFIXES and (stem in self.stems or stem in self.names)
-
-    @property
-    def have_captions(self) -> bool:
-        return any(self.names.values())
+        return suffix.lower() in CAPTION_SUFFIXES and (stem in self.stems or stem in self.kinds)
 
 
-def _clips_in(folder: Folder, items: Sequence[Item], files: Sequence[str]) -> _Clips:
-    beside = CaptionNames(folder.path, files)
-    names = [item.name for item in items if kind_of(item.name)]
-    videos = {name for name in names if kind_of(name) == "video"}
-    stems = {os.path.splitext(name)[0] for name in names}
-    shown = videos | {os.path.splitext(name)[0] for name in videos}
-    posters = {
-        name for name in names if name not in videos and os.path.splitext(name)[0] in shown and not beside.has_own(name)
-    }
-    captions = {name: beside.find(name) for name in names if name not in posters}
-    if folder.labels is not None:
-        labels = CaptionNames(folder.labels, _names_in(folder.labels))
-        captions = {name: file or labels.find(name) for name, file in captions.items()}
-    return _Clips(captions, posters, stems, any(item.is_folder for item in items))
+def _labels_of(name: str, folder: str, folders: Sequence[str]) -> str | None:
+    """The folder with the captions of the folder of this name; None if there is none.
+
+    folders: names of the folders in `folder`.
+    """
+    if name != "videos" or name not in folders:
+        return None
+    labels = (join(folder, other) for other in _LABEL_FOLDERS if other in folders)
+    return next((other for other in labels if not any(map(kind_of, _names_in(other)))), None)
 
 
 def dataset_folder(path: str) -> Folder:
     """The folder of a dataset. Captions of a folder called `videos` may be in `labels` beside it."""
-    labels = None
-    if os.path.basename(path.rstrip("/")) == "videos":
-        above = parent(path)
-        beside = _names_in(above, folders=True)
-        labels = next((join(above, name) for name in _LABEL_FOLDERS if name in beside), None)
-    return Folder(path, (), labels)
+    name, above = os.path.basename(path.rstrip("/")), parent(path)
+    return Folder(path, (), _labels_of(name, above, _names_in(above, folders=True)) if name == "videos" else None)
 
 
 def _visible(folder: Folder, listing: Listing) -> list[Item]:
@@ -197,15 +202,17 @@ def _other_splits(folders: Sequence[str]) -> set[str]:
 
 def _lists_in(folder: Folder, files: Sequence[str], clips: _Clips, lists: ListReader, listing: Listing) -> list[str]:
     """The lists in a folder, which replace its clips. Raises UserError if it is not clear which to use."""
-    free = [name for name in files if os.path.splitext(name)[0] not in clips.stems]  # a.json belongs to the clip a.mp4
+    lists_of_lines = {*VIDEO_LISTS, *IMAGE_LISTS, *CAPTION_LISTS}
+    free = [name for name in files if name in lists_of_lines or name.lower().endswith(TABLE_SUFFIXES)]
+    free = [name for name in free if os.path.splitext(name)[0] not in clips.stems]  # a.json belongs to the clip a.mp4
     named, unnamed = _tables(folder, free), []
     if not folder.parents:  # of the dataset, not of a part of it
         unnamed = [name for name in free if _may_list_clips(folder, name) and name not in named]
     fitting = [name for name in (*named, *unnamed) if lists.is_list(join(folder.path, name), if_damaged=name in named)]
-    lines = main_list(free, need_captions=bool(clips.names))
+    lines = main_list(free, need_captions=bool(clips.kinds))
     names = fitting + ([lines] if lines else [])
     if not names and not clips.have_captions:  # reading them raises an error that says what they lack
-        names = named or ([] if clips.names or clips.has_subfolders else unnamed)
+        names = named or ([] if clips.kinds or clips.has_subfolders else unnamed)
     split = {name for name in names if _split_of(name) in _TRAIN_SPLITS}
     others = {name for name in names if _split_of(name) in _OTHER_SPLITS} if split else set()
     listing.skip("table of another split than train", len(others))

@@ -67,8 +67,11 @@ def check_type(file: str, kind: pa.DataType, ours: str, theirs: str) -> None:
         return
     if ours == "path" and pa.types.is_struct(kind) and kind.get_field_index("path") >= 0:
         return
-    advice = "numbers of seconds, or HH:MM:SS.mmm" if ours in ("start_s", "end_s") else "strings"
-    raise UserError(f"{file}: column '{theirs}' holds {kind}. Write {advice}.")
+    advice = "seconds, or HH:MM:SS.mmm" if ours in ("start_s", "end_s") else "strings"
+    raise UserError(
+        f"{file}: column '{theirs}' holds {kind}, which is not a {ours}. Write {advice}, or set "
+        f"data.columns={{{ours}: null}} if it is something else."
+    )
 
 
 def _holds_bytes(kind: pa.DataType) -> bool:

@@ -112,10 +112,10 @@ class DatasetReader:
 
     def check(self, listing: Listing) -> None:
         """Raise UserError if a dataset with these counts, of all parts, is empty or read in the wrong way."""
-        path, tables = self.data_set.path, listing.tables
+        path, tables = self.data_set.path, ", ".join(listing.tables)
         advice = (
-            "Set data.path to the table, data.columns to its columns for the path and the caption if they have unusual "
-            "names, and data.root to the folder of its paths if it is another one."
+            "If a table lists the clips, set data.path to it, data.columns to its columns for the path and the caption "
+            "if they have unusual names, and data.root to the folder of its paths if it is another one."
         )
         if not listing.num_entries:
             removed = listing.skipped["row removed by data.where"]
@@ -128,11 +128,11 @@ class DatasetReader:
                 )
             skipped = f" It skipped {counts(listing.skipped)}." if listing.skipped else ""
             if tables:
-                raise UserError(f"data.path: {path} holds no clips, but {', '.join(tables)}. {advice}")
+                raise UserError(f"data.path: {path} holds no clips, but tables: {tables}. {advice}")
             raise UserError(f"data.path: {path} holds no clips.{skipped} Expected {LAYOUTS}.")
         if tables and self.need_captions and not listing.num_captioned:
             raise UserError(
-                f"data.path: the clips in {path} have no captions, and there is {', '.join(tables)}. {advice}"
+                f"data.path: the clips in {path} have no captions, and there are tables: {tables}. {advice}"
             )
         if self.data_set.where is not None and not listing.lists:
             raise UserError(f"data.where: {path} holds no table to filter. Remove data.where, or write a table.")

@@ -125,6 +125,11 @@ LAYOUTS = [
         path="videos",
     ),
     Layout(
+        "folders called videos and captions, both with clips",
+        {"videos/a.mp4": "", "videos/a.txt": "one", "captions/b.mp4": "", "captions/b.txt": "two"},
+        [clip("captions/b.mp4", "two"), clip("videos/a.mp4", "one")],
+    ),
+    Layout(
         "Panda-70M and others by video2dataset",
         {
             "00000/000000000.mp4": "",
@@ -377,7 +382,7 @@ LAYOUTS = [
     Layout(
         "a table beside captionless clips",
         {"OpenVid-1M.csv": OPENVID, "v/x_1.mp4": ""},
-        r"no captions, and there is .*/OpenVid-1M\.csv\. Set data\.path to the table, .*data\.root",
+        r"no captions, and there are tables: .*/OpenVid-1M\.csv\. .*set data\.path to it, .*data\.root",
     ),
     Layout(
         "VidGen-1M without a template",

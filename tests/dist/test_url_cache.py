@@ -81,8 +81,9 @@ def test_the_encode_verb(workshop, tiny_model, s3, warm, tmp_path):
     assert "7 clips encoded" in encode(ranks=2)
     assert Cache(root).snapshot("clips").num_entries == 7
     assert '"entries": 7' in encode("--stats")
-    assert "7 intact entries" in encode("--verify")
-    assert "removed 1 entry" in encode("--prune", "data.default_caption=x", "sample.prompts=[]", "data.repeats=1")
+    assert "15 intact entries" in encode("--verify")  # with 8 captions
+    assert "removed 7 entries" in encode("--prune", "data.fps=8")
+    assert Cache(root).snapshot("clips").num_entries == 7
 
 
 def test_a_run_that_was_stopped_resumes_from_another_copy(train_once, workshop, s3, tmp_path):

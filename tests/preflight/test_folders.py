@@ -84,7 +84,7 @@ def test_a_late_marker_is_awaited(tmp_path):
     assert state["is_marker_visible"]
 
 
-def test_a_folder_at_a_url(s3, tmp_path):
+def test_a_folder_at_a_url(s3):
     root = s3.new_bucket()
     shared = {"data.cache_dir": f"{root}/cache"}
     (finding,) = check_folders(shared, shared)

@@ -1,0 +1,144 @@
+"""The table of clips: its rows, and the Parquet file that `data.path` trains from."""
+
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from cogds.arguments import SCORES
+from cogds.errors import UserError
+from cogds.files import whole_file
+from cogds.prepare.duplicates import find_duplicates
+from cogds.prepare.state import SCENES, WorkFolder, read_table
+
+# In the metadata of tables that this module wrote, which it may replace.
+MARK = b"cogds.prepared"
+_COLUMNS = {
+    "file_name": pa.string(),
+    "type": pa.string(),
+    "image": pa.string(),
+    "start_s": pa.float64(),
+    "end_s": pa.float64(),
+    "text": pa.string(),
+    "width": pa.int32(),
+    "height": pa.int32(),
+    "fps": pa.float64(),
+    "motion": pa.float64(),
+    "sharpness": pa.float64(),
+    "text_share": pa.float64(),
+    "duplicate_of": pa.string(),
+}
+# Column -> the score without which the table does not have it.
+_SCORE_OF = dict(zip(("motion", "sharpness", "text_share", "duplicate_of"), SCORES))
+
+
+@dataclass(frozen=True)
+class PreparedScene:
+    """A scene and its source. source: a row of state.SOURCE_SCHEMA; scene: its columns in state.SCENES."""
+
+    source: Mapping[str, Any]
+    scene: Mapping[str, Any]
+
+    @property
+    def path(self) -> str:
+        return self.source["path"]
+
+    @property
+    def file_key(self) -> bytes:
+        return self.source["file_key"]
+
+    @property
+    def start_s(self) -> float | None:
+        return self.scene["start_s"]
+
+    @property
+    def end_s(self) -> float | None:
+        return self.scene["end_s"]
+
+    @property
+    def length_s(self) -> float | None:
+        return None if self.start_s is None or self.end_s is None else self.end_s - self.start_s
+
+
+@dataclass
+class Prepared:
+    """What is known about all sources, in the order of the dataset.
+
+    Attributes:
+        unusable: paths of sources that are not in the table, or only in part, and why.
+    """
+
+    scenes: list[PreparedScene]
+    num_sources: int
+    num_short: int
+    source_s: float
+    unusable: list[tuple[str, str]]
+
+
+def collect(folder: WorkFolder, failures: Mapping[bytes, str]) -> Prepared:
+    """Read the results of all runs. failures: source key -> why this run could not prepare the source."""
+    table, known = read_table(folder.sources), folder.read_results(SCENES)
+    assert table is not None
+    prepared = Prepared([], len(table), 0, 0.0, [])
+    for source in table.to_pylist():
+        result = known.get(source["key"], {"scenes": [], "reason": source["reason"] or failures.get(source["key"])})
+        prepared.scenes += [PreparedScene(source, scene) for scene in result["scenes"]]
+        prepared.num_short += result.get("num_short") or 0
+        prepared.source_s += result.get("duration_s") or 0.0
+        if result["reason"]:
+            prepared.unusable.append((source["path"], result["reason"]))
+    return prepared
+
+
+def write_clips(
+    output: Path, scenes: Sequence[PreparedScene], captions: Sequence[str | None], scores: Sequence[str]
+) -> int:
+    """Write the table and return the number of near duplicates. captions: of the scenes."""
+    rows = list(_rows(output, scenes, captions))
+    num_duplicates = 0
+    if "duplicates" in scores:
+        originals = find_duplicates([scene.scene["hashes"] for scene in scenes], [scene.length_s for scene in scenes])
+        for row, original in zip(rows, originals):
+            if original is not None:
+                row["duplicate_of"] = _name(rows[original])
+                num_duplicates += 1
+    schema = pa.schema(
+        [(name, kind) for name, kind in _COLUMNS.items() if name not in _SCORE_OF or _SCORE_OF[name] in scores],
+        metadata={MARK: b"1"},
+    )
+    try:
+        with whole_file(output) as partial:
+            pq.write_table(pa.Table.from_pylist(rows, schema), partial, compression="zstd")
+    except OSError as error:
+        raise UserError(
+            f"--output: cannot write {output} ({error.strerror or error}). Free some space there, or choose another "
+            "folder."
+        ) from None
+    return num_duplicates
+
+
+def _rows(output: Path, scenes: Sequence[PreparedScene], captions: Sequence[str | None]) -> Iterator[dict[str, Any]]:
+    for scene, caption in zip(scenes, captions):
+        source = scene.source
+        # A conditioning image is the first frame of the whole source.
+        has_image = source["image_path"] and scene.start_s in (None, source["start_s"] or 0.0)
+        yield {
+            **{name: value for name, value in scene.scene.items() if name in _COLUMNS},
+            "file_name": _relative(scene.path, output.parent),
+            "type": source["kind"],
+            "image": _relative(source["image_path"], output.parent) if has_image else None,
+            "text": caption,
+        }
+
+
+def _relative(path: str, folder: Path) -> str:
+    """A path relative to the table's folder if it is below it, so that both can be moved together."""
+    return os.path.relpath(path, folder) if path.startswith(f"{folder}{os.sep}") else path
+
+
+def _name(row: Mapping[str, Any]) -> str:
+    return row["file_name"] if row["start_s"] is None else f"{row['file_name']} at {row['start_s']:.3f} s"

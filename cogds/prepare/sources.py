@@ -1,0 +1,74 @@
+"""The sources of a preparation: the rows of the dataset, what is known about each, and which rank prepares it."""
+
+import hashlib
+import os
+from collections import Counter
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+from cogds.config.schema import DataConfig
+from cogds.core.load_balance import assign_by_cost
+from cogds.data.manifest.layouts import Entry, iter_entries
+from cogds.errors import UserError
+from cogds.prepare.scene import CutOptions
+from cogds.prepare.state import SCENES, SOURCE_SCHEMA, WorkFolder, write_table
+
+# Part of every key: changes when the same source would be cut or scored differently by another version.
+_VERSION = 1
+
+
+def write_sources(data: DataConfig, output: Path, options: CutOptions, num_ranks: int) -> WorkFolder:
+    """List the dataset into the work folder of a table, and deal the sources that are not known yet to the ranks.
+
+    Raises UserError if the dataset cannot be read or the table must not be written.
+    """
+    _check_output(data, output)
+    folder = WorkFolder(output.with_name(f"{output.name}.work"))
+    try:
+        folder.path.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"--output: cannot create {folder.path} ({error.strerror}). Choose another folder.") from None
+    folder.remove_temporary()
+    folder.merge_results(SCENES)
+    known = folder.read_results(SCENES)
+    rows = [_source(entry, options) for entry in iter_entries(data.path, data.columns, need_captions=False)]
+    todo = [row for row in rows if row["reason"] is None and row["key"] not in known]
+    num_rows = Counter(row["path"] for row in todo)  # of a file of which each row has a part
+    ranks = assign_by_cost([row["size"] / num_rows[row["path"]] for row in todo], num_ranks).tolist()
+    for row, rank in zip(todo, ranks):
+        row["rank"] = rank
+    write_table(folder.sources, SOURCE_SCHEMA, rows)
+    return folder
+
+
+def _check_output(data: DataConfig, output: Path) -> None:
+    source = Path(os.path.abspath(os.path.expanduser(data.path)))
+    if output == source:
+        raise UserError(f"--output: {output} is the list to prepare. Choose another file.")
+    if output.suffix.lower() != ".parquet":
+        raise UserError(f"--output: {output} is not a .parquet file. Choose another name.")
+    if source.is_dir() and source in output.parents:
+        raise UserError(
+            f"--output: {output} is in the dataset's folder, which would then be read as this table. Choose another "
+            "folder."
+        )
+
+
+def _source(entry: Entry, options: CutOptions) -> dict[str, Any]:
+    row = {name: getattr(entry, name) for name in ("path", "kind", "start_s", "end_s", "caption", "image_path")}
+    row |= {"size": 0, "file_key": None, "key": None, "rank": -1, "reason": None}
+    try:
+        status = os.stat(entry.path)
+        entry.path.encode()
+    except (OSError, ValueError) as error:
+        reason = getattr(error, "strerror", None) or str(error)
+        return row | {"path": entry.path.encode(errors="backslashreplace").decode(), "reason": reason}
+    # A changed file has other keys.
+    file_key = _digest(row["path"], status.st_size, status.st_mtime_ns)
+    key = _digest(file_key, row["kind"], row["start_s"], row["end_s"], sorted(asdict(options).items()), _VERSION)
+    return row | {"size": status.st_size, "file_key": file_key, "key": key}
+
+
+def _digest(*parts: Any) -> bytes:
+    return hashlib.blake2b(repr(parts).encode(), digest_size=16).digest()

@@ -56,7 +56,7 @@ MAY_IMPORT = {
 IMPORTERS = {
     "deepspeed": ("cogds/engine/", "cogds/distributed/", "cogds/config/deepspeed.py"),
     "decord": ("cogds/data/video/media.py",),
-    "av": ("cogds/data/video/media.py",),
+    "av": ("cogds/data/video/",),
     "peft": ("cogds/model/",),
     "torchao": ("cogds/model/transformer/quantize.py",),
     "bitsandbytes": ("cogds/model/transformer/quantize.py",),

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from cogds.data.video.media import DecodeError
 from cogds.errors import UserError
 from cogds.prepare.captions import Captioner, CaptionError, CaptionOptions, CaptionTask, read_pictures
-from cogds.prepare.clip_table import PreparedScene
+from cogds.prepare.clip_table import PreparedScene, collect
 from cogds.prepare.scene import evenly_spaced
 from cogds.prepare.state import CAPTIONS, TASK_SCHEMA, ResultWriter, WorkFolder, read_table, write_table
 from cogds.prepare.workers import Workers
@@ -19,8 +19,9 @@ from cogds.process.worker_pool import TaskFailure, WorkerPool
 MAX_FAILURES = 8
 
 
-def write_tasks(folder: WorkFolder, scenes: Sequence[PreparedScene], options: CaptionOptions, num_ranks: int) -> None:
+def write_tasks(folder: WorkFolder, options: CaptionOptions, num_ranks: int) -> None:
     """Deal the scenes that have no caption yet to the ranks."""
+    scenes = collect(folder).scenes
     folder.merge_results(CAPTIONS)
     known = folder.read_results(CAPTIONS)
     todo = {key: scene for scene in scenes if (key := caption_key(scene, options)) not in known}

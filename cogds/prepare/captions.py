@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from cogds.data.video.media import read_frame, read_whole_image
+from cogds.data.video.frames import read_frame, read_whole_image
 from cogds.errors import UserError
 
 DEFAULT_PROMPT = (

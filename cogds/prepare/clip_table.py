@@ -4,6 +4,7 @@ import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any
 
 import pyarrow as pa
@@ -79,7 +80,7 @@ class Prepared:
     unusable: list[tuple[str, str]]
 
 
-def collect(folder: WorkFolder, failures: Mapping[bytes, str]) -> Prepared:
+def collect(folder: WorkFolder, failures: Mapping[bytes, str] = MappingProxyType({})) -> Prepared:
     """Read the results of all runs. failures: source key -> why this run could not prepare the source."""
     table, known = read_table(folder.sources), folder.read_results(SCENES)
     assert table is not None
@@ -125,7 +126,7 @@ def _rows(output: Path, scenes: Sequence[PreparedScene], captions: Sequence[str 
     for scene, caption in zip(scenes, captions):
         source = scene.source
         # A conditioning image is the first frame of the whole source.
-        has_image = source["image_path"] and scene.start_s in (None, source["start_s"] or 0.0)
+        has_image = source["image_path"] and (scene.start_s or 0.0) <= (source["start_s"] or 0.0)
         yield {
             **{name: value for name, value in scene.scene.items() if name in _COLUMNS},
             "file_name": _relative(scene.path, output.parent),

@@ -10,7 +10,8 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from cogds.data.video.media import DecodeError, iter_frames, probe_image, read_frame, read_whole_image
+from cogds.data.video.frames import iter_frames, read_frame, read_whole_image
+from cogds.data.video.media import DecodeError, probe_image
 from cogds.prepare.cuts import CutDetector
 from cogds.prepare.scene import CutOptions, Scene, Source, SourceResult, evenly_spaced
 from cogds.prepare.scores import NUM_HASHES, TEXT_SIDE, mean_speed, picture_hash, sharpness, text_share

@@ -7,6 +7,7 @@ import logging
 import math
 import os
 from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
@@ -14,7 +15,7 @@ from cogds.config.loading import load_config
 from cogds.config.schema import DataConfig
 from cogds.distributed.collectives import on_all_ranks, on_rank0
 from cogds.distributed.process_group import connect, disconnect
-from cogds.distributed.world import read_world
+from cogds.distributed.world import World, read_world
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_file
 from cogds.formatting import counted, duration
@@ -39,33 +40,40 @@ NUM_SHOWN = 5
 def main(args: argparse.Namespace) -> None:
     """Cut, score and caption a dataset, and write the table of its clips."""
     check_libraries(args)
-    from cogds.prepare.cutting import cut_share  # needs the libraries
-
     cfg = load_config(args.config, args.overrides)[0]
     check_dataset(cfg.data, args)
-    output = Path(os.path.abspath(os.path.expanduser(args.output)))
-    options = CutOptions(
-        threshold=None if args.no_cuts else args.threshold,
-        min_s=args.min_scene,
-        max_s=args.max_scene or math.inf,
-        scores=args.scores,
-    )
-    caption_options = read_caption_options(args)
-    workers = Workers(cfg.data.num_workers, args.file_timeout, int(cfg.data.decode_memory_gb * 1e9))
+    request = read_request(cfg.data, args)
     world = read_world()
     StopRequest(find_launchers()).listen()  # results are kept
     if world.size > 1:
         connect(world, WAIT_S, cfg.network)
-    folder = on_rank0(world, partial(write_sources, cfg.data, output, options, world.size))
-    shares = on_all_ranks(world, partial(cut_share, folder, world.rank, options, workers))
+    prepare(cfg.data, request, world)
+    disconnect()
+
+
+@dataclass(frozen=True)
+class Request:
+    """What to prepare and how. captions: None: the sources' own captions are kept."""
+
+    output: Path
+    cut: CutOptions
+    captions: CaptionOptions | None
+    workers: Workers
+
+
+def prepare(data: DataConfig, request: Request, world: World) -> None:
+    """Prepare a dataset and write the table. Collective. Raises UserError if scenes could not be captioned."""
+    from cogds.prepare.cutting import cut_share  # imports the libraries of the extra
+
+    cut, workers, options = request.cut, request.workers, request.captions
+    folder = on_rank0(world, partial(write_sources, data, request.output, cut, world.size))
+    shares = on_all_ranks(world, partial(cut_share, folder, world.rank, cut, workers))
     failures = {key: reason for share in shares for key, reason in share.items()}
     outcomes: list[CaptionOutcome] = []
-    if caption_options:
-        write = partial(_write_caption_tasks, folder, failures, caption_options, world.size)
-        on_rank0(world, write)
-        outcomes = on_all_ranks(world, partial(caption_share, folder, world.rank, caption_options, workers))
-    on_rank0(world, partial(_finish, folder, output, failures, caption_options, options.scores))
-    disconnect()
+    if options:
+        on_rank0(world, partial(write_tasks, folder, options, world.size))
+        outcomes = on_all_ranks(world, partial(caption_share, folder, world.rank, options, workers))
+    on_rank0(world, partial(_finish, folder, request, failures))
     report_captions(outcomes)
 
 
@@ -85,8 +93,22 @@ def check_dataset(data: DataConfig, args: argparse.Namespace) -> None:
         raise UserError("data.path: not set. Pass a folder, list or table of videos: data.path=...")
 
 
-def read_caption_options(args: argparse.Namespace) -> CaptionOptions | None:
-    """The options of captioning; None if it is not asked for."""
+def read_request(data: DataConfig, args: argparse.Namespace) -> Request:
+    """The request of a command line. Raises UserError if its arguments contradict each other."""
+    return Request(
+        output=Path(os.path.abspath(os.path.expanduser(args.output))),
+        cut=CutOptions(
+            threshold=None if args.no_cuts else args.threshold,
+            min_s=args.min_scene,
+            max_s=args.max_scene or math.inf,
+            scores=args.scores,
+        ),
+        captions=_caption_options(args),
+        workers=Workers(data.num_workers, args.file_timeout, int(data.decode_memory_gb * 1e9)),
+    )
+
+
+def _caption_options(args: argparse.Namespace) -> CaptionOptions | None:
     if not args.caption_url:
         if args.caption_model:
             raise UserError("--caption-url: not set, but --caption-model is. Pass the URL of the endpoint too.")
@@ -104,27 +126,15 @@ def read_caption_options(args: argparse.Namespace) -> CaptionOptions | None:
     )
 
 
-def _write_caption_tasks(
-    folder: WorkFolder, failures: dict[bytes, str], options: CaptionOptions, num_ranks: int
-) -> None:
-    write_tasks(folder, collect(folder, failures).scenes, options, num_ranks)
-
-
-def _finish(
-    folder: WorkFolder,
-    output: Path,
-    failures: dict[bytes, str],
-    caption_options: CaptionOptions | None,
-    scores: Sequence[str],
-) -> None:
+def _finish(folder: WorkFolder, request: Request, failures: dict[bytes, str]) -> None:
     prepared = collect(folder, failures)
     captions = [scene.source["caption"] for scene in prepared.scenes]
-    if caption_options:
+    if request.captions:
         known = folder.read_results(CAPTIONS)
-        keys = [caption_key(scene, caption_options) for scene in prepared.scenes]
+        keys = [caption_key(scene, request.captions) for scene in prepared.scenes]
         captions = [known[key]["caption"] if key in known else None for key in keys]
-    num_duplicates = write_clips(output, prepared.scenes, captions, scores)
-    _summarize(prepared, num_duplicates, folder, output)
+    num_duplicates = write_clips(request.output, prepared.scenes, captions, request.cut.scores)
+    _summarize(prepared, num_duplicates, folder, request.output)
 
 
 def _summarize(prepared: Prepared, num_duplicates: int, folder: WorkFolder, output: Path) -> None:

@@ -33,7 +33,7 @@ def mean_speed(before: np.ndarray, after: np.ndarray, seconds: float) -> float:
 
 @functools.cache
 def _flow_finder() -> Any:
-    return cv2.DISOpticalFlow_create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
+    return cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_FAST)
 
 
 def sharpness(picture: np.ndarray) -> float:

@@ -32,7 +32,8 @@ def write_sources(data: DataConfig, output: Path, options: CutOptions, num_ranks
     folder.remove_temporary()
     folder.merge_results(SCENES)
     known = folder.read_results(SCENES)
-    rows = [_source(entry, options) for entry in iter_entries(data.path, data.columns, need_captions=False)]
+    columns = {str(name): column for name, column in data.columns.items()}
+    rows = [_source(entry, options) for entry in iter_entries(data.path, columns, need_captions=False)]
     todo = [row for row in rows if row["reason"] is None and row["key"] not in known]
     num_rows = Counter(row["path"] for row in todo)  # of a file of which each row has a part
     ranks = assign_by_cost([row["size"] / num_rows[row["path"]] for row in todo], num_ranks).tolist()

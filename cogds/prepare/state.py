@@ -101,7 +101,7 @@ class WorkFolder:
 
     def read_results(self, schema: pa.Schema) -> dict[bytes, dict[str, Any]]:
         """The results of all runs by key."""
-        results = {}
+        results: dict[bytes, dict[str, Any]] = {}
         for file in self.result_files(schema):
             table = read_table(file)
             if table is not None and table.schema.equals(schema):  # else of another version

@@ -37,6 +37,14 @@ _COLUMNS = {
 _SCORE_OF = dict(zip(("motion", "sharpness", "text_share", "duplicate_of"), SCORES))
 
 
+def is_prepared(file: Path) -> bool:
+    """Whether a file is a table that `write_clips` wrote."""
+    try:
+        return MARK in (pq.read_schema(file).metadata or {})
+    except (OSError, pa.ArrowInvalid):
+        return False
+
+
 @dataclass(frozen=True)
 class PreparedScene:
     """A scene and its source. source: a row of state.SOURCE_SCHEMA; scene: its columns in state.SCENES."""

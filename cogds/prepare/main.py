@@ -95,6 +95,8 @@ def check_dataset(data: DataConfig, args: argparse.Namespace) -> None:
 
 def read_request(data: DataConfig, args: argparse.Namespace) -> Request:
     """The request of a command line. Raises UserError if its arguments contradict each other."""
+    if args.max_scene is not None and args.max_scene < args.min_scene:
+        raise UserError(f"--max-scene: {args.max_scene:g} s is below --min-scene, {args.min_scene:g} s. Raise it.")
     return Request(
         output=Path(os.path.abspath(os.path.expanduser(args.output))),
         cut=CutOptions(

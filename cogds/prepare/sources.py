@@ -11,6 +11,7 @@ from cogds.config.schema import DataConfig
 from cogds.core.load_balance import assign_by_cost
 from cogds.data.manifest.layouts import Entry, iter_entries
 from cogds.errors import UserError
+from cogds.prepare.clip_table import is_prepared
 from cogds.prepare.scene import CutOptions
 from cogds.prepare.state import SCENES, SOURCE_SCHEMA, WorkFolder, write_table
 
@@ -49,6 +50,10 @@ def _check_output(data: DataConfig, output: Path) -> None:
         raise UserError(f"--output: {output} is the list to prepare. Choose another file.")
     if output.suffix.lower() != ".parquet":
         raise UserError(f"--output: {output} is not a .parquet file. Choose another name.")
+    if output.exists() and not is_prepared(output):
+        raise UserError(
+            f"--output: {output} is no table of `cogds prepare` and would be replaced. Choose another file."
+        )
     if source.is_dir() and source in output.parents:
         raise UserError(
             f"--output: {output} is in the dataset's folder, which would then be read as this table. Choose another "

@@ -108,6 +108,7 @@ def test_of_a_damaged_film_the_scenes_before_the_damage_are_used(tmp_path):
         read_clip(path, ClipShape(95, HEIGHT, WIDTH), 25)  # the film is damaged indeed
 
 
+@pytest.mark.slow
 def test_the_cuts_of_a_real_film(real_clips):
     # Hard cuts that a person sees in this film, and no others.
     result = find_scenes(Source(str(real_clips / "bikes.mp4"), "video"), ONLY_CUTS)

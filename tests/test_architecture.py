@@ -12,7 +12,7 @@ FILES = sorted([*ROOT.glob("cogds/**/*.py"), *ROOT.glob("launch/*.py")])
 
 PURE = {"errors", "files", "formatting", "config", "core"}
 RANKS = {"process", "distributed"}
-DATA = {"data/manifest", "data/video", "data/cache", "data/loading"}
+DATA = {"data/storage", "data/manifest", "data/video", "data/cache", "data/loading"}
 MODEL = {"model", "model/lora", "model/transformer"}
 TRAINING = {"engine", "metrics", "job", "encode"}
 # What each package, or module directly in cogds/, may import besides itself.
@@ -25,9 +25,10 @@ MAY_IMPORT = {
     "core": {"errors", "formatting"},
     "process": {"errors", "files"},
     "distributed": {"errors", "config", "process"},
-    "data/video": {"errors", "files", "core"},
-    "data/cache": {"errors", "files", "process"},
-    "data/manifest": {"errors", "files", "core", "process", "data/video"},
+    "data/video": {"errors", "files", "core", "data/storage"},
+    "data/storage": {"errors"},
+    "data/cache": {"errors", "files", "process", "data/storage"},
+    "data/manifest": {"errors", "files", "core", "process", "data/storage", "data/video"},
     "data/loading": {"errors", "files", "core", "process", "data/cache"},
     "model/transformer": {"errors", "core", "process"},
     "model": {"errors", "files", "core", "model/transformer"},
@@ -40,7 +41,7 @@ MAY_IMPORT = {
     "card": {"errors", "core", "process", "arguments"},
     "job": {*PURE, *MODEL, "data/cache", "distributed", "demo"},
     "encode": {*PURE, *RANKS, *DATA, "model", "job"},
-    "prepare": {*PURE, *RANKS, "data/manifest", "data/video", "arguments"},
+    "prepare": {*PURE, *RANKS, "data/storage", "data/manifest", "data/video", "arguments"},
     "report": {*PURE, *RANKS, "data/video", "model", "job", "encode", "metrics"},
     "videos": {"errors", "core", "distributed", "data/video", "model"},
     "train": {*PURE, *RANKS, *DATA, *MODEL, *TRAINING, "version", "report", "videos", "card"},
@@ -57,6 +58,7 @@ IMPORTERS = {
     "deepspeed": ("cogds/engine/", "cogds/distributed/", "cogds/config/deepspeed.py"),
     "decord": ("cogds/data/video/media.py",),
     "av": ("cogds/data/video/",),
+    "fsspec": ("cogds/data/storage/access.py",),
     "peft": ("cogds/model/",),
     "torchao": ("cogds/model/transformer/quantize.py",),
     "bitsandbytes": ("cogds/model/transformer/quantize.py",),

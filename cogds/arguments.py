@@ -237,7 +237,12 @@ def _encode(parser: argparse.ArgumentParser) -> None:
 
 def _prepare(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("--output", metavar="CLIPS.parquet", required=True, help="table of clips to write, for data.path")
+    add(
+        "--output",
+        metavar="CLIPS.parquet",
+        default="clips.parquet",
+        help="table of clips to write, for data.path (clips.parquet)",
+    )
     add("--no-cuts", action="store_true", help="take each video as one scene")
     add(
         "--threshold",

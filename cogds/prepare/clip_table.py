@@ -98,8 +98,8 @@ def collect(folder: WorkFolder, failures: Mapping[bytes, str] = MappingProxyType
         prepared.scenes += [PreparedScene(source, scene) for scene in result["scenes"]]
         prepared.num_short += result.get("num_short") or 0
         prepared.source_s += result.get("duration_s") or 0.0
-        if result["reason"]:
-            prepared.unusable.append((source["path"], result["reason"]))
+        reasons = (result["reason"], source["caption_error"] and f"its caption is left out: {source['caption_error']}")
+        prepared.unusable += [(source["path"], reason) for reason in reasons if reason]
     return prepared
 
 

@@ -157,7 +157,7 @@ def _summarize(prepared: Prepared, num_duplicates: int, folder: WorkFolder, outp
                 file.write(json.dumps({"path": path, "reason": reason}) + "\n")
         for path, reason in prepared.unusable[:NUM_SHOWN]:
             logger.warning("%s: %s", path, reason)
-        logger.warning("%s damaged or unusable, see %s", counted(len(prepared.unusable), "file"), folder.unusable)
+        logger.warning("%s, see %s", counted(len(prepared.unusable), "problem"), folder.unusable)
     logger.log(RESULT, f"table: {output}")
 
 

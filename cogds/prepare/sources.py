@@ -1,15 +1,18 @@
 """The sources of a preparation: the rows of the dataset, what is known about each, and which rank prepares it."""
 
 import hashlib
-import os
 from collections import Counter
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cogds.config.schema import DataConfig
 from cogds.core.load_balance import assign_by_cost
 from cogds.data.manifest.layouts import Entry, iter_entries
+from cogds.data.storage.access import stamp
+from cogds.data.storage.location import absolute
 from cogds.errors import UserError
 from cogds.prepare.clip_table import is_prepared
 from cogds.prepare.scene import CutOptions
@@ -17,6 +20,7 @@ from cogds.prepare.state import SCENES, SOURCE_SCHEMA, WorkFolder, write_table
 
 # Part of every key: changes when the same source would be cut or scored differently by another version.
 _VERSION = 1
+_NUM_THREADS = 16  # on a network file system or a server, checking a file is mostly waiting
 
 
 def write_sources(data: DataConfig, output: Path, options: CutOptions, num_ranks: int) -> WorkFolder:
@@ -34,8 +38,11 @@ def write_sources(data: DataConfig, output: Path, options: CutOptions, num_ranks
     folder.merge_results(SCENES)
     known = folder.read_results(SCENES)
     columns = {str(name): column for name, column in data.columns.items()}
-    rows = [_source(entry, options) for entry in iter_entries(data.path, columns, need_captions=False)]
-    todo = [row for row in rows if row["reason"] is None and row["key"] not in known]
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        entries = iter_entries(data.path, columns, need_captions=False)
+        rows = list(threads.map(partial(_source, options=options), entries))
+    # A list may name the same source twice.
+    todo = list({row["key"]: row for row in rows if row["reason"] is None and row["key"] not in known}.values())
     num_rows = Counter(row["path"] for row in todo)  # of a file of which each row has a part
     ranks = assign_by_cost([row["size"] / num_rows[row["path"]] for row in todo], num_ranks).tolist()
     for row, rank in zip(todo, ranks):
@@ -45,7 +52,7 @@ def write_sources(data: DataConfig, output: Path, options: CutOptions, num_ranks
 
 
 def _check_output(data: DataConfig, output: Path) -> None:
-    source = Path(os.path.abspath(os.path.expanduser(data.path)))
+    source = Path(absolute(data.path))
     if output == source:
         raise UserError(f"--output: {output} is the list to prepare. Choose another file.")
     if output.suffix.lower() != ".parquet":
@@ -62,18 +69,23 @@ def _check_output(data: DataConfig, output: Path) -> None:
 
 
 def _source(entry: Entry, options: CutOptions) -> dict[str, Any]:
-    row = {name: getattr(entry, name) for name in ("path", "kind", "start_s", "end_s", "caption", "image_path")}
+    names = ("path", "kind", "start_s", "end_s", "caption", "caption_error", "image_path")
+    row = {name: getattr(entry, name) for name in names}
     row |= {"size": 0, "file_key": None, "key": None, "rank": -1, "reason": None}
     try:
-        status = os.stat(entry.path)
+        (entry.caption or "").encode()
+    except UnicodeEncodeError:
+        row |= {"caption": None, "caption_error": "it holds half of a surrogate pair, which is not a character"}
+    try:
         entry.path.encode()
-    except (OSError, ValueError) as error:
+        size, version = stamp(entry.path)
+    except (OSError, ValueError) as error:  # a name that is not UTF-8 or has a null character is a ValueError
         reason = getattr(error, "strerror", None) or str(error)
         return row | {"path": entry.path.encode(errors="backslashreplace").decode(), "reason": reason}
     # A changed file has other keys.
-    file_key = _digest(row["path"], status.st_size, status.st_mtime_ns)
+    file_key = _digest(row["path"], size, version)
     key = _digest(file_key, row["kind"], row["start_s"], row["end_s"], sorted(asdict(options).items()), _VERSION)
-    return row | {"size": status.st_size, "file_key": file_key, "key": key}
+    return row | {"size": size, "file_key": file_key, "key": key}
 
 
 def _digest(*parts: Any) -> bytes:

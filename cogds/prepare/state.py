@@ -27,6 +27,7 @@ SOURCE_SCHEMA = pa.schema(
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("caption", pa.string()),
+        ("caption_error", pa.string()),
         ("image_path", pa.string()),
         ("size", pa.int64()),
         ("file_key", pa.binary(16)),

@@ -124,11 +124,12 @@ def test_copies_are_marked_with_the_first_of_them(films, tmp_path):
 def test_unusable_files_are_listed_and_the_others_prepared(films, tmp_path, capsys):
     (films / "bad.mp4").write_bytes(b"no video")
     (films / "empty.mp4").touch()
+    (films / "c.txt").write_bytes(b"caf\xe9")
     rows = run(films, tmp_path / "clips.parquet")
     assert len(rows) == 5
     lines = (tmp_path / "clips.parquet.work/unusable.jsonl").read_text().splitlines()
-    assert [os.path.basename(json.loads(line)["path"]) for line in lines] == ["bad.mp4", "empty.mp4"]
-    assert "2 files" in capsys.readouterr().err
+    assert [os.path.basename(json.loads(line)["path"]) for line in lines] == ["bad.mp4", "c.png", "empty.mp4"]
+    assert "3 problems" in capsys.readouterr().err
 
 
 def test_captions_replace_text_and_are_asked_for_once(films, tmp_path):

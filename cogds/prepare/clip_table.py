@@ -47,8 +47,15 @@ def is_prepared(file: Path) -> bool:
 
 @dataclass(frozen=True)
 class PreparedScene:
-    """A scene and its source. source: a row of state.SOURCE_SCHEMA; scene: its columns in state.SCENES."""
+    """A scene and its source.
 
+    Attributes:
+        row: number of the source in the dataset.
+        source: its columns (state.SOURCE_SCHEMA).
+        scene: columns of the scene (state.SCENES).
+    """
+
+    row: int
     source: Mapping[str, Any]
     scene: Mapping[str, Any]
 
@@ -93,9 +100,9 @@ def collect(folder: WorkFolder, failures: Mapping[bytes, str] = MappingProxyType
     table, known = read_table(folder.sources), folder.read_results(SCENES)
     assert table is not None
     prepared = Prepared([], len(table), 0, 0.0, [])
-    for source in table.to_pylist():
+    for row, source in enumerate(table.to_pylist()):
         result = known.get(source["key"], {"scenes": [], "reason": source["reason"] or failures.get(source["key"])})
-        prepared.scenes += [PreparedScene(source, scene) for scene in result["scenes"]]
+        prepared.scenes += [PreparedScene(row, source, scene) for scene in result["scenes"]]
         prepared.num_short += result.get("num_short") or 0
         prepared.source_s += result.get("duration_s") or 0.0
         reasons = (result["reason"], source["caption_error"] and f"its caption is left out: {source['caption_error']}")
@@ -104,30 +111,34 @@ def collect(folder: WorkFolder, failures: Mapping[bytes, str] = MappingProxyType
 
 
 def write_clips(
-    output: Path, scenes: Sequence[PreparedScene], captions: Sequence[str | None], scores: Sequence[str]
+    output: Path, prepared: Prepared, captions: Sequence[str | None], scores: Sequence[str], extras: pa.Table
 ) -> int:
-    """Write the table and return the number of near duplicates. captions: of the scenes."""
+    """Write the table and return the number of near duplicates.
+
+    captions: of the scenes. extras: other columns of the sources, which are kept unless this table has its own.
+    """
+    scenes = prepared.scenes
     rows = list(_rows(output, scenes, captions))
-    num_duplicates = 0
     if "duplicates" in scores:
         originals = find_duplicates([scene.scene["hashes"] for scene in scenes], [scene.length_s for scene in scenes])
         for row, original in zip(rows, originals):
-            if original is not None:
-                row["duplicate_of"] = _name(rows[original])
-                num_duplicates += 1
-    schema = pa.schema(
-        [(name, kind) for name, kind in _COLUMNS.items() if name not in _SCORE_OF or _SCORE_OF[name] in scores],
-        metadata={MARK: b"1"},
-    )
+            row["duplicate_of"] = None if original is None else _name(rows[original])
+    table = pa.Table.from_pylist(rows, pa.schema(_COLUMNS))
+    not_computed = [name for name, score in _SCORE_OF.items() if score not in scores]
+    table = table.drop_columns([name for name in not_computed if table.column(name).null_count == len(table)])
+    kept = extras.take(pa.array([scene.row for scene in scenes], pa.int64()))
+    for name in kept.column_names:
+        if name not in table.column_names:
+            table = table.append_column(name, kept.column(name))
     try:
         with whole_file(output) as partial:
-            pq.write_table(pa.Table.from_pylist(rows, schema), partial, compression="zstd")
+            pq.write_table(table.replace_schema_metadata({MARK: b"1"}), partial, compression="zstd")
     except OSError as error:
         raise UserError(
             f"--output: cannot write {output} ({error.strerror or error}). Free some space there, or choose another "
             "folder."
         ) from None
-    return num_duplicates
+    return sum(row["duplicate_of"] is not None for row in rows) if "duplicates" in scores else 0
 
 
 def _rows(output: Path, scenes: Sequence[PreparedScene], captions: Sequence[str | None]) -> Iterator[dict[str, Any]]:
@@ -136,7 +147,9 @@ def _rows(output: Path, scenes: Sequence[PreparedScene], captions: Sequence[str 
         # A conditioning image is the first frame of the whole source.
         has_image = source["image_path"] and (scene.start_s or 0.0) <= (source["start_s"] or 0.0)
         yield {
-            **{name: value for name, value in scene.scene.items() if name in _COLUMNS},
+            **{name: source[name] for name in ("motion", "duplicate_of")},
+            **{name: value for name, value in scene.scene.items() if name in _COLUMNS and value is not None},
+            "start_s": scene.start_s,
             "file_name": _relative(scene.path, output.parent),
             "type": source["kind"],
             "image": _relative(source["image_path"], output.parent) if has_image else None,

@@ -24,7 +24,7 @@ from cogds.prepare.captions import DEFAULT_PROMPT, CaptionOptions
 from cogds.prepare.clip_table import Prepared, collect, write_clips
 from cogds.prepare.scene import CutOptions
 from cogds.prepare.sources import write_sources
-from cogds.prepare.state import CAPTIONS, WorkFolder
+from cogds.prepare.state import CAPTIONS, WorkFolder, read_table
 from cogds.prepare.workers import Workers
 from cogds.process.environment import openai_api_key
 from cogds.process.logs import RESULT
@@ -135,7 +135,9 @@ def _finish(folder: WorkFolder, request: Request, failures: dict[bytes, str]) ->
         known = folder.read_results(CAPTIONS)
         keys = [caption_key(scene, request.captions) for scene in prepared.scenes]
         captions = [known[key]["caption"] if key in known else None for key in keys]
-    num_duplicates = write_clips(request.output, prepared.scenes, captions, request.cut.scores)
+    extras = read_table(folder.extras)
+    assert extras is not None
+    num_duplicates = write_clips(request.output, prepared, captions, request.cut.scores, extras)
     _summarize(prepared, num_duplicates, folder, request.output)
 
 

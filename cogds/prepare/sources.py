@@ -16,7 +16,7 @@ from cogds.data.storage.location import absolute
 from cogds.errors import UserError
 from cogds.prepare.clip_table import is_prepared
 from cogds.prepare.scene import CutOptions
-from cogds.prepare.state import SCENES, SOURCE_SCHEMA, WorkFolder, write_table
+from cogds.prepare.state import SCENES, SOURCE_SCHEMA, WorkFolder, write_extras, write_table
 
 # Part of every key: changes when the same source would be cut or scored differently by another version.
 _VERSION = 1
@@ -39,7 +39,7 @@ def write_sources(data: DataConfig, output: Path, options: CutOptions, num_ranks
     known = folder.read_results(SCENES)
     columns = {str(name): column for name, column in data.columns.items()}
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        entries = iter_entries(data.path, columns, need_captions=False)
+        entries = list(iter_entries(data.path, columns, need_captions=False, keep_extras=True))
         rows = list(threads.map(partial(_source, options=options), entries))
     # A list may name the same source twice.
     todo = list({row["key"]: row for row in rows if row["reason"] is None and row["key"] not in known}.values())
@@ -48,6 +48,7 @@ def write_sources(data: DataConfig, output: Path, options: CutOptions, num_ranks
     for row, rank in zip(todo, ranks):
         row["rank"] = rank
     write_table(folder.sources, SOURCE_SCHEMA, rows)
+    write_extras(folder, [entry.extras or {} for entry in entries])
     return folder
 
 
@@ -69,7 +70,7 @@ def _check_output(data: DataConfig, output: Path) -> None:
 
 
 def _source(entry: Entry, options: CutOptions) -> dict[str, Any]:
-    names = ("path", "kind", "start_s", "end_s", "caption", "caption_error", "image_path")
+    names = ("path", "kind", "start_s", "end_s", "caption", "caption_error", "image_path", "motion", "duplicate_of")
     row = {name: getattr(entry, name) for name in names}
     row |= {"size": 0, "file_key": None, "key": None, "rank": -1, "reason": None}
     try:

@@ -5,9 +5,11 @@ all runs. They are kept after the table is written: another caption model does n
 write at the same time, because each has files of its own.
 """
 
+import json
+import re
 import time
 import uuid
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -29,6 +31,8 @@ SOURCE_SCHEMA = pa.schema(
         ("caption", pa.string()),
         ("caption_error", pa.string()),
         ("image_path", pa.string()),
+        ("motion", pa.float64()),
+        ("duplicate_of", pa.string()),
         ("size", pa.int64()),
         ("file_key", pa.binary(16)),
         ("key", pa.binary(16)),
@@ -83,6 +87,11 @@ class WorkFolder:
         return self.path / "sources.arrow"
 
     @property
+    def extras(self) -> Path:
+        """The other columns of the dataset's table, one row for each source."""
+        return self.path / "extras.arrow"
+
+    @property
     def tasks(self) -> Path:
         return self.path / "tasks.arrow"
 
@@ -127,16 +136,43 @@ def _kind(schema: pa.Schema) -> str:
     return schema.metadata[b"kind"].decode()
 
 
-def write_table(file: Path, schema: pa.Schema, rows: list[dict[str, Any]]) -> None:
+def write_table(file: Path, schema: pa.Schema, rows: list[dict[str, Any]] | pa.Table) -> None:
     """Write a table of the work folder. Raises UserError if it cannot be written."""
+    table = rows if isinstance(rows, pa.Table) else pa.Table.from_pylist(rows, schema)
     try:
         with whole_file(file) as partial, pa.ipc.new_file(str(partial), schema) as writer:
-            writer.write_table(pa.Table.from_pylist(rows, schema))
+            writer.write_table(table)
     except OSError as error:
         reason = error.strerror or str(error).splitlines()[0]
         raise UserError(
             f"--output: cannot write {file} ({reason}). Free some space there, or choose another folder."
         ) from None
+
+
+def write_extras(folder: WorkFolder, rows: Sequence[Mapping[str, Any]]) -> None:
+    """Write the other columns of the sources. Values that do not fit into one column type become text."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    columns = {name: _column([row.get(name) for row in rows]) for name in names}
+    table = pa.table(columns) if columns else pa.table({"": pa.nulls(len(rows))}).select([])
+    write_table(folder.extras, table.schema, table)
+
+
+def _column(values: list[Any]) -> pa.Array:
+    if all(isinstance(value, str | None) for value in values) and any(values):
+        numbers = [_number(value) for value in values]
+        if all((number is None) == (not value) for number, value in zip(numbers, values)):
+            return pa.array(numbers)  # of a CSV file, whose cells are all texts
+    try:
+        return pa.array(values)
+    except (pa.ArrowException, UnicodeEncodeError):
+        return pa.array([None if value is None else json.dumps(value, default=str) for value in values])
+
+
+def _number(text: str | None) -> float | int | None:
+    """The number that a text is; None for other texts, also for 007, which may be a name."""
+    if text is None or not re.fullmatch(r"-?(0|[1-9]\d{0,14})(\.\d+)?([eE][+-]?\d{1,2})?", text):
+        return None
+    return int(text) if re.fullmatch(r"-?\d+", text) else float(text)
 
 
 def read_table(file: Path) -> pa.Table | None:

@@ -188,6 +188,40 @@ def test_ranges_of_a_table_are_cut_and_conditioning_images_stay_with_the_first_s
     ]
 
 
+def test_the_other_columns_of_a_table_are_kept(films, tmp_path):
+    lines = [
+        {"clip": "a.mp4", "alt": "x", "aesthetic": 5.5, "source": {"id": 1}, "sharpness": 1.0, "mixed": 1},
+        {"clip": "more/b.mp4", "alt": None, "aesthetic": None, "tags": ["a", "b"], "mixed": "two"},
+    ]
+    (films / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    columns = "data.columns={path: clip, caption: alt}"
+    rows = run(films, tmp_path / "clips.parquet", columns)
+    assert [row["aesthetic"] for row in rows] == [5.5, 5.5, 5.5, None]
+    assert [row["source"] for row in rows] == [{"id": 1}] * 3 + [None]
+    assert [row["tags"] for row in rows] == [None] * 3 + [["a", "b"]]
+    assert [row["mixed"] for row in rows] == ["1"] * 3 + ['"two"']
+    assert [row["sharpness"] for row in rows] == [1.0] * 3 + [None]  # not computed, so kept
+    assert not {"clip", "alt"} & rows[0].keys()
+    rows = run(films, tmp_path / "clips.parquet", columns, "--scores=sharpness")
+    assert all(row["sharpness"] not in (None, 1.0) for row in rows)
+
+
+def test_numbers_of_a_csv_are_numbers_and_names_are_not(films, tmp_path):
+    (films / "metadata.csv").write_text("file_name,score,id,empty\na.mp4,0.25,007,\nmore/b.mp4,-3,008,\n")
+    rows = run(films, tmp_path / "clips.parquet", "--no-cuts")
+    assert [(row["score"], row["id"]) for row in rows] == [(0.25, "007"), (-3, "008")]
+
+
+def test_a_prepared_table_can_be_captioned_later_and_keeps_its_scores(films, tmp_path):
+    first, second = tmp_path / "clips.parquet", tmp_path / "captioned.parquet"
+    shutil.copy(films / "more/b.mp4", films / "more/copy.mp4")
+    before = run(films, first, "--scores=motion,sharpness,duplicates")
+    with serve(reply("A film.")) as endpoint:
+        after = run(first, second, *caption_words(endpoint, "--no-cuts", "--scores=none"))
+    assert any(row["duplicate_of"] for row in before)
+    assert [row | {"text": "A film."} for row in before] == after
+
+
 @pytest.mark.parametrize(
     "path, output, key",
     [

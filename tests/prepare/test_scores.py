@@ -7,6 +7,7 @@ from PIL import Image, ImageDraw, ImageFilter, ImageFont
 
 from cogds.data.video.frames import read_frame
 from cogds.prepare.scores import mean_speed, picture_hash, sharpness, text_share
+from cogds.report.quality import HARDLY_MOVES
 from tests.prepare.films import scene
 
 
@@ -24,7 +25,7 @@ def test_noise_of_a_still_picture_is_hardly_motion():
     picture = scene(1, 1)[0].astype(np.float32)
     noise = np.random.default_rng(0).normal(0, 3, (2, *picture.shape))
     before, after = np.clip(picture + noise, 0, 255).astype(np.uint8)
-    assert mean_speed(before, after, 1 / 8) < 0.005
+    assert mean_speed(before, after, 1 / 8) < HARDLY_MOVES / 2
 
 
 def test_blur_lowers_sharpness():

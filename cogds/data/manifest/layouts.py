@@ -40,7 +40,11 @@ _COLUMN_NAMES: dict[str, tuple[str, ...]] = {
     "image": ("image",),
     "start_s": ("start_s",),
     "end_s": ("end_s",),
+    "motion": ("motion",),
+    "duplicate_of": ("duplicate_of",),
 }
+# Scores that other tools may write in other forms. Such values are ignored.
+_SCORES = ("motion", "duplicate_of")
 _LIST_NAMES = ("metadata.jsonl", "metadata.csv", "videos.txt")
 _CAPTIONS_PER_BATCH = 1024
 _NUM_CAPTION_THREADS = 16  # a network file system is slow, but serves many small reads at once
@@ -57,6 +61,8 @@ class Entry(NamedTuple):
         caption_error: why the caption cannot be read.
         start_s, end_s: the clip's range in the file, in seconds after its first frame; None means the beginning and
             the end of the file.
+        motion, duplicate_of: scores of `cogds prepare`.
+        extras: the other columns of the clip's row in a table, if asked for.
     """
 
     path: str
@@ -66,10 +72,16 @@ class Entry(NamedTuple):
     caption_error: str | None = None
     start_s: float | None = None
     end_s: float | None = None
+    motion: float | None = None
+    duplicate_of: str | None = None
+    extras: Mapping[str, Any] | None = None
 
 
 def iter_entries(
-    data_path: str | Path, columns: Mapping[str, str] | None = None, need_captions: bool = True
+    data_path: str | Path,
+    columns: Mapping[str, str] | None = None,
+    need_captions: bool = True,
+    keep_extras: bool = False,
 ) -> Iterator[Entry]:
     """Yield the entries of a dataset, in the order of its list, or sorted by path for a folder of clips.
 
@@ -82,6 +94,7 @@ def iter_entries(
         columns: our column names (path, caption, kind, image, start_s, end_s) -> the table's. By default `file_name`,
             `file_path` or `path`; `text` or `caption`; `type` or `kind`; and our names for the rest.
         need_captions: whether a table without captions is an error.
+        keep_extras: read the other columns of tables too.
 
     Raises:
         UserError: the path, the layout or a list is wrong.
@@ -94,7 +107,7 @@ def iter_entries(
         names = ", ".join(file.name for file in lists)
         raise UserError(f"data.path: {path} holds several lists of clips: {names}. Set data.path to the one to use.")
     if lists:
-        yield from _read_lists(lists, _Columns(columns or {}, need_captions))
+        yield from _read_lists(lists, _Columns(columns or {}, need_captions, keep_extras))
     else:
         yield from _read_folder(path)
 
@@ -133,6 +146,7 @@ class _Columns:
 
     given: Mapping[str, str]
     need_captions: bool
+    keep_extras: bool = False
 
     def find(self, available: Iterable[Any], path_name: str) -> dict[str, str]:
         """Map our column names to those of a table that has them. Raises _BadRowError if a needed one is missing.
@@ -162,7 +176,15 @@ class _Columns:
         """The entry of a row that names its columns."""
         if not isinstance(row, dict):
             raise _BadRowError(f"a {type(row).__name__}. Write an object with {path_name} and text.")
-        return _entry(folder, {ours: row[theirs] for ours, theirs in self.find(row, path_name).items()})
+        names = self.find(row, path_name)
+        entry = _entry(folder, {ours: row[theirs] for ours, theirs in names.items()})
+        return entry._replace(extras=_extras(row, names)) if self.keep_extras else entry
+
+
+def _extras(row: Mapping[str, Any], names: Mapping[str, str]) -> dict[str, Any]:
+    """The columns of a row that are none of ours. names: our column names -> the table's."""
+    used = set(names.values())
+    return {str(name): value for name, value in row.items() if name not in used}
 
 
 def _read_lists(paths: Sequence[Path], columns: _Columns) -> Iterator[Entry]:
@@ -351,10 +373,12 @@ def _read_parquet(path: Path, columns: _Columns) -> Iterator[Entry]:
             names = columns.find(schema.names, "file_name")
             for ours, theirs in names.items():
                 _check_type(schema.field(theirs).type, ours, theirs)
-            for batch in table.iter_batches(8192, columns=list(names.values())):
-                for values in zip(*(batch.column(theirs).to_pylist() for theirs in names.values())):
+            for batch in table.iter_batches(8192, columns=None if columns.keep_extras else list(names.values())):
+                rows = batch.to_pylist() if columns.keep_extras else itertools.repeat(None)
+                for row, *values in zip(rows, *(batch.column(theirs).to_pylist() for theirs in names.values())):
                     number += 1
-                    yield _entry(folder, dict(zip(names, values)))
+                    entry = _entry(folder, dict(zip(names, values)))
+                    yield entry if row is None else entry._replace(extras=_extras(row, names))
     except _BadRowError as error:
         raise UserError(f"{path}: {f'row {number}: ' if number else ''}{error}") from None
     except (OSError, pa.ArrowException) as error:
@@ -363,6 +387,8 @@ def _read_parquet(path: Path, columns: _Columns) -> Iterator[Entry]:
 
 
 def _check_type(kind: pa.DataType, ours: str, theirs: str) -> None:
+    if ours in _SCORES:
+        return
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
     if ours in ("start_s", "end_s"):
@@ -393,7 +419,18 @@ def _entry(folder: Path, row: Mapping[str, Any]) -> Entry:
         image_path=os.path.join(folder, image.strip()) if image and image.strip() else None,
         start_s=start_s,
         end_s=end_s,
+        motion=_score(row.get("motion")),
+        duplicate_of=duplicate if isinstance(duplicate := row.get("duplicate_of"), str) and duplicate else None,
     )
+
+
+def _score(value: Any) -> float | None:
+    """The number in a cell, None if there is none."""
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError):
+        return None
+    return score if math.isfinite(score) else None
 
 
 def _seconds(value: Any, name: str) -> float | None:

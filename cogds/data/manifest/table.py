@@ -22,7 +22,8 @@ from cogds.files import whole_file
 
 ROWS_PER_BATCH = 1 << 16
 
-# status: "ok", or "unusable" with the reason. image_*: the clip's conditioning image, if one is given.
+# status: "ok", or "unusable" with the reason. motion, duplicate_of: from a table of `cogds prepare`, else null.
+# image_*: the clip's conditioning image, if one is given.
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -41,6 +42,8 @@ SCHEMA = pa.schema(
         ("image_path", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("motion", pa.float64()),
+        ("duplicate_of", pa.string()),
         ("set", pa.int16()),
         ("digest", pa.binary(16)),
         ("image_digest", pa.binary(16)),

@@ -33,6 +33,7 @@ _COLUMNS = {
     "text_share": pa.float64(),
     "duplicate_of": pa.string(),
 }
+_NOT_PREPARED = "it was not prepared: start again"
 # Column -> the score without which the table does not have it.
 _SCORE_OF = dict(zip(("motion", "sharpness", "text_share", "duplicate_of"), SCORES))
 
@@ -101,7 +102,8 @@ def collect(folder: WorkFolder, failures: Mapping[bytes, str] = MappingProxyType
     assert table is not None
     prepared = Prepared([], len(table), 0, 0.0, [])
     for row, source in enumerate(table.to_pylist()):
-        result = known.get(source["key"], {"scenes": [], "reason": source["reason"] or failures.get(source["key"])})
+        unknown = source["reason"] or failures.get(source["key"]) or _NOT_PREPARED
+        result = known.get(source["key"], {"scenes": [], "reason": unknown})
         prepared.scenes += [PreparedScene(row, source, scene) for scene in result["scenes"]]
         prepared.num_short += result.get("num_short") or 0
         prepared.source_s += result.get("duration_s") or 0.0

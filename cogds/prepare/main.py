@@ -15,6 +15,7 @@ from cogds.config.loading import load_config
 from cogds.config.schema import DataConfig
 from cogds.distributed.collectives import on_all_ranks, on_rank0
 from cogds.distributed.process_group import connect, disconnect
+from cogds.distributed.run_lock import hold_run_lock
 from cogds.distributed.world import World, read_world
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_file
@@ -23,7 +24,7 @@ from cogds.prepare.captioning import CaptionOutcome, caption_key, caption_share,
 from cogds.prepare.captions import DEFAULT_PROMPT, CaptionOptions
 from cogds.prepare.clip_table import Prepared, collect, write_clips
 from cogds.prepare.scene import CutOptions
-from cogds.prepare.sources import write_sources
+from cogds.prepare.sources import make_work_folder, write_sources
 from cogds.prepare.state import CAPTIONS, WorkFolder, read_table
 from cogds.prepare.workers import Workers
 from cogds.process.environment import openai_api_key
@@ -63,10 +64,17 @@ class Request:
 
 def prepare(data: DataConfig, request: Request, world: World) -> None:
     """Prepare a dataset and write the table. Collective. Raises UserError if scenes could not be captioned."""
+    folder = on_rank0(world, partial(make_work_folder, data, request.output))
+    with hold_run_lock(world, folder.path, key="--output"):
+        outcomes = _prepare(data, request, world, folder)
+    report_captions(outcomes)
+
+
+def _prepare(data: DataConfig, request: Request, world: World, folder: WorkFolder) -> list[CaptionOutcome]:
     from cogds.prepare.cutting import cut_share  # imports the libraries of the extra
 
     cut, workers, options = request.cut, request.workers, request.captions
-    folder = on_rank0(world, partial(write_sources, data, request.output, cut, world.size))
+    on_rank0(world, partial(write_sources, folder, data, cut, world.size))
     shares = on_all_ranks(world, partial(cut_share, folder, world.rank, cut, workers))
     failures = {key: reason for share in shares for key, reason in share.items()}
     outcomes: list[CaptionOutcome] = []
@@ -74,7 +82,7 @@ def prepare(data: DataConfig, request: Request, world: World) -> None:
         on_rank0(world, partial(write_tasks, folder, options, world.size))
         outcomes = on_all_ranks(world, partial(caption_share, folder, world.rank, options, workers))
     on_rank0(world, partial(_finish, folder, request, failures))
-    report_captions(outcomes)
+    return outcomes
 
 
 def check_libraries(args: argparse.Namespace) -> None:

@@ -23,17 +23,22 @@ _VERSION = 1
 _NUM_THREADS = 16  # on a network file system or a server, checking a file is mostly waiting
 
 
-def write_sources(data: DataConfig, output: Path, options: CutOptions, num_ranks: int) -> WorkFolder:
-    """List the dataset into the work folder of a table, and deal the sources that are not known yet to the ranks.
-
-    Raises UserError if the dataset cannot be read or the table must not be written.
-    """
+def make_work_folder(data: DataConfig, output: Path) -> WorkFolder:
+    """Create the work folder of a table. Raises UserError if the table must not or cannot be written."""
     _check_output(data, output)
     folder = WorkFolder(output.with_name(f"{output.name}.work"))
     try:
         folder.path.mkdir(parents=True, exist_ok=True)
     except OSError as error:
         raise UserError(f"--output: cannot create {folder.path} ({error.strerror}). Choose another folder.") from None
+    return folder
+
+
+def write_sources(folder: WorkFolder, data: DataConfig, options: CutOptions, num_ranks: int) -> None:
+    """List the dataset, and deal the sources that are not known yet to the ranks.
+
+    Raises UserError if the dataset cannot be read.
+    """
     folder.remove_temporary()
     folder.merge_results(SCENES)
     known = folder.read_results(SCENES)
@@ -49,7 +54,6 @@ def write_sources(data: DataConfig, output: Path, options: CutOptions, num_ranks
         row["rank"] = rank
     write_table(folder.sources, SOURCE_SCHEMA, rows)
     write_extras(folder, [entry.extras or {} for entry in entries])
-    return folder
 
 
 def _check_output(data: DataConfig, output: Path) -> None:

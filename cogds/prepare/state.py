@@ -1,8 +1,8 @@
 """The state of a preparation: a folder beside the table with the sources and what is known about them so far.
 
 A rank writes its results as small complete files, so that a killed run loses little, and later runs use the results of
-all runs. They are kept after the table is written: another caption model does not cut the sources again. Two runs may
-write at the same time, because each has files of its own.
+all runs. They are kept after the table is written: another caption model does not cut the sources again. One run at a
+time uses the folder (`run_lock`).
 """
 
 import json

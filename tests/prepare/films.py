@@ -23,19 +23,21 @@ def scene(number: int, num_frames: int, speed: float = 1.0, size: tuple[int, int
 
 
 def number_frames(frames: np.ndarray) -> np.ndarray:
-    """Draw the number of each frame into its top left corner, as black and white squares."""
+    """Draw the number of each frame on top, as black and white squares, of which one changes from frame to frame."""
     frames = frames.copy()
     for number, picture in enumerate(frames):
         for bit in range(NUM_BITS):
             left = bit * BIT_SIDE
-            picture[:BIT_SIDE, left : left + BIT_SIDE] = 255 * (number >> bit & 1)
+            picture[:BIT_SIDE, left : left + BIT_SIDE] = 255 * ((number ^ number >> 1) >> bit & 1)  # Gray code
     return frames
 
 
 def read_numbers(frames: np.ndarray) -> list[int]:
     """The numbers drawn into frames of the same size."""
     centers = frames[:, BIT_SIDE // 2, BIT_SIDE // 2 : NUM_BITS * BIT_SIDE : BIT_SIDE].mean(axis=-1) > 127
-    return [int(sum(1 << bit for bit, is_set in enumerate(bits) if is_set)) for bits in centers]
+    # A bit of a number is the parity of its own and the higher bits of the Gray code.
+    parities = np.cumsum(centers[:, ::-1], axis=1)[:, ::-1] % 2
+    return (parities << np.arange(NUM_BITS)).sum(axis=1).tolist()
 
 
 def write_film(path: Path, lengths: Sequence[int], pts_ms: Sequence[int] | None = None) -> Path:

@@ -14,17 +14,18 @@ from cogds.arguments import parse_args
 from cogds.cli import find_config
 from cogds.config.loading import load_config
 from cogds.data.manifest.layouts import iter_entries
+from cogds.distributed import run_lock
+from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.prepare import captioning, captions, main
 from cogds.prepare.main import check_dataset, prepare, read_request
-from tests.jobs import ALONE
 from tests.prepare.endpoint import HANG, error, reply, serve
 from tests.prepare.films import write_film
 
 
 @pytest.fixture(scope="module")
 def film(tmp_path_factory):
-    return write_film(tmp_path_factory.mktemp("film") / "film.mp4", [30, 25, 40])
+    return write_film(tmp_path_factory.mktemp("film") / "film.mp4", [15, 15, 20])
 
 
 @pytest.fixture
@@ -34,19 +35,26 @@ def films(tmp_path, film):
     (folder / "more").mkdir(parents=True)
     shutil.copy(film, folder / "a.mp4")
     (folder / "a.txt").write_text("a film")
-    write_film(folder / "more/b.mp4", [35])
+    write_film(folder / "more/b.mp4", [20])
     Image.new("RGB", (64, 48), "red").save(folder / "c.png")
     return folder
 
 
 def run(path, output, *words):
     """`cogds prepare` of one rank, in this process."""
-    words = [f"data.path={path}", "data.num_workers=0", f"--output={output}", "--scores=motion,duplicates", *words]
+    words = [
+        f"data.path={path}",
+        "data.num_workers=0",
+        f"--output={output}",
+        "--scores=motion,duplicates",
+        "--min-scene=0.3",
+        *words,
+    ]
     args = parse_args("prepare", words)
     args.is_demo = True
     cfg = load_config(find_config("demo", "run_configs", ".yaml"), args.overrides)[0]
     check_dataset(cfg.data, args)
-    prepare(cfg.data, read_request(cfg.data, args), ALONE)
+    prepare(cfg.data, read_request(cfg.data, args), World(0, 1, 0, 1))
     return pq.read_table(output).to_pylist() if output.exists() else []
 
 
@@ -78,11 +86,11 @@ def test_a_folder_becomes_a_table_that_can_be_trained_and_nothing_is_encoded(fil
     output = tmp_path / "clips.parquet"
     rows = run(films, output)
     assert [(row["file_name"], row["type"], row["start_s"], row["end_s"], row["text"]) for row in rows] == [
-        ("films/a.mp4", "video", 0.0, 1.2, "a film"),
-        ("films/a.mp4", "video", 1.2, 2.2, "a film"),
-        ("films/a.mp4", "video", 2.2, 3.8, "a film"),
+        ("films/a.mp4", "video", 0.0, 0.6, "a film"),
+        ("films/a.mp4", "video", 0.6, 1.2, "a film"),
+        ("films/a.mp4", "video", 1.2, 2.0, "a film"),
         ("films/c.png", "image", None, None, None),
-        ("films/more/b.mp4", "video", 0.0, 1.4, None),
+        ("films/more/b.mp4", "video", 0.0, 0.8, None),
     ]
     entries = list(iter_entries(output))
     assert [(entry.path, entry.start_s, entry.end_s, entry.caption) for entry in entries] == [
@@ -91,7 +99,7 @@ def test_a_folder_becomes_a_table_that_can_be_trained_and_nothing_is_encoded(fil
     # The only new files are the table and its state, which holds no media.
     after = digests(tmp_path)
     assert {path: after[path] for path in before} == before
-    assert {path.suffix for path in after.keys() - before.keys()} == {".parquet", ".arrow"}
+    assert {path.suffix for path in after.keys() - before.keys()} == {".parquet", ".arrow", ".lock"}
 
 
 def test_finished_files_are_not_opened_again_and_changed_ones_are(films, tmp_path, opened):
@@ -105,7 +113,7 @@ def test_finished_files_are_not_opened_again_and_changed_ones_are(films, tmp_pat
     assert opened == []
     assert output.read_bytes() == table
     os.utime(films / "a.mp4", (1, 1))
-    write_film(films / "d.mp4", [30])
+    write_film(films / "d.mp4", [15])
     run(films, output)
     assert sorted(opened) == ["a.mp4", "d.mp4"]
     opened.clear()
@@ -117,8 +125,19 @@ def test_copies_are_marked_with_the_first_of_them(films, tmp_path):
     shutil.copy(films / "a.mp4", films / "more/copy.mp4")
     rows = run(films, tmp_path / "clips.parquet")
     copies = [row["duplicate_of"] for row in rows if row["file_name"] == "films/more/copy.mp4"]
-    assert copies == [f"films/a.mp4 at {start_s:.3f} s" for start_s in (0.0, 1.2, 2.2)]
+    assert copies == [f"films/a.mp4 at {start_s:.3f} s" for start_s in (0.0, 0.6, 1.2)]
     assert all(row["duplicate_of"] is None for row in rows if row["file_name"] == "films/a.mp4")
+
+
+@pytest.mark.slow
+def test_a_file_that_takes_too_long_is_tried_again(films, tmp_path):
+    output = tmp_path / "clips.parquet"
+    rows = run(films, output, "data.num_workers=2", "--file-timeout=0.001")
+    lines = (tmp_path / "clips.parquet.work/unusable.jsonl").read_text().splitlines()
+    assert len(lines) + len({row["file_name"] for row in rows}) == 3
+    assert any("took more than" in json.loads(line)["reason"] for line in lines)
+    assert len(run(films, output, "data.num_workers=2")) == 5
+    assert not (tmp_path / "clips.parquet.work/unusable.jsonl").exists()
 
 
 def test_unusable_files_are_listed_and_the_others_prepared(films, tmp_path, capsys):
@@ -176,15 +195,15 @@ def test_captioning_gives_up_on_a_dead_endpoint(films, tmp_path, monkeypatch):
 
 def test_ranges_of_a_table_are_cut_and_conditioning_images_stay_with_the_first_scene(films, tmp_path):
     lines = [
-        {"file_name": "a.mp4", "text": "x", "start_s": 0.0, "end_s": 2.0, "image": "c.png"},
-        {"file_name": "a.mp4", "text": "y", "start_s": 2.4},
+        {"file_name": "a.mp4", "text": "x", "start_s": 0.0, "end_s": 1.0, "image": "c.png"},
+        {"file_name": "a.mp4", "text": "y", "start_s": 1.4},
     ]
     (films / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
-    rows = run(films, tmp_path / "clips.parquet", "--min-scene=0.5")
+    rows = run(films, tmp_path / "clips.parquet")
     assert [(row["text"], row["start_s"], row["end_s"], row["image"]) for row in rows] == [
-        ("x", 0.0, 1.2, "films/c.png"),
-        ("x", 1.2, 2.0, None),
-        ("y", 2.4, 3.8, None),
+        ("x", 0.0, 0.6, "films/c.png"),
+        ("x", 0.6, 1.0, None),
+        ("y", 1.4, 2.0, None),
     ]
 
 
@@ -215,7 +234,7 @@ def test_numbers_of_a_csv_are_numbers_and_names_are_not(films, tmp_path):
 def test_a_prepared_table_can_be_captioned_later_and_keeps_its_scores(films, tmp_path):
     first, second = tmp_path / "clips.parquet", tmp_path / "captioned.parquet"
     shutil.copy(films / "more/b.mp4", films / "more/copy.mp4")
-    before = run(films, first, "--scores=motion,sharpness,duplicates")
+    before = run(films, first)
     with serve(reply("A film.")) as endpoint:
         after = run(first, second, *caption_words(endpoint, "--no-cuts", "--scores=none"))
     assert any(row["duplicate_of"] for row in before)
@@ -235,6 +254,18 @@ def test_a_prepared_table_can_be_captioned_later_and_keeps_its_scores(films, tmp
 def test_what_cannot_work_is_refused_at_once(tmp_path, opened, path, output, key):
     with pytest.raises(UserError, match=f"^{key}: "):
         run(tmp_path / path, tmp_path / output)
+    assert opened == []
+
+
+def test_only_one_run_at_a_time_writes_a_table(films, tmp_path, opened, monkeypatch):
+    monkeypatch.setattr(run_lock.hold_run_lock.__wrapped__, "__defaults__", (0.0, "output_dir"))
+    folder = tmp_path / "clips.parquet.work"
+    folder.mkdir()
+    with (
+        run_lock.hold_run_lock(World(0, 1, 0, 1), folder),
+        pytest.raises(UserError, match=r"^--output: another run"),
+    ):
+        run(films, tmp_path / "clips.parquet")
     assert opened == []
 
 

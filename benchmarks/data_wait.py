@@ -1,10 +1,10 @@
 """Measure the time that training steps wait for data: the tiny model on real clips, from a warm cache and on the fly.
 
-    python benchmarks/data_wait.py [--ranks 2] [--steps 60]
+    python benchmarks/data_wait.py [--ranks 2] [--steps 60] [--cache s3://bucket/cache]
 
 After a run that fills the cache, trains once per mode and reads metrics.jsonl: data wait as a share of the step time.
-The first step, which waits for the loader processes to start, is reported separately. Prints a table, then one line of
-JSON.
+The first step, which waits for the loader processes to start, is reported separately. With --cache, a third run reads a
+cache at that URL, with an empty copy on this machine. Prints a table, then one line of JSON.
 """
 
 import argparse
@@ -62,6 +62,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--steps", type=int, default=60)
+    parser.add_argument("--cache")
     args = parser.parse_args()
     with tempfile.TemporaryDirectory() as temporary:
         folder = Path(temporary)
@@ -75,6 +76,11 @@ def main() -> None:
         train([*arguments, "train.num_steps=1"], args.ranks, folder / "warm")
         for mode in ("cached", "on_the_fly"):
             rows[mode] = data_waits(train([*arguments, f"data.encode={mode}"], args.ranks, folder / mode))
+        if args.cache:
+            remote = [*arguments, f"data.cache_dir={args.cache}"]
+            train([*remote, "train.num_steps=1"], args.ranks, folder / "warm_url")
+            remote.append(f"data.local_cache_dir={folder / 'copy'}")
+            rows["url"] = data_waits(train(remote, args.ranks, folder / "url"))
     print(f"{'':>12} {'first wait s':>13} {'step s':>8} {'wait share':>11}")
     for mode, row in rows.items():
         print(f"{mode:>12} {row['first_step_wait_s']:>13} {row['mean_step_s']:>8} {row['wait_share']:>11.1%}")

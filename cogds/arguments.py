@@ -138,12 +138,16 @@ def _nearest_flag(word: str, flags: Sequence[str]) -> str:
     return did_you_mean(name, flags)
 
 
-def unpack(argv: Sequence[str]) -> list[str]:
-    """Replace each `--packed=TEXT` of a command line by the words in it.
+def pack(words: Sequence[str]) -> str:
+    """Return the words as one `--packed=TEXT`, which remote shells do not split or expand.
 
-    launch/hostfile.sh packs words because remote shells split and expand them. TEXT is the URL-safe base64 encoding of
-    the words, each followed by a zero byte. Raises UserError for any other text.
+    TEXT is the URL-safe base64 encoding of the words, each followed by a zero byte. launch/hostfile.sh does the same.
     """
+    return "--packed=" + base64.urlsafe_b64encode(b"".join(os.fsencode(word) + b"\0" for word in words)).decode()
+
+
+def unpack(argv: Sequence[str]) -> list[str]:
+    """Replace each `--packed=TEXT` of a command line by the words in it. Raises UserError if a TEXT is damaged."""
     words: list[str] = []
     for word in argv:
         flag, _, text = word.partition("=")
@@ -156,8 +160,8 @@ def unpack(argv: Sequence[str]) -> list[str]:
             packed = b"?"
         if packed and not packed.endswith(b"\0"):
             raise UserError(
-                f"command line: --packed={text[:60]} is damaged. Start the run again with launch/hostfile.sh, the "
-                "only script that writes this flag."
+                f"command line: --packed={text[:60]} is damaged. Start the run again with launch/hostfile.sh or "
+                "`cogds --hostfile`, which write this flag."
             )
         words += [os.fsdecode(part) for part in packed.split(b"\0")[:-1]]
     return words

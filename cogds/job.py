@@ -10,7 +10,6 @@ import dataclasses
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -35,9 +34,12 @@ from cogds.core.mixture import Mixture
 from cogds.core.plan import Plan
 from cogds.core.vae_memory import needs_tiles, vae_can_encode
 from cogds.data.cache.keys import cache_key, digest_files
+from cogds.data.cache.local_copy import LocalCopy, default_folder
+from cogds.data.cache.store import Cache
 from cogds.demo import create_demo_files, protect_given_paths
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
+from cogds.files import make_folders
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence
@@ -123,11 +125,27 @@ class Job:
             tolerance=cfg.data.cost_tolerance,
         )
 
+    @cached_property
+    def cache(self) -> Cache:
+        """The encoded clips and captions."""
+        return open_cache(self.cfg)
+
+    def make_folders(self) -> None:
+        """Create the folders that the run writes to. Raises UserError, naming the key, if it cannot write there."""
+        make_folders({"output_dir": self.cfg.output_dir, "data.cache_dir": str(self.cfg.metadata_dir)})
+        self.cache.check_writable()
+
     def weights_digest(self) -> str:
         """Return a digest of the transformer's weights. Files that have not changed are not read again."""
         files = sorted(str(path) for path in (self.model.path / "transformer").iterdir() if path.is_file())
-        digests = digest_files(files, Path(self.cfg.data.cache_dir) / "files.json")
+        digests = digest_files(files, self.cfg.metadata_dir / "files.json")
         return cache_key({"files": list(digests.values())})
+
+
+def open_cache(cfg: RunConfig) -> Cache:
+    """The cache of a run, with a copy on this node if it is at a URL."""
+    data = cfg.data
+    return Cache(data.cache_dir, LocalCopy(data.local_cache_dir or default_folder(), int(data.local_cache_gb * 1e9)))
 
 
 def load_job(

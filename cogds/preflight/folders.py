@@ -4,12 +4,13 @@ Rank 0 writes a marker file into each folder. Every other rank looks for it and 
 those. In the end all marker files are deleted.
 """
 
-import os
 import time
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from cogds.data.storage.access import list_folder, remove, write_bytes
+from cogds.data.storage.location import is_url, join
 from cogds.errors import UserError
 from cogds.files import make_folders
 from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_ranks, group_by_value
@@ -18,15 +19,20 @@ POLL_S = 0.2
 MARKER_PREFIX = ".preflight-"
 
 
-def marker_path(folder: str | Path, token: str, rank: int) -> Path:
-    """Return the path of a rank's marker file in a folder. token: unique per preflight."""
-    return Path(folder) / f"{MARKER_PREFIX}{token}-{rank}"
+def marker_path(folder: str | Path, token: str, rank: int) -> str:
+    """Return the path or URL of a rank's marker file in a folder. token: unique per preflight."""
+    return join(str(folder), marker_name(token, rank))
+
+
+def marker_name(token: str, rank: int) -> str:
+    """Return the name of a rank's marker file."""
+    return f"{MARKER_PREFIX}{token}-{rank}"
 
 
 def write_marker(folder: str, token: str, rank: int) -> str:
     """Write a marker file. Returns the reason if it cannot be written, else ""."""
     try:
-        marker_path(folder, token, rank).write_text(token)
+        write_bytes(marker_path(folder, token, rank), token.encode())
     except OSError as error:
         return error.strerror or str(error)
     return ""
@@ -37,7 +43,8 @@ def create_folders(folders: Mapping[str, str], token: str) -> dict[str, str]:
     errors = {}
     for key, folder in folders.items():
         try:
-            make_folders({key: folder})
+            if not is_url(folder):
+                make_folders({key: folder})
         except UserError as error:
             errors[key] = str(error)
             continue
@@ -51,10 +58,11 @@ def find_missing_markers(folder: str, token: str, ranks: Iterable[int], wait_s: 
     deadline, missing = time.monotonic() + wait_s, set(ranks)
     while True:
         try:
-            names = set(os.listdir(folder))  # a lookup of a single name may be answered from the NFS client's cache
+            # A lookup of a single name may be answered from the NFS client's cache.
+            names = {item.name for item in list_folder(folder)}
         except OSError:
             names = set()
-        missing = {rank for rank in missing if marker_path(folder, token, rank).name not in names}
+        missing = {rank for rank in missing if marker_name(token, rank) not in names}
         if not missing or time.monotonic() > deadline:
             return sorted(missing)
         time.sleep(POLL_S)
@@ -73,14 +81,15 @@ def inspect_folders(folders: Mapping[str, str], token: str, rank: int, wait_s: f
         for key, folder in folders.items()
     }
     for key, folder in folders.items():
-        exists = Path(folder).is_dir()
+        # A server has no folders. If it is another one, or does not answer, the marker file is not there.
+        exists = is_url(folder) or Path(folder).is_dir()
         states[key] = {
             "path": folder,
-            "resolved": str(Path(folder).resolve()),
+            "resolved": folder if is_url(folder) else str(Path(folder).resolve()),
             "exists": exists,
             "is_marker_visible": is_visible[key],
-            # Nothing is written to a folder that is not the shared one.
-            "error": write_marker(folder, token, rank) if exists and is_visible[key] else "",
+            # Nothing is written to a folder that is not the shared one. A server says why it does not show the file.
+            "error": write_marker(folder, token, rank) if exists and (is_visible[key] or is_url(folder)) else "",
         }
     return {"folders": states}
 
@@ -102,7 +111,7 @@ def remove_markers(folders: Mapping[str, str], token: str, ranks: Iterable[int])
     for folder in folders.values():
         for rank in ranks:
             try:
-                marker_path(folder, token, rank).unlink(missing_ok=True)
+                remove(marker_path(folder, token, rank))
             except OSError:
                 continue  # a leftover marker file does not disturb a run
 
@@ -125,10 +134,10 @@ def assess_folders(
             path = state["resolved"]
             if not state["exists"]:
                 problem = f"there is no folder {path}"
-            elif not state["is_marker_visible"]:
-                problem = f"{path} is a different folder: it lacks the file that rank 0 wrote"
             elif state["error"]:
                 problem = f"cannot write to {path} ({state['error']})"
+            elif not state["is_marker_visible"]:
+                problem = f"{path} is a different folder: it lacks the file that rank 0 wrote"
             elif result["rank"] in unseen.get(key, ()):
                 problem = f"rank 0 does not see the file written to {path}"
             else:

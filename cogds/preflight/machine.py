@@ -9,6 +9,9 @@ from typing import Any
 import torch
 
 from cogds.config.deepspeed import zero_stage
+from cogds.config.schema import RunConfig
+from cogds.data.cache.local_copy import default_folder
+from cogds.data.storage.location import is_url
 from cogds.formatting import counted, gigabytes
 from cogds.preflight.findings import (
     FAIL,
@@ -79,12 +82,20 @@ def inspect_disk(job: PreflightJob) -> RankResult:
         "disk": {
             "output": [cfg.output_dir, free_bytes(cfg.output_dir), job.checkpoint_bytes * (num_kept + 1)],
             "num_checkpoints": num_kept + 1,
-            "cache": [cfg.data.cache_dir, free_bytes(cfg.data.cache_dir), LOW_CACHE_BYTES],
+            **cache_disk(cfg),
             "tmp": [tempfile.gettempdir(), free_bytes(tempfile.gettempdir()), LOW_TMP_BYTES],
             "shm": [SHARED_MEMORY, free_bytes(SHARED_MEMORY), job.shared_memory_bytes * num_local],
             "memory": ["host memory", available_memory_bytes(), weights_bytes + job.pinned_bytes * num_local],
         }
     }
+
+
+def cache_disk(cfg: RunConfig) -> dict[str, list]:
+    """Return the disk that the cache needs: shared, or on each node if the cache is at a URL."""
+    if not is_url(cfg.data.cache_dir):
+        return {"cache": [cfg.data.cache_dir, free_bytes(cfg.data.cache_dir), LOW_CACHE_BYTES]}
+    folder = cfg.data.local_cache_dir or default_folder()
+    return {"local_cache": [folder, free_bytes(folder), cfg.data.local_cache_gb * 1e9]}
 
 
 def assess_disk(results: list[RankResult]) -> list[Finding]:
@@ -101,14 +112,18 @@ def assess_disk(results: list[RankResult]) -> list[Finding]:
     if free < needed:
         text += ". Free disk space, use another folder, or lower checkpoint.keep_last."
     findings.append(Finding("disk", FAIL if free < needed else OK, text))
-    path, free, low = first["cache"]
-    text = f"data.cache_dir: {gigabytes(free)} free at {path}; `cogds report` estimates how much the clips need"
-    findings.append(Finding("disk", WARN if free < low else OK, text))
+    if "cache" in first:
+        path, free, low = first["cache"]
+        text = f"data.cache_dir: {gigabytes(free)} free at {path}; `cogds report` estimates how much the clips need"
+        findings.append(Finding("disk", WARN if free < low else OK, text))
     for key, level, advice in (
         ("tmp", WARN, "Set TMPDIR to a folder with more space for temporary files."),
+        ("local_cache", WARN, "Set data.local_cache_dir to a larger disk, or lower data.local_cache_gb."),
         ("shm", FAIL, "Give the container more (--shm-size), or lower data.num_workers."),
         ("memory", WARN, "The weights and the activations of full+offload need it: use fewer ranks per node."),
     ):
+        if key not in first:
+            continue
         short = [node for node in nodes if node["disk"][key][1] < node["disk"][key][2]]
         path, free, needed = min((node["disk"][key] for node in nodes), key=lambda values: values[1] - values[2])
         text = f"{path}: {gigabytes(free)} free, {gigabytes(needed)} needed"

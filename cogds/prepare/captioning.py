@@ -10,7 +10,7 @@ from cogds.errors import UserError
 from cogds.prepare.captions import Captioner, CaptionError, CaptionOptions, CaptionTask, read_pictures
 from cogds.prepare.clip_table import PreparedScene, collect
 from cogds.prepare.scene import evenly_spaced
-from cogds.prepare.state import CAPTIONS, TASK_SCHEMA, ResultWriter, WorkFolder, read_table, write_table
+from cogds.prepare.state import CAPTIONS, TASK_SCHEMA, ResultWriter, WorkFolder, read_share, write_table
 from cogds.prepare.workers import Workers
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import TaskFailure, WorkerPool
@@ -111,9 +111,7 @@ class _Captioning:
 
 def caption_share(folder: WorkFolder, rank: int, options: CaptionOptions, workers: Workers) -> CaptionOutcome:
     """Caption this rank's scenes. Those that fail are left to the next run."""
-    table = read_table(folder.tasks)
-    assert table is not None
-    rows = [row for row in table.to_pylist() if row["rank"] == rank]
+    rows = read_share(folder.tasks, rank)
     tasks = (CaptionTask(row["path"], tuple(row["times_s"])) for row in rows)
     with (
         progress_bar("captioning", "scene", len(rows), rank == 0) as bar,

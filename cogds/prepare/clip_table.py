@@ -11,6 +11,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from cogds.arguments import SCORES
+from cogds.data.layouts.columns import Columns
 from cogds.errors import UserError
 from cogds.files import whole_file
 from cogds.prepare.duplicates import find_duplicates
@@ -25,6 +26,7 @@ _COLUMNS = {
     "start_s": pa.float64(),
     "end_s": pa.float64(),
     "text": pa.string(),
+    "captions": pa.list_(pa.string()),
     "width": pa.int32(),
     "height": pa.int32(),
     "fps": pa.float64(),
@@ -113,11 +115,12 @@ def collect(folder: WorkFolder, failures: Mapping[bytes, str] = MappingProxyType
 
 
 def write_clips(
-    output: Path, prepared: Prepared, captions: Sequence[str | None], scores: Sequence[str], extras: pa.Table
+    output: Path, prepared: Prepared, captions: Sequence[Sequence[str]], scores: Sequence[str], extras: pa.Table
 ) -> int:
     """Write the table and return the number of near duplicates.
 
-    captions: of the scenes. extras: other columns of the sources, which are kept unless this table has its own.
+    captions: of each scene. extras: other columns of the sources, which are kept unless this table has its own, or
+    training would read them as something that they were not read as before.
     """
     scenes = prepared.scenes
     rows = list(_rows(output, scenes, captions))
@@ -126,11 +129,12 @@ def write_clips(
         for row, original in zip(rows, originals):
             row["duplicate_of"] = None if original is None else _name(rows[original])
     table = pa.Table.from_pylist(rows, pa.schema(_COLUMNS))
-    not_computed = [name for name, score in _SCORE_OF.items() if score not in scores]
-    table = table.drop_columns([name for name in not_computed if table.column(name).null_count == len(table)])
+    optional = ["captions", *(name for name, score in _SCORE_OF.items() if score not in scores)]
+    table = table.drop_columns([name for name in optional if table.column(name).null_count == len(table)])
     kept = extras.take(pa.array([scene.row for scene in scenes], pa.int64()))
+    read = set(Columns({}, None, False).match([*table.column_names, *kept.column_names]).values())
     for name in kept.column_names:
-        if name not in table.column_names:
+        if name not in table.column_names and name not in read:
             table = table.append_column(name, kept.column(name))
     try:
         with whole_file(output) as partial:
@@ -143,8 +147,8 @@ def write_clips(
     return sum(row["duplicate_of"] is not None for row in rows) if "duplicates" in scores else 0
 
 
-def _rows(output: Path, scenes: Sequence[PreparedScene], captions: Sequence[str | None]) -> Iterator[dict[str, Any]]:
-    for scene, caption in zip(scenes, captions):
+def _rows(output: Path, scenes: Sequence[PreparedScene], captions: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
+    for scene, texts in zip(scenes, captions):
         source = scene.source
         # A conditioning image is the first frame of the whole source.
         has_image = source["image_path"] and (scene.start_s or 0.0) <= (source["start_s"] or 0.0)
@@ -155,7 +159,8 @@ def _rows(output: Path, scenes: Sequence[PreparedScene], captions: Sequence[str 
             "file_name": _relative(scene.path, output.parent),
             "type": source["kind"],
             "image": _relative(source["image_path"], output.parent) if has_image else None,
-            "text": caption,
+            "text": texts[0] if texts else None,
+            "captions": texts[1:] or None,
         }
 
 

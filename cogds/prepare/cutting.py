@@ -6,7 +6,7 @@ from functools import partial
 from cogds.data.video.media import DecodeError
 from cogds.prepare.find_scenes import find_scenes
 from cogds.prepare.scene import CutOptions, Source
-from cogds.prepare.state import SCENES, ResultWriter, WorkFolder, read_table
+from cogds.prepare.state import SCENES, ResultWriter, WorkFolder, read_share
 from cogds.prepare.workers import Workers
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import TaskFailure, WorkerPool
@@ -17,9 +17,7 @@ def cut_share(folder: WorkFolder, rank: int, options: CutOptions, workers: Worke
 
     Returns the failures that may not come again, such as a timeout: source key -> reason.
     """
-    table = read_table(folder.sources)
-    assert table is not None
-    rows = [row for row in table.to_pylist() if row["rank"] == rank]
+    rows = read_share(folder.sources, rank)
     tasks = (Source(row["path"], row["kind"], row["start_s"], row["end_s"]) for row in rows)
     failures = {}
     with (

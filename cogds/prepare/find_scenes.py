@@ -11,7 +11,8 @@ from dataclasses import dataclass, field
 import numpy as np
 
 from cogds.data.video.frames import iter_frames, read_frame, read_whole_image
-from cogds.data.video.media import DecodeError, probe_image
+from cogds.data.video.images import is_animation, probe_image
+from cogds.data.video.media import DecodeError
 from cogds.prepare.cuts import CutDetector
 from cogds.prepare.scene import CutOptions, Scene, Source, SourceResult, evenly_spaced
 from cogds.prepare.scores import NUM_HASHES, TEXT_SIDE, mean_speed, picture_hash, sharpness, text_share
@@ -48,7 +49,7 @@ class _Track:
 
 def find_scenes(source: Source, options: CutOptions) -> SourceResult:
     """Cut a source into scenes and score them. Raises DecodeError if none of it can be used."""
-    if source.kind == "image":
+    if source.kind == "image" and not is_animation(source.path):
         return SourceResult([_image_scene(source, options)])
     track = _read_track(source, options)
     boundaries = [0, *track.cuts, len(track.starts_s)]

@@ -22,7 +22,7 @@ from cogds.files import whole_file
 from cogds.formatting import counted, duration
 from cogds.prepare.captioning import CaptionOutcome, caption_key, caption_share, write_tasks
 from cogds.prepare.captions import DEFAULT_PROMPT, CaptionOptions
-from cogds.prepare.clip_table import Prepared, collect, write_clips
+from cogds.prepare.clip_table import Prepared, PreparedScene, collect, write_clips
 from cogds.prepare.scene import CutOptions
 from cogds.prepare.sources import make_work_folder, write_sources
 from cogds.prepare.state import CAPTIONS, WorkFolder, read_table
@@ -138,15 +138,20 @@ def _caption_options(args: argparse.Namespace) -> CaptionOptions | None:
 
 def _finish(folder: WorkFolder, request: Request, failures: dict[bytes, str]) -> None:
     prepared = collect(folder, failures)
-    captions = [scene.source["caption"] for scene in prepared.scenes]
+    captions = [_own_captions(scene) for scene in prepared.scenes]
     if request.captions:
         known = folder.read_results(CAPTIONS)
         keys = [caption_key(scene, request.captions) for scene in prepared.scenes]
-        captions = [known[key]["caption"] if key in known else None for key in keys]
+        captions = [[known[key]["caption"]] if key in known else [] for key in keys]
     extras = read_table(folder.extras)
     assert extras is not None
     num_duplicates = write_clips(request.output, prepared, captions, request.cut.scores, extras)
     _summarize(prepared, num_duplicates, folder, request.output)
+
+
+def _own_captions(scene: PreparedScene) -> list[str]:
+    source = scene.source
+    return [] if source["caption"] is None else [source["caption"], *source["more_captions"]]
 
 
 def _summarize(prepared: Prepared, num_duplicates: int, folder: WorkFolder, output: Path) -> None:

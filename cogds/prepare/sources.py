@@ -1,22 +1,30 @@
 """The sources of a preparation: the rows of the dataset, what is known about each, and which rank prepares it."""
 
+import functools
 import hashlib
+import logging
 from collections import Counter
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 from cogds.config.schema import DataConfig
 from cogds.core.load_balance import assign_by_cost
-from cogds.data.manifest.layouts import Entry, iter_entries
-from cogds.data.storage.access import stamp
-from cogds.data.storage.location import absolute
+from cogds.data.layouts.entry import Entry
+from cogds.data.layouts.listing import Listing
+from cogds.data.layouts.parts import iter_entries
+from cogds.data.storage.access import Stamp, stamp
+from cogds.data.storage.location import absolute, parse_member
+from cogds.encode.scan_data import data_set
 from cogds.errors import UserError
+from cogds.formatting import counts
 from cogds.prepare.clip_table import is_prepared
 from cogds.prepare.scene import CutOptions
 from cogds.prepare.state import SCENES, SOURCE_SCHEMA, WorkFolder, write_extras, write_table
+
+logger = logging.getLogger(__name__)
 
 # Part of every key: changes when the same source would be cut or scored differently by another version.
 _VERSION = 1
@@ -42,10 +50,12 @@ def write_sources(folder: WorkFolder, data: DataConfig, options: CutOptions, num
     folder.remove_temporary()
     folder.merge_results(SCENES)
     known = folder.read_results(SCENES)
-    columns = {str(name): column for name, column in data.columns.items()}
+    listing, stamp_of_tar = Listing(), functools.lru_cache(_NUM_THREADS)(stamp)
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        entries = list(iter_entries(data.path, columns, need_captions=False, keep_extras=True))
-        rows = list(threads.map(partial(_source, options=options), entries))
+        entries = list(iter_entries(data_set(data), need_captions=False, listing=listing, keep_extras=True))
+        rows = list(threads.map(lambda entry: _source(entry, options, stamp_of_tar), entries))
+    if listing.skipped:
+        logger.info("skipped in the dataset: %s", counts(listing.skipped))
     # A list may name the same source twice.
     todo = list({row["key"]: row for row in rows if row["reason"] is None and row["key"] not in known}.values())
     num_rows = Counter(row["path"] for row in todo)  # of a file of which each row has a part
@@ -73,20 +83,22 @@ def _check_output(data: DataConfig, output: Path) -> None:
         )
 
 
-def _source(entry: Entry, options: CutOptions) -> dict[str, Any]:
-    names = ("path", "kind", "start_s", "end_s", "caption", "caption_error", "image_path", "motion", "duplicate_of")
-    row = {name: getattr(entry, name) for name in names}
+def _source(entry: Entry, options: CutOptions, stamp_of_tar: Callable[[str], Stamp]) -> dict[str, Any]:
+    row: dict[str, Any] = {name: value for name, value in entry._asdict().items() if name in SOURCE_SCHEMA.names}
     row |= {"size": 0, "file_key": None, "key": None, "rank": -1, "reason": None}
+    for name in ("path", "image_path", "duplicate_of", "caption_error"):
+        row[name] = row[name] and row[name].encode(errors="backslashreplace").decode()
     try:
-        (entry.caption or "").encode()
+        "".join((entry.caption or "", *entry.more_captions)).encode()
     except UnicodeEncodeError:
-        row |= {"caption": None, "caption_error": "it holds half of a surrogate pair, which is not a character"}
+        reason = "it holds half of a surrogate pair, which is not a character"
+        row |= {"caption": None, "more_captions": (), "caption_error": reason}
     try:
         entry.path.encode()
-        size, version = stamp(entry.path)
+        member = parse_member(entry.path)
+        size, version = Stamp(member.size, stamp_of_tar(member.tar).version) if member else stamp(entry.path)
     except (OSError, ValueError) as error:  # a name that is not UTF-8 or has a null character is a ValueError
-        reason = getattr(error, "strerror", None) or str(error)
-        return row | {"path": entry.path.encode(errors="backslashreplace").decode(), "reason": reason}
+        return row | {"reason": getattr(error, "strerror", None) or str(error)}
     # A changed file has other keys.
     file_key = _digest(row["path"], size, version)
     key = _digest(file_key, row["kind"], row["start_s"], row["end_s"], sorted(asdict(options).items()), _VERSION)

@@ -16,6 +16,7 @@ from types import TracebackType
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute as pc
 
 from cogds.errors import UserError
 from cogds.files import is_abandoned, is_temporary, process_tag, whole_file
@@ -29,6 +30,7 @@ SOURCE_SCHEMA = pa.schema(
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
         ("caption", pa.string()),
+        ("more_captions", pa.list_(pa.string())),
         ("caption_error", pa.string()),
         ("image_path", pa.string()),
         ("motion", pa.float64()),
@@ -182,6 +184,13 @@ def read_table(file: Path) -> pa.Table | None:
             return pa.ipc.open_file(opened).read_all()
     except FileNotFoundError:
         return None
+
+
+def read_share(file: Path, rank: int) -> list[dict[str, Any]]:
+    """The rows of a table of the work folder that are of one rank."""
+    table = read_table(file)
+    assert table is not None
+    return table.filter(pc.equal(table.column("rank"), rank)).to_pylist()
 
 
 class ResultWriter:

@@ -11,6 +11,7 @@ from cogds.config.schema import RunConfig
 from cogds.core.diffusion import stratified_timesteps, timestep_quarter
 from cogds.core.plan import MicroBatch
 from cogds.data.loading.dataset import BadClip, Batch, ClipDataset, collate, ignore_stop_signals
+from cogds.data.loading.fetch_ahead import FetchAhead
 from cogds.data.loading.sampler import BucketBatchSampler
 from cogds.distributed.world import World
 from cogds.encode.on_the_fly import OnTheFlyModels, ahead, stream_batches
@@ -34,16 +35,26 @@ def load_batches(run: Run, models: OnTheFlyModels | None = None) -> Iterator[Bat
     if models is not None:
         yield from ahead(stream_batches(sampler, run.order, run.job, models), BATCHES_AHEAD)
         return
+    cache = run.job.cache
     loader = DataLoader(
-        ClipDataset(run.order, cfg.data.cache_dir),
+        ClipDataset(run.order, cache),
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=cfg.data.num_workers,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
     )
+    # Half of the local copy is for what was used: no entry is removed before it is used.
+    max_bytes = int(cfg.data.local_cache_gb * 1e9 / 2 / world.local_size)
     try:
-        yield from loader
+        batches = iter(loader)  # forks the loader processes, which is better done before there are threads
+        if not cache.is_remote:
+            yield from batches
+            return
+        with FetchAhead(cache, run.order, sampler, max_bytes) as fetched:
+            for batch in batches:
+                fetched.mark_used()
+                yield batch
     except UserError as error:
         # torch puts the traceback of a loader process before the message, which is the last line.
         raise UserError(str(error).strip().splitlines()[-1].partition("UserError: ")[2] or str(error)) from None

@@ -228,7 +228,7 @@ def make_evaluation(job: Job, data: EncodedData, builder: StepBuilder, batch_siz
         tuple(timesteps),
         schedule_rounds(batches, costs, job.world.data_size),
         eval_builder,
-        Cache(cfg.data.cache_dir),
+        job.cache,
         job.world,
         cfg.seed,
     )

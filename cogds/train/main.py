@@ -10,7 +10,6 @@ from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.run_lock import hold_run_lock
 from cogds.distributed.world import read_world
 from cogds.errors import Interrupted, refuse_to_run
-from cogds.files import make_folders
 from cogds.job import load_job
 from cogds.process.environment import make_cublas_deterministic
 from cogds.process.signals import StopRequest, find_launchers
@@ -31,8 +30,7 @@ def main(args: argparse.Namespace) -> None:
     stop = StopRequest(find_launchers())
     stop.listen()
     connect(job.world, job.cfg.train.timeout_s, job.cfg.network)
-    folders = {"output_dir": job.cfg.output_dir, "data.cache_dir": job.cfg.data.cache_dir}
-    on_rank0(job.world, lambda: make_folders(folders))
+    on_rank0(job.world, job.make_folders)
     try:
         with contextlib.nullcontext() if args.dry_run else hold_run_lock(job.world, Path(job.cfg.output_dir)):
             Trainer(job, stop, args.dry_run).run()

@@ -303,7 +303,7 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
     """Return the videos to make by file stem. What cannot be made is left out with a warning."""
     sample, specs = run.cfg.sample, []
     try:
-        cache = Cache(run.cfg.data.cache_dir)
+        cache = run.job.cache
         if sample.prompts:
             keys, snapshot = CacheKeys(run.cfg, run.model), cache.snapshot("captions")
             for number, prompt in enumerate(sample.prompts):
@@ -345,7 +345,7 @@ def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
         try:
             encoded = read_encoded(cache, clip)
             pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
-            specs.append(SampleSpec(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
+            specs.append(SampleSpec(clip.captions[0].text, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
             log_failure(logger, f"{clip.path}: no video will be made of it: {brief(error)}", error)
     return specs

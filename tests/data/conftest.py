@@ -8,6 +8,7 @@ import pytest
 from PIL import Image
 
 from cogds.data.manifest import scan as scan_module
+from cogds.data.storage import requests
 from cogds.data.video.media import VideoInfo, write_video
 from cogds.data.video.probe_task import ProbeTask, probe_file
 
@@ -43,3 +44,10 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
     monkeypatch.setattr(scan_module, "probe_file", spy)
     return names
+
+
+@pytest.fixture
+def short_delays(monkeypatch):
+    """Repeat requests to servers that fail sooner, and give up sooner."""
+    monkeypatch.setattr(requests, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(requests, "GIVE_UP_S", 0.5)

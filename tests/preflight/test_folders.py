@@ -1,7 +1,9 @@
 """Marker files find folders that the ranks do not share."""
 
 import threading
+from pathlib import Path
 
+from cogds.data.storage.access import is_folder
 from cogds.preflight.findings import FAIL, OK
 from cogds.preflight.folders import (
     assess_folders,
@@ -56,7 +58,7 @@ def test_a_marker_that_rank_0_does_not_see_fails(tmp_path):
     shared = {"output_dir": str(tmp_path)}
     assert create_folders(shared, "t") == {}
     results = [{"rank": rank, "host": "n1", **inspect_folders(shared, "t", rank, 0.0)} for rank in (0, 1)]
-    marker_path(tmp_path, "t", 1).unlink()
+    Path(marker_path(tmp_path, "t", 1)).unlink()
     unseen = find_unseen_ranks(shared, "t", results, 0.0)
     assert unseen == {"output_dir": [1]}
     (finding,) = assess_folders(results, {}, unseen)
@@ -80,3 +82,17 @@ def test_a_late_marker_is_awaited(tmp_path):
     state = inspect_folders(shared, "t", 1, 30.0)["folders"]["output_dir"]
     timer.join()
     assert state["is_marker_visible"]
+
+
+def test_a_folder_at_a_url(s3):
+    root = s3.new_bucket()
+    shared = {"data.cache_dir": f"{root}/cache"}
+    (finding,) = check_folders(shared, shared)
+    assert (finding.level, finding.text) == (OK, f"data.cache_dir: {root}/cache, the same on 2 ranks")
+    assert not is_folder(f"{root}/cache")  # nothing is left
+    (finding,) = check_folders(shared, {"data.cache_dir": "s3://no-such-bucket/cache"})
+    assert finding.level == FAIL
+    assert "rank 1 (n1): cannot write to s3://no-such-bucket/cache" in finding.text
+    (finding,) = check_folders({"data.cache_dir": "s3://no-such-bucket/cache"})
+    assert finding.level == FAIL
+    assert finding.text.startswith("data.cache_dir: cannot write to s3://no-such-bucket/cache")

@@ -13,7 +13,8 @@ from PIL import Image
 from cogds.arguments import parse_args
 from cogds.cli import find_config
 from cogds.config.loading import load_config
-from cogds.data.manifest.layouts import iter_entries
+from cogds.data.layouts.data_set import DataSet
+from cogds.data.layouts.parts import iter_entries
 from cogds.distributed import run_lock
 from cogds.distributed.world import World
 from cogds.errors import UserError
@@ -92,7 +93,7 @@ def test_a_folder_becomes_a_table_that_can_be_trained_and_nothing_is_encoded(fil
         ("films/c.png", "image", None, None, None),
         ("films/more/b.mp4", "video", 0.0, 0.8, None),
     ]
-    entries = list(iter_entries(output))
+    entries = list(iter_entries(DataSet(str(output))))
     assert [(entry.path, entry.start_s, entry.end_s, entry.caption) for entry in entries] == [
         (str(tmp_path / row["file_name"]), row["start_s"], row["end_s"], row["text"]) for row in rows
     ]

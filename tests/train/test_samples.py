@@ -214,7 +214,10 @@ def test_a_clip_that_fails_is_left_out(parts, monkeypatch, capsys):
         def row(self, _bucket, clip):
             return clip
 
-    index = Index(SimpleNamespace(path=f"{name}.mp4", caption=name, shape=BUCKETS[1]) for name in ("broken", "sound"))
+    index = Index(
+        SimpleNamespace(path=f"{name}.mp4", captions=[SimpleNamespace(text=name), None], shape=BUCKETS[1])
+        for name in ("broken", "sound")
+    )
     encoded = {"first_frame": torch.zeros(3, 32, 32, dtype=torch.uint8), "text_states": parts.empty}
     monkeypatch.setattr(
         cogds.train.samples, "read_encoded", lambda _, clip: {} if clip.path == "broken.mp4" else encoded

@@ -15,7 +15,7 @@ from typing import Any
 from cogds.files import whole_file
 
 # Increase this if the same inputs would give different tensors, for example after a change to resampling or cropping.
-ENCODING_VERSION = 2
+ENCODING_VERSION = 3
 
 
 def cache_key(fields: Mapping[str, Any]) -> str:

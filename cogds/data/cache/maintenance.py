@@ -3,7 +3,7 @@
 import re
 import shutil
 import uuid
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import astuple, dataclass, field
 from pathlib import Path
@@ -16,16 +16,21 @@ from cogds.data.cache.shard import (
     SHARD_FILE,
     STAGING_FOLDER,
     DamageError,
+    ShardListing,
     list_folder,
     list_shard,
     open_shard,
+    read_errors,
     shards_in,
     storage_errors,
     write_shard,
 )
 from cogds.data.cache.store import Cache
+from cogds.data.storage.access import remove, stamp
+from cogds.data.storage.location import is_url
 from cogds.process.progress import progress_bar
 
+_NUM_THREADS = 16  # asking for the sizes of files is mostly waiting
 # Encoding version 1 kept each entry in a file of its own, <kind>/<xx>/<key>.safetensors. No key of today matches.
 _OLD_FOLDER = re.compile("[0-9a-f]{2}")
 
@@ -90,26 +95,25 @@ def verify(root: Path | str, num_threads: int = 4, show_progress: bool = False) 
     num_entries = num_failures = num_bytes = 0
     damaged: list[DamagedEntry] = []
     for kind in _kinds(root):
-        folder = root / kind
+        folder = f"{root}/{kind}"
         shards = shards_in(folder)
         with ThreadPoolExecutor(num_threads) as threads:
-            checks = threads.map(_check_shard, shards)
+            checks = threads.map(_check_shard, (f"{folder}/{place}" for place in shards))
             bar = progress_bar(f"verifying {kind}", "file", len(shards), show_progress, items=checks)
-            for path, checked in zip(shards, bar):
+            for place, checked in zip(shards, bar):
                 num_entries += len(checked.entries)
                 num_failures += len(checked.failures)
                 num_bytes += checked.num_bytes
                 if checked.damaged:
-                    place = path.relative_to(folder).as_posix()
                     damaged += [DamagedEntry(kind, place, key, reason) for key, reason in checked.damaged.items()]
-                    _rewrite(folder, {path: [*checked.entries, *checked.failures]}, replace_unreadable=True)
+                    _rewrite(folder, {place: [*checked.entries, *checked.failures]}, replace_unreadable=True)
     return VerifyReport(num_entries, num_failures, num_bytes, tuple(damaged))
 
 
-def _check_shard(path: Path) -> _CheckedShard:
+def _check_shard(location: str) -> _CheckedShard:
     """Read every entry of a shard. Returns an empty result if the shard was removed."""
     try:
-        shard = open_shard(path)
+        shard = open_shard(location)
     except FileNotFoundError:
         return _CheckedShard()
     except DamageError as error:
@@ -151,7 +155,7 @@ def prune(
     root = Cache(root).root
     report = PruneReport()
     for kind in _kinds(root):
-        folder = root / kind
+        folder = f"{root}/{kind}"
         report += _remove_old(folder)
         report += _remove_unused(folder, keep.get(kind) if keep is not None else None, failed)
         report += _merge(folder, shard_bytes)
@@ -162,24 +166,21 @@ def prune(
     return report
 
 
-def _remove_old(folder: Path) -> PruneReport:
+def _remove_old(folder: str) -> PruneReport:
     report = PruneReport()
     for old in _folders(folder, _OLD_FOLDER):
-        files = [path for path in old.iterdir() if path.suffix == ".safetensors"]
-        report += PruneReport(len(files), num_bytes=sum(map(_file_size, files)))
+        files = [item.name for item in list_folder(old) if item.name.endswith(".safetensors")]
+        report += PruneReport(len(files), num_bytes=sum(_file_size(f"{old}/{name}") for name in files))
         with storage_errors(folder):
             shutil.rmtree(old)
     return report
 
 
-def _remove_unused(folder: Path, keep: Collection[str] | None, failed: bool) -> PruneReport:
+def _remove_unused(folder: str, keep: Collection[str] | None, failed: bool) -> PruneReport:
     report = PruneReport()
     kept_entries: set[str] = set()
     kept_failures: set[str] = set()
-    for path in shards_in(folder):
-        listing = list_shard(path)
-        if listing is None or listing.error:
-            continue
+    for place, listing in _listings(folder):
         entries = [key for key in listing.keys if (keep is None or key in keep) and key not in kept_entries]
         kept_entries.update(entries)
         failures = [
@@ -190,23 +191,23 @@ def _remove_unused(folder: Path, keep: Collection[str] | None, failed: bool) -> 
         kept_failures.update(failures)
         num_entries, num_failures = len(listing.keys) - len(entries), len(listing.failures) - len(failures)
         if num_entries or num_failures:
-            report += PruneReport(num_entries, num_failures) + _rewrite(folder, {path: [*entries, *failures]})
+            report += PruneReport(num_entries, num_failures) + _rewrite(folder, {place: [*entries, *failures]})
     return report
 
 
-def _merge(folder: Path, shard_bytes: int) -> PruneReport:
+def _merge(folder: str, shard_bytes: int) -> PruneReport:
     """Merge shards below half of both bounds, such as short runs leave.
 
     Each merged shard is within the bounds and, except for the last, above half of one of them: it is not merged again.
     """
     report = PruneReport()
-    group: list[Path] = []
+    group: list[str] = []
     num_bytes = num_keys = 0
-    for path in shards_in(folder):
-        own_bytes = _file_size(path)
+    places = shards_in(folder)
+    for place, own_bytes in zip(places, _file_sizes(folder, places)):
         if own_bytes >= shard_bytes / 2:
             continue
-        listing = list_shard(path)
+        listing = list_shard(f"{folder}/{place}")
         if listing is None or listing.error or listing.damaged:
             continue
         own_keys = len(listing.keys) + len(listing.failures)
@@ -215,7 +216,7 @@ def _merge(folder: Path, shard_bytes: int) -> PruneReport:
         if num_bytes + own_bytes > shard_bytes or num_keys + own_keys > SHARD_ENTRIES:
             report += PruneReport(num_merged=len(group)) + _rewrite(folder, dict.fromkeys(group))
             group, num_bytes, num_keys = [], 0, 0
-        group.append(path)
+        group.append(place)
         num_bytes, num_keys = num_bytes + own_bytes, num_keys + own_keys
     if len(group) > 1:
         report += PruneReport(num_merged=len(group)) + _rewrite(folder, dict.fromkeys(group))
@@ -223,29 +224,29 @@ def _merge(folder: Path, shard_bytes: int) -> PruneReport:
 
 
 def _rewrite(
-    folder: Path, shards: Mapping[Path, Collection[str] | None], replace_unreadable: bool = False
+    folder: str, shards: Mapping[str, Collection[str] | None], replace_unreadable: bool = False
 ) -> PruneReport:
     """Replace shards by one new shard in `folder`, which memory holds meanwhile.
 
     Args:
-        shards: the keys to keep of each shard; None keeps all. An entry that is damaged is left out, and an entry is
-            preferred to the record of its failure.
+        shards: the keys to keep of each shard, by place; None keeps all. An entry that is damaged is left out, and an
+            entry is preferred to the record of its failure.
         replace_unreadable: remove shards that cannot be read, too.
 
     Returns:
         The number of damaged entries and the bytes that were freed.
     """
-    before = sum(map(_file_size, shards))
+    before = sum(_file_sizes(folder, shards))
     tensors: dict[str, torch.Tensor] = {}
     records: dict[str, str] = {}
     unreadable, num_damaged, after = [], 0, 0
-    for path, keys in shards.items():
+    for place, keys in shards.items():
         try:
-            shard = open_shard(path)
+            shard = open_shard(f"{folder}/{place}")
         except FileNotFoundError:
             continue
         except DamageError:
-            unreadable.append(path)
+            unreadable.append(place)
             continue
         for key in shard.records if keys is None else keys:
             if key in records and key not in shard.names:
@@ -261,14 +262,14 @@ def _rewrite(
             records[key] = shard.records[key]
     with storage_errors(folder, before):
         if records:
-            new = folder / f"{uuid.uuid4().hex}.safetensors"
+            new = f"{folder}/{uuid.uuid4().hex}.safetensors"
             write_shard(new, tensors, records)
             after = _file_size(new)
-        for path in shards:
-            if path in unreadable and not replace_unreadable:
-                before -= _file_size(path)
+        for place in shards:
+            if place in unreadable and not replace_unreadable:
+                before -= _file_size(f"{folder}/{place}")
             else:
-                path.unlink(missing_ok=True)  # after the new one exists: a kill in between leaves duplicates
+                remove(f"{folder}/{place}")  # after the new one exists: a kill in between leaves duplicates
     return PruneReport(num_damaged, num_bytes=before - after)
 
 
@@ -283,11 +284,10 @@ def stats(root: Path | str) -> dict[str, dict[str, int]]:
     cache = Cache(root)
     report = {}
     for kind in _kinds(cache.root):
-        folder = cache.root / kind
-        snapshot = cache.snapshot(kind)
+        folder, snapshot = cache.folder(kind), cache.snapshot(kind)
         report[kind] = {
             "entries": snapshot.num_entries,
-            "bytes": sum(_file_size(folder / place) for place in snapshot.places),
+            "bytes": sum(_file_sizes(folder, snapshot.places)),
             "shards": len(snapshot.places),
             "failures": len(snapshot.failures),
             "duplicates": len(snapshot.keys) - snapshot.num_entries,
@@ -297,27 +297,43 @@ def stats(root: Path | str) -> dict[str, dict[str, int]]:
     return report
 
 
-def _kinds(root: Path) -> list[str]:
+def _kinds(root: str) -> list[str]:
     """The subfolders that hold entries, in the format of today or an earlier one."""
     return [
-        kind
+        kind.name
         for kind in list_folder(root)
-        if (root / kind).is_dir()
+        if kind.is_folder
         and any(
-            pattern.fullmatch(name)
-            for name in list_folder(root / kind)
+            pattern.fullmatch(item.name)
+            for item in list_folder(f"{root}/{kind.name}")
             for pattern in (SHARD_FILE, STAGING_FOLDER, _OLD_FOLDER)
         )
     ]
 
 
-def _folders(folder: Path, pattern: re.Pattern) -> list[Path]:
-    paths = [folder / name for name in list_folder(folder) if pattern.fullmatch(name)]
-    return [path for path in paths if path.is_dir()]
+def _listings(folder: str) -> Iterator[tuple[str, ShardListing]]:
+    """Yield the place and the entries of each shard that can be read."""
+    for place in shards_in(folder):
+        listing = list_shard(f"{folder}/{place}")
+        if listing is not None and not listing.error:
+            yield place, listing
 
 
-def _file_size(path: Path) -> int:
+def _folders(folder: str, pattern: re.Pattern) -> list[str]:
+    """Subfolders of earlier versions, which had no caches at URLs."""
+    if is_url(folder):
+        return []
+    return [f"{folder}/{item.name}" for item in list_folder(folder) if item.is_folder and pattern.fullmatch(item.name)]
+
+
+def _file_sizes(folder: str, places: Iterable[str]) -> list[int]:
+    with ThreadPoolExecutor(_NUM_THREADS) as threads:
+        return list(threads.map(_file_size, (f"{folder}/{place}" for place in places)))
+
+
+def _file_size(location: str) -> int:
     try:
-        return path.stat().st_size
+        with read_errors(location):
+            return stamp(location).size
     except FileNotFoundError:
         return 0

@@ -9,6 +9,7 @@ import json
 import os
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
@@ -18,13 +19,17 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load, save_file
 
+from cogds.data.storage import access
+from cogds.data.storage.access import read_range, stamp, upload
+from cogds.data.storage.location import is_url, join
 from cogds.errors import UserError
-from cogds.files import temporary_name
+from cogds.files import remove_abandoned, temporary_name
 
 SHARD_BYTES = 1 << 30
 SHARD_ENTRIES = 4096
+FIRST_BYTES = 1 << 16  # of a shard at a URL, which hold most headers
 KEY = re.compile("[0-9a-f]{32}")
 SHARD_FILE = re.compile(r"[0-9a-f]{32}\.safetensors")
 # cogds 0.1 kept each new entry in a file `staging-<uuid>/<key>.safetensors` until a shard was full. A killed run left
@@ -112,6 +117,8 @@ class Shard:
             return {}
         try:
             tensors = {name: self.handle.get_tensor(f"{key}/{name}") for name in self.names[key]}
+        except FileNotFoundError:
+            raise
         except (SafetensorError, OSError) as error:
             if _errno(error) in _GONE:
                 raise FileNotFoundError(key) from None
@@ -137,29 +144,26 @@ class Shard:
         return ShardListing(bytes.fromhex("".join(keys)), failures, damaged)
 
 
-def open_shard(path: Path) -> Shard:
+def open_shard(location: Path | str) -> Shard:
     """Open a shard for reading.
 
     Raises:
         DamageError: the header is damaged.
         FileNotFoundError: the file was removed.
-        UserError: the file may not be read.
+        UserError: the file may not be read, or its server does not answer.
     """
     try:
         # pread, not mmap: another process may remove the file, and a page fault that fails kills the process.
-        handle = safe_open(path, "pt", backend="pread")
+        handle = _RemoteHandle(location) if is_url(str(location)) else safe_open(location, "pt", backend="pread")
         tensor_names, records = handle.offset_keys(), handle.metadata() or {}
     except FileNotFoundError:
         raise
     except (SafetensorError, OSError) as error:
         code = _errno(error)
         if code in _GONE:
-            raise FileNotFoundError(path) from None
+            raise FileNotFoundError(location) from None
         if code not in (None, errno.EIO):  # not damage: `verify` must not remove the file
-            raise UserError(
-                f"data.cache_dir: cannot read {path} ({error}). Allow access to it, or set data.cache_dir to another "
-                "folder."
-            ) from None
+            raise _unreadable(location, str(error)) from None
         raise DamageError(f"the file is truncated or damaged: {error}") from None
     names: dict[str, list[str]] = {}
     for tensor_name in tensor_names:
@@ -168,39 +172,94 @@ def open_shard(path: Path) -> Shard:
     return Shard(handle, names, records)
 
 
-def list_shard(path: Path) -> ShardListing | None:
-    """List a shard's entries; None if the file was removed. Raises UserError if the file may not be read."""
+class _RemoteHandle:
+    """Reads a shard at a URL by byte range: what `safe_open` does for a local file."""
+
+    def __init__(self, url: Path | str):
+        self._url = str(url)
+        with read_errors(self._url):
+            size = stamp(self._url).size
+        head = self._read(0, min(size, FIRST_BYTES))
+        self._start = 8 + int.from_bytes(head[:8], "little")
+        if self._start > size:
+            raise DamageError("the file is truncated or damaged: it ends within its header")
+        head = head[: self._start] + self._read(len(head), self._start - len(head))
+        try:
+            self._tensors: dict[str, dict[str, Any]] = json.loads(head[8:])
+            self._metadata = self._tensors.pop("__metadata__", {})
+            end = max((info["data_offsets"][1] for info in self._tensors.values()), default=0)
+        except (ValueError, TypeError, LookupError, AttributeError):
+            raise DamageError("the file is truncated or damaged: its header cannot be read") from None
+        if self._start + end != size:
+            raise DamageError(f"the file is truncated or damaged: it has {size} bytes instead of {self._start + end}")
+
+    def _read(self, start: int, size: int) -> bytes:
+        with read_errors(self._url):
+            return read_range(self._url, start, size)
+
+    def offset_keys(self) -> list[str]:
+        return list(self._tensors)
+
+    def metadata(self) -> dict[str, str]:
+        return self._metadata
+
+    def get_tensor(self, name: str) -> torch.Tensor:
+        info = self._tensors[name]
+        start, end = info["data_offsets"]
+        data = self._read(self._start + start, end - start)
+        header = json.dumps({name: info | {"data_offsets": [0, len(data)]}}).encode()
+        return load(len(header).to_bytes(8, "little") + header + data)[name]
+
+
+@contextmanager
+def read_errors(location: Path | str) -> Iterator[None]:
+    """Turn errors of the file system or the server into UserErrors, except FileNotFoundError."""
     try:
-        return open_shard(path).list()
+        yield
+    except FileNotFoundError:
+        raise
+    except OSError as error:
+        raise _unreadable(location, error.strerror or str(error)) from None
+
+
+def _unreadable(location: Path | str, reason: str) -> UserError:
+    advice = "Allow access to it, or set data.cache_dir to another folder."
+    if is_url(str(location)):
+        advice = "Check the server and the credentials, and start again."
+    return UserError(f"data.cache_dir: cannot read {location} ({reason}). {advice}")
+
+
+def list_shard(location: Path | str) -> ShardListing | None:
+    """List a shard's entries; None if the file was removed. Raises UserError as `open_shard`."""
+    try:
+        return open_shard(location).list()
     except FileNotFoundError:
         return None
     except DamageError as error:
         return ShardListing(error=str(error))
 
 
-def list_folder(folder: Path) -> list[str]:
-    """Sorted names in a folder, [] if it does not exist. Raises UserError if it may not be read."""
+def list_folder(folder: Path | str) -> list[access.Item]:
+    """What is in a folder, sorted; [] if it does not exist. Raises UserError if it may not be read."""
     try:
-        return sorted(os.listdir(folder))
+        with read_errors(folder):
+            return access.list_folder(str(folder))
     except FileNotFoundError:
         return []
-    except OSError as error:
-        raise UserError(
-            f"data.cache_dir: cannot read {folder} ({error.strerror}). Allow access to it, or set data.cache_dir to "
-            "another folder."
-        ) from None
 
 
-def shards_in(folder: Path) -> list[Path]:
-    """The shards of a folder, including entries that killed runs of cogds 0.1 left in its staging folders.
+def shards_in(folder: Path | str) -> list[str]:
+    """The places of a folder's shards, relative to it.
 
-    Raises UserError if the folder may not be read.
+    Includes entries that killed runs of cogds 0.1 left in its staging folders. Raises UserError if the folder may not
+    be read.
     """
-    names = list_folder(folder)
-    shards = [folder / name for name in names if SHARD_FILE.fullmatch(name)]
-    for staging in (folder / name for name in names if STAGING_FOLDER.fullmatch(name)):
-        shards += [staging / name for name in list_folder(staging) if SHARD_FILE.fullmatch(name)]
-    return shards
+    names = [item.name for item in list_folder(folder)]
+    places = [name for name in names if SHARD_FILE.fullmatch(name)]
+    for staging in (name for name in names if STAGING_FOLDER.fullmatch(name)):
+        files = [item.name for item in list_folder(join(str(folder), staging))]
+        places += [f"{staging}/{name}" for name in files if SHARD_FILE.fullmatch(name)]
+    return places
 
 
 def _errno(error: Exception) -> int | None:
@@ -214,36 +273,64 @@ def _errno(error: Exception) -> int | None:
 # --- writing
 
 
-def write_shard(path: Path, tensors: dict[str, torch.Tensor], records: dict[str, str]) -> None:
-    """Write a shard from tensors by `<key>/<name>` and records by key; it is on the disk when this returns.
+def write_shard(location: Path | str, tensors: dict[str, torch.Tensor], records: dict[str, str]) -> None:
+    """Write a shard from tensors by `<key>/<name>` and records by key.
 
-    Raises OSError or SafetensorError; see `storage_errors`.
+    It is on the disk, or on the server, when this returns. Raises OSError or SafetensorError; see `storage_errors`.
     """
+    if not is_url(str(location)):
+        write_file(Path(location), tensors, records)
+        return
+    upload_folder().mkdir(parents=True, exist_ok=True)
+    remove_abandoned(upload_folder())
+    path = temporary_name(upload_folder() / str(location).rpartition("/")[2])
+    try:
+        save_file(tensors, path, records)
+        upload(path, str(location))
+    finally:
+        path.unlink(missing_ok=True)
+
+
+def write_file(
+    path: Path, tensors: dict[str, torch.Tensor], records: dict[str, str], *, is_synced: bool = True
+) -> None:
+    """Write a shard to a local file, which is complete or absent. is_synced: it is on the disk when this returns."""
     folder = temporary_name(path)  # a folder, because safetensors writes to a temporary file of its own in it
     folder.mkdir(parents=True)
     try:
         partial = folder / path.name
         save_file(tensors, partial, records)
         partial.chmod(folder.stat().st_mode & 0o666)  # what the umask allows; safetensors allows only the owner
-        with partial.open("rb") as file:
-            os.fsync(file.fileno())
+        if is_synced:
+            with partial.open("rb") as file:
+                os.fsync(file.fileno())
         os.replace(partial, path)
     finally:
         shutil.rmtree(folder, ignore_errors=True)
 
 
+def upload_folder() -> Path:
+    """Folder of shards that are being uploaded, each in a temporary file."""
+    return Path(tempfile.gettempdir(), f"cogds-{os.getuid()}", "uploads")
+
+
 @contextmanager
-def storage_errors(folder: Path, num_bytes: int = 0) -> Iterator[None]:
-    """Turn errors of the file system into UserErrors. num_bytes: how much is written, for the message."""
+def storage_errors(folder: Path | str, num_bytes: int = 0) -> Iterator[None]:
+    """Turn errors of the file system or the server into UserErrors. num_bytes: how much is written, for the message."""
     try:
         yield
     except (OSError, SafetensorError) as error:
+        if is_url(str(folder)):
+            raise UserError(
+                f"data.cache_dir: writing {num_bytes / 1e6:.1f} MB into {folder} failed ({error}). Check the server, "
+                "the credentials and the space for temporary files, and start again: shards that are complete are kept."
+            ) from None
         code = _errno(error)
         if code is None:
             raise
         reason = os.strerror(code)
         if code in (errno.ENOSPC, errno.EDQUOT):
-            existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+            existing = next(path for path in (Path(folder), *Path(folder).parents) if path.is_dir())
             free_bytes = shutil.disk_usage(existing).free
             raise UserError(
                 f"data.cache_dir: {reason}: writing {num_bytes / 1e6:.1f} MB into {folder} failed with "

@@ -24,6 +24,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 import torch
 
+from cogds.data.cache.local_copy import LocalCopy
 from cogds.data.cache.shard import (
     KEY,
     SHARD_BYTES,
@@ -39,6 +40,9 @@ from cogds.data.cache.shard import (
     storage_errors,
     write_shard,
 )
+from cogds.data.storage.access import remove, write_bytes
+from cogds.data.storage.location import is_url, protocol
+from cogds.data.storage.requests import HTTP
 from cogds.errors import UserError
 from cogds.files import remove_abandoned
 
@@ -62,8 +66,8 @@ def key_array_of_bytes(data: bytes | bytearray) -> pa.FixedSizeBinaryArray:
 
 
 @functools.lru_cache(maxsize=64)
-def _open_cached(path: Path, process_id: int) -> Shard:  # noqa: ARG001 - a forked worker opens its own
-    return open_shard(path)
+def _open_cached(location: str, process_id: int) -> Shard:  # noqa: ARG001 - a forked worker opens its own
+    return open_shard(location)
 
 
 @dataclass(frozen=True, eq=False)
@@ -109,37 +113,46 @@ class Snapshot:
 
 
 class Cache:
-    """Entries of tensors under a root folder. A kind of entries, such as `clips`, is a subfolder.
+    """Entries of tensors under a root folder or URL. A kind of entries, such as `clips`, is a subfolder.
 
-    Raises UserError if the root is a file.
+    local_copy: keeps entries that were read from a URL. Raises UserError if the root is a file.
     """
 
-    def __init__(self, root: Path | str):
-        self.root = Path(root)
-        if self.root.exists() and not self.root.is_dir():
+    def __init__(self, root: Path | str, local_copy: LocalCopy | None = None):
+        self.root, self.is_remote = str(root).rstrip("/") or "/", is_url(str(root))
+        if self.is_remote and protocol(self.root) in HTTP:
+            raise UserError(
+                f"data.cache_dir: {self.root} cannot be written to. Set data.cache_dir to a folder, or to an object "
+                "store such as s3://bucket/cache."
+            )
+        if not self.is_remote and os.path.exists(self.root) and not os.path.isdir(self.root):
             raise UserError(
                 f"data.cache_dir: {self.root} is a file, not a folder. Move it, or set another data.cache_dir."
             )
+        self._local_copy = local_copy if self.is_remote else None
         self._newer: dict[str, Snapshot] = {}
+
+    def folder(self, kind: str) -> str:
+        """The folder or URL of a kind."""
+        return f"{self.root}/{kind}"
 
     def snapshot(self, kind: str) -> Snapshot:
         """List the entries that the cache holds now, by the headers of all shards."""
-        folder = self.root / kind
-        listings: dict[Path, ShardListing | None] = {}
-        shards: list[Path] = []
+        folder = self.folder(kind)
+        listings: dict[str, ShardListing | None] = {}
+        shards: list[str] = []
         with ThreadPoolExecutor(_NUM_THREADS) as threads:
             # Until nothing changes: `prune` may replace a shard after its folder was listed.
             while shards != (listed := shards_in(folder)):
                 shards = listed
-                new = [path for path in shards if path not in listings]
-                listings.update(zip(new, threads.map(list_shard, new)))
-        shards = [path for path in shards if listings[path] is not None]
-        places = tuple(path.relative_to(folder).as_posix() for path in shards)
+                new = [place for place in shards if place not in listings]
+                listings.update(zip(new, threads.map(list_shard, (f"{folder}/{place}" for place in new))))
+        places = tuple(place for place in shards if listings[place] is not None)
         key_bytes, counts = [], []
         failures: dict[str, str] = {}
         damaged: dict[str, str] = {}
-        for path, place in zip(shards, places):
-            listing = listings[path] or ShardListing()
+        for place in places:
+            listing = listings[place] or ShardListing()
             problems = [listing.error] * bool(listing.error)
             problems += [f"{key}: {problem}" for key, problem in listing.damaged.items()]
             if problems:
@@ -164,43 +177,65 @@ class Cache:
             DamagedEntryError: the entry is gone or damaged.
             UserError: the file may not be read.
         """
-        folder = self.root / kind
+        if self._local_copy is not None and (tensors := self._local_copy.read(kind, key)) is not None:
+            return tensors
+        folder = self.folder(kind)
         with suppress(FileNotFoundError):  # pruned since the caller looked
-            return self._read_shard(folder / place, key)
+            return self._read_shard(kind, key, place)
         for renew in (False, True):  # the snapshot made for another key is usually new enough
             if renew or kind not in self._newer:
                 self._newer[kind] = self.snapshot(kind)
             newer = self._newer[kind].place(key)
             if newer is not None and newer != place:
                 with suppress(FileNotFoundError):
-                    return self._read_shard(folder / newer, key)
+                    return self._read_shard(kind, key, newer)
         raise DamagedEntryError(
-            f"{folder / place}: the cache entry {key} of {kind} is gone: its shard was removed, and no other holds it. "
+            f"{folder}/{place}: the cache entry {key} of {kind} is gone: its shard was removed, and no other holds it. "
             "Start again to encode it again."
         )
 
-    def _read_shard(self, path: Path, key: str) -> dict[str, torch.Tensor]:
+    def _read_shard(self, kind: str, key: str, place: str) -> dict[str, torch.Tensor]:
+        location = f"{self.folder(kind)}/{place}"
         try:
-            tensors = _open_cached(path, os.getpid()).read(key)
+            shard = _open_cached(location, os.getpid())
+            tensors = shard.read(key)
             if not tensors:
                 raise DamageError("it is the record of a failure")
         except DamageError as error:
             raise DamagedEntryError(
-                f"{path}: the cache entry {key} is damaged: {error}. Run cogds encode --verify to remove it; the "
+                f"{location}: the cache entry {key} is damaged: {error}. Run cogds encode --verify to remove it; the "
                 "next run encodes it again."
             ) from None
+        if self._local_copy is not None:
+            self._local_copy.write(kind, key, tensors)
         return tensors
+
+    def fetch(self, kind: str, key: str, place: str) -> int:
+        """Bring an entry into the local copy, if there is one. Returns its size in bytes. Raises as `read`."""
+        if self._local_copy is None:
+            return 0
+        if not (num_bytes := self._local_copy.touch(kind, key)):
+            num_bytes = sum(tensor.nbytes for tensor in self.read(kind, key, place).values())
+        return num_bytes
+
+    def check_writable(self) -> None:
+        """Raise UserError if the server does not take files. Local folders: see `files.make_folders`."""
+        if self.is_remote:
+            marker = f"{self.root}/.writable-{uuid.uuid4().hex}"
+            with storage_errors(self.root):
+                write_bytes(marker, b"")
+                remove(marker)
 
     def remove_abandoned(self, kind: str) -> None:
         """Remove the temporary files that killed writers left. Raises UserError if that is not possible."""
-        folder = self.root / kind
-        with storage_errors(folder):
-            remove_abandoned(folder)
+        if not self.is_remote:  # files at a URL are complete
+            with storage_errors(self.folder(kind)):
+                remove_abandoned(self.folder(kind))
 
     @contextmanager
     def writer(self, kind: str, shard_bytes: int = SHARD_BYTES) -> Iterator["CacheWriter"]:
         """A writer for entries of a kind, for one process and thread. Raises UserError if it cannot write."""
-        writer = CacheWriter(self.root / kind, shard_bytes)
+        writer = CacheWriter(self.folder(kind), shard_bytes)
         try:
             yield writer
         except BaseException:
@@ -217,7 +252,7 @@ class CacheWriter:
     have passed since the last one, and at the end. A killed process loses the entries since the last shard.
     """
 
-    def __init__(self, folder: Path, shard_bytes: int):
+    def __init__(self, folder: str, shard_bytes: int):
         self._folder, self._shard_bytes = folder, shard_bytes
         self._clear()
 
@@ -257,5 +292,5 @@ class CacheWriter:
         """Write the entries collected so far as a shard. Raises UserError if that fails; they stay collected."""
         if self._records:
             with storage_errors(self._folder, self._num_bytes):
-                write_shard(self._folder / f"{uuid.uuid4().hex}.safetensors", self._tensors, self._records)
+                write_shard(f"{self._folder}/{uuid.uuid4().hex}.safetensors", self._tensors, self._records)
         self._clear()

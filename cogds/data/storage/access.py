@@ -1,38 +1,31 @@
-"""Opening, listing and checking files at any location (`location`). The only module that imports fsspec.
+"""Opening, listing, checking and writing files at any location (`location`).
 
-Reads by URL are retried, because servers fail, slow down and cut connections: a read returns all bytes or raises an
-error. A local file is opened as usual.
-
-Credentials and options are fsspec's own: environment variables (`AWS_ENDPOINT_URL`, `AWS_ACCESS_KEY_ID`,
-`FSSPEC_S3_ANON=true`, `HF_TOKEN`, ...) or `~/.config/fsspec/*.json`.
+Requests to servers are retried (`requests`): a read returns all bytes or raises an error. A local file is opened as
+usual.
 """
 
+import contextlib
+import functools
 import hashlib
+import html
 import io
 import os
-import random
 import stat
-import time
-from collections.abc import Callable
-from typing import Any, BinaryIO, NamedTuple, TypeVar
+import tempfile
+import uuid
+from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
+from urllib.parse import quote, unquote
 
 from cogds.data.storage.location import is_url, parse_member, protocol
-from cogds.errors import BUGS, UserError, brief
+from cogds.data.storage.requests import HTTP, REQUEST_TIMEOUT_S, file_system, request
 
-T = TypeVar("T")
-
-NUM_ATTEMPTS = 6
-FIRST_DELAY_S = 0.5  # doubled after each attempt: 15 s in total
-CONNECT_TIMEOUT_S, READ_TIMEOUT_S = 15, 60
 # Files up to this size are read at once; larger ones in blocks, because a clip may be a short part of a long film.
 WHOLE_BYTES, BLOCK_BYTES = 64_000_000, 8_000_000
+MIN_BYTES_PER_S = 1_000_000  # a slower upload fails
+# Stores whose uploads are complete or absent.
+OBJECT_STORES = ("s3", "s3a", "gs", "gcs", "az", "abfs", "abfss", "adl", "hf")
 
-# Options of the client libraries, some of which wait for minutes by default.
-_OPTIONS: dict[str, dict[str, Any]] = {
-    "s3": {"config_kwargs": {"connect_timeout": CONNECT_TIMEOUT_S, "read_timeout": READ_TIMEOUT_S}},
-}
-# Extras of cogds with the client library of a protocol.
-_EXTRAS = {"s3": "s3", "s3a": "s3", "gs": "gcs", "gcs": "gcs", "http": "http", "https": "http"}
 # Entries of fsspec's description of a file that change with its content, the best first.
 _VERSION_FIELDS = (
     "ETag",
@@ -75,10 +68,15 @@ def open_binary(location: str, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
     member = parse_member(location)
     if member is None and not is_url(location):
         return open(location, "rb")
-    size = stamp(location).size
+    size, version = stamp(location)
     if size <= WHOLE_BYTES:
-        return io.BytesIO(read_range(location, 0, size))
+        return io.BytesIO(_read_whole(location, size, version, os.getpid()))
     return io.BufferedReader(_RangeReader(location, size), block_bytes)
+
+
+@functools.lru_cache(maxsize=1)  # a file is probed, decoded and digested one after the other
+def _read_whole(location: str, size: int, version: int, process_id: int) -> bytes:  # noqa: ARG001
+    return read_range(location, 0, size)
 
 
 def read_bytes(location: str) -> bytes:
@@ -98,9 +96,15 @@ def read_range(location: str, start: int, size: int) -> bytes:
         return read_range(member.tar, member.offset + start, size)
     if not is_url(location):
         with open(location, "rb") as file:
-            return _checked(os.pread(file.fileno(), size, start), size)
-    system, path = file_system(location)
-    return _retried(lambda: _checked(system.cat_file(path, start=start, end=start + size), size))
+            data = os.pread(file.fileno(), size, start)
+        _check_size(data, size)
+        return data
+    pieces = []
+    for first in range(start, start + size, BLOCK_BYTES):  # a piece that fails is read again, not the whole range
+        end = min(start + size, first + BLOCK_BYTES)
+        check = functools.partial(_check_size, size=end - first)
+        pieces.append(request(location, "cat_file", start=first, end=end, check=check))
+    return pieces[0] if len(pieces) == 1 else b"".join(pieces)
 
 
 class _RangeReader(io.RawIOBase):
@@ -129,18 +133,15 @@ class _RangeReader(io.RawIOBase):
         self._position += size
         return size
 
-
-def _checked(data: bytes, size: int) -> bytes:
-    """The data if it has the right size. A server that ignores the range sends the whole file."""
-    if len(data) > size:
-        raise _NoRangesError("the server ignores byte ranges: copy the data to a server that supports them")
-    if len(data) < size:
-        raise OSError(f"only {len(data)} of {size} bytes were read")
-    return data
+    def readall(self) -> bytes:
+        data = read_range(self._location, self._position, self._size - self._position)
+        self._position += len(data)
+        return data
 
 
-class _NoRangesError(OSError):
-    """The server ignores byte ranges."""
+def _check_size(data: bytes, size: int) -> None:
+    if len(data) != size:
+        raise OSError(f"{len(data)} bytes were read instead of {size}")
 
 
 # --- checking and listing
@@ -162,8 +163,7 @@ def stamp(location: str) -> Stamp:
 
 
 def _remote_stamp(url: str) -> Stamp:
-    system, path = file_system(url)
-    info = _retried(lambda: system.info(path))
+    info = request(url, "info")
     if info.get("type") == "directory":
         raise IsADirectoryError("it is a folder, not a file")
     if info.get("size") is None:
@@ -179,18 +179,22 @@ def _version(info: dict[str, Any]) -> int:
 
 def is_folder(location: str) -> bool:
     """Whether a location is a folder. Raises OSError if a server does not answer."""
-    if not is_url(location):
-        return os.path.isdir(location)
-    system, path = file_system(location)
-    return _retried(lambda: system.isdir(path))
+    return _kind(location) == "directory" if is_url(location) else os.path.isdir(location)
 
 
 def is_file(location: str) -> bool:
     """Whether a location is a file. Raises OSError if a server does not answer."""
-    if not is_url(location):
-        return os.path.isfile(location)
-    system, path = file_system(location)
-    return _retried(lambda: system.isfile(path))
+    return _kind(location) == "file" if is_url(location) else os.path.isfile(location)
+
+
+def _kind(url: str) -> str:
+    """`file`, `directory`, or "" if there is neither. fsspec's isfile and isdir are False if the server fails."""
+    try:
+        info = request(url, "info")
+    except FileNotFoundError:
+        return ""
+    # An HTTP server has no folders, but a page that lists files in place of each.
+    return "directory" if protocol(url) in HTTP and info.get("mimetype") == "text/html" else info["type"]
 
 
 def list_folder(folder: str) -> list[Item]:
@@ -198,56 +202,69 @@ def list_folder(folder: str) -> list[Item]:
 
     The order is that of a sorted list of paths: a subfolder is at the place of its name with a slash.
     """
-    if not is_url(folder):
+    if is_url(folder):
+        items = _list_page(folder) if protocol(folder) in HTTP else _list_remote(folder)
+    else:
         with os.scandir(folder) as entries:
             items = [Item(entry.name, entry.is_dir()) for entry in entries]
-    else:
-        system, path = file_system(folder)
-        infos = _retried(lambda: system.ls(path, detail=True))
-        items = [Item(info["name"].rstrip("/").rsplit("/", 1)[-1], info["type"] == "directory") for info in infos]
     return sorted(items, key=lambda item: item.name + "/" * item.is_folder)
 
 
-# --- fsspec
+def _list_remote(folder: str) -> list[Item]:
+    infos = request(folder, "ls", detail=True)
+    if len(infos) == 1 and infos[0]["type"] == "file" and _kind(folder) == "file":
+        raise NotADirectoryError("it is a file, not a folder")
+    own_name = folder.rstrip("/").rsplit("/", 1)[-1]
+    names = [(info["name"].rstrip("/"), info) for info in infos]
+    items = [Item(name.rsplit("/", 1)[-1], info["type"] == "directory") for name, info in names]
+    # Some stores keep an empty object for the folder itself.
+    return [item for item, (_, info) in zip(items, names) if not (info.get("size") == 0 and item.name == own_name)]
 
 
-def file_system(url: str) -> tuple[Any, str]:
-    """The fsspec file system of a URL, and the path in it.
-
-    A forked process gets a file system of its own. Raises UserError if the protocol is unknown or its client library is
-    not installed.
-    """
-    import fsspec
-
-    name = protocol(url)
-    options = {"use_listings_cache": False} if name in ("s3", "s3a", "http", "https", "gs", "gcs") else {}
-    try:
-        system, path = fsspec.core.url_to_fs(url, **options, **_OPTIONS.get(name, {}))
-    except ImportError:
-        extra = _EXTRAS.get(name)
-        advice = f"pip install 'cogds[{extra}]'" if extra else "pip install the fsspec library for it"
-        raise UserError(f"{url}: the library that reads {name}:// is not installed. Run `{advice}`.") from None
-    except ValueError as error:
-        raise UserError(
-            f"{url}: {error}. Use a protocol that fsspec supports, such as s3://, gs:// or https://."
-        ) from None
-    return system, path
+def _list_page(folder: str) -> list[Item]:
+    """The links of a page that lists files, without those that sort it."""
+    page = folder.rstrip("/") + "/"
+    items = set()
+    for info in request(page, "ls", detail=True):
+        name = html.unescape(info["name"]).removeprefix(page).removeprefix("./")
+        if name.strip("./") and "/" not in name.rstrip("/") and not name.startswith("?"):
+            readable = unquote(name.rstrip("/"))
+            for reserved in "%?#":  # not part of a name in a URL unless they are quoted
+                readable = readable.replace(reserved, quote(reserved))
+            items.add(Item(readable, name.endswith("/")))
+    return list(items)
 
 
-def _retried(read: Callable[[], T]) -> T:
-    """The result of a request, which is repeated with growing delays if it fails.
+# --- writing
 
-    Raises OSError. FileNotFoundError and PermissionError, which would not go away, are raised at once.
-    """
-    for attempt in range(NUM_ATTEMPTS):
-        try:
-            return read()
-        except (FileNotFoundError, PermissionError, NotADirectoryError, IsADirectoryError, _NoRangesError):
-            raise
-        except BUGS:
-            raise
-        except Exception as error:  # client libraries raise errors of their own: aiohttp, botocore, ...
-            if attempt == NUM_ATTEMPTS - 1:
-                raise OSError(f"{brief(error)} ({NUM_ATTEMPTS} attempts)") from None
-            time.sleep(FIRST_DELAY_S * 2**attempt * random.uniform(0.5, 1.0))
-    raise AssertionError("unreachable")
+
+def upload(path: Path, url: str) -> None:
+    """Copy a local file to a URL, where it is complete or absent. Raises OSError."""
+    timeout_s = REQUEST_TIMEOUT_S + path.stat().st_size / MIN_BYTES_PER_S
+    if protocol(url) in OBJECT_STORES:
+        request(url, "put_file", str(path), timeout_s=timeout_s)
+        return
+    partial = f"{url}.{uuid.uuid4().hex[:8]}.tmp"
+    request(partial, "put_file", str(path), timeout_s=timeout_s)
+    _, source = file_system(partial)
+    request(url, "mv", source)
+
+
+def write_bytes(location: str, data: bytes) -> None:
+    """Write a small file. Raises OSError."""
+    if is_url(location):
+        with tempfile.NamedTemporaryFile() as file:
+            file.write(data)
+            file.flush()
+            upload(Path(file.name), location)
+    else:
+        Path(location).write_bytes(data)
+
+
+def remove(location: str) -> None:
+    """Remove a file if it exists. Raises OSError."""
+    with contextlib.suppress(FileNotFoundError):
+        if is_url(location):
+            request(location, "rm_file")
+        else:
+            Path(location).unlink()

@@ -2,49 +2,38 @@
 
 from __future__ import annotations
 
-import bisect
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from fractions import Fraction
+from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 
-from cogds.data.video.media import (
-    DecodeError,
-    _cached_timeline,
-    _decode_strict,
-    _displayed_frames,
-    _displayed_size,
-    _end_s,
-    _Fitter,
-    _open,
-    _Timeline,
-    probe_image,
-    read_image,
-)
+from cogds.data.video.container import open_container
+from cogds.data.video.decode import decode_range
+from cogds.data.video.errors import DecodeError
+from cogds.data.video.images import animation_frames, fit_image, is_webp, probe_image, read_image
+from cogds.data.video.pixels import Fitter, displayed_size
+from cogds.data.video.timeline import Timeline, cached_timeline, frame_range
 
 if TYPE_CHECKING:
     from av import VideoFrame
 
 
-class ShownFrame:
-    """A decoded frame of a video. start_s, end_s: when it is displayed, in seconds after the file's first frame."""
+class ShownFrame(NamedTuple):
+    """A decoded frame of a video, upright and in the colors that training reads.
 
-    def __init__(self, frame: VideoFrame, times_s: tuple[float, float], scalers: _Scalers) -> None:
-        self.start_s, self.end_s = times_s
-        self._frame, self._scalers = frame, scalers
+    Attributes:
+        start_s, end_s: when it is displayed, in seconds after the file's first frame.
+        size: height and width in pixels as displayed.
+        pixels: side -> the frame scaled to this longer side, uint8 [H, W, 3] in RGB. Raises DecodeError.
+    """
 
-    @property
-    def size(self) -> tuple[int, int]:
-        """Height and width in pixels as displayed."""
-        return _displayed_size(self._frame, self._scalers.pixel_aspect)
-
-    def pixels(self, side: int) -> np.ndarray:
-        """The frame, upright and scaled: uint8 [H, W, 3] in RGB. side: the longer of H and W."""
-        out = np.empty((*_size_with_side(self.size, side), 3), np.uint8)
-        self._scalers[side].fit(self._frame, out)
-        return out
+    start_s: float
+    end_s: float
+    size: tuple[int, int]
+    pixels: Callable[[int], np.ndarray]
 
 
 def iter_frames(path: str | Path, start_s: float = 0.0, end_s: float | None = None) -> Iterator[ShownFrame]:
@@ -53,24 +42,32 @@ def iter_frames(path: str | Path, start_s: float = 0.0, end_s: float | None = No
     start_s, end_s: the first frame is the one displayed at start_s, and the last one starts before end_s. Raises
     DecodeError, also after some frames, if the file is damaged.
     """
-    with _open(path) as container:
-        timeline = _cached_timeline(path, container)
-        scalers, position = _Scalers(timeline.pixel_aspect), _displayed_frames(timeline, [start_s], end_s)[0]
-        end = _end_s(timeline.duration_s, end_s)
-        last = max(position, bisect.bisect_left(range(len(timeline.pts)), end, key=timeline.seconds) - 1)
-        if position and not timeline.num_hidden:
+    if is_webp(path):
+        for timeline, index, image in animation_frames(path, start_s, end_s):
+            size = image.height, image.width
+            yield ShownFrame(
+                *timeline.interval_s(index),
+                size,
+                lambda side, image=image, size=size: fit_image(image, *_size_with_side(size, side)),  # type: ignore[misc]
+            )
+        return
+    with open_container(path) as container:
+        timeline = cached_timeline(path, container)
+        indices, scalers = frame_range(timeline, start_s, end_s), _Scalers(timeline.pixel_aspect)
+        position = indices[0]
+        if position and timeline.is_seekable:
             try:
-                for index, frame in _decode_strict(container, timeline, timeline.key_before(position), last):
+                for index, frame in decode_range(container, timeline, indices, from_start=False):
                     if index >= position:
-                        yield ShownFrame(frame, _interval_s(timeline, index), scalers)
+                        yield _shown(timeline, index, frame, scalers)
                         position = index + 1
                 return
             except DecodeError:
                 pass  # maybe only the seek went wrong; decoding from the start succeeds or names the problem
-    with _open(path) as container:
-        for index, frame in _decode_strict(container, timeline, 0, last, seek=False):
+    with open_container(path) as container:
+        for index, frame in decode_range(container, timeline, indices, from_start=True):
             if index >= position:
-                yield ShownFrame(frame, _interval_s(timeline, index), scalers)
+                yield _shown(timeline, index, frame, scalers)
 
 
 def read_frame(path: str | Path, time_s: float, side: int) -> np.ndarray:
@@ -92,19 +89,24 @@ def _size_with_side(size: tuple[int, int], side: int) -> tuple[int, int]:
     return max(1, round(size[0] * scale)), max(1, round(size[1] * scale))
 
 
-def _interval_s(timeline: _Timeline, index: int) -> tuple[float, float]:
-    """When a frame is displayed: its own time, and that of the next frame or the end of the file."""
-    is_last = index == len(timeline.pts) - 1
-    return timeline.seconds(index), timeline.duration_s if is_last else timeline.seconds(index + 1)
+def _shown(timeline: Timeline, index: int, frame: VideoFrame, scalers: _Scalers) -> ShownFrame:
+    size = displayed_size(frame, timeline.pixel_aspect)
+    return ShownFrame(*timeline.interval_s(index), size, partial(_scaled, frame, size, scalers))
 
 
-class _Scalers(dict[int, _Fitter]):
+def _scaled(frame: VideoFrame, size: tuple[int, int], scalers: _Scalers, side: int) -> np.ndarray:
+    out = np.empty((*_size_with_side(size, side), 3), np.uint8)
+    scalers[side].fit(frame, out)
+    return out
+
+
+class _Scalers(dict[int, Fitter]):
     """A fitter for each size (longer side in pixels), because a fitter computes its filters again for a new size."""
 
     def __init__(self, pixel_aspect: Fraction) -> None:
         super().__init__()
-        self.pixel_aspect = pixel_aspect
+        self._pixel_aspect = pixel_aspect
 
-    def __missing__(self, side: int) -> _Fitter:
-        self[side] = _Fitter(self.pixel_aspect)
+    def __missing__(self, side: int) -> Fitter:
+        self[side] = Fitter(self._pixel_aspect)
         return self[side]

@@ -23,7 +23,7 @@ def write_tasks(folder: WorkFolder, options: CaptionOptions, num_ranks: int) -> 
     """Deal the scenes that have no caption yet to the ranks."""
     scenes = collect(folder).scenes
     folder.merge_results(CAPTIONS)
-    known = folder.read_results(CAPTIONS)
+    known = folder.known_keys(CAPTIONS)
     todo = {key: scene for scene in scenes if (key := caption_key(scene, options)) not in known}
     rows = [
         {"key": key, "path": scene.path, "times_s": _times_s(scene, options), "rank": number % num_ranks}

@@ -1,5 +1,6 @@
 """The table of clips: its rows, and the Parquet file that `data.path` trains from."""
 
+import itertools
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -35,6 +36,7 @@ _COLUMNS = {
     "text_share": pa.float64(),
     "duplicate_of": pa.string(),
 }
+_ROWS_PER_BATCH = 8192
 _NOT_PREPARED = "it was not prepared: start again"
 # Column -> the score without which the table does not have it.
 _SCORE_OF = dict(zip(("motion", "sharpness", "text_share", "duplicate_of"), SCORES))
@@ -123,18 +125,20 @@ def write_clips(
     training would read them as something that they were not read as before.
     """
     scenes = prepared.scenes
-    rows = list(_rows(output, scenes, captions))
+    batches, schema = _batched(_rows(output, scenes, captions)), pa.schema(_COLUMNS)
+    table = pa.Table.from_batches((pa.RecordBatch.from_pylist(rows, schema) for rows in batches), schema)
+    num_duplicates = 0
     if "duplicates" in scores:
         originals = find_duplicates([scene.scene["hashes"] for scene in scenes], [scene.length_s for scene in scenes])
-        for row, original in zip(rows, originals):
-            row["duplicate_of"] = None if original is None else _name(rows[original])
-    table = pa.Table.from_pylist(rows, pa.schema(_COLUMNS))
+        names = [None if row is None else _name(output, scenes[row]) for row in originals]
+        num_duplicates = len(names) - names.count(None)
+        table = table.set_column(table.column_names.index("duplicate_of"), "duplicate_of", pa.array(names, pa.string()))
     optional = ["captions", *(name for name, score in _SCORE_OF.items() if score not in scores)]
     table = table.drop_columns([name for name in optional if table.column(name).null_count == len(table)])
     kept = extras.take(pa.array([scene.row for scene in scenes], pa.int64()))
-    read = set(Columns({}, None, False).match([*table.column_names, *kept.column_names]).values())
+    read = Columns({}, None, need_captions=False)
     for name in kept.column_names:
-        if name not in table.column_names and name not in read:
+        if name not in table.column_names and name not in read.match([*table.column_names, name]).values():
             table = table.append_column(name, kept.column(name))
     try:
         with whole_file(output) as partial:
@@ -144,7 +148,12 @@ def write_clips(
             f"--output: cannot write {output} ({error.strerror or error}). Free some space there, or choose another "
             "folder."
         ) from None
-    return sum(row["duplicate_of"] is not None for row in rows) if "duplicates" in scores else 0
+    return num_duplicates
+
+
+def _batched(rows: Iterator[dict[str, Any]]) -> Iterator[list[dict[str, Any]]]:
+    while batch := list(itertools.islice(rows, _ROWS_PER_BATCH)):
+        yield batch
 
 
 def _rows(output: Path, scenes: Sequence[PreparedScene], captions: Sequence[Sequence[str]]) -> Iterator[dict[str, Any]]:
@@ -169,5 +178,6 @@ def _relative(path: str, folder: Path) -> str:
     return os.path.relpath(path, folder) if path.startswith(f"{folder}{os.sep}") else path
 
 
-def _name(row: Mapping[str, Any]) -> str:
-    return row["file_name"] if row["start_s"] is None else f"{row['file_name']} at {row['start_s']:.3f} s"
+def _name(output: Path, scene: PreparedScene) -> str:
+    name = _relative(scene.path, output.parent)
+    return name if scene.start_s is None else f"{name} at {scene.start_s:.3f} s"

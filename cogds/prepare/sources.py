@@ -2,6 +2,7 @@
 
 import functools
 import hashlib
+import itertools
 import logging
 from collections import Counter
 from collections.abc import Callable
@@ -9,6 +10,9 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
+
+import numpy as np
+import pyarrow as pa
 
 from cogds.config.schema import DataConfig
 from cogds.core.load_balance import assign_by_cost
@@ -28,6 +32,7 @@ logger = logging.getLogger(__name__)
 
 # Part of every key: changes when the same source would be cut or scored differently by another version.
 _VERSION = 1
+_ROWS_PER_BATCH = 4096
 _NUM_THREADS = 16  # on a network file system or a server, checking a file is mostly waiting
 
 
@@ -49,21 +54,28 @@ def write_sources(folder: WorkFolder, data: DataConfig, options: CutOptions, num
     """
     folder.remove_temporary()
     folder.merge_results(SCENES)
-    known = folder.read_results(SCENES)
+    known = folder.known_keys(SCENES)
     listing, stamp_of_tar = Listing(), functools.lru_cache(_NUM_THREADS)(stamp)
     with ThreadPoolExecutor(_NUM_THREADS) as threads:
-        entries = list(iter_entries(data_set(data), need_captions=False, listing=listing, keep_extras=True))
-        rows = list(threads.map(lambda entry: _source(entry, options, stamp_of_tar), entries))
+        entries = iter_entries(data_set(data), need_captions=False, listing=listing, keep_extras=True)
+        batches, extras = [], []
+        while chunk := list(itertools.islice(entries, _ROWS_PER_BATCH)):
+            rows = threads.map(lambda entry: _source(entry, options, stamp_of_tar), chunk)
+            batches.append(pa.RecordBatch.from_pylist(list(rows), SOURCE_SCHEMA))
+            extras += [entry.extras or {} for entry in chunk]
     if listing.skipped:
         logger.info("skipped in the dataset: %s", counts(listing.skipped))
-    # A list may name the same source twice.
-    todo = list({row["key"]: row for row in rows if row["reason"] is None and row["key"] not in known}.values())
-    num_rows = Counter(row["path"] for row in todo)  # of a file of which each row has a part
-    ranks = assign_by_cost([row["size"] / num_rows[row["path"]] for row in todo], num_ranks).tolist()
-    for row, rank in zip(todo, ranks):
-        row["rank"] = rank
-    write_table(folder.sources, SOURCE_SCHEMA, rows)
-    write_extras(folder, [entry.extras or {} for entry in entries])
+    table = pa.Table.from_batches(batches, SOURCE_SCHEMA)
+    # A list may name the same source twice. A file that cannot be opened has no key.
+    rows_of = {key: row for row, key in enumerate(table.column("key").to_pylist()) if key and key not in known}
+    todo = list(rows_of.values())
+    paths, sizes = (table.column(name).take(pa.array(todo, pa.int64())).to_pylist() for name in ("path", "size"))
+    num_rows = Counter(paths)  # of a file of which each row has a part
+    ranks = np.full(len(table), -1, np.int32)
+    ranks[todo] = assign_by_cost([size / num_rows[path] for path, size in zip(paths, sizes)], num_ranks)
+    table = table.set_column(SOURCE_SCHEMA.get_field_index("rank"), SOURCE_SCHEMA.field("rank"), pa.array(ranks))
+    write_table(folder.sources, SOURCE_SCHEMA, table)
+    write_extras(folder, extras)
 
 
 def _check_output(data: DataConfig, output: Path) -> None:

@@ -120,6 +120,13 @@ class WorkFolder:
                 results |= {row["key"]: row for row in table.to_pylist()}
         return results
 
+    def known_keys(self, schema: pa.Schema) -> set[bytes]:
+        """The keys of the results of all runs."""
+        tables = map(read_table, self.result_files(schema))
+        return {
+            key for table in tables if table and table.schema.equals(schema) for key in table.column("key").to_pylist()
+        }
+
     def merge_results(self, schema: pa.Schema) -> None:
         """Join the files of results of one kind, so that their number stays small."""
         files = self.result_files(schema)

@@ -4,6 +4,7 @@ import hashlib
 import json
 import os
 import shutil
+import tarfile
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,15 +14,18 @@ from PIL import Image
 from cogds.arguments import parse_args
 from cogds.cli import find_config
 from cogds.config.loading import load_config
+from cogds.core.geometry import ClipShape
 from cogds.data.layouts.data_set import DataSet
 from cogds.data.layouts.parts import iter_entries
+from cogds.data.video.media import read_clip
 from cogds.distributed import run_lock
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.prepare import captioning, captions, main
 from cogds.prepare.main import check_dataset, prepare, read_request
 from tests.prepare.endpoint import HANG, error, reply, serve
-from tests.prepare.films import write_film
+from tests.prepare.films import HEIGHT, WIDTH, read_numbers, scene, write_film
+from tests.servers import FileServer
 
 
 @pytest.fixture(scope="module")
@@ -206,6 +210,93 @@ def test_ranges_of_a_table_are_cut_and_conditioning_images_stay_with_the_first_s
         ("x", 0.6, 1.0, None),
         ("y", 1.4, 2.0, None),
     ]
+
+
+@pytest.mark.parametrize("place", ["tar", "url", "tar behind a url"])
+def test_films_in_tar_files_and_behind_urls(tmp_path, film, opened, place):
+    folder, output = tmp_path / "films", tmp_path / "clips.parquet"
+    folder.mkdir()
+    if "tar" in place:
+        with tarfile.open(folder / "films.tar", "w") as tar:
+            tar.add(film, "a.mp4")
+            (tmp_path / "a.txt").write_text("a film")
+            tar.add(tmp_path / "a.txt", "a.txt")
+    else:
+        shutil.copy(film, folder / "a.mp4")
+        (folder / "a.txt").write_text("a film")
+    server = FileServer(folder) if "url" in place else None
+    root = server.url if server else folder
+    try:
+        rows = run(f"{root}/films.tar" if "tar" in place else root, output)
+        assert [(row["start_s"], row["end_s"], row["text"]) for row in rows] == [
+            (0.0, 0.6, "a film"), (0.6, 1.2, "a film"), (1.2, 2.0, "a film"),
+        ]  # fmt: skip
+        # Where the table is, its paths lead to the frames.
+        entries = list(iter_entries(DataSet(str(output))))
+        assert entries[1].path.startswith(str(root))
+        clip = read_clip(entries[1].path, ClipShape(4, HEIGHT, WIDTH), 25, entries[1].start_s, entries[1].end_s)
+        assert read_numbers(clip) == [15, 16, 17, 18]
+        opened.clear()
+        assert run(f"{root}/films.tar" if "tar" in place else root, output) == rows
+        assert opened == []
+    finally:
+        if server:
+            server.close()
+
+
+def test_a_server_that_fails_is_asked_again_by_the_next_run(tmp_path, film, monkeypatch):
+    from cogds.data.storage import requests
+
+    monkeypatch.setattr(requests, "GIVE_UP_S", 0.2)
+    (tmp_path / "films").mkdir()
+    shutil.copy(film, tmp_path / "films/a.mp4")
+    server, output = FileServer(tmp_path / "films"), tmp_path / "clips.parquet"
+    try:
+        (tmp_path / "list.jsonl").write_text(json.dumps({"file_name": f"{server.url}/a.mp4"}))
+        server.status = 503
+        assert run(tmp_path / "list.jsonl", output) == []
+        assert "503" in (tmp_path / "clips.parquet.work/unusable.jsonl").read_text()
+        server.status = None
+        assert len(run(tmp_path / "list.jsonl", output)) == 3
+    finally:
+        server.close()
+
+
+def test_settings_of_the_dataset_and_several_captions(films, tmp_path):
+    lines = [
+        {"id": "a", "captions": ["one", "two"], "score": 5},
+        {"id": "more/b", "captions": ["three"], "score": 4},
+        {"id": "a", "captions": ["four"], "score": 1},
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    words = (f"data.root={films}", "data.path_template={id}.mp4", "data.where=score > 2", "--no-cuts")
+    rows = run(tmp_path / "list.jsonl", tmp_path / "clips.parquet", *words)
+    assert [(row["file_name"], row["text"], row["captions"], row["id"], row["score"]) for row in rows] == [
+        ("films/a.mp4", "one", ["two"], "a", 5),
+        ("films/more/b.mp4", "three", None, "more/b", 4),
+    ]
+    entries = list(iter_entries(DataSet(str(tmp_path / "clips.parquet"))))
+    assert [(entry.caption, entry.more_captions) for entry in entries] == [("one", ("two",)), ("three", ())]
+    with serve(reply("A film.")) as endpoint:
+        rows = run(tmp_path / "list.jsonl", tmp_path / "clips.parquet", *words, *caption_words(endpoint))
+    assert [(row["text"], "captions" in row) for row in rows] == [("A film.", False)] * 2
+
+
+def test_an_animated_image_is_cut_as_a_video(tmp_path):
+    (tmp_path / "films").mkdir()
+    pictures = [Image.fromarray(picture) for number in (0, 1) for picture in scene(number, 6)]
+    pictures[0].save(tmp_path / "films/a.webp", save_all=True, append_images=pictures[1:], duration=100, lossless=True)
+    rows = run(tmp_path / "films", tmp_path / "clips.parquet")
+    assert [(row["type"], row["start_s"], row["end_s"]) for row in rows] == [("image", 0.0, 0.6), ("image", 0.6, 1.2)]
+    assert all(row["motion"] > 0 for row in rows)
+
+
+def test_columns_that_were_not_read_are_not_read_from_the_new_table(films, tmp_path):
+    lines = [{"file_name": "a.mp4", "text": "x", "clips": [0, 1], "captions": ["y"], "prompts": ["z"]}]
+    (films / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+    run(films, tmp_path / "clips.parquet", "data.columns={spans: null, captions: null}", "--no-cuts")
+    (entry,) = iter_entries(DataSet(str(tmp_path / "clips.parquet")))
+    assert (entry.start_s, entry.end_s, entry.caption, entry.more_captions) == (0.0, 2.0, "x", ())
 
 
 def test_the_other_columns_of_a_table_are_kept(films, tmp_path):

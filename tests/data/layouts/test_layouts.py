@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cogds.data.layouts import lists
 from cogds.data.layouts.data_set import DataSet
 from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.parquet_tables import MANIFEST_MARK
@@ -257,3 +258,18 @@ def test_scores_and_other_columns_are_read(tmp_path: Path, form: str) -> None:
 def test_scores_of_another_form_are_ignored(tmp_path: Path, values: list) -> None:
     table(tmp_path, file_name=["a.mp4", "b.mp4"], text=["one", "two"], motion=values, duplicate_of=[1, 2])
     assert [(entry.motion, entry.duplicate_of) for entry in read_entries(tmp_path)] == [(None, None)] * 2
+
+
+def test_scores_in_other_columns_and_as_text(tmp_path: Path) -> None:
+    put(tmp_path, metadata__csv="file_name,text,flow,copy\na.mp4,one,0.5,\nb.mp4,two,,a.mp4\n")
+    entries = read_entries(tmp_path, {"motion": "flow", "duplicate_of": "copy"})
+    assert [(entry.motion, entry.duplicate_of) for entry in entries] == [(0.5, None), (None, "a.mp4")]
+
+
+def test_other_columns_of_parquet_are_read_only_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(tmp_path, file_name=["a.mp4"], text=["one"], motion=[0.5], large=["x" * 1000])
+    read, names = lists.read_parquet, []
+    monkeypatch.setattr(lists, "read_parquet", lambda file, columns: names.append(columns) or read(file, columns))
+    list(iter_entries(DataSet(str(tmp_path))))
+    list(iter_entries(DataSet(str(tmp_path)), keep_extras=True))
+    assert names == [["file_name", "text", "motion"], ["file_name", "text", "motion", "large"]]

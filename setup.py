@@ -7,6 +7,13 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cogds/__init__.py").read_text())[1]
+PREPARE = [
+    "scenedetect-headless>=0.7",
+    "opencv-python-headless>=4.10",
+    "rapidocr>=3.10",
+    "onnxruntime>=1.20",
+    "openai>=3",
+]
 
 setup(
     name="cogds",
@@ -70,6 +77,8 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
+        # `cogds prepare`. The headless builds need no libraries of a desktop.
+        "prepare": PREPARE,
         # Data behind URLs: s3://, gs://, and https://. hf:// needs no more than huggingface_hub.
         "s3": ["s3fs>=2024.6"],
         "gcs": ["gcsfs>=2024.6"],
@@ -88,6 +97,7 @@ setup(
             "moto[s3]>=5",  # a server that speaks S3; it needs the next two
             "flask>=3",
             "flask-cors>=5",
+            *PREPARE,
         ],
         "check": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],
         "heif": ["pillow-heif>=1.1"],  # HEIC photos

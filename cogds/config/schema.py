@@ -18,7 +18,7 @@ OnOff = Literal["auto", "on", "off"]
 Attention = Literal["auto", "torch", "flash", "cudnn", "efficient", "flash3", "flash4", "math"]
 Checkpointing = Literal["auto", "none", "selective", "full", "full+offload"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
-Column = Literal["path", "caption", "captions", "kind", "image", "start_s", "end_s", "spans"]
+Column = Literal["path", "caption", "captions", "kind", "image", "start_s", "end_s", "spans", "motion", "duplicate_of"]
 
 ATTENTION_KERNELS: tuple[str, ...] = get_args(Attention)[1:]
 CHECKPOINTING_MODES: tuple[str, ...] = get_args(Checkpointing)[1:]  # from the least recomputed to the most

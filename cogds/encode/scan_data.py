@@ -3,7 +3,7 @@
 from functools import partial
 from pathlib import Path
 
-from cogds.config.schema import RunConfig
+from cogds.config.schema import DataConfig, RunConfig, SetConfig
 from cogds.data.manifest.scan import choose_files, finish_scan, list_share, scan_share, start_scan
 from cogds.data.manifest.table import DataSet, manifest_file
 from cogds.distributed.collectives import on_all_ranks, on_rank0
@@ -13,17 +13,13 @@ from cogds.errors import UserError
 
 def data_sets(cfg: RunConfig) -> list[DataSet]:
     """The run's datasets, in the order of their numbers."""
-    sets = cfg.data.sets or (cfg.data,)
-    return [
-        DataSet(
-            data_set.path,
-            {str(name): column for name, column in data_set.columns.items()},
-            data_set.root,
-            data_set.path_template,
-            data_set.where,
-        )
-        for data_set in sets
-    ]
+    return [data_set(own) for own in cfg.data.sets or (cfg.data,)]
+
+
+def data_set(data: DataConfig | SetConfig) -> DataSet:
+    """The dataset that a section of the config describes."""
+    columns = {str(name): column for name, column in data.columns.items()}
+    return DataSet(data.path, columns, data.root, data.path_template, data.where)
 
 
 def caption_prefixes(cfg: RunConfig) -> list[str]:

@@ -45,6 +45,11 @@ def extensions_folder() -> Path:
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
 
 
+def openai_api_key() -> str:
+    """Return the API key for OpenAI-compatible endpoints, or "" if none is set."""
+    return os.environ.get("OPENAI_API_KEY", "")
+
+
 def make_cublas_deterministic() -> None:
     """Have cuBLAS use fixed workspaces, which its determinism needs. Call it before CUDA is used."""
     os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")

@@ -28,6 +28,7 @@ from cogds.core.suggest import (
     suggest_buckets,
     suggest_lengths,
 )
+from cogds.report.quality import ClipQuality, clip_quality
 
 # Rows processed at a time, to bound memory for tables of millions of clips.
 ROWS_AT_ONCE = 1 << 20
@@ -46,7 +47,7 @@ class ClipTable:
 
     Attributes:
         table: columns path, kind, width, height (as displayed), processing, status ("ok" or "unusable"), reason ("short
-            phrase: detail"), caption, start_s, set.
+            phrase: detail"), caption, start_s, end_s, set, digest, motion, duplicate_of.
         buckets: int [N], -1 for a clip without a bucket.
         frames: int [N], at the target frame rate, within the clip's time range.
         num_windows: int [N], samples of each clip. None: one each.
@@ -202,6 +203,7 @@ class Report:
     max_unusable: float = 1.0
     gpu_bytes: float | None = None
     num_held_out: int = 0
+    quality: ClipQuality = field(default_factory=ClipQuality)
     processed: Mapping[str, int] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
 
@@ -300,6 +302,7 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
         max_unusable=setup.max_unusable,
         gpu_bytes=setup.gpu_bytes,
         num_held_out=clips.num_held_out,
+        quality=clip_quality(clips.table, pa.array(clips.buckets >= 0)),
         processed=_count_processed(clips),
         skipped=clips.skipped,
     )

@@ -7,6 +7,7 @@ from rich.text import Text
 
 from cogds.formatting import counted, counts, duration, gigabytes, number, percent
 from cogds.report.analysis import BucketReport, Report
+from cogds.report.quality import HARDLY_MOVES
 
 ESTIMATE_NOTE = "Memory is calculated from shapes. It has not been compared with a GPU."
 NOT_MEASURED = "not measured"
@@ -82,14 +83,34 @@ def empty_bucket_lines(report: Report) -> list[str]:
     return [f"{counted(len(empty), 'bucket')} without clips: {', '.join(empty)}."] if empty else []
 
 
+def quality_lines(report: Report) -> list[str]:
+    """Sentences about motion and duplicates, [] if there is nothing to say."""
+    quality, lines = report.quality, []
+    if quality.num_scored:
+        lines.append(
+            f"Median motion {quality.median_motion:.3f} of the longer side per second, of "
+            f"{counted(quality.num_scored, 'clip')} with a score."
+        )
+    if quality.num_near_duplicates:
+        lines.append(f"{counted(quality.num_near_duplicates, 'near duplicate')} of other clips (duplicate_of).")
+    return lines
+
+
 def warning_lines(report: Report) -> list[str]:
-    """Sentences about buckets that do not fit, unusable clips, captions and skipped files; [] if there are none."""
+    """Sentences about buckets that do not fit, bad clips and captions, and skipped files; [] if there are none."""
     captions, lines = report.captions, [bucket.shortfall for bucket in report.used_buckets if bucket.shortfall]
     if report.is_refused:
         lines.append(
             f"Training will not start: {report.num_unusable:,} of {counted(report.num_rows, 'clip')} cannot be used, "
             f"and data.max_unusable allows {percent(report.max_unusable)}."
         )
+    if report.quality.num_still:
+        lines.append(
+            f"{counted(report.quality.num_still, 'clip')} hardly moving (motion below {HARDLY_MOVES:g}): the LoRA "
+            "learns to move less."
+        )
+    if report.quality.num_copies:
+        lines.append(f"{counted(report.quality.num_copies, 'clip')} with the same content as another clip.")
     if captions.num_missing:
         lines.append(f"{counted(captions.num_missing, 'clip')} without a caption.")
     if captions.num_empty:
@@ -168,7 +189,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         if report.num_other_reasons:
             reasons.add_row(f"{report.num_other_reasons:,}", "other reasons", "")
         console.print(reasons)
-    for line in warning_lines(report) + suggestion_lines(report):
+    for line in quality_lines(report) + warning_lines(report) + suggestion_lines(report):
         console.print(Text(line))
 
 

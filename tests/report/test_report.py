@@ -50,6 +50,9 @@ def table(rows):
         "start_s": [0.0] * len(rows),
         "end_s": pa.nulls(len(rows), pa.float64()),
         "set": pa.array([0] * len(rows), pa.int16()),
+        "digest": pa.array([row[0].encode().ljust(16)[-16:] for row in rows], pa.binary(16)),
+        "motion": pa.nulls(len(rows), pa.float64()),
+        "duplicate_of": pa.nulls(len(rows), pa.string()),
     }
     buckets, frames = np.array([row[4] for row in rows], np.int16), np.array([row[1] or 0 for row in rows])
     return ClipTable(pa.table(columns), buckets, frames)

@@ -79,6 +79,15 @@ def seconds_in(value: Any, name: str, ours: str) -> float | None:
     return seconds
 
 
+def score_in(value: Any) -> float | None:
+    """The number in a cell, also as text; None if there is none. Other tools may write scores in other forms."""
+    try:
+        score = math.nan if isinstance(value, bool) else float(value)
+    except (TypeError, ValueError, OverflowError):
+        return None
+    return score if math.isfinite(score) else None
+
+
 def is_time(value: Any) -> bool:
     """Whether a value is a time, as a number or as text."""
     if isinstance(value, str):

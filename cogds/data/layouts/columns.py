@@ -21,6 +21,8 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "start_s": ("start_s", "start", "start_time", "start_timestamp", "span_start", "start_sec"),
     "end_s": ("end_s", "end", "end_time", "end_timestamp", "span_end", "end_sec"),
     "spans": ("spans", "span", "timestamps", "timestamp", "clips", "clip"),
+    "motion": ("motion",),
+    "duplicate_of": ("duplicate_of",),
 }
 _TEMPLATE_FIELD = re.compile(r"\{([^{}:]*)(?::0?(\d+)d?)?\}")
 

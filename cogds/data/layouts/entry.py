@@ -1,6 +1,7 @@
 """A clip of a dataset, as its list or folder describes it."""
 
-from typing import NamedTuple
+from collections.abc import Mapping
+from typing import Any, NamedTuple
 
 
 class Entry(NamedTuple):
@@ -15,6 +16,8 @@ class Entry(NamedTuple):
         start_s, end_s: the clip's range in the file, in seconds after its first frame; None means the beginning and
             the end of the file.
         more_captions: further captions, not blank.
+        motion, duplicate_of: scores of `cogds prepare`.
+        extras: the other columns of the clip's row in a table, if asked for.
     """
 
     path: str
@@ -25,3 +28,6 @@ class Entry(NamedTuple):
     start_s: float | None = None
     end_s: float | None = None
     more_captions: tuple[str, ...] = ()
+    motion: float | None = None
+    duplicate_of: str | None = None
+    extras: Mapping[str, Any] | None = None

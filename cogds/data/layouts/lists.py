@@ -28,8 +28,12 @@ LIST_SUFFIXES = (*TABLE_SUFFIXES, ".txt")
 class ListReader:
     """Reads the lists and tables of a dataset."""
 
-    def __init__(self, data_set: DataSet, need_captions: bool) -> None:
-        """need_captions: whether a table without captions is an error. Raises UserError if a setting is wrong."""
+    def __init__(self, data_set: DataSet, need_captions: bool, keep_extras: bool = False) -> None:
+        """Check the settings. Raises UserError if one is wrong.
+
+        need_captions: whether a table without captions is an error. keep_extras: whether entries have the other columns
+        of their rows.
+        """
         template = PathTemplate(data_set.path_template) if data_set.path_template else None
         if template and not template.is_valid:
             raise UserError(
@@ -39,6 +43,7 @@ class ListReader:
         self._columns = Columns(data_set.columns, template, need_captions)
         self._root = absolute(data_set.root) if data_set.root else None
         self._where = Where(data_set.where) if data_set.where else None
+        self._keep_extras = keep_extras
 
     def entries(self, file: str, listing: Listing) -> Iterator[Entry]:
         """Yield the entries of a list, and count what is left out. Raises UserError."""
@@ -61,6 +66,7 @@ class ListReader:
             self._where,
             path_name="file_path" if suffix == ".json" else "file_name",
             row_word=": row " if suffix in (".json", ".parquet") else ":",
+            keep_extras=self._keep_extras,
         )
 
     def _rows(self, file: str) -> Iterator[tuple[int, dict[str, Any]]]:
@@ -88,7 +94,7 @@ class ListReader:
         in_template = [find_column(name, schema.names) for name in columns.template.fields] if columns.template else []
         in_filter = self._where.columns(schema.names, file) if self._where else []
         needed = {*mapping.values(), *in_filter, *filter(None, in_template)}
-        return read_parquet(file, [name for name in schema.names if name in needed])
+        return read_parquet(file, [name for name in schema.names if self._keep_extras or name in needed])
 
     def is_list(self, file: str, if_damaged: bool = False) -> bool:
         """Whether a table has the columns of a list of clips, or is empty."""

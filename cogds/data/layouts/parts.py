@@ -37,15 +37,17 @@ LAYOUTS = (
 class DatasetReader:
     """Reads a dataset, whole or part by part. The entries of all parts in order are the entries of the dataset.
 
-    need_captions: whether a table without captions is an error.
+    need_captions: whether a table without captions is an error. keep_extras: whether entries have the other columns of
+    their rows.
     """
 
     data_set: DataSet
     need_captions: bool = True
+    keep_extras: bool = False
 
     @cached_property
     def _lists(self) -> ListReader:
-        return ListReader(self.data_set, self.need_captions)
+        return ListReader(self.data_set, self.need_captions, self.keep_extras)
 
     def parts(self, listing: Listing) -> Iterator[Part]:
         """Yield the parts of the dataset in order; only the names of one folder are in memory.
@@ -154,7 +156,9 @@ def part_from_json(kind: str, *fields: Any) -> Part:
     return _KINDS[kind](*(tuple(value) if isinstance(value, list) else value for value in fields))
 
 
-def iter_entries(data_set: DataSet, need_captions: bool = True, listing: Listing | None = None) -> Iterator[Entry]:
+def iter_entries(
+    data_set: DataSet, need_captions: bool = True, listing: Listing | None = None, keep_extras: bool = False
+) -> Iterator[Entry]:
     """Yield the entries of a dataset, in the order of its list, or sorted by path for a folder of clips.
 
     Only a few entries are in memory at a time. A folder in which a list is found is read by that list.
@@ -162,11 +166,13 @@ def iter_entries(data_set: DataSet, need_captions: bool = True, listing: Listing
     Args:
         need_captions: whether a table without captions is an error.
         listing: to fill with counts.
+        keep_extras: whether entries have the other columns of their rows.
 
     Raises:
         UserError: the path, the layout or a list is wrong.
     """
-    reader, listing = DatasetReader(data_set, need_captions), listing if listing is not None else Listing()
+    reader = DatasetReader(data_set, need_captions, keep_extras)
+    listing = listing if listing is not None else Listing()
     for part in reader.parts(listing):
         yield from reader.read(part, listing)
     reader.check(listing)

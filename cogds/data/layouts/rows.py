@@ -5,7 +5,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
-from cogds.data.layouts.cells import BadRowError, captions_in, is_missing, path_in, seconds_in
+from cogds.data.layouts.cells import BadRowError, captions_in, is_missing, path_in, score_in, seconds_in
 from cogds.data.layouts.columns import Columns, find_column
 from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.listing import Listing
@@ -29,6 +29,7 @@ class Table:
         root: folder that relative paths are relative to.
         path_name: usual name of its column of paths, for messages.
         row_word: before the number of a row in messages: `:` for lines, `: row ` for rows.
+        keep_extras: whether entries have the other columns of their rows.
     """
 
     file: str
@@ -37,6 +38,7 @@ class Table:
     where: Where | None
     path_name: str
     row_word: str
+    keep_extras: bool = False
     _mappings: dict[tuple[str, ...], dict[str, str]] = field(default_factory=dict)
 
     def entries(self, rows: Iterator[NumberedRow], listing: Listing) -> Iterator[Entry]:
@@ -123,6 +125,9 @@ class Table:
             start_s=start_s,
             end_s=end_s,
             more_captions=tuple(text for text in more_captions if text),
+            motion=score_in(row.get("motion")),
+            duplicate_of=original if isinstance(original := row.get("duplicate_of"), str) and original else None,
+            extras=_extras(cells, mapping) if self.keep_extras else None,
         )
 
     def _range(
@@ -143,3 +148,9 @@ class Table:
                 f"the range ends at {end_s:g} s, not after its start at {start_s:g} s. Correct one of them."
             )
         return start_s, end_s
+
+
+def _extras(cells: Mapping[str, Any], mapping: Mapping[str, str]) -> dict[str, Any]:
+    """The columns of a row that are none of ours."""
+    used = set(mapping.values())
+    return {str(name): value for name, value in cells.items() if name not in used}

@@ -70,12 +70,10 @@ def _row_batch(
         pc.if_else(pc.equal(caption, ""), _CAPTION_EMPTY, None),
         _range_reasons(entries, clip["duration_s"]),
     )
+    own = ("path", "kind", "more_captions", "image_path", "start_s", "end_s", "motion", "duplicate_of", "set")
     columns = {
         **{name: clip[name] for name in RESULT_SCHEMA.names},
-        **{
-            name: entries.column(name)
-            for name in ("path", "kind", "more_captions", "image_path", "start_s", "end_s", "set")
-        },
+        **{name: entries.column(name) for name in own},
         "caption": caption,
         "reason": reason,
         "status": pc.if_else(pc.is_null(reason), "ok", "unusable"),

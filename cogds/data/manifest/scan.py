@@ -144,6 +144,7 @@ def choose_files(scan: Scan, listings: Sequence[Sequence[Listing]], retry_failed
 
 def _entry_batch(entries: Sequence[Entry], set_number: int) -> pa.RecordBatch:
     columns: dict[str, list[Any]] = dict(zip(Entry._fields, map(list, zip(*entries))))
+    del columns["extras"]
     columns["more_captions"] = [texts or None for texts in columns["more_captions"]]
     columns["set"] = [set_number] * len(entries)
     columns["key"] = [file_key(kind, path) for kind, path in zip(columns["kind"], columns["path"])]
@@ -156,7 +157,7 @@ def _entry_batch(entries: Sequence[Entry], set_number: int) -> pa.RecordBatch:
             if captions != tuple(map(_escape, captions)):
                 columns["caption"][row] = columns["more_captions"][row] = None
                 columns["caption_error"][row] = "it holds half of a surrogate pair, which is not a character"
-        for name in ("path", "image_path", "caption_error"):
+        for name in ("path", "image_path", "caption_error", "duplicate_of"):
             columns[name] = list(map(_escape, columns[name]))
         return pa.RecordBatch.from_pydict(columns, ENTRY_SCHEMA)
 

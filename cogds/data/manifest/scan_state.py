@@ -46,6 +46,8 @@ ENTRY_SCHEMA = pa.schema(
         ("image_path", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("motion", pa.float64()),
+        ("duplicate_of", pa.string()),
         ("set", pa.int16()),
         ("key", pa.binary(16)),
         ("image_key", pa.binary(16)),

@@ -25,8 +25,8 @@ from cogds.files import whole_file
 ROWS_PER_BATCH = 1 << 16
 _SKIPPED_MARK = b"cogds.skipped"
 
-# more_captions: null if there are none. status: "ok", or "unusable" with the reason. image_*: the clip's conditioning
-# image, if one is given.
+# more_captions: null if there are none. status: "ok", or "unusable" with the reason. motion, duplicate_of: scores of
+# `cogds prepare`, null without them. image_*: the clip's conditioning image, if one is given.
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -47,6 +47,8 @@ SCHEMA = pa.schema(
         ("image_path", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("motion", pa.float64()),
+        ("duplicate_of", pa.string()),
         ("set", pa.int16()),
         ("digest", pa.binary(16)),
         ("image_digest", pa.binary(16)),

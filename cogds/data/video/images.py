@@ -23,7 +23,7 @@ from cogds.data.video.decode import repeat
 from cogds.data.video.errors import DecodeError, brief, is_raised_in
 from cogds.data.video.kinds import kind_of
 from cogds.data.video.pixels import cover
-from cogds.data.video.timeline import Timeline, VideoInfo, displayed_frames
+from cogds.data.video.timeline import Timeline, VideoInfo, displayed_frames, frame_range
 
 if TYPE_CHECKING:
     from PIL.Image import Image
@@ -71,7 +71,7 @@ def read_image(path: str | Path, height: int, width: int) -> np.ndarray:
     Resizing is antialiased bicubic, and skipped if the size is right. Transparency is dropped as in diffusers'
     `load_image`. Of an animation, this is the first frame. Raises DecodeError.
     """
-    return _fit(_load_image(path), height, width)
+    return fit_image(_load_image(path), height, width)
 
 
 def is_animation(path: str | Path) -> bool:
@@ -105,9 +105,18 @@ def read_animation(
         indices, k = displayed_frames(_read_times(image), times_s, end_s), 0
         while k < len(indices):
             image.seek(indices[k])
-            clip[k] = _fit(_to_srgb(image), shape.height, shape.width)
+            clip[k] = fit_image(_to_srgb(image), shape.height, shape.width)
             k = repeat(clip, indices, k)
     return clip
+
+
+def animation_frames(path: str | Path, start_s: float, end_s: float | None) -> Iterator[tuple[Timeline, int, Image]]:
+    """Yield the frames of a range of an animation (`frame_range`) by Pillow, in sRGB. Raises DecodeError."""
+    with open_image(path) as image:
+        timeline = _read_times(image)
+        for index in frame_range(timeline, start_s, end_s):
+            image.seek(index)
+            yield timeline, index, _to_srgb(image)
 
 
 def _num_frames(image: Image) -> int:
@@ -178,8 +187,8 @@ def _to_srgb(image: Image, colors: Colors | None = None) -> Image:
     return image
 
 
-def _fit(image: Image, height: int, width: int) -> np.ndarray:
-    """Resize to cover and crop the center: uint8 [H, W, 3]."""
+def fit_image(image: Image, height: int, width: int) -> np.ndarray:
+    """Resize a PIL image to cover and crop the center: uint8 [H, W, 3]."""
     from PIL import Image
 
     (tall, wide), (top, left) = cover((image.height, image.width), height, width)

@@ -102,6 +102,11 @@ class Timeline:
         """Seconds from the start of the first frame to the end of the last."""
         return float((self.end - self.pts[0]) * self.time_base)
 
+    def interval_s(self, index: int) -> tuple[float, float]:
+        """When a frame is displayed: its own time, and that of the next frame or the end of the file."""
+        is_last = index == len(self.pts) - 1
+        return self.seconds(index), self.duration_s if is_last else self.seconds(index + 1)
+
 
 def num_frames_at(info: VideoInfo, fps: float, start_s: float = 0.0, end_s: float | None = None) -> int:
     """Number of frames that `read_clip` can return at a frame rate: all k for which start_s + k / fps is in the range.
@@ -129,6 +134,12 @@ def displayed_frames(timeline: Timeline, times_s: Sequence[float], end_s: float 
         )
     latest = [timeline.pts[0] + math.floor(Fraction(time + TIME_TOLERANCE_S) / timeline.time_base) for time in times_s]
     return [max(0, bisect.bisect_right(timeline.pts, pts) - 1) for pts in latest]
+
+
+def frame_range(timeline: Timeline, start_s: float, end_s: float | None) -> range:
+    """Indices from the frame displayed at start_s to the last that starts before end_s. Raises DecodeError."""
+    first, end = displayed_frames(timeline, [start_s], end_s)[0], _end_s(timeline.duration_s, end_s)
+    return range(first, max(first + 1, bisect.bisect_left(range(len(timeline.pts)), end, key=timeline.seconds)))
 
 
 def _end_s(duration_s: float, end_s: float | None) -> float:

@@ -7,6 +7,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
+from cogds.data.layouts import lists
 from cogds.data.layouts.data_set import DataSet
 from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.parquet_tables import MANIFEST_MARK
@@ -230,3 +231,45 @@ def test_a_list_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_bytes("file_name,text\na,ä\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"metadata\.csv: .*UTF-8"):
         read_entries(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_scores_and_other_columns_are_read(tmp_path: Path, form: str) -> None:
+    columns = {
+        "file_name": ["a.mp4", "b.mp4", "c.mp4"],
+        "text": ["one", "two", "three"],
+        "motion": [0.25, None, 0.0],
+        "duplicate_of": [None, "a.mp4", ""],
+        "score": [1, 2, 3],
+    }
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    if form == "jsonl":
+        put(tmp_path, metadata__jsonl="\n".join(map(json.dumps, rows)))
+    else:
+        table(tmp_path, **columns)
+    entries = list(iter_entries(DataSet(str(tmp_path)), keep_extras=True))
+    assert [entry.motion for entry in entries] == [0.25, None, 0.0]
+    assert [entry.duplicate_of for entry in entries] == [None, "a.mp4", None]
+    assert [entry.extras for entry in entries] == [{"score": 1}, {"score": 2}, {"score": 3}]
+    assert [entry.extras for entry in read_entries(tmp_path)] == [None] * 3
+
+
+@pytest.mark.parametrize("values", [["high", "low"], [[0.1], [0.2]], [True, False], [float("nan"), float("inf")]])
+def test_scores_of_another_form_are_ignored(tmp_path: Path, values: list) -> None:
+    table(tmp_path, file_name=["a.mp4", "b.mp4"], text=["one", "two"], motion=values, duplicate_of=[1, 2])
+    assert [(entry.motion, entry.duplicate_of) for entry in read_entries(tmp_path)] == [(None, None)] * 2
+
+
+def test_scores_in_other_columns_and_as_text(tmp_path: Path) -> None:
+    put(tmp_path, metadata__csv="file_name,text,flow,copy\na.mp4,one,0.5,\nb.mp4,two,,a.mp4\n")
+    entries = read_entries(tmp_path, {"motion": "flow", "duplicate_of": "copy"})
+    assert [(entry.motion, entry.duplicate_of) for entry in entries] == [(0.5, None), (None, "a.mp4")]
+
+
+def test_other_columns_of_parquet_are_read_only_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(tmp_path, file_name=["a.mp4"], text=["one"], motion=[0.5], large=["x" * 1000])
+    read, names = lists.read_parquet, []
+    monkeypatch.setattr(lists, "read_parquet", lambda file, columns: names.append(columns) or read(file, columns))
+    list(iter_entries(DataSet(str(tmp_path))))
+    list(iter_entries(DataSet(str(tmp_path)), keep_extras=True))
+    assert names == [["file_name", "text", "motion"], ["file_name", "text", "motion", "large"]]

@@ -81,3 +81,12 @@ def test_conditioning_images(folder: Path, tmp_path: Path, opened: list[str]) ->
     opened.clear()
     assert rows_of_list(tmp_path, file, lines) == rows
     assert opened == []
+
+
+def test_scores_of_a_prepared_table(folder: Path, tmp_path: Path) -> None:
+    lines = [
+        {"path": str(folder / "a.mp4"), "motion": 0.5},
+        {"path": str(folder / "b.mp4"), "duplicate_of": "a.mp4 at 0.000 s"},
+    ]
+    rows = rows_of_list(tmp_path, tmp_path / "m.parquet", lines)
+    assert [(row["motion"], row["duplicate_of"]) for row in rows] == [(0.5, None), (None, "a.mp4 at 0.000 s")]

@@ -40,6 +40,7 @@ if TYPE_CHECKING:
 
 __all__ = [
     "DECODERS",
+    "PIXELS_VERSION",
     "TIME_TOLERANCE_S",
     "DecodeError",
     "VideoInfo",
@@ -52,6 +53,8 @@ __all__ = [
 ]
 
 DECODERS = ("pyav", "decord")
+# Increase this if the same file would give other pixels, so that clips are encoded again. Captions are not.
+PIXELS_VERSION = 3
 
 
 def probe_video(path: str | Path) -> VideoInfo:

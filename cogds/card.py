@@ -87,6 +87,10 @@ def model_card(title: str, metadata: Metadata, kind: str, location: str, file: s
     parts = [front_matter(metadata, kind, sample), f"# {_line(title)}", _introduction(metadata, kind)]
     if sample:
         parts.append(f'<video controls loop src="{sample}"></video>')
+    if words := metadata.get("trigger_words"):
+        listed = ", ".join(f"`{_line(word)}`" for word in words)
+        which = "it" if len(words) == 1 else "one of them"
+        parts.append(f"Captions began with {listed} in training. Begin prompts with {which}.")
     if prompt := metadata.get("instance_prompt"):
         parts.append(f"Prompt used in training: *{_line(prompt)}*")
     if kind.startswith("comfyui"):
@@ -120,7 +124,8 @@ def front_matter(metadata: Metadata, kind: str, sample: str = "") -> str:
     if kind.startswith("comfyui"):
         tags.append("comfyui")
     matter |= {"pipeline_tag": "image-to-video", "tags": tags}
-    if prompt := metadata.get("instance_prompt"):
+    # The hub shows this text as the trigger words.
+    if prompt := ", ".join(metadata.get("trigger_words", [])) or metadata.get("instance_prompt"):
         matter["instance_prompt"] = prompt
     if sample:
         matter["widget"] = [{"text": _prompt(metadata), "output": {"url": sample}}]
@@ -276,7 +281,11 @@ def _table(metadata: Metadata) -> str:
 
 
 def _prompt(metadata: Metadata) -> str:
-    return _line(metadata.get("example_prompt") or metadata.get("instance_prompt") or "what happens in the video")
+    """An example of a prompt: one that the user wrote for this LoRA, or the captions' beginning and a placeholder."""
+    if prompt := metadata.get("example_prompt"):
+        return _line(prompt)
+    words = metadata.get("trigger_words", [])[:1]
+    return _line(" ".join([*words, metadata.get("instance_prompt") or "what happens in the video"]))
 
 
 def _largest(metadata: Metadata) -> ClipShape:

@@ -15,10 +15,11 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 
 import cogds
-from cogds.arguments import VERBS, find_config, parse_args, shipped_config
+from cogds.arguments import VERBS, find_config, pack, parse_args, shipped_config
 from cogds.config.deepspeed import load_ds_config
 from cogds.config.loading import load_config
-from cogds.distributed.world import is_launched, read_world
+from cogds.distributed.hostfile import check_nodes, in_memory, read_hostfile
+from cogds.distributed.world import is_launched, read_world, refuse_missing_tasks
 from cogds.errors import (
     EXIT_BUG,
     EXIT_HUNG,
@@ -29,7 +30,7 @@ from cogds.errors import (
     UserError,
     did_you_mean,
 )
-from cogds.process.environment import declare_cpu, set_library_defaults
+from cogds.process.environment import declare_cpu, set_library_defaults, use_utf8
 from cogds.process.log_filters import install_log_filters
 from cogds.process.logs import RESULT, configure_logging
 
@@ -71,6 +72,7 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
         raise UserError(
             f"command line: unknown verb '{verb}'{did_you_mean(verb, VERBS)}. Choose one of {', '.join(VERBS)}."
         )
+    use_utf8()
     args = parse_args(verb, argv, prog)
     spec = VERBS[verb]
     if spec.takes_config:
@@ -82,6 +84,8 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
         # For their errors only. The verb reads both again.
         load_config(args.config, args.overrides)
         load_ds_config(args.deepspeed)
+    if spec.is_launchable and not (starts_ranks and (args.num_gpus or args.hostfile)):
+        refuse_missing_tasks()
     install_log_filters()  # some libraries log while they are imported
     if starts_ranks and spec.is_launchable and (launcher := launcher_command(args, argv)):
         sys.stdout.flush()
@@ -121,19 +125,25 @@ def launcher_command(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
                 "Pass them only to that launcher."
             )
         return []
-    num_gpus = _num_gpus()
-    num_ranks = args.num_gpus or num_gpus or 1
-    if num_ranks == 1 and not args.hostfile:
-        return []
-    if not num_gpus and not args.hostfile:
-        declare_cpu()
-    hosts = ["--hostfile", args.hostfile] if args.hostfile else []
-    if args.num_gpus or not args.hostfile:
-        hosts += ["--num_gpus", str(num_ranks)]
-    port = args.master_port or (29500 if args.hostfile else _free_port())
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", *hosts, "--master_port", str(port)]
-    launcher += ["--log_level", "info" if args.verbose else "error"]
-    return [*launcher, "--no_local_rank", "--module", "cogds", args.verb, *_without_launcher_flags(argv)]
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "info" if args.verbose else "error"]
+    words = _without_launcher_flags(argv)
+    if args.hostfile:
+        hosts = read_hostfile(args.hostfile)
+        check_nodes(hosts)
+        # DeepSpeed would start the ranks of a single node on this machine, whatever the node's name.
+        launcher += ["--hostfile", in_memory(hosts), "--force_multi", "--no_ssh_check", "--master_addr", hosts[0].name]
+        words = [pack(words)]
+    else:
+        num_gpus = _num_gpus()
+        if (args.num_gpus or num_gpus or 1) == 1:
+            return []
+        if not num_gpus:
+            declare_cpu()
+        launcher += ["--num_gpus", str(args.num_gpus or num_gpus)]
+    if args.hostfile and args.num_gpus:
+        launcher += ["--num_gpus", str(args.num_gpus)]
+    launcher += ["--master_port", str(args.master_port or (29500 if args.hostfile else _free_port()))]
+    return [*launcher, "--no_local_rank", "--module", "cogds", args.verb, *words]
 
 
 def _num_gpus() -> int:

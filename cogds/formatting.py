@@ -1,5 +1,7 @@
 """Numbers and units as text."""
 
+from collections.abc import Mapping
+
 
 def counted(value: float, noun: str) -> str:
     """Return `1 clip`, `12,000 clips`, `4.5 steps` or `2 entries`. noun: a regular one, in the singular."""
@@ -41,3 +43,9 @@ def magnitude(value: float) -> str:
         if value >= size:
             return f"{value / size:.2f} {unit}" if unit == "B" else f"{value / size:.1f} {unit}"
     return f"{value:.0f}"
+
+
+def counts(numbers: Mapping[str, int]) -> str:
+    """`3 x .md file, 1 x hidden file`: the largest numbers first."""
+    pairs = sorted(numbers.items(), key=lambda pair: (-pair[1], pair[0]))
+    return ", ".join(f"{number:,} x {noun}" for noun, number in pairs)

@@ -7,9 +7,10 @@
 # - The ranks get the environment variables they need: OMP_*, HF_*, NCCL_* and the others listed below, those that
 #   COGDS_PASS names, and the lines of .deepspeed_env. Variables named like a secret are left out, because every user of
 #   a node can read command lines.
+# - Before anything is started, the hostfile is checked, and every node must answer within half a minute.
 # - If a node is lost, the job ends within half a minute, and no process stays behind on the other nodes.
-# - SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 make the ranks save and end with code 75. A second signal ends them at
-#   once.
+# - SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 make the ranks save and end with code 75. A second signal, or the first
+#   if no rank exists yet, ends everything at once.
 #
 # The exit code is that of the ranks. Optional environment variables:
 #
@@ -66,9 +67,11 @@ print_variables() {
   done
 }
 
-# Signal the processes of this run on all nodes. The pattern does not match the command line that contains it.
+# Signal the processes of this run on all nodes, and print `none` for every node that has no such process. The pattern
+# does not match the command line that contains it.
 signal_all_nodes() { # signal_all_nodes SIGNAL PATTERN
-  PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="-o ConnectTimeout=5 $PDSH_SSH_ARGS_APPEND" timeout 30 pdsh -f 1024 -w "$hosts" "pkill -$1 -f -- '$2'" </dev/null >/dev/null 2>&1
+  PDSH_RCMD_TYPE=ssh PDSH_SSH_ARGS_APPEND="-o ConnectTimeout=5 $PDSH_SSH_ARGS_APPEND" timeout 30 \
+    pdsh -N -f 1024 -w "$hosts" "pkill -$1 -f -- '$2'; test \$? -ne 1 || echo none" </dev/null 2>/dev/null
 }
 
 [[ $# -ge 1 && ${1:-} != -* ]] ||
@@ -86,52 +89,95 @@ if [[ ! $python ]]; then
   python=python
   [[ -x $root/.venv/bin/python ]] && python=$root/.venv/bin/python
 fi
-[[ -f $hostfile ]] || fail "hostfile: no such file: $hostfile. Write one like hostfile.example."
 [[ $script =~ ^[a-z_]+$ && -f $root/launch/$script.py ]] ||
   fail "--script: no such script: launch/$script.py. Pass the name of a script of launch/: --script encode"
-command -v pdsh >/dev/null || fail "pdsh: not found. Install it on this machine; it starts the ranks on the nodes."
-for path in "$PWD" "$root" "$(command -v "$python")"; do
-  [[ $path =~ ^[A-Za-z0-9_@+=:,./-]+$ ]] ||
-    fail "path '$path': it contains characters that remote shells change. Use only letters, digits and _@+=:,./-"
-done
-hosts=$(sed -nE 's/^[[:space:]]*([^#[:space:]]+)[[:space:]]+slots=[0-9].*/\1/p' "$hostfile" | paste -sd, -)
-[[ $hosts ]] || fail "$hostfile: it lists no node. Write one line per node, such as 'node1 slots=8'."
+command -v "$python" >/dev/null || fail "COGDS_PYTHON: not found: $python. Export the path of an interpreter."
 read -ra deepspeed_args <<<"${COGDS_DEEPSPEED_ARGS:-}"
 
 packed=
 if (($#)); then packed=$(printf '%s\0' "$@" | base64 -w 0 | tr '+/' '-_'); fi
-env_file=$(mktemp) || exit 1 # readable only by its owner
-messages=$(mktemp) || exit 1
-trap 'rm -f "$env_file" "$messages"' EXIT
-print_variables >"$env_file"
-export DS_ENV_FILE=$env_file
-# A connection without an answer for 9 s is lost. By default, ssh waits for hours.
-export PDSH_SSH_ARGS_APPEND="-o ServerAliveInterval=3 -o ServerAliveCountMax=3 -o ConnectTimeout=20 ${PDSH_SSH_ARGS_APPEND:-}"
-
 ranks="$script\\.py --local_rank=[0-9]+ --packed=$packed\$"
 launchers="^[^ ]+ -u -m deepspeed[.]launcher[.]launch .*${script}[.]py --packed=$packed\$"
-kill_all() { signal_all_nodes KILL "$ranks|$launchers"; }
-num_signals=0
+folder=$(mktemp -d) || exit 1 # readable only by its owner
+trap 'rm -rf "$folder"' EXIT
+messages=$folder/messages env_file=$folder/variables
+# A connection without an answer for 9 s is lost. By default, ssh waits for hours.
+# Of several values for an option, ssh takes the first.
+export PDSH_SSH_ARGS_APPEND="${PDSH_SSH_ARGS_APPEND:-} -o ServerAliveInterval=3 -o ServerAliveCountMax=3 -o ConnectTimeout=20"
+export PYTHONUTF8=1 # file names are UTF-8, whatever the locale
+
+# Start a command in a process group of its own: otherwise Ctrl-C would end pdsh before the ranks have saved.
+start_in_group() { # start_in_group COMMAND... sets `child`
+  set -m
+  "$@" &
+  child=$!
+  set +m
+}
+
+# `wait` keeps the shell from reporting the killed child.
+kill_child() { { kill -KILL -- "-$child" && wait "$child"; } 2>/dev/null; }
+
+# Called in the background after the first signal.
+ask_ranks() {
+  echo "asking all ranks to save and stop; a second signal stops them at once" >&2
+  # If every node answers that it has no rank, there is nothing to save, and nobody to ask.
+  if [[ $(signal_all_nodes USR1 "$ranks" | grep -c '^none$') == "$num_nodes" ]]; then
+    echo "no rank has started yet; stopping at once" >&2
+    : 2>/dev/null >"$folder/no_ranks"
+  fi
+}
+
+num_signals=0 hosts='' child=''
 stop() {
   num_signals=$((num_signals + 1))
-  if ((num_signals == 1)); then
-    echo "asking all ranks to save and stop; a second signal stops them at once" >&2
-    signal_all_nodes USR1 "$ranks" &
-  else
-    kill_all &
+  if ((num_signals == 1)) && [[ $hosts ]]; then
+    ask_ranks &
+  elif [[ $child ]]; then
+    kill_child
   fi
 }
 trap stop TERM INT HUP USR1
 
-set -m # start a new process group: otherwise Ctrl-C would end pdsh before the ranks have saved
-"$python" -m deepspeed.launcher.runner --hostfile "$hostfile" --force_multi --master_addr "${hosts%%,*}" \
-  --master_port $((20000 + RANDOM % 12000)) "${deepspeed_args[@]}" "$root/launch/$script.py" "--packed=$packed" \
-  </dev/null 2> >(tee >(grep --line-buffered '^pdsh@' >"$messages") >&2) &
-runner=$!
-set +m
+# Set `code` to the exit code of the child. A trapped signal interrupts `wait`.
+wait_for_child() {
+  while
+    wait "$child" 2>/dev/null
+    code=$?
+    kill -0 "$child" 2>/dev/null
+  do :; done
+}
+exit_if_stopped() {
+  ((num_signals == 0)) || {
+    echo "stopped before anything was started" >&2
+    exit 75
+  }
+}
+
+# The check of the hostfile and the nodes.
+start_in_group env PYTHONPATH="$root${PYTHONPATH:+:$PYTHONPATH}" "$python" -m cogds.distributed.hostfile \
+  "$hostfile" "$folder/hostfile" "$root" "${deepspeed_args[@]}" </dev/null >"$folder/nodes"
+wait_for_child
+exit_if_stopped
+((code == 0)) || exit "$code"
+{ IFS= read -r checked && IFS= read -r port_option; } <"$folder/nodes"
+num_nodes=$(tr ',' '\n' <<<"$checked" | wc -l)
+master=${checked%%,*}
+export PDSH_SSH_ARGS_APPEND="$PDSH_SSH_ARGS_APPEND $port_option"
+print_variables >"$env_file"
+export DS_ENV_FILE=$env_file
+
+kill_all() { signal_all_nodes KILL "$ranks|$launchers" >/dev/null; }
+start_runner() {
+  exec "$python" -m deepspeed.launcher.runner --hostfile "$folder/hostfile" --force_multi --no_ssh_check \
+    --master_addr "${master##*@}" --master_port $((20000 + RANDOM % 12000)) "${deepspeed_args[@]}" \
+    "$root/launch/$script.py" "--packed=$packed" </dev/null 2> >(tee >(grep --line-buffered '^pdsh@' >"$messages") >&2)
+}
+exit_if_stopped
+hosts=$checked # from now on, a signal goes to the nodes
+start_in_group start_runner
 # pdsh reports the node that has failed but waits for the others, whose ranks may be waiting for that node.
 kill_at='' killed=0
-while kill -0 "$runner" 2>/dev/null; do
+while kill -0 "$child" 2>/dev/null; do
   sleep 1
   if [[ -s $messages && ! $kill_at ]]; then
     kill_at=$((SECONDS + 10)) # the ranks get time to end, unless a connection broke (code 255 of ssh)
@@ -142,12 +188,15 @@ while kill -0 "$runner" 2>/dev/null; do
     killed=1
     kill_at=$((SECONDS + 60)) # try again if this had no effect
   fi
+  if [[ -e $folder/no_ranks ]]; then kill_child; fi
 done
-wait "$runner"
-code=$?
+wait_for_child
 trap '' TERM INT HUP USR1
-if [[ $(head -n 1 "$messages") =~ exit\ code\ ([0-9]+)$ ]]; then
+if [[ -s $messages && $(head -n 1 "$messages") =~ exit\ code\ ([0-9]+)$ ]]; then
   code=${BASH_REMATCH[1]} # of the node that failed first; the other nodes were stopped because of it
 fi
 if ((code != 0 && !killed)); then kill_all; fi
+if ((num_signals > 1)); then code=137; fi # SIGKILL
+# The signal came before the ranks existed, or ended a rank that had not begun to handle signals (246, 138).
+if ((num_signals == 1)) && [[ -e $folder/no_ranks || $code == 246 || $code == 138 ]]; then code=75; fi
 exit "$code"

@@ -12,7 +12,7 @@ FILES = sorted([*ROOT.glob("cogds/**/*.py"), *ROOT.glob("launch/*.py")])
 
 PURE = {"errors", "files", "formatting", "config", "core"}
 RANKS = {"process", "distributed"}
-DATA = {"data/storage", "data/manifest", "data/video", "data/cache", "data/loading"}
+DATA = {"data/storage", "data/layouts", "data/manifest", "data/video", "data/cache", "data/loading"}
 MODEL = {"model", "model/lora", "model/transformer"}
 TRAINING = {"engine", "metrics", "job", "encode"}
 # What each package, or module directly in cogds/, may import besides itself.
@@ -27,8 +27,9 @@ MAY_IMPORT = {
     "distributed": {"errors", "config", "process"},
     "data/video": {"errors", "files", "core", "data/storage"},
     "data/storage": {"errors"},
+    "data/layouts": {"errors", "formatting", "data/storage", "data/video"},
     "data/cache": {"errors", "files", "process", "data/storage"},
-    "data/manifest": {"errors", "files", "core", "process", "data/storage", "data/video"},
+    "data/manifest": {"errors", "files", "core", "process", "data/storage", "data/layouts", "data/video"},
     "data/loading": {"errors", "files", "core", "process", "data/cache"},
     "model/transformer": {"errors", "core", "process"},
     "model": {"errors", "files", "core", "model/transformer"},
@@ -41,6 +42,7 @@ MAY_IMPORT = {
     "card": {"errors", "core", "process", "arguments"},
     "job": {*PURE, *MODEL, "data/cache", "distributed", "demo"},
     "encode": {*PURE, *RANKS, *DATA, "model", "job"},
+    "prepare": {*PURE, *RANKS, "data/storage", "data/layouts", "data/video", "encode", "arguments"},
     "report": {*PURE, *RANKS, "data/video", "model", "job", "encode", "metrics"},
     "videos": {"errors", "core", "distributed", "data/video", "model"},
     "train": {*PURE, *RANKS, *DATA, *MODEL, *TRAINING, "version", "report", "videos", "card"},
@@ -55,8 +57,9 @@ MAY_IMPORT = {
 # Third-party library -> paths that may import it (prefixes).
 IMPORTERS = {
     "deepspeed": ("cogds/engine/", "cogds/distributed/", "cogds/config/deepspeed.py"),
-    "decord": ("cogds/data/video/media.py",),
-    "av": ("cogds/data/video/media.py",),
+    "decord": ("cogds/data/video/",),
+    "av": ("cogds/data/video/",),
+    "pillow_heif": ("cogds/data/video/",),
     "fsspec": ("cogds/data/storage/requests.py",),
     "aiohttp": ("cogds/data/storage/requests.py",),
     "peft": ("cogds/model/",),
@@ -74,7 +77,11 @@ IMPORTERS = {
         "cogds/engine/checkpoint.py",
         "cogds/preflight/sources.py",
     ),
-    "pyarrow": ("cogds/data/", "cogds/encode/", "cogds/report/"),
+    "pyarrow": ("cogds/data/", "cogds/encode/", "cogds/prepare/", "cogds/report/"),
+    "scenedetect": ("cogds/prepare/cuts.py",),
+    "cv2": ("cogds/prepare/scores.py",),
+    "rapidocr": ("cogds/prepare/scores.py",),
+    "openai": ("cogds/prepare/captions.py",),
     "tqdm": ("cogds/process/progress.py", "cogds/metrics/training_progress.py", "cogds/process/logs.py"),
     "matplotlib": ("cogds/metrics/figures.py", "cogds/report/plots.py"),
     "jinja2": ("cogds/report/",),
@@ -162,7 +169,7 @@ def environment_readers(source):
 
 def test_only_the_lowest_packages_read_the_environment():
     # data/video only sets a variable that the decoder reads while it is imported.
-    allowed = ("cogds/process/environment.py", "cogds/distributed/", "cogds/data/video/media.py")
+    allowed = ("cogds/process/environment.py", "cogds/distributed/", "cogds/data/video/decord_reader.py")
     readers = {path.relative_to(ROOT).as_posix() for path in FILES if environment_readers(path.read_text())}
     assert [reader for reader in readers if not reader.startswith(allowed)] == []
     assert environment_readers("import os\nos.environ['RANK']")

@@ -28,6 +28,7 @@ from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
 from cogds.model.load import find_model
+from cogds.model.lora.file import read_loras
 from cogds.train.saving import lora_metadata
 from tests.model.lora.adapters import base_transformer, write_lora
 
@@ -160,6 +161,36 @@ def test_the_card_shows_what_a_run_records(tiny_model):
         'prompt="a cat"', "image_latents * 0.4", "| Image latents | scaled |", "height=64",
     ):  # fmt: skip
         assert text in card
+
+
+@pytest.mark.parametrize(
+    "settings, words, prompt",
+    [
+        (["data.path=unused", "data.caption_prefix= ohwx, "], ["ohwx,"], "ohwx, what happens in the video"),
+        (["data.path=unused", "data.caption_prefix=ohwx", "data.default_caption=a cat"], ["ohwx"], "ohwx a cat"),
+        (["data.sets=[{path: a, caption_prefix: b|d}, {path: b}]", "data.caption_prefix=ab"], ["b|d", "ab"], "b/d "),
+        (["data.path=unused", "data.caption_prefix= "], [], "what happens"),
+        (["data.path=unused", "data.caption_prefix=ohwx", "sample.prompts=[{prompt: my dog, image: i}]"], ["ohwx"],
+         "my dog"),
+    ],
+)  # fmt: skip
+def test_the_trigger_words_are_recorded(tiny_model, tmp_path, settings, words, prompt):
+    cfg, _ = load_config(None, [f"model.path={tiny_model}", *settings])
+    run = SimpleNamespace(
+        cfg=cfg, model=find_model(str(tiny_model)), buckets=(ClipShape.parse("9x64x96"),),
+        data=SimpleNamespace(index=range(7)), world=World(0, 1, 0, 1),
+        plan=SimpleNamespace(local_batch_sizes=(1,), accumulation=1),
+    )  # fmt: skip
+    recorded = lora_metadata(run, 500)
+    lora = write_lora(tiny_model, tmp_path / "lora", metadata=recorded)
+    (file,) = read_loras([str(lora)], None, "--alpha")
+    assert file.metadata.get("trigger_words", []) == words
+    card = model_card("mine", file.metadata, "diffusers", "mine")
+    assert all(f"`{word.replace('|', '/')}`" in card for word in words)
+    assert ("Captions began with" in card) is bool(words)
+    assert f'prompt="{prompt}' in card
+    if words:
+        assert parse_front_matter(file.metadata, "diffusers").instance_prompt == ", ".join(words)
 
 
 def test_a_failing_card_is_only_a_warning(tmp_path, capsys):

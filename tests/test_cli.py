@@ -1,15 +1,22 @@
 """Running a verb: exit codes, which rank reports an error, and the launcher that starts ranks."""
 
 import gc
+import itertools
+import json
+import os
 import socket
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 import torch.distributed as dist
 
 from cogds import cli
-from cogds.arguments import VERBS, parse_args
+from cogds.arguments import VERBS, parse_args, unpack
+from cogds.data.video.drawn import draw_clips
+from cogds.distributed.hostfile import Host
 from cogds.errors import EXIT_BUG, EXIT_HUNG, EXIT_USER_ERROR, BugReported, UserError
 from tests.conftest import ROOT
 
@@ -36,6 +43,19 @@ def no_launcher(monkeypatch):
     return monkeypatch
 
 
+@pytest.fixture
+def slurm_shell(no_launcher):
+    """A process in the shell of `srun --pty` with 8 tasks."""
+    with subprocess.Popen(["sh"], stdin=subprocess.PIPE) as shell:
+        while not Path(f"/proc/{shell.pid}/cmdline").read_bytes():  # its program is being loaded
+            time.sleep(0.01)
+        variables = {"PROCID": "0", "STEP_NUM_TASKS": "8", "PTY_PORT": "4000", "TASK_PID": str(shell.pid)}
+        for name, value in variables.items():
+            no_launcher.setenv(f"SLURM_{name}", value)
+        yield
+        shell.stdin.close()
+
+
 @pytest.mark.parametrize(
     "num_gpus, flags, num_ranks", [(0, [], 1), (1, [], 1), (8, [], 8), (8, ["--num-gpus", "2"], 2)]
 )
@@ -52,12 +72,28 @@ def test_one_rank_is_started_per_gpu_or_as_many_as_num_gpus_says(num_gpus, flags
     assert command[-6:] == ["--module", "cogds", "train", "--config", "a.yaml", "train.num_steps=3"]
 
 
-@pytest.mark.usefixtures("no_launcher")
-def test_the_hostfile_is_passed_to_the_launcher():
-    argv = ["--hostfile=hosts", "--master_port", "4000", "lora.rank=4"]
+def test_the_hostfile_is_checked_and_passed_to_the_launcher(no_launcher, tmp_path):
+    (tmp_path / "hosts").write_bytes("\ufeffme@n1 slots=2\r\nn2 slots=1 # old\r\n".encode())
+    checked = []
+    no_launcher.setattr(cli, "check_nodes", checked.append)
+    words = ["lora.rank=4", "data.default_caption=a b; $(touch pwned) ä"]
+    argv = [f"--hostfile={tmp_path / 'hosts'}", "--master_port", "4000", "--num-gpus=1", *words]
     command = cli.launcher_command(parse_args("encode", argv), argv)
-    assert command[3:7] == ["--hostfile", "hosts", "--master_port", "4000"]
-    assert command[-4:] == ["--module", "cogds", "encode", "lora.rank=4"]
+    assert checked == [[Host("me@n1", 2), Host("n2", 1)]]
+    flags = {flag: value for flag, value in itertools.pairwise(command) if flag.startswith("--")}
+    assert Path(flags["--hostfile"]).read_text() == "me@n1 slots=2\nn2 slots=1\n"
+    assert (flags["--master_addr"], flags["--master_port"], flags["--num_gpus"]) == ("n1", "4000", "1")
+    assert {"--force_multi", "--no_ssh_check"} <= flags.keys()
+    assert command[-4:-1] == ["--module", "cogds", "encode"]
+    assert unpack(command[-1:]) == words
+
+
+@pytest.mark.usefixtures("no_launcher")
+def test_a_bad_hostfile_is_refused_before_anything_is_started(tmp_path):
+    (tmp_path / "hosts").write_text("n1 lots=8\n")
+    argv = ["--hostfile", str(tmp_path / "hosts")]
+    with pytest.raises(UserError, match="hosts:1: "):
+        cli.launcher_command(parse_args("train", argv), argv)
 
 
 def test_ranks_are_not_started_twice(no_launcher):
@@ -69,6 +105,15 @@ def test_ranks_are_not_started_twice(no_launcher):
             cli.launcher_command(parse_args("train", ["--num-gpus", "2"]), ["--num-gpus", "2"])
         for name in environ:
             no_launcher.delenv(name)
+
+
+@pytest.mark.usefixtures("slurm_shell")
+def test_the_shell_of_several_slurm_tasks_is_refused_unless_ranks_are_started(capsys):
+    assert cli.run(lambda: cli.call("train", [])) == EXIT_USER_ERROR
+    assert cli.run(lambda: cli.call("train", ["--num-gpus=2"], starts_ranks=False)) == EXIT_USER_ERROR
+    assert capsys.readouterr().err.count("error: SLURM_STEP_NUM_TASKS: ") == 2
+    argv = ["--num-gpus=2"]
+    assert cli.launcher_command(parse_args("train", argv), argv)
 
 
 @pytest.mark.parametrize(
@@ -162,3 +207,40 @@ def test_running_a_module_fails_with_a_message(module):
     done = subprocess.run([sys.executable, "-m", module], capture_output=True, text=True, timeout=120, cwd=ROOT)
     assert done.returncode == EXIT_USER_ERROR
     assert done.stderr.splitlines()[-1].startswith(f"error: python -m {module}: ")
+
+
+IN_ASCII = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONPATH": str(ROOT), "PYTHONIOENCODING": ""}
+
+
+def run_in(environ, *command, **options):
+    """Run an interpreter in another locale. Returns the finished process, with bytes."""
+    environ = {name: value for name, value in {**os.environ, **environ}.items() if value}
+    return subprocess.run([sys.executable, *command], env=environ, capture_output=True, timeout=60, **options)
+
+
+def test_a_verb_uses_utf_8_in_any_locale(tmp_path):
+    config = tmp_path / "bär 😀.yaml"
+    config.write_text("{model: {path: m}, data: {path: d}, train: {precision: grün 😀}}\n", encoding="utf-8")
+    done = run_in(IN_ASCII, "-u", "-m", "cogds", "train", "--config", str(config).encode())
+    assert done.returncode == EXIT_USER_ERROR
+    assert done.stderr.decode().startswith("error: train.precision: ")
+    assert f"but is grün 😀 in {config}" in done.stderr.decode()
+
+
+@pytest.mark.slow
+def test_clips_with_names_that_the_locale_does_not_know_are_found(tmp_path, tiny_model):
+    folder = tmp_path / "größe 😀"
+    draw_clips(folder)
+    captions = {path.name: path.with_suffix(".txt").read_text() for path in folder.glob("*.mp4")}
+    with (folder / "metadata.jsonl").open("w", encoding="utf-8") as file:
+        for name, caption in captions.items():
+            (folder / name).rename(folder / f"文 {name}")
+            file.write(json.dumps({"file_name": f"文 {name}", "text": f"{caption} 😀"}, ensure_ascii=False) + "\n")
+    for path in [*folder.glob("*.txt"), *folder.glob("*.png")]:
+        path.unlink()
+    words = [f"model.path={tiny_model}", f"data.path={folder}", f"data.cache_dir={tmp_path / 'cäche'}"]
+    words += ["data.buckets=[17x64x96, 9x96x64, 1x64x64]", f"output_dir={tmp_path / 'aus'}"]
+    words = [word.encode() for word in ["--config", "cogvideox1.5_i2v_lora", *words]]
+    done = run_in(IN_ASCII, str(ROOT / "launch/report.py"), *words)
+    assert done.returncode == 0, done.stderr.decode()
+    assert "of 6 clips" in done.stdout.decode()

@@ -77,6 +77,7 @@ _MODEL_SECTIONS = {
     "DeepSpeedMonitorConfig": "",
 }
 _OPTIMIZERS = ("Adam", "AdamW", "Lion")
+_OPTIMIZER_PARAMS = ("lr", "betas", "eps", "weight_decay", "torch_adam", "adam_w_mode", "fused")
 _NOT_SET: Any = object()
 
 
@@ -110,14 +111,15 @@ def known_keys() -> dict[str, frozenset[str]]:
     known are the keys that it reads.
     """
     from deepspeed.runtime.config import DeepSpeedConfig
-    from deepspeed.runtime.precision_config import DeepSpeedBF16Config
+    from deepspeed.runtime.precision_config import DeepSpeedBF16Config, DeepSpeedFP16Config
     from deepspeed.runtime.zero.config import DeepSpeedZeroConfig
 
     optimizer, autocast = _ReadKeys(type="AdamW", params={}), _ReadKeys(enabled=True, dtype="bfloat16")
     root = _ReadKeys(train_micro_batch_size_per_gpu=1, optimizer=optimizer, torch_autocast=autocast)
     DeepSpeedConfig(root)
     read = {"": root.read, "optimizer": optimizer.read, "torch_autocast": autocast.read}
-    for section, model in (("bf16", DeepSpeedBF16Config), ("zero_optimization", DeepSpeedZeroConfig)):
+    models = {"bf16": DeepSpeedBF16Config, "fp16": DeepSpeedFP16Config, "zero_optimization": DeepSpeedZeroConfig}
+    for section, model in models.items():
         read[section] = {name for key, field in model.model_fields.items() for name in (key, field.alias) if name}
     return {section: frozenset(names) for section, names in read.items()}
 
@@ -136,7 +138,7 @@ def load_ds_config(path: str) -> dict[str, Any]:
         near = did_you_mean(file.name, (other.name for other in file.parent.glob("*.json")))
         raise UserError(f"--deepspeed {path}: no such file{near}. Pass the path of a DeepSpeed JSON.")
     try:
-        text = file.read_text(encoding="utf-8")
+        text = file.read_text(encoding="utf-8-sig")  # editors on Windows write a byte order mark
     except (OSError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: cannot be read: {error}. Fix or replace the file.") from None
     try:
@@ -231,7 +233,7 @@ class _Resolver:
             for name in self.look_up(section, {}) if section else self.ds:
                 if name not in known:
                     key = f"{section}.{name}".lstrip(".")
-                    raise self.error(f"unknown key {key}{did_you_mean(name, known)}. Correct or delete it")
+                    raise self.error(f"unknown key {key}{_advice(name, section)}")
         for key, (accepted, reason) in _REFUSED_UNLESS.items():
             value = self.look_up(key, accepted)
             is_unset = value is None and accepted is not True  # DeepSpeed reads null as false
@@ -387,6 +389,18 @@ class _Resolver:
             ) from None
         except Exception as error:  # DeepSpeed raises many kinds
             raise self.error(f"DeepSpeed refuses it: {str(error).splitlines()[0] or repr(error)}") from None
+
+
+def _advice(name: str, section: str) -> str:
+    """Return what to do about a key that its section does not have."""
+    homes = [other or "the top level" for other, known in known_keys().items() if name in known and other != section]
+    homes += ["optimizer.params"] if name in _OPTIMIZER_PARAMS else []
+    if homes == ["fp16"]:
+        return ": it is a key of fp16, in which this model overflows. Delete it: bf16 needs no loss scale"
+    if homes:
+        text = " or ".join(filter(None, [", ".join(homes[:-1]), homes[-1]]))
+        return f": it is a key of {text}. Move it there, or delete it"
+    return f"{did_you_mean(name, known_keys()[section])}. Correct or delete it"
 
 
 def _leaves(node: Any, path: str = "") -> Iterator[tuple[str, Any]]:

@@ -36,6 +36,8 @@ from cogds.errors import UserError, did_you_mean
 
 Setting = tuple[str, str, Any]  # dotted key, place ("in run.yaml"), value
 _COMMAND_LINE = "on the command line"
+# Texts that may begin with a brace or a quote and need no others around them on the command line: {vid}.mp4.
+_AS_TYPED = {"data.path_template", "data.where"}
 # Replacements for pydantic's messages, by error type.
 _EXPECTED = {
     "bool_type": "must be true or false",
@@ -104,7 +106,7 @@ def _read_file(path: str) -> Iterator[Setting]:
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except yaml.YAMLError as error:
-        raise _yaml_error(error, path, Path(path).read_text() + "\n") from None
+        raise _yaml_error(error, path, Path(path).read_text(encoding="utf-8-sig") + "\n") from None
     except (OSError, UnicodeDecodeError, OmegaConfBaseException) as error:
         raise UserError(f"{path}: cannot be read: {str(error).splitlines()[0]}. Fix or replace the file.") from None
     if not isinstance(tree, dict):
@@ -129,6 +131,8 @@ def _parse_override(text: str) -> Setting:
     try:
         return name, _COMMAND_LINE, _parse_value(raw)
     except (yaml.YAMLError, OmegaConfBaseException) as error:
+        if name in _AS_TYPED:
+            return name, _COMMAND_LINE, raw
         raise _yaml_error(error, f"{name}: {raw} {_COMMAND_LINE}", raw) from None
 
 
@@ -267,4 +271,4 @@ def _unknown_key(name: str, place: str) -> str:
 
 def show(value: Any) -> str:
     """A value as YAML, as in a config file."""
-    return yaml.safe_dump(value, default_flow_style=True, width=10**6).removesuffix("...\n").strip()
+    return yaml.safe_dump(value, default_flow_style=True, width=10**6, allow_unicode=True).removesuffix("...\n").strip()

@@ -18,7 +18,7 @@ OnOff = Literal["auto", "on", "off"]
 Attention = Literal["auto", "torch", "flash", "cudnn", "efficient", "flash3", "flash4", "math"]
 Checkpointing = Literal["auto", "none", "selective", "full", "full+offload"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
-Column = Literal["path", "caption", "kind", "image", "start_s", "end_s"]
+Column = Literal["path", "caption", "captions", "kind", "image", "start_s", "end_s", "spans", "motion", "duplicate_of"]
 
 ATTENTION_KERNELS: tuple[str, ...] = get_args(Attention)[1:]
 CHECKPOINTING_MODES: tuple[str, ...] = get_args(Checkpointing)[1:]  # from the least recomputed to the most
@@ -84,15 +84,33 @@ class SetConfig(Section):
     path: Text = key(..., "dataset: a folder of clips, or a list or table of clips")
     repeats: float = key(1.0, "times that each clip is trained per epoch; may be a fraction", gt=0)
     weight: float | None = key(None, "share of the training relative to the other sets; replaces repeats", gt=0)
-    columns: dict[Column, Text] = key({}, "names of the table's columns, by cogds column name")
+    columns: dict[Column, Text | None] = key(
+        {}, "names of the table's columns, by cogds column name; null: a column that is not used"
+    )
+    root: Text | None = key(
+        None, "folder or URL that relative paths in a list are relative to; null: the list's folder"
+    )
+    path_template: Text | None = key(None, "path of a table's rows, with columns in braces: {vid}.mp4")
+    where: Text | None = key(None, "filter on a table's columns, such as: aesthetic > 5 and motion > 0.3")
+    caption_prefix: str | None = key(None, "text before every caption of this set; null: data.caption_prefix")
 
 
 class DataConfig(Section):
     path: str = key("", "dataset: a folder of clips, or a list or table of clips; or set data.sets")
     sets: tuple[SetConfig, ...] = key((), "several datasets, a list of mappings; replaces data.path")
-    columns: dict[Column, Text] = key({}, "names of the table's columns, by cogds column name")
+    columns: dict[Column, Text | None] = key(
+        {}, "names of the table's columns, by cogds column name; null: a column that is not used"
+    )
+    root: Text | None = key(
+        None, "folder or URL that relative paths in a list are relative to; null: the list's folder"
+    )
+    path_template: Text | None = key(None, "path of a table's rows, with columns in braces: {vid}.mp4")
+    where: Text | None = key(None, "filter on a table's columns, such as: aesthetic > 5 and motion > 0.3")
     repeats: float = key(1.0, "times that each clip is trained per epoch; may be a fraction", gt=0)
     default_caption: Text | None = key(None, "caption of clips without one; null: such clips are unusable")
+    caption_prefix: str = key(
+        "", "text before every caption of the clips, such as a trigger word; not before sample.prompts"
+    )
     max_unusable: float = key(0.1, "fraction of unusable clips above which training is refused", ge=0, le=1)
     manifest: Text | None = key(None, "Parquet table of the clips' properties; null: created in data.cache_dir")
     draw_demo_clips: bool = key(False, "draw the demo clips at data.path if there are none")
@@ -145,7 +163,7 @@ class DataConfig(Section):
             return self
         if self.path:
             raise ValueError("data.path: set together with data.sets, which replaces it. Remove one of them.")
-        for name in ("repeats", "columns"):
+        for name in ("repeats", "columns", "root", "path_template", "where"):
             if getattr(self, name) != type(self).model_fields[name].default:
                 raise ValueError(f"data.{name}: does not apply to data.sets. Set {name} in each set.")
         for index, data_set in enumerate(self.sets):
@@ -232,7 +250,9 @@ class EvalConfig(Section):
 
     every: int | None = key(500, f"evaluation interval, {_ALSO_AT_THE_ENDS}", ge=1)
     held_out: Fraction = key(0.0, "fraction of the files, chosen by a hash of their names, evaluated and never trained")
-    path: Text | None = key(None, "dataset to evaluate (with data.columns); replaces eval.held_out")
+    path: Text | None = key(
+        None, "dataset to evaluate (with data.columns, data.root and data.path_template); replaces eval.held_out"
+    )
     num_clips: int = key(
         8, "maximum of held-out clips to evaluate, and of trained clips; spread over the buckets", ge=1
     )

@@ -11,10 +11,28 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from operator import index
+from typing import NamedTuple
 
-from cogds.core.permutation import permute
+from cogds.core.permutation import keyed_hash, permute
 from cogds.core.plan import clip_at
 from cogds.errors import UserError
+
+
+class Visit(NamedTuple):
+    """A clip of a bucket at a position of its stream. number: how many times the stream visits the clip before."""
+
+    clip: int
+    number: int
+
+
+def caption_of_visit(number: int, num_captions: int, seed: int, row: int) -> int:
+    """The caption, in [0, num_captions), that a clip is trained with at its visit of this number.
+
+    The captions take turns, reshuffled after every num_captions visits. So each is used equally often, give or take
+    once. row: of the clip in the index.
+    """
+    turn, number = divmod(number, num_captions)
+    return permute(number, num_captions, keyed_hash("caption", seed, row), turn)
 
 
 @dataclass(frozen=True)
@@ -59,8 +77,8 @@ class Mixture:
         """Number of clips trained per epoch, for each bucket."""
         return tuple(map(sum, self.virtual_sets))
 
-    def clip(self, bucket: int, position: int) -> int:
-        """The clip at a position of the bucket's stream, in [0, sum(sizes[bucket]))."""
+    def visit(self, bucket: int, position: int) -> Visit:
+        """The visit at a position of the bucket's stream. Its clip is in [0, sum(sizes[bucket]))."""
         num_virtual = self.virtual_sizes[bucket]
         pass_number, virtual, first = position // num_virtual, clip_at(position, num_virtual, bucket, self.seed), 0
         for set_number, (m, n) in enumerate(zip(self.virtual_sets[bucket], self.sizes[bucket])):  # noqa: B007
@@ -69,11 +87,12 @@ class Mixture:
             virtual -= m
             first += n
         if m == n:  # with 1 repeat, virtual clips are the real ones
-            return first + virtual
-        return first + permute((pass_number * m + virtual) % n, n, self.seed, bucket, set_number)
+            return Visit(first + virtual, pass_number)
+        cycle, place = divmod(pass_number * m + virtual, n)
+        return Visit(first + permute(place, n, self.seed, bucket, set_number), cycle)
 
-    def next_clips(self, bucket: int, position: int, stride: int) -> Iterator[int]:
-        """Yield the clip at a position, then its possible substitutes: the clips of the stream `stride` positions on.
+    def next_visits(self, bucket: int, position: int, stride: int) -> Iterator[Visit]:
+        """Yield the visit at a position, then its possible substitutes: the visits `stride` positions on.
 
         Ends when every clip of the bucket has been yielded at least once.
 
@@ -81,12 +100,12 @@ class Mixture:
             stride: number of positions that the micro-step draws from the bucket, so that its slots get different
                 substitutes.
         """
-        yield self.clip(bucket, position)
+        yield self.visit(bucket, position)
         m = self.virtual_sizes[bucket]
         # The rest of this pass, then as many passes as the dataset with the fewest repeats needs.
         num_passes = 1 + max(-(-n // v) for n, v in zip(self.sizes[bucket], self.virtual_sets[bucket]) if n)
         for offset in range(num_passes * m):
-            yield self.clip(bucket, position + stride + offset)
+            yield self.visit(bucket, position + stride + offset)
 
 
 def repeats_from_weights(weights: Sequence[float], num_clips: Sequence[int]) -> tuple[float, ...]:

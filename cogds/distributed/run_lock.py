@@ -33,8 +33,10 @@ os.register_at_fork(after_in_child=_close_all)
 
 
 @contextlib.contextmanager
-def hold_run_lock(world: World, folder: Path, wait_s: float = WAIT_S) -> Iterator[None]:
+def hold_run_lock(world: World, folder: Path, wait_s: float = WAIT_S, key: str = "output_dir") -> Iterator[None]:
     """Keep every other run from writing into the folder while the block runs. Collective.
+
+    key: the setting that names the folder, for the error.
 
     The kernel releases the lock when the process that holds it ends for any reason. On a file system without locks,
     the run continues with a warning.
@@ -42,7 +44,7 @@ def hold_run_lock(world: World, folder: Path, wait_s: float = WAIT_S) -> Iterato
     Raises:
         UserError: Another run still holds the lock after `wait_s`.
     """
-    descriptor = rank0_only(world, lambda: _acquire(folder, wait_s))
+    descriptor = rank0_only(world, lambda: _acquire(folder, wait_s, key))
     try:
         yield
     finally:
@@ -50,11 +52,11 @@ def hold_run_lock(world: World, folder: Path, wait_s: float = WAIT_S) -> Iterato
             _release(descriptor)
 
 
-def _acquire(folder: Path, wait_s: float) -> int:
+def _acquire(folder: Path, wait_s: float, key: str) -> int:
     descriptor = os.open(folder / LOCK_FILE, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o666)
     _descriptors.add(descriptor)
     try:
-        _wait_for(descriptor, folder, wait_s)
+        _wait_for(descriptor, folder, wait_s, key)
         os.ftruncate(descriptor, 0)
         os.pwrite(descriptor, f"process {os.getpid()} on {socket.gethostname()}".encode(), 0)
     except BaseException:
@@ -69,7 +71,7 @@ def _release(descriptor: int) -> None:
         os.close(descriptor)
 
 
-def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:
+def _wait_for(descriptor: int, folder: Path, wait_s: float, key: str) -> None:
     start, has_logged = time.monotonic(), False
     while True:
         try:
@@ -84,8 +86,7 @@ def _wait_for(descriptor: int, folder: Path, wait_s: float) -> None:
         holder = os.pread(descriptor, 200, 0).decode(errors="replace") or "another process"
         if time.monotonic() - start > wait_s:
             raise UserError(
-                f"output_dir: another run ({holder}) is writing into {folder}. Wait for it, end it, or choose another "
-                "output_dir."
+                f"{key}: another run ({holder}) is writing into {folder}. Wait for it, end it, or choose another {key}."
             )
         if not has_logged:
             logger.info(f"{folder}: another run ({holder}) is still writing into it; waiting")

@@ -8,6 +8,7 @@ import os
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 from cogds.errors import UserError
@@ -64,14 +65,46 @@ def gpu_memory(device: "torch.device") -> float | None:
 
 def is_launched(environ: Mapping[str, str] = os.environ) -> bool:
     """Whether a launcher started this process as one of its ranks: `deepspeed`, `torchrun` or `srun`."""
-    return {"RANK", "WORLD_SIZE"} <= environ.keys() or {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environ.keys()
+    return {"RANK", "WORLD_SIZE"} <= environ.keys() or _is_slurm_task(environ)
+
+
+def _is_slurm_task(environ: Mapping[str, str]) -> bool:
+    """Whether `srun` started this process as one of its tasks, rather than the shell in which it was typed.
+
+    SLURM's variables count only inside a step (SLURM_STEP_NUM_TASKS): a batch script has SLURM_NTASKS too, but it is a
+    single process.
+    """
+    return {"SLURM_PROCID", "SLURM_STEP_NUM_TASKS"} <= environ.keys() and not _is_in_slurm_shell(environ)
+
+
+def _is_in_slurm_shell(environ: Mapping[str, str]) -> bool:
+    """Whether this process was typed in an interactive shell of `srun --pty`.
+
+    The shell, or a program such as tmux, is then the task, and has no script or command among its arguments. Only the
+    first task has a terminal. The other shells have ended, because they had nothing to read.
+    """
+    if "SLURM_PTY_PORT" not in environ:
+        return False
+    try:
+        task = Path(f"/proc/{environ['SLURM_TASK_PID']}/cmdline").read_bytes().rstrip(b"\0")
+    except (KeyError, OSError):
+        return False
+    return bool(task) and all(word.startswith(b"-") for word in task.split(b"\0")[1:])
+
+
+def refuse_missing_tasks(environ: Mapping[str, str] = os.environ) -> None:
+    """Refuse to run as one of several tasks of which no other exists. Raises UserError."""
+    num_tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
+    if num_tasks != "1" and "RANK" not in environ and _is_in_slurm_shell(environ):
+        raise UserError(
+            f"SLURM_STEP_NUM_TASKS: this is the shell of `srun --pty` with {num_tasks} tasks, and only the first of "
+            f"them runs what you type. Start all ranks with `srun --overlap --ntasks={num_tasks} python "
+            "launch/train.py ...`, or those of this machine with `cogds train --num-gpus N ...`."
+        )
 
 
 def read_world(environ: Mapping[str, str] = os.environ) -> World:
     """Read rank and world size from the launcher's variables; without a launcher, return a world of one rank.
-
-    SLURM's variables count only inside `srun` (SLURM_STEP_NUM_TASKS): a batch script has SLURM_NTASKS too, but it is a
-    single process.
 
     Raises:
         UserError: The variables are not numbers, or contradict each other.
@@ -79,7 +112,7 @@ def read_world(environ: Mapping[str, str] = os.environ) -> World:
     if "RANK" in environ and "WORLD_SIZE" in environ:
         names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
         defaults = ("0", "1", "0", environ.get("LOCAL_SIZE", "1"))
-    elif "SLURM_PROCID" in environ and "SLURM_STEP_NUM_TASKS" in environ:
+    elif _is_slurm_task(environ):
         names = ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE")
         defaults = ("0", "1", "0", "1")
     else:

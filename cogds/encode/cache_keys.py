@@ -10,6 +10,7 @@ from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.keys import cache_key, digest_files
 from cogds.data.cache.store import key_array_of_bytes
+from cogds.data.video.media import PIXELS_VERSION
 from cogds.encode.clip_set import ClipSet
 from cogds.model.cudnn import cudnn_version
 from cogds.model.load import ModelFolder
@@ -63,6 +64,7 @@ class CacheKeys:
         fields = {
             "bucket": str(shape),
             "fps": self._cfg.data.fps,
+            "pixels_version": PIXELS_VERSION,
             "decoder": self._cfg.data.decoder,
             "tiled": shape in self._tiled,
             "vae": self._vae,

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import os
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -23,8 +22,11 @@ from cogds.data.manifest.assignment import (
     column_values,
     too_short_reasons,
 )
-from cogds.data.manifest.table import DataSet, read_manifest
-from cogds.encode.scan_data import data_sets, evaluation_config
+from cogds.data.manifest.table import DataSet, read_manifest, read_skipped
+from cogds.data.storage.access import is_folder
+from cogds.data.storage.location import absolute, display_name, parent
+from cogds.encode.captions import join_lists, with_prefixes
+from cogds.encode.scan_data import caption_prefixes, data_sets, evaluation_config
 from cogds.errors import UserError
 from cogds.files import whole_file
 from cogds.formatting import counted
@@ -74,13 +76,14 @@ class ClipSet:
     """Clips of a manifest with their buckets, in the order of the plan. Only rank 0's memory grows with their number.
 
     Attributes:
-        table: the manifest.
+        table: the manifest, with `data.caption_prefix` before the captions.
         assignment: the bucket and the time range of each clip.
         repeats: how often an epoch repeats each dataset.
         data_path: the datasets, for messages.
         reasons: rows of the manifest that are usable but left out, with the reasons.
         roots: folders of the datasets, to which file names are relative.
         held_out: the clips of the same manifest that are only evaluated; None if there are none.
+        skipped: what the listing of the datasets skipped: reason -> number.
     """
 
     table: pa.Table
@@ -92,6 +95,7 @@ class ClipSet:
     reasons: Mapping[int, str] = field(default_factory=dict)
     roots: tuple[str, ...] = ()
     held_out: "ClipSet | None" = None
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def num_clips(self) -> int:
@@ -105,6 +109,11 @@ class ClipSet:
     def column(self, name: str, clips: slice | np.ndarray = slice(None)) -> pa.ChunkedArray:
         """A column of the manifest for these clips."""
         return self.table.column(name).take(pa.array(self.assignment.rows[clips]))
+
+    def captions(self) -> pa.LargeListArray:
+        """The captions of each clip, at least one."""
+        first, more = (self.column(name).combine_chunks() for name in ("caption", "more_captions"))
+        return join_lists(first, more)
 
     def costs(self) -> np.ndarray:
         """float64 [num_clips]: cost of encoding each clip, in pixels that are decoded and encoded.
@@ -141,7 +150,8 @@ class ClipSet:
     def sample(self, num_clips: int) -> "ClipSet":
         """Up to `num_clips` clips, spread over the buckets, with a table of their own.
 
-        A hash of the file name chooses them, so that the choice stays the same as clips are added.
+        A hash of the file name chooses them, so that the choice stays the same as clips are added. Each keeps only its
+        first caption.
         """
         candidates = []
         sizes = [sum(set_sizes) for set_sizes in self.assignment.sizes]
@@ -149,7 +159,7 @@ class ClipSet:
             candidates.append(np.arange(start, start + size, max(1, size // max(MAX_CANDIDATES, num_clips))))
         clips = np.concatenate(candidates)
         paths, starts_s = self.column("path", clips).to_pylist(), self.assignment.starts_s[clips].tolist()
-        hashes = [name_hash(portable_name(path, self.roots), repr(start)) for path, start in zip(paths, starts_s)]
+        hashes = [name_hash(_name(path, self.roots), repr(start)) for path, start in zip(paths, starts_s)]
         chosen = spread(self.assignment.buckets[clips], np.array(hashes, np.uint64), num_clips)
         sampled = self.select(clips[chosen])
         rows, new_rows = np.unique(sampled.assignment.rows, return_inverse=True)
@@ -160,6 +170,8 @@ class ClipSet:
             row_frames=sampled.assignment.row_frames[rows],
         )
         table = self.table.take(pa.array(rows))
+        no_captions = pa.nulls(len(table), table.schema.field("more_captions").type)
+        table = table.set_column(table.column_names.index("more_captions"), "more_captions", no_captions)
         return replace(sampled, table=table, assignment=assignment, reasons={}, held_out=None)
 
     def unusable(self, file: Path | None = None, more: Mapping[str, str] | None = None) -> UnusableClips:
@@ -199,8 +211,11 @@ class ClipSet:
 def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]) -> ClipSet:
     """Assign the clips of a manifest to buckets, and set apart those that eval.held_out holds out."""
     table = read_manifest(manifest)
-    for name in ("path", "caption", "image_path"):  # a column of plain strings holds at most 2 GB
-        table = table.set_column(table.column_names.index(name), name, table.column(name).cast(pa.large_string()))
+    large = dict.fromkeys(("path", "caption", "image_path"), pa.large_string())
+    large["more_captions"] = pa.large_list(pa.large_string())
+    for name, kind in large.items():  # a column of plain strings holds at most 2 GB
+        table = table.set_column(table.column_names.index(name), name, table.column(name).cast(kind))
+    table = with_prefixes(table, caption_prefixes(cfg))
     sets = data_sets(cfg)
     rule = WindowRule(cfg.data.fps, cfg.data.windows, cfg.data.num_windows, cfg.seed)
     assignment = assign_rows(table, buckets, rule, len(sets))
@@ -213,6 +228,7 @@ def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]
         data_path=", ".join(data_set.path for data_set in sets),
         reasons=too_short_reasons(assignment, table, buckets, cfg.data.fps),
         roots=tuple(map(_root, sets)),
+        skipped=read_skipped(manifest),
     )
     if cfg.eval.held_out:
         is_held = _is_held_out(table, clips.roots, cfg.eval.held_out)[assignment.rows]
@@ -232,16 +248,27 @@ def _repeats(cfg: RunConfig, clips: ClipSet) -> tuple[float, ...]:
     return repeats_from_weights([data_set.weight or 0.0 for data_set in sets], sizes)
 
 
+def _name(path: str, roots: Sequence[str]) -> str:
+    """The name by which a file is held out or not: the same on every machine, and in a tar file packed again."""
+    return portable_name(display_name(path), roots)
+
+
 def _root(data_set: DataSet) -> str:
     """The folder to which the paths in a dataset are relative."""
-    path = os.path.abspath(os.path.expanduser(data_set.path))
-    return path if os.path.isdir(path) else os.path.dirname(path)
+    if data_set.root is not None:
+        return absolute(data_set.root)
+    path = absolute(data_set.path)
+    return path if is_folder(path) or path.endswith(".tar") else parent(path)
 
 
 def _is_held_out(table: pa.Table, roots: Sequence[str], share: float) -> np.ndarray:
     """bool [num_rows]: whether the file of each row is held out."""
     parts = [
-        np.fromiter((is_held_out(portable_name(path, roots), share) for path in chunk.to_pylist()), bool, len(chunk))
+        np.fromiter(
+            (is_held_out(_name(path, roots), share) for path in chunk.to_pylist()),
+            bool,
+            len(chunk),
+        )
         for chunk in table.column("path").chunks
     ]
     return np.concatenate(parts) if parts else np.zeros(0, bool)
@@ -291,7 +318,7 @@ def _held_out_clips(cfg: RunConfig, clips: ClipSet, eval_manifest: Path | None) 
         return None, []
     if clips.held_out is None:
         paths = clips.column("path", slice(0, MAX_CANDIDATES)).to_pylist()
-        names = {portable_name(path, clips.roots) for path in paths}
+        names = {_name(path, clips.roots) for path in paths}
         first = min(names, key=name_hash)
         return None, [
             f"eval.held_out: {cfg.eval.held_out:g} holds out none of {counted(len(names), 'file')}, so only the loss "

@@ -7,7 +7,6 @@ share the work by its cost.
 
 import importlib.util
 import logging
-import os
 from collections.abc import Callable, Mapping
 from functools import partial
 from pathlib import Path
@@ -17,6 +16,8 @@ import torch
 
 from cogds.config.schema import RunConfig
 from cogds.core.conditioning import normalize_pixels
+from cogds.data.storage.access import stamp
+from cogds.data.storage.location import display_name
 from cogds.data.video.decode_task import DecodedClip, DecodeTask, decode
 from cogds.data.video.media import DecodeError
 from cogds.data.video.probe_task import categorize
@@ -185,9 +186,9 @@ def _change_reason(row: Mapping) -> str:
         if path is None:
             continue
         try:
-            status = os.stat(path)
+            current = stamp(path)
         except OSError as error:
-            return f"disappeared: {path}: {error.strerror}"
-        if (status.st_size, status.st_mtime_ns) != (row[f"{prefix}size"], row[f"{prefix}mtime_ns"]):
-            return f"changed while it was encoded: {path}; start again"
+            return f"disappeared: {display_name(path)}: {error.strerror or error}"
+        if current != (row[f"{prefix}size"], row[f"{prefix}mtime_ns"]):
+            return f"changed while it was encoded: {display_name(path)}; start again"
     return ""

@@ -19,7 +19,9 @@ from cogds.core.mixture import Mixture
 from cogds.data.cache.store import Snapshot, key_array, key_array_of_bytes
 from cogds.data.loading.index import ClipIndex, write_index
 from cogds.encode.cache_keys import CLIPS_AT_ONCE, CacheKeys
+from cogds.encode.captions import list_lengths, make_lists
 from cogds.encode.clip_set import ClipSet, UnusableClips
+from cogds.encode.scan_data import caption_prefixes
 from cogds.errors import UserError
 from cogds.job import Job
 
@@ -45,19 +47,25 @@ class EncodingWork:
 class KeyedClips:
     """A clip set with the cache keys of its clips and captions.
 
+    captions: the distinct captions. caption_numbers: lists of numbers of captions, one list per clip.
     is_cached: whether they are encoded once and kept; otherwise the keys are zeros.
     """
 
     def __init__(self, clips: ClipSet, keys: CacheKeys, is_cached: bool):
         self.clips, self.is_cached = clips, is_cached
-        captions = clips.column("caption").combine_chunks().dictionary_encode()
-        self.captions, self.caption_numbers = captions.dictionary, captions.indices.to_numpy()
+        lists = clips.captions()
+        captions = lists.flatten().dictionary_encode()
+        self.captions, self.caption_numbers = captions.dictionary, make_lists(list_lengths(lists), captions.indices)
         if is_cached:
             self.caption_keys, self.clip_keys = keys.captions(self.captions), keys.clips(clips)
         else:
             self.caption_keys, self.clip_keys = (
                 key_array_of_bytes(bytes(16 * num)) for num in (len(self.captions), clips.num_clips)
             )
+
+    def captions_of(self, clips: np.ndarray) -> np.ndarray:
+        """The numbers of the captions of these clips, one clip after the other."""
+        return self.caption_numbers.take(pa.array(clips)).flatten().to_numpy()
 
     def work(self, clips: np.ndarray) -> pa.Table:
         """The columns of `EncodingWork.clips`, except for rank, for these clips."""
@@ -77,7 +85,7 @@ class KeyedClips:
         if self.is_cached:
             clip_places, caption_places = cached.clips.find(self.clip_keys), cached.captions.find(self.caption_keys)
             clips, kept = self.clips.without(self.clip_keys, cached.failures)
-            num_lost = int((clip_places[kept] < 0).sum() + (caption_places[self.caption_numbers[kept]] < 0).sum())
+            num_lost = int((clip_places[kept] < 0).sum() + (caption_places[self.captions_of(kept)] < 0).sum())
         else:
             clip_places, caption_places = (
                 np.full(len(keys), -1, np.int32) for keys in (self.clip_keys, self.caption_keys)
@@ -95,16 +103,17 @@ class KeyedClips:
         """The rows of the index for the clips in `kept`. clip_places, caption_places: of all clips and captions."""
         for start in range(0, len(kept), CLIPS_AT_ONCE):
             chunk = kept[start : start + CLIPS_AT_ONCE]
-            captions = self.caption_numbers[chunk]
+            captions = self.captions_of(chunk)
+            num_captions = list_lengths(self.caption_numbers.take(pa.array(chunk)))
             yield pa.table(
                 {name: self.clips.column(name, chunk) for name in ("path", "kind", "image_path")}
                 | {
-                    "caption": self.captions.take(captions),
+                    "captions": make_lists(num_captions, self.captions.take(captions)),
                     "start_s": self.clips.assignment.starts_s[chunk],
                     "clip_key": self.clip_keys.take(chunk),
-                    "caption_key": self.caption_keys.take(captions),
+                    "caption_keys": make_lists(num_captions, self.caption_keys.take(captions)),
                     "clip_place": clip_places[chunk],
-                    "caption_place": caption_places[captions],
+                    "caption_places": make_lists(num_captions, pa.array(caption_places[captions])),
                 }
             )
 
@@ -261,9 +270,15 @@ class EncodingPlan:
     def _fingerprint(self, train: IndexedClips) -> str:
         part, kept = self._train, train.kept
         state = hashlib.blake2b(repr(train.clips.assignment.sizes).encode(), digest_size=16)
-        columns = [part.clip_keys.take(kept), part.caption_keys.take(part.caption_numbers[kept])]
+        captions = part.captions_of(kept)
+        columns = [part.clip_keys.take(kept), part.caption_keys.take(captions)]
         if not part.is_cached:
             columns += [part.clips.column(name, kept) for name in ("path", "size", "mtime_ns")]
+        num_captions = list_lengths(part.caption_numbers.take(pa.array(kept)))
+        if (num_captions > 1).any():
+            columns.append(pa.array(num_captions))
+        if not part.is_cached and ((num_captions > 1).any() or any(caption_prefixes(self._cfg))):
+            columns.append(part.captions.take(captions))
         for column in columns:
             for start in range(0, len(column), CLIPS_AT_ONCE):
                 state.update(repr(column[start : start + CLIPS_AT_ONCE].to_pylist()).encode())

@@ -56,7 +56,7 @@ def main(args: argparse.Namespace) -> None:
 def prune_unused(job: Job, data: EncodedData) -> None:
     """Remove every entry and index of the cache that this run's dataset does not use."""
     cfg = job.cfg
-    columns = {"clips": "clip_key", "captions": "caption_key"}
+    columns = {"clips": "clip_key", "captions": "caption_keys"}
     keep = {kind: set().union(*(index.keys(column) for index in data.indexes)) for kind, column in columns.items()}
     keys, prompts = CacheKeys(cfg, job.model), [EMPTY_CAPTION, *(prompt.prompt for prompt in cfg.sample.prompts)]
     keep["captions"] |= {keys.caption(prompt).hex() for prompt in prompts}

@@ -15,7 +15,7 @@ from typing import Any, Generic, TypeVar
 
 import torch
 
-from cogds.data.loading.dataset import BadClip, Batch, ClipOrder, Item, collate
+from cogds.data.loading.dataset import BadClip, Batch, Choice, ClipOrder, Item, collate
 from cogds.data.loading.sampler import Draw
 from cogds.data.video.decode_task import DecodedClip, DecodeTask
 from cogds.encode.encoder import decode_pool, encode_pixels
@@ -56,7 +56,7 @@ class _BatchEncoder:
     def __init__(self, order: ClipOrder, job: Job, models: OnTheFlyModels):
         self._order, self._index, self._models = order, order.index, models
         self._cfg, self._tiled, self._device = job.cfg, job.tiled, job.world.device
-        self._known_bad: set[int] = set()
+        self._known_bad: set[int | Choice] = set()
         self._substitutes = decode_pool(job.cfg)
 
     def batches(self, draws: Iterable[list[Draw]]) -> Iterator[Batch]:
@@ -80,8 +80,8 @@ class _BatchEncoder:
 
     def _likely_row(self, draw: Draw) -> int:
         """The first row of a draw that is not known to be bad. If all are, `first_good` reports it."""
-        good = (row for row in self._order.rows(draw) if row not in self._known_bad)
-        return next(good, next(self._order.rows(draw)))
+        good = (choice.row for choice in self._order.choices(draw) if choice.row not in self._known_bad)
+        return next(good, next(self._order.choices(draw)).row)
 
     def _task(self, row: int) -> DecodeTask:
         clip, data = self._index[row], self._cfg.data
@@ -90,17 +90,17 @@ class _BatchEncoder:
         )
 
     def _load(
-        self, decoded_row: int, decoded: DecodedClip | TaskFailure, row: int
+        self, decoded_row: int, decoded: DecodedClip | TaskFailure, choice: Choice
     ) -> dict[str, torch.Tensor] | BadClip:
-        """Encode a row; decode it first if it is not the one that was decoded ahead."""
-        clip = self._index[row]
+        """Encode a clip and a caption; decode the clip first if it is not the one that was decoded ahead."""
+        row, clip = choice.row, self._index[choice.row]
         pixels = decoded if row == decoded_row else next(self._substitutes.imap([self._task(row)]))
         if isinstance(pixels, TaskFailure):
             return BadClip(row, clip.path, pixels.reason)
         return {
             "moments": encode_pixels(self._models.vae, torch.from_numpy(pixels.pixels), clip.shape in self._tiled),
             "first_frame": torch.from_numpy(pixels.first_frame).permute(2, 0, 1).contiguous().to(self._device),
-            "text_states": self._models.text_encoder.encode(clip.caption),
+            "text_states": self._models.text_encoder.encode(clip.captions[choice.caption].text),
         }
 
 

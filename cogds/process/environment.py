@@ -1,11 +1,38 @@
 """Environment variables of this process."""
 
+import io
 import os
 import platform
 import shutil
 import sys
 from collections.abc import Mapping, MutableMapping
 from pathlib import Path
+
+from cogds.errors import UserError
+
+
+def use_utf8(environ: MutableMapping[str, str] = os.environ) -> None:
+    """Restart this process in Python's UTF-8 mode, unless it uses UTF-8 already. Child processes inherit the mode.
+
+    In a locale such as en_US.ISO-8859-1 or zh_CN.GBK, Python would look for files under names that do not exist, read
+    and write files in that encoding, and fail to print some characters.
+
+    Raises:
+        UserError: UTF-8 mode is turned off by an option of the interpreter.
+    """
+    if sys.getfilesystemencoding() == "utf-8":
+        for stream in (sys.stdout, sys.stderr):  # file names may contain bytes that are not UTF-8
+            if isinstance(stream, io.TextIOWrapper):
+                stream.reconfigure(errors="backslashreplace")
+        return
+    if environ.get("PYTHONUTF8") == "1":
+        raise UserError(
+            f"locale: Python uses {sys.getfilesystemencoding()} for file names, because an option of the interpreter "
+            "turns UTF-8 mode off. Remove -X utf8=0, -E or -I, or set LC_ALL=C.UTF-8."
+        )
+    environ["PYTHONUTF8"] = "1"
+    # The bytes of the command line. Not every encoding restores the bytes that it has decoded.
+    os.execv(sys.executable, Path("/proc/self/cmdline").read_bytes().split(b"\0")[:-1])
 
 
 def environment_variables(*prefixes: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
@@ -16,6 +43,11 @@ def environment_variables(*prefixes: str, environ: Mapping[str, str] = os.enviro
 def extensions_folder() -> Path:
     """Return the folder in which torch builds extensions."""
     return Path(os.environ.get("TORCH_EXTENSIONS_DIR") or Path.home() / ".cache/torch_extensions")
+
+
+def openai_api_key() -> str:
+    """Return the API key for OpenAI-compatible endpoints, or "" if none is set."""
+    return os.environ.get("OPENAI_API_KEY", "")
 
 
 def make_cublas_deterministic() -> None:

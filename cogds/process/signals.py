@@ -70,7 +70,8 @@ def find_launchers() -> tuple[int, ...]:
 def _parent(pid: int) -> int:
     """Return the parent's process id, or 0 if there is none or the process is gone."""
     try:
-        return int(Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[1])
+        # Bytes: the kernel cuts the process's name anywhere, also within a character.
+        return int(Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[1])
     except OSError:
         return 0
 

@@ -161,7 +161,7 @@ def _guard(parent: int, rank: int, limit_s: float, tick_s: float) -> None:
 def _is_suspended(pid: int) -> bool:
     """Whether a process is suspended, or stopped by a debugger."""
     try:
-        state = Path(f"/proc/{pid}/stat").read_text().rsplit(")", 1)[1].split()[0]
+        state = Path(f"/proc/{pid}/stat").read_bytes().rpartition(b")")[2].split()[0]  # bytes: see signals._parent
     except OSError:
         return True
-    return state in "Tt"
+    return state in b"Tt"

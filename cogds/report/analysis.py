@@ -28,6 +28,7 @@ from cogds.core.suggest import (
     suggest_buckets,
     suggest_lengths,
 )
+from cogds.report.quality import ClipQuality, clip_quality
 
 # Rows processed at a time, to bound memory for tables of millions of clips.
 ROWS_AT_ONCE = 1 << 20
@@ -45,12 +46,13 @@ class ClipTable:
     """The dataset, one row per clip of the manifest, without held-out clips.
 
     Attributes:
-        table: columns path, kind, width, height (as displayed), status ("ok" or "unusable"), reason ("short phrase:
-            detail"), caption, start_s, set.
+        table: columns path, kind, width, height (as displayed), processing, status ("ok" or "unusable"), reason ("short
+            phrase: detail"), caption, start_s, end_s, set, digest, motion, duplicate_of.
         buckets: int [N], -1 for a clip without a bucket.
         frames: int [N], at the target frame rate, within the clip's time range.
         num_windows: int [N], samples of each clip. None: one each.
         num_held_out: clips not in the table because they are held out for evaluation.
+        skipped: what the listing of the datasets skipped: reason -> number.
     """
 
     table: pa.Table
@@ -58,6 +60,7 @@ class ClipTable:
     frames: np.ndarray
     num_windows: np.ndarray | None = None
     num_held_out: int = 0
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     def windows_of(self, rows: slice) -> np.ndarray:
         """Number of samples of each of these rows, int64."""
@@ -67,13 +70,19 @@ class ClipTable:
 
 @dataclass(frozen=True)
 class Captions:
-    """Numbers of clips with caption problems, and of distinct captions. limit: of a caption, in tokens."""
+    """Numbers of clips with caption problems, and of distinct captions.
+
+    Attributes:
+        limit: of a caption, in tokens.
+        per_clip: smallest and largest number of captions of a usable clip, and the mean.
+    """
 
     num_missing: int
     num_empty: int
     num_too_long: int
     num_distinct: int
     limit: int
+    per_clip: tuple[int, int, float] = (1, 1, 1.0)
 
 
 @dataclass(frozen=True)
@@ -171,7 +180,12 @@ class Reason:
 
 @dataclass(frozen=True)
 class Report:
-    """The whole report. epoch_s: None if the step time of a bucket with clips is unknown."""
+    """The whole report.
+
+    Attributes:
+        epoch_s: None if the step time of a bucket with clips is unknown.
+        processed: what is done to pixels (`VideoInfo.processing`), and the number of trained clips.
+    """
 
     num_rows: int
     buckets: tuple[BucketReport, ...]
@@ -189,6 +203,9 @@ class Report:
     max_unusable: float = 1.0
     gpu_bytes: float | None = None
     num_held_out: int = 0
+    quality: ClipQuality = field(default_factory=ClipQuality)
+    processed: Mapping[str, int] = field(default_factory=dict)
+    skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def is_refused(self) -> bool:
@@ -285,6 +302,9 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
         max_unusable=setup.max_unusable,
         gpu_bytes=setup.gpu_bytes,
         num_held_out=clips.num_held_out,
+        quality=clip_quality(clips.table, pa.array(clips.buckets >= 0)),
+        processed=_count_processed(clips),
+        skipped=clips.skipped,
     )
 
 
@@ -388,6 +408,16 @@ def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
     reasons = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
     reasons.sort(key=lambda reason: (-reason.num_clips, reason.phrase))
     return tuple(reasons), int(unusable.sum()) + len(short) - sum(counts.values())
+
+
+def _count_processed(clips: ClipTable) -> dict[str, int]:
+    """Number of trained clips by what is done to their pixels."""
+    texts = clips.table.column("processing").filter(pa.array(clips.buckets >= 0))
+    counts: dict[str, int] = {}
+    for item in pc.value_counts(texts).to_pylist():
+        for name in filter(None, (item["values"] or "").split(", ")):
+            counts[name] = counts.get(name, 0) + item["counts"]
+    return counts
 
 
 def _suggestion(sizes: ClipSizes, setup: TrainingSetup) -> Suggestion | None:

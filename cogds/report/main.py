@@ -16,6 +16,7 @@ from cogds.core.mixture import Mixture
 from cogds.data.video.decode_task import DecodeTask, decode
 from cogds.data.video.media import DecodeError
 from cogds.distributed.world import World
+from cogds.encode.captions import join_lists, list_lengths
 from cogds.encode.clip_set import ClipSet, load_clip_set
 from cogds.encode.encoder import check_decoder
 from cogds.encode.scan_data import scan_data
@@ -56,7 +57,7 @@ def clip_table(clips: ClipSet) -> ClipTable:
         left[clips.held_out.assignment.rows] = False
         table, buckets, frames, windows = table.filter(pa.array(left)), buckets[left], frames[left], windows[left]
         num_held_out = int((~left).sum())
-    return ClipTable(table, buckets, frames, windows, num_held_out)
+    return ClipTable(table, buckets, frames, windows, num_held_out, clips.skipped)
 
 
 def run_report(job: Job, clip_set: ClipSet, clips: ClipTable, gpu_bytes: float | None) -> Report:
@@ -81,8 +82,10 @@ def run_report(job: Job, clip_set: ClipSet, clips: ClipTable, gpu_bytes: float |
 
 def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
     """Count missing, empty and distinct captions, and with the model's tokenizer those that are too long."""
-    column, usable = table.column("caption"), pc.equal(table.column("status"), "ok")
-    distinct = pc.unique(column.filter(usable).drop_null())
+    usable = table.filter(pc.equal(table.column("status"), "ok"))
+    captions = join_lists(*(usable.column(name).combine_chunks() for name in ("caption", "more_captions")))
+    lengths = list_lengths(captions)
+    distinct = pc.unique(captions.flatten())
     taken = distinct
     if len(distinct) > MAX_TOKENIZED:
         taken = distinct.take(pa.array(np.linspace(0, len(distinct) - 1, MAX_TOKENIZED).astype(np.int64)))
@@ -94,6 +97,7 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
         num_too_long=round(too_long * len(distinct) / max(1, len(taken))),
         num_distinct=len(distinct),
         limit=model.geometry.text_tokens,
+        per_clip=(int(lengths.min()), int(lengths.max()), float(lengths.mean())) if len(lengths) else (1, 1, 1.0),
     )
 
 

@@ -5,8 +5,9 @@ from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from cogds.formatting import counted, duration, gigabytes, number, percent
+from cogds.formatting import counted, counts, duration, gigabytes, number, percent
 from cogds.report.analysis import BucketReport, Report
+from cogds.report.quality import HARDLY_MOVES
 
 ESTIMATE_NOTE = "Memory is calculated from shapes. It has not been compared with a GPU."
 NOT_MEASURED = "not measured"
@@ -61,20 +62,55 @@ def held_out_lines(report: Report) -> list[str]:
     return [f"{counted(num, 'clip')} held out for evaluation."] if num else []
 
 
+def processing_lines(report: Report) -> list[str]:
+    """A sentence about clips whose pixels are converted, [] if there are none."""
+    parts = [f"{counted(num, 'clip')} {name}" for name, num in sorted(report.processed.items())]
+    return [f"{', '.join(parts)}."] if parts else []
+
+
+def caption_lines(report: Report) -> list[str]:
+    """A sentence about several captions of a clip, [] if every clip has one."""
+    fewest, most, mean = report.captions.per_clip
+    if most == 1:
+        return []
+    amount = f"{most}" if fewest == most else f"{fewest} to {most}, {mean:.1f} on average"
+    return [f"Captions per clip: {amount}. They take turns: each time a clip is trained, the next one is used."]
+
+
 def empty_bucket_lines(report: Report) -> list[str]:
     """A sentence about buckets without clips, [] if there are none."""
     empty = [str(bucket.shape) for bucket in report.buckets if not bucket.num_samples]
     return [f"{counted(len(empty), 'bucket')} without clips: {', '.join(empty)}."] if empty else []
 
 
+def quality_lines(report: Report) -> list[str]:
+    """Sentences about motion and duplicates, [] if there is nothing to say."""
+    quality, lines = report.quality, []
+    if quality.num_scored:
+        lines.append(
+            f"Median motion {quality.median_motion:.3f} of the longer side per second, of "
+            f"{counted(quality.num_scored, 'clip')} with a score."
+        )
+    if quality.num_near_duplicates:
+        lines.append(f"{counted(quality.num_near_duplicates, 'near duplicate')} of other clips (duplicate_of).")
+    return lines
+
+
 def warning_lines(report: Report) -> list[str]:
-    """Sentences about buckets that do not fit, too many unusable clips, and bad captions; [] if there are none."""
+    """Sentences about buckets that do not fit, bad clips and captions, and skipped files; [] if there are none."""
     captions, lines = report.captions, [bucket.shortfall for bucket in report.used_buckets if bucket.shortfall]
     if report.is_refused:
         lines.append(
             f"Training will not start: {report.num_unusable:,} of {counted(report.num_rows, 'clip')} cannot be used, "
             f"and data.max_unusable allows {percent(report.max_unusable)}."
         )
+    if report.quality.num_still:
+        lines.append(
+            f"{counted(report.quality.num_still, 'clip')} hardly moving (motion below {HARDLY_MOVES:g}): the LoRA "
+            "learns to move less."
+        )
+    if report.quality.num_copies:
+        lines.append(f"{counted(report.quality.num_copies, 'clip')} with the same content as another clip.")
     if captions.num_missing:
         lines.append(f"{counted(captions.num_missing, 'clip')} without a caption.")
     if captions.num_empty:
@@ -83,6 +119,8 @@ def warning_lines(report: Report) -> list[str]:
         lines.append(
             f"{counted(captions.num_too_long, 'caption')} longer than {captions.limit} tokens: the rest is cut off."
         )
+    if report.skipped:
+        lines.append(f"Skipped in the datasets: {counts(report.skipped)}.")
     return lines
 
 
@@ -93,6 +131,8 @@ def short_report(report: Report) -> str:
         f"{counted(len(report.buckets), 'bucket')}; {percent(report.crop_share)} of the picture is cropped away on "
         "average",
         *held_out_lines(report),
+        *processing_lines(report),
+        *caption_lines(report),
     ]
     if report.num_unusable:
         reasons = ", ".join(f"{reason.num_clips:,} x {reason.phrase}" for reason in report.reasons[:3])
@@ -119,7 +159,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
             f"cache {gigabytes(report.cache_bytes)}, including {gigabytes(report.caption_cache_bytes)} for captions"
         )
     )
-    for line in held_out_lines(report):
+    for line in held_out_lines(report) + caption_lines(report) + processing_lines(report):
         console.print(Text(line))
     console.print(_bucket_table(report, console))
     for line in empty_bucket_lines(report):
@@ -149,7 +189,7 @@ def print_report(report: Report, console: Console | None = None) -> None:
         if report.num_other_reasons:
             reasons.add_row(f"{report.num_other_reasons:,}", "other reasons", "")
         console.print(reasons)
-    for line in warning_lines(report) + suggestion_lines(report):
+    for line in quality_lines(report) + warning_lines(report) + suggestion_lines(report):
         console.print(Text(line))
 
 

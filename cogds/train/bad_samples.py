@@ -59,7 +59,10 @@ class BadSamples:
         new = {clip.row: clip for clip in added if clip.row not in self._known_rows}
         self._known_rows |= set(new)
         if self._world.rank == 0:
-            self._file.write([json.dumps(clip._asdict()).encode() + b"\n" for clip in new.values()])
+            fields = (
+                {name: value for name, value in clip._asdict().items() if value is not None} for clip in new.values()
+            )
+            self._file.write([json.dumps(line).encode() + b"\n" for line in fields])
             for clip in new.values():
                 logger.warning(f"{clip.path}: cannot be read, so another clip of its bucket is trained: {clip.reason}")
         if len(self._known_rows) > self._max_share * self._num_clips:

@@ -112,10 +112,11 @@ class FirstBatchLogger:
 
     def _collect(self, step: int, batch: Batch) -> None:
         num = self._run.cfg.metrics.show_clips
-        clips = [self._run.data.index[row] for row in batch.rows]
-        for clip, frame in zip(clips[: num - len(self._frames)], batch.tensors["first_frame"]):
+        choices = batch.choices[: num - len(self._frames)]
+        for choice, frame in zip(choices, batch.tensors["first_frame"]):
+            clip = self._run.data.index[choice.row]
             self._frames.append(_shrink(frame))
-            self._captions.append(f"{clip.shape}  {clip.caption}")
+            self._captions.append(f"{clip.shape}  {clip.captions[choice.caption].text}")
         if self._frames and (len(self._frames) >= num or step + 1 == self._run.cfg.train.num_steps):
             self._monitor.add_image(step + 1, "data/first_frames", contact_sheet(self._frames, self._captions))
             self._finish()

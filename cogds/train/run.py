@@ -61,8 +61,8 @@ class Run:
 
     def clips(self, micro_batch: MicroBatch) -> list[str]:
         """Return the files that this rank trains in a micro-step, according to the plan."""
-        order = self.order
-        return [self.data.index[next(order.rows(draw))].path for draw in draws_of(micro_batch, self.world.data_rank)]
+        choices = [next(self.order.choices(draw)) for draw in draws_of(micro_batch, self.world.data_rank)]
+        return [self.data.index[choice.row].path for choice in choices]
 
     def describe(self, step: int) -> str:
         """Describe this rank's work in an optimizer step (0 is the first) for messages."""

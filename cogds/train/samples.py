@@ -346,7 +346,7 @@ def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
         try:
             encoded = read_encoded(cache, clip)
             pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
-            specs.append(SampleSpec(clip.caption, clip.shape, sample.seed, pixels, encoded["text_states"]))
+            specs.append(SampleSpec(clip.captions[0].text, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
             log_failure(logger, f"{clip.path}: no video will be made of it: {brief(error)}", error)
     return specs

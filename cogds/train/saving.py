@@ -10,6 +10,7 @@ import torch
 import cogds
 from cogds.card import pipeline_factor, write_card
 from cogds.distributed.collectives import on_rank0
+from cogds.encode.scan_data import caption_prefixes
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.state import gather_state, state_bytes, trainable
 from cogds.metrics.monitor import Monitor
@@ -106,6 +107,8 @@ def lora_metadata(run: Run, step: int) -> dict[str, Any]:
         "precision": cfg.train.precision,
         "seed": cfg.seed,
     }
+    if trigger_words := list(dict.fromkeys(filter(None, map(str.strip, caption_prefixes(cfg))))):
+        metadata["trigger_words"] = trigger_words
     if cfg.data.default_caption:
         metadata["instance_prompt"] = cfg.data.default_caption
     if cfg.sample.prompts:

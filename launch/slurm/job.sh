@@ -161,7 +161,7 @@ run_job() {
   # Task settings of sbatch would contradict those of srun. The ranks would take another launcher's variables for theirs.
   unset SLURM_NTASKS SLURM_NPROCS SLURM_NTASKS_PER_NODE SLURM_NTASKS_PER_GPU SLURM_TRES_PER_TASK \
     SLURM_CPUS_PER_TASK SLURM_CPUS_PER_GPU SLURM_GPUS_PER_TASK RANK WORLD_SIZE LOCAL_RANK LOCAL_WORLD_SIZE
-  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus} PYTHONUNBUFFERED=1
+  export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$cpus} PYTHONUNBUFFERED=1 PYTHONUTF8=1 # file names are UTF-8
 
   local count_file=logs/.restarts-$SLURM_JOB_ID messages=logs/.srun-$SLURM_JOB_ID
   mkdir -p logs || fail "$PWD/logs: cannot create it. Call sbatch in a folder that you may write to."

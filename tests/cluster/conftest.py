@@ -68,8 +68,11 @@ class Checkout:
         self.folder = folder
         shutil.copytree(ROOT / "launch", folder / "launch")
         shutil.copy(ROOT / "tests/cluster/stand_in.py", folder / "launch/train.py")
-        (folder / "cogds").symlink_to(ROOT / "cogds")
-        (folder / "hosts").write_text("# two nodes\n\nn1 slots=1\n n2 slots=1 # the second\n")
+        for name in ("cogds", "ds_configs"):
+            (folder / name).symlink_to(ROOT / name)
+        # As an editor on Windows writes it.
+        hosts = "\ufeff# two nodes\r\n\r\nroot@n1 slots=1\r\n n2 slots=1 # the second\r\n"
+        (folder / "hosts").write_bytes(hosts.encode())
 
     def records(self):
         """Return what stand_in.py has recorded, one dict per started rank."""

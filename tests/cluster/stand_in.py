@@ -40,7 +40,7 @@ record = {
     "env": {
         name: text
         for name, text in os.environ.items()
-        if name.startswith(("SLURM_", "OMP_", "HF_", "PYTHON_", "RANK", "WRAPPED", "NOT_"))
+        if name.startswith(("SLURM_", "OMP_", "HF_", "PYTHON_", "RANK", "MASTER_", "WRAPPED", "NOT_"))
     },
 }
 with open("records.jsonl", "a") as file:

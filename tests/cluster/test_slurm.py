@@ -149,6 +149,22 @@ def test_a_run_equals_the_reference_after_its_time_limit_and_a_preemption(lab, t
     assert not (folder / "pwned").exists()
 
 
+def test_a_shell_of_several_tasks_says_that_no_other_rank_exists(lab, checkout):
+    """Types into the shell of `srun --pty`. `script` gives it a terminal."""
+    python, train = sys.executable, ROOT / "launch/train.py"
+    typed = [
+        f"{python} {train}; echo code $?",
+        f"srun --overlap --ntasks=2 {python} launch/train.py </dev/null",  # what the error advises
+        "exit",
+    ]
+    (checkout.folder / "typed").write_text("\n".join(typed) + "\n")
+    shell = "script -qec 'srun --nodes=2 --ntasks=2 --pty bash --norc' /dev/null < typed"
+    done = lab.run("bash", "-c", shell, cwd=checkout.folder, env={"COLUMNS": "400"}, timeout_s=60)
+    assert "error: SLURM_STEP_NUM_TASKS: " in done.stdout, done.stdout
+    assert "code 2" in done.stdout
+    assert len(checkout.records()) == 2, done.stdout
+
+
 def test_encode(lab, tiny_run, monkeypatch, tmp_path):
     monkeypatch.setenv("COGDS_PYTHON", sys.executable)
     _, rest = tiny_run

@@ -310,6 +310,25 @@ def test_an_unknown_key_is_refused_with_the_nearest(path, near):
     assert near is None or f"did you mean '{near}'?" in message
 
 
+@pytest.mark.parametrize(
+    "path, parts",
+    {
+        "loss_scale": ["fp16", "Delete it"],
+        "initial_scale_power": ["fp16", "Delete it"],
+        "bf16.loss_scale": ["fp16", "Delete it"],
+        "stage": ["zero_optimization", "Move it there"],
+        "lr": ["optimizer.params", "Move it there"],
+        "torch_adam": ["optimizer.params", "Move it there"],
+        "zero_optimization.gradient_clipping": ["the top level", "Move it there"],
+        "enabled": ["torch_autocast, bf16 or fp16", "Move it"],
+    }.items(),
+)
+def test_a_key_in_the_wrong_section_is_refused_with_the_right_section(path, parts):
+    message = refused(nested(path, 0))
+    assert message.startswith(f"x.json: unknown key {path}: ")
+    assert all(part in message for part in parts)
+
+
 def test_auto_bucket_sizes_need_the_width():
     assert "zero_optimization.reduce_bucket_size" in refused(
         nested("zero_optimization.reduce_bucket_size", "auto"), hidden_size=None
@@ -335,6 +354,11 @@ def test_a_bad_file_is_named(text, start, tmp_path):
     with pytest.raises(UserError) as error:
         load_ds_config(str(file))
     assert str(error.value).startswith(f"{file}{start}")
+
+
+def test_a_file_with_a_byte_order_mark_is_read(tmp_path):
+    (tmp_path / "zero2.json").write_bytes(b"\xef\xbb\xbf" + json.dumps(ZERO2).encode())
+    assert load_ds_config(str(tmp_path / "zero2.json")) == ZERO2
 
 
 def test_a_missing_file_names_its_neighbor(tmp_path):

@@ -85,6 +85,11 @@ def test_an_override_has_the_type_of_its_key(override, expected):
     assert type(value) is type(expected)
 
 
+def test_a_file_from_an_editor_on_windows_is_read(tmp_path):
+    cfg = load(yaml=b"\xef\xbb\xbf" + "train: {num_steps: 7}\r\noutput_dir: größe\r\n".encode(), tmp=tmp_path)
+    assert (cfg.train.num_steps, cfg.output_dir) == (7, "größe")
+
+
 def test_a_file_may_have_a_text_for_a_list_and_1e_4_for_a_number(tmp_path):
     cfg = load(yaml="lora: {target_modules: all-linear}\noptimizer: {lr: 1e-4, eps: 1}", tmp=tmp_path)
     assert cfg.lora.target_modules == ("all-linear",)
@@ -401,3 +406,17 @@ def test_importing_the_config_loads_neither_torch_nor_deepspeed():
     imports = "import sys, cogds.config.reference, cogds.config.deepspeed"
     code = imports + "; print({'torch', 'deepspeed', 'numpy'} & {*sys.modules})"
     assert subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True).stdout == "set()\n"
+
+
+@pytest.mark.parametrize(
+    "setting, value",
+    [
+        ("data.path_template={vid}.mp4", "{vid}.mp4"),
+        ('data.path_template="{vid}.mp4"', "{vid}.mp4"),
+        ("data.where='a: b' == name", "'a: b' == name"),
+        ("data.where=score > 5 and name in ['a', 'b']", "score > 5 and name in ['a', 'b']"),
+    ],
+)
+def test_templates_and_filters_need_no_quotes_on_the_command_line(setting, value):
+    cfg, _ = load_config(None, ["model.path=m", "data.path=d", "output_dir=o", setting])
+    assert getattr(cfg.data, setting.split("=")[0].removeprefix("data.")) == value

@@ -5,7 +5,7 @@ from cogds.core.mixture import Mixture
 
 
 def counted_share(mixture, drawn):
-    seen = {(bucket, mixture.clip(bucket, k)) for bucket, num in enumerate(drawn) for k in range(num)}
+    seen = {(bucket, mixture.visit(bucket, k).clip) for bucket, num in enumerate(drawn) for k in range(num)}
     return len(seen) / sum(map(sum, mixture.sizes))
 
 

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from cogds.core.mixture import Mixture, repeats_from_weights
+from cogds.core.mixture import Mixture, caption_of_visit, repeats_from_weights
 from cogds.core.plan import Plan
 from cogds.errors import UserError
 
@@ -39,7 +39,7 @@ def test_every_clip_is_trained_as_often_as_its_data_set_repeats(mixture, num_pas
     for bucket, (sets, virtual) in enumerate(zip(mixture.sizes, mixture.virtual_sets)):
         seen = Counter(dict.fromkeys(range(sum(sets)), 0))
         for position in range(num_passes * mixture.virtual_sizes[bucket]):
-            seen[mixture.clip(bucket, position)] += 1
+            seen[mixture.visit(bucket, position).clip] += 1
             if (position + 1) % mixture.virtual_sizes[bucket]:
                 continue
             passes = (position + 1) // mixture.virtual_sizes[bucket]
@@ -55,7 +55,7 @@ def test_every_clip_is_trained_as_often_as_its_data_set_repeats(mixture, num_pas
 @quick
 def test_a_pass_repeats_a_clip_only_if_it_must(mixture, pass_number):
     for bucket, (sets, m) in enumerate(zip(mixture.sizes, mixture.virtual_sizes)):
-        seen = Counter(mixture.clip(bucket, pass_number * m + i) for i in range(m))
+        seen = Counter(mixture.visit(bucket, pass_number * m + i).clip for i in range(m))
         for clip, times in seen.items():
             number = set_of(mixture, bucket, clip)
             assert times <= -(-mixture.virtual_sets[bucket][number] // sets[number])
@@ -69,7 +69,7 @@ def test_with_one_repeat_virtual_clips_are_real_clips(mixture, first_step):
     for step in range(first_step, first_step + 5):
         (micro,) = plan.at(step)
         for rank in range(3):
-            clips = tuple(mixture.clip(micro.bucket_of(rank), k) for k in micro.positions_of(rank))
+            clips = tuple(mixture.visit(micro.bucket_of(rank), k).clip for k in micro.positions_of(rank))
             assert clips == micro.clips_of(rank)
 
 
@@ -82,7 +82,7 @@ def test_a_micro_step_repeats_a_clip_only_at_the_end_of_a_pass(mixture, world_si
         for pass_number in (0, 1):
             first = (part.start // part.num_clips + pass_number) * part.num_clips
             positions = [k for k in range(part.start, part.start + part.num_draws) if 0 <= k - first < part.num_clips]
-            clips = [mixture.clip(part.bucket, k) for k in positions]
+            clips = [mixture.visit(part.bucket, k).clip for k in positions]
             assert len(set(clips)) == len(clips)
 
 
@@ -91,9 +91,39 @@ def test_a_micro_step_repeats_a_clip_only_at_the_end_of_a_pass(mixture, world_si
 def test_substitutes_cover_the_bucket(mixture, position, stride):
     for bucket, sets in enumerate(mixture.sizes):
         if sum(sets):
-            clips = list(mixture.next_clips(bucket, position, stride))
-            assert clips[:2] == [mixture.clip(bucket, position), mixture.clip(bucket, position + stride)]
+            clips = [visit.clip for visit in mixture.next_visits(bucket, position, stride)]
+            assert clips[:2] == [mixture.visit(bucket, position).clip, mixture.visit(bucket, position + stride).clip]
             assert set(clips) == set(range(sum(sets)))
+
+
+@given(mixtures(), st.integers(1, 4))
+@settings(quick, max_examples=40)
+def test_the_visits_of_a_clip_are_numbered(mixture, num_passes):
+    for bucket, num_virtual in enumerate(mixture.virtual_sizes):
+        visits = [mixture.visit(bucket, position) for position in range(num_passes * num_virtual)]
+        numbers = {clip: sorted(visit.number for visit in visits if visit.clip == clip) for clip, _ in visits}
+        assert all(found == list(range(len(found))) for found in numbers.values())
+
+
+@given(st.integers(1, 7), st.integers(0, 2**40), st.integers(0, 99))
+@quick
+def test_captions_take_turns(num_captions, row, seed):
+    """After k visits per caption, each caption has been used k times."""
+    captions = [caption_of_visit(number, num_captions, seed, row) for number in range(4 * num_captions)]
+    for start in range(0, len(captions), num_captions):
+        assert sorted(captions[start : start + num_captions]) == list(range(num_captions))
+
+
+def test_captions_are_shuffled_in_every_turn_and_for_every_clip():
+    """Each of the six orders of three captions comes about equally often."""
+    for orders in (
+        [tuple(caption_of_visit(3 * turn + k, 3, 0, 5) for k in range(3)) for turn in range(600)],
+        [tuple(caption_of_visit(k, 3, 0, row) for k in range(3)) for row in range(600)],
+        [tuple(caption_of_visit(k, 3, seed, 5) for k in range(3)) for seed in range(600)],
+    ):
+        counts = Counter(orders)
+        assert len(counts) == 6
+        assert min(counts.values()) > 70
 
 
 def test_shares_by_weight():
@@ -109,8 +139,9 @@ def test_clips_do_not_change_between_versions():
     # If these values change, a run cannot be resumed with a new version of cogds.
     mixture = Mixture(((5, 4), (0, 3)), (0.5, 2.0), 7)
     assert mixture.virtual_sizes == (10, 6)
-    assert [mixture.clip(0, k) for k in range(20, 30)] == [6, 5, 5, 3, 7, 8, 1, 6, 7, 8]
-    assert [mixture.clip(1, k) for k in range(6)] == [0, 1, 2, 2, 1, 0]
+    assert [mixture.visit(0, k).clip for k in range(20, 30)] == [6, 5, 5, 3, 7, 8, 1, 6, 7, 8]
+    assert [mixture.visit(1, k).clip for k in range(6)] == [0, 1, 2, 2, 1, 0]
+    assert [caption_of_visit(number, 3, 7, 11) for number in range(9)] == [2, 0, 1, 2, 1, 0, 2, 0, 1]
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,26 @@ import json
 from collections.abc import Sequence
 from pathlib import Path
 
-from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
+from cogds.data.manifest.scan import choose_files, finish_scan, list_share, scan_share, start_scan
+from cogds.data.manifest.scan_state import Scan
 from cogds.data.manifest.table import DataSet, read_manifest
 
 
 def scan_sets(sets: Sequence[DataSet], file: Path, num_workers: int = 0, **options: object) -> list[dict]:
     """Scan the datasets in one process and return the manifest's rows. options: of `start_scan`."""
-    scan = start_scan(sets, file, **options)  # type: ignore[arg-type]
+    scan = listed(sets, file, **options)
     scan_share(scan, (0, 1), num_workers)
     finish_scan(scan)
     return read_manifest(file).to_pylist()
+
+
+def listed(
+    sets: Sequence[DataSet], file: Path, num_ranks: int = 1, *, default_caption: str | None = None, retry_failed=False
+) -> Scan:
+    """The steps of a scan before files are opened, with several ranks one after the other."""
+    scan = start_scan(sets, file, default_caption)
+    listings = [list_share(scan, (rank, num_ranks)) for rank in range(num_ranks)]
+    return choose_files(scan, listings, retry_failed)
 
 
 def scan_folder(folder: Path, file: Path, **options: object) -> list[dict]:

@@ -3,8 +3,8 @@
     python tests/dist/elastic.py --folder DIR [--pairs covering|all]
 
 A layout is a number of ranks and a shipped DeepSpeed config, on the tiny model in float32. Gradient accumulation is set
-to four clips per step, so every layout trains the same clips with the same noise, and the losses must be those of the
-uninterrupted run. Prints a table and a line of JSON. The exit code is 1 if a pair fails.
+to four clips per step, so every layout trains the same clips with the same captions (of three) and noise, and the
+losses must be those of the uninterrupted run. Prints a table and a line of JSON. The exit code is 1 if a pair fails.
 
 For each number of ranks, the processes are forked once to save and once to resume, and run all jobs.
 """
@@ -41,7 +41,7 @@ def name(layout):
 
 def overrides(folder, layout, output, *more):
     return [
-        f"model.path={folder / 'model'}", f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}",
+        f"model.path={folder / 'model'}", f"data.path={folder / 'clips.jsonl'}", f"data.cache_dir={folder / 'cache'}",
         "data.buckets=[9x64x64]", "data.num_workers=0", f"output_dir={folder / output}", "train.precision=fp32",
         f"train.gradient_accumulation_steps={CLIPS_PER_STEP // layout[0]}", f"train.num_steps={LAST}", "lora.rank=3",
         "lora.alpha=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", f"checkpoint.every={SAVED}",
@@ -108,6 +108,11 @@ def run_matrix(folder, pairs, timeout_s=900):
         draw_clips(folder / f"clips/{seed}", seed)
         (folder / f"clips/{seed}/image_0.png").unlink()
     (folder / "clips/1/clip_5.mp4").unlink()
+    rows = [
+        {"file_name": str(path), "captions": [path.with_suffix(".txt").read_text(), "a shape", f"shape {number}"]}
+        for number, path in enumerate(sorted((folder / "clips").glob("*/*.mp4")))
+    ]
+    (folder / "clips.jsonl").write_text("\n".join(map(json.dumps, rows)))
     sources = {source for source, _ in pairs} | {LAYOUTS[0]}
     server = Server()
     for ranks in RANKS:

@@ -2,10 +2,12 @@
 
 import subprocess
 import sys
+import time
+from pathlib import Path
 
 import pytest
 
-from cogds.distributed.world import World, read_world
+from cogds.distributed.world import World, is_launched, read_world, refuse_missing_tasks
 from cogds.errors import UserError
 from tests.conftest import ROOT
 
@@ -33,6 +35,34 @@ SLURM = {
 )
 def test_the_variables_of_every_launcher_are_read(environ, world):
     assert read_world(environ) == world
+
+
+@pytest.mark.parametrize(
+    "command, is_task",
+    [
+        (["sh"], False),
+        (["bash", "--norc", "-i"], False),
+        (["sh", "-c", "read line; exit"], True),  # all tasks run it
+        ([sys.executable, "-c", "input()"], True),
+    ],
+)
+def test_what_is_typed_in_a_shell_of_srun_is_not_a_task(command, is_task):
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stderr=subprocess.DEVNULL) as task:
+        while not Path(f"/proc/{task.pid}/cmdline").read_bytes():  # its program is being loaded
+            time.sleep(0.01)
+        environ = {**SLURM, "SLURM_PROCID": "0", "SLURM_PTY_PORT": "40123", "SLURM_TASK_PID": str(task.pid)}
+        assert is_launched(environ) is is_task
+        assert read_world(environ) == (World(0, 8, 1, 4) if is_task else World(0, 1, 0, 1))
+        if is_task:
+            refuse_missing_tasks(environ)
+        else:
+            with pytest.raises(UserError, match="--ntasks=8"):
+                refuse_missing_tasks(environ)
+        refuse_missing_tasks({**environ, "RANK": "0", "WORLD_SIZE": "2"})
+        refuse_missing_tasks({**environ, "SLURM_STEP_NUM_TASKS": "1"})
+        del environ["SLURM_PTY_PORT"]
+        assert is_launched(environ)
+        task.stdin.close()
 
 
 @pytest.mark.parametrize("environ", [{"RANK": "4", "WORLD_SIZE": "4"}, {"RANK": "x", "WORLD_SIZE": "4"}])

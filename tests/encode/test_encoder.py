@@ -13,6 +13,7 @@ import torch
 from PIL import Image
 
 import cogds.data.cache.keys
+import cogds.data.manifest.scan
 import cogds.encode.clip_set
 import cogds.encode.encoder
 from cogds.core.conditioning import normalize_pixels
@@ -24,6 +25,7 @@ from cogds.data.video.media import DecodeError, read_clip
 from cogds.encode.clip_set import load_clip_set
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EncodingPlan
+from cogds.encode.main import prune_unused
 from cogds.encode.scan_data import scan_data
 from cogds.errors import UserError
 from cogds.files import process_tag
@@ -300,7 +302,85 @@ def test_an_image_of_the_data_set_is_the_condition(encode, drawn, tmp_path, cach
     assert torch.equal(first_frame[:, 0, 0], torch.tensor([250, 5, 5], dtype=torch.uint8))
     assert without_image[0].clip_key != with_image[0].clip_key
     assert with_image[0].clip_key == with_image[1].clip_key
-    assert with_image[0].caption_key != with_image[1].caption_key
+    assert with_image[0].captions[0].key != with_image[1].captions[0].key
+
+
+@pytest.fixture
+def several(drawn, tmp_path):
+    """A list of three clips with three, one and two captions, of which one is the same."""
+    texts = {"clip_0.mp4": ["one", "two", "three"], "image_0.png": ["four"], "clip_1.mp4": ["two", "five"]}
+    rows = [{"path": str(drawn / name), "captions": captions} for name, captions in texts.items()]
+    (tmp_path / "several.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    return tmp_path / "several.jsonl"
+
+
+def texts_of(data):
+    return {clip.path.rpartition("/")[2]: [caption.text for caption in clip.captions] for clip in clips_of(data)}
+
+
+def test_all_captions_are_cached_once_each(encode, several, cache):
+    before = entries(cache)
+    data = encode(several)
+    assert texts_of(data) == {
+        "clip_0.mp4": ["one", "two", "three"], "image_0.png": ["four"], "clip_1.mp4": ["two", "five"],
+    }  # fmt: skip
+    assert kinds_added(cache, before) == {"captions": 5}
+    assert (entries(cache) - before).most_common(1)[0][1] == 1
+    for clip in clips_of(data):
+        for caption in clip.captions:
+            states = Cache(cache).read("captions", caption.key, caption.place)["text_states"]
+            (same,) = {other.key for row in clips_of(data) for other in row.captions if other.text == caption.text}
+            assert (same, states.shape) == (caption.key, (32, 32))
+    assert [clip.captions[0].text for clip in clips_of(data)] == [
+        data.trained[row].captions[0].text for row in range(len(data.trained))
+    ]
+    assert {len(data.trained[row].captions) for row in range(len(data.trained))} == {1}  # evaluation uses the first
+
+
+def test_pruning_keeps_all_captions(job_of, several, cache):
+    job = job_of(several, cache)
+    prune_unused(job, encode_dataset(job))
+    assert kinds_added(cache, Counter()) == {"clips": 3, "captions": 6}  # and the empty caption
+
+
+def test_the_captions_are_part_of_the_fingerprint(encode, several):
+    """On the fly, too. That of clips with one caption each is as in version 0.2."""
+    for mode in ("data.encode=cached", "data.encode=on_the_fly"):
+        fingerprints = [encode(several, mode).fingerprint]
+        lines = several.read_text()
+        for old, new in (('"two", "three"', '"three", "two"'), ('["two", "five"]', '["two"]')):
+            several.write_text(lines.replace(old, new))
+            assert several.read_text() != lines
+            fingerprints.append(encode(several, mode).fingerprint)
+        several.write_text(lines)
+        fingerprints += [encode(several, mode, f"data.caption_prefix={prefix}").fingerprint for prefix in ("a", "b")]
+        assert len(set(fingerprints)) == 5
+
+
+def test_a_prefix_changes_the_keys_of_captions_only(encode, several, cache, monkeypatch):
+    without, before = encode(several, "data.caption_prefix= "), entries(cache)
+    monkeypatch.setattr(cogds.data.manifest.scan, "probe_file", None)  # no file is opened again
+    data = encode(several, "data.caption_prefix= ohwx,")
+    assert texts_of(data) == {name: [f"ohwx, {text}" for text in texts] for name, texts in texts_of(without).items()}
+    assert kinds_added(cache, before) == {"captions": 5}
+    assert [clip.clip_key for clip in clips_of(data)] == [clip.clip_key for clip in clips_of(without)]
+    assert torch.equal(data.empty_caption_states, without.empty_caption_states)
+    assert data.trained[0].captions[0].text.startswith("ohwx, ")
+
+
+def test_each_data_set_has_its_own_prefix(encode, several):
+    sets = f"[{{path: {several}, caption_prefix: mine}}, {{path: {several}, caption_prefix: ''}}, {{path: {several}}}]"
+    data = encode("", f"data.sets={sets}", "data.caption_prefix=all", f"eval.path={several}")
+    texts = [caption.text for clip in clips_of(data) for caption in clip.captions]
+    assert sorted(text for text in texts if "five" in text) == ["all five", "five", "mine five"]
+    assert sorted(data.held_out[row].captions[0].text for row in range(3)) == ["all four", "all one", "all two"]
+
+
+def test_a_missing_caption_gets_the_default_and_the_prefix(encode, folder):
+    keep_only(folder, "clip_0")
+    (folder / "clip_0.txt").unlink(missing_ok=True)
+    data = encode(folder, "data.default_caption=a film", "data.caption_prefix=ohwx")
+    assert texts_of(data) == {"clip_0.mp4": ["ohwx a film"]}
 
 
 def test_several_data_sets(encode, drawn):

@@ -1,5 +1,6 @@
 """Batches encoded on the fly: equal to those of the cache, made ahead, with substitutes for bad clips."""
 
+import json
 import threading
 import time
 from pathlib import Path
@@ -56,6 +57,22 @@ def test_batches_equal_those_of_the_cache(make_run):
 
 
 @pytest.mark.slow
+def test_the_captions_are_those_of_the_cache(make_run, tmp_path):
+    """Three captions per clip. Every clip is trained with all of them in three epochs."""
+    rows = [
+        {"path": f"clips/{name}", "captions": [f"{start} {name}" for start in "abc"]}
+        for name in ("clip_0.mp4", "clip_1.mp4", "image_0.png")
+    ]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = f"data.path={tmp_path / 'l.jsonl'}", "train.batch_size=1", "train.num_steps=9"
+    streamed, cached = (batches_of(make_run(*data, f"data.encode={mode}")) for mode in ("on_the_fly", "cached"))
+    for ours, theirs in zip(streamed, cached, strict=True):
+        assert ours.choices == theirs.choices
+        assert torch.equal(ours.tensors["text_states"], theirs.tensors["text_states"])
+    assert len({choice for batch in streamed for choice in batch.choices}) == 9
+
+
+@pytest.mark.slow
 def test_nothing_is_loaded_when_the_first_batch_is_made(make_run, monkeypatch):
     """The memory check comes before that."""
     run = make_run("data.encode=on_the_fly", "train.num_steps=1")
@@ -79,7 +96,7 @@ def test_tiles_are_those_of_the_job(make_run, monkeypatch, tiling):
 def test_a_missing_file_is_reported_once_and_replaced_by_the_next_of_its_bucket(make_run):
     run = make_run("data.encode=on_the_fly", "train.batch_size=1")
     index = run.order.index
-    rows = [next(run.order.rows(draw)) for draw in planned_draws(run, 6)]
+    rows = [next(run.order.choices(draw)).row for draw in planned_draws(run, 6)]
     bad = next(row for row in rows if sum(index.sizes[index.bucket_of(row)]) > 1)
     path = Path(index[bad].path)
     path.unlink()
@@ -103,13 +120,13 @@ def test_a_damaged_entry_is_replaced(make_run, tmp_path):
     items = [dataset[draw] for draw in draws]
     (bad,) = (clip for item in items for clip in item.bad)
     assert "--verify" in bad.reason
-    # An item's row is that of its tensors, which differs from the planned one for a substitute.
+    # An item's choice is that of its tensors, which differs from the planned one for a substitute.
     cache = Cache(tmp_path / "cache")
     for item in items:
-        encoded = read_encoded(cache, run.order.index[item.row])
+        encoded = read_encoded(cache, run.order.index[item.choice.row])
         assert all(torch.equal(tensor, encoded[name]) for name, tensor in item.tensors.items())
-    assert [item.row for item in items] != [next(run.order.rows(draw)) for draw in draws]
-    assert collate(items[:1]).rows == (items[0].row,)
+    assert [item.choice for item in items] != [next(run.order.choices(draw)) for draw in draws]
+    assert collate(items[:1]).choices == (items[0].choice,)
     assert len(list(load_batches(run))) == 6
 
 

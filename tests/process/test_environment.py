@@ -1,6 +1,12 @@
+import os
+import shutil
+import subprocess
+import sys
+
 import pytest
 
 from cogds.process.environment import environment_variables, find_ninja, set_library_defaults
+from tests.conftest import ROOT
 
 SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
 
@@ -60,3 +66,59 @@ def test_ninja_is_found_beside_the_interpreter(on_path, beside, expected, tmp_pa
     environ = {"PATH": "a"}
     find_ninja(environ, python="b/python")
     assert environ["PATH"] == expected
+
+
+UTF8 = """
+import os, sys
+from cogds.process.environment import use_utf8
+use_utf8()
+print("\\U0001f600")
+print(sys.flags.utf8_mode, os.environ.get("PYTHONUTF8"), sys.argv[2:] == ["", "a b"], os.path.exists("b\\u00e4r"))
+sys.stdout.flush()
+sys.stdout.buffer.write(os.fsencode(sys.argv[1]))
+"""
+
+
+@pytest.mark.parametrize(
+    "environ, printed",
+    [
+        ({"LC_ALL": "C", "PYTHONUTF8": "0"}, "😀\n1 1 True True\n"),
+        ({"LC_ALL": "C"}, "😀\n1 None True True\n"),
+        ({"LC_ALL": "C.UTF-8"}, "😀\n0 None True True\n"),
+        # A terminal that cannot show a character must not end the run.
+        ({"LC_ALL": "C.UTF-8", "PYTHONIOENCODING": "latin-1"}, "\\U0001f600\n0 None True True\n"),
+    ],
+)
+def test_utf_8_in_any_locale_with_the_same_arguments(environ, printed, tmp_path):
+    (tmp_path / "bär").touch()
+    odd = bytes(range(1, 256))
+    done = run_utf8(environ, [odd, "", "a b"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == printed.encode() + odd
+
+
+@pytest.mark.parametrize("charmap, locale", [("ISO-8859-1", "en_US"), ("GBK", "zh_CN")])
+def test_utf_8_in_a_locale_with_another_encoding(charmap, locale, tmp_path):
+    name = f"{locale}.{charmap}"
+    compiled = shutil.which("localedef") and subprocess.run(
+        ["localedef", "-i", locale, "-f", charmap, tmp_path / name], capture_output=True, timeout=60
+    )
+    if not compiled or not (tmp_path / name / "LC_CTYPE").exists():
+        pytest.skip("not available: localedef with its sources (the package `locales`)")
+    (tmp_path / "bär").touch()
+    odd = "größe 文😀".encode() + bytes(range(1, 256))
+    done = run_utf8({"LC_ALL": name, "LOCPATH": str(tmp_path)}, [odd, "", "a b"], tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout == "😀\n1 1 True True\n".encode() + odd
+
+
+def test_an_interpreter_that_cannot_use_utf_8_is_refused(tmp_path):
+    done = run_utf8({"LC_ALL": "C"}, [], tmp_path, "-X", "utf8=0")
+    assert b"UserError: locale: Python uses ascii" in done.stderr
+
+
+def run_utf8(environ, arguments, cwd, *options):
+    kept = {name: os.environ[name] for name in ("PATH", "HOME") if name in os.environ}
+    command = [sys.executable, *options, "-c", UTF8.encode(), *arguments]
+    environ = {**kept, "PYTHONPATH": str(ROOT), **environ}
+    return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, timeout=60)

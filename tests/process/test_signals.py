@@ -1,6 +1,7 @@
 """Requests to stop, with real processes and signals, because they depend on the kernel, C code and threads."""
 
 import os
+import shutil
 import signal
 import subprocess
 import textwrap
@@ -8,6 +9,7 @@ import time
 
 import pytest
 
+from cogds.process import signals, watchdog
 from cogds.process.signals import SAME_REQUEST_S, STOP_SIGNALS, StopRequest, find_launchers
 from tests.process.processes import (
     TIMEOUT_S,
@@ -181,6 +183,17 @@ def test_a_parent_that_is_not_a_launcher_may_end():
         assert is_alive(child)
         write_stdin(process, "x")
         assert read_stdout(process) == "read 1 requested"
+
+
+def test_the_parent_of_a_process_is_found_whatever_its_name(tmp_path):
+    program = tmp_path / ("ä" * 10)  # the kernel keeps 15 bytes: seven characters and half of the eighth
+    shutil.copy(shutil.which("sleep"), program)
+    with subprocess.Popen([program, "30"]) as process:
+        try:
+            assert signals._parent(process.pid) == os.getpid()
+            assert not watchdog._is_suspended(process.pid)
+        finally:
+            process.kill()
 
 
 def test_a_signal_to_a_forked_child_does_not_reach_the_parent():

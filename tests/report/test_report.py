@@ -19,8 +19,10 @@ from cogds.core.memory import ZeroSettings
 from cogds.core.plan import Plan
 from cogds.errors import UserError
 from cogds.formatting import gigabytes
+from cogds.model.load import find_model
 from cogds.report.analysis import Captions, ClipTable, Rates, Reason, TrainingSetup, make_report, read_rates
 from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
+from cogds.report.main import count_captions
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
 from tests.published_model import V15, published_memory
@@ -40,6 +42,7 @@ def table(rows):
         "width": [row[3] for row in rows],
         "height": [row[2] for row in rows],
         "rotation": [0] * len(rows),
+        "processing": [""] * len(rows),
         "duration_s": [(row[1] or 0) / 16 for row in rows],
         "caption": [f"caption of {row[0]}" for row in rows],
         "status": ["unusable" if row[5] else "ok" for row in rows],
@@ -47,6 +50,9 @@ def table(rows):
         "start_s": [0.0] * len(rows),
         "end_s": pa.nulls(len(rows), pa.float64()),
         "set": pa.array([0] * len(rows), pa.int16()),
+        "digest": pa.array([row[0].encode().ljust(16)[-16:] for row in rows], pa.binary(16)),
+        "motion": pa.nulls(len(rows), pa.float64()),
+        "duplicate_of": pa.nulls(len(rows), pa.string()),
     }
     buckets, frames = np.array([row[4] for row in rows], np.int16), np.array([row[1] or 0 for row in rows])
     return ClipTable(pa.table(columns), buckets, frames)
@@ -114,6 +120,19 @@ def test_reasons_are_counted_by_phrase_with_examples():
     many = [*ROWS, *((f"/clips/{n}.mp4", 1, 1, 1, -1, f"odd {n}") for n in range(40))]
     result = report(many)
     assert sum(reason.num_clips for reason in result.reasons) + result.num_other_reasons == result.num_unusable == 44
+
+
+def test_clips_whose_pixels_are_converted_are_counted():
+    clips = table(ROWS)
+    values = ["deinterlaced", "deinterlaced, tone-mapped from HDR", "", "converted from a wide gamut", "deinterlaced"]
+    column = pa.array([*values, None, None, ""])
+    index = clips.table.column_names.index("processing")
+    clips = dataclasses.replace(clips, table=clips.table.set_column(index, "processing", column))
+    result = make_report(clips, setup(), GOOD)
+    # The fifth clip is too short.
+    assert result.processed == {"deinterlaced": 2, "tone-mapped from HDR": 1, "converted from a wide gamut": 1}
+    assert "2 clips deinterlaced" in short_report(result)
+    assert report().processed == {}
 
 
 @pytest.mark.parametrize("num_ranks", [1, 4, 16])
@@ -195,6 +214,17 @@ def test_the_short_report():
     assert len(lines) <= 8
     for expected in ("4 of 8 clips", "2 x cannot be opened", "3 clips", "2 captions", "226 tokens", memory):
         assert any(expected in line for line in lines), expected
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize(
+    "per_clip, expected", [((1, 1, 1.0), None), ((5, 5, 5.0), ": 5. "), ((1, 4, 2.5), ": 1 to 4, 2.5 on average. ")]
+)
+def test_captions_per_clip_are_counted(per_clip, expected):
+    result = report(captions=dataclasses.replace(GOOD, per_clip=per_clip))
+    for text in (printed(result), short_report(result), html_page(result, table(ROWS), no_frame)):
+        assert ("Captions per clip" in text) is (expected is not None)
+        assert expected is None or f"Captions per clip{expected}" in text
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -415,3 +445,25 @@ def test_labels_of_buckets_do_not_overlap(figures):
     assert len(boxes) > 3
     assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
     assert all(figure.bbox.fully_containsx(x) for box in boxes for x in (box.x0, box.x1))
+
+
+def test_skipped_files_are_reported():
+    skipped = {".md file": 2, "row removed by data.where": 12_000}
+    result = make_report(dataclasses.replace(table(ROWS), skipped=skipped), setup(), GOOD)
+    sentence = "Skipped in the datasets: 12,000 x row removed by data.where, 2 x .md file."
+    assert sentence in short_report(result)
+    assert sentence in html_page(result, table(ROWS), no_frame)
+    assert "Skipped" not in short_report(report())
+
+
+def test_all_captions_of_usable_clips_are_counted(tiny_model):
+    captions = [["one", "two " * 40], ["one"], ["unusable", "unusable too"]]
+    rows = pa.table(
+        {
+            "caption": pa.array([texts[0] for texts in captions], pa.large_string()),
+            "more_captions": pa.array([texts[1:] for texts in captions], pa.large_list(pa.large_string())),
+            "status": ["ok", "ok", "unusable"],
+            "reason": [None, None, "no video"],
+        }
+    )
+    assert count_captions(rows, find_model(str(tiny_model))) == Captions(0, 0, 1, 2, 32, (1, 2, 1.5))

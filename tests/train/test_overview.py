@@ -7,7 +7,7 @@ import pytest
 import torch
 
 import cogds.train.overview
-from cogds.data.loading.dataset import BadClip, Batch
+from cogds.data.loading.dataset import BadClip, Batch, Choice
 from cogds.train.overview import FirstBatchLogger, log_overview
 
 
@@ -41,7 +41,10 @@ def make_logger(shown, vae, show_batches=0, show_clips=0):
         train=SimpleNamespace(num_steps=9),
         data=SimpleNamespace(fps=16.0),
     )
-    index = [SimpleNamespace(shape="9x32x48", caption=caption) for caption in ("a cat", "a dog", "a cow")]
+    index = [
+        SimpleNamespace(shape="9x32x48", captions=[SimpleNamespace(text=f"{start} {noun}") for start in ("a", "the")])
+        for noun in ("cat", "dog", "cow")
+    ]
     run = SimpleNamespace(cfg=cfg, first_step=4, world=SimpleNamespace(data_rank=0), data=SimpleNamespace(index=index))
     monitor = SimpleNamespace(
         add_video=lambda step, name, frames, fps: shown.append((step, name, frames.shape, fps)),
@@ -93,16 +96,16 @@ def sheets(monkeypatch):
     return sheets
 
 
-def test_a_replacement_clip_has_its_own_caption_and_images_are_copies(shown, sheets):
+def test_a_replacement_clip_has_the_caption_that_it_is_trained_with_and_images_are_copies(shown, sheets):
     batch_logger, tensors = make_logger(shown, None, show_clips=3), {"first_frame": frames(2)}
-    batch_logger.log(4, None, Batch(tensors, (BadClip(0, "a", "odd"),), (2, 1)))
+    batch_logger.log(4, None, Batch(tensors, (BadClip(0, "a", "odd"),), (Choice(2, 0), Choice(1, 1))))
     assert sheets == []
     assert sum(image.nbytes for image in batch_logger._frames) == 2 * 256 * 171 * 3
     tensors["first_frame"].zero_()
-    batch_logger.log(5, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
-    assert sheets == [([60, 120, 60], ["9x32x48  a cow", "9x32x48  a dog", "9x32x48  a cat"])]
+    batch_logger.log(5, None, Batch({"first_frame": frames(2)}, (), (Choice(0, 0), Choice(1, 0))))
+    assert sheets == [([60, 120, 60], ["9x32x48  a cow", "9x32x48  the dog", "9x32x48  a cat"])]
     assert [call[:2] for call in shown] == [(6, "data/first_frames")]
-    batch_logger.log(6, None, Batch({"first_frame": frames(2)}, (), (0, 1)))
+    batch_logger.log(6, None, Batch({"first_frame": frames(2)}, (), (Choice(0, 0), Choice(1, 0))))
     assert len(shown) == 1
     assert batch_logger._frames == batch_logger._captions == []
 
@@ -111,7 +114,7 @@ def test_an_image_that_fails_is_logged_once_and_is_not_fatal(shown, monkeypatch,
     monkeypatch.setattr(cogds.train.overview, "contact_sheet", lambda *_: 1 / 0)
     batch_logger = make_logger(shown, None, show_clips=1)
     for step in (4, 5):
-        batch_logger.log(step, None, Batch({"first_frame": frames(1)}, (), (0,)))
+        batch_logger.log(step, None, Batch({"first_frame": frames(1)}, (), (Choice(0, 0),)))
     assert shown == batch_logger._frames == []
     stderr = capsys.readouterr().err
     assert stderr.count("warning: ") == stderr.count("Traceback") == 1

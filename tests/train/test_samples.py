@@ -24,6 +24,7 @@ from cogds.data.video.media import probe_video
 from cogds.distributed.world import World
 from cogds.encode.cache_keys import CacheKeys
 from cogds.errors import UserError
+from cogds.job import open_cache
 from cogds.model.load import TextEncoder, find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
 from cogds.train.callbacks import TrainContext
@@ -93,7 +94,7 @@ def make_callback(parts, tmp_path):
         data = SimpleNamespace(empty_caption_states=parts.empty, index=index)
         run = SimpleNamespace(
             cfg=cfg, model=parts.model, buckets=buckets, world=World(0, 1, 0, 1), data=data, first_step=first_step,
-            ds_config={"zero_optimization": {"stage": stage}},
+            ds_config={"zero_optimization": {"stage": stage}}, job=SimpleNamespace(cache=open_cache(cfg)),
         )  # fmt: skip
         monitor = Recorder()
         callback = make_sample_callback(
@@ -214,13 +215,17 @@ def test_a_clip_that_fails_is_left_out(parts, monkeypatch, capsys):
         def row(self, _bucket, clip):
             return clip
 
-    index = Index(SimpleNamespace(path=f"{name}.mp4", caption=name, shape=BUCKETS[1]) for name in ("broken", "sound"))
+    index = Index(
+        SimpleNamespace(path=f"{name}.mp4", captions=[SimpleNamespace(text=name), None], shape=BUCKETS[1])
+        for name in ("broken", "sound")
+    )
     encoded = {"first_frame": torch.zeros(3, 32, 32, dtype=torch.uint8), "text_states": parts.empty}
     monkeypatch.setattr(
         cogds.train.samples, "read_encoded", lambda _, clip: {} if clip.path == "broken.mp4" else encoded
     )
     cfg = replace(parts.cfg, {"sample.prompts": []})
-    run = SimpleNamespace(cfg=cfg, model=parts.model, data=SimpleNamespace(held_out=index))
+    job, data = SimpleNamespace(cache=open_cache(cfg)), SimpleNamespace(held_out=index)
+    run = SimpleNamespace(cfg=cfg, model=parts.model, data=data, job=job)
     assert [spec.prompt for spec in cogds.train.samples._find_specs(run).values()] == ["sound"]
     stderr = capsys.readouterr().err
     assert stderr.startswith("warning: broken.mp4: ")

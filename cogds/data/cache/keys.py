@@ -14,7 +14,8 @@ from typing import Any
 
 from cogds.files import whole_file
 
-# Increase this if the same inputs would give different tensors, for example after a change to resampling or cropping.
+# Increase this if the same pixels or the same text would give other tensors. For other pixels of the same file, there
+# is `media.PIXELS_VERSION`.
 ENCODING_VERSION = 2
 
 

@@ -16,7 +16,7 @@ from typing import NamedTuple, TypeVar
 import torch
 from torch.utils.data import Dataset, default_collate
 
-from cogds.core.mixture import Mixture
+from cogds.core.mixture import Mixture, caption_of_visit
 from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.index import ClipIndex, IndexedClip
 from cogds.data.loading.sampler import Draw
@@ -26,60 +26,77 @@ from cogds.process.signals import STOP_SIGNALS
 T = TypeVar("T")
 
 
+class Choice(NamedTuple):
+    """What a draw trains. row: of the clip in the index; caption: number of the caption among the clip's."""
+
+    row: int
+    caption: int
+
+
 class BadClip(NamedTuple):
-    """A clip that cannot be read. row: in the index; path: of its file; reason: the error."""
+    """A clip that cannot be read. row: in the index; path: of its file; reason: the error.
+
+    caption: number of the caption that cannot be read, None if it is the clip itself.
+    """
 
     row: int
     path: str
     reason: str
+    caption: int | None = None
 
 
 class Item(NamedTuple):
-    """A sample. bad: clips that it substitutes; row: its own row in the index."""
+    """A sample. bad: clips that it substitutes."""
 
     tensors: dict[str, torch.Tensor]
     bad: tuple[BadClip, ...] = ()
-    row: int = -1
+    choice: Choice = Choice(-1, 0)
 
 
 class Batch(NamedTuple):
-    """A batch of items. tensors: with a batch axis; bad: clips that its items substitute; rows: of the items."""
+    """A batch of items. tensors: with a batch axis; bad: clips that its items substitute; choices: of the items."""
 
     tensors: dict[str, torch.Tensor]
     bad: tuple[BadClip, ...] = ()
-    rows: tuple[int, ...] = ()
+    choices: tuple[Choice, ...] = ()
 
 
 class ClipOrder:
-    """Maps draws of the plan to rows of the index, without a list of clips."""
+    """Maps draws of the plan to clips and captions of the index, without a list of clips."""
 
     def __init__(self, index: ClipIndex, mixture: Mixture):
         self.index, self.mixture = index, mixture
 
-    def rows(self, draw: Draw) -> Iterator[int]:
-        """Yield the row of a draw, then its possible substitutes, until all rows of the bucket have been yielded."""
-        for clip in self.mixture.next_clips(draw.bucket, draw.position, draw.stride):
-            yield self.index.row(draw.bucket, clip)
+    def choices(self, draw: Draw) -> Iterator[Choice]:
+        """Yield the choice of a draw, then its possible substitutes, until all rows of the bucket have been yielded."""
+        for clip, number in self.mixture.next_visits(draw.bucket, draw.position, draw.stride):
+            row = self.index.row(draw.bucket, clip)
+            num_captions = self.index.num_captions(row)
+            yield Choice(row, caption_of_visit(number, num_captions, self.mixture.seed, row) if num_captions > 1 else 0)
 
     def first_good(
-        self, draw: Draw, known_bad: set[int], load: Callable[[int], T | BadClip]
-    ) -> tuple[T, tuple[BadClip, ...], int]:
-        """Load the first good row of a draw, skipping rows in `known_bad`, to which newly found bad rows are added.
+        self, draw: Draw, known_bad: set[int | Choice], load: Callable[[Choice], T | BadClip]
+    ) -> tuple[T, tuple[BadClip, ...], Choice]:
+        """Load the first good choice of a draw.
+
+        Args:
+            known_bad: rows and choices to skip. Those that are newly found to be bad are added. If only a caption is
+                bad, so is only the choice, so that what is skipped does not depend on what this process drew before.
 
         Returns:
-            The result of `load`, the newly found bad clips, and the row.
+            The result of `load`, the newly found bad clips, and the choice.
 
         Raises:
             UserError: the bucket has no good clip left.
         """
         bad: list[BadClip] = []
-        for row in self.rows(draw):
-            if row in known_bad:
+        for choice in self.choices(draw):
+            if choice.row in known_bad or choice in known_bad:
                 continue
-            loaded = load(row)
+            loaded = load(choice)
             if not isinstance(loaded, BadClip):
-                return loaded, tuple(bad), row
-            known_bad.add(row)
+                return loaded, tuple(bad), choice
+            known_bad.add(choice.row if loaded.caption is None else choice)
             bad.append(loaded)
         last = f" (the last is {bad[-1].path}: {bad[-1].reason})" if bad else ""
         raise UserError(
@@ -96,29 +113,39 @@ class ClipDataset(Dataset[Item]):
     """
 
     def __init__(self, order: ClipOrder, cache: Cache):
-        self.order, self.cache, self.known_bad = order, cache, set[int]()
+        self.order, self.cache, self.known_bad = order, cache, set[int | Choice]()
 
     def __getitem__(self, draw: Draw) -> Item:
         return Item(*self.order.first_good(draw, self.known_bad, self._load))
 
-    def _load(self, row: int) -> dict[str, torch.Tensor] | BadClip:
-        clip = self.order.index[row]
+    def _load(self, choice: Choice) -> dict[str, torch.Tensor] | BadClip:
+        clip, caption = self.order.index[choice.row], None
         try:
-            return read_encoded(self.cache, clip)
+            encoded = _read_clip(self.cache, clip)
+            caption = choice.caption
+            return encoded | _read_caption(self.cache, clip, caption)
         except DamagedEntryError as error:
-            return BadClip(row, clip.path, str(error))
+            return BadClip(choice.row, clip.path, str(error), caption)
 
 
 def read_encoded(cache: Cache, clip: IndexedClip) -> dict[str, torch.Tensor]:
-    """Read the tensors of one clip and its caption. Raises DamagedEntryError."""
-    encoded = cache.read("clips", clip.clip_key, clip.clip_place)
-    return encoded | cache.read("captions", clip.caption_key, clip.caption_place)
+    """Read the tensors of one clip and its first caption. Raises DamagedEntryError."""
+    return _read_clip(cache, clip) | _read_caption(cache, clip, 0)
+
+
+def _read_clip(cache: Cache, clip: IndexedClip) -> dict[str, torch.Tensor]:
+    return cache.read("clips", clip.clip_key, clip.clip_place)
+
+
+def _read_caption(cache: Cache, clip: IndexedClip, number: int) -> dict[str, torch.Tensor]:
+    caption = clip.captions[number]
+    return cache.read("captions", caption.key, caption.place)
 
 
 def collate(items: list[Item]) -> Batch:
     """Stack items of one bucket to a batch."""
     bad = tuple(bad for item in items for bad in item.bad)
-    return Batch(default_collate([item.tensors for item in items]), bad, tuple(item.row for item in items))
+    return Batch(default_collate([item.tensors for item in items]), bad, tuple(item.choice for item in items))
 
 
 def ignore_stop_signals(_worker: int) -> None:

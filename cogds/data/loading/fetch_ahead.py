@@ -38,9 +38,11 @@ def fetch(cache: Cache, order: ClipOrder, batches: Iterable[list[Draw]]) -> None
 
 def _entries_of(order: ClipOrder, draws: Iterable[Draw]) -> Iterator[Entry]:
     for draw in draws:
-        clip = order.index[next(order.rows(draw))]
+        choice = next(order.choices(draw))
+        clip = order.index[choice.row]
+        caption = clip.captions[choice.caption]
         yield Entry("clips", clip.clip_key, clip.clip_place)
-        yield Entry("captions", clip.caption_key, clip.caption_place)
+        yield Entry("captions", caption.key, caption.place)
 
 
 def _fetch_entry(cache: Cache, entry: Entry) -> int:

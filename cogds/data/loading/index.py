@@ -13,7 +13,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import pyarrow as pa
 import pyarrow.compute as pc
@@ -27,19 +27,28 @@ ROWS_PER_BATCH = 1 << 17
 # Pages that were read count as the process's memory until they are released: up to 1 MB per row.
 READS_PER_RELEASE = 32
 
+# captions, caption_keys, caption_places: of all captions of a clip, at least one.
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
         ("kind", pa.string()),
         ("image_path", pa.string()),
-        ("caption", pa.string()),
+        ("captions", pa.list_(pa.string())),
         ("start_s", pa.float64()),
         ("clip_key", pa.binary(16)),
-        ("caption_key", pa.binary(16)),
+        ("caption_keys", pa.list_(pa.binary(16))),
         ("clip_place", pa.int32()),
-        ("caption_place", pa.int32()),
+        ("caption_places", pa.list_(pa.int32())),
     ]
 )
+
+
+class IndexedCaption(NamedTuple):
+    """A caption. key: cache key of 32 hex digits; place: cache shard, "" if nothing is cached."""
+
+    text: str
+    key: str
+    place: str
 
 
 @dataclass(frozen=True)
@@ -49,22 +58,21 @@ class IndexedClip:
     Attributes:
         kind: "video" or "image".
         image_path: conditioning image, None to use the first frame.
+        captions: at least one. A training step draws one of them; everything else uses the first.
         start_s: in seconds after the first frame.
-        clip_key, caption_key: cache keys of 32 hex digits.
-        clip_place, caption_place: cache shards, "" if nothing is cached.
+        clip_key: cache key of 32 hex digits.
+        clip_place: cache shard, "" if nothing is cached.
     """
 
     path: str
     kind: str
     image_path: str | None
-    caption: str
+    captions: tuple[IndexedCaption, ...]
     start_s: float
     bucket: int
     shape: ClipShape
     clip_key: str
-    caption_key: str
     clip_place: str
-    caption_place: str
 
 
 class ClipIndex:
@@ -94,11 +102,17 @@ class ClipIndex:
     def _reader(self) -> pa.ipc.RecordBatchFileReader:
         try:
             # pa.memory_map would request the whole batch from the system for every row (10 ms per row of 100 million).
-            return pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._mapping)))
+            reader = pa.ipc.open_file(pa.BufferReader(pa.py_buffer(self._mapping)))
         except (OSError, ValueError) as error:
             raise UserError(
                 f"{self.path}: the index of clips cannot be read ({error}). Delete it and start again to rebuild it."
             ) from None
+        if not reader.schema.equals(SCHEMA):
+            raise UserError(
+                f"{self.path}: another version of cogds wrote this index of clips, and some of its clips are gone from "
+                "the data. Restore them, or resume with that version."
+            )
+        return reader
 
     @cached_property
     def _meta(self) -> dict:
@@ -129,12 +143,16 @@ class ClipIndex:
         return next(bucket for bucket, end in enumerate(self._starts[1:]) if row < end)
 
     def keys(self, name: str) -> set[str]:
-        """Distinct values of column `clip_key` or `caption_key`, as hex digits."""
-        return {key.hex() for key in pc.unique(self.column(name)).to_pylist()}
+        """Distinct values of column `clip_key` or `caption_keys`, as hex digits."""
+        column = self.column(name)
+        return {
+            key.hex() for key in pc.unique(pc.list_flatten(column) if name == "caption_keys" else column).to_pylist()
+        }
 
     def names(self) -> set[tuple]:
         """The identity of every clip: bucket, path, start and cache keys."""
-        columns = [self.column(name).to_pylist() for name in ("path", "start_s", "clip_key", "caption_key")]
+        columns = [self.column(name).to_pylist() for name in ("path", "start_s", "clip_key")]
+        columns.append(list(map(tuple, self.column("caption_keys").to_pylist())))
         buckets = [str(shape) for shape, sets in zip(self.buckets, self.sizes) for _ in range(sum(sets))]
         return set(zip(buckets, *columns))
 
@@ -143,22 +161,34 @@ class ClipIndex:
         batches = [self._reader.get_batch(number).column(name) for number in range(self._reader.num_record_batches)]
         return pa.chunked_array(batches, SCHEMA.field(name).type)
 
-    def __getitem__(self, row: int) -> IndexedClip:
+    def num_captions(self, row: int) -> int:
+        """Number of captions of a clip."""
+        return len(self._batch_of(row).column("captions")[row % ROWS_PER_BATCH])
+
+    def _batch_of(self, row: int) -> pa.RecordBatch:
         if not 0 <= row < len(self):
             raise IndexError(f"row {row} is out of range for an index of {len(self)} clips")
         self._num_read += 1
         if self._num_read % READS_PER_RELEASE == 0:
             self._mapping.madvise(mmap.MADV_DONTNEED)  # the pages stay in the system's cache
-        batch = self._reader.get_batch(row // ROWS_PER_BATCH)
+        return self._reader.get_batch(row // ROWS_PER_BATCH)
+
+    def __getitem__(self, row: int) -> IndexedClip:
+        batch = self._batch_of(row)
         values = {name: batch.column(name)[row % ROWS_PER_BATCH].as_py() for name in SCHEMA.names}
         bucket, places = self.bucket_of(row), self._meta["places"]
-        clip_place, caption_place = values.pop("clip_place"), values.pop("caption_place")
+        captions = zip(*(values.pop(name) for name in ("captions", "caption_keys", "caption_places")))
+        clip_key, clip_place = values.pop("clip_key"), values.pop("clip_place")
         return IndexedClip(
-            **values | {"clip_key": values["clip_key"].hex(), "caption_key": values["caption_key"].hex()},
+            **values,
             bucket=bucket,
             shape=self.buckets[bucket],
+            clip_key=clip_key.hex(),
             clip_place=places["clips"][clip_place] if clip_place >= 0 else "",
-            caption_place=places["captions"][caption_place] if caption_place >= 0 else "",
+            captions=tuple(
+                IndexedCaption(text, key.hex(), places["captions"][place] if place >= 0 else "")
+                for text, key, place in captions
+            ),
         )
 
 
@@ -174,7 +204,7 @@ def write_index(
     Args:
         tables: rows with SCHEMA, in the order of the plan.
         sizes: number of rows, [bucket][dataset].
-        places: shard names that the columns clip_place and caption_place number, for `clips` and `captions`.
+        places: shard names that the columns clip_place and caption_places number, for `clips` and `captions`.
 
     Raises:
         ValueError: the number of rows contradicts sizes.

@@ -15,7 +15,7 @@ from cogds.core.plan import MicroBatch, Plan
 class Draw(NamedTuple):
     """One slot of a batch: a position in a bucket's stream, and the number of positions that the micro-step draws.
 
-    `core.mixture.Mixture.next_clips` converts it to a clip and its possible substitutes.
+    `core.mixture.Mixture.next_visits` converts it to a clip and its possible substitutes.
     """
 
     bucket: int

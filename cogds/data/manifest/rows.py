@@ -4,14 +4,13 @@ All functions work on Arrow tables and hold nothing else: rank 0 needs 350 to 66
 """
 
 from collections.abc import Iterator, Mapping
-from pathlib import Path
 
 import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogds.data.manifest.file_keys import condition_kinds, file_keys, look_up
-from cogds.data.manifest.scan_state import RESULT_SCHEMA, Results, read_batches
+from cogds.data.manifest.scan_state import RESULT_SCHEMA, Results, Scan, read_entries
 from cogds.data.manifest.table import SCHEMA
 
 RANGE_TOLERANCE_S = 0.5  # lists of scenes have rounded ends
@@ -26,19 +25,19 @@ _NOT_SCANNED = "not scanned: start again"
 # --- from entries and results to rows
 
 
-def entry_keys(entries: Path) -> list[pa.Array]:
-    """Keys of the entries, batch by batch: those of the clips, then those of the conditioning images."""
-    return [batch.column(name) for batch in read_batches(entries) for name in ("key", "image_key")]
+def entry_keys(scan: Scan) -> list[pa.Array]:
+    """Keys of the entries of a scan, batch by batch: those of the clips, then those of the conditioning images."""
+    return [batch.column(name) for batch in read_entries(scan) for name in ("key", "image_key")]
 
 
-def build_rows(entries: Path, results: Results, default_caption: str | None) -> Iterator[pa.RecordBatch]:
+def build_rows(scan: Scan, results: Results) -> Iterator[pa.RecordBatch]:
     """The manifest's rows (SCHEMA) of the entries of a scan."""
-    keys = entry_keys(entries)
+    keys = entry_keys(scan)
     known, failed = look_up(results.rows, keys), look_up(results.failed.select(["key", "reason"]), keys)
-    for batch in read_batches(entries):
+    for batch in read_entries(scan):
         clip = _file_columns(batch.column("key"), next(known), next(failed)["reason"])
         image = _file_columns(batch.column("image_key"), next(known), next(failed)["reason"])
-        yield _row_batch(batch, clip, image, default_caption)
+        yield _row_batch(batch, clip, image, scan.default_caption)
 
 
 def _file_columns(keys: pa.Array, result: dict[str, pa.Array], failure: pa.Array) -> dict[str, pa.Array]:
@@ -71,9 +70,10 @@ def _row_batch(
         pc.if_else(pc.equal(caption, ""), _CAPTION_EMPTY, None),
         _range_reasons(entries, clip["duration_s"]),
     )
+    own = ("path", "kind", "more_captions", "image_path", "start_s", "end_s", "motion", "duplicate_of", "set")
     columns = {
         **{name: clip[name] for name in RESULT_SCHEMA.names},
-        **{name: entries.column(name) for name in ("path", "kind", "image_path", "start_s", "end_s", "set")},
+        **{name: entries.column(name) for name in own},
         "caption": caption,
         "reason": reason,
         "status": pc.if_else(pc.is_null(reason), "ok", "unusable"),

@@ -1,8 +1,10 @@
 """The scan of the datasets, which makes the manifest.
 
-It has three steps. All ranks share the second one:
+All ranks share the second and the fourth step:
 
-    scan = start_scan(sets, manifest)                   # rank 0: list the clips of the datasets
+    scan = start_scan(sets, manifest)                   # rank 0: divide the listing into parts
+    listings = list_share(scan, (rank, num_ranks))      # every rank: list the clips of its parts
+    scan = choose_files(scan, [listings of all ranks])  # rank 0: find the files that are not known yet
     scan_share(scan, (rank, num_ranks), num_workers)    # every rank: probe and digest the files that are new or changed
     finish_scan(scan)                                   # rank 0: write the manifest
 
@@ -11,19 +13,21 @@ Files that have not changed since an earlier scan are not opened.
 
 import hashlib
 import itertools
-import os
-import stat
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cogds.data.layouts.entry import Entry
+from cogds.data.layouts.folder import Folder
+from cogds.data.layouts.listing import Listing
+from cogds.data.layouts.parts import DatasetReader, Part
 from cogds.data.manifest.file_keys import CONDITION, condition_kinds, file_key, first_occurrences, look_up
-from cogds.data.manifest.layouts import Entry, iter_entries
 from cogds.data.manifest.rows import build_rows, entry_keys, results_in
 from cogds.data.manifest.scan_state import (
     ENTRY_SCHEMA,
@@ -35,71 +39,125 @@ from cogds.data.manifest.scan_state import (
     files_of,
     manifest_lock,
     new_scan,
-    read_batches,
+    parts_of,
+    read_entries,
     read_results,
     remove_state,
+    write_entries,
     write_files,
-    write_table,
+    write_parts,
 )
 from cogds.data.manifest.table import DataSet, read_manifest_batches, write_manifest
+from cogds.data.storage.access import Stamp, open_binary, stamp
+from cogds.data.storage.location import parse_member
 from cogds.data.video.media import DecodeError
 from cogds.data.video.probe_task import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, ProbeTask, categorize, probe_file
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import TaskFailure, WorkerPool
 
+# Folders are divided until there are so many parts, which may be listed by as many ranks.
+MIN_PARTS = 256
 ENTRIES_PER_BATCH = 1 << 16
 _NUM_THREADS = 16  # on a network file system, `stat` is mostly waiting
 
 # --- the first step
 
 
-def start_scan(
-    sets: Sequence[DataSet], manifest: Path, default_caption: str | None = None, retry_failed: bool = False
-) -> Scan:
-    """First step, on rank 0: list the clips of the datasets.
+def start_scan(sets: Sequence[DataSet], manifest: Path, default_caption: str | None = None) -> Scan:
+    """First step, on rank 0: divide the listing of the datasets into parts.
 
-    Args:
-        default_caption: caption of clips that have none.
-        retry_failed: open files again that could not be used, even if they have not changed.
-
-    Raises:
-        UserError: a dataset cannot be read (`layouts.iter_entries`), or `manifest` is another file.
+    default_caption: caption of clips that have none. Raises UserError if a dataset cannot be read, or `manifest` is
+    another file.
     """
-    scan = new_scan(manifest, default_caption)
+    scan = new_scan(sets, manifest, default_caption)
     try:
-        write_table(scan.entries, ENTRY_SCHEMA, _list_entries(sets, need_captions=default_caption is None))
+        write_parts(scan, _divide(scan))
     except BaseException:
         remove_state(scan)
         raise
+    return scan
+
+
+def _divide(scan: Scan) -> Iterator[tuple[int, Part]]:
+    """The parts of all datasets, with the numbers of the datasets, in order."""
+    for number, (reader, listing) in enumerate(zip(_readers(scan), scan.listings)):
+        parts = reader.parts(listing)
+        first = list(itertools.islice(parts, MIN_PARTS))
+        while len(first) < MIN_PARTS and any(isinstance(part, Folder) for part in first):
+            first = list(itertools.chain.from_iterable(map(partial(_split, reader, listing), first)))
+        yield from ((number, part) for part in itertools.chain(first, parts))
+
+
+def _split(reader: DatasetReader, listing: Listing, part: Part) -> Iterable[Part]:
+    return reader.split(part, listing) if isinstance(part, Folder) else (part,)
+
+
+def _readers(scan: Scan) -> list[DatasetReader]:
+    return [DatasetReader(data_set, scan.default_caption is None) for data_set in scan.sets]
+
+
+# --- the second step
+
+
+def list_share(scan: Scan, share: Share) -> list[Listing]:
+    """Second step, on every rank: list the clips of this rank's parts. Returns the counts of each dataset.
+
+    Raises UserError if a list or a folder cannot be read.
+    """
+    readers, listings = _readers(scan), [Listing() for _ in scan.sets]
+
+    def batches() -> Iterator[tuple[int, pa.RecordBatch]]:
+        for part_number, set_number, part in parts_of(scan, share):
+            entries = readers[set_number].read(part, listings[set_number])
+            while chunk := list(itertools.islice(entries, ENTRIES_PER_BATCH)):
+                yield part_number, _entry_batch(chunk, set_number)
+
+    write_entries(scan, share, batches())
+    return listings
+
+
+# --- the third step
+
+
+def choose_files(scan: Scan, listings: Sequence[Sequence[Listing]], retry_failed: bool = False) -> Scan:
+    """Third step, on rank 0: find the files that no earlier scan has read.
+
+    Args:
+        listings: results of `list_share`, by rank.
+        retry_failed: open files again that could not be used, even if they have not changed.
+
+    Raises:
+        UserError: a dataset is empty or read in the wrong way.
+    """
+    for number, reader in enumerate(_readers(scan)):
+        for share in listings:
+            scan.listings[number].add(share[number])
+        reader.check(scan.listings[number])
+    scan = replace(scan, num_shares=len(listings))
     known = _known_results(scan).rows
     # A usable file without a digest was scanned by cogds 0.1, which digested later.
     is_usable = pc.is_valid(known["frames"])
     is_complete = pc.or_(pc.invert(is_usable), pc.is_valid(known["digest"]))
     known = known.filter(pc.and_(is_complete, is_usable) if retry_failed else is_complete)
-    return write_files(scan, _list_files(scan.entries, known), first_occurrences(entry_keys(scan.entries)))
-
-
-def _list_entries(sets: Sequence[DataSet], need_captions: bool) -> Iterator[pa.RecordBatch]:
-    """The entries (ENTRY_SCHEMA) of all datasets."""
-    for number, data_set in enumerate(sets):
-        entries = iter_entries(data_set.path, data_set.columns, need_captions)
-        while chunk := list(itertools.islice(entries, ENTRIES_PER_BATCH)):
-            yield _entry_batch(chunk, number)
+    return write_files(scan, _list_files(scan, known), first_occurrences(entry_keys(scan)))
 
 
 def _entry_batch(entries: Sequence[Entry], set_number: int) -> pa.RecordBatch:
     columns: dict[str, list[Any]] = dict(zip(Entry._fields, map(list, zip(*entries))))
+    del columns["extras"]
+    columns["more_captions"] = [texts or None for texts in columns["more_captions"]]
     columns["set"] = [set_number] * len(entries)
     columns["key"] = [file_key(kind, path) for kind, path in zip(columns["kind"], columns["path"])]
     columns["image_key"] = [path and file_key(CONDITION, path) for path in columns["image_path"]]
     try:
         return pa.RecordBatch.from_pydict(columns, ENTRY_SCHEMA)
     except UnicodeEncodeError:  # rare, so only then look at every text
-        for row, caption in enumerate(columns["caption"]):
-            if caption != _escape(caption):
-                columns["caption"][row] = None
+        for row, texts in enumerate(zip(columns["caption"], columns["more_captions"])):
+            captions = (texts[0], *(texts[1] or ()))
+            if captions != tuple(map(_escape, captions)):
+                columns["caption"][row] = columns["more_captions"][row] = None
                 columns["caption_error"][row] = "it holds half of a surrogate pair, which is not a character"
-        for name in ("path", "image_path", "caption_error"):
+        for name in ("path", "image_path", "caption_error", "duplicate_of"):
             columns[name] = list(map(_escape, columns[name]))
         return pa.RecordBatch.from_pydict(columns, ENTRY_SCHEMA)
 
@@ -115,10 +173,10 @@ def _escape(text: str | None) -> str | None:
     return encoded.decode(errors="backslashreplace")
 
 
-def _list_files(entries: Path, known: pa.Table) -> Iterator[pa.RecordBatch]:
+def _list_files(scan: Scan, known: pa.Table) -> Iterator[pa.RecordBatch]:
     """The files (FILE_SCHEMA) of all entries, with duplicates. known: results of earlier scans."""
-    known_stamps = look_up(known.select(["key", "size", "mtime_ns"]), entry_keys(entries))
-    for batch in read_batches(entries):
+    known_stamps = look_up(known.select(["key", "size", "mtime_ns"]), entry_keys(scan))
+    for batch in read_entries(scan):
         for key, path, kinds in (
             ("key", "path", batch.column("kind")),
             ("image_key", "image_path", condition_kinds(len(batch))),
@@ -128,7 +186,7 @@ def _list_files(entries: Path, known: pa.Table) -> Iterator[pa.RecordBatch]:
             yield pa.record_batch(columns, FILE_SCHEMA)
 
 
-# --- the second step
+# --- the fourth step
 
 
 def scan_share(
@@ -138,7 +196,7 @@ def scan_share(
     timeout_s: float = PROBE_TIMEOUT_S,
     memory_bytes: int = PROBE_MEMORY_BYTES,
 ) -> int:
-    """Second step, on every rank: open the files of this rank that are new or changed. Rank 0 shows progress.
+    """Fourth step, on every rank: open the files of this rank that are new or changed. Rank 0 shows progress.
 
     Args:
         num_workers: worker processes of this rank, each bounded by timeout_s per file and memory_bytes
@@ -181,16 +239,17 @@ def scan_file(task: ProbeTask) -> dict[str, Any]:
     The digest reads what the probe has just brought into the system's file cache.
     """
     try:
-        size, mtime_ns = _stamp(os.stat(task.path))
+        before = stamp(task.path)
         properties = asdict(probe_file(task))
-        with open(task.path, "rb") as file:
-            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()
-            is_same = _stamp(os.fstat(file.fileno())) == (size, mtime_ns)
+        with open_binary(task.path) as file:
+            digest = hashlib.file_digest(file, lambda: hashlib.blake2b(digest_size=16)).digest()  # type: ignore[arg-type]
+        is_same = stamp(task.path) == before
     except OSError as error:
         return {"reason": categorize(_open_problem(error))}
     if not is_same:
         return {"reason": "file changed: it was written to while it was scanned; start again when it is complete"}
-    return {"size": size, "mtime_ns": mtime_ns, "digest": digest, "frames": properties.pop("num_frames"), **properties}
+    size, version = before
+    return {"size": size, "mtime_ns": version, "digest": digest, "frames": properties.pop("num_frames"), **properties}
 
 
 def _changed_files(batches: Sequence[pa.RecordBatch], writer: ResultWriter, is_shown: bool) -> Iterator[pa.RecordBatch]:
@@ -213,48 +272,51 @@ def _changed_files(batches: Sequence[pa.RecordBatch], writer: ResultWriter, is_s
                 yield pa.record_batch([*columns, pa.array(sizes), pa.array(times)], names)
 
 
-def _stamps(batch: pa.RecordBatch) -> list[tuple[int, int] | str]:
-    """(size, mtime_ns) of every file, or the reason why it cannot be opened."""
-    return [_stamp_or_reason(path) for path in batch.column("path").to_pylist()]
+def _stamps(batch: pa.RecordBatch) -> list[Stamp | str]:
+    """The stamp of every file, or the reason why it cannot be opened."""
+    tars: dict[str, Stamp | str] = {}  # the members of one tar file are next to each other
+    stamps = []
+    for path in batch.column("path").to_pylist():
+        if member := parse_member(path):
+            if member.tar not in tars:
+                tars[member.tar] = _stamp_or_reason(member.tar)
+            tar = tars[member.tar]
+            stamps.append(tar if isinstance(tar, str) else Stamp(member.size, tar.version))
+        else:
+            stamps.append(_stamp_or_reason(path))
+    return stamps
 
 
-def _stamp_or_reason(path: str) -> tuple[int, int] | str:
+def _stamp_or_reason(location: str) -> Stamp | str:
     try:
-        status = os.stat(path)
+        return stamp(location)
     except (OSError, ValueError) as error:  # a name with a null character is a ValueError
         return categorize(_open_problem(error))
-    if stat.S_ISDIR(status.st_mode):
-        return categorize("it is a folder, not a file")
-    if not stat.S_ISREG(status.st_mode):  # opening a pipe would wait forever
-        return categorize("it is a device, a pipe or a socket, not a file")
-    return _stamp(status)
-
-
-def _stamp(status: os.stat_result) -> tuple[int, int]:
-    return status.st_size, status.st_mtime_ns
 
 
 def _open_problem(error: OSError | ValueError) -> str:
     if isinstance(error, FileNotFoundError | NotADirectoryError):
         return "the file does not exist"
+    if isinstance(error, OSError) and error.errno is None:  # of `storage.access`, which says it all
+        return str(error)
     return f"it cannot be opened: {getattr(error, 'strerror', None) or error}"
 
 
-# --- the third step
+# --- the fifth step
 
 
 def finish_scan(scan: Scan) -> None:
-    """Third step, on rank 0 after all ranks: write the manifest and remove the scan's state."""
+    """Fifth step, on rank 0 after all ranks: write the manifest and remove the scan's state."""
     with manifest_lock(scan):
         results = _known_results(scan)
-        write_manifest(scan.manifest, build_rows(scan.entries, results, scan.default_caption))
+        write_manifest(scan.manifest, build_rows(scan, results), scan.skipped)
         remove_state(scan, results.files)
 
 
 def _known_results(scan: Scan) -> Results:
     """The partial results, then the results in the manifest."""
-    partial = read_results(scan)  # before the manifest: a run writes that before it removes partial results
-    tables = [partial.rows]
+    results = read_results(scan)  # before the manifest: a run writes that before it removes partial results
+    tables = [results.rows]
     if scan.manifest.exists():
         tables += [table for batch in read_manifest_batches(scan.manifest) for table in results_in(batch)]
-    return replace(partial, rows=pa.concat_tables(tables))
+    return replace(results, rows=pa.concat_tables(tables))

@@ -8,11 +8,13 @@ all runs. The last step of a scan moves them into the manifest and removes them.
 import contextlib
 import dataclasses
 import fcntl
+import heapq
 import itertools
+import json
 import os
 import time
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -22,6 +24,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cogds.data.layouts.data_set import DataSet
+from cogds.data.layouts.listing import Listing
+from cogds.data.layouts.parts import Part, part_from_json, part_to_json
 from cogds.data.manifest.table import open_manifest, write_errors
 from cogds.files import is_abandoned, is_temporary, process_tag, whole_file
 
@@ -36,10 +41,13 @@ ENTRY_SCHEMA = pa.schema(
         ("path", pa.string()),
         ("kind", pa.string()),
         ("caption", pa.string()),
+        ("more_captions", pa.list_(pa.string())),
         ("caption_error", pa.string()),
         ("image_path", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("motion", pa.float64()),
+        ("duplicate_of", pa.string()),
         ("set", pa.int16()),
         ("key", pa.binary(16)),
         ("image_key", pa.binary(16)),
@@ -68,11 +76,13 @@ RESULT_SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("rotation", pa.int16()),
         ("duration_s", pa.float64()),
+        ("processing", pa.string()),
         ("reason", pa.string()),
         ("digest", pa.binary(16)),
     ]
 )
 _RESULTS = "results-"
+_PART = b"part"  # in the metadata of a batch of entries
 
 
 @dataclass(frozen=True)
@@ -80,31 +90,49 @@ class Scan:
     """A scan in progress, the same on all ranks.
 
     Attributes:
+        sets: the datasets.
         manifest: the manifest that it will write.
         run: a name that no other run has; it begins with the time.
-        num_files: number of distinct files, of all ranks.
         default_caption: caption of clips that have none.
+        listings: counts of each dataset.
+        num_shares: number of ranks that have listed a share.
+        num_files: number of distinct files, of all ranks.
     """
 
+    sets: Sequence[DataSet]
     manifest: Path
     run: str
-    num_files: int
-    default_caption: str | None = None
+    default_caption: str | None
+    listings: Sequence[Listing]
+    num_shares: int = 0
+    num_files: int = 0
+
+    @property
+    def skipped(self) -> Mapping[str, int]:
+        """What the listing of all datasets skipped: reason -> number."""
+        total = Listing()
+        for listing in self.listings:
+            total.add(listing)
+        return total.skipped
 
     @property
     def folder(self) -> Path:
         return self.manifest.with_name(f"{self.manifest.name}.work")
 
     @property
-    def entries(self) -> Path:
-        return self.folder / f"entries-{self.run}.arrow"
+    def parts(self) -> Path:
+        return self.folder / f"parts-{self.run}.jsonl"
+
+    def entries(self, rank: int) -> Path:
+        """The entries that a rank has listed."""
+        return self.folder / f"entries-{self.run}-{rank:05d}.arrow"
 
     @property
     def files(self) -> Path:
         return self.folder / f"files-{self.run}.arrow"
 
 
-def new_scan(manifest: Path, default_caption: str | None = None) -> Scan:
+def new_scan(sets: Sequence[DataSet], manifest: Path, default_caption: str | None = None) -> Scan:
     """Create the work folder and remove what killed runs left in it, except for their partial results.
 
     Raises UserError if the manifest is another file or the folder cannot be written.
@@ -112,7 +140,8 @@ def new_scan(manifest: Path, default_caption: str | None = None) -> Scan:
     if manifest.exists():
         with open_manifest(manifest):
             pass  # raise for another file now, not after hours of scanning
-    scan = Scan(manifest, f"{time.time_ns():020d}-{process_tag()}-{uuid.uuid4().hex[:4]}", 0, default_caption)
+    run = f"{time.time_ns():020d}-{process_tag()}-{uuid.uuid4().hex[:4]}"
+    scan = Scan(tuple(sets), manifest, run, default_caption, [Listing() for _ in sets])
     with write_errors(manifest):
         scan.folder.mkdir(parents=True, exist_ok=True)
         for path in scan.folder.iterdir():
@@ -120,6 +149,45 @@ def new_scan(manifest: Path, default_caption: str | None = None) -> Scan:
             if not is_result and is_abandoned(path):
                 path.unlink(missing_ok=True)
     return scan
+
+
+# --- parts of the listing, and entries
+
+
+def write_parts(scan: Scan, parts: Iterable[tuple[int, Part]]) -> None:
+    """Write the parts, with the numbers of their datasets. Raises UserError if that fails."""
+    with write_errors(scan.parts), whole_file(scan.parts) as partial, partial.open("w") as file:
+        file.writelines(json.dumps([set_number, *part_to_json(part)]) + "\n" for set_number, part in parts)
+
+
+def parts_of(scan: Scan, share: Share) -> Iterator[tuple[int, int, Part]]:
+    """The parts of one rank: number of the part, number of the dataset, part."""
+    with scan.parts.open() as lines:
+        for number, line in itertools.islice(enumerate(lines), share[0], None, share[1]):
+            set_number, *part = json.loads(line)
+            yield number, set_number, part_from_json(*part)
+
+
+def write_entries(scan: Scan, share: Share, batches: Iterable[tuple[int, pa.RecordBatch]]) -> None:
+    """Write the entries of one rank (ENTRY_SCHEMA), with the numbers of their parts. Raises UserError if that fails."""
+    file = scan.entries(share[0])
+    with write_errors(file), whole_file(file) as partial, pa.ipc.new_file(str(partial), ENTRY_SCHEMA) as writer:
+        for part_number, batch in batches:
+            writer.write_batch(batch, {_PART: str(part_number)})
+
+
+def read_entries(scan: Scan) -> Iterator[pa.RecordBatch]:
+    """Read the entries of all ranks in the order of the parts; memory-mapped, so that they take no memory."""
+    shares = [_numbered_entries(scan.entries(rank)) for rank in range(scan.num_shares)]
+    for _, batch in heapq.merge(*shares, key=lambda pair: pair[0]):
+        yield batch
+
+
+def _numbered_entries(file: Path) -> Iterator[tuple[int, pa.RecordBatch]]:
+    with pa.memory_map(str(file)) as mapped, pa.ipc.open_file(mapped) as reader:
+        for number in range(reader.num_record_batches):
+            batch, metadata = reader.get_batch_with_custom_metadata(number)
+            yield int(metadata[_PART]), batch
 
 
 # --- tables in the work folder
@@ -245,7 +313,8 @@ def manifest_lock(scan: Scan) -> Iterator[None]:
 
 def remove_state(scan: Scan, results: Iterable[Path] = ()) -> None:
     """Remove the scan's files, and partial results that are in the manifest now."""
-    for file in (*results, scan.entries, scan.files):
+    own = [file for file in scan.folder.glob(f"*-{scan.run}*") if not file.name.startswith(_RESULTS)]
+    for file in (*results, *own):
         file.unlink(missing_ok=True)
     with contextlib.suppress(OSError):  # it holds another run's files, or is gone
         scan.folder.rmdir()

@@ -10,19 +10,23 @@ import json
 import os
 import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
+from typing import Any
 
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from cogds.data.manifest.layouts import MANIFEST_MARK
+from cogds.data.layouts.data_set import DataSet
+from cogds.data.layouts.parquet_tables import MANIFEST_MARK
+from cogds.data.storage.location import absolute
 from cogds.errors import UserError
 from cogds.files import whole_file
 
 ROWS_PER_BATCH = 1 << 16
+_SKIPPED_MARK = b"cogds.skipped"
 
-# status: "ok", or "unusable" with the reason. image_*: the clip's conditioning image, if one is given.
+# more_captions: null if there are none. status: "ok", or "unusable" with the reason. motion, duplicate_of: scores of
+# `cogds prepare`, null without them. image_*: the clip's conditioning image, if one is given.
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -35,39 +39,42 @@ SCHEMA = pa.schema(
         ("height", pa.int32()),
         ("rotation", pa.int16()),
         ("duration_s", pa.float64()),
+        ("processing", pa.string()),
         ("caption", pa.string()),
+        ("more_captions", pa.list_(pa.string())),
         ("status", pa.string()),
         ("reason", pa.string()),
         ("image_path", pa.string()),
         ("start_s", pa.float64()),
         ("end_s", pa.float64()),
+        ("motion", pa.float64()),
+        ("duplicate_of", pa.string()),
         ("set", pa.int16()),
         ("digest", pa.binary(16)),
         ("image_digest", pa.binary(16)),
         ("image_size", pa.int64()),
         ("image_mtime_ns", pa.int64()),
     ],
-    metadata={MANIFEST_MARK: b"1"},
+    metadata={MANIFEST_MARK: b"2"},
 )
-
-
-@dataclass(frozen=True)
-class DataSet:
-    """A folder, list or table of clips. columns: our column names -> the table's (`layouts.iter_entries`)."""
-
-    path: str
-    columns: Mapping[str, str] = field(default_factory=dict)
 
 
 def manifest_file(sets: Sequence[DataSet], cache_dir: str | Path, manifest: str | None = None) -> Path:
     """Path of the manifest: `manifest` if given, else a name in `cache_dir` that follows from the datasets."""
     if manifest is not None:
         return Path(os.path.abspath(os.path.expanduser(manifest)))
-    paths = [os.path.abspath(os.path.expanduser(data_set.path)) for data_set in sets]
-    fields = json.dumps([[path, sorted(data_set.columns.items())] for path, data_set in zip(paths, sets)])
+    paths = [absolute(data_set.path) for data_set in sets]
+    fields = json.dumps([[path, *_settings(data_set)] for path, data_set in zip(paths, sets)])
     name = re.sub(r"[^\w.-]", "_", Path(paths[0]).name, flags=re.ASCII) or "data"
     digest = hashlib.blake2b(fields.encode(errors="surrogateescape"), digest_size=4).hexdigest()
     return Path(os.path.abspath(cache_dir)) / "manifests" / f"{name[:64]}-{digest}.parquet"
+
+
+def _settings(data_set: DataSet) -> list[Any]:
+    """What a dataset's entries depend on besides its path."""
+    settings: list[Any] = [sorted(data_set.columns.items())]
+    others = (data_set.root and absolute(data_set.root), data_set.path_template, data_set.where)
+    return [*settings, *others] if any(others) else settings  # so that older manifests keep their names
 
 
 def read_manifest(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
@@ -82,15 +89,25 @@ def read_manifest_batches(file: Path) -> Iterator[pa.RecordBatch]:
         yield from table.iter_batches(ROWS_PER_BATCH)
 
 
-def write_manifest(file: Path, batches: Iterable[pa.RecordBatch]) -> None:
-    """Replace the manifest by these rows (SCHEMA). Raises UserError if it cannot be written."""
+def read_skipped(file: Path) -> dict[str, int]:
+    """What the listing of the datasets skipped: reason -> number. Raises UserError as `open_manifest`."""
+    with open_manifest(file) as table:
+        return json.loads((table.schema_arrow.metadata or {}).get(_SKIPPED_MARK, b"{}"))
+
+
+def write_manifest(file: Path, batches: Iterable[pa.RecordBatch], skipped: Mapping[str, int] | None = None) -> None:
+    """Replace the manifest by these rows (SCHEMA). Raises UserError if it cannot be written.
+
+    skipped: for `read_skipped`.
+    """
+    schema = SCHEMA.with_metadata({**SCHEMA.metadata, _SKIPPED_MARK: json.dumps(skipped or {}).encode()})
     with (
         write_errors(file),
         whole_file(file) as partial,
-        pq.ParquetWriter(partial, SCHEMA, compression="zstd") as writer,
+        pq.ParquetWriter(partial, schema, compression="zstd") as writer,
     ):
         for batch in batches:
-            writer.write_batch(batch)
+            writer.write_batch(batch.replace_schema_metadata(schema.metadata))
 
 
 @contextlib.contextmanager

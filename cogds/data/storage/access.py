@@ -68,10 +68,15 @@ def open_binary(location: str, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
     member = parse_member(location)
     if member is None and not is_url(location):
         return open(location, "rb")
-    size = stamp(location).size
+    size, version = stamp(location)
     if size <= WHOLE_BYTES:
-        return io.BytesIO(read_range(location, 0, size))
+        return io.BytesIO(_read_whole(location, size, version, os.getpid()))
     return io.BufferedReader(_RangeReader(location, size), block_bytes)
+
+
+@functools.lru_cache(maxsize=1)  # a file is probed, decoded and digested one after the other
+def _read_whole(location: str, size: int, version: int, process_id: int) -> bytes:  # noqa: ARG001
+    return read_range(location, 0, size)
 
 
 def read_bytes(location: str) -> bytes:

@@ -1,7 +1,8 @@
 """Members of tar files, by byte range: nothing is unpacked."""
 
+import io
 import tarfile
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 
 from cogds.data.storage.access import open_binary
 from cogds.data.storage.location import Member
@@ -14,24 +15,34 @@ class TarError(Exception):
     """A tar file cannot be read. The message is a clause that says why."""
 
 
-def list_members(tar: str) -> Iterator[Member]:
+def list_members(tar: str, is_read: Callable[[str], bool] = lambda _: False) -> Iterator[tuple[Member, bytes | None]]:
     """Yield the files in a tar file, in its order, by reading only their headers.
+
+    is_read: whether the content of a file of this name is read, too; otherwise it is None.
 
     Raises TarError if the file is compressed, damaged or cut short, and OSError if it cannot be read.
     """
     with open_binary(tar, _HEADER_BLOCK_BYTES) as file:
-        size = file.seek(0, 2)
+        size = file.seek(0, io.SEEK_END)
         file.seek(0)
+        end, name = 0, ""
         try:
             with tarfile.open(fileobj=file, mode="r:") as opened:
-                for member in opened:
+                for info in opened:
                     opened.members = []  # type: ignore[attr-defined]  # it would keep every member
-                    if not member.isreg():
+                    if not info.isreg():
                         continue
-                    if member.issparse():
-                        raise TarError(f"its member {member.name} is sparse, which is not supported: pack it again")
-                    if member.offset_data + member.size > size:
-                        raise TarError(f"it is cut short in its member {member.name}")
-                    yield Member(tar, member.name, member.offset_data, member.size)
+                    if info.issparse():
+                        raise TarError(f"its member {info.name} is sparse, which is not supported. Pack it again.")
+                    if info.offset_data + info.size > size:
+                        raise TarError(f"it is cut short in its member {info.name}. Copy it again.")
+                    name, content = info.name.removeprefix("./"), None
+                    end = info.offset_data + -(-info.size // tarfile.BLOCKSIZE) * tarfile.BLOCKSIZE
+                    if is_read(name):
+                        file.seek(info.offset_data)
+                        content = file.read(info.size)
+                    yield Member(tar, name, info.offset_data, info.size), content
         except tarfile.TarError as error:
-            raise TarError(f"it cannot be read as an uncompressed tar file: {error}") from None
+            raise TarError(f"it cannot be read as an uncompressed tar file ({error}). Pack it again.") from None
+        if end >= size:  # a complete file ends with blocks of zeros
+            raise TarError(f"it is cut short{f' after its member {name}' if name else ''}. Copy it again.")

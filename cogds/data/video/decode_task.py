@@ -37,7 +37,7 @@ class DecodedClip:
 def decode(task: DecodeTask) -> DecodedClip:
     """Decode, resample in time, resize and crop. Raises media.DecodeError."""
     height, width = task.shape.height, task.shape.width
-    if task.kind == "image":
+    if task.kind == "image" and task.shape.frames == 1 and not task.start_s:
         pixels = read_image(task.path, height, width)[None]
     else:
         pixels = read_clip(task.path, task.shape, task.fps, task.start_s, decoder=task.decoder)

@@ -25,6 +25,7 @@ def probe_file(task: ProbeTask) -> VideoInfo:
 
 # Patterns of error messages, and the category under which such messages are counted.
 _CATEGORIES = (
+    (r"pip install", "package missing"),
     (r"does not exist", "file missing"),
     (r"is a folder|is a device", "not a file"),
     (r"is empty", "empty file"),

@@ -269,6 +269,7 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "image_latent_factor": _is_positive,
     "buckets": _are_buckets,
     "fps": _is_positive,
+    "trigger_words": _are_texts,
     "instance_prompt": _is_text,
     "example_prompt": _is_text,
     "exported_scale": _is_number,

@@ -7,14 +7,16 @@ from types import SimpleNamespace
 import pytest
 
 from cogds.data.cache.store import DamagedEntryError
+from cogds.data.loading.dataset import Choice
 from cogds.data.loading.fetch_ahead import FetchAhead, fetch
 from cogds.data.loading.sampler import Draw
 from cogds.errors import UserError
 
 ORDER = SimpleNamespace(
-    rows=lambda draw: iter([draw.position]),
+    choices=lambda draw: iter([Choice(draw.position, 1)]),
     index=[
-        SimpleNamespace(clip_key=f"{n}", clip_place="a", caption_key=f"{n}", caption_place="b") for n in range(1000)
+        SimpleNamespace(clip_key=f"{n}", clip_place="a", captions=[None, SimpleNamespace(key=f"{n}", place="b")])
+        for n in range(1000)
     ],
 )
 BATCHES = [[Draw(0, 2 * number, 1), Draw(0, 2 * number + 1, 1)] for number in range(500)]

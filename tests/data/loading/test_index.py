@@ -5,28 +5,9 @@ import pyarrow as pa
 import pytest
 
 import cogds.data.loading.index
-from cogds.core.geometry import ClipShape
-from cogds.data.loading.index import ClipIndex, write_index
+from cogds.data.loading.index import ClipIndex, IndexedCaption, write_index
 from cogds.errors import UserError
-
-BUCKETS = (ClipShape(9, 64, 96), ClipShape(17, 96, 64), ClipShape(1, 64, 64))
-PLACES = {"clips": ["a.safetensors", "b.safetensors"], "captions": ["c.safetensors"]}
-
-
-def rows(num):
-    return pa.table(
-        {
-            "path": [f"clip {i}.mp4" for i in range(num)],
-            "kind": ["video"] * num,
-            "image_path": pa.array([None] * num, pa.string()),
-            "caption": [f"caption {i % 3}" for i in range(num)],
-            "start_s": [i / 16 for i in range(num)],
-            "clip_key": pa.array([i.to_bytes(16, "big") for i in range(num)], pa.binary(16)),
-            "caption_key": pa.array([bytes([i % 3] * 16) for i in range(num)], pa.binary(16)),
-            "clip_place": pa.array([i % 3 - 1 for i in range(num)], pa.int32()),
-            "caption_place": pa.array([0] * num, pa.int32()),
-        }
-    )
+from tests.data.loading.indexes import BUCKETS, PLACES, captions_of, rows
 
 
 @pytest.fixture
@@ -43,18 +24,24 @@ def test_rows_are_read_by_number(tmp_path, cut):
     assert (len(index), index.buckets, index.sizes) == (20, BUCKETS, ((5, 6), (0, 0), (9, 0)))
     for row in range(20):
         clip = index[row]
-        assert (clip.path, clip.start_s, clip.caption) == (f"clip {row}.mp4", row / 16, f"caption {row % 3}")
+        assert (clip.path, clip.start_s) == (f"clip {row}.mp4", row / 16)
+        assert clip.captions == tuple(
+            IndexedCaption(f"caption {k}", f"{k:02x}" * 16, "c.safetensors" if k % 2 else "") for k in captions_of(row)
+        )
+        assert index.num_captions(row) == len(clip.captions)
         assert clip.clip_key == f"{row:032x}"
         assert clip.bucket == (0 if row < 11 else 2)
         assert clip.shape == BUCKETS[clip.bucket]
         assert clip.clip_place == ["", "a.safetensors", "b.safetensors"][row % 3]
-        assert clip.caption_place == "c.safetensors"
     assert index.row(2, 3) == 14
     assert index.column("path").to_pylist() == table.column("path").to_pylist()
-    assert index.keys("caption_key") == {f"{i:02x}" * 16 for i in range(3)}
+    assert index.keys("caption_keys") == {f"{i:02x}" * 16 for i in range(4)}
+    assert len(index.names()) == 20
     for row in (-1, 20):
         with pytest.raises(IndexError):
             index[row]
+        with pytest.raises(IndexError):
+            index.num_captions(row)
 
 
 def test_a_file_is_named_after_its_content(tmp_path):
@@ -74,3 +61,11 @@ def test_invalid_sizes_and_damaged_files_are_refused(tmp_path):
     (tmp_path / "torn.arrow").write_bytes(b"ARROW1 and no more")
     with pytest.raises(UserError, match=r"\.arrow: "):
         len(ClipIndex(tmp_path / "torn.arrow"))
+
+
+def test_an_index_of_another_version_is_refused(tmp_path):
+    table = rows(4).drop_columns(["captions"])
+    with pa.ipc.new_file(str(tmp_path / "old.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    with pytest.raises(UserError, match=r"old\.arrow: another version"):
+        ClipIndex(tmp_path / "old.arrow").names()

@@ -24,7 +24,7 @@ def test_draws_are_converted_to_the_clips_of_the_plan(plan):
     for rank in (0, 1):
         micro_batches = [micro for step in range(9) for micro in plan.at(step)]
         for batch, micro in zip(BucketBatchSampler(plan, rank, 0, 9), micro_batches, strict=True):
-            assert tuple(next(mixture.next_clips(*draw)) for draw in batch) == micro.clips_of(rank)
+            assert tuple(next(mixture.next_visits(*draw)).clip for draw in batch) == micro.clips_of(rank)
 
 
 def test_without_costs_all_ranks_are_in_the_same_bucket_at_every_micro_step():

@@ -18,6 +18,7 @@ def test_a_row_holds_the_properties_of_its_file(folder: Path, tmp_path: Path) ->
     assert first == dict.fromkeys(SCHEMA.names) | {
         "path": str(folder / "a.mp4"), "size": stat.st_size, "mtime_ns": stat.st_mtime_ns, "kind": "video",
         "frames": 5, "fps": 10.0, "width": 48, "height": 32, "rotation": 0, "duration_s": pytest.approx(0.5),
+        "processing": "",
         "caption": "clip a", "status": "ok", "set": 0,
         "digest": hashlib.blake2b((folder / "a.mp4").read_bytes(), digest_size=16).digest(),
     }  # fmt: skip
@@ -41,6 +42,15 @@ def test_captions(folder: Path, tmp_path: Path) -> None:
     rows = scan_folder(folder, tmp_path / "manifest.parquet", default_caption="a film")
     assert [row["caption"] for row in rows] == ["a film", "a film", None, "a picture"]
     assert names_of(rows, "unusable") == ["c.mp4"]
+
+
+def test_several_captions(folder: Path, tmp_path: Path) -> None:
+    lists = [["one", "two", "three"], ["one"], ["half of a pair: \ud83d", "x"], ["x", "half of a pair: \ud83d"]]
+    lines = [{"path": str(folder / "a.mp4"), "text": None, "captions": captions} for captions in lists]
+    rows = rows_of_list(tmp_path, tmp_path / "m.parquet", lines)
+    assert [row["caption"] for row in rows] == ["one", "one", None, None]
+    assert [row["more_captions"] for row in rows] == [["two", "three"], None, None, None]
+    assert categories(rows) == [None, None, "caption unreadable", "caption unreadable"]
 
 
 def test_ranges(folder: Path, tmp_path: Path, opened: list[str]) -> None:
@@ -71,3 +81,12 @@ def test_conditioning_images(folder: Path, tmp_path: Path, opened: list[str]) ->
     opened.clear()
     assert rows_of_list(tmp_path, file, lines) == rows
     assert opened == []
+
+
+def test_scores_of_a_prepared_table(folder: Path, tmp_path: Path) -> None:
+    lines = [
+        {"path": str(folder / "a.mp4"), "motion": 0.5},
+        {"path": str(folder / "b.mp4"), "duplicate_of": "a.mp4 at 0.000 s"},
+    ]
+    rows = rows_of_list(tmp_path, tmp_path / "m.parquet", lines)
+    assert [(row["motion"], row["duplicate_of"]) for row in rows] == [(0.5, None), (None, "a.mp4 at 0.000 s")]

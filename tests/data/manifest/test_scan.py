@@ -1,8 +1,12 @@
 """The scan: which files are opened again, digests, sharing by ranks, and many batches."""
 
+import hashlib
+import io
 import json
 import os
 import shutil
+import tarfile
+from collections.abc import Mapping
 from pathlib import Path
 
 import numpy as np
@@ -11,14 +15,17 @@ import pyarrow.compute as pc
 import pyarrow.parquet as pq
 import pytest
 
+from cogds.data.layouts import parts as parts_module
 from cogds.data.manifest import scan as scan_module
 from cogds.data.manifest import scan_state
 from cogds.data.manifest import table as table_module
-from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
-from cogds.data.manifest.table import DataSet, read_manifest, write_manifest
+from cogds.data.manifest.scan import finish_scan, scan_share
+from cogds.data.manifest.scan_state import read_entries, remove_state
+from cogds.data.manifest.table import DataSet, read_manifest, read_skipped, write_manifest
+from cogds.data.storage.location import display_name
 from cogds.data.video.media import DecodeError, VideoInfo, write_video
 from cogds.data.video.probe_task import ProbeTask, probe_file
-from tests.data.scanned import names_beside, names_of, rows_of_list, scan_folder, scan_sets
+from tests.data.scanned import listed, names_beside, names_of, rows_of_list, scan_folder, scan_sets
 
 
 def test_only_new_and_changed_files_are_opened(folder: Path, tmp_path: Path, opened: list[str], clip: Path) -> None:
@@ -60,6 +67,18 @@ def test_files_without_a_digest_are_scanned_again(folder: Path, tmp_path: Path, 
     opened.clear()
     assert scan_folder(folder, file) == rows
     assert opened == ["a.mp4"]
+
+
+def test_a_manifest_of_cogds_0_2_is_updated_without_opening_files(
+    folder: Path, tmp_path: Path, opened: list[str]
+) -> None:
+    """It has one caption per clip."""
+    file = tmp_path / "manifest.parquet"
+    rows = scan_folder(folder, file)
+    pq.write_table(read_manifest(file).drop_columns(["more_captions"]), file)
+    opened.clear()
+    assert scan_folder(folder, file) == rows
+    assert opened == []
 
 
 def test_a_file_that_changes_while_it_is_scanned_is_unusable_until_the_next_scan(
@@ -139,13 +158,70 @@ def test_ranks_share_the_files(folder: Path, tmp_path: Path, num_ranks: int, ope
     by_one_rank = scan_folder(folder, tmp_path / "one_rank.parquet")
     opened.clear()
     file = tmp_path / "shared.parquet"
-    scan = start_scan([DataSet(str(folder))], file)
+    scan = listed([DataSet(str(folder))], file, num_ranks)
     assert scan.num_files == 4
     assert sum(scan_share(scan, (rank, num_ranks), 0) for rank in range(num_ranks)) == 4
     assert sorted(opened) == ["a.mp4", "b.mp4", "c.mp4", "d.png"]
     finish_scan(scan)
     assert read_manifest(file).to_pylist() == by_one_rank
     assert names_beside(file) == ["clips", "one_rank.parquet"]
+
+
+def write_tar(file: Path, members: Mapping[str, bytes]) -> None:
+    with tarfile.open(file, "w") as tar:
+        for name, content in members.items():
+            info = tarfile.TarInfo(name)
+            info.size = len(content)
+            tar.addfile(info, io.BytesIO(content))
+
+
+@pytest.mark.parametrize("num_ranks", [1, 3])
+def test_tars_and_nested_folders_are_listed_by_all_ranks(
+    tmp_path: Path, num_ranks: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The order does not depend on the number of ranks, nor on how the listing is divided."""
+    monkeypatch.setattr(scan_module, "probe_file", lambda _: VideoInfo(5, 10.0, 16, 16, 0.5))
+    monkeypatch.setattr(parts_module, "CLIPS_PER_PART", 2)
+    data = tmp_path / "data"
+    for name in ("a.mp4", "b/0.mp4", "b/c/1.mp4", "b/c/2.mp4", "b/d/3.mp4", "e.mp4", "f.mp4", "g.mp4"):
+        (data / name).parent.mkdir(parents=True, exist_ok=True)
+        (data / name).write_bytes(name.encode())
+        (data / name).with_suffix(".txt").write_text(f"caption of {name}")
+    (data / "b/notes.md").write_text("x")
+    write_tar(
+        data / "b/z.tar",
+        {
+            "1.json": b'{"caption": ["first", "second"]}',
+            "1.mp4": b"video 1",
+            "1.jpg": b"poster",
+            "2.txt": b"\xff",
+            "2.mp4": b"video 2",
+            "3.jpg": b"image",
+            "sub/4.x.y.mp4": b"video 4",
+            "sub/4.txt": b" four ",
+            "readme": b"",
+        },
+    )
+    scan = listed([DataSet(str(data))], tmp_path / "m.parquet", num_ranks)
+    assert scan.skipped == {".md file": 1, "image with the name of a video beside it": 1, "file without a suffix": 1}
+    for rank in range(num_ranks):
+        scan_share(scan, (rank, num_ranks), 0)
+    finish_scan(scan)
+    rows = read_manifest(tmp_path / "m.parquet").to_pylist()
+    names = [display_name(row["path"]).removeprefix(f"{data}/") for row in rows]
+    assert names == [
+        *("a.mp4", "b/0.mp4", "b/c/1.mp4", "b/c/2.mp4", "b/d/3.mp4"),
+        *("b/z.tar/1.mp4", "b/z.tar/2.mp4", "b/z.tar/3.jpg", "b/z.tar/sub/4.x.y.mp4", "e.mp4", "f.mp4", "g.mp4"),
+    ]
+    in_tar = rows[5:9]
+    assert [row["caption"] for row in in_tar] == ["first", None, None, "four"]
+    assert "cannot be read as UTF-8" in in_tar[1]["reason"]
+    assert [row["kind"] for row in in_tar] == ["video", "video", "image", "video"]
+    contents = [b"video 1", b"video 2", b"image", b"video 4"]
+    assert [row["digest"] for row in in_tar] == [hashlib.blake2b(text, digest_size=16).digest() for text in contents]
+    assert [row["size"] for row in in_tar] == list(map(len, contents))
+    (data / "b/z.tar").write_bytes((data / "b/z.tar").read_bytes())  # only its time changes
+    assert scan_share(listed([DataSet(str(data))], tmp_path / "m.parquet"), (0, 1), 0) == 4
 
 
 def probe_by_name(task: ProbeTask) -> VideoInfo:
@@ -167,7 +243,7 @@ def test_many_rows_in_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
     numbers = np.random.default_rng(0).integers(0, 300, 1000).tolist()
     (tmp_path / "l.csv").write_text("path,text\n" + "".join(f"{i}.mp4,caption {i}\n" for i in numbers))
     for _ in range(2):  # probed, then from the manifest
-        scan = start_scan([DataSet(str(tmp_path / "l.csv"))], tmp_path / "m.parquet")
+        scan = listed([DataSet(str(tmp_path / "l.csv"))], tmp_path / "m.parquet")
         assert scan.num_files == len(set(numbers))
         for rank in (0, 1):
             scan_share(scan, (rank, 2), 0)
@@ -178,3 +254,24 @@ def test_many_rows_in_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert table["frames"].to_pylist() == [i or None for i in numbers]
         assert len(pc.unique(table["digest"])) == len(set(numbers))
         assert pc.sum(pc.equal(table["status"], "unusable")).as_py() == numbers.count(0)
+
+
+def test_what_the_listing_skips_is_in_the_manifest(folder: Path, tmp_path: Path) -> None:
+    file = tmp_path / "m.parquet"
+    (folder / ".Trash-1000").mkdir()
+    (folder / ".Trash-1000" / "deleted.mp4").touch()
+    (folder / "notes.md").touch()
+    scan_folder(folder, file)
+    assert read_skipped(file) == {"hidden or system folder": 1, ".md file": 1}
+    (folder / "notes.md").unlink()
+    scan_folder(folder, file)
+    assert read_skipped(file) == {"hidden or system folder": 1}
+
+
+def test_all_captions_of_a_clip_are_listed(tmp_path: Path) -> None:
+    rows = [{"path": "a.mp4", "captions": ["one", "uno"]}, {"path": "b.mp4", "text": "two"}]
+    (tmp_path / "l.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    scan = listed([DataSet(str(tmp_path / "l.jsonl"))], tmp_path / "m.parquet")
+    columns = [batch.column("more_captions").to_pylist() for batch in read_entries(scan)]
+    assert columns == [[["uno"], None]]
+    remove_state(scan)

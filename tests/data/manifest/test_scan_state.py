@@ -9,11 +9,11 @@ import pytest
 
 from cogds.data.manifest import scan as scan_module
 from cogds.data.manifest import scan_state
-from cogds.data.manifest.scan import scan_share, start_scan
+from cogds.data.manifest.scan import scan_share
 from cogds.data.manifest.table import DataSet
 from cogds.data.video.media import VideoInfo, write_video
 from cogds.data.video.probe_task import ProbeTask, probe_file
-from tests.data.scanned import names_beside, names_of, scan_folder
+from tests.data.scanned import listed, names_beside, names_of, scan_folder
 
 
 def test_a_killed_scan_is_resumed(
@@ -27,7 +27,7 @@ def test_a_killed_scan_is_resumed(
             raise KeyboardInterrupt
         return probe_file(task)
 
-    scan = start_scan([DataSet(str(folder))], file)
+    scan = listed([DataSet(str(folder))], file)
     with monkeypatch.context() as patch:
         patch.setattr(scan_module, "probe_file", interrupted_at_c)
         with pytest.raises(KeyboardInterrupt):
@@ -44,7 +44,7 @@ def test_a_killed_scan_is_resumed(
     assert all(row["digest"] for row in rows)
     # The lists of the interrupted scan stay while its process, which is this one, runs.
     assert names_beside(file) == ["clips", f"{file.name}.work"]
-    assert sorted(path.name.split("-")[0] for path in scan.folder.iterdir()) == ["entries", "files"]
+    assert sorted(path.name.split("-")[0] for path in scan.folder.iterdir()) == ["entries", "files", "parts"]
 
 
 def test_the_newest_results_of_unfinished_scans_are_used(folder: Path, tmp_path: Path, opened: list[str]) -> None:
@@ -54,7 +54,7 @@ def test_the_newest_results_of_unfinished_scans_are_used(folder: Path, tmp_path:
     os.rename(folder / "a.mp4", tmp_path / "away.mp4")
     for num_frames in (6, 7):  # two scans that do not reach the last step, each of a new b
         write_video(folder / "b.mp4", np.zeros((num_frames, 32, 48, 3), np.uint8), 10)
-        scan_share(start_scan([DataSet(str(tmp_path / "l.jsonl"))], file), (0, 1), 0)
+        scan_share(listed([DataSet(str(tmp_path / "l.jsonl"))], file), (0, 1), 0)
     os.rename(tmp_path / "away.mp4", folder / "a.mp4")
     opened.clear()
     rows = scan_folder(tmp_path / "l.jsonl", file)

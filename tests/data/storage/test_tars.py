@@ -43,7 +43,7 @@ def tar(request, tmp_path):
 
 def test_members_are_read_by_range(tar):
     location = tar()
-    members = list(list_members(location))
+    members = [member for member, _ in list_members(location)]
     assert {member.name: read_bytes(member.location) for member in members} == FILES
     for member in members:
         assert parse_member(member.location) == member
@@ -57,7 +57,7 @@ def test_headers_are_found_without_reading_the_data(file_server, monkeypatch):
     monkeypatch.setattr("cogds.data.storage.access.WHOLE_BYTES", 1000)
     monkeypatch.setattr(tars, "_HEADER_BLOCK_BYTES", 1024)
     write_tar(file_server.folder / "a.tar")
-    assert [member.name for member in list_members(f"{file_server.url}/a.tar")] == list(FILES)
+    assert [member.name for member, _ in list_members(f"{file_server.url}/a.tar")] == list(FILES)
     assert sum(size for _, size in file_server.requests) < 20_000
 
 
@@ -73,6 +73,15 @@ def test_tars_that_are_cut_short(tmp_path):
     (tmp_path / "cut.tar").write_bytes(whole[:100_000])
     with pytest.raises(TarError, match="cut short"):
         list(list_members(str(tmp_path / "cut.tar")))
+    end = next(member.offset + member.size for member, _ in list_members(str(tmp_path / "a.tar")))
+    (tmp_path / "cut.tar").write_bytes(whole[: -(-end // 512) * 512])  # nothing but the end is missing
+    with pytest.raises(TarError, match="cut short after its member"):
+        list(list_members(str(tmp_path / "cut.tar")))
     (tmp_path / "empty.tar").write_bytes(b"")
     with pytest.raises(TarError):
         list(list_members(str(tmp_path / "empty.tar")))
+
+
+def test_contents_of_small_members_are_read_on_the_way(tar):
+    contents = {member.name: content for member, content in list_members(tar(), lambda name: name.endswith(".txt"))}
+    assert contents == {name: data if name.endswith(".txt") else None for name, data in FILES.items()}

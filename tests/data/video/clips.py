@@ -1,5 +1,6 @@
 """Video files for tests, encoded with PyAV."""
 
+import os
 import struct
 from collections.abc import Mapping, Sequence
 from fractions import Fraction
@@ -37,6 +38,8 @@ def encode(
                 frame.pts, frame.time_base = pts_ms[k], Fraction(1, 1000)
             container.mux(stream.encode(frame))
         container.mux(stream.encode())
+    # As root, SVT-AV1 gives this process real-time priority, and all tests after it would starve the machine.
+    os.sched_setscheduler(0, os.SCHED_OTHER, os.sched_param(0))
     return path
 
 

@@ -11,10 +11,11 @@ import pytest
 from PIL import Image
 
 from cogds.data.manifest import scan as scan_module
-from cogds.data.manifest.scan import finish_scan, scan_share, start_scan
+from cogds.data.manifest.scan import finish_scan, scan_share
 from cogds.data.manifest.table import DataSet, read_manifest
 from cogds.data.video.media import write_video
 from cogds.data.video.probe_task import ProbeTask
+from tests.data.scanned import listed
 from tests.data.video.clips import audio_only, encode, rotate
 
 
@@ -65,7 +66,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict]]:
     folder = tmp_path_factory.mktemp("bad") / "files"
     unusual_folder(folder)
     file = folder.parent / "manifest.parquet"
-    scan = start_scan([DataSet(str(folder))], file)
+    scan = listed([DataSet(str(folder))], file)
     scan_share(scan, (0, 1), 2, timeout_s=60)
     finish_scan(scan)
     yield {os.path.basename(row["path"]): row for row in read_manifest(file).to_pylist()}
@@ -131,7 +132,7 @@ def test_a_file_removed_before_probing_affects_no_other(tmp_path: Path) -> None:
     for name in ("a.mp4", "b.mp4"):
         write_video(tmp_path / name, grey(5, 32, 32), 10)
     file = tmp_path / "out" / "m.parquet"
-    scan = start_scan([DataSet(str(tmp_path))], file, "x")
+    scan = listed([DataSet(str(tmp_path))], file, default_caption="x")
     (tmp_path / "a.mp4").unlink()
     scan_share(scan, (0, 1), 0)
     finish_scan(scan)
@@ -167,7 +168,7 @@ def test_a_hang_crash_or_memory_leak_loses_one_file_each(tmp_path: Path, monkeyp
 
     def scan_with(scan_file: Callable[[ProbeTask], dict], num_workers: int) -> int:
         monkeypatch.setattr(scan_module, "scan_file", scan_file)
-        scan = start_scan([DataSet(str(tmp_path))], file, "x")
+        scan = listed([DataSet(str(tmp_path))], file, default_caption="x")
         num_opened = scan_share(scan, (0, 1), num_workers, timeout_s=2.0, memory_bytes=600_000_000)
         finish_scan(scan)
         return num_opened

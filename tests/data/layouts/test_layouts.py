@@ -7,14 +7,18 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 import pytest
 
-from cogds.data.manifest.layouts import MANIFEST_MARK, Entry, iter_entries
+from cogds.data.layouts import lists
+from cogds.data.layouts.data_set import DataSet
+from cogds.data.layouts.entry import Entry
+from cogds.data.layouts.parquet_tables import MANIFEST_MARK
+from cogds.data.layouts.parts import iter_entries
 from cogds.errors import UserError
 
 COLUMNS = {"path": "url", "caption": "alt text", "kind": "sort", "image": "still", "start_s": "from", "end_s": "to"}
 
 
 def read_entries(path: Path, columns: dict[str, str] | None = None) -> list[Entry]:
-    return list(iter_entries(path, columns))
+    return list(iter_entries(DataSet(str(path), columns or {})))
 
 
 def put(folder: Path, **texts: str) -> Path:
@@ -78,7 +82,7 @@ def test_tables(tmp_path: Path) -> None:
     [
         (lambda d: d / "nowhere", "^data.path: .*/nowhere"),
         (lambda d: d, "^data.path: .*/no_files"),
-        (lambda d: put(d, videos__txt="a.mp4", metadata__jsonl="{}"), "^data.path: .*metadata.jsonl, videos.txt"),
+        (lambda d: put(d, videos__txt="a", prompts__txt="b", metadata__csv="path,text\na,b"), "metadata.csv, vid"),
         (lambda d: put(d, videos__txt="a.mp4\nb.mp4", prompts__txt="one"), "^data.path: .*videos.txt has 2.* has 1"),
         (lambda d: put(d, videos__txt="a.mp4\n\nb.mp4", prompts__txt="1\n2\n3"), "/videos.txt:2: "),
         (lambda d: put(d, videos__txt="a.mp4"), "^data.path: .* no prompts.txt"),
@@ -89,10 +93,10 @@ def test_tables(tmp_path: Path) -> None:
         (lambda d: put(d, metadata__jsonl='{"file_name": "a", "txt": ""}'), "/metadata.jsonl:1: .*'text'.* txt"),
         (lambda d: put(d, metadata__jsonl="[1]"), "/metadata.jsonl:1: .*list"),
         (lambda d: put(d, metadata__csv="file_name,text\na,b\nc\n"), "/metadata.csv:3: .*'text'"),
-        (lambda d: put(d, metadata__csv='file_name,text\na,"b\n'), "/metadata.csv:1: .*CSV"),
+        (lambda d: put(d, metadata__csv='file_name,text\na,"b\n'), "/metadata.csv:2: .*CSV"),
         (lambda d: put(d, x__json='[{"file_path": "a", "text": "b"},\n{]'), "/x.json:2: .*JSON"),
         (lambda d: put(d, x__json="{}"), "^data.path: .*x.json"),
-        (lambda d: put(d, x__json="{}") / "x.json", "/x.json: .*dict"),
+        (lambda d: put(d, x__json='{"a": 1}') / "x.json", "/x.json: row 1: .*'a' is 1"),
         (lambda d: put(d, x__json='[{"text": "b"}]'), "/x.json: row 1: .*'file_path'.*text"),
         (lambda d: put(d, x__json='[{"file_path": "a", "text": 5}]'), "/x.json: row 1: .*caption.* 5"),
         (lambda d: put(d, x__json='[{"file_path": "", "text": "x"}]'), "/x.json: row 1: .*path.* ''"),
@@ -108,7 +112,7 @@ def test_tables(tmp_path: Path) -> None:
         (lambda d: put(d, x__json='[{"path": "a", "text": "b", "start_s": true}]'), "/x.json: row 1: start_s .*True"),
         (lambda d: put(d, x__json='[{"path": "a", "text": "b", "image": 1}]'), "/x.json: row 1: .*image.* 1"),
         (lambda d: table(d, path=["a"], text=[1]), "/metadata.parquet: .*'text' holds int64"),
-        (lambda d: table(d, path=["a"], text=["b"], end_s=["c"]), "/metadata.parquet: .*'end_s' holds string"),
+        (lambda d: table(d, path=["a"], text=["b"], end_s=["c"]), "/metadata.parquet: row 1: end_s is 'c'"),
         (lambda d: table(d, path=["a", None], text=["b", "c"]), "/metadata.parquet: row 2: .*path.* None"),
         (lambda d: table(d, url=["a"], text=["b"]), "/metadata.parquet: .*'file_name'.* url, text"),
     ],
@@ -145,11 +149,45 @@ def test_tables_with_ranges_images_and_given_column_names(tmp_path: Path) -> Non
         read_entries(tmp_path / "l.parquet", {"path": "uri"})
 
 
+def test_a_list_of_captions(tmp_path: Path) -> None:
+    rows = [
+        {"path": "a.mp4", "captions": [" one", "two ", "", "one"]},
+        {"path": "b.mp4", "captions": ["three"]},
+        {"path": "c.mp4", "captions": [" "]},
+        {"path": "d.mp4", "captions": []},
+        {"path": "e.mp4", "captions": None},
+    ]
+    put(tmp_path, l__jsonl="\n".join(map(json.dumps, rows)), l__json=json.dumps(rows))
+    put(tmp_path, l__csv='path,captions\na.mp4,"["" one"", ""two "", """"]"\nb.mp4,three\n')
+    table(tmp_path, "l.parquet", **{name: [row[name] for row in rows] for name in rows[0]})
+    first = entry(tmp_path, "a.mp4", "one", "video")._replace(more_captions=("two",))
+    expected = [first, *(entry(tmp_path, f"{n}.mp4", c, "video") for n, c in zip("bcde", ("three", "", None, None)))]
+    for file in ("l.jsonl", "l.json", "l.parquet"):
+        assert read_entries(tmp_path / file) == expected
+    assert read_entries(tmp_path / "l.csv") == expected[:2]
+
+
+def test_a_caption_and_a_list_of_captions(tmp_path: Path) -> None:
+    put(tmp_path, l__jsonl='{"path": "a.mp4", "text": "two", "all": ["one", "two"]}')
+    (clip,) = read_entries(tmp_path / "l.jsonl", {"captions": "all"})
+    assert (clip.caption, *clip.more_captions) == ("two", "one")
+
+
+@pytest.mark.parametrize("captions", ['"a"', "[1]"])
+def test_captions_that_are_no_texts_are_refused(tmp_path: Path, captions: str) -> None:
+    put(tmp_path, l__jsonl=f'{{"path": "a.mp4", "captions": {{"en": {captions}}}}}')
+    with pytest.raises(UserError, match=r"l\.jsonl:1: the caption is {'en'.*Write a string"):
+        read_entries(tmp_path / "l.jsonl")
+    table(tmp_path, path=["a.mp4"], captions=[[1]])
+    with pytest.raises(UserError, match=r"parquet: column 'captions' holds int64"):
+        read_entries(tmp_path)
+
+
 def test_cogds_column_names_and_no_captions(tmp_path: Path) -> None:
     table(tmp_path, path=["a.mp4"], kind=["image"], start_s=pa.array([float("nan")]))
     with pytest.raises(UserError, match=r"metadata\.parquet: .*'text'"):
         read_entries(tmp_path)
-    assert list(iter_entries(tmp_path, None, need_captions=False)) == [entry(tmp_path, "a.mp4", None, "image")]
+    assert list(iter_entries(DataSet(str(tmp_path)), need_captions=False)) == [entry(tmp_path, "a.mp4", None, "image")]
 
 
 def test_parquet_files_are_joined_and_manifests_ignored(tmp_path: Path) -> None:
@@ -182,8 +220,8 @@ def test_a_folder_is_read_in_the_order_of_sorted_paths(tmp_path: Path) -> None:
 
 
 def test_entries_are_yielded_while_the_list_is_read(tmp_path: Path) -> None:
-    put(tmp_path, l__jsonl='{"path": "a", "text": "b"}\nnot json\n')
-    entries = iter_entries(tmp_path / "l.jsonl")
+    put(tmp_path, l__jsonl='{"path": "a.mp4", "text": "b"}\nnot json\n')
+    entries = iter_entries(DataSet(str(tmp_path / "l.jsonl")))
     assert next(entries).caption == "b"
     with pytest.raises(UserError, match=r"l\.jsonl:2: "):
         next(entries)
@@ -193,3 +231,45 @@ def test_a_list_that_is_not_utf8(tmp_path: Path) -> None:
     (tmp_path / "metadata.csv").write_bytes("file_name,text\na,ä\n".encode("latin-1"))
     with pytest.raises(UserError, match=r"metadata\.csv: .*UTF-8"):
         read_entries(tmp_path)
+
+
+@pytest.mark.parametrize("form", ["jsonl", "parquet"])
+def test_scores_and_other_columns_are_read(tmp_path: Path, form: str) -> None:
+    columns = {
+        "file_name": ["a.mp4", "b.mp4", "c.mp4"],
+        "text": ["one", "two", "three"],
+        "motion": [0.25, None, 0.0],
+        "duplicate_of": [None, "a.mp4", ""],
+        "score": [1, 2, 3],
+    }
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    if form == "jsonl":
+        put(tmp_path, metadata__jsonl="\n".join(map(json.dumps, rows)))
+    else:
+        table(tmp_path, **columns)
+    entries = list(iter_entries(DataSet(str(tmp_path)), keep_extras=True))
+    assert [entry.motion for entry in entries] == [0.25, None, 0.0]
+    assert [entry.duplicate_of for entry in entries] == [None, "a.mp4", None]
+    assert [entry.extras for entry in entries] == [{"score": 1}, {"score": 2}, {"score": 3}]
+    assert [entry.extras for entry in read_entries(tmp_path)] == [None] * 3
+
+
+@pytest.mark.parametrize("values", [["high", "low"], [[0.1], [0.2]], [True, False], [float("nan"), float("inf")]])
+def test_scores_of_another_form_are_ignored(tmp_path: Path, values: list) -> None:
+    table(tmp_path, file_name=["a.mp4", "b.mp4"], text=["one", "two"], motion=values, duplicate_of=[1, 2])
+    assert [(entry.motion, entry.duplicate_of) for entry in read_entries(tmp_path)] == [(None, None)] * 2
+
+
+def test_scores_in_other_columns_and_as_text(tmp_path: Path) -> None:
+    put(tmp_path, metadata__csv="file_name,text,flow,copy\na.mp4,one,0.5,\nb.mp4,two,,a.mp4\n")
+    entries = read_entries(tmp_path, {"motion": "flow", "duplicate_of": "copy"})
+    assert [(entry.motion, entry.duplicate_of) for entry in entries] == [(0.5, None), (None, "a.mp4")]
+
+
+def test_other_columns_of_parquet_are_read_only_if_asked_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    table(tmp_path, file_name=["a.mp4"], text=["one"], motion=[0.5], large=["x" * 1000])
+    read, names = lists.read_parquet, []
+    monkeypatch.setattr(lists, "read_parquet", lambda file, columns: names.append(columns) or read(file, columns))
+    list(iter_entries(DataSet(str(tmp_path))))
+    list(iter_entries(DataSet(str(tmp_path)), keep_extras=True))
+    assert names == [["file_name", "text", "motion"], ["file_name", "text", "motion", "large"]]

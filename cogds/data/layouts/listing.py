@@ -1,0 +1,49 @@
+"""What a listing has found besides entries: counts, and files that may be the list that the user meant."""
+
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+NUM_NAMES = 5
+_NUM_REASONS = 100  # names like a.1, a.2, ... could make a reason for every file
+
+
+@dataclass
+class Listing:
+    """The counts of a listing, or of a part of it.
+
+    Attributes:
+        num_entries: number of entries.
+        num_captioned: number of entries with a caption.
+        lists: some lists that were read.
+        tables: some tables that were found and not read.
+        skipped: what is not in the entries: reason (a noun, such as `.md file`) -> number.
+    """
+
+    num_entries: int = 0
+    num_captioned: int = 0
+    lists: list[str] = field(default_factory=list)
+    tables: list[str] = field(default_factory=list)
+    skipped: Counter[str] = field(default_factory=Counter)
+
+    def skip(self, reason: str, number: int = 1) -> None:
+        """Count something that is not in the entries."""
+        if not number:
+            return
+        if reason not in self.skipped and len(self.skipped) >= _NUM_REASONS:
+            reason = "other file"
+        self.skipped[reason] += number
+
+    def add(self, other: "Listing") -> None:
+        """Add the counts of another part."""
+        self.num_entries += other.num_entries
+        self.num_captioned += other.num_captioned
+        add_names(self.lists, other.lists)
+        add_names(self.tables, other.tables)
+        for reason, number in other.skipped.items():
+            self.skip(reason, number)
+
+
+def add_names(names: list[str], more: Iterable[str]) -> None:
+    """Add names to a list that keeps only the first few."""
+    names += list(more)[: NUM_NAMES - len(names)] if len(names) < NUM_NAMES else []

@@ -1,0 +1,29 @@
+"""Which files are videos and images, by their suffix."""
+
+import os
+
+from cogds.data.storage.location import display_name, is_url
+
+_VIDEOS = "mp4 m4v mov qt 3gp 3g2 f4v mkv webm avi divx wmv asf flv ogv mpg mpeg vob ts mts m2t m2ts mxf dv gif apng"
+_IMAGES = "jpg jpeg jpe jfif png webp bmp tif tiff heic heif hif avif"
+VIDEO_SUFFIXES = frozenset(f".{name}" for name in _VIDEOS.split())
+IMAGE_SUFFIXES = frozenset(f".{name}" for name in _IMAGES.split())
+
+
+def suffix_of(location: str) -> str:
+    """The suffix of a file's name in lower case, "" if there is none or the text after the dot is something else."""
+    name = display_name(location)
+    suffix = os.path.splitext(name.split("?")[0] if is_url(name) else name)[1].lower()
+    return suffix if len(suffix) <= 10 and suffix[1:].isalnum() else ""
+
+
+def kind_of(location: str) -> str | None:
+    """ "video", "image", or None for a suffix that is neither.
+
+    The suffix only says which library opens the file first. An animation with the suffix of an image (.webp, .png,
+    .avif) is read as a video, and a video of one frame (a still .gif) counts as an image wherever clips have lengths.
+    """
+    suffix = suffix_of(location)
+    if suffix in VIDEO_SUFFIXES:
+        return "video"
+    return "image" if suffix in IMAGE_SUFFIXES else None

@@ -50,7 +50,8 @@ class Proxy:
 
     def stop(self):
         """Refuse new connections and cut those that are open, as a killed server does."""
-        self._listener.shutdown(socket.SHUT_RDWR)
+        with contextlib.suppress(OSError):  # it is stopped already
+            self._listener.shutdown(socket.SHUT_RDWR)
         self._listener.close()
         self.cut()
 

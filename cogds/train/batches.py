@@ -1,5 +1,6 @@
 """The micro-steps of one rank, as tensors on its device that are prepared ahead of time."""
 
+import itertools
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -11,7 +12,7 @@ from cogds.config.schema import RunConfig
 from cogds.core.diffusion import stratified_timesteps, timestep_quarter
 from cogds.core.plan import MicroBatch
 from cogds.data.loading.dataset import BadClip, Batch, ClipDataset, collate, ignore_stop_signals
-from cogds.data.loading.fetch_ahead import FetchAhead
+from cogds.data.loading.fetch_ahead import FetchAhead, fetch
 from cogds.data.loading.sampler import BucketBatchSampler
 from cogds.distributed.world import World
 from cogds.encode.on_the_fly import OnTheFlyModels, ahead, stream_batches
@@ -20,6 +21,8 @@ from cogds.job import BATCHES_AHEAD
 from cogds.metrics.stopwatch import Stopwatch
 from cogds.train.run import Run
 from cogds.train.step import Draws, StepBuilder, draw_dropouts, to_device
+
+PREFETCH_FACTOR = 2  # batches that each loader process prepares ahead
 
 # Called with each batch before it is trained: optimizer step (0 is the first), micro-batch, tensors.
 OnBatch = Callable[[int, MicroBatch, Batch], None]
@@ -41,16 +44,20 @@ def load_batches(run: Run, models: OnTheFlyModels | None = None) -> Iterator[Bat
         batch_sampler=sampler,
         collate_fn=collate,
         num_workers=cfg.data.num_workers,
+        prefetch_factor=PREFETCH_FACTOR if cfg.data.num_workers else None,
         pin_memory=world.device.type == "cuda",
         worker_init_fn=ignore_stop_signals,
     )
     # Half of the local copy is for what was used: no entry is removed before it is used.
     max_bytes = int(cfg.data.local_cache_gb * 1e9 / 2 / world.local_size)
     try:
-        batches = iter(loader)  # forks the loader processes, which is better done before there are threads
         if not cache.is_remote:
-            yield from batches
+            yield from loader
             return
+        # The loader processes find what they read first, and do not connect to the server (1 s each). They are forked
+        # before there are threads.
+        fetch(cache, run.order, itertools.islice(sampler, PREFETCH_FACTOR * max(1, cfg.data.num_workers)))
+        batches = iter(loader)
         with FetchAhead(cache, run.order, sampler, max_bytes) as fetched:
             for batch in batches:
                 fetched.mark_used()

@@ -33,6 +33,7 @@ from cogds.engine.checkpoint import remove_folder, step_name
 from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.formatting import counted
+from cogds.job import open_cache
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import (
     Denoising,
@@ -303,7 +304,7 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
     """Return the videos to make by file stem. What cannot be made is left out with a warning."""
     sample, specs = run.cfg.sample, []
     try:
-        cache = run.job.cache
+        cache = open_cache(run.cfg)
         if sample.prompts:
             keys, snapshot = CacheKeys(run.cfg, run.model), cache.snapshot("captions")
             for number, prompt in enumerate(sample.prompts):

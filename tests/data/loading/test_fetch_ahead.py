@@ -8,7 +8,7 @@ import pytest
 
 from cogds.data.cache.store import DamagedEntryError
 from cogds.data.loading.dataset import Choice
-from cogds.data.loading.fetch_ahead import FetchAhead
+from cogds.data.loading.fetch_ahead import FetchAhead, fetch
 from cogds.data.loading.sampler import Draw
 from cogds.errors import UserError
 
@@ -66,6 +66,14 @@ def test_fetches_a_bounded_number_of_bytes_ahead():
     closed = len(cache.fetched)
     fetched.mark_used()
     assert len(cache.wait(0)) <= closed + 1
+
+
+def test_fetches_the_first_batches():
+    cache, before = FakeCache(), threading.active_count()
+    fetch(cache, ORDER, BATCHES[:3])
+    assert cache.wait(0) == entries(range(6))
+    assert threading.active_count() == before
+    fetch(FakeCache(UserError("data.cache_dir: the server is down")), ORDER, BATCHES[:3])
 
 
 def test_tiny_entries_are_bounded_by_batches():

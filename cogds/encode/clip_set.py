@@ -25,6 +25,7 @@ from cogds.data.manifest.assignment import (
 from cogds.data.manifest.table import DataSet, read_manifest, read_skipped
 from cogds.data.storage.access import is_folder
 from cogds.data.storage.location import absolute, display_name, parent
+from cogds.data.video.kinds import suffix_of
 from cogds.encode.captions import join_lists, with_prefixes
 from cogds.encode.scan_data import caption_prefixes, data_sets, evaluation_config
 from cogds.errors import UserError
@@ -258,7 +259,7 @@ def _root(data_set: DataSet) -> str:
     if data_set.root is not None:
         return absolute(data_set.root)
     path = absolute(data_set.path)
-    return path if is_folder(path) or path.endswith(".tar") else parent(path)
+    return path if suffix_of(path) == ".tar" or is_folder(path) else parent(path)
 
 
 def _is_held_out(table: pa.Table, roots: Sequence[str], share: float) -> np.ndarray:

@@ -15,7 +15,7 @@ from typing import NamedTuple
 from urllib.parse import urlsplit
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_MEMBER = re.compile(r"(?P<tar>.*\.tar)#(?P<name>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
+_MEMBER = re.compile(r"(?P<tar>.*\.(?i:tar))#(?P<name>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
 
 
 class Member(NamedTuple):

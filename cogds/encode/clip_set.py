@@ -186,13 +186,16 @@ class ClipSet:
         if file:
             with whole_file(file) as partial, partial.open("w") as out:
                 for batch in unusable.to_batches(max_chunksize=10_000):
-                    out.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
+                    rows = ({**row, "path": display_name(row["path"])} for row in batch.to_pylist())
+                    out.writelines(json.dumps(row) + "\n" for row in rows)
         phrases = pc.list_element(pc.split_pattern(unusable.column("reason"), ":", max_splits=1), 0)
         return UnusableClips(
             num=len(unusable),
             num_rows=len(self.table),
             by_reason={count["values"]: count["counts"] for count in pc.value_counts(phrases).to_pylist()},
-            examples=[(row["path"], row["reason"]) for row in unusable.slice(0, NUM_EXAMPLES).to_pylist()],
+            examples=[
+                (display_name(row["path"]), row["reason"]) for row in unusable.slice(0, NUM_EXAMPLES).to_pylist()
+            ],
             file=file,
         )
 

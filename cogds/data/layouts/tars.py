@@ -7,6 +7,7 @@ The files of a clip are in the same tar file, in any order. A caption belongs to
 import os
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 
 from cogds.data.layouts.captions import CAPTION_SUFFIXES, captions_of
 from cogds.data.layouts.entry import Entry
@@ -20,34 +21,42 @@ from cogds.errors import UserError
 
 @dataclass
 class _Sample:
-    """Files with the same name up to the first dot. captions: contents by name, with the suffix in small letters."""
+    """Files with the same name up to the first dot.
+
+    Attributes:
+        clips: by name.
+        captions: contents by name, with the suffix in small letters.
+    """
 
     name: str
-    clips: list[Member] = field(default_factory=list)
+    clips: dict[str, Member] = field(default_factory=dict)
     captions: dict[str, bytes] = field(default_factory=dict)
 
-    def is_poster(self, clip: Member) -> bool:
-        """Whether an image only shows a video of the sample: it has its name, or the video has the sample's."""
-        if kind_of(clip.name) != "image" or any(clip.name + suffix in self.captions for suffix in CAPTION_SUFFIXES):
-            return False
-        videos = [other.name for other in self.clips if kind_of(other.name) == "video"]
-        shown = {*videos, *map(_stem, videos)}
-        return _stem(clip.name) in shown or self.name in shown
+    @cached_property
+    def _videos(self) -> set[str]:
+        """Names of the videos, with and without their suffixes."""
+        return {part for name in self.clips if kind_of(name) == "video" for part in (name, _stem(name))}
 
-    def captions_of(self, clip: Member) -> list[str]:
-        """Names of a clip's caption files: the one with its name, or those of no other clip that come first."""
-        owners = {name for other in self.clips for name in (other.name, _stem(other.name))}
-        for suffix in CAPTION_SUFFIXES:
-            for stem in (clip.name, _stem(clip.name)):
-                if stem + suffix in self.captions:
-                    return [stem + suffix]
+    @cached_property
+    def _shared_captions(self) -> list[str]:
+        """The caption files that belong to all clips rather than to one."""
+        owners = {part for name in self.clips for part in (name, _stem(name))}
         free = [name for name in self.captions if _stem(name) not in owners]
-        for suffix in CAPTION_SUFFIXES:
-            if self.name + suffix in free:
-                return [self.name + suffix]
-            if names := [name for name in free if suffix_of(name) == suffix]:
-                return names
-        return []
+        by_suffix = [[name for name in free if suffix_of(name) == suffix] for suffix in CAPTION_SUFFIXES]
+        names = next(filter(None, by_suffix), [])
+        return names if len(names) <= 1 else [name for name in names if _stem(name) == self.name] or names
+
+    def is_poster(self, clip: str) -> bool:
+        """Whether an image only shows a video of the sample: it has its name, or the video has the sample's."""
+        if kind_of(clip) != "image" or any(clip + suffix in self.captions for suffix in CAPTION_SUFFIXES):
+            return False
+        return _stem(clip) in self._videos or self.name in self._videos
+
+    def captions_of(self, clip: str) -> list[str]:
+        """Names of the caption files that may be a clip's: the one with its name, or else the shared ones."""
+        names = (stem + suffix for suffix in CAPTION_SUFFIXES for stem in (clip, _stem(clip)))
+        own = next((name for name in names if name in self.captions), None)
+        return [own] if own else self._shared_captions
 
 
 def read_tar(tar: str, columns: Mapping[str, str | None], listing: Listing) -> Iterator[Entry]:
@@ -74,7 +83,8 @@ def read_tar(tar: str, columns: Mapping[str, str | None], listing: Listing) -> I
             if content is not None:
                 sample.captions[_stem(member.name) + suffix_of(name)] = content
             elif kind_of(name):
-                sample.clips.append(member)
+                listing.skip("older file of the same name in a tar file", member.name in sample.clips)
+                sample.clips[member.name] = member
             else:
                 listing.skip(f"{suffix_of(name)} file" if suffix_of(name) else "file without a suffix")
     except TarError as error:
@@ -82,8 +92,8 @@ def read_tar(tar: str, columns: Mapping[str, str | None], listing: Listing) -> I
     except OSError as error:
         raise UserError(f"{tar}: cannot be read ({error.strerror or error}). Check the file and the server.") from None
     for sample in samples.values():
-        for clip in sample.clips:
-            if sample.is_poster(clip):
+        for clip in sample.clips.values():
+            if sample.is_poster(clip.name):
                 listing.skip(POSTER)
             else:
                 yield _entry(clip, sample, columns)
@@ -98,7 +108,7 @@ def _is_caption(name: str) -> bool:
 
 
 def _entry(clip: Member, sample: _Sample, columns: Mapping[str, str | None]) -> Entry:
-    kind, names = str(kind_of(clip.name)), sample.captions_of(clip)
+    kind, names = str(kind_of(clip.name)), sample.captions_of(clip.name)
     if not names:
         return Entry(clip.location, None, kind)
     if len(names) > 1:

@@ -10,6 +10,7 @@ from cogds.data.layouts.data_set import DataSet
 from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.listing import Listing
 from cogds.data.layouts.parts import iter_entries
+from cogds.data.storage.access import read_bytes
 from cogds.data.storage.location import parse_member
 from cogds.errors import UserError
 
@@ -57,6 +58,19 @@ def test_a_clip_with_two_possible_captions_has_an_error(tmp_path):
     entry = by_name(write_tar(tmp_path / "a.tar", dict.fromkeys(("a.mp4", "a.long.txt", "a.short.txt"), "text")))
     assert entry["a.mp4"].caption is None
     assert "a.long.txt, a.short.txt" in (entry["a.mp4"].caption_error or "")
+
+
+def test_of_several_files_with_the_same_name_the_last_counts(tmp_path):
+    tar = write_tar(tmp_path / "a.tar", {"a.mp4": "old", "a.txt": "old"})
+    with tarfile.open(tar, "a") as archive:
+        for name in ("a.mp4", "a.txt"):
+            info = tarfile.TarInfo(name)
+            info.size = 3
+            archive.addfile(info, io.BytesIO(b"new"))
+    listing = Listing()
+    (entry,) = iter_entries(DataSet(str(tar)), listing=listing)
+    assert (entry.caption, read_bytes(entry.path)) == ("new", b"new")
+    assert listing.skipped == {"older file of the same name in a tar file": 1}
 
 
 def test_what_is_left_out_of_a_tar_file_is_counted(tmp_path):

@@ -9,10 +9,19 @@ from pathlib import Path
 from types import UnionType
 from typing import Annotated, Any, Literal, Self, Union, get_args, get_origin
 
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validator, model_validator
 from pydantic.fields import FieldInfo
+from pydantic_core import PydanticCustomError
+
+
+def _refuse_url(value: str) -> str:
+    if "://" in value:
+        raise PydanticCustomError("url", "must be a local path")
+    return value
+
 
 Text = Annotated[str, Field(pattern=r"\S")]  # not blank
+LocalPath = Annotated[Text, AfterValidator(_refuse_url)]  # of a file or folder that may not be at a URL
 Fraction = Annotated[float, Field(ge=0, lt=1)]
 OnOff = Literal["auto", "on", "off"]
 Attention = Literal["auto", "torch", "flash", "cudnn", "efficient", "flash3", "flash4", "math"]
@@ -112,7 +121,7 @@ class DataConfig(Section):
         "", "text before every caption of the clips, such as a trigger word; not before sample.prompts"
     )
     max_unusable: float = key(0.1, "fraction of unusable clips above which training is refused", ge=0, le=1)
-    manifest: Text | None = key(None, "Parquet table of the clips' properties; null: created in data.cache_dir")
+    manifest: LocalPath | None = key(None, "Parquet table of the clips' properties; null: created in data.cache_dir")
     draw_demo_clips: bool = key(False, "draw the demo clips at data.path if there are none")
     buckets: tuple[Text, ...] = key((), "clip shapes, FRAMESxHEIGHTxWIDTH; empty: generated from the next three keys")
     bucket_sizes: tuple[Text, ...] = key(
@@ -139,7 +148,7 @@ class DataConfig(Section):
     )
     cost_tolerance: Fraction = key(0.03, "relative difference in cost allowed between ranks with data.sync=cost")
     cache_dir: Text = key("outputs/cache", "folder of encoded clips and captions, or a URL such as s3://bucket/cache")
-    local_cache_dir: Text | None = key(
+    local_cache_dir: LocalPath | None = key(
         None,
         "folder on each node for copies of what is read from a data.cache_dir that is a URL; null: a temporary one",
     )
@@ -308,7 +317,7 @@ class NetworkConfig(Section):
 class RunConfig(Section):
     """The config of a whole run."""
 
-    output_dir: Text = key("outputs/run", "folder for checkpoints, logs and the LoRA")
+    output_dir: LocalPath = key("outputs/run", "folder for checkpoints, logs and the LoRA")
     seed: int = key(0, "seed of all random draws", ge=0, lt=2**63)
     model: ModelConfig
     data: DataConfig

@@ -25,6 +25,7 @@ from cogds.data.manifest.assignment import (
 from cogds.data.manifest.table import DataSet, read_manifest, read_skipped
 from cogds.data.storage.access import is_folder
 from cogds.data.storage.location import absolute, display_name, parent
+from cogds.data.video.kinds import suffix_of
 from cogds.encode.captions import join_lists, with_prefixes
 from cogds.encode.scan_data import caption_prefixes, data_sets, evaluation_config
 from cogds.errors import UserError
@@ -185,13 +186,16 @@ class ClipSet:
         if file:
             with whole_file(file) as partial, partial.open("w") as out:
                 for batch in unusable.to_batches(max_chunksize=10_000):
-                    out.writelines(json.dumps(row) + "\n" for row in batch.to_pylist())
+                    rows = ({**row, "path": display_name(row["path"])} for row in batch.to_pylist())
+                    out.writelines(json.dumps(row) + "\n" for row in rows)
         phrases = pc.list_element(pc.split_pattern(unusable.column("reason"), ":", max_splits=1), 0)
         return UnusableClips(
             num=len(unusable),
             num_rows=len(self.table),
             by_reason={count["values"]: count["counts"] for count in pc.value_counts(phrases).to_pylist()},
-            examples=[(row["path"], row["reason"]) for row in unusable.slice(0, NUM_EXAMPLES).to_pylist()],
+            examples=[
+                (display_name(row["path"]), row["reason"]) for row in unusable.slice(0, NUM_EXAMPLES).to_pylist()
+            ],
             file=file,
         )
 
@@ -258,7 +262,7 @@ def _root(data_set: DataSet) -> str:
     if data_set.root is not None:
         return absolute(data_set.root)
     path = absolute(data_set.path)
-    return path if is_folder(path) or path.endswith(".tar") else parent(path)
+    return path if suffix_of(path) == ".tar" or is_folder(path) else parent(path)
 
 
 def _is_held_out(table: pa.Table, roots: Sequence[str], share: float) -> np.ndarray:

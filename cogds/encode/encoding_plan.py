@@ -18,6 +18,7 @@ from cogds.core.load_balance import assign_by_cost
 from cogds.core.mixture import Mixture
 from cogds.data.cache.store import Snapshot, key_array, key_array_of_bytes
 from cogds.data.loading.index import ClipIndex, write_index
+from cogds.data.storage.location import display_name
 from cogds.encode.cache_keys import CLIPS_AT_ONCE, CacheKeys
 from cogds.encode.captions import list_lengths, make_lists
 from cogds.encode.clip_set import ClipSet, UnusableClips
@@ -254,7 +255,7 @@ class EncodingPlan:
             paths = held_out.clips.table.column("path")
             held_out_reasons = {paths[row].as_py(): reason for row, reason in held_out.clips.reasons.items()}
         for path, reason in held_out_reasons.items():
-            logger.warning(f"{path} cannot be evaluated: {reason}")
+            logger.warning(f"{display_name(path)} cannot be evaluated: {reason}")
         self._warn_of_overlap(train.kept)
         more = {} if self._cfg.eval.path is not None else held_out_reasons  # eval.path is another dataset
         return EncodedData(
@@ -294,10 +295,11 @@ class EncodingPlan:
         is_same_file = pc.is_in(paths, self._train.clips.column("path", kept)).to_numpy()
         overlap = np.flatnonzero(is_copy | is_same_file)
         if len(overlap):
+            first = display_name(paths[int(overlap[0])].as_py())
             logger.warning(
                 f"{len(overlap)} of the {len(paths)} clips that should only be evaluated are also trained, as copies "
-                f"or ranges of the same files (the first: {paths[int(overlap[0])].as_py()}). eval/loss shows less "
-                "overfitting than there is. Remove them from one of the two datasets."
+                f"or ranges of the same files (the first: {first}). eval/loss shows less overfitting than there is. "
+                "Remove them from one of the two datasets."
             )
 
 

@@ -17,6 +17,7 @@ import torch
 
 from cogds.data.loading.dataset import BadClip, Batch, Choice, ClipOrder, Item, collate
 from cogds.data.loading.sampler import Draw
+from cogds.data.storage.location import display_name
 from cogds.data.video.decode_task import DecodedClip, DecodeTask
 from cogds.encode.encoder import decode_pool, encode_pixels
 from cogds.job import Job
@@ -96,7 +97,7 @@ class _BatchEncoder:
         row, clip = choice.row, self._index[choice.row]
         pixels = decoded if row == decoded_row else next(self._substitutes.imap([self._task(row)]))
         if isinstance(pixels, TaskFailure):
-            return BadClip(row, clip.path, pixels.reason)
+            return BadClip(row, display_name(clip.path), pixels.reason)
         return {
             "moments": encode_pixels(self._models.vae, torch.from_numpy(pixels.pixels), clip.shape in self._tiled),
             "first_frame": torch.from_numpy(pixels.first_frame).permute(2, 0, 1).contiguous().to(self._device),

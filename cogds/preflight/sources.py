@@ -9,6 +9,8 @@ from typing import Any
 
 from safetensors import SafetensorError, safe_open
 
+from cogds.data.storage.access import is_folder, list_folder, stamp
+from cogds.data.storage.location import absolute, is_url
 from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_ranks, group_by_value
 from cogds.preflight.folders import MARKER_PREFIX
 
@@ -18,7 +20,7 @@ MAX_LISTED_FILES = 3
 
 
 def summarize_path(path: str) -> dict[str, Any]:
-    """Summarize a file or folder for comparison between nodes.
+    """Summarize a file or folder, also at a URL, for comparison between nodes.
 
     Returns:
         kind: "folder", "file", or "nothing" if it cannot be read.
@@ -27,6 +29,8 @@ def summarize_path(path: str) -> dict[str, Any]:
             a large file it is the size alone, for a large folder it is empty.
     """
     try:
+        if is_url(path):
+            return _summarize_url(path)
         if os.path.isfile(path):
             size = os.path.getsize(path)
             digest = (
@@ -47,6 +51,15 @@ def summarize_path(path: str) -> dict[str, Any]:
         return {"kind": "folder", "num": num, "content": f"{total:016x}"}
     except OSError as error:
         return {"kind": "nothing", "num": 0, "content": error.strerror or str(error)}
+
+
+def _summarize_url(url: str) -> dict[str, Any]:
+    if is_folder(url):
+        names = "\0".join(item.name for item in list_folder(url))
+        digest = hashlib.blake2b(names.encode(errors="surrogateescape"), digest_size=8).hexdigest()
+        return {"kind": "folder", "num": names.count("\0") + bool(names), "content": digest}
+    size, version = stamp(url)
+    return {"kind": "file", "num": size, "content": f"{size} {version}"}
 
 
 def file_sizes(folder: Path) -> dict[str, int]:
@@ -70,7 +83,7 @@ def inspect_sources(data_paths: Mapping[str, str], model_path: Path, is_first_of
     """
     if not is_first_of_node:
         return {"sources": {}, "damaged_files": {}}
-    sources = {key: {"path": path, **summarize_path(path)} for key, path in data_paths.items()}
+    sources = {key: {"path": path, **summarize_path(absolute(path))} for key, path in data_paths.items()}
     sizes = file_sizes(model_path)
     text = json.dumps(sizes, sort_keys=True).encode()
     sources["model.path"] = {
@@ -100,7 +113,7 @@ def assess_sources(results: list[RankResult]) -> list[Finding]:
             source = unreadable[0]["sources"][key]
             text = (
                 f"{key}: cannot read {source['path']} on {describe_ranks(unreadable)} ({source['content']}). Mount it "
-                "under the same path on all nodes."
+                "under the same path on all nodes, or check the address and the access."
             )
             findings.append(Finding("sources", FAIL, text))
         elif len(groups) > 1:

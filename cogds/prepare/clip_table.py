@@ -13,6 +13,7 @@ import pyarrow.parquet as pq
 
 from cogds.arguments import SCORES
 from cogds.data.layouts.columns import Columns
+from cogds.data.storage.location import display_name
 from cogds.errors import UserError
 from cogds.files import whole_file
 from cogds.prepare.duplicates import find_duplicates
@@ -179,5 +180,5 @@ def _relative(path: str, folder: Path) -> str:
 
 
 def _name(output: Path, scene: PreparedScene) -> str:
-    name = _relative(scene.path, output.parent)
+    name = display_name(_relative(scene.path, output.parent))
     return name if scene.start_s is None else f"{name} at {scene.start_s:.3f} s"

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from cogds.config.loading import load_config
 from cogds.config.schema import DataConfig
+from cogds.data.storage.location import display_name, is_url
 from cogds.distributed.collectives import on_all_ranks, on_rank0
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.run_lock import hold_run_lock
@@ -103,6 +104,8 @@ def check_dataset(data: DataConfig, args: argparse.Namespace) -> None:
 
 def read_request(data: DataConfig, args: argparse.Namespace) -> Request:
     """The request of a command line. Raises UserError if its arguments contradict each other."""
+    if is_url(args.output):
+        raise UserError(f"--output: {args.output} is a URL. Write the table to a folder, and upload it.")
     if args.max_scene is not None and args.max_scene < args.min_scene:
         raise UserError(f"--max-scene: {args.max_scene:g} s is below --min-scene, {args.min_scene:g} s. Raise it.")
     return Request(
@@ -169,9 +172,9 @@ def _summarize(prepared: Prepared, num_duplicates: int, folder: WorkFolder, outp
     if prepared.unusable:
         with whole_file(folder.unusable) as partial_file, partial_file.open("w", encoding="utf-8") as file:
             for path, reason in prepared.unusable:
-                file.write(json.dumps({"path": path, "reason": reason}) + "\n")
+                file.write(json.dumps({"path": display_name(path), "reason": reason}) + "\n")
         for path, reason in prepared.unusable[:NUM_SHOWN]:
-            logger.warning("%s: %s", path, reason)
+            logger.warning("%s: %s", display_name(path), reason)
         logger.warning("%s, see %s", counted(len(prepared.unusable), "problem"), folder.unusable)
     logger.log(RESULT, f"table: {output}")
 

@@ -28,6 +28,7 @@ from cogds.core.suggest import (
     suggest_buckets,
     suggest_lengths,
 )
+from cogds.data.storage.location import display_name
 from cogds.report.quality import ClipQuality, clip_quality
 
 # Rows processed at a time, to bound memory for tables of millions of clips.
@@ -399,15 +400,18 @@ def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
         for number in np.argsort(-total, kind="stable")[:MAX_REASONS].tolist():
             rows = np.flatnonzero(indices == number)[:NUM_EXAMPLES]
             counts[names[number]] = int(total[number])
-            examples[names[number]] = tuple(listed.column("path").take(pa.array(rows)).to_pylist())
+            examples[names[number]] = _display_names(listed, rows)
     # Usable clips without a bucket. The manifest gives no reason for these.
     short = np.flatnonzero(~unusable & (clips.buckets < 0))
     if len(short):
-        paths = clips.table.column("path").take(pa.array(short[:NUM_EXAMPLES])).to_pylist()
-        counts["too short"], examples["too short"] = len(short), tuple(paths)
+        counts["too short"], examples["too short"] = len(short), _display_names(clips.table, short[:NUM_EXAMPLES])
     reasons = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
     reasons.sort(key=lambda reason: (-reason.num_clips, reason.phrase))
     return tuple(reasons), int(unusable.sum()) + len(short) - sum(counts.values())
+
+
+def _display_names(table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
+    return tuple(map(display_name, table.column("path").take(pa.array(rows)).to_pylist()))
 
 
 def _count_processed(clips: ClipTable) -> dict[str, int]:

@@ -18,6 +18,7 @@ from PIL import Image, ImageDraw
 
 from cogds.core.buckets import crop_share
 from cogds.core.geometry import ClipShape
+from cogds.data.storage.location import display_name
 from cogds.files import whole_file
 from cogds.formatting import counted, duration, gigabytes, number, percent
 from cogds.metrics.figures import ORANGE
@@ -124,7 +125,7 @@ def sample_sheets(report: Report, clips: ClipTable, first_frame: FirstFrame, see
 
 
 def _tile(row: dict[str, Any], shape: ClipShape, first_frame: FirstFrame) -> Tile:
-    name = printable(Path(row["path"]).name)
+    name = printable(display_name(row["path"]).rsplit("/", 1)[-1])
     caption = printable(row["caption"] or "")
     if len(caption) > MAX_CAPTION_CHARS:
         caption = caption[:MAX_CAPTION_CHARS].rstrip() + " …"

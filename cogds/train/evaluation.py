@@ -30,6 +30,7 @@ from cogds.core.permutation import keyed_hash
 from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.data.loading.index import IndexedClip
+from cogds.data.storage.location import display_name
 from cogds.distributed.collectives import all_gather, any_rank
 from cogds.distributed.world import World
 from cogds.encode.encoding_plan import EncodedData
@@ -162,7 +163,7 @@ class Evaluation:
             all_bad |= rank_bad
         if self.world.rank == 0:
             for clip, reason in sorted(all_bad.items()):
-                logger.warning(f"{self.clips[clip].path}: left out of this evaluation: {reason}")
+                logger.warning(f"{display_name(self.clips[clip].path)}: left out of this evaluation: {reason}")
         return {sample: loss for sample, loss in losses.items() if sample[0] not in all_bad}
 
     def _inputs(self, batch: EvalBatch, bad: dict[int, str]) -> tuple[dict[str, Any], torch.Tensor]:

@@ -25,6 +25,7 @@ from cogds.core.geometry import ClipShape, num_tokens, padded_latent_frames
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
 from cogds.data.loading.index import ClipIndex
+from cogds.data.storage.location import display_name
 from cogds.data.video.media import read_clip, write_video
 from cogds.distributed.collectives import broadcast, on_rank0
 from cogds.distributed.process_group import is_lost_connection
@@ -348,7 +349,7 @@ def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
             pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
             specs.append(SampleSpec(clip.captions[0].text, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
-            log_failure(logger, f"{clip.path}: no video will be made of it: {brief(error)}", error)
+            log_failure(logger, f"{display_name(clip.path)}: no video will be made of it: {brief(error)}", error)
     return specs
 
 

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from cogds.data.storage.location import join
 from cogds.errors import UserError, did_you_mean
 
 COLUMNS = ("prompt", "image", "size", "seed")
@@ -101,5 +102,5 @@ def _make_spec(place: str, row: Mapping[str, Any], folder: Path, images: Sequenc
         seed = int(seed)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise UserError(f"{place}: seed is {seed!r}. Use a whole number of at least 0.")
-    image_path = str(folder / str(image)) if image is not None else images[0]
+    image_path = join(str(folder), str(image)) if image is not None else images[0]
     return PromptSpec(prompt.strip(), image_path, None if size is None else str(size), seed)

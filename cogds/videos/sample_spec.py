@@ -55,7 +55,7 @@ def load_first_frame(
         shape = ClipShape.parse(size) if size else best_bucket(image, buckets)
         check_shape(shape, geometry)
         return shape, read_image(image, shape.height, shape.width)
-    except DecodeError as error:
+    except (DecodeError, OSError) as error:
         raise UserError(f"{image}: {error}") from None
 
 

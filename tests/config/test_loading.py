@@ -111,7 +111,8 @@ REFUSED = {
     "data.columns=[a]": "", "data.columns=null": "", "data.columns={path: 5}": "data.columns.path",
     "data.columns={path: [a]}": "data.columns.path", "data.columns={paht: a}": "data.columns.paht",
     "data.columns={path: ' '}": "data.columns.path", "data.columns.path=a": "", "data.max_unusable=1.5": "",
-    "data.repeats=0": "", "data.default_caption=": "", "seed=9223372036854775808": "", "qqq=3": "",
+    "data.repeats=0": "", "data.default_caption=": "", "output_dir=s3://b/run": "",
+    "data.manifest=s3://b/m": "", "seed=9223372036854775808": "", "qqq=3": "",
 }  # fmt: skip
 
 

@@ -91,3 +91,13 @@ def test_damaged_weights_are_recognized_by_their_header(tmp_path, damage):
     assert finding.level == FAIL
     assert finding.text.startswith(f"{file}: ")
     assert "rank 0 (n1)" in finding.text
+
+
+def test_data_behind_a_url_is_checked(file_server):
+    (file_server.folder / "clips").mkdir()
+    (file_server.folder / "clips/a.mp4").write_text("video")
+    folder, file = (summarize_path(f"{file_server.url}/{name}") for name in ("clips", "clips/a.mp4"))
+    assert (folder["kind"], folder["num"], file["kind"], file["num"]) == ("folder", 1, "file", 5)
+    (file_server.folder / "clips/b.mp4").touch()
+    assert summarize_path(f"{file_server.url}/clips")["content"] != folder["content"]
+    assert summarize_path(f"{file_server.url}/missing")["kind"] == "nothing"

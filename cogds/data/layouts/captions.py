@@ -65,7 +65,10 @@ def captions_of(content: bytes, name: str, columns: Mapping[str, str | None]) ->
     text = content.decode("utf-8-sig")
     if not name.lower().endswith(".json"):
         return [text.strip()]
-    row = json.loads(text)
+    try:
+        row = json.loads(text)
+    except RecursionError:
+        raise ValueError("it is nested too deeply") from None
     if not isinstance(row, dict):  # about something else
         return [None]
     given = {ours: theirs for ours, theirs in columns.items() if theirs in row}

@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from cogds.data.layouts.captions import CAPTION_SUFFIXES, CaptionNames
@@ -24,6 +24,9 @@ _SYSTEM_FOLDERS = frozenset(
         *("__macosx", "__pycache__"),
     }
 )
+# What listings count as skipped.
+HIDDEN_FOLDER, HIDDEN_FILE = "hidden or system folder", "hidden file"
+POSTER = "image with the name of a video beside it"
 _LABEL_FOLDERS = ("labels", "captions")  # of CogVideo: videos/a.mp4 and labels/a.txt
 _TRAIN_SPLITS = ("train", "training")
 _OTHER_SPLITS = frozenset({"val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"})
@@ -85,12 +88,13 @@ def search_folder(
         yield from map(ListFile, found)
         return
     labels = _labels_of("videos", folder.path, folders)
-    other_splits = set() if clips.kinds else _other_splits(folders)
+    other_splits = set() if clips.kinds else _other_splits(folders, str.lower)
+    other_tars = _other_splits([name for name in files if suffix_of(name) == ".tar"], _split_of)
     for item in items:
         name, path = item.name, f"{folder.path.rstrip('/')}/{item.name}"
         if kind := clips.kinds.get(name):  # or a folder with such a name, which the scan reports as unusable
             if clips.is_poster(name):
-                listing.skip("image with the name of a video beside it")
+                listing.skip(POSTER)
             else:
                 yield ClipFile(path, kind, clips.caption_file(name))
         elif name in other_splits:
@@ -98,6 +102,8 @@ def search_folder(
         elif item.is_folder and path != labels:
             inner = join(folder.labels, name) if folder.labels is not None else None
             yield Folder(path, (*folder.parents, real), labels if labels and name == "videos" else inner)
+        elif name in other_tars:
+            listing.skip("tar file of another split than train")
         elif not item.is_folder and suffix_of(name) == ".tar":
             yield TarFile(path)
         elif not item.is_folder and not clips.has_beside(name):
@@ -175,11 +181,16 @@ def _visible(folder: Folder, listing: Listing) -> list[Item]:
         ) from None
     visible = []
     for item in items:
-        if item.name.startswith(".") or (item.is_folder and item.name.lower() in _SYSTEM_FOLDERS):
-            listing.skip("hidden or system folder" if item.is_folder else "hidden file")
+        if is_hidden(item.name, item.is_folder):
+            listing.skip(HIDDEN_FOLDER if item.is_folder else HIDDEN_FILE)
         else:
             visible.append(item)
     return visible
+
+
+def is_hidden(name: str, is_folder: bool) -> bool:
+    """Whether a file or folder of this name is hidden, or a folder that a system has made."""
+    return name.startswith(".") or (is_folder and name.lower() in _SYSTEM_FOLDERS)
 
 
 def _names_in(folder: str, folders: bool = False) -> list[str]:
@@ -190,11 +201,11 @@ def _names_in(folder: str, folders: bool = False) -> list[str]:
         return []
 
 
-def _other_splits(folders: Sequence[str]) -> set[str]:
-    """The folders of other splits than train, if there is a folder of train."""
-    if not any(name.lower() in _TRAIN_SPLITS for name in folders):
+def _other_splits(names: Sequence[str], split_of: Callable[[str], str]) -> set[str]:
+    """The names of other splits than train, if there is a name of train. split_of: the split that a name tells."""
+    if not any(split_of(name) in _TRAIN_SPLITS for name in names):
         return set()
-    return {name for name in folders if name.lower() in _OTHER_SPLITS}
+    return {name for name in names if split_of(name) in _OTHER_SPLITS}
 
 
 # --- lists in a folder
@@ -213,8 +224,7 @@ def _lists_in(folder: Folder, files: Sequence[str], clips: _Clips, lists: ListRe
     names = fitting + ([lines] if lines else [])
     if not names and not clips.have_captions:  # reading them raises an error that says what they lack
         names = named or ([] if clips.kinds or clips.has_subfolders else unnamed)
-    split = {name for name in names if _split_of(name) in _TRAIN_SPLITS}
-    others = {name for name in names if _split_of(name) in _OTHER_SPLITS} if split else set()
+    others = _other_splits(names, _split_of)
     listing.skip("table of another split than train", len(others))
     names = [name for name in names if name not in others]
     if len(names) > 1 and not all(suffix_of(name) == ".parquet" for name in names):

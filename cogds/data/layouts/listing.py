@@ -16,6 +16,7 @@ class Listing:
         num_entries: number of entries.
         num_captioned: number of entries with a caption.
         lists: some lists that were read.
+        tars: some tar files that were read.
         tables: some tables that were found and not read.
         skipped: what is not in the entries: reason (a noun, such as `.md file`) -> number.
     """
@@ -23,6 +24,7 @@ class Listing:
     num_entries: int = 0
     num_captioned: int = 0
     lists: list[str] = field(default_factory=list)
+    tars: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
 
@@ -39,6 +41,7 @@ class Listing:
         self.num_entries += other.num_entries
         self.num_captioned += other.num_captioned
         add_names(self.lists, other.lists)
+        add_names(self.tars, other.tars)
         add_names(self.tables, other.tables)
         for reason, number in other.skipped.items():
             self.skip(reason, number)

@@ -11,7 +11,7 @@ from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.listing import Listing
 from cogds.data.layouts.spans import ClipRow, clip_rows
 from cogds.data.layouts.where import Where
-from cogds.data.storage.location import is_url, join
+from cogds.data.storage.location import join
 from cogds.data.video.kinds import kind_of, suffix_of
 from cogds.errors import UserError
 
@@ -114,7 +114,7 @@ class Table:
             raise BadRowError(f"the image is {image!r}. Write a path.")
         caption, *more_captions = captions_in(row.get("caption"), row.get("captions"))
         start_s, end_s = self._range(clip, row, mapping)
-        kind = kind or kind_of(path.split("?")[0] if is_url(path) else path)
+        kind = kind or kind_of(path)
         if kind is None:
             return path
         return Entry(

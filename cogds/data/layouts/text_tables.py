@@ -75,6 +75,11 @@ class _JsonStream:
         names = " or ".join(f"'{character}'" for character in characters)
         raise self._error(f"Expecting {names}", self._position)
 
+    def expect_end(self) -> None:
+        """Raise an error unless all of the text is consumed."""
+        if self.next_character():
+            raise self._error("Extra data", self._position)
+
     def value(self) -> Any:
         """Consume a value."""
         self.next_character()
@@ -116,8 +121,7 @@ def read_json(file: str) -> Iterator[Row]:
             else:
                 kind = type(stream.value()).__name__
                 raise UserError(f'{file}: holds a {kind}, not a list. Write [{{"file_path": ..., "text": ...}}, ...].')
-            if stream.next_character():
-                stream.expect("")
+            stream.expect_end()
         except json.JSONDecodeError as error:
             raise UserError(
                 f"{file}:{error.lineno}: invalid JSON: {error.msg} (column {error.colno}). Fix it."

@@ -20,6 +20,7 @@ from cogds.core.mixture import Mixture, caption_of_visit
 from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.index import ClipIndex, IndexedClip
 from cogds.data.loading.sampler import Draw
+from cogds.data.storage.location import display_name
 from cogds.errors import UserError
 from cogds.process.signals import STOP_SIGNALS
 
@@ -34,7 +35,7 @@ class Choice(NamedTuple):
 
 
 class BadClip(NamedTuple):
-    """A clip that cannot be read. row: in the index; path: of its file; reason: the error.
+    """A clip that cannot be read. row: in the index; path: of its file, for people (`display_name`); reason: the error.
 
     caption: number of the caption that cannot be read, None if it is the clip itself.
     """
@@ -125,7 +126,7 @@ class ClipDataset(Dataset[Item]):
             caption = choice.caption
             return encoded | _read_caption(self.cache, clip, caption)
         except DamagedEntryError as error:
-            return BadClip(choice.row, clip.path, str(error), caption)
+            return BadClip(choice.row, display_name(clip.path), str(error), caption)
 
 
 def read_encoded(cache: Cache, clip: IndexedClip) -> dict[str, torch.Tensor]:

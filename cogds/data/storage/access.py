@@ -223,15 +223,17 @@ def _list_remote(folder: str) -> list[Item]:
 
 def _list_page(folder: str) -> list[Item]:
     """The links of a page that lists files, without those that sort it."""
-    page = folder.rstrip("/") + "/"
+    # fsspec only knows links that begin with the address as it is given, and they are quoted.
+    page = quote(folder.rstrip("/"), safe="/%:?=&@!$'()*+,;~[]") + "/"
     items = set()
     for info in request(page, "ls", detail=True):
-        name = html.unescape(info["name"]).removeprefix(page).removeprefix("./")
-        if name.strip("./") and "/" not in name.rstrip("/") and not name.startswith("?"):
-            readable = unquote(name.rstrip("/"))
+        link = html.unescape(info["name"]).replace("/./", "/")
+        parent, _, name = link.rstrip("/").rpartition("/")
+        if unquote(parent) == unquote(page.rstrip("/")) and name.strip(".") and not name.startswith("?"):
+            readable = unquote(name)
             for reserved in "%?#":  # not part of a name in a URL unless they are quoted
                 readable = readable.replace(reserved, quote(reserved))
-            items.add(Item(readable, name.endswith("/")))
+            items.add(Item(readable, link.endswith("/")))
     return list(items)
 
 

@@ -12,10 +12,9 @@ import os
 import posixpath
 import re
 from typing import NamedTuple
-from urllib.parse import urlsplit
 
 _URL = re.compile(r"[A-Za-z][A-Za-z0-9+.-]+://")
-_MEMBER = re.compile(r"(?P<tar>.*\.tar)#(?P<name>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
+_MEMBER = re.compile(r"(?P<tar>.*\.(?i:tar))#(?P<name>.+)@(?P<offset>\d+)\+(?P<size>\d+)", re.DOTALL)
 
 
 class Member(NamedTuple):
@@ -56,7 +55,9 @@ def protocol(url: str) -> str:
 def absolute(text: str) -> str:
     """A URL as it is (`file://` becomes a path), and a path as an absolute path, with `~` replaced."""
     if is_url(text):
-        return urlsplit(text).path if protocol(text) in ("file", "local") else text
+        if protocol(text) not in ("file", "local"):
+            return text
+        text = text.split("://", 1)[1]
     return os.path.abspath(os.path.expanduser(text))
 
 

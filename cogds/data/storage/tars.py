@@ -15,10 +15,13 @@ class TarError(Exception):
     """A tar file cannot be read. The message is a clause that says why."""
 
 
-def list_members(tar: str, is_read: Callable[[str], bool] = lambda _: False) -> Iterator[tuple[Member, bytes | None]]:
+def list_members(
+    tar: str, is_read: Callable[[str], bool] = lambda _: False, on_link: Callable[[str], None] = lambda _: None
+) -> Iterator[tuple[Member, bytes | None]]:
     """Yield the files in a tar file, in its order, by reading only their headers.
 
-    is_read: whether the content of a file of this name is read, too; otherwise it is None.
+    is_read: whether the content of a file of this name is read, too; otherwise it is None. on_link: called with the
+    name of each hard or symbolic link, which is not in the result.
 
     Raises TarError if the file is compressed, damaged or cut short, and OSError if it cannot be read.
     """
@@ -30,6 +33,8 @@ def list_members(tar: str, is_read: Callable[[str], bool] = lambda _: False) -> 
             with tarfile.open(fileobj=file, mode="r:") as opened:
                 for info in opened:
                     opened.members = []  # type: ignore[attr-defined]  # it would keep every member
+                    if info.islnk() or info.issym():
+                        on_link(info.name)
                     if not info.isreg():
                         continue
                     if info.issparse():

@@ -110,6 +110,15 @@ def test_lists_folders(stored):
         list_folder(f"{stored.root}/none")
 
 
+@pytest.mark.parametrize("link", ["a%20b.mp4", "./a%20b.mp4", "/my%20clips%20%231/a%20b.mp4"])
+def test_a_page_may_quote_its_links_in_another_way(file_server, link):
+    folder = file_server.folder / "my clips #1"
+    folder.mkdir()
+    (folder / "index.html").write_text(f'<a href="?C=N;O=D">Name</a> <a href="../">up</a> <a href="{link}">a b.mp4</a>')
+    for name in ("my clips #1", "my%20clips%20%231"):
+        assert list_folder(f"{file_server.url}/{name}") == [Item("a b.mp4", False)]
+
+
 def test_missing_files_are_not_retried(stored):
     before_s = time.monotonic()
     for read in (stamp, read_bytes, lambda url: read_range(url, 0, 10)):

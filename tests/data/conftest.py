@@ -48,6 +48,11 @@ def opened(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 @pytest.fixture
 def short_delays(monkeypatch):
-    """Repeat requests to servers that fail sooner, and give up sooner."""
+    """Repeat requests to servers that fail sooner."""
     monkeypatch.setattr(requests, "FIRST_DELAY_S", 0.01)
+
+
+@pytest.fixture
+def gives_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Give up requests to servers that fail after half a second."""
     monkeypatch.setattr(requests, "GIVE_UP_S", 0.5)

@@ -141,6 +141,7 @@ def test_a_server_that_restarts(root, s3):
     timer.join()
 
 
+@pytest.mark.usefixtures("gives_up")
 def test_a_server_that_stays_away_is_no_damage(root, s3):
     """No clip is replaced by another, and `verify` removes nothing."""
     write(root, range(3))
@@ -182,6 +183,7 @@ def test_http_is_refused():
         Cache("https://host/cache")
 
 
+@pytest.mark.usefixtures("gives_up")
 def test_temporary_files_are_removed(root, s3, tmp_path, monkeypatch):
     monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
     write(root, [1])

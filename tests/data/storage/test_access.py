@@ -124,9 +124,10 @@ def test_missing_files_are_not_retried(stored):
     for read in (stamp, read_bytes, lambda url: read_range(url, 0, 10)):
         with pytest.raises(FileNotFoundError):
             read(f"{stored.root}/none.mp4")
-    assert time.monotonic() - before_s < 3
+    assert time.monotonic() - before_s < 10
 
 
+@pytest.mark.usefixtures("gives_up")
 def test_a_range_outside_of_the_file(stored):
     url = stored("a.mp4", DATA)
     for start in (len(DATA) - 5, len(DATA) + 5):
@@ -157,9 +158,10 @@ def test_a_server_that_restarts(stored):
         time.sleep(0.3)
         assert not reading.done()
         stored.proxy.start()
-        assert reading.result(5) == DATA
+        assert reading.result(20) == DATA
 
 
+@pytest.mark.usefixtures("gives_up")
 @pytest.mark.parametrize("fault", [{"status": 500}, {"cut_after": 3000}], ids=str)
 def test_gives_up_in_the_end(stored, fault):
     url = stored("a.mp4", DATA)
@@ -169,11 +171,12 @@ def test_gives_up_in_the_end(stored, fault):
         with pytest.raises(OSError, match=r"attempts in \d s") as raised:
             read(url)
         assert not isinstance(raised.value, FileNotFoundError)
-        assert time.monotonic() - before_s < 3
+        assert time.monotonic() - before_s < 10
         if fault.get("cut_after"):
             return  # the answers to the others are short
 
 
+@pytest.mark.usefixtures("gives_up")
 def test_a_server_that_is_down(stored):
     url = stored("a.mp4", DATA)
     stored.proxy.stop()
@@ -182,6 +185,7 @@ def test_a_server_that_is_down(stored):
     stored.proxy.start()
 
 
+@pytest.mark.usefixtures("gives_up")
 def test_a_server_that_hangs(stored):
     url = stored("a.mp4", DATA)
     assert read_range(url, 0, 10) == DATA[:10]
@@ -189,7 +193,7 @@ def test_a_server_that_hangs(stored):
     before_s = time.monotonic()
     with pytest.raises(OSError, match=r"no answer within 0\.5 s"):
         requests.request(url, "cat_file", start=0, end=10, timeout_s=0.5)
-    assert time.monotonic() - before_s < 5
+    assert time.monotonic() - before_s < 10
     stored.proxy.is_hanging = False
     assert read_bytes(url) == DATA
 
@@ -207,7 +211,7 @@ def test_denied_access_is_not_retried(stored, status):
     before_s = time.monotonic()
     with pytest.raises(PermissionError):
         stamp(url)
-    assert time.monotonic() - before_s < 3
+    assert time.monotonic() - before_s < 10
 
 
 def test_a_server_without_ranges(file_server):

@@ -188,7 +188,8 @@ def _change_reason(row: Mapping) -> str:
         try:
             current = stamp(path)
         except OSError as error:
-            return f"disappeared: {display_name(path)}: {error.strerror or error}"
+            what = "disappeared" if isinstance(error, FileNotFoundError) else "cannot be opened"
+            return f"{what}: {display_name(path)}: {error.strerror or error}"
         if current != (row[f"{prefix}size"], row[f"{prefix}mtime_ns"]):
             return f"changed while it was encoded: {display_name(path)}; start again"
     return ""

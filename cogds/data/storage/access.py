@@ -11,13 +11,14 @@ import html
 import io
 import os
 import stat
+import tarfile
 import tempfile
 import uuid
 from pathlib import Path
 from typing import Any, BinaryIO, NamedTuple
 from urllib.parse import quote, unquote
 
-from cogds.data.storage.location import is_url, parse_member, protocol
+from cogds.data.storage.location import Member, is_url, parse_member, protocol
 from cogds.data.storage.requests import HTTP, REQUEST_TIMEOUT_S, file_system, request
 
 # Files up to this size are read at once; larger ones in blocks, because a clip may be a short part of a long film.
@@ -71,12 +72,33 @@ def open_binary(location: str, block_bytes: int = BLOCK_BYTES) -> BinaryIO:
     size, version = stamp(location)
     if size <= WHOLE_BYTES:
         return io.BytesIO(_read_whole(location, size, version, os.getpid()))
+    if member:
+        _check_header(member, read_range(member.tar, member.offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE))
     return io.BufferedReader(_RangeReader(location, size), block_bytes)
 
 
 @functools.lru_cache(maxsize=1)  # a file is probed, decoded and digested one after the other
 def _read_whole(location: str, size: int, version: int, process_id: int) -> bytes:  # noqa: ARG001
-    return read_range(location, 0, size)
+    member = parse_member(location)
+    if not member:
+        return read_range(location, 0, size)
+    data = read_range(member.tar, member.offset - tarfile.BLOCKSIZE, tarfile.BLOCKSIZE + size)
+    _check_header(member, data[: tarfile.BLOCKSIZE])
+    return data[tarfile.BLOCKSIZE :]
+
+
+def _check_header(member: Member, header: bytes) -> None:
+    """Raise OSError if the tar file has another member there now: a table may hold places in a former tar file."""
+    try:
+        info = tarfile.TarInfo.frombuf(header, "utf-8", "surrogateescape")
+    except tarfile.HeaderError:
+        info = tarfile.TarInfo()
+    # Names that do not fit into the header are in a block before it.
+    names = [part.rsplit("/", 1)[-1] for part in (info.name, member.name)]
+    if info.size != member.size or (len(member.name) < 100 and member.name.isascii() and names[0] != names[1]):
+        raise OSError(
+            f"the tar file has changed: {member.name} is not at byte {member.offset} any more. Make the list again"
+        )
 
 
 def read_bytes(location: str) -> bytes:

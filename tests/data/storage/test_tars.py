@@ -53,6 +53,25 @@ def test_members_are_read_by_range(tar):
             assert file.read(5) == FILES[member.name][3:8]
 
 
+@pytest.mark.parametrize("whole_bytes", [0, 1 << 20])
+def test_a_place_in_a_former_tar_file_is_recognized(tmp_path, monkeypatch, whole_bytes):
+    """Another clip of the same size may be there now, which a table with the place must not train."""
+    monkeypatch.setattr("cogds.data.storage.access.WHOLE_BYTES", whole_bytes)
+    for names in (("a.mp4", "b.mp4"), ("b.mp4", "a.mp4")):
+        with tarfile.open(tmp_path / "a.tar", "w") as archive:
+            for name in names:
+                info = tarfile.TarInfo(name)
+                info.size = 5
+                archive.addfile(info, io.BytesIO(name.encode()))
+        places = [member.location for member, _ in list_members(str(tmp_path / "a.tar"))]
+        assert [read_bytes(place) for place in places] == [name.encode() for name in names]
+        if names[0] == "a.mp4":
+            former = places
+    for place in former:
+        with pytest.raises(OSError, match="the tar file has changed"):
+            read_bytes(place)
+
+
 def test_headers_are_found_without_reading_the_data(file_server, monkeypatch):
     monkeypatch.setattr("cogds.data.storage.access.WHOLE_BYTES", 1000)
     monkeypatch.setattr(tars, "_HEADER_BLOCK_BYTES", 1024)

@@ -2,9 +2,12 @@
 
 import os
 
+import pytest
+
 from tests.conftest import ROOT
 
 
+@pytest.mark.slow
 def test_a_process_group_starts_without_a_compiler(warm, tmp_path):
     script = tmp_path / "join.py"
     script.write_text(

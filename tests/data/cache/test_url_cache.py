@@ -142,6 +142,7 @@ def test_a_server_that_restarts(root, s3):
 
 
 @pytest.mark.usefixtures("gives_up")
+@pytest.mark.slow
 def test_a_server_that_stays_away_is_no_damage(root, s3):
     """No clip is replaced by another, and `verify` removes nothing."""
     write(root, range(3))

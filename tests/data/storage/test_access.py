@@ -25,7 +25,7 @@ pytestmark = pytest.mark.usefixtures("short_delays")
 DATA = random.Random(0).randbytes(300_000)
 
 
-@pytest.fixture(params=["http", "s3"])
+@pytest.fixture(params=["http", pytest.param("s3", marks=pytest.mark.slow)])
 def stored(request, tmp_path):
     """`stored(name, data)` stores a file and returns its URL; `.proxy` of its server."""
     if request.param == "http":

@@ -32,7 +32,7 @@ def folder(tmp_path):
     return tmp_path
 
 
-@pytest.fixture(params=["url", "tar", "tar behind a url", "large files"])
+@pytest.fixture(params=["url", "tar", "tar behind a url", pytest.param("large files", marks=pytest.mark.slow)])
 def locate(request, folder, monkeypatch):
     """`locate(name)`: the location of a file of the folder."""
     if request.param == "tar":

@@ -259,6 +259,7 @@ def test_all_buckets_share_one_compilation(checkpointing):
         assert largest_distance(result[1], expected[1]) < 5e-6
 
 
+@pytest.mark.slow
 def test_a_split_of_the_blocks_is_compiled_once_for_each_of_its_modes():
     _, ours = pair(V15, ATTENTION)
     splits = [BlockCheckpointing("selective", num_kept, 3) for num_kept in (1, 2)]

@@ -1,6 +1,7 @@
 """The entries of a dataset, and the parts that its listing can be divided into."""
 
 import itertools
+import logging
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -19,6 +20,8 @@ from cogds.data.storage.location import absolute
 from cogds.data.video.kinds import suffix_of
 from cogds.errors import UserError
 from cogds.formatting import counts
+
+logger = logging.getLogger(__name__)
 
 CLIPS_PER_PART = 1024
 _NUM_CAPTION_THREADS = 16  # a network file system is slow, but serves many small reads at once
@@ -136,6 +139,9 @@ class DatasetReader:
             raise UserError(
                 f"data.path: the clips in {path} have no captions, and there are tables: {tables}. {advice}"
             )
+        for key, value in (("root", self.data_set.root), ("path_template", self.data_set.path_template)):
+            if value is not None and not listing.lists:
+                logger.warning(f"data.{key}: {path} holds no list of paths, so {value} is not used")
         if self.data_set.where is not None and not listing.lists:
             raise UserError(f"data.where: {path} holds no table to filter. Remove data.where, or write a table.")
 

@@ -152,3 +152,13 @@ def test_the_reasons_of_skipped_files_are_few() -> None:
         listing.skip(f".{number} file")
     assert len(listing.skipped) <= 101
     assert listing.skipped.total() == 1000
+
+
+def test_settings_of_lists_that_are_not_used_cause_warnings(tmp_path, capsys):
+    (tmp_path / "a.mp4").touch()
+    (tmp_path / "a.txt").write_text("a caption")
+    entries = list(iter_entries(DataSet(str(tmp_path), root="/elsewhere", path_template="{vid}.mp4")))
+    assert [entry.path for entry in entries] == [f"{tmp_path}/a.mp4"]
+    warnings = capsys.readouterr().err
+    assert "data.root: " in warnings
+    assert "data.path_template: " in warnings

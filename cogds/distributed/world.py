@@ -93,7 +93,7 @@ def _is_in_slurm_shell(environ: Mapping[str, str]) -> bool:
 
 
 def refuse_missing_tasks(environ: Mapping[str, str] = os.environ) -> None:
-    """Refuse to run as one of several tasks of which no other exists. Raises UserError."""
+    """Raise UserError if this is one of several SLURM tasks and the others were not started."""
     num_tasks = environ.get("SLURM_STEP_NUM_TASKS", "1")
     if num_tasks != "1" and "RANK" not in environ and _is_in_slurm_shell(environ):
         raise UserError(

@@ -70,7 +70,7 @@ def write_sources(folder: WorkFolder, data: DataConfig, options: CutOptions, num
     rows_of = {key: row for row, key in enumerate(table.column("key").to_pylist()) if key and key not in known}
     todo = list(rows_of.values())
     paths, sizes = (table.column(name).take(pa.array(todo, pa.int64())).to_pylist() for name in ("path", "size"))
-    num_rows = Counter(paths)  # of a file of which each row has a part
+    num_rows = Counter(paths)  # per file; each row is a part of it
     ranks = np.full(len(table), -1, np.int32)
     ranks[todo] = assign_by_cost([size / num_rows[path] for path, size in zip(paths, sizes)], num_ranks)
     table = table.set_column(SOURCE_SCHEMA.get_field_index("rank"), SOURCE_SCHEMA.field("rank"), pa.array(ranks))

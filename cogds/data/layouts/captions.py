@@ -50,8 +50,10 @@ def captioned_entry(path: str, kind: str, caption_file: str | None, columns: Map
         caption, *more = captions_of(read_bytes(caption_file), name, columns)
     except FileNotFoundError:
         return Entry(path, None, kind)
-    except (OSError, UnicodeDecodeError) as error:
-        return Entry(path, None, kind, None, f"caption file {name} cannot be read as UTF-8: {error}")
+    except OSError as error:
+        return Entry(path, None, kind, None, f"caption file {name} cannot be read: {error.strerror or error}")
+    except UnicodeDecodeError as error:
+        return Entry(path, None, kind, None, f"caption file {name} is not UTF-8: {error}")
     except ValueError as error:
         return Entry(path, None, kind, None, f"caption file {name}: {error}")
     return Entry(path, caption, kind, more_captions=tuple(text for text in more if text))

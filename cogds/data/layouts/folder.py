@@ -26,7 +26,7 @@ _SYSTEM_FOLDERS = frozenset(
 )
 # What listings count as skipped.
 HIDDEN_FOLDER, HIDDEN_FILE = "hidden or system folder", "hidden file"
-POSTER = "image with the name of a video beside it"
+POSTER = "poster image of a video"
 _LABEL_FOLDERS = ("labels", "captions")  # of CogVideo: videos/a.mp4 and labels/a.txt
 _TRAIN_SPLITS = ("train", "training")
 _OTHER_SPLITS = frozenset({"val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"})
@@ -59,7 +59,7 @@ class Folder(NamedTuple):
 
     Attributes:
         path: its location.
-        parents: real paths of the folders above it, of which the first is the dataset's, to recognize links to them.
+        parents: real paths of its parent folders, starting with the dataset's, to recognize links to them.
         labels: folder with the captions of its clips, as in CogVideo's `labels`; None if they are beside the clips.
     """
 
@@ -165,7 +165,7 @@ def _labels_of(name: str, folder: str, folders: Sequence[str]) -> str | None:
 
 
 def dataset_folder(path: str) -> Folder:
-    """The folder of a dataset. Captions of a folder called `videos` may be in `labels` beside it."""
+    """The folder of a dataset. The captions of a `videos` folder may be in a sibling folder `labels`."""
     name, above = os.path.basename(path.rstrip("/")), parent(path)
     return Folder(path, (), _labels_of(name, above, _names_in(above, folders=True)) if name == "videos" else None)
 

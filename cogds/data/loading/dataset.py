@@ -35,7 +35,7 @@ class Choice(NamedTuple):
 
 
 class BadClip(NamedTuple):
-    """A clip that cannot be read. row: in the index; path: of its file, for people (`display_name`); reason: the error.
+    """A clip that cannot be read. row: in the index; path: its name in messages (`display_name`); reason: the error.
 
     caption: number of the caption that cannot be read, None if it is the clip itself.
     """

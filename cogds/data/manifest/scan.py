@@ -55,7 +55,7 @@ from cogds.data.video.probe_task import PROBE_MEMORY_BYTES, PROBE_TIMEOUT_S, Pro
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import TaskFailure, WorkerPool
 
-# Folders are divided until there are so many parts, which may be listed by as many ranks.
+# Folders are divided until there are at least this many parts, so that many ranks can list them.
 MIN_PARTS = 256
 ENTRIES_PER_BATCH = 1 << 16
 _NUM_THREADS = 16  # on a network file system, `stat` is mostly waiting

@@ -113,7 +113,7 @@ LAYOUTS = [
         "posters beside videos",
         {"a.mp4": "", "a.txt": "one", "a.jpg": "", "b.mp4": "", "b.mp4.jpg": "", "b.txt": "two"},
         [A, B],
-        skipped={"image with the name of a video beside it": 2},
+        skipped={"poster image of a video": 2},
     ),
     Layout(
         "CogVideo SAT: videos/ and labels/", {"videos/1.mp4": "", "labels/1.txt": "one"}, [clip("videos/1.mp4", "one")]

@@ -81,7 +81,7 @@ def test_what_is_left_out_of_a_tar_file_is_counted(tmp_path):
         "file in a hidden or system folder": 2,
         "hidden file": 1,
         ".md file": 1,
-        "image with the name of a video beside it": 1,
+        "poster image of a video": 1,
         "link in a tar file": 1,
     }
 

@@ -203,7 +203,7 @@ def test_tars_and_nested_folders_are_listed_by_all_ranks(
         },
     )
     scan = listed([DataSet(str(data))], tmp_path / "m.parquet", num_ranks)
-    assert scan.skipped == {".md file": 1, "image with the name of a video beside it": 1, "file without a suffix": 1}
+    assert scan.skipped == {".md file": 1, "poster image of a video": 1, "file without a suffix": 1}
     for rank in range(num_ranks):
         scan_share(scan, (rank, num_ranks), 0)
     finish_scan(scan)

@@ -18,6 +18,7 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cogds.data.layouts.entry import ENTRY_COLUMNS
 from cogds.errors import UserError
 from cogds.files import is_abandoned, is_temporary, process_tag, whole_file
 
@@ -25,16 +26,7 @@ from cogds.files import is_abandoned, is_temporary, process_tag, whole_file
 # the file cannot be opened. rank: which one prepares the source in this run, or -1 if its result is known.
 SOURCE_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),
-        ("kind", pa.string()),
-        ("start_s", pa.float64()),
-        ("end_s", pa.float64()),
-        ("caption", pa.string()),
-        ("more_captions", pa.list_(pa.string())),
-        ("caption_error", pa.string()),
-        ("image_path", pa.string()),
-        ("motion", pa.float64()),
-        ("duplicate_of", pa.string()),
+        *ENTRY_COLUMNS,
         ("size", pa.int64()),
         ("file_key", pa.binary(16)),
         ("key", pa.binary(16)),

@@ -3,6 +3,22 @@
 from collections.abc import Mapping
 from typing import Any, NamedTuple
 
+import pyarrow as pa
+
+# An entry in a table, without `extras`.
+ENTRY_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
+    ("path", pa.string()),
+    ("kind", pa.string()),
+    ("caption", pa.string()),
+    ("more_captions", pa.list_(pa.string())),
+    ("caption_error", pa.string()),
+    ("image_path", pa.string()),
+    ("start_s", pa.float64()),
+    ("end_s", pa.float64()),
+    ("motion", pa.float64()),
+    ("duplicate_of", pa.string()),
+)
+
 
 class Entry(NamedTuple):
     """A clip of a dataset.

@@ -25,6 +25,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogds.data.layouts.data_set import DataSet
+from cogds.data.layouts.entry import ENTRY_COLUMNS
 from cogds.data.layouts.listing import Listing
 from cogds.data.layouts.parts import Part, part_from_json, part_to_json
 from cogds.data.manifest.table import open_manifest, write_errors
@@ -38,16 +39,7 @@ FLUSH_FILES, FLUSH_S = 2000, 30.0
 # key, image_key: null if the name is not valid UTF-8. path, caption, image_path: with escapes in that case.
 ENTRY_SCHEMA = pa.schema(
     [
-        ("path", pa.string()),
-        ("kind", pa.string()),
-        ("caption", pa.string()),
-        ("more_captions", pa.list_(pa.string())),
-        ("caption_error", pa.string()),
-        ("image_path", pa.string()),
-        ("start_s", pa.float64()),
-        ("end_s", pa.float64()),
-        ("motion", pa.float64()),
-        ("duplicate_of", pa.string()),
+        *ENTRY_COLUMNS,
         ("set", pa.int16()),
         ("key", pa.binary(16)),
         ("image_key", pa.binary(16)),

@@ -1,6 +1,7 @@
 """The error of a file that cannot be used."""
 
 import traceback
+from pathlib import Path
 
 
 class DecodeError(Exception):
@@ -13,7 +14,7 @@ def brief(error: BaseException) -> str:
     return text.strip().splitlines()[0]
 
 
-def is_raised_in(file: str, error: BaseException) -> bool:
-    """Whether the error was raised in this source file, which is a bug, and not in a library that it calls."""
+def is_bug(error: BaseException) -> bool:
+    """Whether the error was raised in this package, and not in a library that it calls."""
     *_, (frame, _) = traceback.walk_tb(error.__traceback__)
-    return frame.f_code.co_filename == file
+    return Path(frame.f_code.co_filename).parent == Path(__file__).parent

@@ -20,7 +20,7 @@ from cogds.core.geometry import ClipShape
 from cogds.data.video.colors import Colors, to_bt709
 from cogds.data.video.container import open_source
 from cogds.data.video.decode import repeat
-from cogds.data.video.errors import DecodeError, brief, is_raised_in
+from cogds.data.video.errors import DecodeError, brief, is_bug
 from cogds.data.video.kinds import kind_of
 from cogds.data.video.pixels import cover
 from cogds.data.video.timeline import Timeline, VideoInfo, displayed_frames, frame_range
@@ -53,7 +53,7 @@ def open_image(path: str | Path) -> Iterator[Image]:
         raise
     except Exception as error:
         # On damaged bytes Pillow's parsers raise errors of any type: OSError, SyntaxError, struct.error, TypeError, ...
-        if is_raised_in(__file__, error):
+        if is_bug(error):
             raise
         reason = _missing_package(path) if isinstance(error, UnidentifiedImageError) else None
         raise DecodeError(reason or f"it cannot be read as an image: {brief(error)}") from None

@@ -11,6 +11,7 @@ from PIL import Image, ImageCms
 
 from cogds.core.geometry import ClipShape
 from cogds.data.video.decode_task import DecodeTask, decode
+from cogds.data.video.images import read_animation
 from cogds.data.video.media import DecodeError, num_frames_at, probe_image, probe_video, read_clip, read_image
 from cogds.data.video.probe_task import ProbeTask, probe_file
 from tests.conftest import ROOT
@@ -186,3 +187,10 @@ def test_pages_of_a_tiff_are_no_animation(tmp_path: Path) -> None:
     first.save(tmp_path / "a.tif", save_all=True, append_images=others)
     assert probe_image(tmp_path / "a.tif").num_frames == 1
     assert numbers(read_image(tmp_path / "a.tif", 64, 96)[None]) == [0]
+
+
+def test_a_bug_is_not_reported_as_a_bad_image(tmp_path):
+    pictures = [Image.new("RGB", (16, 16), (shade, 0, 0)) for shade in (0, 100, 200)]
+    pictures[0].save(tmp_path / "a.webp", save_all=True, append_images=pictures[1:], duration=100)
+    with pytest.raises(TypeError):  # in another module of the package, while the image is open
+        read_animation(tmp_path / "a.webp", ClipShape(1, 16, 16), ["no time"])

@@ -223,14 +223,20 @@ class S3Server:
         """The URL of a new bucket."""
         self._num_buckets += 1
         name = f"bucket-{os.getpid()}-{self._num_buckets}"
+        self._client().create_bucket(Bucket=name)
+        return f"s3://{name}"
+
+    def make_folder(self, bucket, key):
+        """Put the empty object that some tools make for a folder. key: ends with a slash."""
+        self._client().put_object(Bucket=bucket.removeprefix("s3://"), Key=key)
+
+    def _client(self):
         import botocore.session
 
-        client = botocore.session.get_session().create_client(
+        return botocore.session.get_session().create_client(
             "s3", "us-east-1", endpoint_url=f"http://127.0.0.1:{self._port}", aws_access_key_id="key",
             aws_secret_access_key="secret",
         )  # fmt: skip
-        client.create_bucket(Bucket=name)
-        return f"s3://{name}"
 
     def close(self):
         self.proxy.stop()

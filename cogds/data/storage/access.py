@@ -236,11 +236,10 @@ def _list_remote(folder: str) -> list[Item]:
     infos = request(folder, "ls", detail=True)
     if len(infos) == 1 and infos[0]["type"] == "file" and _kind(folder) == "file":
         raise NotADirectoryError("it is a file, not a folder")
-    own_name = folder.rstrip("/").rsplit("/", 1)[-1]
-    names = [(info["name"].rstrip("/"), info) for info in infos]
-    items = [Item(name.rsplit("/", 1)[-1], info["type"] == "directory") for name, info in names]
-    # Some stores keep an empty object for the folder itself.
-    return [item for item, (_, info) in zip(items, names) if not (info.get("size") == 0 and item.name == own_name)]
+    own_path = file_system(folder)[1].strip("/")
+    paths = [(info["name"].strip("/"), info["type"] == "directory") for info in infos]
+    # Some tools keep an empty object for the folder itself.
+    return [Item(path.rsplit("/", 1)[-1], is_folder) for path, is_folder in paths if path != own_path]
 
 
 def _list_page(folder: str) -> list[Item]:

@@ -284,3 +284,14 @@ def test_options_of_the_user_are_kept(monkeypatch):
     assert system.anon
     assert system.config_kwargs["s3"] == {"addressing_style": "path"}
     assert system.config_kwargs["connect_timeout"] == requests.CONNECT_TIMEOUT_S
+
+
+def test_a_subfolder_with_the_name_of_its_folder(s3, tmp_path):
+    """It is no less a folder than the empty object that some tools make for a folder, which is not in it."""
+    root = s3.new_bucket()
+    (tmp_path / "a").write_text("x")
+    for name in ("clips/clips/a.mp4", "clips/b.mp4"):
+        upload(tmp_path / "a", f"{root}/{name}")
+    s3.make_folder(root, "clips/")
+    assert list_folder(f"{root}/clips") == [Item("b.mp4", False), Item("clips", True)]
+    assert list_folder(f"{root}/clips/clips") == [Item("a.mp4", False)]

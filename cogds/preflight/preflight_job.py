@@ -80,10 +80,12 @@ class PreflightJob(Job):
     @property
     def data_paths(self) -> dict[str, str]:
         """Paths that the run only reads, by config key."""
-        paths = [data_set.path for data_set in data_sets(self.cfg)]
-        if not self.cfg.data.sets:
-            return {"data.path": paths[0]}
-        return {f"data.sets[{index}].path": path for index, path in enumerate(paths)}
+        paths: dict[str, str | None] = {}
+        for index, data_set in enumerate(data_sets(self.cfg)):
+            section = f"data.sets[{index}]" if self.cfg.data.sets else "data"
+            paths |= {f"{section}.path": data_set.path, f"{section}.root": data_set.root}
+        paths["eval.path"] = self.cfg.eval.path
+        return {key: path for key, path in paths.items() if path is not None}
 
     @property
     def shared_folders(self) -> dict[str, str]:

@@ -1,4 +1,4 @@
-"""The host memory that a job needs."""
+"""The host memory that a job needs, and the data that it reads."""
 
 import argparse
 
@@ -55,3 +55,10 @@ def test_the_trial_step_reserves_what_encoding_on_the_fly_needs(load):
 
     assert reserved("on_the_fly", "meta") > 0
     assert reserved("on_the_fly", "cpu") == reserved("cached", "meta") == 0
+
+
+def test_all_data_that_the_run_reads_is_checked(load, tmp_path):
+    job = load("zero2", "data.root=/videos", "eval.path=/clips")
+    assert job.data_paths == {"data.path": str(tmp_path), "data.root": "/videos", "eval.path": "/clips"}
+    sets = load("zero2", "data.path=", "data.sets=[{path: /a}, {path: /b, root: s3://bucket}]").data_paths
+    assert sets == {"data.sets[0].path": "/a", "data.sets[1].path": "/b", "data.sets[1].root": "s3://bucket"}

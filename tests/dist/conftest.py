@@ -22,9 +22,10 @@ def workshop(tmp_path_factory):
 @pytest.fixture(scope="session")
 def train_once(workshop, tiny_model, run_train):
     """`train_once(name, ds, *overrides)`: the folder of a finished run. Each name is run once per session."""
-    finished = set()
+    finished = {}
 
     def run(name, ds="zero2", *overrides, **options):
+        settings = (ds, overrides, options)
         if name not in finished:
             run_train(
                 "--deepspeed", ds if isinstance(ds, Path) else f"ds_configs/{ds}.json",
@@ -35,7 +36,8 @@ def train_once(workshop, tiny_model, run_train):
                 "optimizer.schedule=cosine", "checkpoint.every=3", "eval.every=null", "eval.held_out=0", *overrides,
                 **{"launcher": "warm"} | options,
             )  # fmt: skip
-            finished.add(name)
+            finished[name] = settings
+        assert finished[name] == settings, f"the run {name} was made with other settings: {finished[name]}"
         return workshop / name
 
     return run

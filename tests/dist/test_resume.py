@@ -59,7 +59,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run(train_once, workshop, ds):
         "zero2_offload": [f"data.path={several_captions(workshop)}"],
         "zero3_offload": ["train.deterministic=true"],  # changes nothing on CPUs
     }.get(ds, [])
-    check_resuming(train_once, workshop, ds, ds, *overrides)
+    check_resuming(train_once, workshop, f"{ds}-changed" if overrides else ds, ds, *overrides)
 
 
 # DeepSpeed's own optimizers for offload. Those without offload are GPU kernels.

@@ -40,6 +40,7 @@ setup(
     package_dir={"cogds.ds_configs": "ds_configs", "cogds.run_configs": "launch/configs"},
     package_data={
         "cogds": ["py.typed"],
+        "cogds.shapes": ["model/*.json", "model/*/*"],
         "cogds.report": ["*.j2"],
         "cogds.ds_configs": ["*.json"],
         "cogds.run_configs": ["*.yaml"],

@@ -57,7 +57,7 @@ def data_waits(records: list[dict[str, float]]) -> dict[str, float]:
 
 
 def main() -> None:
-    from cogds.model.tiny import create_tiny_model
+    from tests.tiny import create_tiny_model
 
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--ranks", type=int, default=2)

@@ -49,7 +49,6 @@ from measuring import (
 import cogds.train.trainer
 from cogds.config.loading import replace
 from cogds.core.diffusion import v_loss
-from cogds.data.video.drawn import draw_clips
 from cogds.distributed.process_group import disconnect
 from cogds.distributed.world import World, read_world
 from cogds.encode.encoder import encode_dataset
@@ -58,7 +57,6 @@ from cogds.job import load_job
 from cogds.metrics.jsonl import step_lines
 from cogds.model.load import load_transformer
 from cogds.model.lora.adapter import inject
-from cogds.model.tiny import create_tiny_model
 from cogds.model.transformer.forward import Transformer
 from cogds.process.signals import StopRequest
 from cogds.process.watchdog import Watchdog
@@ -67,6 +65,8 @@ from cogds.train.run import Run
 from cogds.train.step import load_step_builder
 from cogds.train.trainer import Trainer
 from cogds.train.tuning import choose_execution, prepare_blocks
+from tests.drawn import draw_clips
+from tests.tiny import create_tiny_model
 
 WAYS = ("loop", "bare", "inputs", "plain")
 

@@ -29,8 +29,8 @@ from cogds.data.storage.access import upload
 from cogds.data.video.media import write_video
 from cogds.distributed.world import read_world
 from cogds.metrics.jsonl import step_lines
-from cogds.model.tiny import create_tiny_model
 from tests.servers import S3Server
+from tests.tiny import create_tiny_model
 
 CLIPS_PER_TAR = 100
 UP_S, DOWN_S = 7.0, 3.0

@@ -427,9 +427,9 @@ VERBS = {
         is_launchable=True,
     ),
     "demo": Verb(
-        "Train a tiny model on generated clips: a complete run on any machine.",
+        "Teach a tiny model a new motion and show the videos: a complete run on any machine.",
         _train,
-        "cogds.train.main",
+        "cogds.demo",
         is_launchable=True,
     ),
 }

@@ -77,6 +77,8 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     spec = VERBS[verb]
     if spec.takes_config:
         args.is_demo = args.config is None
+        if verb == "train" and args.is_demo:
+            spec = VERBS["demo"]
         config = args.config and find_config(args.config, "run_configs", ".yaml")
         args.config = config or str(shipped_config("run_configs", DEMO_CONFIG))
         ds_config = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")

@@ -36,13 +36,13 @@ from cogds.core.vae_memory import needs_tiles, vae_can_encode
 from cogds.data.cache.keys import cache_key, digest_files
 from cogds.data.cache.local_copy import LocalCopy, default_folder
 from cogds.data.cache.store import Cache
-from cogds.demo import create_demo_files, protect_given_paths
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
 from cogds.files import make_folders
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence
+from cogds.shapes.clips import draw_demo_clips
 
 # Batches encoded on the fly that wait to be trained. One is enough if encoding keeps up; the second covers a slow clip.
 BATCHES_AHEAD = 2
@@ -148,6 +148,18 @@ def open_cache(cfg: RunConfig) -> Cache:
     return Cache(data.cache_dir, LocalCopy(data.local_cache_dir or default_folder(), int(data.local_cache_gb * 1e9)))
 
 
+def load_run_config(args: argparse.Namespace) -> tuple[RunConfig, frozenset[str]]:
+    """Load the run config of a command line. Returns it and the keys that are set in it.
+
+    The demo draws its clips only at its own data.path: a folder that was given and does not exist is an error.
+    """
+    cfg, explicit = load_config(args.config, args.overrides)
+    given = {text.partition("=")[0] for text in args.overrides}
+    if args.is_demo and "data.path" in given and "data.draw_demo_clips" not in given:
+        cfg = replace(cfg, {"data.draw_demo_clips": False})
+    return cfg, explicit
+
+
 def load_job(
     args: argparse.Namespace,
     world: World,
@@ -155,20 +167,19 @@ def load_job(
     changes: Mapping[str, Any] | None = None,
     evaluated_only: bool = False,
 ) -> Job:
-    """Resolve a command line. Creates the demo's model and clips if the config asks for them.
+    """Resolve a command line. Draws the demo's clips if the config asks for them.
 
     args: from `arguments.parse_args`. num_ranks: ranks of the run, by default those of `world`. changes: values of
     config keys that the verb sets. evaluated_only: see `Job`. Raises UserError if anything is wrong with the configs or
     the model.
     """
-    cfg, explicit = load_config(args.config, args.overrides)
-    if args.is_demo:
-        cfg = protect_given_paths(cfg, args.overrides)
+    cfg, explicit = load_run_config(args)
     ds_config = load_ds_config(args.deepspeed)
     cfg = replace(cfg, changes or {})
     num_ranks = num_ranks or world.size
     world = dataclasses.replace(world, sequence_size=cfg.parallel.sequence_size)
-    create_demo_files(cfg)
+    if cfg.data.draw_demo_clips:
+        draw_demo_clips(cfg.data.path)
     model = find_model(cfg.model.path, cfg.model.revision)
     check_sequence(cfg.parallel.sequence_size, num_ranks, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)

@@ -23,6 +23,7 @@ settings.load_profile("cogds")
 
 ROOT = Path(__file__).resolve().parent.parent
 TRAIN = ROOT / "launch/train.py"
+TINY = ROOT / "tests/tiny.yaml"
 # Single-threaded processes: ranks do not compete for cores, and sums are reproducible.
 os.environ["OMP_NUM_THREADS"] = "1"
 os.environ["HF_HUB_OFFLINE"] = "1"
@@ -55,7 +56,7 @@ def pytest_xdist_make_scheduler(config, log):
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory):
     """Path of a tiny random CogVideoX-1.5 image-to-video model in diffusers' layout."""
-    from cogds.model.tiny import create_tiny_model
+    from tests.tiny import create_tiny_model
 
     path = tmp_path_factory.mktemp("tiny") / "model"
     create_tiny_model(path)
@@ -142,6 +143,13 @@ def run_command(command, timeout_s, cwd=ROOT, env=None):
     return subprocess.CompletedProcess(command, process.returncode, output)
 
 
+def with_config(arguments):
+    """Add the tests' own config to arguments that name a model and no config."""
+    words = [str(argument) for argument in arguments]
+    needs_one = "--config" not in words and any(word.startswith("model.path=") for word in words)
+    return ["--config", str(TINY), *words] if needs_one else words
+
+
 @pytest.fixture(scope="session")
 def warm():
     """`warm(script, arguments, ...)` runs ranks of a script without the time of imports (tests/warm.py)."""
@@ -150,7 +158,7 @@ def warm():
     def run(script, arguments, ranks=1, timeout_s=240, cwd=ROOT, env=None, kill_after_s=None):
         if not servers:
             servers.append(Server())
-        port = free_port()
+        port, arguments = free_port(), with_config(arguments)
         with tempfile.NamedTemporaryFile() as file:
             codes = servers[0].run(script, arguments, ranks, timeout_s, port, cwd, file.name, env, kill_after_s)
             output = Path(file.name).read_text(errors="replace")
@@ -170,7 +178,7 @@ def run_train(warm):
     """Run `launch/train.py` with a launcher, or in warm processes, and return the finished process."""
 
     def run(*arguments, ranks=2, timeout_s=240, check=True, launcher="deepspeed", cwd=ROOT, script=TRAIN, env=None):
-        bin_dir = Path(sys.executable).parent
+        bin_dir, arguments = Path(sys.executable).parent, with_config(arguments)
         if launcher == "warm":
             done = warm(script, arguments, ranks, timeout_s, cwd, env)
         else:

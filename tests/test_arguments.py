@@ -98,7 +98,7 @@ def test_shipped_configs_are_found_by_name_unless_there_is_such_a_file(tmp_path,
     monkeypatch.chdir(tmp_path)
     (tmp_path / "zero3").touch()
     assert find_config("zero3", "ds_configs", ".json") == "zero3"
-    assert load_config(str(shipped_config("run_configs", "demo.yaml")), [])[0].model.create_tiny
+    assert load_config(str(shipped_config("run_configs", "demo.yaml")), [])[0].data.draw_demo_clips
 
 
 def test_help_and_errors_answer_without_torch():

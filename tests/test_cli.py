@@ -15,10 +15,10 @@ import torch.distributed as dist
 
 from cogds import cli
 from cogds.arguments import VERBS, parse_args, unpack
-from cogds.data.video.drawn import draw_clips
 from cogds.distributed.hostfile import Host
 from cogds.errors import EXIT_BUG, EXIT_HUNG, EXIT_USER_ERROR, BugReported, UserError
 from tests.conftest import ROOT
+from tests.drawn import draw_clips
 
 
 def test_imported_objects_are_excluded_from_garbage_collection():
@@ -192,7 +192,7 @@ def test_a_lost_connection_has_its_own_exit_code(capsys):
     assert "Connection reset by peer" in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("verb", sorted(VERBS.keys() - {"demo"}))  # the demo is in the module of train
+@pytest.mark.parametrize("verb", sorted(VERBS))
 def test_a_module_of_a_verb_is_not_a_command(verb):
     """Compares the last lines, because running each module takes seconds of imports."""
     module = VERBS[verb].module

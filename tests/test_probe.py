@@ -9,10 +9,13 @@ import torch
 from cogds.cli import call
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS, image_latent_scale
 from cogds.core.geometry import ClipShape
-from cogds.data.video.drawn import draw_clips
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_transformer, load_vae
 from cogds.probe import NO_IMAGE, Measurement, Probe, Scores, first_frame_slice, judge, one_per_scale, report, to_json
+from cogds.shapes.clips import unseen_scenes, write_clips
+from cogds.shapes.world import MOTIONS, SIZES
+from tests.conftest import TINY
+from tests.drawn import draw_clips
 from tests.train.test_step import make_builder
 
 SHAPE, NUM_CLIPS = ClipShape.parse("9x64x64"), 4
@@ -164,8 +167,7 @@ def test_the_command(tiny_model, tmp_path, capsys):
         f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
         "data.buckets=[9x64x64]", "train.precision=fp32",
     ]  # fmt: skip
-    call("probe", [*common, "--config", "launch/configs/demo.yaml", "--clips", "4", "--timesteps", "1",
-                                  "model.create_tiny=false", "data.draw_demo_clips=false"])  # fmt: skip
+    call("probe", [*common, "--config", str(TINY), "--clips", "4", "--timesteps", "1"])
     lines = capsys.readouterr().out.splitlines()
     assert "no verdict" in lines[-2]
     result = json.loads(lines[-1])
@@ -173,3 +175,14 @@ def test_the_command(tiny_model, tmp_path, capsys):
     assert result["first_loss"].keys() == {"pipeline", "scaled", "unscaled", NO_IMAGE}
     with pytest.raises(UserError, match=r"^--clips: 2 "):
         call("probe", ["--config", "launch/configs/demo.yaml", "--clips", "2"])
+
+
+@pytest.mark.slow
+def test_a_trained_model_expects_the_convention_that_it_was_trained_with(tmp_path, capsys):
+    write_clips(tmp_path / "clips", unseen_scenes(12, SIZES[:3], list(MOTIONS)))
+    call("probe", [
+        "--config", str(TINY), "model.path=builtin:shapes", f"data.path={tmp_path / 'clips'}", "data.fps=8",
+        f"data.cache_dir={tmp_path / 'cache'}", "data.buckets=[17x48x48, 17x48x64, 17x64x48]", "--clips", "12",
+    ])  # fmt: skip
+    lines = capsys.readouterr().out.splitlines()
+    assert json.loads(lines[-1])["verdict"] == "pipeline", lines

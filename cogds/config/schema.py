@@ -72,9 +72,10 @@ class Section(BaseModel):
 
 
 class ModelConfig(Section):
-    path: Text = key(..., "base model: a hub id or a local diffusers folder")
+    path: Text = key(
+        ..., "base model: a hub id, a local diffusers folder, or builtin:shapes, a tiny one that comes with cogds"
+    )
     revision: Text | None = key(None, "commit, tag or branch of a hub model")
-    create_tiny: bool = key(False, "create a tiny random model at model.path if there is none")
     attention: Attention = key(
         "auto", "attention kernel; all are exact; auto: measures which is fastest on the largest bucket"
     )

@@ -36,6 +36,7 @@ PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 PIPELINE_CLASS = "CogVideoXImageToVideoPipeline"
 # Keys: values of `train.precision`.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
+SHAPES_MODEL = "builtin:shapes"  # a tiny trained model that comes with cogds (docs/shapes.md)
 HUB_TIMEOUT_S = 10.0  # without it, the hub client waits for minutes if the network drops packets
 
 
@@ -81,16 +82,16 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
-    """Find a model by local folder or hub id. A hub model is downloaded once, into the hub's cache.
+    """Find a model by local folder or hub id, or `SHAPES_MODEL`. A hub model is downloaded once, into the hub's cache.
 
     Raises UserError if there is no such model, a part is missing, or it is not a CogVideoX image-to-video model.
     """
-    path = Path(model_path)
+    path = Path(__file__).parents[1] / "shapes/model" if model_path == SHAPES_MODEL else Path(model_path)
     if not path.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path):
             raise UserError(
                 f"model.path: no such folder: {model_path}. Pass a diffusers model folder or a hub id such as "
-                "zai-org/CogVideoX1.5-5B-I2V."
+                f"zai-org/CogVideoX1.5-5B-I2V, or {SHAPES_MODEL}."
             )
         path = _fetch(model_path, revision)
     index = _read_json(path / "model_index.json")

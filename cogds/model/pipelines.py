@@ -44,6 +44,13 @@ def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> CogVideoXImageToVid
     return pipeline
 
 
+def load_whole_pipeline(model: ModelFolder, dtype: torch.dtype = torch.float32) -> CogVideoXImageToVideoPipeline:
+    """Load diffusers' own pipeline with all its parts, unchanged, on the CPU."""
+    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model.path, dtype=dtype, use_safetensors=True)
+    pipeline.set_progress_bar_config(disable=True)
+    return pipeline
+
+
 def build_pipeline(model: ModelFolder, transformer: Any, vae: AutoencoderKLCogVideoX) -> CogVideoXImageToVideoPipeline:
     """Build a pipeline from loaded parts and the folder's scheduler, without a progress bar.
 

@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 # Config keys that may change when a run is resumed; all others must not. Data and model are compared by their content,
 # and the plan adapts to a new layout.
 MAY_CHANGE = (
-    "output_dir", "model.path", "model.revision", "model.create_tiny", "model.attention", "model.compile", "data.",
+    "output_dir", "model.path", "model.revision", "model.attention", "model.compile", "data.",
     "optimizer.", "train.num_steps", "train.batch_size", "train.tokens_per_batch",
     "train.gradient_accumulation_steps", "train.activation_checkpointing", "train.memory_check", "train.deterministic",
     "train.timeout_s",

@@ -36,7 +36,7 @@ def lab():
 @pytest.fixture(scope="session")
 def tiny_run(tmp_path_factory, tiny_model):
     """A folder, and the arguments of a small run: the tiny model, drawn clips, 60 steps."""
-    from cogds.data.video.drawn import draw_clips
+    from tests.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("cluster")
     draw_clips(folder / "clips")

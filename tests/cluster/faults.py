@@ -47,8 +47,8 @@ while True:
 
 def create_inputs(folder: Path) -> list[str]:
     """Create the tiny model and the clips in a folder. Returns the arguments of a run with short steps."""
-    from cogds.data.video.drawn import draw_clips
-    from cogds.model.tiny import create_tiny_model
+    from tests.drawn import draw_clips
+    from tests.tiny import create_tiny_model
 
     if not (folder / "model").exists():
         create_tiny_model(folder / "model")

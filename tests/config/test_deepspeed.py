@@ -51,10 +51,10 @@ def test_every_shipped_file_resolves_with_every_shipped_run(file, run):
     ds, resolved = deepspeed.resolve(load_ds_config(str(file)), cfg, explicit, 8, 3072, str(file))
     assert resolved == cfg
     assert '"auto"' not in json.dumps(ds)
-    assert ds["train_batch_size"] == 8
+    assert ds["train_batch_size"] == 8 * cfg.train.batch_size
     assert ds["bf16"]["enabled"] == (cfg.train.precision == "bf16")
     assert ds["optimizer"]["params"] == {
-        "lr": cfg.optimizer.lr, "betas": [0.9, 0.95], "eps": 1e-8, "weight_decay": 1e-3,
+        "lr": cfg.optimizer.lr, "betas": list(cfg.optimizer.betas), "eps": 1e-8, "weight_decay": 1e-3,
         "torch_adam": True, "fused": True,
     }  # fmt: skip
 

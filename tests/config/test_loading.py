@@ -65,7 +65,7 @@ def test_the_config_is_frozen_and_can_be_sent_to_another_process():
         ("optimizer.betas=[0, 0.5]", (0.0, 0.5)),
         ("optimizer.lr=1e-4", 1e-4),
         ("optimizer.lr=1", 1.0),
-        ("model.create_tiny=yes", True),
+        ("data.draw_demo_clips=yes", True),
         ("model.revision=12e4567", "12e4567"),  # YAML reads infinity
         ("model.revision=0123", "0123"),  # YAML reads 83
         ("model.revision=null", None),
@@ -102,7 +102,7 @@ REFUSED = {
     "train.tokens_per_batch=x": "", "optimizer.lr=fast": "", "optimizer.lr=true": "",
     "optimizer.betas=[0.9, b]": "optimizer.betas[1]", "data.bucket_frames=[49, 2.5]": "data.bucket_frames[1]",
     "data.bucket_aspect_ratios=[16:9]": "data.bucket_aspect_ratios[0]",  # YAML reads 969
-    "data.buckets=[[a]]": "data.buckets[0]", "data.buckets={a: 1}": "", "model.create_tiny=2": "",
+    "data.buckets=[[a]]": "data.buckets[0]", "data.buckets={a: 1}": "", "data.draw_demo_clips=2": "",
     "model.path=[a]": "", "train.num_steps=0": "", "lora.rank=0": "", "lora.alpha=0": "", "lora.dropout=1": "",
     "optimizer.lr=-1": "", "optimizer.lr=nan": "", "optimizer.lr=.inf": "",
     "optimizer.betas=[0.9]": "", "optimizer.betas=[0, 0, 0]": "",
@@ -396,7 +396,7 @@ def test_shipped_configs_load(file):
 
 def test_the_demo_config_is_small_and_self_contained():
     cfg, _ = load_config(str(ROOT / "launch/configs/demo.yaml"), [])
-    assert cfg.model.create_tiny
+    assert cfg.model.path == "builtin:shapes"
     assert cfg.data.draw_demo_clips
     assert cfg.train.precision == "fp32"
     sides = [int(side) for bucket in cfg.data.buckets for side in bucket.split("x")[1:]]

@@ -12,7 +12,7 @@ from cogds.metrics.jsonl import step_lines
 @pytest.fixture(scope="session")
 def workshop(tmp_path_factory):
     """A folder for the clips, the cache and the runs."""
-    from cogds.data.video.drawn import draw_clips
+    from tests.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("workshop")
     draw_clips(folder / "clips")

@@ -60,7 +60,7 @@ def work(jobs):
     world = read_world()
     connect(world, 300)
     for deepspeed, words in jobs:
-        job = make_job(*words, config=ROOT / "launch/configs/demo.yaml", deepspeed=deepspeed, world=world)
+        job = make_job(*words, config=ROOT / "tests/tiny.yaml", deepspeed=deepspeed, world=world)
         Path(job.cfg.output_dir).mkdir(parents=True, exist_ok=True)
         Trainer(job, StopRequest()).run()
     disconnect()
@@ -99,8 +99,8 @@ def visits(checkpoint, step, last):
 
 def run_matrix(folder, pairs, timeout_s=900):
     """Return `{(source, target): largest difference of a loss}` and a list of errors."""
-    from cogds.data.video.drawn import draw_clips
-    from cogds.model.tiny import create_tiny_model
+    from tests.drawn import draw_clips
+    from tests.tiny import create_tiny_model
     from tests.warm import Server
 
     create_tiny_model(folder / "model")

@@ -19,7 +19,7 @@ LEVELS = re.compile(r"^(\w+) +(ok|WARN|FAIL) ", re.MULTILINE)
 @pytest.fixture(scope="module")
 def job(tmp_path_factory, tiny_model):
     """A folder, and the overrides of all ranks."""
-    from cogds.data.video.drawn import draw_clips
+    from tests.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("preflight")
     draw_clips(folder / "clips")

@@ -18,7 +18,7 @@ ONE_CLIP_PER_SHARD = "data.shard_gb=1e-6"
 
 @pytest.fixture
 def arguments(tiny_model, tmp_path):
-    from cogds.data.video.drawn import draw_clips
+    from tests.drawn import draw_clips
 
     draw_clips(tmp_path / "clips")
     return [

@@ -7,14 +7,14 @@ import sys
 import pytest
 
 from cogds.metrics.jsonl import step_lines
-from tests.conftest import ROOT
+from tests.conftest import ROOT, with_config
 
 pytestmark = pytest.mark.dist
 
 
 @pytest.fixture(scope="module")
 def clips(tmp_path_factory):
-    from cogds.data.video.drawn import draw_clips
+    from tests.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("errors") / "clips"
     draw_clips(folder)
@@ -50,7 +50,7 @@ def error_of(tiny_model, clips, tmp_path, monkeypatch, capsys, no_weights):  # n
     ]  # fmt: skip
 
     def error_of(*argv):
-        assert cli.run(lambda: cli.call("train", [*good, *argv], starts_ranks=False)) == 2
+        assert cli.run(lambda: cli.call("train", with_config([*good, *argv]), starts_ranks=False)) == 2
         lines = [line for line in capsys.readouterr().err.splitlines() if "file/s]" not in line and line.strip()]
         assert len(lines) == 1
         assert lines[0].startswith("error: ")

@@ -1,4 +1,4 @@
-"""The demo of the README, the same run under the other launchers, and a video from its LoRA."""
+"""A short run of the demo's config under all launchers, and a video from its LoRA."""
 
 import json
 import os
@@ -11,6 +11,7 @@ import time
 from pathlib import Path
 
 import pytest
+from PIL import Image
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, free_port, run_command
@@ -18,18 +19,19 @@ from tests.dist.conftest import losses, metrics, notes
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
+SHORT = ["--config", "launch/configs/demo.yaml", "train.num_steps=12", "checkpoint.every=6", "eval.every=6"]
 LORA = "lora/step-000012/pytorch_lora_weights.safetensors"
 
 
 @pytest.fixture(scope="module")
 def demo(tmp_path_factory):
-    """The folder of a checkout in which the demo has run, and its output."""
+    """The folder of a checkout in which the run was made, and its output."""
     folder = tmp_path_factory.mktemp("demo")
     for name in ("launch", "ds_configs"):
         (folder / name).symlink_to(ROOT / name)
     deepspeed = [Path(sys.executable).parent / "deepspeed", "--master_port", free_port()]
     command = "--num_gpus 2 launch/train.py --deepspeed ds_configs/zero2.json"
-    done = run_command([*deepspeed, *command.split()], 240, cwd=folder)
+    done = run_command([*deepspeed, *command.split(), *SHORT], 240, cwd=folder)
     assert done.returncode == 0, done.stdout[-6000:]
     return folder, done.stdout
 
@@ -37,11 +39,12 @@ def demo(tmp_path_factory):
 @pytest.fixture(scope="module")
 def torchrun(demo, run_train):
     folder, _ = demo
-    run_train("--deepspeed", "ds_configs/zero2.json", "output_dir=outputs/torchrun", launcher="torchrun", cwd=folder)
+    words = ["--deepspeed", "ds_configs/zero2.json", *SHORT, "output_dir=outputs/torchrun"]
+    run_train(*words, launcher="torchrun", cwd=folder)
     return folder / "outputs/torchrun"
 
 
-def test_the_demo_prints_where_its_lora_is_and_how_to_watch(demo):
+def test_it_prints_where_its_lora_is_and_how_to_watch(demo):
     _, output = demo
     lines = output.splitlines()
     assert "LoRA: outputs/demo/lora/step-000012" in lines
@@ -62,7 +65,7 @@ def test_the_output_tree(demo):
     assert (run / "checkpoints/latest").read_text().strip() == "step-000012"
     assert (run / "unusable.jsonl").read_text() == ""
     assert "auto" not in (run / "ds_config.json").read_text()
-    assert json.loads((run / "ds_config.json").read_text())["train_batch_size"] == 2
+    assert json.loads((run / "ds_config.json").read_text())["train_batch_size"] == 8
 
 
 def test_the_saved_run_config_loads(demo):
@@ -98,11 +101,11 @@ def test_torchrun_trains_the_same_bits(demo, torchrun):
 
 
 def test_python_alone_is_one_process(demo, run_train):
-    """Without --deepspeed and --config, and with half the clips per step."""
+    """Without --deepspeed, and with half the clips per step."""
     folder, _ = demo
-    run_train("output_dir=outputs/python", "train.num_steps=3", launcher="python", cwd=folder)
+    run_train(*SHORT, "output_dir=outputs/python", "train.num_steps=3", launcher="python", cwd=folder)
     assert len(losses(folder / "outputs/python")) == 3
-    assert json.loads((folder / "outputs/python/ds_config.json").read_text())["train_batch_size"] == 1
+    assert json.loads((folder / "outputs/python/ds_config.json").read_text())["train_batch_size"] == 4
 
 
 def kill_deepspeed(process):
@@ -121,7 +124,7 @@ def test_a_stopped_run_is_saved_and_leaves_no_process(demo, stop):
     folder, _ = demo
     run = folder / f"outputs/{stop.__name__}"
     words = f"--num_gpus 2 --master_port {free_port()} launch/train.py --deepspeed ds_configs/zero2.json"
-    more = f"output_dir={run} train.num_steps=100000 eval.every=null metrics.every=1"
+    more = f"{' '.join(SHORT)} output_dir={run} train.num_steps=100000 eval.every=null metrics.every=1"
     process = subprocess.Popen(
         [Path(sys.executable).parent / "deepspeed", *words.split(), *more.split()],
         cwd=folder, start_new_session=True, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL,
@@ -152,7 +155,7 @@ def until(condition, timeout_s=120):
 
 def test_a_second_run_does_not_create_the_demo_files_again(demo, torchrun):
     files = [path for parent in sorted((demo[0] / "outputs").glob("demo-*")) for path in parent.rglob("*")]
-    assert len([path for path in files if path.suffix == ".mp4"]) == 6
+    assert len([path for path in files if path.suffix == ".mp4"]) == 12
     started = (torchrun / "run.yaml").stat().st_mtime
     # The manifest and the list of unusable clips are written at every start.
     kept = [path for path in files if path.is_file() and not path.name.endswith((".parquet", ".unusable.jsonl"))]
@@ -164,12 +167,13 @@ def test_sample_writes_a_video_of_the_requested_size(demo):
     import av
 
     folder, _ = demo
-    (image,) = (folder / "outputs/demo-clips").glob("*.png")
+    image = folder / "first.png"
+    Image.new("RGB", (96, 96), (200, 30, 30)).save(image)
     done = run_command(
         [
             sys.executable, "launch/sample.py",
-            "--model", "outputs/demo-model", "--lora", "outputs/demo/lora/step-000012",
-            "--image", image, "--prompt", "a red circle", "--size", "9x64x64", "--steps", "2",
+            "--model", "builtin:shapes", "--lora", "outputs/demo/lora/step-000012",
+            "--image", image, "--prompt", "a red disc bounces", "--size", "9x48x64", "--steps", "2",
             "--output", "made/sample.mp4",
         ],
         120,
@@ -179,5 +183,5 @@ def test_sample_writes_a_video_of_the_requested_size(demo):
     assert "made/sample.mp4" in done.stdout
     with av.open(str(folder / "made/sample.mp4")) as container:
         frames = [(frame.width, frame.height) for frame in container.decode(video=0)]
-        assert container.streams.video[0].average_rate == 16
-    assert frames == [(64, 64)] * 9
+        assert container.streams.video[0].average_rate == 8
+    assert frames == [(64, 48)] * 9

@@ -5,6 +5,7 @@ Every command is the README's, run in a fresh clone. Only the model (a tiny one)
 
 import os
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -58,9 +59,9 @@ def demo(clone):
 
 
 @pytest.fixture(scope="module")
-def own(clone, demo):  # noqa: ARG001 (the tiny model is the demo's)
+def own(clone):
     """The output folder of a run on ten clips."""
-    from cogds.data.video.drawn import draw_clips
+    from tests.drawn import draw_clips
 
     clips = clone / "clips"
     for seed in (0, 1):
@@ -73,7 +74,7 @@ def own(clone, demo):  # noqa: ARG001 (the tiny model is the demo's)
         path.with_suffix(".txt").unlink()
     words = command("deepspeed launch/train.py")
     words[words.index("data.path=/data/clips")] = "data.path=clips"
-    small = ["model.path=outputs/demo-model", "data.buckets=[17x64x96, 9x96x64]", "lora.rank=4", "train.num_steps=4",
+    small = ["model.path=builtin:shapes", "data.buckets=[17x48x64, 9x64x48]", "lora.rank=4", "train.num_steps=4",
              "eval.held_out=0.2"]  # fmt: skip
     output = run(clone, [words[0], "--master_port", free_port(), *words[1:]], small)
     trained, held_out = (
@@ -102,6 +103,17 @@ def test_the_readme_shows_what_the_demo_prints(demo):
     assert set(map(shape, shown.splitlines())) <= set(map(shape, demo.splitlines()))
 
 
+def test_the_demo_teaches_the_motion_and_shows_it(clone, demo):
+    before, after = map(int, re.findall(r"seen in (\d+)% of .* training, (\d+)% after", demo)[0])
+    assert before <= 20
+    assert after >= 60
+    (picture,) = re.findall(r"^look: (\S+)", demo, flags=re.M)
+    with Image.open(clone / picture) as image:
+        assert image.width > 1000
+    words = shlex.split(re.findall(r"^next: (cogds sample .*)", demo, flags=re.M)[-1])
+    assert "sample.mp4" in run(clone, words)
+
+
 def test_ten_clips_become_a_lora(own):
     assert (own / "lora/step-000004/pytorch_lora_weights.safetensors").exists()
     assert (own / "unusable.jsonl").read_text() == ""
@@ -110,7 +122,7 @@ def test_ten_clips_become_a_lora(own):
 def test_the_lora_makes_a_video(clone, own):
     Image.new("RGB", (120, 80), (200, 30, 30)).save(clone / "first.png")
     words = command("cogds sample")
-    words[words.index("--model") + 1] = "outputs/demo-model"
+    words[words.index("--model") + 1] = "builtin:shapes"
     words[words.index("--lora") + 1] = str(own.relative_to(clone) / "lora/step-000004")
     assert "sample.mp4" in run(clone, words, ["--steps", "2"])
     assert (clone / "sample.mp4").stat().st_size > 0

@@ -4,8 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from cogds.data.video.drawn import draw_clips
 from tests.conftest import ROOT
+from tests.drawn import draw_clips
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 SCRIPT = ROOT / "tests/e2e/planted_script.py"

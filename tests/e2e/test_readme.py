@@ -61,7 +61,7 @@ def test_commands_are_short_enough_to_read(file):
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory, tiny_model):
     """Overrides that make the real run small. They are appended to a command, and the last value of a key wins."""
-    from cogds.data.video.drawn import draw_clips
+    from tests.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("readme")
     draw_clips(folder / "clips")

@@ -20,7 +20,7 @@ SCREENSHOTS = ROOT / ".testdata/screenshots"
 @pytest.fixture(scope="module")
 def run_folder(tmp_path_factory, tiny_model, run_train):
     """The folder of a small run with everything that TensorBoard can show."""
-    from cogds.data.video.drawn import draw_clips
+    from tests.drawn import draw_clips
 
     folder = tmp_path_factory.mktemp("shown")
     draw_clips(folder / "clips")

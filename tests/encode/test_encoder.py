@@ -20,7 +20,6 @@ from cogds.core.conditioning import normalize_pixels
 from cogds.data.cache.maintenance import prune
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
-from cogds.data.video.drawn import draw_clips
 from cogds.data.video.media import DecodeError, read_clip
 from cogds.encode.clip_set import load_clip_set
 from cogds.encode.encoder import encode_dataset
@@ -31,6 +30,7 @@ from cogds.errors import UserError
 from cogds.files import process_tag
 from cogds.model.load import load_vae
 from tests.data import unruly
+from tests.drawn import draw_clips
 from tests.jobs import make_job
 
 NAMES = [*(f"clip_{number}.mp4" for number in range(6)), "image_0.png"]

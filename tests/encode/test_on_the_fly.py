@@ -11,12 +11,12 @@ import torch
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import ClipDataset, collate, read_encoded
 from cogds.data.loading.sampler import BucketBatchSampler
-from cogds.data.video.drawn import draw_clips
 from cogds.encode import on_the_fly
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.on_the_fly import ahead, load_on_the_fly_models
 from cogds.train.batches import Run, load_batches
 from cogds.train.tuning import Execution
+from tests.drawn import draw_clips
 from tests.jobs import make_job
 
 

@@ -8,10 +8,10 @@ import torch
 from cogds.core.geometry import ClipShape
 from cogds.core.memory import CUDA_CONTEXT_BYTES
 from cogds.core.vae_memory import COGVIDEOX_VAE, vae_encode_bytes
-from cogds.data.video.drawn import draw_clips
 from cogds.encode import encoder, tiling
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.tiling import choose_tiling
+from tests.drawn import draw_clips
 from tests.jobs import make_job
 from tests.published_model import FULL
 

@@ -17,7 +17,7 @@ from cogds.model.load import (
     num_truncated,
     transformer_weights,
 )
-from cogds.model.tiny import create_tiny_model
+from tests.tiny import create_tiny_model
 
 INDEX = '{"weight_map": {"a": "part-2.safetensors"}}'
 

@@ -389,20 +389,19 @@ def test_a_page_in_a_folder_that_does_not_exist_is_refused(tmp_path):
 
 @pytest.mark.slow
 def test_the_command(tmp_path):
-    """It creates the demo's clips and model, prints tables and writes a page, but trains nothing."""
+    """It draws the demo's clips, prints tables and writes a page, but trains nothing."""
     page = tmp_path / "report.html"
     done = run_command(
         [
             sys.executable, ROOT / "launch/report.py", "--num_gpus", 2, "--html", page,
             f"output_dir={tmp_path / 'run'}",
-            f"data.path={tmp_path / 'clips'}", "data.draw_demo_clips=true", f"model.path={tmp_path / 'model'}",
-            "model.create_tiny=true", f"data.cache_dir={tmp_path / 'cache'}",
+            f"data.path={tmp_path / 'clips'}", "data.draw_demo_clips=true", f"data.cache_dir={tmp_path / 'cache'}",
         ],
         timeout_s=240,
     )  # fmt: skip
     assert done.returncode == 0, done.stdout
-    assert re.search(r"7 of 7 clips; 2 GPUs", done.stdout)
-    assert page.read_text().count("data:image/jpeg;base64,") == 7
+    assert re.search(r"12 of 12 clips; 2 GPUs", done.stdout)
+    assert page.read_text().count("data:image/jpeg;base64,") == 12
     assert not (tmp_path / "run").exists()
     refused = run_command([sys.executable, ROOT / "launch/report.py", "--num_gpus", 0], timeout_s=120)
     assert refused.returncode == 2

@@ -14,7 +14,6 @@ from hypothesis import strategies as st
 import cogds.train.evaluation
 from cogds.cli import call
 from cogds.config.loading import replace
-from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
 from cogds.model.evaluation_mode import evaluation_mode
@@ -35,6 +34,7 @@ from cogds.train.evaluation import (
 from cogds.train.run import Run
 from cogds.train.step import load_step_builder
 from cogds.train.tuning import BucketExecution, Execution
+from tests.drawn import draw_clips
 from tests.jobs import ALONE, make_job
 
 # -------------------------------------------------------------------------------------------------- batches and rounds

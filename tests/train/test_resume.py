@@ -77,7 +77,7 @@ def test_the_keys_that_may_change():
     changeable = {name for name in KEYS if name.startswith(MAY_CHANGE)}
     assert changeable == {
         "output_dir",
-        "model.path", "model.revision", "model.create_tiny", "model.attention", "model.compile",
+        "model.path", "model.revision", "model.attention", "model.compile",
         "data.path", "data.sets", "data.columns", "data.root", "data.path_template", "data.where", "data.repeats",
         "data.default_caption", "data.caption_prefix",
         "data.max_unusable", "data.manifest", "data.draw_demo_clips", "data.buckets", "data.bucket_sizes",

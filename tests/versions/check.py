@@ -15,6 +15,7 @@ from importlib.metadata import version
 from pathlib import Path
 
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -34,8 +35,8 @@ def train(zero: str, output: Path, *overrides: str) -> list[float | None]:
     demo = output.parents[1]
     run(
         *COGDS, "train", "--num-gpus", NUM_RANKS, "--deepspeed", f"ds_configs/{zero}.json",
-        "--config", "launch/configs/demo.yaml", "model.create_tiny=true",
-        "data.draw_demo_clips=true", f"model.path={demo / 'model'}", f"data.path={demo / 'clips'}",
+        "--config", "launch/configs/demo.yaml", "data.draw_demo_clips=true", f"data.path={demo / 'clips'}",
+        "train.num_steps=12", "checkpoint.every=6",
         f"data.cache_dir={demo / 'cache'}", f"output_dir={output}", "train.precision=bf16", *overrides,
     )  # fmt: skip
     lines = map(json.loads, (output / "metrics.jsonl").read_text().splitlines())
@@ -54,10 +55,11 @@ def check(zero: str, demo: Path) -> None:
         expected, tensors = load_file(whole / file), load_file(resumed / file)
         assert tensors.keys() == expected.keys()
         assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items()), file
-    video = demo / zero / "sample.mp4"
+    video, image = demo / zero / "sample.mp4", demo / zero / "first.png"
+    Image.new("RGB", (96, 96), (200, 200, 200)).save(image)
     run(
-        *COGDS, "sample", "--model", demo / "model", "--lora", resumed / "lora" / LAST,
-        "--image", demo / "clips/image_0.png", "--prompt", "a square", "--size", "9x64x64", "--steps", "2",
+        *COGDS, "sample", "--model", "builtin:shapes", "--lora", resumed / "lora" / LAST,
+        "--image", image, "--prompt", "a white square bounces", "--size", "9x48x48", "--steps", "2",
         "--output", video,
     )  # fmt: skip
     assert video.stat().st_size > 0

@@ -35,7 +35,7 @@ def write(folder):
     from cogds.model.lora.adapter import add_lora, export, inject, linear_layers
     from cogds.model.lora.convert import Adapter, Layer, load_adapter, save_comfyui_wrapper, save_diffusers
     from cogds.model.lora.file import read_lora
-    from cogds.model.tiny import create_tiny_model
+    from tests.tiny import create_tiny_model
 
     torch.manual_seed(0)
     create_tiny_model(folder / "model")

@@ -5,10 +5,10 @@ import numpy as np
 import pytest
 
 from cogds.core.geometry import ClipShape
-from cogds.data.video import drawn
-from cogds.data.video.drawn import draw_clips
 from cogds.data.video.media import read_clip
+from tests import drawn
 from tests.data.scanned import scan_folder
+from tests.drawn import draw_clips
 
 
 def files(folder: Path) -> dict[str, bytes]:

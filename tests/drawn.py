@@ -1,4 +1,4 @@
-"""Clips drawn by cogds, for the quick start and for tests, without a download."""
+"""Drawn clips of many sizes, lengths and frame rates, without a download."""
 
 from pathlib import Path
 from typing import NamedTuple

@@ -1,0 +1,54 @@
+"""Videos of the shapes world from a diffusers pipeline."""
+
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import torch
+
+from cogds.shapes.judge import Judgement, judge
+from cogds.shapes.world import Scene
+
+STEPS, GUIDANCE = 25, 1.0  # the model was trained to need no guidance
+BATCH_SIZE = 16
+
+
+@torch.no_grad()
+def generate(
+    pipeline: Any, scenes: Sequence[Scene], seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE
+) -> list[torch.Tensor]:
+    """Generate a video from each scene's first frame and caption. Returns float32 [F, 3, H, W] from 0 to 1 each.
+
+    pipeline: diffusers' CogVideoXImageToVideoPipeline with all parts. A video does not depend on those beside it: its
+    noise follows from the seed and its number.
+    """
+    by_size: dict[tuple[int, int, int], list[int]] = defaultdict(list)
+    for number, scene in enumerate(scenes):
+        by_size[scene.frames, scene.height, scene.width].append(number)
+    videos: dict[int, torch.Tensor] = {}
+    for (frames, height, width), numbers in by_size.items():
+        for batch in _batches(numbers):
+            output = pipeline(
+                image=torch.stack([scenes[number].draw()[0] for number in batch]),
+                prompt=[scenes[number].caption for number in batch],
+                num_frames=frames,
+                height=height,
+                width=width,
+                num_inference_steps=steps,
+                guidance_scale=guidance,
+                max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+                generator=[torch.Generator().manual_seed(seed * 1_000_003 + number) for number in batch],
+                output_type="pt",
+            ).frames
+            videos.update(zip(batch, output.float().cpu()))
+    return [videos[number] for number in range(len(scenes))]
+
+
+def _batches(numbers: Sequence[int]) -> Iterator[Sequence[int]]:
+    for start in range(0, len(numbers), BATCH_SIZE):
+        yield numbers[start : start + BATCH_SIZE]
+
+
+def judge_all(videos: Sequence[torch.Tensor], scenes: Sequence[Scene]) -> list[Judgement]:
+    """Judge one generated video per scene."""
+    return [judge(video, scene) for video, scene in zip(videos, scenes, strict=True)]

@@ -121,6 +121,9 @@ class DataConfig(Section):
     caption_prefix: str = key(
         "", "text before every caption of the clips, such as a trigger word; not before sample.prompts"
     )
+    mirror: bool = key(
+        False, "training of each clip's mirror image too, except for captions with a side (left, right, clockwise)"
+    )
     max_unusable: float = key(0.1, "fraction of unusable clips above which training is refused", ge=0, le=1)
     manifest: LocalPath | None = key(None, "Parquet table of the clips' properties; null: created in data.cache_dir")
     draw_demo_clips: bool = key(False, "draw the demo clips at data.path if there are none")

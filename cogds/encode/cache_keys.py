@@ -51,13 +51,14 @@ class CacheKeys:
         keys = bytearray()
         for start in range(0, clips.num_clips, CLIPS_AT_ONCE):
             chunk = slice(start, start + CLIPS_AT_ONCE)
-            for bucket, start_s, kind, digest, image_digest in zip(
+            for bucket, start_s, is_mirrored, kind, digest, image_digest in zip(
                 clips.assignment.buckets[chunk].tolist(),
                 clips.assignment.starts_s[chunk].tolist(),
+                clips.assignment.mirrored[chunk].tolist(),
                 *(clips.column(name, chunk).to_pylist() for name in ("kind", "digest", "image_digest")),
             ):
                 clip = struct.pack("<d", start_s) + kind.encode() + digest + (image_digest or b"")
-                keys += _digest(prefixes[bucket] + clip)
+                keys += _digest(prefixes[bucket] + clip + (b"mirrored" if is_mirrored else b""))
         return key_array_of_bytes(keys)
 
     def _clip_prefix(self, shape: ClipShape) -> bytes:

@@ -26,7 +26,7 @@ from cogds.data.manifest.table import DataSet, read_manifest, read_skipped
 from cogds.data.storage.access import is_folder
 from cogds.data.storage.location import absolute, display_name, parent
 from cogds.data.video.kinds import suffix_of
-from cogds.encode.captions import join_lists, with_prefixes
+from cogds.encode.captions import join_lists, list_lengths, with_prefixes
 from cogds.encode.scan_data import caption_prefixes, data_sets, evaluation_config
 from cogds.errors import UserError
 from cogds.files import whole_file
@@ -36,6 +36,8 @@ NUM_EXAMPLES = 5
 # Clips to evaluate are chosen from about this many of each bucket (or eval.num_clips, if that is more), evenly spaced,
 # because each candidate costs a hash.
 MAX_CANDIDATES = 1 << 16
+# Words by which a caption names a side, which its mirror image would contradict.
+SIDES = r"\b(left|right|leftwards?|rightwards?|(counter|anti)?-?clockwise)\b|[左右]"
 
 
 @dataclass(frozen=True)
@@ -130,14 +132,30 @@ class ClipSet:
         num_decoded = np.minimum(num_frames, np.ceil(lengths / self.fps * fps))
         return lengths * areas + num_decoded * width * height
 
-    def select(self, clips: np.ndarray) -> "ClipSet":
-        """The set of only these clips. clips: their numbers, ascending."""
+    def select(self, clips: np.ndarray, mirrored: np.ndarray | None = None) -> "ClipSet":
+        """The set of only these clips. clips: their numbers, ascending. mirrored: bool for each; by default as now."""
         rows = self.assignment.rows[clips]
         sizes = np.zeros((len(self.buckets), len(self.repeats)), np.int64)
         np.add.at(sizes, (self.assignment.buckets[clips], column_values(self.table, "set")[rows]), 1)
-        starts_s = self.assignment.starts_s[clips]
-        assignment = replace(self.assignment, rows=rows, starts_s=starts_s, sizes=tuple(map(tuple, sizes.tolist())))
+        assignment = replace(
+            self.assignment,
+            rows=rows,
+            starts_s=self.assignment.starts_s[clips],
+            sizes=tuple(map(tuple, sizes.tolist())),
+            mirrored=self.assignment.mirrored[clips] if mirrored is None else mirrored,
+        )
         return replace(self, assignment=assignment)
+
+    def with_mirror_images(self) -> "ClipSet":
+        """The set with the mirror image of each clip after it, except for captions that name a side."""
+        lists = self.captions()
+        names_side = pc.match_substring_regex(lists.flatten(), SIDES, ignore_case=True)
+        lengths = list_lengths(lists)
+        num_named = np.add.reduceat(names_side.to_numpy(zero_copy_only=False).astype(np.int64), _starts(lengths))
+        copies = np.where(num_named > 0, 1, 2)
+        mirrored = np.zeros(copies.sum(), bool)
+        mirrored[np.cumsum(copies)[copies == 2] - 1] = True
+        return self.select(np.repeat(np.arange(self.num_clips), copies), mirrored)
 
     def without(self, keys: pa.Array, failures: Mapping[bytes, str]) -> tuple["ClipSet", np.ndarray]:
         """The set without the clips whose key failed, and the numbers of the clips that it keeps."""
@@ -159,6 +177,7 @@ class ClipSet:
         for start, size in zip(itertools.accumulate(sizes, initial=0), sizes):
             candidates.append(np.arange(start, start + size, max(1, size // max(MAX_CANDIDATES, num_clips))))
         clips = np.concatenate(candidates)
+        clips = clips[~self.assignment.mirrored[clips]]
         paths, starts_s = self.column("path", clips).to_pylist(), self.assignment.starts_s[clips].tolist()
         hashes = [name_hash(_name(path, self.roots), repr(start)) for path, start in zip(paths, starts_s)]
         chosen = spread(self.assignment.buckets[clips], np.array(hashes, np.uint64), num_clips)
@@ -238,7 +257,14 @@ def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]
         is_held = _is_held_out(table, clips.roots, cfg.eval.held_out)[assignment.rows]
         held_out = clips.select(np.flatnonzero(is_held))
         clips = replace(clips.select(np.flatnonzero(~is_held)), held_out=held_out if held_out.num_clips else None)
+    if cfg.data.mirror and clips.num_clips:
+        clips = clips.with_mirror_images()
     return replace(clips, repeats=_repeats(cfg, clips))
+
+
+def _starts(lengths: np.ndarray) -> np.ndarray:
+    """The position at which each of several lists starts, if they follow each other."""
+    return np.cumsum(lengths) - lengths
 
 
 def _repeats(cfg: RunConfig, clips: ClipSet) -> tuple[float, ...]:

@@ -147,7 +147,7 @@ class _RankEncoder:
 
     def _task(self, row: Mapping[str, Any]) -> DecodeTask:
         shape, data = self._job.buckets[row["bucket"]], self._cfg.data
-        file = {name: row[name] for name in ("path", "kind", "image_path", "start_s")}
+        file = {name: row[name] for name in ("path", "kind", "image_path", "start_s", "mirrored")}
         return DecodeTask(**file, shape=shape, fps=data.fps, decoder=data.decoder)
 
 

@@ -37,8 +37,8 @@ class EncodingWork:
 
     Attributes:
         captions: columns key, caption, rank.
-        clips: columns key, path, kind, image_path, start_s, bucket, cost, size, mtime_ns, image_size, image_mtime_ns,
-            rank.
+        clips: columns key, path, kind, image_path, start_s, mirrored, bucket, cost, size, mtime_ns, image_size,
+            image_mtime_ns, rank.
     """
 
     captions: pa.Table
@@ -75,6 +75,7 @@ class KeyedClips:
             {
                 "key": self.clip_keys.take(clips),
                 "start_s": self.clips.assignment.starts_s[clips],
+                "mirrored": self.clips.assignment.mirrored[clips],
                 "bucket": self.clips.assignment.buckets[clips],
                 "cost": self.clips.costs()[clips],
             }
@@ -111,6 +112,7 @@ class KeyedClips:
                 | {
                     "captions": make_lists(num_captions, self.captions.take(captions)),
                     "start_s": self.clips.assignment.starts_s[chunk],
+                    "mirrored": self.clips.assignment.mirrored[chunk],
                     "clip_key": self.clip_keys.take(chunk),
                     "caption_keys": make_lists(num_captions, self.caption_keys.take(captions)),
                     "clip_place": clip_places[chunk],
@@ -275,6 +277,8 @@ class EncodingPlan:
         columns = [part.clip_keys.take(kept), part.caption_keys.take(captions)]
         if not part.is_cached:
             columns += [part.clips.column(name, kept) for name in ("path", "size", "mtime_ns")]
+            if (mirrored := part.clips.assignment.mirrored[kept]).any():
+                columns.append(pa.array(mirrored))
         num_captions = list_lengths(part.caption_numbers.take(pa.array(kept)))
         if (num_captions > 1).any():
             columns.append(pa.array(num_captions))

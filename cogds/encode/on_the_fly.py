@@ -87,8 +87,9 @@ class _BatchEncoder:
     def _task(self, row: int) -> DecodeTask:
         clip, data = self._index[row], self._cfg.data
         return DecodeTask(
-            clip.path, clip.kind, clip.image_path, clip.start_s, shape=clip.shape, fps=data.fps, decoder=data.decoder
-        )
+            clip.path, clip.kind, clip.image_path, clip.start_s, shape=clip.shape, fps=data.fps, decoder=data.decoder,
+            mirrored=clip.mirrored,
+        )  # fmt: skip
 
     def _load(
         self, decoded_row: int, decoded: DecodedClip | TaskFailure, choice: Choice

@@ -54,6 +54,7 @@ class ClipTable:
         num_windows: int [N], samples of each clip. None: one each.
         num_held_out: clips not in the table because they are held out for evaluation.
         skipped: what the listing of the datasets skipped: reason -> number.
+        num_mirrored: samples that are mirror images of others.
     """
 
     table: pa.Table
@@ -62,6 +63,7 @@ class ClipTable:
     num_windows: np.ndarray | None = None
     num_held_out: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
+    num_mirrored: int = 0
 
     def windows_of(self, rows: slice) -> np.ndarray:
         """Number of samples of each of these rows, int64."""
@@ -421,7 +423,7 @@ def _count_processed(clips: ClipTable) -> dict[str, int]:
     for item in pc.value_counts(texts).to_pylist():
         for name in filter(None, (item["values"] or "").split(", ")):
             counts[name] = counts.get(name, 0) + item["counts"]
-    return counts
+    return counts | ({"trained mirrored too": clips.num_mirrored} if clips.num_mirrored else {})
 
 
 def _suggestion(sizes: ClipSizes, setup: TrainingSetup) -> Suggestion | None:

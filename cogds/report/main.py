@@ -57,7 +57,8 @@ def clip_table(clips: ClipSet) -> ClipTable:
         left[clips.held_out.assignment.rows] = False
         table, buckets, frames, windows = table.filter(pa.array(left)), buckets[left], frames[left], windows[left]
         num_held_out = int((~left).sum())
-    return ClipTable(table, buckets, frames, windows, num_held_out, clips.skipped)
+    num_mirrored = int(assignment.mirrored.sum())
+    return ClipTable(table, buckets, frames, windows, num_held_out, clips.skipped, num_mirrored)
 
 
 def run_report(job: Job, clip_set: ClipSet, clips: ClipTable, gpu_bytes: float | None) -> Report:

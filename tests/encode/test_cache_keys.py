@@ -33,7 +33,9 @@ def test_keys_do_not_change(tmp_path, monkeypatch):
         }
     )
     rows = np.arange(2)
-    assignment = BucketAssignment(rows, np.array([0.0, 1.5]), ((2,),), np.zeros(2, np.int16), np.full(2, 9))
+    assignment = BucketAssignment(
+        rows, np.array([0.0, 1.5]), ((2,),), np.zeros(2, np.int16), np.full(2, 9), np.zeros(2, bool)
+    )
     clips = ClipSet(table, assignment, (ClipShape(9, 64, 96),), (1.0,), 16.0, "/clips")
     before = ["9aa257bae08758f4de40442f308dd1da", "b4bc0a1fe74ae8559eafbb0ee038ff23"]
     assert [key.hex() for key in keys.clips(clips).to_pylist()] == before

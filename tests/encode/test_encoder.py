@@ -337,6 +337,32 @@ def test_all_captions_are_cached_once_each(encode, several, cache):
     assert {len(data.trained[row].captions) for row in range(len(data.trained))} == {1}  # evaluation uses the first
 
 
+def test_mirror_images_are_trained_too_except_of_captions_with_a_side(encode, drawn, tmp_path, cache):
+    texts = {
+        "clip_0.mp4": ["a bright disc"], "clip_1.mp4": ["it moves to the Left"], "clip_2.mp4": ["it rises"],
+        "image_0.png": ["still", "turned clockwise"],
+    }  # fmt: skip
+    rows = [{"path": str(drawn / name), "captions": captions} for name, captions in texts.items()]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    plain = encode(tmp_path / "list.jsonl")
+    before = entries(cache)
+    data = encode(tmp_path / "list.jsonl", "data.mirror=true")
+    clips = {}
+    for clip in clips_of(data):
+        clips.setdefault(clip.path.rpartition("/")[2], []).append(clip)
+    assert {name: [clip.mirrored for clip in copies] for name, copies in clips.items()} == {
+        "clip_0.mp4": [False, True], "clip_1.mp4": [False], "clip_2.mp4": [False, True], "image_0.png": [False],
+    }  # fmt: skip
+    assert kinds_added(cache, before) == {"clips": 2}  # the others are those without mirror images
+    assert {clip.clip_key for clip in clips_of(plain)} == {copies[0].clip_key for copies in clips.values()}
+    for clip, mirror_image in (clips["clip_0.mp4"], clips["clip_2.mp4"]):
+        assert clip.captions == mirror_image.captions
+        first, mirrored = (read_encoded(Cache(cache), each)["first_frame"] for each in (clip, mirror_image))
+        assert torch.equal(first.flip(-1), mirrored)
+        assert not torch.equal(first, mirrored)
+    assert not any(data.trained[row].mirrored for row in range(len(data.trained)))
+
+
 def test_pruning_keeps_all_captions(job_of, several, cache):
     job = job_of(several, cache)
     prune_unused(job, encode_dataset(job))

@@ -48,7 +48,9 @@ def planned_draws(run, num_steps):
 
 @pytest.mark.slow
 def test_batches_equal_those_of_the_cache(make_run):
-    streamed, cached = (batches_of(make_run(f"data.encode={mode}")) for mode in ("on_the_fly", "cached"))
+    streamed, cached = (
+        batches_of(make_run(f"data.encode={mode}", "data.mirror=true")) for mode in ("on_the_fly", "cached")
+    )
     assert len(streamed) == len(cached) == 6
     for ours, theirs in zip(streamed, cached):
         assert ours.tensors.keys() == theirs.tensors.keys()

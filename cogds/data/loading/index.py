@@ -35,6 +35,7 @@ SCHEMA = pa.schema(
         ("image_path", pa.string()),
         ("captions", pa.list_(pa.string())),
         ("start_s", pa.float64()),
+        ("mirrored", pa.bool_()),
         ("clip_key", pa.binary(16)),
         ("caption_keys", pa.list_(pa.binary(16))),
         ("clip_place", pa.int32()),
@@ -60,6 +61,7 @@ class IndexedClip:
         image_path: conditioning image, None to use the first frame.
         captions: at least one. A training step draws one of them; everything else uses the first.
         start_s: in seconds after the first frame.
+        mirrored: whether it is the mirror image, left to right.
         clip_key: cache key of 32 hex digits.
         clip_place: cache shard, "" if nothing is cached.
     """
@@ -69,6 +71,7 @@ class IndexedClip:
     image_path: str | None
     captions: tuple[IndexedCaption, ...]
     start_s: float
+    mirrored: bool
     bucket: int
     shape: ClipShape
     clip_key: str
@@ -150,8 +153,8 @@ class ClipIndex:
         }
 
     def names(self) -> set[tuple]:
-        """The identity of every clip: bucket, path, start and cache keys."""
-        columns = [self.column(name).to_pylist() for name in ("path", "start_s", "clip_key")]
+        """The identity of every clip: bucket, path, start, whether it is mirrored, and cache keys."""
+        columns = [self.column(name).to_pylist() for name in ("path", "start_s", "mirrored", "clip_key")]
         columns.append(list(map(tuple, self.column("caption_keys").to_pylist())))
         buckets = [str(shape) for shape, sets in zip(self.buckets, self.sizes) for _ in range(sum(sets))]
         return set(zip(buckets, *columns))

@@ -26,7 +26,7 @@ class WindowRule:
 
 @dataclass(frozen=True)
 class BucketAssignment:
-    """The windows that are trained: by bucket, then dataset, then row of the manifest.
+    """The windows that are trained: by bucket, then dataset, then row of the manifest, mirror images last.
 
     Attributes:
         rows: int64 [N], the row of each window in the manifest.
@@ -34,6 +34,7 @@ class BucketAssignment:
         sizes: number of windows of [bucket][dataset].
         row_buckets: int16 [num_rows], the bucket of each row, -1 if it has none.
         row_frames: int64 [num_rows], number of frames in each row's range at the target frame rate.
+        mirrored: bool [N], whether each window is the mirror image of the one before.
     """
 
     rows: np.ndarray
@@ -41,6 +42,7 @@ class BucketAssignment:
     sizes: tuple[tuple[int, ...], ...]
     row_buckets: np.ndarray
     row_frames: np.ndarray
+    mirrored: np.ndarray
 
     @property
     def buckets(self) -> np.ndarray:
@@ -75,7 +77,8 @@ def assign_rows(table: pa.Table, buckets: Sequence[ClipShape], rule: WindowRule,
     rows, starts_s = rows[order], starts_s[order]
     counts = np.zeros((len(buckets), num_sets), np.int64)
     np.add.at(counts, (row_buckets[rows], sets[order]), 1)
-    return BucketAssignment(rows, starts_s, tuple(map(tuple, counts.tolist())), row_buckets, frames)
+    mirrored = np.zeros(len(rows), bool)
+    return BucketAssignment(rows, starts_s, tuple(map(tuple, counts.tolist())), row_buckets, frames, mirrored)
 
 
 def too_short_reasons(

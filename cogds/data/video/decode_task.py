@@ -19,6 +19,7 @@ class DecodeTask:
     shape: ClipShape
     fps: float
     decoder: str
+    mirrored: bool = False
 
 
 @dataclass(frozen=True)
@@ -35,11 +36,13 @@ class DecodedClip:
 
 
 def decode(task: DecodeTask) -> DecodedClip:
-    """Decode, resample in time, resize and crop. Raises media.DecodeError."""
+    """Decode, resample in time, resize, crop and mirror. Raises media.DecodeError."""
     height, width = task.shape.height, task.shape.width
     if task.kind == "image" and task.shape.frames == 1 and not task.start_s:
         pixels = read_image(task.path, height, width)[None]
     else:
         pixels = read_clip(task.path, task.shape, task.fps, task.start_s, decoder=task.decoder)
     first = read_image(task.image_path, height, width) if task.image_path else pixels[0]
+    if task.mirrored:
+        pixels, first = (np.ascontiguousarray(picture[..., ::-1, :]) for picture in (pixels, first))
     return DecodedClip(pixels, first)

@@ -24,6 +24,7 @@ def rows(num):
             "image_path": pa.array([None] * num, pa.string()),
             "captions": [[f"caption {k}" for k in numbers] for numbers in captions],
             "start_s": [i / 16 for i in range(num)],
+            "mirrored": [False] * num,
             "clip_key": pa.array([i.to_bytes(16, "big") for i in range(num)], pa.binary(16)),
             "caption_keys": pa.array([[bytes([k] * 16) for k in numbers] for numbers in captions], CAPTION_KEYS),
             "clip_place": pa.array([i % 3 - 1 for i in range(num)], pa.int32()),

@@ -26,12 +26,13 @@ ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
 import torch  # noqa: E402
+from safetensors import safe_open  # noqa: E402
 from safetensors.torch import load_file, save_file  # noqa: E402
 
-from benchmarks.recipes import BUCKETS, MOTION, RECIPES, Recipe, train_scenes  # noqa: E402
-from cogds.cli import main as cogds  # noqa: E402
+from benchmarks.recipes import BUCKETS, RECIPES, Recipe  # noqa: E402
+from cogds.cli import main as run_cogds  # noqa: E402
 from cogds.distributed.world import read_world  # noqa: E402
-from cogds.shapes.clips import unseen_scenes, write_clips  # noqa: E402
+from cogds.shapes.clips import DEMO_MOTION, demo_scenes, unseen_scenes, write_clips  # noqa: E402
 from cogds.shapes.generation import generate, judge_all  # noqa: E402
 from cogds.shapes.world import MOTIONS, SIZES  # noqa: E402
 
@@ -48,6 +49,7 @@ RUN_TIMEOUT_S = 1800
 
 
 def main() -> None:
+    """Run the recipes of the command line and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="results, and the runs")
     parser.add_argument("--recipes", nargs="+", choices=RECIPES, default=list(RECIPES))
@@ -70,7 +72,12 @@ def main() -> None:
 def start_all(args: argparse.Namespace) -> None:
     """Run all recipes with all seeds, each in processes of its own."""
     args.folder.mkdir(parents=True, exist_ok=True)
-    write_clips(args.folder / "clips", train_scenes())
+    write_clips(args.folder / "clips", demo_scenes())
+    settings = {"steps": args.steps, "videos": args.videos}
+    file = args.folder / "settings.json"
+    if file.exists() and json.loads(file.read_text()) != settings:
+        sys.exit(f"{args.folder} has results with other --steps or --videos: {file.read_text()}. Use another folder.")
+    file.write_text(json.dumps(settings))
     wanted = [
         (name, seed) for seed in args.seeds for name in args.recipes if not result_path(args, name, seed).exists()
     ]
@@ -100,11 +107,17 @@ def start_all(args: argparse.Namespace) -> None:
     for uses_another_run in (False, True):
         runs = [run for run in wanted if (RECIPES[run[0]].run_of is not None) == uses_another_run]
         with ThreadPoolExecutor(args.jobs) as pool:
-            for result in [pool.submit(start, *run) for run in runs]:
-                result.result()
+            results = [pool.submit(start, *run) for run in runs]
+            try:
+                for result in results:
+                    result.result()
+            except BaseException:
+                pool.shutdown(cancel_futures=True)
+                raise
 
 
 def result_path(args: argparse.Namespace, name: str, seed: int) -> Path:
+    """The file of a run's result."""
     return args.folder / f"{name}-{seed}.json"
 
 
@@ -122,26 +135,27 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     if lora is not None:
         pipeline.load_lora_weights(lora)
     rows = []
-    for kind, motions in {"new": [MOTION], "old": list(MOTIONS)}.items():
+    for kind, motions in {"new": [DEMO_MOTION], "old": list(MOTIONS)}.items():
         scenes = unseen_scenes(args.videos, SIZES, motions)
         for number, judgement in enumerate(judge_all(generate(pipeline, scenes, seed), scenes)):
             scene = judgement.scene
             size = f"{scene.frames}x{scene.height}x{scene.width}"
             rows.append({"kind": kind, "number": number, "size": size, **judgement.values})
     temporary = result_path(args, name, seed).with_suffix(".partial")
-    temporary.write_text(json.dumps({"recipe": name, "seed": seed, "videos": rows}))
+    temporary.write_text(json.dumps({"recipe": name, "seed": seed, "steps": args.steps, "videos": rows}))
     temporary.rename(result_path(args, name, seed))
 
 
 def train(recipe: Recipe, folder: Path, seed: int, args: argparse.Namespace) -> Path:
     """Train, unless the run is there already, and return the folder of the LoRA."""
     if not (folder / "run/lora" / f"step-{args.steps:06d}").exists():
-        train_anew(recipe, folder, seed, args)
-    loras = sorted((folder / "run/lora").iterdir())
+        run_training(RECIPES[recipe.run_of] if recipe.run_of else recipe, folder, seed, args)
+    loras = [lora for lora in sorted((folder / "run/lora").iterdir()) if "." not in lora.name]
     return average(loras[-recipe.averaged :], folder / "averaged") if recipe.averaged > 1 else loras[-1]
 
 
-def train_anew(recipe: Recipe, folder: Path, seed: int, args: argparse.Namespace) -> None:
+def run_training(recipe: Recipe, folder: Path, seed: int, args: argparse.Namespace) -> None:
+    """Run the train verb in this process."""
     data = recipe.data(folder / "data") if recipe.data else [f"data.path={args.folder / 'clips'}"]
     if recipe.patch:
         recipe.patch()
@@ -151,9 +165,10 @@ def train_anew(recipe: Recipe, folder: Path, seed: int, args: argparse.Namespace
         "data.draw_demo_clips=false", f"data.buckets=[{BUCKETS}]", f"data.cache_dir={folder / 'cache'}",
         f"output_dir={folder / 'run'}", f"seed={seed}", f"train.num_steps={args.steps}", "train.batch_size=4",
         f"train.gradient_accumulation_steps={1 if recipe.ranks > 1 else 2}", "eval.every=null",
-        f"checkpoint.every={args.steps // 15}", "metrics.show_clips=0", "data.num_workers=0", *data, *recipe.words,
+        f"checkpoint.every={max(1, args.steps // 15)}", "metrics.show_clips=0", "data.num_workers=0",
+        *data, *recipe.words,
     ]  # fmt: skip
-    code = cogds(words)
+    code = run_cogds(words)
     if code:
         sys.exit(code)
 
@@ -162,8 +177,6 @@ def average(loras: Sequence[Path], folder: Path) -> Path:
     """Write a LoRA with the mean of the weights of several that one run has saved."""
     name = "pytorch_lora_weights.safetensors"
     files = [load_file(lora / name) for lora in loras]
-    from safetensors import safe_open
-
     with safe_open(loras[-1] / name, "pt") as file:
         metadata = file.metadata()
     folder.mkdir(exist_ok=True)
@@ -178,7 +191,7 @@ def average(loras: Sequence[Path], folder: Path) -> Path:
 def read_results(folder: Path) -> Mapping[str, Sequence[Mapping]]:
     """Return the results by recipe, in the order of RECIPES."""
     results = defaultdict(list)
-    for path in sorted(folder.glob("*-*.json")):
+    for path in sorted(folder.glob("*-[0-9]*.json")):
         result = json.loads(path.read_text())
         results[result["recipe"]].append(result)
     return {name: results[name] for name in RECIPES if name in results}
@@ -208,10 +221,12 @@ def table(results: Mapping[str, Sequence[Mapping]]) -> list[str]:
 
 
 def header(names: Sequence[str]) -> list[str]:
+    """The first two lines of a Markdown table."""
     return [row(*names), "|" + "---|" * len(names)]
 
 
 def row(*cells: object) -> str:
+    """A line of a Markdown table."""
     return f"| {' | '.join(map(str, cells))} |"
 
 
@@ -247,10 +262,12 @@ def estimate(by_seed: Sequence[Sequence[float]]) -> tuple[float, float]:
 
 
 def cell(mean: float, error: float) -> str:
+    """A mean and its standard error."""
     return f"{mean:.2f} ± {error:.2f}"
 
 
 def marked(mean: float, error: float) -> str:
+    """A difference and its standard error, bold above two of them."""
     text = f"{mean:+.2f} ± {error:.2f}"
     return f"**{text}**" if abs(mean) > 2 * error else text
 

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
 def show(cfg: RunConfig) -> None:
     """Judge videos of unseen scenes without and with the newest LoRA, and write before-after.png and a first frame."""
     output_dir = Path(cfg.output_dir)
-    lora = max((output_dir / "lora").iterdir())
+    lora = max(path for path in (output_dir / "lora").iterdir() if "." not in path.name)  # none that is being written
     logger.info("making %d videos before and after training", NUM_VIDEOS)
     torch.set_num_threads(max(torch.get_num_threads(), 2))
     scenes = unseen_scenes(NUM_VIDEOS, SIZES[:3], [DEMO_MOTION])
@@ -73,7 +73,7 @@ def show(cfg: RunConfig) -> None:
 
 def draw_picture(path: Path, rows: Sequence[tuple[Scene, torch.Tensor, torch.Tensor]]) -> None:
     """Write a picture: for each scene its first frame, and frames of the real clip, without and with the LoRA."""
-    lines = []
+    lines: list[list[np.ndarray]] = []
     for scene, before, after in rows:
         real = scene.draw()
         strips = [_strip(real[:1]), _strip(real), _strip(before), _strip(after)]

@@ -1,5 +1,6 @@
 """The documentation names only files, modules, config keys and headings that exist."""
 
+import ast
 import re
 from pathlib import Path
 
@@ -94,3 +95,9 @@ def test_the_architecture_page_names_only_modules_that_exist():
 def defines(module, name):
     """Return whether a module has a function or class of this name."""
     return module.is_file() and re.search(rf"^(?:def|class) {name}\b", module.read_text(), flags=re.M) is not None
+
+
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_python_code_can_be_parsed(page):
+    for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
+        ast.parse(code)

@@ -16,14 +16,19 @@ SCALE = 4  # the files are larger than what is trained, as real clips are
 DEMO_CLIPS = (4, 3, 3, 2, 0, 0)
 
 
-def draw_demo_clips(folder: str | Path) -> None:
-    """Write the clips of the demo into a new folder: twelve, all with a motion that the base model has never seen.
-
-    An existing folder is not changed. Several ranks may call this at once, since they all draw the same clips.
-    """
+def demo_scenes() -> list[Scene]:
+    """The scenes of the demo's clips: twelve, all with a motion that the base model has never seen."""
     numbers = Numbers(0)
     sizes = [size for size, num_clips in zip(SIZES, DEMO_CLIPS) for _ in range(num_clips)]
-    write_clips(folder, [random_scene(numbers, size, [DEMO_MOTION]) for size in sizes])
+    return [random_scene(numbers, size, [DEMO_MOTION]) for size in sizes]
+
+
+def draw_demo_clips(folder: str | Path) -> None:
+    """Write the demo's clips into a new folder. An existing folder is not changed.
+
+    Several ranks may call this at once, since they all draw the same clips.
+    """
+    write_clips(folder, demo_scenes())
 
 
 def unseen_scenes(num_scenes: int, sizes: Sequence[tuple[int, int, int]], motions: Sequence[str]) -> list[Scene]:

@@ -1,7 +1,7 @@
 """Judges generated videos of the shapes world: does the shape move as the caption says, and does it look right?
 
 The background is known, so the shape is what differs from it. The judge follows its center, area and color, and names
-the motion, shape and color that fit best. It compares a generated clip with the real one as it sees both, so that its
+the motion, shape and color that fit best. Paths and colors are compared with those that it sees in the real clip, so its
 own errors cancel.
 """
 
@@ -18,7 +18,7 @@ MIN_CONTRAST = 0.3  # RGB distance below which a difference is noise, not a shap
 RADIUS_WEIGHT = 1.5  # of an error of one pixel in radius, beside one pixel in position
 COLOR_WEIGHT = 10.0  # of an RGB distance of 1, beside one pixel in position
 SHAPE_RADII = (0.85, 0.925, 1.0, 1.075, 1.15)
-SHAPE_BLURS = (0.7, 1.2, 1.8)  # generated shapes are blurred, by standard deviations of so many pixels
+SHAPE_BLURS = (0.7, 1.2, 1.8)  # standard deviations of Gaussian blurs [px], because generated shapes are blurred
 
 
 @dataclass(frozen=True)

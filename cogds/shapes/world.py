@@ -80,6 +80,7 @@ class Scene:
 
     @property
     def caption(self) -> str:
+        """What the clip shows, in the words of its captions."""
         return f"a {self.color_name} {self.shape} {PHRASES[self.motion]}"
 
     @property
@@ -174,6 +175,7 @@ class Numbers:
         self.generator = torch.Generator().manual_seed(seed)
 
     def between(self, low: float, high: float) -> float:
+        """Return a number."""
         return low + (high - low) * torch.rand((), generator=self.generator).item()
 
     def vector(self, low: float, high: float) -> torch.Tensor:
@@ -181,6 +183,7 @@ class Numbers:
         return low + (high - low) * torch.rand(3, generator=self.generator)
 
     def choose(self, options: Iterable[Any]) -> Any:
+        """Return one of the options."""
         options = list(options)
         return options[int(torch.randint(len(options), (), generator=self.generator))]
 

@@ -29,6 +29,7 @@ STAGES = ("text", "vae", "transformer", "pack")
 
 
 def main() -> None:
+    """Run the stages of the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", help="where the model is written")
     parser.add_argument("--seed", type=int, default=0)
@@ -69,7 +70,7 @@ def write_small_parts(folder: Path, seed: int) -> None:
 
 
 def pack(folder: Path, recipe: dict, seconds: float) -> None:
-    """Write the whole folder anew in fp16, with the index of its parts and the recipe that made it."""
+    """Write the whole folder again in fp16, with the index of its parts and the recipe that made it."""
     pipeline = CogVideoXImageToVideoPipeline(
         T5Tokenizer.from_pretrained(folder, subfolder="tokenizer"),
         T5EncoderModel.from_pretrained(folder, subfolder="text_encoder"),
@@ -78,6 +79,10 @@ def pack(folder: Path, recipe: dict, seconds: float) -> None:
         CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler"),
     )
     pipeline.to(torch.float16).save_pretrained(folder)
+    for file in folder.glob("*/config.json"):  # without the path of this folder
+        config = json.loads(file.read_text())
+        config.pop("_name_or_path", None)
+        file.write_text(json.dumps(config, indent=2, sort_keys=True) + "\n")
     weights = sorted(folder.glob("*/*.safetensors"))
     commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, cwd=Path(__file__).parent)
     (folder / "recipe.json").write_text(
@@ -88,6 +93,9 @@ def pack(folder: Path, recipe: dict, seconds: float) -> None:
                 "seed": recipe["seed"],
                 "ranks": recipe["ranks"],
                 "scale": recipe["scale"],
+                "stages": recipe["stages"],
+                "image_latents": recipe["image_latents"],
+                "start": recipe["start"],
                 "minutes": round(seconds / 60, 1),
                 "torch": torch.__version__,
                 "license": "Apache-2.0",

@@ -24,6 +24,7 @@ def create_tokenizer() -> T5Tokenizer:
 
 
 def create_text_encoder(num_words: int, seed: int) -> T5EncoderModel:
+    """A T5 encoder with random weights."""
     torch.manual_seed(seed)
     config = T5Config(vocab_size=num_words, d_model=TEXT_DIM, d_kv=16, d_ff=128, num_layers=2, num_heads=4)
     return T5EncoderModel(config).eval()
@@ -34,7 +35,7 @@ class CaptionEncoder:
 
     def __init__(self, folder: str):
         self.tokenizer = T5Tokenizer.from_pretrained(folder, subfolder="tokenizer")
-        self.encoder = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder").eval()
+        self.encoder = T5EncoderModel.from_pretrained(folder, subfolder="text_encoder", dtype=torch.float32).eval()
 
     @torch.no_grad()
     def __call__(self, captions: list[str]) -> torch.Tensor:

@@ -4,7 +4,7 @@ import copy
 from pathlib import Path
 
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXTransformer3DModel
+from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXTransformer3DModel
 from muon import Muon
 from ranks import Log, average_gradients
 from text import TEXT_DIM, TEXT_TOKENS, CaptionEncoder
@@ -67,6 +67,7 @@ def create(seed: int) -> CogVideoXTransformer3DModel:
 
 
 def is_hidden(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether Muon trains a parameter: the matrices of attention and feed-forward layers."""
     return parameter.ndim == 2 and "transformer_blocks" in name and ("attn1" in name or "ff" in name)
 
 
@@ -156,6 +157,5 @@ def train(
 
 
 def load_alphas_cumprod_of(folder: str) -> torch.Tensor:
-    from diffusers import CogVideoXDDIMScheduler
-
+    """The noise schedule of the model's scheduler."""
     return CogVideoXDDIMScheduler.from_pretrained(folder, subfolder="scheduler").alphas_cumprod

@@ -88,6 +88,7 @@ class LinearCodec:
 
 
 def create(seed: int) -> AutoencoderKLCogVideoX:
+    """A VAE with random weights that suit its depth, and a posterior of constant variance."""
     torch.manual_seed(seed)
     vae = AutoencoderKLCogVideoX(
         block_out_channels=(8, 16, 32, 32),
@@ -121,6 +122,7 @@ def create(seed: int) -> AutoencoderKLCogVideoX:
 
 
 def is_hidden(name: str, parameter: torch.nn.Parameter) -> bool:
+    """Whether Muon trains a parameter: 3x3 convolutions between hidden channels."""
     return parameter.ndim >= 4 and parameter.shape[-1] == 3 and min(parameter.shape[:2]) >= 8 and "conv_out" not in name
 
 

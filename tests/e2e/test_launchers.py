@@ -73,7 +73,7 @@ def test_the_saved_run_config_loads(demo):
 
     cfg, _ = load_config(str(demo[0] / "outputs/demo/run.yaml"), [])
     assert cfg.train.num_steps == 12
-    assert cfg.data.path == "outputs/demo-clips"
+    assert cfg.data.path == "outputs/shapes-clips"
 
 
 def test_tensorboard_has_the_scalars_of_metrics_jsonl(demo):
@@ -154,7 +154,7 @@ def until(condition, timeout_s=120):
 
 
 def test_a_second_run_does_not_create_the_demo_files_again(demo, torchrun):
-    files = [path for parent in sorted((demo[0] / "outputs").glob("demo-*")) for path in parent.rglob("*")]
+    files = [path for parent in sorted((demo[0] / "outputs").glob("shapes-*")) for path in parent.rglob("*")]
     assert len([path for path in files if path.suffix == ".mp4"]) == 12
     started = (torchrun / "run.yaml").stat().st_mtime
     # The manifest and the list of unusable clips are written at every start.

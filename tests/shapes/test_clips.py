@@ -4,9 +4,9 @@ import torch
 
 from cogds.core.geometry import ClipShape
 from cogds.data.video.media import probe_video, read_clip
-from cogds.shapes.clips import DEMO_CLIPS, DEMO_MOTION, SCALE, draw_demo_clips, unseen_scenes
+from cogds.shapes.clips import DEMO_CLIPS, DEMO_MOTION, SCALE, demo_scenes, draw_demo_clips, unseen_scenes
 from cogds.shapes.judge import psnr
-from cogds.shapes.world import FPS, NEW_MOTIONS, PHRASES, SIZES, Numbers, random_scene
+from cogds.shapes.world import FPS, NEW_MOTIONS, PHRASES, SIZES
 
 
 def test_the_demos_clips_show_a_new_motion_in_several_sizes(tmp_path):
@@ -14,10 +14,9 @@ def test_the_demos_clips_show_a_new_motion_in_several_sizes(tmp_path):
     videos = sorted((tmp_path / "clips").glob("*.mp4"))
     assert len(videos) == sum(DEMO_CLIPS) == 12
     assert DEMO_MOTION in NEW_MOTIONS
-    numbers = Numbers(0)
     sizes = set()
-    for video, size in zip(videos, [size for size, num in zip(SIZES, DEMO_CLIPS) for _ in range(num)]):
-        scene = random_scene(numbers, size, [DEMO_MOTION])
+    for video, scene in zip(videos, demo_scenes()):
+        size = (scene.frames, scene.height, scene.width)
         assert video.with_suffix(".txt").read_text() == scene.caption + "\n"
         info = probe_video(video)
         assert (info.width, info.height, info.fps) == (SCALE * scene.width, SCALE * scene.height, FPS)

@@ -1,6 +1,7 @@
 """The judge names what it sees, also in blurred and noisy videos, and measures errors in pixels."""
 
 import dataclasses
+import math
 
 import pytest
 import torch
@@ -65,7 +66,7 @@ def test_another_shape_and_color_are_named():
 def test_a_video_without_a_shape_is_judged_too():
     scene = random_scene(Numbers(5))
     judgement = judge(scene.draw_background()[None].expand(scene.frames, -1, -1, -1), scene)
-    assert judgement.path_error >= 0
+    assert all(map(math.isfinite, judgement.values.values()))
 
 
 def test_an_estimate_has_the_standard_error_of_the_mean():

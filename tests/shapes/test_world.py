@@ -69,7 +69,7 @@ def test_a_larger_drawing_shows_the_same_scene():
     assert (small - scene.draw()).square().mean() < 1e-5
 
 
-def test_every_shape_stays_in_the_picture_for_most_of_its_way():
+def test_every_shape_stays_in_the_picture():
     for motion in PHRASES:
         for seed in range(20):
             track = scene_of(motion, seed=seed).track()

@@ -1,8 +1,8 @@
 """Judges generated videos of the shapes world: does the shape move as the caption says, and does it look right?
 
 The background is known, so the shape is what differs from it. The judge follows its center, area and color, and names
-the motion, shape and color that fit best. Paths and colors are compared with those that it sees in the real clip, so its
-own errors cancel.
+the motion, shape and color that fit best. Paths and colors are compared with those that it sees in the real clip, so
+its own errors cancel.
 """
 
 import math

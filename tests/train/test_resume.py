@@ -80,7 +80,7 @@ def test_the_keys_that_may_change():
         "model.path", "model.revision", "model.attention", "model.compile",
         "data.path", "data.sets", "data.columns", "data.root", "data.path_template", "data.where", "data.repeats",
         "data.default_caption", "data.caption_prefix",
-        "data.max_unusable", "data.manifest", "data.draw_demo_clips", "data.buckets", "data.bucket_sizes",
+        "data.max_unusable", "data.manifest", "data.draw_demo_clips", "data.mirror", "data.buckets", "data.bucket_sizes",
         "data.bucket_aspect_ratios", "data.bucket_frames", "data.fps", "data.windows", "data.num_windows",
         "data.encode", "data.vae_tiling", "data.decoder", "data.decode_timeout_s", "data.decode_memory_gb",
         "data.sync", "data.cost_tolerance", "data.cache_dir", "data.local_cache_dir", "data.local_cache_gb",

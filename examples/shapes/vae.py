@@ -100,8 +100,9 @@ def create(seed: int) -> AutoencoderKLCogVideoX:
         temporal_compression_ratio=4,
         scaling_factor=SCALING_FACTOR,
         invert_scale_latents=True,
-        sample_height=POOL_SIZE,
-        sample_width=POOL_SIZE,
+        # Those of the real model. They decide the tiles for decoding: smaller tiles would give frames of a wrong size.
+        sample_height=480,
+        sample_width=720,
     )
     with torch.no_grad():
         for name, module in vae.named_modules():

@@ -147,7 +147,7 @@ def with_config(arguments):
     """Add the tests' own config to arguments that name a model and no config."""
     words = [str(argument) for argument in arguments]
     needs_one = "--config" not in words and any(word.startswith("model.path=") for word in words)
-    return ["--config", str(TINY), *words] if needs_one else words
+    return [*words, "--config", str(TINY)] if needs_one else words
 
 
 @pytest.fixture(scope="session")

@@ -13,6 +13,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cogds.core.buckets import NO_IMAGE_BUCKET, TOO_SHORT
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import ClipShape, ModelGeometry, cached_caption_bytes, cached_clip_bytes, num_tokens
 from cogds.core.memory import MemoryEstimate, MemoryModel
@@ -402,12 +403,15 @@ def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
             counts[names[number]] = int(total[number])
             examples[names[number]] = _display_names(listed, rows)
     # Usable clips without a bucket. The manifest gives no reason for these.
-    short = np.flatnonzero(~unusable & (clips.buckets < 0))
-    if len(short):
-        counts["too short"], examples["too short"] = len(short), _display_names(clips.table, short[:NUM_EXAMPLES])
+    without_bucket = ~unusable & (clips.buckets < 0)
+    is_image = clips.frames == 1
+    for phrase, rows in ((TOO_SHORT, without_bucket & ~is_image), (NO_IMAGE_BUCKET, without_bucket & is_image)):
+        if number := int(rows.sum()):
+            counts[phrase] = number
+            examples[phrase] = _display_names(clips.table, np.flatnonzero(rows)[:NUM_EXAMPLES])
     reasons = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
     reasons.sort(key=lambda reason: (-reason.num_clips, reason.phrase))
-    return tuple(reasons), int(unusable.sum()) + len(short) - sum(counts.values())
+    return tuple(reasons), int(unusable.sum() + without_bucket.sum()) - sum(counts.values())
 
 
 def _display_names(table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
@@ -425,13 +429,15 @@ def _count_processed(clips: ClipTable) -> dict[str, int]:
 
 
 def _suggestion(sizes: ClipSizes, setup: TrainingSetup) -> Suggestion | None:
-    """Suggest buckets if the given ones fit badly and there are better ones."""
+    """Suggest buckets if the given ones fit badly and others improve on them."""
     if not len(sizes):
         return None
     now = fit(sizes, setup.buckets)
     if now.crop <= MAX_CROPPED and now.upscaled <= MAX_UPSCALED and now.too_short <= MAX_TOO_SHORT:
         return None
     lengths = suggest_lengths(sizes, [shape.frames for shape in setup.buckets], setup.geometry, MAX_TOO_SHORT)
+    if (sizes.frames == 1).any():
+        lengths = sorted({1, *lengths})
     given = {shape.height * shape.width for shape in setup.buckets}
     areas = suggest_areas(sizes, [max(given)], MAX_UPSCALED)
     max_buckets = max(MAX_SUGGESTED, len(setup.buckets))

@@ -1,10 +1,14 @@
 """The report as text: a few lines for the start of training, and tables for a terminal."""
 
+from dataclasses import replace
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cogds.core.buckets import NO_IMAGE_BUCKET
+from cogds.core.suggest import Fit
 from cogds.formatting import counted, counts, duration, gigabytes, number, percent
 from cogds.report.analysis import BucketReport, Report
 from cogds.report.quality import HARDLY_MOVES
@@ -38,21 +42,26 @@ def suggestion_lines(report: Report) -> list[str]:
     """Sentences about better buckets, [] if there are none."""
     if (suggestion := report.suggestion) is None:
         return []
-    before, after = suggestion.before, suggestion.after
+    # Not rounded to sizes, as a suggestion's are, and so the same as elsewhere in the report.
+    before = replace(suggestion.before, crop=report.crop_share, upscaled=report.upscaled_share)
+    after = suggestion.after
     return [
-        f"The buckets fit these clips badly: {_misfit(report.crop_share, report.upscaled_share, before.too_short)}.",
-        f"Better: data.buckets=[{', '.join(suggestion.buckets)}] "
-        f"({_misfit(after.crop, after.upscaled, after.too_short)})",
+        f"The buckets fit these clips badly: {_misfit(before)}.",
+        f"Better: data.buckets=[{', '.join(suggestion.buckets)}]: {_misfit(after, before)}.",
     ]
 
 
-def _misfit(cropped: float, upscaled: float, too_short: float) -> str:
-    """`19% of the picture cropped away, 3% of the clips upscaled`."""
-    parts = [
-        f"{percent(cropped)} of the picture cropped away",
-        *([f"{percent(upscaled)} of the clips upscaled"] if upscaled else []),
-        *([f"{percent(too_short)} of the clips too short"] if too_short else []),
-    ]
+def _misfit(fit: Fit, now: Fit | None = None) -> str:
+    """`3% of the picture cropped away (19% now), 3% of the clips upscaled (3% now)`. now: to compare with."""
+    parts = []
+    for name, text in (
+        ("crop", "of the picture cropped away"),
+        ("upscaled", "of the clips upscaled"),
+        ("too_short", "of the clips without a bucket"),
+    ):
+        share, share_now = getattr(fit, name), getattr(now, name) if now else 0.0
+        if name == "crop" or share or share_now:
+            parts.append(f"{percent(share)} {text}" + (f" ({percent(share_now)} now)" if now else ""))
     return ", ".join(parts)
 
 
@@ -103,6 +112,13 @@ def warning_lines(report: Report) -> list[str]:
         lines.append(
             f"Training will not start: {report.num_unusable:,} of {counted(report.num_rows, 'clip')} cannot be used, "
             f"and data.max_unusable allows {percent(report.max_unusable)}."
+        )
+    if number := sum(reason.num_clips for reason in report.reasons if reason.phrase == NO_IMAGE_BUCKET):
+        frames = sorted({1, *(bucket.shape.frames for bucket in report.buckets)})
+        size = report.buckets[0].shape
+        lines.append(
+            f"{counted(number, 'image')} not trained, because no bucket has 1 frame: set data.bucket_frames={frames}, "
+            f"or add buckets such as 1x{size.height}x{size.width} to data.buckets."
         )
     if report.quality.num_still:
         lines.append(

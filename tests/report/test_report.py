@@ -12,7 +12,7 @@ import pytest
 from rich.console import Console
 
 from cogds.arguments import parse_args
-from cogds.core.buckets import crop_share
+from cogds.core.buckets import NO_IMAGE_BUCKET, crop_share
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import ZeroSettings
@@ -196,6 +196,21 @@ def test_better_buckets_are_suggested_only_if_the_given_ones_fit_badly():
     assert "data.buckets=[81x1360x768]" in printed(result)
 
 
+def test_images_without_a_bucket_are_named_and_get_one():
+    rows = [(f"/{n}.mp4", 90, 768, 1360, 0, None) for n in range(6)]
+    rows += [(f"/{n}.png", 1, 768, 1360, -1, None) for n in range(4)]
+    result = report(rows, buckets=BUCKETS[1:2], batch_sizes=(1,))
+    assert result.reasons == (Reason(NO_IMAGE_BUCKET, 4, ("/0.png", "/1.png", "/2.png")),)
+    assert "data.bucket_frames=[1, 81]" in short_report(result)
+    text = printed(result)
+    assert "data.buckets=[1x768x1360, 81x768x1360]" in text
+    assert "0% of the clips without a bucket (40% now)" in text
+    with_images = [*rows[:6], *((*row[:4], 1, None) for row in rows[6:])]
+    fitting = report(with_images, buckets=(BUCKETS[1], ClipShape(1, 768, 1360)), batch_sizes=(1, 1))
+    assert "bucket_frames" not in short_report(fitting)
+    assert fitting.suggestion is None
+
+
 @pytest.mark.usefixtures("no_plots")
 def test_the_share_of_upscaled_clips_is_the_same_everywhere():
     """Even if a clip is too short, and although suggestions round the sizes of clips."""
@@ -205,7 +220,7 @@ def test_the_share_of_upscaled_clips_is_the_same_everywhere():
     assert result.suggestion
     assert result.upscaled_share == 0.75
     for text in (printed(result), html_page(result, table(rows), no_frame)):
-        assert set(re.findall(r"(\d+)% of the clips upscaled", text)) == {"75"}
+        assert set(re.findall(r"badly.* (\d+)% of the clips upscaled|upscaled \((\d+)% now", text)) == {("75", ""), ("", "75")}
 
 
 def test_the_short_report():

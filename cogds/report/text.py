@@ -1,5 +1,6 @@
 """The report as text: a few lines for the start of training, and tables for a terminal."""
 
+import re
 from dataclasses import replace
 
 from rich import box
@@ -135,9 +136,22 @@ def warning_lines(report: Report) -> list[str]:
         lines.append(
             f"{counted(captions.num_too_long, 'caption')} longer than {captions.limit} tokens: the rest is cut off."
         )
-    if report.skipped:
-        lines.append(f"Skipped in the datasets: {counts(report.skipped)}.")
-    return lines
+    return lines + skipped_lines(report)
+
+
+def skipped_lines(report: Report) -> list[str]:
+    """A sentence about what the listing of the datasets skipped, with the reasons; [] if it skipped nothing."""
+    other = {
+        reason: num
+        for reason, num in report.skipped.items()
+        if re.fullmatch(r"\.\w+ file|file without a suffix", reason)
+    }
+    rest = {reason: num for reason, num in report.skipped.items() if reason not in other}
+    parts = [
+        *([counts(rest)] if rest else []),
+        *([f"neither a clip nor the caption of one: {counts(other)}"] if other else []),
+    ]
+    return [f"Skipped in the datasets: {'; '.join(parts)}."] if parts else []
 
 
 def short_report(report: Report) -> str:

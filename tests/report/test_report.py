@@ -220,7 +220,10 @@ def test_the_share_of_upscaled_clips_is_the_same_everywhere():
     assert result.suggestion
     assert result.upscaled_share == 0.75
     for text in (printed(result), html_page(result, table(rows), no_frame)):
-        assert set(re.findall(r"badly.* (\d+)% of the clips upscaled|upscaled \((\d+)% now", text)) == {("75", ""), ("", "75")}
+        assert set(re.findall(r"badly.* (\d+)% of the clips upscaled|upscaled \((\d+)% now", text)) == {
+            ("75", ""),
+            ("", "75"),
+        }
 
 
 def test_the_short_report():
@@ -465,7 +468,10 @@ def test_labels_of_buckets_do_not_overlap(figures):
 def test_skipped_files_are_reported():
     skipped = {".md file": 2, "row removed by data.where": 12_000}
     result = make_report(dataclasses.replace(table(ROWS), skipped=skipped), setup(), GOOD)
-    sentence = "Skipped in the datasets: 12,000 x row removed by data.where, 2 x .md file."
+    sentence = (
+        "Skipped in the datasets: 12,000 x row removed by data.where; "
+        "neither a clip nor the caption of one: 2 x .md file."
+    )
     assert sentence in short_report(result)
     assert sentence in html_page(result, table(ROWS), no_frame)
     assert "Skipped" not in short_report(report())

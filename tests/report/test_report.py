@@ -4,14 +4,17 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from cogds.arguments import parse_args
+from cogds.cli import main
 from cogds.core.buckets import NO_IMAGE_BUCKET, crop_share
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
@@ -425,6 +428,25 @@ def test_the_command(tmp_path):
     refused = run_command([sys.executable, ROOT / "launch/report.py", "--num_gpus", 0], timeout_s=120)
     assert refused.returncode == 2
     assert "--num-gpus: 0" in refused.stdout
+
+
+@pytest.mark.slow
+def test_the_report_of_a_hub_model_needs_no_weights(tiny_model, tmp_path, monkeypatch, capsys):
+    """With the hub's own client, offline: only configs and tokenizer are in its cache."""
+    cache, commit = tmp_path / "hub/models--somebody--some-model", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(tiny_model, cache / "snapshots" / commit, ignore=shutil.ignore_patterns("*.safetensors"))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "clips").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "clips/a.png")
+    (tmp_path / "clips/a.txt").write_text("a black square")
+    config = ("cogvideox1.5_i2v_lora", "model.path=somebody/some-model", "data.buckets=1x64x64")
+    folders = (f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path}", f"output_dir={tmp_path / 'run'}")
+    assert main(["report", "--config", *config, *folders]) == 0
+    assert "1 of 1 clip" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^model\.path: the weights of somebody/some-model .*hf download"):
+        find_model("somebody/some-model").fetch("vae")
 
 
 def test_held_out_clips_are_neither_trained_nor_unusable():

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import cogds
 from cogds.config.reference import help_text
+from cogds.core.flops import GPUS
 from cogds.errors import UserError, did_you_mean
 
 # Formats of `export`. The merged ones contain full weights.
@@ -289,8 +290,9 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
 
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", metavar="N", type=_positive_int, default=1, help="GPUs of the run (1)")
+    parser.add_argument("--gpu", choices=GPUS, help="estimate the time on this GPU, which also sets its memory")
     parser.add_argument(
-        "--gpu-memory", metavar="GB", type=_positive_float, default=80.0, help="memory of one GPU [GB] (80)"
+        "--gpu-memory", metavar="GB", type=_positive_float, help="memory of one GPU [GB] (80, or that of --gpu)"
     )
     parser.add_argument(
         "--html", metavar="REPORT.html", type=_new_file, help="also write the report as a page with plots and images"

@@ -36,7 +36,7 @@ MAY_IMPORT = {
     "model/lora": {"errors", "core", "model"},
     "engine": {*PURE, *RANKS, "model", "model/transformer"},
     "metrics": {*PURE, *RANKS},
-    "arguments": {"version", "errors", "config"},
+    "arguments": {"version", "errors", "config", "core"},
     "cli": {"version", "errors", "config", "process", "distributed", "arguments"},
     "demo": {"config", "model", "data/video"},
     "card": {"errors", "core", "process", "arguments"},

@@ -36,6 +36,9 @@ def test_flags_and_overrides_may_be_mixed():
 def test_every_flag_may_be_written_with_underscores(verb):
     assert parse_args(verb, ["--config=a_b.yaml", "--local_rank=3", "lora.rank=4"]).config == "a_b.yaml"
     assert parse_args("report", ["--num_gpus", "8", "--gpu_memory=24"]).gpu_memory == 24.0
+    assert parse_args("report", ["--gpu", "h100"]).gpu == "h100"
+    with pytest.raises(UserError, match=r"--gpu: .*'h1'.*'h100'"):
+        parse_args("report", ["--gpu", "h1"])
     assert parse_args("train", ["--dry_run"]).dry_run
 
 

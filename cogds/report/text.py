@@ -19,7 +19,7 @@ NOT_MEASURED = "not measured"
 
 
 def step_text(bucket: BucketReport) -> str:
-    """Time per step: measured, with `~` if it follows from the run's mean rate, or NOT_MEASURED."""
+    """Time per step: measured, with `~` if it follows from the run's mean rate or is estimated, or NOT_MEASURED."""
     if bucket.step_s is None:
         return NOT_MEASURED
     return ("" if bucket.step_is_measured else "~") + duration(bucket.step_s)
@@ -37,6 +37,20 @@ def epoch_text(report: Report) -> str:
         f"{counted(report.num_ranks, 'GPU')}, gradient accumulation {report.accumulation}, "
         f"{counted(report.steps_per_epoch, 'step')} per epoch{time}"
     )
+
+
+def time_lines(report: Report) -> list[str]:
+    """Sentences about the time of the run and where step times come from; [] if they are unknown."""
+    if report.run_s is None:
+        return []
+    if report.is_estimated:
+        source = f"estimated for {report.rate_source}, until steps are measured"
+    else:
+        source = f"measured in {report.rate_source}; ~ follows from its mean rate"
+    return [
+        f"{counted(report.num_steps, 'step')} in about {duration(report.run_s)}, without encoding, evaluation and "
+        f"videos. Step times are {source}."
+    ]
 
 
 def suggestion_lines(report: Report) -> list[str]:
@@ -163,6 +177,7 @@ def short_report(report: Report) -> str:
         *held_out_lines(report),
         *processing_lines(report),
         *caption_lines(report),
+        *time_lines(report),
     ]
     if report.num_unusable:
         reasons = ", ".join(f"{reason.num_clips:,} x {reason.phrase}" for reason in report.reasons[:3])
@@ -195,8 +210,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for line in empty_bucket_lines(report):
         console.print(Text(line, style="dim"))
     console.print(Text(ESTIMATE_NOTE, style="dim"))
-    if report.rate_source:
-        console.print(Text(f"Step times from {report.rate_source}; ~ follows from its mean rate.", style="dim"))
+    for line in time_lines(report) or ["Time not measured yet: --gpu h100 estimates it, for example."]:
+        console.print(Text(line))
     if len(report.set_clips) > 1:
         clips = ", ".join(f"set {index}: {num:,}" for index, num in enumerate(report.set_clips))
         console.print(Text(f"Clips by dataset: {clips}"))

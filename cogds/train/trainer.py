@@ -148,8 +148,9 @@ class Trainer:
 
     def report(self, clips: ClipSet) -> None:
         """Log what will be trained, on rank 0, before anything is encoded."""
-        job = self.job
-        logger.info(short_report(run_report(job, clips, clip_table(clips), gpu_memory(job.world.device))))
+        job, device = self.job, self.job.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        logger.info(short_report(run_report(job, clips, clip_table(clips), gpu_memory(device), name)))
 
     def announce(self, run: Run, initial: InitialState) -> None:
         """Show the summary and prepare the output folder, on rank 0."""

@@ -21,9 +21,18 @@ from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_byt
 from cogds.core.memory import ZeroSettings
 from cogds.core.plan import Plan
 from cogds.errors import UserError
-from cogds.formatting import gigabytes
+from cogds.formatting import duration, gigabytes
 from cogds.model.load import find_model
-from cogds.report.analysis import Captions, ClipTable, Rates, Reason, TrainingSetup, make_report, read_rates
+from cogds.report.analysis import (
+    Captions,
+    ClipTable,
+    Rates,
+    Reason,
+    TrainingSetup,
+    estimate_rates,
+    make_report,
+    read_rates,
+)
 from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
 from cogds.report.main import count_captions
 from cogds.report.text import print_report, short_report
@@ -189,6 +198,31 @@ def test_rates_of_an_earlier_run(tmp_path):
     assert read_rates(tmp_path / "none.jsonl") is None
     file.write_text("")
     assert read_rates(file) is None
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_the_estimated_time():
+    run = setup(num_steps=1000, checkpointing=("none",) * 3)
+    rates = estimate_rates(run, "NVIDIA H100 80GB HBM3")
+    # 4,008 TFLOP for the base, 525 for attention's backward pass without the matrix, and 36 for the LoRA.
+    step_s = 2 * (4008 + 525 + 36) / (0.4 * 989)
+    assert rates.step_s["81x768x1360"] == pytest.approx(step_s, rel=0.01)
+    assert rates.step_s["49x768x1360"] == pytest.approx(2 * rates.step_s["81x768x1360"] * 0.48, rel=0.1)  # two clips
+    result = make_report(table(ROWS), dataclasses.replace(run, rates=rates), GOOD)
+    assert (result.buckets[1].step_s, result.buckets[1].step_is_measured) == (rates.step_s["81x768x1360"], False)
+    assert result.run_s == pytest.approx(result.epoch_s / 1.5 * 1000)
+    for text in (short_report(result), printed(result), html_page(result, table(ROWS), no_frame)):
+        assert "estimated for NVIDIA H100 80GB HBM3 at 40% of its peak of 989 TFLOP/s" in text
+        assert f"1,000 steps in about {duration(result.run_s)}" in text
+    on_a100 = estimate_rates(run, "NVIDIA A100-SXM4-80GB").step_s["81x768x1360"]
+    assert on_a100 == pytest.approx(rates.step_s["81x768x1360"] * 989 / 312)
+    shared = setup(sequence_size=2, checkpointing=("none",) * 3)
+    assert estimate_rates(shared, "NVIDIA H100 80GB HBM3").step_s["81x768x1360"] == pytest.approx(step_s / 2, rel=0.01)
+
+
+def test_no_time_without_measurement_or_estimate():
+    assert report(num_steps=1000).run_s is None
+    assert "--gpu" in printed(report(num_steps=1000))
 
 
 def test_better_buckets_are_suggested_only_if_the_given_ones_fit_badly():

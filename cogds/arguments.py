@@ -31,6 +31,10 @@ PREFLIGHT_CHECKS = ("versions", "tools", "sources", "disk", "gpu", "network", "f
 # Scores of `prepare`.
 SCORES = ("motion", "sharpness", "text", "duplicates")
 
+# Run configs for `--config recipe:NAME`, in launch/configs/recipes.
+RECIPES = ("style", "character", "motion")
+RECIPE_PREFIX = "recipe:"
+
 PACKAGE = Path(cogds.__file__).parent
 
 
@@ -67,7 +71,16 @@ def shipped_config(folder: str, name: str) -> Path:
 
 
 def find_config(text: str, folder: str, suffix: str) -> str:
-    """Return the path that a `--config` or `--deepspeed` value means: a file, or the name of a shipped config."""
+    """Return the path that a `--config` or `--deepspeed` value means: a file, or the name of a shipped config.
+
+    Raises UserError for an unknown recipe.
+    """
+    if text.startswith(RECIPE_PREFIX):
+        name = text.removeprefix(RECIPE_PREFIX)
+        if name not in RECIPES:
+            choices = ", ".join(f"{RECIPE_PREFIX}{recipe}" for recipe in RECIPES)
+            raise UserError(f"--config {text}: no such recipe{did_you_mean(name, RECIPES)}. Choose one of {choices}.")
+        return str(shipped_config("run_configs", f"recipes/{name}.yaml"))
     config = shipped_config(folder, text + suffix)
     return str(config) if "/" not in text and not Path(text).exists() and config.is_file() else text
 
@@ -91,8 +104,10 @@ def parse_args(verb: str, argv: Sequence[str], prog: str = "") -> argparse.Names
         parser.usage = "%(prog)s [--config RUN.yaml] [flags] [key.sub=value ...]"
         parser.add_argument(
             "--config",
+            action="append",
             metavar="RUN.yaml",
-            help="run config: a file, or the name of one that comes with cogds; key=value words override it",
+            help="run config: a file, the name of one that comes with cogds, or recipe:style, recipe:character or "
+            "recipe:motion; repeatable, later files override earlier ones, and key=value words override all",
         )
         parser.add_argument(
             "--deepspeed",

@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     print_report(report)
     if args.html:
         with frame_reader(job.cfg) as first_frame:
-            write_html(args.html, report, clips, first_frame, job.cfg.seed, args.config)
+            write_html(args.html, report, clips, first_frame, job.cfg.seed, " + ".join(args.config))
         logger.info("wrote the page: %s", args.html)
 
 

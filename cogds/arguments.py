@@ -34,6 +34,8 @@ SCORES = ("motion", "sharpness", "text", "duplicates")
 # Run configs for `--config recipe:NAME`, in launch/configs/recipes.
 RECIPES = ("style", "character", "motion")
 RECIPE_PREFIX = "recipe:"
+# Where `init` asks that a LoRA will be used.
+USES = ("diffusers", "comfyui", "both")
 
 PACKAGE = Path(cogds.__file__).parent
 
@@ -303,6 +305,19 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     _launcher_arguments(parser)
 
 
+def _init(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("clips", metavar="CLIPS", help="folder, list or table of clips")
+    add("--learn", choices=RECIPES, help="what to learn (asks)")
+    add("--use", choices=USES, help="where the LoRA will be used (asks)")
+    add(
+        "--memory", metavar="GB", help="memory of one GPU [GB], or its name, such as h100 (this machine's GPU, or asks)"
+    )
+    add("--trigger", metavar="WORD", help="word to put before every caption, which calls what was learned")
+    add("--model", help="base model: hub id or diffusers folder (zai-org/CogVideoX1.5-5B-I2V)")
+    add("--output", metavar="RUN.yaml", default="run.yaml", help="config to write (run.yaml)")
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", metavar="N", type=_positive_int, default=1, help="GPUs of the run (1)")
     parser.add_argument("--gpu", choices=GPUS, help="estimate the time on this GPU, which also sets its memory")
@@ -406,6 +421,9 @@ def _preflight(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS = {
+    "init": Verb(
+        "Write a run config for a folder of clips, after three questions.", _init, "cogds.init", takes_config=False
+    ),
     "prepare": Verb(
         "Cut videos into scenes, score and caption them, and write a table of clips.",
         _prepare,

@@ -44,6 +44,7 @@ MAY_IMPORT = {
     "encode": {*PURE, *RANKS, *DATA, "model", "job"},
     "prepare": {*PURE, *RANKS, "data/storage", "data/layouts", "data/video", "encode", "arguments"},
     "report": {*PURE, *RANKS, "data/storage", "data/video", "model", "job", "encode", "metrics"},
+    "init": {*PURE, *RANKS, "arguments", "job", "encode", "report"},
     "videos": {"errors", "core", "distributed", "data/storage", "data/video", "model"},
     "train": {*PURE, *RANKS, *DATA, *MODEL, *TRAINING, "version", "report", "videos", "card"},
     "evaluate": {*PURE, *RANKS, *MODEL, "job", "encode", "train"},

@@ -89,10 +89,9 @@ def ask(args: argparse.Namespace) -> Answers:
     """Return the answers from the flags, and from the terminal those that are missing."""
     learn = args.learn or _choose("--learn", "What should the LoRA learn?", LEARN)
     use = args.use or _choose("--use", "Where will it be used?", USE)
-    is_gpu = torch.cuda.is_available()
-    found = (gpu_memory(torch.device("cuda")), torch.cuda.get_device_name()) if is_gpu else (None, None)
-    if args.memory is None and found[0]:
-        return Answers(learn, use, *found)
+    found_bytes = gpu_memory(World(0, 1, 0, 1).device)
+    if args.memory is None and found_bytes:
+        return Answers(learn, use, found_bytes, torch.cuda.get_device_name())
     text = args.memory or _prompt("--memory", "Memory of the GPU to train on, in GB, or its name (such as h100): ")
     return Answers(learn, use, *parse_memory(text))
 

@@ -78,7 +78,7 @@ def test_the_written_config_trains(tiny_model, tmp_path, run_train, monkeypatch,
     output = capsys.readouterr().out
     assert "cogds train --config run.yaml" in output
     assert "--to comfyui-merged" in output
-    cfg, explicit = load_config("run.yaml", [])
+    cfg, _ = load_config("run.yaml", [])
     assert (cfg.data.path, cfg.data.caption_prefix, cfg.eval.held_out) == ("clips", "ohwx", 0)
     assert cfg.conditioning.image_latents == "scaled"
     assert [ClipShape.parse(text).frames for text in cfg.data.buckets] == [1]

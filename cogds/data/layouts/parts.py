@@ -103,7 +103,7 @@ class DatasetReader:
                     for file in group:
                         if isinstance(file, TarFile):
                             yield from read_tar(file.path, self.data_set.columns, listing)
-                        else:
+                        elif isinstance(file, ListFile):
                             yield from self._listed(file, listing)
 
     def _listed(self, file: ListFile, listing: Listing) -> Iterator[Entry]:

@@ -43,7 +43,7 @@ setup(
         "cogds.shapes": ["model/*.json", "model/*/*"],
         "cogds.report": ["*.j2"],
         "cogds.ds_configs": ["*.json"],
-        "cogds.run_configs": ["*.yaml"],
+        "cogds.run_configs": ["*.yaml", "recipes/*.yaml"],
     },
     entry_points={"console_scripts": ["cogds = cogds.cli:main"]},
     # Each floor was installed and trained with: `make test-versions VERSIONS=lowest`.

@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import cogds
 from cogds.config.reference import help_text
+from cogds.core.flops import GPUS
 from cogds.errors import UserError, did_you_mean
 
 # Formats of `export`. The merged ones contain full weights.
@@ -29,6 +30,12 @@ PREFLIGHT_CHECKS = ("versions", "tools", "sources", "disk", "gpu", "network", "f
 
 # Scores of `prepare`.
 SCORES = ("motion", "sharpness", "text", "duplicates")
+
+# Run configs for `--config recipe:NAME`, in launch/configs/recipes.
+RECIPES = ("style", "character", "motion")
+RECIPE_PREFIX = "recipe:"
+# Where `init` asks that a LoRA will be used.
+USES = ("diffusers", "comfyui", "both")
 
 PACKAGE = Path(cogds.__file__).parent
 
@@ -66,7 +73,16 @@ def shipped_config(folder: str, name: str) -> Path:
 
 
 def find_config(text: str, folder: str, suffix: str) -> str:
-    """Return the path that a `--config` or `--deepspeed` value means: a file, or the name of a shipped config."""
+    """Return the path that a `--config` or `--deepspeed` value means: a file, or the name of a shipped config.
+
+    Raises UserError for an unknown recipe.
+    """
+    if text.startswith(RECIPE_PREFIX):
+        name = text.removeprefix(RECIPE_PREFIX)
+        if name not in RECIPES:
+            choices = ", ".join(f"{RECIPE_PREFIX}{recipe}" for recipe in RECIPES)
+            raise UserError(f"--config {text}: no such recipe{did_you_mean(name, RECIPES)}. Choose one of {choices}.")
+        return str(shipped_config("run_configs", f"recipes/{name}.yaml"))
     config = shipped_config(folder, text + suffix)
     return str(config) if "/" not in text and not Path(text).exists() and config.is_file() else text
 
@@ -90,8 +106,10 @@ def parse_args(verb: str, argv: Sequence[str], prog: str = "") -> argparse.Names
         parser.usage = "%(prog)s [--config RUN.yaml] [flags] [key.sub=value ...]"
         parser.add_argument(
             "--config",
+            action="append",
             metavar="RUN.yaml",
-            help="run config: a file, or the name of one that comes with cogds; key=value words override it",
+            help="run config: a file, the name of one that comes with cogds, or recipe:style, recipe:character or "
+            "recipe:motion; repeatable, later files override earlier ones, and key=value words override all",
         )
         parser.add_argument(
             "--deepspeed",
@@ -287,10 +305,24 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     _launcher_arguments(parser)
 
 
+def _init(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("clips", metavar="CLIPS", help="folder, list or table of clips")
+    add("--learn", choices=RECIPES, help="what to learn (asks)")
+    add("--use", choices=USES, help="where the LoRA will be used (asks)")
+    add(
+        "--memory", metavar="GB", help="memory of one GPU [GB], or its name, such as h100 (this machine's GPU, or asks)"
+    )
+    add("--trigger", metavar="WORD", help="word to put before every caption, which calls what was learned")
+    add("--model", help="base model: hub id or diffusers folder (zai-org/CogVideoX1.5-5B-I2V)")
+    add("--output", metavar="RUN.yaml", default="run.yaml", help="config to write (run.yaml)")
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", metavar="N", type=_positive_int, default=1, help="GPUs of the run (1)")
+    parser.add_argument("--gpu", choices=GPUS, help="estimate the time on this GPU, which also sets its memory")
     parser.add_argument(
-        "--gpu-memory", metavar="GB", type=_positive_float, default=80.0, help="memory of one GPU [GB] (80)"
+        "--gpu-memory", metavar="GB", type=_positive_float, help="memory of one GPU [GB] (80, or that of --gpu)"
     )
     parser.add_argument(
         "--html", metavar="REPORT.html", type=_new_file, help="also write the report as a page with plots and images"
@@ -389,6 +421,9 @@ def _preflight(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS = {
+    "init": Verb(
+        "Write a run config for a folder of clips, after three questions.", _init, "cogds.init", takes_config=False
+    ),
     "prepare": Verb(
         "Cut videos into scenes, score and caption them, and write a table of clips.",
         _prepare,

@@ -35,7 +35,7 @@ from cogds.process.log_filters import install_log_filters
 from cogds.process.logs import RESULT, configure_logging
 
 DEFAULT_DEEPSPEED = "zero2.json"
-DEMO_CONFIG = "demo.yaml"
+DEMO_CONFIG = "demo"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,11 +76,10 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     args = parse_args(verb, argv, prog)
     spec = VERBS[verb]
     if spec.takes_config:
-        args.is_demo = args.config is None
+        args.is_demo = not args.config
         if verb == "train" and args.is_demo:
             spec = VERBS["demo"]
-        config = args.config and find_config(args.config, "run_configs", ".yaml")
-        args.config = config or str(shipped_config("run_configs", DEMO_CONFIG))
+        args.config = [find_config(text, "run_configs", ".yaml") for text in args.config or [DEMO_CONFIG]]
         ds_config = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
         args.deepspeed = ds_config or str(shipped_config("ds_configs", DEFAULT_DEEPSPEED))
         # For their errors only. The verb reads both again.

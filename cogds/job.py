@@ -137,6 +137,7 @@ class Job:
 
     def weights_digest(self) -> str:
         """Return a digest of the transformer's weights. Files that have not changed are not read again."""
+        self.model.fetch("transformer")
         files = sorted(str(path) for path in (self.model.path / "transformer").iterdir() if path.is_file())
         digests = digest_files(files, self.cfg.metadata_dir / "files.json")
         return cache_key({"files": list(digests.values())})

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from cogds.config.schema import KEYS, SECTIONS
+from cogds.data.video.kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from tests.test_architecture import MAY_IMPORT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -94,3 +95,11 @@ def test_the_architecture_page_names_only_modules_that_exist():
 def defines(module, name):
     """Return whether a module has a function or class of this name."""
     return module.is_file() and re.search(rf"^(?:def|class) {name}\b", module.read_text(), flags=re.M) is not None
+
+
+def test_the_suffixes_of_clips_are_documented():
+    page = (ROOT / "docs/data.md").read_text()
+    section = page[page.index("recognized by their suffix") : page.index("A `.gif`")]
+    videos, images = section.split("- images:")
+    assert set(re.findall(r"`(\.\w+)`", videos)) == VIDEO_SUFFIXES
+    assert set(re.findall(r"`(\.\w+)`", images)) == IMAGE_SUFFIXES

@@ -69,5 +69,5 @@ def test_the_other_commands_parse():
         parse_args("sample", words)
     ((*words,),) = arguments_of("cogds", "probe")
     args = parse_args("probe", words)
-    cfg, _ = load_config(find_config(args.config, "run_configs", ".yaml"), args.overrides)
+    cfg, _ = load_config([find_config(config, "run_configs", ".yaml") for config in args.config], args.overrides)
     assert cfg.data.path == "/data/clips"

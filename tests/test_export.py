@@ -70,6 +70,8 @@ def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp
     # diffusers' pipeline scales image latents as in training, but ComfyUI's nodes do not.
     assert ("warning: " in text) is kind.startswith("comfyui")
     assert ("ImageEncode to 2.04" in text) is (kind == "comfyui-wrapper")
+    assert (f"How to use it in ComfyUI: {out / 'README.md'}" in text) is kind.startswith("comfyui")
+    assert ("--to comfyui-merged" in text) is (kind in ("diffusers", "comfyui"))
     assert not list(tmp_path.glob("*.tmp*"))
 
 
@@ -78,6 +80,10 @@ def test_another_convention_is_folded_in_or_causes_a_warning(tiny_model, lora, t
     export([str(folder), "--to", "diffusers", "--output", str(tmp_path / "d"), "--model", str(tiny_model)])
     assert "warning: " in capsys.readouterr().out
     assert read_lora(tmp_path / "d").metadata["image_latents"] == "scaled"
+    export([str(folder), "--to", "comfyui", "--output", str(tmp_path / "s"), "--model", str(tiny_model)])
+    output = capsys.readouterr().out
+    assert "need no setting" in output
+    assert "warning: " not in output
     assert "image_latents * 0.4" in (tmp_path / "d/README.md").read_text()
     export([str(folder), "--to", "comfyui", "--output", str(tmp_path / "c"), "--model", str(tiny_model)])
     assert "warning" not in capsys.readouterr().out

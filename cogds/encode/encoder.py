@@ -7,7 +7,7 @@ share the work by its cost.
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -40,6 +40,7 @@ def encode_dataset(
     max_unusable: float = 1.0,
     retry_failed: bool = False,
     on_selected: Callable[[ClipSet], None] | None = None,
+    parts: Sequence[str] = ("vae", "text_encoder"),
 ) -> EncodedData:
     """Scan a run's datasets and encode what the cache lacks. Collective; all ranks return the same.
 
@@ -49,6 +50,7 @@ def encode_dataset(
         max_unusable: share of the clips that may be unusable.
         retry_failed: open files again that could not be used in an earlier run.
         on_selected: called on rank 0 with the clips to train, before anything is encoded.
+        parts: of the model, whose weights are downloaded if they are missing.
 
     Raises:
         UserError: no clip is left, more than `max_unusable` are unusable, or the decoder that is needed is not
@@ -56,6 +58,7 @@ def encode_dataset(
     """
     cfg, world = job.cfg, job.world
     manifests = scan_data(cfg, world, retry_failed), scan_evaluation_data(cfg, world, retry_failed)
+    on_all_ranks(world, lambda: job.model.fetch(*parts))
     # The other ranks get None and do not use it.
     plan = cast(EncodingPlan, rank0_only(world, partial(_make_plan, job, manifests, max_unusable, on_selected)))
     encoder = _RankEncoder(job, scatter_from_rank0(world, lambda: plan.work(world.size)))

@@ -36,6 +36,7 @@ class Denoising:
 
 def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> CogVideoXImageToVideoPipeline:
     """Load diffusers' own pipeline with transformer, VAE and scheduler on the CPU, without T5."""
+    model.fetch("transformer", "vae")
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(
         model.path, text_encoder=None, tokenizer=None, dtype=dtype, use_safetensors=True
     )

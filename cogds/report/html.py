@@ -34,6 +34,7 @@ from cogds.report.text import (
     quality_lines,
     step_text,
     suggestion_lines,
+    time_lines,
     warning_lines,
 )
 
@@ -93,6 +94,7 @@ def html_page(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: i
         warnings=warning_lines(report),
         notes=empty_bucket_lines(report) + caption_lines(report) + processing_lines(report) + quality_lines(report),
         suggestion=suggestion_lines(report),
+        times=time_lines(report),
         estimate_note=ESTIMATE_NOTE,
         memory_text=memory_text,
         step_text=step_text,

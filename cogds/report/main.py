@@ -4,6 +4,7 @@ import argparse
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,6 +12,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogds.config.schema import RunConfig
+from cogds.core.flops import GPUS, PEAK_TFLOPS
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.data.video.decode_task import DecodeTask, decode
@@ -24,7 +26,7 @@ from cogds.errors import refuse_to_run
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import ModelFolder, num_truncated
 from cogds.process.worker_pool import TaskFailure, WorkerPool
-from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, make_report, read_rates
+from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, estimate_rates, make_report, read_rates
 from cogds.report.html import FirstFrame, write_html
 from cogds.report.text import print_report
 
@@ -32,6 +34,7 @@ logger = logging.getLogger(__name__)
 
 # Of more captions than this, evenly spaced ones are tokenized and the count is extrapolated.
 MAX_TOKENIZED = 100_000
+DEFAULT_GPU_BYTES = 80e9
 
 
 def main(args: argparse.Namespace) -> None:
@@ -39,11 +42,13 @@ def main(args: argparse.Namespace) -> None:
     job = load_job(args, World(0, 1, 0, 1), num_ranks=args.num_gpus)
     clip_set = load_clip_set(job.cfg, scan_data(job.cfg, job.world), job.buckets)
     clips = clip_table(clip_set)
-    report = run_report(job, clip_set, clips, args.gpu_memory * 1e9)
+    gpu = GPUS[args.gpu] if args.gpu else None
+    gpu_bytes = 1e9 * args.gpu_memory if args.gpu_memory else gpu.memory_bytes if gpu else DEFAULT_GPU_BYTES
+    report = run_report(job, clip_set, clips, gpu_bytes, gpu.device if gpu else None, prefers_estimate=bool(gpu))
     print_report(report)
     if args.html:
         with frame_reader(job.cfg) as first_frame:
-            write_html(args.html, report, clips, first_frame, job.cfg.seed, args.config)
+            write_html(args.html, report, clips, first_frame, job.cfg.seed, " + ".join(args.config))
         logger.info("wrote the page: %s", args.html)
 
 
@@ -60,8 +65,19 @@ def clip_table(clips: ClipSet) -> ClipTable:
     return ClipTable(table, buckets, frames, windows, num_held_out, clips.skipped)
 
 
-def run_report(job: Job, clip_set: ClipSet, clips: ClipTable, gpu_bytes: float | None) -> Report:
-    """The report of a run. gpu_bytes: memory of one GPU; None: on CPUs."""
+def run_report(
+    job: Job,
+    clip_set: ClipSet,
+    clips: ClipTable,
+    gpu_bytes: float | None,
+    device: str | None = None,
+    prefers_estimate: bool = False,
+) -> Report:
+    """The report of a run.
+
+    gpu_bytes: memory of one GPU; None: on CPUs. device: name of the GPU, to estimate the time if no earlier run in the
+    output folder measured it. prefers_estimate: estimate it in any case.
+    """
     cfg, mixture = job.cfg, Mixture(clip_set.assignment.sizes, clip_set.repeats, job.cfg.seed)
     plan = job.plan(mixture) if clip_set.num_clips else None
     batch_sizes = plan.local_batch_sizes if plan else (1,) * len(job.buckets)
@@ -74,9 +90,12 @@ def run_report(job: Job, clip_set: ClipSet, clips: ClipTable, gpu_bytes: float |
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
         max_unusable=cfg.data.max_unusable,
-        rates=read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
+        num_steps=cfg.train.num_steps,
+        rates=None if prefers_estimate else read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         gpu_bytes=gpu_bytes,
     )
+    if setup.rates is None and device in PEAK_TFLOPS:
+        setup = replace(setup, rates=estimate_rates(setup, device))
     return make_report(clips, setup, count_captions(clip_set.table, job.model))
 
 

@@ -21,7 +21,7 @@ from cogds.core.diffusion import v_loss
 from cogds.core.lr_schedule import learning_rate
 from cogds.core.plan import MicroBatch
 from cogds.core.rng import seed_global
-from cogds.distributed.collectives import all_gather, any_rank, on_rank0
+from cogds.distributed.collectives import all_gather, any_rank, on_all_ranks, on_rank0
 from cogds.distributed.deepspeed_internals import detach_monitor
 from cogds.distributed.world import gpu_memory
 from cogds.encode.clip_set import ClipSet
@@ -39,6 +39,7 @@ from cogds.metrics.jsonl import rewind_metrics
 from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import StepLosses
 from cogds.metrics.trackers import Trackers
+from cogds.model.load import WEIGHT_PARTS
 from cogds.model.lora.adapter import inject, load_initial_lora
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest
@@ -112,17 +113,16 @@ class Trainer:
         """
         self.job = job = choose_tiling(self.job, initial.header)
         cfg, world = job.cfg, job.world
-        weights_digest = on_rank0(world, job.weights_digest)
-        identity = run_identity(cfg, job.ds_config["optimizer"]["type"], weights_digest, job.buckets)
         if initial.checkpoint:  # check before encoding, which may take hours
+            identity = self.model_identity()
             on_rank0(world, lambda: check_identity(initial, identity))
         if self.dry_run:
             initial = dataclasses.replace(initial, checkpoint=None, header={})
-        data = encode_dataset(job, max_unusable=cfg.data.max_unusable, on_selected=self.report)
+        data = encode_dataset(job, max_unusable=cfg.data.max_unusable, on_selected=self.report, parts=WEIGHT_PARTS)
         if initial.checkpoint:
             data = on_rank0(world, lambda: resume_data(data, initial.header, cfg))
         plan = job.plan(data.mixture)
-        identity |= data_identity(data)
+        identity = self.model_identity() | data_identity(data)
         if initial.checkpoint:
             on_rank0(world, lambda: check_identity(initial, identity))
             plan = resume_plan(plan, initial.header, initial.checkpoint)
@@ -139,10 +139,18 @@ class Trainer:
         }
         return run, initial, header
 
+    def model_identity(self) -> dict[str, Any]:
+        """Return the identity of the run without its data. Collective; downloads the transformer if it is missing."""
+        job = self.job
+        on_all_ranks(job.world, lambda: job.model.fetch("transformer"))
+        weights_digest = on_rank0(job.world, job.weights_digest)
+        return run_identity(job.cfg, job.ds_config["optimizer"]["type"], weights_digest, job.buckets)
+
     def report(self, clips: ClipSet) -> None:
         """Log what will be trained, on rank 0, before anything is encoded."""
-        job = self.job
-        logger.info(short_report(run_report(job, clips, clip_table(clips), gpu_memory(job.world.device))))
+        job, device = self.job, self.job.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        logger.info(short_report(run_report(job, clips, clip_table(clips), gpu_memory(device), name)))
 
     def announce(self, run: Run, initial: InitialState) -> None:
         """Show the summary and prepare the output folder, on rank 0."""

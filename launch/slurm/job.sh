@@ -72,8 +72,8 @@ from cogds.arguments import find_config, parse_args
 from cogds.config.loading import load_config
 
 args = parse_args("train", argv, "")
-config = find_config(args.config, "run_configs", ".yaml") if args.config else f"{root}/launch/configs/demo.yaml"
-cfg, _ = load_config(config, args.overrides)
+configs = [find_config(config, "run_configs", ".yaml") for config in args.config or ["demo"]]
+cfg, _ = load_config(configs, args.overrides)
 Path(file).write_text(Path(cfg.output_dir, "checkpoints/latest").read_text())
 END
   cat "$file" 2>/dev/null

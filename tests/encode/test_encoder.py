@@ -231,7 +231,7 @@ def test_a_bad_file_is_left_out_with_its_reason(encode, folder):
     data = encode(folder, buckets)
     categories = categories_of(data)
     assert categories.pop("torn.mp4")
-    assert categories == {"clip_1.mp4": "caption missing", "image_0.png": "too short"}
+    assert categories == {"clip_1.mp4": "caption missing", "image_0.png": "image without a 1-frame bucket"}
     assert (len(data.index), data.unusable.num, data.unusable.num_rows) == (5, 3, 8)
     with pytest.raises(UserError, match=r"^data\.max_unusable: 3 of 8 clips"):
         encode(folder, buckets, max_unusable=0.3)

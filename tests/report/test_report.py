@@ -4,23 +4,35 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import sys
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from rich.console import Console
 
 from cogds.arguments import parse_args
-from cogds.core.buckets import crop_share
+from cogds.cli import main
+from cogds.core.buckets import NO_IMAGE_BUCKET, crop_share
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import ZeroSettings
 from cogds.core.plan import Plan
 from cogds.errors import UserError
-from cogds.formatting import gigabytes
+from cogds.formatting import duration, gigabytes
 from cogds.model.load import find_model
-from cogds.report.analysis import Captions, ClipTable, Rates, Reason, TrainingSetup, make_report, read_rates
+from cogds.report.analysis import (
+    Captions,
+    ClipTable,
+    Rates,
+    Reason,
+    TrainingSetup,
+    estimate_rates,
+    make_report,
+    read_rates,
+)
 from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
 from cogds.report.main import count_captions
 from cogds.report.text import print_report, short_report
@@ -188,12 +200,52 @@ def test_rates_of_an_earlier_run(tmp_path):
     assert read_rates(file) is None
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_the_estimated_time():
+    run = setup(num_steps=1000, checkpointing=("none",) * 3)
+    rates = estimate_rates(run, "NVIDIA H100 80GB HBM3")
+    # 4,008 TFLOP for the base, 525 for attention's backward pass without the matrix, and 36 for the LoRA.
+    step_s = 2 * (4008 + 525 + 36) / (0.4 * 989)
+    assert rates.step_s["81x768x1360"] == pytest.approx(step_s, rel=0.01)
+    assert rates.step_s["49x768x1360"] == pytest.approx(2 * rates.step_s["81x768x1360"] * 0.48, rel=0.1)  # two clips
+    result = make_report(table(ROWS), dataclasses.replace(run, rates=rates), GOOD)
+    assert (result.buckets[1].step_s, result.buckets[1].step_is_measured) == (rates.step_s["81x768x1360"], False)
+    assert result.run_s == pytest.approx(result.epoch_s / 1.5 * 1000)
+    for text in (short_report(result), printed(result), html_page(result, table(ROWS), no_frame)):
+        assert "estimated for NVIDIA H100 80GB HBM3 at 40% of its peak of 989 TFLOP/s" in text
+        assert f"1,000 steps in about {duration(result.run_s)}" in text
+    on_a100 = estimate_rates(run, "NVIDIA A100-SXM4-80GB").step_s["81x768x1360"]
+    assert on_a100 == pytest.approx(rates.step_s["81x768x1360"] * 989 / 312)
+    shared = setup(sequence_size=2, checkpointing=("none",) * 3)
+    assert estimate_rates(shared, "NVIDIA H100 80GB HBM3").step_s["81x768x1360"] == pytest.approx(step_s / 2, rel=0.01)
+
+
+def test_no_time_without_measurement_or_estimate():
+    assert report(num_steps=1000).run_s is None
+    assert "--gpu" in printed(report(num_steps=1000))
+
+
 def test_better_buckets_are_suggested_only_if_the_given_ones_fit_badly():
     assert report(ROWS[:2] * 20).suggestion is None
     portrait = [(f"/{n}.mp4", 90, 1920, 1080, 0, None) for n in range(20)]
     result = report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,))
     assert result.suggestion.after.crop < 0.02 < 0.6 < result.suggestion.before.crop
     assert "data.buckets=[81x1360x768]" in printed(result)
+
+
+def test_images_without_a_bucket_are_named_and_get_one():
+    rows = [(f"/{n}.mp4", 90, 768, 1360, 0, None) for n in range(6)]
+    rows += [(f"/{n}.png", 1, 768, 1360, -1, None) for n in range(4)]
+    result = report(rows, buckets=BUCKETS[1:2], batch_sizes=(1,))
+    assert result.reasons == (Reason(NO_IMAGE_BUCKET, 4, ("/0.png", "/1.png", "/2.png")),)
+    assert "data.bucket_frames=[1, 81]" in short_report(result)
+    text = printed(result)
+    assert "data.buckets=[1x768x1360, 81x768x1360]" in text
+    assert "0% of the clips without a bucket (40% now)" in text
+    with_images = [*rows[:6], *((*row[:4], 1, None) for row in rows[6:])]
+    fitting = report(with_images, buckets=(BUCKETS[1], ClipShape(1, 768, 1360)), batch_sizes=(1, 1))
+    assert "bucket_frames" not in short_report(fitting)
+    assert fitting.suggestion is None
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -205,7 +257,10 @@ def test_the_share_of_upscaled_clips_is_the_same_everywhere():
     assert result.suggestion
     assert result.upscaled_share == 0.75
     for text in (printed(result), html_page(result, table(rows), no_frame)):
-        assert set(re.findall(r"(\d+)% of the clips upscaled", text)) == {"75"}
+        assert set(re.findall(r"badly.* (\d+)% of the clips upscaled|upscaled \((\d+)% now", text)) == {
+            ("75", ""),
+            ("", "75"),
+        }
 
 
 def test_the_short_report():
@@ -408,6 +463,25 @@ def test_the_command(tmp_path):
     assert "--num-gpus: 0" in refused.stdout
 
 
+@pytest.mark.slow
+def test_the_report_of_a_hub_model_needs_no_weights(tiny_model, tmp_path, monkeypatch, capsys):
+    """With the hub's own client, offline: only configs and tokenizer are in its cache."""
+    cache, commit = tmp_path / "hub/models--somebody--some-model", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(tiny_model, cache / "snapshots" / commit, ignore=shutil.ignore_patterns("*.safetensors"))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "clips").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "clips/a.png")
+    (tmp_path / "clips/a.txt").write_text("a black square")
+    config = ("cogvideox1.5_i2v_lora", "model.path=somebody/some-model", "data.buckets=1x64x64")
+    folders = (f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path}", f"output_dir={tmp_path / 'run'}")
+    assert main(["report", "--config", *config, *folders]) == 0
+    assert "1 of 1 clip" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^model\.path: the weights of somebody/some-model .*hf download"):
+        find_model("somebody/some-model").fetch("vae")
+
+
 def test_held_out_clips_are_neither_trained_nor_unusable():
     clips = dataclasses.replace(table(ROWS), num_held_out=2)
     result = make_report(clips, setup(max_unusable=0.4), GOOD)
@@ -449,7 +523,10 @@ def test_labels_of_buckets_do_not_overlap(figures):
 def test_skipped_files_are_reported():
     skipped = {".md file": 2, "row removed by data.where": 12_000}
     result = make_report(dataclasses.replace(table(ROWS), skipped=skipped), setup(), GOOD)
-    sentence = "Skipped in the datasets: 12,000 x row removed by data.where, 2 x .md file."
+    sentence = (
+        "Skipped in the datasets: 12,000 x row removed by data.where; "
+        "neither a clip nor the caption of one: 2 x .md file."
+    )
     assert sentence in short_report(result)
     assert sentence in html_page(result, table(ROWS), no_frame)
     assert "Skipped" not in short_report(report())

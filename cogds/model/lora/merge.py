@@ -213,6 +213,7 @@ def save_other_parts(folder: Path, model: ModelFolder, copy: bool) -> None:
 
 def other_files(model: ModelFolder) -> list[Path]:
     """List all files of the model's parts except the transformer's."""
+    model.fetch(*PARTS)
     return [
         path
         for part in PARTS

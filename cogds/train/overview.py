@@ -46,27 +46,33 @@ def log_overview(run: Run, monitor: Monitor) -> None:
 
 
 def hparams(run: Run) -> dict[str, str | float | bool]:
-    """Return the settings to compare runs by: values of the config, and values that follow from them."""
+    """Return the settings to compare runs by: values of the config, and values that follow from them.
+
+    TensorBoard sorts them by name and first shows five. So these are important ones, and names that would come before
+    them are not those of the config.
+    """
     cfg, plan = run.cfg, run.plan
     tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
     return {
+        "clips": len(run.data.index),
+        "lora.alpha": cfg.lora.alpha,
+        "lora.rank": cfg.lora.rank,
         "optimizer.lr": cfg.optimizer.lr,
         "optimizer.schedule": cfg.optimizer.schedule,
         "optimizer.weight_decay": cfg.optimizer.weight_decay,
-        "lora.rank": cfg.lora.rank,
-        "lora.alpha": cfg.lora.alpha,
-        "lora.target_modules": ", ".join(cfg.lora.target_modules),
+        "target modules": ", ".join(cfg.lora.target_modules),
         "train.num_steps": cfg.train.num_steps,
         "train.precision": cfg.train.precision,
         "train.gradient_accumulation_steps": plan.accumulation,
         "tokens per rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
-        "activation checkpointing": "; ".join(sorted({str(part.checkpointing) for part in run.execution.buckets})),
+        "train.activation_checkpointing": "; ".join(
+            sorted({str(part.checkpointing) for part in run.execution.buckets})
+        ),
         "ranks": run.world.size,
         "zero stage": zero_stage(run.ds_config),
-        "model.quantization": cfg.model.quantization,
-        "model.path": cfg.model.path,
-        "conditioning.image_latents": cfg.conditioning.image_latents,
-        "clips": len(run.data.index),
+        "quantization": cfg.model.quantization,
+        "scale of image latents": cfg.conditioning.image_latents,
+        "weights": cfg.model.path,
         "seed": cfg.seed,
     }
 

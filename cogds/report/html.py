@@ -1,27 +1,19 @@
-"""The report as one self-contained HTML page: plots are inline SVG, pictures are data URIs, and there are no scripts.
+"""The report as one self-contained HTML page: plots are inline SVG, pictures are data URIs, and there are no scripts."""
 
-File names and captions come from whoever made the clips, so the template escapes all of them (jinja2's autoescape).
-As a second line of defense, the page's content security policy forbids scripts and requests.
-"""
-
-import base64
-import io
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image, ImageDraw
 
 from cogds.core.buckets import crop_share
 from cogds.core.geometry import ClipShape
 from cogds.data.storage.location import display_name
-from cogds.files import whole_file
-from cogds.formatting import counted, duration, gigabytes, number, percent
+from cogds.formatting import percent
 from cogds.metrics.figures import ORANGE
+from cogds.pages.page import picture_uri, printable, render, write_page
 from cogds.report.analysis import ClipTable, Report
 from cogds.report.plots import make_plots
 from cogds.report.text import (
@@ -70,26 +62,18 @@ def write_html(
     file: Path, report: Report, clips: ClipTable, first_frame: FirstFrame, seed: int = 0, name: str = ""
 ) -> None:
     """Write the page into an existing folder. name: of the run, for the heading."""
-    with whole_file(file) as partial:
-        partial.write_text(html_page(report, clips, first_frame, seed, name), encoding="utf-8")
+    write_page(file, html_page(report, clips, first_frame, seed, name))
 
 
 def html_page(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: int = 0, name: str = "") -> str:
     """Render the page. seed: of the choice of sample clips."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {function.__name__: function for function in (counted, percent, gigabytes, duration, number)}
-    return environment.get_template("page.html.j2").render(
+    return render(
+        "page.html.j2",
+        Path(__file__).parent,
         report=report,
         name=name,
         plots=make_plots(report, clips),
         sheets=sample_sheets(report, clips, first_frame, seed),
-        Markup=Markup,
         warnings=warning_lines(report),
         notes=empty_bucket_lines(report) + caption_lines(report) + processing_lines(report) + quality_lines(report),
         suggestion=suggestion_lines(report),
@@ -97,14 +81,6 @@ def html_page(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: i
         memory_text=memory_text,
         step_text=step_text,
         is_timed=any(step_text(bucket) != NOT_MEASURED for bucket in report.used_buckets),
-        printable=printable,
-    )
-
-
-def printable(text: str) -> str:
-    """Escape control characters and lone surrogates, which a UTF-8 page cannot contain."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
     )
 
 
@@ -139,7 +115,11 @@ def _tile(row: dict[str, Any], shape: ClipShape, first_frame: FirstFrame) -> Til
     if shape.height > height or shape.width > width:
         note += ", upscaled"
     return Tile(
-        data_uri(crop_picture(frame, shape)), f"First frame of {name}: {note} for bucket {shape}", name, caption, note
+        picture_uri(crop_picture(frame, shape)),
+        f"First frame of {name}: {note} for bucket {shape}",
+        name,
+        caption,
+        note,
     )
 
 
@@ -156,10 +136,3 @@ def crop_picture(frame: np.ndarray, shape: ClipShape) -> Image.Image:
     if min(kept[2] - kept[0], kept[3] - kept[1]) > 2:
         ImageDraw.Draw(picture).rectangle((kept[0], kept[1], kept[2] - 1, kept[3] - 1), outline=ORANGE, width=2)
     return picture
-
-
-def data_uri(picture: Image.Image) -> str:
-    """Encode a picture as a JPEG data URI."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

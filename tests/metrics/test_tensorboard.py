@@ -63,8 +63,8 @@ def test_a_large_image_is_shrunk_and_a_noisy_one_becomes_a_jpeg():
 def test_a_gif_plays_at_the_clips_speed(tmp_path, fps, num_frames, num_shown):
     (event,) = write_and_load(tmp_path, gif_record("clip", 2, gradient(270, 960, num_frames), fps)).Images("clip")
     image = open_image(event.encoded_image_string)
-    assert (event.step, event.height, event.width) == (2, 135, 480)
-    assert (image.format, image.n_frames, image.size) == ("GIF", num_shown, (480, 135))
+    assert (event.step, event.height, event.width) == (2, 144, 512)
+    assert (image.format, image.n_frames, image.size) == ("GIF", num_shown, (512, 144))
     assert image.info["loop"] == 0
     duration_s = num_shown * image.info["duration"] / 1000
     assert duration_s == pytest.approx(num_frames / fps, rel=0.1)  # a GIF counts in hundredths of a second

@@ -20,8 +20,9 @@ from cogds.core.plan import Plan
 from cogds.errors import UserError
 from cogds.formatting import gigabytes
 from cogds.model.load import find_model
+from cogds.pages.page import printable
 from cogds.report.analysis import Captions, ClipTable, Rates, Reason, TrainingSetup, make_report, read_rates
-from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
+from cogds.report.html import crop_picture, html_page, sample_sheets, write_html
 from cogds.report.main import count_captions
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command

@@ -5,6 +5,7 @@ The page is a file without a server or network access. It refers to the videos i
 """
 
 import argparse
+import filecmp
 import logging
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -93,7 +94,13 @@ def gallery_page(run: Path, videos: Sequence[PromptVideos], address: Callable[[P
     scalars = read_scalars(run / "metrics.jsonl", [name for name, *_ in CURVES])
     steps = sorted({step for prompt in videos for step in prompt.by_step})
     has_base = any(prompt.base for prompt in videos)
-    columns = [Column("base model", "")] if has_base else []
+    # A run that starts from the base model has its videos twice.
+    is_untrained = 0 in steps and all(
+        prompt.base and 0 in prompt.by_step and filecmp.cmp(prompt.base, prompt.by_step[0], shallow=False)
+        for prompt in videos
+    )
+    steps = steps[1:] if is_untrained else steps
+    columns = [Column("base model", _loss_note(scalars, 0) if is_untrained else "")] if has_base else []
     columns += [Column(f"step {step}", _loss_note(scalars, step)) for step in steps]
     rows = []
     for prompt in videos:
@@ -110,8 +117,8 @@ def gallery_page(run: Path, videos: Sequence[PromptVideos], address: Callable[[P
     script, script_digest = read_script("gallery.js")
     curve, note = draw_losses(scalars)
     return render(
-        "gallery.html.j2", name=str(run), rows=rows, columns=columns, curve=curve, curve_note=note, script=script,
-        script_digest=script_digest,
+        "gallery.html.j2", name=str(run), rows=rows, columns=columns, num_steps=len(steps),
+        curve=curve, curve_note=note, script=script, script_digest=script_digest,
     )  # fmt: skip
 
 
@@ -139,13 +146,15 @@ def draw_losses(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> tuple[str
         return "", ""
     with plot_style():
         figure = new_figure(9, 3.4)
-        axes = figure.subplots()
+        axes, note = figure.subplots(), "Losses."
         for name, label, color in CURVES:
             if not scalars[name]:
                 continue
             steps, values = map(np.array, zip(*scalars[name]))
             if name == "train/loss":
                 window = max(1, round(SMOOTHING * len(values)))
+                if window > 1:
+                    note += f" The training loss is the mean of {window} steps; single steps are pale."
                 shown = slice(None, None, -(-len(values) // MAX_POINTS))
                 axes.plot(steps[shown], values[shown], color=color, alpha=0.25, linewidth=1)
                 steps, values = (_moving_mean(points, window)[shown] for points in (steps, values))
@@ -155,7 +164,7 @@ def draw_losses(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> tuple[str
         axes.set(xlabel="step", ylabel="loss")
         axes.grid(alpha=0.2)
         figure.legend(loc="outside upper center", ncols=len(CURVES), frameon=False)
-        return to_svg(figure, "Losses by step"), "Losses. The training loss is averaged; its single steps are pale."
+        return to_svg(figure, "Losses by step"), note
 
 
 def _moving_mean(values: np.ndarray, window: int) -> np.ndarray:

@@ -14,7 +14,7 @@ from cogds.formatting import percent
 from cogds.report.quality import HARDLY_MOVES
 
 # Above these shares, a crop and unused frames are flags.
-MUCH_CROPPED, MUCH_UNUSED = 0.15, 0.5
+MUCH_CROPPED, MUCH_UNUSED = 0.15, 0.75
 
 
 @dataclass(frozen=True)

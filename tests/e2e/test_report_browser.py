@@ -9,7 +9,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from cogds.core.checkpointing import BlockCheckpointing
+from cogds.report.analysis import Rates
 from cogds.report.html import write_html
+from tests.browser.chromium import Chromium
 from tests.report.test_report import EVIL, ROWS, clip_list, report, table
 
 pytestmark = pytest.mark.browser
@@ -104,3 +107,30 @@ def test_the_page_is_rendered(page, tmp_path, width):
     # Orange for crops, buckets and kept activations, blue for clips.
     for color in ((224, 129, 43), (59, 130, 196)):
         assert (np.abs(pixels - color).sum(axis=2) < 40).sum() > 300
+
+
+@pytest.mark.parametrize("width", [1440, 1280])
+def test_the_table_of_buckets_fits(tmp_path, width):
+    """With the longest texts that it has."""
+    split, rates = (BlockCheckpointing("selective", 10, 42),) * 3, Rates(1000.0, {}, "metrics.jsonl")
+    rows = [(f"/clips/{n}.mp4", 162, 1080, 1920, 1, None) for n in range(1234)]
+    result = report(rows, checkpointing=split, rates=rates, gpu_bytes=24e9)
+    write_html(tmp_path / "report.html", result, table(rows), clip_list(table(rows[:1])), frames)
+    with Chromium(tmp_path, size=(width, 900)) as browser:
+        browser.open((tmp_path / "report.html").as_uri())
+        browser.wait_for("time/step")
+        assert browser.run('[...document.querySelectorAll(".scroll")].every(n => n.scrollWidth <= n.clientWidth)')
+
+
+def test_pages_of_clips_are_linked(tmp_path):
+    rows = [(f"/clips/{n:03}.mp4", 81, 768, 1360, 1, None) for n in range(130)]
+    write_html(tmp_path / "my report.html", report(rows), table(rows), clip_list(table(rows)), frames)
+    with Chromium(tmp_path) as browser:
+        browser.open((tmp_path / "my report.html").as_uri())
+        browser.wait_for("/clips/000.mp4")
+        for number, name in ((2, "/clips/060.mp4"), (3, "/clips/120.mp4")):
+            browser.run("document.querySelector('a[rel=next]').click()")
+            assert f"page {number} of 3" in browser.wait_for(name, "Dataset report")
+        assert browser.run("[...document.images].filter(image => image.naturalWidth == 260).length") > 0
+        browser.run("document.querySelector('nav a').click()")
+        browser.wait_for("/clips/000.mp4", "GPU memory")

@@ -533,6 +533,17 @@ def test_labels_of_buckets_do_not_overlap(figures):
     assert all(figure.bbox.fully_containsx(x) for box in boxes for x in (box.x0, box.x1))
 
 
+def test_labels_of_lengths_do_not_overlap(figures):
+    buckets = tuple(ClipShape(frames, 768, 768) for frames in range(1, 82, 4))
+    rows = [("/a.mp4", 81, 768, 768, 20, None)]
+    page_of(report(rows, buckets=buckets, batch_sizes=(1,) * 21, checkpointing=("full",) * 21), table(rows))
+    figure = figures[1]
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) > 3
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+
+
 def test_skipped_files_are_reported():
     skipped = {".md file": 2, "row removed by data.where": 12_000}
     result = make_report(dataclasses.replace(table(ROWS), skipped=skipped), setup(), GOOD)

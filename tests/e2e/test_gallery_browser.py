@@ -31,7 +31,7 @@ def browser(tmp_path_factory, run, request):
 
 
 def test_visible_videos_play_and_others_are_not_loaded(browser):
-    assert browser.run('document.querySelectorAll("video").length') == 2 * 21
+    browser.until('document.querySelectorAll("video").length', lambda num: num == 2 * 21)
     playing = browser.until(PLAYING, lambda num: num >= 4)
     assert playing <= browser.run(LOADED) < 20
     times = '[...document.querySelectorAll("video[src]")].map(video => video.currentTime)'

@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "pages": {"files", "formatting"},
     "report": {*PURE, *RANKS, "data/storage", "data/video", "model", "job", "encode", "metrics", "pages"},
     "gallery": {"errors", "formatting", "process", "metrics", "pages", "videos"},
-    "videos": {"errors", "core", "distributed", "data/storage", "data/video", "model"},
+    "videos": {"errors", "files", "core", "distributed", "data/storage", "data/video", "model"},
     "train": {*PURE, *RANKS, *DATA, *MODEL, *TRAINING, "version", "report", "videos", "card"},
     "evaluate": {*PURE, *RANKS, *MODEL, "job", "encode", "train"},
     "probe": {*PURE, *RANKS, "data/cache", "data/loading", "model", "job", "encode", "train", "evaluate"},

@@ -113,8 +113,6 @@ class SampleCallback:
         try:
             self._folder.mkdir(parents=True, exist_ok=True)
             tempfile.TemporaryFile(dir=self._folder).close()
-            prompts = {stem: Prompt(spec.prompt, str(spec.shape), spec.seed) for stem, spec in self._specs.items()}
-            write_prompts(self._folder, prompts, {stem: spec.pixels for stem, spec in self._specs.items()})
             if run.first_step:  # otherwise the folder is another run's
                 for stem in self._specs:
                     file = self._folder / BASE / f"{stem}.mp4"
@@ -262,6 +260,8 @@ class SampleCallback:
                 if not file.is_file():
                     with whole_file(file) as partial:
                         partial.write_bytes(video)
+            prompts = {stem: Prompt(spec.prompt, str(spec.shape), spec.seed) for stem, spec in self._specs.items()}
+            write_prompts(self._folder, prompts, {stem: spec.pixels for stem, spec in self._specs.items()})
             if not videos:
                 return
             if folder.exists():

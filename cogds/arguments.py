@@ -402,6 +402,13 @@ def _export(parser: argparse.ArgumentParser) -> None:
     add("--public", action="store_true", help="make the uploaded repository public")
 
 
+def _gallery(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="output_dir of a run")
+    add("--output", metavar="PAGE.html", type=_new_file, help="page to write (RUN/gallery.html)")
+    add("--embed", action="store_true", help="put the videos into the page, which can then be moved and sent")
+
+
 def _probe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", metavar="N", type=_positive_int, default=16, help="clips to measure (16)")
     parser.add_argument("--timesteps", metavar="N", type=_positive_int, default=3, help="timesteps per clip (3)")
@@ -449,6 +456,12 @@ VERBS = {
         is_launchable=True,
     ),
     "sample": Verb("Generate videos from images and prompts.", _sample, "cogds.sample", takes_config=False),
+    "gallery": Verb(
+        "Write a page with the videos of a run, steps beside prompts, and its loss curve.",
+        _gallery,
+        "cogds.gallery",
+        takes_config=False,
+    ),
     "export": Verb("Convert a LoRA for other tools, or merge it.", _export, "cogds.export", takes_config=False),
     "probe": Verb(
         "Measure which scale of image latents a base model expects, on the run's own clips.",

@@ -14,6 +14,7 @@ from cogds.errors import UserError
 from tests.conftest import ROOT
 
 REQUIRED = {
+    "gallery": ["run"],
     "sample": ["--model", "m", "--image", "i.png", "--prompt", "p"],
     "export": ["lora.safetensors", "--to", "diffusers", "--output", "o"],
 }

@@ -301,7 +301,7 @@ class MetricsConfig(Section):
     progress_bar: bool = key(True, "progress bar on a terminal")
     norms_every: int | None = key(10, "interval of LoRA weight and update norms; null: never [optimizer steps]", ge=1)
     show_clips: int = key(
-        16, "number of clips shown in TensorBoard (first frame and caption), from the start of the run", ge=0
+        16, "largest number of clips shown in TensorBoard (first frame and caption), from the start of the run", ge=0
     )
     show_batches: int = key(
         0, "number of steps, from the start of the run, whose batches rank 0 decodes for TensorBoard", ge=0

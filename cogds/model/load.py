@@ -359,10 +359,10 @@ def load_tokenizer(model: ModelFolder) -> Any:
         ) from None
 
 
-def num_truncated(captions: Sequence[str], model: ModelFolder) -> int:
-    """Count the captions that exceed the model's text length and are truncated."""
+def are_truncated(captions: Sequence[str], model: ModelFolder) -> list[bool]:
+    """Return for each caption whether it exceeds the model's text length and is truncated."""
     tokenizer, limit = load_tokenizer(model), model.geometry.text_tokens
-    return sum(len(ids) > limit for ids in tokenizer(list(captions)).input_ids) if captions else 0
+    return [len(ids) > limit for ids in tokenizer(list(captions)).input_ids] if captions else []
 
 
 class TextEncoder:

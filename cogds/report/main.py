@@ -1,8 +1,10 @@
 """The report verb: which clips will be trained, and at what cost. Loads no weights."""
 
 import argparse
+import functools
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -24,10 +26,11 @@ from cogds.encode.encoder import check_decoder
 from cogds.encode.scan_data import scan_data
 from cogds.errors import refuse_to_run
 from cogds.job import Job, choose_checkpointing, load_job
-from cogds.model.load import ModelFolder, num_truncated
+from cogds.model.load import ModelFolder, are_truncated
 from cogds.process.worker_pool import TaskFailure, WorkerPool
 from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, estimate_rates, make_report, read_rates
-from cogds.report.html import FirstFrame, write_html
+from cogds.report.clips import ClipList, FrameRequest
+from cogds.report.html import ReadFrames, write_html
 from cogds.report.text import print_report
 
 logger = logging.getLogger(__name__)
@@ -35,6 +38,7 @@ logger = logging.getLogger(__name__)
 # Of more captions than this, evenly spaced ones are tokenized and the count is extrapolated.
 MAX_TOKENIZED = 100_000
 DEFAULT_GPU_BYTES = 80e9
+MAX_WORKERS = 8
 
 
 def main(args: argparse.Namespace) -> None:
@@ -47,8 +51,9 @@ def main(args: argparse.Namespace) -> None:
     report = run_report(job, clip_set, clips, gpu_bytes, gpu.device if gpu else None, prefers_estimate=bool(gpu))
     print_report(report)
     if args.html:
-        with frame_reader(job.cfg) as first_frame:
-            write_html(args.html, report, clips, first_frame, job.cfg.seed, " + ".join(args.config))
+        with frame_reader(job.cfg) as read_frames:
+            config = " + ".join(args.config)
+            write_html(args.html, report, clips, clip_list(clip_set, job.model), read_frames, config)
         logger.info("wrote the page: %s", args.html)
 
 
@@ -63,6 +68,18 @@ def clip_table(clips: ClipSet) -> ClipTable:
         table, buckets, frames, windows = table.filter(pa.array(left)), buckets[left], frames[left], windows[left]
         num_held_out = int((~left).sum())
     return ClipTable(table, buckets, frames, windows, num_held_out, clips.skipped)
+
+
+def clip_list(clips: ClipSet, model: ModelFolder) -> ClipList:
+    """All clips of the manifest, for the page."""
+    assignment, windows = clips.assignment, np.bincount(clips.assignment.rows, minlength=len(clips.table))
+    is_held_out = np.zeros(len(clips.table), bool)
+    if clips.held_out is not None:
+        is_held_out[clips.held_out.assignment.rows] = True
+    return ClipList(
+        clips.table, assignment.row_buckets, assignment.row_frames, windows, is_held_out, clips.buckets,
+        functools.partial(are_truncated, model=model),
+    )  # fmt: skip
 
 
 def run_report(
@@ -108,7 +125,7 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
     taken = distinct
     if len(distinct) > MAX_TOKENIZED:
         taken = distinct.take(pa.array(np.linspace(0, len(distinct) - 1, MAX_TOKENIZED).astype(np.int64)))
-    too_long = num_truncated(taken.to_pylist(), model)
+    too_long = sum(are_truncated(taken.to_pylist(), model))
     reasons = pc.fill_null(table.column("reason"), "")
     return Captions(
         num_missing=pc.sum(pc.starts_with(reasons, "caption missing")).as_py() or 0,
@@ -121,16 +138,20 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
 
 
 @contextmanager
-def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
-    """Read single frames in a worker process. A clip that crashes or hangs the worker gives None."""
+def frame_reader(cfg: RunConfig) -> Iterator[ReadFrames]:
+    """Read single frames in worker processes. A clip that crashes or hangs its worker gives None."""
     check_decoder(cfg)
     memory_bytes = round(cfg.data.decode_memory_gb * 1e9)
-    with WorkerPool(decode, 1, cfg.data.decode_timeout_s, memory_bytes, (DecodeError,)) as pool:
+    num_workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    with WorkerPool(decode, num_workers, cfg.data.decode_timeout_s, memory_bytes, (DecodeError,)) as pool:
 
-        def read(path: str, kind: str, start_s: float, height: int, width: int) -> np.ndarray | None:
-            shape = ClipShape(1, height, width)
-            outcome = next(pool.imap([DecodeTask(path, kind, None, start_s, shape, cfg.data.fps, cfg.data.decoder)]))
-            return None if isinstance(outcome, TaskFailure) else outcome.first_frame
+        def task(request: FrameRequest) -> DecodeTask:
+            path, kind, start_s, height, width = request
+            return DecodeTask(path, kind, None, start_s, ClipShape(1, height, width), cfg.data.fps, cfg.data.decoder)
+
+        def read(requests: Sequence[FrameRequest]) -> Iterator[np.ndarray | None]:
+            for outcome in pool.imap(map(task, requests), ahead=num_workers):
+                yield None if isinstance(outcome, TaskFailure) else outcome.first_frame
 
         yield read
 

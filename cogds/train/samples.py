@@ -52,13 +52,14 @@ from cogds.train.step import StepBuilder
 from cogds.train.summary import labeled
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.lockstep import LockstepTransformer, Stopped
+from cogds.videos.sample_folder import BASE, Prompt, write_prompts
 from cogds.videos.sample_spec import SampleSpec, load_first_frame
 
 logger = logging.getLogger(__name__)
 
-FOLDER, BASE = "samples", "base"
-STRIP_FRAMES, STRIP_WIDTH = 8, 200  # frames in a strip, pixels of each frame
-PLAYED_WIDTH = 320  # pixels of a video that plays in TensorBoard
+FOLDER = "samples"
+STRIP_FRAMES, STRIP_WIDTH = 4, 360  # frames of a video in an image, pixels of each; TensorBoard shows half of them
+PLAYED_WIDTH = 400  # pixels of a video that plays in TensorBoard
 
 
 def make_sample_callback(context: TrainContext) -> "SampleCallback | None":
@@ -259,6 +260,8 @@ class SampleCallback:
                 if not file.is_file():
                     with whole_file(file) as partial:
                         partial.write_bytes(video)
+            prompts = {stem: Prompt(spec.prompt, str(spec.shape), spec.seed) for stem, spec in self._specs.items()}
+            write_prompts(self._folder, prompts, {stem: spec.pixels for stem, spec in self._specs.items()})
             if not videos:
                 return
             if folder.exists():
@@ -270,7 +273,7 @@ class SampleCallback:
             logger.warning(f"{folder}: the videos of step {step} could not be written ({brief(error)})")
 
     def _show(self, step: int, videos: Mapping[str, bytes]) -> None:
-        """Write each video to TensorBoard next to the base model's and the first frame, as strips and as a video."""
+        """Write each video to TensorBoard next to the base model's, as frames and as a video."""
         fps = self._run.cfg.data.fps
         for stem, video in videos.items():
             spec = self._specs[stem]
@@ -278,27 +281,25 @@ class SampleCallback:
                 shown = {"base": self._base[stem]} if stem in self._base else {}
                 shown |= {f"step {step}": video} if step or not shown else {}
                 frames = {label: _decode_mp4(mp4, spec.shape, fps) for label, mp4 in shown.items()}
-                strips, played = compare_videos(spec.pixels, frames)
+                strips, played = compare_videos(frames)
                 self._monitor.add_image(step, f"{FOLDER}/{stem}", strips)
                 self._monitor.add_video(step, f"{FOLDER}/{stem}/clip", played, fps)
             except Exception as error:
                 log_failure(logger, f"the video of '{spec.prompt}' could not be shown: {brief(error)}", error)
 
 
-def compare_videos(first_frame: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image with a strip of frames of each video, and a video in which all play, next to the first frame.
+def compare_videos(videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image with a column of frames of each video, and a video in which all play.
 
-    first_frame: uint8 [H, W, 3]. videos: uint8 [F, H, W, 3], by label.
+    TensorBoard's cards are narrow, so landscape videos play one above the other. videos: uint8 [F, H, W, 3], by label.
     """
-    image = shrink(first_frame[None], STRIP_WIDTH)
-    strips = []
+    columns = []
     for label, video in videos.items():
-        frames = [shrink(frame[None], STRIP_WIDTH) for frame in evenly_spaced_frames(video, STRIP_FRAMES)]
-        strips.append([add_label(make_grid([[image, *frames]]), label)])
-    cells = [add_label(shrink(first_frame[None], PLAYED_WIDTH), "first frame")]
-    cells += [add_label(shrink(video, PLAYED_WIDTH), label) for label, video in videos.items()]
-    is_landscape = first_frame.shape[1] > first_frame.shape[0]
-    return make_grid(strips)[0], make_grid([[cell] for cell in cells] if is_landscape else [cells])
+        first, *others = [shrink(frame[None], STRIP_WIDTH) for frame in evenly_spaced_frames(video, STRIP_FRAMES)]
+        columns.append([add_label(first, label), *others])
+    cells = [add_label(shrink(video, PLAYED_WIDTH), label) for label, video in videos.items()]
+    height, width = next(iter(videos.values())).shape[1:3]
+    return make_grid(list(zip(*columns)))[0], make_grid([[cell] for cell in cells] if width > height else [cells])
 
 
 def _find_specs(run: Run) -> dict[str, SampleSpec]:

@@ -12,11 +12,11 @@ from cogds.errors import UserError
 from cogds.model import load
 from cogds.model.load import (
     TextEncoder,
+    are_truncated,
     build_transformer,
     find_model,
     load_alphas_cumprod,
     load_transformer,
-    num_truncated,
     transformer_weights,
 )
 from tests.tiny import create_tiny_model
@@ -228,8 +228,8 @@ def test_captions_are_padded_and_truncation_is_counted(tiny_model):
     encoder = TextEncoder(model, torch.float32, "cpu")
     assert sum(parameter.numel() for parameter in encoder.encoder.parameters()) == model.num_text_parameters
     assert encoder.encode("a red circle").shape == (model.geometry.text_tokens, 32)
-    assert num_truncated(["a red circle", "a red circle " * 30, ""], model) == 1
-    assert num_truncated([], model) == 0
+    assert are_truncated(["a red circle", "a red circle " * 30, ""], model) == [False, True, False]
+    assert are_truncated([], model) == []
 
 
 def test_a_tokenizer_in_the_format_of_the_published_model(copy):

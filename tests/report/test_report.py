@@ -6,6 +6,7 @@ import json
 import re
 import shutil
 import sys
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
@@ -23,6 +24,7 @@ from cogds.core.plan import Plan
 from cogds.errors import UserError
 from cogds.formatting import duration, gigabytes
 from cogds.model.load import find_model
+from cogds.pages.page import printable
 from cogds.report.analysis import (
     Captions,
     ClipTable,
@@ -33,7 +35,8 @@ from cogds.report.analysis import (
     make_report,
     read_rates,
 )
-from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
+from cogds.report.clips import ClipList, list_clips
+from cogds.report.html import Pages, crop_picture, html_page, make_tiles, write_html
 from cogds.report.main import count_captions
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
@@ -57,6 +60,7 @@ def table(rows):
         "processing": [""] * len(rows),
         "duration_s": [(row[1] or 0) / 16 for row in rows],
         "caption": [f"caption of {row[0]}" for row in rows],
+        "more_captions": pa.nulls(len(rows), pa.large_list(pa.large_string())),
         "status": ["unusable" if row[5] else "ok" for row in rows],
         "reason": [row[5] for row in rows],
         "start_s": [0.0] * len(rows),
@@ -176,7 +180,7 @@ def test_a_dataset_without_clips():
     result = report([ROWS[-1]])
     assert (result.num_clips, result.largest, result.suggestion) == (0, None, None)
     assert short_report(result)
-    page = html_page(result, table([ROWS[-1]]), no_frame)
+    page = page_of(result, table([ROWS[-1]]), no_frame)
     assert page.count("<svg ") == page.count("<img ") == 0
     assert report([]).num_rows == 0
 
@@ -256,7 +260,7 @@ def test_the_share_of_upscaled_clips_is_the_same_everywhere():
     result = report(rows, buckets=(ClipShape(81, 480, 640),), batch_sizes=(1,))
     assert result.suggestion
     assert result.upscaled_share == 0.75
-    for text in (printed(result), html_page(result, table(rows), no_frame)):
+    for text in (printed(result), page_of(result, table(rows), no_frame)):
         assert set(re.findall(r"badly.* (\d+)% of the clips upscaled|upscaled \((\d+)% now", text)) == {
             ("75", ""),
             ("", "75"),
@@ -277,7 +281,7 @@ def test_the_short_report():
 )
 def test_captions_per_clip_are_counted(per_clip, expected):
     result = report(captions=dataclasses.replace(GOOD, per_clip=per_clip))
-    for text in (printed(result), short_report(result), html_page(result, table(ROWS), no_frame)):
+    for text in (printed(result), short_report(result), page_of(result, table(ROWS), no_frame)):
         assert ("Captions per clip" in text) is (expected is not None)
         assert expected is None or f"Captions per clip{expected}" in text
 
@@ -288,7 +292,7 @@ def test_buckets_without_clips_are_listed_in_one_line():
     text = printed(result)
     (line,) = (line for line in text.splitlines() if "49x768x1360" in line and "data.buckets" not in line)
     assert "81x1360x768" in line
-    page = html_page(result, table(ROWS[1:3]), no_frame)
+    page = page_of(result, table(ROWS[1:3]), no_frame)
     assert re.findall(r'<th scope="row">(\d+x\d+x\d+)</th>', page) == ["81x768x1360"]
 
 
@@ -318,14 +322,14 @@ def test_pinned_host_memory_is_shown_if_there_is_any():
     offloaded = report(ROWS[1:3], checkpointing=("full+offload",) * 3)
     assert offloaded.buckets[1].pinned_bytes == pytest.approx(42 * 264 * 2**20, rel=0.01)  # 42 blocks' inputs
     assert re.search(r"pinned .* 11\.6 GB", printed(offloaded))
-    assert re.search(r"pinned .*</th><td>11\.6 GB", html_page(offloaded, table(ROWS), no_frame))
-    assert "pinned" not in printed(report()) + html_page(report(), table(ROWS), no_frame)
+    assert re.search(r"pinned .*</th><td>11\.6 GB", page_of(offloaded, table(ROWS), no_frame))
+    assert "pinned" not in printed(report()) + page_of(report(), table(ROWS), no_frame)
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_the_split_of_the_blocks_is_shown():
     split = report(ROWS[1:3], checkpointing=(BlockCheckpointing("selective", 10, 42),) * 3, gpu_bytes=80e9)
-    for text in (printed(split), html_page(split, table(ROWS), no_frame), short_report(split)):
+    for text in (printed(split), page_of(split, table(ROWS), no_frame), short_report(split)):
         assert "selective, 10 of 42 blocks kept" in text
 
 
@@ -337,7 +341,7 @@ def test_a_bucket_that_does_not_fit_is_reported_with_a_setting_that_does():
     assert "train.activation_checkpointing=full+offload (20.5 GB)" in sentence
     assert sentence in short_report(result)
     assert re.search(r"81x768x1360 .* full +31\.6 GB, too much", printed(result))
-    assert "<td>full</td><td>31.6 GB, too much</td>" in html_page(result, table(ROWS), no_frame)
+    assert "<td>full</td><td>31.6 GB, too much</td>" in page_of(result, table(ROWS), no_frame)
     # Buckets without clips need not fit.
     unused = report(ROWS[:1], batch_sizes=(1, 9, 9), gpu_bytes=80e9)
     assert unused.buckets[1].shortfall
@@ -353,8 +357,34 @@ def test_markup_and_escapes_in_file_names_have_no_effect():
     assert "\x1b[31mc" not in text
 
 
-def no_frame(*_):
-    return None
+def no_frame(requests):
+    return [None] * len(requests)
+
+
+def gray_frames(requests):
+    return (np.full((request.height, request.width, 3), 200, np.uint8) for request in requests)
+
+
+def clip_list(clips, shapes=BUCKETS, **changes):
+    """Return all clips of a table."""
+    num = len(clips.table)
+    windows = np.ones(num, int) if clips.num_windows is None else clips.num_windows
+    made = ClipList(
+        clips.table,
+        clips.buckets,
+        clips.frames,
+        windows,
+        np.zeros(num, bool),
+        shapes,
+        lambda texts: [False] * len(texts),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def page_of(result, clips, read_frames=no_frame, name=""):
+    """Render the page."""
+    listed = list_clips(clip_list(clips, tuple(bucket.shape for bucket in result.buckets)), 100)
+    return html_page(result, clips, list(make_tiles(listed, read_frames)), Pages(["report.html"], 0), name=name)
 
 
 @pytest.fixture
@@ -366,7 +396,7 @@ def no_plots(monkeypatch):
 def test_the_page_escapes_names_and_captions():
     rows = [(f"/clips/{name}", 81, 768, 1360, 1, None) for name in EVIL]
     rows += [(f"/{name}", None, None, None, -1, f"{EVIL[0]}: {EVIL[1]}") for name in EVIL]
-    page = html_page(report(rows), table(rows), no_frame, name=EVIL[0])
+    page = page_of(report(rows), table(rows), no_frame, name=EVIL[0])
     assert "<script" not in page
     assert "<img" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
@@ -374,7 +404,7 @@ def test_the_page_escapes_names_and_captions():
 
 
 def test_the_page_has_no_external_references():
-    page = html_page(report(), table(ROWS), lambda *size: np.zeros((*size[-2:], 3), np.uint8))
+    page = page_of(report(), table(ROWS), gray_frames)
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
     addresses = set(re.findall(r"""(?:src|href|url|action|srcset)\s*[=(]\s*["']?([^"'\s>)]+)""", page))
     assert addresses
@@ -390,28 +420,86 @@ def test_the_page_has_no_external_references():
     assert page.count("<svg ") == 4
 
 
-def test_a_clip_that_cannot_be_read_is_a_tile_without_a_picture():
-    def frame(path, kind, start_s, height, width):
-        assert (kind, start_s) == ("video", 0.0)
-        assert max(height, width) == 260
-        return None if path.endswith(("b.mp4", "c.mp4")) else np.full((height, width, 3), 200, np.uint8)
+def test_a_clip_that_cannot_be_read_is_shown_without_a_picture():
+    def frames(requests):
+        for request in requests:
+            assert (request.kind, request.start_s) == ("video", 0.0)
+            assert max(request.height, request.width) == 260
+            yield None if request.path.endswith(("b.mp4", "c.mp4")) else np.full((*request[-2:], 3), 200, np.uint8)
 
-    sheets = sample_sheets(report(), table(ROWS), frame, seed=0)
-    assert [len(sheet.tiles) for sheet in sheets] == [1, 2, 1]
-    assert [bool(tile.picture) for sheet in sheets for tile in sheet.tiles] == [True, False, False, True]
-    assert sheets[0].tiles[0].note == "1360 × 768, 0% cropped away"
-    small = sample_sheets(report(), table(ROWS), lambda *size: np.zeros((*size[-2:], 3), np.uint8), seed=0)[1].tiles[1]
-    assert small.note == "640 × 480, 25% cropped away, upscaled"
+    tiles = {tile.clip.name: tile for tile in make_tiles(list_clips(clip_list(table(ROWS)), 100), frames)}
+    assert len(tiles) == len(ROWS)
+    with_picture = {name for name, tile in tiles.items() if tile.picture}
+    assert with_picture == {"/clips/a.mp4", "/clips/d.mp4", "/clips/short.mp4", "/clips/z.mp4"}
 
 
-def test_the_seed_determines_the_sample_clips():
-    rows = [(f"/clips/{n}.mp4", 81, 768, 1360, 1, None) for n in range(500)]
+def test_every_clip_is_listed_with_its_bucket_crop_and_flags():
+    clips = list_clips(clip_list(table(ROWS)), 100)
+    assert [clip.name[7:-4] for clip in clips] == ["short", "x", "y", "z", "c", "a", "b", "d"]
+    by_name = {clip.name[7:-4]: clip for clip in clips}
+    assert by_name["short"].reason == "too short for every bucket"
+    assert by_name["x"].reason == "cannot be opened: no such stream"
+    assert [by_name[name].shape for name in "abcdx"] == [*BUCKETS[:2], BUCKETS[1], BUCKETS[2], None]
+    assert by_name["b"].facts == "1920 x 1080, <1% cropped away, 81 of 81 frames used"
+    assert by_name["b"].flags == by_name["d"].flags == ()
+    assert by_name["c"].flags == ("25% cropped away", "upscaled 2.1 times")
+    assert by_name["a"].captions == ("caption of /clips/a.mp4",)
 
-    def names(seed):
-        return [tile.name for tile in sample_sheets(report(rows), table(rows), no_frame, seed)[0].tiles]
 
-    assert names(1) == names(1) != names(2)
-    assert len(names(1)) == 4
+def test_flags_of_a_clip():
+    rows = [("/a.mp4", 400, 768, 1360, 0, None), ("/b.mp4", 49, 768, 1360, 0, None)]
+    clips = table(rows)
+    for name, values in {
+        "digest": [b"0" * 16] * 2, "motion": [0.5, 0.001], "duplicate_of": [None, "/c.mp4"],
+        "processing": ["", "deinterlaced, tone-mapped from HDR"], "more_captions": [None, ["two"]],
+    }.items():  # fmt: skip
+        index = clips.table.column_names.index(name)
+        column = pa.array(values, clips.table.schema.field(name).type)
+        clips = dataclasses.replace(clips, table=clips.table.set_column(index, name, column))
+    listed = clip_list(clips, is_held_out=np.array([False, True]), is_cut_off=lambda texts: ["/b" in t for t in texts])
+    first, second = list_clips(listed, 100)
+    assert first.flags == ("88% of the frames unused",)
+    assert second.flags == (
+        "held out for evaluation", "hardly moves", "deinterlaced", "tone-mapped from HDR", "near duplicate of /c.mp4",
+        "same content as /a.mp4", "caption cut off",
+    )  # fmt: skip
+    assert second.captions == ("caption of /b.mp4", "two")
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("num, num_pages", [(60, 1), (61, 2), (185, 4)])
+def test_every_clip_is_on_one_page(tmp_path, num, num_pages):
+    rows = [(f"/clips/{n:03}.mp4", 81, 768, 1360, 1, None) for n in range(num)]
+    file = tmp_path / "my report #1.html"
+    write_html(file, report(rows), table(rows), clip_list(table(rows)), gray_frames)
+    pages = [file, *sorted((tmp_path / "my report #1_clips").glob("*.html"))]
+    names = [re.findall(r'class="name">/clips/(\d+)', page.read_text()) for page in pages]
+    assert [name for part in names for name in part] == [f"{n:03}" for n in range(num)]
+    assert len(pages) == num_pages
+    # The links lead from page to page, and back.
+    seen, page = [], file
+    while page and page not in seen:
+        seen.append(page)
+        (link,) = re.findall(r'rel="next" href="([^"]+)"', page.read_text())[:1] or [""]
+        page = link and (page.parent / unquote(link)).resolve()
+    assert seen == pages
+    for page in pages[1:]:
+        assert (page.parent / unquote(re.search(r'<a href="([^"#]+)">Dataset report', page.read_text())[1])).samefile(
+            file
+        )
+    # A later report about fewer clips leaves no page behind.
+    write_html(file, report(rows[:1]), table(rows[:1]), clip_list(table(rows[:1])), gray_frames)
+    assert not list((tmp_path / "my report #1_clips").glob("*.html"))
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_of_very_many_clips_evenly_spaced_ones_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr("cogds.report.html.MAX_CLIPS", 10)
+    rows = [(f"/clips/{n:03}.mp4", 81, 768, 1360, 1, None) for n in range(100)]
+    write_html(tmp_path / "a.html", report(rows), table(rows), clip_list(table(rows)), no_frame)
+    page = (tmp_path / "a.html").read_text()
+    assert re.findall(r'class="name">/clips/(\d+)', page) == [f"{n:03}" for n in range(0, 100, 11)]
+    assert "Shown are 10 evenly spaced clips" in page
 
 
 def test_the_cropped_part_of_a_picture_is_dimmed():
@@ -430,7 +518,7 @@ def test_control_characters_are_escaped():
 
 @pytest.mark.usefixtures("no_plots")
 def test_the_page_is_written_without_leftovers(tmp_path):
-    write_html(tmp_path / "report.html", report(), table(ROWS), no_frame)
+    write_html(tmp_path / "report.html", report(), table(ROWS), clip_list(table(ROWS)), no_frame)
     assert (tmp_path / "report.html").read_text().endswith("</html>")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -500,7 +588,7 @@ def figures(monkeypatch):
 
 
 def test_axes_that_count_clips_have_integer_ticks(figures):
-    html_page(report(ROWS[:1]), table(ROWS[:1]), no_frame)
+    page_of(report(ROWS[:1]), table(ROWS[:1]), no_frame)
     _, lengths, samples, _ = figures
     for axis in (lengths.axes[0].yaxis, samples.axes[0].xaxis):
         assert all(tick == int(tick) for tick in axis.get_ticklocs())
@@ -509,15 +597,24 @@ def test_axes_that_count_clips_have_integer_ticks(figures):
 def test_labels_of_buckets_do_not_overlap(figures):
     buckets = tuple(ClipShape(81, height, width) for height in range(704, 1024, 32) for width in range(704, 1024, 32))
     rows = [("/a.mp4", 81, 768, 1360, 0, None)]
-    html_page(
-        report(rows, buckets=buckets, batch_sizes=(1,) * 100, checkpointing=("full",) * 100), table(rows), no_frame
-    )
+    page_of(report(rows, buckets=buckets, batch_sizes=(1,) * 100, checkpointing=("full",) * 100), table(rows), no_frame)
     figure = figures[0]
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
     assert len(boxes) > 3
     assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
     assert all(figure.bbox.fully_containsx(x) for box in boxes for x in (box.x0, box.x1))
+
+
+def test_labels_of_lengths_do_not_overlap(figures):
+    buckets = tuple(ClipShape(frames, 768, 768) for frames in range(1, 82, 4))
+    rows = [("/a.mp4", 81, 768, 768, 20, None)]
+    page_of(report(rows, buckets=buckets, batch_sizes=(1,) * 21, checkpointing=("full",) * 21), table(rows))
+    figure = figures[1]
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) > 3
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
 
 
 def test_skipped_files_are_reported():
@@ -528,7 +625,7 @@ def test_skipped_files_are_reported():
         "neither a clip nor the caption of one: 2 x .md file."
     )
     assert sentence in short_report(result)
-    assert sentence in html_page(result, table(ROWS), no_frame)
+    assert sentence in page_of(result, table(ROWS), no_frame)
     assert "Skipped" not in short_report(report())
 
 

@@ -104,7 +104,8 @@ def plan_jobs(args: argparse.Namespace, loras: Sequence[WeightedLora], model: Mo
     scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
     jobs = []
     for prompt in read_prompt_specs(args.prompt or [], args.image or [], args.list):
-        shape, pixels = load_first_frame(prompt.image, prompt.size or args.size, buckets, model.geometry)
+        size = prompt.size or args.size
+        shape, pixels = load_first_frame(prompt.image, size, buckets, model.geometry, prompt.size_key)
         seeds = [prompt.seed] if prompt.seed is not None else list(dict.fromkeys(args.seed))
         jobs.append(SampleJob(prompt, shape, pixels, seeds, scales))
     return jobs

@@ -1,6 +1,7 @@
 """The export command: files, messages and refusals."""
 
 import json
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -67,6 +68,7 @@ def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp
     assert ("lora" in matter["tags"]) is (kind != "merged")
     text = capsys.readouterr().out
     assert file in text
+    assert re.search(r"^  README\.md  \d+ kB$", text, flags=re.M)
     # diffusers' pipeline scales image latents as in training, but ComfyUI's nodes do not.
     assert ("warning: " in text) is kind.startswith("comfyui")
     assert ("ImageEncode to 2.04" in text) is (kind == "comfyui-wrapper")

@@ -175,7 +175,8 @@ def test_no_denoising_step_has_a_negative_timestep(model, kind):
         (["--fps", "0"], "--fps: "),
         (["--lora-alpha", "8"], "--lora-alpha"),
         (["--image", "{folder}/none.png"], "none.png: "),
-        (["--size", "10x64x64"], "10x64x64.*9x64x64"),
+        (["--size", "10x64x64"], "^--size: 10x64x64 .*9x64x64"),
+        (["--size", "64x64"], "^--size: '64x64' "),
         (["--prompt", "a second", "--prompt", "a third", "--image", "{folder}/first.png"], "3 --prompt .*2 --image"),
         (["--output", "{folder}/first.png/sample.mp4"], "--output: .*first.png"),
         pytest.param(

@@ -44,16 +44,16 @@ def slug(text: str, max_length: int = 40) -> str:
 
 
 def load_first_frame(
-    image: str, size: str | None, buckets: Sequence[ClipShape], geometry: ModelGeometry
+    image: str, size: str | None, buckets: Sequence[ClipShape], geometry: ModelGeometry, size_key: str = "--size"
 ) -> tuple[ClipShape, np.ndarray]:
     """Return the shape of a video and its first frame, uint8 [H, W, 3], resized to cover that shape and cropped.
 
-    size: FRAMESxHEIGHTxWIDTH, or None for the bucket that crops the image least. Raises UserError if the model does
-    not support the size or the image cannot be read.
+    size: FRAMESxHEIGHTxWIDTH, or None for the bucket that crops the image least. size_key: the key or flag that sets
+    it. Raises UserError if the model does not support the size or the image cannot be read.
     """
     try:
-        shape = ClipShape.parse(size) if size else best_bucket(image, buckets)
-        check_shape(shape, geometry)
+        shape = ClipShape.parse(size, size_key) if size else best_bucket(image, buckets)
+        check_shape(shape, geometry, size_key)
         return shape, read_image(image, shape.height, shape.width)
     except (DecodeError, OSError) as error:
         raise UserError(f"{image}: {error}") from None

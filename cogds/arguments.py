@@ -324,14 +324,21 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         default=[1.0],
         help="strength of the LoRAs (1, as trained); one video for each, and a grid",
     )
-    add("--image", action="append", help="image of the first frame, resized and cropped to the size; repeatable")
+    add(
+        "--image",
+        action="append",
+        help="image of the first frame, or a video that begins with it, resized and cropped to the size; repeatable",
+    )
     add("--prompt", action="append", help="prompt; repeatable, with one image for each or one for all")
     add(
         "--list",
         metavar="FILE",
         help="prompts: a .csv or .jsonl file with prompt, image, size, seed; or a text file, one prompt per line",
     )
-    add("--output", default="sample.mp4", help="mp4 file to write, or the folder for several videos (sample.mp4)")
+    add(
+        "--output",
+        help="mp4 file to write, or the folder for several videos; none may exist (sample.mp4, sample-2.mp4, ...)",
+    )
     add(
         "--size",
         metavar="FxHxW",

@@ -34,6 +34,13 @@ def make_folders(folders: Mapping[str, str]) -> None:
             raise UserError(f"{key}: cannot write to {folder} ({reason}). Choose another folder.") from None
 
 
+def check_creatable(key: str, folder: str) -> None:
+    """Raise UserError, naming the key, if a folder cannot be created or written to. Leaves nothing behind."""
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    make_folders({key: str(existing)})
+
+
 def process_tag() -> str:
     """`<host>@<process id>`, for names of files by which `is_abandoned` recognizes the process that owns them."""
     return f"{_host_tag()}@{os.getpid()}"

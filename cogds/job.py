@@ -39,7 +39,7 @@ from cogds.data.cache.store import Cache
 from cogds.demo import create_demo_files, protect_given_paths
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
-from cogds.files import make_folders
+from cogds.files import check_creatable, make_folders
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence
@@ -130,9 +130,16 @@ class Job:
         """The encoded clips and captions."""
         return open_cache(self.cfg)
 
-    def make_folders(self) -> None:
-        """Create the folders that the run writes to. Raises UserError, naming the key, if it cannot write there."""
-        make_folders({"output_dir": self.cfg.output_dir, "data.cache_dir": str(self.cfg.metadata_dir)})
+    def make_folders(self, with_output: bool = True) -> None:
+        """Create the folders that the run writes to. Raises UserError, naming the key, if it cannot write there.
+
+        with_output: also create the output folder. Otherwise, only check that this is possible.
+        """
+        if with_output:
+            make_folders({"output_dir": self.cfg.output_dir})
+        else:
+            check_creatable("output_dir", self.cfg.output_dir)
+        make_folders({"data.cache_dir": str(self.cfg.metadata_dir)})
         self.cache.check_writable()
 
     def weights_digest(self) -> str:

@@ -1,7 +1,9 @@
 """The sample verb: generate videos from images and prompts, with the diffusers pipeline and LoRAs."""
 
 import argparse
+import itertools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -55,6 +57,53 @@ class SampleJob:
         return len(self.seeds) * len(self.scales)
 
 
+def label(seed: int, scale: float, has_loras: bool) -> str:
+    """Return `seed 0, scale 1`, or only the seed without LoRAs."""
+    return f"seed {seed}" + (f", scale {scale:g}" if has_loras else "")
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """The files to write: one mp4, or in a folder an mp4 for each video, and a grid for each prompt with several."""
+
+    single: Path | None
+    folder: Path
+
+    def video(self, job: SampleJob, number: int, text: str) -> Path:
+        """Return the file of a video. number: of the job, from 1. text: the video's label."""
+        return self.single or self._file(job, number, text.replace(", ", "-").replace(" ", ""))
+
+    def grid(self, job: SampleJob, number: int) -> Path:
+        """Return the file of a grid, which also exists as a .png."""
+        return self._file(job, number, "grid")
+
+    def _file(self, job: SampleJob, number: int, name: str) -> Path:
+        return self.folder / f"{number:02d}-{slug(job.prompt.prompt)}-{name}.mp4"
+
+    def check_absent(self, jobs: Sequence[SampleJob], has_loras: bool) -> None:
+        """Raise UserError if a file exists, so that no video is ever overwritten."""
+        files = []
+        for number, job in enumerate(jobs, 1):
+            labels = [label(seed, scale, has_loras) for seed in job.seeds for scale in job.scales]
+            files += [self.video(job, number, text) for text in labels]
+            files += [self.grid(job, number)] if len(labels) > 1 else []
+        if existing := next((file for file in files if os.path.lexists(file)), None):
+            raise UserError(f"--output: {existing} already exists. Choose another name, or remove it.")
+
+
+def output_files(output: str | None, is_single: bool) -> OutputFiles:
+    """Return the files for `--output`. Without it, the first of sample.mp4, sample-2.mp4, ... that does not exist.
+
+    A folder is named the same, without .mp4.
+    """
+    if output is None:
+        suffix = ".mp4" if is_single else ""
+        names = itertools.chain(["sample"], (f"sample-{number}" for number in itertools.count(2)))
+        output = next(name for name in names if not os.path.lexists(name + suffix)) + ".mp4"
+    path = Path(output)
+    return OutputFiles(path, path.parent) if is_single else OutputFiles(None, path.with_suffix(""))
+
+
 def main(args: argparse.Namespace) -> None:
     """Check the arguments, load the model, make the videos. Reports errors before any weight is loaded."""
     model = find_model(args.model)
@@ -64,8 +113,9 @@ def main(args: argparse.Namespace) -> None:
     fps = args.fps or float(recorded_value(loras, "fps", TRAINED_FPS))
     jobs = plan_jobs(args, loras, model)
     is_single = sum(job.num_videos for job in jobs) == 1
-    folder = Path(args.output).parent if is_single else Path(args.output).with_suffix("")
-    make_folders({"--output": str(folder)})
+    output = output_files(args.output, is_single)
+    output.check_absent(jobs, bool(loras))
+    make_folders({"--output": str(output.folder)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.offload and device.type == "cpu":
         raise UserError("--offload: there is no GPU to offload from. Leave the flag out.")
@@ -78,24 +128,21 @@ def main(args: argparse.Namespace) -> None:
     denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT])
 
     for number, job in enumerate(jobs, 1):
-        stem = f"{number:02d}-{slug(job.prompt.prompt)}"
         rows: list[list[tuple[str, np.ndarray]]] = []
         for seed in job.seeds:
             rows.append([])
             for scale in job.scales:
                 if loras:
-                    names = [f"lora{number}" for number in range(len(loras))]
+                    names = [f"lora{index}" for index in range(len(loras))]
                     pipeline.set_adapters(names, [scale * lora.weight for lora in loras])
                 latents = sample_latents(pipeline, job.pixels, states[job.prompt.prompt], job.shape, seed, denoising)
                 frames = decode_frames(pipeline, latents, job.shape)
-                if is_single:
-                    _write(args.output, frames, fps)
-                    return
-                label = f"seed {seed}" + (f", scale {scale:g}" if loras else "")
-                _write(folder / f"{stem}-{label.replace(', ', '-').replace(' ', '')}.mp4", frames, fps)
-                rows[-1].append((label, shrink(frames.numpy(), CELL_WIDTH)))
+                text = label(seed, scale, bool(loras))
+                _write(output.video(job, number, text), frames, fps)
+                if not is_single:
+                    rows[-1].append((text, shrink(frames.numpy(), CELL_WIDTH)))
         if job.num_videos > 1:
-            _write_grid(folder / f"{stem}-grid", rows, fps)
+            _write_grid(output.grid(job, number), rows, fps)
 
 
 def plan_jobs(args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder) -> list[SampleJob]:
@@ -190,22 +237,23 @@ def encode_prompts(
     return states
 
 
-def _write(path: str | Path, frames: torch.Tensor, fps: float) -> None:
+def _write(path: Path, frames: torch.Tensor, fps: float) -> None:
     write_video(path, frames, fps)
     logger.log(RESULT, f"{path}: {len(frames)} frames, {frames.shape[1]}x{frames.shape[2]}, {fps:g} frames/s")
 
 
-def _write_grid(stem: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], fps: float) -> None:
+def _write_grid(file: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], fps: float) -> None:
     """Write all videos of one prompt as one video, seeds in rows and scales in columns, and as strips in an image."""
-    write_video(f"{stem}.mp4", make_grid([[add_label(video, label) for label, video in row] for row in rows]), fps)
+    write_video(file, make_grid([[add_label(video, label) for label, video in row] for row in rows]), fps)
     strips = []
     for row in rows:
         for label, video in row:
             frames = evenly_spaced_frames(shrink(video, STRIP_WIDTH), STRIP_FRAMES)
             strips.append([add_label(make_grid([[frame[None] for frame in frames]]), label)])
-    with whole_file(f"{stem}.png") as partial:
+    image = file.with_suffix(".png")
+    with whole_file(image) as partial:
         Image.fromarray(make_grid(strips)[0]).save(partial)
-    logger.log(RESULT, "grids: %s.mp4 and %s.png", stem, stem)
+    logger.log(RESULT, "grids: %s and %s", file, image)
 
 
 if __name__ == "__main__":

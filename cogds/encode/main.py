@@ -38,7 +38,7 @@ def main(args: argparse.Namespace) -> None:
     cfg, world, cache_dir = job.cfg, job.world, job.cfg.data.cache_dir
     StopRequest(find_launchers()).listen()  # the cache keeps every shard that was written
     connect(world, cfg.train.timeout_s, cfg.network)
-    on_rank0(world, job.make_folders)
+    on_rank0(world, partial(job.make_folders, with_output=False))
     if args.retry:
         on_rank0(world, partial(prune, cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
     data = encode_dataset(choose_tiling(job), retry_failed=args.retry)

@@ -330,11 +330,17 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
 
 
 def describe_cost(run: Run, evaluation: Evaluation, every: int) -> tuple[str, str]:
-    """Return a line about what is evaluated and its cost, and a warning if that is more than MAX_SHARE, else ""."""
+    """Return a line about what is evaluated and its cost, and a warning if that is more than MAX_SHARE, else "".
+
+    The line of a trial that evaluates for longer than it trains says what to change.
+    """
     num_left = run.cfg.train.num_steps - run.first_step
     num_steps = max(1, min(every, num_left))
     share = share_of_training(run, evaluation, num_steps)
-    line = labeled("evaluation", f"{evaluation} every {counted(every, 'step')}, {percent(share)} of the training time")
+    cost = f"{percent(share)} of the training time"
+    if share > 1:
+        cost = "more time than training; to save time, raise eval.every or lower eval.num_clips or eval.num_timesteps"
+    line = labeled("evaluation", f"{evaluation} every {counted(every, 'step')}, {cost}")
     if not evaluation.num_held_out:
         line += "; none held out"
     if share <= MAX_SHARE or run.cfg.train.num_steps < TRIAL_STEPS:

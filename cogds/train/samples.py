@@ -312,7 +312,7 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
                 try:
                     key = keys.caption(prompt.prompt).hex()
                     states = cache.read("captions", key, snapshot.place(key) or "")["text_states"]
-                    specs.append(_spec_of_prompt(run, prompt, states))
+                    specs.append(_spec_of_prompt(run, number, prompt, states))
                 except Exception as error:
                     log_failure(
                         logger, f"sample.prompts[{number}]: '{prompt.prompt}' is left out: {brief(error)}", error
@@ -326,9 +326,10 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
     return {spec.file_stem(sample.num_steps, sample.guidance): spec for spec in specs}
 
 
-def _spec_of_prompt(run: Run, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
+def _spec_of_prompt(run: Run, number: int, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
     """Raises UserError if the image or the size is not usable."""
-    shape, pixels = load_first_frame(prompt.image, prompt.size, run.buckets, run.model.geometry)
+    size_key = f"sample.prompts[{number}].size"
+    shape, pixels = load_first_frame(prompt.image, prompt.size, run.buckets, run.model.geometry, size_key)
     seed = run.cfg.sample.seed if prompt.seed is None else prompt.seed
     return SampleSpec(prompt.prompt, shape, seed, pixels, states)
 

@@ -65,7 +65,7 @@ from cogds.train.samples import make_sample_callback
 from cogds.train.saving import CheckpointCallback, check_space
 from cogds.train.step import StepBuilder, load_step_builder
 from cogds.train.step_meter import StepMeter
-from cogds.train.summary import show, summary
+from cogds.train.summary import sample_command, show, summary, watch_command
 from cogds.train.tuning import choose_execution, prepare_blocks
 
 logger = logging.getLogger(__name__)
@@ -254,9 +254,8 @@ class Trainer:
     def log_results(self, run: Run) -> None:
         """Log the path of the LoRA, how to watch the run, and how to make a video."""
         lora = self.output_dir / "lora" / checkpoints.step_name(max(run.first_step, run.cfg.train.num_steps))
-        sample = f'cogds sample --model {run.cfg.model.path} --lora {lora} --image IMAGE --prompt "PROMPT"'
-        logger.log(RESULT, "LoRA: %s\nwatch: tensorboard --logdir %s", lora, self.output_dir / "tensorboard")
-        logger.log(RESULT, "next: %s", sample)
+        logger.log(RESULT, "LoRA: %s\nwatch: %s", lora, watch_command(self.output_dir))
+        logger.log(RESULT, "next: %s", sample_command(run, lora))
 
 
 def tags_written_again(run: Run) -> tuple[str, ...]:

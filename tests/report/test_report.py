@@ -11,12 +11,14 @@ import pyarrow as pa
 import pytest
 from rich.console import Console
 
+from cogds import cli
 from cogds.arguments import parse_args
 from cogds.core.buckets import crop_share
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import ZeroSettings
 from cogds.core.plan import Plan
+from cogds.data.video.drawn import draw_clips
 from cogds.errors import UserError
 from cogds.formatting import gigabytes
 from cogds.model.load import find_model
@@ -407,6 +409,23 @@ def test_the_command(tmp_path):
     refused = run_command([sys.executable, ROOT / "launch/report.py", "--num_gpus", 0], timeout_s=120)
     assert refused.returncode == 2
     assert "--num-gpus: 0" in refused.stdout
+
+
+def test_the_report_fails_if_training_would_refuse(tiny_model, tmp_path, capsys):
+    draw_clips(tmp_path / "clips")
+    words = [
+        f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'run'}", "data.buckets=[17x64x96, 9x96x64, 1x64x64]", "data.num_workers=0",
+    ]  # fmt: skip
+    assert cli.run(lambda: cli.call("report", words)) == 0
+    (tmp_path / "clips/empty.mp4").touch()
+    for allowed, code in (("0.2", 0), ("0.1", 2)):
+        assert cli.run(lambda allowed=allowed: cli.call("report", [*words, f"data.max_unusable={allowed}"])) == code
+    output = capsys.readouterr()
+    assert "empty file" in output.out  # the report comes first
+    assert output.err.startswith("error: data.max_unusable: 1 of 8 clips")
+    assert cli.run(lambda: cli.call("report", [*words, "data.buckets=[161x64x64]"])) == 2
+    assert capsys.readouterr().err.startswith("error: data.path: none of the 8 clips ")
 
 
 def test_held_out_clips_are_neither_trained_nor_unusable():

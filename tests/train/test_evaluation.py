@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -317,9 +318,19 @@ def test_the_cost_is_estimated_and_the_warning_names_a_setting_that_suffices(pre
     # 6 forward passes against 4 steps, each of a forward pass, its recomputation and a backward pass.
     share = share_of_training(run, evaluation, 4)
     assert 6 / (4 * 3.5) * 0.7 < share < 6 / (4 * 3) * 1.4
-    _, warning = describe_cost(run, evaluation, 4)
+    line, warning = describe_cost(run, evaluation, 4)
+    assert re.search(r"\b\d+% of the training time", line)
     needed = int(warning.partition("eval.every=")[2].partition(" ")[0])
     assert share_of_training(run, evaluation, needed) <= MAX_SHARE
+
+
+def test_an_evaluation_that_takes_longer_than_training_says_what_to_change(prepare):
+    prepared = prepare("eval.num_clips=1")
+    trial = replace(prepared.job.cfg, {"train.num_steps": 12})
+    line, warning = describe_cost(make_run(prepared, "full", cfg=trial), prepared.evaluation, 1)
+    assert warning == ""
+    assert "%" not in line
+    assert all(key in line for key in ("eval.every", "eval.num_clips", "eval.num_timesteps"))
 
 
 def test_the_cost_is_relative_to_the_mean_step_of_all_ranks(prepare):

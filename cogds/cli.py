@@ -107,8 +107,9 @@ def check_inputs(cfg: RunConfig, args: argparse.Namespace) -> None:
     """Raise UserError if a local file or folder that the verb will read does not exist, before anything slow."""
     is_maintenance = getattr(args, "stats", False) or getattr(args, "verify", False)
     paths = {} if is_maintenance else data_paths(cfg)
-    is_given = any(text.startswith("data.path=") for text in args.overrides)
-    if cfg.data.draw_demo_clips and not (args.is_demo and is_given):  # created if it does not exist
+    given = {text.partition("=")[0] for text in args.overrides}
+    is_own = args.is_demo and "data.path" in given and "data.draw_demo_clips" not in given  # see `cogds.demo`
+    if cfg.data.draw_demo_clips and not is_own:  # created if it does not exist
         paths.pop("data.path", None)
     if args.verb in ("train", "report", "demo"):
         paths |= prompt_images(cfg)

@@ -55,6 +55,7 @@ class Job:
     targets: full names of the layers that get a LoRA. num_ranks: ranks of the run. They differ from `world`, the ranks
     around this process, if this process only reports on the run. evaluated_only: encode no clips except those that are
     evaluated. tiled: the buckets that the VAE encodes in tiles (`encode.tiling` chooses them by the GPUs).
+    held_out_limit: the largest hash that the run to resume holds out (`core.held_out`); None: by eval.held_out.
     """
 
     cfg: RunConfig
@@ -66,6 +67,7 @@ class Job:
     num_ranks: int
     evaluated_only: bool = False
     tiled: frozenset[ClipShape] = frozenset()
+    held_out_limit: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:

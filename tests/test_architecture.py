@@ -33,7 +33,7 @@ MAY_IMPORT = {
     "data/loading": {"errors", "files", "core", "process", "data/storage", "data/cache"},
     "model/transformer": {"errors", "core", "process"},
     "model": {"errors", "files", "core", "model/transformer"},
-    "model/lora": {"errors", "formatting", "core", "model"},
+    "model/lora": {"errors", "files", "formatting", "core", "model"},
     "engine": {*PURE, *RANKS, "model", "model/transformer"},
     "metrics": {*PURE, *RANKS},
     "arguments": {"version", "errors", "config"},

@@ -74,7 +74,7 @@ def _make_plan(
     on_selected: Callable[[ClipSet], None] | None,
 ) -> EncodingPlan:
     """Choose the clips to train and to evaluate. manifests: of the run's datasets, and of eval.path."""
-    clips = load_clip_set(job.cfg, manifests[0], job.buckets)
+    clips = load_clip_set(job.cfg, manifests[0], job.buckets, job.held_out_limit)
     clips.check_not_empty()
     if on_selected:
         on_selected(clips)

@@ -59,6 +59,7 @@ from cogds.train.resume import (
     resume_data,
     resume_plan,
     run_identity,
+    saved_held_out_limit,
 )
 from cogds.train.run import Run
 from cogds.train.samples import make_sample_callback
@@ -110,7 +111,8 @@ class Trainer:
 
         Returns the run, its initial state, and the header of its checkpoints.
         """
-        self.job = job = choose_tiling(self.job, initial.header)
+        job = choose_tiling(self.job, initial.header)
+        self.job = job = dataclasses.replace(job, held_out_limit=saved_held_out_limit(initial.header))
         cfg, world = job.cfg, job.world
         weights_digest = on_rank0(world, job.weights_digest)
         identity = run_identity(cfg, job.ds_config["optimizer"]["type"], weights_digest, job.buckets)
@@ -135,6 +137,7 @@ class Trainer:
             "index": data.index.path.name,
             "kernel": execution.kernel if world.device.type == "cuda" else None,  # a CPU does not choose
             "tiled": sorted(map(str, job.tiled)),
+            "held_out_limit": data.held_out_limit,
             "start": checkpoints.start_point(cfg.checkpoint.resume, initial.header),
         }
         return run, initial, header

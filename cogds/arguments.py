@@ -232,7 +232,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stats", action="store_true", help="print the contents of the cache and exit")
+    parser.add_argument("--stats", action="store_true", help="print what the cache holds and exit")
+    parser.add_argument("--json", action="store_true", help="with --stats: print it as JSON")
     parser.add_argument("--verify", action="store_true", help="read the whole cache, remove damaged entries and exit")
     parser.add_argument("--retry", action="store_true", help="retry files that failed before")
     parser.add_argument("--prune", action="store_true", help="remove the entries that this run's dataset does not use")
@@ -303,6 +304,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         "--lora-alpha", metavar="ALPHA", type=_positive_float, help="alpha of a LoRA file that does not record it"
     )
     parser.add_argument("--all", action="store_true", help="evaluate all clips, not only eval.num_clips")
+    parser.add_argument("--json", action="store_true", help="print the losses by model and tag as one line of JSON")
     _launcher_arguments(parser)
 
 
@@ -415,7 +417,7 @@ VERBS = {
         "cogds.report.main",
     ),
     "evaluate": Verb(
-        "Evaluate a model with or without a LoRA and print the losses as one line of JSON.",
+        "Evaluate a base model, and beside it the same model with a LoRA.",
         _evaluate,
         "cogds.evaluate",
         is_launchable=True,

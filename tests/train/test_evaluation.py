@@ -18,6 +18,7 @@ from cogds.config.loading import replace
 from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
+from cogds.evaluate import loss_table
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
@@ -341,15 +342,28 @@ def test_the_cost_is_relative_to_the_mean_step_of_all_ranks(prepare):
     assert two_ranks == pytest.approx(one_rank / 2, rel=0.2)
 
 
+def test_the_losses_of_the_base_model_and_the_lora_are_printed_side_by_side():
+    base = {"eval/loss": 1.5129, "eval/loss/t=166": 2.0, "eval/train_loss": 1.0, "eval/train_loss/bucket=9x64x64": 12.0}
+    lora = {tag: loss * 0.99 for tag, loss in base.items()}
+    assert loss_table({"base": base, "LoRA": lora}) == [
+        "loss                 base     LoRA  change",
+        "held-out clips     1.5129   1.4978   -1.0%",
+        "  timestep 166     2.0000   1.9800   -1.0%",
+        "trained clips      1.0000   0.9900   -1.0%",
+        "  bucket 9x64x64  12.0000  11.8800   -1.0%",
+    ]
+    assert [line.split() for line in loss_table({"base": base})][1] == ["held-out", "clips", "1.5129"]
+
+
 @pytest.fixture
 def command(overrides, tmp_path, capsys):
     """`command(*words)`: the losses that the evaluate verb prints."""
     (tmp_path / "run.yaml").write_text("output_dir: unused\n")
 
     def run(*words):
-        call("evaluate", [*overrides, "--config", str(tmp_path / "run.yaml"), *words])
+        call("evaluate", [*overrides, "--config", str(tmp_path / "run.yaml"), "--json", *words])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-        return json.loads(line)
+        return json.loads(line)["LoRA" if "--lora" in words else "base"]
 
     return run
 

@@ -33,6 +33,7 @@ from cogds.errors import (
     UserError,
     did_you_mean,
 )
+from cogds.process.activity import activity, reporter
 from cogds.process.environment import declare_cpu, set_library_defaults, use_utf8
 from cogds.process.log_filters import install_log_filters
 from cogds.process.logs import RESULT, configure_logging
@@ -98,9 +99,12 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     world = read_world()
     set_library_defaults(world.local_size)
     configure_logging(world.rank, RESULT if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
-    with gc_disabled():
+    if logging.getLogger("cogds").isEnabledFor(logging.INFO):
+        reporter.start()
+    with activity("loading libraries"), gc_disabled():
         module = importlib.import_module(spec.module)
-    module.main(args)
+    with activity(f"cogds {verb}"):
+        module.main(args)
 
 
 def check_inputs(cfg: RunConfig, args: argparse.Namespace) -> None:

@@ -30,7 +30,9 @@ from cogds.model.pipelines import (
     load_pipeline,
     sample_latents,
 )
+from cogds.process.activity import activity
 from cogds.process.logs import RESULT
+from cogds.process.progress import progress_bar
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.prompts import PromptSpec, read_prompt_specs
 from cogds.videos.sample_spec import load_first_frame, slug
@@ -123,10 +125,19 @@ def main(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
     check_cudnn(device, dtype)
     prompts = dict.fromkeys([NO_PROMPT, *(job.prompt.prompt for job in jobs)])
-    states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
-    pipeline = prepare_pipeline(model, dtype, loras, args, device)
-    denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT])
+    with activity("encoding the prompts with T5"):
+        states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
+    with activity("loading the model"):
+        pipeline = prepare_pipeline(model, dtype, loras, args, device)
+    num_videos, num_steps = sum(job.num_videos for job in jobs), count_transformer_calls(pipeline, args.steps)
+    bar = progress_bar("denoising", "step", num_videos * num_steps, leave=False, has_numbers=False)
 
+    def on_step() -> None:
+        bar.update()
+        video, step = divmod(bar.n - 1, num_steps)
+        bar.set_description_str(f"video {video + 1} of {num_videos}, {step + 1}/{num_steps}", refresh=False)
+
+    denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT], on_step)
     for number, job in enumerate(jobs, 1):
         rows: list[list[tuple[str, np.ndarray]]] = []
         for seed in job.seeds:
@@ -136,13 +147,15 @@ def main(args: argparse.Namespace) -> None:
                     names = [f"lora{index}" for index in range(len(loras))]
                     pipeline.set_adapters(names, [scale * lora.weight for lora in loras])
                 latents = sample_latents(pipeline, job.pixels, states[job.prompt.prompt], job.shape, seed, denoising)
-                frames = decode_frames(pipeline, latents, job.shape)
+                with activity("decoding the video"):
+                    frames = decode_frames(pipeline, latents, job.shape)
                 text = label(seed, scale, bool(loras))
                 _write(output.video(job, number, text), frames, fps)
                 if not is_single:
                     rows[-1].append((text, shrink(frames.numpy(), CELL_WIDTH)))
         if job.num_videos > 1:
             _write_grid(output.grid(job, number), rows, fps)
+    bar.close()
 
 
 def plan_jobs(args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder) -> list[SampleJob]:

@@ -13,6 +13,7 @@ from rich.text import Text
 
 from cogds.config.deepspeed import zero_stage
 from cogds.core.geometry import num_tokens
+from cogds.data.storage.location import is_local_file
 from cogds.formatting import counted, gigabytes, magnitude
 from cogds.process.environment import command
 from cogds.process.progress import is_terminal
@@ -72,9 +73,17 @@ def watch_command(output: Path) -> str:
 
 
 def sample_command(run: Run, lora: Path) -> str:
-    """Return a command that makes a video with a LoRA, from a prompt and an image of the run, or else placeholders."""
-    prompts = run.cfg.sample.prompts
-    prompt, image = (prompts[0].prompt, prompts[0].image) if prompts else ("PROMPT", "IMAGE")
+    """Return a command that makes a video with a LoRA, from the run's first prompt or one of its clips.
+
+    Clips in tar files and behind URLs are replaced by a placeholder, because `cogds sample` reads local files only.
+    """
+    prompts, index = run.cfg.sample.prompts, run.data.held_out or run.data.index
+    if prompts:
+        prompt, image = prompts[0].prompt, prompts[0].image
+    else:
+        clip = index[0]
+        prompt, image = " ".join(clip.captions[0].text.split()), clip.image_path or clip.path
+        image = image if is_local_file(image) else "IMAGE"
     words = ["--model", run.cfg.model.path, "--lora", str(lora), "--image", image, "--prompt", prompt]
     return f"{command('cogds', 'cogds')} sample {shlex.join(words)}"
 

@@ -40,6 +40,7 @@ from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import StepLosses
 from cogds.metrics.trackers import Trackers
 from cogds.model.lora.adapter import inject, load_initial_lora
+from cogds.process.activity import activity
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest
 from cogds.process.watchdog import Watchdog
@@ -82,6 +83,7 @@ class Trainer:
         """dry_run: stop before the first step and write nothing to the output folder."""
         self.job, self.stop, self.dry_run = job, stop, dry_run
         self.output_dir = Path(job.cfg.output_dir)
+        self.watchdog: Watchdog | None = None
 
     def run(self) -> None:
         """Prepare, train and save. Raises Interrupted once everything is saved, if a rank was asked to stop."""
@@ -93,15 +95,18 @@ class Trainer:
             self.log_results(run)
             return
         engine = self.build(run, initial)
-        builder = load_step_builder(
-            run.model, run.cfg.conditioning, run.data.empty_caption_states, self.job.dtype, run.world.device
-        )
-        models = load_on_the_fly_models(self.job)  # before the memory check, which then counts them
+        with activity("loading the VAE"):
+            builder = load_step_builder(
+                run.model, run.cfg.conditioning, run.data.empty_caption_states, self.job.dtype, run.world.device
+            )
+            models = load_on_the_fly_models(self.job)  # before the memory check, which then counts them
         if self.dry_run:
-            logger.log(RESULT, "%s", check_memory(run, engine, builder))
+            with activity("trying the largest bucket"):
+                logger.log(RESULT, "%s", check_memory(run, engine, builder))
             logger.log(RESULT, "dry run: ready to train; nothing was trained or saved")
             return
-        self.train(run, engine, builder, models, header)
+        with activity(lambda: self.watchdog.describe() if self.watchdog else "starting the training"):
+            self.train(run, engine, builder, models, header)
         self.log_results(run)
 
     # ------------------------------------------------------------------------------------------------- preparation
@@ -114,7 +119,8 @@ class Trainer:
         job = choose_tiling(self.job, initial.header)
         self.job = job = dataclasses.replace(job, held_out_limit=saved_held_out_limit(initial.header))
         cfg, world = job.cfg, job.world
-        weights_digest = on_rank0(world, job.weights_digest)
+        with activity("hashing the weights of the model"):
+            weights_digest = on_rank0(world, job.weights_digest)
         identity = run_identity(cfg, job.ds_config["optimizer"]["type"], weights_digest, job.buckets)
         if initial.checkpoint:  # check before encoding, which may take hours
             on_rank0(world, lambda: check_identity(initial, identity))
@@ -128,7 +134,8 @@ class Trainer:
         if initial.checkpoint:
             on_rank0(world, lambda: check_identity(initial, identity))
             plan = resume_plan(plan, initial.header, initial.checkpoint)
-        execution = choose_execution(job, plan.local_batch_sizes, initial.header.get("kernel"))
+        with activity("choosing the attention kernel"):
+            execution = choose_execution(job, plan.local_batch_sizes, initial.header.get("kernel"))
         run = Run(job, data, plan, execution, initial.header.get("step", 0))
         header = {
             "cogds_version": cogds.__version__,
@@ -167,6 +174,7 @@ class Trainer:
             with whole_file(self.output_dir / "unusable.jsonl") as partial:
                 shutil.copyfile(run.data.unusable.file, partial)
 
+    @activity("loading the transformer and starting DeepSpeed")
     def build(self, run: Run, initial: InitialState) -> Any:
         """Load the transformer, add the LoRA, start the DeepSpeed engine and restore the checkpoint if there is one."""
         cfg, world = run.cfg, run.world
@@ -199,7 +207,7 @@ class Trainer:
         cfg, world = run.cfg, run.world
         monitor = self.make_monitor(run, engine)
         log_overview(run, monitor)
-        watchdog = Watchdog(world.rank, cfg.train.step_timeout_s, self.output_dir)
+        self.watchdog = watchdog = Watchdog(world.rank, cfg.train.step_timeout_s, self.output_dir)
         watchdog.watch(lambda: "trying the largest bucket before the first step")
         if result := check_memory(run, engine, builder):
             monitor.add_scalars(run.first_step, result.scalars())

@@ -1,8 +1,12 @@
 """The flags `--dry-run` and `--quiet`."""
 
+import shlex
+from pathlib import Path
+
 import pytest
 from PIL import Image
 
+from cogds.arguments import parse_args
 from cogds.data.cache.maintenance import stats
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
@@ -31,14 +35,22 @@ def test_a_dry_run_shows_the_summary_and_writes_nothing(run_train, words, tmp_pa
     assert {kind: counts["entries"] for kind, counts in cache.items() if counts["entries"]} == {"captions": 1}
 
 
-def test_quiet_prints_only_the_result(run_train, workshop, words, tmp_path):
+def test_quiet_prints_only_the_result(run_train, workshop, tiny_model, words, tmp_path):
     done = run_train(
         *words, "eval.every=null", "--quiet", f"output_dir={tmp_path / 'run'}",
         f"data.cache_dir={workshop / 'cache'}", launcher="warm", ranks=1,
     )  # fmt: skip
     lora = tmp_path / "run/lora/step-000002"
     lines = done.stdout.splitlines()
-    assert lines[:2] == [f"LoRA: {lora}", f"watch: tensorboard --logdir {tmp_path / 'run/tensorboard'}"]
-    assert lines[2].startswith("next: cogds sample ")
+    assert lines[0] == f"LoRA: {lora}"
+    assert lines[1].startswith("watch: ")
+    assert lines[1].endswith(f"tensorboard --logdir {tmp_path / 'run/tensorboard'}")
+    # Ready to run: with a clip and its caption.
+    program, _, words = lines[2].removeprefix("next: ").partition(" sample ")
+    assert program.endswith("cogds")
+    args = parse_args("sample", shlex.split(words))
+    assert (args.model, args.lora) == (str(tiny_model), [[str(lora)]])
+    caption = Path(args.image[0]).with_suffix(".txt").read_text().strip()
+    assert args.prompt == [caption]
     assert len(lines) == 3
     assert lora.is_dir()

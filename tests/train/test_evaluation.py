@@ -19,6 +19,7 @@ from cogds.data.video.drawn import draw_clips
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
 from cogds.evaluate import loss_table
+from cogds.metrics.jsonl import first_evaluation, metrics_line
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
@@ -26,6 +27,7 @@ from cogds.train.callbacks import TrainContext
 from cogds.train.evaluation import (
     MAX_SHARE,
     describe_cost,
+    describe_losses,
     make_eval_batches,
     make_evaluation,
     make_evaluation_callback,
@@ -340,6 +342,19 @@ def test_the_cost_is_relative_to_the_mean_step_of_all_ranks(prepare):
         for prepared in (prepare(), prepare(world=World(0, 2, 0, 2)))
     )
     assert two_ranks == pytest.approx(one_rank / 2, rel=0.2)
+
+
+def test_each_evaluation_is_compared_with_the_first_of_the_run(tmp_path):
+    base = {"eval/loss": 1.51291, "eval/train_loss": 1.4}
+    now = {"eval/loss": 1.50899, "eval/train_loss": 1.3}
+    assert describe_losses(base, base, "before step 1") == "eval 1.5129 before step 1"
+    assert describe_losses(base, now, "after step 5") == "eval 1.5129 -> 1.5090 after step 5"
+    assert describe_losses(base, {"eval/train_loss": 1.3}, "after step 5").startswith("eval 1.4000 -> 1.3000 after")
+    file = tmp_path / "metrics.jsonl"
+    assert first_evaluation(file) == {}
+    notes = [{"sample/seconds": 3.0}, base, {"train/loss": 1.0}, now]
+    file.write_bytes(b"".join(metrics_line(step, scalars) for step, scalars in enumerate(notes)))
+    assert first_evaluation(file) == base
 
 
 def test_the_losses_of_the_base_model_and_the_lora_are_printed_side_by_side():

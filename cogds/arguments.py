@@ -250,7 +250,8 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stats", action="store_true", help="print the contents of the cache and exit")
+    parser.add_argument("--stats", action="store_true", help="print what the cache holds and exit")
+    parser.add_argument("--json", action="store_true", help="with --stats: print it as JSON")
     parser.add_argument("--verify", action="store_true", help="read the whole cache, remove damaged entries and exit")
     parser.add_argument("--retry", action="store_true", help="retry files that failed before")
     parser.add_argument("--prune", action="store_true", help="remove the entries that this run's dataset does not use")
@@ -335,6 +336,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         "--lora-alpha", metavar="ALPHA", type=_positive_float, help="alpha of a LoRA file that does not record it"
     )
     parser.add_argument("--all", action="store_true", help="evaluate all clips, not only eval.num_clips")
+    parser.add_argument("--json", action="store_true", help="print the losses by model and tag as one line of JSON")
     _launcher_arguments(parser)
 
 
@@ -356,14 +358,21 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         default=[1.0],
         help="strength of the LoRAs (1, as trained); one video for each, and a grid",
     )
-    add("--image", action="append", help="image of the first frame, resized and cropped to the size; repeatable")
+    add(
+        "--image",
+        action="append",
+        help="image of the first frame, or a video that begins with it, resized and cropped to the size; repeatable",
+    )
     add("--prompt", action="append", help="prompt; repeatable, with one image for each or one for all")
     add(
         "--list",
         metavar="FILE",
         help="prompts: a .csv or .jsonl file with prompt, image, size, seed; or a text file, one prompt per line",
     )
-    add("--output", default="sample.mp4", help="mp4 file to write, or the folder for several videos (sample.mp4)")
+    add(
+        "--output",
+        help="mp4 file to write, or the folder for several videos; none may exist (sample.mp4, sample-2.mp4, ...)",
+    )
     add(
         "--size",
         metavar="FxHxW",
@@ -450,7 +459,7 @@ VERBS = {
         "cogds.report.main",
     ),
     "evaluate": Verb(
-        "Evaluate a model with or without a LoRA and print the losses as one line of JSON.",
+        "Evaluate a base model, and beside it the same model with a LoRA.",
         _evaluate,
         "cogds.evaluate",
         is_launchable=True,

@@ -73,7 +73,7 @@ def show(cfg: RunConfig) -> None:
 
 def draw_picture(path: Path, rows: Sequence[tuple[Scene, torch.Tensor, torch.Tensor]]) -> None:
     """Write a picture: for each scene its first frame, and frames of the real clip, without and with the LoRA."""
-    lines = []
+    lines: list[list[np.ndarray]] = []
     for scene, before, after in rows:
         real = scene.draw()
         strips = [_strip(real[:1]), _strip(real), _strip(before), _strip(after)]

@@ -38,7 +38,7 @@ from cogds.data.cache.local_copy import LocalCopy, default_folder
 from cogds.data.cache.store import Cache
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
-from cogds.files import make_folders
+from cogds.files import check_creatable, make_folders
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence
@@ -55,6 +55,7 @@ class Job:
     targets: full names of the layers that get a LoRA. num_ranks: ranks of the run. They differ from `world`, the ranks
     around this process, if this process only reports on the run. evaluated_only: encode no clips except those that are
     evaluated. tiled: the buckets that the VAE encodes in tiles (`encode.tiling` chooses them by the GPUs).
+    held_out_limit: the largest hash that the run to resume holds out (`core.held_out`); None: by eval.held_out.
     """
 
     cfg: RunConfig
@@ -66,6 +67,7 @@ class Job:
     num_ranks: int
     evaluated_only: bool = False
     tiled: frozenset[ClipShape] = frozenset()
+    held_out_limit: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,9 +132,16 @@ class Job:
         """The encoded clips and captions."""
         return open_cache(self.cfg)
 
-    def make_folders(self) -> None:
-        """Create the folders that the run writes to. Raises UserError, naming the key, if it cannot write there."""
-        make_folders({"output_dir": self.cfg.output_dir, "data.cache_dir": str(self.cfg.metadata_dir)})
+    def make_folders(self, with_output: bool = True) -> None:
+        """Create the folders that the run writes to. Raises UserError, naming the key, if it cannot write there.
+
+        with_output: also create the output folder. Otherwise, only check that this is possible.
+        """
+        if with_output:
+            make_folders({"output_dir": self.cfg.output_dir})
+        else:
+            check_creatable("output_dir", self.cfg.output_dir)
+        make_folders({"data.cache_dir": str(self.cfg.metadata_dir)})
         self.cache.check_writable()
 
     def weights_digest(self) -> str:

@@ -111,13 +111,14 @@ def test_help_and_errors_answer_without_torch():
         "import sys, cogds.cli\n"
         "codes = []\n"
         "for argv in (['--help'], ['--version'], ['train', '--nonsense'], ['nonsense'], ['sample'],\n"
-        "             ['train', 'no.key=1'], ['train', '--config', 'no'], ['train', '--deepspeed=no']):\n"
+        "             ['train', 'no.key=1'], ['train', '--config', 'no'], ['train', '--deepspeed=no'],\n"
+        "             ['train', 'eval.path=/nowhere']):\n"
         "    codes.append(cogds.cli.main(argv))\n"
         "heavy = {'torch', 'numpy', 'deepspeed', 'diffusers', 'transformers', 'peft', 'matplotlib'}\n"
         "print(codes, heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.stdout.splitlines()[-1] == "[0, 0, 2, 2, 2, 2, 2, 2] set()"
+    assert done.stdout.splitlines()[-1] == "[0, 0, 2, 2, 2, 2, 2, 2, 2] set()"
 
 
 @pytest.mark.slow

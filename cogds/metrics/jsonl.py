@@ -44,6 +44,18 @@ def read_scalars(file: Path, names: Sequence[str]) -> dict[str, list[tuple[int, 
     return scalars
 
 
+def first_evaluation(file: Path) -> dict[str, float]:
+    """Return the losses of a run's first evaluation, {} if there are none or the file cannot be read."""
+    try:
+        with file.open("rb") as lines:
+            for line in lines:
+                if _step_of(line) < math.inf and _is_note(line, ("eval/",)):
+                    return {tag: value for tag, value in json.loads(line).items() if isinstance(value, float)}
+    except OSError:
+        pass
+    return {}
+
+
 def rewind_metrics(file: Path, step: int, repeated: tuple[str, ...] = ()) -> None:
     """Remove the lines after `step`, and incomplete lines, so that a resumed run writes each step once.
 

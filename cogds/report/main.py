@@ -21,9 +21,9 @@ from cogds.data.video.decode_task import DecodeTask, decode
 from cogds.data.video.media import DecodeError
 from cogds.distributed.world import World
 from cogds.encode.captions import join_lists, list_lengths
-from cogds.encode.clip_set import ClipSet, load_clip_set
+from cogds.encode.clip_set import ClipSet, evaluation_clips, load_clip_set
 from cogds.encode.encoder import check_decoder
-from cogds.encode.scan_data import scan_data
+from cogds.encode.scan_data import scan_data, scan_evaluation_data
 from cogds.errors import refuse_to_run
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import ModelFolder, are_truncated
@@ -32,6 +32,7 @@ from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, es
 from cogds.report.clips import ClipList, FrameRequest
 from cogds.report.html import ReadFrames, write_html
 from cogds.report.text import print_report
+from cogds.videos.sample_spec import check_prompts
 
 logger = logging.getLogger(__name__)
 
@@ -42,8 +43,12 @@ MAX_WORKERS = 8
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the report of a run, and with --html write it as a page too."""
+    """Print the report of a run, and with --html write it as a page too.
+
+    Raises UserError after the report if training would not start with these clips.
+    """
     job = load_job(args, World(0, 1, 0, 1), num_ranks=args.num_gpus)
+    check_prompts(job.cfg.sample, job.buckets, job.model.geometry)
     clip_set = load_clip_set(job.cfg, scan_data(job.cfg, job.world), job.buckets)
     clips = clip_table(clip_set)
     gpu = GPUS[args.gpu] if args.gpu else None
@@ -55,6 +60,10 @@ def main(args: argparse.Namespace) -> None:
             config = " + ".join(args.config)
             write_html(args.html, report, clips, clip_list(clip_set, job.model), read_frames, config)
         logger.info("wrote the page: %s", args.html)
+    clip_set.check_not_empty()
+    clip_set.unusable().check_share(job.cfg.data.max_unusable)
+    for warning in evaluation_clips(job.cfg, clip_set, scan_evaluation_data(job.cfg, job.world))[-1]:
+        logger.warning(warning)
 
 
 def clip_table(clips: ClipSet) -> ClipTable:

@@ -45,6 +45,7 @@ from cogds.model.pipelines import (
     sample_latents,
 )
 from cogds.process.logs import log_failure
+from cogds.process.progress import Bar, progress_bar
 from cogds.train.callbacks import TrainContext
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
@@ -177,27 +178,36 @@ class SampleCallback:
         """Return the mp4s by file stem on rank 0, without those that failed. Collective. model: name for messages."""
         world, videos = self._run.world, {}
         stems = list(specs)
-        for start in range(0, len(stems), world.data_size):
-            batch = stems[start : start + world.data_size]
-            own_spec = specs[batch[world.data_rank]] if world.data_rank < len(batch) else None
-            own_result = self._generate_one(own_spec, model)
-            for number, stem in enumerate(batch):
-                result = broadcast(world, number * world.sequence_size, own_result)
-                if isinstance(result, bytes):
-                    videos[stem] = result
-                elif world.rank == 0:
-                    logger.warning(f"{model}: no video of '{specs[stem].prompt}': {result}")
+        num_calls = -(-len(stems) // world.data_size) * self._num_calls
+        bar = progress_bar(model, "step", num_calls, world.rank == 0, leave=False, has_numbers=False)
+        with contextlib.closing(bar):
+            for start in range(0, len(stems), world.data_size):
+                batch = stems[start : start + world.data_size]
+                own_spec = specs[batch[world.data_rank]] if world.data_rank < len(batch) else None
+                numbers = f"{start + 1}" if len(batch) == 1 else f"{start + 1}-{start + len(batch)}"
+                own_result = self._generate_one(own_spec, f"{model}, video {numbers} of {len(stems)}", bar)
+                for number, stem in enumerate(batch):
+                    result = broadcast(world, number * world.sequence_size, own_result)
+                    if isinstance(result, bytes):
+                        videos[stem] = result
+                    elif world.rank == 0:
+                        logger.warning(f"{model}: no video of '{specs[stem].prompt}': {result}")
         return videos if world.rank == 0 else {}
 
-    def _generate_one(self, spec: SampleSpec | None, model: str) -> bytes | str:
+    def _generate_one(self, spec: SampleSpec | None, model: str, bar: Bar) -> bytes | str:
         """Return an mp4, or the reason why there is none. Collective. Raises Stopped.
 
-        spec: of this rank's video; None if it has none and only takes part in the forward passes.
+        spec: of this rank's video; None if it has none and only takes part in the forward passes. model: name for
+        messages. bar: counts the forward passes.
         """
         run, sample, failure, latents = self._run, self._run.cfg.sample, "", None
         prompt = spec.prompt if spec else "another rank"
 
+        start = bar.n
+
         def on_call(number: int) -> None:
+            bar.set_description_str(f"{model}, {number + 1}/{self._num_calls}", refresh=False)
+            bar.update(start + number - bar.n)
             self._watch(lambda: f"{model}: denoising step {number + 1} of {self._num_calls} of '{prompt}'")
 
         transformer = LockstepTransformer(
@@ -225,6 +235,7 @@ class SampleCallback:
                 self._pipeline.transformer = self._engine.module  # releases the tensors of `transformer`
             _free_memory(run.world.device)
         transformer.finish(has_failed=bool(failure))
+        bar.update(start + self._num_calls - bar.n)
         if spec is None or latents is None or run.world.sequence_rank:
             return failure
         self._watch(lambda: f"{model}: decoding '{prompt}'")
@@ -313,7 +324,7 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
                 try:
                     key = keys.caption(prompt.prompt).hex()
                     states = cache.read("captions", key, snapshot.place(key) or "")["text_states"]
-                    specs.append(_spec_of_prompt(run, prompt, states))
+                    specs.append(_spec_of_prompt(run, number, prompt, states))
                 except Exception as error:
                     log_failure(
                         logger, f"sample.prompts[{number}]: '{prompt.prompt}' is left out: {brief(error)}", error
@@ -327,9 +338,10 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
     return {spec.file_stem(sample.num_steps, sample.guidance): spec for spec in specs}
 
 
-def _spec_of_prompt(run: Run, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
+def _spec_of_prompt(run: Run, number: int, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
     """Raises UserError if the image or the size is not usable."""
-    shape, pixels = load_first_frame(prompt.image, prompt.size, run.buckets, run.model.geometry)
+    size_key = f"sample.prompts[{number}].size"
+    shape, pixels = load_first_frame(prompt.image, prompt.size, run.buckets, run.model.geometry, size_key)
     seed = run.cfg.sample.seed if prompt.seed is None else prompt.seed
     return SampleSpec(prompt.prompt, shape, seed, pixels, states)
 

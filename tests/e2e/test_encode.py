@@ -61,7 +61,8 @@ def test_two_ranks_encode_each_clip_once_and_training_uses_it(arguments, tmp_pat
         return warm(ROOT / "launch/encode.py", [*arguments, *words]).stdout
 
     def num_clips():
-        output = encode("--stats")
+        assert "clips     7 entries, " in encode("--stats")
+        output = encode("--stats", "--json")
         return json.loads(output[output.index("{") :])["clips"]["entries"]
 
     assert num_clips() == 7

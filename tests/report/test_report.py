@@ -14,6 +14,7 @@ import pytest
 from PIL import Image
 from rich.console import Console
 
+from cogds import cli
 from cogds.arguments import parse_args
 from cogds.cli import main
 from cogds.core.buckets import NO_IMAGE_BUCKET, crop_share
@@ -40,6 +41,7 @@ from cogds.report.html import Pages, crop_picture, html_page, make_tiles, write_
 from cogds.report.main import count_captions
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
+from tests.drawn import draw_clips
 from tests.published_model import V15, published_memory
 
 BUCKETS = tuple(map(ClipShape.parse, ("49x768x1360", "81x768x1360", "81x1360x768")))
@@ -568,6 +570,23 @@ def test_the_report_of_a_hub_model_needs_no_weights(tiny_model, tmp_path, monkey
     assert "1 of 1 clip" in capsys.readouterr().out
     with pytest.raises(UserError, match=r"^model\.path: the weights of somebody/some-model .*hf download"):
         find_model("somebody/some-model").fetch("vae")
+
+
+def test_the_report_fails_if_training_would_refuse(tiny_model, tmp_path, capsys):
+    draw_clips(tmp_path / "clips")
+    words = [
+        f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'run'}", "data.buckets=[17x64x96, 9x96x64, 1x64x64]", "data.num_workers=0",
+    ]  # fmt: skip
+    assert cli.run(lambda: cli.call("report", words)) == 0
+    (tmp_path / "clips/empty.mp4").touch()
+    for allowed, code in (("0.2", 0), ("0.1", 2)):
+        assert cli.run(lambda allowed=allowed: cli.call("report", [*words, f"data.max_unusable={allowed}"])) == code
+    output = capsys.readouterr()
+    assert "empty file" in output.out  # the report comes first
+    assert output.err.startswith("error: data.max_unusable: 1 of 8 clips")
+    assert cli.run(lambda: cli.call("report", [*words, "data.buckets=[161x64x64]"])) == 2
+    assert capsys.readouterr().err.startswith("error: data.path: none of the 8 clips ")
 
 
 def test_held_out_clips_are_neither_trained_nor_unusable():

@@ -254,7 +254,10 @@ def _encode(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="with --stats: print it as JSON")
     parser.add_argument("--verify", action="store_true", help="read the whole cache, remove damaged entries and exit")
     parser.add_argument("--retry", action="store_true", help="retry files that failed before")
-    parser.add_argument("--prune", action="store_true", help="remove the entries that this run's dataset does not use")
+    parser.add_argument(
+        "--prune", action="store_true", help="show the entries that this run's dataset does not use, and remove them"
+    )
+    parser.add_argument("--yes", action="store_true", help="with --prune: remove them without a question")
     _launcher_arguments(parser)
 
 

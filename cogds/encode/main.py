@@ -11,13 +11,12 @@ from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
 from cogds.distributed.collectives import on_rank0
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.world import read_world
-from cogds.encode.cache_keys import CacheKeys
 from cogds.encode.encoder import encode_dataset
-from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
+from cogds.encode.pruning import prune_unused
 from cogds.encode.tiling import choose_tiling
 from cogds.errors import refuse_to_run
 from cogds.formatting import counted, gigabytes
-from cogds.job import Job, load_job
+from cogds.job import load_job
 from cogds.model.cudnn import check_cudnn
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest, find_launchers
@@ -59,27 +58,8 @@ def main(args: argparse.Namespace) -> None:
             unusable = f"{counted(data.unusable.num, 'clip')} not usable"
             logger.log(RESULT, f"{unusable}, see {data.unusable.file}: {data.unusable.summary()}")
         if args.prune:
-            prune_unused(job, data)
+            prune_unused(job, data, args.yes)
     disconnect()
-
-
-def prune_unused(job: Job, data: EncodedData) -> None:
-    """Remove every entry and index of the cache that this run's dataset does not use."""
-    cfg = job.cfg
-    columns = {"clips": "clip_key", "captions": "caption_keys"}
-    keep = {kind: set().union(*(index.keys(column) for index in data.indexes)) for kind, column in columns.items()}
-    keys, prompts = CacheKeys(cfg, job.model), [EMPTY_CAPTION, *(prompt.prompt for prompt in cfg.sample.prompts)]
-    keep["captions"] |= {keys.caption(prompt).hex() for prompt in prompts}
-    pruned = prune(cfg.data.cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
-    used = tuple(index.path.stem for index in data.indexes)
-    for path in set(data.index.path.parent.iterdir()):
-        if not path.name.startswith(used):
-            path.unlink(missing_ok=True)
-    logger.log(
-        RESULT,
-        f"removed {counted(pruned.num_entries, 'entry')}, {pruned.num_bytes / 1e9:.3f} GB; merged "
-        f"{counted(pruned.num_merged, 'small shard')}",
-    )
 
 
 def stats_table(cache_dir: str, counts: Mapping[str, Mapping[str, int]]) -> list[str]:

@@ -24,7 +24,7 @@ from cogds.data.video.media import DecodeError, read_clip
 from cogds.encode.clip_set import load_clip_set
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EncodingPlan
-from cogds.encode.main import prune_unused
+from cogds.encode.pruning import prune_unused
 from cogds.encode.scan_data import scan_data
 from cogds.errors import UserError
 from cogds.files import process_tag
@@ -339,7 +339,7 @@ def test_all_captions_are_cached_once_each(encode, several, cache):
 
 def test_pruning_keeps_all_captions(job_of, several, cache):
     job = job_of(several, cache)
-    prune_unused(job, encode_dataset(job))
+    prune_unused(job, encode_dataset(job), is_confirmed=True)
     assert kinds_added(cache, Counter()) == {"clips": 3, "captions": 6}  # and the empty caption
 
 

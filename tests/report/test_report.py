@@ -217,7 +217,7 @@ def test_the_estimated_time():
     result = make_report(table(ROWS), dataclasses.replace(run, rates=rates), GOOD)
     assert (result.buckets[1].step_s, result.buckets[1].step_is_measured) == (rates.step_s["81x768x1360"], False)
     assert result.run_s == pytest.approx(result.epoch_s / 1.5 * 1000)
-    for text in (short_report(result), printed(result), html_page(result, table(ROWS), no_frame)):
+    for text in (short_report(result), printed(result), page_of(result, table(ROWS))):
         assert "estimated for NVIDIA H100 80GB HBM3 at 40% of its peak of 989 TFLOP/s" in text
         assert f"1,000 steps in about {duration(result.run_s)}" in text
     on_a100 = estimate_rates(run, "NVIDIA A100-SXM4-80GB").step_s["81x768x1360"]

@@ -80,10 +80,10 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     args = parse_args(verb, argv, prog)
     spec = VERBS[verb]
     if spec.takes_config:
-        args.is_demo = not args.config
+        configs, args.is_demo = choose_configs(verb, args.config or [], args.overrides)
         if verb == "train" and args.is_demo:
             spec = VERBS["demo"]
-        args.config = [find_config(text, "run_configs", ".yaml") for text in args.config or [DEMO_CONFIG]]
+        args.config = [find_config(text, "run_configs", ".yaml") for text in configs]
         ds_config = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
         args.deepspeed = ds_config or str(shipped_config("ds_configs", DEFAULT_DEEPSPEED))
         # For their errors only. The verb reads both again.
@@ -104,8 +104,11 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
         reporter.start()
     with activity("loading libraries"), gc_disabled():
         module = importlib.import_module(spec.module)
-    with activity(f"cogds {verb}"):
-        module.main(args)
+    try:
+        with activity(f"cogds {verb}"):
+            module.main(args)
+    finally:
+        reporter.stop()
 
 
 def check_inputs(cfg: RunConfig, args: argparse.Namespace) -> None:
@@ -121,6 +124,25 @@ def check_inputs(cfg: RunConfig, args: argparse.Namespace) -> None:
     for key, path in paths.items():
         if is_local_file(path) and not os.path.exists(absolute(path)):
             raise UserError(f"{key}: no such file or folder: {path}. Check the spelling, or the mount.")
+
+
+def choose_configs(verb: str, configs: Sequence[str], overrides: Sequence[str]) -> tuple[Sequence[str], bool]:
+    """Return the run configs of a command line, and whether it is the demo.
+
+    The demo runs only when it is asked for: by its verb, or without any config and key. Raises UserError if neither a
+    config nor a model is named, and if the demo is given a model or clips.
+    """
+    given = {text.partition("=")[0] for text in overrides}
+    if verb == "demo" and (own := sorted(given & {"model.path", "data.path", "data.sets"})):
+        raise UserError(f"{own[0]}: the demo has its own model and clips. Use `cogds train` with --config for yours.")
+    if configs or (verb != "demo" and "model.path" in given):
+        return configs, False
+    if verb not in ("demo", "prepare") and overrides:
+        raise UserError(
+            "command line: neither --config nor model.path is given. Pass one of them. `cogds init CLIPS` writes a "
+            "config, and `cogds demo` runs the demo."
+        )
+    return [DEMO_CONFIG], True  # prepare reads only the keys of the data
 
 
 @contextlib.contextmanager

@@ -161,11 +161,11 @@ def open_cache(cfg: RunConfig) -> Cache:
 def load_run_config(args: argparse.Namespace) -> tuple[RunConfig, frozenset[str]]:
     """Load the run config of a command line. Returns it and the keys that are set in it.
 
-    The demo draws its clips only at its own data.path: a folder that was given and does not exist is an error.
+    Demo clips are drawn only at the data.path of the config: another one that does not exist is an error.
     """
     cfg, explicit = load_config(args.config, args.overrides)
     given = {text.partition("=")[0] for text in args.overrides}
-    if args.is_demo and "data.path" in given and "data.draw_demo_clips" not in given:
+    if "data.path" in given and "data.draw_demo_clips" not in given:
         cfg = replace(cfg, {"data.draw_demo_clips": False})
     return cfg, explicit
 

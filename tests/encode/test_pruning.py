@@ -4,10 +4,10 @@ import io
 import sys
 
 import pytest
+from tests.drawn import draw_clips
 
 import cogds.encode.pruning
 from cogds.data.cache.maintenance import stats
-from cogds.data.video.drawn import draw_clips
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.pruning import prune_unused
 from cogds.errors import UserError

@@ -538,7 +538,7 @@ def test_the_command(tmp_path):
     page = tmp_path / "report.html"
     done = run_command(
         [
-            sys.executable, ROOT / "launch/report.py", "--num_gpus", 2, "--html", page,
+            sys.executable, ROOT / "launch/report.py", "--config", "demo", "--num_gpus", 2, "--html", page,
             f"output_dir={tmp_path / 'run'}",
             f"data.path={tmp_path / 'clips'}", "data.draw_demo_clips=true", f"data.cache_dir={tmp_path / 'cache'}",
         ],

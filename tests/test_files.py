@@ -84,5 +84,5 @@ def test_a_folder_can_be_checked_without_creating_it(tmp_path):
     check_creatable("output_dir", str(tmp_path / "a/b"))
     assert not list(tmp_path.iterdir())
     (tmp_path / "file").touch()
-    with pytest.raises(UserError, match="^output_dir: "):
+    with pytest.raises(UserError, match=r"^output_dir: "):
         check_creatable("output_dir", str(tmp_path / "file/b"))

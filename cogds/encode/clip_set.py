@@ -214,9 +214,7 @@ class ClipSet:
             )
 
 
-def load_clip_set(
-    cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...], limit: int | None = None
-) -> ClipSet:
+def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...], limit: int | None = None) -> ClipSet:
     """Assign the clips of a manifest to buckets, and set apart those that eval.held_out holds out.
 
     limit: `held_out_limit` of the run that is resumed, so that no trained file is held out, nor the reverse.

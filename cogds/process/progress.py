@@ -60,9 +60,7 @@ def progress_bar(
         bar_format = LOG_FORMAT if has_numbers else SHORT_LOG_FORMAT
         options = log_options(LOG_INTERVAL_S) | {"bar_format": bar_format, "delay": LOG_INTERVAL_S}
     hidden = not (show and logger.isEnabledFor(logging.INFO))
-    return Bar(
-        items, desc=description, total=total, initial=initial, unit=unit, disable=hidden, leave=leave, **options
-    )
+    return Bar(items, desc=description, total=total, initial=initial, unit=unit, disable=hidden, leave=leave, **options)
 
 
 def log_options(interval_s: float) -> dict[str, Any]:

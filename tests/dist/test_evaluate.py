@@ -48,7 +48,9 @@ def test_the_stages_and_the_evaluate_command_agree(train_once, warm):
         assert evaluated(three)[step] == pytest.approx(scalars, rel=1e-4)
     # The evaluate command uses no ZeRO.
     for step, lora in ((0, []), (4, ["--lora", two / "lora/step-000004"])):
-        done = warm(ROOT / "launch/evaluate.py", ["--config", two / "run.yaml", "--json", *lora], ranks=1 if lora else 2)
+        done = warm(
+            ROOT / "launch/evaluate.py", ["--config", two / "run.yaml", "--json", *lora], ranks=1 if lora else 2
+        )
         assert done.returncode == 0, done.stdout[-4000:]
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
         losses = json.loads(line)

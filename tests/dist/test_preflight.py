@@ -43,7 +43,7 @@ def test_a_cluster_without_problems_is_ready(job):
     done = run_command([*torchrun, ROOT / "launch/preflight.py", *words], 240, cwd=folder)
     print(f"preflight with 2 ranks: {time.monotonic() - start:.1f} s")
     assert done.returncode == 0, done.stdout[-6000:]
-    assert done.stdout.rstrip().splitlines()[-1] .startswith("ready: 2 ranks on 1 node")
+    assert done.stdout.rstrip().splitlines()[-1].startswith("ready: 2 ranks on 1 node")
     rows = LEVELS.findall(done.stdout)
     # A machine without GPUs causes a warning.
     assert {level for name, level in rows if name != "gpu"} == {"ok"}, done.stdout

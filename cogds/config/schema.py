@@ -259,7 +259,7 @@ class EvalConfig(Section):
     """The evaluation loss during training."""
 
     every: int | None = key(500, f"evaluation interval, {_ALSO_AT_THE_ENDS}", ge=1)
-    held_out: Fraction = key(0.0, "fraction of the files, chosen by a hash of their names, evaluated and never trained")
+    held_out: Fraction = key(0.0, "fraction of the files, chosen by hashes of their names, evaluated and never trained")
     path: Text | None = key(
         None, "dataset to evaluate (with data.columns, data.root and data.path_template); replaces eval.held_out"
     )

@@ -25,7 +25,8 @@ def test_a_dry_run_shows_the_summary_and_writes_nothing(run_train, words, tmp_pa
     Image.new("RGB", (64, 64)).save(tmp_path / "cat.png")
     done = run_train(
         *words, "--dry-run", f"output_dir={tmp_path / 'run'}", f"data.cache_dir={tmp_path / 'cache'}", "eval.every=1",
-        "eval.held_out=0.3", "sample.every=1", f"sample.prompts=[{{prompt: a cat, image: {tmp_path / 'cat.png'}}}]", launcher="warm",
+        "eval.held_out=0.3", "sample.every=1",
+        f"sample.prompts=[{{prompt: a cat, image: {tmp_path / 'cat.png'}}}]", launcher="warm",
     )  # fmt: skip
     for text in ("rank 4", "to_q, to_k, to_v, to_out.0", "memory check: 17x64x96, batch 1", str(tmp_path / "run")):
         assert text in done.stdout

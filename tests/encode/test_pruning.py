@@ -4,13 +4,13 @@ import io
 import sys
 
 import pytest
-from tests.drawn import draw_clips
 
 import cogds.encode.pruning
 from cogds.data.cache.maintenance import stats
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.pruning import prune_unused
 from cogds.errors import UserError
+from tests.drawn import draw_clips
 from tests.jobs import make_job
 
 

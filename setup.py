@@ -42,8 +42,9 @@ setup(
         "cogds": ["py.typed"],
         "cogds.shapes": ["model/*.json", "model/*/*"],
         "cogds.report": ["*.j2"],
+        "cogds.pages": ["*.j2", "*.js"],
         "cogds.ds_configs": ["*.json"],
-        "cogds.run_configs": ["*.yaml"],
+        "cogds.run_configs": ["*.yaml", "recipes/*.yaml"],
     },
     entry_points={"console_scripts": ["cogds = cogds.cli:main"]},
     # Each floor was installed and trained with: `make test-versions VERSIONS=lowest`.
@@ -93,6 +94,7 @@ setup(
             "imageio-ffmpeg>=0.6",  # an independent decoder
             "mutagen>=1.47",  # writes cover art
             "pillow-heif>=1.8",
+            "noto-cjk-sans-otc",
             "s3fs>=2024.6",
             "aiohttp>=3.9",
             "moto[s3]>=5",  # a server that speaks S3; it needs the next two
@@ -102,6 +104,7 @@ setup(
         ],
         "check": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],
         "heif": ["pillow-heif>=1.1"],  # HEIC photos
+        "fonts": ["noto-cjk-sans-otc"],  # captions in Chinese, Japanese and Korean in TensorBoard's images: 16 MB
         # model.quantization and model.fp8_matmul.
         "quant": ["torchao>=0.18", "bitsandbytes>=0.50"],
     },

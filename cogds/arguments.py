@@ -17,6 +17,7 @@ from typing import NoReturn
 
 import cogds
 from cogds.config.reference import help_text
+from cogds.core.flops import GPUS
 from cogds.errors import UserError, did_you_mean
 
 # Formats of `export`. The merged ones contain full weights.
@@ -29,6 +30,12 @@ PREFLIGHT_CHECKS = ("versions", "tools", "sources", "disk", "gpu", "network", "f
 
 # Scores of `prepare`.
 SCORES = ("motion", "sharpness", "text", "duplicates")
+
+# Run configs for `--config recipe:NAME`, in launch/configs/recipes.
+RECIPES = ("style", "character", "motion")
+RECIPE_PREFIX = "recipe:"
+# Where `init` asks that a LoRA will be used.
+USES = ("diffusers", "comfyui", "both")
 
 PACKAGE = Path(cogds.__file__).parent
 
@@ -66,7 +73,16 @@ def shipped_config(folder: str, name: str) -> Path:
 
 
 def find_config(text: str, folder: str, suffix: str) -> str:
-    """Return the path that a `--config` or `--deepspeed` value means: a file, or the name of a shipped config."""
+    """Return the path that a `--config` or `--deepspeed` value means: a file, or the name of a shipped config.
+
+    Raises UserError for an unknown recipe.
+    """
+    if text.startswith(RECIPE_PREFIX):
+        name = text.removeprefix(RECIPE_PREFIX)
+        if name not in RECIPES:
+            choices = ", ".join(f"{RECIPE_PREFIX}{recipe}" for recipe in RECIPES)
+            raise UserError(f"--config {text}: no such recipe{did_you_mean(name, RECIPES)}. Choose one of {choices}.")
+        return str(shipped_config("run_configs", f"recipes/{name}.yaml"))
     config = shipped_config(folder, text + suffix)
     return str(config) if "/" not in text and not Path(text).exists() and config.is_file() else text
 
@@ -90,8 +106,10 @@ def parse_args(verb: str, argv: Sequence[str], prog: str = "") -> argparse.Names
         parser.usage = "%(prog)s [--config RUN.yaml] [flags] [key.sub=value ...]"
         parser.add_argument(
             "--config",
+            action="append",
             metavar="RUN.yaml",
-            help="run config: a file, or the name of one that comes with cogds; key=value words override it",
+            help="run config: a file, the name of one that comes with cogds, or recipe:style, recipe:character or "
+            "recipe:motion; repeatable, later files override earlier ones, and key=value words override all",
         )
         parser.add_argument(
             "--deepspeed",
@@ -232,10 +250,14 @@ def _train(parser: argparse.ArgumentParser) -> None:
 
 
 def _encode(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--stats", action="store_true", help="print the contents of the cache and exit")
+    parser.add_argument("--stats", action="store_true", help="print what the cache holds and exit")
+    parser.add_argument("--json", action="store_true", help="with --stats: print it as JSON")
     parser.add_argument("--verify", action="store_true", help="read the whole cache, remove damaged entries and exit")
     parser.add_argument("--retry", action="store_true", help="retry files that failed before")
-    parser.add_argument("--prune", action="store_true", help="remove the entries that this run's dataset does not use")
+    parser.add_argument(
+        "--prune", action="store_true", help="show the entries that this run's dataset does not use, and remove them"
+    )
+    parser.add_argument("--yes", action="store_true", help="with --prune: remove them without a question")
     _launcher_arguments(parser)
 
 
@@ -287,10 +309,24 @@ def _prepare(parser: argparse.ArgumentParser) -> None:
     _launcher_arguments(parser)
 
 
+def _init(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("clips", metavar="CLIPS", help="folder, list or table of clips")
+    add("--learn", choices=RECIPES, help="what to learn (asks)")
+    add("--use", choices=USES, help="where the LoRA will be used (asks)")
+    add(
+        "--memory", metavar="GB", help="memory of one GPU [GB], or its name, such as h100 (this machine's GPU, or asks)"
+    )
+    add("--trigger", metavar="WORD", help="word to put before every caption, which calls what was learned")
+    add("--model", help="base model: hub id or diffusers folder (zai-org/CogVideoX1.5-5B-I2V)")
+    add("--output", metavar="RUN.yaml", default="run.yaml", help="config to write (run.yaml)")
+
+
 def _report(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-gpus", metavar="N", type=_positive_int, default=1, help="GPUs of the run (1)")
+    parser.add_argument("--gpu", choices=GPUS, help="estimate the time on this GPU, which also sets its memory")
     parser.add_argument(
-        "--gpu-memory", metavar="GB", type=_positive_float, default=80.0, help="memory of one GPU [GB] (80)"
+        "--gpu-memory", metavar="GB", type=_positive_float, help="memory of one GPU [GB] (80, or that of --gpu)"
     )
     parser.add_argument(
         "--html", metavar="REPORT.html", type=_new_file, help="also write the report as a page with plots and images"
@@ -303,6 +339,7 @@ def _evaluate(parser: argparse.ArgumentParser) -> None:
         "--lora-alpha", metavar="ALPHA", type=_positive_float, help="alpha of a LoRA file that does not record it"
     )
     parser.add_argument("--all", action="store_true", help="evaluate all clips, not only eval.num_clips")
+    parser.add_argument("--json", action="store_true", help="print the losses by model and tag as one line of JSON")
     _launcher_arguments(parser)
 
 
@@ -324,14 +361,21 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         default=[1.0],
         help="strength of the LoRAs (1, as trained); one video for each, and a grid",
     )
-    add("--image", action="append", help="image of the first frame, resized and cropped to the size; repeatable")
+    add(
+        "--image",
+        action="append",
+        help="image of the first frame, or a video that begins with it, resized and cropped to the size; repeatable",
+    )
     add("--prompt", action="append", help="prompt; repeatable, with one image for each or one for all")
     add(
         "--list",
         metavar="FILE",
         help="prompts: a .csv or .jsonl file with prompt, image, size, seed; or a text file, one prompt per line",
     )
-    add("--output", default="sample.mp4", help="mp4 file to write, or the folder for several videos (sample.mp4)")
+    add(
+        "--output",
+        help="mp4 file to write, or the folder for several videos; none may exist (sample.mp4, sample-2.mp4, ...)",
+    )
     add(
         "--size",
         metavar="FxHxW",
@@ -370,6 +414,13 @@ def _export(parser: argparse.ArgumentParser) -> None:
     add("--public", action="store_true", help="make the uploaded repository public")
 
 
+def _gallery(parser: argparse.ArgumentParser) -> None:
+    add = parser.add_argument
+    add("run", metavar="RUN", help="output_dir of a run")
+    add("--output", metavar="PAGE.html", type=_new_file, help="page to write (RUN/gallery.html)")
+    add("--embed", action="store_true", help="put the videos into the page, which can then be moved and sent")
+
+
 def _probe(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--clips", metavar="N", type=_positive_int, default=16, help="clips to measure (16)")
     parser.add_argument("--timesteps", metavar="N", type=_positive_int, default=3, help="timesteps per clip (3)")
@@ -389,6 +440,9 @@ def _preflight(parser: argparse.ArgumentParser) -> None:
 
 
 VERBS = {
+    "init": Verb(
+        "Write a run config for a folder of clips, after three questions.", _init, "cogds.init", takes_config=False
+    ),
     "prepare": Verb(
         "Cut videos into scenes, score and caption them, and write a table of clips.",
         _prepare,
@@ -408,12 +462,18 @@ VERBS = {
         "cogds.report.main",
     ),
     "evaluate": Verb(
-        "Evaluate a model with or without a LoRA and print the losses as one line of JSON.",
+        "Evaluate a base model, and beside it the same model with a LoRA.",
         _evaluate,
         "cogds.evaluate",
         is_launchable=True,
     ),
     "sample": Verb("Generate videos from images and prompts.", _sample, "cogds.sample", takes_config=False),
+    "gallery": Verb(
+        "Write a page with the videos of a run, steps beside prompts, and its loss curve.",
+        _gallery,
+        "cogds.gallery",
+        takes_config=False,
+    ),
     "export": Verb("Convert a LoRA for other tools, or merge it.", _export, "cogds.export", takes_config=False),
     "probe": Verb(
         "Measure which scale of image latents a base model expects, on the run's own clips.",

@@ -17,7 +17,10 @@ from collections.abc import Callable, Iterator, Sequence
 import cogds
 from cogds.arguments import VERBS, find_config, pack, parse_args, shipped_config
 from cogds.config.deepspeed import load_ds_config
+from cogds.config.inputs import data_paths, prompt_images
 from cogds.config.loading import load_config
+from cogds.config.schema import RunConfig
+from cogds.data.storage.location import absolute, is_local_file
 from cogds.distributed.hostfile import check_nodes, in_memory, read_hostfile
 from cogds.distributed.world import is_launched, read_world, refuse_missing_tasks
 from cogds.errors import (
@@ -30,12 +33,13 @@ from cogds.errors import (
     UserError,
     did_you_mean,
 )
+from cogds.process.activity import activity, reporter
 from cogds.process.environment import declare_cpu, set_library_defaults, use_utf8
 from cogds.process.log_filters import install_log_filters
 from cogds.process.logs import RESULT, configure_logging
 
 DEFAULT_DEEPSPEED = "zero2.json"
-DEMO_CONFIG = "demo.yaml"
+DEMO_CONFIG = "demo"
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -76,16 +80,17 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     args = parse_args(verb, argv, prog)
     spec = VERBS[verb]
     if spec.takes_config:
-        args.is_demo = args.config is None
+        configs, args.is_demo = choose_configs(verb, args.config or [], args.overrides)
         if verb == "train" and args.is_demo:
             spec = VERBS["demo"]
-        config = args.config and find_config(args.config, "run_configs", ".yaml")
-        args.config = config or str(shipped_config("run_configs", DEMO_CONFIG))
+        args.config = [find_config(text, "run_configs", ".yaml") for text in configs]
         ds_config = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
         args.deepspeed = ds_config or str(shipped_config("ds_configs", DEFAULT_DEEPSPEED))
         # For their errors only. The verb reads both again.
-        load_config(args.config, args.overrides)
+        cfg, _ = load_config(args.config, args.overrides)
         load_ds_config(args.deepspeed)
+        if verb != "preflight":  # which reports the nodes that lack a path
+            check_inputs(cfg, args)
     if spec.is_launchable and not (starts_ranks and (args.num_gpus or args.hostfile)):
         refuse_missing_tasks()
     install_log_filters()  # some libraries log while they are imported
@@ -95,9 +100,49 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     world = read_world()
     set_library_defaults(world.local_size)
     configure_logging(world.rank, RESULT if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
-    with gc_disabled():
+    if logging.getLogger("cogds").isEnabledFor(logging.INFO):
+        reporter.start()
+    with activity("loading libraries"), gc_disabled():
         module = importlib.import_module(spec.module)
-    module.main(args)
+    try:
+        with activity(f"cogds {verb}"):
+            module.main(args)
+    finally:
+        reporter.stop()
+
+
+def check_inputs(cfg: RunConfig, args: argparse.Namespace) -> None:
+    """Raise UserError if a local file or folder that the verb will read does not exist, before anything slow."""
+    is_maintenance = getattr(args, "stats", False) or getattr(args, "verify", False)
+    paths = {} if is_maintenance else data_paths(cfg)
+    given = {text.partition("=")[0] for text in args.overrides}
+    is_own = args.is_demo and "data.path" in given and "data.draw_demo_clips" not in given  # see `cogds.demo`
+    if cfg.data.draw_demo_clips and not is_own:  # created if it does not exist
+        paths.pop("data.path", None)
+    if args.verb in ("train", "report", "demo"):
+        paths |= prompt_images(cfg)
+    for key, path in paths.items():
+        if is_local_file(path) and not os.path.exists(absolute(path)):
+            raise UserError(f"{key}: no such file or folder: {path}. Check the spelling, or the mount.")
+
+
+def choose_configs(verb: str, configs: Sequence[str], overrides: Sequence[str]) -> tuple[Sequence[str], bool]:
+    """Return the run configs of a command line, and whether it is the demo.
+
+    The demo runs only when it is asked for: by its verb, or without any config and key. Raises UserError if neither a
+    config nor a model is named, and if the demo is given a model or clips.
+    """
+    given = {text.partition("=")[0] for text in overrides}
+    if verb == "demo" and (own := sorted(given & {"model.path", "data.path", "data.sets"})):
+        raise UserError(f"{own[0]}: the demo has its own model and clips. Use `cogds train` with --config for yours.")
+    if configs or (verb != "demo" and "model.path" in given):
+        return configs, False
+    if verb not in ("demo", "prepare") and overrides:
+        raise UserError(
+            "command line: neither --config nor model.path is given. Pass one of them. `cogds init CLIPS` writes a "
+            "config, and `cogds demo` runs the demo."
+        )
+    return [DEMO_CONFIG], True  # prepare reads only the keys of the data
 
 
 @contextlib.contextmanager

@@ -3,7 +3,7 @@
 import argparse
 import json
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -18,19 +18,23 @@ from cogds.job import load_job
 from cogds.model.load import DTYPES, ModelFolder, load_transformer
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, load_adapter
-from cogds.model.lora.file import LoraFile, describe_lora, read_loras
+from cogds.model.lora.file import describe_lora, read_loras
 from cogds.model.transformer.attention import require_kernel
 from cogds.model.transformer.quantize import check_quantization
-from cogds.train.evaluation import make_evaluation
+from cogds.process.progress import progress_bar
+from cogds.train.evaluation import Evaluation, make_evaluation
 from cogds.train.step import load_step_builder
 
 logger = logging.getLogger(__name__)
 
 ALL_CLIPS = 2**31 - 1
+# Parts of tags, as in `train.evaluation.mean_losses` -> names in the table.
+GROUP_NAMES = {"loss": "held-out clips", "train_loss": "trained clips"}
+DETAIL_NAMES = {"t": "timestep", "bucket": "bucket"}
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the losses as one line of JSON, with the tags that a run uses.
+    """Print the losses of the base model and, beside them, with the LoRA: as a table, or as one line of JSON.
 
     Several ranks share the work. Each holds the whole model, because ZeRO is not used.
     """
@@ -50,29 +54,65 @@ def main(args: argparse.Namespace) -> None:
         connect(world, cfg.train.timeout_s, cfg.network)
     job = choose_tiling(job)
     data = encode_dataset(job)
-    transformer = load_eval_transformer(cfg, model, world.device, loras)
+    transformer = load_eval_transformer(cfg, model, world.device)
     builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device)
     evaluation = make_evaluation(job, data, builder, job.batch_sizes)
     if evaluation is None:
         raise UserError(
             f"data.path: no clip to evaluate in {cfg.data.path} can be read. Repair the files, or choose other data."
         )
-    scalars = evaluation.scalars(lambda inputs: transformer(**inputs)[0])
+    logger.info("evaluating %s", evaluation)
+    # Both with the inputs that the LoRA was trained with, so that the base is the LoRA before training.
+    losses = {"base": evaluate(evaluation, transformer, "base")}
+    for lora in loras:
+        add_lora(transformer, load_adapter(lora))
+        losses["LoRA"] = evaluate(evaluation, transformer.eval(), "LoRA")
     if world.rank == 0:
-        print(json.dumps(scalars))
+        print(json.dumps(losses) if args.json else "\n".join(loss_table(losses)))
     if world.size > 1:
         disconnect()
 
 
-def load_eval_transformer(
-    cfg: RunConfig, model: ModelFolder, device: torch.device, loras: Sequence[LoraFile] = ()
-) -> Any:
-    """Load the whole transformer in evaluation mode, with the config's precision and kernel, and add the LoRAs."""
+def evaluate(evaluation: Evaluation, transformer: Any, name: str) -> dict[str, float]:
+    """Return the losses by tag, and show the progress. Collective."""
+    bar = progress_bar(f"evaluating the {name}", "pass", len(evaluation.rounds), evaluation.world.rank == 0)
+
+    def forward(inputs: Mapping[str, Any]) -> torch.Tensor:
+        output = transformer(**inputs)[0]
+        bar.update()
+        return output
+
+    try:
+        return evaluation.scalars(forward)
+    finally:
+        bar.close()
+
+
+def loss_table(losses: Mapping[str, Mapping[str, float]]) -> list[str]:
+    """Return a table with a row for each tag and a column for each model, and the change from the first to the last.
+
+    losses: losses by tag, as in `train.evaluation.mean_losses`, by name of the model.
+    """
+    columns = list(losses.values())
+    rows = [["loss", *losses, *(["change"] if len(columns) > 1 else [])]]
+    for tag in columns[0]:
+        _, group, *detail = tag.replace("=", "/").split("/")
+        name = f"  {DETAIL_NAMES[detail[0]]} {detail[1]}" if detail else GROUP_NAMES[group]
+        values = [column[tag] for column in columns]
+        change = [f"{100 * (values[-1] / values[0] - 1):+.1f}%"] if len(values) > 1 else []
+        rows.append([name, *(f"{value:.4f}" for value in values), *change])
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    return [
+        f"{row[0]:{widths[0]}}" + "".join(f"  {cell:>{width}}" for cell, width in zip(row[1:], widths[1:]))
+        for row in rows
+    ]
+
+
+def load_eval_transformer(cfg: RunConfig, model: ModelFolder, device: torch.device) -> Any:
+    """Load the whole transformer in evaluation mode, with the config's precision and kernel."""
     transformer = load_transformer(
         model, DTYPES[cfg.train.precision], device, cfg.model.quantization, cfg.model.fp8_matmul
     )
-    for lora in loras:
-        add_lora(transformer, load_adapter(lora))
     if cfg.model.attention != "auto":
         require_kernel(cfg.model.attention, device)
         transformer.set_kernel(cfg.model.attention)

@@ -251,6 +251,12 @@ def notes(metadata: Mapping[str, Any], kind: str, output: Path, checked: bool) -
         else:
             fix = "Pass --model to see which strength of CogVideo ImageEncode corrects this."
         lines.append(f"warning: {trained}, but ComfyUI's nodes always use 'scaled'. {fix}")
+    if kind.startswith("comfyui"):
+        if convention == "scaled":
+            lines.append(f"{trained[0].upper()}{trained[1:]}, as ComfyUI's nodes scale them. They need no setting.")
+        lines.append(f"How to use it in ComfyUI: {output / CARD_NAME}")
+    elif kind == "diffusers":
+        lines.append("ComfyUI's own nodes cannot read this file: for them, use --to comfyui-merged or --to comfyui.")
     if kind == "comfyui-wrapper" and (words := [word for word in WEAKENED_NAMES if word in str(output).lower()]):
         lines.append(f"warning: the wrapper weakens fused LoRAs with '{words[0]}' in their path. Rename the file.")
     if metadata.get("base_model") and not hub_id(metadata["base_model"]):

@@ -34,6 +34,23 @@ def make_folders(folders: Mapping[str, str]) -> None:
             raise UserError(f"{key}: cannot write to {folder} ({reason}). Choose another folder.") from None
 
 
+def check_creatable(key: str, folder: str) -> None:
+    """Raise UserError, naming the key, if a folder cannot be created or written to. Leaves nothing behind."""
+    path = Path(folder).absolute()
+    existing = next(parent for parent in (path, *path.parents) if parent.exists())
+    make_folders({key: str(existing)})
+
+
+def apply_umask(file: Path) -> None:
+    """Give a file the mode that the umask allows. safetensors and temporary files allow only the owner.
+
+    The umask is read from /proc, because `os.umask` would change it for the other threads for a moment.
+    """
+    umask = re.search(r"^Umask:\s*([0-7]+)", Path("/proc/self/status").read_text(), re.MULTILINE)
+    assert umask is not None  # since Linux 4.7
+    file.chmod(0o666 & ~int(umask[1], 8))
+
+
 def process_tag() -> str:
     """`<host>@<process id>`, for names of files by which `is_abandoned` recognizes the process that owns them."""
     return f"{_host_tag()}@{os.getpid()}"

@@ -16,11 +16,13 @@ def percent(share: float) -> str:
 
 
 def gigabytes(size: float) -> str:
-    """Return bytes as GB (10^9 bytes), or as TB, MB or kB if that is closer."""
+    """Return bytes as GB (10^9 bytes), or as TB, MB, kB or bytes if that is closer."""
     if size >= 1e12:
         return f"{size / 1e12:,.1f} TB"
     if size >= 1e9:
         return f"{size / 1e9:,.1f} GB"
+    if 0 < size < 1e3:
+        return f"{size:.0f} bytes"
     return f"{size / 1e6:,.0f} MB" if size >= 1e6 or not size else f"{size / 1e3:,.0f} kB"
 
 

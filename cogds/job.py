@@ -38,7 +38,7 @@ from cogds.data.cache.local_copy import LocalCopy, default_folder
 from cogds.data.cache.store import Cache
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
-from cogds.files import make_folders
+from cogds.files import check_creatable, make_folders
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.transformer.sequence_parallel import check_sequence
@@ -55,6 +55,7 @@ class Job:
     targets: full names of the layers that get a LoRA. num_ranks: ranks of the run. They differ from `world`, the ranks
     around this process, if this process only reports on the run. evaluated_only: encode no clips except those that are
     evaluated. tiled: the buckets that the VAE encodes in tiles (`encode.tiling` chooses them by the GPUs).
+    held_out_limit: the largest hash that the run to resume holds out (`core.held_out`); None: by eval.held_out.
     """
 
     cfg: RunConfig
@@ -66,6 +67,7 @@ class Job:
     num_ranks: int
     evaluated_only: bool = False
     tiled: frozenset[ClipShape] = frozenset()
+    held_out_limit: int | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -130,13 +132,21 @@ class Job:
         """The encoded clips and captions."""
         return open_cache(self.cfg)
 
-    def make_folders(self) -> None:
-        """Create the folders that the run writes to. Raises UserError, naming the key, if it cannot write there."""
-        make_folders({"output_dir": self.cfg.output_dir, "data.cache_dir": str(self.cfg.metadata_dir)})
+    def make_folders(self, with_output: bool = True) -> None:
+        """Create the folders that the run writes to. Raises UserError, naming the key, if it cannot write there.
+
+        with_output: also create the output folder. Otherwise, only check that this is possible.
+        """
+        if with_output:
+            make_folders({"output_dir": self.cfg.output_dir})
+        else:
+            check_creatable("output_dir", self.cfg.output_dir)
+        make_folders({"data.cache_dir": str(self.cfg.metadata_dir)})
         self.cache.check_writable()
 
     def weights_digest(self) -> str:
         """Return a digest of the transformer's weights. Files that have not changed are not read again."""
+        self.model.fetch("transformer")
         files = sorted(str(path) for path in (self.model.path / "transformer").iterdir() if path.is_file())
         digests = digest_files(files, self.cfg.metadata_dir / "files.json")
         return cache_key({"files": list(digests.values())})
@@ -151,11 +161,11 @@ def open_cache(cfg: RunConfig) -> Cache:
 def load_run_config(args: argparse.Namespace) -> tuple[RunConfig, frozenset[str]]:
     """Load the run config of a command line. Returns it and the keys that are set in it.
 
-    The demo draws its clips only at its own data.path: a folder that was given and does not exist is an error.
+    Demo clips are drawn only at the data.path of the config: another one that does not exist is an error.
     """
     cfg, explicit = load_config(args.config, args.overrides)
     given = {text.partition("=")[0] for text in args.overrides}
-    if args.is_demo and "data.path" in given and "data.draw_demo_clips" not in given:
+    if "data.path" in given and "data.draw_demo_clips" not in given:
         cfg = replace(cfg, {"data.draw_demo_clips": False})
     return cfg, explicit
 

@@ -1,7 +1,9 @@
 """The sample verb: generate videos from images and prompts, with the diffusers pipeline and LoRAs."""
 
 import argparse
+import itertools
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -28,7 +30,9 @@ from cogds.model.pipelines import (
     load_pipeline,
     sample_latents,
 )
+from cogds.process.activity import activity
 from cogds.process.logs import RESULT
+from cogds.process.progress import progress_bar
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.prompts import PromptSpec, read_prompt_specs
 from cogds.videos.sample_spec import load_first_frame, slug
@@ -55,6 +59,53 @@ class SampleJob:
         return len(self.seeds) * len(self.scales)
 
 
+def label(seed: int, scale: float, has_loras: bool) -> str:
+    """Return `seed 0, scale 1`, or only the seed without LoRAs."""
+    return f"seed {seed}" + (f", scale {scale:g}" if has_loras else "")
+
+
+@dataclass(frozen=True)
+class OutputFiles:
+    """The files to write: one mp4, or in a folder an mp4 for each video, and a grid for each prompt with several."""
+
+    single: Path | None
+    folder: Path
+
+    def video(self, job: SampleJob, number: int, text: str) -> Path:
+        """Return the file of a video. number: of the job, from 1. text: the video's label."""
+        return self.single or self._file(job, number, text.replace(", ", "-").replace(" ", ""))
+
+    def grid(self, job: SampleJob, number: int) -> Path:
+        """Return the file of a grid, which also exists as a .png."""
+        return self._file(job, number, "grid")
+
+    def _file(self, job: SampleJob, number: int, name: str) -> Path:
+        return self.folder / f"{number:02d}-{slug(job.prompt.prompt)}-{name}.mp4"
+
+    def check_absent(self, jobs: Sequence[SampleJob], has_loras: bool) -> None:
+        """Raise UserError if a file exists, so that no video is ever overwritten."""
+        files = []
+        for number, job in enumerate(jobs, 1):
+            labels = [label(seed, scale, has_loras) for seed in job.seeds for scale in job.scales]
+            files += [self.video(job, number, text) for text in labels]
+            files += [self.grid(job, number)] if len(labels) > 1 else []
+        if existing := next((file for file in files if os.path.lexists(file)), None):
+            raise UserError(f"--output: {existing} already exists. Choose another name, or remove it.")
+
+
+def output_files(output: str | None, is_single: bool) -> OutputFiles:
+    """Return the files for `--output`. Without it, the first of sample.mp4, sample-2.mp4, ... that does not exist.
+
+    A folder is named the same, without .mp4.
+    """
+    if output is None:
+        suffix = ".mp4" if is_single else ""
+        names = itertools.chain(["sample"], (f"sample-{number}" for number in itertools.count(2)))
+        output = next(name for name in names if not os.path.lexists(name + suffix)) + ".mp4"
+    path = Path(output)
+    return OutputFiles(path, path.parent) if is_single else OutputFiles(None, path.with_suffix(""))
+
+
 def main(args: argparse.Namespace) -> None:
     """Check the arguments, load the model, make the videos. Reports errors before any weight is loaded."""
     model = find_model(args.model)
@@ -64,8 +115,9 @@ def main(args: argparse.Namespace) -> None:
     fps = args.fps or float(recorded_value(loras, "fps", TRAINED_FPS))
     jobs = plan_jobs(args, loras, model)
     is_single = sum(job.num_videos for job in jobs) == 1
-    folder = Path(args.output).parent if is_single else Path(args.output).with_suffix("")
-    make_folders({"--output": str(folder)})
+    output = output_files(args.output, is_single)
+    output.check_absent(jobs, bool(loras))
+    make_folders({"--output": str(output.folder)})
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.offload and device.type == "cpu":
         raise UserError("--offload: there is no GPU to offload from. Leave the flag out.")
@@ -73,29 +125,37 @@ def main(args: argparse.Namespace) -> None:
     dtype = DTYPES[args.precision or ("bf16" if device.type == "cuda" else "fp32")]
     check_cudnn(device, dtype)
     prompts = dict.fromkeys([NO_PROMPT, *(job.prompt.prompt for job in jobs)])
-    states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
-    pipeline = prepare_pipeline(model, dtype, loras, args, device)
-    denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT])
+    with activity("encoding the prompts with T5"):
+        states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
+    with activity("loading the model"):
+        pipeline = prepare_pipeline(model, dtype, loras, args, device)
+    num_videos, num_steps = sum(job.num_videos for job in jobs), count_transformer_calls(pipeline, args.steps)
+    bar = progress_bar("denoising", "step", num_videos * num_steps, leave=False, has_numbers=False)
 
+    def on_step() -> None:
+        bar.update()
+        video, step = divmod(bar.n - 1, num_steps)
+        bar.set_description_str(f"video {video + 1} of {num_videos}, {step + 1}/{num_steps}", refresh=False)
+
+    denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT], on_step)
     for number, job in enumerate(jobs, 1):
-        stem = f"{number:02d}-{slug(job.prompt.prompt)}"
         rows: list[list[tuple[str, np.ndarray]]] = []
         for seed in job.seeds:
             rows.append([])
             for scale in job.scales:
                 if loras:
-                    names = [f"lora{number}" for number in range(len(loras))]
+                    names = [f"lora{index}" for index in range(len(loras))]
                     pipeline.set_adapters(names, [scale * lora.weight for lora in loras])
                 latents = sample_latents(pipeline, job.pixels, states[job.prompt.prompt], job.shape, seed, denoising)
-                frames = decode_frames(pipeline, latents, job.shape)
-                if is_single:
-                    _write(args.output, frames, fps)
-                    return
-                label = f"seed {seed}" + (f", scale {scale:g}" if loras else "")
-                _write(folder / f"{stem}-{label.replace(', ', '-').replace(' ', '')}.mp4", frames, fps)
-                rows[-1].append((label, shrink(frames.numpy(), CELL_WIDTH)))
+                with activity("decoding the video"):
+                    frames = decode_frames(pipeline, latents, job.shape)
+                text = label(seed, scale, bool(loras))
+                _write(output.video(job, number, text), frames, fps)
+                if not is_single:
+                    rows[-1].append((text, shrink(frames.numpy(), CELL_WIDTH)))
         if job.num_videos > 1:
-            _write_grid(folder / f"{stem}-grid", rows, fps)
+            _write_grid(output.grid(job, number), rows, fps)
+    bar.close()
 
 
 def plan_jobs(args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder) -> list[SampleJob]:
@@ -104,7 +164,8 @@ def plan_jobs(args: argparse.Namespace, loras: Sequence[WeightedLora], model: Mo
     scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
     jobs = []
     for prompt in read_prompt_specs(args.prompt or [], args.image or [], args.list):
-        shape, pixels = load_first_frame(prompt.image, prompt.size or args.size, buckets, model.geometry)
+        size = prompt.size or args.size
+        shape, pixels = load_first_frame(prompt.image, size, buckets, model.geometry, prompt.size_key)
         seeds = [prompt.seed] if prompt.seed is not None else list(dict.fromkeys(args.seed))
         jobs.append(SampleJob(prompt, shape, pixels, seeds, scales))
     return jobs
@@ -189,22 +250,23 @@ def encode_prompts(
     return states
 
 
-def _write(path: str | Path, frames: torch.Tensor, fps: float) -> None:
+def _write(path: Path, frames: torch.Tensor, fps: float) -> None:
     write_video(path, frames, fps)
     logger.log(RESULT, f"{path}: {len(frames)} frames, {frames.shape[1]}x{frames.shape[2]}, {fps:g} frames/s")
 
 
-def _write_grid(stem: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], fps: float) -> None:
+def _write_grid(file: Path, rows: Sequence[Sequence[tuple[str, np.ndarray]]], fps: float) -> None:
     """Write all videos of one prompt as one video, seeds in rows and scales in columns, and as strips in an image."""
-    write_video(f"{stem}.mp4", make_grid([[add_label(video, label) for label, video in row] for row in rows]), fps)
+    write_video(file, make_grid([[add_label(video, label) for label, video in row] for row in rows]), fps)
     strips = []
     for row in rows:
         for label, video in row:
             frames = evenly_spaced_frames(shrink(video, STRIP_WIDTH), STRIP_FRAMES)
             strips.append([add_label(make_grid([[frame[None] for frame in frames]]), label)])
-    with whole_file(f"{stem}.png") as partial:
+    image = file.with_suffix(".png")
+    with whole_file(image) as partial:
         Image.fromarray(make_grid(strips)[0]).save(partial)
-    logger.log(RESULT, "grids: %s.mp4 and %s.png", stem, stem)
+    logger.log(RESULT, "grids: %s and %s", file, image)
 
 
 if __name__ == "__main__":

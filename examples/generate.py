@@ -6,11 +6,13 @@ python examples/generate.py --lora outputs/cogvideox1.5_i2v_lora/lora/step-00100
 
 import argparse
 import json
+import math
 from pathlib import Path
 
 import torch
 from diffusers import CogVideoXImageToVideoPipeline
 from diffusers.utils import encode_video, load_image
+from PIL import Image
 from safetensors import safe_open
 
 
@@ -19,6 +21,18 @@ def trained_with(lora: Path) -> dict:
     file = lora / "pytorch_lora_weights.safetensors" if lora.is_dir() else lora
     with safe_open(file, "pt") as tensors:
         return json.loads((tensors.metadata() or {}).get("cogds", "{}"))
+
+
+def best_size(sizes: list[str], image: Image.Image) -> str:
+    """Return the trained size FRAMESxHEIGHTxWIDTH whose proportions are closest to the image's."""
+
+    def misfit(size: str) -> tuple[float, int, int]:
+        frames, height, width = map(int, size.split("x"))
+        # Of several sizes with the same proportions, the longest, then the largest.
+        return abs(math.log(width / height * image.height / image.width)), -frames, -height
+
+    videos = [size for size in sizes if not size.startswith("1x")]
+    return min(videos, key=misfit, default="81x768x1360")  # the base model's own size
 
 
 def scale_image_latents(pipe: CogVideoXImageToVideoPipeline, factor: float) -> None:
@@ -40,7 +54,7 @@ def main() -> None:
     parser.add_argument("--image", required=True, help="the first frame, path or address; resized to --size")
     parser.add_argument("--prompt", required=True)
     parser.add_argument("--output", default="video.mp4")
-    parser.add_argument("--size", default="81x768x1360", help="FRAMESxHEIGHTxWIDTH; best one that was trained")
+    parser.add_argument("--size", help="FRAMESxHEIGHTxWIDTH (the trained size that fits the image best)")
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     args = parser.parse_args()
@@ -56,9 +70,11 @@ def main() -> None:
         pipe.enable_model_cpu_offload()  # or pipe.to("cuda"), where the whole model fits
     pipe.vae.enable_tiling()
 
-    frames, height, width = map(int, args.size.split("x"))
+    image = load_image(args.image)
+    size = args.size or best_size(facts.get("buckets", []), image)
+    frames, height, width = map(int, size.split("x"))
     video = pipe(
-        image=load_image(args.image),
+        image=image,
         prompt=args.prompt,
         num_frames=frames,
         height=height,

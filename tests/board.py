@@ -8,6 +8,11 @@ import urllib.request
 from tests.conftest import free_port
 
 
+def event_folder(run):
+    """The folder of a run's event files."""
+    return run / "tensorboard" / run.name
+
+
 @contextlib.contextmanager
 def tensorboard(*command, cwd=None):
     """Start a server with this command. Yields its address once it has read the losses."""

@@ -117,6 +117,11 @@ def file_server(tmp_path):
     server.close()
 
 
+def modes(folder):
+    """The permissions of all files below a folder."""
+    return {path.stat().st_mode & 0o777 for path in folder.rglob("*") if path.is_file()}
+
+
 def free_port():
     with socket.socket() as sock:
         sock.bind(("127.0.0.1", 0))

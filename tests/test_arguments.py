@@ -14,6 +14,7 @@ from cogds.errors import UserError
 from tests.conftest import ROOT
 
 REQUIRED = {
+    "gallery": ["run"],
     "sample": ["--model", "m", "--image", "i.png", "--prompt", "p"],
     "export": ["lora.safetensors", "--to", "diffusers", "--output", "o"],
 }
@@ -28,14 +29,17 @@ def error_of(verb, argv):
 def test_flags_and_overrides_may_be_mixed():
     line = "--local_rank=1 a=1 --config r.yaml conditioning.image_noise_log_mean=-2 --deepspeed=d.json"
     args = parse_args("train", line.split())
-    assert (args.config, args.deepspeed) == ("r.yaml", "d.json")
+    assert (args.config, args.deepspeed) == (["r.yaml"], "d.json")
     assert args.overrides == ["a=1", "conditioning.image_noise_log_mean=-2"]
 
 
 @pytest.mark.parametrize("verb", [name for name, verb in VERBS.items() if verb.takes_config])
 def test_every_flag_may_be_written_with_underscores(verb):
-    assert parse_args(verb, ["--config=a_b.yaml", "--local_rank=3", "lora.rank=4"]).config == "a_b.yaml"
+    assert parse_args(verb, ["--config=a_b.yaml", "--local_rank=3", "lora.rank=4"]).config == ["a_b.yaml"]
     assert parse_args("report", ["--num_gpus", "8", "--gpu_memory=24"]).gpu_memory == 24.0
+    assert parse_args("report", ["--gpu", "h100"]).gpu == "h100"
+    with pytest.raises(UserError, match=r"--gpu: .*'h1'.*'h100'"):
+        parse_args("report", ["--gpu", "h1"])
     assert parse_args("train", ["--dry_run"]).dry_run
 
 
@@ -82,7 +86,7 @@ def test_unpacking_restores_the_packed_words(words):
 def test_packed_words_are_parsed_like_others():
     words = ["--config", "a b.yaml", "data.default_caption=it's\n$(x)", ""]
     args = parse_args("train", ["--local_rank=0", pack(words)])
-    assert (args.config, args.overrides) == ("a b.yaml", words[2:])
+    assert (args.config, args.overrides) == (["a b.yaml"], words[2:])
     # Bytes that are not valid text, as in a file name.
     assert unpack([pack([b"\xff=1".decode("utf-8", "surrogateescape")])]) == ["\udcff=1"]
 
@@ -107,13 +111,14 @@ def test_help_and_errors_answer_without_torch():
         "import sys, cogds.cli\n"
         "codes = []\n"
         "for argv in (['--help'], ['--version'], ['train', '--nonsense'], ['nonsense'], ['sample'],\n"
-        "             ['train', 'no.key=1'], ['train', '--config', 'no'], ['train', '--deepspeed=no']):\n"
+        "             ['train', 'no.key=1'], ['train', '--config', 'no'], ['train', '--deepspeed=no'],\n"
+        "             ['train', 'eval.path=/nowhere']):\n"
         "    codes.append(cogds.cli.main(argv))\n"
         "heavy = {'torch', 'numpy', 'deepspeed', 'diffusers', 'transformers', 'peft', 'matplotlib'}\n"
         "print(codes, heavy & set(sys.modules))"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60, cwd=ROOT)
-    assert done.stdout.splitlines()[-1] == "[0, 0, 2, 2, 2, 2, 2, 2] set()"
+    assert done.stdout.splitlines()[-1] == "[0, 0, 2, 2, 2, 2, 2, 2, 2] set()"
 
 
 @pytest.mark.slow

@@ -349,7 +349,7 @@ def test_the_real_size_is_the_published_model(scripts):
     [
         ("NVIDIA H100 80GB HBM3", 989), ("NVIDIA H100 PCIe", 756), ("NVIDIA H200", 989),
         ("NVIDIA A100-SXM4-80GB", 312), ("NVIDIA H100 80GB HBM3 MIG 1g.10gb", None),
-        ("NVIDIA GeForce RTX 4090", None),
+        ("NVIDIA GeForce RTX 2080", None),
     ],
 )  # fmt: skip
 def test_mfu_needs_the_exact_device_name(scripts, monkeypatch, name, peak):

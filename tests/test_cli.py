@@ -244,3 +244,33 @@ def test_clips_with_names_that_the_locale_does_not_know_are_found(tmp_path, tiny
     done = run_in(IN_ASCII, str(ROOT / "launch/report.py"), *words)
     assert done.returncode == 0, done.stderr.decode()
     assert "of 6 clips" in done.stdout.decode()
+
+
+@pytest.mark.parametrize(
+    "verb, configs, overrides, expected",
+    [
+        ("train", [], [], (["demo"], True)),
+        ("report", [], [], (["demo"], True)),
+        ("demo", [], ["train.num_steps=3"], (["demo"], True)),
+        ("train", ["run.yaml"], ["data.path=d"], (["run.yaml"], False)),
+        ("train", [], ["model.path=m", "data.path=d"], ([], False)),
+        ("prepare", [], ["data.path=d"], (["demo"], True)),
+    ],
+)
+def test_the_demo_runs_only_when_it_is_asked_for(verb, configs, overrides, expected):
+    assert cli.choose_configs(verb, configs, overrides) == expected
+
+
+@pytest.mark.parametrize(
+    "verb, overrides, start",
+    [
+        ("train", ["data.path=d"], "command line: neither --config nor model.path "),
+        ("report", ["train.num_steps=3"], "command line: neither --config nor model.path "),
+        ("demo", ["data.path=d"], "data.path: the demo has its own model and clips. "),
+        ("demo", ["model.path=m"], "model.path: the demo has its own model and clips. "),
+    ],
+)
+def test_clips_without_a_model_are_refused(verb, overrides, start):
+    with pytest.raises(UserError) as error:
+        cli.call(verb, overrides, starts_ranks=False)
+    assert str(error.value).startswith(start)

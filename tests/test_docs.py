@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 
 from cogds.config.schema import KEYS, SECTIONS
+from cogds.data.video.kinds import IMAGE_SUFFIXES, VIDEO_SUFFIXES
 from tests.test_architecture import MAY_IMPORT
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -101,3 +102,11 @@ def defines(module, name):
 def test_python_code_can_be_parsed(page):
     for code in re.findall(r"```python\n(.*?)```", page.read_text(), flags=re.S):
         ast.parse(code)
+
+
+def test_the_suffixes_of_clips_are_documented():
+    page = (ROOT / "docs/data.md").read_text()
+    section = page[page.index("recognized by their suffix") : page.index("A `.gif`")]
+    videos, images = section.split("- images:")
+    assert set(re.findall(r"`(\.\w+)`", videos)) == VIDEO_SUFFIXES
+    assert set(re.findall(r"`(\.\w+)`", images)) == IMAGE_SUFFIXES

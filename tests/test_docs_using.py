@@ -33,6 +33,7 @@ def test_every_command_is_run_by_a_test():
 def folder(comfyui_model, tmp_path, monkeypatch):
     """The working directory, with the page's LoRAs, which belong to the tiny model."""
     metadata = {"image_latents": "scaled", "image_latent_factor": 0.49, "fps": 8.0, "base_model": str(comfyui_model)}
+    metadata["buckets"] = ["9x96x64", "1x64x96", "9x64x96", "9x64x64"]
     for run in ("cogvideox1.5_i2v_lora/lora/step-001000", "another_run/lora/step-002000"):
         write_lora(comfyui_model, tmp_path / "outputs" / run, metadata=metadata)
     Image.linear_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "first.png")
@@ -56,12 +57,14 @@ def test_exports(folder, monkeypatch):
 
 def test_the_example_makes_a_video(folder, comfyui_model, monkeypatch, capsys):
     ((*words,),) = arguments_of("python", "examples/generate.py")
-    small = ["--model", str(comfyui_model), "--size", "9x64x96", "--steps", "1"]
+    small = ["--model", str(comfyui_model), "--steps", "1"]
     monkeypatch.setattr(sys, "argv", ["generate.py", *words, *small])
     script = runpy.run_path(str(ROOT / "examples/generate.py"), run_name="__main__")
+    # Of the sizes that the LoRA records, the one with the image's proportions.
     assert "9 frames of 64x96: video.mp4" in capsys.readouterr().out
     assert (folder / "video.mp4").stat().st_size > 0
     assert script["trained_with"](folder / words[words.index("--lora") + 1])["image_latent_factor"] == 0.49
+    assert script["best_size"]([], Image.open(folder / "first.png")) == "81x768x1360"
 
 
 def test_the_other_commands_parse():
@@ -69,5 +72,5 @@ def test_the_other_commands_parse():
         parse_args("sample", words)
     ((*words,),) = arguments_of("cogds", "probe")
     args = parse_args("probe", words)
-    cfg, _ = load_config(find_config(args.config, "run_configs", ".yaml"), args.overrides)
+    cfg, _ = load_config([find_config(config, "run_configs", ".yaml") for config in args.config], args.overrides)
     assert cfg.data.path == "/data/clips"

@@ -1,6 +1,8 @@
 """The export command: files, messages and refusals."""
 
 import json
+import os
+import re
 import shutil
 from collections import namedtuple
 from pathlib import Path
@@ -19,6 +21,7 @@ import cogds.export
 from cogds.arguments import parse_args
 from cogds.errors import UserError
 from cogds.model.lora.file import read_lora
+from tests.conftest import modes
 from tests.model.lora.adapters import example_inputs, output, output_in_diffusers, write_lora
 
 METADATA = {
@@ -57,8 +60,12 @@ def header(file):
     ("comfyui-wrapper", "mine.safetensors"), ("merged", "transformer/diffusion_pytorch_model.safetensors"),
 ])  # fmt: skip
 def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp_path, capsys, kind, file):
-    out = tmp_path / "mine"
-    export([str(lora()), "--to", kind, "--output", str(out), "--model", str(tiny_model)])
+    out, source = tmp_path / "mine", lora()
+    old_umask = os.umask(0o027)
+    try:
+        export([str(source), "--to", kind, "--output", str(out), "--model", str(tiny_model)])
+    finally:
+        os.umask(old_umask)
     assert header(out / file)["image_latents"] == "pipeline"
     assert header(out / file)["step"] == 500
     matter = front_matter(out)
@@ -67,10 +74,14 @@ def test_each_format_has_weights_a_card_and_the_convention(tiny_model, lora, tmp
     assert ("lora" in matter["tags"]) is (kind != "merged")
     text = capsys.readouterr().out
     assert file in text
+    assert re.search(r"^  README\.md  \d+ kB$", text, flags=re.M)
     # diffusers' pipeline scales image latents as in training, but ComfyUI's nodes do not.
     assert ("warning: " in text) is kind.startswith("comfyui")
     assert ("ImageEncode to 2.04" in text) is (kind == "comfyui-wrapper")
+    assert (f"How to use it in ComfyUI: {out / 'README.md'}" in text) is kind.startswith("comfyui")
+    assert ("--to comfyui-merged" in text) is (kind in ("diffusers", "comfyui"))
     assert not list(tmp_path.glob("*.tmp*"))
+    assert modes(out) == {0o640}
 
 
 def test_another_convention_is_folded_in_or_causes_a_warning(tiny_model, lora, tmp_path, capsys):
@@ -78,6 +89,10 @@ def test_another_convention_is_folded_in_or_causes_a_warning(tiny_model, lora, t
     export([str(folder), "--to", "diffusers", "--output", str(tmp_path / "d"), "--model", str(tiny_model)])
     assert "warning: " in capsys.readouterr().out
     assert read_lora(tmp_path / "d").metadata["image_latents"] == "scaled"
+    export([str(folder), "--to", "comfyui", "--output", str(tmp_path / "s"), "--model", str(tiny_model)])
+    output = capsys.readouterr().out
+    assert "need no setting" in output
+    assert "warning: " not in output
     assert "image_latents * 0.4" in (tmp_path / "d/README.md").read_text()
     export([str(folder), "--to", "comfyui", "--output", str(tmp_path / "c"), "--model", str(tiny_model)])
     assert "warning" not in capsys.readouterr().out

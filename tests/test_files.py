@@ -6,6 +6,7 @@ import pytest
 from cogds.errors import UserError
 from cogds.files import (
     ABANDONED_AFTER_S,
+    check_creatable,
     is_abandoned,
     make_folders,
     process_tag,
@@ -77,3 +78,11 @@ def test_temporary_files_of_ended_processes_are_removed(tmp_path):
     remove_abandoned(tmp_path)
     assert names(tmp_path) == sorted(path.name for path in (recent, own, other))
     remove_abandoned(tmp_path / "nowhere")
+
+
+def test_a_folder_can_be_checked_without_creating_it(tmp_path):
+    check_creatable("output_dir", str(tmp_path / "a/b"))
+    assert not list(tmp_path.iterdir())
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match=r"^output_dir: "):
+        check_creatable("output_dir", str(tmp_path / "file/b"))

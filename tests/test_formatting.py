@@ -12,7 +12,8 @@ def test_nouns_are_singular_or_plural():
     "value, text",
     [
         (percent(0), "0%"), (percent(0.004), "<1%"), (percent(0.154), "15%"), (gigabytes(2.5e9), "2.5 GB"),
-        (gigabytes(26e6), "26 MB"), (gigabytes(4e5), "400 kB"), (gigabytes(0), "0 MB"), (gigabytes(4.6e14), "460.0 TB"),
+        (gigabytes(26e6), "26 MB"), (gigabytes(4e5), "400 kB"), (gigabytes(0), "0 MB"), (gigabytes(3), "3 bytes"),
+        (gigabytes(4.6e14), "460.0 TB"),
         (duration(3.21), "3.2 s"), (duration(90), "90 s"), (duration(7200), "2.0 h"),
     ],
 )  # fmt: skip

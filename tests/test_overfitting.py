@@ -10,7 +10,7 @@ import torch
 from PIL import Image
 
 from cogds.core.diffusion import stratified_timesteps, v_loss
-from cogds.core.held_out import is_held_out
+from cogds.core.held_out import name_hash
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import Item, collate, read_encoded
 from cogds.encode.encoder import encode_dataset
@@ -34,8 +34,8 @@ class Trained:
 
     def __init__(self, tiny_model, folder, size=64, num_steps=NUM_STEPS):
         names = [f"{number}.png" for number in range(60)]
-        held = [name for name in names if is_held_out(name, 0.5)][:4]
-        trained = [name for name in names if not is_held_out(name, 0.5)][:2]
+        held = [name for name in names if name_hash(name) < 2**63][:4]
+        trained = [name for name in names if name_hash(name) >= 2**63][:2]
         for name in held + trained:
             blocks = np.random.default_rng(int(name[:-4])).integers(0, 256, (8, 8, 3), dtype=np.uint8)
             Image.fromarray(blocks.repeat(size // 8, 0).repeat(size // 8, 1)).save(folder / name)
@@ -46,7 +46,7 @@ class Trained:
             (folder / f"{name}.txt").write_text("\n".join(lines) + "\n")
         job = make_job(
             f"model.path={tiny_model}", f"data.path={folder}", f"data.cache_dir={folder / 'cache'}",
-            f"data.buckets=[1x{size}x{size}]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.5",
+            f"data.buckets=[1x{size}x{size}]", "data.num_workers=0", "train.precision=fp32", "eval.held_out=0.67",
             "eval.num_clips=4",
         )  # fmt: skip
         self.cfg, model = job.cfg, job.model

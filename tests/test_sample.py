@@ -2,6 +2,7 @@
 
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -11,6 +12,7 @@ import cogds.sample
 from cogds.arguments import parse_args
 from cogds.cli import call
 from cogds.core.geometry import TRAINED_SIZE, ClipShape, latent_frames, padding_frames
+from cogds.data.video.media import write_video
 from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
 from cogds.model.lora.adapter import export, inject
@@ -175,7 +177,8 @@ def test_no_denoising_step_has_a_negative_timestep(model, kind):
         (["--fps", "0"], "--fps: "),
         (["--lora-alpha", "8"], "--lora-alpha"),
         (["--image", "{folder}/none.png"], "none.png: "),
-        (["--size", "10x64x64"], "10x64x64.*9x64x64"),
+        (["--size", "10x64x64"], "^--size: 10x64x64 .*9x64x64"),
+        (["--size", "64x64"], "^--size: '64x64' "),
         (["--prompt", "a second", "--prompt", "a third", "--image", "{folder}/first.png"], "3 --prompt .*2 --image"),
         (["--output", "{folder}/first.png/sample.mp4"], "--output: .*first.png"),
         pytest.param(
@@ -214,7 +217,7 @@ def test_another_convention_is_followed_and_logged(sample, capsys):
 
 def test_size_frame_rate_and_strength_can_be_given(sample):
     path, frames, fps = sample("pipeline", "--size", "17x64x64", "--fps", "12", "--output", "here.mp4")
-    assert (path, frames.shape, fps) == ("here.mp4", (17, 64, 64, 3), 12)
+    assert (path, frames.shape, fps) == (Path("here.mp4"), (17, 64, 64, 3), 12)
     _, weaker, _ = sample("pipeline", "--size", "17x64x64", "--lora-scale", "0")
     assert not torch.equal(frames, weaker)
 
@@ -231,3 +234,31 @@ def test_without_recorded_buckets_the_size_is_the_models_own(model, tmp_path):
     args = parse_args("sample", ["--model", "m", "--prompt", "p", "--image", str(tmp_path / "image.png")])
     with pytest.raises(UserError, match=str(TRAINED_SIZE)):  # which the tiny model does not support
         plan_jobs(args, [], model)
+
+
+def test_nothing_is_overwritten(sample, monkeypatch):
+    monkeypatch.chdir(sample.folder)
+    written = sample.written
+    monkeypatch.setattr(cogds.sample, "write_video", lambda path, *rest: written.append((path, *rest)) or path.touch())
+    assert [sample("pipeline")[0].name for _ in range(3)] == ["sample.mp4", "sample-2.mp4", "sample-3.mp4"]
+    sample("pipeline", "--seed", "1", "2", "--output", "several")
+    encoders = []
+    monkeypatch.setattr(cogds.sample, "TextEncoder", lambda *_: encoders.append(1))
+    for output, words, named in (
+        ("sample.mp4", [], "sample.mp4"),
+        ("several", ["--seed", "3", "2"], "several/01-a-red-circle-seed2-scale1.mp4"),
+        ("several", ["--seed", "3", "4"], "several/01-a-red-circle-grid.mp4"),
+    ):
+        with pytest.raises(UserError, match=f"^--output: {named} already exists"):
+            sample("pipeline", *words, "--output", output)
+    assert not encoders
+
+
+def test_the_first_frame_of_a_video_may_be_given(model, tmp_path):
+    frames = np.stack([np.full((64, 96, 3), level, np.uint8) for level in (200, 20, 20)])
+    write_video(tmp_path / "clip.mp4", frames, 8)
+    buckets = [ClipShape(9, 64, 64), ClipShape(9, 64, 96)]
+    shape, pixels = load_first_frame(str(tmp_path / "clip.mp4"), None, buckets, model.geometry)
+    assert shape == ClipShape(9, 64, 96)
+    assert pixels.shape == (64, 96, 3)
+    assert abs(pixels.astype(int) - 200).max() < 5

@@ -1,4 +1,5 @@
-"""Read a `RunConfig` from a YAML file and `key=value` texts, and write it. The command line wins over the file.
+"""Read a `RunConfig` from YAML files and `key=value` texts, and write it. A later file wins over an earlier one, and
+the command line over all files.
 
 OmegaConf reads the values and resolves `${...}`; pydantic checks them. `load_config` also returns which keys were set,
 because the DeepSpeed file must not silently override a key that was set (`config.deepspeed`).
@@ -6,10 +7,11 @@ because the DeepSpeed file must not silently override a key that was set (`confi
 
 import difflib
 import functools
+import itertools
 import json
 import operator
 import re
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from types import NoneType
 from typing import Any, cast, get_args
@@ -53,9 +55,10 @@ _EXPECTED = {
 _DEEPSPEED_KEYS = {"zero_optimization", "bf16", "fp16", "train_batch_size", "train_micro_batch_size_per_gpu"}
 
 
-def load_config(config_file: str | None, overrides: list[str]) -> tuple[RunConfig, frozenset[str]]:
-    """The run config from a YAML file (or None) and `key.sub=value` texts, and the dotted keys that these set."""
-    settings = [*(_read_file(config_file) if config_file else ()), *map(_parse_override, overrides)]
+def load_config(config_files: str | Sequence[str] | None, overrides: list[str]) -> tuple[RunConfig, frozenset[str]]:
+    """The run config from YAML files and `key.sub=value` texts, and the dotted keys that these set. Later ones win."""
+    files = [config_files] if isinstance(config_files, str) else config_files or ()
+    settings = [*itertools.chain.from_iterable(map(_read_file, files)), *map(_parse_override, overrides)]
     for pair in ALTERNATIVES:
         settings = _choose(*pair, settings)
     _check_names((name, place) for name, place, _ in settings)
@@ -158,13 +161,13 @@ def _yaml_error(error: Exception, source: str, text: str) -> UserError:
 
 
 def _choose(first: str, second: str, settings: list[Setting]) -> list[Setting]:
-    """If two keys that replace each other are both set, keep the one from the command line."""
-    last = {name: (place, value) for name, place, value in settings}
-    if any(last.get(name, ("", None))[1] in (None, "", [], (), 0) for name in (first, second)):
+    """If two keys that replace each other are both set, keep the one from the command line or the later file."""
+    last = {name: (number, place, value) for number, (name, place, value) in enumerate(settings)}
+    if any(last.get(name, (0, "", None))[2] in (None, "", [], (), 0) for name in (first, second)):
         return settings
-    if last[first][0] == last[second][0]:
-        raise UserError(f"{first}: {second} replaces it, but both are set {last[first][0]}. Remove one of them.")
-    loser = first if last[second][0] == _COMMAND_LINE else second
+    if last[first][1] == last[second][1]:
+        raise UserError(f"{first}: {second} replaces it, but both are set {last[first][1]}. Remove one of them.")
+    loser = first if last[second][0] > last[first][0] else second
     return [setting for setting in settings if setting[0] != loser]
 
 

@@ -262,7 +262,7 @@ class EvalConfig(Section):
     """The evaluation loss during training."""
 
     every: int | None = key(500, f"evaluation interval, {_ALSO_AT_THE_ENDS}", ge=1)
-    held_out: Fraction = key(0.0, "fraction of the files, chosen by a hash of their names, evaluated and never trained")
+    held_out: Fraction = key(0.0, "fraction of the files, chosen by hashes of their names, evaluated and never trained")
     path: Text | None = key(
         None, "dataset to evaluate (with data.columns, data.root and data.path_template); replaces eval.held_out"
     )
@@ -304,7 +304,7 @@ class MetricsConfig(Section):
     progress_bar: bool = key(True, "progress bar on a terminal")
     norms_every: int | None = key(10, "interval of LoRA weight and update norms; null: never [optimizer steps]", ge=1)
     show_clips: int = key(
-        16, "number of clips shown in TensorBoard (first frame and caption), from the start of the run", ge=0
+        16, "largest number of clips shown in TensorBoard (first frame and caption), from the start of the run", ge=0
     )
     show_batches: int = key(
         0, "number of steps, from the start of the run, whose batches rank 0 decodes for TensorBoard", ge=0

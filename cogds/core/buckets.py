@@ -11,6 +11,8 @@ from cogds.errors import UserError
 
 # Shares of the picture kept that differ by less than this count as equal. Length and size then decide.
 SHARE_SLACK = 0.05
+# Why a usable clip has no bucket.
+TOO_SHORT, NO_IMAGE_BUCKET = "too short", "image without a 1-frame bucket"
 
 
 def parse_buckets(texts: Iterable[str], geometry: ModelGeometry) -> tuple[ClipShape, ...]:

@@ -22,6 +22,37 @@ PEAK_TFLOPS = {
     "NVIDIA A100 80GB PCIe": 312.0,
     "NVIDIA A800-SXM4-80GB": 312.0,
     "NVIDIA B200": 2250.0,
+    "NVIDIA L40S": 362.0,
+    "NVIDIA RTX A6000": 154.8,
+    "NVIDIA GeForce RTX 5090": 209.5,
+    "NVIDIA GeForce RTX 4090": 165.2,
+    "NVIDIA GeForce RTX 3090": 71.0,
+}
+# Share of the peak that estimates assume for all operations that a GPU executes. Not measured with cogds.
+ASSUMED_EFFICIENCY = 0.4
+
+
+@dataclass(frozen=True)
+class Gpu:
+    """A GPU to estimate for. device: its full name, a key of PEAK_TFLOPS; memory_bytes: its size by the data sheet."""
+
+    device: str
+    memory_bytes: float
+
+
+# Short names for the command line.
+GPUS = {
+    "h100": Gpu("NVIDIA H100 80GB HBM3", 80e9),
+    "h100-pcie": Gpu("NVIDIA H100 PCIe", 80e9),
+    "h200": Gpu("NVIDIA H200", 141e9),
+    "b200": Gpu("NVIDIA B200", 180e9),
+    "a100": Gpu("NVIDIA A100-SXM4-80GB", 80e9),
+    "a100-40gb": Gpu("NVIDIA A100-SXM4-40GB", 40e9),
+    "l40s": Gpu("NVIDIA L40S", 48e9),
+    "a6000": Gpu("NVIDIA RTX A6000", 48e9),
+    "rtx5090": Gpu("NVIDIA GeForce RTX 5090", 32e9),
+    "rtx4090": Gpu("NVIDIA GeForce RTX 4090", 24e9),
+    "rtx3090": Gpu("NVIDIA GeForce RTX 3090", 24e9),
 }
 
 
@@ -82,6 +113,11 @@ def step_flops(tokens: int, num_layers: int, hidden_size: int, num_lora_paramete
         attention=float(num_layers * 4 * tokens**2 * hidden_size),
         lora=float(2 * tokens * num_lora_parameters),
     )
+
+
+def estimate_seconds(flops: float, device: str) -> float:
+    """Seconds that a GPU needs for this many operations at ASSUMED_EFFICIENCY. device: a key of PEAK_TFLOPS."""
+    return flops / (PEAK_TFLOPS[device] * 1e12 * ASSUMED_EFFICIENCY)
 
 
 def forward_flops(tokens: int, num_layers: int, hidden_size: int) -> float:

@@ -23,11 +23,11 @@ class ClipShape:
     width: int
 
     @classmethod
-    def parse(cls, text: str) -> "ClipShape":
-        """Parse `FRAMESxHEIGHTxWIDTH`. Raises UserError for any other text."""
+    def parse(cls, text: str, key: str = "data.buckets") -> "ClipShape":
+        """Parse `FRAMESxHEIGHTxWIDTH`. Raises UserError for any other text, with the key or flag that holds it."""
         match = re.fullmatch(r"\s*(\d+)x(\d+)x(\d+)\s*", str(text))
         if not match or not all(int(n) for n in match.groups()):
-            raise UserError(f"bucket '{text}' is not FRAMESxHEIGHTxWIDTH. Write, for example, 81x768x1360.")
+            raise UserError(f"{key}: '{text}' is not FRAMESxHEIGHTxWIDTH. Write, for example, 81x768x1360.")
         return cls(*map(int, match.groups()))
 
     def __str__(self) -> str:
@@ -122,14 +122,17 @@ def num_tokens(shape: ClipShape, geometry: ModelGeometry) -> int:
     return time * height * width + geometry.text_tokens
 
 
-def check_shape(shape: ClipShape, geometry: ModelGeometry) -> None:
-    """Raise UserError, naming the nearest valid size, if the model does not support clips of this shape."""
+def check_shape(shape: ClipShape, geometry: ModelGeometry, key: str = "data.buckets") -> None:
+    """Raise UserError, naming the nearest valid size, if the model does not support clips of this shape.
+
+    key: the key or flag that sets the shape.
+    """
     step, temporal = geometry.pixel_multiple, geometry.vae_temporal
     frames = max(1, round((shape.frames - 1) / temporal) * temporal + 1)
     height, width = (max(step, round(side / step) * step) for side in (shape.height, shape.width))
     if (frames, height, width) != (shape.frames, shape.height, shape.width):
         raise UserError(
-            f"bucket {shape} does not fit the model: frames must be {temporal}N+1, height and width multiples of "
+            f"{key}: {shape} does not fit the model: frames must be {temporal}N+1, height and width multiples of "
             f"{step}. Use the nearest valid size, {frames}x{height}x{width}."
         )
     sample = ClipShape(
@@ -139,14 +142,14 @@ def check_shape(shape: ClipShape, geometry: ModelGeometry) -> None:
     )
     if geometry.learned_positions and shape != sample:
         raise UserError(
-            f"bucket {shape} does not fit the model: its learned position embeddings support only {sample}. Use that "
-            "bucket."
+            f"{key}: {shape} does not fit the model: its learned position embeddings support only {sample}. Use that "
+            "size."
         )
     # The 1.5 rotary tables are sliced out of a grid of fixed size. 1.0 stretches its grid instead.
     if geometry.rope and geometry.patch_size_t and (shape.height > sample.height or shape.width > sample.width):
         raise UserError(
-            f"bucket {shape} exceeds the model's rotary axes: the maximum is {sample.height} pixels high and "
-            f"{sample.width} wide. Use a smaller bucket."
+            f"{key}: {shape} exceeds the model's rotary axes: the maximum is {sample.height} pixels high and "
+            f"{sample.width} wide. Use a smaller size."
         )
 
 

@@ -1,9 +1,11 @@
 """Choose held-out files and evaluation clips by hashes of file names.
 
-The choice for a file depends only on its path relative to the dataset's folder. It does not change when other files
-are added or removed, or when the dataset is moved. A larger share holds out the same files and more.
+The files with the smallest hashes are held out, as many as the share says. A hash depends only on the path relative to
+the dataset's folder, so moving the dataset changes nothing. Adding or removing files changes the choice only as far as
+their number requires it. A larger share holds out the same files and more.
 """
 
+import math
 import os
 import unicodedata
 from collections.abc import Sequence
@@ -35,14 +37,24 @@ def name_hash(name: str, part: str = "") -> int:
     return int.from_bytes(blake2b(message, digest_size=8, person=b"held out").digest(), "little")
 
 
-def is_held_out(name: str, share: float) -> bool:
-    """Whether the file with this portable name is held out, if this share of all files is held out."""
-    return name_hash(name) < share * 2**64
+def held_out_limit(hashes: Sequence[int] | np.ndarray, share: float) -> int | None:
+    """Return the largest hash that is held out: round(share x number of files) files have at most this hash.
+
+    hashes: of the files, with repetitions. Returns None if no file is held out.
+    """
+    distinct = np.unique(np.asarray(hashes, np.uint64))
+    num = math.floor(share * len(distinct) + 0.5)
+    return int(distinct[num - 1]) if num else None
 
 
-def min_held_out_share(name: str) -> float:
-    """The smallest share, in steps of 0.001, for which this file is held out."""
-    return (name_hash(name) * 1000 // 2**64 + 1) / 1000
+def limit_of_fixed_share(share: float) -> int | None:
+    """Return the limit of runs by cogds 0.1, which held out each file with this probability."""
+    return math.ceil(share * 2**64) - 1 if share > 0 else None
+
+
+def min_held_out_share(num_files: int) -> float:
+    """Return the smallest share, in steps of 0.001, that holds out one of so many files."""
+    return max(1, math.ceil(500 / num_files)) / 1000
 
 
 def spread(buckets: Sequence[int] | np.ndarray, hashes: Sequence[int] | np.ndarray, num: int) -> np.ndarray:

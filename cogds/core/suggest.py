@@ -17,8 +17,10 @@ from cogds.errors import UserError
 SIZE_STEP = 8
 # CogVideoX was trained with 16N+1 frames. Suggested lengths are of this form if one fits.
 TRAINED_LENGTH_STEP = 16
-# Another aspect ratio is suggested only if it lowers the misfit by at least this.
+# Other buckets, and another aspect ratio, are suggested only if they lower the misfit by at least this.
 MIN_GAIN = 0.01
+# Suggested buckets crop and upscale the clips that have a bucket by at most this more than the given buckets do.
+TOLERANCE = 0.01
 # A second area is suggested only if it is at most this share of the first.
 MAX_AREA_SHARE = 0.7
 # Aspect ratios that differ by less than this (in their logarithm) are treated as one.
@@ -48,7 +50,7 @@ class Fit:
     and not created by upscaling); 1 for a clip without a bucket.
     crop: mean share of the picture cropped away, over the clips that have a bucket.
     upscaled: share of the clips that have a bucket which are upscaled.
-    too_short: share of all clips without a bucket.
+    too_short: share of all clips without a bucket, images without a 1-frame bucket included.
     """
 
     misfit: float
@@ -160,24 +162,45 @@ def suggest_buckets(
     geometry: ModelGeometry,
     max_buckets: int,
 ) -> Suggestion:
-    """Return the buckets with the least misfit, at most max_buckets: every length x area x chosen aspect ratio.
+    """Return the buckets with the least misfit, at most max_buckets, that improve on the given ones.
+
+    Candidates are the given buckets in all lengths, and every length x area x chosen aspect ratio.
 
     areas: in pixels; lengths: in frames. All suggested buckets pass `check_shape`. Returns the given buckets if no
-    others have a lower `Fit.misfit`.
+    others have a `Fit.misfit` that is lower by MIN_GAIN, keep all clips that have a bucket, and crop and upscale them
+    no more than the given ones do.
     """
     before = fit(sizes, given)
-    best = unchanged = Suggestion(tuple(map(str, given)), before, before)
+    trained = _with_bucket(sizes, given)
+    now = fit(trained, given)
+    best = Suggestion(tuple(map(str, given)), before, before)
     max_ratios = max_buckets // max(1, len(set(lengths)) * len(set(areas)))
     log_ratios = _best_log_ratios(sizes, max_ratios)
+    added = {ClipShape(frames, shape.height, shape.width) for frames in lengths for shape in given}
+    candidates = [{*given, *(shape for shape in added if _is_valid(shape, geometry))}]
     for num_ratios in range(1, len(log_ratios) + 1):
         grid = itertools.product(lengths, areas, log_ratios[:num_ratios])
-        buckets = sorted({shape for size in grid if (shape := _on_grid(*size, geometry))})
-        if not buckets:
+        candidates.append({shape for size in grid if (shape := _on_grid(*size, geometry))})
+    for buckets in map(sorted, candidates):
+        if not 0 < len(buckets) <= max_buckets:
             continue
         after = fit(sizes, buckets)
-        if after.misfit < best.after.misfit - (MIN_GAIN if best is not unchanged else 0):
+        if after.misfit < best.after.misfit - MIN_GAIN and _is_no_worse(fit(trained, buckets), now):
             best = Suggestion(tuple(map(str, buckets)), before, after)
     return best
+
+
+def _with_bucket(sizes: ClipSizes, buckets: Sequence[ClipShape]) -> ClipSizes:
+    """The clips that have a bucket."""
+    has_bucket = assign_all(sizes.frames, sizes.height, sizes.width, buckets) >= 0
+    columns = (sizes.frames, sizes.height, sizes.width, sizes.counts)
+    return ClipSizes(*(column[has_bucket] for column in columns))
+
+
+def _is_no_worse(after: Fit, now: Fit) -> bool:
+    """Whether buckets serve clips as well as those that they have now."""
+    crop_limit, upscaled_limit = now.crop + TOLERANCE, now.upscaled + TOLERANCE
+    return not after.too_short and after.crop <= crop_limit and after.upscaled <= upscaled_limit
 
 
 def _best_log_ratios(sizes: ClipSizes, max_ratios: int) -> list[float]:
@@ -204,8 +227,12 @@ def _on_grid(frames: int, area: int, log_ratio: float, geometry: ModelGeometry) 
     """The valid size nearest to an area and a log ratio, or None if there is none."""
     ratio = float(np.exp(log_ratio))
     shape = ClipShape(frames, *nearest_size(np.sqrt(area / ratio), np.sqrt(area * ratio), geometry))
+    return shape if _is_valid(shape, geometry) else None
+
+
+def _is_valid(shape: ClipShape, geometry: ModelGeometry) -> bool:
     try:
         check_shape(shape, geometry)
     except UserError:
-        return None
-    return shape
+        return False
+    return True

@@ -26,6 +26,7 @@ class CacheKeys:
 
     def __init__(self, cfg: RunConfig, model: ModelFolder, tiled: Collection[ClipShape] = ()):
         self._cfg, self._tiled = cfg, tiled
+        model.fetch("vae", "text_encoder")
         parts = {
             part: sorted(str(path) for path in (model.path / part).iterdir() if path.is_file())
             for part in ("vae", "text_encoder", "tokenizer")

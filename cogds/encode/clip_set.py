@@ -13,7 +13,7 @@ import pyarrow.compute as pc
 
 from cogds.config.schema import RunConfig
 from cogds.core.geometry import ClipShape
-from cogds.core.held_out import is_held_out, min_held_out_share, name_hash, portable_name, spread
+from cogds.core.held_out import held_out_limit, min_held_out_share, name_hash, portable_name, spread
 from cogds.core.mixture import repeats_from_weights
 from cogds.data.manifest.assignment import (
     BucketAssignment,
@@ -86,6 +86,7 @@ class ClipSet:
         reasons: rows of the manifest that are usable but left out, with the reasons.
         roots: folders of the datasets, to which file names are relative.
         held_out: the clips of the same manifest that are only evaluated; None if there are none.
+        held_out_limit: the largest hash of a held-out file (`core.held_out`); None if there are none.
         skipped: what the listing of the datasets skipped: reason -> number.
     """
 
@@ -98,6 +99,7 @@ class ClipSet:
     reasons: Mapping[int, str] = field(default_factory=dict)
     roots: tuple[str, ...] = ()
     held_out: "ClipSet | None" = None
+    held_out_limit: int | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -231,8 +233,11 @@ class ClipSet:
             )
 
 
-def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]) -> ClipSet:
-    """Assign the clips of a manifest to buckets, and set apart those that eval.held_out holds out."""
+def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...], limit: int | None = None) -> ClipSet:
+    """Assign the clips of a manifest to buckets, and set apart those that eval.held_out holds out.
+
+    limit: `held_out_limit` of the run that is resumed, so that no trained file is held out, nor the reverse.
+    """
     table = read_manifest(manifest)
     large = dict.fromkeys(("path", "caption", "image_path"), pa.large_string())
     large["more_captions"] = pa.large_list(pa.large_string())
@@ -254,9 +259,15 @@ def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]
         skipped=read_skipped(manifest),
     )
     if cfg.eval.held_out:
-        is_held = _is_held_out(table, clips.roots, cfg.eval.held_out)[assignment.rows]
+        hashes = _name_hashes(table, clips.roots)[assignment.rows]
+        limit = held_out_limit(hashes, cfg.eval.held_out) if limit is None else limit
+        is_held = hashes <= np.uint64(limit) if limit is not None else np.zeros(len(hashes), bool)
         held_out = clips.select(np.flatnonzero(is_held))
-        clips = replace(clips.select(np.flatnonzero(~is_held)), held_out=held_out if held_out.num_clips else None)
+        clips = replace(
+            clips.select(np.flatnonzero(~is_held)),
+            held_out=held_out if held_out.num_clips else None,
+            held_out_limit=limit,
+        )
     if cfg.data.mirror and clips.num_clips:
         clips = clips.with_mirror_images()
     return replace(clips, repeats=_repeats(cfg, clips))
@@ -291,17 +302,13 @@ def _root(data_set: DataSet) -> str:
     return path if suffix_of(path) == ".tar" or is_folder(path) else parent(path)
 
 
-def _is_held_out(table: pa.Table, roots: Sequence[str], share: float) -> np.ndarray:
-    """bool [num_rows]: whether the file of each row is held out."""
+def _name_hashes(table: pa.Table, roots: Sequence[str]) -> np.ndarray:
+    """uint64 [num_rows]: the hash of the name of each row's file."""
     parts = [
-        np.fromiter(
-            (is_held_out(_name(path, roots), share) for path in chunk.to_pylist()),
-            bool,
-            len(chunk),
-        )
+        np.fromiter((name_hash(_name(path, roots)) for path in chunk.to_pylist()), np.uint64, len(chunk))
         for chunk in table.column("path").chunks
     ]
-    return np.concatenate(parts) if parts else np.zeros(0, bool)
+    return np.concatenate(parts) if parts else np.zeros(0, np.uint64)
 
 
 def evaluation_clips(
@@ -347,19 +354,9 @@ def _held_out_clips(cfg: RunConfig, clips: ClipSet, eval_manifest: Path | None) 
     if not cfg.eval.held_out:
         return None, []
     if clips.held_out is None:
-        paths = clips.column("path", slice(0, MAX_CANDIDATES)).to_pylist()
-        names = {_name(path, clips.roots) for path in paths}
-        first = min(names, key=name_hash)
         return None, [
-            f"eval.held_out: {cfg.eval.held_out:g} holds out none of {counted(len(names), 'file')}, so only the loss "
-            "of trained clips is evaluated, which does not show overfitting. Increase it "
-            f"({min_held_out_share(first):g} or more holds out {first}), or set eval.path."
+            f"eval.held_out: {cfg.eval.held_out:g} holds out none of {counted(clips.num_files, 'file')}, so only the "
+            "loss of trained clips is evaluated, which does not show overfitting. Increase it "
+            f"({min_held_out_share(clips.num_files):g} or more holds out a file), or set eval.path."
         ]
-    num_held_out, num_trained = clips.held_out.num_files, clips.num_files
-    if num_held_out <= 2 * max(1.0, cfg.eval.held_out * (num_held_out + num_trained)):
-        return clips.held_out, []
-    return clips.held_out, [
-        f"eval.held_out: {cfg.eval.held_out:g} holds out {num_held_out:,} of "
-        f"{counted(num_held_out + num_trained, 'clip')}, which are not trained. A hash of their names chooses them, "
-        "which may be many in a small dataset. Decrease it, or set eval.path."
-    ]
+    return clips.held_out, []

@@ -7,7 +7,7 @@ share the work by its cost.
 
 import importlib.util
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any, cast
@@ -28,6 +28,7 @@ from cogds.encode.scan_data import scan_data, scan_evaluation_data
 from cogds.errors import UserError
 from cogds.job import Job
 from cogds.model.load import TextEncoder, load_vae
+from cogds.process.activity import activity
 from cogds.process.progress import progress_bar
 from cogds.process.worker_pool import TaskFailure, WorkerPool
 
@@ -40,6 +41,7 @@ def encode_dataset(
     max_unusable: float = 1.0,
     retry_failed: bool = False,
     on_selected: Callable[[ClipSet], None] | None = None,
+    parts: Sequence[str] = ("vae", "text_encoder"),
 ) -> EncodedData:
     """Scan a run's datasets and encode what the cache lacks. Collective; all ranks return the same.
 
@@ -49,22 +51,29 @@ def encode_dataset(
         max_unusable: share of the clips that may be unusable.
         retry_failed: open files again that could not be used in an earlier run.
         on_selected: called on rank 0 with the clips to train, before anything is encoded.
+        parts: of the model, whose weights are downloaded if they are missing.
 
     Raises:
         UserError: no clip is left, more than `max_unusable` are unusable, or the decoder that is needed is not
             installed.
     """
     cfg, world = job.cfg, job.world
-    manifests = scan_data(cfg, world, retry_failed), scan_evaluation_data(cfg, world, retry_failed)
-    # The other ranks get None and do not use it.
-    plan = cast(EncodingPlan, rank0_only(world, partial(_make_plan, job, manifests, max_unusable, on_selected)))
-    encoder = _RankEncoder(job, scatter_from_rank0(world, lambda: plan.work(world.size)))
-    on_all_ranks(world, encoder.check_decoder)
-    on_all_ranks(world, encoder.encode_captions)
-    failures = {key: reason for part in on_all_ranks(world, encoder.encode_clips) for key, reason in part.items()}
+    with activity("scanning the datasets"):
+        manifests = scan_data(cfg, world, retry_failed), scan_evaluation_data(cfg, world, retry_failed)
+    with activity("fetching the model"):
+        on_all_ranks(world, lambda: job.model.fetch(*parts))
+    with activity("choosing what to encode"):
+        # The other ranks get None and do not use it.
+        plan = cast(EncodingPlan, rank0_only(world, partial(_make_plan, job, manifests, max_unusable, on_selected)))
+        encoder = _RankEncoder(job, scatter_from_rank0(world, lambda: plan.work(world.size)))
+    with activity("waiting for the other ranks to encode"):
+        on_all_ranks(world, encoder.check_decoder)
+        on_all_ranks(world, encoder.encode_captions)
+        failures = {key: reason for part in on_all_ranks(world, encoder.encode_clips) for key, reason in part.items()}
     if world.device.type == "cuda":
         torch.cuda.empty_cache()
-    return on_rank0(world, partial(_finish, plan, failures, max_unusable))
+    with activity("writing the index of clips"):
+        return on_rank0(world, partial(_finish, plan, failures, max_unusable))
 
 
 def _make_plan(
@@ -74,7 +83,7 @@ def _make_plan(
     on_selected: Callable[[ClipSet], None] | None,
 ) -> EncodingPlan:
     """Choose the clips to train and to evaluate. manifests: of the run's datasets, and of eval.path."""
-    clips = load_clip_set(job.cfg, manifests[0], job.buckets)
+    clips = load_clip_set(job.cfg, manifests[0], job.buckets, job.held_out_limit)
     clips.check_not_empty()
     if on_selected:
         on_selected(clips)
@@ -103,6 +112,7 @@ class _RankEncoder:
         if len(self._work.clips) or not self._job.caches_trained_clips:
             check_decoder(self._cfg)
 
+    @activity("encoding captions with T5")
     def encode_captions(self) -> None:
         captions = self._work.captions
         if not len(captions):
@@ -113,6 +123,7 @@ class _RankEncoder:
             for key, caption in progress_bar("encoding captions", "caption", len(captions), items=rows):
                 writer.write(key.hex(), {"text_states": encoder.encode(caption)})
 
+    @activity("encoding clips with the VAE")
     @torch.no_grad()
     def encode_clips(self) -> dict[bytes, str]:
         """Encode the clips. Worker processes decode them ahead of the VAE.

@@ -159,6 +159,7 @@ class EncodedData:
         fingerprint: changes if the encoding of any clip to train does.
         held_out: clips to evaluate that are not trained, at most eval.num_clips; None if there are none.
         trained: as many clips of `index` to evaluate. Both are encoded even if data.encode is on_the_fly.
+        held_out_limit: see `ClipSet`.
     """
 
     index: ClipIndex
@@ -168,6 +169,7 @@ class EncodedData:
     fingerprint: str
     held_out: ClipIndex | None = None
     trained: ClipIndex | None = None
+    held_out_limit: int | None = None
 
     @property
     def indexes(self) -> list[ClipIndex]:
@@ -268,6 +270,7 @@ class EncodingPlan:
             fingerprint=self._fingerprint(train),
             held_out=held_out.index if held_out else None,
             trained=trained.index if trained else None,
+            held_out_limit=self._train.clips.held_out_limit,
         )
 
     def _fingerprint(self, train: IndexedClips) -> str:

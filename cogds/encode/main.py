@@ -3,6 +3,7 @@
 import argparse
 import json
 import logging
+from collections.abc import Mapping
 from functools import partial
 
 from cogds.config.loading import load_config
@@ -10,18 +11,25 @@ from cogds.data.cache.maintenance import VerifyReport, prune, stats, verify
 from cogds.distributed.collectives import on_rank0
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.world import read_world
-from cogds.encode.cache_keys import CacheKeys
 from cogds.encode.encoder import encode_dataset
-from cogds.encode.encoding_plan import EMPTY_CAPTION, EncodedData
+from cogds.encode.pruning import prune_unused
 from cogds.encode.tiling import choose_tiling
 from cogds.errors import refuse_to_run
-from cogds.formatting import counted
-from cogds.job import Job, load_job
+from cogds.formatting import counted, gigabytes
+from cogds.job import load_job
 from cogds.model.cudnn import check_cudnn
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest, find_launchers
 
 logger = logging.getLogger(__name__)
+
+# What `stats` counts besides entries -> what it means.
+STATS_NOTES = {
+    "failures": "could not be decoded; --retry tries them again",
+    "duplicates": "entries stored twice; --prune removes the copies",
+    "damaged": "files that cannot be read; --verify removes them",
+    "old": "files of an old version; --prune removes them",
+}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -29,7 +37,8 @@ def main(args: argparse.Namespace) -> None:
     if args.stats or args.verify:
         cache_dir = load_config(args.config, args.overrides)[0].data.cache_dir
         if args.stats:
-            print(json.dumps(stats(cache_dir), indent=2))
+            counts = stats(cache_dir)
+            print(json.dumps(counts, indent=2) if args.json else "\n".join(stats_table(cache_dir, counts)))
         if args.verify:
             print_verified(verify(cache_dir, show_progress=True))
         return
@@ -38,7 +47,7 @@ def main(args: argparse.Namespace) -> None:
     cfg, world, cache_dir = job.cfg, job.world, job.cfg.data.cache_dir
     StopRequest(find_launchers()).listen()  # the cache keeps every shard that was written
     connect(world, cfg.train.timeout_s, cfg.network)
-    on_rank0(world, job.make_folders)
+    on_rank0(world, partial(job.make_folders, with_output=False))
     if args.retry:
         on_rank0(world, partial(prune, cache_dir, failed=True, shard_bytes=int(cfg.data.shard_gb * 1e9)))
     data = encode_dataset(choose_tiling(job), retry_failed=args.retry)
@@ -49,27 +58,21 @@ def main(args: argparse.Namespace) -> None:
             unusable = f"{counted(data.unusable.num, 'clip')} not usable"
             logger.log(RESULT, f"{unusable}, see {data.unusable.file}: {data.unusable.summary()}")
         if args.prune:
-            prune_unused(job, data)
+            prune_unused(job, data, args.yes)
     disconnect()
 
 
-def prune_unused(job: Job, data: EncodedData) -> None:
-    """Remove every entry and index of the cache that this run's dataset does not use."""
-    cfg = job.cfg
-    columns = {"clips": "clip_key", "captions": "caption_keys"}
-    keep = {kind: set().union(*(index.keys(column) for index in data.indexes)) for kind, column in columns.items()}
-    keys, prompts = CacheKeys(cfg, job.model), [EMPTY_CAPTION, *(prompt.prompt for prompt in cfg.sample.prompts)]
-    keep["captions"] |= {keys.caption(prompt).hex() for prompt in prompts}
-    pruned = prune(cfg.data.cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
-    used = tuple(index.path.stem for index in data.indexes)
-    for path in set(data.index.path.parent.iterdir()):
-        if not path.name.startswith(used):
-            path.unlink(missing_ok=True)
-    logger.log(
-        RESULT,
-        f"removed {counted(pruned.num_entries, 'entry')}, {pruned.num_bytes / 1e9:.3f} GB; merged "
-        f"{counted(pruned.num_merged, 'small shard')}",
-    )
+def stats_table(cache_dir: str, counts: Mapping[str, Mapping[str, int]]) -> list[str]:
+    """Return a line for each kind of entry, and notes about what can be removed. counts: from `stats`."""
+    lines = [f"{cache_dir}: {gigabytes(sum(kind['bytes'] for kind in counts.values()))}"]
+    width = max(map(len, counts), default=0)
+    for kind, num in counts.items():
+        entries = counted(num["entries"], "entry")
+        lines.append(f"  {kind:{width}}  {entries}, {gigabytes(num['bytes'])} in {counted(num['shards'], 'file')}")
+        for name, text in STATS_NOTES.items():
+            if num[name]:
+                lines.append(f"  {'':{width}}  {num[name]:,} {text}")
+    return lines if counts else [f"{cache_dir}: no entries"]
 
 
 def print_verified(report: VerifyReport) -> None:

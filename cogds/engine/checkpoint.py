@@ -29,7 +29,7 @@ from cogds.distributed.collectives import on_rank0
 from cogds.distributed.world import World
 from cogds.engine.state import TrainState
 from cogds.errors import UserError
-from cogds.files import whole_file
+from cogds.files import apply_umask, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -147,6 +147,7 @@ def write(
     remove_partial(checkpoints)
     partial.mkdir()
     save_file(state.tensors, partial / TENSORS_FILE)
+    apply_umask(partial / TENSORS_FILE)
     _flush_to_disk(partial / TENSORS_FILE)
     files = {TENSORS_FILE: _file_digest(partial / TENSORS_FILE)}
     header = {"step": step, "num_updates": state.num_updates, "files": files, **header}

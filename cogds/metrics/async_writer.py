@@ -53,9 +53,10 @@ class AppendFile:
     The file is opened for each write: a file that was kept open would be written in a folder that is gone.
     """
 
-    def __init__(self, path: Path, header: bytes = b"") -> None:
-        """header: first bytes of the file. The folder of the file is created if that folder's parent exists."""
+    def __init__(self, path: Path, header: bytes = b"", num_folders: int = 1) -> None:
+        """header: first bytes of the file. num_folders: how many of its folders may be created, from the innermost."""
         self.path, self.num_lost = path, 0
+        self._folders = list(path.parents)[:num_folders][::-1]
         self._header = header
         self._pending, self._pending_bytes = deque[bytes](), 0
         self._whole_bytes: int | None = None  # after a failed write: size of the file's complete records
@@ -95,8 +96,9 @@ class AppendFile:
         return f", {self.num_lost} older ones are lost" if self.num_lost else ""
 
     def _append(self, records: bytes) -> None:
-        with contextlib.suppress(FileExistsError):
-            self.path.parent.mkdir()
+        for folder in self._folders:
+            with contextlib.suppress(FileExistsError):
+                folder.mkdir()
         try:
             with self.path.open("ab") as file:  # a network disk may say that it is full only when the file is closed
                 size = file.seek(0, os.SEEK_END)

@@ -9,13 +9,14 @@ with plot_style():
 import html
 import io
 import re
-import textwrap
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from PIL import Image, ImageDraw, ImageFont
+from PIL import Image, ImageDraw
+
+from cogds.metrics.fonts import Writer
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -40,11 +41,11 @@ STYLE: dict[Any, Any] = {
 }
 
 BACKGROUND, TEXT_COLOR = (255, 255, 255), (40, 40, 40)
-FONT_SIZE = 15
-LINE_HEIGHT = 20  # pixels
+# Of a contact sheet, in pixels. TensorBoard shows it at half of this size.
 GAP = 12
-CELL = 256  # width of a picture in a contact sheet, in pixels
-MAX_CAPTION_LINES = 4
+CELL = 360  # width of a picture
+FONT_SIZE = 24
+MAX_CAPTION_LINES = 6
 
 
 @contextmanager
@@ -120,19 +121,17 @@ def share_chart(title: str, labels: Sequence[str], series: Sequence[tuple[str, S
         return to_pixels(figure)
 
 
-def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], num_columns: int = 4) -> np.ndarray:
+def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], num_columns: int = 2) -> np.ndarray:
     """Arrange pictures, uint8 [H, W, 3] of any sizes, in a grid with a caption under each: uint8 [H, W, 3]."""
-    font = ImageFont.load_default(FONT_SIZE)
-    texts = [
-        textwrap.wrap(caption, CELL // 8, max_lines=MAX_CAPTION_LINES, placeholder=" …") or [""] for caption in captions
-    ]
+    writer = Writer(FONT_SIZE)
+    texts = [writer.wrap(caption, CELL, MAX_CAPTION_LINES) for caption in captions]
     cells = []
     for picture in pictures:
         image = Image.fromarray(picture)
         cells.append(image.resize((CELL, max(1, round(CELL * image.height / image.width))), Image.Resampling.LANCZOS))
     num_columns = min(num_columns, len(cells))
     rows = [range(start, min(start + num_columns, len(cells))) for start in range(0, len(cells), num_columns)]
-    heights = [max(cells[n].height + LINE_HEIGHT * len(texts[n]) for n in row) + 2 * GAP for row in rows]
+    heights = [max(cells[n].height + writer.line_height * len(texts[n]) for n in row) + 2 * GAP for row in rows]
     sheet = Image.new("RGB", (num_columns * (CELL + GAP) + GAP, sum(heights) + GAP), BACKGROUND)
     draw = ImageDraw.Draw(sheet)
     top = GAP
@@ -140,7 +139,7 @@ def contact_sheet(pictures: Sequence[np.ndarray], captions: Sequence[str], num_c
         for column, n in enumerate(row):
             x = GAP + column * (CELL + GAP)
             sheet.paste(cells[n], (x, top))
-            for line, text in enumerate(texts[n]):
-                draw.text((x, top + cells[n].height + 4 + line * LINE_HEIGHT), text, TEXT_COLOR, font)
+            for number, line in enumerate(texts[n], 1):
+                writer.draw(draw, (x, top + cells[n].height + number * writer.line_height), line, TEXT_COLOR)
         top += height
     return np.asarray(sheet)

@@ -8,7 +8,7 @@ from PIL import Image
 MAX_SIDE = 2048  # longer side of an image, pixels
 MAX_PNG_BYTES = 1 << 20  # an image with a larger PNG is a photograph and becomes a JPEG
 JPEG_QUALITY = 90
-MAX_GIF_SIDE = 480  # longer side of a GIF, pixels
+MAX_GIF_SIDE = 512  # longer side of a GIF, pixels
 MAX_GIF_FPS = 8.0
 MAX_GIF_FRAMES = 96
 

@@ -6,7 +6,7 @@ evaluation, a save) and names the last step before it. Readers tell them apart b
 
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +24,36 @@ def step_lines(text: str) -> list[dict[str, Any]]:
     """Return the lines of optimizer steps, as objects, without notes and without an incomplete last line."""
     whole = text[: text.rfind("\n") + 1].splitlines()
     return [record for line in whole if "train/loss" in (record := json.loads(line))]
+
+
+def read_scalars(file: Path, names: Sequence[str]) -> dict[str, list[tuple[int, float]]]:
+    """Return (step, value) pairs of these scalars, none if there is no file. Damaged lines and null are left out."""
+    scalars: dict[str, list[tuple[int, float]]] = {name: [] for name in names}
+    if not file.is_file():
+        return scalars
+    with file.open(encoding="utf-8", errors="replace") as lines:
+        for line in lines:
+            try:
+                record = json.loads(line)
+                step = int(record["step"])
+            except (ValueError, KeyError, TypeError):
+                continue
+            for name in names:
+                if isinstance(value := record.get(name), (int, float)):
+                    scalars[name].append((step, float(value)))
+    return scalars
+
+
+def first_evaluation(file: Path) -> dict[str, float]:
+    """Return the losses of a run's first evaluation, {} if there are none or the file cannot be read."""
+    try:
+        with file.open("rb") as lines:
+            for line in lines:
+                if _step_of(line) < math.inf and _is_note(line, ("eval/",)):
+                    return {tag: value for tag, value in json.loads(line).items() if isinstance(value, float)}
+    except OSError:
+        pass
+    return {}
 
 
 def rewind_metrics(file: Path, step: int, repeated: tuple[str, ...] = ()) -> None:

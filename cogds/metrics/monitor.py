@@ -21,7 +21,6 @@ from cogds.metrics.async_writer import AppendFile, AsyncWriter, Sink
 from cogds.metrics.jsonl import metrics_line
 from cogds.metrics.step_metrics import RankValues, SquaredNorms, StepLosses, StepMetrics
 from cogds.metrics.tensorboard import (
-    LAYOUT,
     event_file,
     gif_record,
     hparams_records,
@@ -62,11 +61,12 @@ class Monitor:
         if not self.is_writer:
             return
         self.metrics_file = AppendFile(output_dir / "metrics.jsonl")
-        self.event_file = event_file(output_dir / "tensorboard", steps.start)
+        self.event_file = event_file(output_dir, steps.start)
         self.last_events: list[bytes] = []
+        self.tags: set[str] = set()
         self.writer = AsyncWriter()
         self.writer.submit(self.metrics_file)
-        self.writer.submit(self.event_file, [layout_record(LAYOUT)])
+        self.writer.submit(self.event_file)
         self.writer.drain(1.0)  # so that a folder that cannot be written is reported before the run, not during it
         self.progress = TrainingProgress(steps.start, steps.stop, use_bar=config.progress_bar)
         self.trackers = trackers
@@ -106,7 +106,7 @@ class Monitor:
             scalars = metrics.reduced(sums[start:end], self.world.size, labels)
             scalars |= {name: float(value) for name, value in metrics.scalars.items() if value is not None}
             lines.append(metrics_line(step, scalars))
-            events.append(scalars_record(step, scalars))
+            events += self._scalar_events(step, scalars)
             start = end
         self.progress.update(step, scalars)
         self._submit_lines(lines)
@@ -116,7 +116,7 @@ class Monitor:
         """Write scalars that do not belong to an optimizer step, such as an evaluation's after `step` steps."""
         if self.is_writer and scalars:
             self._submit_lines([metrics_line(step, scalars)])
-            self.writer.submit(self.event_file, [scalars_record(step, scalars)])
+            self.writer.submit(self.event_file, self._scalar_events(step, scalars))
 
     def add_text(self, name: str, text: str) -> None:
         """Write a text to TensorBoard, such as the resolved config. It is shown verbatim."""
@@ -146,6 +146,14 @@ class Monitor:
             self.writer.close()
             if self.tracker_writer:
                 self.tracker_writer.close()
+
+    def _scalar_events(self, step: int, scalars: Mapping[str, float]) -> list[bytes]:
+        """Return the records of a step's scalars, and of the layout of the charts if there are new tags."""
+        records = [scalars_record(step, scalars)]
+        if not self.tags.issuperset(scalars):
+            self.tags.update(scalars)
+            records.append(layout_record(self.tags))
+        return records
 
     def _submit_lines(self, lines: list[bytes]) -> None:
         self.writer.submit(self.metrics_file, lines)

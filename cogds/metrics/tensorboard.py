@@ -2,10 +2,12 @@
 
 import io
 import os
+import re
 import socket
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from tensorboard.compat.proto.event_pb2 import Event, SessionLog
@@ -20,58 +22,81 @@ from cogds.metrics.images import encode_gif, encode_image
 
 RGB = 3  # TensorBoard's number for this color space
 
-# The Custom Scalars tab: category -> chart -> the tags in it, as regular expressions.
-LAYOUT: dict[str, dict[str, list[str]]] = {
+NUM_SHOWN_HPARAMS = 5  # TensorBoard's constant
+
+# Copies of the losses under names that the first tab, Time Series, sorts before all others (ASCII).
+COPIES = {
+    "train/loss": "Loss/training",
+    "eval/loss": "Loss/held-out clips",
+    "eval/train_loss": "Loss/trained clips",
+}
+
+# The Custom Scalars tab: category -> title of a chart -> the tag in it, as a regular expression. Each tag that matches
+# has a chart of its own, because TensorBoard draws all tags of a run in one color. A group is added to the title.
+LAYOUT: dict[str, dict[str, str]] = {
     "overview": {
-        "loss": [r"^train/loss$", r"^eval/(train_)?loss$"],
-        "gradient norm before clipping": [r"^train/grad_norm$"],
-        "learning rate": [r"^train/lr$"],
-        "seconds per step": [r"^perf/step_s$"],
+        "loss": "train/loss",
+        "loss of held-out clips": "eval/loss",
+        "loss of trained clips, evaluated": "eval/train_loss",
+        "gradient norm before clipping": "train/grad_norm",
+        "learning rate": "train/lr",
+        "seconds per step": "perf/step_s",
     },
     "loss": {
-        "by bucket": [r"^train/loss/bucket=.*"],
-        "by timestep (q1: least noisy quarter)": [r"^train/loss/t_q\d$"],
-        "skipped steps": [r"^train/skipped$"],
+        "bucket": r"train/loss/bucket=(.*)",
+        "timesteps (1: least noisy quarter)": r"train/loss/t_q(\d)",
+        "skipped steps": "train/skipped",
     },
     "evaluation": {
-        "loss of held-out and of trained clips": [r"^eval/(train_)?loss$"],
-        "held out, by bucket": [r"^eval/loss/bucket=.*"],
-        "held out, by timestep": [r"^eval/loss/t=.*"],
-        "trained, by bucket": [r"^eval/train_loss/bucket=.*"],
-        "trained, by timestep": [r"^eval/train_loss/t=.*"],
+        "held out, bucket": r"eval/loss/bucket=(.*)",
+        "held out, timestep": r"eval/loss/t=(.*)",
+        "trained, bucket": r"eval/train_loss/bucket=(.*)",
+        "trained, timestep": r"eval/train_loss/t=(.*)",
     },
     "speed": {
-        "phases of a step, seconds": [r"^perf/(data_wait|forward|backward|inputs|optimizer|step)_s$"],
-        "tokens/s": [r"^perf/tokens_per_s$"],
-        "samples/s": [r"^perf/samples_per_s$"],
-        "model TFLOP/s per GPU": [r"^perf/tflops$"],
-        "MFU": [r"^perf/mfu$"],
-        "slowest rank / median rank": [r"^perf/rank_skew$"],
-        "saving, seconds": [r"^checkpoint/.*_s$"],
+        "seconds": r"perf/(data_wait|forward|backward|inputs|optimizer)_s",
+        "tokens/s": "perf/tokens_per_s",
+        "samples/s": "perf/samples_per_s",
+        "model TFLOP/s per GPU": "perf/tflops",
+        "MFU": "perf/mfu",
+        "slowest rank / median rank": "perf/rank_skew",
+        "saving, seconds": r"checkpoint/(.*)_s",
     },
     "memory": {
-        "peak of the device, GB": [r"^(perf|callbacks)/peak_memory_gb$", r"^memory/(predicted|measured)_gb$"],
-        "peak of the host, GB": [r"^perf/peak_host_memory_gb$"],
+        "peak of the device, GB": "perf/peak_memory_gb",
+        "peak of the device in evaluations and videos, GB": "callbacks/peak_memory_gb",
+        "memory check, GB": r"memory/(predicted|measured)_gb",
+        "peak of the host, GB": "perf/peak_host_memory_gb",
     },
     "data": {
-        "share of a step waiting for data": [r"^perf/data_wait$"],
-        "share of clips seen": [r"^data/coverage$"],
-        "epoch": [r"^train/epoch$"],
+        "share of a step waiting for data": "perf/data_wait",
+        "share of clips seen": "data/coverage",
+        "epoch": "train/epoch",
     },
     "LoRA": {
-        "norm of the weights by depth": [r"^lora/weight_norm/.*"],
-        "norm of the update by depth": [r"^lora/update_norm/.*"],
+        "norm of the weights, blocks": r"lora/weight_norm/blocks=(.*)",
+        "norm of the update, blocks": r"lora/update_norm/blocks=(.*)",
     },
 }
 
 
-def event_file(folder: Path, first_step: int) -> AppendFile:
+def board_folder(output_dir: Path) -> Path:
+    """Return the folder of a run's event files: `tensorboard/NAME`, because TensorBoard calls a run by its folder.
+
+    A run whose event files are in `tensorboard/` itself is continued there.
+    """
+    folder = output_dir / "tensorboard"
+    return folder if any(folder.glob("events.out.tfevents.*")) else folder / output_dir.resolve().name
+
+
+def event_file(output_dir: Path, first_step: int) -> AppendFile:
     """Return the event file of a run that starts after `first_step`; TensorBoard hides later steps of older files."""
     header = event_bytes(Event(file_version="brain.Event:2"))
     if first_step:
         header += event_bytes(Event(step=first_step + 1, session_log=SessionLog(status=SessionLog.START)))
     # TensorBoard reads the files of a folder in the order of their names, so the name starts with the time.
-    return AppendFile(folder / f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}", header)
+    name = f"events.out.tfevents.{time.time():017.6f}.{socket.gethostname()}.{os.getpid()}"
+    return AppendFile(board_folder(output_dir) / name, header, num_folders=2)
 
 
 def event_bytes(event: Event) -> bytes:
@@ -83,7 +108,8 @@ def event_bytes(event: Event) -> bytes:
 
 
 def scalars_record(step: int, scalars: Mapping[str, float]) -> bytes:
-    """Return the record of one step's scalars."""
+    """Return the record of one step's scalars, with the copies that TensorBoard shows first."""
+    scalars = {**scalars, **{COPIES[name]: value for name, value in scalars.items() if name in COPIES}}
     values = [Summary.Value(tag=name, simple_value=value) for name, value in scalars.items()]
     return event_bytes(Event(step=step, summary=Summary(value=values)))
 
@@ -108,19 +134,23 @@ def _image_record(name: str, step: int, data: bytes, height: int, width: int) ->
     return event_bytes(Event(step=step, summary=Summary(value=[Summary.Value(tag=name, image=image)])))
 
 
-def layout_record(layout: Mapping[str, Mapping[str, Sequence[str]]]) -> bytes:
-    """Return the record of the Custom Scalars tab's layout: category -> chart -> regular expressions of tags."""
-    charts = {
-        category: {title: ["Multiline", list(tags)] for title, tags in inner.items()}
-        for category, inner in layout.items()
-    }
+def layout_record(tags: Collection[str]) -> bytes:
+    """Return the record of the Custom Scalars tab's layout: the charts of LAYOUT that have a tag."""
+    charts: dict[str, dict[str, list[Any]]] = {}
+    for category, patterns in LAYOUT.items():
+        for title, pattern in patterns.items():
+            for tag in sorted(tags):
+                if match := re.fullmatch(pattern, tag):
+                    name = " ".join([title, *match.groups()])
+                    charts.setdefault(category, {})[name] = ["Multiline", [f"^{re.escape(tag)}$"]]
     return event_bytes(Event(summary=layout_summary(charts)))
 
 
 def hparams_records(settings: Mapping[str, str | float | bool], metrics: Sequence[str]) -> tuple[list[bytes], bytes]:
     """Return the records of the HParams tab for a run's start, and the one for its end.
 
-    metrics: tags of the scalars to compare runs by.
+    settings: the tab sorts them by name and first shows NUM_SHOWN_HPARAMS. metrics: tags of the scalars to compare
+    runs by.
     """
     experiment, start, end = hparams_summaries(dict(settings), dict.fromkeys(metrics, 0.0))
     return [event_bytes(Event(summary=experiment)), event_bytes(Event(summary=start))], event_bytes(Event(summary=end))

@@ -1,13 +1,15 @@
 """A model folder in diffusers' layout, and loading of its parts.
 
 `find_model` checks a hub id or a path and returns a ModelFolder. It reads only JSON, so problems are reported before
-any weight is loaded. The transformer, the VAE and the text encoder are loaded separately, because training never holds
-all three. Only safetensors and JSON are read: pickles and a folder's own Python code could run anything.
+any weight is downloaded or loaded. The transformer, the VAE and the text encoder are loaded separately, because
+training never holds all three. Only safetensors and JSON are read: pickles and a folder's own Python code could run
+anything.
 """
 
 import json
+import logging
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -32,7 +34,10 @@ from cogds.model.transformer.quantize import PackedLinear, pack_block
 diffusers.utils.logging.disable_progress_bar()
 transformers.utils.logging.disable_progress_bar()
 
+logger = logging.getLogger(__name__)
+
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
+WEIGHT_PARTS = ("transformer", "vae", "text_encoder")
 PIPELINE_CLASS = "CogVideoXImageToVideoPipeline"
 # Keys: values of `train.precision`.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
@@ -42,12 +47,40 @@ HUB_TIMEOUT_S = 10.0  # without it, the hub client waits for minutes if the netw
 
 @dataclass(frozen=True)
 class ModelFolder:
-    """A checked model folder and its configs."""
+    """A checked model folder and its configs.
+
+    hub_id: of a model in the hub's cache, whose weights may not be downloaded yet; else None.
+    """
 
     path: Path
     transformer_config: dict[str, Any]
     vae_config: dict[str, Any]
     geometry: ModelGeometry
+    hub_id: str | None = None
+
+    def fetch(self, *parts: str) -> None:
+        """Download the weights of these parts if they are missing. Every loader calls this first.
+
+        Where ranks would wait for one that downloads, call it on all of them before. Raises UserError.
+        """
+        missing = [part for part in parts if part in WEIGHT_PARTS and not _has_weights(self.path / part)]
+        if self.hub_id is None or not missing:
+            return
+        logger.info("downloading the weights of %s from the hub: %s", self.hub_id, ", ".join(missing))
+        failure: Exception | None = None
+        try:
+            # A snapshot's folder has the name of its commit.
+            snapshot_download(self.hub_id, revision=self.path.name, allow_patterns=[f"{part}/*" for part in missing])
+        except BUGS:
+            raise
+        except Exception as error:
+            failure = error
+        if failure or not all(_has_weights(self.path / part) for part in missing):
+            reason = f" ({brief(failure)})" if failure else ""
+            raise UserError(
+                f"model.path: the weights of {self.hub_id} are not in the hub's cache and cannot be downloaded{reason}."
+                f" {_DOWNLOAD_ADVICE.format(id=self.hub_id)}"
+            )
 
     @property
     def hidden_size(self) -> int:
@@ -72,6 +105,12 @@ class ModelFolder:
         return sum(parameter.numel() for parameter in encoder.parameters())
 
 
+_DOWNLOAD_ADVICE = (
+    "Check the id and the network, or run `hf download {id} --local-dir FOLDER` on a machine with internet access and "
+    "set model.path=FOLDER."
+)
+
+
 def _read_json(path: Path) -> dict[str, Any]:
     try:
         return json.loads(path.read_text())
@@ -82,18 +121,21 @@ def _read_json(path: Path) -> dict[str, Any]:
 
 
 def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
-    """Find a model by local folder or hub id, or `SHAPES_MODEL`. A hub model is downloaded once, into the hub's cache.
+    """Find a model by local folder or hub id, or `SHAPES_MODEL`.
 
+    Of a hub model, only configs and tokenizer are downloaded, into the hub's cache: `ModelFolder.fetch` does the rest.
     Raises UserError if there is no such model, a part is missing, or it is not a CogVideoX image-to-video model.
     """
     path = Path(__file__).parents[1] / "shapes/model" if model_path == SHAPES_MODEL else Path(model_path)
+    hub_id, files = None, None
     if not path.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path):
             raise UserError(
                 f"model.path: no such folder: {model_path}. Pass a diffusers model folder or a hub id such as "
                 f"zai-org/CogVideoX1.5-5B-I2V, or {SHAPES_MODEL}."
             )
-        path = _fetch(model_path, revision)
+        hub_id = model_path
+        path, files = _fetch_configs(hub_id, revision)
     index = _read_json(path / "model_index.json")
     if index.get("_class_name") != PIPELINE_CLASS:
         raise UserError(
@@ -103,8 +145,13 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
     for part in PARTS:
         if not (path / part).is_dir():
             raise UserError(f"model.path: {path} has no {part}/ folder. Download the complete model again.")
-    for part in ("transformer", "vae", "text_encoder"):
-        _check_weights(path / part)
+    for part in WEIGHT_PARTS:
+        if hub_id is None:
+            _check_weights(path / part, _file_names(path / part))
+        elif files is not None:
+            _check_weights(
+                path / part, {name.removeprefix(f"{part}/") for name in files if name.startswith(f"{part}/")}
+            )
     transformer, vae = _read_json(path / "transformer/config.json"), _read_json(path / "vae/config.json")
     try:
         geometry = ModelGeometry.from_configs(transformer, vae)
@@ -115,45 +162,61 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
             f"model.path: the transformer in {path} has {transformer['in_channels']} input channels, but image-to-video"
             f" needs {2 * vae['latent_channels']} (latents and image latents). Pass an image-to-video model."
         )
-    return ModelFolder(path, transformer, vae, geometry)
+    return ModelFolder(path, transformer, vae, geometry, hub_id)
 
 
-def _fetch(model_id: str, revision: str | None) -> Path:
-    """Download a model from the hub. If the hub cannot be reached, use a complete copy in the local cache."""
+def _fetch_configs(model_id: str, revision: str | None) -> tuple[Path, Collection[str] | None]:
+    """Download a model's configs and tokenizer from the hub, and list its files.
+
+    If the hub cannot be reached, use the copy in the local cache. The list is then None.
+    """
+    files: list[str] | None = None
     # The hub client's exceptions have no common base class, and they all mean the same to the user.
     failure: Exception | None = None
     try:
-        HfApi().model_info(model_id, revision=revision, timeout=HUB_TIMEOUT_S)
+        info = HfApi().model_info(model_id, revision=revision, timeout=HUB_TIMEOUT_S)
+        files = [file.rfilename for file in info.siblings or ()]
     except BUGS:
         raise
     except Exception as error:
         failure = error
     try:
-        return Path(
-            snapshot_download(
-                model_id, revision=revision, allow_patterns=["*.json", "*/*"], local_files_only=failure is not None
-            )
+        folder = snapshot_download(
+            model_id, revision=revision, allow_patterns=["*.json", "tokenizer/*"], local_files_only=failure is not None
         )
     except BUGS:
         raise
     except Exception as error:
         raise UserError(
             f"model.path: no such folder: {model_id}, and it cannot be downloaded from the hub "
-            f"({brief(failure or error)}). Check the id and the network, or run `hf download {model_id} --local-dir "
-            "FOLDER` on a machine with internet access and set model.path=FOLDER."
+            f"({brief(failure or error)}). {_DOWNLOAD_ADVICE.format(id=model_id)}"
         ) from None
+    return Path(folder), files
 
 
-def _check_weights(folder: Path) -> None:
-    """Raise UserError if a part has no safetensors files, or lacks files named by its index."""
+def _has_weights(folder: Path) -> bool:
+    """Whether the weights of a part are complete."""
+    try:
+        _check_weights(folder, _file_names(folder))
+    except UserError:
+        return False
+    return True
+
+
+def _file_names(folder: Path) -> set[str]:
+    return {file.name for file in folder.iterdir() if file.is_file()}
+
+
+def _check_weights(folder: Path, names: Collection[str]) -> None:
+    """Raise UserError if a part has no safetensors files, or lacks files named by its index. names: of its files."""
     indexes = map(_read_json, folder.glob("*.safetensors.index.json"))
     shards = {name for index in indexes for name in index["weight_map"].values()}
     for name in sorted(shards):
-        if not (folder / name).is_file():
+        if name not in names:
             raise UserError(f"model.path: {folder} lacks {name}, a file of its index. Download the model again.")
-    if shards or any(folder.glob("*.safetensors")):
+    if shards or any(name.endswith(".safetensors") for name in names):
         return
-    if pickles := sorted(path.name for path in folder.iterdir() if path.suffix in (".bin", ".pt", ".pth", ".ckpt")):
+    if pickles := sorted(name for name in names if name.endswith((".bin", ".pt", ".pth", ".ckpt"))):
         raise UserError(
             f"model.path: the weights in {folder} are pickles ({pickles[0]}), which can run code when they are opened. "
             "Pass a model with .safetensors files."
@@ -270,6 +333,7 @@ def empty_transformer(model: ModelFolder) -> Transformer:
 
 def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:
     """Yield the name and safetensors slice of every weight. Only `slice[:]` reads the data."""
+    model.fetch("transformer")
     for file in sorted((model.path / "transformer").glob("*.safetensors")):
         with safe_open(file, "pt") as tensors:
             for name in tensors.keys():  # noqa: SIM118 (not a dict)
@@ -279,6 +343,7 @@ def transformer_weights(model: ModelFolder) -> Iterator[tuple[str, Any]]:
 def load_vae(model: ModelFolder, dtype: torch.dtype, device: torch.device | str) -> AutoencoderKLCogVideoX:
     """Load the VAE, frozen and in eval mode. Raises UserError if this GPU would compute it wrongly (`cudnn`)."""
     check_cudnn(torch.device(device), dtype)
+    model.fetch("vae")
     vae = AutoencoderKLCogVideoX.from_pretrained(model.path, subfolder="vae", dtype=dtype, use_safetensors=True)
     return vae.requires_grad_(False).eval().to(device)
 
@@ -294,10 +359,10 @@ def load_tokenizer(model: ModelFolder) -> Any:
         ) from None
 
 
-def num_truncated(captions: Sequence[str], model: ModelFolder) -> int:
-    """Count the captions that exceed the model's text length and are truncated."""
+def are_truncated(captions: Sequence[str], model: ModelFolder) -> list[bool]:
+    """Return for each caption whether it exceeds the model's text length and is truncated."""
     tokenizer, limit = load_tokenizer(model), model.geometry.text_tokens
-    return sum(len(ids) > limit for ids in tokenizer(list(captions)).input_ids) if captions else 0
+    return [len(ids) > limit for ids in tokenizer(list(captions)).input_ids] if captions else []
 
 
 class TextEncoder:
@@ -306,6 +371,7 @@ class TextEncoder:
     def __init__(self, model: ModelFolder, dtype: torch.dtype, device: torch.device | str):
         self.num_tokens = model.geometry.text_tokens
         self.tokenizer = load_tokenizer(model)
+        model.fetch("text_encoder")
         # Straight onto the device: the ranks of a node would hold 9.5 GB each in host memory.
         encoder = T5EncoderModel.from_pretrained(
             model.path, subfolder="text_encoder", dtype=dtype, use_safetensors=True, device_map={"": device}

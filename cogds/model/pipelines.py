@@ -4,7 +4,7 @@
 pipeline does not include T5. Callers pass its states.
 """
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from typing import Any
@@ -27,19 +27,22 @@ class Denoising:
     Attributes:
         guidance: classifier-free guidance scale; 1: off.
         empty_states: text states [text_tokens, dim] of the empty prompt.
+        on_step: called after each step.
     """
 
     num_steps: int
     guidance: float
     empty_states: torch.Tensor
+    on_step: Callable[[], None] | None = None
 
 
 def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> CogVideoXImageToVideoPipeline:
     """Load diffusers' own pipeline with transformer, VAE and scheduler on the CPU, without T5."""
+    model.fetch("transformer", "vae")
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(
         model.path, text_encoder=None, tokenizer=None, dtype=dtype, use_safetensors=True
     )
-    pipeline.set_progress_bar_config(disable=None)  # shows a bar only on a terminal
+    pipeline.set_progress_bar_config(disable=True)  # see `Denoising.on_step`
     _drop_negative_timesteps(pipeline.scheduler)
     return pipeline
 
@@ -135,7 +138,21 @@ def sample_latents(
         max_sequence_length=len(states),
         generator=torch.Generator().manual_seed(seed),
         output_type="latent",
+        callback_on_step_end=_step_callback(denoising),
     ).frames
+
+
+def _step_callback(denoising: Denoising) -> Callable[..., dict[str, Any]] | None:
+    """Return diffusers' callback after each step; its result would replace tensors of the pipeline."""
+    on_step = denoising.on_step
+    if on_step is None:
+        return None
+
+    def callback(*_: Any) -> dict[str, Any]:
+        on_step()
+        return {}
+
+    return callback
 
 
 @torch.no_grad()

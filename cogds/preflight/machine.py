@@ -134,10 +134,13 @@ def assess_disk(results: list[RankResult]) -> list[Finding]:
 
 
 def inspect_gpu(job: PreflightJob) -> RankResult:
-    """Return `gpu`: name, id, total, free and needed bytes, and the number of visible GPUs. None without a GPU."""
+    """Return `gpu`: name, id, total, free and needed bytes, and the number of visible GPUs.
+
+    Without a GPU it is None, and `cuda` is the version of CUDA that PyTorch is built with, None for a build for CPUs.
+    """
     device = job.world.device
     if device.type != "cuda":
-        return {"gpu": None}
+        return {"gpu": None, "cuda": torch.version.cuda or torch.version.hip}
     properties: Any = torch.cuda.get_device_properties(device)
     free, total = torch.cuda.mem_get_info(device)
     estimate = job.estimates[job.largest_bucket]
@@ -159,7 +162,14 @@ def assess_gpu(results: list[RankResult]) -> list[Finding]:
     """Every rank must have a GPU of its own. They should be of the same kind, unused, and large enough by estimate."""
     without_gpu = [result for result in results if not result["gpu"]]
     if len(without_gpu) == len(results):
-        return [Finding("gpu", OK, "none on any rank; the run trains on CPUs")]
+        is_cpu_build = not any(result["cuda"] for result in results)
+        cause = (
+            "This PyTorch is a build for CPUs: install one for CUDA"
+            if is_cpu_build
+            else "Check nvidia-smi, the driver, CUDA_VISIBLE_DEVICES, and that the job or container was given GPUs"
+        )
+        text = f"no GPU is seen on any rank, so the run trains on CPUs, which only suits tiny models. {cause}."
+        return [Finding("gpu", WARN, text)]
     if without_gpu:
         text = (
             f"no GPU is visible on {describe_ranks(without_gpu)}, but the other ranks have one. Check nvidia-smi there."

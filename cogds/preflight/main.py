@@ -161,11 +161,15 @@ class Preflight:
         checks = [Check("versions", inspect_versions, assess_versions)]
         if job:
             cfg, model = job.cfg, job.model
-            is_first_of_node = self.world.local_rank == 0
+            is_first_of_node, is_local = self.world.local_rank == 0, model.hub_id is None
             checks += [
                 Check("config", lambda: {"config": job.flat_config()}, assess_config),
                 Check("tools", lambda: inspect_tools(self.world, cfg.data.decoder, job.ds_config), assess_tools),
-                Check("sources", lambda: inspect_sources(job.data_paths, model.path, is_first_of_node), assess_sources),
+                Check(
+                    "sources",
+                    lambda: inspect_sources(job.data_paths, model.path, is_first_of_node, compare_weights=is_local),
+                    assess_sources,
+                ),
                 Check("disk", lambda: inspect_disk(job), assess_disk),
                 Check("gpu", lambda: inspect_gpu(job), assess_gpu),
             ]

@@ -6,13 +6,13 @@ from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
+from cogds.config.inputs import data_paths, prompt_images
 from cogds.config.loading import to_dict
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import MemoryEstimate
 from cogds.distributed.network import set_network
 from cogds.distributed.world import World, gpu_memory
-from cogds.encode.scan_data import data_sets
 from cogds.job import Job, choose_checkpointing, load_job
 from cogds.model.load import empty_transformer
 from cogds.preflight.findings import FAIL, OK, Finding, RankResult, describe_differences
@@ -80,12 +80,7 @@ class PreflightJob(Job):
     @property
     def data_paths(self) -> dict[str, str]:
         """Paths that the run only reads, by config key."""
-        paths: dict[str, str | None] = {}
-        for index, data_set in enumerate(data_sets(self.cfg)):
-            section = f"data.sets[{index}]" if self.cfg.data.sets else "data"
-            paths |= {f"{section}.path": data_set.path, f"{section}.root": data_set.root}
-        paths["eval.path"] = self.cfg.eval.path
-        return {key: path for key, path in paths.items() if path is not None}
+        return data_paths(self.cfg) | prompt_images(self.cfg)
 
     @property
     def shared_folders(self) -> dict[str, str]:

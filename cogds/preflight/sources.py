@@ -76,8 +76,12 @@ def find_damage(file: Path) -> str:
     return ""
 
 
-def inspect_sources(data_paths: Mapping[str, str], model_path: Path, is_first_of_node: bool) -> RankResult:
+def inspect_sources(
+    data_paths: Mapping[str, str], model_path: Path, is_first_of_node: bool, compare_weights: bool = True
+) -> RankResult:
     """Return `sources` (config key -> path and summary) and `damaged_files` (weight file -> reason).
+
+    compare_weights: whether all nodes must hold the weights already.
 
     Only the first rank of each node looks; the result of the others is empty.
     """
@@ -85,6 +89,9 @@ def inspect_sources(data_paths: Mapping[str, str], model_path: Path, is_first_of
         return {"sources": {}, "damaged_files": {}}
     sources = {key: {"path": path, **summarize_path(absolute(path))} for key, path in data_paths.items()}
     sizes = file_sizes(model_path)
+    weights = [name for name in sizes if name.endswith(".safetensors")]
+    if not compare_weights:
+        sizes = {name: size for name, size in sizes.items() if name not in weights}
     text = json.dumps(sizes, sort_keys=True).encode()
     sources["model.path"] = {
         "path": str(model_path),
@@ -92,7 +99,7 @@ def inspect_sources(data_paths: Mapping[str, str], model_path: Path, is_first_of
         "num": len(sizes),
         "content": hashlib.blake2b(text, digest_size=8).hexdigest(),
     }
-    files = [model_path / name for name in sizes if name.endswith(".safetensors")]
+    files = [model_path / name for name in weights]
     return {"sources": sources, "damaged_files": {str(file): reason for file in files if (reason := find_damage(file))}}
 
 

@@ -3,6 +3,7 @@
 import io
 import os
 import platform
+import shlex
 import shutil
 import sys
 from collections.abc import Mapping, MutableMapping
@@ -38,6 +39,19 @@ def use_utf8(environ: MutableMapping[str, str] = os.environ) -> None:
 def environment_variables(*prefixes: str, environ: Mapping[str, str] = os.environ) -> dict[str, str]:
     """Return the environment variables whose names start with any of the prefixes, sorted by name."""
     return {name: value for name, value in sorted(environ.items()) if name.startswith(prefixes)}
+
+
+def command(program: str, module: str, python: str = sys.executable) -> str:
+    """Return how to call a program of this Python environment from a shell, even if the environment is not on PATH.
+
+    program: name of its script. module: to run with `python -m` if there is no script.
+    """
+    script = Path(python).parent / program
+    on_path = shutil.which(program)
+    if on_path and (not script.exists() or os.path.realpath(on_path) == os.path.realpath(script)):
+        return program
+    words = [str(script)] if script.exists() else [python, "-m", module]
+    return shlex.join(os.path.relpath(word) if Path(word).is_relative_to(Path.cwd()) else word for word in words)
 
 
 def extensions_folder() -> Path:

@@ -13,6 +13,7 @@ import socket
 import sys
 
 from cogds.errors import UserError
+from cogds.process.activity import reporter
 
 RESULT = 25  # between INFO and WARNING
 logging.addLevelName(RESULT, "RESULT")
@@ -41,6 +42,7 @@ class ConsoleHandler(logging.Handler):
 
     def emit(self, record: logging.LogRecord) -> None:
         """Write a record. Never raises: a closed pipe or a full disk must not end a run."""
+        reporter.note_output()
         stream = sys.stdout if record.levelno < logging.WARNING else sys.stderr
         try:
             text = self.format(record)

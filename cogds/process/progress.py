@@ -1,4 +1,7 @@
-"""Progress bars, which move on a terminal. Elsewhere (a file, SLURM), they log a line at intervals."""
+"""Progress bars, which move on a terminal. Elsewhere (a file, SLURM), they log a line at intervals.
+
+An item that takes longer than the interval is reported by `activity`.
+"""
 
 import logging
 import sys
@@ -7,10 +10,13 @@ from typing import Any, TextIO
 
 from tqdm import tqdm
 
+from cogds.process.activity import reporter
 from cogds.process.environment import environment_variables
 
-LOG_INTERVAL_S = 30.0
+LOG_INTERVAL_S = 10.0
 LOG_FORMAT = "{desc}: {n_fmt}/{total_fmt}, {elapsed} elapsed, {remaining} left, {rate_fmt}"
+# For bars whose description has the numbers.
+SHORT_FORMAT, SHORT_LOG_FORMAT = "{desc} |{bar}| {remaining} left", "{desc}, {elapsed} elapsed, {remaining} left"
 
 logger = logging.getLogger(__name__)
 
@@ -18,6 +24,15 @@ logger = logging.getLogger(__name__)
 def is_terminal(stream: TextIO) -> bool:
     """Whether the stream is a terminal. Under SLURM it counts as a log file, even if srun makes it a tty."""
     return stream.isatty() and not environment_variables("SLURM_JOB_ID")
+
+
+class Bar(tqdm):
+    """A bar that counts as output (`activity`)."""
+
+    def display(self, *args: Any, **kwargs: Any) -> Any:
+        """Draw the bar."""
+        reporter.note_output()
+        return super().display(*args, **kwargs)
 
 
 def progress_bar(
@@ -28,22 +43,29 @@ def progress_bar(
     *,
     initial: int = 0,
     items: Iterable[Any] | None = None,
-) -> tqdm:
+    leave: bool = True,
+    has_numbers: bool = True,
+) -> Bar:
     """Return a bar with rate and time left, around `items` or moved by `update`.
+
+    leave: keep it on a terminal. has_numbers: show the number of items; otherwise the description has it.
 
     It is shown if INFO is logged, that is on rank 0 without --quiet. In a log file, a bar that takes less than
     LOG_INTERVAL_S writes nothing.
     """
     options: dict[str, Any] = {"file": sys.stderr, "dynamic_ncols": True}
+    if not has_numbers:
+        options["bar_format"] = SHORT_FORMAT
     if not is_terminal(sys.stderr):
-        options = log_options(LOG_INTERVAL_S) | {"bar_format": LOG_FORMAT, "delay": LOG_INTERVAL_S}
+        bar_format = LOG_FORMAT if has_numbers else SHORT_LOG_FORMAT
+        options = log_options(LOG_INTERVAL_S) | {"bar_format": bar_format, "delay": LOG_INTERVAL_S}
     hidden = not (show and logger.isEnabledFor(logging.INFO))
-    return tqdm(items, desc=description, total=total, initial=initial, unit=unit, disable=hidden, **options)
+    return Bar(items, desc=description, total=total, initial=initial, unit=unit, disable=hidden, leave=leave, **options)
 
 
 def log_options(interval_s: float) -> dict[str, Any]:
     """Options of a tqdm bar that writes a line to the log every `interval_s`."""
-    return {"file": _LogFile(), "position": 0, "mininterval": interval_s, "maxinterval": 2 * interval_s}
+    return {"file": _LogFile(), "position": 0, "mininterval": interval_s, "miniters": 1}
 
 
 class _LogFile:

@@ -67,6 +67,11 @@ class Watchdog:
         if is_first:
             self._send_heartbeat(_WATCHING)
 
+    def describe(self) -> str:
+        """Describe the current activity."""
+        activity = self._activity
+        return activity[0]() if activity else "finishing"
+
     def rest(self) -> None:
         """Stop the clock until the next `watch`."""
         self._activity = None

@@ -13,7 +13,9 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
+from cogds.core.buckets import NO_IMAGE_BUCKET, TOO_SHORT
 from cogds.core.checkpointing import BlockCheckpointing
+from cogds.core.flops import ASSUMED_EFFICIENCY, PEAK_TFLOPS, estimate_seconds, step_flops
 from cogds.core.geometry import ClipShape, ModelGeometry, cached_caption_bytes, cached_clip_bytes, num_tokens
 from cogds.core.memory import MemoryEstimate, MemoryModel
 from cogds.core.memory_advice import explain_shortfall
@@ -90,11 +92,19 @@ class Captions:
 
 @dataclass(frozen=True)
 class Rates:
-    """Measured rates: tokens/s over all ranks, seconds per optimizer step by bucket, and the file they come from."""
+    """How fast a run is.
+
+    Attributes:
+        tokens_per_s: over all ranks.
+        step_s: seconds per optimizer step by bucket.
+        source: the file with the measurements, or how they were estimated.
+        is_estimate: whether nothing was measured.
+    """
 
     tokens_per_s: float
     step_s: Mapping[str, float] = field(default_factory=dict)
     source: str = ""
+    is_estimate: bool = False
 
 
 @dataclass(frozen=True)
@@ -108,6 +118,7 @@ class TrainingSetup:
         is_cached: whether clips are encoded into a cache before training.
         epoch_sizes: samples of each bucket in one epoch, repeats included. None: the clips' windows.
         steps_per_epoch: optimizer steps. None: calculated from the samples.
+        num_steps: optimizer steps of the run.
         max_unusable: share of unusable clips up to which training starts.
         gpu_bytes: memory of one GPU, None on CPUs.
     """
@@ -119,6 +130,7 @@ class TrainingSetup:
     is_cached: bool = True
     epoch_sizes: Sequence[float] | None = None
     steps_per_epoch: float | None = None
+    num_steps: int = 0
     rates: Rates | None = None
     max_unusable: float = 1.0
     gpu_bytes: float | None = None
@@ -150,7 +162,8 @@ class BucketReport:
         pinned_bytes: host memory per GPU.
         shortfall: a sentence if the bucket does not fit into GPU memory, else "".
         step_s: None if unknown.
-        step_is_measured: whether step_s was measured in this bucket, or follows from the run's mean rate.
+        step_is_measured: whether step_s was measured in this bucket, or follows from the run's mean rate, or is an
+            estimate.
     """
 
     shape: ClipShape
@@ -186,6 +199,7 @@ class Report:
     """The whole report.
 
     Attributes:
+        num_steps: optimizer steps of the run.
         epoch_s: None if the step time of a bucket with clips is unknown.
         processed: what is done to pixels (`VideoInfo.processing`), and the number of trained clips.
     """
@@ -199,8 +213,10 @@ class Report:
     steps_per_epoch: float
     num_ranks: int
     accumulation: int
+    num_steps: int
     epoch_s: float | None
     rate_source: str
+    is_estimated: bool
     suggestion: Suggestion | None
     set_clips: tuple[int, ...]
     max_unusable: float = 1.0
@@ -209,6 +225,11 @@ class Report:
     quality: ClipQuality = field(default_factory=ClipQuality)
     processed: Mapping[str, int] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
+
+    @property
+    def run_s(self) -> float | None:
+        """Seconds of all steps, without encoding, evaluation and videos. None if the time of a step is unknown."""
+        return self.epoch_s and self.epoch_s / self.steps_per_epoch * self.num_steps
 
     @property
     def is_refused(self) -> bool:
@@ -298,8 +319,10 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
         steps_per_epoch=float(steps.sum()) if setup.steps_per_epoch is None else setup.steps_per_epoch,
         num_ranks=memory.num_ranks,
         accumulation=setup.accumulation,
+        num_steps=setup.num_steps,
         epoch_s=_epoch_s(buckets),
         rate_source=setup.rates.source if setup.rates else "",
+        is_estimated=setup.rates is not None and setup.rates.is_estimate,
         suggestion=_suggestion(sizes, setup),
         set_clips=tuple(int(number) for number in sums["sets"]),
         max_unusable=setup.max_unusable,
@@ -340,6 +363,20 @@ def read_rates(file: Path) -> Rates | None:
     return Rates(median(tokens_per_s), {name: median(times) for name, times in by_bucket.items()}, str(file))
 
 
+def estimate_rates(setup: TrainingSetup, device: str) -> Rates:
+    """Estimate the rates on a GPU from the operations of a step. device: a key of `PEAK_TFLOPS`."""
+    memory, transformer, step_s, num_trained = setup.memory, setup.memory.transformer, {}, 0.0
+    for shape, batch_size, checkpointing in zip(setup.buckets, setup.batch_sizes, setup.checkpointing, strict=True):
+        tokens = num_tokens(shape, setup.geometry)
+        hidden_size = transformer.num_heads * transformer.head_dim
+        clip = step_flops(tokens, transformer.num_layers, hidden_size, memory.lora.num_parameters)
+        flops = clip.hardware_flops(checkpointing) * batch_size * setup.accumulation / memory.sequence_size
+        step_s[str(shape)] = estimate_seconds(flops, device)
+        num_trained += tokens * batch_size * setup.num_data_ranks * setup.accumulation
+    source = f"{device} at {100 * ASSUMED_EFFICIENCY:.0f}% of its peak of {PEAK_TFLOPS[device]:,.0f} TFLOP/s"
+    return Rates(num_trained / sum(step_s.values()), step_s, source, is_estimate=True)
+
+
 def _epoch_s(buckets: Sequence[BucketReport]) -> float | None:
     """Seconds per epoch, None if the step time of a bucket with clips is unknown."""
     total_s = 0.0
@@ -355,7 +392,7 @@ def _step_s(shape: ClipShape, batch_size: int, setup: TrainingSetup) -> tuple[fl
     if setup.rates is None:
         return None, False
     if str(shape) in setup.rates.step_s:
-        return setup.rates.step_s[str(shape)], True
+        return setup.rates.step_s[str(shape)], not setup.rates.is_estimate
     tokens = num_tokens(shape, setup.geometry) * batch_size * setup.num_data_ranks * setup.accumulation
     return tokens / setup.rates.tokens_per_s, False
 
@@ -404,12 +441,15 @@ def _reasons(clips: ClipTable) -> tuple[tuple[Reason, ...], int]:
             counts[names[number]] = int(total[number])
             examples[names[number]] = _display_names(listed, rows)
     # Usable clips without a bucket. The manifest gives no reason for these.
-    short = np.flatnonzero(~unusable & (clips.buckets < 0))
-    if len(short):
-        counts["too short"], examples["too short"] = len(short), _display_names(clips.table, short[:NUM_EXAMPLES])
+    without_bucket = ~unusable & (clips.buckets < 0)
+    is_image = clips.frames == 1
+    for phrase, rows in ((TOO_SHORT, without_bucket & ~is_image), (NO_IMAGE_BUCKET, without_bucket & is_image)):
+        if number := int(rows.sum()):
+            counts[phrase] = number
+            examples[phrase] = _display_names(clips.table, np.flatnonzero(rows)[:NUM_EXAMPLES])
     reasons = [Reason(phrase, number, examples[phrase]) for phrase, number in counts.items()]
     reasons.sort(key=lambda reason: (-reason.num_clips, reason.phrase))
-    return tuple(reasons), int(unusable.sum()) + len(short) - sum(counts.values())
+    return tuple(reasons), int(unusable.sum() + without_bucket.sum()) - sum(counts.values())
 
 
 def _display_names(table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
@@ -427,13 +467,15 @@ def _count_processed(clips: ClipTable) -> dict[str, int]:
 
 
 def _suggestion(sizes: ClipSizes, setup: TrainingSetup) -> Suggestion | None:
-    """Suggest buckets if the given ones fit badly and there are better ones."""
+    """Suggest buckets if the given ones fit badly and others improve on them."""
     if not len(sizes):
         return None
     now = fit(sizes, setup.buckets)
     if now.crop <= MAX_CROPPED and now.upscaled <= MAX_UPSCALED and now.too_short <= MAX_TOO_SHORT:
         return None
     lengths = suggest_lengths(sizes, [shape.frames for shape in setup.buckets], setup.geometry, MAX_TOO_SHORT)
+    if (sizes.frames == 1).any():
+        lengths = sorted({1, *lengths})
     given = {shape.height * shape.width for shape in setup.buckets}
     areas = suggest_areas(sizes, [max(given)], MAX_UPSCALED)
     max_buckets = max(MAX_SUGGESTED, len(setup.buckets))

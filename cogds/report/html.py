@@ -1,28 +1,23 @@
-"""The report as one self-contained HTML page: plots are inline SVG, pictures are data URIs, and there are no scripts.
+"""The report as an HTML page: plots are inline SVG, pictures are data URIs, and there are no scripts.
 
-File names and captions come from whoever made the clips, so the template escapes all of them (jinja2's autoescape).
-As a second line of defense, the page's content security policy forbids scripts and requests.
+It shows every clip. Those that do not fit on the page are on further pages in a folder beside it.
 """
 
-import base64
-import io
-from collections.abc import Callable, Sequence
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from urllib.parse import quote
 
-import jinja2
 import numpy as np
-from markupsafe import Markup
 from PIL import Image, ImageDraw
 
-from cogds.core.buckets import crop_share
 from cogds.core.geometry import ClipShape
-from cogds.data.storage.location import display_name
-from cogds.files import whole_file
-from cogds.formatting import counted, duration, gigabytes, number, percent
 from cogds.metrics.figures import ORANGE
+from cogds.pages.page import picture_uri, render, write_page
+from cogds.process.progress import progress_bar
 from cogds.report.analysis import ClipTable, Report
+from cogds.report.clips import Clip, ClipList, FrameRequest, list_clips
 from cogds.report.plots import make_plots
 from cogds.report.text import (
     ESTIMATE_NOTE,
@@ -34,113 +29,113 @@ from cogds.report.text import (
     quality_lines,
     step_text,
     suggestion_lines,
+    time_lines,
     warning_lines,
 )
 
-# (path, kind, start_s, height, width) -> the frame shown at start_s, uint8 [height, width, 3], or None if unreadable.
-# The requested size has the clip's proportions.
-FirstFrame = Callable[[str, str, float, int, int], np.ndarray | None]
+# Reads frames, uint8 [H, W, 3] or None if unreadable, in the order of the requests.
+ReadFrames = Callable[[Sequence[FrameRequest]], Iterable[np.ndarray | None]]
 
-TILES_PER_BUCKET = 4
-MAX_TILES = 120
-TILE_SIDE = 260  # the longer side of a picture, in pixels
-MAX_CAPTION_CHARS = 300
+PAGE_CLIPS = 60  # clips on one page
+MAX_CLIPS = 5000
+PICTURE_SIDE = 260  # the longer side of a picture, in pixels
 
 
 @dataclass(frozen=True)
 class Tile:
-    """One sample clip. picture: a data URI, None if unreadable; note: its size and how it is cropped."""
+    """A clip with its picture, a data URI; None if unreadable."""
 
+    clip: Clip
     picture: str | None
-    alt: str
-    name: str
-    caption: str
-    note: str
 
 
 @dataclass(frozen=True)
-class Sheet:
-    """Sample clips of one bucket."""
+class Pages:
+    """The pages of clips. addresses: of each page, relative to the current one; current: its number, from 0."""
 
-    title: str
-    tiles: Sequence[Tile]
+    addresses: Sequence[str]
+    current: int
+
+    @property
+    def shown(self) -> list[int | None]:
+        """The numbers of the pages to link: the first, the last and the neighbors. None for a gap."""
+        near = {0, len(self.addresses) - 1, *range(self.current - 3, self.current + 4)}
+        numbers = sorted(number for number in near if 0 <= number < len(self.addresses))
+        return [part for n, m in zip([-1, *numbers], numbers) for part in (([None] if m > n + 1 else []) + [m])]
 
 
 def write_html(
-    file: Path, report: Report, clips: ClipTable, first_frame: FirstFrame, seed: int = 0, name: str = ""
+    file: Path, report: Report, clips: ClipTable, clip_list: ClipList, read_frames: ReadFrames, name: str = ""
 ) -> None:
-    """Write the page into an existing folder. name: of the run, for the heading."""
-    with whole_file(file) as partial:
-        partial.write_text(html_page(report, clips, first_frame, seed, name), encoding="utf-8")
+    """Write the page into an existing folder. name: of the run, for the heading.
+
+    The first PAGE_CLIPS clips are on it. Others are on pages in a folder beside it, `report_clips/2.html`.
+    """
+    listed = list_clips(clip_list, MAX_CLIPS)
+    folder = file.with_name(f"{file.stem}_clips")
+    num_pages = max(1, -(-len(listed) // PAGE_CLIPS))
+    with progress_bar("reading first frames", "clip", len(listed)) as bar:
+        tiles = make_tiles(listed, read_frames)
+        for number in range(num_pages):
+            page_tiles = list(itertools.islice(tiles, PAGE_CLIPS))
+            bar.update(len(page_tiles))
+            if not number:
+                addresses = [quote(file.name), *(quote(f"{folder.name}/{n + 1}.html") for n in range(1, num_pages))]
+                write_page(file, html_page(report, clips, page_tiles, Pages(addresses, 0), len(clip_list.table), name))
+                continue
+            folder.mkdir(exist_ok=True)
+            addresses = [quote(f"../{file.name}"), *(f"{n + 1}.html" for n in range(1, num_pages))]
+            write_page(folder / f"{number + 1}.html", clips_page(page_tiles, Pages(addresses, number), name))
+    for old in folder.glob("*.html"):  # of an earlier report about more clips
+        if old.stem.isdecimal() and int(old.stem) > num_pages:
+            old.unlink()
 
 
-def html_page(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: int = 0, name: str = "") -> str:
-    """Render the page. seed: of the choice of sample clips."""
-    environment = jinja2.Environment(
-        loader=jinja2.FileSystemLoader(Path(__file__).parent),
-        autoescape=True,
-        undefined=jinja2.StrictUndefined,
-        trim_blocks=True,
-        lstrip_blocks=True,
-    )
-    environment.filters |= {function.__name__: function for function in (counted, percent, gigabytes, duration, number)}
-    return environment.get_template("page.html.j2").render(
+def html_page(
+    report: Report, clips: ClipTable, tiles: Sequence[Tile], pages: Pages, num_clips: int = 0, name: str = ""
+) -> str:
+    """Render the page. tiles: of the first page of clips. num_clips: of the dataset."""
+    return render(
+        "page.html.j2",
+        Path(__file__).parent,
         report=report,
         name=name,
         plots=make_plots(report, clips),
-        sheets=sample_sheets(report, clips, first_frame, seed),
-        Markup=Markup,
+        tiles=tiles,
+        pages=pages,
+        max_clips=MAX_CLIPS if num_clips > MAX_CLIPS else None,
         warnings=warning_lines(report),
         notes=empty_bucket_lines(report) + caption_lines(report) + processing_lines(report) + quality_lines(report),
         suggestion=suggestion_lines(report),
+        times=time_lines(report),
         estimate_note=ESTIMATE_NOTE,
         memory_text=memory_text,
         step_text=step_text,
         is_timed=any(step_text(bucket) != NOT_MEASURED for bucket in report.used_buckets),
-        printable=printable,
     )
 
 
-def printable(text: str) -> str:
-    """Escape control characters and lone surrogates, which a UTF-8 page cannot contain."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
-    )
+def clips_page(tiles: Sequence[Tile], pages: Pages, name: str = "") -> str:
+    """Render a further page of clips."""
+    return render("clips.html.j2", Path(__file__).parent, tiles=tiles, pages=pages, name=name)
 
 
-def sample_sheets(report: Report, clips: ClipTable, first_frame: FirstFrame, seed: int) -> list[Sheet]:
-    """Choose a few clips of every bucket, by seed and bucket, and show how each is cropped."""
-    used = [index for index, bucket in enumerate(report.buckets) if bucket.num_clips]
-    num_tiles = max(1, min(TILES_PER_BUCKET, MAX_TILES // max(1, len(used))))
-    sheets = []
-    for index in used:
-        rows = np.flatnonzero(clips.buckets == index)
-        if len(rows) > num_tiles:
-            rows = np.sort(np.random.default_rng([seed, index]).choice(rows, num_tiles, replace=False))
-        shape = report.buckets[index].shape
-        taken = clips.table.select(["path", "kind", "caption", "start_s", "width", "height"]).take(rows)
-        tiles = [_tile(row, shape, first_frame) for row in taken.to_pylist()]
-        sheets.append(Sheet(f"{shape}", tiles))
-    return sheets
-
-
-def _tile(row: dict[str, Any], shape: ClipShape, first_frame: FirstFrame) -> Tile:
-    name = printable(display_name(row["path"]).rsplit("/", 1)[-1])
-    caption = printable(row["caption"] or "")
-    if len(caption) > MAX_CAPTION_CHARS:
-        caption = caption[:MAX_CAPTION_CHARS].rstrip() + " …"
-    height, width = row["height"], row["width"]
-    scale = min(1.0, TILE_SIDE / max(height, width))
-    size = max(1, round(height * scale)), max(1, round(width * scale))
-    frame = first_frame(row["path"], row["kind"], row["start_s"] or 0.0, *size)
-    if frame is None:
-        return Tile(None, "", name, caption, "first frame unreadable")
-    note = f"{width} × {height}, {percent(crop_share(height, width, shape))} cropped away"
-    if shape.height > height or shape.width > width:
-        note += ", upscaled"
-    return Tile(
-        data_uri(crop_picture(frame, shape)), f"First frame of {name}: {note} for bucket {shape}", name, caption, note
-    )
+def make_tiles(clips: Sequence[Clip], read_frames: ReadFrames) -> Iterator[Tile]:
+    """Add a picture to each clip that has a size."""
+    requests = []
+    for clip in clips:
+        if clip.request:
+            height, width = clip.size
+            scale = min(1.0, PICTURE_SIDE / max(height, width))
+            size = max(1, round(height * scale)), max(1, round(width * scale))
+            requests.append(clip.request._replace(height=size[0], width=size[1]))
+    frames = iter(read_frames(requests))
+    for clip in clips:
+        frame = next(frames) if clip.request else None
+        if frame is None:
+            yield Tile(clip, None)
+        else:
+            yield Tile(clip, picture_uri(crop_picture(frame, clip.shape) if clip.shape else Image.fromarray(frame)))
 
 
 def crop_picture(frame: np.ndarray, shape: ClipShape) -> Image.Image:
@@ -156,10 +151,3 @@ def crop_picture(frame: np.ndarray, shape: ClipShape) -> Image.Image:
     if min(kept[2] - kept[0], kept[3] - kept[1]) > 2:
         ImageDraw.Draw(picture).rectangle((kept[0], kept[1], kept[2] - 1, kept[3] - 1), outline=ORANGE, width=2)
     return picture
-
-
-def data_uri(picture: Image.Image) -> str:
-    """Encode a picture as a JPEG data URI."""
-    buffer = io.BytesIO()
-    picture.save(buffer, "JPEG", quality=82)
-    return f"data:image/jpeg;base64,{base64.b64encode(buffer.getvalue()).decode()}"

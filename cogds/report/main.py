@@ -1,9 +1,12 @@
 """The report verb: which clips will be trained, and at what cost. Loads no weights."""
 
 import argparse
+import functools
 import logging
-from collections.abc import Iterator
+import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,40 +14,56 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogds.config.schema import RunConfig
+from cogds.core.flops import GPUS, PEAK_TFLOPS
 from cogds.core.geometry import ClipShape
 from cogds.core.mixture import Mixture
 from cogds.data.video.decode_task import DecodeTask, decode
 from cogds.data.video.media import DecodeError
 from cogds.distributed.world import World
 from cogds.encode.captions import join_lists, list_lengths
-from cogds.encode.clip_set import ClipSet, load_clip_set
+from cogds.encode.clip_set import ClipSet, evaluation_clips, load_clip_set
 from cogds.encode.encoder import check_decoder
-from cogds.encode.scan_data import scan_data
+from cogds.encode.scan_data import scan_data, scan_evaluation_data
 from cogds.errors import refuse_to_run
 from cogds.job import Job, choose_checkpointing, load_job
-from cogds.model.load import ModelFolder, num_truncated
+from cogds.model.load import ModelFolder, are_truncated
 from cogds.process.worker_pool import TaskFailure, WorkerPool
-from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, make_report, read_rates
-from cogds.report.html import FirstFrame, write_html
+from cogds.report.analysis import Captions, ClipTable, Report, TrainingSetup, estimate_rates, make_report, read_rates
+from cogds.report.clips import ClipList, FrameRequest
+from cogds.report.html import ReadFrames, write_html
 from cogds.report.text import print_report
+from cogds.videos.sample_spec import check_prompts
 
 logger = logging.getLogger(__name__)
 
 # Of more captions than this, evenly spaced ones are tokenized and the count is extrapolated.
 MAX_TOKENIZED = 100_000
+DEFAULT_GPU_BYTES = 80e9
+MAX_WORKERS = 8
 
 
 def main(args: argparse.Namespace) -> None:
-    """Print the report of a run, and with --html write it as a page too."""
+    """Print the report of a run, and with --html write it as a page too.
+
+    Raises UserError after the report if training would not start with these clips.
+    """
     job = load_job(args, World(0, 1, 0, 1), num_ranks=args.num_gpus)
+    check_prompts(job.cfg.sample, job.buckets, job.model.geometry)
     clip_set = load_clip_set(job.cfg, scan_data(job.cfg, job.world), job.buckets)
     clips = clip_table(clip_set)
-    report = run_report(job, clip_set, clips, args.gpu_memory * 1e9)
+    gpu = GPUS[args.gpu] if args.gpu else None
+    gpu_bytes = 1e9 * args.gpu_memory if args.gpu_memory else gpu.memory_bytes if gpu else DEFAULT_GPU_BYTES
+    report = run_report(job, clip_set, clips, gpu_bytes, gpu.device if gpu else None, prefers_estimate=bool(gpu))
     print_report(report)
     if args.html:
-        with frame_reader(job.cfg) as first_frame:
-            write_html(args.html, report, clips, first_frame, job.cfg.seed, args.config)
+        with frame_reader(job.cfg) as read_frames:
+            config = " + ".join(args.config)
+            write_html(args.html, report, clips, clip_list(clip_set, job.model), read_frames, config)
         logger.info("wrote the page: %s", args.html)
+    clip_set.check_not_empty()
+    clip_set.unusable().check_share(job.cfg.data.max_unusable)
+    for warning in evaluation_clips(job.cfg, clip_set, scan_evaluation_data(job.cfg, job.world))[-1]:
+        logger.warning(warning)
 
 
 def clip_table(clips: ClipSet) -> ClipTable:
@@ -61,8 +80,31 @@ def clip_table(clips: ClipSet) -> ClipTable:
     return ClipTable(table, buckets, frames, windows, num_held_out, clips.skipped, num_mirrored)
 
 
-def run_report(job: Job, clip_set: ClipSet, clips: ClipTable, gpu_bytes: float | None) -> Report:
-    """The report of a run. gpu_bytes: memory of one GPU; None: on CPUs."""
+def clip_list(clips: ClipSet, model: ModelFolder) -> ClipList:
+    """All clips of the manifest, for the page."""
+    assignment, windows = clips.assignment, np.bincount(clips.assignment.rows, minlength=len(clips.table))
+    is_held_out = np.zeros(len(clips.table), bool)
+    if clips.held_out is not None:
+        is_held_out[clips.held_out.assignment.rows] = True
+    return ClipList(
+        clips.table, assignment.row_buckets, assignment.row_frames, windows, is_held_out, clips.buckets,
+        functools.partial(are_truncated, model=model),
+    )  # fmt: skip
+
+
+def run_report(
+    job: Job,
+    clip_set: ClipSet,
+    clips: ClipTable,
+    gpu_bytes: float | None,
+    device: str | None = None,
+    prefers_estimate: bool = False,
+) -> Report:
+    """The report of a run.
+
+    gpu_bytes: memory of one GPU; None: on CPUs. device: name of the GPU, to estimate the time if no earlier run in the
+    output folder measured it. prefers_estimate: estimate it in any case.
+    """
     cfg, mixture = job.cfg, Mixture(clip_set.assignment.sizes, clip_set.repeats, job.cfg.seed)
     plan = job.plan(mixture) if clip_set.num_clips else None
     batch_sizes = plan.local_batch_sizes if plan else (1,) * len(job.buckets)
@@ -75,9 +117,12 @@ def run_report(job: Job, clip_set: ClipSet, clips: ClipTable, gpu_bytes: float |
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
         max_unusable=cfg.data.max_unusable,
-        rates=read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
+        num_steps=cfg.train.num_steps,
+        rates=None if prefers_estimate else read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         gpu_bytes=gpu_bytes,
     )
+    if setup.rates is None and device in PEAK_TFLOPS:
+        setup = replace(setup, rates=estimate_rates(setup, device))
     return make_report(clips, setup, count_captions(clip_set.table, job.model))
 
 
@@ -90,7 +135,7 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
     taken = distinct
     if len(distinct) > MAX_TOKENIZED:
         taken = distinct.take(pa.array(np.linspace(0, len(distinct) - 1, MAX_TOKENIZED).astype(np.int64)))
-    too_long = num_truncated(taken.to_pylist(), model)
+    too_long = sum(are_truncated(taken.to_pylist(), model))
     reasons = pc.fill_null(table.column("reason"), "")
     return Captions(
         num_missing=pc.sum(pc.starts_with(reasons, "caption missing")).as_py() or 0,
@@ -103,16 +148,20 @@ def count_captions(table: pa.Table, model: ModelFolder) -> Captions:
 
 
 @contextmanager
-def frame_reader(cfg: RunConfig) -> Iterator[FirstFrame]:
-    """Read single frames in a worker process. A clip that crashes or hangs the worker gives None."""
+def frame_reader(cfg: RunConfig) -> Iterator[ReadFrames]:
+    """Read single frames in worker processes. A clip that crashes or hangs its worker gives None."""
     check_decoder(cfg)
     memory_bytes = round(cfg.data.decode_memory_gb * 1e9)
-    with WorkerPool(decode, 1, cfg.data.decode_timeout_s, memory_bytes, (DecodeError,)) as pool:
+    num_workers = min(MAX_WORKERS, len(os.sched_getaffinity(0)))
+    with WorkerPool(decode, num_workers, cfg.data.decode_timeout_s, memory_bytes, (DecodeError,)) as pool:
 
-        def read(path: str, kind: str, start_s: float, height: int, width: int) -> np.ndarray | None:
-            shape = ClipShape(1, height, width)
-            outcome = next(pool.imap([DecodeTask(path, kind, None, start_s, shape, cfg.data.fps, cfg.data.decoder)]))
-            return None if isinstance(outcome, TaskFailure) else outcome.first_frame
+        def task(request: FrameRequest) -> DecodeTask:
+            path, kind, start_s, height, width = request
+            return DecodeTask(path, kind, None, start_s, ClipShape(1, height, width), cfg.data.fps, cfg.data.decoder)
+
+        def read(requests: Sequence[FrameRequest]) -> Iterator[np.ndarray | None]:
+            for outcome in pool.imap(map(task, requests), ahead=num_workers):
+                yield None if isinstance(outcome, TaskFailure) else outcome.first_frame
 
         yield read
 

@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 MAX_POINTS = 1500
 # Bucket labels closer than this share of the axes are left out.
-LABEL_WIDTH, LABEL_HEIGHT = 0.17, 0.04
+LABEL_WIDTH, LABEL_HEIGHT, LENGTH_LABEL_WIDTH = 0.17, 0.04, 0.06
 MEMORY_GROUPS = (
     ("frozen weights", BLUE, ("base weights", "gathered weights", "unpacked weight", "vae weights")),
     ("LoRA and its optimizer", PURPLE, ("lora weights", "lora gradients", "optimizer state")),
@@ -116,8 +116,12 @@ def _plot_lengths(report: Report, clips: ClipTable) -> "tuple[Figure, str, str] 
     counts, edges = np.histogram(frames[frames <= end], bins=min(60, end), range=(0.5, end + 0.5))
     axes.bar(edges[:-1], counts, np.diff(edges), align="edge", color=BLUE, alpha=0.75)
     axes.yaxis.set_major_locator(MaxNLocator(integer=True))
+    labeled = -end
     for length in lengths:
         axes.axvline(length, color=ORANGE, linewidth=1.5)
+        if length - labeled < LENGTH_LABEL_WIDTH * end:
+            continue
+        labeled = length
         axes.annotate(str(length), (length, 1), (3, -4), xycoords=("data", "axes fraction"),
                       textcoords="offset points", color=ORANGE, va="top", fontsize=9)  # fmt: skip
     axes.set(xlabel="frames at the target frame rate", ylabel="clips", xlim=(0, end + 1))

@@ -1,10 +1,15 @@
 """The report as text: a few lines for the start of training, and tables for a terminal."""
 
+import re
+from dataclasses import replace
+
 from rich import box
 from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
+from cogds.core.buckets import NO_IMAGE_BUCKET
+from cogds.core.suggest import Fit
 from cogds.formatting import counted, counts, duration, gigabytes, number, percent
 from cogds.report.analysis import BucketReport, Report
 from cogds.report.quality import HARDLY_MOVES
@@ -14,7 +19,7 @@ NOT_MEASURED = "not measured"
 
 
 def step_text(bucket: BucketReport) -> str:
-    """Time per step: measured, with `~` if it follows from the run's mean rate, or NOT_MEASURED."""
+    """Time per step: measured, with `~` if it follows from the run's mean rate or is estimated, or NOT_MEASURED."""
     if bucket.step_s is None:
         return NOT_MEASURED
     return ("" if bucket.step_is_measured else "~") + duration(bucket.step_s)
@@ -34,25 +39,44 @@ def epoch_text(report: Report) -> str:
     )
 
 
+def time_lines(report: Report) -> list[str]:
+    """Sentences about the time of the run and where step times come from; [] if they are unknown."""
+    if report.run_s is None:
+        return []
+    if report.is_estimated:
+        source = f"estimated for {report.rate_source}, until steps are measured"
+    else:
+        source = f"measured in {report.rate_source}; ~ follows from its mean rate"
+    return [
+        f"{counted(report.num_steps, 'step')} in about {duration(report.run_s)}, without encoding, evaluation and "
+        f"videos. Step times are {source}."
+    ]
+
+
 def suggestion_lines(report: Report) -> list[str]:
     """Sentences about better buckets, [] if there are none."""
     if (suggestion := report.suggestion) is None:
         return []
-    before, after = suggestion.before, suggestion.after
+    # Not rounded to sizes, as a suggestion's are, and so the same as elsewhere in the report.
+    before = replace(suggestion.before, crop=report.crop_share, upscaled=report.upscaled_share)
+    after = suggestion.after
     return [
-        f"The buckets fit these clips badly: {_misfit(report.crop_share, report.upscaled_share, before.too_short)}.",
-        f"Better: data.buckets=[{', '.join(suggestion.buckets)}] "
-        f"({_misfit(after.crop, after.upscaled, after.too_short)})",
+        f"The buckets fit these clips badly: {_misfit(before)}.",
+        f"Better: data.buckets=[{', '.join(suggestion.buckets)}]: {_misfit(after, before)}.",
     ]
 
 
-def _misfit(cropped: float, upscaled: float, too_short: float) -> str:
-    """`19% of the picture cropped away, 3% of the clips upscaled`."""
-    parts = [
-        f"{percent(cropped)} of the picture cropped away",
-        *([f"{percent(upscaled)} of the clips upscaled"] if upscaled else []),
-        *([f"{percent(too_short)} of the clips too short"] if too_short else []),
-    ]
+def _misfit(fit: Fit, now: Fit | None = None) -> str:
+    """`3% of the picture cropped away (19% now), 3% of the clips upscaled (3% now)`. now: to compare with."""
+    parts = []
+    for name, text in (
+        ("crop", "of the picture cropped away"),
+        ("upscaled", "of the clips upscaled"),
+        ("too_short", "of the clips without a bucket"),
+    ):
+        share, share_now = getattr(fit, name), getattr(now, name) if now else 0.0
+        if name == "crop" or share or share_now:
+            parts.append(f"{percent(share)} {text}" + (f" ({percent(share_now)} now)" if now else ""))
     return ", ".join(parts)
 
 
@@ -104,6 +128,13 @@ def warning_lines(report: Report) -> list[str]:
             f"Training will not start: {report.num_unusable:,} of {counted(report.num_rows, 'clip')} cannot be used, "
             f"and data.max_unusable allows {percent(report.max_unusable)}."
         )
+    if number := sum(reason.num_clips for reason in report.reasons if reason.phrase == NO_IMAGE_BUCKET):
+        frames = sorted({1, *(bucket.shape.frames for bucket in report.buckets)})
+        size = report.buckets[0].shape
+        lines.append(
+            f"{counted(number, 'image')} not trained, because no bucket has 1 frame: set data.bucket_frames={frames}, "
+            f"or add buckets such as 1x{size.height}x{size.width} to data.buckets."
+        )
     if report.quality.num_still:
         lines.append(
             f"{counted(report.quality.num_still, 'clip')} hardly moving (motion below {HARDLY_MOVES:g}): the LoRA "
@@ -119,9 +150,22 @@ def warning_lines(report: Report) -> list[str]:
         lines.append(
             f"{counted(captions.num_too_long, 'caption')} longer than {captions.limit} tokens: the rest is cut off."
         )
-    if report.skipped:
-        lines.append(f"Skipped in the datasets: {counts(report.skipped)}.")
-    return lines
+    return lines + skipped_lines(report)
+
+
+def skipped_lines(report: Report) -> list[str]:
+    """A sentence about what the listing of the datasets skipped, with the reasons; [] if it skipped nothing."""
+    other = {
+        reason: num
+        for reason, num in report.skipped.items()
+        if re.fullmatch(r"\.\w+ file|file without a suffix", reason)
+    }
+    rest = {reason: num for reason, num in report.skipped.items() if reason not in other}
+    parts = [
+        *([counts(rest)] if rest else []),
+        *([f"neither a clip nor the caption of one: {counts(other)}"] if other else []),
+    ]
+    return [f"Skipped in the datasets: {'; '.join(parts)}."] if parts else []
 
 
 def short_report(report: Report) -> str:
@@ -133,6 +177,7 @@ def short_report(report: Report) -> str:
         *held_out_lines(report),
         *processing_lines(report),
         *caption_lines(report),
+        *time_lines(report),
     ]
     if report.num_unusable:
         reasons = ", ".join(f"{reason.num_clips:,} x {reason.phrase}" for reason in report.reasons[:3])
@@ -165,8 +210,8 @@ def print_report(report: Report, console: Console | None = None) -> None:
     for line in empty_bucket_lines(report):
         console.print(Text(line, style="dim"))
     console.print(Text(ESTIMATE_NOTE, style="dim"))
-    if report.rate_source:
-        console.print(Text(f"Step times from {report.rate_source}; ~ follows from its mean rate.", style="dim"))
+    for line in time_lines(report) or ["Time not measured yet: --gpu h100 estimates it, for example."]:
+        console.print(Text(line))
     if len(report.set_clips) > 1:
         clips = ", ".join(f"set {index}: {num:,}" for index, num in enumerate(report.set_clips))
         console.print(Text(f"Clips by dataset: {clips}"))

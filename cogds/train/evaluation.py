@@ -11,12 +11,14 @@ A run evaluates during training (`make_evaluation_callback`), and the evaluate v
 `Evaluation`.
 """
 
+import contextlib
 import copy
 import logging
 import math
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -37,7 +39,9 @@ from cogds.encode.encoding_plan import EncodedData
 from cogds.errors import UserError, brief
 from cogds.formatting import counted, percent
 from cogds.job import Job
+from cogds.metrics.jsonl import first_evaluation
 from cogds.model.evaluation_mode import call_module, evaluation_mode
+from cogds.process.progress import progress_bar
 from cogds.train.callbacks import TrainContext
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
@@ -270,36 +274,53 @@ def make_evaluation_callback(context: TrainContext) -> "EvaluationCallback | Non
         logger.info(line)
         if warning:
             logger.warning(warning)
-    return EvaluationCallback(context, evaluation, every)
+    first = first_evaluation(Path(run.cfg.output_dir) / "metrics.jsonl") if world.rank == 0 and run.first_step else {}
+    return EvaluationCallback(context, evaluation, every, first)
 
 
-@dataclass(frozen=True)
 class EvaluationCallback:
     """Records the evaluation losses during training (`callbacks.Callback`)."""
 
-    context: TrainContext
-    evaluation: Evaluation
-    every: int
-    name: str = "evaluating"
-    at_start: bool = True
-    on_stop: bool = False
+    name = "evaluating"
+    at_start = True
+    on_stop = False
+
+    def __init__(self, context: TrainContext, evaluation: Evaluation, every: int, first: Mapping[str, float]):
+        """first: the losses of the run's first evaluation; empty if there was none yet."""
+        self.context, self.evaluation, self.every, self.first = context, evaluation, every, first
 
     def run(self, step: int) -> None:
         """Evaluate the weights after `step` optimizer steps. Collective."""
         start, world, engine = time.perf_counter(), self.evaluation.world, self.context.engine
-        num_passes = len(self.evaluation.rounds)
+        num_passes, when = len(self.evaluation.rounds), f"after step {step}" if step else "before step 1"
+        bar = progress_bar(f"evaluating {when}", "pass", num_passes, world.rank == 0, leave=False)
 
         def should_continue(number: int) -> bool:
-            self.context.watch(lambda: f"evaluating after step {step}, forward pass {number + 1} of {num_passes}")
+            self.context.watch(lambda: f"evaluating {when}, forward pass {number + 1} of {num_passes}")
+            bar.update(number - bar.n)
             return not any_rank(world, self.context.is_stopping())[0]
 
         def forward(inputs: Mapping[str, Any]) -> torch.Tensor:
             return call_module(engine, world.device, inputs)[0]
 
-        with evaluation_mode(engine.module, world.device):
+        with evaluation_mode(engine.module, world.device), contextlib.closing(bar):
             scalars = self.evaluation.scalars(forward, should_continue)
         if scalars:
+            self.first = self.first or scalars
+            if world.rank == 0:
+                logger.info(describe_losses(self.first, scalars, when))
             self.context.monitor.add_scalars(step, scalars | {"eval/seconds": time.perf_counter() - start})
+
+
+def describe_losses(first: Mapping[str, float], scalars: Mapping[str, float], when: str) -> str:
+    """Return `eval 1.5129 -> 1.5090 after step 500`, with the run's first loss and this one, of held-out clips if any.
+
+    first: the losses of the run's first evaluation.
+    """
+    tag = "eval/loss" if "eval/loss" in scalars else "eval/train_loss"
+    before = f"{first[tag]:.4f} -> " if first is not scalars and tag in first else ""
+    clips = "" if tag == "eval/loss" else " (trained clips; none are held out)"
+    return f"eval {before}{scalars[tag]:.4f} {when}{clips}"
 
 
 def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float:
@@ -330,11 +351,17 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
 
 
 def describe_cost(run: Run, evaluation: Evaluation, every: int) -> tuple[str, str]:
-    """Return a line about what is evaluated and its cost, and a warning if that is more than MAX_SHARE, else ""."""
+    """Return a line about what is evaluated and its cost, and a warning if that is more than MAX_SHARE, else "".
+
+    The line of a trial that evaluates for longer than it trains says what to change.
+    """
     num_left = run.cfg.train.num_steps - run.first_step
     num_steps = max(1, min(every, num_left))
     share = share_of_training(run, evaluation, num_steps)
-    line = labeled("evaluation", f"{evaluation} every {counted(every, 'step')}, {percent(share)} of the training time")
+    cost = f"{percent(share)} of the training time"
+    if share > 1:
+        cost = "more time than training; to save time, raise eval.every or lower eval.num_clips or eval.num_timesteps"
+    line = labeled("evaluation", f"{evaluation} every {counted(every, 'step')}, {cost}")
     if not evaluation.num_held_out:
         line += "; none held out"
     if share <= MAX_SHARE or run.cfg.train.num_steps < TRIAL_STEPS:

@@ -2,8 +2,10 @@
 
 import argparse
 import contextlib
+import functools
 from pathlib import Path
 
+from cogds.config.loading import load_config
 from cogds.core.rng import use_deterministic_kernels
 from cogds.distributed.collectives import on_rank0
 from cogds.distributed.process_group import connect, disconnect
@@ -15,6 +17,7 @@ from cogds.process.environment import make_cublas_deterministic
 from cogds.process.signals import StopRequest, find_launchers
 from cogds.train.trainer import Trainer
 from cogds.train.tuning import check_execution
+from cogds.videos.sample_spec import check_prompts
 
 # A dry run evaluates nothing, and so encodes nothing. It checks memory on a CPU too.
 DRY_RUN = {"train.memory_check": "on", "eval.every": None, "sample.every": None}
@@ -27,10 +30,12 @@ def main(args: argparse.Namespace) -> None:
         make_cublas_deterministic()
         use_deterministic_kernels()
     check_execution(job)
+    # As set, because a dry run makes no videos.
+    check_prompts(load_config(args.config, args.overrides)[0].sample, job.buckets, job.model.geometry)
     stop = StopRequest(find_launchers())
     stop.listen()
     connect(job.world, job.cfg.train.timeout_s, job.cfg.network)
-    on_rank0(job.world, job.make_folders)
+    on_rank0(job.world, functools.partial(job.make_folders, with_output=not args.dry_run))
     try:
         with contextlib.nullcontext() if args.dry_run else hold_run_lock(job.world, Path(job.cfg.output_dir)):
             Trainer(job, stop, args.dry_run).run()

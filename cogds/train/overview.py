@@ -29,7 +29,12 @@ logger = logging.getLogger(__name__)
 
 # Metrics that TensorBoard's HParams tab compares runs by.
 HPARAM_METRICS = ("train/loss", "eval/loss", "eval/train_loss")
+FIRST_FRAMES = "data/first_frames"
 MAX_DECODED = 4  # clips per micro-batch
+SHEET_CLIPS = 8  # clips per contact sheet
+# Each clip is shown once. So that a few clips that other ranks train do not delay the sheet, rank 0 waits for this many
+# samples per clip.
+SAMPLES_PER_CLIP = 4
 
 
 def log_overview(run: Run, monitor: Monitor) -> None:
@@ -46,27 +51,33 @@ def log_overview(run: Run, monitor: Monitor) -> None:
 
 
 def hparams(run: Run) -> dict[str, str | float | bool]:
-    """Return the settings to compare runs by: values of the config, and values that follow from them."""
+    """Return the settings to compare runs by: values of the config, and values that follow from them.
+
+    TensorBoard sorts them by name and first shows five. So these are important ones, and names that would come before
+    them are not those of the config.
+    """
     cfg, plan = run.cfg, run.plan
     tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
     return {
+        "clips": len(run.data.index),
+        "lora.alpha": cfg.lora.alpha,
+        "lora.rank": cfg.lora.rank,
         "optimizer.lr": cfg.optimizer.lr,
         "optimizer.schedule": cfg.optimizer.schedule,
         "optimizer.weight_decay": cfg.optimizer.weight_decay,
-        "lora.rank": cfg.lora.rank,
-        "lora.alpha": cfg.lora.alpha,
-        "lora.target_modules": ", ".join(cfg.lora.target_modules),
+        "target modules": ", ".join(cfg.lora.target_modules),
         "train.num_steps": cfg.train.num_steps,
         "train.precision": cfg.train.precision,
         "train.gradient_accumulation_steps": plan.accumulation,
         "tokens per rank and micro-step": max(num * size for num, size in zip(tokens, plan.local_batch_sizes)),
-        "activation checkpointing": "; ".join(sorted({str(part.checkpointing) for part in run.execution.buckets})),
+        "train.activation_checkpointing": "; ".join(
+            sorted({str(part.checkpointing) for part in run.execution.buckets})
+        ),
         "ranks": run.world.size,
         "zero stage": zero_stage(run.ds_config),
-        "model.quantization": cfg.model.quantization,
-        "model.path": cfg.model.path,
-        "conditioning.image_latents": cfg.conditioning.image_latents,
-        "clips": len(run.data.index),
+        "quantization": cfg.model.quantization,
+        "scale of image latents": cfg.conditioning.image_latents,
+        "weights": cfg.model.path,
         "seed": cfg.seed,
     }
 
@@ -93,6 +104,8 @@ class FirstBatchLogger:
         self._run, self._builder, self._monitor = run, builder, monitor
         self._frames: list[np.ndarray] = []
         self._captions: list[str] = []
+        self._rows: set[int] = set()
+        self._num_samples = 0
         self._is_done = False
 
     def log(self, step: int, micro_batch: MicroBatch, batch: Batch) -> None:
@@ -103,7 +116,7 @@ class FirstBatchLogger:
                 self._collect(step, batch)
             except Exception as error:
                 self._finish()
-                log_failure(logger, f"TensorBoard image data/first_frames could not be made: {brief(error)}", error)
+                log_failure(logger, f"TensorBoard image {FIRST_FRAMES} could not be made: {brief(error)}", error)
         if num_passed < cfg.show_batches:
             try:
                 self._decode(step, micro_batch, batch)
@@ -111,14 +124,23 @@ class FirstBatchLogger:
                 log_failure(logger, f"the batch of step {step + 1} could not be decoded: {brief(error)}", error)
 
     def _collect(self, step: int, batch: Batch) -> None:
-        num = self._run.cfg.metrics.show_clips
-        choices = batch.choices[: num - len(self._frames)]
-        for choice, frame in zip(choices, batch.tensors["first_frame"]):
-            clip = self._run.data.index[choice.row]
+        index, num_steps = self._run.data.index, self._run.cfg.train.num_steps
+        num = min(self._run.cfg.metrics.show_clips, len(index))
+        for choice, frame in zip(batch.choices, batch.tensors["first_frame"]):
+            self._num_samples += 1
+            if choice.row in self._rows or len(self._rows) == num:
+                continue
+            self._rows.add(choice.row)
+            clip = index[choice.row]
             self._frames.append(_shrink(frame))
             self._captions.append(f"{clip.shape}  {clip.captions[choice.caption].text}")
-        if self._frames and (len(self._frames) >= num or step + 1 == self._run.cfg.train.num_steps):
-            self._monitor.add_image(step + 1, "data/first_frames", contact_sheet(self._frames, self._captions))
+        is_late = self._num_samples >= SAMPLES_PER_CLIP * num or step + 1 == num_steps
+        if self._frames and (len(self._rows) == num or is_late):
+            for number, start in enumerate(range(0, len(self._frames), SHEET_CLIPS), 1):
+                part = slice(start, start + SHEET_CLIPS)
+                name = FIRST_FRAMES if number == 1 else f"{FIRST_FRAMES}/{number}"
+                self._monitor.add_image(step + 1, name, contact_sheet(self._frames[part], self._captions[part]))
+            self._monitor.add_text(FIRST_FRAMES, "\n".join(self._captions))
             self._finish()
 
     def _finish(self) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 
 from cogds.config.schema import KEYS, RunConfig, get
 from cogds.core.geometry import ClipShape
+from cogds.core.held_out import limit_of_fixed_share
 from cogds.core.mixture import Mixture
 from cogds.core.plan import Origin, Plan
 from cogds.data.loading.index import ClipIndex
@@ -119,6 +120,16 @@ def _differences(saved: Mapping[str, Any], identity: Mapping[str, Any]) -> Itera
         before = saved.get(name, KEYS[name].default if name in KEYS else None)
         if (list(before) if isinstance(before, tuple) else before) != now:
             yield name, before, now
+
+
+def saved_held_out_limit(header: Mapping[str, Any]) -> int | None:
+    """Return the limit by which the run of a checkpoint holds out files; None without a checkpoint, or if it has none.
+
+    A resumed run keeps it, so that it never evaluates what it has trained, even if files were removed.
+    """
+    if not header or "held_out_limit" in header:
+        return header.get("held_out_limit")
+    return limit_of_fixed_share(header["identity"].get("eval.held_out") or 0.0)
 
 
 def resume_data(data: EncodedData, header: Mapping[str, Any], cfg: RunConfig) -> EncodedData:

@@ -45,6 +45,7 @@ from cogds.model.pipelines import (
     sample_latents,
 )
 from cogds.process.logs import log_failure
+from cogds.process.progress import Bar, progress_bar
 from cogds.train.callbacks import TrainContext
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
@@ -52,13 +53,14 @@ from cogds.train.step import StepBuilder
 from cogds.train.summary import labeled
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.lockstep import LockstepTransformer, Stopped
+from cogds.videos.sample_folder import BASE, Prompt, write_prompts
 from cogds.videos.sample_spec import SampleSpec, load_first_frame
 
 logger = logging.getLogger(__name__)
 
-FOLDER, BASE = "samples", "base"
-STRIP_FRAMES, STRIP_WIDTH = 8, 200  # frames in a strip, pixels of each frame
-PLAYED_WIDTH = 320  # pixels of a video that plays in TensorBoard
+FOLDER = "samples"
+STRIP_FRAMES, STRIP_WIDTH = 4, 360  # frames of a video in an image, pixels of each; TensorBoard shows half of them
+PLAYED_WIDTH = 400  # pixels of a video that plays in TensorBoard
 
 
 def make_sample_callback(context: TrainContext) -> "SampleCallback | None":
@@ -176,27 +178,36 @@ class SampleCallback:
         """Return the mp4s by file stem on rank 0, without those that failed. Collective. model: name for messages."""
         world, videos = self._run.world, {}
         stems = list(specs)
-        for start in range(0, len(stems), world.data_size):
-            batch = stems[start : start + world.data_size]
-            own_spec = specs[batch[world.data_rank]] if world.data_rank < len(batch) else None
-            own_result = self._generate_one(own_spec, model)
-            for number, stem in enumerate(batch):
-                result = broadcast(world, number * world.sequence_size, own_result)
-                if isinstance(result, bytes):
-                    videos[stem] = result
-                elif world.rank == 0:
-                    logger.warning(f"{model}: no video of '{specs[stem].prompt}': {result}")
+        num_calls = -(-len(stems) // world.data_size) * self._num_calls
+        bar = progress_bar(model, "step", num_calls, world.rank == 0, leave=False, has_numbers=False)
+        with contextlib.closing(bar):
+            for start in range(0, len(stems), world.data_size):
+                batch = stems[start : start + world.data_size]
+                own_spec = specs[batch[world.data_rank]] if world.data_rank < len(batch) else None
+                numbers = f"{start + 1}" if len(batch) == 1 else f"{start + 1}-{start + len(batch)}"
+                own_result = self._generate_one(own_spec, f"{model}, video {numbers} of {len(stems)}", bar)
+                for number, stem in enumerate(batch):
+                    result = broadcast(world, number * world.sequence_size, own_result)
+                    if isinstance(result, bytes):
+                        videos[stem] = result
+                    elif world.rank == 0:
+                        logger.warning(f"{model}: no video of '{specs[stem].prompt}': {result}")
         return videos if world.rank == 0 else {}
 
-    def _generate_one(self, spec: SampleSpec | None, model: str) -> bytes | str:
+    def _generate_one(self, spec: SampleSpec | None, model: str, bar: Bar) -> bytes | str:
         """Return an mp4, or the reason why there is none. Collective. Raises Stopped.
 
-        spec: of this rank's video; None if it has none and only takes part in the forward passes.
+        spec: of this rank's video; None if it has none and only takes part in the forward passes. model: name for
+        messages. bar: counts the forward passes.
         """
         run, sample, failure, latents = self._run, self._run.cfg.sample, "", None
         prompt = spec.prompt if spec else "another rank"
 
+        start = bar.n
+
         def on_call(number: int) -> None:
+            bar.set_description_str(f"{model}, {number + 1}/{self._num_calls}", refresh=False)
+            bar.update(start + number - bar.n)
             self._watch(lambda: f"{model}: denoising step {number + 1} of {self._num_calls} of '{prompt}'")
 
         transformer = LockstepTransformer(
@@ -224,6 +235,7 @@ class SampleCallback:
                 self._pipeline.transformer = self._engine.module  # releases the tensors of `transformer`
             _free_memory(run.world.device)
         transformer.finish(has_failed=bool(failure))
+        bar.update(start + self._num_calls - bar.n)
         if spec is None or latents is None or run.world.sequence_rank:
             return failure
         self._watch(lambda: f"{model}: decoding '{prompt}'")
@@ -259,6 +271,8 @@ class SampleCallback:
                 if not file.is_file():
                     with whole_file(file) as partial:
                         partial.write_bytes(video)
+            prompts = {stem: Prompt(spec.prompt, str(spec.shape), spec.seed) for stem, spec in self._specs.items()}
+            write_prompts(self._folder, prompts, {stem: spec.pixels for stem, spec in self._specs.items()})
             if not videos:
                 return
             if folder.exists():
@@ -270,7 +284,7 @@ class SampleCallback:
             logger.warning(f"{folder}: the videos of step {step} could not be written ({brief(error)})")
 
     def _show(self, step: int, videos: Mapping[str, bytes]) -> None:
-        """Write each video to TensorBoard next to the base model's and the first frame, as strips and as a video."""
+        """Write each video to TensorBoard next to the base model's, as frames and as a video."""
         fps = self._run.cfg.data.fps
         for stem, video in videos.items():
             spec = self._specs[stem]
@@ -278,27 +292,25 @@ class SampleCallback:
                 shown = {"base": self._base[stem]} if stem in self._base else {}
                 shown |= {f"step {step}": video} if step or not shown else {}
                 frames = {label: _decode_mp4(mp4, spec.shape, fps) for label, mp4 in shown.items()}
-                strips, played = compare_videos(spec.pixels, frames)
+                strips, played = compare_videos(frames)
                 self._monitor.add_image(step, f"{FOLDER}/{stem}", strips)
                 self._monitor.add_video(step, f"{FOLDER}/{stem}/clip", played, fps)
             except Exception as error:
                 log_failure(logger, f"the video of '{spec.prompt}' could not be shown: {brief(error)}", error)
 
 
-def compare_videos(first_frame: np.ndarray, videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-    """Return an image with a strip of frames of each video, and a video in which all play, next to the first frame.
+def compare_videos(videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
+    """Return an image with a column of frames of each video, and a video in which all play.
 
-    first_frame: uint8 [H, W, 3]. videos: uint8 [F, H, W, 3], by label.
+    TensorBoard's cards are narrow, so landscape videos play one above the other. videos: uint8 [F, H, W, 3], by label.
     """
-    image = shrink(first_frame[None], STRIP_WIDTH)
-    strips = []
+    columns = []
     for label, video in videos.items():
-        frames = [shrink(frame[None], STRIP_WIDTH) for frame in evenly_spaced_frames(video, STRIP_FRAMES)]
-        strips.append([add_label(make_grid([[image, *frames]]), label)])
-    cells = [add_label(shrink(first_frame[None], PLAYED_WIDTH), "first frame")]
-    cells += [add_label(shrink(video, PLAYED_WIDTH), label) for label, video in videos.items()]
-    is_landscape = first_frame.shape[1] > first_frame.shape[0]
-    return make_grid(strips)[0], make_grid([[cell] for cell in cells] if is_landscape else [cells])
+        first, *others = [shrink(frame[None], STRIP_WIDTH) for frame in evenly_spaced_frames(video, STRIP_FRAMES)]
+        columns.append([add_label(first, label), *others])
+    cells = [add_label(shrink(video, PLAYED_WIDTH), label) for label, video in videos.items()]
+    height, width = next(iter(videos.values())).shape[1:3]
+    return make_grid(list(zip(*columns)))[0], make_grid([[cell] for cell in cells] if width > height else [cells])
 
 
 def _find_specs(run: Run) -> dict[str, SampleSpec]:
@@ -312,7 +324,7 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
                 try:
                     key = keys.caption(prompt.prompt).hex()
                     states = cache.read("captions", key, snapshot.place(key) or "")["text_states"]
-                    specs.append(_spec_of_prompt(run, prompt, states))
+                    specs.append(_spec_of_prompt(run, number, prompt, states))
                 except Exception as error:
                     log_failure(
                         logger, f"sample.prompts[{number}]: '{prompt.prompt}' is left out: {brief(error)}", error
@@ -326,9 +338,10 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
     return {spec.file_stem(sample.num_steps, sample.guidance): spec for spec in specs}
 
 
-def _spec_of_prompt(run: Run, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
+def _spec_of_prompt(run: Run, number: int, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
     """Raises UserError if the image or the size is not usable."""
-    shape, pixels = load_first_frame(prompt.image, prompt.size, run.buckets, run.model.geometry)
+    size_key = f"sample.prompts[{number}].size"
+    shape, pixels = load_first_frame(prompt.image, prompt.size, run.buckets, run.model.geometry, size_key)
     seed = run.cfg.sample.seed if prompt.seed is None else prompt.seed
     return SampleSpec(prompt.prompt, shape, seed, pixels, states)
 

@@ -1,6 +1,7 @@
 """The startup summary: what is about to be trained, on one screen. A panel on a terminal, plain lines elsewhere."""
 
 import logging
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
@@ -12,7 +13,9 @@ from rich.text import Text
 
 from cogds.config.deepspeed import zero_stage
 from cogds.core.geometry import num_tokens
+from cogds.data.storage.location import is_local_file
 from cogds.formatting import counted, gigabytes, magnitude
+from cogds.process.environment import command
 from cogds.process.progress import is_terminal
 from cogds.train.resume import InitialState, describe_layout
 from cogds.train.run import Run
@@ -54,7 +57,7 @@ def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]
         ),
         ("buckets", bucket_table(run)),
         ("output", [f"{output} (a dry run saves nothing)" if dry_run else str(output)]),
-        ("watch", [] if dry_run else [f"tensorboard --logdir {output / 'tensorboard'}"]),
+        ("watch", [] if dry_run else [watch_command(output)]),
         ("left out", unusable_lines(run, dry_run)),
         ("start", start_lines(run, initial)),
     ]
@@ -62,6 +65,27 @@ def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]
     for label, texts in sections:
         lines += [labeled("" if number else label, text) for number, text in enumerate(texts)]
     return lines
+
+
+def watch_command(output: Path) -> str:
+    """Return the command that shows a run in TensorBoard."""
+    return f"{command('tensorboard', 'tensorboard.main')} --logdir {shlex.quote(str(output / 'tensorboard'))}"
+
+
+def sample_command(run: Run, lora: Path) -> str:
+    """Return a command that makes a video with a LoRA, from the run's first prompt or one of its clips.
+
+    Clips in tar files and behind URLs are replaced by a placeholder, because `cogds sample` reads local files only.
+    """
+    prompts, index = run.cfg.sample.prompts, run.data.held_out or run.data.index
+    if prompts:
+        prompt, image = prompts[0].prompt, prompts[0].image
+    else:
+        clip = index[0]
+        prompt, image = " ".join(clip.captions[0].text.split()), clip.image_path or clip.path
+        image = image if is_local_file(image) else "IMAGE"
+    words = ["--model", run.cfg.model.path, "--lora", str(lora), "--image", image, "--prompt", prompt]
+    return f"{command('cogds', 'cogds')} sample {shlex.join(words)}"
 
 
 def describe_ranks(run: Run) -> str:

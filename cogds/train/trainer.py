@@ -21,7 +21,7 @@ from cogds.core.diffusion import v_loss
 from cogds.core.lr_schedule import learning_rate
 from cogds.core.plan import MicroBatch
 from cogds.core.rng import seed_global
-from cogds.distributed.collectives import all_gather, any_rank, on_rank0
+from cogds.distributed.collectives import all_gather, any_rank, on_all_ranks, on_rank0
 from cogds.distributed.deepspeed_internals import detach_monitor
 from cogds.distributed.world import gpu_memory
 from cogds.encode.clip_set import ClipSet
@@ -39,7 +39,9 @@ from cogds.metrics.jsonl import rewind_metrics
 from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import StepLosses
 from cogds.metrics.trackers import Trackers
+from cogds.model.load import WEIGHT_PARTS
 from cogds.model.lora.adapter import inject, load_initial_lora
+from cogds.process.activity import activity
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest
 from cogds.process.watchdog import Watchdog
@@ -59,13 +61,14 @@ from cogds.train.resume import (
     resume_data,
     resume_plan,
     run_identity,
+    saved_held_out_limit,
 )
 from cogds.train.run import Run
 from cogds.train.samples import make_sample_callback
 from cogds.train.saving import CheckpointCallback, check_space
 from cogds.train.step import StepBuilder, load_step_builder
 from cogds.train.step_meter import StepMeter
-from cogds.train.summary import show, summary
+from cogds.train.summary import sample_command, show, summary, watch_command
 from cogds.train.tuning import choose_execution, prepare_blocks
 
 logger = logging.getLogger(__name__)
@@ -81,6 +84,7 @@ class Trainer:
         """dry_run: stop before the first step and write nothing to the output folder."""
         self.job, self.stop, self.dry_run = job, stop, dry_run
         self.output_dir = Path(job.cfg.output_dir)
+        self.watchdog: Watchdog | None = None
 
     def run(self) -> None:
         """Prepare, train and save. Raises Interrupted once everything is saved, if a rank was asked to stop."""
@@ -92,15 +96,18 @@ class Trainer:
             self.log_results(run)
             return
         engine = self.build(run, initial)
-        builder = load_step_builder(
-            run.model, run.cfg.conditioning, run.data.empty_caption_states, self.job.dtype, run.world.device
-        )
-        models = load_on_the_fly_models(self.job)  # before the memory check, which then counts them
+        with activity("loading the VAE"):
+            builder = load_step_builder(
+                run.model, run.cfg.conditioning, run.data.empty_caption_states, self.job.dtype, run.world.device
+            )
+            models = load_on_the_fly_models(self.job)  # before the memory check, which then counts them
         if self.dry_run:
-            logger.log(RESULT, "%s", check_memory(run, engine, builder))
+            with activity("trying the largest bucket"):
+                logger.log(RESULT, "%s", check_memory(run, engine, builder))
             logger.log(RESULT, "dry run: ready to train; nothing was trained or saved")
             return
-        self.train(run, engine, builder, models, header)
+        with activity(lambda: self.watchdog.describe() if self.watchdog else "starting the training"):
+            self.train(run, engine, builder, models, header)
         self.log_results(run)
 
     # ------------------------------------------------------------------------------------------------- preparation
@@ -110,23 +117,24 @@ class Trainer:
 
         Returns the run, its initial state, and the header of its checkpoints.
         """
-        self.job = job = choose_tiling(self.job, initial.header)
+        job = choose_tiling(self.job, initial.header)
+        self.job = job = dataclasses.replace(job, held_out_limit=saved_held_out_limit(initial.header))
         cfg, world = job.cfg, job.world
-        weights_digest = on_rank0(world, job.weights_digest)
-        identity = run_identity(cfg, job.ds_config["optimizer"]["type"], weights_digest, job.buckets)
         if initial.checkpoint:  # check before encoding, which may take hours
+            identity = self.model_identity()
             on_rank0(world, lambda: check_identity(initial, identity))
         if self.dry_run:
             initial = dataclasses.replace(initial, checkpoint=None, header={})
-        data = encode_dataset(job, max_unusable=cfg.data.max_unusable, on_selected=self.report)
+        data = encode_dataset(job, max_unusable=cfg.data.max_unusable, on_selected=self.report, parts=WEIGHT_PARTS)
         if initial.checkpoint:
             data = on_rank0(world, lambda: resume_data(data, initial.header, cfg))
         plan = job.plan(data.mixture)
-        identity |= data_identity(data)
+        identity = self.model_identity() | data_identity(data)
         if initial.checkpoint:
             on_rank0(world, lambda: check_identity(initial, identity))
             plan = resume_plan(plan, initial.header, initial.checkpoint)
-        execution = choose_execution(job, plan.local_batch_sizes, initial.header.get("kernel"))
+        with activity("choosing the attention kernel"):
+            execution = choose_execution(job, plan.local_batch_sizes, initial.header.get("kernel"))
         run = Run(job, data, plan, execution, initial.header.get("step", 0))
         header = {
             "cogds_version": cogds.__version__,
@@ -135,14 +143,25 @@ class Trainer:
             "index": data.index.path.name,
             "kernel": execution.kernel if world.device.type == "cuda" else None,  # a CPU does not choose
             "tiled": sorted(map(str, job.tiled)),
+            "held_out_limit": data.held_out_limit,
             "start": checkpoints.start_point(cfg.checkpoint.resume, initial.header),
         }
         return run, initial, header
 
+    def model_identity(self) -> dict[str, Any]:
+        """Return the identity of the run without its data. Collective; downloads the transformer if it is missing."""
+        job = self.job
+        with activity("fetching the model"):
+            on_all_ranks(job.world, lambda: job.model.fetch("transformer"))
+        with activity("hashing the weights of the model"):
+            weights_digest = on_rank0(job.world, job.weights_digest)
+        return run_identity(job.cfg, job.ds_config["optimizer"]["type"], weights_digest, job.buckets)
+
     def report(self, clips: ClipSet) -> None:
         """Log what will be trained, on rank 0, before anything is encoded."""
-        job = self.job
-        logger.info(short_report(run_report(job, clips, clip_table(clips), gpu_memory(job.world.device))))
+        job, device = self.job, self.job.world.device
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else None
+        logger.info(short_report(run_report(job, clips, clip_table(clips), gpu_memory(device), name)))
 
     def announce(self, run: Run, initial: InitialState) -> None:
         """Show the summary and prepare the output folder, on rank 0."""
@@ -164,6 +183,7 @@ class Trainer:
             with whole_file(self.output_dir / "unusable.jsonl") as partial:
                 shutil.copyfile(run.data.unusable.file, partial)
 
+    @activity("loading the transformer and starting DeepSpeed")
     def build(self, run: Run, initial: InitialState) -> Any:
         """Load the transformer, add the LoRA, start the DeepSpeed engine and restore the checkpoint if there is one."""
         cfg, world = run.cfg, run.world
@@ -196,7 +216,7 @@ class Trainer:
         cfg, world = run.cfg, run.world
         monitor = self.make_monitor(run, engine)
         log_overview(run, monitor)
-        watchdog = Watchdog(world.rank, cfg.train.step_timeout_s, self.output_dir)
+        self.watchdog = watchdog = Watchdog(world.rank, cfg.train.step_timeout_s, self.output_dir)
         watchdog.watch(lambda: "trying the largest bucket before the first step")
         if result := check_memory(run, engine, builder):
             monitor.add_scalars(run.first_step, result.scalars())
@@ -254,9 +274,8 @@ class Trainer:
     def log_results(self, run: Run) -> None:
         """Log the path of the LoRA, how to watch the run, and how to make a video."""
         lora = self.output_dir / "lora" / checkpoints.step_name(max(run.first_step, run.cfg.train.num_steps))
-        sample = f'cogds sample --model {run.cfg.model.path} --lora {lora} --image IMAGE --prompt "PROMPT"'
-        logger.log(RESULT, "LoRA: %s\nwatch: tensorboard --logdir %s", lora, self.output_dir / "tensorboard")
-        logger.log(RESULT, "next: %s", sample)
+        logger.log(RESULT, "LoRA: %s\nwatch: %s", lora, watch_command(self.output_dir))
+        logger.log(RESULT, "next: %s", sample_command(run, lora))
 
 
 def tags_written_again(run: Run) -> tuple[str, ...]:

@@ -20,12 +20,16 @@ COLUMNS = ("prompt", "image", "size", "seed")
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """A prompt, its first frame (an image file), and the size FRAMESxHEIGHTxWIDTH and seed that a list may set."""
+    """A prompt, its first frame (an image file), and the size FRAMESxHEIGHTxWIDTH and seed that a list may set.
+
+    size_key: what sets the size, for errors.
+    """
 
     prompt: str
     image: str
     size: str | None = None
     seed: int | None = None
+    size_key: str = "--size"
 
 
 def read_prompt_specs(prompts: Sequence[str], images: Sequence[str], file: str | None) -> list[PromptSpec]:
@@ -103,4 +107,6 @@ def _make_spec(place: str, row: Mapping[str, Any], folder: Path, images: Sequenc
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise UserError(f"{place}: seed is {seed!r}. Use a whole number of at least 0.")
     image_path = join(str(folder), str(image)) if image is not None else images[0]
-    return PromptSpec(prompt.strip(), image_path, None if size is None else str(size), seed)
+    if size is None:
+        return PromptSpec(prompt.strip(), image_path, seed=seed)
+    return PromptSpec(prompt.strip(), image_path, str(size), seed, f"{place}: size")

@@ -1,5 +1,6 @@
 """What a video is generated from: text states, first frame, size and seed."""
 
+import dataclasses
 import hashlib
 import unicodedata
 from collections.abc import Sequence
@@ -8,9 +9,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
+from cogds.config.schema import SampleConfig
 from cogds.core.buckets import assign
 from cogds.core.geometry import ClipShape, ModelGeometry, check_shape
-from cogds.data.video.media import DecodeError, probe_image, read_image
+from cogds.data.video.kinds import kind_of
+from cogds.data.video.media import DecodeError, probe_image, probe_video, read_clip, read_image
 from cogds.errors import UserError
 
 
@@ -44,22 +47,36 @@ def slug(text: str, max_length: int = 40) -> str:
 
 
 def load_first_frame(
-    image: str, size: str | None, buckets: Sequence[ClipShape], geometry: ModelGeometry
+    image: str, size: str | None, buckets: Sequence[ClipShape], geometry: ModelGeometry, size_key: str = "--size"
 ) -> tuple[ClipShape, np.ndarray]:
     """Return the shape of a video and its first frame, uint8 [H, W, 3], resized to cover that shape and cropped.
 
-    size: FRAMESxHEIGHTxWIDTH, or None for the bucket that crops the image least. Raises UserError if the model does
-    not support the size or the image cannot be read.
+    size: FRAMESxHEIGHTxWIDTH, or None for the bucket that crops the image least. size_key: the key or flag that sets
+    it. Of a video, its first frame is used. Raises UserError if the model does not support the size or the image cannot
+    be read.
     """
     try:
-        shape = ClipShape.parse(size) if size else best_bucket(image, buckets)
-        check_shape(shape, geometry)
+        shape = ClipShape.parse(size, size_key) if size else best_bucket(image, buckets)
+        check_shape(shape, geometry, size_key)
+        if kind_of(image) == "video":
+            return shape, read_clip(image, dataclasses.replace(shape, frames=1), fps=1.0)[0]
         return shape, read_image(image, shape.height, shape.width)
     except (DecodeError, OSError) as error:
-        raise UserError(f"{image}: {error}") from None
+        raise UserError(f"{image}: {error}. Choose another image.") from None
+
+
+def check_prompts(sample: SampleConfig, buckets: Sequence[ClipShape], geometry: ModelGeometry) -> None:
+    """Raise UserError if training could not make a video of one of its prompts, because of its image or size."""
+    for index, prompt in enumerate(sample.prompts if sample.every is not None else ()):
+        key = f"sample.prompts[{index}]"
+        try:
+            load_first_frame(prompt.image, prompt.size, buckets, geometry, f"{key}.size")
+        except UserError as error:
+            message = str(error)
+            raise UserError(message if message.startswith(key) else f"{key}.image: {message}") from None
 
 
 def best_bucket(image: str, buckets: Sequence[ClipShape]) -> ClipShape:
     """Return the video bucket that crops an image least; of several, the longest. Raises DecodeError."""
-    info = probe_image(image)
+    info = probe_video(image) if kind_of(image) == "video" else probe_image(image)
     return buckets[assign(max(shape.frames for shape in buckets), info.height, info.width, buckets) or 0]

@@ -69,11 +69,13 @@ from pathlib import Path
 root, file, *argv = sys.argv[1:]
 sys.path.insert(0, root)
 from cogds.arguments import find_config, parse_args
+from cogds.cli import choose_configs
 from cogds.config.loading import load_config
 
 args = parse_args("train", argv, "")
-config = find_config(args.config, "run_configs", ".yaml") if args.config else f"{root}/launch/configs/demo.yaml"
-cfg, _ = load_config(config, args.overrides)
+configs, _ = choose_configs("train", args.config or [], args.overrides)
+configs = [find_config(config, "run_configs", ".yaml") for config in configs]
+cfg, _ = load_config(configs, args.overrides)
 Path(file).write_text(Path(cfg.output_dir, "checkpoints/latest").read_text())
 END
   cat "$file" 2>/dev/null

@@ -2,6 +2,7 @@
 
 import json
 import pickle
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -11,6 +12,7 @@ from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from pydantic import ValidationError
 
+from cogds.arguments import RECIPES, find_config
 from cogds.config.loading import load_config, replace, to_dict, to_yaml
 from cogds.config.schema import COLUMNS, KEYS, RENAMED, RENAMED_VALUES, RunConfig, SetConfig, get
 from cogds.errors import UserError
@@ -421,3 +423,33 @@ def test_importing_the_config_loads_neither_torch_nor_deepspeed():
 def test_templates_and_filters_need_no_quotes_on_the_command_line(setting, value):
     cfg, _ = load_config(None, ["model.path=m", "data.path=d", "output_dir=o", setting])
     assert getattr(cfg.data, setting.split("=")[0].removeprefix("data.")) == value
+
+
+def test_later_files_win_and_the_command_line_wins_over_all(tmp_path):
+    (tmp_path / "a.yaml").write_text("output_dir: a\nmodel: {path: m}\ntrain: {num_steps: 1, batch_size: 2}\n")
+    (tmp_path / "b.yaml").write_text("train: {num_steps: 3, tokens_per_batch: 9}\nlora: {rank: 4}\n")
+    files = [str(tmp_path / "a.yaml"), str(tmp_path / "b.yaml")]
+    cfg, explicit = load_config(files, ["data.path=d", "lora.rank=8"])
+    assert (cfg.output_dir, cfg.train.num_steps, cfg.train.tokens_per_batch, cfg.lora.rank) == ("a", 3, 9, 8)
+    assert "train.batch_size" not in explicit  # tokens_per_batch, of the later file, replaces it
+    reversed_cfg, _ = load_config(files[::-1], ["data.path=d"])
+    assert (reversed_cfg.train.num_steps, reversed_cfg.train.batch_size, reversed_cfg.lora.rank) == (1, 2, 4)
+    assert reversed_cfg.train.tokens_per_batch is None
+    (tmp_path / "a.yaml").write_text("train: {num_step: 1}")
+    with pytest.raises(UserError, match=rf"^train\.num_step: unknown key in {re.escape(files[0])}"):
+        load_config(files, ["data.path=d"])
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_recipes_are_complete(name):
+    cfg, explicit = load_config(find_config(f"recipe:{name}", "run_configs", ".yaml"), ["data.path=clips"])
+    shipped, of_shipped = load_config(find_config("cogvideox1.5_i2v_lora", "run_configs", ".yaml"), ["data.path=clips"])
+    assert of_shipped <= explicit
+    assert (cfg.model, cfg.data.fps, cfg.conditioning) == (shipped.model, shipped.data.fps, shipped.conditioning)
+    assert cfg.output_dir == f"outputs/{name}"
+    assert cfg.eval.held_out == 0.1
+
+
+def test_an_unknown_recipe_is_named():
+    with pytest.raises(UserError, match=r"^--config recipe:stile: .*did you mean 'style'.*recipe:motion"):
+        find_config("recipe:stile", "run_configs", ".yaml")

@@ -24,9 +24,9 @@ def test_parse_keeps_the_order():
     "texts, match",
     [
         (["81x768"], "'81x768'"),
-        (["80x768x1360"], "bucket 80x768x1360 .* 81x768x1360"),
+        (["80x768x1360"], "80x768x1360 .* 81x768x1360"),
         (["81x768x1360", "9x32x32", "81x768x1360"], r"data\.buckets: 81x768x1360"),
-        (["81x768x2416"], "bucket 81x768x2416 .* 2400"),
+        (["81x768x2416"], "81x768x2416 .* 2400"),
     ],
 )
 def test_parse_errors(texts, match):

@@ -5,7 +5,7 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogds.core.checkpointing import BlockCheckpointing
-from cogds.core.flops import forward_flops, step_flops
+from cogds.core.flops import GPUS, PEAK_TFLOPS, estimate_seconds, forward_flops, step_flops
 
 TERA = 1e12
 REAL = step_flops(45_104, 42, 3072, 132_120_576)
@@ -55,3 +55,8 @@ def test_operations_of_a_block_counted_by_torch():
     flops = step_flops(num_video + num_text, 1, width, num_lora)
     assert forward.get_total_flops() == pytest.approx(flops.forward + flops.lora, rel=1e-3)
     assert backward.get_total_flops() == pytest.approx(flops.backward + 2 * flops.lora, rel=1e-3)
+
+
+def test_every_named_gpu_has_a_peak():
+    assert {gpu.device for gpu in GPUS.values()} <= PEAK_TFLOPS.keys()
+    assert estimate_seconds(989e12 * 4, GPUS["h100"].device) == pytest.approx(10)

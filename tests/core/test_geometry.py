@@ -59,12 +59,12 @@ def test_invalid_shape_texts_are_refused(text):
 @pytest.mark.parametrize(
     "geometry, text, message",
     [
-        (V15, "80x768x1360", "bucket 80x768x1360 .* 81x768x1360"),
-        (V15, "81x770x1366", "bucket 81x770x1366 .* 81x768x1360"),
-        (V15, "81x2416x64", "bucket 81x2416x64 .* 2400 pixels high"),
-        (V15, "81x64x2416", "bucket 81x64x2416 .* 2400 wide"),
-        (V10, "49x480x704", "bucket 49x480x704 .* 49x480x720"),
-        (V10, "33x480x720", "bucket 33x480x720 .* 49x480x720"),
+        (V15, "80x768x1360", "^data.buckets: 80x768x1360 .* 81x768x1360"),
+        (V15, "81x770x1366", "^data.buckets: 81x770x1366 .* 81x768x1360"),
+        (V15, "81x2416x64", "^data.buckets: 81x2416x64 .* 2400 pixels high"),
+        (V15, "81x64x2416", "^data.buckets: 81x64x2416 .* 2400 wide"),
+        (V10, "49x480x704", "^data.buckets: 49x480x704 .* 49x480x720"),
+        (V10, "33x480x720", "^data.buckets: 33x480x720 .* 49x480x720"),
     ],
 )
 def test_unsupported_shapes_are_refused(geometry, text, message):

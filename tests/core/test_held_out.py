@@ -1,6 +1,5 @@
 """Held-out files and evaluation clips, which depend only on file names."""
 
-import os
 from collections import Counter
 
 import numpy as np
@@ -8,7 +7,14 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from cogds.core.held_out import is_held_out, min_held_out_share, name_hash, portable_name, spread
+from cogds.core.held_out import (
+    held_out_limit,
+    limit_of_fixed_share,
+    min_held_out_share,
+    name_hash,
+    portable_name,
+    spread,
+)
 
 
 @pytest.mark.parametrize(
@@ -26,13 +32,38 @@ def test_names_are_relative_to_the_data_set_folder(path, name):
     assert portable_name(path, ("/data/clips", "/data/clips/more/")) == name
 
 
-def test_the_share_is_respected_and_a_larger_share_is_a_superset():
-    names = [f"clip-{number}.mp4" for number in range(20_000)]
-    few, many = ([name for name in names if is_held_out(name, share)] for share in (0.05, 0.2))
-    assert 0.04 < len(few) / len(names) < 0.06
-    assert 0.18 < len(many) / len(names) < 0.22
-    assert set(few) < set(many)
-    assert not any(is_held_out(name, 0.0) for name in names)
+def held_out(names, share):
+    limit = held_out_limit([name_hash(name) for name in names], share)
+    return {name for name in names if limit is not None and name_hash(name) <= limit}
+
+
+@given(st.sets(st.text(max_size=5)), st.floats(0, 1))
+def test_as_many_files_are_held_out_as_the_share_says(names, share):
+    assert abs(len(held_out(names, share)) - share * len(names)) <= 0.5 + 1e-9
+
+
+def test_the_number_of_files_is_rounded():
+    names = [f"{number}.mp4" for number in range(13)]
+    numbers = {share: len(held_out(names, share)) for share in (0, 0.03, 0.04, 0.2, 0.5, 1)}
+    assert numbers == {0: 0, 0.03: 0, 0.04: 1, 0.2: 3, 0.5: 7, 1: 13}
+    assert held_out(names, 0.2) < held_out(names, 0.5)
+    assert held_out([*names, *names], 0.2) == held_out(names, 0.2)  # several clips of each file
+
+
+@given(st.sets(st.text(max_size=5), min_size=1), st.floats(0.01, 0.9), st.data())
+def test_a_file_that_comes_or_goes_changes_as_little_as_possible(names, share, data):
+    """Besides the file itself, at most one other."""
+    changed = data.draw(st.sampled_from(sorted(names)))
+    before, after = held_out(names, share), held_out(names - {changed}, share)
+    assert len((before ^ after) - {changed}) <= 1
+
+
+def test_the_limit_of_earlier_versions():
+    """A resumed run holds out the same files."""
+    names = [f"clip-{number}.mp4" for number in range(2000)]
+    limit = limit_of_fixed_share(0.2)
+    assert all((name_hash(name) <= limit) == (name_hash(name) < 0.2 * 2**64) for name in names)
+    assert limit_of_fixed_share(0.0) is None
 
 
 def test_the_hash_does_not_change_between_versions():
@@ -41,11 +72,11 @@ def test_the_hash_does_not_change_between_versions():
     assert name_hash("a.mp4", "0.0") != name_hash("a.mp4")
 
 
-@given(st.binary().map(os.fsdecode))
-def test_the_smallest_share_that_holds_out_a_file(name):
-    share = min_held_out_share(name)
-    assert is_held_out(name, share)
-    assert not is_held_out(name, share - 0.001 - 1e-9)
+@given(st.integers(1, 3000))
+def test_the_smallest_share_that_holds_out_a_file(num_files):
+    share, hashes = min_held_out_share(num_files), range(num_files)
+    assert held_out_limit(hashes, share) is not None
+    assert share <= 0.001 or held_out_limit(hashes, share - 0.001 - 1e-9) is None
 
 
 @given(st.lists(st.integers(0, 4), max_size=60), st.integers(1, 70), st.randoms(use_true_random=False))

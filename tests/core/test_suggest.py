@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from cogds.core.buckets import assign, crop_share
 from cogds.core.geometry import ClipShape, check_shape
 from cogds.core.suggest import (
+    TOLERANCE,
     ClipSizes,
     count_sizes,
     crop_shares,
@@ -60,6 +61,12 @@ def test_the_fit_of_three_sizes():
     assert fit(sizes(), shapes("81x720x720")).misfit == 0
 
 
+def with_bucket(clips, buckets):
+    """The clips that have a bucket."""
+    rows = zip(clips.frames, clips.height, clips.width, clips.counts)
+    return sizes(*(row for row in rows if assign(*row[:3], buckets) is not None))
+
+
 SIZES = st.lists(
     st.tuples(st.integers(1, 120), st.integers(2, 300), st.integers(2, 300), st.integers(1, 1000)),
     min_size=1,
@@ -81,6 +88,11 @@ def test_suggestions_are_valid_and_never_worse(clips, texts, geometry, max_bucke
     assert suggestion.after == fit(clips, shapes(*suggestion.buckets))
     if suggestion.buckets != tuple(texts):
         assert suggestion.after.misfit < suggestion.before.misfit
+        assert suggestion.after.too_short <= suggestion.before.too_short
+        trained = with_bucket(clips, given_buckets)
+        now, after = fit(trained, given_buckets), fit(trained, shapes(*suggestion.buckets))
+        assert after.crop <= now.crop + TOLERANCE
+        assert after.upscaled <= now.upscaled + TOLERANCE
         assert len(suggestion.buckets) <= max_buckets
         assert len(set(suggestion.buckets)) == len(suggestion.buckets)
         for shape in shapes(*suggestion.buckets):
@@ -142,3 +154,18 @@ def test_a_small_area_is_suggested_for_small_clips():
     assert [shape.height * shape.width < AREA / 2 for shape in shapes(*suggestion.buckets)] == [True, False]
     assert suggestion.after.misfit < 0.05 < 0.35 < suggestion.before.misfit
     assert assign(90, 1080, 1920, shapes(*suggestion.buckets)) is not None
+
+
+def test_less_upscaling_is_no_reason_to_crop_more():
+    """Two landscape sizes would not upscale the small clips, but crop two thirds of the portrait clips."""
+    clips, given_buckets = sizes((90, 432, 768, 70), (90, 1360, 768, 30)), shapes("81x768x1360", "81x1360x768")
+    areas, landscape = [432 * 768, AREA], shapes("81x432x768", "81x768x1360")
+    assert fit(clips, landscape).misfit < fit(clips, given_buckets).misfit - 0.2
+    assert suggest_buckets(clips, given_buckets, areas, [81], V15, 2).buckets == tuple(map(str, given_buckets))
+
+
+def test_missing_lengths_are_added_to_the_given_sizes():
+    clips = sizes((90, 768, 1360, 6), (1, 768, 1360, 4), (20, 768, 1360, 3))
+    suggestion = suggest_buckets(clips, shapes("81x768x1360"), [AREA], [1, 17, 81], V15, 8)
+    assert suggestion.buckets == ("1x768x1360", "17x768x1360", "81x768x1360")
+    assert (suggestion.before.too_short, suggestion.after.too_short) == (pytest.approx(7 / 13), 0)

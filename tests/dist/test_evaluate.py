@@ -48,7 +48,13 @@ def test_the_stages_and_the_evaluate_command_agree(train_once, warm):
         assert evaluated(three)[step] == pytest.approx(scalars, rel=1e-4)
     # The evaluate command uses no ZeRO.
     for step, lora in ((0, []), (4, ["--lora", two / "lora/step-000004"])):
-        done = warm(ROOT / "launch/evaluate.py", ["--config", two / "run.yaml", *lora], ranks=1 if lora else 2)
+        done = warm(
+            ROOT / "launch/evaluate.py", ["--config", two / "run.yaml", "--json", *lora], ranks=1 if lora else 2
+        )
         assert done.returncode == 0, done.stdout[-4000:]
         (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
-        assert json.loads(line) == pytest.approx(evaluated(two)[step], rel=1e-5)
+        losses = json.loads(line)
+        # The base model is the run before its first step.
+        assert losses["base"] == pytest.approx(evaluated(two)[0], rel=1e-5)
+        assert list(losses.values())[-1] == pytest.approx(evaluated(two)[step], rel=1e-5)
+        assert len(losses) == 1 + bool(lora)

@@ -7,7 +7,11 @@ import math
 import pytest
 from safetensors.torch import load_file
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.plugins.hparams import metadata as hparams_metadata
+from tensorboard.plugins.hparams.plugin_data_pb2 import HParamsPluginData
 
+from cogds.metrics.tensorboard import COPIES, NUM_SHOWN_HPARAMS
+from tests.board import event_folder
 from tests.conftest import ROOT
 from tests.dist.conftest import metrics, notes
 
@@ -92,14 +96,23 @@ def test_scalars_of_callbacks_are_in_the_same_file(run):
 
 
 def test_tensorboard_has_images_and_the_layout(run):
-    board = EventAccumulator(str(run / "tensorboard"))
+    board = EventAccumulator(str(event_folder(run)))
     board.Reload()
     assert {"data/buckets", "data/first_frames"} <= set(board.Tags()["images"])
     assert any(name.startswith("data/decoded/") for name in board.Tags()["images"])
     assert "custom_scalars__config__" in board.Tags()["tensors"]
-    assert set(board.Tags()["scalars"]) == {
-        name for line in [*metrics(run), *notes(run)] for name in line
-    } - {"step"}  # fmt: skip
+    scalars = {name for line in [*metrics(run), *notes(run)] for name in line} - {"step"}
+    assert set(board.Tags()["scalars"]) == scalars | {COPIES[name] for name in scalars & COPIES.keys()}
+
+
+def test_the_hparams_tab_first_shows_the_learning_rate(run):
+    board = EventAccumulator(str(event_folder(run)))
+    board.Reload()
+    content = board.SummaryMetadata(hparams_metadata.SESSION_START_INFO_TAG).plugin_data.content
+    settings = HParamsPluginData.FromString(content).session_start_info.hparams
+    assert sorted(settings)[:NUM_SHOWN_HPARAMS] == [
+        "clips", "lora.alpha", "lora.rank", "optimizer.lr", "optimizer.schedule",
+    ]  # fmt: skip
 
 
 def test_deepspeeds_monitors_get_the_same_numbers(run):

@@ -1,6 +1,7 @@
 """A resumed run is bitwise equal to the uninterrupted run with the same number of ranks and ZeRO stage."""
 
 import json
+import os
 import shutil
 from types import SimpleNamespace
 
@@ -12,7 +13,7 @@ from cogds.config.loading import load_config
 from cogds.engine.state import state_bytes
 from cogds.model.load import empty_transformer, find_model
 from cogds.model.lora.adapter import inject
-from tests.conftest import ROOT
+from tests.conftest import ROOT, modes
 from tests.dist.conftest import adapter, losses, metrics
 
 pytestmark = pytest.mark.dist
@@ -150,6 +151,13 @@ def test_changed_settings_are_named(train_once, run_train):
     assert "seed was 0, now 1" in done.stdout
     assert "lora.rank was 4, now 8" in done.stdout
     assert "Traceback" not in done.stdout
+
+
+def test_others_may_read_what_a_run_writes(train_once, workshop):
+    """As the umask says: safetensors would allow only the owner."""
+    run, umask = train_once("zero2", "zero2"), os.umask(0)
+    os.umask(umask)
+    assert modes(run) == modes(workshop / "cache") == {0o666 & ~umask}
 
 
 def test_a_checkpoint_is_the_adapter_and_its_moments(train_once, tiny_model):

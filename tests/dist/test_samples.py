@@ -29,7 +29,7 @@ def with_videos(train_once, workshop, warm):
         prompts = [
             f"{{prompt: {prompt}, image: {folder / 'first.png'}, size: {size}, seed: {seed}}}"
             for prompt, size, seed in PROMPTS
-        ] + ["{prompt: no picture, image: /nowhere/first.png}"]
+        ]
         done = warm(
             ROOT / "tests/dist/samples_script.py",
             [folder / "frames", "--deepspeed", f"ds_configs/{ds}.json", "--config", plain / "run.yaml",
@@ -45,9 +45,8 @@ def with_videos(train_once, workshop, warm):
 
 @pytest.mark.parametrize("ds", [pytest.param("zero2", marks=pytest.mark.slow), "zero3"])
 def test_three_videos_on_two_ranks(with_videos, tiny_model, monkeypatch, ds):
-    plain, folder, output = with_videos(ds)
+    plain, folder, _ = with_videos(ds)
     run = folder / "run"
-    assert output.count("warning: sample.prompts[3]: ") == 1
     # Training is bitwise the same.
     assert losses(run) == losses(plain)
     expected, tensors = adapter(plain), adapter(run)

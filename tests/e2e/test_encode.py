@@ -61,7 +61,8 @@ def test_two_ranks_encode_each_clip_once_and_training_uses_it(arguments, tmp_pat
         return warm(ROOT / "launch/encode.py", [*arguments, *words]).stdout
 
     def num_clips():
-        output = encode("--stats")
+        assert "clips     7 entries, " in encode("--stats")
+        output = encode("--stats", "--json")
         return json.loads(output[output.index("{") :])["clips"]["entries"]
 
     assert num_clips() == 7
@@ -70,7 +71,7 @@ def test_two_ranks_encode_each_clip_once_and_training_uses_it(arguments, tmp_pat
     damaged[-9] ^= 4
     shard.write_bytes(damaged)
     assert "1 damaged and removed" in encode("--verify")
-    done = warm(SCRIPT, [*arguments, "data.buckets=[17x64x96, 1x64x64]", "--prune"], env=log)
+    done = warm(SCRIPT, [*arguments, "data.buckets=[17x64x96, 1x64x64]", "--prune", "--yes"], env=log)
     assert done.returncode == 0, done.stdout[-4000:]
     assert num_clips() == 7  # a clip of the removed bucket is encoded for another
 

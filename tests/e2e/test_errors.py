@@ -5,6 +5,7 @@ import shutil
 import sys
 
 import pytest
+from PIL import Image
 
 from cogds.metrics.jsonl import step_lines
 from tests.conftest import ROOT, with_config
@@ -83,6 +84,31 @@ def test_missing_data_folder(error_of, tmp_path):
     error = error_of(f"data.path={tmp_path}/nowhere")
     assert "error: data.path: " in error
     assert f"{tmp_path}/nowhere" in error
+
+
+def test_missing_inputs_are_found_before_the_model(error_of, tmp_path, monkeypatch):
+    monkeypatch.setattr("cogds.job.find_model", lambda *_: pytest.fail("the model was looked for first"))
+    prompt = "sample.prompts=[{prompt: a cat, image: /nowhere/cat.png}]"
+    for key, words in (
+        ("data.path", ["data.path=/nowhere"]),
+        ("data.root", ["data.root=/nowhere"]),
+        ("data.sets[1].path", [f"data.sets=[{{path: {tmp_path}}}, {{path: /nowhere}}]", "data.path="]),
+        ("eval.path", ["eval.path=/nowhere"]),
+        ("sample.prompts[0].image", ["sample.every=1", prompt]),
+        ("sample.prompts[0].image", ["sample.every=1", prompt, "--dry-run"]),
+    ):
+        error = error_of(*words)
+        assert error.startswith(f"error: {key}: ")
+        assert "/nowhere" in error
+
+
+def test_a_prompt_that_cannot_be_used(error_of, tmp_path):
+    (tmp_path / "cat.png").write_text("not an image")
+    Image.new("RGB", (64, 64)).save(tmp_path / "dog.png")
+    for image, key in (("cat.png", "sample.prompts[0].image"), ("dog.png, size: 10x64x64", "sample.prompts[0].size")):
+        words = [f"sample.prompts=[{{prompt: a cat, image: {tmp_path}/{image}}}]", "sample.every=5"]
+        for flags in ([], ["--dry-run"]):
+            assert error_of(*words, *flags).startswith(f"error: {key}: ")
 
 
 def test_empty_data_folder(error_of, tmp_path):

@@ -37,10 +37,10 @@ def test_real_clips_train_in_several_buckets(real_clips, tiny_model, run_train, 
 
 
 def evaluation_loss(warm, *arguments):
-    done = warm(ROOT / "launch/evaluate.py", arguments)
+    done = warm(ROOT / "launch/evaluate.py", [*arguments, "--json"])
     assert done.returncode == 0, done.stdout[-4000:]
     (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
-    return json.loads(line)["eval/train_loss"]
+    return list(json.loads(line).values())[-1]["eval/train_loss"]
 
 
 def test_overfitting_two_clips_halves_the_evaluation_loss(real_clips, tiny_model, run_train, warm, tmp_path):

@@ -27,6 +27,7 @@ RUN_BY = {
 RUN_BY_OF_QUICKSTART = {
     "pip install -e .": "Makefile",
     "hf download": "nobody",  # 31 GB
+    "cogds init": "tests/test_init.py",
     "cogds report": "here",
     "cogds train": "here",
     "deepspeed --num_gpus 8": "here",

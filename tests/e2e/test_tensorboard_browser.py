@@ -56,6 +56,15 @@ def drawn(name):
     return (np.abs(pixels - background).sum(axis=2) > 60).mean()
 
 
+def test_the_first_tab_leads_with_the_losses(browser, address):
+    browser.open(address)
+    browser.wait_for("Loss/training", "Loss/held-out clips")
+    cards = '[...deep(document)].filter(node => node.tagName == "CARD-VIEW").map(node => node.textContent)'
+    first, *_ = browser.until(cards, lambda texts: texts and texts[0].strip())
+    browser.screenshot(SCREENSHOTS / "landing.png")
+    assert "Loss/" in first
+
+
 def test_scalars(browser, address):
     wanted = quote("^(train/(loss|grad_norm)|perf/(step_s|tokens_per_s|data_wait))$")
     browser.open(f"{address}?tagFilter={wanted}#timeseries")

@@ -24,7 +24,7 @@ from cogds.data.video.media import DecodeError, read_clip
 from cogds.encode.clip_set import load_clip_set
 from cogds.encode.encoder import encode_dataset
 from cogds.encode.encoding_plan import EncodingPlan
-from cogds.encode.main import prune_unused
+from cogds.encode.pruning import prune_unused
 from cogds.encode.scan_data import scan_data
 from cogds.errors import UserError
 from cogds.files import process_tag
@@ -231,7 +231,7 @@ def test_a_bad_file_is_left_out_with_its_reason(encode, folder):
     data = encode(folder, buckets)
     categories = categories_of(data)
     assert categories.pop("torn.mp4")
-    assert categories == {"clip_1.mp4": "caption missing", "image_0.png": "too short"}
+    assert categories == {"clip_1.mp4": "caption missing", "image_0.png": "image without a 1-frame bucket"}
     assert (len(data.index), data.unusable.num, data.unusable.num_rows) == (5, 3, 8)
     with pytest.raises(UserError, match=r"^data\.max_unusable: 3 of 8 clips"):
         encode(folder, buckets, max_unusable=0.3)
@@ -365,7 +365,7 @@ def test_mirror_images_are_trained_too_except_of_captions_with_a_side(encode, dr
 
 def test_pruning_keeps_all_captions(job_of, several, cache):
     job = job_of(several, cache)
-    prune_unused(job, encode_dataset(job))
+    prune_unused(job, encode_dataset(job), is_confirmed=True)
     assert kinds_added(cache, Counter()) == {"clips": 3, "captions": 6}  # and the empty caption
 
 
@@ -456,7 +456,7 @@ def test_temporary_files_of_killed_writers_are_removed(encode, drawn, cache):
 def test_held_out_clips_are_not_trained_and_stay_the_same(encode, drawn, tmp_path, cache, caplog):
     data = encode(drawn, "eval.held_out=0.3")
     held_out = names_of(data.held_out)
-    assert held_out
+    assert len(held_out) == round(0.3 * len(NAMES)) == 2
     assert names_of(data.index) == [name for name in NAMES if name not in held_out]
     assert data.mixture.sizes == data.index.sizes
     assert data.fingerprint != encode(drawn).fingerprint
@@ -477,6 +477,17 @@ def test_held_out_clips_are_not_trained_and_stay_the_same(encode, drawn, tmp_pat
     assert len(few.held_out) == len(few.trained) == 1
     assert few.index.path == more.index.path
     assert caplog.messages == []
+
+
+def test_a_resumed_run_never_holds_out_a_file_that_it_trained(encode, drawn, tmp_path, job_of, cache):
+    before = encode(drawn, "eval.held_out=0.3")
+    fewer = shutil.copytree(drawn, tmp_path / "fewer")
+    gone = names_of(before.held_out)[0]
+    (fewer / gone).unlink()
+    job = job_of(fewer, cache, "eval.held_out=0.3")
+    assert set(names_of(encode_dataset(job).held_out)) & set(names_of(before.index))
+    resumed = encode_dataset(dataclasses.replace(job, held_out_limit=before.held_out_limit))
+    assert names_of(resumed.held_out) == names_of(before.held_out)[1:]
 
 
 def test_all_windows_of_a_file_are_held_out_or_none(encode, drawn):
@@ -553,22 +564,12 @@ def test_candidates_suffice_for_eval_num_clips(encode, drawn, monkeypatch):
     assert len(encode(drawn, "eval.num_clips=5").trained) == 5
 
 
-def test_many_held_out_clips_give_a_warning(encode, drawn, caplog, monkeypatch):
-    encode(drawn, "eval.held_out=0.3")
-    assert caplog.messages == []
-    monkeypatch.setattr(cogds.encode.clip_set, "_is_held_out", lambda table, *_: np.arange(len(table)) < 3)
-    encode(drawn, "eval.held_out=0.1")
-    (message,) = caplog.messages
-    assert message.startswith("eval.held_out: 0.1 ")
-    assert " 3 of 7 clips" in message
-
-
 def test_no_held_out_clip_gives_a_warning_with_a_share_that_holds_out_one(encode, drawn, caplog):
     assert encode(drawn, "eval.held_out=0.001").held_out is None
     (message,) = caplog.messages
     assert message.startswith("eval.held_out: 0.001 ")
-    share, name = re.search(r"\(([\d.]+) or more holds out ([^)]+)\)", message).groups()
-    assert names_of(encode(drawn, f"eval.held_out={share}").held_out) == [name]
+    share = re.search(r"\(([\d.]+) or more holds out a file\)", message)[1]
+    assert len(encode(drawn, f"eval.held_out={share}").held_out) == 1
 
 
 def test_holding_out_all_clips_is_an_error(encode, drawn):
@@ -583,6 +584,7 @@ def test_a_damaged_held_out_file_is_unusable(encode, folder):
     content[third : 2 * third] = bytes(third)
     (folder / held_out[0]).write_bytes(content)
     data = encode(folder, "eval.held_out=0.3")
-    assert names_of(data.held_out) == held_out[1:]
+    assert held_out[0] not in names_of(data.held_out)
+    assert set(held_out[1:]) < set(names_of(data.held_out))  # and another takes its place
     assert (data.unusable.num, data.unusable.num_rows) == (1, 7)
     assert list(reasons_of(data)) == [held_out[0]]

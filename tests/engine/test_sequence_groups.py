@@ -41,7 +41,12 @@ def test_ranks_of_a_clip_must_read_the_same_files(tmp_path, monkeypatch, rank, s
 
 
 def test_a_size_that_does_not_divide_the_ranks_is_refused_before_the_run_starts(tiny_model, tmp_path):
-    settings = [f"model.path={tiny_model}", f"output_dir={tmp_path / 'out'}", "data.path=d", "parallel.sequence_size=2"]
+    settings = [
+        f"model.path={tiny_model}",
+        f"output_dir={tmp_path / 'out'}",
+        f"data.path={tmp_path}",
+        "parallel.sequence_size=2",
+    ]
     with pytest.raises(UserError, match=r"^parallel\.sequence_size: 2 "):
         call("train", settings, starts_ranks=False)
     assert not (tmp_path / "out").exists()

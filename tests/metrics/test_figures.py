@@ -2,7 +2,17 @@ import numpy as np
 import pytest
 from matplotlib.colors import to_rgb
 
-from cogds.metrics.figures import BLUE, ORANGE, contact_sheet, draw_bars, new_figure, plot_style, share_chart, to_svg
+from cogds.metrics.figures import (
+    BLUE,
+    CELL,
+    ORANGE,
+    contact_sheet,
+    draw_bars,
+    new_figure,
+    plot_style,
+    share_chart,
+    to_svg,
+)
 
 
 def count(pixels, color):
@@ -48,7 +58,7 @@ def test_an_svg_contains_no_metadata_and_no_unescaped_label():
 def test_a_contact_sheet_keeps_the_shape_of_every_picture():
     tall, wide = np.full((96, 64, 3), (255, 0, 0), np.uint8), np.full((64, 128, 3), (0, 0, 255), np.uint8)
     sheet = contact_sheet([tall, wide, tall], ["a red thing", "blue\n" * 40, ""], num_columns=2)
-    assert count(sheet, (255, 0, 0)) == 2 * 256 * 384
-    assert count(sheet, (0, 0, 255)) == 256 * 128
+    assert count(sheet, (255, 0, 0)) == 2 * CELL * CELL * 3 // 2
+    assert count(sheet, (0, 0, 255)) == CELL * CELL // 2
     ink = (sheet.astype(int).sum(axis=2) < 200).sum()
     assert 200 < ink < sheet.shape[0] * sheet.shape[1] / 10  # a caption of 40 lines is truncated

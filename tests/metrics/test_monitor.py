@@ -17,6 +17,7 @@ from cogds.errors import UserError
 from cogds.metrics.jsonl import rewind_metrics, step_lines
 from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import StepLosses
+from tests.board import event_folder
 
 BUCKETS = (ClipShape(9, 64, 64), ClipShape(17, 64, 96))
 
@@ -57,7 +58,7 @@ def read_steps(folder):
 
 
 def load_board(folder):
-    board = EventAccumulator(str(folder / "tensorboard"), purge_orphaned_data=True)
+    board = EventAccumulator(str(event_folder(folder)), purge_orphaned_data=True)
     board.Reload()
     return board
 
@@ -150,7 +151,7 @@ def test_a_resumed_run_continues_after_its_step(tmp_path):
         expected = list(zip((1, 2, 3), values))
         assert [(line["step"], line[name]) for line in read_lines(tmp_path) if name in line] == expected
         assert read_board(tmp_path, name) == expected
-    assert len(list((tmp_path / "tensorboard").iterdir())) == 2
+    assert len(list(event_folder(tmp_path).iterdir())) == 2
 
 
 def test_a_note_that_a_resumed_run_repeats_is_written_once(tmp_path):
@@ -221,7 +222,7 @@ def test_records_that_are_never_written_are_reported_at_the_end(small_disk, caps
     monitor.close()
     of_metrics, of_events = capsys.readouterr().err.splitlines()[2:]
     assert f"{small_disk}/metrics.jsonl: the last {59 - len(read_lines(small_disk))} records" in of_metrics
-    assert f"{small_disk}/tensorboard/events" in of_events
+    assert f"{event_folder(small_disk)}/events" in of_events
 
 
 def test_a_disk_that_turns_read_only_does_not_end_the_run(small_disk, capsys):
@@ -250,7 +251,7 @@ def test_a_missing_folder_is_created_again_and_a_file_in_its_place_reported(tmp_
     (output / gone).touch()
     add_steps(monitor, [3])
     monitor.close()
-    assert f"warning: {output}/tensorboard/events" in capsys.readouterr().err
+    assert f"warning: {event_folder(output)}/events" in capsys.readouterr().err
     if gone == "tensorboard":
         assert read_steps(output) == [1, 2, 3]
 

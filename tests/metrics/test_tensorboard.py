@@ -15,18 +15,19 @@ from cogds.distributed.world import World
 from cogds.metrics.images import encode_gif, encode_image
 from cogds.metrics.monitor import Monitor
 from cogds.metrics.tensorboard import (
-    LAYOUT,
+    board_folder,
     event_file,
     gif_record,
     hparams_records,
     image_record,
     layout_record,
+    scalars_record,
 )
 from tests.metrics.test_monitor import BUCKETS, load_board, losses, make_monitor
 
 
 def write_and_load(folder, *records):
-    event_file(folder / "tensorboard", 0).write(records)
+    event_file(folder, 0).write(records)
     return load_board(folder)
 
 
@@ -62,8 +63,8 @@ def test_a_large_image_is_shrunk_and_a_noisy_one_becomes_a_jpeg():
 def test_a_gif_plays_at_the_clips_speed(tmp_path, fps, num_frames, num_shown):
     (event,) = write_and_load(tmp_path, gif_record("clip", 2, gradient(270, 960, num_frames), fps)).Images("clip")
     image = open_image(event.encoded_image_string)
-    assert (event.step, event.height, event.width) == (2, 135, 480)
-    assert (image.format, image.n_frames, image.size) == ("GIF", num_shown, (480, 135))
+    assert (event.step, event.height, event.width) == (2, 144, 512)
+    assert (image.format, image.n_frames, image.size) == ("GIF", num_shown, (512, 144))
     assert image.info["loop"] == 0
     duration_s = num_shown * image.info["duration"] / 1000
     assert duration_s == pytest.approx(num_frames / fps, rel=0.1)  # a GIF counts in hundredths of a second
@@ -98,14 +99,36 @@ def test_other_ranks_write_nothing(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_tensorboard_reads_the_layout(tmp_path):
-    (event,) = write_and_load(tmp_path, layout_record(LAYOUT)).Tensors("custom_scalars__config__")
+def read_layout(event):
     layout = layout_pb2.Layout.FromString(event.tensor_proto.string_val[0])
-    categories = {
+    return {
         category.title: {chart.title: list(chart.multiline.tag) for chart in category.chart}
         for category in layout.category
     }
-    assert categories == LAYOUT
+
+
+def test_each_chart_of_the_layout_has_one_tag(tmp_path):
+    """TensorBoard gives all tags of a run the same color."""
+    tags = {"train/loss", "eval/loss", "train/loss/bucket=9x8x8", "train/loss/bucket=1x8x8", "perf/step_s", "other"}
+    (event,) = write_and_load(tmp_path, layout_record(tags)).Tensors("custom_scalars__config__")
+    layout = read_layout(event)
+    assert layout["loss"] == {
+        "bucket 1x8x8": ["^train/loss/bucket=1x8x8$"],
+        "bucket 9x8x8": ["^train/loss/bucket=9x8x8$"],
+    }
+    assert list(layout["overview"]) == ["loss", "loss of held-out clips", "seconds per step"]
+    assert "memory" not in layout
+
+
+def test_the_layout_has_the_tags_that_come_later(tmp_path):
+    monitor = make_monitor(tmp_path)
+    monitor.add_step(1, {"train/lr": 0.5}, losses(1.0))
+    monitor.add_scalars(1, {"eval/loss/t=055": 1.0})
+    monitor.add_step(2, {"train/lr": 0.5}, losses(1.0))
+    monitor.close()
+    before, last = load_board(tmp_path).Tensors("custom_scalars__config__")
+    assert "evaluation" not in read_layout(before)
+    assert read_layout(last)["evaluation"] == {"held out, timestep 055": ["^eval/loss/t=055$"]}
 
 
 def test_tensorboard_reads_the_hparams(tmp_path):
@@ -118,6 +141,24 @@ def test_tensorboard_reads_the_hparams(tmp_path):
     experiment = HParamsPluginData.FromString(tags[hparams_metadata.EXPERIMENT_TAG]).experiment
     assert [info.name.tag for info in experiment.metric_infos] == ["train/loss"]
     assert hparams_metadata.SESSION_END_INFO_TAG in tags
+
+
+def test_a_run_is_called_by_its_folder_and_an_older_one_is_continued_where_it_is(tmp_path):
+    assert board_folder(tmp_path / "red") == tmp_path / "red/tensorboard/red"
+    (tmp_path / "old/tensorboard").mkdir(parents=True)
+    (tmp_path / "old/tensorboard/events.out.tfevents.1").touch()
+    assert board_folder(tmp_path / "old") == tmp_path / "old/tensorboard"
+
+
+def test_losses_are_shown_first(tmp_path):
+    """TensorBoard sorts groups of tags by ASCII, so copies of the losses in a group with a capital letter lead."""
+    board = write_and_load(
+        tmp_path, scalars_record(2, {"checkpoint/write_s": 1.0, "train/loss": 0.5, "eval/loss": 2.0})
+    )
+    first, *_ = groups = sorted({tag.partition("/")[0] for tag in board.Tags()["scalars"]})
+    assert (first, groups[1:]) == ("Loss", ["checkpoint", "eval", "train"])
+    for tag, copy in (("train/loss", "Loss/training"), ("eval/loss", "Loss/held-out clips")):
+        assert [event.value for event in board.Scalars(tag)] == [event.value for event in board.Scalars(copy)]
 
 
 def test_images_that_a_full_disk_refuses_are_written_later(small_disk, capsys):

@@ -31,7 +31,7 @@ def test_a_log_has_at_least_the_first_and_the_last_step(monkeypatch, capsys, str
     monkeypatch.setattr(sys, "stderr", stream())
     show_steps(use_bar=use_bar)
     lines = capsys.readouterr().out.splitlines()
-    assert [line.split()[1] for line in lines] == ["3/10", "10/10"]
+    assert [line.split()[1] for line in lines] == [f"{step}/10" for step in range(3, 11)]
     assert all("loss 0.1235" in line and line.endswith(" left") for line in lines)
     assert sys.stderr.getvalue() == ""
 
@@ -52,3 +52,25 @@ def test_quiet_shows_nothing(monkeypatch, capsys, stream):
     monkeypatch.setattr(sys, "stderr", stream())
     show_steps(use_bar=True)
     assert capsys.readouterr().out == sys.stderr.getvalue() == ""
+
+
+def test_a_log_of_many_fast_steps_has_a_line_for_every_20th_of_them(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    progress = TrainingProgress(0, 400, use_bar=True)
+    for step in range(1, 401):
+        progress.update(step, SCALARS)
+    progress.close()
+    steps = [int(line.split()[1].partition("/")[0]) for line in capsys.readouterr().out.splitlines()]
+    assert steps == [1, *range(20, 401, 20)]
+
+
+def test_the_time_left_does_not_count_what_came_before_the_first_step(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "stderr", io.StringIO())
+    now = [1000.0]
+    progress = TrainingProgress(0, 10, use_bar=True)
+    progress._bar._time = lambda: now[0]
+    progress._bar.start_t = progress._bar.last_print_t = now[0]
+    now[0] += 3600  # of evaluation
+    progress.update(1, SCALARS)
+    progress.close()
+    assert capsys.readouterr().out.splitlines()[0].endswith("  00:18 left")

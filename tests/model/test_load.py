@@ -1,20 +1,22 @@
 import json
 import shutil
+from types import SimpleNamespace
 from unittest.mock import Mock
 
 import pytest
 import torch
+from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
 from cogds.errors import UserError
 from cogds.model import load
 from cogds.model.load import (
     TextEncoder,
+    are_truncated,
     build_transformer,
     find_model,
     load_alphas_cumprod,
     load_transformer,
-    num_truncated,
     transformer_weights,
 )
 from tests.tiny import create_tiny_model
@@ -88,6 +90,76 @@ def test_a_hub_id_that_cannot_be_downloaded_is_named():
         find_model("nobody/no-such-model")
 
 
+COMMIT = "0123456789abcdef0123456789abcdef01234567"
+
+
+@pytest.fixture
+def hub(tiny_model, tmp_path, monkeypatch):
+    """A hub with the tiny model as somebody/some-model. files: of the model; downloads: the calls."""
+    files = [str(path.relative_to(tiny_model)) for path in sorted(tiny_model.rglob("*")) if path.is_file()]
+    snapshot = tmp_path / "hub/snapshots" / COMMIT
+    hub = SimpleNamespace(files=[*files, "README.md"], downloads=[], snapshot=snapshot, is_reachable=True)
+
+    def model_info(*_, **__):
+        if not hub.is_reachable:
+            raise OSError("no network")
+        return SimpleNamespace(siblings=[SimpleNamespace(rfilename=name) for name in hub.files])
+
+    def snapshot_download(model_id, revision=None, allow_patterns=None, local_files_only=False):
+        if local_files_only and snapshot.is_dir():
+            return str(snapshot)
+        if not hub.is_reachable:
+            raise OSError("no network")
+        hub.downloads.append((model_id, revision, allow_patterns))
+        for name in filter_repo_objects(hub.files, allow_patterns=allow_patterns):
+            (snapshot / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(tiny_model / name, snapshot / name)
+        return str(snapshot)
+
+    monkeypatch.setattr(load.HfApi, "model_info", model_info)
+    monkeypatch.setattr(load, "snapshot_download", snapshot_download)
+    return hub
+
+
+def weight_files(folder):
+    return {path.parent.name for path in folder.rglob("*.safetensors")}
+
+
+def test_the_weights_of_a_hub_model_are_downloaded_when_they_are_needed(hub, tiny_model):
+    model = find_model("somebody/some-model", "main")
+    assert weight_files(hub.snapshot) == set()
+    assert model.vae_size == find_model(str(tiny_model)).vae_size
+    assert model.num_text_parameters
+    assert are_truncated(["a red circle"], model) == [False]
+    load_alphas_cumprod(model)
+    assert weight_files(hub.snapshot) == set()
+    load.load_vae(model, torch.float32, "cpu")
+    assert weight_files(hub.snapshot) == {"vae"}
+    load_transformer(model, torch.float32)
+    TextEncoder(model, torch.float32, "cpu")
+    assert weight_files(hub.snapshot) == set(load.WEIGHT_PARTS)
+    assert {revision for _, revision, _ in hub.downloads[1:]} == {COMMIT}  # not a newer one of `main`
+    hub.is_reachable, num_downloads = False, len(hub.downloads)
+    model = find_model("somebody/some-model", "main")
+    model.fetch(*load.WEIGHT_PARTS)
+    load_transformer(model, torch.float32)
+    assert len(hub.downloads) == num_downloads
+
+
+def test_weights_that_cannot_be_downloaded_are_named(hub):
+    model = find_model("somebody/some-model")
+    hub.is_reachable = False
+    with pytest.raises(UserError, match=r"^model\.path: the weights of somebody/some-model .*no network.*hf download"):
+        load_transformer(model, torch.float32)
+    with pytest.raises(UserError, match=r"hf download"):
+        load.load_vae(find_model("somebody/some-model"), torch.float32, "cpu")  # only its configs are in the cache
+    hub.is_reachable = True
+    hub.files.remove("vae/diffusion_pytorch_model.safetensors")
+    hub.files.append("vae/diffusion_pytorch_model.bin")
+    with pytest.raises(UserError, match=r"pickles \(diffusion_pytorch_model\.bin\)"):  # from the hub's list of files
+        find_model("somebody/some-model")
+
+
 def test_a_hub_that_does_not_answer_times_out(monkeypatch, tmp_path):
     """By default, the client waits for minutes if the network drops packets."""
     query = Mock(side_effect=TimeoutError("no answer"))
@@ -156,8 +228,8 @@ def test_captions_are_padded_and_truncation_is_counted(tiny_model):
     encoder = TextEncoder(model, torch.float32, "cpu")
     assert sum(parameter.numel() for parameter in encoder.encoder.parameters()) == model.num_text_parameters
     assert encoder.encode("a red circle").shape == (model.geometry.text_tokens, 32)
-    assert num_truncated(["a red circle", "a red circle " * 30, ""], model) == 1
-    assert num_truncated([], model) == 0
+    assert are_truncated(["a red circle", "a red circle " * 30, ""], model) == [False, True, False]
+    assert are_truncated([], model) == []
 
 
 def test_a_tokenizer_in_the_format_of_the_published_model(copy):

@@ -173,7 +173,9 @@ def gpu(**changes):
 
 
 def test_gpus():
-    assert only(assess_gpu(rank_results({"gpu": None}, {"gpu": None}))).level == OK
+    without = rank_results({"gpu": None, "cuda": "12.8"}, {"gpu": None, "cuda": "12.8"})
+    assert_finding(only(assess_gpu(without)), WARN, "no GPU", "CPUs", "nvidia-smi")
+    assert_finding(only(assess_gpu(rank_results({"gpu": None, "cuda": None}))), WARN, "no GPU", "build for CPUs")
     sound = rank_results(gpu(id="a"), gpu(id="b"), gpu(id="a"), gpu(id="b"), per_node=2)
     assert_finding(only(assess_gpu(sound)), OK, "H100", "79.0 GB", "81x768x1360", "40.0 GB")
     assert_finding(assess_gpu(rank_results(gpu(), gpu(), per_node=2))[0], FAIL, "ranks 0-1 (n1)")

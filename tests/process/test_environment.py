@@ -5,7 +5,7 @@ import sys
 
 import pytest
 
-from cogds.process.environment import environment_variables, find_ninja, set_library_defaults
+from cogds.process.environment import command, environment_variables, find_ninja, set_library_defaults
 from tests.conftest import ROOT
 
 SEGMENTS = {"PYTORCH_CUDA_ALLOC_CONF": "expandable_segments:True"}
@@ -122,3 +122,19 @@ def run_utf8(environ, arguments, cwd, *options):
     command = [sys.executable, *options, "-c", UTF8.encode(), *arguments]
     environ = {**kept, "PYTHONPATH": str(ROOT), **environ}
     return subprocess.run(command, cwd=cwd, env=environ, capture_output=True, timeout=60)
+
+
+def test_printed_commands_work_in_the_users_shell(tmp_path, monkeypatch):
+    """Whether the environment is on PATH, only in a folder, or has no script; and another environment is on PATH."""
+    monkeypatch.chdir(tmp_path)
+    python, other = tmp_path / "my env/bin/python", tmp_path / "other"
+    for folder in (python.parent, other):
+        folder.mkdir(parents=True)
+        (folder / "tool").touch(0o755)
+    printed = {}
+    for path in (python.parent, other, tmp_path):
+        monkeypatch.setenv("PATH", str(path))
+        printed[path] = command("tool", "tool.main", str(python))
+    assert printed == {python.parent: "tool", other: "'my env/bin/tool'", tmp_path: "'my env/bin/tool'"}
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert command("missing", "tool.main", "/usr/bin/python") == "/usr/bin/python -m tool.main"

@@ -7,10 +7,9 @@ import pyarrow as pa
 import pytest
 
 from cogds.report.analysis import make_report
-from cogds.report.html import html_page
 from cogds.report.quality import HARDLY_MOVES, ClipQuality, clip_quality
 from cogds.report.text import short_report
-from tests.report.test_report import GOOD, ROWS, no_frame, no_plots, printed, setup, table
+from tests.report.test_report import GOOD, ROWS, no_frame, no_plots, page_of, printed, setup, table
 
 __all__ = ["no_plots"]  # a fixture
 
@@ -51,13 +50,13 @@ def test_the_report_shows_and_warns():
     digest = [b"a" * 16, b"a" * 16, b"b" * 16, b"c" * 16, b"d" * 16]
     bad = clips(motion=[0.1, 0.001, None, 0.0, 0.3], digest=digest, duplicate_of=[None, None, "a.mp4", None, None])
     report = make_report(bad, setup(), GOOD)
-    for text in (printed(report), html_page(report, bad, no_frame)):
+    for text in (printed(report), page_of(report, bad, no_frame)):
         assert "Median motion 0.100" in text
         assert "1 near duplicate" in text
-    for text in (printed(report), html_page(report, bad, no_frame), short_report(report)):
+    for text in (printed(report), page_of(report, bad, no_frame), short_report(report)):
         assert "1 clip hardly moving" in text
         assert "1 clip with the same content" in text
     plain = make_report(table(ROWS), setup(), GOOD)
-    for text in (printed(plain), html_page(plain, table(ROWS), no_frame)):
+    for text in (printed(plain), page_of(plain, table(ROWS), no_frame)):
         assert "otion" not in text
         assert "same content" not in text

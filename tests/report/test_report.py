@@ -4,27 +4,44 @@ import dataclasses
 import io
 import json
 import re
+import shutil
 import sys
+from urllib.parse import unquote
 
 import numpy as np
 import pyarrow as pa
 import pytest
+from PIL import Image
 from rich.console import Console
 
+from cogds import cli
 from cogds.arguments import parse_args
-from cogds.core.buckets import crop_share
+from cogds.cli import main
+from cogds.core.buckets import NO_IMAGE_BUCKET, crop_share
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes
 from cogds.core.memory import ZeroSettings
 from cogds.core.plan import Plan
 from cogds.errors import UserError
-from cogds.formatting import gigabytes
+from cogds.formatting import duration, gigabytes
 from cogds.model.load import find_model
-from cogds.report.analysis import Captions, ClipTable, Rates, Reason, TrainingSetup, make_report, read_rates
-from cogds.report.html import crop_picture, html_page, printable, sample_sheets, write_html
+from cogds.pages.page import printable
+from cogds.report.analysis import (
+    Captions,
+    ClipTable,
+    Rates,
+    Reason,
+    TrainingSetup,
+    estimate_rates,
+    make_report,
+    read_rates,
+)
+from cogds.report.clips import ClipList, list_clips
+from cogds.report.html import Pages, crop_picture, html_page, make_tiles, write_html
 from cogds.report.main import count_captions
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
+from tests.drawn import draw_clips
 from tests.published_model import V15, published_memory
 
 BUCKETS = tuple(map(ClipShape.parse, ("49x768x1360", "81x768x1360", "81x1360x768")))
@@ -45,6 +62,7 @@ def table(rows):
         "processing": [""] * len(rows),
         "duration_s": [(row[1] or 0) / 16 for row in rows],
         "caption": [f"caption of {row[0]}" for row in rows],
+        "more_captions": pa.nulls(len(rows), pa.large_list(pa.large_string())),
         "status": ["unusable" if row[5] else "ok" for row in rows],
         "reason": [row[5] for row in rows],
         "start_s": [0.0] * len(rows),
@@ -164,7 +182,7 @@ def test_a_dataset_without_clips():
     result = report([ROWS[-1]])
     assert (result.num_clips, result.largest, result.suggestion) == (0, None, None)
     assert short_report(result)
-    page = html_page(result, table([ROWS[-1]]), no_frame)
+    page = page_of(result, table([ROWS[-1]]), no_frame)
     assert page.count("<svg ") == page.count("<img ") == 0
     assert report([]).num_rows == 0
 
@@ -188,12 +206,52 @@ def test_rates_of_an_earlier_run(tmp_path):
     assert read_rates(file) is None
 
 
+@pytest.mark.usefixtures("no_plots")
+def test_the_estimated_time():
+    run = setup(num_steps=1000, checkpointing=("none",) * 3)
+    rates = estimate_rates(run, "NVIDIA H100 80GB HBM3")
+    # 4,008 TFLOP for the base, 525 for attention's backward pass without the matrix, and 36 for the LoRA.
+    step_s = 2 * (4008 + 525 + 36) / (0.4 * 989)
+    assert rates.step_s["81x768x1360"] == pytest.approx(step_s, rel=0.01)
+    assert rates.step_s["49x768x1360"] == pytest.approx(2 * rates.step_s["81x768x1360"] * 0.48, rel=0.1)  # two clips
+    result = make_report(table(ROWS), dataclasses.replace(run, rates=rates), GOOD)
+    assert (result.buckets[1].step_s, result.buckets[1].step_is_measured) == (rates.step_s["81x768x1360"], False)
+    assert result.run_s == pytest.approx(result.epoch_s / 1.5 * 1000)
+    for text in (short_report(result), printed(result), page_of(result, table(ROWS))):
+        assert "estimated for NVIDIA H100 80GB HBM3 at 40% of its peak of 989 TFLOP/s" in text
+        assert f"1,000 steps in about {duration(result.run_s)}" in text
+    on_a100 = estimate_rates(run, "NVIDIA A100-SXM4-80GB").step_s["81x768x1360"]
+    assert on_a100 == pytest.approx(rates.step_s["81x768x1360"] * 989 / 312)
+    shared = setup(sequence_size=2, checkpointing=("none",) * 3)
+    assert estimate_rates(shared, "NVIDIA H100 80GB HBM3").step_s["81x768x1360"] == pytest.approx(step_s / 2, rel=0.01)
+
+
+def test_no_time_without_measurement_or_estimate():
+    assert report(num_steps=1000).run_s is None
+    assert "--gpu" in printed(report(num_steps=1000))
+
+
 def test_better_buckets_are_suggested_only_if_the_given_ones_fit_badly():
     assert report(ROWS[:2] * 20).suggestion is None
     portrait = [(f"/{n}.mp4", 90, 1920, 1080, 0, None) for n in range(20)]
     result = report(portrait, buckets=BUCKETS[1:2], batch_sizes=(1,))
     assert result.suggestion.after.crop < 0.02 < 0.6 < result.suggestion.before.crop
     assert "data.buckets=[81x1360x768]" in printed(result)
+
+
+def test_images_without_a_bucket_are_named_and_get_one():
+    rows = [(f"/{n}.mp4", 90, 768, 1360, 0, None) for n in range(6)]
+    rows += [(f"/{n}.png", 1, 768, 1360, -1, None) for n in range(4)]
+    result = report(rows, buckets=BUCKETS[1:2], batch_sizes=(1,))
+    assert result.reasons == (Reason(NO_IMAGE_BUCKET, 4, ("/0.png", "/1.png", "/2.png")),)
+    assert "data.bucket_frames=[1, 81]" in short_report(result)
+    text = printed(result)
+    assert "data.buckets=[1x768x1360, 81x768x1360]" in text
+    assert "0% of the clips without a bucket (40% now)" in text
+    with_images = [*rows[:6], *((*row[:4], 1, None) for row in rows[6:])]
+    fitting = report(with_images, buckets=(BUCKETS[1], ClipShape(1, 768, 1360)), batch_sizes=(1, 1))
+    assert "bucket_frames" not in short_report(fitting)
+    assert fitting.suggestion is None
 
 
 @pytest.mark.usefixtures("no_plots")
@@ -204,8 +262,11 @@ def test_the_share_of_upscaled_clips_is_the_same_everywhere():
     result = report(rows, buckets=(ClipShape(81, 480, 640),), batch_sizes=(1,))
     assert result.suggestion
     assert result.upscaled_share == 0.75
-    for text in (printed(result), html_page(result, table(rows), no_frame)):
-        assert set(re.findall(r"(\d+)% of the clips upscaled", text)) == {"75"}
+    for text in (printed(result), page_of(result, table(rows), no_frame)):
+        assert set(re.findall(r"badly.* (\d+)% of the clips upscaled|upscaled \((\d+)% now", text)) == {
+            ("75", ""),
+            ("", "75"),
+        }
 
 
 def test_the_short_report():
@@ -222,7 +283,7 @@ def test_the_short_report():
 )
 def test_captions_per_clip_are_counted(per_clip, expected):
     result = report(captions=dataclasses.replace(GOOD, per_clip=per_clip))
-    for text in (printed(result), short_report(result), html_page(result, table(ROWS), no_frame)):
+    for text in (printed(result), short_report(result), page_of(result, table(ROWS), no_frame)):
         assert ("Captions per clip" in text) is (expected is not None)
         assert expected is None or f"Captions per clip{expected}" in text
 
@@ -233,7 +294,7 @@ def test_buckets_without_clips_are_listed_in_one_line():
     text = printed(result)
     (line,) = (line for line in text.splitlines() if "49x768x1360" in line and "data.buckets" not in line)
     assert "81x1360x768" in line
-    page = html_page(result, table(ROWS[1:3]), no_frame)
+    page = page_of(result, table(ROWS[1:3]), no_frame)
     assert re.findall(r'<th scope="row">(\d+x\d+x\d+)</th>', page) == ["81x768x1360"]
 
 
@@ -263,14 +324,14 @@ def test_pinned_host_memory_is_shown_if_there_is_any():
     offloaded = report(ROWS[1:3], checkpointing=("full+offload",) * 3)
     assert offloaded.buckets[1].pinned_bytes == pytest.approx(42 * 264 * 2**20, rel=0.01)  # 42 blocks' inputs
     assert re.search(r"pinned .* 11\.6 GB", printed(offloaded))
-    assert re.search(r"pinned .*</th><td>11\.6 GB", html_page(offloaded, table(ROWS), no_frame))
-    assert "pinned" not in printed(report()) + html_page(report(), table(ROWS), no_frame)
+    assert re.search(r"pinned .*</th><td>11\.6 GB", page_of(offloaded, table(ROWS), no_frame))
+    assert "pinned" not in printed(report()) + page_of(report(), table(ROWS), no_frame)
 
 
 @pytest.mark.usefixtures("no_plots")
 def test_the_split_of_the_blocks_is_shown():
     split = report(ROWS[1:3], checkpointing=(BlockCheckpointing("selective", 10, 42),) * 3, gpu_bytes=80e9)
-    for text in (printed(split), html_page(split, table(ROWS), no_frame), short_report(split)):
+    for text in (printed(split), page_of(split, table(ROWS), no_frame), short_report(split)):
         assert "selective, 10 of 42 blocks kept" in text
 
 
@@ -282,7 +343,7 @@ def test_a_bucket_that_does_not_fit_is_reported_with_a_setting_that_does():
     assert "train.activation_checkpointing=full+offload (20.5 GB)" in sentence
     assert sentence in short_report(result)
     assert re.search(r"81x768x1360 .* full +31\.6 GB, too much", printed(result))
-    assert "<td>full</td><td>31.6 GB, too much</td>" in html_page(result, table(ROWS), no_frame)
+    assert "<td>full</td><td>31.6 GB, too much</td>" in page_of(result, table(ROWS), no_frame)
     # Buckets without clips need not fit.
     unused = report(ROWS[:1], batch_sizes=(1, 9, 9), gpu_bytes=80e9)
     assert unused.buckets[1].shortfall
@@ -298,8 +359,34 @@ def test_markup_and_escapes_in_file_names_have_no_effect():
     assert "\x1b[31mc" not in text
 
 
-def no_frame(*_):
-    return None
+def no_frame(requests):
+    return [None] * len(requests)
+
+
+def gray_frames(requests):
+    return (np.full((request.height, request.width, 3), 200, np.uint8) for request in requests)
+
+
+def clip_list(clips, shapes=BUCKETS, **changes):
+    """Return all clips of a table."""
+    num = len(clips.table)
+    windows = np.ones(num, int) if clips.num_windows is None else clips.num_windows
+    made = ClipList(
+        clips.table,
+        clips.buckets,
+        clips.frames,
+        windows,
+        np.zeros(num, bool),
+        shapes,
+        lambda texts: [False] * len(texts),
+    )
+    return dataclasses.replace(made, **changes)
+
+
+def page_of(result, clips, read_frames=no_frame, name=""):
+    """Render the page."""
+    listed = list_clips(clip_list(clips, tuple(bucket.shape for bucket in result.buckets)), 100)
+    return html_page(result, clips, list(make_tiles(listed, read_frames)), Pages(["report.html"], 0), name=name)
 
 
 @pytest.fixture
@@ -311,7 +398,7 @@ def no_plots(monkeypatch):
 def test_the_page_escapes_names_and_captions():
     rows = [(f"/clips/{name}", 81, 768, 1360, 1, None) for name in EVIL]
     rows += [(f"/{name}", None, None, None, -1, f"{EVIL[0]}: {EVIL[1]}") for name in EVIL]
-    page = html_page(report(rows), table(rows), no_frame, name=EVIL[0])
+    page = page_of(report(rows), table(rows), no_frame, name=EVIL[0])
     assert "<script" not in page
     assert "<img" not in page
     assert page.count("&lt;script&gt;alert(1)&lt;/script&gt;") >= 5
@@ -319,7 +406,7 @@ def test_the_page_escapes_names_and_captions():
 
 
 def test_the_page_has_no_external_references():
-    page = html_page(report(), table(ROWS), lambda *size: np.zeros((*size[-2:], 3), np.uint8))
+    page = page_of(report(), table(ROWS), gray_frames)
     assert "default-src 'none'; img-src data:; style-src 'unsafe-inline'" in page
     addresses = set(re.findall(r"""(?:src|href|url|action|srcset)\s*[=(]\s*["']?([^"'\s>)]+)""", page))
     assert addresses
@@ -335,28 +422,86 @@ def test_the_page_has_no_external_references():
     assert page.count("<svg ") == 4
 
 
-def test_a_clip_that_cannot_be_read_is_a_tile_without_a_picture():
-    def frame(path, kind, start_s, height, width):
-        assert (kind, start_s) == ("video", 0.0)
-        assert max(height, width) == 260
-        return None if path.endswith(("b.mp4", "c.mp4")) else np.full((height, width, 3), 200, np.uint8)
+def test_a_clip_that_cannot_be_read_is_shown_without_a_picture():
+    def frames(requests):
+        for request in requests:
+            assert (request.kind, request.start_s) == ("video", 0.0)
+            assert max(request.height, request.width) == 260
+            yield None if request.path.endswith(("b.mp4", "c.mp4")) else np.full((*request[-2:], 3), 200, np.uint8)
 
-    sheets = sample_sheets(report(), table(ROWS), frame, seed=0)
-    assert [len(sheet.tiles) for sheet in sheets] == [1, 2, 1]
-    assert [bool(tile.picture) for sheet in sheets for tile in sheet.tiles] == [True, False, False, True]
-    assert sheets[0].tiles[0].note == "1360 × 768, 0% cropped away"
-    small = sample_sheets(report(), table(ROWS), lambda *size: np.zeros((*size[-2:], 3), np.uint8), seed=0)[1].tiles[1]
-    assert small.note == "640 × 480, 25% cropped away, upscaled"
+    tiles = {tile.clip.name: tile for tile in make_tiles(list_clips(clip_list(table(ROWS)), 100), frames)}
+    assert len(tiles) == len(ROWS)
+    with_picture = {name for name, tile in tiles.items() if tile.picture}
+    assert with_picture == {"/clips/a.mp4", "/clips/d.mp4", "/clips/short.mp4", "/clips/z.mp4"}
 
 
-def test_the_seed_determines_the_sample_clips():
-    rows = [(f"/clips/{n}.mp4", 81, 768, 1360, 1, None) for n in range(500)]
+def test_every_clip_is_listed_with_its_bucket_crop_and_flags():
+    clips = list_clips(clip_list(table(ROWS)), 100)
+    assert [clip.name[7:-4] for clip in clips] == ["short", "x", "y", "z", "c", "a", "b", "d"]
+    by_name = {clip.name[7:-4]: clip for clip in clips}
+    assert by_name["short"].reason == "too short for every bucket"
+    assert by_name["x"].reason == "cannot be opened: no such stream"
+    assert [by_name[name].shape for name in "abcdx"] == [*BUCKETS[:2], BUCKETS[1], BUCKETS[2], None]
+    assert by_name["b"].facts == "1920 x 1080, <1% cropped away, 81 of 81 frames used"
+    assert by_name["b"].flags == by_name["d"].flags == ()
+    assert by_name["c"].flags == ("25% cropped away", "upscaled 2.1 times")
+    assert by_name["a"].captions == ("caption of /clips/a.mp4",)
 
-    def names(seed):
-        return [tile.name for tile in sample_sheets(report(rows), table(rows), no_frame, seed)[0].tiles]
 
-    assert names(1) == names(1) != names(2)
-    assert len(names(1)) == 4
+def test_flags_of_a_clip():
+    rows = [("/a.mp4", 400, 768, 1360, 0, None), ("/b.mp4", 49, 768, 1360, 0, None)]
+    clips = table(rows)
+    for name, values in {
+        "digest": [b"0" * 16] * 2, "motion": [0.5, 0.001], "duplicate_of": [None, "/c.mp4"],
+        "processing": ["", "deinterlaced, tone-mapped from HDR"], "more_captions": [None, ["two"]],
+    }.items():  # fmt: skip
+        index = clips.table.column_names.index(name)
+        column = pa.array(values, clips.table.schema.field(name).type)
+        clips = dataclasses.replace(clips, table=clips.table.set_column(index, name, column))
+    listed = clip_list(clips, is_held_out=np.array([False, True]), is_cut_off=lambda texts: ["/b" in t for t in texts])
+    first, second = list_clips(listed, 100)
+    assert first.flags == ("88% of the frames unused",)
+    assert second.flags == (
+        "held out for evaluation", "hardly moves", "deinterlaced", "tone-mapped from HDR", "near duplicate of /c.mp4",
+        "same content as /a.mp4", "caption cut off",
+    )  # fmt: skip
+    assert second.captions == ("caption of /b.mp4", "two")
+
+
+@pytest.mark.usefixtures("no_plots")
+@pytest.mark.parametrize("num, num_pages", [(60, 1), (61, 2), (185, 4)])
+def test_every_clip_is_on_one_page(tmp_path, num, num_pages):
+    rows = [(f"/clips/{n:03}.mp4", 81, 768, 1360, 1, None) for n in range(num)]
+    file = tmp_path / "my report #1.html"
+    write_html(file, report(rows), table(rows), clip_list(table(rows)), gray_frames)
+    pages = [file, *sorted((tmp_path / "my report #1_clips").glob("*.html"))]
+    names = [re.findall(r'class="name">/clips/(\d+)', page.read_text()) for page in pages]
+    assert [name for part in names for name in part] == [f"{n:03}" for n in range(num)]
+    assert len(pages) == num_pages
+    # The links lead from page to page, and back.
+    seen, page = [], file
+    while page and page not in seen:
+        seen.append(page)
+        (link,) = re.findall(r'rel="next" href="([^"]+)"', page.read_text())[:1] or [""]
+        page = link and (page.parent / unquote(link)).resolve()
+    assert seen == pages
+    for page in pages[1:]:
+        assert (page.parent / unquote(re.search(r'<a href="([^"#]+)">Dataset report', page.read_text())[1])).samefile(
+            file
+        )
+    # A later report about fewer clips leaves no page behind.
+    write_html(file, report(rows[:1]), table(rows[:1]), clip_list(table(rows[:1])), gray_frames)
+    assert not list((tmp_path / "my report #1_clips").glob("*.html"))
+
+
+@pytest.mark.usefixtures("no_plots")
+def test_of_very_many_clips_evenly_spaced_ones_are_shown(tmp_path, monkeypatch):
+    monkeypatch.setattr("cogds.report.html.MAX_CLIPS", 10)
+    rows = [(f"/clips/{n:03}.mp4", 81, 768, 1360, 1, None) for n in range(100)]
+    write_html(tmp_path / "a.html", report(rows), table(rows), clip_list(table(rows)), no_frame)
+    page = (tmp_path / "a.html").read_text()
+    assert re.findall(r'class="name">/clips/(\d+)', page) == [f"{n:03}" for n in range(0, 100, 11)]
+    assert "Shown are 10 evenly spaced clips" in page
 
 
 def test_the_cropped_part_of_a_picture_is_dimmed():
@@ -375,7 +520,7 @@ def test_control_characters_are_escaped():
 
 @pytest.mark.usefixtures("no_plots")
 def test_the_page_is_written_without_leftovers(tmp_path):
-    write_html(tmp_path / "report.html", report(), table(ROWS), no_frame)
+    write_html(tmp_path / "report.html", report(), table(ROWS), clip_list(table(ROWS)), no_frame)
     assert (tmp_path / "report.html").read_text().endswith("</html>")
     assert [path.name for path in tmp_path.iterdir()] == ["report.html"]
 
@@ -393,7 +538,7 @@ def test_the_command(tmp_path):
     page = tmp_path / "report.html"
     done = run_command(
         [
-            sys.executable, ROOT / "launch/report.py", "--num_gpus", 2, "--html", page,
+            sys.executable, ROOT / "launch/report.py", "--config", "demo", "--num_gpus", 2, "--html", page,
             f"output_dir={tmp_path / 'run'}",
             f"data.path={tmp_path / 'clips'}", "data.draw_demo_clips=true", f"data.cache_dir={tmp_path / 'cache'}",
         ],
@@ -406,6 +551,42 @@ def test_the_command(tmp_path):
     refused = run_command([sys.executable, ROOT / "launch/report.py", "--num_gpus", 0], timeout_s=120)
     assert refused.returncode == 2
     assert "--num-gpus: 0" in refused.stdout
+
+
+@pytest.mark.slow
+def test_the_report_of_a_hub_model_needs_no_weights(tiny_model, tmp_path, monkeypatch, capsys):
+    """With the hub's own client, offline: only configs and tokenizer are in its cache."""
+    cache, commit = tmp_path / "hub/models--somebody--some-model", "0123456789abcdef0123456789abcdef01234567"
+    shutil.copytree(tiny_model, cache / "snapshots" / commit, ignore=shutil.ignore_patterns("*.safetensors"))
+    (cache / "refs").mkdir()
+    (cache / "refs/main").write_text(commit)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "hub"))
+    (tmp_path / "clips").mkdir()
+    Image.new("RGB", (64, 64)).save(tmp_path / "clips/a.png")
+    (tmp_path / "clips/a.txt").write_text("a black square")
+    config = ("cogvideox1.5_i2v_lora", "model.path=somebody/some-model", "data.buckets=1x64x64")
+    folders = (f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path}", f"output_dir={tmp_path / 'run'}")
+    assert main(["report", "--config", *config, *folders]) == 0
+    assert "1 of 1 clip" in capsys.readouterr().out
+    with pytest.raises(UserError, match=r"^model\.path: the weights of somebody/some-model .*hf download"):
+        find_model("somebody/some-model").fetch("vae")
+
+
+def test_the_report_fails_if_training_would_refuse(tiny_model, tmp_path, capsys):
+    draw_clips(tmp_path / "clips")
+    words = [
+        f"model.path={tiny_model}", f"data.path={tmp_path / 'clips'}", f"data.cache_dir={tmp_path / 'cache'}",
+        f"output_dir={tmp_path / 'run'}", "data.buckets=[17x64x96, 9x96x64, 1x64x64]", "data.num_workers=0",
+    ]  # fmt: skip
+    assert cli.run(lambda: cli.call("report", words)) == 0
+    (tmp_path / "clips/empty.mp4").touch()
+    for allowed, code in (("0.2", 0), ("0.1", 2)):
+        assert cli.run(lambda allowed=allowed: cli.call("report", [*words, f"data.max_unusable={allowed}"])) == code
+    output = capsys.readouterr()
+    assert "empty file" in output.out  # the report comes first
+    assert output.err.startswith("error: data.max_unusable: 1 of 8 clips")
+    assert cli.run(lambda: cli.call("report", [*words, "data.buckets=[161x64x64]"])) == 2
+    assert capsys.readouterr().err.startswith("error: data.path: none of the 8 clips ")
 
 
 def test_held_out_clips_are_neither_trained_nor_unusable():
@@ -426,7 +607,7 @@ def figures(monkeypatch):
 
 
 def test_axes_that_count_clips_have_integer_ticks(figures):
-    html_page(report(ROWS[:1]), table(ROWS[:1]), no_frame)
+    page_of(report(ROWS[:1]), table(ROWS[:1]), no_frame)
     _, lengths, samples, _ = figures
     for axis in (lengths.axes[0].yaxis, samples.axes[0].xaxis):
         assert all(tick == int(tick) for tick in axis.get_ticklocs())
@@ -435,9 +616,7 @@ def test_axes_that_count_clips_have_integer_ticks(figures):
 def test_labels_of_buckets_do_not_overlap(figures):
     buckets = tuple(ClipShape(81, height, width) for height in range(704, 1024, 32) for width in range(704, 1024, 32))
     rows = [("/a.mp4", 81, 768, 1360, 0, None)]
-    html_page(
-        report(rows, buckets=buckets, batch_sizes=(1,) * 100, checkpointing=("full",) * 100), table(rows), no_frame
-    )
+    page_of(report(rows, buckets=buckets, batch_sizes=(1,) * 100, checkpointing=("full",) * 100), table(rows), no_frame)
     figure = figures[0]
     figure.canvas.draw()
     boxes = [text.get_window_extent() for text in figure.axes[0].texts]
@@ -446,12 +625,26 @@ def test_labels_of_buckets_do_not_overlap(figures):
     assert all(figure.bbox.fully_containsx(x) for box in boxes for x in (box.x0, box.x1))
 
 
+def test_labels_of_lengths_do_not_overlap(figures):
+    buckets = tuple(ClipShape(frames, 768, 768) for frames in range(1, 82, 4))
+    rows = [("/a.mp4", 81, 768, 768, 20, None)]
+    page_of(report(rows, buckets=buckets, batch_sizes=(1,) * 21, checkpointing=("full",) * 21), table(rows))
+    figure = figures[1]
+    figure.canvas.draw()
+    boxes = [text.get_window_extent() for text in figure.axes[0].texts]
+    assert len(boxes) > 3
+    assert not any(a.overlaps(b) for n, a in enumerate(boxes) for b in boxes[:n])
+
+
 def test_skipped_files_are_reported():
     skipped = {".md file": 2, "row removed by data.where": 12_000}
     result = make_report(dataclasses.replace(table(ROWS), skipped=skipped), setup(), GOOD)
-    sentence = "Skipped in the datasets: 12,000 x row removed by data.where, 2 x .md file."
+    sentence = (
+        "Skipped in the datasets: 12,000 x row removed by data.where; "
+        "neither a clip nor the caption of one: 2 x .md file."
+    )
     assert sentence in short_report(result)
-    assert sentence in html_page(result, table(ROWS), no_frame)
+    assert sentence in page_of(result, table(ROWS), no_frame)
     assert "Skipped" not in short_report(report())
 
 

@@ -3,6 +3,7 @@
 import dataclasses
 import functools
 import json
+import re
 from collections import Counter
 from types import SimpleNamespace
 
@@ -16,6 +17,8 @@ from cogds.cli import call
 from cogds.config.loading import replace
 from cogds.distributed.world import World
 from cogds.encode.encoder import encode_dataset
+from cogds.evaluate import loss_table
+from cogds.metrics.jsonl import first_evaluation, metrics_line
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.load import find_model, load_transformer
 from cogds.model.lora.adapter import export, inject
@@ -23,6 +26,7 @@ from cogds.train.callbacks import TrainContext
 from cogds.train.evaluation import (
     MAX_SHARE,
     describe_cost,
+    describe_losses,
     make_eval_batches,
     make_evaluation,
     make_evaluation_callback,
@@ -317,9 +321,19 @@ def test_the_cost_is_estimated_and_the_warning_names_a_setting_that_suffices(pre
     # 6 forward passes against 4 steps, each of a forward pass, its recomputation and a backward pass.
     share = share_of_training(run, evaluation, 4)
     assert 6 / (4 * 3.5) * 0.7 < share < 6 / (4 * 3) * 1.4
-    _, warning = describe_cost(run, evaluation, 4)
+    line, warning = describe_cost(run, evaluation, 4)
+    assert re.search(r"\b\d+% of the training time", line)
     needed = int(warning.partition("eval.every=")[2].partition(" ")[0])
     assert share_of_training(run, evaluation, needed) <= MAX_SHARE
+
+
+def test_an_evaluation_that_takes_longer_than_training_says_what_to_change(prepare):
+    prepared = prepare("eval.num_clips=1")
+    trial = replace(prepared.job.cfg, {"train.num_steps": 12})
+    line, warning = describe_cost(make_run(prepared, "full", cfg=trial), prepared.evaluation, 1)
+    assert warning == ""
+    assert "%" not in line
+    assert all(key in line for key in ("eval.every", "eval.num_clips", "eval.num_timesteps"))
 
 
 def test_the_cost_is_relative_to_the_mean_step_of_all_ranks(prepare):
@@ -330,15 +344,41 @@ def test_the_cost_is_relative_to_the_mean_step_of_all_ranks(prepare):
     assert two_ranks == pytest.approx(one_rank / 2, rel=0.2)
 
 
+def test_each_evaluation_is_compared_with_the_first_of_the_run(tmp_path):
+    base = {"eval/loss": 1.51291, "eval/train_loss": 1.4}
+    now = {"eval/loss": 1.50899, "eval/train_loss": 1.3}
+    assert describe_losses(base, base, "before step 1") == "eval 1.5129 before step 1"
+    assert describe_losses(base, now, "after step 5") == "eval 1.5129 -> 1.5090 after step 5"
+    assert describe_losses(base, {"eval/train_loss": 1.3}, "after step 5").startswith("eval 1.4000 -> 1.3000 after")
+    file = tmp_path / "metrics.jsonl"
+    assert first_evaluation(file) == {}
+    notes = [{"sample/seconds": 3.0}, base, {"train/loss": 1.0}, now]
+    file.write_bytes(b"".join(metrics_line(step, scalars) for step, scalars in enumerate(notes)))
+    assert first_evaluation(file) == base
+
+
+def test_the_losses_of_the_base_model_and_the_lora_are_printed_side_by_side():
+    base = {"eval/loss": 1.5129, "eval/loss/t=166": 2.0, "eval/train_loss": 1.0, "eval/train_loss/bucket=9x64x64": 12.0}
+    lora = {tag: loss * 0.99 for tag, loss in base.items()}
+    assert loss_table({"base": base, "LoRA": lora}) == [
+        "loss                 base     LoRA  change",
+        "held-out clips     1.5129   1.4978   -1.0%",
+        "  timestep 166     2.0000   1.9800   -1.0%",
+        "trained clips      1.0000   0.9900   -1.0%",
+        "  bucket 9x64x64  12.0000  11.8800   -1.0%",
+    ]
+    assert [line.split() for line in loss_table({"base": base})][1] == ["held-out", "clips", "1.5129"]
+
+
 @pytest.fixture
 def command(overrides, tmp_path, capsys):
     """`command(*words)`: the losses that the evaluate verb prints."""
     (tmp_path / "run.yaml").write_text("output_dir: unused\n")
 
     def run(*words):
-        call("evaluate", [*overrides, "--config", str(tmp_path / "run.yaml"), *words])
+        call("evaluate", [*overrides, "--config", str(tmp_path / "run.yaml"), "--json", *words])
         (line,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("{")]
-        return json.loads(line)
+        return json.loads(line)["LoRA" if "--lora" in words else "base"]
 
     return run
 

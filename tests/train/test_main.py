@@ -11,7 +11,7 @@ from cogds.train import main
 
 
 @pytest.mark.parametrize("is_deterministic", [False, True])
-def test_deterministic_kernels_are_chosen_before_anything_runs(tiny_model, monkeypatch, is_deterministic):
+def test_deterministic_kernels_are_chosen_before_anything_runs(tiny_model, tmp_path, monkeypatch, is_deterministic):
     seen = []
 
     def stop(_job):
@@ -20,7 +20,7 @@ def test_deterministic_kernels_are_chosen_before_anything_runs(tiny_model, monke
 
     monkeypatch.setattr(main, "check_execution", stop)
     monkeypatch.delenv("CUBLAS_WORKSPACE_CONFIG", raising=False)
-    words = [f"model.path={tiny_model}", "data.path=clips", f"train.deterministic={is_deterministic}"]
+    words = [f"model.path={tiny_model}", f"data.path={tmp_path}", f"train.deterministic={is_deterministic}"]
     try:
         with pytest.raises(UserError, match="stop here"):
             call("train", words, starts_ranks=False)

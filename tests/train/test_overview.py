@@ -8,7 +8,8 @@ import torch
 
 import cogds.train.overview
 from cogds.data.loading.dataset import BadClip, Batch, Choice
-from cogds.train.overview import FirstBatchLogger, log_overview
+from cogds.metrics.figures import CELL
+from cogds.train.overview import SAMPLES_PER_CLIP, SHEET_CLIPS, FirstBatchLogger, log_overview
 
 
 class Vae:
@@ -49,6 +50,7 @@ def make_logger(shown, vae, show_batches=0, show_clips=0):
     monitor = SimpleNamespace(
         add_video=lambda step, name, frames, fps: shown.append((step, name, frames.shape, fps)),
         add_image=lambda step, name, pixels: shown.append((step, name, pixels)),
+        add_text=lambda *_: None,
     )
     builder = SimpleNamespace(vae=vae, device=torch.device("cpu"))
     return FirstBatchLogger(run, builder, monitor)
@@ -100,7 +102,7 @@ def test_a_replacement_clip_has_the_caption_that_it_is_trained_with_and_images_a
     batch_logger, tensors = make_logger(shown, None, show_clips=3), {"first_frame": frames(2)}
     batch_logger.log(4, None, Batch(tensors, (BadClip(0, "a", "odd"),), (Choice(2, 0), Choice(1, 1))))
     assert sheets == []
-    assert sum(image.nbytes for image in batch_logger._frames) == 2 * 256 * 171 * 3
+    assert sum(image.nbytes for image in batch_logger._frames) == 2 * CELL * 240 * 3
     tensors["first_frame"].zero_()
     batch_logger.log(5, None, Batch({"first_frame": frames(2)}, (), (Choice(0, 0), Choice(1, 0))))
     assert sheets == [([60, 120, 60], ["9x32x48  a cow", "9x32x48  the dog", "9x32x48  a cat"])]
@@ -108,6 +110,30 @@ def test_a_replacement_clip_has_the_caption_that_it_is_trained_with_and_images_a
     batch_logger.log(6, None, Batch({"first_frame": frames(2)}, (), (Choice(0, 0), Choice(1, 0))))
     assert len(shown) == 1
     assert batch_logger._frames == batch_logger._captions == []
+
+
+@pytest.mark.parametrize("num_rows, num_samples", [(3, 5), (2, 3 * SAMPLES_PER_CLIP)])
+def test_every_clip_is_shown_once(shown, sheets, num_rows, num_samples):
+    """Although 16 are wanted, there are three, and rank 0 may train fewer."""
+    batch_logger = make_logger(shown, None, show_clips=16)
+    batch_logger._run.cfg.train.num_steps = 99
+    for step in range(4, 40):
+        row = (step // 2) % num_rows
+        batch_logger.log(step, None, Batch({"first_frame": frames(row + 1)[row:]}, (), (Choice(row, 0),)))
+    ((grays, captions),) = sheets
+    assert sorted(captions) == sorted(f"9x32x48  a {noun}" for noun in ("cat", "dog", "cow")[:num_rows])
+    assert len(set(grays)) == num_rows
+    assert [step for step, *_ in shown] == [4 + num_samples]
+
+
+def test_many_clips_are_shown_in_several_sheets(shown, sheets):
+    batch_logger = make_logger(shown, None, show_clips=SHEET_CLIPS + 1)
+    index = batch_logger._run.data.index
+    index += index[:1] * SHEET_CLIPS
+    choices = tuple(Choice(row, 0) for row in range(len(index)))
+    batch_logger.log(4, None, Batch({"first_frame": frames(4)[:1].repeat(len(index), 1, 1, 1)}, (), choices))
+    assert [len(captions) for _, captions in sheets] == [SHEET_CLIPS, 1]
+    assert [name for _, name, _ in shown if name] == ["data/first_frames", "data/first_frames/2"]
 
 
 def test_an_image_that_fails_is_logged_once_and_is_not_fatal(shown, monkeypatch, capsys):

@@ -30,6 +30,7 @@ from cogds.model.lora.adapter import export, inject
 from cogds.train.callbacks import TrainContext
 from cogds.train.samples import compare_videos, evenly_spaced_rows, make_sample_callback
 from cogds.train.step import load_step_builder
+from cogds.videos.sample_folder import Prompt, read_videos
 
 BUCKETS = (ClipShape(9, 32, 48), ClipShape(9, 32, 32), ClipShape(1, 32, 32))
 
@@ -116,7 +117,12 @@ def test_base_videos_are_made_once_and_others_at_every_step(make_callback):
     callback.run(2)
     names = [Path(name).name for name in files(folder / "base")]
     assert [name[:-13] for name in names] == ["a-blue-star", "a-red-circle"]
-    assert files(folder) == [f"{place}/{name}" for place in ("base", "step-000000", "step-000002") for name in names]
+    videos = [f"{place}/{name}" for place in ("base", "step-000000", "step-000002") for name in names]
+    first_frames = [f"first_frames/{name[:-4]}.png" for name in names]
+    assert files(folder) == sorted([*videos, *first_frames, "prompts.json"])
+    assert [prompt.prompt for prompt in read_videos(folder)] == [
+        Prompt("a red circle", "9x32x48", 0), Prompt("a blue star", "9x32x32", 4),
+    ]  # fmt: skip
     for name in names:
         base, first, later = ((folder / place / name).read_bytes() for place in ("base", "step-000000", "step-000002"))
         assert base == first  # at step 0 the LoRA is assumed to be zero
@@ -125,10 +131,10 @@ def test_base_videos_are_made_once_and_others_at_every_step(make_callback):
     info = probe_video(folder / "step-000002" / names[1])
     assert (info.num_frames, info.height, info.width, info.fps) == (9, 32, 48, 8)
     red = f"samples/{names[1][:-4]}"
-    # A label over each strip, which has the first frame and eight frames of the video.
-    assert monitor.images[2, red].shape == (2 * (32 + 18) + 4, 9 * 48 + 8 * 4, 3)
-    assert monitor.images[0, red].shape[0] == 32 + 18
-    assert monitor.videos[2, red + "/clip"].shape == (9, 3 * (32 + 18) + 2 * 4, 48, 3)
+    # A column of four frames of each video, below a label.
+    assert monitor.images[2, red].shape == (18 + 4 * 32 + 3 * 4, 2 * 48 + 4, 3)
+    assert monitor.images[0, red].shape[1] == 48
+    assert monitor.videos[2, red + "/clip"].shape == (9, 2 * (32 + 18) + 4, 48, 3)
     assert monitor.fps == 8
     assert monitor.scalars == [(0, "sample/seconds"), (2, "sample/seconds")]
     assert f"{names[1][:-4]}: a red circle" in monitor.texts["samples"]
@@ -385,7 +391,7 @@ def test_a_full_disk_loses_only_the_files(make_callback, monkeypatch, capsys):
     assert len(monitor.images) == 2  # with the base model's beside it
     monkeypatch.undo()
     callback.run(4)
-    assert len(files(folder)) == 4
+    assert len(files(folder)) == 4 + 3
 
 
 def test_a_folder_that_cannot_be_written_causes_a_warning_at_the_start(make_callback, tmp_path, capsys):
@@ -419,12 +425,13 @@ def test_clips_are_spread_over_the_video_buckets():
     assert evenly_spaced_rows(still, 2) == [1, 3]
 
 
-def test_videos_are_compared_next_to_the_first_frame():
-    first = np.full((96, 64, 3), 10, np.uint8)
+def test_videos_are_compared_side_by_side_and_landscapes_one_above_the_other():
     base, now = (np.full((9, 96, 64, 3), gray, np.uint8) for gray in (100, 200))
-    strips, played = compare_videos(first, {"base": base, "step 5": now})
-    assert strips.shape == (2 * (96 + 18) + 4, 9 * 64 + 8 * 4, 3)
-    assert (strips[18 : 18 + 96, :64] == 10).all()
-    assert (strips[18 : 18 + 96, 68:132] == 100).all()
-    assert (strips[-96:, 68:132] == 200).all()
-    assert played.shape == (9, 96 + 18, 3 * 64 + 2 * 4, 3)
+    frames, played = compare_videos({"base": base, "step 5": now})
+    assert frames.shape == (18 + 4 * 96 + 3 * 4, 2 * 64 + 4, 3)
+    assert (frames[18 : 18 + 96, :64] == 100).all()
+    assert (frames[-96:, -64:] == 200).all()
+    assert played.shape == (9, 96 + 18, 2 * 64 + 4, 3)
+    wide = {name: np.zeros((5, 450, 800, 3), np.uint8) for name in ("base", "step 5")}
+    # At least as wide as TensorBoard's cards, which have 350 pixels.
+    assert compare_videos(wide)[1].shape == (5, 2 * (224 + 18) + 4, 400, 3)

@@ -25,7 +25,11 @@ def test_flags_are_paired(prompts, images, expected):
     "name, text, expected",
     [
         ("p.jsonl", '{"prompt": "x", "image": "i.png", "seed": 3}\n\n', [PromptSpec("x", "{}/i.png", None, 3)]),
-        ("p.csv", 'prompt,image,size,seed\n"a, b",i.png,9x64x64,\n', [PromptSpec("a, b", "{}/i.png", "9x64x64")]),
+        (
+            "p.csv",
+            'prompt,image,size,seed\n"a, b",i.png,9x64x64,\n',
+            [PromptSpec("a, b", "{}/i.png", "9x64x64", size_key="{}/p.csv:2: size")],
+        ),
         ("p.csv", "prompt,seed\nx,7\n", [PromptSpec("x", "given.png", None, 7)]),
         ("p.csv", 'prompt,seed\n"two\nlines",7\n', [PromptSpec("two\nlines", "given.png", None, 7)]),
         ("p.jsonl", '{"prompt": "a\u2028b"}', [PromptSpec("a\u2028b", "given.png")]),
@@ -35,7 +39,10 @@ def test_flags_are_paired(prompts, images, expected):
 )
 def test_lists(tmp_path, name, text, expected):
     (tmp_path / name).write_text(text)
-    expected = [dataclasses.replace(spec, image=spec.image.format(tmp_path)) for spec in expected]
+    expected = [
+        dataclasses.replace(spec, image=spec.image.format(tmp_path), size_key=spec.size_key.format(tmp_path))
+        for spec in expected
+    ]
     assert read_prompt_specs([], ["given.png"], str(tmp_path / name)) == expected
 
 

@@ -166,6 +166,18 @@ def prune(
     return report
 
 
+def unused_entries(root: Path | str, keep: Mapping[str, Collection[str]]) -> Iterator[tuple[str, str, float]]:
+    """Yield kind, key and approximate bytes of each entry that `prune` would remove because it is not in `keep`."""
+    root = Cache(root).root
+    for kind in _kinds(root):
+        if kind not in keep:
+            continue
+        for place, listing in _listings(f"{root}/{kind}"):
+            if unused := [key for key in listing.keys if key not in keep[kind]]:
+                entry_bytes = _file_size(f"{root}/{kind}/{place}") / len(listing.keys)
+                yield from ((kind, key, entry_bytes) for key in unused)
+
+
 def _remove_old(folder: str) -> PruneReport:
     report = PruneReport()
     for old in _folders(folder, _OLD_FOLDER):

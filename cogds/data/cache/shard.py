@@ -25,7 +25,7 @@ from cogds.data.storage import access
 from cogds.data.storage.access import read_range, stamp, upload
 from cogds.data.storage.location import is_url, join
 from cogds.errors import UserError
-from cogds.files import remove_abandoned, temporary_name
+from cogds.files import apply_umask, remove_abandoned, temporary_name
 
 SHARD_BYTES = 1 << 30
 SHARD_ENTRIES = 4096
@@ -300,7 +300,7 @@ def write_file(
     try:
         partial = folder / path.name
         save_file(tensors, partial, records)
-        partial.chmod(folder.stat().st_mode & 0o666)  # what the umask allows; safetensors allows only the owner
+        apply_umask(partial)
         if is_synced:
             with partial.open("rb") as file:
                 os.fsync(file.fileno())

@@ -43,9 +43,13 @@ class ClipFile(NamedTuple):
 
 
 class ListFile(NamedTuple):
-    """A list or table of clips."""
+    """A list or table of clips.
+
+    is_only: whether it is the only one of a folder that was searched.
+    """
 
     path: str
+    is_only: bool = False
 
 
 class TarFile(NamedTuple):
@@ -76,7 +80,8 @@ def search_folder(
     A folder with a list of clips yields only the list. What is skipped is counted. Raises UserError.
     """
     real = folder.path if is_url(folder.path) else os.path.realpath(folder.path)
-    if real in folder.parents:  # a link to a parent folder
+    if real in folder.parents:
+        listing.skip("link to a parent folder")
         return
     if folder.parents and os.path.islink(folder.path) and real.startswith(f"{folder.parents[0]}/"):
         listing.skip("link to a folder of the dataset")
@@ -85,7 +90,7 @@ def search_folder(
     files, folders = ([item.name for item in items if item.is_folder is kind] for kind in (False, True))
     clips = _Clips(folder, {item.name: kind for item in items if (kind := kind_of(item.name))}, files, bool(folders))
     if found := _lists_in(folder, files, clips, lists, listing):
-        yield from map(ListFile, found)
+        yield from (ListFile(file, len(found) == 1) for file in found)
         return
     labels = _labels_of("videos", folder.path, folders)
     other_splits = set() if clips.kinds else _other_splits(folders, str.lower)
@@ -232,6 +237,9 @@ def _lists_in(folder: Folder, files: Sequence[str], clips: _Clips, lists: ListRe
             f"data.path: {folder.path} holds several lists of clips: {', '.join(names)}. Set data.path to the one to "
             "use."
         )
+    if names:
+        for name in set(files) - {*names, *others, *lists_of_lines, *clips.kinds}:
+            listing.skip(f"{suffix_of(name) or 'other'} file beside a list")
     return [join(folder.path, name) for name in names]
 
 

@@ -15,6 +15,7 @@ from cogds.data.layouts.folder import ClipFile, Folder, ListFile, TarFile, datas
 from cogds.data.layouts.listing import Listing
 from cogds.data.layouts.lists import ListReader
 from cogds.data.layouts.tars import read_tar
+from cogds.data.layouts.unlisted import Unlisted
 from cogds.data.storage.access import is_file, is_folder
 from cogds.data.storage.location import absolute
 from cogds.data.video.kinds import suffix_of
@@ -102,8 +103,19 @@ class DatasetReader:
                     for file in group:
                         if isinstance(file, TarFile):
                             yield from read_tar(file.path, self.data_set.columns, listing)
-                        else:
-                            yield from self._lists.entries(file.path, listing)
+                        elif isinstance(file, ListFile):
+                            yield from self._listed(file, listing)
+
+    def _listed(self, file: ListFile, listing: Listing) -> Iterator[Entry]:
+        entries = self._lists.entries(file.path, listing)
+        if not file.is_only or self.data_set.where is not None:  # a file may be in another list, or a removed row
+            yield from entries
+            return
+        unlisted = Unlisted(file.path)
+        for entry in entries:
+            unlisted.see(entry)
+            yield entry
+        unlisted.count(listing)
 
     def _files(self, folder: Folder, listing: Listing) -> Iterator[ClipFile | ListFile | TarFile]:
         for item in search_folder(folder, self._lists, listing):

@@ -8,7 +8,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.core.buckets import assign_all
+from cogds.core.buckets import NO_IMAGE_BUCKET, TOO_SHORT, assign_all
 from cogds.core.geometry import ClipShape
 from cogds.core.windows import window_starts
 from cogds.data.video.media import TIME_TOLERANCE_S
@@ -89,8 +89,10 @@ def too_short_reasons(
     reasons = {}
     for row in np.flatnonzero(_is_usable(table) & (assignment.row_buckets < 0)).tolist():
         num_frames = assignment.row_frames[row]
-        clip = "an image has 1 frame" if num_frames == 1 else f"{num_frames} frames at {fps:g} fps"
-        reasons[row] = f"too short: {clip}, the shortest bucket has {shortest}"
+        if num_frames == 1:
+            reasons[row] = f"{NO_IMAGE_BUCKET}: the shortest bucket has {shortest}, add 1 to data.bucket_frames"
+        else:
+            reasons[row] = f"{TOO_SHORT}: {num_frames} frames at {fps:g} fps, the shortest bucket has {shortest}"
     return reasons
 
 

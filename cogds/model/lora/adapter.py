@@ -18,6 +18,7 @@ from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
 from cogds.errors import UserError, did_you_mean
+from cogds.files import apply_umask
 from cogds.model.lora.convert import Adapter, check_fits, diffusers_header, load_adapter, peft_config
 from cogds.model.lora.file import LoraFile, describe_lora, join_values
 
@@ -95,6 +96,7 @@ def export(folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], 
         transformer_lora_layers=state,
         save_function=functools.partial(save_file, metadata=header),
     )
+    apply_umask(folder / LORA_WEIGHT_NAME_SAFE)
     return folder / LORA_WEIGHT_NAME_SAFE
 
 

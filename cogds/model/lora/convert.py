@@ -24,6 +24,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 from cogds.errors import UserError
+from cogds.files import apply_umask
 from cogds.model.load import ModelFolder, empty_transformer
 from cogds.model.lora.file import ALPHA_IN_WEIGHTS, OWN_METADATA_KEY, LoraFile, open_safetensors
 from cogds.model.lora.formats import COMFYUI_PREFIX, DIFFUSERS_PREFIX, comfyui_name
@@ -135,6 +136,7 @@ def save_diffusers(adapter: Adapter, folder: Path) -> Path:
     """Write a LoRA file for diffusers into the folder, and return its path."""
     file = folder / LORA_WEIGHT_NAME_SAFE
     save_file(_diffusers_tensors(adapter), file, diffusers_header(peft_config(adapter), adapter.metadata))
+    apply_umask(file)
     return file
 
 
@@ -147,12 +149,14 @@ def save_comfyui(adapter: Adapter, file: Path) -> None:
         tensors[f"{prefix}.lora_down.weight"], tensors[f"{prefix}.lora_up.weight"] = layer.a, layer.b
         tensors[f"{prefix}.alpha"] = torch.tensor(layer.alpha, dtype=torch.float32)
     save_file(tensors, file, own_header(adapter.metadata))
+    apply_umask(file)
 
 
 def save_comfyui_wrapper(adapter: Adapter, file: Path) -> None:
     """Write a LoRA file for ComfyUI-CogVideoXWrapper, which diffusers can load as well."""
     tensors = _diffusers_tensors(fold_scales(adapter))
     save_file(tensors, file, own_header({**adapter.metadata, ALPHA_IN_WEIGHTS: True}))
+    apply_umask(file)
 
 
 def check_all_fit(files: Iterable[LoraFile], model: ModelFolder) -> None:

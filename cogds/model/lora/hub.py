@@ -8,6 +8,7 @@ from huggingface_hub import HfApi
 from huggingface_hub.errors import RepositoryNotFoundError
 
 from cogds.errors import BUGS, UserError, brief
+from cogds.formatting import gigabytes
 
 
 def check_repository(repo: str, public: bool, api: Any = None) -> None:
@@ -45,7 +46,7 @@ def check_repository(repo: str, public: bool, api: Any = None) -> None:
 def list_files(folder: Path) -> list[str]:
     """Return a line with name and size for every file in the folder."""
     files = sorted(path for path in folder.rglob("*") if path.is_file())
-    return [f"  {path.relative_to(folder)}  {path.stat().st_size / 1e6:.2f} MB" for path in files]
+    return [f"  {path.relative_to(folder)}  {gigabytes(path.stat().st_size)}" for path in files]
 
 
 def upload_folder(folder: Path, repo: str, public: bool, api: Any = None) -> str:

@@ -18,6 +18,7 @@ from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from cogds.errors import UserError
+from cogds.files import apply_umask
 from cogds.model.load import PARTS, ModelFolder, transformer_weights
 from cogds.model.lora.convert import own_header
 from cogds.model.lora.file import WeightedLora, open_safetensors
@@ -134,6 +135,7 @@ def save_merged(folder: Path, merge: Merge, metadata: Mapping[str, Any], shard_b
     for file, shard in zip(files, shards):
         tensors = {weight.name: tensor for weight, tensor in itertools.islice(merged, len(shard))}
         save_file(tensors, folder / file, own_header(metadata))
+        apply_umask(folder / file)
     if not single:
         index = {
             "metadata": {"total_size": sum(weight.num_bytes for weight in weights)},
@@ -213,6 +215,7 @@ def save_other_parts(folder: Path, model: ModelFolder, copy: bool) -> None:
 
 def other_files(model: ModelFolder) -> list[Path]:
     """List all files of the model's parts except the transformer's."""
+    model.fetch(*PARTS)
     return [
         path
         for part in PARTS

@@ -194,12 +194,38 @@ LAYOUTS = [
     # --- tables
     Layout("HF videofolder: metadata.csv", {**CLIPS, "metadata.csv": "file_name,text\na.mp4,one\nb.mp4,two\n"}, [A, B]),
     Layout(
-        "HF videofolder: metadata.jsonl", {**CLIPS, "metadata.jsonl": lines({"file_name": "a.mp4", "text": "one"})}, [A]
+        "HF videofolder: metadata.jsonl",
+        {**CLIPS, "metadata.jsonl": lines({"file_name": "a.mp4", "text": "one"})},
+        [A],
+        skipped={"clip that its list does not name": 1},
     ),
     Layout(
         "HF videofolder: metadata.parquet",
         {**CLIPS, "metadata.parquet": parquet(file_name=["a.mp4"], text=["one"])},
         [A],
+        skipped={"clip that its list does not name": 1},
+    ),
+    Layout(
+        "HF videofolder: clips, folders and files that the table does not name",
+        {
+            **CLIPS,
+            "metadata.csv": "file_name,text\nsub/c.mp4,three\na.mp4,one\n",
+            "sub/c.mp4": "",
+            "sub/d.mp4": "",
+            "more/e.mp4": "",
+            "docs/page.html": "",
+            "a.txt": "one",
+            "README.md": "",
+            ".DS_Store": "",
+        },
+        [clip("sub/c.mp4", "three"), A],
+        skipped={
+            "clip that its list does not name": 2,
+            "folder that its list does not name": 1,
+            ".txt file beside a list": 1,
+            ".md file beside a list": 1,
+            "hidden file": 1,
+        },
     ),
     Layout(
         "HF videofolder: split folder",

@@ -62,6 +62,21 @@ def test_links_inside_the_dataset_are_not_followed_twice(tmp_path: Path) -> None
     entries = list(iter_entries(DataSet(str(tmp_path / "set")), listing=listing))
     assert [os.path.relpath(entry.path, tmp_path) for entry in entries[:2]] == ["set/a/x.mp4", "set/c/y.mp4"]
     assert listing.skipped["link to a folder of the dataset"] == 1
+    assert listing.skipped["link to a parent folder"] == 2  # `elsewhere` and `set`, behind `up`
+
+
+def test_a_list_that_names_its_clips_by_other_paths_leaves_none_out(tmp_path: Path) -> None:
+    (tmp_path / "set").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "set")
+    for name in ("a.mp4", "b.mp4", "c.png", "d.mp4"):
+        (tmp_path / "set" / name).touch()
+    rows = f"file_name,text,image\n./a.mp4,one,c.png\n{tmp_path}/link/b.mp4,two,\n../set/d.mp4,three,\n"
+    (tmp_path / "set/metadata.csv").write_text(rows)
+    listing = Listing()
+    assert len(list(iter_entries(DataSet(str(tmp_path / "link")), listing=listing))) == 3
+    assert listing.skipped == {}
+    list(iter_entries(DataSet(str(tmp_path / "set"), where="text == 'one'"), listing=listing))
+    assert listing.skipped == {"row removed by data.where": 2}  # and not their files
 
 
 def test_folders_lists_and_captions_behind_a_url() -> None:

@@ -26,9 +26,14 @@ def test_properties_of_files(tmp_path: Path) -> None:
         ("needed more than 4 GB of memory", "needed too much memory"),
         ("crashed its process (code -11)", "crashed the decoder"),
         ("decoding fails near 0.400 s: Invalid data", "damaged"),
-        ("it is truncated: only 10 of 20 frames are left", "truncated"),
+        ("the container marks a packet as corrupt (a truncated file?)", "truncated"),
         ("failed: KeyError: 'x'", "cannot be used"),
     ],
 )
 def test_messages_are_counted_by_category(message: str, category: str) -> None:
     assert categorize(message) == f"{category}: {message}"
+
+
+def test_a_category_that_the_message_begins_with_is_not_repeated() -> None:
+    assert categorize("it is truncated: only 3 of 9 frames are left") == "truncated: only 3 of 9 frames are left"
+    assert categorize("it cannot be opened: not found") == "cannot be opened: not found"

@@ -223,11 +223,14 @@ def commands(tiny_model, tmp_path, monkeypatch):
         return output(transformer)
 
     def evaluate(path, alpha):
-        load_eval_transformer = cogds.evaluate.load_eval_transformer
         (tmp_path / "none.yaml").write_text("{}")
         with monkeypatch.context() as patch:
-            patch.setattr(cogds.evaluate, "encode_dataset", lambda *_: SimpleNamespace())
-            patch.setattr(cogds.evaluate, "load_eval_transformer", lambda *args: stop(load_eval_transformer(*args)))
+            patch.setattr(cogds.evaluate, "encode_dataset", lambda *_: SimpleNamespace(empty_caption_states=None))
+            patch.setattr(cogds.evaluate, "load_step_builder", lambda *_: None)
+            patch.setattr(cogds.evaluate, "make_evaluation", lambda *_: SimpleNamespace())
+            patch.setattr(
+                cogds.evaluate, "evaluate", lambda _, transformer, name: stop(transformer) if name == "LoRA" else {}
+            )
             return run_until_loaded(
                 "evaluate", *config, "train.precision=fp32", "--lora", str(path), *alpha_flags(alpha)
             )

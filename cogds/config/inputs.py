@@ -5,11 +5,11 @@ from cogds.config.schema import RunConfig
 
 def data_paths(cfg: RunConfig) -> dict[str, str]:
     """Paths of the datasets, by config key."""
-    paths = {}
-    for section, data in [(f"data.sets[{index}]", data) for index, data in enumerate(cfg.data.sets)] or [
-        ("data", cfg.data)
-    ]:
-        paths |= {f"{section}.path": data.path, f"{section}.root": data.root}
+    paths: dict[str, str | None] = {}
+    for index, data in enumerate(cfg.data.sets):
+        paths |= {f"data.sets[{index}].path": data.path, f"data.sets[{index}].root": data.root}
+    if not cfg.data.sets:
+        paths |= {"data.path": cfg.data.path, "data.root": cfg.data.root}
     paths["eval.path"] = cfg.eval.path
     return {key: path for key, path in paths.items() if path is not None}
 

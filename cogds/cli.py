@@ -22,6 +22,7 @@ from cogds.config.loading import load_config
 from cogds.config.schema import RunConfig
 from cogds.data.storage.location import absolute, is_local_file
 from cogds.distributed.hostfile import check_nodes, in_memory, read_hostfile
+from cogds.distributed.launcher import LauncherProcess
 from cogds.distributed.world import is_launched, read_world, refuse_missing_tasks
 from cogds.errors import (
     EXIT_BUG,
@@ -40,6 +41,14 @@ from cogds.process.logs import RESULT, configure_logging
 
 DEFAULT_DEEPSPEED = "zero2.json"
 DEMO_CONFIG = "demo"
+
+
+class LauncherEnded(Exception):
+    """The launcher has ended, after its ranks have done the work."""
+
+    def __init__(self, code: int) -> None:
+        super().__init__(f"exit code {code}")
+        self.code = code
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -70,7 +79,7 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     """Parse a verb's arguments and run it. Raises UserError for an unknown verb, or wrong arguments or configs.
 
     prog: name of the command in `--help`. starts_ranks: if several ranks are wanted and no launcher has started this
-    process, replace it by DeepSpeed's launcher.
+    process, run DeepSpeed's launcher instead, and raise LauncherEnded at its end.
     """
     if verb not in VERBS:
         raise UserError(
@@ -96,7 +105,7 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     install_log_filters()  # some libraries log while they are imported
     if starts_ranks and spec.is_launchable and (launcher := launcher_command(args, argv)):
         sys.stdout.flush()
-        os.execv(launcher[0], launcher)
+        raise LauncherEnded(LauncherProcess(launcher).wait())
     world = read_world()
     set_library_defaults(world.local_size)
     configure_logging(world.rank, RESULT if args.quiet else logging.DEBUG if args.verbose else logging.INFO)
@@ -172,7 +181,9 @@ def launcher_command(args: argparse.Namespace, argv: Sequence[str]) -> list[str]
                 "Pass them only to that launcher."
             )
         return []
-    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", "info" if args.verbose else "error"]
+    # The ranks report their own errors, and `LauncherProcess` those that they cannot report.
+    log_level = "info" if args.verbose else "error" if args.hostfile else "critical"
+    launcher = [sys.executable, "-m", "deepspeed.launcher.runner", "--log_level", log_level]
     words = _without_launcher_flags(argv)
     if args.hostfile:
         hosts = read_hostfile(args.hostfile)
@@ -233,6 +244,8 @@ def _run(function: Callable[[], None]) -> int:
         if (place := _place(error)) is not None:
             print(f"error{place}: {error}", file=sys.stderr)
         return EXIT_USER_ERROR
+    except LauncherEnded as end:
+        return end.code
     except BugReported:
         return EXIT_BUG
     except Interrupted:

@@ -13,7 +13,7 @@ import torch
 from cogds.arguments import MERGED_FORMATS
 from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
 from cogds.errors import UserError, refuse_to_run
-from cogds.files import whole_folder
+from cogds.files import existing_parent, whole_folder
 from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora.convert import (
     check_all_fit,
@@ -194,8 +194,7 @@ def export_bytes(job: ExportJob) -> float:
 
 def check_space(output: Path, needed: float) -> None:
     """Raise UserError if the disk of `output` lacks space for `needed` bytes."""
-    folder = next(path for path in output.absolute().parents if path.exists())
-    free = shutil.disk_usage(folder).free
+    free = shutil.disk_usage(existing_parent(output)).free
     if free < needed + SPARE_BYTES:
         raise UserError(
             f"--output {output}: its disk has {free / 1e9:.2f} GB free, but the export needs "

@@ -36,9 +36,13 @@ def make_folders(folders: Mapping[str, str]) -> None:
 
 def check_creatable(key: str, folder: str) -> None:
     """Raise UserError, naming the key, if a folder cannot be created or written to. Leaves nothing behind."""
-    path = Path(folder).absolute()
-    existing = next(parent for parent in (path, *path.parents) if parent.exists())
-    make_folders({key: str(existing)})
+    make_folders({key: str(existing_parent(folder))})
+
+
+def existing_parent(path: Path | str) -> Path:
+    """Return the path itself or its nearest parent that exists."""
+    path = Path(path).absolute()
+    return next(parent for parent in (path, *path.parents) if parent.exists())
 
 
 def apply_umask(file: Path) -> None:

@@ -1,14 +1,15 @@
 """The files and folders that a run config names as inputs."""
 
-from cogds.config.schema import DataConfig, RunConfig, SetConfig
+from cogds.config.schema import RunConfig
 
 
 def data_paths(cfg: RunConfig) -> dict[str, str]:
     """Paths of the datasets, by config key."""
-    sets: list[tuple[str, DataConfig | SetConfig]] = [(f"data.sets[{n}]", each) for n, each in enumerate(cfg.data.sets)]
     paths: dict[str, str | None] = {}
-    for section, data in sets or [("data", cfg.data)]:
-        paths |= {f"{section}.path": data.path, f"{section}.root": data.root}
+    for index, data in enumerate(cfg.data.sets):
+        paths |= {f"data.sets[{index}].path": data.path, f"data.sets[{index}].root": data.root}
+    if not cfg.data.sets:
+        paths |= {"data.path": cfg.data.path, "data.root": cfg.data.root}
     paths["eval.path"] = cfg.eval.path
     return {key: path for key, path in paths.items() if path is not None}
 

@@ -29,7 +29,7 @@ from cogds.distributed.collectives import on_rank0
 from cogds.distributed.world import World
 from cogds.engine.state import TrainState
 from cogds.errors import UserError
-from cogds.files import apply_umask, whole_file
+from cogds.files import apply_umask, existing_parent, whole_file
 
 logger = logging.getLogger(__name__)
 
@@ -108,8 +108,8 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
 
 
 def check_space(folder: Path, num_bytes: float) -> None:
-    """Raise UserError if the disk does not have room for `num_bytes` more."""
-    free, needed = shutil.disk_usage(folder).free, num_bytes + SPARE_BYTES
+    """Raise UserError if the disk does not have room for `num_bytes` more. The folder need not exist yet."""
+    free, needed = shutil.disk_usage(existing_parent(folder)).free, num_bytes + SPARE_BYTES
     if free < needed:
         raise UserError(
             f"{folder}: the disk is nearly full; a checkpoint and its LoRA need {needed / 1e9:.2f} GB, and "

@@ -76,15 +76,26 @@ def _parent(pid: int) -> int:
         return 0
 
 
-def _is_launcher(pid: int) -> bool:
+def child_processes(pid: int) -> list[int]:
+    """Return the ids of a process's children."""
+    processes = [int(name) for name in os.listdir("/proc") if name.isdigit()]
+    return [process for process in processes if _parent(process) == pid]
+
+
+def command_of(pid: int) -> list[str]:
+    """Return the first words of a process's command, [] if it is gone."""
     try:
         command = Path(f"/proc/{pid}/cmdline").read_bytes().decode(errors="replace")
     except OSError:
-        return False
+        return []
+    return command.split("\0")[:_NUM_COMMAND_WORDS]
+
+
+def _is_launcher(pid: int) -> bool:
+    words = command_of(pid)
     # SLURM does not notice that its daemon has died, and would never end the rank.
-    return command.startswith("slurmstepd: ") or any(
-        word.endswith(_LAUNCHERS) for word in command.split("\0")[:_NUM_COMMAND_WORDS]
-    )
+    is_slurm = any(word.startswith("slurmstepd: ") for word in words[:1])
+    return is_slurm or any(word.endswith(_LAUNCHERS) for word in words)
 
 
 def run_with_timeout(function: Callable[[], T], timeout_s: float, default: T) -> T:

@@ -62,6 +62,13 @@ def test_every_prompt_has_a_video_of_every_step(run):
     assert "7*7" in page
 
 
+def test_the_first_videos_of_a_run_that_starts_from_a_lora_are_kept(run):
+    (run / "samples/base/evil-1.mp4").write_bytes((run / "samples/step-000010/evil-1.mp4").read_bytes())
+    call("gallery", [str(run)])
+    expected = ["base model", "step 0", "step 5", "step 10"]
+    assert [title for title, _ in titles((run / "gallery.html").read_text())] == expected
+
+
 def test_what_users_wrote_is_text(run):
     call("gallery", [str(run)])
     page = (run / "gallery.html").read_text()

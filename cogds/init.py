@@ -4,7 +4,7 @@ import argparse
 import logging
 import sys
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -58,11 +58,17 @@ class Answers:
 
 @dataclass(frozen=True)
 class NewRun:
-    """A run that fits clips and GPU. extra_flags: for `cogds train`."""
+    """A run that fits clips and GPU.
+
+    Attributes:
+        extra_flags: for `cogds train`.
+        num_clips: number of clips of each bucket, held-out clips included.
+    """
 
     job: Job
     report: Report
     extra_flags: str = ""
+    num_clips: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def cfg(self) -> RunConfig:
@@ -152,7 +158,8 @@ def fit_run(args: argparse.Namespace, answers: Answers) -> NewRun:
     used = ",".join(str(bucket.shape) for bucket in run.report.used_buckets)
     few = run.report.num_clips < MIN_CLIPS_TO_HOLD_OUT
     chosen = [*(all_clips if few else overrides), f"data.buckets=[{used}]"]
-    return fit_memory(resolve(answers, chosen), answers, chosen)
+    num_clips = {str(bucket.shape): bucket.num_clips for bucket in run.report.used_buckets}
+    return replace(fit_memory(resolve(answers, chosen), answers, chosen), num_clips=num_clips)
 
 
 def resolve(answers: Answers, overrides: list[str]) -> NewRun:
@@ -215,7 +222,7 @@ def config_text(run: NewRun, answers: Answers, output: Path) -> str:
             lines += ["", f"{section}:"]
         for name in names:
             if name == "data.buckets":
-                lines += bucket_lines(report)
+                lines += bucket_lines(run.num_clips)
                 continue
             comment = f"  # {comments[name]}" if comments.get(name) else ""
             lines.append(f"  {name.removeprefix(f'{section}.')}: {show(_plain(get(cfg, name)))}{comment}")
@@ -229,15 +236,17 @@ def _is_written(cfg: RunConfig, name: str) -> bool:
 
 
 def _plain(value: Any) -> Any:
+    if isinstance(value, float) and value == int(value):
+        return int(value)
     return list(value) if isinstance(value, tuple) else value
 
 
-def bucket_lines(report: Report) -> list[str]:
+def bucket_lines(num_clips: Mapping[str, int]) -> list[str]:
     """The buckets as YAML, each with the number of its clips."""
     return [
         "  # Frames x height x width. Each clip is trained in the bucket that crops it least.",
         "  buckets:",
-        *(f"    - {bucket.shape}  # {counted(bucket.num_clips, 'clip')}" for bucket in report.buckets),
+        *(f"    - {bucket}  # {counted(number, 'clip')}" for bucket, number in num_clips.items()),
     ]
 
 

@@ -83,6 +83,7 @@ def test_the_written_config_trains(tiny_model, tmp_path, run_train, monkeypatch,
     assert cfg.conditioning.image_latents == "scaled"
     assert [ClipShape.parse(text).frames for text in cfg.data.buckets] == [1]
     assert len((tmp_path / "run.yaml").read_text().splitlines()) < 45
+    assert f"    - {cfg.data.buckets[0]}  # 4 clips\n" in (tmp_path / "run.yaml").read_text()
     before = (tmp_path / "run.yaml").read_text()
     assert main([*words, "--use", "both"]) == 2  # the file is there
     assert (tmp_path / "run.yaml").read_text() == before

@@ -163,9 +163,8 @@ def test_a_slurm_job_runs_the_code_of_the_checkout_in_the_image(image, tmp_path)
         shutil.copytree(ROOT / name, checkout / name, ignore=shutil.ignore_patterns("__pycache__"))
     verb = checkout / "cogds/arguments.py"
     verb.write_text(verb.read_text() + "\nprint('the code of the checkout')\n")
-    output = image.run(
-        PYTHON, checkout / "launch/train.py", "--help", user=UNKNOWN_USER, options=["--volume", f"{checkout}:{checkout}"]
-    )
+    mount = ["--volume", f"{checkout}:{checkout}"]
+    output = image.run(PYTHON, checkout / "launch/train.py", "--help", user=UNKNOWN_USER, options=mount)
     assert "the code of the checkout" in output
     assert "usage: launch/train.py" in output
 
@@ -178,7 +177,8 @@ def test_the_pinned_torch_comes_with_a_cudnn_that_the_vae_can_use(tmp_path):
         sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--find-links", "",
         "--report", report, "--constraint", ROOT / "constraints.txt", "torch", env=environment,
     )  # fmt: skip
-    packages = {item["metadata"]["name"]: item["metadata"]["version"] for item in json.loads(report.read_text())["install"]}
+    metadata = [item["metadata"] for item in json.loads(report.read_text())["install"]]
+    packages = {package["name"]: package["version"] for package in metadata}
     print(packages)
     assert packages["torch"] == read_pins()["torch"]
     (cudnn,) = (version for name, version in packages.items() if name.startswith("nvidia-cudnn"))

@@ -18,8 +18,8 @@ COPY constraints.txt /opt/cogds/
 RUN python3 -m venv /opt/venv \
     && /opt/venv/bin/pip install --no-cache-dir --constraint /opt/cogds/constraints.txt torch
 
-# More extras of setup.py, such as prepare: --build-arg EXTRAS=heif,http,s3,quant,prepare
-ARG EXTRAS=heif,http,s3,quant
+# Extras of setup.py. Two more are `prepare` and, for quantized base weights, `quant`.
+ARG EXTRAS=heif,http,s3
 COPY . /opt/cogds
 RUN /opt/venv/bin/pip install --no-cache-dir --use-pep517 --constraint /opt/cogds/constraints.txt "/opt/cogds[$EXTRAS]" \
     && rm -rf /opt/cogds/build /opt/cogds/*.egg-info

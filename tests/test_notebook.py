@@ -59,17 +59,17 @@ def test_the_outputs_are_stripped(notebook):
 
 
 def test_its_commands_and_settings_are_valid(notebook, tmp_path):
-    (settings,) = (cell.source for cell in code(notebook) if cell.source.startswith("%%writefile run.yaml\n"))
+    (settings,) = (cell.source for cell in code(notebook) if cell.source.startswith("%%writefile outputs/run.yaml\n"))
     (tmp_path / "run.yaml").write_text(settings.partition("\n")[2])
     cfg, _ = load_config(str(tmp_path / "run.yaml"), [])
     assert cfg.model.path == "builtin:shapes"
     for verb, *arguments in commands(notebook):
         args = parse_args(verb, arguments, "")
-        assert getattr(args, "config", None) in ("run.yaml", None)
+        assert getattr(args, "config", None) in ("outputs/run.yaml", None)
     assert [words[0] for words in commands(notebook)] == ["report", "train", "sample"]
     # The LoRA that the last two sections read is the one that training wrote.
-    names = {name for cell in code(notebook) for name in re.findall(r"run/lora/[\w-]+", cell.source)}
-    assert names == {f"run/lora/step-{cfg.train.num_steps:06d}"}
+    names = {name for cell in code(notebook) for name in re.findall(r"[\w/]+/lora/[\w-]+", cell.source)}
+    assert names == {f"{cfg.output_dir}/lora/step-{cfg.train.num_steps:06d}"}
 
 
 def decode(path):
@@ -110,9 +110,9 @@ def test_it_goes_from_clips_to_a_better_video_without_network(notebook, tmp_path
     assert sum("image/png" in output.get("data", {}) for output in outputs) == 4
     assert sum("<video" in output.get("data", {}).get("text/html", "") for output in outputs) == 3
 
-    folder = tmp_path / "outputs/first-lora"
+    folder = tmp_path / "outputs"
     real = to_uint8(unseen_scenes(1, SIZES[:1], ["bounce"])[0].draw()).astype(np.float32)
-    without, with_lora = (decode(path) for path in sorted((folder / "videos").glob("*.mp4")))
+    without, with_lora = (decode(path) for path in sorted((folder / "videos").glob("*-scale?.mp4")))
     by_diffusers = decode(folder / "diffusers.mp4")
     quality = {
         "without the LoRA": psnr(without, real),

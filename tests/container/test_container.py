@@ -129,7 +129,7 @@ def test_the_image_has_the_pinned_versions(image):
     own = {name for name in installed if re.match("nvidia-|cuda-|triton$", name)}
     differing = {name: version for name, version in installed.items() if pins.get(name) != version.partition("+")[0]}
     assert {name: version for name, version in differing.items() if name not in own} == {}
-    assert {"cogds", "torch", "deepspeed", "diffusers", "bitsandbytes", "s3fs"} <= {"cogds", *installed}
+    assert {"torch", "deepspeed", "diffusers", "pillow-heif", "s3fs", "aiohttp"} <= set(installed)
 
 
 @pytest.mark.parametrize("user", [None, UNKNOWN_USER], ids=["the image's user", "a user without a name"])
@@ -146,7 +146,7 @@ COMPILE = """
 import torch
 from deepspeed.ops.op_builder.cpu import CPUAdamBuilder
 x = torch.arange(10.0)
-assert torch.equal(torch.compile(lambda x: x.sin() + 1)(x), x.sin() + 1)
+torch.testing.assert_close(torch.compile(lambda x: x.sin() + 1)(x), x.sin() + 1)
 CPUAdamBuilder().load(verbose=False)  # the builder that DeepSpeed uses with CUDA, too
 print("compiled")
 """

@@ -15,7 +15,7 @@ from cogds.config.loading import load_config
 from tests.conftest import ROOT
 
 FILE = ROOT / "examples/first_lora.ipynb"
-SAMPLE_TIME_S = 1200
+CELL_TIMEOUT_S = 1200
 
 # Loaded by every Python process of the notebook: whatever leaves this machine is refused and written down.
 NO_NETWORK = """
@@ -89,20 +89,20 @@ def test_it_goes_from_clips_to_a_better_video_without_network(notebook, tmp_path
     from cogds.shapes.clips import to_uint8, unseen_scenes
     from cogds.shapes.world import SIZES
 
-    programs, hooks, requests = tmp_path / "bin", tmp_path / "hooks", tmp_path / "requests.txt"
-    programs.mkdir()
-    hooks.mkdir()
+    programs, hooks, home, requests = (tmp_path / name for name in ("bin", "hooks", "home", "requests.txt"))
+    for folder in (programs, hooks, home):
+        folder.mkdir()
     (hooks / "sitecustomize.py").write_text(NO_NETWORK.replace("FILE", repr(str(requests))))
     # The command of an installed cogds, if it is not installed here.
     (programs / "cogds").write_text(f'#!/bin/sh\nexec {shlex.quote(sys.executable)} -m cogds "$@"\n')
     (programs / "cogds").chmod(0o755)
     monkeypatch.setenv("PATH", str(programs), prepend=":")
     monkeypatch.setenv("PYTHONPATH", f"{hooks}:{ROOT}")
-    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("HOME", str(home))
     monkeypatch.delenv("HF_HUB_OFFLINE")
     # In a copy: outputs are written to the cells.
     copy = nbformat.from_dict(notebook)
-    client = NotebookClient(copy, timeout=SAMPLE_TIME_S, resources={"metadata": {"path": str(tmp_path)}})
+    client = NotebookClient(copy, timeout=CELL_TIMEOUT_S, resources={"metadata": {"path": str(tmp_path)}})
     client.execute()
 
     assert not requests.exists(), requests.read_text()

@@ -137,6 +137,12 @@ def test_the_default_command_checks_the_machine(image, user):
     assert "\nready: " in "\n" + image.run(*image.config["Cmd"], user=user)
 
 
+def test_torchrun_trains_as_the_docs_say(image):
+    arguments = ["--deepspeed", "zero2", "--config", "demo", "train.num_steps=2", "eval.every=null"]
+    image.run("torchrun", "--nproc_per_node", "2", "-m", "cogds", "train", *arguments, user=UNKNOWN_USER)
+    assert "pytorch_lora_weights.safetensors" in image.run("ls", "/workspace/outputs/demo/lora/step-000002")
+
+
 def test_the_image_asks_for_gpus_and_runs_as_an_ordinary_user(image):
     assert "NVIDIA_VISIBLE_DEVICES=all" in image.config["Env"]
     assert image.run("id", "--user").strip() not in ("", "0")

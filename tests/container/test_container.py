@@ -40,19 +40,23 @@ def run(*words, timeout_s=RUN_TIMEOUT_S, **options):
     return done.stdout
 
 
-def pip_settings(folder):
-    """Return the volumes that let pip in a container reach what pip on this machine reaches.
+def read_pip_settings():
+    """Return how pip on this machine reaches packages."""
+    lines = run(sys.executable, "-m", "pip", "config", "list").splitlines()
+    settings = {
+        name.rpartition(".")[2]: value.strip("'\"") for name, _, value in (line.partition("=") for line in lines)
+    }
+    names = ("index-url", "extra-index-url", "find-links", "cert", "proxy", "trusted-host", "default-timeout")
+    return {name: settings[name] for name in names if name in settings}
+
+
+def pip_volumes(folder):
+    """Return the volumes with which pip in a container reaches what pip on this machine reaches.
 
     They hold this machine's settings of pip, and the certificates and folders of packages that these name.
     """
-    settings, volumes = {}, []
-    for line in run(sys.executable, "-m", "pip", "config", "list").splitlines():
-        name, _, value = line.partition("=")
-        settings[name.rpartition(".")[2]] = value.strip("'\"")
-    for key in ("constraint", "require-virtualenv", "user", "target", "cache-dir"):
-        settings.pop(key, None)  # the Dockerfile's own, or of this machine only
-    lines = ["[global]"]
-    for key, value in settings.items():
+    lines, volumes = ["[global]"], []
+    for key, value in read_pip_settings().items():
         words = []
         for word in value.split():
             path = Path(word.removeprefix("file://"))
@@ -80,7 +84,7 @@ class Image:
         (self.folder / "Dockerfile").write_text("FROM scratch\nADD base.tar /\n")
         self._build("base", self.folder)
         (self.folder / "base.tar").unlink()
-        volumes = [word for volume in pip_settings(self.folder) for word in ("--volume", volume)]
+        volumes = [word for volume in pip_volumes(self.folder) for word in ("--volume", volume)]
         self._build("cogds", ROOT, "--build-arg", "BASE=localhost/base", *volumes)
         self.config = json.loads(self.buildah("inspect", "--type", "image", "cogds"))["OCIv1"]["config"]
         self.container = self.buildah("from", "cogds").strip()
@@ -176,13 +180,16 @@ def test_a_slurm_job_runs_the_code_of_the_checkout_in_the_image(image, tmp_path)
 
 
 def test_the_pinned_torch_comes_with_a_cudnn_that_the_vae_can_use(tmp_path):
-    """Resolves torch's CUDA wheels without downloading them. Versions of cuDNN: docs/performance.md."""
+    """Resolves torch's CUDA wheels without downloading them. The minimum is that of cogds/model/cudnn.py."""
+    settings = read_pip_settings()
+    settings.pop("find-links", None)  # may hold a build of torch for CPUs
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("PIP_")}
+    environment |= {f"PIP_{name.upper().replace('-', '_')}": value for name, value in settings.items()}
+    environment["PIP_CONFIG_FILE"] = os.devnull  # no other settings
     report = tmp_path / "report.json"
-    environment = {name: value for name, value in os.environ.items() if name != "PIP_FIND_LINKS"}
-    run(
-        sys.executable, "-m", "pip", "install", "--dry-run", "--ignore-installed", "--quiet", "--find-links", "",
-        "--report", report, "--constraint", ROOT / "constraints.txt", "torch", env=environment,
-    )  # fmt: skip
+    words = ["--dry-run", "--ignore-installed", "--quiet", "--only-binary", ":all:", "--report", report]
+    pinned = ["--constraint", ROOT / "constraints.txt", "torch"]
+    run(sys.executable, "-m", "pip", "install", *words, *pinned, env=environment)
     metadata = [item["metadata"] for item in json.loads(report.read_text())["install"]]
     packages = {package["name"]: package["version"] for package in metadata}
     print(packages)

@@ -30,6 +30,6 @@ RUN useradd --uid 1000 --create-home cogds \
 ENV HOME=/home/cogds USER=cogds PATH=/opt/venv/bin:$PATH
 # enroot and other runtimes of NVIDIA's give a container the GPUs that this asks for.
 ENV NVIDIA_VISIBLE_DEVICES=all NVIDIA_DRIVER_CAPABILITIES=compute,utility
-USER cogds
+USER 1000
 WORKDIR /workspace
 CMD ["cogds", "preflight", "--config", "demo"]

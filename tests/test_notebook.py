@@ -103,7 +103,10 @@ def test_it_goes_from_clips_to_a_better_video_without_network(notebook, tmp_path
     # In a copy: outputs are written to the cells.
     copy = nbformat.from_dict(notebook)
     client = NotebookClient(copy, timeout=CELL_TIMEOUT_S, resources={"metadata": {"path": str(tmp_path)}})
-    client.execute()
+    try:
+        client.execute()
+    finally:
+        nbformat.write(copy, tmp_path / "executed.ipynb")
 
     assert not requests.exists(), requests.read_text()
     outputs = [output for cell in code(copy) for output in cell.outputs]

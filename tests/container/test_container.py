@@ -61,7 +61,8 @@ def pip_volumes(folder):
         for word in value.split():
             path = Path(word.removeprefix("file://"))
             if path.is_absolute() and path.exists():
-                volumes.append(f"{path}:{PIP_FOLDER}{path}:ro")
+                folder_or_file = path.parent if "index" in key else path  # an index may link to files beside it
+                volumes.append(f"{folder_or_file}:{PIP_FOLDER}{folder_or_file}:ro")
                 word = word.replace(str(path), f"{PIP_FOLDER}{path}")
             words.append(word)
         lines.append(f"{key} = {' '.join(words)}")

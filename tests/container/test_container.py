@@ -67,7 +67,7 @@ def pip_volumes(folder):
             words.append(word)
         lines.append(f"{key} = {' '.join(words)}")
     (folder / "pip.conf").write_text("\n".join(lines) + "\n")
-    return [f"{folder / 'pip.conf'}:/etc/pip.conf:ro", *volumes]
+    return [f"{folder / 'pip.conf'}:/etc/pip.conf:ro", *dict.fromkeys(volumes)]
 
 
 class Image:

@@ -71,7 +71,7 @@ def pip_volumes(folder):
 
 
 class Image:
-    """The image, and a container of it. Everything is in one folder."""
+    """The image, in a folder with all that belongs to it."""
 
     def __init__(self, folder):
         self.folder = folder
@@ -88,16 +88,19 @@ class Image:
         volumes = [word for volume in pip_volumes(self.folder) for word in ("--volume", volume)]
         self._build("cogds", ROOT, "--build-arg", "BASE=localhost/base", *volumes)
         self.config = json.loads(self.buildah("inspect", "--type", "image", "cogds"))["OCIv1"]["config"]
-        self.container = self.buildah("from", "cogds").strip()
 
     def _build(self, tag, folder, *words):
         # This isolation needs no cgroups and no runtime, only root.
         self.buildah("build", "--isolation", "chroot", "--tag", tag, *words, folder, timeout_s=BUILD_TIMEOUT_S)
 
     def run(self, *words, user=None, options=()):
-        """Run a command in the container with the image's environment and working directory."""
+        """Run a command in a new container with the image's environment and working directory."""
         options = [*options, *(["--user", user] if user else [])]
-        return self.buildah("run", "--isolation", "chroot", *options, self.container, "--", *words)
+        container = self.buildah("from", "cogds").strip()
+        try:
+            return self.buildah("run", "--isolation", "chroot", *options, container, "--", *words)
+        finally:
+            self.buildah("rm", container)
 
     def remove(self):
         for words in (["rm", "--all"], ["rmi", "--all", "--force"]):
@@ -143,9 +146,9 @@ def test_the_default_command_checks_the_machine(image, user):
 
 
 def test_torchrun_trains_as_the_docs_say(image):
-    arguments = ["--deepspeed", "zero2", "--config", "demo", "train.num_steps=2", "eval.every=null"]
-    image.run("torchrun", "--nproc_per_node", "2", "-m", "cogds", "train", *arguments, user=UNKNOWN_USER)
-    assert "pytorch_lora_weights.safetensors" in image.run("ls", "/workspace/outputs/demo/lora/step-000002")
+    train = "torchrun --nproc_per_node 2 -m cogds train --deepspeed zero2 --config demo train.num_steps=2 eval.every=null"
+    output = image.run("sh", "-c", f"{train} && ls outputs/demo/lora/step-000002", user=UNKNOWN_USER)
+    assert "\npytorch_lora_weights.safetensors" in output
 
 
 def test_the_image_asks_for_gpus_and_runs_as_an_ordinary_user(image):

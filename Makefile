@@ -19,8 +19,8 @@ WORKERS ?= --numprocesses auto --maxprocesses 4
 # The constraints of `make test-versions`: tests/versions/lowest.txt (for Python 3.11) or newest.txt.
 VERSIONS ?= newest
 
-.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-endurance test-planted \
-	test-all check format clean
+.PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-container \
+	test-endurance test-planted test-all check format clean
 
 install: $(VENV)/.installed
 
@@ -55,7 +55,7 @@ demo: install
 
 # What every commit runs: behavior of all packages, with a real run of two ranks, a resume and an export.
 test: install
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not endurance and not browser"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not endurance and not browser and not container"
 
 test-slow: install
 	$(BIN)/python -m pytest $(WORKERS) -m "slow and not cluster"
@@ -91,6 +91,11 @@ test-cluster: install
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m cluster
 
+# The image of the Dockerfile, built and run. Needs root on Debian.
+test-container: install
+	tests/container/install.sh
+	$(BIN)/python -m pytest -m container
+
 # Faults at every point of a run, and a long run with many faults, on the same two nodes: 15 minutes.
 test-endurance: install
 	tests/cluster/install.sh
@@ -100,7 +105,7 @@ test-endurance: install
 test-planted: install
 	$(BIN)/python tests/planted/check.py
 
-test-all: test test-quant test-slow test-browser test-cluster test-endurance
+test-all: test test-quant test-slow test-browser test-cluster test-container test-endurance
 
 check: install
 	$(BIN)/ruff check .

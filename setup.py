@@ -100,6 +100,8 @@ setup(
             "moto[s3]>=5",  # a server that speaks S3; it needs the next two
             "flask>=3",
             "flask-cors>=5",
+            "nbclient>=0.10",  # runs examples/first_lora.ipynb, in the next one
+            "ipykernel>=6.29",
             *PREPARE,
         ],
         "check": ["ruff>=0.9", "mypy>=1.14", "types-PyYAML", "types-tqdm"],

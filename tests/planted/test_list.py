@@ -1,7 +1,5 @@
 """The list of planted bugs fits the code. `make test-planted` runs it."""
 
-from collections import Counter
-
 from tests.conftest import ROOT
 from tests.planted.check import read_bugs
 
@@ -15,6 +13,6 @@ def test_each_bug_changes_one_place_and_names_a_test():
 
 
 def test_every_package_has_a_planted_bug():
-    packages = Counter(bug.file.split("/")[1] for bug in read_bugs())
+    packages = {bug.file.split("/")[1] for bug in read_bugs() if bug.file.startswith("cogds/")}
     expected = {path.parent.name for path in (ROOT / "cogds").glob("*/__init__.py")}
-    assert expected <= set(packages)
+    assert expected <= packages

@@ -139,14 +139,15 @@ def choose_configs(args: argparse.Namespace) -> list[str]:
     if neither a config nor a model is named, and if the demo is given a config, a model or clips.
     """
     configs, given = args.config or [], {text.partition("=")[0] for text in args.overrides}
+    needs_model = args.verb != "prepare" and not _only_reads_cache(args)
     if args.verb == "demo":
         own = ["--config"] * bool(configs) + sorted(given & {"model.path", "data.path", "data.sets"})
         if own:
             raise UserError(f"{own[0]}: the demo has its own config, model and clips. Use `cogds train` for yours.")
         return [DEMO_CONFIG]
-    if configs or "model.path" in given or args.verb == "prepare" or _only_reads_cache(args):
+    if configs or (needs_model and "model.path" in given):
         return configs
-    if given:
+    if needs_model and given:
         raise UserError(
             "command line: neither --config nor model.path is given. Pass one of them. `cogds init CLIPS` writes a "
             "config, and `cogds demo` runs the demo."

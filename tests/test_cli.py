@@ -254,8 +254,8 @@ def test_clips_with_names_that_the_locale_does_not_know_are_found(tmp_path, tiny
         ("demo", ["train.num_steps=3"], ["demo"]),
         ("train", ["--config", "run.yaml", "data.path=d"], ["run.yaml"]),
         ("train", ["model.path=m", "data.path=d"], []),
-        ("encode", ["--stats", "data.cache_dir=c"], []),
-        ("prepare", ["--output=clips.parquet", "data.path=d"], []),
+        ("encode", ["--stats", "data.cache_dir=c"], ["demo"]),
+        ("prepare", ["--output=clips.parquet", "data.path=d"], ["demo"]),
     ],
 )
 def test_the_demo_runs_only_when_it_is_asked_for(verb, words, expected):

@@ -98,7 +98,7 @@ def check_dataset(data: DataConfig) -> None:
     """Raise UserError if no dataset is named, or several."""
     if data.sets:
         raise UserError(f"data.sets: {len(data.sets)} datasets. Prepare each by itself, with data.path and --output.")
-    if data.path is None:
+    if not data.path or data.draw_demo_clips:  # without --config, it is the demo's
         raise UserError("data.path: not set. Pass a folder, list or table of videos: data.path=...")
 
 

@@ -11,7 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cogds.arguments import parse_args
+from cogds.arguments import parse_args, shipped_config
 from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.data.layouts.data_set import DataSet
@@ -55,7 +55,7 @@ def run(path, output, *words):
         *words,
     ]
     args = parse_args("prepare", words)
-    cfg = load_config(None, args.overrides)[0]
+    cfg = load_config(str(shipped_config("run_configs", "demo.yaml")), args.overrides)[0]
     check_dataset(cfg.data)
     prepare(cfg.data, read_request(cfg.data, args), World(0, 1, 0, 1))
     return pq.read_table(output).to_pylist() if output.exists() else []
@@ -394,4 +394,4 @@ def test_a_missing_library_is_named(monkeypatch):
 
 def test_a_dataset_must_be_named():
     with pytest.raises(UserError, match=r"^data\.path: not set"):
-        check_dataset(load_config(None, [])[0].data)
+        check_dataset(load_config(str(shipped_config("run_configs", "demo.yaml")), [])[0].data)

@@ -77,7 +77,7 @@ def test_the_written_config_trains(tiny_model, tmp_path, run_train, monkeypatch,
     assert main([*words, "--use", "comfyui", "--trigger", "ohwx"]) == 0
     output = capsys.readouterr().out
     assert "cogds train --config run.yaml" in output
-    assert "--to comfyui-merged" in output
+    assert "--to comfyui --output" in output
     cfg, _ = load_config("run.yaml", [])
     assert (cfg.data.path, cfg.data.caption_prefix, cfg.eval.held_out) == ("clips", "ohwx", 0)
     assert cfg.conditioning.image_latents == "scaled"
@@ -88,6 +88,7 @@ def test_the_written_config_trains(tiny_model, tmp_path, run_train, monkeypatch,
     assert main([*words, "--use", "both"]) == 2  # the file is there
     assert (tmp_path / "run.yaml").read_text() == before
     assert main([*words, "--use", "both", "--output", "both.yaml"]) == 0
+    assert "--to comfyui-merged --output" in capsys.readouterr().out
     assert load_config("both.yaml", [])[0].conditioning.image_latents == "pipeline"
     small = ["data.buckets=[1x64x48]", "train.num_steps=1", "lora.rank=4", "eval.every=null"]
     done = run_train("--config", "run.yaml", *small, launcher="warm", ranks=1, cwd=tmp_path)

@@ -7,6 +7,7 @@ with Chromium(folder) as browser:
 """
 
 import base64
+import contextlib
 import json
 import os
 import select
@@ -24,6 +25,10 @@ const texts = () => deep(document).filter(element => !["SCRIPT", "STYLE"].includ
     element => [...element.childNodes].filter(node => node.nodeType == 3).map(node => node.data.trim())).filter(Boolean)
     .join("\\n");
 """
+
+
+class Navigated(Exception):
+    """The page was left while a script was running in it."""
 
 
 class Chromium:
@@ -81,11 +86,13 @@ class Chromium:
 
     def until(self, script, condition):
         """Evaluate the script until the condition is true of its value. Returns the value."""
-        end = time.monotonic() + WAIT_S
-        while not condition(value := self.run(script)):
-            assert time.monotonic() < end, value
+        end, value = time.monotonic() + WAIT_S, None
+        while time.monotonic() < end:
+            with contextlib.suppress(Navigated):
+                if condition(value := self.run(script)):
+                    return value
             time.sleep(0.3)
-        return value
+        raise AssertionError(value)
 
     def screenshot(self, path):
         """Write what the page shows as a PNG."""
@@ -98,6 +105,8 @@ class Chromium:
         os.write(self._to, json.dumps(message).encode() + b"\0")
         while (answer := self._read()).get("id") != self._number:
             pass
+        if "navigated" in answer.get("error", {}).get("message", ""):
+            raise Navigated(answer)
         assert "error" not in answer, answer
         return answer["result"]
 

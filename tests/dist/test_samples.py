@@ -1,6 +1,7 @@
 """Videos generated during training equal those of the sample command and do not change the run."""
 
 import json
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -56,7 +57,8 @@ def test_three_videos_on_two_ranks(with_videos, tiny_model, monkeypatch, ds):
     names = [name.removeprefix("base/") for name in made[:3]]
     assert [name[:-13] for name in names] == ["a-blue-star", "a-green-ball-falls", "a-red-circle-moves"]
     steps = ("base", "step-000000", "step-000003", "step-000006")
-    assert made == [f"{step}/{name}" for step in steps for name in names]
+    first_frames = [f"first_frames/{Path(name).stem}.png" for name in names]
+    assert made == sorted([*first_frames, *(f"{step}/{name}" for step in steps for name in names)])
     assert [line["step"] for line in notes(run) if "sample/seconds" in line] == [0, 3, 6]
 
     fresh, images = [], [str(folder / "first.png")]

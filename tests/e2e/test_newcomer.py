@@ -111,8 +111,9 @@ def test_the_demo_teaches_the_motion_and_shows_it(clone, demo):
     (picture,) = re.findall(r"^look: (\S+)", demo, flags=re.M)
     with Image.open(clone / picture) as image:
         assert image.width > 1000
-    words = shlex.split(re.findall(r"^next: (cogds sample .*)", demo, flags=re.M)[-1])
-    assert "sample.mp4" in run(clone, words)
+    words = shlex.split(re.findall(r"^next: (\S*cogds sample .*)", demo, flags=re.M)[-1])
+    assert words[-4:] == ["--steps", "25", "--guidance", "1"]
+    assert "demo.mp4" in run(clone, ["cogds", *words[1:]], ["--output", "demo.mp4"])
 
 
 def test_ten_clips_become_a_lora(own):

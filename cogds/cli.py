@@ -12,7 +12,7 @@ import logging
 import os
 import socket
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 
 import cogds
 from cogds.arguments import VERBS, find_config, pack, parse_args, shipped_config
@@ -99,7 +99,8 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
         cfg, _ = load_config(args.config, args.overrides)
         load_ds_config(args.deepspeed)
         if verb != "preflight":  # which reports the nodes that lack a path
-            check_inputs(cfg, args)
+            check_inputs(config_inputs(cfg, args))
+    check_inputs(flag_inputs(args))
     if spec.is_launchable and not (starts_ranks and (args.num_gpus or args.hostfile)):
         refuse_missing_tasks()
     install_log_filters()  # some libraries log while they are imported
@@ -120,23 +121,38 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
         reporter.stop()
 
 
-def check_inputs(cfg: RunConfig, args: argparse.Namespace) -> None:
-    """Raise UserError if a local file or folder that the verb will read does not exist, before anything slow."""
+def check_inputs(paths: Iterable[tuple[str, str]]) -> None:
+    """Raise UserError if a local file or folder does not exist, before anything slow. paths: with their key or flag."""
+    for key, path in paths:
+        if is_local_file(path) and not os.path.exists(absolute(path)):
+            raise UserError(f"{key}: no such file or folder: {path}. Check the spelling, or the mount.")
+
+
+def flag_inputs(args: argparse.Namespace) -> list[tuple[str, str]]:
+    """Return the files and folders that a verb without a run config will read."""
+    if args.verb == "init":
+        return [("CLIPS", args.clips)]
+    if args.verb == "sample":
+        return [*(("--image", path) for path in args.image or []), *([("--list", str(args.list))] if args.list else [])]
+    return []
+
+
+def config_inputs(cfg: RunConfig, args: argparse.Namespace) -> Iterable[tuple[str, str]]:
+    """Return the files and folders that a run config names and the verb will read."""
     paths = {} if _only_reads_cache(args) else data_paths(cfg)
     if cfg.data.draw_demo_clips:  # created if it does not exist
         paths.pop("data.path", None)
     if args.verb in ("train", "report", "demo"):
         paths |= prompt_images(cfg)
-    for key, path in paths.items():
-        if is_local_file(path) and not os.path.exists(absolute(path)):
-            raise UserError(f"{key}: no such file or folder: {path}. Check the spelling, or the mount.")
+    return paths.items()
 
 
 def choose_configs(args: argparse.Namespace) -> list[str]:
     """Return the run configs of a command line.
 
-    The demo's config is used only if it is asked for: by the demo verb, or without any config and key. Raises UserError
-    if neither a config nor a model is named, and if the demo is given a config, a model or clips.
+    The demo's config is used only if it is asked for: by the demo verb, by `cogds train` without any config and key,
+    and by `cogds preflight` to check a machine. Raises UserError if neither a config nor a model is named, and if the
+    demo is given a config, a model or clips.
     """
     configs, given = args.config or [], {text.partition("=")[0] for text in args.overrides}
     needs_model = args.verb != "prepare" and not _only_reads_cache(args)
@@ -147,7 +163,7 @@ def choose_configs(args: argparse.Namespace) -> list[str]:
         return [DEMO_CONFIG]
     if configs or (needs_model and "model.path" in given):
         return configs
-    if needs_model and given:
+    if needs_model and (given or args.verb not in ("train", "preflight")):
         raise UserError(
             "command line: neither --config nor model.path is given. Pass one of them. `cogds init CLIPS` writes a "
             "config, and `cogds demo` runs the demo."

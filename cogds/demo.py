@@ -17,8 +17,9 @@ from cogds.files import whole_file
 from cogds.model.load import SHAPES_MODEL, find_model
 from cogds.model.pipelines import load_whole_pipeline
 from cogds.process.logs import RESULT
+from cogds.process.progress import progress_bar
 from cogds.shapes.clips import DEMO_MOTION, to_uint8, unseen_scenes
-from cogds.shapes.generation import generate, judge_all
+from cogds.shapes.generation import STEPS, generate, judge_all
 from cogds.shapes.judge import summarize
 from cogds.shapes.world import PHRASES, SIZES, Scene
 from cogds.train.main import main as train
@@ -44,13 +45,14 @@ def show(cfg: RunConfig) -> None:
     """Judge videos of unseen scenes without and with the newest LoRA, and write before-after.png."""
     output_dir = Path(cfg.output_dir)
     lora = max(path for path in (output_dir / "lora").iterdir() if "." not in path.name)  # none that is being written
-    logger.info("making %d videos before and after training", NUM_VIDEOS)
     torch.set_num_threads(max(torch.get_num_threads(), 2))
     scenes = unseen_scenes(NUM_VIDEOS, SIZES[:3], [DEMO_MOTION])
     pipeline = load_whole_pipeline(find_model(cfg.model.path))
-    before = generate(pipeline, scenes)
-    pipeline.load_lora_weights(lora, use_safetensors=True)
-    after = generate(pipeline, scenes)
+    pipeline.set_progress_bar_config(disable=True)
+    with progress_bar(f"{NUM_VIDEOS} videos before and after training", "step", 2 * NUM_VIDEOS * STEPS) as bar:
+        before = generate(pipeline, scenes, on_step=bar.update)
+        pipeline.load_lora_weights(lora, use_safetensors=True)
+        after = generate(pipeline, scenes, on_step=bar.update)
     first, last = (summarize(judge_all(videos, scenes)) for videos in (before, after))
     picture = output_dir / "before-after.png"
     draw_picture(picture, [(scenes[index], before[index], after[index]) for index in SHOWN])

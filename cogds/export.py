@@ -259,7 +259,7 @@ def notes(metadata: Mapping[str, Any], kind: str, output: Path, checked: bool) -
     if kind == "comfyui-wrapper" and (words := [word for word in WEAKENED_NAMES if word in str(output).lower()]):
         lines.append(f"warning: the wrapper weakens fused LoRAs with '{words[0]}' in their path. Rename the file.")
     if metadata.get("base_model") and not hub_id(metadata["base_model"]):
-        lines.append(f"The model card names no base model on the hub: {metadata['base_model']} is a local folder.")
+        lines.append(f"The model card names no base model, because {metadata['base_model']} is not on the hub.")
     return lines
 
 

@@ -64,7 +64,7 @@ def main(args: argparse.Namespace) -> None:
     if args.embed and num_bytes > SIZE_WARNING_BYTES:
         logger.warning(f"{output}: contains {gigabytes(num_bytes)} of videos. Browsers may be slow; leave out --embed.")
     write_page(output, gallery_page(run, videos, embed if args.embed else relative_to(output)))
-    logger.log(RESULT, "%s: %s of %s", output, counted(len(files), "video"), counted(len(videos), "prompt"))
+    logger.log(RESULT, "%s: videos of %s", output, counted(len(videos), "prompt"))
 
 
 def find_videos(run: Path) -> list[PromptVideos]:
@@ -146,7 +146,7 @@ def draw_losses(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> tuple[str
         return "", ""
     with plot_style():
         figure = new_figure(9, 3.4)
-        axes, note = figure.subplots(), "Losses."
+        axes, note = figure.subplots(), ""
         for name, label, color in CURVES:
             if not scalars[name]:
                 continue
@@ -154,7 +154,7 @@ def draw_losses(scalars: Mapping[str, Sequence[tuple[int, float]]]) -> tuple[str
             if name == "train/loss":
                 window = max(1, round(SMOOTHING * len(values)))
                 if window > 1:
-                    note += f" The training loss is the mean of {window} steps; single steps are pale."
+                    note = f"The training loss is the mean of {window} steps; single steps are pale."
                 shown = slice(None, None, -(-len(values) // MAX_POINTS))
                 axes.plot(steps[shown], values[shown], color=color, alpha=0.25, linewidth=1)
                 steps, values = (_moving_mean(points, window)[shown] for points in (steps, values))

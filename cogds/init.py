@@ -38,7 +38,7 @@ LEARN = {
 USE = {
     "diffusers": "diffusers and `cogds sample`",
     "comfyui": "ComfyUI",
-    "both": "both",
+    "both": "diffusers and ComfyUI",
 }
 # ComfyUI's nodes multiply the first frame's latents by the scaling factor, diffusers divides by it.
 IMAGE_LATENTS = {"diffusers": "pipeline", "comfyui": "scaled", "both": "pipeline"}

@@ -276,3 +276,22 @@ def test_clips_without_a_model_are_refused(verb, overrides, start):
     with pytest.raises(UserError) as error:
         cli.call(verb, overrides, starts_ranks=False)
     assert str(error.value).startswith(start)
+
+
+@pytest.mark.parametrize(
+    "verb, words, start",
+    [
+        ("init", ["gone"], "CLIPS: no such file or folder: gone. "),
+        (
+            "sample",
+            ["--model", "m", "--prompt", "p", "--image", "gone.png"],
+            "--image: no such file or folder: gone.png. ",
+        ),
+        ("sample", ["--model", "m", "--list", "gone.jsonl"], "--list: no such file or folder: gone.jsonl. "),
+    ],
+)
+def test_missing_inputs_are_found_before_anything_slow(verb, words, start, monkeypatch):
+    monkeypatch.setattr(cli, "install_log_filters", lambda: pytest.fail("libraries would be loaded"))
+    with pytest.raises(UserError) as error:
+        cli.call(verb, words, starts_ranks=False)
+    assert str(error.value).startswith(start)

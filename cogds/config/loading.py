@@ -115,7 +115,7 @@ def _escape(node: Any) -> Any:
 
 def _read_file(path: str) -> Iterator[Setting]:
     if not Path(path).is_file():
-        raise UserError(f"--config {path}: no such file. Pass the path of a YAML file.")
+        raise UserError(f"--config {path}: no such file. Pass a YAML file, or a recipe such as recipe:style.")
     try:
         tree: Any = OmegaConf.to_container(OmegaConf.load(path), resolve=False)
     except yaml.YAMLError as error:

@@ -50,7 +50,8 @@ class Fit:
     and not created by upscaling); 1 for a clip without a bucket.
     crop: mean share of the picture cropped away, over the clips that have a bucket.
     upscaled: share of the clips that have a bucket which are upscaled.
-    too_short: share of all clips without a bucket, images without a 1-frame bucket included.
+    too_short: share of all clips without a bucket of their kind: images without a 1-frame bucket, and videos that only
+    a 1-frame bucket takes although there are longer ones, are included.
     """
 
     misfit: float
@@ -101,7 +102,7 @@ def fit(sizes: ClipSizes, buckets: Sequence[ClipShape]) -> Fit:
     """Measure how well buckets fit the clips when `buckets.assign` chooses each clip's bucket."""
     if not len(sizes):
         return Fit(0.0, 0.0, 0.0, 0.0)
-    chosen = assign_all(sizes.frames, sizes.height, sizes.width, buckets).astype(np.int64)
+    chosen = _assign(sizes, buckets)
     has_bucket = chosen >= 0
     to = np.array([(shape.height, shape.width) for shape in buckets])[np.maximum(chosen, 0)]
     crop = crop_shares(sizes.height, sizes.width, to[:, 0], to[:, 1])
@@ -115,6 +116,21 @@ def fit(sizes: ClipSizes, buckets: Sequence[ClipShape]) -> Fit:
         upscaled=float(sizes.counts[upscaled].sum() / trained),
         too_short=float(sizes.counts[~has_bucket].sum() / total),
     )
+
+
+def _assign(sizes: ClipSizes, buckets: Sequence[ClipShape]) -> np.ndarray:
+    """The bucket of each size, int64; -1 without a bucket, and for a video of which only a single frame is trained."""
+    chosen = assign_all(sizes.frames, sizes.height, sizes.width, buckets).astype(np.int64)
+    return np.where(are_single_frames(sizes.frames, chosen, buckets), -1, chosen)
+
+
+def are_single_frames(frames: np.ndarray, chosen: np.ndarray, buckets: Sequence[ClipShape]) -> np.ndarray:
+    """Whether each clip is a video in a 1-frame bucket, although some buckets have more frames.
+
+    frames: of the clips; chosen: index of each clip's bucket, or -1.
+    """
+    lengths = np.array([shape.frames for shape in buckets])
+    return (frames > 1) & (chosen >= 0) & (lengths[np.maximum(chosen, 0)] == 1) & (lengths.max() > 1)
 
 
 def suggest_lengths(sizes: ClipSizes, lengths: Sequence[int], geometry: ModelGeometry, too_short: float) -> list[int]:
@@ -191,8 +207,8 @@ def suggest_buckets(
 
 
 def _with_bucket(sizes: ClipSizes, buckets: Sequence[ClipShape]) -> ClipSizes:
-    """The clips that have a bucket."""
-    has_bucket = assign_all(sizes.frames, sizes.height, sizes.width, buckets) >= 0
+    """The clips that have a bucket of their kind."""
+    has_bucket = _assign(sizes, buckets) >= 0
     columns = (sizes.frames, sizes.height, sizes.width, sizes.counts)
     return ClipSizes(*(column[has_bucket] for column in columns))
 

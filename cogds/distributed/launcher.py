@@ -33,14 +33,15 @@ class LauncherProcess:
             preexec_fn=lambda: _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
         )
         for number in (*STOP_SIGNALS, signal.SIGHUP):
-            signal.signal(number, self._pass_on)
+            if signal.getsignal(number) is not signal.SIG_IGN:  # nohup ignores SIGHUP, and the ranks inherit that
+                signal.signal(number, self._pass_on)
 
     def wait(self) -> int:
         """Wait for the end and return the exit code."""
         code = self._process.wait()
         if code < 0:
             return EXIT_INTERRUPTED if self.is_stopping else 128 - code
-        if code > 128 and not self.is_stopping:
+        if 128 < code < 255 and not self.is_stopping:  # 255: ssh has failed, and says why
             number = 256 - code if code > 192 else code - 128  # of launchers and of shells
             reason = signal.strsignal(number) or f"signal {number}"
             print(f"error: a rank was ended by signal {number} ({reason}).", file=sys.stderr)

@@ -57,8 +57,8 @@ def main(args: argparse.Namespace) -> None:
         if data.unusable.num:
             unusable = f"{counted(data.unusable.num, 'clip')} not usable"
             logger.log(RESULT, f"{unusable}, see {data.unusable.file}: {data.unusable.summary()}")
-        if args.prune:
-            prune_unused(job, data, args.yes)
+    if args.prune:
+        on_rank0(world, partial(prune_unused, job, data, args.yes))
     disconnect()
 
 
@@ -81,7 +81,7 @@ def print_verified(report: VerifyReport) -> None:
         logger.log(RESULT, f"removed {entry.kind}/{entry.place} {entry.key}: {entry.reason}")
     logger.log(
         RESULT,
-        f"{counted(report.num_entries, 'intact entry')} ({report.num_bytes / 1e9:.3f} GB), "
+        f"{counted(report.num_entries, 'intact entry')} ({gigabytes(report.num_bytes)}), "
         f"{counted(report.num_failures, 'clip')} not decodable, {len(report.damaged)} damaged and removed (the next "
         "run encodes them again)",
     )

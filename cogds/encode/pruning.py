@@ -61,7 +61,7 @@ def prune_unused(job: Job, data: EncodedData, is_confirmed: bool) -> None:
         path.unlink(missing_ok=True)
     logger.log(
         RESULT,
-        f"removed {counted(pruned.num_entries, 'entry')}, {pruned.num_bytes / 1e9:.3f} GB; merged "
+        f"removed {counted(pruned.num_entries, 'entry')}, {gigabytes(pruned.num_bytes)}; merged "
         f"{counted(pruned.num_merged, 'small shard')}",
     )
 

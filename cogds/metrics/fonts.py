@@ -67,11 +67,11 @@ def _find_font(size: int, char: str) -> ImageFont.FreeTypeFont | None:
 
 
 @functools.cache
-def _warn(block: int) -> None:
-    """Warn once for each block of 256 characters."""
+def _warn() -> None:
+    """Warn once."""
     logger.warning(
-        f"captions: no font has a character of U+{block:02X}00 to U+{block:02X}FF, so TensorBoard's images lack it. "
-        "For Chinese, Japanese and Korean, run pip install 'cogds[fonts]', or else install a font. The Text tab has it."
+        "captions: no font has some of their characters, so TensorBoard's images lack them. For Chinese, Japanese and "
+        "Korean, run pip install 'cogds[fonts]', or else install a font. The Text tab has them."
     )
 
 
@@ -123,7 +123,7 @@ class Writer:
     def _font(self, char: str) -> ImageFont.FreeTypeFont:
         if font := _find_font(self._size, " " if char.isspace() else char):
             return font
-        _warn(ord(char) >> 8)
+        _warn()
         font = _open(font_files()[0], self._size)
         assert font is not None
         return font

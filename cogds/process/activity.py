@@ -24,7 +24,7 @@ class ActivityReporter:
     """A thread that logs the innermost activity of the main thread."""
 
     def __init__(self) -> None:
-        self.activities: list[Callable[[], str]] = []
+        self.activities: list[tuple[Callable[[], str], float]] = []  # with the time at which each began
         self._last_output_s = time.monotonic()
         self._thread: threading.Thread | None = None
         self._is_stopping = threading.Event()
@@ -53,7 +53,8 @@ class ActivityReporter:
             now, last_output_s, activities = time.monotonic(), self._last_output_s, self.activities[-1:]
             if activities and now - max(last_output_s, last_report_s) >= quiet_s:
                 last_report_s = now
-                logger.info("%s, %s so far", activities[0](), duration(now - last_output_s))
+                describe, start_s = activities[0]
+                logger.info("%s, %s so far", describe(), duration(now - start_s))
 
 
 reporter = ActivityReporter()
@@ -63,7 +64,7 @@ reporter = ActivityReporter()
 def activity(description: str | Callable[[], str]) -> Iterator[None]:
     """Describe what the block does. In the main thread only. description: if a function, called for each report."""
     describe = description if callable(description) else lambda: description
-    reporter.activities.append(describe)
+    reporter.activities.append((describe, time.monotonic()))
     try:
         yield
     finally:

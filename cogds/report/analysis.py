@@ -22,6 +22,7 @@ from cogds.core.memory_advice import explain_shortfall
 from cogds.core.suggest import (
     ClipSizes,
     Suggestion,
+    are_single_frames,
     count_sizes,
     crop_shares,
     fit,
@@ -56,7 +57,7 @@ class ClipTable:
         num_windows: int [N], samples of each clip. None: one each.
         num_held_out: clips not in the table because they are held out for evaluation.
         skipped: what the listing of the datasets skipped: reason -> number.
-        num_mirrored: samples that are mirror images of others.
+        num_mirrored: int [N], samples of each clip that are mirror images of others. None: none.
     """
 
     table: pa.Table
@@ -65,12 +66,16 @@ class ClipTable:
     num_windows: np.ndarray | None = None
     num_held_out: int = 0
     skipped: Mapping[str, int] = field(default_factory=dict)
-    num_mirrored: int = 0
+    num_mirrored: np.ndarray | None = None
 
-    def windows_of(self, rows: slice) -> np.ndarray:
+    def samples_of(self, rows: slice) -> np.ndarray:
         """Number of samples of each of these rows, int64."""
         trained = self.buckets[rows] >= 0
         return np.where(trained, 1 if self.num_windows is None else self.num_windows[rows], 0).astype(np.int64)
+
+    def mirrored_of(self, rows: slice) -> np.ndarray | int:
+        """Number of samples of each of these rows that are mirror images."""
+        return 0 if self.num_mirrored is None else self.num_mirrored[rows]
 
 
 @dataclass(frozen=True)
@@ -120,6 +125,7 @@ class TrainingSetup:
         steps_per_epoch: optimizer steps. None: calculated from the samples.
         num_steps: optimizer steps of the run.
         max_unusable: share of unusable clips up to which training starts.
+        has_own_buckets: whether data.buckets is set.
         gpu_bytes: memory of one GPU, None on CPUs.
     """
 
@@ -133,6 +139,7 @@ class TrainingSetup:
     num_steps: int = 0
     rates: Rates | None = None
     max_unusable: float = 1.0
+    has_own_buckets: bool = False
     gpu_bytes: float | None = None
 
     @property
@@ -222,6 +229,8 @@ class Report:
     max_unusable: float = 1.0
     gpu_bytes: float | None = None
     num_held_out: int = 0
+    num_single_frames: int = 0
+    has_own_buckets: bool = False
     quality: ClipQuality = field(default_factory=ClipQuality)
     processed: Mapping[str, int] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
@@ -328,6 +337,8 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
         max_unusable=setup.max_unusable,
         gpu_bytes=setup.gpu_bytes,
         num_held_out=clips.num_held_out,
+        num_single_frames=int(sums["single"].sum()),
+        has_own_buckets=setup.has_own_buckets,
         quality=clip_quality(clips.table, pa.array(clips.buckets >= 0)),
         processed=_count_processed(clips),
         skipped=clips.skipped,
@@ -401,7 +412,7 @@ def _count(clips: ClipTable, buckets: Sequence[ClipShape]) -> tuple[dict[str, np
     """Sum over clips by bucket (`sets`: by dataset), and count the sizes of all usable clips."""
     num, longest = len(buckets), max(shape.frames for shape in buckets)
     shapes = np.array([(shape.frames, shape.height, shape.width) for shape in buckets])
-    names = ("clips", "samples", "crop", "upscaled", "unused")
+    names = ("clips", "samples", "crop", "upscaled", "unused", "single")
     sums, parts = {name: np.zeros(num) for name in names}, []
     sums["sets"] = np.zeros(int(pc.max(clips.table.column("set")).as_py() or 0) + 1 if len(clips.table) else 1)
     for start in range(0, len(clips.table), ROWS_AT_ONCE):
@@ -409,15 +420,17 @@ def _count(clips: ClipTable, buckets: Sequence[ClipShape]) -> tuple[dict[str, np
         part = clips.table.slice(start, rows.stop - start)
         height, width = (pc.fill_null(part.column(name), 0).to_numpy() for name in ("height", "width"))
         usable = pc.equal(part.column("status"), "ok").to_numpy() & (height > 0) & (width > 0)
-        frames, bucket, windows = clips.frames[rows], clips.buckets[rows].astype(np.int64), clips.windows_of(rows)
+        frames, bucket, samples = clips.frames[rows], clips.buckets[rows].astype(np.int64), clips.samples_of(rows)
+        windows = samples - clips.mirrored_of(rows)
         parts.append(count_sizes(frames[usable], height[usable], width[usable], longest))
         trained = (bucket >= 0) & usable
-        bucket, windows, frames = bucket[trained], windows[trained], frames[trained]
+        bucket, samples, windows, frames = (values[trained] for values in (bucket, samples, windows, frames))
         target = shapes[bucket]
         crop = crop_shares(height[trained], width[trained], target[:, 1], target[:, 2])
         upscaled = (target[:, 1] > height[trained]) | (target[:, 2] > width[trained])
         unused = 1 - np.minimum(1, windows * target[:, 0] / np.maximum(frames, 1))
-        for name, values in zip(names, (None, windows, crop, upscaled, unused)):
+        single = are_single_frames(frames, bucket, buckets)
+        for name, values in zip(names, (None, samples, crop, upscaled, unused, single)):
             sums[name] += np.bincount(bucket, weights=values, minlength=num)
         sets = pc.fill_null(part.column("set"), 0).to_numpy()[trained].astype(np.int64)
         sums["sets"] += np.bincount(sets, minlength=len(sums["sets"]))
@@ -459,11 +472,12 @@ def _display_names(table: pa.Table, rows: np.ndarray) -> tuple[str, ...]:
 def _count_processed(clips: ClipTable) -> dict[str, int]:
     """Number of trained clips by what is done to their pixels."""
     texts = clips.table.column("processing").filter(pa.array(clips.buckets >= 0))
+    num_mirrored = 0 if clips.num_mirrored is None else int(clips.num_mirrored.sum())
     counts: dict[str, int] = {}
     for item in pc.value_counts(texts).to_pylist():
         for name in filter(None, (item["values"] or "").split(", ")):
             counts[name] = counts.get(name, 0) + item["counts"]
-    return counts | ({"trained mirrored too": clips.num_mirrored} if clips.num_mirrored else {})
+    return counts | ({"trained mirrored too": num_mirrored} if num_mirrored else {})
 
 
 def _suggestion(sizes: ClipSizes, setup: TrainingSetup) -> Suggestion | None:
@@ -473,7 +487,9 @@ def _suggestion(sizes: ClipSizes, setup: TrainingSetup) -> Suggestion | None:
     now = fit(sizes, setup.buckets)
     if now.crop <= MAX_CROPPED and now.upscaled <= MAX_UPSCALED and now.too_short <= MAX_TOO_SHORT:
         return None
-    lengths = suggest_lengths(sizes, [shape.frames for shape in setup.buckets], setup.geometry, MAX_TOO_SHORT)
+    given_lengths = [shape.frames for shape in setup.buckets]
+    videos = [frames for frames in given_lengths if frames > 1]
+    lengths = suggest_lengths(sizes, videos or given_lengths, setup.geometry, MAX_TOO_SHORT)
     if (sizes.frames == 1).any():
         lengths = sorted({1, *lengths})
     given = {shape.height * shape.width for shape in setup.buckets}

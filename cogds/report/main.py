@@ -69,20 +69,20 @@ def main(args: argparse.Namespace) -> None:
 def clip_table(clips: ClipSet) -> ClipTable:
     """The rows of the manifest, without held-out clips."""
     assignment = clips.assignment
-    windows = np.bincount(assignment.rows, minlength=len(clips.table))
+    windows, mirrored = _num_samples(clips, slice(None)), _num_samples(clips, clips.assignment.mirrored)
     table, buckets, frames, num_held_out = clips.table, assignment.row_buckets, assignment.row_frames, 0
     if clips.held_out is not None:
         left = np.ones(len(table), bool)
         left[clips.held_out.assignment.rows] = False
-        table, buckets, frames, windows = table.filter(pa.array(left)), buckets[left], frames[left], windows[left]
+        table = table.filter(pa.array(left))
+        buckets, frames, windows, mirrored = buckets[left], frames[left], windows[left], mirrored[left]
         num_held_out = int((~left).sum())
-    num_mirrored = int(assignment.mirrored.sum())
-    return ClipTable(table, buckets, frames, windows, num_held_out, clips.skipped, num_mirrored)
+    return ClipTable(table, buckets, frames, windows, num_held_out, clips.skipped, mirrored)
 
 
 def clip_list(clips: ClipSet, model: ModelFolder) -> ClipList:
     """All clips of the manifest, for the page."""
-    assignment, windows = clips.assignment, np.bincount(clips.assignment.rows, minlength=len(clips.table))
+    assignment, windows = clips.assignment, _num_samples(clips, ~clips.assignment.mirrored)
     is_held_out = np.zeros(len(clips.table), bool)
     if clips.held_out is not None:
         is_held_out[clips.held_out.assignment.rows] = True
@@ -90,6 +90,11 @@ def clip_list(clips: ClipSet, model: ModelFolder) -> ClipList:
         clips.table, assignment.row_buckets, assignment.row_frames, windows, is_held_out, clips.buckets,
         functools.partial(are_truncated, model=model),
     )  # fmt: skip
+
+
+def _num_samples(clips: ClipSet, which: slice | np.ndarray) -> np.ndarray:
+    """int [num_rows]: number of samples of each row, of those samples that are selected."""
+    return np.bincount(clips.assignment.rows[which], minlength=len(clips.table))
 
 
 def run_report(
@@ -117,6 +122,7 @@ def run_report(
         epoch_sizes=mixture.virtual_sizes,
         steps_per_epoch=plan.steps_per_epoch if plan else 0.0,
         max_unusable=cfg.data.max_unusable,
+        has_own_buckets=bool(cfg.data.buckets),
         num_steps=cfg.train.num_steps,
         rates=None if prefers_estimate else read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         gpu_bytes=gpu_bytes,

@@ -11,6 +11,7 @@ from cogds.core.buckets import NO_IMAGE_BUCKET
 from cogds.core.suggest import Fit
 from cogds.data.layouts.listing import is_other_file
 from cogds.formatting import counted, counts, duration, gigabytes, number, percent
+from cogds.process.activity import reporter
 from cogds.report.analysis import BucketReport, Report
 from cogds.report.quality import HARDLY_MOVES
 
@@ -72,7 +73,7 @@ def _misfit(fit: Fit, now: Fit | None = None) -> str:
     for name, text in (
         ("crop", "of the picture cropped away"),
         ("upscaled", "of the clips upscaled"),
-        ("too_short", "of the clips without a bucket"),
+        ("too_short", "of the clips without a bucket of their length"),
     ):
         share, share_now = getattr(fit, name), getattr(now, name) if now else 0.0
         if name == "crop" or share or share_now:
@@ -131,9 +132,17 @@ def warning_lines(report: Report) -> list[str]:
     if number := sum(reason.num_clips for reason in report.reasons if reason.phrase == NO_IMAGE_BUCKET):
         frames = sorted({1, *(bucket.shape.frames for bucket in report.buckets)})
         size = report.buckets[0].shape
+        advice = (
+            f"add buckets such as 1x{size.height}x{size.width} to data.buckets"
+            if report.has_own_buckets
+            else f"set data.bucket_frames={frames}"
+        )
+        lines.append(f"{counted(number, 'image')} not trained, because no bucket has 1 frame: {advice}.")
+    if report.num_single_frames:
+        shortest = min(bucket.shape.frames for bucket in report.buckets if bucket.shape.frames > 1)
         lines.append(
-            f"{counted(number, 'image')} not trained, because no bucket has 1 frame: set data.bucket_frames={frames}, "
-            f"or add buckets such as 1x{size.height}x{size.width} to data.buckets."
+            f"{counted(report.num_single_frames, 'video')} trained as a single frame, because the shortest other "
+            f"bucket has {shortest} frames. To train the motion, add a shorter one."
         )
     if report.quality.num_still:
         lines.append(
@@ -189,6 +198,7 @@ def short_report(report: Report) -> str:
 
 def print_report(report: Report, console: Console | None = None) -> None:
     """Print the whole report as tables. Without a terminal: plain text, 160 columns wide."""
+    reporter.note_output()
     console = console or Console()
     if not console.is_terminal:
         console = Console(file=console.file, width=max(console.width, 160), color_system=None, highlight=False)

@@ -1,7 +1,7 @@
 """Videos of the shapes world from a diffusers pipeline."""
 
 from collections import defaultdict
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -15,12 +15,17 @@ BATCH_SIZE = 16
 
 @torch.no_grad()
 def generate(
-    pipeline: Any, scenes: Sequence[Scene], seed: int = 0, steps: int = STEPS, guidance: float = GUIDANCE
+    pipeline: Any,
+    scenes: Sequence[Scene],
+    seed: int = 0,
+    steps: int = STEPS,
+    guidance: float = GUIDANCE,
+    on_step: Callable[[int], object] = lambda _: None,
 ) -> list[torch.Tensor]:
     """Generate a video from each scene's first frame and caption. Returns float32 [F, 3, H, W] from 0 to 1 each.
 
     pipeline: diffusers' CogVideoXImageToVideoPipeline with all parts. A video does not depend on those beside it: its
-    noise follows from the seed and its number.
+    noise follows from the seed and its number. on_step: called after each denoising step with the number of its videos.
     """
     by_size: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for number, scene in enumerate(scenes):
@@ -28,6 +33,11 @@ def generate(
     videos: dict[int, torch.Tensor] = {}
     for (frames, height, width), numbers in by_size.items():
         for batch in _batches(numbers):
+
+            def report(_pipeline: Any, _step: int, _time: int, tensors: dict, num_videos: int = len(batch)) -> dict:
+                on_step(num_videos)
+                return tensors
+
             output = pipeline(
                 image=torch.stack([scenes[number].draw()[0] for number in batch]),
                 prompt=[scenes[number].caption for number in batch],
@@ -39,6 +49,7 @@ def generate(
                 max_sequence_length=pipeline.transformer.config.max_text_seq_length,
                 generator=[torch.Generator().manual_seed(seed * 1_000_003 + number) for number in batch],
                 output_type="pt",
+                callback_on_step_end=report,
             ).frames
             videos.update(zip(batch, output.float().cpu()))
     return [videos[number] for number in range(len(scenes))]

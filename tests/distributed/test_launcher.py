@@ -66,6 +66,27 @@ def test_the_ranks_save_and_nothing_else_is_printed(start, number):
     assert (output, process.returncode) == (f"saved {signal.Signals(number).name}\n", 75)
 
 
+def test_a_hangup_that_nohup_ignores_changes_nothing(start):
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN)  # which the process inherits
+    try:
+        process = start(RANK)
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    assert process.stdout.readline() == "training\n"
+    os.killpg(process.pid, signal.SIGHUP)
+    with pytest.raises(subprocess.TimeoutExpired):
+        process.wait(1)
+    os.killpg(process.pid, signal.SIGTERM)
+    output, _ = process.communicate(timeout=30)
+    assert (output, process.returncode) == ("saved SIGTERM\n", 75)
+
+
+def test_a_failed_ssh_is_no_signal(start):
+    process = start("import sys; sys.exit(255)")
+    output, _ = process.communicate(timeout=30)
+    assert (process.returncode, output) == (255, "")
+
+
 def test_a_rank_that_is_killed_is_reported(start):
     process = start("import os; os.kill(os.getpid(), 9)")
     output, _ = process.communicate(timeout=30)

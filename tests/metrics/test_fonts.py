@@ -33,8 +33,8 @@ def test_a_script_without_a_font_is_a_warning_once(caplog, monkeypatch):
         getattr(cogds.metrics.fonts, function).cache_clear()
     monkeypatch.setattr(cogds.metrics.fonts, "font_files", lambda: font_files()[:1])
     with caplog.at_level(logging.WARNING):
-        drawn(CHINESE[0])
-        drawn(CHINESE[0] * 2)
+        drawn(CHINESE)
+        drawn(KOREAN)
     assert len(caplog.records) == 1
     assert "cogds[fonts]" in caplog.text
     cogds.metrics.fonts._find_font.cache_clear()

@@ -118,6 +118,13 @@ def test_numbers_of_each_bucket():
     assert (first.step_s, first.step_is_measured) == (None, False)
 
 
+def test_a_mirror_image_uses_no_other_frames():
+    clips = dataclasses.replace(table(ROWS[:1]), num_windows=np.array([2]), num_mirrored=np.array([1]))
+    (bucket, *_) = make_report(clips, setup(), GOOD).buckets
+    assert bucket.num_samples == 2
+    assert bucket.unused_share == pytest.approx(0.5)
+
+
 def test_totals():
     result = report()
     assert (result.num_rows, result.num_clips, result.num_unusable) == (8, 4, 4)
@@ -247,11 +254,26 @@ def test_images_without_a_bucket_are_named_and_get_one():
     assert "data.bucket_frames=[1, 81]" in short_report(result)
     text = printed(result)
     assert "data.buckets=[1x768x1360, 81x768x1360]" in text
-    assert "0% of the clips without a bucket (40% now)" in text
+    assert "0% of the clips without a bucket of their length (40% now)" in text
     with_images = [*rows[:6], *((*row[:4], 1, None) for row in rows[6:])]
     fitting = report(with_images, buckets=(BUCKETS[1], ClipShape(1, 768, 1360)), batch_sizes=(1, 1))
     assert "bucket_frames" not in short_report(fitting)
     assert fitting.suggestion is None
+    own = report(rows, buckets=BUCKETS[1:2], batch_sizes=(1,), has_own_buckets=True)
+    assert "add buckets such as 1x768x1360 to data.buckets" in short_report(own)
+    assert "bucket_frames" not in short_report(own)
+
+
+def test_videos_of_which_only_a_picture_is_trained_are_counted_and_get_a_bucket():
+    buckets = (ClipShape(1, 768, 1360), BUCKETS[1])
+    rows = [(f"/{n}.mp4", 40, 768, 1360, 0, None) for n in range(6)]
+    rows += [("/long.mp4", 81, 768, 1360, 1, None), ("/a.png", 1, 768, 1360, 0, None)]
+    result = report(rows, buckets=buckets, batch_sizes=(1, 1))
+    assert result.num_single_frames == 6
+    assert "6 videos trained as a single frame, because the shortest other bucket has 81 frames" in short_report(result)
+    assert "33x768x1360" in result.suggestion.buckets
+    pictures_only = report(rows[:6], buckets=buckets[:1], batch_sizes=(1,))
+    assert (pictures_only.num_single_frames, pictures_only.suggestion) == (0, None)
 
 
 @pytest.mark.usefixtures("no_plots")

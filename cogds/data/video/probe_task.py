@@ -43,5 +43,7 @@ _CATEGORIES = (
 def categorize(message: str) -> str:
     """Return an error message as `category: message`, with one of a few fixed categories."""
     category = next((category for pattern, category in _CATEGORIES if re.search(pattern, message)), "cannot be used")
-    repeated = re.match(rf"it (?:is )?{re.escape(category)}: ", message)  # "it is truncated: only 3 frames are left"
+    repeated = re.match(
+        rf"it (?:is )?{re.escape(category)}[^:]*: ", message
+    )  # "it is truncated: only 3 frames are left"
     return f"{category}: {message[repeated.end() :] if repeated else message}"

@@ -20,7 +20,7 @@ from cogds.model.lora.file import AlphaSource, LoraFile
 from cogds.model.pipelines import apply_convention, count_transformer_calls, load_pipeline
 from cogds.sample import WeightedLora, plan_jobs, recorded_value
 from cogds.videos.sample_spec import best_bucket, load_first_frame
-from tests.train.test_step import build_ours, differences, pipeline_inputs
+from tests.train.test_parity import Parts, differences, our_inputs, pipeline_inputs
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +43,9 @@ def test_the_pipeline_feeds_the_transformer_as_training_did(model, pipeline, con
     encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
     shape = ClipShape.parse("17x64x96")
     assert apply_convention(pipeline, convention) == pytest.approx(factor)
-    theirs = pipeline_inputs(pipeline, shape, 1)
-    ours, _ = build_ours(model, encoder, vae, shape, 1, image_latents=convention)
+    parts = Parts(model, pipeline, encoder, vae)
+    theirs = pipeline_inputs(parts, shape)
+    ours, _ = our_inputs(parts, shape, image_latents=convention)
     # 0.7 x latents and 0.49 x (latents / 0.7) differ in the last bits.
     assert differences(ours, theirs) == ([] if convention == "pipeline" else ["hidden_states"])
     channels = vae.config.latent_channels

@@ -506,7 +506,7 @@ def unpacked_weight_bytes(quantization: str, fp8_matmul: bool, element_bytes: in
 def rotary_tables_bytes(shape: ClipShape, geometry: ModelGeometry) -> int:
     """The two float32 tables [video tokens, head_dim] of a bucket. The trainer keeps them for every bucket."""
     time, height, width = token_grid(shape, geometry)
-    return 2 * 4 * time * height * width * geometry.head_dim if geometry.rope else 0
+    return 2 * 4 * time * height * width * geometry.head_dim if geometry.family.has_rope else 0
 
 
 def _fp8_matmul_units(mode: str) -> float:

@@ -78,13 +78,16 @@ def sample_command(run: Run, lora: Path) -> str:
     Clips in tar files and behind URLs are replaced by a placeholder, because `cogds sample` reads local files only.
     """
     prompts, index = run.cfg.sample.prompts, run.data.held_out or run.data.index
+    image: str | None
     if prompts:
         prompt, image = prompts[0].prompt, prompts[0].image
     else:
         clip = index[0]
         prompt, image = " ".join(clip.captions[0].text.split()), clip.image_path or clip.path
         image = image if is_local_file(image) else "IMAGE"
-    words = ["--model", run.cfg.model.path, "--lora", str(lora), "--image", image, "--prompt", prompt]
+    words = ["--model", run.cfg.model.path, "--lora", str(lora)]
+    words += ["--image", image] if image and run.model.family.takes_image else []
+    words += ["--prompt", prompt]
     return f"{command('cogds', 'cogds')} sample {shlex.join(words)}"
 
 

@@ -160,7 +160,7 @@ def test_conventions_of_the_same_scale_are_measured_once(family):
 
 
 def test_a_text_to_video_model_has_no_convention(family, tmp_path):
-    words = [f"model.path={family('5b')}", "data.path=clips", "data.buckets=[9x64x64]"]
+    words = [f"model.path={family('5b')}", f"data.path={tmp_path}", "data.buckets=[9x64x64]"]
     with pytest.raises(UserError, match=r"^model\.path: .*text-to-video"):
         call("probe", [*words, "--config", str(TINY)])
 

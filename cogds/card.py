@@ -166,8 +166,7 @@ def snippet(metadata: Metadata, kind: str, location: str) -> str:
         lines += [
             f'transformer = CogVideoXTransformer3DModel.from_pretrained({_quoted(location)}, subfolder="transformer", '
             "torch_dtype=torch.bfloat16)",
-            f"pipe = {pipeline}.from_pretrained({_quoted(base)}, transformer=transformer, "
-            "torch_dtype=torch.bfloat16)",
+            f"pipe = {pipeline}.from_pretrained({_quoted(base)}, transformer=transformer, torch_dtype=torch.bfloat16)",
         ]
     else:
         lines += [

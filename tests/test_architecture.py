@@ -46,7 +46,7 @@ MAY_IMPORT = {
     "prepare": {*PURE, *RANKS, "data/storage", "data/layouts", "data/video", "encode", "arguments"},
     "pages": {"files", "formatting"},
     "report": {*PURE, *RANKS, "data/storage", "data/video", "model", "job", "encode", "metrics", "pages", "videos"},
-    "init": {*PURE, *RANKS, "arguments", "job", "encode", "report"},
+    "init": {*PURE, *RANKS, "arguments", "model", "job", "encode", "report"},
     "gallery": {"errors", "formatting", "process", "metrics", "pages", "videos"},
     "videos": {"errors", "files", "config", "core", "distributed", "data/storage", "data/video", "model"},
     "train": {*PURE, *RANKS, *DATA, *MODEL, *TRAINING, "version", "report", "videos", "card"},

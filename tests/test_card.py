@@ -268,4 +268,4 @@ def test_the_code_on_the_card_generates_a_video(family, tmp_path, monkeypatch, n
     assert names["frames"][0].size == (96, 64)
     assert names["pipe"].transformer.dtype is torch.bfloat16
     is_rescaled = names["pipe"].prepare_latents is names.get("prepare_latents", ...)
-    assert is_rescaled is (convention == "scaled" and kind == "diffusers")
+    assert is_rescaled is (settings.get("image_latents") == "scaled" and kind == "diffusers")

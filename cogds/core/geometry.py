@@ -99,6 +99,11 @@ class ModelGeometry:
         return TRAINED_SIZE if self.patch_size_t else self.sample_size
 
     @property
+    def has_fixed_size(self) -> bool:
+        """Whether the model supports only `sample_size`, and so no images."""
+        return self.family.positions == "learned"
+
+    @property
     def trained_fps(self) -> float:
         """The frame rate that the model was trained for. 1.0: its card."""
         return TRAINED_FPS if self.patch_size_t else 8.0
@@ -154,7 +159,7 @@ def check_shape(shape: ClipShape, geometry: ModelGeometry, key: str = "data.buck
             f"{step}. Use the nearest valid size, {frames}x{height}x{width}."
         )
     sample, positions = geometry.sample_size, geometry.family.positions
-    if positions == "learned" and shape != sample:
+    if geometry.has_fixed_size and shape != sample:
         raise UserError(
             f"{key}: {shape} does not fit the model: its learned position embeddings support only {sample}. Use that "
             "size."

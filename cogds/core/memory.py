@@ -170,8 +170,8 @@ class OnTheFlyEncoding:
 class MemoryEstimate:
     """Bytes on one GPU while one bucket is trained. A term is 0 if its tensors are on the host or on other ranks.
 
-    `first_frame_encode_bytes` and `optimizer_step_bytes` are needed before and after the backward pass, when there are
-    no activations. All other terms coexist in the backward pass. `text_encoder_weights_bytes`,
+    `first_frame_encode_bytes` (0 in text-to-video) and `optimizer_step_bytes` are needed before and after the backward
+    pass, when there are no activations. All other terms coexist in the backward pass. `text_encoder_weights_bytes`,
     `second_vae_weights_bytes` and `clip_encode_bytes` are 0 unless clips are encoded on the fly.
     """
 
@@ -312,7 +312,7 @@ class MemoryModel:
             block_activations_bytes=max(round(unit * self._block_units(blocks)), block_bytes),
             first_frame_encode_bytes=vae_encode_bytes(
                 dataclasses.replace(shape, frames=1), False, self.vae, element_bytes
-            ),
+            ) if self.geometry.family.takes_image else 0,
             optimizer_step_bytes=0 if zero.offload_optimizer or not zero.stage else shard(num_lora, 1) * 4,
         )  # fmt: skip
 
@@ -433,13 +433,13 @@ class MemoryModel:
         """Bytes per clip for text states, moments, and latents.
 
         In float32: the clean, noise, noisy, target and predicted latents and the difference. In the run's precision:
-        the moments (2), the transformer's inputs (latents and image latents, 2) and its output (1).
+        the moments (2), the transformer's inputs (latents, and in image-to-video image latents) and its output (1).
         """
-        geometry = self.geometry
+        geometry, num_inputs = self.geometry, 2 if self.geometry.family.takes_image else 1
         height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
         latents = geometry.latent_channels * padded_latent_frames(shape.frames, geometry) * height * width
         text = geometry.text_tokens * self.transformer.text_dim
-        return latents * (6 * 4 + (2 + 2 + 1) * self.element_bytes) + text * self.element_bytes
+        return latents * (6 * 4 + (2 + num_inputs + 1) * self.element_bytes) + text * self.element_bytes
 
     def _clip_encode_bytes(self, shape: ClipShape, batch_size: int, on_the_fly: OnTheFlyEncoding) -> int:
         """Bytes for encoding later clips while this one is trained, and for the encoded batches.

@@ -121,6 +121,7 @@ class TrainingSetup:
         num_steps: optimizer steps of the run.
         max_unusable: share of unusable clips up to which training starts.
         gpu_bytes: memory of one GPU, None on CPUs.
+        model_notes: where the settings differ from what the model was trained for.
     """
 
     memory: MemoryModel
@@ -134,6 +135,7 @@ class TrainingSetup:
     rates: Rates | None = None
     max_unusable: float = 1.0
     gpu_bytes: float | None = None
+    model_notes: Sequence[str] = ()
 
     @property
     def buckets(self) -> tuple[ClipShape, ...]:
@@ -225,6 +227,8 @@ class Report:
     quality: ClipQuality = field(default_factory=ClipQuality)
     processed: Mapping[str, int] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
+    model_notes: Sequence[str] = ()
+    has_fixed_size: bool = False
 
     @property
     def run_s(self) -> float | None:
@@ -331,6 +335,8 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
         quality=clip_quality(clips.table, pa.array(clips.buckets >= 0)),
         processed=_count_processed(clips),
         skipped=clips.skipped,
+        model_notes=setup.model_notes,
+        has_fixed_size=setup.geometry.has_fixed_size,
     )
 
 

@@ -123,6 +123,7 @@ def quality_lines(report: Report) -> list[str]:
 def warning_lines(report: Report) -> list[str]:
     """Sentences about buckets that do not fit, bad clips and captions, and skipped files; [] if there are none."""
     captions, lines = report.captions, [bucket.shortfall for bucket in report.used_buckets if bucket.shortfall]
+    lines += report.model_notes
     if report.is_refused:
         lines.append(
             f"Training will not start: {report.num_unusable:,} of {counted(report.num_rows, 'clip')} cannot be used, "
@@ -131,10 +132,14 @@ def warning_lines(report: Report) -> list[str]:
     if number := sum(reason.num_clips for reason in report.reasons if reason.phrase == NO_IMAGE_BUCKET):
         frames = sorted({1, *(bucket.shape.frames for bucket in report.buckets)})
         size = report.buckets[0].shape
-        lines.append(
-            f"{counted(number, 'image')} not trained, because no bucket has 1 frame: set data.bucket_frames={frames}, "
-            f"or add buckets such as 1x{size.height}x{size.width} to data.buckets."
-        )
+        cause = f"{counted(number, 'image')} not trained, because"
+        if report.has_fixed_size:
+            lines.append(f"{cause} this model supports only {size}: move them out of the dataset.")
+        else:
+            lines.append(
+                f"{cause} no bucket has 1 frame: set data.bucket_frames={frames}, or add buckets such as "
+                f"1x{size.height}x{size.width} to data.buckets."
+            )
     if report.quality.num_still:
         lines.append(
             f"{counted(report.quality.num_still, 'clip')} hardly moving (motion below {HARDLY_MOVES:g}): the LoRA "

@@ -12,6 +12,7 @@ from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape
 from cogds.core.rng import generator
 from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_vae
+from cogds.train.evaluation import _zero_inputs
 from cogds.train.step import Draws, StepBuilder, draw_dropouts, random_batch, to_device
 from tests.published_model import V15
 
@@ -170,3 +171,30 @@ def test_a_tensor_of_another_stream_is_marked_as_in_use(monkeypatch):
     tensor = GpuTensor()
     assert to_device(tensor, tensor.device) is tensor
     assert tensor.used_on == "the stream of cuda:0"
+
+
+def test_text_to_video_does_not_use_the_first_frame(family):
+    """The VAE is not called, image dropout and image noise change nothing, and no draw is spent on an image."""
+    model = find_model(str(family("5b")))
+    encoder, shape = TextEncoder(model, torch.float32, "cpu"), ClipShape.parse("9x64x64")
+    batch = random_batch(shape, 2, model.geometry, 32, "fp32")
+    purposes = []
+
+    class Recorded(Draws):
+        def generators(self, purpose, device):
+            purposes.append(purpose)
+            return super().generators(purpose, device)
+
+    def hidden(dropped, **conditioning):
+        builder = make_builder(model, encoder, None, **conditioning)
+        drops = torch.full((2,), dropped), torch.tensor([False, False])
+        inputs, target = builder.build(batch, shape, Recorded(torch.tensor([10, 500]), *drops, 0, 0, (0, 1)))
+        assert inputs["hidden_states"].shape == target.shape
+        zeros, _ = _zero_inputs(builder, shape, 2)
+        assert {name: getattr(value, "shape", None) for name, value in zeros.items()} == {
+            name: getattr(value, "shape", None) for name, value in inputs.items()
+        }
+        return inputs["hidden_states"]
+
+    assert torch.equal(hidden(False), hidden(True, image_noise=True))
+    assert set(purposes) == {"posterior", "noise"}

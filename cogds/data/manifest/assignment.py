@@ -90,7 +90,7 @@ def too_short_reasons(
     for row in np.flatnonzero(_is_usable(table) & (assignment.row_buckets < 0)).tolist():
         num_frames = assignment.row_frames[row]
         if num_frames == 1:
-            reasons[row] = f"{NO_IMAGE_BUCKET}: the shortest bucket has {shortest}, add 1 to data.bucket_frames"
+            reasons[row] = f"{NO_IMAGE_BUCKET}: the shortest bucket has {shortest}"
         else:
             reasons[row] = f"{TOO_SHORT}: {num_frames} frames at {fps:g} fps, the shortest bucket has {shortest}"
     return reasons

@@ -258,7 +258,7 @@ class MemoryModel:
         them), hidden size d, and U = B T d e, the bytes of one hidden-state tensor:
 
             base weights       P e, less for quantized blocks (`base_weights_bytes`); / N at stage 3; 0 with
-                               offload_param
+                               offload_param; plus learned or fixed position embeddings (`_position_bytes`)
             gathered weights   at stage 3: the blocks gathered at the same time (`_num_gathered_blocks`)
             unpacked weight    the largest, 4 d^2, if the base is quantized (`unpacked_weight_bytes`)
             LoRA weights       L e; at stage 3 L e / N, 0 with offload_param, plus L e if the matrices are below the
@@ -293,7 +293,7 @@ class MemoryModel:
         vae_weights, on_the_fly = self.vae.num_parameters * element_bytes, self.on_the_fly
         return MemoryEstimate(
             base_weights_bytes=shard(base_weights_bytes(self.transformer, self.quantization, element_bytes), 3)
-            * on_gpu,
+            * on_gpu + self._position_bytes,
             gathered_weights_bytes=round(self._num_gathered_blocks * block_bytes) if is_sharded else 0,
             unpacked_weight_bytes=4 * self.transformer.width**2
             * unpacked_weight_bytes(self.quantization, self.fp8_matmul, element_bytes),
@@ -453,6 +453,13 @@ class MemoryModel:
         sample_bytes = cached_clip_bytes(shape, self.geometry, self.element_bytes)
         sample_bytes += cached_caption_bytes(self.geometry, self.transformer.text_dim, self.element_bytes)
         return encode_bytes + on_the_fly.num_batches * batch_size * sample_bytes
+
+    @property
+    def _position_bytes(self) -> int:
+        """Learned and fixed position embeddings: a buffer on every rank, for the sample size and the caption."""
+        if self.geometry.family.positions in ("rope_slice", "rope_resize"):
+            return 0
+        return num_tokens(self.geometry.sample_size, self.geometry) * self.transformer.width * self.element_bytes
 
     @property
     def _lora_persists(self) -> bool:

@@ -177,7 +177,10 @@ def test_what_text_to_video_does_not_need():
     latents = 16 * 22 * 96 * 170 * 2  # those of the image
     assert image.inputs_and_loss_bytes - text.inputs_and_loss_bytes == latents
     sincos = published_memory(geometry=PUBLISHED["CogVideoX-2b"], buckets=(PUBLISHED["CogVideoX-2b"].trained_size,))
-    assert sincos.estimate(sincos.buckets[0], 1, "full").rotary_tables_bytes == 0
+    sincos = sincos.estimate(sincos.buckets[0], 1, "full")
+    assert sincos.rotary_tables_bytes == 0
+    positions = (13 * 30 * 45 + 226) * TRANSFORMER.width * 2  # of 49x480x720
+    assert sincos.base_weights_bytes - text.base_weights_bytes == positions
 
 
 @pytest.mark.slow

@@ -140,9 +140,12 @@ def test_other_loras_run_the_code_of_peft(lora):
     assert largest_distance(result[1], expected[1]) < 5e-6
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.5}], ids=["plain", "dropout"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES[1:])
-@members
+@pytest.mark.parametrize(
+    "config, lora",
+    [*((config, {}) for config in CONFIGS.values()), (V15, {"lora_dropout": 0.5})],
+    ids=[*CONFIGS, "dropout"],
+)
 def test_recomputation_is_exact(config, checkpointing, lora):
     _, ours = pair(config, "all", **lora)
     ours.detect_dropout()

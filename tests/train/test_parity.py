@@ -265,3 +265,14 @@ def test_padding_at_the_end_is_detected(load, monkeypatch):
     for name in ("1.5-5b-i2v", "1.5-5b"):
         with pytest.raises(AssertionError, match="not close"):
             check_decoded_clip(load(name), "17x64x96", load(name).model.geometry)
+
+
+@pytest.mark.parametrize("name", MEMBERS)
+def test_the_noise_schedule_is_that_of_the_pipeline(load, name):
+    parts = load(name)
+    table = load_alphas_cumprod(parts.model)
+    assert torch.equal(table, parts.pipeline.scheduler.alphas_cumprod)
+    assert type(parts.pipeline.scheduler).__name__ == parts.model.family.scheduler
+    assert table[-1] == 0
+    is_shifted = not torch.allclose(table, load_alphas_cumprod(load("1.5-5b-i2v").model))
+    assert is_shifted is (name == "2b")  # snr_shift_scale is 3

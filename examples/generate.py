@@ -31,7 +31,8 @@ def best_size(sizes: list[str], image: Image.Image | None) -> str:
     def misfit(size: str) -> tuple[float, int, int]:
         frames, height, width = map(int, size.split("x"))
         # Of several sizes with the same proportions, and without an image, the longest, then the largest.
-        return abs(math.log(width / height * image.height / image.width)) if image else 0.0, -frames, -height
+        crop = abs(math.log(width / height * image.height / image.width)) if image else 0.0
+        return crop, -frames, -height * width
 
     videos = [size for size in sizes if not size.startswith("1x")]
     return min(videos, key=misfit, default="81x768x1360")  # the base model's own size

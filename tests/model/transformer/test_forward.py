@@ -385,7 +385,7 @@ def test_other_positions_are_detected():
     assert distance(ours(**batch)[0], theirs(**batch)[0]) > 1e-2
     theirs, ours = pair(CONFIGS["5b"], ATTENTION)
     batch = inputs(CONFIGS["5b"])
-    assert distance(ours(**batch | {"image_rotary_emb": None})[0], theirs(**batch)[0]) > 1e-2
+    assert distance(ours(**batch | {"image_rotary_emb": None})[0], theirs(**batch)[0]) > 1e-4
 
 
 @members

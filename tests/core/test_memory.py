@@ -11,7 +11,15 @@ from peft import LoraConfig
 from transformers import T5Config, T5EncoderModel
 
 from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
-from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes, padded_latent_frames, token_grid
+from cogds.core.flops import step_flops
+from cogds.core.geometry import (
+    ClipShape,
+    cached_caption_bytes,
+    cached_clip_bytes,
+    num_tokens,
+    padded_latent_frames,
+    token_grid,
+)
 from cogds.core.memory import (
     CUDA_CONTEXT_BYTES,
     LoraSize,
@@ -167,6 +175,32 @@ def test_activations_of_the_other_members(monkeypatch, name, mode):
     model = dataclasses.replace(model, transformer=size)
     _, peak = train_once(monkeypatch, model, shape, mode, "meta")
     assert model.estimate(shape, 1, mode).activations_bytes == pytest.approx(peak, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    "name, num_parameters, gigabytes, tflop",
+    [
+        ("CogVideoX1.5-5B-I2V", 5_571_594_880, (44, 33), 4008),
+        ("CogVideoX1.5-5B", 5_570_676_352, (44, 33), 4008),
+        ("CogVideoX-5b-I2V", 5_570_479_680, (26, 22), 827),
+        ("CogVideoX-5b", 5_570_283_072, (26, 22), 827),
+        ("CogVideoX-2b", 1_693_783_872, (11, 9), 313),
+    ],
+)
+def test_the_figures_of_every_member_in_the_docs(name, num_parameters, gigabytes, tflop):
+    geometry, is_2b = PUBLISHED[name], name == "CogVideoX-2b"
+    num_layers, num_heads = (30, 30) if is_2b else (42, 48)
+    width, shape = 64 * num_heads, geometry.trained_size
+    num_lora = num_layers * 4 * 2 * 128 * width
+    model = published_memory(
+        geometry=geometry, buckets=(shape,), lora=LoraSize(num_lora, 128, frozenset(ATTENTION)),
+        transformer=TransformerSize(num_parameters, num_layers, num_heads, 64, 4096),
+        zero=ZeroSettings(stage=2, reduce_bucket_size=width**2),
+    )  # fmt: skip
+    sizes = [model.estimate(shape, 1, mode).total_bytes for mode in ("selective", "full")]
+    assert [size / 1e9 for size in sizes] == pytest.approx(gigabytes, abs=0.55)
+    flops = step_flops(num_tokens(shape, geometry), num_layers, width, num_lora)
+    assert flops.model_flops / 1e12 == pytest.approx(tflop, rel=1e-3)
 
 
 def test_what_text_to_video_does_not_need():

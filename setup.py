@@ -18,7 +18,7 @@ PREPARE = [
 setup(
     name="cogds",
     version=VERSION,
-    description="LoRA fine-tuning of CogVideoX-1.5 image-to-video with DeepSpeed, on one GPU or hundreds",
+    description="LoRA fine-tuning of CogVideoX (image- and text-to-video) with DeepSpeed, on one GPU or hundreds",
     long_description=(ROOT / "README.md").read_text(),
     long_description_content_type="text/markdown",
     license="Apache-2.0",

@@ -56,6 +56,7 @@ _V15 = {
     "patch_bias": False,
 }
 _VAE = {"temporal_compression_ratio": 4, "scaling_factor": 0.7, "invert_scale_latents": True}
+_SCHEDULER = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
 _VAE |= {f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * 4 for way in ("down", "up")}
 
 
@@ -110,7 +111,7 @@ SIZES = {
 
 def model_of(size: Size) -> ModelFolder:
     """A `ModelFolder` of this size. Its path does not exist, since the weights are random."""
-    geometry = ModelGeometry.from_configs(size.transformer, size.vae)
+    geometry = ModelGeometry.from_configs(size.transformer, size.vae, _SCHEDULER)
     return ModelFolder(Path(f"random-{size.name}"), dict(size.transformer), dict(size.vae), geometry)
 
 

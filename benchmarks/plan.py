@@ -37,6 +37,7 @@ import pyarrow as pa
 import pyarrow.compute as pc
 
 from cogds.core.buckets import assign, crop_share, generate_buckets
+from cogds.core.family import Family
 from cogds.core.flops import forward_flops
 from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
 from cogds.core.mixture import Mixture
@@ -55,15 +56,20 @@ GEOMETRY = ModelGeometry(
     vae_temporal=4,
     latent_channels=16,
     patch_size=2,
-    patch_size_t=2,
     sample_height=300,
     sample_width=300,
     sample_frames=81,
     text_tokens=226,
     head_dim=64,
-    rope=True,
-    learned_positions=False,
-    ofs=True,
+    family=Family(
+        takes_image=True,
+        patch_size_t=2,
+        positions="rope_slice",
+        has_ofs=True,
+        scaling_factor=0.7,
+        invert_scale_latents=True,
+        scheduler="CogVideoXDPMScheduler",
+    ),
 )
 AREAS, FRAMES = ("432x768",), (17, 33, 49, 65, 81)
 ASPECT_RATIOS = ("21/9", "16/9", "4/3", "1/1", "3/4", "9/16")

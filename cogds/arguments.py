@@ -364,7 +364,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     add(
         "--image",
         action="append",
-        help="image of the first frame, or a video that begins with it, resized and cropped to the size; repeatable",
+        help="image of the first frame, or a video that begins with it, resized and cropped to the size; repeatable; "
+        "none for text-to-video models",
     )
     add("--prompt", action="append", help="prompt; repeatable, with one image for each or one for all")
     add(
@@ -379,7 +380,8 @@ def _sample(parser: argparse.ArgumentParser) -> None:
     add(
         "--size",
         metavar="FxHxW",
-        help="frames, height and width [px] (the LoRA's bucket that crops the image least)",
+        help="frames, height and width [px] (the LoRA's bucket that crops the image least; without an image, the "
+        "largest)",
     )
     add("--fps", type=_positive_float, help="frame rate [frames/s] (as the LoRA was trained)")
     add("--steps", type=_positive_int, default=50, help="denoising steps (50)")
@@ -467,7 +469,7 @@ VERBS = {
         "cogds.evaluate",
         is_launchable=True,
     ),
-    "sample": Verb("Generate videos from images and prompts.", _sample, "cogds.sample", takes_config=False),
+    "sample": Verb("Generate videos from prompts and first frames.", _sample, "cogds.sample", takes_config=False),
     "gallery": Verb(
         "Write a page with the videos of a run, steps beside prompts, and its loss curve.",
         _gallery,

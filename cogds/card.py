@@ -16,6 +16,7 @@ import yaml
 
 from cogds.arguments import MERGED_FORMATS
 from cogds.core.conditioning import convention_factor
+from cogds.core.family import IMAGE_PIPELINE, TASKS, TEXT_PIPELINE
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
 from cogds.errors import brief
 from cogds.process.logs import log_failure
@@ -39,6 +40,16 @@ LOADED_BY_DIFFUSERS = ("diffusers", "comfyui-wrapper", "merged")
 def pipeline_factor(vae_config: Metadata, convention: str) -> float:
     """Return `convention_factor` for a VAE's config."""
     return convention_factor(vae_config["scaling_factor"], bool(vae_config.get("invert_scale_latents")), convention)
+
+
+def task_of(metadata: Metadata) -> str:
+    """What the base model makes videos from, one of TASKS. Files without it are of a version that had only images."""
+    return metadata.get("task", TASKS[0])
+
+
+def takes_image(metadata: Metadata) -> bool:
+    """Whether the base model is image-to-video."""
+    return task_of(metadata) == TASKS[0]
 
 
 def hub_id(path: str | None) -> str | None:
@@ -115,7 +126,8 @@ def front_matter(metadata: Metadata, kind: str, sample: str = "") -> str:
         }
     if base:
         matter |= {"base_model": base, "base_model_relation": "merge" if kind in MERGED_FORMATS else "adapter"}
-    tags = ["cogvideox", "image-to-video"]
+    task = task_of(metadata)
+    tags = ["cogvideox", task]
     if kind not in MERGED_FORMATS:
         tags.append("lora")
     if kind in LOADED_BY_DIFFUSERS:
@@ -123,7 +135,7 @@ def front_matter(metadata: Metadata, kind: str, sample: str = "") -> str:
         tags.append("diffusers")
     if kind.startswith("comfyui"):
         tags.append("comfyui")
-    matter |= {"pipeline_tag": "image-to-video", "tags": tags}
+    matter |= {"pipeline_tag": task, "tags": tags}
     # The hub shows this text as the trigger words.
     if prompt := ", ".join(metadata.get("trigger_words", [])) or metadata.get("instance_prompt"):
         matter["instance_prompt"] = prompt
@@ -133,31 +145,32 @@ def front_matter(metadata: Metadata, kind: str, sample: str = "") -> str:
 
 
 def snippet(metadata: Metadata, kind: str, location: str) -> str:
-    """Return Python code that generates a video from `first.png` with diffusers 0.34 or later.
+    """Return Python code that generates a video, in image-to-video from `first.png`, with diffusers 0.34 or later.
 
     0.34 is the first version that reads alpha from the LoRA. The code uses `torch_dtype` because `dtype` exists only
     since 0.40, and `export_to_video` because `encode_video` exists only since 0.39.
     """
     shape, fps = _largest(metadata), metadata.get("fps", TRAINED_FPS)
-    base = metadata.get("base_model") or "zai-org/CogVideoX1.5-5B-I2V"
-    factor = 1.0 if kind == "merged" else metadata.get("image_latent_factor", 1.0)
+    has_image = takes_image(metadata)
+    base = metadata.get("base_model") or ("zai-org/CogVideoX1.5-5B-I2V" if has_image else "zai-org/CogVideoX1.5-5B")
+    pipeline = IMAGE_PIPELINE if has_image else TEXT_PIPELINE
+    factor = 1.0 if kind == "merged" or not has_image else metadata.get("image_latent_factor", 1.0)
     lines = [
         "# pip install 'diffusers>=0.34' transformers accelerate peft sentencepiece protobuf imageio imageio-ffmpeg",
         "import torch",
-        f"from diffusers import CogVideoXImageToVideoPipeline{', CogVideoXTransformer3DModel' * (kind == 'merged')}",
-        "from diffusers.utils import export_to_video, load_image",
+        f"from diffusers import {pipeline}{', CogVideoXTransformer3DModel' * (kind == 'merged')}",
+        f"from diffusers.utils import export_to_video{', load_image' * has_image}",
         "",
     ]
     if kind == "merged":
         lines += [
             f'transformer = CogVideoXTransformer3DModel.from_pretrained({_quoted(location)}, subfolder="transformer", '
             "torch_dtype=torch.bfloat16)",
-            f"pipe = CogVideoXImageToVideoPipeline.from_pretrained({_quoted(base)}, transformer=transformer, "
-            "torch_dtype=torch.bfloat16)",
+            f"pipe = {pipeline}.from_pretrained({_quoted(base)}, transformer=transformer, torch_dtype=torch.bfloat16)",
         ]
     else:
         lines += [
-            f"pipe = CogVideoXImageToVideoPipeline.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16)",
+            f"pipe = {pipeline}.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16)",
             # Offline, diffusers before 0.40 requires the name.
             f'pipe.load_lora_weights({_quoted(location)}, weight_name="pytorch_lora_weights.safetensors")',
         ]
@@ -177,7 +190,7 @@ def snippet(metadata: Metadata, kind: str, location: str) -> str:
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
         "pipe.vae.enable_tiling()",
         "frames = pipe(",
-        '    image=load_image("first.png"),',
+        *(['    image=load_image("first.png"),'] if has_image else []),
         f"    prompt={_quoted(_prompt(metadata))},",
         f"    num_frames={shape.frames},",
         f"    height={shape.height},",
@@ -191,7 +204,7 @@ def snippet(metadata: Metadata, kind: str, location: str) -> str:
 
 def _introduction(metadata: Metadata, kind: str) -> str:
     base = hub_id(metadata.get("base_model"))
-    model = f"[{base}](https://huggingface.co/{base})" if base else "a CogVideoX image-to-video model"
+    model = f"[{base}](https://huggingface.co/{base})" if base else f"a CogVideoX {task_of(metadata)} model"
     if kind in MERGED_FORMATS and metadata.get("exported_scale") == 0:
         return f"The transformer of {model}. Exported with cogds."
     if kind in MERGED_FORMATS:
@@ -240,7 +253,7 @@ def _convention(metadata: Metadata, kind: str) -> str:
     """Describe the scale of the image latents, unless the tool uses the right one without help."""
     convention, factor = metadata.get("image_latents", "pipeline"), metadata.get("image_latent_factor", 1.0)
     comfyui = kind.startswith("comfyui")
-    if kind in MERGED_FORMATS or (factor == 1.0 and not comfyui):
+    if kind in MERGED_FORMATS or (factor == 1.0 and not comfyui) or not takes_image(metadata):
         return ""
     compared = "as in diffusers" if factor == 1.0 else f"{factor:g} times those of diffusers"
     text = f"## Image latents\n\nTraining scaled the latents of the first frame as `{convention}`: {compared}. "

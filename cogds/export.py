@@ -11,7 +11,17 @@ from typing import Any
 import torch
 
 from cogds.arguments import MERGED_FORMATS
-from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
+from cogds.card import (
+    CARD_NAME,
+    SAMPLE_NAME,
+    find_sample,
+    hub_id,
+    model_card,
+    pipeline_factor,
+    shareable,
+    takes_image,
+)
+from cogds.core.family import TASKS
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import existing_parent, whole_folder
 from cogds.model.load import ModelFolder, find_model
@@ -88,6 +98,11 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
         check_all_fit([lora.file for lora in loras], model)
         if args.to == "comfyui-merged":
             check_comfyui_supports(model)
+    if args.to == "comfyui" and not takes_image(export_metadata(loras, model)):
+        raise UserError(
+            "--to comfyui: not available for text-to-video, which has not been tried in ComfyUI's own nodes. Use --to "
+            "comfyui-wrapper."
+        )
     for lora in loras:
         logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))
     if args.push_to:
@@ -171,10 +186,12 @@ def export_metadata(loras: Sequence[WeightedLora], model: ModelFolder | None) ->
         )
     convention = next(iter(conventions))
     metadata = dict(loras[0].file.metadata)
-    if model:
+    metadata.setdefault("task", model.family.task if model else TASKS[0])
+    if model and model.family.takes_image:
         metadata["image_latent_factor"] = pipeline_factor(model.vae_config, convention)
         # ComfyUI and the wrapper multiply image latents by the scaling factor, whatever the VAE's config says.
         metadata["comfyui_strength"] = metadata["image_latent_factor"] / pipeline_factor(model.vae_config, "scaled")
+    if model:
         metadata.setdefault("base_model", str(model.path))
     if len(loras) > 1:
         metadata["merged"] = ", ".join(f"{lora.file.path.parent.name} x {lora.weight:g}" for lora in loras)
@@ -208,13 +225,14 @@ def write_weights(job: ExportJob, folder: Path, name: str) -> str:
     if job.kind in MERGED_FORMATS:
         assert job.model is not None
         # The image-latent factor moves into the weights, so the header states what the result expects instead.
-        header = {**job.metadata, "trained_image_latents": job.metadata.get("image_latents", "pipeline")}
-        factor, comfyui_factor = header.pop("image_latent_factor"), header.pop("comfyui_strength")
+        header, factor, comfyui_factor = dict(job.metadata), 1.0, 1.0
+        if job.model.family.takes_image:
+            header["trained_image_latents"] = header.get("image_latents", "pipeline")
+            factor, comfyui_factor = header.pop("image_latent_factor"), header.pop("comfyui_strength")
+            header["image_latents"] = "scaled" if job.kind == "comfyui-merged" else "pipeline"
         if job.kind == "comfyui-merged":
-            header["image_latents"] = "scaled"
             save_comfyui_merged(file, Merge(job.model, job.loras, job.dtype, comfyui_factor), header)
             return file.name
-        header["image_latents"] = "pipeline"
         save_merged(folder / "transformer", Merge(job.model, job.loras, job.dtype, factor), header)
         if job.pipeline:
             save_other_parts(folder, job.model, copy=job.pipeline == "copy")
@@ -228,12 +246,14 @@ def write_weights(job: ExportJob, folder: Path, name: str) -> str:
 
 def notes(metadata: Mapping[str, Any], kind: str, output: Path, checked: bool) -> list[str]:
     """Return the notes and warnings that are printed after the export."""
-    lines = []
+    lines, has_image = [], takes_image(metadata)
     convention, factor = metadata.get("image_latents", "pipeline"), metadata.get("image_latent_factor")
     trained = f"the LoRA was trained with image latents '{convention}'"
     if not checked:
         lines.append("The LoRA was not compared with a base model. Pass --model to check that it fits.")
-    if kind == "merged" and factor != 1.0:
+    if not has_image:
+        pass
+    elif kind == "merged" and factor != 1.0:
         lines.append(f"Note: {trained}. The weights include the factor, so diffusers needs no extra code.")
     elif kind == "comfyui-merged" and convention != "scaled":
         lines.append(f"Note: {trained}. The weights include the factor, so ComfyUI's nodes need no setting.")
@@ -251,11 +271,12 @@ def notes(metadata: Mapping[str, Any], kind: str, output: Path, checked: bool) -
             fix = "Pass --model to see which strength of CogVideo ImageEncode corrects this."
         lines.append(f"warning: {trained}, but ComfyUI's nodes always use 'scaled'. {fix}")
     if kind.startswith("comfyui"):
-        if convention == "scaled":
+        if convention == "scaled" and has_image:
             lines.append(f"{trained[0].upper()}{trained[1:]}, as ComfyUI's nodes scale them. They need no setting.")
         lines.append(f"How to use it in ComfyUI: {output / CARD_NAME}")
     elif kind == "diffusers":
-        lines.append("ComfyUI's own nodes cannot read this file: for them, use --to comfyui-merged or --to comfyui.")
+        formats = "--to comfyui-merged or --to comfyui" if has_image else "the wrapper's nodes and --to comfyui-wrapper"
+        lines.append(f"ComfyUI's own nodes cannot read this file: use {formats}.")
     if kind == "comfyui-wrapper" and (words := [word for word in WEAKENED_NAMES if word in str(output).lower()]):
         lines.append(f"warning: the wrapper weakens fused LoRAs with '{words[0]}' in their path. Rename the file.")
     if metadata.get("base_model") and not hub_id(metadata["base_model"]):

@@ -23,6 +23,7 @@ from cogds.errors import UserError, refuse_to_run
 from cogds.files import whole_file
 from cogds.formatting import counted, gigabytes
 from cogds.job import Job, load_job
+from cogds.model.load import find_model
 from cogds.process.logs import RESULT
 from cogds.report.analysis import Report
 from cogds.report.main import clip_table, run_report
@@ -147,8 +148,10 @@ def _prompt(flag: str, text: str) -> str:
 
 def fit_run(args: argparse.Namespace, answers: Answers) -> NewRun:
     """Choose buckets for the clips, and settings for the memory."""
-    overrides = [f"data.path={args.clips}", f"conditioning.image_latents={IMAGE_LATENTS[answers.use]}"]
-    overrides += [f"model.path={args.model}"] * bool(args.model)
+    overrides = [f"data.path={args.clips}"]
+    overrides += model_overrides(args.model) if args.model else []
+    if not args.model or find_model(args.model).family.takes_image:
+        overrides.append(f"conditioning.image_latents={IMAGE_LATENTS[answers.use]}")
     overrides += [f"data.caption_prefix={args.trigger}"] * bool(args.trigger)
     all_clips = [*overrides, "eval.held_out=0"]
     run = resolve(answers, all_clips)
@@ -159,6 +162,14 @@ def fit_run(args: argparse.Namespace, answers: Answers) -> NewRun:
     chosen = [*(all_clips if few else overrides), f"data.buckets=[{used}]"]
     num_clips = {str(bucket.shape): bucket.num_clips for bucket in run.report.used_buckets}
     return replace(fit_memory(resolve(answers, chosen), answers, chosen), num_clips=num_clips)
+
+
+def model_overrides(path: str) -> list[str]:
+    """The settings of a model that the recipes are not for: 1.0 models were trained at one size and 8 frames/s."""
+    geometry = find_model(path).geometry
+    if geometry.patch_size_t:
+        return [f"model.path={path}"]
+    return [f"model.path={path}", f"data.buckets=[{geometry.trained_size}]", f"data.fps={geometry.trained_fps:g}"]
 
 
 def resolve(answers: Answers, overrides: list[str]) -> NewRun:
@@ -218,7 +229,7 @@ def config_text(run: NewRun, answers: Answers, output: Path) -> str:
         f"output_dir: {show(cfg.output_dir)}",
     ]
     for section in dict.fromkeys(name.partition(".")[0] for name in KEYS if "." in name):
-        names = [name for name in KEYS if name.startswith(f"{section}.") and _is_written(cfg, name)]
+        names = [name for name in KEYS if name.startswith(f"{section}.") and _is_written(run, name)]
         if names:
             lines += ["", f"{section}:"]
         for name in names:
@@ -230,7 +241,10 @@ def config_text(run: NewRun, answers: Answers, output: Path) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _is_written(cfg: RunConfig, name: str) -> bool:
+def _is_written(run: NewRun, name: str) -> bool:
+    cfg = run.cfg
+    if name == "conditioning.image_latents" and not run.job.model.family.takes_image:
+        return False
     if name.startswith("data.bucket_"):  # data.buckets replaces them
         return not cfg.data.buckets
     return name in ALWAYS or get(cfg, name) != KEYS[name].default
@@ -265,11 +279,16 @@ def next_steps(run: NewRun, answers: Answers, output: Path) -> str:
     """Say what to do with the file, and how to use the LoRA where the user wants to."""
     lora = f"{run.cfg.output_dir}/lora/step-{run.cfg.train.num_steps:06d}"
     lines = [f"check:  {report_command(output)}", f"train:  {train_command(run, output)}"]
+    family = run.job.model.family
     if answers.use != "comfyui":
+        image = "--image IMAGE " if family.takes_image else ""
         model = shlex.quote(run.cfg.model.path)
-        lines.append(f'use:    cogds sample --model {model} --lora {lora} --image IMAGE --prompt "PROMPT"')
+        lines.append(f'use:    cogds sample --model {model} --lora {lora} {image}--prompt "PROMPT"')
     if answers.use != "diffusers":
-        layout = "comfyui" if answers.use == "comfyui" else "comfyui-merged"  # which scales image latents differently
+        if not (family.takes_image and family.has_ofs):
+            layout = "comfyui-wrapper"
+        else:  # comfyui-merged corrects the scale of image latents
+            layout = "comfyui" if answers.use == "comfyui" else "comfyui-merged"
         lines.append(f"use:    cogds export {lora} --to {layout} --output FOLDER (docs/using-the-lora.md)")
     if answers.learn == "motion" and any(bucket.shape.frames == 1 for bucket in run.report.used_buckets):
         lines.append("warning: images teach no motion. Move them out of the folder, and run cogds init again.")

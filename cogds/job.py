@@ -7,7 +7,7 @@ Every verb that takes a run config starts here.
 
 import argparse
 import dataclasses
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any
@@ -16,7 +16,7 @@ import torch
 
 from cogds.config.deepspeed import load_ds_config, resolve
 from cogds.config.loading import load_config, replace
-from cogds.config.schema import RunConfig
+from cogds.config.schema import KEYS, RunConfig, get
 from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.flops import forward_flops
@@ -179,12 +179,23 @@ def load_job(
     if cfg.data.draw_demo_clips:
         draw_demo_clips(cfg.data.path)
     model = find_model(cfg.model.path, cfg.model.revision)
+    check_conditioning(cfg, explicit, model)
     check_sequence(cfg.parallel.sequence_size, num_ranks, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
     targets = tuple(resolve_targets(empty_transformer(model), cfg.lora.target_modules))
     ds_config, cfg = resolve(ds_config, cfg, explicit, num_ranks, model.hidden_size, args.deepspeed)
     tiled = tiled_buckets(cfg, model, buckets)
     return Job(cfg, ds_config, model, buckets, targets, world, num_ranks, evaluated_only, tiled)
+
+
+def check_conditioning(cfg: RunConfig, explicit: Collection[str], model: ModelFolder) -> None:
+    """Raise UserError if a key about the first frame is set to something for a text-to-video model, which has none."""
+    for name in sorted(explicit) if not model.family.takes_image else ():
+        if name.startswith("conditioning.image_") and (value := get(cfg, name)) not in (KEYS[name].default, 0):
+            raise UserError(
+                f"{name}: {value} is set, but {cfg.model.path} is a text-to-video model, which has no first frame as "
+                "input. Remove the key."
+            )
 
 
 def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
@@ -196,8 +207,10 @@ def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:
             cfg.data.bucket_sizes, cfg.data.bucket_aspect_ratios, cfg.data.bucket_frames, model.geometry
         )
     for shape in buckets:
-        # Every step encodes the first frame of each clip without tiles, as the pipeline does.
-        if not vae_can_encode(dataclasses.replace(shape, frames=1), tiling=False, vae=model.vae_size):
+        # Every step encodes the first frame of each clip without tiles, as the image-to-video pipeline does.
+        if model.family.takes_image and not vae_can_encode(
+            dataclasses.replace(shape, frames=1), tiling=False, vae=model.vae_size
+        ):
             raise UserError(
                 f"data.buckets: {shape} is too large. The VAE cannot encode a {shape.height}x{shape.width} image "
                 "without tiles, as the pipeline does. Choose a smaller bucket."

@@ -122,6 +122,11 @@ def main(args: argparse.Namespace) -> None:
     changes = {"eval.every": 1, "eval.num_clips": args.clips}
     job = choose_tiling(load_job(args, World(0, 1, 0, 1), changes=changes, evaluated_only=True))
     cfg, model, world = job.cfg, job.model, job.world
+    if not model.family.takes_image:
+        raise UserError(
+            f"model.path: {cfg.model.path} is a text-to-video model, which has no image latents to measure. Pass an "
+            "image-to-video model."
+        )
     data = encode_dataset(job)
     clips = [index[row] for index in (data.trained, data.held_out) if index is not None for row in range(len(index))]
     clips = clips[: args.clips]

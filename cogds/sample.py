@@ -1,4 +1,4 @@
-"""The sample verb: generate videos from images and prompts, with the diffusers pipeline and LoRAs."""
+"""The sample verb: generate videos from prompts and first frames, with the diffusers pipeline and LoRAs."""
 
 import argparse
 import itertools
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from PIL import Image
 
-from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
+from cogds.core.geometry import ClipShape
 from cogds.data.video.media import write_video
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import make_folders, whole_file
@@ -50,7 +50,7 @@ class SampleJob:
 
     prompt: PromptSpec
     shape: ClipShape
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     seeds: Sequence[int]
     scales: Sequence[float]
 
@@ -112,7 +112,7 @@ def main(args: argparse.Namespace) -> None:
     loras = read_weighted_loras(args.lora or [], args.lora_alpha, model)
     for lora in loras:
         logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))
-    fps = args.fps or float(recorded_value(loras, "fps", TRAINED_FPS))
+    fps = args.fps or float(recorded_value(loras, "fps", model.geometry.trained_fps))
     jobs = plan_jobs(args, loras, model)
     is_single = sum(job.num_videos for job in jobs) == 1
     output = output_files(args.output, is_single)
@@ -160,10 +160,11 @@ def main(args: argparse.Namespace) -> None:
 
 def plan_jobs(args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder) -> list[SampleJob]:
     """Read the prompts and their first frames. Raises UserError, naming the flag or the line of the list."""
-    buckets = [ClipShape.parse(text) for text in recorded_value(loras, "buckets", []) or [str(TRAINED_SIZE)]]
+    recorded = recorded_value(loras, "buckets", [])
+    buckets = [ClipShape.parse(text) for text in recorded] or [model.geometry.trained_size]
     scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
     jobs = []
-    for prompt in read_prompt_specs(args.prompt or [], args.image or [], args.list):
+    for prompt in read_prompt_specs(args.prompt or [], args.image or [], args.list, model.family.takes_image):
         size = prompt.size or args.size
         shape, pixels = load_first_frame(prompt.image, size, buckets, model.geometry, prompt.size_key)
         seeds = [prompt.seed] if prompt.seed is not None else list(dict.fromkeys(args.seed))

@@ -64,6 +64,22 @@ def tiny_model(tmp_path_factory):
 
 
 @pytest.fixture(scope="session")
+def family(tiny_model, tmp_path_factory):
+    """`family(name)` returns the path of a tiny model, one of tests.tiny.MEMBERS, which is made once."""
+    from tests.tiny import create_tiny_model
+
+    folder = tmp_path_factory.mktemp("family")
+
+    def path_of(name):
+        if name == "1.5-5b-i2v":
+            return tiny_model
+        create_tiny_model(folder / name, name=name)
+        return folder / name
+
+    return path_of
+
+
+@pytest.fixture(scope="session")
 def comfyui_model(tiny_model, tmp_path_factory):
     """Path of a tiny model with the sizes that ComfyUI requires: 64 channels per head, 16 latent channels."""
     import torch

@@ -239,15 +239,24 @@ def test_a_local_folder_is_not_a_hub_id(tmp_path, monkeypatch):
     assert hub_id("/models/mine") is None
 
 
-@pytest.mark.parametrize("kind, convention", [("diffusers", "pipeline"), ("diffusers", "scaled"), ("merged", "scaled")])
-def test_the_code_on_the_card_generates_a_video(tiny_model, tmp_path, monkeypatch, kind, convention):
+@pytest.mark.parametrize(
+    "name, kind, settings",
+    [
+        ("1.5-5b-i2v", "diffusers", {"image_latents": "pipeline"}),
+        ("1.5-5b-i2v", "diffusers", {"image_latents": "scaled"}),
+        ("1.5-5b-i2v", "merged", {"image_latents": "scaled"}),
+        ("1.5-5b", "diffusers", {"task": "text-to-video"}),
+        ("2b", "merged", {"task": "text-to-video"}),
+    ],
+)
+def test_the_code_on_the_card_generates_a_video(family, tmp_path, monkeypatch, name, kind, settings):
     """Only `export_to_video` is a stand-in, because it requires imageio, which is not installed."""
-    export_to_video = Mock()
+    export_to_video, model = Mock(), family(name)
     monkeypatch.setattr(diffusers.utils, "export_to_video", export_to_video)
-    lora = write_lora(tiny_model, tmp_path / "lora", metadata={
-        "image_latents": convention, "buckets": ["9x64x96"], "fps": 8.0, "base_model": str(tiny_model),
-    })  # fmt: skip
+    metadata = {"buckets": ["9x64x96"], "fps": 8.0, "base_model": str(model), **settings}
+    lora = write_lora(model, tmp_path / "lora", metadata=metadata)
     export([str(lora), "--to", kind, "--output", str(tmp_path / "out")])
+    assert ("load_image" in (tmp_path / "out/README.md").read_text()) is ("task" not in settings)
     Image.linear_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / "first.png")
     monkeypatch.chdir(tmp_path)
     (code,) = re.findall("```python\n(.*?)```", (tmp_path / "out/README.md").read_text(), flags=re.S)
@@ -259,4 +268,4 @@ def test_the_code_on_the_card_generates_a_video(tiny_model, tmp_path, monkeypatc
     assert names["frames"][0].size == (96, 64)
     assert names["pipe"].transformer.dtype is torch.bfloat16
     is_rescaled = names["pipe"].prepare_latents is names.get("prepare_latents", ...)
-    assert is_rescaled is (convention == "scaled" and kind == "diffusers")
+    assert is_rescaled is (settings.get("image_latents") == "scaled" and kind == "diffusers")

@@ -67,6 +67,20 @@ def test_the_example_makes_a_video(folder, comfyui_model, monkeypatch, capsys):
     assert script["best_size"]([], Image.open(folder / "first.png")) == "81x768x1360"
 
 
+def test_the_example_makes_a_video_from_text(family, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    metadata = {"task": "text-to-video", "fps": 8.0, "buckets": ["1x64x96", "9x32x32", "9x32x48"]}
+    lora = write_lora(family("2b"), tmp_path / "lora", metadata=metadata)
+    words = ["--model", str(family("2b")), "--lora", str(lora), "--prompt", "a ball", "--steps", "1"]
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words])
+    runpy.run_path(str(ROOT / "examples/generate.py"), run_name="__main__")
+    assert "9 frames of 32x48: video.mp4" in capsys.readouterr().out
+    monkeypatch.setattr(sys, "argv", ["generate.py", *words, "--image", "first.png"])
+    with pytest.raises(SystemExit):
+        runpy.run_path(str(ROOT / "examples/generate.py"), run_name="__main__")
+    assert "takes no --image" in capsys.readouterr().err
+
+
 def test_the_other_commands_parse():
     for words in arguments_of("cogds", "sample"):
         parse_args("sample", words)

@@ -20,6 +20,7 @@ from safetensors.torch import load_file
 import cogds.export
 from cogds.arguments import parse_args
 from cogds.errors import UserError
+from cogds.model.load import find_model
 from cogds.model.lora.file import read_lora
 from tests.conftest import modes
 from tests.model.lora.adapters import example_inputs, output, output_in_diffusers, write_lora
@@ -282,3 +283,22 @@ def test_a_failed_upload_keeps_the_export(lora, tmp_path):
     with pytest.raises(UserError, match=r"--push-to me/mine: .*\(OSError: connection reset\).*hf upload me/mine"):
         push(lora, tmp_path, Hub(private=True, failing=True))
     assert (tmp_path / "out/pytorch_lora_weights.safetensors").exists()
+
+
+def test_exports_of_a_text_to_video_lora(family, tmp_path):
+    model = family("2b")
+    lora = write_lora(model, tmp_path / "lora", metadata={"task": "text-to-video", "base_model": str(model)})
+    for kind, message in (
+        ("comfyui", "^--to comfyui: .* text-to-video"),
+        ("comfyui-merged", "comfyui-merged supports only"),
+    ):
+        with pytest.raises(UserError, match=message):
+            export([str(lora), "--to", kind, "--output", str(tmp_path / kind)])
+    for kind in ("diffusers", "comfyui-wrapper", "merged"):
+        export([str(lora), "--to", kind, "--output", str(tmp_path / kind)])
+        text = (tmp_path / kind / "README.md").read_text()
+        assert "pipeline_tag: text-to-video" in text
+        assert "Image latents" not in text
+    whole = ["--to", "merged", "--pipeline", "link", "--output", str(tmp_path / "whole")]
+    export([str(lora), *whole])
+    assert find_model(str(tmp_path / "whole")).family.positions == "sincos"

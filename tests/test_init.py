@@ -12,7 +12,7 @@ from cogds.cli import main
 from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.errors import UserError
-from cogds.init import Answers, NewRun, ask, fit_memory, parse_memory
+from cogds.init import Answers, NewRun, ask, fit_memory, model_overrides, parse_memory
 from tests.published_model import FULL, published_memory
 
 
@@ -64,6 +64,30 @@ def test_the_memory_decides_what_is_changed(monkeypatch):
     for gigabytes, expected in ((80, {}), (20, {"model.quantization": "int8"}), (2, {})):
         answers = Answers("style", "both", gigabytes * 1e9, None)
         assert fit_memory(resolve(answers, []), answers, []).cfg == expected
+
+
+def test_a_1_0_model_gets_its_own_size_and_frame_rate(family):
+    paths = {name: str(family(name)) for name in ("1.5-5b", "5b", "5b-i2v")}
+    assert model_overrides(paths["1.5-5b"]) == [f"model.path={paths['1.5-5b']}"]
+    for name in ("5b", "5b-i2v"):
+        assert model_overrides(paths[name]) == [f"model.path={paths[name]}", "data.buckets=[17x64x96]", "data.fps=8"]
+
+
+@pytest.mark.slow
+def test_a_text_to_video_model_gets_no_keys_about_the_first_frame(family, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "clips").mkdir()
+    for number in range(2):
+        Image.new("RGB", (96, 64), (60 * number, 0, 0)).save(tmp_path / f"clips/{number}.png")
+        (tmp_path / f"clips/{number}.txt").write_text(f"red {number}")
+    words = ["init", "clips", "--model", str(family("5b")), "--learn", "style", "--memory", "h100", "--use", "both"]
+    assert main(words) == 0
+    output, (cfg, explicit) = capsys.readouterr().out, load_config("run.yaml", [])
+    assert "--image" not in output
+    assert "comfyui-wrapper" in output
+    assert cfg.data.fps == 8
+    assert cfg.data.buckets == ("1x64x96",)
+    assert not any(key.startswith("conditioning.image_") for key in explicit)
 
 
 @pytest.mark.slow

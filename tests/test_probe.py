@@ -154,10 +154,15 @@ def test_no_verdict_if_the_whole_clip_contradicts_the_first_frame():
     assert judge({**scores, "scaled": scores["unscaled"]}, [1.0] * 4).convention == "pipeline"
 
 
-def test_conventions_of_the_same_scale_are_measured_once(model):
+def test_conventions_of_the_same_scale_are_measured_once(family):
     """Without `invert_scale_latents`, `pipeline` and `scaled` have the same scale."""
-    same = SimpleNamespace(config=SimpleNamespace(scaling_factor=0.7, invert_scale_latents=False))
-    assert list(make_builders(model, same)) == ["pipeline", "unscaled"]
+    assert list(make_builders(find_model(str(family("5b-i2v"))), None)) == ["pipeline", "unscaled"]
+
+
+def test_a_text_to_video_model_has_no_convention(family, tmp_path):
+    words = [f"model.path={family('5b')}", f"data.path={tmp_path}", "data.buckets=[9x64x64]"]
+    with pytest.raises(UserError, match=r"^model\.path: .*text-to-video"):
+        call("probe", [*words, "--config", str(TINY)])
 
 
 @pytest.mark.slow

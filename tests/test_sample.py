@@ -17,10 +17,11 @@ from cogds.errors import UserError
 from cogds.model.load import TextEncoder, find_model, load_transformer, load_vae
 from cogds.model.lora.adapter import export, inject
 from cogds.model.lora.file import AlphaSource, LoraFile
-from cogds.model.pipelines import apply_convention, count_transformer_calls, load_pipeline
+from cogds.model.pipelines import apply_convention, count_transformer_calls, load_pipeline, load_whole_pipeline
 from cogds.sample import WeightedLora, plan_jobs, recorded_value
 from cogds.videos.sample_spec import best_bucket, load_first_frame
-from tests.train.test_step import build_ours, differences, pipeline_inputs
+from tests.model.lora.adapters import write_lora
+from tests.train.test_parity import Parts, differences, our_inputs, pipeline_inputs
 
 
 @pytest.fixture(scope="module")
@@ -43,8 +44,9 @@ def test_the_pipeline_feeds_the_transformer_as_training_did(model, pipeline, con
     encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
     shape = ClipShape.parse("17x64x96")
     assert apply_convention(pipeline, convention) == pytest.approx(factor)
-    theirs = pipeline_inputs(pipeline, shape, 1)
-    ours, _ = build_ours(model, encoder, vae, shape, 1, image_latents=convention)
+    parts = Parts(model, pipeline, encoder, vae)
+    theirs = pipeline_inputs(parts, shape)
+    ours, _ = our_inputs(parts, shape, image_latents=convention)
     # 0.7 x latents and 0.49 x (latents / 0.7) differ in the last bits.
     assert differences(ours, theirs) == ([] if convention == "pipeline" else ["hidden_states"])
     channels = vae.config.latent_channels
@@ -262,3 +264,41 @@ def test_the_first_frame_of_a_video_may_be_given(model, tmp_path):
     assert shape == ClipShape(9, 64, 96)
     assert pixels.shape == (64, 96, 3)
     assert abs(pixels.astype(int) - 200).max() < 5
+
+
+@pytest.mark.parametrize("name", ["1.5-5b", "2b"])
+def test_a_video_from_text_equals_that_of_the_plain_pipeline(family, tmp_path, monkeypatch, name):
+    """Bit for bit, with a LoRA. There is no image, and the size is that of the largest bucket."""
+    model, written = find_model(str(family(name))), []
+    monkeypatch.setattr(cogds.sample, "write_video", lambda *args: written.append(args))
+    metadata = {"task": "text-to-video", "buckets": ["1x64x96", "9x32x32", "9x32x48"], "fps": 8.0}
+    lora = write_lora(model.path, tmp_path / "lora", metadata=metadata)
+    words = ["--model", str(model.path), "--lora", str(lora), "--prompt", "a red circle", "--steps", "2"]
+    call("sample", words)
+    pipeline = load_whole_pipeline(model)
+    pipeline.load_lora_weights(lora)
+    latents = pipeline(
+        prompt="a red circle", num_frames=9, height=32, width=48, num_inference_steps=2, guidance_scale=6.0,
+        max_sequence_length=model.geometry.text_tokens, generator=torch.Generator().manual_seed(0),
+        output_type="latent",
+    ).frames  # fmt: skip
+    pipeline.vae.enable_tiling()
+    padding = padding_frames(latent_frames(9, model.geometry), model.geometry.patch_size_t)
+    video = pipeline.video_processor.postprocess_video(pipeline.decode_latents(latents[:, padding:]), output_type="pt")
+    expected = (video[0][-9:].clamp(0, 1) * 255).round().to(torch.uint8).permute(0, 2, 3, 1)
+    assert torch.equal(written[0][1], expected)
+    assert written[0][2] == 8.0
+
+
+def test_images_and_models_must_fit(family, tmp_path):
+    text, image = (["--model", str(family(name)), "--prompt", "a"] for name in ("5b", "5b-i2v"))
+    with pytest.raises(UserError, match=r"^--image: first\.png is given"):
+        call("sample", [*text, "--image", "first.png"])
+    (tmp_path / "list.csv").write_text("prompt,image\na,first.png\n")
+    with pytest.raises(UserError, match=r"list\.csv:2: image first\.png is given"):
+        call("sample", [*text[:2], "--list", str(tmp_path / "list.csv")])
+    with pytest.raises(UserError, match="--image missing"):
+        call("sample", image)
+    Image.new("RGB", (96, 64)).save(tmp_path / "first.png")
+    with pytest.raises(UserError, match=r"^--size: 9x64x96 .* 17x64x96"):
+        call("sample", [*image, "--image", str(tmp_path / "first.png"), "--size", "9x64x96"])

@@ -17,4 +17,4 @@ def data_paths(cfg: RunConfig) -> dict[str, str]:
 def prompt_images(cfg: RunConfig) -> dict[str, str]:
     """Images of the prompts that training makes videos of, by config key."""
     prompts = cfg.sample.prompts if cfg.sample.every is not None else ()
-    return {f"sample.prompts[{index}].image": prompt.image for index, prompt in enumerate(prompts)}
+    return {f"sample.prompts[{index}].image": prompt.image for index, prompt in enumerate(prompts) if prompt.image}

@@ -276,8 +276,12 @@ class PromptConfig(Section):
     """One video to generate during training."""
 
     prompt: Text = key(..., "caption of the video")
-    image: Text = key(..., "first frame, an image file; resized to cover the size, then cropped")
-    size: Text | None = key(None, "FRAMESxHEIGHTxWIDTH; null: the bucket that crops the image least")
+    image: Text | None = key(
+        None, "first frame, an image file; resized to cover the size, then cropped; not in text-to-video"
+    )
+    size: Text | None = key(
+        None, "FRAMESxHEIGHTxWIDTH; null: the bucket that crops the image least, or without one the largest"
+    )
     seed: int | None = key(None, "seed of the noise; null: sample.seed", ge=0, lt=2**63)
 
 

@@ -133,7 +133,7 @@ def _parse_ratio(text: str) -> float:
 def nearest_size(height: float, width: float, geometry: ModelGeometry) -> tuple[int, int]:
     """The nearest height and width on the model's pixel grid and within its rotary axes."""
     step = geometry.pixel_multiple
-    if geometry.rope and geometry.patch_size_t:
+    if geometry.family.positions == "rope_slice":
         # The 1.5 rotary grid ends at the sample size (see check_shape). Shrink both sides to keep the ratio.
         tallest = geometry.sample_height * geometry.vae_spatial // step * step
         widest = geometry.sample_width * geometry.vae_spatial // step * step

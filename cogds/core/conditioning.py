@@ -1,11 +1,13 @@
 """Inputs of the transformer: scaled and padded latents, the first frame as a condition, OFS, and dropout.
 
-Every function mirrors a line of CogVideoXImageToVideoPipeline (`prepare_latents` and `__call__`). The tests compare the
-keyword arguments for every bucket. The model's latents are [B, F, C, H, W], those of the VAE [B, C, F, H, W].
+Every function mirrors a line of diffusers' pipelines (`prepare_latents` and `__call__`). The tests compare the keyword
+arguments for every model (`family`) and bucket. The model's latents are [B, F, C, H, W], those of the VAE
+[B, C, F, H, W].
 
-    video latents   x scaling_factor, then padded in front with copies of the first latent frame
+    video latents   x scaling_factor, then padded in front with copies of the first latent frame to a multiple of
+                    `patch_size_t`, if the model has one
     image latents   x 1 / scaling_factor (if the VAE's config has `invert_scale_latents`) at frame 0 of the padded clip,
-                    zeros after it, concatenated after the noisy latents on the channel axis
+                    zeros after it, concatenated after the noisy latents on the channel axis; none in text-to-video
 """
 
 from typing import Any
@@ -101,7 +103,7 @@ def drop(condition: torch.Tensor, unconditional: torch.Tensor, dropped: torch.Te
 
 def transformer_inputs(
     noisy_latents: torch.Tensor,
-    image_latents: torch.Tensor,
+    image_latents: torch.Tensor | None,
     text_states: torch.Tensor,
     timesteps: torch.Tensor,
     rotary: RotaryTables | None,
@@ -112,17 +114,20 @@ def transformer_inputs(
     All inputs except timesteps and rotary tables take the dtype of text_states, which is the model's.
 
     Args:
-        noisy_latents, image_latents: [B, F, C, H, W], padded.
+        noisy_latents, image_latents: [B, F, C, H, W], padded. image_latents is None in text-to-video.
         text_states: [B, text_tokens, dim].
         timesteps: int64 [B].
     """
     dtype = text_states.dtype
-    return {
-        "hidden_states": torch.cat([noisy_latents.to(dtype), image_latents.to(dtype)], dim=2),
+    latents = noisy_latents.to(dtype)
+    inputs: dict[str, Any] = {
+        "hidden_states": latents if image_latents is None else torch.cat([latents, image_latents.to(dtype)], dim=2),
         "encoder_hidden_states": text_states,
         "timestep": timesteps,
-        "ofs": text_states.new_full((1,), fill_value=OFS_VALUE) if geometry.ofs else None,
         "image_rotary_emb": rotary,
         "attention_kwargs": None,
         "return_dict": False,
     }
+    if geometry.family.takes_image:  # the text-to-video pipeline does not pass this argument
+        inputs["ofs"] = text_states.new_full((1,), fill_value=OFS_VALUE) if geometry.family.has_ofs else None
+    return inputs

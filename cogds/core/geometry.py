@@ -11,6 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+from cogds.core.family import Family
 from cogds.errors import UserError
 
 
@@ -34,7 +35,7 @@ class ClipShape:
         return f"{self.frames}x{self.height}x{self.width}"
 
 
-# Size and frame rate that CogVideoX-1.5 was trained for. Used when a LoRA does not record its own.
+# Size and frame rate that CogVideoX-1.5 was trained for, which its configs do not contain.
 TRAINED_SIZE, TRAINED_FPS = ClipShape(81, 768, 1360), 16.0
 
 
@@ -43,47 +44,69 @@ class ModelGeometry:
     """Values of a CogVideoX model's configs that determine shapes.
 
     Attributes:
-        patch_size_t: temporal patch size, None for 1.0 models.
         sample_height, sample_width: in latent pixels.
         sample_frames: in video frames.
         text_tokens: length that every caption is padded to.
-        rope: the model uses rotary tables.
-        learned_positions: the model has learned position embeddings, which fit only the sample size.
-        ofs: the model takes an OFS embedding.
     """
 
     vae_spatial: int
     vae_temporal: int
     latent_channels: int
     patch_size: int
-    patch_size_t: int | None
     sample_height: int
     sample_width: int
     sample_frames: int
     text_tokens: int
     head_dim: int
-    rope: bool
-    learned_positions: bool
-    ofs: bool
+    family: Family
 
     @classmethod
-    def from_configs(cls, transformer: Mapping[str, Any], vae: Mapping[str, Any]) -> "ModelGeometry":
-        """Read the `config.json` of `transformer/` and `vae/` in a diffusers model folder."""
+    def from_configs(
+        cls, transformer: Mapping[str, Any], vae: Mapping[str, Any], scheduler: Mapping[str, Any]
+    ) -> "ModelGeometry":
+        """Read the configs of `transformer/`, `vae/` and `scheduler/` in a diffusers model folder.
+
+        Raises KeyError for a missing value, and UserError as `Family.from_configs`.
+        """
         return cls(
             vae_spatial=2 ** (len(vae["block_out_channels"]) - 1),
             vae_temporal=int(vae["temporal_compression_ratio"]),
             latent_channels=vae["latent_channels"],
             patch_size=transformer["patch_size"],
-            patch_size_t=transformer.get("patch_size_t"),
             sample_height=transformer["sample_height"],
             sample_width=transformer["sample_width"],
             sample_frames=transformer["sample_frames"],
             text_tokens=transformer["max_text_seq_length"],
             head_dim=transformer["attention_head_dim"],
-            rope=transformer["use_rotary_positional_embeddings"],
-            learned_positions=transformer.get("use_learned_positional_embeddings", False),
-            ofs=bool(transformer.get("ofs_embed_dim")),
+            family=Family.from_configs(transformer, vae, scheduler),
         )
+
+    @property
+    def patch_size_t(self) -> int | None:
+        """Temporal patch size; None for 1.0 models."""
+        return self.family.patch_size_t
+
+    @property
+    def sample_size(self) -> ClipShape:
+        """The clip shape of the configs: of learned positions, and the largest sides of sliced rotary tables."""
+        return ClipShape(
+            self.sample_frames, self.sample_height * self.vae_spatial, self.sample_width * self.vae_spatial
+        )
+
+    @property
+    def trained_size(self) -> ClipShape:
+        """The largest clip shape that the model was trained for."""
+        return TRAINED_SIZE if self.patch_size_t else self.sample_size
+
+    @property
+    def has_fixed_size(self) -> bool:
+        """Whether the model supports only `sample_size`, and so no images."""
+        return self.family.positions == "learned"
+
+    @property
+    def trained_fps(self) -> float:
+        """The frame rate that the model was trained for. 1.0: its card."""
+        return TRAINED_FPS if self.patch_size_t else 8.0
 
     @property
     def pixel_multiple(self) -> int:
@@ -135,18 +158,14 @@ def check_shape(shape: ClipShape, geometry: ModelGeometry, key: str = "data.buck
             f"{key}: {shape} does not fit the model: frames must be {temporal}N+1, height and width multiples of "
             f"{step}. Use the nearest valid size, {frames}x{height}x{width}."
         )
-    sample = ClipShape(
-        geometry.sample_frames,
-        geometry.sample_height * geometry.vae_spatial,
-        geometry.sample_width * geometry.vae_spatial,
-    )
-    if geometry.learned_positions and shape != sample:
+    sample, positions = geometry.sample_size, geometry.family.positions
+    if geometry.has_fixed_size and shape != sample:
         raise UserError(
             f"{key}: {shape} does not fit the model: its learned position embeddings support only {sample}. Use that "
             "size."
         )
-    # The 1.5 rotary tables are sliced out of a grid of fixed size. 1.0 stretches its grid instead.
-    if geometry.rope and geometry.patch_size_t and (shape.height > sample.height or shape.width > sample.width):
+    # A slice beyond the grid would silently have too few positions.
+    if positions == "rope_slice" and (shape.height > sample.height or shape.width > sample.width):
         raise UserError(
             f"{key}: {shape} exceeds the model's rotary axes: the maximum is {sample.height} pixels high and "
             f"{sample.width} wide. Use a smaller size."

@@ -170,8 +170,8 @@ class OnTheFlyEncoding:
 class MemoryEstimate:
     """Bytes on one GPU while one bucket is trained. A term is 0 if its tensors are on the host or on other ranks.
 
-    `first_frame_encode_bytes` and `optimizer_step_bytes` are needed before and after the backward pass, when there are
-    no activations. All other terms coexist in the backward pass. `text_encoder_weights_bytes`,
+    `first_frame_encode_bytes` (0 in text-to-video) and `optimizer_step_bytes` are needed before and after the backward
+    pass, when there are no activations. All other terms coexist in the backward pass. `text_encoder_weights_bytes`,
     `second_vae_weights_bytes` and `clip_encode_bytes` are 0 unless clips are encoded on the fly.
     """
 
@@ -258,7 +258,7 @@ class MemoryModel:
         them), hidden size d, and U = B T d e, the bytes of one hidden-state tensor:
 
             base weights       P e, less for quantized blocks (`base_weights_bytes`); / N at stage 3; 0 with
-                               offload_param
+                               offload_param; plus learned or fixed position embeddings (`_position_bytes`)
             gathered weights   at stage 3: the blocks gathered at the same time (`_num_gathered_blocks`)
             unpacked weight    the largest, 4 d^2, if the base is quantized (`unpacked_weight_bytes`)
             LoRA weights       L e; at stage 3 L e / N, 0 with offload_param, plus L e if the matrices are below the
@@ -293,7 +293,7 @@ class MemoryModel:
         vae_weights, on_the_fly = self.vae.num_parameters * element_bytes, self.on_the_fly
         return MemoryEstimate(
             base_weights_bytes=shard(base_weights_bytes(self.transformer, self.quantization, element_bytes), 3)
-            * on_gpu,
+            * on_gpu + self._position_bytes,
             gathered_weights_bytes=round(self._num_gathered_blocks * block_bytes) if is_sharded else 0,
             unpacked_weight_bytes=4 * self.transformer.width**2
             * unpacked_weight_bytes(self.quantization, self.fp8_matmul, element_bytes),
@@ -312,7 +312,7 @@ class MemoryModel:
             block_activations_bytes=max(round(unit * self._block_units(blocks)), block_bytes),
             first_frame_encode_bytes=vae_encode_bytes(
                 dataclasses.replace(shape, frames=1), False, self.vae, element_bytes
-            ),
+            ) if self.geometry.family.takes_image else 0,
             optimizer_step_bytes=0 if zero.offload_optimizer or not zero.stage else shard(num_lora, 1) * 4,
         )  # fmt: skip
 
@@ -433,13 +433,13 @@ class MemoryModel:
         """Bytes per clip for text states, moments, and latents.
 
         In float32: the clean, noise, noisy, target and predicted latents and the difference. In the run's precision:
-        the moments (2), the transformer's inputs (latents and image latents, 2) and its output (1).
+        the moments (2), the transformer's inputs (latents, and in image-to-video image latents) and its output (1).
         """
-        geometry = self.geometry
+        geometry, num_inputs = self.geometry, 2 if self.geometry.family.takes_image else 1
         height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
         latents = geometry.latent_channels * padded_latent_frames(shape.frames, geometry) * height * width
         text = geometry.text_tokens * self.transformer.text_dim
-        return latents * (6 * 4 + (2 + 2 + 1) * self.element_bytes) + text * self.element_bytes
+        return latents * (6 * 4 + (2 + num_inputs + 1) * self.element_bytes) + text * self.element_bytes
 
     def _clip_encode_bytes(self, shape: ClipShape, batch_size: int, on_the_fly: OnTheFlyEncoding) -> int:
         """Bytes for encoding later clips while this one is trained, and for the encoded batches.
@@ -453,6 +453,13 @@ class MemoryModel:
         sample_bytes = cached_clip_bytes(shape, self.geometry, self.element_bytes)
         sample_bytes += cached_caption_bytes(self.geometry, self.transformer.text_dim, self.element_bytes)
         return encode_bytes + on_the_fly.num_batches * batch_size * sample_bytes
+
+    @property
+    def _position_bytes(self) -> int:
+        """Learned and fixed position embeddings: a buffer on every rank, for the sample size and the caption."""
+        if self.geometry.family.positions in ("rope_slice", "rope_resize"):
+            return 0
+        return num_tokens(self.geometry.sample_size, self.geometry) * self.transformer.width * self.element_bytes
 
     @property
     def _lora_persists(self) -> bool:
@@ -506,7 +513,7 @@ def unpacked_weight_bytes(quantization: str, fp8_matmul: bool, element_bytes: in
 def rotary_tables_bytes(shape: ClipShape, geometry: ModelGeometry) -> int:
     """The two float32 tables [video tokens, head_dim] of a bucket. The trainer keeps them for every bucket."""
     time, height, width = token_grid(shape, geometry)
-    return 2 * 4 * time * height * width * geometry.head_dim if geometry.rope else 0
+    return 2 * 4 * time * height * width * geometry.head_dim if geometry.family.has_rope else 0
 
 
 def _fp8_matmul_units(mode: str) -> float:

@@ -1,6 +1,6 @@
 """Rotary tables for a clip shape, computed by diffusers' functions with the arguments that its pipeline passes.
 
-Source: CogVideoXImageToVideoPipeline._prepare_rotary_positional_embeddings.
+Source: `_prepare_rotary_positional_embeddings` of the pipelines, which is the same for images and text.
 """
 
 import torch
@@ -18,7 +18,7 @@ def rotary_tables(shape: ClipShape, geometry: ModelGeometry, device: torch.devic
     1.5 slices the tables out of a grid of the model's sample size. 1.0 stretches that grid over the clip. Raises
     UserError if an axis is longer than the grid, since slicing would silently return too few positions.
     """
-    if not geometry.rope:
+    if not geometry.family.has_rope:
         return None
     check_shape(shape, geometry)
     time, height, width = token_grid(shape, geometry)
@@ -26,7 +26,7 @@ def rotary_tables(shape: ClipShape, geometry: ModelGeometry, device: torch.devic
         geometry.sample_height // geometry.patch_size,
         geometry.sample_width // geometry.patch_size,
     )
-    if geometry.patch_size_t is None:
+    if geometry.family.positions != "rope_slice":
         return get_3d_rotary_pos_embed(
             embed_dim=geometry.head_dim,
             crops_coords=get_resize_crop_region_for_grid((height, width), base_width, base_height),

@@ -56,6 +56,7 @@ def build_for_stage(
     is_pinned = offload.get("device") == "cpu" and offload.pop("pin_memory", False)
     with deepspeed.zero.Init(config_dict_or_path=init_config):
         transformer = build_transformer(model, dtype)
+    transformer.compute_positions()
     if is_pinned:
         transformer.offloaded_weights = _pin_in_one_piece(transformer, device)
     prepare_for_zero3(transformer)

@@ -18,11 +18,12 @@ from typing import Any
 import diffusers
 import torch
 import transformers
-from diffusers import AutoencoderKLCogVideoX, CogVideoXDDIMScheduler, CogVideoXDPMScheduler
+from diffusers import AutoencoderKLCogVideoX
 from huggingface_hub import HfApi, snapshot_download
 from safetensors import safe_open
 from transformers import AutoTokenizer, T5Config, T5EncoderModel
 
+from cogds.core.family import IMAGE_PIPELINE, TEXT_PIPELINE, Family
 from cogds.core.geometry import ModelGeometry
 from cogds.core.vae_memory import VaeSize
 from cogds.errors import BUGS, UserError, brief
@@ -38,7 +39,6 @@ logger = logging.getLogger(__name__)
 
 PARTS = ("transformer", "vae", "text_encoder", "tokenizer", "scheduler")
 WEIGHT_PARTS = ("transformer", "vae", "text_encoder")
-PIPELINE_CLASS = "CogVideoXImageToVideoPipeline"
 # Keys: values of `train.precision`.
 DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 SHAPES_MODEL = "builtin:shapes"  # a tiny trained model that comes with cogds (docs/shapes.md)
@@ -84,6 +84,11 @@ class ModelFolder:
             )
 
     @property
+    def family(self) -> Family:
+        """What differs between this model and the others of CogVideoX."""
+        return self.geometry.family
+
+    @property
     def hidden_size(self) -> int:
         return self.transformer_config["num_attention_heads"] * self.transformer_config["attention_head_dim"]
 
@@ -125,7 +130,7 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
     """Find a model by local folder or hub id, or `SHAPES_MODEL`.
 
     Of a hub model, only configs and tokenizer are downloaded, into the hub's cache: `ModelFolder.fetch` does the rest.
-    Raises UserError if there is no such model, a part is missing, or it is not a CogVideoX image-to-video model.
+    Raises UserError if there is no such model, a part is missing, or it is not a CogVideoX model (`core.family`).
     """
     path = Path(__file__).parents[1] / "shapes/model" if model_path == SHAPES_MODEL else Path(model_path)
     hub_id, files = None, None
@@ -137,11 +142,11 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
             )
         hub_id = model_path
         path, files = _fetch_configs(hub_id, revision)
-    index = _read_json(path / "model_index.json")
-    if index.get("_class_name") != PIPELINE_CLASS:
+    pipeline = _read_json(path / "model_index.json").get("_class_name")
+    if pipeline not in (IMAGE_PIPELINE, TEXT_PIPELINE):
         raise UserError(
-            f"model.path: {path} has the pipeline class {index.get('_class_name')}, but only image-to-video models are "
-            f"supported. Pass a model with the class {PIPELINE_CLASS}, such as CogVideoX1.5-5B-I2V."
+            f"model.path: {path} has the pipeline class {pipeline}, which is not supported. Pass a model with the "
+            f"class {IMAGE_PIPELINE} or {TEXT_PIPELINE}, such as CogVideoX1.5-5B-I2V."
         )
     for part in PARTS:
         if not (path / part).is_dir():
@@ -155,13 +160,15 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
             )
     transformer, vae = _read_json(path / "transformer/config.json"), _read_json(path / "vae/config.json")
     try:
-        geometry = ModelGeometry.from_configs(transformer, vae)
+        geometry = ModelGeometry.from_configs(transformer, vae, _read_json(path / "scheduler/scheduler_config.json"))
     except KeyError as error:
         raise UserError(f"model.path: {error} is missing in the configs in {path}. Download the model again.") from None
-    if transformer["in_channels"] != 2 * vae["latent_channels"]:
+    except UserError as error:
+        raise UserError(f"model.path: {path}/{error}") from None
+    if geometry.family.pipeline != pipeline:
         raise UserError(
-            f"model.path: the transformer in {path} has {transformer['in_channels']} input channels, but image-to-video"
-            f" needs {2 * vae['latent_channels']} (latents and image latents). Pass an image-to-video model."
+            f"model.path: {path} has the pipeline class {pipeline}, but a transformer with "
+            f"{transformer['in_channels']} input channels, as for {geometry.family.task}. Download the model again."
         )
     return ModelFolder(path, transformer, vae, geometry, hub_id)
 
@@ -227,15 +234,8 @@ def _check_weights(folder: Path, names: Collection[str]) -> None:
 
 def load_alphas_cumprod(model: ModelFolder) -> torch.Tensor:
     """Return the scheduler's abar table [T], in the precision that it computes it in."""
-    name = _read_json(model.path / "scheduler/scheduler_config.json").get("_class_name")
-    scheduler_class = CogVideoXDPMScheduler if name == "CogVideoXDPMScheduler" else CogVideoXDDIMScheduler
-    scheduler = scheduler_class.from_pretrained(model.path, subfolder="scheduler")
-    if scheduler.config.prediction_type != "v_prediction":
-        raise UserError(
-            f"{model.path}/scheduler/scheduler_config.json: prediction_type is '{scheduler.config.prediction_type}', "
-            "but CogVideoX needs 'v_prediction'. Download the model again."
-        )
-    return scheduler.alphas_cumprod
+    scheduler_class = getattr(diffusers, model.family.scheduler)
+    return scheduler_class.from_pretrained(model.path, subfolder="scheduler").alphas_cumprod
 
 
 def load_transformer(

@@ -1,4 +1,4 @@
-"""Video generation with diffusers' pipeline, from a first frame and a caption's text states.
+"""Video generation with diffusers' pipeline, from a caption's text states and, in image-to-video, a first frame.
 
 `cogds sample` and the samples during training both use this module, so the same weights give the same frames. The
 pipeline does not include T5. Callers pass its states.
@@ -7,17 +7,19 @@ pipeline does not include T5. Callers pass its states.
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeAlias
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline
+from diffusers import AutoencoderKLCogVideoX, CogVideoXImageToVideoPipeline, CogVideoXPipeline
 from PIL import Image
 
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import ClipShape
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder
+
+Pipeline: TypeAlias = CogVideoXImageToVideoPipeline | CogVideoXPipeline
 
 
 @dataclass(frozen=True)
@@ -36,10 +38,15 @@ class Denoising:
     on_step: Callable[[], None] | None = None
 
 
-def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> CogVideoXImageToVideoPipeline:
+def pipeline_class(model: ModelFolder) -> type[Pipeline]:
+    """Return diffusers' class for the model."""
+    return CogVideoXImageToVideoPipeline if model.family.takes_image else CogVideoXPipeline
+
+
+def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> Pipeline:
     """Load diffusers' own pipeline with transformer, VAE and scheduler on the CPU, without T5."""
     model.fetch("transformer", "vae")
-    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(
+    pipeline = pipeline_class(model).from_pretrained(
         model.path, text_encoder=None, tokenizer=None, dtype=dtype, use_safetensors=True
     )
     pipeline.set_progress_bar_config(disable=True)  # see `Denoising.on_step`
@@ -47,27 +54,28 @@ def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> CogVideoXImageToVid
     return pipeline
 
 
-def load_whole_pipeline(model: ModelFolder, dtype: torch.dtype = torch.float32) -> CogVideoXImageToVideoPipeline:
+def load_whole_pipeline(model: ModelFolder, dtype: torch.dtype = torch.float32) -> Pipeline:
     """Load diffusers' own pipeline with all its parts, unchanged, on the CPU."""
-    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model.path, dtype=dtype, use_safetensors=True)
+    pipeline = pipeline_class(model).from_pretrained(model.path, dtype=dtype, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
 
-def build_pipeline(model: ModelFolder, transformer: Any, vae: AutoencoderKLCogVideoX) -> CogVideoXImageToVideoPipeline:
+def build_pipeline(model: ModelFolder, transformer: Any, vae: AutoencoderKLCogVideoX) -> Pipeline:
     """Build a pipeline from loaded parts and the folder's scheduler, without a progress bar.
 
     transformer: a callable with the transformer's arguments, with attributes `config` and `cache_context`.
     """
     parts: dict[str, None] = dict.fromkeys(("transformer", "vae", "text_encoder", "tokenizer"))
-    scheduler = CogVideoXImageToVideoPipeline.from_pretrained(model.path, use_safetensors=True, **parts).scheduler
-    pipeline = CogVideoXImageToVideoPipeline(None, None, vae, transformer, scheduler)
+    create = pipeline_class(model)
+    scheduler = create.from_pretrained(model.path, use_safetensors=True, **parts).scheduler
+    pipeline = create(None, None, vae, transformer, scheduler)
     pipeline.set_progress_bar_config(disable=True)
     _drop_negative_timesteps(scheduler)
     return pipeline
 
 
-def count_transformer_calls(pipeline: CogVideoXImageToVideoPipeline, num_steps: int) -> int:
+def count_transformer_calls(pipeline: Pipeline, num_steps: int) -> int:
     """Number of transformer calls in `sample_latents`. Raises UserError if the model has fewer timesteps than steps."""
     max_steps = pipeline.scheduler.config.num_train_timesteps
     if num_steps > max_steps:
@@ -94,8 +102,13 @@ def _drop_negative_timesteps(scheduler: Any) -> None:
     scheduler.set_timesteps = set_valid_timesteps
 
 
-def apply_convention(pipeline: CogVideoXImageToVideoPipeline, convention: str) -> float:
-    """Make the pipeline scale image latents as in a LoRA's training. Returns the factor relative to its own scale."""
+def apply_convention(pipeline: Pipeline, convention: str) -> float:
+    """Make the pipeline scale image latents as in a LoRA's training. Returns the factor relative to its own scale.
+
+    Changes nothing in a text-to-video pipeline, which has no image latents.
+    """
+    if isinstance(pipeline, CogVideoXPipeline):
+        return 1.0
     vae = pipeline.vae.config
     factor = convention_factor(vae.scaling_factor, vae.invert_scale_latents, convention)
     prepare_latents = pipeline.prepare_latents
@@ -110,8 +123,8 @@ def apply_convention(pipeline: CogVideoXImageToVideoPipeline, convention: str) -
 
 
 def sample_latents(
-    pipeline: CogVideoXImageToVideoPipeline,
-    pixels: np.ndarray,
+    pipeline: Pipeline,
+    pixels: np.ndarray | None,
     states: torch.Tensor,
     shape: ClipShape,
     seed: int,
@@ -122,12 +135,13 @@ def sample_latents(
     The noise is drawn on the CPU, so it is the same for every device.
 
     Args:
-        pixels: the first frame, uint8 [H, W, 3].
+        pixels: the first frame, uint8 [H, W, 3]; None for a text-to-video pipeline.
         states: text states [text_tokens, dim] of the prompt.
     """
     device = pipeline._execution_device  # diffusers does not move embeddings that it is given
+    image = {} if pixels is None else {"image": Image.fromarray(pixels)}
     return pipeline(
-        image=Image.fromarray(pixels),
+        **image,
         prompt_embeds=states[None].to(device),
         negative_prompt_embeds=denoising.empty_states[None].to(device) if denoising.guidance > 1 else None,
         num_frames=shape.frames,
@@ -156,7 +170,7 @@ def _step_callback(denoising: Denoising) -> Callable[..., dict[str, Any]] | None
 
 
 @torch.no_grad()
-def decode_frames(pipeline: CogVideoXImageToVideoPipeline, latents: torch.Tensor, shape: ClipShape) -> torch.Tensor:
+def decode_frames(pipeline: Pipeline, latents: torch.Tensor, shape: ClipShape) -> torch.Tensor:
     """Decode the latents of `sample_latents` without their padding to frames, uint8 [F, H, W, 3] on the CPU.
 
     Decoding is tiled, which takes less memory. The first frame was encoded without tiling, as in training.

@@ -127,6 +127,7 @@ class TrainingSetup:
         max_unusable: share of unusable clips up to which training starts.
         has_own_buckets: whether data.buckets is set.
         gpu_bytes: memory of one GPU, None on CPUs.
+        model_notes: where the settings differ from what the model was trained for.
     """
 
     memory: MemoryModel
@@ -141,6 +142,7 @@ class TrainingSetup:
     max_unusable: float = 1.0
     has_own_buckets: bool = False
     gpu_bytes: float | None = None
+    model_notes: Sequence[str] = ()
 
     @property
     def buckets(self) -> tuple[ClipShape, ...]:
@@ -234,6 +236,8 @@ class Report:
     quality: ClipQuality = field(default_factory=ClipQuality)
     processed: Mapping[str, int] = field(default_factory=dict)
     skipped: Mapping[str, int] = field(default_factory=dict)
+    model_notes: Sequence[str] = ()
+    has_fixed_size: bool = False
 
     @property
     def run_s(self) -> float | None:
@@ -342,6 +346,8 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
         quality=clip_quality(clips.table, pa.array(clips.buckets >= 0)),
         processed=_count_processed(clips),
         skipped=clips.skipped,
+        model_notes=setup.model_notes,
+        has_fixed_size=setup.geometry.has_fixed_size,
     )
 
 

@@ -126,10 +126,23 @@ def run_report(
         num_steps=cfg.train.num_steps,
         rates=None if prefers_estimate else read_rates(Path(cfg.output_dir) / "metrics.jsonl"),
         gpu_bytes=gpu_bytes,
+        model_notes=model_notes(job),
     )
     if setup.rates is None and device in PEAK_TFLOPS:
         setup = replace(setup, rates=estimate_rates(setup, device))
     return make_report(clips, setup, count_captions(clip_set.table, job.model))
+
+
+def model_notes(job: Job) -> list[str]:
+    """Say where frame rate and buckets differ from what a 1.0 model was trained for. 1.5 was trained at many sizes."""
+    geometry, fps = job.model.geometry, job.cfg.data.fps
+    if geometry.patch_size_t:
+        return []
+    size, trained_fps = geometry.trained_size, geometry.trained_fps
+    notes = [] if fps == trained_fps else [f"data.fps={fps:g}, but the model was trained at {trained_fps:g} frames/s."]
+    if others := [str(shape) for shape in job.buckets if shape.frames > 1 and shape != size]:
+        notes.append(f"The model was trained only at {size}, but there are other buckets, such as {others[0]}.")
+    return notes
 
 
 def count_captions(table: pa.Table, model: ModelFolder) -> Captions:

@@ -124,6 +124,7 @@ def quality_lines(report: Report) -> list[str]:
 def warning_lines(report: Report) -> list[str]:
     """Sentences about buckets that do not fit, bad clips and captions, and skipped files; [] if there are none."""
     captions, lines = report.captions, [bucket.shortfall for bucket in report.used_buckets if bucket.shortfall]
+    lines += report.model_notes
     if report.is_refused:
         lines.append(
             f"Training will not start: {report.num_unusable:,} of {counted(report.num_rows, 'clip')} cannot be used, "
@@ -132,12 +133,13 @@ def warning_lines(report: Report) -> list[str]:
     if number := sum(reason.num_clips for reason in report.reasons if reason.phrase == NO_IMAGE_BUCKET):
         frames = sorted({1, *(bucket.shape.frames for bucket in report.buckets)})
         size = report.buckets[0].shape
-        advice = (
-            f"add buckets such as 1x{size.height}x{size.width} to data.buckets"
-            if report.has_own_buckets
-            else f"set data.bucket_frames={frames}"
-        )
-        lines.append(f"{counted(number, 'image')} not trained, because no bucket has 1 frame: {advice}.")
+        if report.has_fixed_size:
+            advice = f"this model supports only {size}: move them out of the dataset"
+        elif report.has_own_buckets:
+            advice = f"no bucket has 1 frame: add buckets such as 1x{size.height}x{size.width} to data.buckets"
+        else:
+            advice = f"no bucket has 1 frame: set data.bucket_frames={frames}"
+        lines.append(f"{counted(number, 'image')} not trained, because {advice}.")
     if report.num_single_frames:
         shortest = min(bucket.shape.frames for bucket in report.buckets if bucket.shape.frames > 1)
         lines.append(

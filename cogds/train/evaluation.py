@@ -248,7 +248,7 @@ def _zero_inputs(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tup
     latents = torch.zeros(batch_size, frames, geometry.latent_channels, height, width, device=builder.device)
     text = builder.empty_caption_states.expand(batch_size, -1, -1)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
-    image = image_condition(latents[:, :1], frames)
+    image = image_condition(latents[:, :1], frames) if geometry.family.takes_image else None
     return transformer_inputs(latents, image, text, timesteps, builder.rotary(shape), geometry), latents
 
 

@@ -76,7 +76,7 @@ def hparams(run: Run) -> dict[str, str | float | bool]:
         "ranks": run.world.size,
         "zero stage": zero_stage(run.ds_config),
         "quantization": cfg.model.quantization,
-        "scale of image latents": cfg.conditioning.image_latents,
+        "scale of image latents": cfg.conditioning.image_latents if run.model.family.takes_image else "none",
         "weights": cfg.model.path,
         "seed": cfg.seed,
     }

@@ -75,7 +75,8 @@ def find_initial_state(job: Job) -> InitialState:
     if not cfg.lora.init_from:
         return InitialState()
     lora = on_rank0(world, lambda: check_init(job))
-    return InitialState(init_from=lora, notes=describe_initial_lora(lora, cfg.conditioning.image_latents))
+    notes = describe_initial_lora(lora, cfg.conditioning.image_latents, job.model.family.task)
+    return InitialState(init_from=lora, notes=notes)
 
 
 def check_init(job: Job) -> LoraFile:

@@ -256,7 +256,8 @@ class SampleCallback:
             1, padded_latent_frames(shape.frames, geometry), geometry.latent_channels, height, width
         )
         timesteps = torch.zeros(1, dtype=torch.int64, device=states.device)
-        return transformer_inputs(latents, latents, states, timesteps, self._builder.rotary(shape), geometry)
+        image = latents if geometry.family.takes_image else None
+        return transformer_inputs(latents, image, states, timesteps, self._builder.rotary(shape), geometry)
 
     def _write(self, step: int, videos: Mapping[str, bytes]) -> None:
         """Write the videos of a step, all or none, and the base model's that are not written yet."""
@@ -272,7 +273,8 @@ class SampleCallback:
                     with whole_file(file) as partial:
                         partial.write_bytes(video)
             prompts = {stem: Prompt(spec.prompt, str(spec.shape), spec.seed) for stem, spec in self._specs.items()}
-            write_prompts(self._folder, prompts, {stem: spec.pixels for stem, spec in self._specs.items()})
+            first_frames = {stem: spec.pixels for stem, spec in self._specs.items() if spec.pixels is not None}
+            write_prompts(self._folder, prompts, first_frames)
             if not videos:
                 return
             if folder.exists():
@@ -358,8 +360,9 @@ def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
     for row in evenly_spaced_rows(index, sample.num_clips):
         clip = index[row]
         try:
-            encoded = read_encoded(cache, clip)
-            pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
+            encoded, pixels = read_encoded(cache, clip), None
+            if run.model.family.takes_image:
+                pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
             specs.append(SampleSpec(clip.captions[0].text, clip.shape, sample.seed, pixels, encoded["text_states"]))
         except Exception as error:
             log_failure(logger, f"{display_name(clip.path)}: no video will be made of it: {brief(error)}", error)

@@ -88,17 +88,22 @@ def lora_metadata(run: Run, step: int) -> dict[str, Any]:
     """Collect the metadata that is recorded in the LoRA's header."""
     cfg, plan = run.cfg, run.plan
     batches = sorted({size * run.world.data_size * plan.accumulation for size in plan.local_batch_sizes})
+    image_settings: dict[str, Any] = {}
+    if run.model.family.takes_image:
+        convention = cfg.conditioning.image_latents
+        image_settings["image_latents"] = convention
+        image_settings["image_latent_factor"] = pipeline_factor(run.model.vae_config, convention)
     metadata = {
         "cogds_version": cogds.__version__,
         "step": step,
         "base_model": cfg.model.path,
+        "task": run.model.family.task,
         "quantization": cfg.model.quantization,
         "rank": cfg.lora.rank,
         "alpha": cfg.lora.alpha,
         "targets": list(cfg.lora.target_modules),
         "init_from": cfg.lora.init_from,
-        "image_latents": cfg.conditioning.image_latents,
-        "image_latent_factor": pipeline_factor(run.model.vae_config, cfg.conditioning.image_latents),
+        **image_settings,
         "buckets": [str(shape) for shape in run.buckets],
         "fps": cfg.data.fps,
         "num_clips": len(run.data.index),

@@ -99,7 +99,10 @@ def load_step_builder(
 
 
 class StepBuilder:
-    """Turns batches into transformer inputs, with the VAE (for the noised first frame) and the noise schedule."""
+    """Turns batches into transformer inputs, with the VAE (for the noised first frame) and the noise schedule.
+
+    In text-to-video, the first frame is not used, and `Draws.drop_image` has no effect.
+    """
 
     def __init__(
         self,
@@ -114,9 +117,10 @@ class StepBuilder:
         self.vae, self.geometry, self.conditioning, self.device = vae, geometry, conditioning, device
         self.alphas_cumprod = alphas_cumprod.to(device)
         self.empty_caption_states = empty_caption_states.to(device)
-        self.scaling_factor = float(vae.config.scaling_factor)
+        family = geometry.family
+        self.scaling_factor = family.scaling_factor
         self.image_scale = image_latent_scale(
-            self.scaling_factor, bool(vae.config.invert_scale_latents), conditioning.image_latents
+            family.scaling_factor, family.invert_scale_latents, conditioning.image_latents
         )
         self._rotary: dict[ClipShape, RotaryTables | None] = {}
 
@@ -158,13 +162,16 @@ class StepBuilder:
         noise = torch.stack(
             [torch.randn(latents.shape[1:], generator=numbers, device=self.device) for numbers in noises]
         )
-        image = self.image_latents(batch["first_frame"], draws)
-        image = drop(image, image.new_zeros(()), to_device(draws.drop_image, self.device))
+        condition = None
+        if self.geometry.family.takes_image:
+            image = self.image_latents(batch["first_frame"], draws)
+            image = drop(image, image.new_zeros(()), to_device(draws.drop_image, self.device))
+            condition = image_condition(image, latents.shape[1])
         text = to_device(batch["text_states"], self.device)
         text = drop(text, self.empty_caption_states, to_device(draws.drop_caption, self.device))
         inputs = transformer_inputs(
             add_noise(latents, noise, timesteps, self.alphas_cumprod),
-            image_condition(image, latents.shape[1]),
+            condition,
             text,
             timesteps,
             self.rotary(shape),

@@ -79,13 +79,16 @@ def sample_command(run: Run, lora: Path) -> str:
     Clips in tar files and behind URLs are replaced by a placeholder, because `cogds sample` reads local files only.
     """
     sample, index = run.cfg.sample, run.data.held_out or run.data.index
+    image: str | None
     if sample.prompts:
         prompt, image = sample.prompts[0].prompt, sample.prompts[0].image
     else:
         clip = index[0]
         prompt, image = " ".join(clip.captions[0].text.split()), clip.image_path or clip.path
         image = image if is_local_file(image) else "IMAGE"
-    words = ["--model", run.cfg.model.path, "--lora", str(lora), "--image", image, "--prompt", prompt]
+    words = ["--model", run.cfg.model.path, "--lora", str(lora)]
+    words += ["--image", image] if image and run.model.family.takes_image else []
+    words += ["--prompt", prompt]
     for flag, name in (("--steps", "num_steps"), ("--guidance", "guidance")):
         if (value := getattr(sample, name)) != KEYS[f"sample.{name}"].default:
             words += [flag, f"{value:g}"]

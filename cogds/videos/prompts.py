@@ -20,24 +20,35 @@ COLUMNS = ("prompt", "image", "size", "seed")
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """A prompt, its first frame (an image file), and the size FRAMESxHEIGHTxWIDTH and seed that a list may set.
+    """A prompt, its first frame, and the size FRAMESxHEIGHTxWIDTH and seed that a list may set.
 
-    size_key: what sets the size, for errors.
+    image: a file; None in text-to-video. size_key: what sets the size, for errors.
     """
 
     prompt: str
-    image: str
+    image: str | None
     size: str | None = None
     seed: int | None = None
     size_key: str = "--size"
 
 
-def read_prompt_specs(prompts: Sequence[str], images: Sequence[str], file: str | None) -> list[PromptSpec]:
+def read_prompt_specs(
+    prompts: Sequence[str], images: Sequence[str], file: str | None, takes_image: bool = True
+) -> list[PromptSpec]:
     """Combine --prompt, --image and --list.
 
     Without a list, prompts and images are paired; a single prompt or image applies to all. With a list, a single image
-    applies to the lines that have none. Raises UserError, naming the flag or the line.
+    applies to the lines that have none. Without `takes_image`, there must be no images. Raises UserError, naming the
+    flag or the line.
     """
+    if images and not takes_image:
+        raise UserError(
+            f"--image: {images[0]} is given, but this model makes videos from the prompt alone. Leave --image out."
+        )
+    if file is None and not takes_image:
+        if not prompts:
+            raise UserError("command line: --prompt missing. A video is made from a prompt: pass one, or --list.")
+        return [PromptSpec(prompt, None) for prompt in prompts]
     if file is None:
         if not prompts or not images:
             missing = " and ".join(flag for flag, values in (("--prompt", prompts), ("--image", images)) if not values)
@@ -57,7 +68,16 @@ def read_prompt_specs(prompts: Sequence[str], images: Sequence[str], file: str |
         raise UserError(
             f"command line: --list was given with {len(images)} --image. Pass one for the lines that have no image."
         )
-    specs = [_make_spec(f"{file}:{line}", row, Path(file).parent, images) for line, row in _read_rows(Path(file))]
+    specs = []
+    for line, row in _read_rows(Path(file)):
+        specs.append(spec := _make_spec(f"{file}:{line}", row, Path(file).parent, images))
+        if takes_image and spec.image is None:
+            raise UserError(f"{file}:{line}: no image. Add one, or pass --image for all lines that have none.")
+        if not takes_image and spec.image is not None:
+            raise UserError(
+                f"{file}:{line}: image {row['image']} is given, but this model makes videos from the prompt alone. "
+                "Remove it."
+            )
     if not specs:
         raise UserError(f"{file}: no prompts. Write one per line.")
     return specs
@@ -100,13 +120,11 @@ def _make_spec(place: str, row: Mapping[str, Any], folder: Path, images: Sequenc
     prompt, image, size, seed = (row.get(name) for name in COLUMNS)
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{place}: no prompt. Write one, or delete the line.")
-    if image is None and not images:
-        raise UserError(f"{place}: no image. Add one, or pass --image for all lines that have none.")
     if isinstance(seed, str) and seed.strip().isdecimal():
         seed = int(seed)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise UserError(f"{place}: seed is {seed!r}. Use a whole number of at least 0.")
-    image_path = join(str(folder), str(image)) if image is not None else images[0]
+    image_path = join(str(folder), str(image)) if image is not None else next(iter(images), None)
     if size is None:
         return PromptSpec(prompt.strip(), image_path, seed=seed)
     return PromptSpec(prompt.strip(), image_path, str(size), seed, f"{place}: size")

@@ -1,7 +1,7 @@
 """The folder of the videos that a run made: `samples/`.
 
 prompts.json              file stem -> prompt, size, seed
-first_frames/STEM.png     what the video starts from
+first_frames/STEM.png     what the video starts from, in image-to-video
 base/STEM.mp4             of the base model
 step-000500/STEM.mp4      after that number of steps
 """
@@ -43,9 +43,8 @@ class PromptVideos:
 def write_prompts(folder: Path, prompts: Mapping[str, Prompt], first_frames: Mapping[str, np.ndarray]) -> None:
     """Record what the videos are made from, by file stem. Does nothing if it is recorded already.
 
-    Prompts that are not given are kept. first_frames: uint8 [H, W, 3].
+    Prompts that are not given are kept. first_frames: uint8 [H, W, 3]; none in text-to-video.
     """
-    (folder / FIRST_FRAMES).mkdir(parents=True, exist_ok=True)
     for stem, pixels in first_frames.items():
         file = folder / FIRST_FRAMES / f"{stem}.png"
         if not file.is_file():  # a stem stands for these pixels, too

@@ -1,4 +1,4 @@
-"""What a video is generated from: text states, first frame, size and seed."""
+"""What a video is generated from: text states, in image-to-video a first frame, size and seed."""
 
 import dataclasses
 import hashlib
@@ -21,13 +21,14 @@ from cogds.errors import UserError
 class SampleSpec:
     """The inputs of one generated video.
 
-    pixels: the first frame, uint8 [H, W, 3]. states: T5 states of the prompt, [text_tokens, dim].
+    pixels: the first frame, uint8 [H, W, 3]; None in text-to-video. states: T5 states of the prompt, [text_tokens,
+    dim].
     """
 
     prompt: str
     shape: ClipShape
     seed: int
-    pixels: np.ndarray
+    pixels: np.ndarray | None
     states: torch.Tensor
 
     def file_stem(self, num_steps: int, guidance: float) -> str:
@@ -35,7 +36,8 @@ class SampleSpec:
 
         The frame rate and `conditioning.image_latents` are not in the digest: they are the same for a whole run.
         """
-        inputs = repr((self.prompt, str(self.shape), self.seed, num_steps, guidance)).encode() + self.pixels.tobytes()
+        inputs = repr((self.prompt, str(self.shape), self.seed, num_steps, guidance)).encode()
+        inputs += b"" if self.pixels is None else self.pixels.tobytes()
         return f"{slug(self.prompt)}-{hashlib.blake2b(inputs, digest_size=4).hexdigest()}"
 
 
@@ -47,14 +49,19 @@ def slug(text: str, max_length: int = 40) -> str:
 
 
 def load_first_frame(
-    image: str, size: str | None, buckets: Sequence[ClipShape], geometry: ModelGeometry, size_key: str = "--size"
-) -> tuple[ClipShape, np.ndarray]:
+    image: str | None, size: str | None, buckets: Sequence[ClipShape], geometry: ModelGeometry, size_key: str = "--size"
+) -> tuple[ClipShape, np.ndarray | None]:
     """Return the shape of a video and its first frame, uint8 [H, W, 3], resized to cover that shape and cropped.
 
     size: FRAMESxHEIGHTxWIDTH, or None for the bucket that crops the image least. size_key: the key or flag that sets
-    it. Of a video, its first frame is used. Raises UserError if the model does not support the size or the image cannot
-    be read.
+    it. Of a video, its first frame is used. In text-to-video, there is no image, and the default is the largest bucket.
+    Raises UserError if the model does not support the size, needs an image or takes none, or the image cannot be read.
     """
+    if image is None or not geometry.family.takes_image:
+        check_image(image, geometry)
+        shape = ClipShape.parse(size, size_key) if size else largest_bucket(buckets)
+        check_shape(shape, geometry, size_key)
+        return shape, None
     try:
         shape = ClipShape.parse(size, size_key) if size else best_bucket(image, buckets)
         check_shape(shape, geometry, size_key)
@@ -74,6 +81,19 @@ def check_prompts(sample: SampleConfig, buckets: Sequence[ClipShape], geometry: 
         except UserError as error:
             message = str(error)
             raise UserError(message if message.startswith(key) else f"{key}.image: {message}") from None
+
+
+def check_image(image: str | None, geometry: ModelGeometry) -> None:
+    """Raise UserError if an image-to-video model gets no image, or a text-to-video model gets one."""
+    if geometry.family.takes_image and image is None:
+        raise UserError("no image is given, but this model makes videos from a first frame and a prompt. Pass one.")
+    if not geometry.family.takes_image and image is not None:
+        raise UserError(f"{image} is given, but this model makes videos from the prompt alone. Leave it out.")
+
+
+def largest_bucket(buckets: Sequence[ClipShape]) -> ClipShape:
+    """The video bucket with the most pixels, or the image bucket if there are only those."""
+    return max(buckets, key=lambda shape: (shape.frames > 1, shape.frames * shape.height * shape.width))
 
 
 def best_bucket(image: str, buckets: Sequence[ClipShape]) -> ClipShape:

@@ -44,7 +44,7 @@ def nested(path: str, value: Any) -> dict[str, Any]:
 # Results.
 
 
-@pytest.mark.parametrize("run", ["demo", "cogvideox1.5_i2v_lora"])
+@pytest.mark.parametrize("run", sorted(file.stem for file in (ROOT / "launch/configs").glob("*.yaml")))
 @pytest.mark.parametrize("file", SHIPPED, ids=lambda file: file.name)
 def test_every_shipped_file_resolves_with_every_shipped_run(file, run):
     cfg, explicit = load_config(str(ROOT / f"launch/configs/{run}.yaml"), ["data.path=d"])

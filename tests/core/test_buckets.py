@@ -1,5 +1,3 @@
-from dataclasses import replace
-
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -7,9 +5,9 @@ from hypothesis import strategies as st
 from cogds.core.buckets import assign, crop_share, generate_buckets, parse_buckets
 from cogds.core.geometry import ClipShape, check_shape
 from cogds.errors import UserError
-from tests.published_model import V15
+from tests.published_model import PUBLISHED, V15
 
-V10 = replace(V15, patch_size_t=None, sample_height=60, sample_width=90, sample_frames=49)
+V10 = PUBLISHED["CogVideoX-5b"]
 
 
 def shapes(*texts: str) -> tuple[ClipShape, ...]:

@@ -1,11 +1,14 @@
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from diffusers.models.transformers.cogvideox_transformer_3d import CogVideoXBlock
 from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.flops import GPUS, PEAK_TFLOPS, estimate_seconds, forward_flops, step_flops
+from cogds.core.geometry import num_tokens, padded_latent_frames
+from tests.published_model import PUBLISHED
 
 TERA = 1e12
 REAL = step_flops(45_104, 42, 3072, 132_120_576)
@@ -55,6 +58,30 @@ def test_operations_of_a_block_counted_by_torch():
     flops = step_flops(num_video + num_text, 1, width, num_lora)
     assert forward.get_total_flops() == pytest.approx(flops.forward + flops.lora, rel=1e-3)
     assert backward.get_total_flops() == pytest.approx(flops.backward + 2 * flops.lora, rel=1e-3)
+
+
+@pytest.mark.parametrize("name", PUBLISHED)
+def test_operations_of_every_member_counted_by_torch(name):
+    """Forward pass at the size that it was trained for, of the whole transformer with two of its blocks."""
+    geometry, num_heads = PUBLISHED[name], 30 if name == "CogVideoX-2b" else 48
+    family, shape = geometry.family, geometry.trained_size
+    channels, width = 32 if family.takes_image else 16, num_heads * geometry.head_dim
+    size = (padded_latent_frames(shape.frames, geometry), channels, shape.height // 8, shape.width // 8)
+    with torch.device("meta"):
+        transformer = CogVideoXTransformer3DModel(
+            num_attention_heads=num_heads, in_channels=channels, num_layers=2, patch_size_t=geometry.patch_size_t,
+            ofs_embed_dim=512 if family.has_ofs else None, use_rotary_positional_embeddings=family.has_rope,
+            use_learned_positional_embeddings=geometry.has_fixed_size, sample_height=geometry.sample_height,
+            sample_width=geometry.sample_width, sample_frames=geometry.sample_frames,
+        )  # fmt: skip
+        num_video = num_tokens(shape, geometry) - geometry.text_tokens
+        tables = (torch.zeros(num_video, geometry.head_dim), torch.zeros(num_video, geometry.head_dim))
+        with FlopCounterMode(display=False) as forward, torch.no_grad():
+            transformer(
+                torch.zeros(1, *size), torch.zeros(1, geometry.text_tokens, 4096), torch.zeros(1),
+                ofs=torch.zeros(1), image_rotary_emb=tables if family.has_rope else None,
+            )  # fmt: skip
+    assert forward.get_total_flops() == pytest.approx(forward_flops(num_tokens(shape, geometry), 2, width), rel=0.02)
 
 
 def test_every_named_gpu_has_a_peak():

@@ -1,10 +1,7 @@
-import dataclasses
-
 import pytest
 
 from cogds.core.geometry import (
     ClipShape,
-    ModelGeometry,
     check_shape,
     latent_frames,
     num_tokens,
@@ -12,17 +9,10 @@ from cogds.core.geometry import (
     token_grid,
 )
 from cogds.errors import UserError
+from tests.published_model import PUBLISHED
 
-# CogVideoX1.5-5B-I2V and CogVideoX-5b-I2V (1.0), from their config.json files.
-V15 = ModelGeometry.from_configs(
-    {"patch_size": 2, "patch_size_t": 2, "sample_height": 300, "sample_width": 300, "sample_frames": 81,
-     "max_text_seq_length": 226, "attention_head_dim": 64, "use_rotary_positional_embeddings": True,
-     "ofs_embed_dim": 512},
-    {"block_out_channels": [128, 256, 256, 512], "temporal_compression_ratio": 4.0, "latent_channels": 16},
-)  # fmt: skip
-V10 = dataclasses.replace(
-    V15, patch_size_t=None, sample_height=60, sample_width=90, sample_frames=49, learned_positions=True, ofs=False
-)
+V15, V10 = PUBLISHED["CogVideoX1.5-5B-I2V"], PUBLISHED["CogVideoX-5b-I2V"]
+TEXT_10, SINCOS = PUBLISHED["CogVideoX-5b"], PUBLISHED["CogVideoX-2b"]
 
 
 @pytest.mark.parametrize(
@@ -72,6 +62,12 @@ def test_unsupported_shapes_are_refused(geometry, text, message):
         check_shape(ClipShape.parse(text), geometry)
 
 
-@pytest.mark.parametrize("geometry, text", [(V15, "81x2400x2400"), (V15, "1x16x16"), (V10, "49x480x720")])
+@pytest.mark.parametrize(
+    "geometry, text",
+    [
+        (V15, "81x2400x2400"), (V15, "1x16x16"), (V10, "49x480x720"), (TEXT_10, "49x480x720"), (TEXT_10, "1x768x1360"),
+        (SINCOS, "49x480x720"), (SINCOS, "81x720x480"),
+    ],
+)  # fmt: skip
 def test_supported_shapes_pass(geometry, text):
     check_shape(ClipShape.parse(text), geometry)

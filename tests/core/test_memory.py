@@ -11,7 +11,15 @@ from peft import LoraConfig
 from transformers import T5Config, T5EncoderModel
 
 from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
-from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes, padded_latent_frames, token_grid
+from cogds.core.flops import step_flops
+from cogds.core.geometry import (
+    ClipShape,
+    cached_caption_bytes,
+    cached_clip_bytes,
+    num_tokens,
+    padded_latent_frames,
+    token_grid,
+)
 from cogds.core.memory import (
     CUDA_CONTEXT_BYTES,
     LoraSize,
@@ -31,7 +39,7 @@ from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.quantize import FP8_MATMUL, Packed, PackedLinear, pack_block
 from cogds.model.transformer.sequence_parallel import SequenceGroup
 from tests.live_bytes import LiveBytes
-from tests.published_model import ATTENTION, FULL, LORA, TRANSFORMER, V15, published_memory
+from tests.published_model import ATTENTION, FULL, LORA, PUBLISHED, TRANSFORMER, V15, published_memory
 
 FULL_UNIT = 45_106 * 3072 * 2  # bytes of the hidden states of a clip of shape FULL in bf16
 
@@ -79,13 +87,17 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
     Returns the live bytes after the forward pass and the peak of the backward pass, without weights and inputs.
     """
     size, dtype = model.transformer, {"bf16": torch.bfloat16, "fp32": torch.float32}[model.precision]
-    frames, height, width = padded_latent_frames(shape.frames, V15), shape.height // 8, shape.width // 8
+    geometry, family = model.geometry, model.geometry.family
+    frames, height, width = padded_latent_frames(shape.frames, geometry), shape.height // 8, shape.width // 8
+    channels = 32 if family.takes_image else 16
     with torch.device(device):
         transformer = Transformer(
-            num_attention_heads=size.num_heads, attention_head_dim=size.head_dim, in_channels=32, out_channels=16,
-            time_embed_dim=32, ofs_embed_dim=32, text_embed_dim=size.text_dim, num_layers=size.num_layers,
-            sample_width=300, sample_height=300, sample_frames=81, patch_size=2, patch_size_t=2,
-            max_text_seq_length=V15.text_tokens, use_rotary_positional_embeddings=True, patch_bias=False,
+            num_attention_heads=size.num_heads, attention_head_dim=size.head_dim, in_channels=channels, out_channels=16,
+            time_embed_dim=32, ofs_embed_dim=32 if family.has_ofs else None, text_embed_dim=size.text_dim,
+            num_layers=size.num_layers, sample_width=geometry.sample_width, sample_height=geometry.sample_height,
+            sample_frames=geometry.sample_frames, patch_size=2, patch_size_t=geometry.patch_size_t,
+            max_text_seq_length=geometry.text_tokens, use_rotary_positional_embeddings=family.has_rope,
+            use_learned_positional_embeddings=geometry.has_fixed_size, patch_bias=False,
         ).requires_grad_(False)  # fmt: skip
         if model.fp8_matmul:
             for block in transformer.transformer_blocks:
@@ -98,15 +110,16 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
         transformer.set_checkpointing(checkpointing)
         if model.sequence_size > 1:
             transformer.share_sequence(SequenceGroup("a group without communication", model.sequence_size, 0))
-        num_video_tokens = math.prod(token_grid(shape, V15))
+        num_video_tokens = math.prod(token_grid(shape, geometry))
         inputs = {
-            "hidden_states": torch.zeros(1, frames, 32, height, width, dtype=dtype),
-            "encoder_hidden_states": torch.zeros(1, V15.text_tokens, size.text_dim, dtype=dtype),
+            "hidden_states": torch.zeros(1, frames, channels, height, width, dtype=dtype),
+            "encoder_hidden_states": torch.zeros(1, geometry.text_tokens, size.text_dim, dtype=dtype),
             "timestep": torch.zeros(1, dtype=torch.long),
             "ofs": torch.zeros(1, dtype=dtype),
         }
-        rotary = (torch.zeros(num_video_tokens, size.head_dim), torch.zeros(num_video_tokens, size.head_dim))
-        live = LiveBytes([*transformer.parameters(), *transformer.buffers(), *inputs.values(), *rotary])
+        tables = [torch.zeros(num_video_tokens, size.head_dim) for _ in range(2)]
+        rotary = tuple(tables) if family.has_rope else None
+        live = LiveBytes([*transformer.parameters(), *transformer.buffers(), *inputs.values(), *tables])
         monkeypatch.setattr(OffloadedTensor, "live", live, raising=False)
         monkeypatch.setattr(checkpointing_module, "_OffloadedTensor", OffloadedTensor)
         with live:
@@ -147,6 +160,61 @@ def test_activations_at_the_published_size(monkeypatch, layers, blocks):
     assert estimate.activations_bytes - is_done == pytest.approx(peak, rel=0.04)
     # After the forward pass, the last block's output and the head's input are alive too.
     assert estimate.kept_activations_bytes - copying + 2 * FULL_UNIT == pytest.approx(kept, rel=0.04)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("mode", CHECKPOINTING_MODES[:3])
+@pytest.mark.parametrize("name", [name for name in PUBLISHED if PUBLISHED[name] != V15])
+def test_activations_of_the_other_members(monkeypatch, name, mode):
+    """At the size that each was trained for, on the meta device: within 4%."""
+    monkeypatch.setattr(transformer_module, "attend", flash_attention)
+    geometry = PUBLISHED[name]
+    size = dataclasses.replace(TRANSFORMER, num_layers=4, num_heads=30 if name == "CogVideoX-2b" else 48)
+    shape = geometry.trained_size
+    model = four_blocks(geometry=geometry, buckets=(shape,))
+    model = dataclasses.replace(model, transformer=size)
+    _, peak = train_once(monkeypatch, model, shape, mode, "meta")
+    assert model.estimate(shape, 1, mode).activations_bytes == pytest.approx(peak, rel=0.04)
+
+
+@pytest.mark.parametrize(
+    "name, num_parameters, gigabytes, tflop",
+    [
+        ("CogVideoX1.5-5B-I2V", 5_571_594_880, (44, 33), 4008),
+        ("CogVideoX1.5-5B", 5_570_676_352, (44, 33), 4008),
+        ("CogVideoX-5b-I2V", 5_570_479_680, (26, 22), 827),
+        ("CogVideoX-5b", 5_570_283_072, (26, 22), 827),
+        ("CogVideoX-2b", 1_693_783_872, (11, 9), 313),
+    ],
+)
+def test_the_figures_of_every_member_in_the_docs(name, num_parameters, gigabytes, tflop):
+    geometry, is_2b = PUBLISHED[name], name == "CogVideoX-2b"
+    num_layers, num_heads = (30, 30) if is_2b else (42, 48)
+    width, shape = 64 * num_heads, geometry.trained_size
+    num_lora = num_layers * 4 * 2 * 128 * width
+    model = published_memory(
+        geometry=geometry, buckets=(shape,), lora=LoraSize(num_lora, 128, frozenset(ATTENTION)),
+        transformer=TransformerSize(num_parameters, num_layers, num_heads, 64, 4096),
+        zero=ZeroSettings(stage=2, reduce_bucket_size=width**2),
+    )  # fmt: skip
+    sizes = [model.estimate(shape, 1, mode).total_bytes for mode in ("selective", "full")]
+    assert [size / 1e9 for size in sizes] == pytest.approx(gigabytes, abs=0.55)
+    flops = step_flops(num_tokens(shape, geometry), num_layers, width, num_lora)
+    assert flops.model_flops / 1e12 == pytest.approx(tflop, rel=1e-3)
+
+
+def test_what_text_to_video_does_not_need():
+    image, text = (published_memory(geometry=PUBLISHED[name]) for name in ("CogVideoX1.5-5B-I2V", "CogVideoX1.5-5B"))
+    image, text = (model.estimate(FULL, 1, "full") for model in (image, text))
+    assert image.first_frame_encode_bytes > 0
+    assert text.first_frame_encode_bytes == 0
+    latents = 16 * 22 * 96 * 170 * 2  # those of the image
+    assert image.inputs_and_loss_bytes - text.inputs_and_loss_bytes == latents
+    sincos = published_memory(geometry=PUBLISHED["CogVideoX-2b"], buckets=(PUBLISHED["CogVideoX-2b"].trained_size,))
+    sincos = sincos.estimate(sincos.buckets[0], 1, "full")
+    assert sincos.rotary_tables_bytes == 0
+    positions = (13 * 30 * 45 + 226) * TRANSFORMER.width * 2  # of 49x480x720
+    assert sincos.base_weights_bytes - text.base_weights_bytes == positions
 
 
 @pytest.mark.slow

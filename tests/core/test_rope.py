@@ -1,6 +1,5 @@
 """Rotary tables of 1.5 and 1.0, compared with those of the pipeline."""
 
-from dataclasses import replace
 from types import SimpleNamespace
 
 import pytest
@@ -10,9 +9,9 @@ from diffusers import CogVideoXImageToVideoPipeline
 from cogds.core.geometry import ClipShape, padded_latent_frames, token_grid
 from cogds.core.rope import rotary_tables
 from cogds.errors import UserError
-from tests.core.test_geometry import V10, V15
+from tests.published_model import PUBLISHED
 
-ROPE_10 = replace(V10, learned_positions=False)
+V15, ROPE_10 = PUBLISHED["CogVideoX1.5-5B"], PUBLISHED["CogVideoX-5b"]
 
 
 def pipeline_tables(geometry, shape):
@@ -48,4 +47,4 @@ def test_an_axis_beyond_the_grid_is_refused():
 
 
 def test_no_tables_for_a_model_without_rope():
-    assert rotary_tables(ClipShape(49, 480, 720), replace(V10, rope=False)) is None
+    assert rotary_tables(ClipShape(49, 480, 720), PUBLISHED["CogVideoX-2b"]) is None

@@ -6,6 +6,8 @@ from types import SimpleNamespace
 import deepspeed
 import pytest
 import torch
+from deepspeed.runtime.zero.partition_parameters import zero_wrapper_for_fp_tensor_constructor
+from diffusers import CogVideoXTransformer3DModel
 
 from cogds.distributed.deepspeed_internals import merge_offloaded_weights
 from cogds.engine import start
@@ -66,6 +68,24 @@ def build(tiny_model, monkeypatch):
         return configs[0], transformer
 
     return build
+
+
+def test_fixed_positions_are_not_rounded_at_stage_3(family, monkeypatch):
+    """Within `zero.Init`, arange makes bf16 numbers, whatever dtype is asked for."""
+
+    @contextlib.contextmanager
+    def init(config_dict_or_path):  # noqa: ARG001
+        with monkeypatch.context() as patch:
+            rounded = zero_wrapper_for_fp_tensor_constructor(torch.arange, torch.bfloat16, torch.device("cpu"))
+            patch.setattr(torch, "arange", rounded)
+            yield
+
+    monkeypatch.setattr(deepspeed.zero, "Init", init)
+    model = find_model(str(family("2b")))
+    job = make_job(f"model.path={model.path}", "data.path=unused", "data.buckets=[9x64x64]", deepspeed="zero3")
+    transformer = start.build_for_stage(model, torch.bfloat16, job.ds_config, torch.device("cpu"))
+    expected = CogVideoXTransformer3DModel.from_config(model.transformer_config).patch_embed.pos_embedding
+    torch.testing.assert_close(transformer.patch_embed.pos_embedding, expected)
 
 
 def test_deepspeed_does_not_pin_what_is_pinned_in_one_piece(build):

@@ -38,7 +38,7 @@ def edit_json(path, **changes):
 def test_the_tiny_model_has_all_features(tiny_model):
     model = find_model(str(tiny_model))
     assert model.geometry.patch_size_t == 2
-    assert model.geometry.ofs
+    assert model.family.has_ofs
     assert model.vae_config["invert_scale_latents"]
     assert load_alphas_cumprod(model)[-1] == 0  # zero terminal SNR
 
@@ -66,10 +66,15 @@ def replace_by_pickle(file):
         (lambda path: shutil.rmtree(path), r"model\.path: "),
         (lambda path: (path / "model_index.json").unlink(), r"model_index\.json is missing"),
         (lambda path: (path / "model_index.json").write_text("{"), r"model_index\.json .*JSON"),
-        (lambda path: edit_json(path / "model_index.json", _class_name="CogVideoXPipeline"), " CogVideoXPipeline"),
+        (lambda path: edit_json(path / "model_index.json", _class_name="FluxPipeline"), " FluxPipeline"),
+        (
+            lambda path: edit_json(path / "model_index.json", _class_name="CogVideoXPipeline"),
+            " CogVideoXPipeline, .* 16 ",
+        ),
         (lambda path: shutil.rmtree(path / "vae"), "no vae/ folder"),
         (lambda path: (path / "vae/config.json").unlink(), "vae/config.json is missing"),
-        (lambda path: edit_json(path / "transformer/config.json", in_channels=8), " 8 .* 16 "),
+        (lambda path: edit_json(path / "transformer/config.json", in_channels=8), "ofs_embed_dim is 32"),
+        (lambda path: edit_json(path / "transformer/config.json", in_channels=12), "in_channels is 12"),
         (lambda path: (path / "transformer/config.json").write_text("{}"), "'patch_size'"),
         (lambda path: (path / "text_encoder/model.safetensors").unlink(), r"text_encoder .*\.safetensors"),
         (
@@ -205,10 +210,11 @@ def test_code_in_a_tokenizer_folder_is_never_run(copy):
     assert not created.exists()
 
 
-def test_a_scheduler_that_predicts_noise_is_refused(copy):
-    edit_json(copy / "scheduler/scheduler_config.json", prediction_type="epsilon")
-    with pytest.raises(UserError, match=r"scheduler_config\.json: .*'epsilon'"):
-        load_alphas_cumprod(find_model(str(copy)))
+@pytest.mark.parametrize("change", [{"prediction_type": "epsilon"}, {"_class_name": "DDPMScheduler"}])
+def test_another_scheduler_is_refused(copy, change):
+    edit_json(copy / "scheduler/scheduler_config.json", **change)
+    with pytest.raises(UserError, match=rf"^model\.path: .*scheduler_config\.json: .*{next(iter(change.values()))}"):
+        find_model(str(copy))
 
 
 def test_loaded_weights_equal_those_of_the_files(tiny_model):

@@ -42,7 +42,7 @@ from cogds.report.main import count_captions
 from cogds.report.text import print_report, short_report
 from tests.conftest import ROOT, run_command
 from tests.drawn import draw_clips
-from tests.published_model import V15, published_memory
+from tests.published_model import PUBLISHED, V15, published_memory
 
 BUCKETS = tuple(map(ClipShape.parse, ("49x768x1360", "81x768x1360", "81x1360x768")))
 GOOD = Captions(num_missing=0, num_empty=0, num_too_long=0, num_distinct=4, limit=226)
@@ -274,6 +274,19 @@ def test_videos_of_which_only_a_picture_is_trained_are_counted_and_get_a_bucket(
     assert "33x768x1360" in result.suggestion.buckets
     pictures_only = report(rows[:6], buckets=buckets[:1], batch_sizes=(1,))
     assert (pictures_only.num_single_frames, pictures_only.suggestion) == (0, None)
+
+
+def test_a_model_with_one_size_gets_no_advice_about_others():
+    rows = [(f"/{n}.mp4", 49, 1000, 400, 0, None) for n in range(6)]
+    rows += [(f"/{n}.png", 1, 768, 1360, -1, None) for n in range(4)]
+    geometry = PUBLISHED["CogVideoX-5b-I2V"]
+    fixed = {"geometry": geometry, "buckets": (geometry.trained_size,), "batch_sizes": (1,)}
+    result = report(rows, model_notes=["data.fps=16, but"], **fixed)
+    assert result.suggestion is None
+    text = short_report(result)
+    assert "only 49x480x720" in text
+    assert "bucket_frames" not in text
+    assert "data.fps=16, but" in text
 
 
 @pytest.mark.usefixtures("no_plots")

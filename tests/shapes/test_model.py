@@ -32,7 +32,7 @@ def test_the_weights_are_those_that_the_recipe_made():
 def test_it_is_found_without_a_download():
     model = find_model(SHAPES_MODEL)
     assert model.path == FOLDER
-    assert (model.geometry.ofs, model.geometry.rope, model.geometry.patch_size_t) == (True, True, 2)
+    assert (model.family.has_ofs, model.family.positions, model.family.patch_size_t) == (True, "rope_slice", 2)
 
 
 def test_the_vae_redraws_unseen_clips():

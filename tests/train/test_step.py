@@ -1,23 +1,21 @@
-"""Parity: a training step passes the same inputs to the transformer as the diffusers pipeline, for several buckets."""
+"""The inputs of a training step: dropouts, random draws, noise. For the values see test_parity.py."""
 
 import numpy as np
 import pytest
 import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
-from PIL import Image
 
 import cogds.train.step
 from cogds.config.schema import ConditioningConfig
 from cogds.core.conditioning import sample_moments
 from cogds.core.diffusion import add_noise, v_target
-from cogds.core.geometry import ClipShape, latent_frames, padded_latent_frames
+from cogds.core.geometry import ClipShape
 from cogds.core.rng import generator
 from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_vae
+from cogds.train.evaluation import _zero_inputs
 from cogds.train.step import Draws, StepBuilder, draw_dropouts, random_batch, to_device
 from tests.published_model import V15
 
-# Landscape, portrait, square; an odd (17, 9, 25, 1) or even (13, 21) number of latent frames: padded or not.
-SHAPES = ["17x64x96", "13x96x64", "9x64x64", "21x48x80", "25x80x48", "1x64x96"]
 CAPTIONS = ["a red circle moves over a blue background", "two squares"]
 NO_CONDITIONING_NOISE = {"image_noise": False, "image_dropout": 0.0, "caption_dropout": 0.0}
 
@@ -25,17 +23,6 @@ NO_CONDITIONING_NOISE = {"image_noise": False, "image_dropout": 0.0, "caption_dr
 @pytest.fixture(scope="module")
 def model(tiny_model):
     return find_model(str(tiny_model))
-
-
-@pytest.fixture(scope="module", params=[torch.float32, torch.bfloat16], ids=["fp32", "bf16"])
-def parts(request, model):
-    """The pipeline, the text encoder and the VAE in the same dtype."""
-    from diffusers import CogVideoXImageToVideoPipeline
-
-    dtype = request.param
-    pipeline = CogVideoXImageToVideoPipeline.from_pretrained(model.path, dtype=dtype)
-    pipeline.set_progress_bar_config(disable=True)
-    return pipeline, TextEncoder(model, dtype, "cpu"), load_vae(model, dtype, "cpu")
 
 
 def pixels_of(shape, batch_size):
@@ -64,138 +51,6 @@ def make_batch(shape, batch_size, encoder, vae):
         "first_frame": pixels[:, 0],
         "text_states": torch.stack([encoder.encode(caption) for caption in CAPTIONS[:batch_size]]),
     }
-
-
-class SeededDraws(Draws):
-    def generators(self, _purpose, _device):
-        # One for all samples, as in the pipeline. Its first draw is also the posterior of the image.
-        return [torch.Generator().manual_seed(7)] * len(self.slots)
-
-
-def build_ours(model, encoder, vae, shape, batch_size, **conditioning):
-    no_dropout = torch.zeros(batch_size, dtype=torch.bool)
-    draws = SeededDraws(torch.full((batch_size,), 999), no_dropout, no_dropout, 0, 0, range(batch_size))
-    builder = make_builder(model, encoder, vae, **conditioning)
-    return builder.build(make_batch(shape, batch_size, encoder, vae), shape, draws)
-
-
-def pipeline_inputs(pipeline, shape, batch_size):
-    """Return the keyword arguments that the pipeline passes to its transformer."""
-    calls, forward = [], pipeline.transformer.forward
-
-    def record(**inputs):
-        calls.append(inputs)
-        return forward(**inputs)
-
-    pipeline.transformer.forward = record
-    try:
-        pipeline(
-            image=[Image.fromarray(clip[0].permute(1, 2, 0).numpy()) for clip in pixels_of(shape, batch_size)],
-            prompt=CAPTIONS[:batch_size],
-            num_frames=shape.frames,
-            height=shape.height,
-            width=shape.width,
-            num_inference_steps=1,
-            guidance_scale=1.0,
-            max_sequence_length=pipeline.transformer.config.max_text_seq_length,
-            output_type="latent",
-            generator=torch.Generator().manual_seed(7),
-        )
-    finally:
-        pipeline.transformer.forward = forward
-    return calls[0]
-
-
-def differences(ours, theirs):
-    """Return the names of the arguments that differ between a training step and the pipeline."""
-    common = ours.keys() & theirs.keys()
-    return sorted(
-        (ours.keys() ^ theirs.keys()) | {name for name in common if not is_equal(name, ours[name], theirs[name])}
-    )
-
-
-def is_equal(name, ours, theirs):
-    if name == "image_rotary_emb" and ours is not None and theirs is not None:
-        return all(is_equal("rotary table", a, b) for a, b in zip(ours, theirs, strict=True))
-    if not isinstance(ours, torch.Tensor) or not isinstance(theirs, torch.Tensor):
-        return ours is theirs
-    if (ours.shape, ours.dtype) != (theirs.shape, theirs.dtype):
-        return False
-    if name == "timestep":  # training may use another value
-        return True
-    if name == "encoder_hidden_states":  # in a batch, matrix products differ in the last bits
-        return torch.allclose(ours.float(), theirs.float(), atol=1e-6 if ours.dtype == torch.float32 else 0.1)
-    if name == "hidden_states":  # the first half of the channels is noise in the pipeline and a noised clip in training
-        channels = ours.shape[2] // 2
-        return torch.equal(ours[:, :, channels:], theirs[:, :, channels:])
-    return torch.equal(ours, theirs)
-
-
-@pytest.mark.parametrize("batch_size", [1, 2])
-@pytest.mark.parametrize("text", SHAPES)
-def test_inputs_equal_those_of_the_pipeline(parts, model, text, batch_size):
-    pipeline, encoder, vae = parts
-    shape = ClipShape.parse(text)
-    ours, _ = build_ours(model, encoder, vae, shape, batch_size)
-    theirs = pipeline_inputs(pipeline, shape, batch_size)
-    assert differences(ours, theirs) == []
-    if batch_size == 1:
-        assert torch.equal(ours["encoder_hidden_states"], theirs["encoder_hidden_states"])
-
-
-@pytest.mark.parametrize("text", SHAPES)
-def test_the_clip_is_in_the_latent_frames_that_the_pipeline_decodes(parts, model, text):
-    """The pipeline drops the first `additional_frames` and decodes the others."""
-    _, encoder, vae = parts
-    shape = ClipShape.parse(text)
-    inputs, target = build_ours(model, encoder, vae, shape, 1)
-    noisy = inputs["hidden_states"][:, :, : target.shape[2]].float()
-    latents = -target  # abar is 0 at the last timestep, so v = -x_0
-    assert noisy.shape == latents.shape
-    moments = make_batch(shape, 1, encoder, vae)["moments"]
-    expected = moments.float().chunk(2, dim=1)[0].transpose(1, 2) * vae.config.scaling_factor
-    additional = padded_latent_frames(shape.frames, model.geometry) - latent_frames(shape.frames, model.geometry)
-    assert latents.shape[1] == expected.shape[1] + additional
-    torch.testing.assert_close(latents[:, additional:], expected, atol=0.03, rtol=0)
-    torch.testing.assert_close(latents[:, :additional], expected[:, :additional], atol=0.03, rtol=0)
-
-
-def test_a_wrong_image_scale_is_detected(parts, model):
-    pipeline, encoder, vae = parts
-    shape = ClipShape.parse("17x64x96")
-    theirs = pipeline_inputs(pipeline, shape, 1)
-    for convention in ("scaled", "unscaled"):
-        ours, _ = build_ours(model, encoder, vae, shape, 1, image_latents=convention)
-        assert differences(ours, theirs) == ["hidden_states"]
-
-
-def test_padding_at_the_end_is_detected(parts, model, monkeypatch):
-    pipeline, encoder, vae = parts
-    shape = ClipShape.parse("17x64x96")
-
-    def condition_at_the_end(image_latents, num_frames):
-        return torch.cat([image_latents.new_zeros(1, 1, *image_latents.shape[2:]), image_latents,
-                          image_latents.new_zeros(1, num_frames - 2, *image_latents.shape[2:])], dim=1)  # fmt: skip
-
-    def pad_end(latents, _patch_size_t):
-        return torch.cat([latents, latents[:, -1:]], dim=1)
-
-    monkeypatch.setattr(cogds.train.step, "image_condition", condition_at_the_end)
-    ours, _ = build_ours(model, encoder, vae, shape, 1)
-    assert differences(ours, pipeline_inputs(pipeline, shape, 1)) == ["hidden_states"]
-    monkeypatch.undo()
-    monkeypatch.setattr(cogds.train.step, "pad_front", pad_end)
-    with pytest.raises(AssertionError, match="not close"):
-        test_the_clip_is_in_the_latent_frames_that_the_pipeline_decodes(parts, model, "17x64x96")
-
-
-def test_a_missing_ofs_is_detected(parts, model, monkeypatch):
-    pipeline, encoder, vae = parts
-    shape = ClipShape.parse("17x64x96")
-    inputs = cogds.train.step.transformer_inputs
-    monkeypatch.setattr(cogds.train.step, "transformer_inputs", lambda *args: {**inputs(*args), "ofs": None})
-    ours, _ = build_ours(model, encoder, vae, shape, 1)
-    assert differences(ours, pipeline_inputs(pipeline, shape, 1)) == ["ofs"]
 
 
 def test_dropped_conditions(model):
@@ -316,3 +171,30 @@ def test_a_tensor_of_another_stream_is_marked_as_in_use(monkeypatch):
     tensor = GpuTensor()
     assert to_device(tensor, tensor.device) is tensor
     assert tensor.used_on == "the stream of cuda:0"
+
+
+def test_text_to_video_does_not_use_the_first_frame(family):
+    """The VAE is not called, image dropout and image noise change nothing, and no draw is spent on an image."""
+    model = find_model(str(family("5b")))
+    encoder, shape = TextEncoder(model, torch.float32, "cpu"), ClipShape.parse("9x64x64")
+    batch = random_batch(shape, 2, model.geometry, 32, "fp32")
+    purposes = []
+
+    class Recorded(Draws):
+        def generators(self, purpose, device):
+            purposes.append(purpose)
+            return super().generators(purpose, device)
+
+    def hidden(dropped, **conditioning):
+        builder = make_builder(model, encoder, None, **conditioning)
+        drops = torch.full((2,), dropped), torch.tensor([False, False])
+        inputs, target = builder.build(batch, shape, Recorded(torch.tensor([10, 500]), *drops, 0, 0, (0, 1)))
+        assert inputs["hidden_states"].shape == target.shape
+        zeros, _ = _zero_inputs(builder, shape, 2)
+        assert {name: getattr(value, "shape", None) for name, value in zeros.items()} == {
+            name: getattr(value, "shape", None) for name, value in inputs.items()
+        }
+        return inputs["hidden_states"]
+
+    assert torch.equal(hidden(False), hidden(True, image_noise=True))
+    assert set(purposes) == {"posterior", "noise"}

@@ -17,6 +17,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from peft.tuners.lora import LoraLayer
 from safetensors.torch import save_file
 
+from cogds.core.family import TASKS
 from cogds.errors import UserError, did_you_mean
 from cogds.files import apply_umask
 from cogds.model.lora.convert import Adapter, check_fits, diffusers_header, load_adapter, peft_config
@@ -173,15 +174,17 @@ def load_initial_lora(transformer: torch.nn.Module, file: LoraFile) -> None:
         module.lora_B[ADAPTER].weight.copy_(layer.b * (layer.scale / module.scaling[ADAPTER]))
 
 
-def describe_initial_lora(file: LoraFile, image_latents: str) -> list[str]:
+def describe_initial_lora(file: LoraFile, image_latents: str, task: str = TASKS[0]) -> list[str]:
     """Return lines that describe the LoRA a run starts from, with warnings.
 
-    image_latents: `conditioning.image_latents` of the run.
+    image_latents: `conditioning.image_latents` of the run. task: of its model.
     """
     first, *lines = describe_lora(file, INIT_ALPHA)
     lines.insert(0, f"starting from {first}")
-    convention = file.metadata.get("image_latents", image_latents)
-    if convention != image_latents:
+    convention, trained_task = file.metadata.get("image_latents", image_latents), file.metadata.get("task", task)
+    if trained_task != task:
+        lines.append(f"warning: {file.path}: was trained for {trained_task}, but this model is {task}.")
+    elif convention != image_latents and task == TASKS[0]:
         lines.append(
             f"warning: {file.path}: was trained with conditioning.image_latents={convention}, but this run uses "
             f"{image_latents}."

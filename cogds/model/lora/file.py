@@ -24,6 +24,7 @@ from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
+from cogds.core.family import TASKS
 from cogds.core.geometry import ClipShape
 from cogds.errors import UserError
 from cogds.model.lora.formats import DIFFUSERS_PREFIX, PEFT_PREFIX, SAT_ALPHA, Key, parse_key
@@ -261,6 +262,7 @@ def _are_buckets(value: Any) -> bool:
 _IS_VALID: dict[str, Callable[[Any], bool]] = {
     ALPHA_IN_WEIGHTS: lambda value: isinstance(value, bool),
     "base_model": _is_text,
+    "task": lambda value: value in TASKS,
     "rank": _is_positive,
     "alpha": _is_positive,
     "targets": _are_texts,

@@ -146,12 +146,12 @@ def save_merged(folder: Path, merge: Merge, metadata: Mapping[str, Any], shard_b
 
 
 def check_comfyui_supports(model: ModelFolder) -> None:
-    """Raise UserError if ComfyUI's CogVideoX class cannot hold this transformer."""
+    """Raise UserError if ComfyUI's CogVideoX class cannot hold this transformer, or that has not been tried."""
     for name, supported in _COMFYUI_SIZES.items():
         if (value := model.transformer_config.get(name, False)) != supported:
             raise UserError(
-                f"{model.path}: {name} is {value}, but ComfyUI's CogVideoX class supports only {supported}. Use --to "
-                "merged, or a LoRA of CogVideoX1.5-5B-I2V."
+                f"{model.path}: {name} is {value}, but --to comfyui-merged supports only {supported}, as in "
+                "CogVideoX1.5-5B-I2V. Use --to merged."
             )
 
 

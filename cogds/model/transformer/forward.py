@@ -147,6 +147,16 @@ class Transformer(CogVideoXTransformer3DModel):
         """
         self.input_requires_grad = True
 
+    def compute_positions(self) -> None:
+        """Compute fixed position embeddings (CogVideoX-2b) again, if the transformer has them.
+
+        `zero.Init` rounds every tensor that is made within it, so those computed there in bf16 are wrong.
+        """
+        embed = self.patch_embed
+        if embed.use_positional_embeddings and not embed.use_learned_positional_embeddings:
+            size = embed.sample_height, embed.sample_width, embed.sample_frames
+            embed.pos_embedding = embed._get_positional_embeddings(*size, device=embed.pos_embedding.device)
+
     def set_kernel(self, kernel: str) -> None:
         """Set the attention kernel of every block, a key of `attention.KERNELS`."""
         for block in self.transformer_blocks:

@@ -1,5 +1,6 @@
 """A run that starts from a LoRA: step 0 equals the LoRA in its own loader."""
 
+import dataclasses
 import json
 
 import pytest
@@ -107,6 +108,9 @@ def test_the_description_names_strength_and_source(save):
     assert "lora.init_alpha" in lines[1]
     (line,) = describe_initial_lora(read_lora(file, 2), "pipeline")
     assert "strength 0.5 (alpha from the user)" in line
+    text = dataclasses.replace(read_lora(file, 2), metadata={"task": "text-to-video"})
+    assert len(describe_initial_lora(text, "pipeline", "text-to-video")) == 1
+    assert "was trained for text-to-video" in describe_initial_lora(text, "pipeline", "image-to-video")[1]
 
 
 @pytest.mark.parametrize(

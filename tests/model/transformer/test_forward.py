@@ -16,7 +16,7 @@ from cogds.model.transformer.forward import MAX_GRAPHS, Block, Transformer
 from tests.live_bytes import LiveBytes
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
-# Tiny versions of CogVideoX 1.5 and 1.0 (without temporal patches).
+# Tiny versions of CogVideoX1.5-5B-I2V and, without temporal patches, of the 1.0 models.
 V15 = {
     "num_attention_heads": 4, "attention_head_dim": 16, "in_channels": 8, "out_channels": 4, "time_embed_dim": 32,
     "ofs_embed_dim": 32, "text_embed_dim": 24, "num_layers": 3, "sample_width": 30, "sample_height": 30,
@@ -24,6 +24,26 @@ V15 = {
     "use_rotary_positional_embeddings": True, "patch_bias": False,
 }  # fmt: skip
 V10 = V15 | {"patch_size_t": None, "patch_bias": True, "ofs_embed_dim": None}
+TEXT, SINCOS = {"in_channels": 4, "ofs_embed_dim": None}, {"use_rotary_positional_embeddings": False}
+LATENTS = (4, 4, 6)  # of most clips
+FAMILY = {
+    "1.5-5b-i2v": V15,
+    "1.5-5b": V15 | TEXT,
+    "5b-i2v": V10 | {"use_learned_positional_embeddings": True},
+    "5b": V10 | TEXT,
+    "2b": V10 | TEXT | SINCOS,
+}
+
+
+def at_size(config, latents=LATENTS):
+    """The config with these latents as its sample size, which is the only one with learned positions."""
+    frames, height, width = latents
+    return config | {"sample_frames": 4 * frames - 3, "sample_height": height, "sample_width": width}
+
+
+# Fixed embeddings are calculated for other sizes than the sample size, and kept for that one.
+CONFIGS = {name: at_size(config) for name, config in FAMILY.items()} | {"2b of another size": FAMILY["2b"]}
+members = pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 
 
 def all_linear(transformer):
@@ -43,16 +63,18 @@ def pair(config, targets, dtype=torch.float32, **lora):
             parameter.data = parameter.data.to(dtype)
     for parameter in theirs.parameters():
         torch.nn.init.normal_(parameter, std=0.1)
+    if config.get("use_learned_positional_embeddings"):
+        theirs.patch_embed.pos_embedding.normal_(std=0.1)
     ours.load_state_dict(theirs.state_dict())
     return theirs, ours
 
 
-def inputs(config, batch=2, latents=(4, 4, 6), dtype=torch.float32):
+def inputs(config, batch=2, latents=LATENTS, dtype=torch.float32):
     frames, height, width = latents
     tokens = frames // (config["patch_size_t"] or 1) * (height // 2) * (width // 2)
     rotary = tuple(torch.randn(tokens, 8).repeat_interleave(2, 1) for _ in range(2))
     return {
-        "hidden_states": torch.randn(batch, frames, 8, height, width, dtype=dtype),
+        "hidden_states": torch.randn(batch, frames, config["in_channels"], height, width, dtype=dtype),
         "encoder_hidden_states": torch.randn(batch, 5, 24, dtype=dtype),
         "timestep": torch.tensor([3, 500])[:batch],
         "ofs": torch.full((1,), 2.0, dtype=dtype) if config["ofs_embed_dim"] else None,
@@ -84,9 +106,7 @@ def largest_distance(tensors, expected):
 
 
 @pytest.mark.parametrize("targets", [ATTENTION, ["to_q", "ff.net.2"], "all"], ids=["attention", "two", "all"])
-@pytest.mark.parametrize(
-    "config", [V15, V10, V10 | {"use_rotary_positional_embeddings": False}], ids=["15", "10", "2b"]
-)
+@members
 def test_outputs_and_gradients_equal_diffusers(config, targets):
     theirs, ours = pair(config, targets)
     batch = inputs(config)
@@ -120,12 +140,16 @@ def test_other_loras_run_the_code_of_peft(lora):
     assert largest_distance(result[1], expected[1]) < 5e-6
 
 
-@pytest.mark.parametrize("lora", [{}, {"lora_dropout": 0.5}], ids=["plain", "dropout"])
 @pytest.mark.parametrize("checkpointing", CHECKPOINTING_MODES[1:])
-def test_recomputation_is_exact(checkpointing, lora):
-    _, ours = pair(V15, "all", **lora)
+@pytest.mark.parametrize(
+    "config, lora",
+    [*((config, {}) for config in CONFIGS.values()), (V15, {"lora_dropout": 0.5})],
+    ids=[*CONFIGS, "dropout"],
+)
+def test_recomputation_is_exact(config, checkpointing, lora):
+    _, ours = pair(config, "all", **lora)
     ours.detect_dropout()
-    batch = inputs(V15)
+    batch = inputs(config)
     torch.manual_seed(1)
     expected = outcome(ours, batch)
     ours.set_checkpointing(checkpointing)
@@ -349,7 +373,22 @@ def test_the_compiler_follows_the_checkpointing_mode():
     assert none[1] > selective[1] > full[1]
 
 
-@pytest.mark.parametrize("config", [V15, V10])
+def test_other_positions_are_detected():
+    """The members differ by more than rounding: with those of another, the outputs differ."""
+    theirs, ours = pair(CONFIGS["5b-i2v"], ATTENTION)
+    ours.patch_embed.pos_embedding.zero_()
+    batch = inputs(CONFIGS["5b-i2v"])
+    assert distance(ours(**batch)[0], theirs(**batch)[0]) > 1e-2
+    theirs, ours = pair(CONFIGS["2b"], ATTENTION)
+    ours.patch_embed.pos_embedding.mul_(1.1)
+    batch = inputs(CONFIGS["2b"])
+    assert distance(ours(**batch)[0], theirs(**batch)[0]) > 1e-2
+    theirs, ours = pair(CONFIGS["5b"], ATTENTION)
+    batch = inputs(CONFIGS["5b"])
+    assert distance(ours(**batch | {"image_rotary_emb": None})[0], theirs(**batch)[0]) > 1e-4
+
+
+@members
 def test_names_config_and_weights_equal_diffusers(config, tmp_path):
     theirs, ours = CogVideoXTransformer3DModel(**config), Transformer(**config)
     assert [name for name, _ in theirs.named_parameters()] == [name for name, _ in ours.named_parameters()]

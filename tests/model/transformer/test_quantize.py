@@ -43,6 +43,12 @@ SMALL = {
     "sample_frames": 9, "patch_size": 2, "patch_size_t": 2, "max_text_seq_length": 8,
     "use_rotary_positional_embeddings": True, "patch_bias": False,
 }  # fmt: skip
+# The other members of the family. Learned positions fit only the sample size.
+TEXT_15 = SMALL | {"in_channels": 8, "ofs_embed_dim": None}
+V10 = {"patch_size_t": None, "patch_bias": True, "sample_height": 8, "sample_width": 12, "sample_frames": 13}
+LEARNED = SMALL | V10 | {"ofs_embed_dim": None, "use_learned_positional_embeddings": True}
+TEXT_10 = TEXT_15 | V10
+SINCOS = TEXT_10 | {"use_rotary_positional_embeddings": False}
 # 0.14 billion parameters.
 MID = SMALL | {"num_attention_heads": 12, "num_layers": 12, "time_embed_dim": 512, "ofs_embed_dim": 512}
 
@@ -63,15 +69,17 @@ def transformer_of(config, quantization="none", fp8_matmul=False):
 
 def inputs(config, latents=(4, 8, 12)):
     generator, (frames, height, width) = torch.Generator().manual_seed(2), latents
-    tokens = frames // 2 * (height // 2) * (width // 2)
+    tokens = frames // (config["patch_size_t"] or 1) * (height // 2) * (width // 2)
     angles = torch.randn(tokens, config["attention_head_dim"] // 2, generator=generator).repeat_interleave(2, 1)
     states = (1, config["max_text_seq_length"], config["text_embed_dim"])
     return {
-        "hidden_states": torch.randn(1, frames, 16, height, width, generator=generator).to(torch.bfloat16),
+        "hidden_states": torch.randn(1, frames, config["in_channels"], height, width, generator=generator).to(
+            torch.bfloat16
+        ),
         "encoder_hidden_states": torch.randn(states, generator=generator).to(torch.bfloat16),
         "timestep": torch.tensor([500]),
-        "ofs": torch.full((1,), 2.0, dtype=torch.bfloat16),
-        "image_rotary_emb": (angles.cos(), angles.sin()),
+        "ofs": torch.full((1,), 2.0, dtype=torch.bfloat16) if config["ofs_embed_dim"] else None,
+        "image_rotary_emb": (angles.cos(), angles.sin()) if config["use_rotary_positional_embeddings"] else None,
         "return_dict": False,
     }
 
@@ -93,8 +101,13 @@ def distance(tensor, expected):
 
 @needs_libraries
 @pytest.mark.parametrize(
-    "config, latents", [(SMALL, (4, 8, 12)), pytest.param(MID, (2, 4, 4), marks=pytest.mark.slow)], ids=["small", "mid"]
-)
+    "config, latents",
+    [
+        (SMALL, (4, 8, 12)), (TEXT_15, (4, 8, 12)), (LEARNED, (4, 8, 12)), (TEXT_10, (4, 8, 12)), (SINCOS, (4, 8, 12)),
+        pytest.param(MID, (2, 4, 4), marks=pytest.mark.slow),
+    ],
+    ids=["1.5-5b-i2v", "1.5-5b", "5b-i2v", "5b", "2b", "mid"],
+)  # fmt: skip
 def test_the_loss_is_close_to_that_of_the_full_base(config, latents):
     batch = inputs(config, latents=latents)
     loss, output, gradient = outcome(transformer_of(config), batch)

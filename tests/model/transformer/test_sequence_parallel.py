@@ -17,9 +17,10 @@ from cogds.model.transformer.forward import Transformer
 from cogds.model.transformer.sequence_parallel import SequenceGroup, check_sequence, share_sizes, ulysses_attention
 from tests.model.transformer.test_forward import (
     CHECKPOINTING_MODES,
-    V10,
+    FAMILY,
     V15,
     all_linear,
+    at_size,
     gradients,
     inputs,
     largest_distance,
@@ -116,11 +117,10 @@ def compiled(transformer, function):
 
 
 @pytest.mark.parametrize("latents", [ODD, PORTRAIT], ids=["odd", "portrait"])
-@pytest.mark.parametrize(
-    "config", [V15, V10, V10 | {"use_rotary_positional_embeddings": False}], ids=["15", "10", "2b"]
-)
+@pytest.mark.parametrize("name", FAMILY)
 @pytest.mark.parametrize("size", [2, 4])
-def test_a_shared_clip_equals_one_rank(threads, size, config, latents):
+def test_a_shared_clip_equals_one_rank(threads, size, name, latents):
+    config = at_size(FAMILY[name], latents)
     batch = inputs(config, latents=latents)
     (loss, grads), (losses, mean) = compare(threads(size), model(config), batch)
     assert losses == pytest.approx([loss] * size, rel=1e-6)

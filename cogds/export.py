@@ -28,12 +28,10 @@ from cogds.model.lora.hub import check_repository, list_files, upload_folder
 from cogds.model.lora.merge import (
     Merge,
     check_comfyui_supports,
-    other_files,
-    read_weights,
     save_comfyui_merged,
     save_merged,
-    save_other_parts,
 )
+from cogds.model.weight_files import other_files, read_weights, save_other_parts
 from cogds.process.logs import RESULT
 
 logger = logging.getLogger(__name__)

@@ -62,7 +62,7 @@ class PreflightJob(Job):
     @property
     def checkpoint_bytes(self) -> int:
         """Size of one checkpoint (float32 weights and two moments) with its exported LoRA."""
-        return self.memory.lora.num_parameters * (12 + self.element_bytes)
+        return self.memory.trained.num_parameters * (12 + self.element_bytes)
 
     @property
     def shared_memory_bytes(self) -> int:

@@ -160,7 +160,7 @@ def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
     if engine.device.type != "cuda":
         return 0
     moments = 0 if has_optimizer_states(engine) else estimate.optimizer_state_bytes * 2 // 3
-    reduction = estimate.reduce_buffers_bytes + estimate.lora_gradients_bytes if stage < 3 else 0
+    reduction = estimate.reduce_buffers_bytes + estimate.trained_gradients_bytes if stage < 3 else 0
     return moments + reduction + estimate.clip_encode_bytes
 
 

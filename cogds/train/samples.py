@@ -153,9 +153,12 @@ class SampleCallback:
         videos: dict[str, bytes] = {}
         try:
             with _sampling_mode(self._engine.module, self._builder):
-                if missing:
+                # Of a full fine-tune, the base model exists only before the first step.
+                if missing and self._run.cfg.trains_lora:
                     with _lora_disabled(self._engine.module):
                         base = self._generate({stem: specs[stem] for stem in missing}, "base model")
+                elif missing and step == 0:
+                    base = self._generate({stem: specs[stem] for stem in missing}, "base model")
                 if not is_untrained:
                     videos = self._generate(specs, f"step {step}")
         except Stopped:

@@ -14,7 +14,7 @@ from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes, padded_latent_frames, token_grid
 from cogds.core.memory import (
     CUDA_CONTEXT_BYTES,
-    LoraSize,
+    TrainedSize,
     OnTheFlyEncoding,
     TransformerSize,
     ZeroSettings,
@@ -118,8 +118,8 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
 
 def four_blocks(layers=ATTENTION, **changes):
     """Memory model of four blocks of the published model, with a LoRA on these layers."""
-    lora = LoraSize(0, 128, frozenset(layers))
-    return published_memory(transformer=dataclasses.replace(TRANSFORMER, num_layers=4), lora=lora, **changes)
+    lora = TrainedSize(0, 128, frozenset(layers))
+    return published_memory(transformer=dataclasses.replace(TRANSFORMER, num_layers=4), trained=lora, **changes)
 
 
 FEED_FORWARD = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
@@ -180,15 +180,15 @@ def test_activations_of_fp8_matmuls(monkeypatch, mode, layers):
 def test_activations_of_a_small_model_on_the_cpu(monkeypatch, blocks):
     """In float32 with torch's own attention kernel: within 3%."""
     size = TransformerSize(0, num_layers=4, num_heads=4, head_dim=64, text_dim=64)
-    lora = LoraSize(0, 4, frozenset(ATTENTION))
-    model, shape = published_memory(transformer=size, lora=lora, precision="fp32"), ClipShape(21, 128, 160)
+    lora = TrainedSize(0, 4, frozenset(ATTENTION))
+    model, shape = published_memory(transformer=size, trained=lora, precision="fp32"), ClipShape(21, 128, 160)
     _, peak = train_once(monkeypatch, model, shape, blocks, "cpu")
     assert model.estimate(shape, 1, blocks).activations_bytes == pytest.approx(peak, rel=0.03)
 
 
 def test_saved_tensors_follow_the_adapted_layers():
     def units(*layers, rank=0):
-        return published_memory(lora=LoraSize(0, rank, frozenset(layers))).saved_units
+        return published_memory(trained=TrainedSize(0, rank, frozenset(layers))).saved_units
 
     assert units(*ATTENTION[:3]) - units() == units("attn1.to_k") - units() == 1  # q, k and v read one tensor
     assert units(*ATTENTION, rank=1536) - units(*ATTENTION) == pytest.approx(4 * 1536 / 3072)
@@ -206,15 +206,15 @@ def test_zero_stages_shard_their_tensors():
     zero1, zero2, zero3 = estimates = [estimate(8, stage=stage, reduce_bucket_size=1000) for stage in (1, 2, 3)]
     base, lora = TRANSFORMER.num_parameters, LORA.num_parameters
     assert [e.optimizer_state_bytes for e in estimates] == [12 * lora // 8] * 3
-    assert [e.lora_gradients_bytes for e in estimates] == [2 * lora, 2 * lora // 8, 2 * lora // 8]
+    assert [e.trained_gradients_bytes for e in estimates] == [2 * lora, 2 * lora // 8, 2 * lora // 8]
     assert [e.base_weights_bytes for e in estimates] == [2 * base, 2 * base, 2 * base // 8]
-    assert [e.lora_weights_bytes for e in estimates] == [2 * lora, 2 * lora, 2 * lora // 8]
+    assert [e.trained_weights_bytes for e in estimates] == [2 * lora, 2 * lora, 2 * lora // 8]
     assert zero1.gathered_weights_bytes == zero2.gathered_weights_bytes == 0 < zero3.gathered_weights_bytes
     assert len({e.kept_activations_bytes for e in estimates}) == 1
     assert estimate(8, stage=0).optimizer_state_bytes == 8 * lora
     # The LoRA matrices, 128 x 3072 elements, stay whole in addition to their shards.
     persistent = estimate(8, stage=3, stage3_param_persistence_threshold=400_000)
-    assert persistent.lora_weights_bytes == 2 * lora // 8 + 2 * lora
+    assert persistent.trained_weights_bytes == 2 * lora // 8 + 2 * lora
 
 
 def test_blocks_gathered_by_zero3():
@@ -277,8 +277,8 @@ def test_sequence_parallelism_divides_activations():
 def test_offload_frees_gpu_memory():
     offload = {"device": "cpu"}
     both = estimate(2, stage=3, offload_optimizer=offload, offload_param=offload)
-    assert both.base_weights_bytes == both.lora_weights_bytes == both.optimizer_state_bytes == 0
-    assert both.lora_gradients_bytes == both.optimizer_step_bytes == 0
+    assert both.base_weights_bytes == both.trained_weights_bytes == both.optimizer_state_bytes == 0
+    assert both.trained_gradients_bytes == both.optimizer_step_bytes == 0
     assert both.gathered_weights_bytes > 0
     none = {"device": "none"}
     assert estimate(2, stage=3, offload_optimizer=none, offload_param=none) == estimate(2, stage=3)
@@ -451,4 +451,4 @@ def test_sizes_from_configs_and_targets():
     config = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64, "text_embed_dim": 4096}
     assert TransformerSize.from_config(config, TRANSFORMER.num_parameters) == TRANSFORMER
     targets = [f"transformer_blocks.{block}.{layer}" for block in range(42) for layer in ATTENTION]
-    assert LoraSize.from_targets([*targets, "proj_out"], 132_120_576, 128) == LORA
+    assert TrainedSize.from_targets([*targets, "proj_out"], 132_120_576, 128) == LORA

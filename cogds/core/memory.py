@@ -349,6 +349,12 @@ class MemoryModel:
         num_pages = -(-self._unit_bytes(shape, batch_size) // mmap.PAGESIZE)
         return (self.transformer.num_layers - blocks.num_kept_blocks) * num_pages * mmap.PAGESIZE
 
+    @property
+    def offloaded_optimizer_bytes(self) -> int:
+        """Host memory of a rank with offload_optimizer: float32 masters, two moments and gradients of its share."""
+        share = -(-self.trained.num_parameters // self.num_ranks)
+        return 16 * share if self.zero.offload_optimizer and self.zero.stage else 0
+
     def least_checkpointing(self, shape: ClipShape, batch_size: int, gpu_bytes: float) -> str:
         """The fastest checkpointing mode that fits a GPU of this size, or the smallest mode if none fits."""
         for mode in CHECKPOINTING_MODES:

@@ -26,6 +26,7 @@ from cogds.distributed.deepspeed_internals import (
 )
 from cogds.engine.state import WEIGHT, optimizer_kinds, set_counters, trainable
 from cogds.errors import UserError
+from cogds.process.host_memory import HostBuffer
 from cogds.tensor_file import TensorEntry, TensorFile, write_tensors
 
 STARTS = "starts"  # key of the header's metadata
@@ -66,19 +67,21 @@ class Shard:
     def num_bytes(self) -> int:
         return sum(fragment.entry.num_bytes for fragment in self.fragments)
 
-    def copy(self) -> "Shard":
-        """Copy the tensors to host memory, so that training can continue."""
-        return Shard(self.fragments, iter([_host_copy(tensor) for tensor in self.tensors]), self.num_updates)
+    def copy(self, buffer: HostBuffer) -> "Shard":
+        """Copy the tensors to a buffer of `num_bytes`, so that training can continue."""
+        sizes = [fragment.entry.num_bytes for fragment in self.fragments]
+        copies = [space.view(torch.float32) for space in buffer.bytes[: self.num_bytes].split(sizes)] if sizes else []
+        for copy, tensor in zip(copies, self.tensors, strict=True):
+            copy.copy_(tensor, non_blocking=True)
+        if torch.cuda.is_available():
+            torch.cuda.synchronize()
+        return Shard(self.fragments, iter(copies), self.num_updates)
 
     def write(self, file: Path) -> dict[str, Any]:
         """Write the file. Returns its size and digest."""
         starts = {fragment.name: fragment.start for fragment in self.fragments}
         entries = [fragment.entry for fragment in self.fragments]
         return write_tensors(file, entries, self.tensors, {STARTS: json.dumps(starts)})
-
-
-def _host_copy(tensor: torch.Tensor) -> torch.Tensor:
-    return tensor.detach().clone() if tensor.device.type == "cpu" else tensor.detach().cpu()
 
 
 def local_shard(engine: Any) -> Shard:

@@ -14,7 +14,7 @@ from cogds.engine import checkpoint as checkpoints
 from cogds.engine.state import gather_state, state_bytes, trainable
 from cogds.metrics.monitor import Monitor
 from cogds.model.lora.adapter import export
-from cogds.train.full_saving import FULL_EXPORTS, full_export, start_full_save
+from cogds.train.full_saving import FULL_EXPORTS, FullSaver, full_export
 from cogds.train.metadata import export_metadata
 from cogds.train.run import Run
 
@@ -32,6 +32,7 @@ class CheckpointCallback:
         self._run, self._engine, self._monitor, self._header = run, engine, monitor, header
         self._saver = checkpoints.Saver()
         self._output_dir = Path(run.cfg.output_dir)
+        self._full = None if run.cfg.trains_lora else FullSaver(run, engine)
 
     def run(self, step: int) -> None:
         """Start saving the state after `step` optimizer steps. Collective.
@@ -41,11 +42,12 @@ class CheckpointCallback:
         began = time.perf_counter()
         self.finish(step)
         on_rank0(self._run.world, lambda: check_space(self._run, self._engine))
-        if self._run.cfg.trains_lora:
+        if self._full is None:
             self._start_lora(step)
         else:
-            self._saver.start(*start_full_save(self._run, self._engine, step, self._header))
-            self.finish(step)
+            self._saver.start(*self._full.begin(step, self._header))
+            if not self._full.in_background:
+                self.finish(step)
         self._monitor.add_scalars(step, {"checkpoint/pause_s": time.perf_counter() - began})
 
     def _start_lora(self, step: int) -> None:

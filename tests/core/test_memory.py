@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate_zero3
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as estimate_zero2
 from diffusers import AutoencoderKLCogVideoX
 from peft import LoraConfig
 from transformers import T5Config, T5EncoderModel
@@ -74,7 +76,7 @@ def pack_for_fp8_matmul(block):
 
 
 def train_once(monkeypatch, model, shape, checkpointing, device):
-    """Train the real transformer with a real LoRA, as `model` describes them, for one step on rank 0.
+    """Train the real transformer, or a real LoRA on it, as `model` describes them, for one step on rank 0.
 
     Returns the live bytes after the forward pass and the peak of the backward pass, without weights and inputs.
     """
@@ -90,8 +92,13 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
         if model.fp8_matmul:
             for block in transformer.transformer_blocks:
                 pack_for_fp8_matmul(block)
-        rank = model.lora.rank
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(model.lora.block_layers)))
+        if rank := model.trained.rank:
+            targets = list(model.trained.block_layers)
+            transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        else:
+            transformer.requires_grad_()
+            for parameter in transformer.parameters():  # as ZeRO, which reduces a gradient when it is there
+                parameter.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
         transformer.train()
@@ -147,6 +154,45 @@ def test_activations_at_the_published_size(monkeypatch, layers, blocks):
     assert estimate.activations_bytes - is_done == pytest.approx(peak, rel=0.04)
     # After the forward pass, the last block's output and the head's input are alive too.
     assert estimate.kept_activations_bytes - copying + 2 * FULL_UNIT == pytest.approx(kept, rel=0.04)
+
+
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "full"])
+def test_activations_of_a_full_fine_tune(monkeypatch, mode):
+    """On the meta device, with the gradient of one weight at a time: within 4%."""
+    monkeypatch.setattr(transformer_module, "attend", flash_attention)
+    four = dataclasses.replace(TRANSFORMER, num_layers=4)
+    everything = published_memory(transformer=four, trained=TrainedSize(TRANSFORMER.num_parameters, 0, frozenset(ALL_LAYERS)))
+    _, peak = train_once(monkeypatch, everything, FULL, mode, "meta")
+    gradient = 2 * 4 * four.width**2
+    assert everything.estimate(FULL, 1, mode).activations_bytes + gradient == pytest.approx(peak, rel=0.04)
+
+
+def test_a_full_fine_tune_shards_weights_gradients_and_states():
+    """By hand, and against DeepSpeed's own estimators of model states."""
+    parameters, width = TRANSFORMER.num_parameters, TRANSFORMER.width
+    trained = TrainedSize(parameters, 0, frozenset(ALL_LAYERS))
+    for stage, offload in ((1, False), (2, False), (2, True), (3, False), (3, True)):
+        zero = ZeroSettings(stage, offload_optimizer=offload, offload_param=offload and stage == 3)
+        model = published_memory(trained=trained, zero=zero, num_ranks=8)
+        found = model.estimate(FULL, 1, "full")
+        assert found.base_weights_bytes == 0
+        assert found.trained_weights_bytes == {3: 0 if offload else 2 * parameters / 8}.get(stage, 2 * parameters)
+        assert found.trained_gradients_bytes == (0 if offload else 2 * parameters / (1 if stage == 1 else 8))
+        assert found.optimizer_state_bytes == (0 if offload else 12 * parameters / 8)
+        assert found.optimizer_step_bytes == (0 if offload else 4 * parameters / 8)
+        assert model.offloaded_optimizer_bytes == (16 * parameters / 8 if offload else 0)
+        assert found.reduce_buffers_bytes == 2 * (500_000_000 + 4 * width**2)
+        states = sum(found.terms()[name] for name in ("trained weights", "trained gradients", "optimizer state",
+                                                      "optimizer step"))  # fmt: skip
+        if stage == 2:
+            assert states == estimate_zero2(parameters, num_gpus_per_node=8, cpu_offload=offload)[1]
+        if stage == 3:
+            options = {"num_gpus_per_node": 8, "cpu_offload": offload, "cpu_offload_params": offload}
+            # DeepSpeed's estimate leaves out the bf16 gradients, of which it makes the float32 ones.
+            assert states == estimate_zero3(parameters, 0, **options)[1] + (0 if offload else 2 * parameters / 8)
+    part = dataclasses.replace(trained, num_parameters=parameters // 4)
+    found = published_memory(trained=part, zero=ZeroSettings(2), num_ranks=8).estimate(FULL, 1, "full")
+    assert found.base_weights_bytes == 2 * (parameters - parameters // 4)
 
 
 @pytest.mark.slow

@@ -105,6 +105,7 @@ class Job:
             quantization=cfg.model.quantization,
             fp8_matmul=cfg.model.fp8_matmul,
             sequence_size=cfg.parallel.sequence_size,
+            ema_on_gpu=cfg.full.ema_decay is not None and cfg.full.ema_device == "gpu",
             # One more batch is being encoded.
             on_the_fly=OnTheFlyEncoding(self.model.num_text_parameters, self.tiled, BATCHES_AHEAD + 1)
             if cfg.data.encode == "on_the_fly"

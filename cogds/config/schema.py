@@ -226,6 +226,11 @@ class FullConfig(Section):
         "parts to train, by the end of their name; * stands for any text; empty: the whole transformer; "
         "such as [attn1] or [transformer_blocks.4?]",
     )
+    ema_decay: float | None = key(
+        None, "decay of a moving average of the weights, such as 0.999, that is evaluated, sampled and exported too; "
+        "null: none", gt=0, lt=1,
+    )  # fmt: skip
+    ema_device: Literal["gpu", "cpu"] = key("gpu", "memory of the moving average: 4 bytes per parameter over all ranks")
 
 
 # Defaults that depend on train.method. A full fine-tune changes every weight, so it needs smaller steps than a LoRA,
@@ -362,8 +367,9 @@ class RunConfig(Section):
     @model_validator(mode="after")
     def _check_method(self) -> Self:
         if self.trains_lora:
-            if self.full.modules:
-                raise ValueError("full.modules: set, but train.method is lora. Set train.method=full, or remove it.")
+            for name in ("modules", "ema_decay"):
+                if getattr(self.full, name):
+                    raise ValueError(f"full.{name}: set, but train.method is lora. Set train.method=full, or remove it.")
             return self
         if self.lora.init_from:
             raise ValueError(

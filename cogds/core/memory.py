@@ -245,6 +245,7 @@ class MemoryModel:
         quantization: of the base weights, "none" or a key of `QUANTIZED_FORMATS`.
         sequence_size: ranks that share a clip.
         on_the_fly: None if clips are encoded before training.
+        ema_on_gpu: whether a moving average of the trained weights is kept on the GPU.
     """
 
     geometry: ModelGeometry
@@ -259,6 +260,7 @@ class MemoryModel:
     fp8_matmul: bool = False
     sequence_size: int = 1
     on_the_fly: OnTheFlyEncoding | None = None
+    ema_on_gpu: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -279,7 +281,7 @@ class MemoryModel:
                                below the persistence threshold
             trained gradients  L e; / N from stage 2; 0 with offload_optimizer from stage 2
             optimizer state    fp32 master weights and two Adam moments, 12 L (8 L at stage 0, which has no master
-                               weights); / N from stage 1; 0 with offload_optimizer
+                               weights); / N from stage 1; 0 with offload_optimizer; plus 4 L / N for a moving average
             optimizer step     fp32 copy of the gradients, 4 L / N from stage 1; 0 with offload_optimizer
             on the fly         the weights of T5 and of a second VAE, and `_clip_encode_bytes`
             reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication; plus the
@@ -319,7 +321,8 @@ class MemoryModel:
             * unpacked_weight_bytes(self.quantization, self.fp8_matmul, element_bytes),
             trained_weights_bytes=(shard(num_trained, 3) * on_gpu + whole_lora) * element_bytes,
             trained_gradients_bytes=0 if gradients_offloaded else shard(num_trained, 2) * element_bytes,
-            optimizer_state_bytes=0 if zero.offload_optimizer else shard(num_trained, 1) * (12 if zero.stage else 8),
+            optimizer_state_bytes=(0 if zero.offload_optimizer else shard(num_trained, 1) * (12 if zero.stage else 8))
+            + (shard(num_trained, 1) * 4 if self.ema_on_gpu else 0),
             reduce_buffers_bytes=(num_buffers * zero.reduce_bucket_size + self._largest_gradient) * element_bytes
             if zero.stage
             else 0,

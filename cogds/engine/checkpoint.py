@@ -38,7 +38,7 @@ STATE_FILE = "state.json"
 TENSORS_FILE = "trainable.safetensors"
 LATEST_FILE = "latest"
 RUN_FILES = (
-    "checkpoints", "lora", "model", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl",
+    "checkpoints", "lora", "model", "model_ema", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl",
     "quarantine.jsonl", "samples",
 )  # fmt: skip
 MAX_READERS = 8  # threads that verify files
@@ -374,7 +374,7 @@ def set_aside(output_dir: Path, resume_from: Path | None, step: int) -> Path | N
     A run that continues from its own checkpoint moves only what is after `step`; any other run moves everything.
     """
     if resume_from and resume_from.resolve().parent == (output_dir / "checkpoints").resolve():
-        folders = (path for kind in ("checkpoints", "lora", "model", "samples") for path in (output_dir / kind).glob("step-*"))
+        folders = (path for kind in ("checkpoints", "lora", "model", "model_ema", "samples") for path in (output_dir / kind).glob("step-*"))
         old = [path for path in folders if _is_step_folder(path) and step_of(path) > step]
     else:
         old = [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]

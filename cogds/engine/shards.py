@@ -1,7 +1,7 @@
 """The training state of a full fine-tune: every rank writes and reads only its own part.
 
 A checkpoint has a file per rank, `shard-00001-of-00008.safetensors`. It holds the flat float32 fragments of which this
-rank had the master weights: `weight/NAME`, and the same range of each state of the optimizer, such as `exp_avg/NAME`.
+rank had the master weights: `weight/NAME`, and the same range of each state of the optimizer, such as `exp_avg/NAME`, and of the moving average.
 The file's header says at which element of the parameter each fragment starts. So the ranks of another layout find what
 they need, whatever ZeRO stage, world size and offload wrote it, and no rank ever holds a whole model.
 """
@@ -24,11 +24,13 @@ from cogds.distributed.deepspeed_internals import (
     set_local_part,
     update_model_weights,
 )
+from cogds.engine.ema import Ema
 from cogds.engine.state import WEIGHT, optimizer_kinds, set_counters, trainable
 from cogds.errors import UserError
 from cogds.process.host_memory import HostBuffer
 from cogds.tensor_file import TensorEntry, TensorFile, write_tensors
 
+EMA = "ema"  # kind of the moving average
 STARTS = "starts"  # key of the header's metadata
 ADVICE = "Set full.modules as in the checkpoint, or start a new run with checkpoint.resume=none."
 
@@ -84,7 +86,7 @@ class Shard:
         return write_tensors(file, entries, self.tensors, {STARTS: json.dumps(starts)})
 
 
-def local_shard(engine: Any) -> Shard:
+def local_shard(engine: Any, ema: Ema | None = None) -> Shard:
     """Return this rank's part of the current state. Its tensors are read when they are used."""
     kinds, num_updates = optimizer_kinds(engine)
     if not kinds and engine.global_steps > engine.skipped_steps:
@@ -94,9 +96,14 @@ def local_shard(engine: Any) -> Shard:
         Fragment(kind, name, part.start, part.stop)
         for name, parameter in parameters.items()
         if (part := local_range(parameter))
-        for kind in (WEIGHT, *kinds)
+        for kind in (WEIGHT, *kinds, *([EMA] if ema else []))
     ]
-    tensors = (_read_part(fragment.name, parameters[fragment.name], fragment.kind) for fragment in fragments)
+    tensors = (
+        ema.parts[fragment.name]
+        if ema and fragment.kind == EMA
+        else _read_part(fragment.name, parameters[fragment.name], fragment.kind)
+        for fragment in fragments
+    )
     return Shard(fragments, tensors, num_updates)
 
 
@@ -109,11 +116,11 @@ def _read_part(name: str, parameter: torch.nn.Parameter, kind: str) -> torch.Ten
     return master
 
 
-def shard_header(engine: Any) -> dict[str, Any]:
+def shard_header(engine: Any, ema: Ema | None = None) -> dict[str, Any]:
     """Return what a checkpoint's header says about the state: the kinds of tensors, and the parameters' shapes."""
     kinds, _ = optimizer_kinds(engine)
     shapes = {name: list(full_shape(parameter)) for name, parameter in trainable(engine).items()}
-    return {"kinds": [WEIGHT, *kinds], "shapes": shapes}
+    return {"kinds": [WEIGHT, *kinds, *([EMA] if ema else [])], "shapes": shapes}
 
 
 class ShardReader:
@@ -154,14 +161,14 @@ class ShardReader:
         self.close()
 
 
-def restore_shards(engine: Any, folder: Path, header: Mapping[str, Any]) -> None:
-    """Restore this rank's part of the state of a checkpoint into a new engine. Collective.
+def restore_shards(engine: Any, folder: Path, header: Mapping[str, Any], ema: Ema | None = None) -> None:
+    """Restore this rank's part of the state of a checkpoint into a new engine and its moving average. Collective.
 
-    header: content of its state.json. Raises UserError if the state belongs to other parameters.
+    header: content of its state.json. The average begins with the weights if the checkpoint has none. Raises UserError if the state belongs to other parameters.
     """
     parameters = trainable(engine)
     _check_shapes(header["shapes"], {name: list(full_shape(parameter)) for name, parameter in parameters.items()})
-    kinds = header["kinds"]
+    kinds = [kind for kind in header["kinds"] if kind != EMA]
     if len(kinds) > 1:
         make_optimizer_states(engine)
     with ShardReader(folder, header["num_shards"]) as reader:
@@ -170,6 +177,9 @@ def restore_shards(engine: Any, folder: Path, header: Mapping[str, Any]) -> None
                 for kind in kinds:
                     value = reader.read(kind, name, part.start, part.stop)
                     set_local_part(parameter, value, None if kind == WEIGHT else kind)
+                if ema:
+                    source = EMA if EMA in header["kinds"] else WEIGHT
+                    ema.parts[name].copy_(reader.read(source, name, part.start, part.stop))
     update_model_weights(engine)
     set_counters(engine, header["num_updates"])
 

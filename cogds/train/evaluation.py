@@ -55,6 +55,8 @@ MAX_SHARE = 0.05
 # Shorter runs are trials, in which the cost of evaluation does not matter.
 TRIAL_STEPS = 100
 
+EMA_TAG = "eval_ema/"  # prefix of the losses of the moving average of the weights
+
 Forward = Callable[[Mapping[str, Any]], torch.Tensor]
 ShouldContinue = Callable[[int], bool]
 
@@ -305,6 +307,10 @@ class EvaluationCallback:
 
         with evaluation_mode(engine.module, world.device), contextlib.closing(bar):
             scalars = self.evaluation.scalars(forward, should_continue)
+            if scalars and step and self.context.ema:
+                with self.context.ema.in_model():
+                    averaged = self.evaluation.scalars(forward, should_continue)
+                scalars |= {tag.replace("eval/", EMA_TAG, 1): loss for tag, loss in averaged.items()}
         if scalars:
             self.first = self.first or scalars
             if world.rank == 0:

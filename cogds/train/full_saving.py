@@ -4,6 +4,7 @@ The export is made from the files of the checkpoint, so no weights are gathered 
 each rank writes from a copy of the state in (on GPUs, pinned) host memory. Where that does not fit, training waits.
 """
 
+import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -12,15 +13,17 @@ from typing import Any
 
 import torch
 
-from cogds.card import pipeline_factor, write_card
+from cogds.card import FULL, write_card
+from cogds.config.schema import RunConfig
 from cogds.distributed.collectives import all_gather, on_rank0
 from cogds.engine import checkpoint as checkpoints
-from cogds.engine.shards import Shard, ShardReader, local_shard, shard_header, shard_name
+from cogds.engine.shards import EMA, Shard, ShardReader, local_shard, shard_header, shard_name
 from cogds.engine.state import WEIGHT
 from cogds.errors import UserError
 from cogds.formatting import gigabytes
 from cogds.model.full_export import FullExport
 from cogds.process.host_memory import HostBuffer, available_memory_bytes
+from cogds.train.callbacks import TrainContext
 from cogds.train.metadata import export_metadata
 from cogds.train.run import Run
 
@@ -28,7 +31,8 @@ logger = logging.getLogger(__name__)
 
 # Share of the available host memory that copies of the state may take.
 COPY_SHARE = 0.5
-FULL_EXPORTS = "model"  # folder of exported models in the output folder
+# Folders of exported models in the output folder, and the kind of tensors that they are made from.
+FULL_EXPORTS, EMA_EXPORTS = "model", "model_ema"
 
 
 def full_export(run: Run, step: int) -> FullExport:
@@ -41,6 +45,17 @@ def full_export(run: Run, step: int) -> FullExport:
     )  # fmt: skip
 
 
+def exports(cfg: RunConfig) -> dict[str, str]:
+    """Return the folders of exported models, and the kind of tensors that each is made from."""
+    return {FULL_EXPORTS: WEIGHT} | ({EMA_EXPORTS: EMA} if cfg.full.ema_decay is not None else {})
+
+
+def full_save_bytes(run: Run, state_bytes: int) -> int:
+    """Return the disk space of a save. state_bytes: of the weights and two moments."""
+    folders = exports(run.cfg)
+    return state_bytes + (state_bytes // 3 if EMA_EXPORTS in folders else 0) + len(folders) * full_export(run, 0).num_bytes
+
+
 class FullSaver:
     """Begins the saves of a run.
 
@@ -48,8 +63,8 @@ class FullSaver:
     memory that all nodes have left.
     """
 
-    def __init__(self, run: Run, engine: Any):
-        self._run, self._engine = run, engine
+    def __init__(self, context: TrainContext):
+        self._run, self._engine, self._ema = context.run, context.engine, context.ema
         self.in_background = False
         self._buffer: HostBuffer | None = None
         self._kinds: list[str] = []  # that the buffer is for: before the first step, the optimizer has no states
@@ -59,20 +74,24 @@ class FullSaver:
 
         header: values to store in the checkpoint's state.json.
         """
-        run, shard = self._run, local_shard(self._engine)
+        run, shard = self._run, local_shard(self._engine, self._ema)
         state = {"step": step, "num_updates": shard.num_updates, "num_shards": run.world.size}
-        state |= shard_header(self._engine)
+        state |= shard_header(self._engine, self._ema)
         if state["kinds"] != self._kinds:
             self._kinds = state["kinds"]
             self._allocate(shard.num_bytes)
         output = Path(run.cfg.output_dir)
-        folders = output / "checkpoints", output / FULL_EXPORTS
-        checkpoint, model = on_rank0(run.world, lambda: [checkpoints.begin_folder(folder, step) for folder in folders])
-        on_rank0(run.world, (model / "transformer").mkdir)
+
+        def make_folders() -> Path:
+            for folder in exports(run.cfg):
+                (checkpoints.begin_folder(output / folder, step) / "transformer").mkdir()
+            return checkpoints.begin_folder(output / "checkpoints", step)
+
+        checkpoint = on_rank0(run.world, make_folders)
         if self.in_background and self._buffer is not None:
             shard = shard.copy(self._buffer)
-        save = _FullSave(run, shard, checkpoint, model, full_export(run, step), {**state, **header})
-        return save.write_shard, save.write_model, save.commit
+        save = _FullSave(run, shard, checkpoint, full_export(run, step), {**state, **header})
+        return save.write_shard, save.write_models, save.commit
 
     def _allocate(self, num_bytes: int) -> None:
         """Allocate host memory for a copy of the state, if all nodes have enough. Collective."""
@@ -97,12 +116,11 @@ class FullSaver:
 
 @dataclass(frozen=True)
 class _FullSave:
-    """One save. shard: of this rank. checkpoint, model: the temporary folders."""
+    """One save. shard: of this rank. checkpoint: the temporary folder."""
 
     run: Run
     shard: Shard
     checkpoint: Path
-    model: Path
     export: FullExport
     header: Mapping[str, Any]
 
@@ -111,8 +129,14 @@ class _FullSave:
         world = self.run.world
         return self.shard.write(self.checkpoint / shard_name(world.rank, world.size))
 
-    def write_model(self, digests: list[Any]) -> list[Any]:
-        """Write this rank's files of the exported model. Returns the digests."""
+    @property
+    def models(self) -> dict[Path, str]:
+        """The temporary folders of the exported models, and the kind of tensors that each is made from."""
+        output, name = self.checkpoint.parent.parent, self.checkpoint.name
+        return {output / folder / name: kind for folder, kind in exports(self.run.cfg).items()}
+
+    def write_models(self, digests: list[Any]) -> list[Any]:
+        """Write this rank's files of the exported models. Returns the digests."""
         world = self.run.world
         for rank in range(world.size):
             if not (self.checkpoint / shard_name(rank, world.size)).exists():
@@ -121,23 +145,27 @@ class _FullSave:
                     "train.method=full, use a folder that all nodes share."
                 )
         with ShardReader(self.checkpoint, world.size) as reader:
-            self.export.write_files(
-                self.model / "transformer", lambda name, size: reader.read(WEIGHT, name, 0, size), world.rank, world.size
-            )
+            for model, kind in self.models.items():
+                read = functools.partial(reader.read, kind, start=0)
+                self.export.write_files(
+                    model / "transformer", lambda name, size, read=read: read(name, stop=size), world.rank, world.size
+                )
         return digests
 
     def commit(self, digests: list[list[Any]]) -> None:
-        """Complete the model and the checkpoint, and remove old ones. On rank 0."""
+        """Complete the models and the checkpoint, and remove old ones. On rank 0."""
         world, settings = self.run.world, self.run.cfg.checkpoint
         if world.rank:
             return
-        self.export.complete(self.model)
-        final = self.model.with_suffix("")
-        write_card(self.model, final, self.export.metadata, "full")
-        checkpoints.replace_folder(self.model, final)
+        for model in self.models:
+            self.export.complete(model)
+            final = model.with_suffix("")
+            write_card(model, final, self.export.metadata, FULL)
+            checkpoints.replace_folder(model, final)
         files = {shard_name(rank, world.size): digest for rank, digest in enumerate(digests[0])}
         checkpoints.commit(self.checkpoint, {"files": files, **self.header}, settings.keep_last, settings.keep_every)
         kept = {checkpoint.name for checkpoint in checkpoints.complete_checkpoints(self.checkpoint.parent)}
-        for folder in checkpoints.step_folders(final.parent):
-            if folder.name not in kept:
-                checkpoints.remove_folder(folder)
+        for model in self.models:
+            for folder in checkpoints.step_folders(model.parent):
+                if folder.name not in kept:
+                    checkpoints.remove_folder(folder)

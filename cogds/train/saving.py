@@ -12,9 +12,9 @@ from cogds.config.schema import RunConfig
 from cogds.distributed.collectives import on_rank0
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.state import gather_state, state_bytes, trainable
-from cogds.metrics.monitor import Monitor
 from cogds.model.lora.adapter import export
-from cogds.train.full_saving import FULL_EXPORTS, FullSaver, full_export
+from cogds.train.callbacks import TrainContext
+from cogds.train.full_saving import FULL_EXPORTS, FullSaver, full_save_bytes
 from cogds.train.metadata import export_metadata
 from cogds.train.run import Run
 
@@ -26,13 +26,14 @@ class CheckpointCallback:
     at_start = False
     on_stop = True
 
-    def __init__(self, run: Run, engine: Any, monitor: Monitor, header: Mapping[str, Any]):
+    def __init__(self, context: TrainContext, header: Mapping[str, Any]):
         """header: JSON-serializable values to store in each checkpoint's state.json."""
+        run = context.run
         self.every = run.cfg.checkpoint.every
-        self._run, self._engine, self._monitor, self._header = run, engine, monitor, header
+        self._run, self._engine, self._monitor, self._header = run, context.engine, context.monitor, header
         self._saver = checkpoints.Saver()
         self._output_dir = Path(run.cfg.output_dir)
-        self._full = None if run.cfg.trains_lora else FullSaver(run, engine)
+        self._full = None if run.cfg.trains_lora else FullSaver(context)
 
     def run(self, step: int) -> None:
         """Start saving the state after `step` optimizer steps. Collective.
@@ -91,9 +92,9 @@ def export_folder(cfg: RunConfig) -> str:
 
 
 def check_space(run: Run, engine: Any) -> None:
-    """Raise UserError if the disk has no room for one save: the state, and a LoRA of at most a third of its size."""
-    exported = state_bytes(engine) / 3 if run.cfg.trains_lora else full_export(run, 0).num_bytes
-    checkpoints.check_space(Path(run.cfg.output_dir), state_bytes(engine) + exported)
+    """Raise UserError if the disk has no room for one save: the state, and a LoRA (at most a third of it) or a model."""
+    needed = 4 / 3 * state_bytes(engine) if run.cfg.trains_lora else full_save_bytes(run, state_bytes(engine))
+    checkpoints.check_space(Path(run.cfg.output_dir), needed)
 
 
 def export_lora(transformer: Any, weights: Mapping[str, torch.Tensor], run: Run, folder: Path) -> None:

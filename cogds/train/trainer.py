@@ -29,6 +29,7 @@ from cogds.encode.encoder import encode_dataset
 from cogds.encode.on_the_fly import OnTheFlyModels, load_on_the_fly_models
 from cogds.encode.tiling import choose_tiling
 from cogds.engine import checkpoint as checkpoints
+from cogds.engine.ema import Ema
 from cogds.engine.sequence_groups import share_clips
 from cogds.engine.shards import restore_shards
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine
@@ -87,6 +88,7 @@ class Trainer:
         self.job, self.stop, self.dry_run = job, stop, dry_run
         self.output_dir = Path(job.cfg.output_dir)
         self.watchdog: Watchdog | None = None
+        self.ema: Ema | None = None
 
     def run(self) -> None:
         """Prepare, train and save. Raises Interrupted once everything is saved, if a rank was asked to stop."""
@@ -201,11 +203,14 @@ class Trainer:
         share_clips(transformer, world, cfg.train.timeout_s)
         engine = start_engine(transformer, parameters, run.ds_config)
         on_rank0(world, lambda: check_space(run, engine))
+        if cfg.full.ema_decay is not None:
+            device = world.device if cfg.full.ema_device == "gpu" else torch.device("cpu")
+            self.ema = Ema(engine, cfg.full.ema_decay, device)
         if initial.checkpoint and cfg.trains_lora:
             restore_state(engine, initial.state, world)
             initial.release()
         elif initial.checkpoint:
-            restore_shards(engine, initial.checkpoint, initial.header)
+            restore_shards(engine, initial.checkpoint, initial.header, self.ema)
         return engine
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -227,9 +232,9 @@ class Trainer:
             logger.info("%s", result)
 
         context = TrainContext(
-            run, engine, builder, monitor, watchdog.watch, is_stopping=lambda: bool(self.stop.requested)
+            run, engine, builder, monitor, watchdog.watch, lambda: bool(self.stop.requested), self.ema
         )
-        saving = CheckpointCallback(run, engine, monitor, header)
+        saving = CheckpointCallback(context, header)
         optional: list[Callback | None] = [make_evaluation_callback(context), make_sample_callback(context)]
         callbacks = [callback for callback in (*optional, saving) if callback is not None]
         self.stop.defer()
@@ -243,6 +248,8 @@ class Trainer:
             watchdog.watch(functools.partial(run.describe, step))
             bad_clips = train_step(context, batches, step, bad_samples, meter)
             num_bad_steps = num_bad_steps + 1 if bad_clips else 0
+            if self.ema and not bad_clips:
+                self.ema.update(step)
             is_stopped, is_busy = any_rank(world, bool(self.stop.requested), saving.is_busy)
             is_last = step + 1 == cfg.train.num_steps
             if not is_busy:

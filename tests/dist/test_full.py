@@ -10,7 +10,7 @@ from diffusers import CogVideoXImageToVideoPipeline, CogVideoXTransformer3DModel
 
 from cogds.engine.shards import ShardReader
 from tests.conftest import ROOT
-from tests.dist.conftest import losses
+from tests.dist.conftest import losses, notes
 from tests.model.lora.adapters import example_inputs
 
 pytestmark = pytest.mark.dist
@@ -54,6 +54,11 @@ def test_a_part_of_the_transformer_is_trained(compare):
 
 SCRIPT = ROOT / "tests/dist/full_script.py"
 FULL = ("train.method=full", "optimizer.lr=1e-3", "optimizer.weight_decay=0.01")
+OVERRIDES = {
+    "zero2": FULL,
+    "zero3": (*FULL, "train.precision=bf16", "full.ema_decay=0.5", "train.memory_check=on"),
+    "zero3_offload": (*FULL, "full.ema_decay=0.5", "full.ema_device=cpu"),
+}
 
 
 def state_of(run, step=6):
@@ -77,7 +82,7 @@ def assert_equal(tensors, expected):
 def stop_after_step_3(whole, stopped):
     """Copy a finished run as if it had been killed after its checkpoint of step 3."""
     shutil.copytree(whole, stopped, symlinks=True)
-    for kind in ("checkpoints", "model"):
+    for kind in ("checkpoints", "model", *(["model_ema"] if (whole / "model_ema").exists() else [])):
         shutil.rmtree(stopped / kind / "step-000006")
     (stopped / "checkpoints/latest").write_text("step-000003\n")
     lines = (stopped / "metrics.jsonl").read_text().splitlines(keepends=True)
@@ -86,8 +91,7 @@ def stop_after_step_3(whole, stopped):
 
 @pytest.mark.parametrize("ds", ["zero2", "zero3", "zero3_offload"])
 def test_a_resumed_run_equals_the_uninterrupted_run(train_once, workshop, ds):
-    precision = "bf16" if ds == "zero3" else "fp32"
-    overrides = (*FULL, f"train.precision={precision}")
+    overrides = OVERRIDES[ds]
     whole, stopped = train_once(f"full-{ds}", ds, *overrides, script=SCRIPT), workshop / f"full-{ds}-stopped"
     stop_after_step_3(whole, stopped)
     train_once(f"full-{ds}-resumed", ds, *overrides, f"output_dir={stopped}", script=SCRIPT)
@@ -101,7 +105,7 @@ def test_a_resumed_run_equals_the_uninterrupted_run(train_once, workshop, ds):
 @pytest.mark.parametrize("ds", ["zero2", "zero3", "zero3_offload"])
 def test_the_exported_folder_is_the_trained_model(train_once, ds, tiny_model):
     precision = "bf16" if ds == "zero3" else "fp32"
-    run = train_once(f"full-{ds}", ds, *FULL, f"train.precision={precision}", script=SCRIPT)
+    run = train_once(f"full-{ds}", ds, *OVERRIDES[ds], script=SCRIPT)
     folder, dtype = run / "model/step-000006", {"bf16": torch.bfloat16, "fp32": torch.float32}[precision]
     pipeline = CogVideoXImageToVideoPipeline.from_pretrained(folder, dtype=dtype)
     weights = pipeline.transformer.state_dict()
@@ -121,3 +125,28 @@ def test_the_exported_folder_is_the_trained_model(train_once, ds, tiny_model):
         output = pipeline.transformer(**inputs)[0]
     # diffusers computes the same in another order.
     torch.testing.assert_close(output, expected, **({"atol": 0.05, "rtol": 0.05} if precision == "bf16" else {"atol": 1e-5, "rtol": 1e-4}))
+
+
+def test_the_moving_average_is_evaluated_and_exported(train_once):
+    """With videos and evaluations, which do not change the training."""
+    plain = train_once("full-zero3", "zero3", *OVERRIDES["zero3"], script=SCRIPT)
+    run = train_once(
+        "full-watched", "zero3", *OVERRIDES["zero3"], "checkpoint.every=1", "checkpoint.keep_last=3", "eval.every=3",
+        "sample.every=6", "sample.num_steps=2", script=SCRIPT,
+    )  # fmt: skip
+    assert losses(run) == losses(plain)
+    assert_equal(state_of(run)[0], state_of(plain)[0])
+    evaluations = [line for line in notes(run) if "eval/train_loss" in line]
+    assert [("eval_ema/train_loss" in line, line["step"]) for line in evaluations] == [(False, 0), (True, 3), (True, 6)]
+    assert all(line["eval_ema/train_loss"] != line["eval/train_loss"] for line in evaluations[1:])
+    assert len(list((run / "samples").glob("*/*.mp4"))) == 6
+    states = {step: state_of(run, step)[0] for step in (4, 5, 6)}
+    for step in (5, 6):
+        for name in (name for name in states[step] if name.startswith("ema/")):
+            weight = states[step][name.replace("ema/", "weight/")]
+            expected = states[step - 1][name].lerp(weight, 1 - min(0.5, step / (9 + step)))
+            torch.testing.assert_close(states[step][name], expected)
+    assert sorted(path.name for path in (run / "model_ema").iterdir()) == ["step-000004", "step-000005", "step-000006"]
+    averaged = CogVideoXTransformer3DModel.from_pretrained(run / "model_ema/step-000006", subfolder="transformer")
+    for name, weight in averaged.state_dict().items():
+        assert torch.equal(weight, states[6][f"ema/{name}"].to(torch.bfloat16)), name

@@ -281,6 +281,7 @@ def _table(metadata: Metadata) -> str:
         ("Precision", metadata.get("precision")),
         ("Quantization", metadata.get("quantization") if metadata.get("quantization") != "none" else None),
         ("Merged", metadata.get("merged")),
+        ("Relative error of the extraction", metadata.get("extracted_error")),
         ("Strength", metadata.get("exported_scale")),
         ("Seed", metadata.get("seed")),
     ]

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import safe_open
 
 from cogds.model.load import ModelFolder, transformer_weights
 from cogds.model.weight_files import (
@@ -25,6 +26,7 @@ from cogds.model.weight_files import (
 )
 from cogds.tensor_file import TensorEntry, write_tensors
 
+METADATA_KEY = "cogds"  # of the header
 # Returns the values of a trained weight with this name and number of elements, in any shape.
 ReadWeight = Callable[[str, int], torch.Tensor]
 
@@ -64,7 +66,7 @@ class FullExport:
         for index, (file, weights) in enumerate(self.files().items()):
             slices = [next(base)[1] for _ in weights]
             if index % count == number:
-                header = {"format": "pt", "cogds": json.dumps(dict(self.metadata))}
+                header = {"format": "pt", METADATA_KEY: json.dumps(dict(self.metadata))}
                 write_tensors(folder / file, weights, self._values(weights, slices, read), header)
 
     def _values(
@@ -86,3 +88,12 @@ class FullExport:
         write_index(folder / "transformer", self.files())
         shutil.copyfile(self.model.path / "transformer/config.json", folder / "transformer/config.json")
         save_other_parts(folder, self.model, copy=False)
+
+
+def trained_metadata(model: ModelFolder) -> dict[str, Any]:
+    """Return the metadata that an exported model records in its weights, or {}."""
+    model.fetch("transformer")
+    for file in sorted((model.path / "transformer").glob("*.safetensors")):
+        with safe_open(file, "pt") as tensors:
+            return json.loads((tensors.metadata() or {}).get(METADATA_KEY, "{}"))
+    return {}

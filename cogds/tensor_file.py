@@ -90,6 +90,8 @@ class TensorFile:
 
     def read(self, name: str, start: int, stop: int) -> torch.Tensor:
         """Read the elements [start, stop) of a tensor in flat order."""
+        if start == stop:
+            return torch.empty(0, dtype=self.entries[name].dtype)
         itemsize = self.entries[name].dtype.itemsize
         content = bytearray((stop - start) * itemsize)
         self._file.seek(self._starts[name] + start * itemsize)

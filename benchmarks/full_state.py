@@ -152,8 +152,9 @@ def main(arguments: list[str] | None = None) -> None:
             (folder / part).mkdir()
         write_model(folder / "model", args.layers, args.heads)
         command = [sys.executable, __file__, "--folder", name, "--deepspeed", args.deepspeed]
-        environment = {**os.environ, "WORLD_SIZE": str(args.ranks), "LOCAL_SIZE": str(args.ranks), "OMP_NUM_THREADS": "1",
-                       "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}  # fmt: skip
+        size = str(args.ranks)
+        environment = {**os.environ, "WORLD_SIZE": size, "LOCAL_SIZE": size, "OMP_NUM_THREADS": "1"}
+        environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}
         ranks = [
             subprocess.Popen(command, env={**environment, "RANK": str(rank), "LOCAL_RANK": str(rank)})
             for rank in range(args.ranks)
@@ -162,7 +163,9 @@ def main(arguments: list[str] | None = None) -> None:
         if any(codes):
             sys.exit(f"the ranks ended with {codes}")
         results = json.loads((folder / "results.json").read_text())
-    print(f"{results['parameters'] / 1e9:.2f} B parameters, {args.ranks} ranks, {args.deepspeed}; peak rise [GB] and time [s]")
+    size = f"{results['parameters'] / 1e9:.2f} B parameters"
+    print(f"{size}, {args.ranks} ranks, {args.deepspeed}; peak rise [GB] and time [s]")
+
     for rank, values in enumerate(results["ranks"]):
         share = values.pop("share")
         figures = ", ".join(f"{name} {rise:.2f} ({seconds:.0f} s)" for name, (rise, seconds) in values.items())

@@ -1,7 +1,7 @@
 """The model card (README.md) that is written for every LoRA, every fine-tuned model and every export.
 
-It contains only metadata that training stores in the file's header (`train.metadata.export_metadata`), so it can be written
-from the file alone.
+It contains only metadata that training stores in the file's header (`train.metadata.export_metadata`), so it can be
+written from the file alone.
 """
 
 import json

@@ -17,6 +17,7 @@ from cogds.arguments import EXTRACTED, MERGED_FORMATS
 from cogds.card import CARD_NAME, SAMPLE_NAME, find_sample, hub_id, model_card, pipeline_factor, shareable
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import existing_parent, whole_folder
+from cogds.model.full_export import trained_metadata
 from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora.convert import (
     check_all_fit,
@@ -35,7 +36,6 @@ from cogds.model.lora.merge import (
     save_comfyui_merged,
     save_merged,
 )
-from cogds.model.full_export import trained_metadata
 from cogds.model.weight_files import other_files, read_weights, save_other_parts
 from cogds.process.logs import RESULT
 
@@ -143,9 +143,10 @@ def export_extracted(args: argparse.Namespace, output: Path, api: Any) -> None:
     extraction = extract_lora(base, tuned, rank, dtype, metadata, device)
     worst = max(extraction.layer_errors, key=lambda name: extraction.layer_errors[name])
     lines = [
-        f"Rank {rank} on {len(extraction.layer_errors)} layers keeps {1 - extraction.error**2:.1%} of the change of the "
-        f"weights (relative error {extraction.error:.3f}; the largest of a layer is {extraction.layer_errors[worst]:.3f}, "
-        f"{worst}). {extraction.outside:.1%} of the change is in norms, biases and other weights without a LoRA."
+        f"Rank {rank} on {len(extraction.layer_errors)} layers keeps {1 - extraction.error**2:.1%} of the change of "
+        f"the weights (relative error {extraction.error:.3f}; the largest of a layer is "
+        f"{extraction.layer_errors[worst]:.3f}, {worst}). "
+        f"{extraction.outside:.1%} of the change is in norms, biases and other weights without a LoRA."
     ]
     metadata |= {"extracted_error": round(extraction.error, 4)}
     with whole_folder(output) as partial:

@@ -53,10 +53,11 @@ BATCHES_AHEAD = 2
 class Job:
     """A run before its data is known.
 
-    targets: full names of the layers that get a LoRA, or of the weights to train (train.method). num_ranks: ranks of the run. They differ from `world`, the ranks
-    around this process, if this process only reports on the run. evaluated_only: encode no clips except those that are
-    evaluated. tiled: the buckets that the VAE encodes in tiles (`encode.tiling` chooses them by the GPUs).
-    held_out_limit: the largest hash that the run to resume holds out (`core.held_out`); None: by eval.held_out.
+    targets: full names of the layers that get a LoRA, or of the weights to train (train.method). num_ranks: ranks of
+    the run. They differ from `world`, the ranks around this process, if this process only reports on the run.
+    evaluated_only: encode no clips except those that are evaluated. tiled: the buckets that the VAE encodes in tiles
+    (`encode.tiling` chooses them by the GPUs). held_out_limit: the largest hash that the run to resume holds out
+    (`core.held_out`); None: by eval.held_out.
     """
 
     cfg: RunConfig

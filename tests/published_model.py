@@ -3,7 +3,7 @@
 import dataclasses
 
 from cogds.core.geometry import ClipShape, ModelGeometry
-from cogds.core.memory import TrainedSize, MemoryModel, TransformerSize, ZeroSettings
+from cogds.core.memory import MemoryModel, TrainedSize, TransformerSize, ZeroSettings
 from cogds.core.vae_memory import COGVIDEOX_VAE
 
 V15 = ModelGeometry(

@@ -9,7 +9,12 @@ from safetensors.torch import load_file
 
 from cogds.tensor_file import TensorEntry, TensorFile, write_tensors
 
-TENSORS = {"a": torch.randn(3, 4), "b": torch.randn(5).half(), "c": torch.randn(0, 2).bfloat16(), "d": torch.randn(2, 2).bfloat16()}
+TENSORS = {
+    "a": torch.randn(3, 4),
+    "b": torch.randn(5).half(),
+    "c": torch.randn(0, 2).bfloat16(),
+    "d": torch.randn(2, 2).bfloat16(),
+}
 ENTRIES = [TensorEntry(name, tuple(tensor.shape), tensor.dtype) for name, tensor in TENSORS.items()]
 
 
@@ -19,7 +24,9 @@ def test_safetensors_reads_what_was_written(tmp_path):
     assert digest == {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     loaded = load_file(tmp_path / "a.safetensors")
     assert loaded.keys() == TENSORS.keys()
-    assert all(torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items())
+    assert all(
+        torch.equal(loaded[name], tensor) and loaded[name].dtype == tensor.dtype for name, tensor in TENSORS.items()
+    )
     with safe_open(tmp_path / "a.safetensors", "pt") as file:
         assert file.metadata() == {"x": "y"}
 

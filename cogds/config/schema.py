@@ -324,7 +324,11 @@ class CheckpointConfig(Section):
 class MetricsConfig(Section):
     every: int = key(1, "interval of TensorBoard, metrics.jsonl and progress lines [optimizer steps]", ge=1)
     progress_bar: bool = key(True, "progress bar on a terminal")
-    norms_every: int | None = key(10, "interval of LoRA weight and update norms; null: never [optimizer steps]", ge=1)
+    norms_every: int | None = key(
+        10,
+        "interval of weight and update norms of a LoRA, not with train.method=full; null: never [optimizer steps]",
+        ge=1,
+    )
     show_clips: int = key(
         16, "largest number of clips shown in TensorBoard (first frame and caption), from the start of the run", ge=0
     )
@@ -369,7 +373,9 @@ class RunConfig(Section):
         if self.trains_lora:
             for name in ("modules", "ema_decay"):
                 if getattr(self.full, name):
-                    raise ValueError(f"full.{name}: set, but train.method is lora. Set train.method=full, or remove it.")
+                    raise ValueError(
+                        f"full.{name}: set, but train.method is lora. Set train.method=full, or remove it."
+                    )
             return self
         if self.lora.init_from:
             raise ValueError(

@@ -1,6 +1,7 @@
 """GPU and host memory of one rank during training, calculated from shapes, without a GPU.
 
-    model = MemoryModel(geometry, transformer, trained, vae, ZeroSettings.from_config(section), num_ranks, "bf16", buckets)
+    zero = ZeroSettings.from_config(section)
+    model = MemoryModel(geometry, transformer, trained, vae, zero, num_ranks, "bf16", buckets)
     model.estimate(shape, batch_size=1, checkpointing="none").total_bytes
 
 The terms count the tensors that are alive at the peak. They leave out the allocator's rounding, caching and
@@ -270,23 +271,23 @@ class MemoryModel:
     def estimate(self, shape: ClipShape, batch_size: int, checkpointing: BlockCheckpointing | str) -> MemoryEstimate:
         """Estimate the GPU memory of a rank that trains clips of this shape. checkpointing: a mode is for all blocks.
 
-        For P frozen and L trained parameters, N ranks, e bytes per element (2 or 4), B clips of T tokens (a rank's share of
-        them), hidden size d, and U = B T d e, the bytes of one hidden-state tensor:
+        For P frozen and L trained parameters, N ranks, e bytes per element (2 or 4), B clips of T tokens (a rank's
+        share of them), hidden size d, and U = B T d e, the bytes of one hidden-state tensor:
 
             base weights       P e, less for quantized blocks (`base_weights_bytes`); / N at stage 3; 0 with
                                offload_param
             gathered weights   at stage 3: the blocks gathered at the same time (`_num_gathered_blocks`)
             unpacked weight    the largest, 4 d^2, if the base is quantized (`unpacked_weight_bytes`)
-            trained weights    L e; at stage 3 L e / N, 0 with offload_param, plus L e if they are the matrices of a LoRA
-                               below the persistence threshold
+            trained weights    L e; at stage 3 L e / N, 0 with offload_param, plus L e if they are the matrices of a
+                               LoRA below the persistence threshold
             trained gradients  L e; / N from stage 2; 0 with offload_optimizer from stage 2
             optimizer state    fp32 master weights and two Adam moments, 12 L (8 L at stage 0, which has no master
                                weights); / N from stage 1; 0 with offload_optimizer; plus 4 L / N for a moving average
             optimizer step     fp32 copy of the gradients, 4 L / N from stage 1; 0 with offload_optimizer
             on the fly         the weights of T5 and of a second VAE, and `_clip_encode_bytes`
-            reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication; plus the
-                               gradient of the largest weight, 4 d^2 e, until it is reduced, if the transformer's own
-                               weights are trained
+            reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication; plus
+                               the gradient of the largest weight, 4 d^2 e, until it is reduced, if the transformer's
+                               own weights are trained
             kept activations   per block, by mode. none: the input and the tensors that autograd saves
                                (`saved_units`); selective: the input, attention's output and its statistic;
                                full: the input; full+offload: nothing, but two inputs on their way back to the GPU

@@ -78,9 +78,7 @@ def local_part(parameter: Any, state: str | None = None) -> torch.Tensor:
     """
     if hasattr(parameter, "ds_tensor"):
         whole = (
-            safe_get_local_fp32_param(parameter)
-            if state is None
-            else safe_get_local_optimizer_state(parameter, state)
+            safe_get_local_fp32_param(parameter) if state is None else safe_get_local_optimizer_state(parameter, state)
         )
         return whole.flatten()[: len(local_range(parameter))]
     return parameter._hp_mapping.get_hp_fragment(state).detach().flatten()
@@ -109,7 +107,7 @@ def model_part(parameter: Any) -> torch.Tensor:
 def update_model_weights(engine: Any) -> None:
     """Set the weights that the model computes with from the float32 masters of all ranks. Collective.
 
-    DeepSpeed does this at the end of its own step, at stage 3 with the weights of small parameters that every rank keeps
+    DeepSpeed does this at the end of its own step, at stage 3 also for the small parameters that every rank keeps
     (stage3.py, `_post_step`).
     """
     optimizer = engine.optimizer

@@ -5,9 +5,9 @@
 
 Of a LoRA, rank 0 writes all tensors into `trainable.safetensors`; of a full fine-tune, every rank writes its own part
 (`engine.shards`). They are written into `step-N.tmp` while training continues: the tensors, then state.json with the
-digest of each file. All are flushed to the disk, the folder is renamed, `latest` is replaced, and only then are old checkpoints removed.
-Sample order and random draws depend only on the step number, so no state of loaders or generators is saved. A
-checkpoint holds only data: JSON and safetensors.
+digest of each file. All are flushed to the disk, the folder is renamed, `latest` is replaced, and only then are old
+checkpoints removed. Sample order and random draws depend only on the step number, so no state of loaders or generators
+is saved. A checkpoint holds only data: JSON and safetensors.
 """
 
 import errno
@@ -38,8 +38,8 @@ STATE_FILE = "state.json"
 TENSORS_FILE = "trainable.safetensors"
 LATEST_FILE = "latest"
 RUN_FILES = (
-    "checkpoints", "lora", "model", "model_ema", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl",
-    "quarantine.jsonl", "samples",
+    "checkpoints", "lora", "model", "model_ema", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json",
+    "unusable.jsonl", "quarantine.jsonl", "samples",
 )  # fmt: skip
 MAX_READERS = 8  # threads that verify files
 # Disk space to leave free for logs, metrics and other users of the disk.
@@ -157,7 +157,9 @@ def write(
     apply_umask(partial / TENSORS_FILE)
     _flush_to_disk(partial / TENSORS_FILE)
     files = {TENSORS_FILE: _file_digest(partial / TENSORS_FILE)}
-    return commit(partial, {"step": step, "num_updates": state.num_updates, "files": files, **header}, keep_last, keep_every)
+    return commit(
+        partial, {"step": step, "num_updates": state.num_updates, "files": files, **header}, keep_last, keep_every
+    )
 
 
 def begin_folder(parent: Path, step: int) -> Path:
@@ -374,7 +376,11 @@ def set_aside(output_dir: Path, resume_from: Path | None, step: int) -> Path | N
     A run that continues from its own checkpoint moves only what is after `step`; any other run moves everything.
     """
     if resume_from and resume_from.resolve().parent == (output_dir / "checkpoints").resolve():
-        folders = (path for kind in ("checkpoints", "lora", "model", "model_ema", "samples") for path in (output_dir / kind).glob("step-*"))
+        folders = (
+            path
+            for kind in ("checkpoints", "lora", "model", "model_ema", "samples")
+            for path in (output_dir / kind).glob("step-*")
+        )
         old = [path for path in folders if _is_step_folder(path) and step_of(path) > step]
     else:
         old = [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]

@@ -1,9 +1,10 @@
 """The training state of a full fine-tune: every rank writes and reads only its own part.
 
 A checkpoint has a file per rank, `shard-00001-of-00008.safetensors`. It holds the flat float32 fragments of which this
-rank had the master weights: `weight/NAME`, and the same range of each state of the optimizer, such as `exp_avg/NAME`, and of the moving average.
-The file's header says at which element of the parameter each fragment starts. So the ranks of another layout find what
-they need, whatever ZeRO stage, world size and offload wrote it, and no rank ever holds a whole model.
+rank had the master weights: `weight/NAME`, and the same range of each state of the optimizer, such as `exp_avg/NAME`,
+and of the moving average. The file's header says at which element of the parameter each fragment starts. So the ranks
+of another layout find what they need, whatever ZeRO stage, world size and offload wrote it, and no rank ever holds a
+whole model.
 """
 
 import contextlib
@@ -164,7 +165,10 @@ class ShardReader:
 def restore_shards(engine: Any, folder: Path, header: Mapping[str, Any], ema: Ema | None = None) -> None:
     """Restore this rank's part of the state of a checkpoint into a new engine and its moving average. Collective.
 
-    header: content of its state.json. The average begins with the weights if the checkpoint has none. Raises UserError if the state belongs to other parameters.
+    header: content of its state.json. The average begins with the weights if the checkpoint has none.
+
+    Raises:
+        UserError: The state belongs to other parameters.
     """
     parameters = trainable(engine)
     _check_shapes(header["shapes"], {name: list(full_shape(parameter)) for name, parameter in parameters.items()})

@@ -84,7 +84,7 @@ class FullExport:
             yield value.to(weight.dtype)
 
     def complete(self, folder: Path) -> None:
-        """Add index, configs and links to the base model's other parts to `folder`, whose `transformer/` has all files."""
+        """Add index, configs and links to the base model's other parts to a folder with all files of weights."""
         write_index(folder / "transformer", self.files())
         shutil.copyfile(self.model.path / "transformer/config.json", folder / "transformer/config.json")
         save_other_parts(folder, self.model, copy=False)

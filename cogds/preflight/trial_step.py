@@ -19,6 +19,7 @@ from cogds.preflight.findings import FAIL, OK, WARN, Finding, RankResult, descri
 from cogds.preflight.preflight_job import PreflightJob
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.step import Draws, load_step_builder, random_batch
+from cogds.train.trained_part import add_trained_part, loaded_as_trained
 from cogds.train.tuning import choose_execution, prepare_blocks
 
 NUM_STEPS = 2

@@ -1,6 +1,7 @@
 """Host memory: what is available, and memory in whole pages that can be pinned.
 
-A GPU copies from and to pinned memory asynchronously. torch's own allocator of pinned memory rounds every tensor up to a power of two.
+A GPU copies from and to pinned memory asynchronously. torch's own allocator of pinned memory rounds every tensor up to
+a power of two.
 """
 
 import mmap

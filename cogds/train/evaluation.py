@@ -336,9 +336,7 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
     """
     memory, plan, geometry = run.job.memory, run.plan, run.model.geometry
     modes = [part.checkpointing for part in run.execution.buckets]
-    flops = [
-        training_flops(num_tokens(shape, geometry), memory.transformer, memory.trained) for shape in run.buckets
-    ]
+    flops = [training_flops(num_tokens(shape, geometry), memory.transformer, memory.trained) for shape in run.buckets]
     evaluation_flops = sum(
         max((flops[batch.bucket].forward + flops[batch.bucket].lora) * len(batch.samples) for batch in batches)
         for batches in evaluation.rounds

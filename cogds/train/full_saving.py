@@ -53,7 +53,9 @@ def exports(cfg: RunConfig) -> dict[str, str]:
 def full_save_bytes(run: Run, state_bytes: int) -> int:
     """Return the disk space of a save. state_bytes: of the weights and two moments."""
     folders = exports(run.cfg)
-    return state_bytes + (state_bytes // 3 if EMA_EXPORTS in folders else 0) + len(folders) * full_export(run, 0).num_bytes
+    return (
+        state_bytes + (state_bytes // 3 if EMA_EXPORTS in folders else 0) + len(folders) * full_export(run, 0).num_bytes
+    )
 
 
 class FullSaver:

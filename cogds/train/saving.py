@@ -92,7 +92,7 @@ def export_folder(cfg: RunConfig) -> str:
 
 
 def check_space(run: Run, engine: Any) -> None:
-    """Raise UserError if the disk has no room for one save: the state, and a LoRA (at most a third of it) or a model."""
+    """Raise UserError if the disk has no room for a save: the state, and a LoRA (at most a third of it) or a model."""
     needed = 4 / 3 * state_bytes(engine) if run.cfg.trains_lora else full_save_bytes(run, state_bytes(engine))
     checkpoints.check_space(Path(run.cfg.output_dir), needed)
 

@@ -90,7 +90,9 @@ def sample_command(run: Run, result: Path) -> str:
         clip = index[0]
         prompt, image = " ".join(clip.captions[0].text.split()), clip.image_path or clip.path
         image = image if is_local_file(image) else "IMAGE"
-    weights = ["--model", run.cfg.model.path, "--lora", str(result)] if run.cfg.trains_lora else ["--model", str(result)]
+    weights = (
+        ["--model", run.cfg.model.path, "--lora", str(result)] if run.cfg.trains_lora else ["--model", str(result)]
+    )
     words = [*weights, "--image", image, "--prompt", prompt]
     return f"{command('cogds', 'cogds')} sample {shlex.join(words)}"
 

@@ -189,7 +189,7 @@ class Trainer:
 
     @activity("loading the transformer and starting DeepSpeed")
     def build(self, run: Run, initial: InitialState) -> Any:
-        """Load the transformer, choose what is trained, start the DeepSpeed engine and restore the checkpoint, if any."""
+        """Load the transformer, choose what is trained, start the engine and restore the checkpoint if there is one."""
         cfg, world = run.cfg, run.world
         transformer = load_for_stage(
             run.model, self.job.dtype, run.ds_config, world, cfg.model.quantization, cfg.model.fp8_matmul,

@@ -16,8 +16,8 @@ from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
 from cogds.core.geometry import ClipShape, cached_caption_bytes, cached_clip_bytes, padded_latent_frames, token_grid
 from cogds.core.memory import (
     CUDA_CONTEXT_BYTES,
-    TrainedSize,
     OnTheFlyEncoding,
+    TrainedSize,
     TransformerSize,
     ZeroSettings,
     base_weights_bytes,
@@ -161,7 +161,9 @@ def test_activations_of_a_full_fine_tune(monkeypatch, mode):
     """On the meta device, with the gradient of one weight at a time: within 4%."""
     monkeypatch.setattr(transformer_module, "attend", flash_attention)
     four = dataclasses.replace(TRANSFORMER, num_layers=4)
-    everything = published_memory(transformer=four, trained=TrainedSize(TRANSFORMER.num_parameters, 0, frozenset(ALL_LAYERS)))
+    everything = published_memory(
+        transformer=four, trained=TrainedSize(TRANSFORMER.num_parameters, 0, frozenset(ALL_LAYERS))
+    )
     _, peak = train_once(monkeypatch, everything, FULL, mode, "meta")
     gradient = 2 * 4 * four.width**2
     assert everything.estimate(FULL, 1, mode).activations_bytes + gradient == pytest.approx(peak, rel=0.04)

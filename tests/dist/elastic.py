@@ -126,7 +126,11 @@ def run_matrix(folder, pairs, timeout_s=900, method="lora"):
     sources = {source for source, _ in pairs} | {LAYOUTS[0]}
     server = Server()
     for ranks in RANKS:
-        jobs = [(ds, overrides(folder, (ranks, ds), name((ranks, ds)), *METHODS[method])) for r, ds in sorted(sources) if r == ranks]
+        jobs = [
+            (ds, overrides(folder, (ranks, ds), name((ranks, ds)), *METHODS[method]))
+            for r, ds in sorted(sources)
+            if r == ranks
+        ]
         if jobs:
             launch(server, ranks, jobs, folder, timeout_s)
     for ranks in RANKS:
@@ -135,7 +139,9 @@ def run_matrix(folder, pairs, timeout_s=900, method="lora"):
             if target[0] == ranks:
                 saved = folder / name(source) / f"checkpoints/step-{SAVED:06d}"
                 output = f"{name(source)}-to-{name(target)}"
-                jobs.append((target[1], overrides(folder, target, output, f"checkpoint.resume={saved}", *METHODS[method])))
+                jobs.append(
+                    (target[1], overrides(folder, target, output, f"checkpoint.resume={saved}", *METHODS[method]))
+                )
         if jobs:
             launch(server, ranks, jobs, folder, timeout_s)
     server.close()

@@ -1,4 +1,4 @@
-"""Run by test_full.py on 2 ranks: train the whole transformer with DeepSpeed, and on rank 0 diffusers' own in a plain loop.
+"""Run by test_full.py on 2 ranks: train the transformer with DeepSpeed, and diffusers' own in a plain loop.
 
     python full_loop_script.py MODEL RESULTS.json [DS,PRECISION ...]
 

@@ -24,7 +24,9 @@ if __name__ == "__main__":
     def train_and_compute(self, run, engine, *args):
         train(self, run, engine, *args)
         inputs = {
-            name: value.to(self.job.dtype) if torch.is_tensor(value) and name in ("hidden_states", "encoder_hidden_states", "ofs") else value
+            name: value.to(self.job.dtype)
+            if torch.is_tensor(value) and name in ("hidden_states", "encoder_hidden_states", "ofs")
+            else value
             for name, value in example_inputs().items()
         }
         engine.module.set_checkpointing("none")

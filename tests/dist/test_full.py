@@ -1,4 +1,4 @@
-"""Full fine-tuning with 2 ranks: every ZeRO stage equals a plain torch loop, resumes bitwise, and exports what it trained."""
+"""Full fine-tuning with 2 ranks: every ZeRO stage equals a plain loop, resumes bitwise, and exports what it trained."""
 
 import json
 import math
@@ -124,7 +124,9 @@ def test_the_exported_folder_is_the_trained_model(train_once, ds, tiny_model):
     with torch.no_grad():
         output = pipeline.transformer(**inputs)[0]
     # diffusers computes the same in another order.
-    torch.testing.assert_close(output, expected, **({"atol": 0.05, "rtol": 0.05} if precision == "bf16" else {"atol": 1e-5, "rtol": 1e-4}))
+    torch.testing.assert_close(
+        output, expected, **({"atol": 0.05, "rtol": 0.05} if precision == "bf16" else {"atol": 1e-5, "rtol": 1e-4})
+    )
 
 
 def test_the_moving_average_is_evaluated_and_exported(train_once):

@@ -259,7 +259,8 @@ def test_the_saver_writes_in_the_background(tmp_path):
     saver, may_continue = checkpoint.Saver(), threading.Event()
     assert saver.finish(ALONE) is None
     saver.start(lambda _: (may_continue.wait(10), save(tmp_path, 1))[0])
-    assert saver.is_saving and saver.is_busy
+    assert saver.is_saving
+    assert saver.is_busy
     assert checkpoint.find(tmp_path, "auto") is None
     may_continue.set()
     assert saver.finish(ALONE) > 0

@@ -30,9 +30,9 @@ from cogds.preflight.software import (
     inspect_versions,
 )
 from cogds.preflight.table import format_verdict, print_findings
-from cogds.process.host_memory import available_memory_bytes
 from cogds.preflight.timeouts import STOPPED
 from cogds.preflight.trial_step import assess_trial_step, one_step_config
+from cogds.process.host_memory import available_memory_bytes
 
 GB = 10**9
 

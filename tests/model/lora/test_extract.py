@@ -12,7 +12,7 @@ from cogds.model.load import find_model
 from cogds.model.lora import extract
 from cogds.model.lora.extract import extract_lora
 from cogds.model.lora.file import read_lora
-from tests.model.lora.adapters import example_inputs, output, output_in_diffusers
+from tests.model.lora.adapters import output, output_in_diffusers
 
 
 def tune(base, folder, change):
@@ -32,7 +32,10 @@ def test_a_change_of_this_rank_is_extracted_exactly(tiny_model, tmp_path, capsys
 
     def change(name, weight, generator):
         if "attn1.to_" in name and weight.ndim == 2:
-            b, a = torch.randn(len(weight), 2, generator=generator), torch.randn(2, weight.shape[1], generator=generator)
+            b, a = (
+                torch.randn(len(weight), 2, generator=generator),
+                torch.randn(2, weight.shape[1], generator=generator),
+            )
             weight += 0.1 * b @ a
 
     tuned = tune(tiny_model, tmp_path / "tuned", change)
@@ -42,16 +45,24 @@ def test_a_change_of_this_rank_is_extracted_exactly(tiny_model, tmp_path, capsys
     file = read_lora(tmp_path / "lora")
     assert file.ranks == (2,) or list(file.ranks) == [2]
     assert len(file.pairs) == 2 * 4
-    torch.testing.assert_close(output_in_diffusers(tiny_model, (tmp_path / "lora", 1.0)), output(tuned), atol=1e-4, rtol=1e-3)
+    torch.testing.assert_close(
+        output_in_diffusers(tiny_model, (tmp_path / "lora", 1.0)), output(tuned), atol=1e-4, rtol=1e-3
+    )
 
 
 @pytest.mark.parametrize("exact_size", [1024, 8], ids=["exact", "randomized"])
 def test_the_error_is_that_of_the_best_approximation(tiny_model, tmp_path, monkeypatch, exact_size):
     monkeypatch.setattr(extract, "EXACT_SIZE", exact_size)
-    tune(tiny_model, tmp_path / "tuned", lambda _, weight, generator: weight.add_(0.1 * torch.randn(weight.shape, generator=generator)))
+    tune(
+        tiny_model,
+        tmp_path / "tuned",
+        lambda _, weight, generator: weight.add_(0.1 * torch.randn(weight.shape, generator=generator)),
+    )
     base, tuned = find_model(str(tiny_model)), find_model(str(tmp_path / "tuned"))
     total = left = outside = 0.0
-    tensors = [CogVideoXTransformer3DModel.from_pretrained(path, subfolder="transformer") for path in (base.path, tuned.path)]
+    tensors = [
+        CogVideoXTransformer3DModel.from_pretrained(path, subfolder="transformer") for path in (base.path, tuned.path)
+    ]
     linears = {name for name, module in tensors[0].named_modules() if isinstance(module, torch.nn.Linear)}
     for (name, before), after in zip(tensors[0].named_parameters(), tensors[1].parameters()):
         difference = (after - before).detach().double()

@@ -113,11 +113,12 @@ def work(args: argparse.Namespace) -> None:
     with measured(results, "save while training waits"):
         shard.write(checkpoint / shard_name(world.rank, world.size))
     barrier(world)
-    with measured(results, "save in the background"):
-        buffer = HostBuffer(share)
-        local_shard(engine).copy(buffer).write(args.folder / f"copy-{world.rank}.safetensors")
-        del buffer
-    (args.folder / f"copy-{world.rank}.safetensors").unlink()
+    if args.background:
+        with measured(results, "save in the background"):
+            buffer = HostBuffer(share)
+            local_shard(engine).copy(buffer).write(args.folder / f"copy-{world.rank}.safetensors")
+            del buffer
+        (args.folder / f"copy-{world.rank}.safetensors").unlink()
     barrier(world)
     export = FullExport(job.model, job.dtype, frozenset(job.targets), 1.0, {})
     with measured(results, "export"), ShardReader(checkpoint, world.size) as reader:
@@ -141,6 +142,7 @@ def main(arguments: list[str] | None = None) -> None:
     parser.add_argument("--heads", type=int, default=32, help="of 64 channels")
     parser.add_argument("--ranks", type=int, default=2)
     parser.add_argument("--deepspeed", default="zero3", help="config of ds_configs/")
+    parser.add_argument("--background", action="store_true", help="also save from a copy, which takes twice the memory")
     parser.add_argument("--folder", type=Path, help=argparse.SUPPRESS)
     args = parser.parse_args(arguments)
     if args.folder:
@@ -152,6 +154,7 @@ def main(arguments: list[str] | None = None) -> None:
             (folder / part).mkdir()
         write_model(folder / "model", args.layers, args.heads)
         command = [sys.executable, __file__, "--folder", name, "--deepspeed", args.deepspeed]
+        command += ["--background"] if args.background else []
         size = str(args.ranks)
         environment = {**os.environ, "WORLD_SIZE": size, "LOCAL_SIZE": size, "OMP_NUM_THREADS": "1"}
         environment |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "29613"}

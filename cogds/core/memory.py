@@ -196,6 +196,7 @@ class MemoryEstimate:
     trained_weights_bytes: int
     trained_gradients_bytes: int
     optimizer_state_bytes: int
+    moving_average_bytes: int
     reduce_buffers_bytes: int
     vae_weights_bytes: int
     text_encoder_weights_bytes: int
@@ -282,7 +283,8 @@ class MemoryModel:
                                LoRA below the persistence threshold
             trained gradients  L e; / N from stage 2; 0 with offload_optimizer from stage 2
             optimizer state    fp32 master weights and two Adam moments, 12 L (8 L at stage 0, which has no master
-                               weights); / N from stage 1; 0 with offload_optimizer; plus 4 L / N for a moving average
+                               weights); / N from stage 1; 0 with offload_optimizer
+            moving average     4 L / N if it is on the GPU
             optimizer step     fp32 copy of the gradients, 4 L / N from stage 1; 0 with offload_optimizer
             on the fly         the weights of T5 and of a second VAE, and `_clip_encode_bytes`
             reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication; plus
@@ -322,8 +324,8 @@ class MemoryModel:
             * unpacked_weight_bytes(self.quantization, self.fp8_matmul, element_bytes),
             trained_weights_bytes=(shard(num_trained, 3) * on_gpu + whole_lora) * element_bytes,
             trained_gradients_bytes=0 if gradients_offloaded else shard(num_trained, 2) * element_bytes,
-            optimizer_state_bytes=(0 if zero.offload_optimizer else shard(num_trained, 1) * (12 if zero.stage else 8))
-            + (shard(num_trained, 1) * 4 if self.ema_on_gpu else 0),
+            optimizer_state_bytes=0 if zero.offload_optimizer else shard(num_trained, 1) * (12 if zero.stage else 8),
+            moving_average_bytes=shard(num_trained, 1) * 4 if self.ema_on_gpu else 0,
             reduce_buffers_bytes=(num_buffers * zero.reduce_bucket_size + self._largest_gradient) * element_bytes
             if zero.stage
             else 0,

@@ -192,6 +192,8 @@ def test_a_full_fine_tune_shards_weights_gradients_and_states():
             options = {"num_gpus_per_node": 8, "cpu_offload": offload, "cpu_offload_params": offload}
             # DeepSpeed's estimate leaves out the bf16 gradients, of which it makes the float32 ones.
             assert states == estimate_zero3(parameters, 0, **options)[1] + (0 if offload else 2 * parameters / 8)
+    averaged = published_memory(trained=trained, zero=ZeroSettings(2), num_ranks=8, ema_on_gpu=True)
+    assert averaged.estimate(FULL, 1, "full").moving_average_bytes == 4 * parameters / 8
     part = dataclasses.replace(trained, num_parameters=parameters // 4)
     found = published_memory(trained=part, zero=ZeroSettings(2), num_ranks=8).estimate(FULL, 1, "full")
     assert found.base_weights_bytes == 2 * (parameters - parameters // 4)

@@ -41,9 +41,12 @@ def covering():
 
 
 def full_covering():
-    """Return pairs of layouts for full fine-tuning in which every layout saves or resumes."""
-    return [((1, "zero3"), (4, "zero2")), ((2, "zero2"), (4, "zero3_offload")), ((4, "zero3"), (2, "zero3_offload")),
-            ((4, "zero3_offload"), (1, "zero2")), ((2, "zero3"), (1, "zero3_offload"))]  # fmt: skip
+    """Return some pairs of layouts for full fine-tuning: other ranks, stages and offload, up and down."""
+    return [
+        ((1, "zero3"), (4, "zero2")),
+        ((4, "zero3_offload"), (2, "zero3_offload")),
+        ((2, "zero2"), (1, "zero3")),
+    ]
 
 
 def name(layout):

@@ -106,6 +106,19 @@ def test_the_folder_is_that_of_diffusers_and_old_models_go_with_their_checkpoint
         assert torch.equal(weight, base[name]) == (name != TRAINED)
 
 
+def test_the_factor_of_the_image_latents_is_in_the_weights(tmp_path, tiny_model):
+    (tmp_path / "transformer").mkdir()
+    export = FullExport(find_model(str(tiny_model)), torch.float32, frozenset(), 0.5, {})
+    export.write_files(tmp_path / "transformer", lambda *_: pytest.fail("nothing is trained"))
+    export.complete(tmp_path)
+    weights = CogVideoXTransformer3DModel.from_pretrained(tmp_path, subfolder="transformer").state_dict()
+    base = CogVideoXTransformer3DModel.from_pretrained(tiny_model, subfolder="transformer").state_dict()
+    expected = base["patch_embed.proj.weight"].unflatten(1, (16, -1)).clone()
+    expected[:, 8:] *= 0.5  # the image latents are the second half of the channels
+    torch.testing.assert_close(weights.pop("patch_embed.proj.weight"), expected.flatten(1))
+    assert all(torch.equal(weight, base[name]) for name, weight in weights.items())
+
+
 def test_a_folder_that_the_nodes_do_not_share_is_named(saves, monkeypatch):
     def write(_, file):
         if "00001-of" in file.name:

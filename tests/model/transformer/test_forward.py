@@ -117,6 +117,10 @@ def test_gradients_of_all_weights_equal_diffusers(config, mode):
     found, gradients_found = outcome(ours, batch)
     assert distance(found, expected) < 1e-6
     assert len(gradients_found) == len(list(theirs.parameters()))
+    if not config["use_rotary_positional_embeddings"]:
+        # Adding the same vector to all keys does not change attention: these gradients are 0, up to rounding.
+        for name in [name for name in gradients_found if name.endswith("norm_k.bias")]:
+            assert max(gradients_found.pop(name).norm(), gradients_expected.pop(name).norm()) < 1e-6
     assert largest_distance(gradients_found, gradients_expected) < 1e-4
 
 

@@ -4,7 +4,6 @@ The export is made from the files of the checkpoint, so no weights are gathered 
 each rank writes from a copy of the state in (on GPUs, pinned) host memory. Where that does not fit, training waits.
 """
 
-import functools
 import logging
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -21,7 +20,7 @@ from cogds.engine.shards import EMA, Shard, ShardReader, local_shard, shard_head
 from cogds.engine.state import WEIGHT
 from cogds.errors import UserError
 from cogds.formatting import gigabytes
-from cogds.model.full_export import FullExport
+from cogds.model.full_export import FullExport, ReadWeight
 from cogds.process.host_memory import HostBuffer, available_memory_bytes
 from cogds.train.callbacks import TrainContext
 from cogds.train.metadata import export_metadata
@@ -77,7 +76,7 @@ class FullSaver:
         header: values to store in the checkpoint's state.json.
         """
         run, shard = self._run, local_shard(self._engine, self._ema)
-        state = {"step": step, "num_updates": shard.num_updates, "num_shards": run.world.size}
+        state: dict[str, Any] = {"step": step, "num_updates": shard.num_updates, "num_shards": run.world.size}
         state |= shard_header(self._engine, self._ema)
         if state["kinds"] != self._kinds:
             self._kinds = state["kinds"]
@@ -148,10 +147,7 @@ class _FullSave:
                 )
         with ShardReader(self.checkpoint, world.size) as reader:
             for model, kind in self.models.items():
-                read = functools.partial(reader.read, kind, start=0)
-                self.export.write_files(
-                    model / "transformer", lambda name, size, read=read: read(name, stop=size), world.rank, world.size
-                )
+                self.export.write_files(model / "transformer", _reading(reader, kind), world.rank, world.size)
         return digests
 
     def commit(self, digests: list[list[Any]]) -> None:
@@ -171,3 +167,7 @@ class _FullSave:
             for folder in checkpoints.step_folders(model.parent):
                 if folder.name not in kept:
                     checkpoints.remove_folder(folder)
+
+
+def _reading(reader: ShardReader, kind: str) -> ReadWeight:
+    return lambda name, size: reader.read(kind, name, 0, size)

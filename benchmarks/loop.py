@@ -140,7 +140,7 @@ def measure(
         "train.memory_check=off", "eval.every=null", f"train.num_steps={num_steps}",
     ]  # fmt: skip
     ds_path = str(ROOT / "ds_configs/zero2.json")
-    job = load_job(Namespace(config=None, deepspeed=ds_path, overrides=overrides, is_demo=False), world)
+    job = load_job(Namespace(config=None, deepspeed=ds_path, overrides=overrides), world)
     cfg, model, buckets = job.cfg, job.model, job.buckets
     Path(cfg.output_dir).mkdir()
     data = encode_dataset(job)

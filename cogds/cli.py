@@ -89,9 +89,9 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
     args = parse_args(verb, argv, prog)
     spec = VERBS[verb]
     if spec.takes_config:
-        configs, args.is_demo = choose_configs(verb, args.config or [], args.overrides)
-        if verb == "train" and args.is_demo:
-            spec = VERBS["demo"]
+        configs = choose_configs(args)
+        if verb == "train" and configs == [DEMO_CONFIG]:
+            spec = VERBS["demo"]  # which judges the LoRA after training
         args.config = [find_config(text, "run_configs", ".yaml") for text in configs]
         ds_config = args.deepspeed and find_config(args.deepspeed, "ds_configs", ".json")
         args.deepspeed = ds_config or str(shipped_config("ds_configs", DEFAULT_DEEPSPEED))
@@ -122,11 +122,8 @@ def call(verb: str, argv: Sequence[str], prog: str = "", starts_ranks: bool = Tr
 
 def check_inputs(cfg: RunConfig, args: argparse.Namespace) -> None:
     """Raise UserError if a local file or folder that the verb will read does not exist, before anything slow."""
-    is_maintenance = getattr(args, "stats", False) or getattr(args, "verify", False)
-    paths = {} if is_maintenance else data_paths(cfg)
-    given = {text.partition("=")[0] for text in args.overrides}
-    is_own = args.is_demo and "data.path" in given and "data.draw_demo_clips" not in given  # see `cogds.demo`
-    if cfg.data.draw_demo_clips and not is_own:  # created if it does not exist
+    paths = {} if _only_reads_cache(args) else data_paths(cfg)
+    if cfg.data.draw_demo_clips:  # created if it does not exist
         paths.pop("data.path", None)
     if args.verb in ("train", "report", "demo"):
         paths |= prompt_images(cfg)
@@ -135,23 +132,32 @@ def check_inputs(cfg: RunConfig, args: argparse.Namespace) -> None:
             raise UserError(f"{key}: no such file or folder: {path}. Check the spelling, or the mount.")
 
 
-def choose_configs(verb: str, configs: Sequence[str], overrides: Sequence[str]) -> tuple[Sequence[str], bool]:
-    """Return the run configs of a command line, and whether it is the demo.
+def choose_configs(args: argparse.Namespace) -> list[str]:
+    """Return the run configs of a command line.
 
-    The demo runs only when it is asked for: by its verb, or without any config and key. Raises UserError if neither a
-    config nor a model is named, and if the demo is given a model or clips.
+    The demo's config is used only if it is asked for: by the demo verb, or without any config and key. Raises UserError
+    if neither a config nor a model is named, and if the demo is given a config, a model or clips.
     """
-    given = {text.partition("=")[0] for text in overrides}
-    if verb == "demo" and (own := sorted(given & {"model.path", "data.path", "data.sets"})):
-        raise UserError(f"{own[0]}: the demo has its own model and clips. Use `cogds train` with --config for yours.")
-    if configs or (verb != "demo" and "model.path" in given):
-        return configs, False
-    if verb not in ("demo", "prepare") and overrides:
+    configs, given = args.config or [], {text.partition("=")[0] for text in args.overrides}
+    needs_model = args.verb != "prepare" and not _only_reads_cache(args)
+    if args.verb == "demo":
+        own = ["--config"] * bool(configs) + sorted(given & {"model.path", "data.path", "data.sets"})
+        if own:
+            raise UserError(f"{own[0]}: the demo has its own config, model and clips. Use `cogds train` for yours.")
+        return [DEMO_CONFIG]
+    if configs or (needs_model and "model.path" in given):
+        return configs
+    if needs_model and given:
         raise UserError(
             "command line: neither --config nor model.path is given. Pass one of them. `cogds init CLIPS` writes a "
             "config, and `cogds demo` runs the demo."
         )
-    return [DEMO_CONFIG], True  # prepare reads only the keys of the data
+    return [DEMO_CONFIG]
+
+
+def _only_reads_cache(args: argparse.Namespace) -> bool:
+    """Whether the verb reads neither a model nor clips, only data.cache_dir."""
+    return getattr(args, "stats", False) or getattr(args, "verify", False)
 
 
 @contextlib.contextmanager

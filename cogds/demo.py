@@ -9,16 +9,16 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cogds.config.loading import load_config
 from cogds.config.schema import RunConfig
 from cogds.distributed.world import read_world
 from cogds.errors import refuse_to_run
 from cogds.files import whole_file
-from cogds.job import load_run_config
 from cogds.model.load import SHAPES_MODEL, find_model
 from cogds.model.pipelines import load_whole_pipeline
 from cogds.process.logs import RESULT
-from cogds.shapes.clips import DEMO_MOTION, SCALE, to_uint8, unseen_scenes
-from cogds.shapes.generation import GUIDANCE, STEPS, generate, judge_all
+from cogds.shapes.clips import DEMO_MOTION, to_uint8, unseen_scenes
+from cogds.shapes.generation import generate, judge_all
 from cogds.shapes.judge import summarize
 from cogds.shapes.world import PHRASES, SIZES, Scene
 from cogds.train.main import main as train
@@ -35,13 +35,13 @@ LONG_SIDE = max(max(size[1:]) for size in SIZES)
 def main(args: argparse.Namespace) -> None:
     """Train. If the model and the clips are the demo's own, rank 0 then makes videos with and without the LoRA."""
     train(args)
-    cfg, _ = load_run_config(args)
+    cfg, _ = load_config(args.config, args.overrides)
     if read_world().rank == 0 and not args.dry_run and cfg.model.path == SHAPES_MODEL and cfg.data.draw_demo_clips:
         show(cfg)
 
 
 def show(cfg: RunConfig) -> None:
-    """Judge videos of unseen scenes without and with the newest LoRA, and write before-after.png and a first frame."""
+    """Judge videos of unseen scenes without and with the newest LoRA, and write before-after.png."""
     output_dir = Path(cfg.output_dir)
     lora = max(path for path in (output_dir / "lora").iterdir() if "." not in path.name)  # none that is being written
     logger.info("making %d videos before and after training", NUM_VIDEOS)
@@ -60,15 +60,7 @@ def show(cfg: RunConfig) -> None:
         f'"{PHRASES[DEMO_MOTION]}": seen in {seen[0]:.0%} of {NUM_VIDEOS} new videos before training, {seen[1]:.0%} '
         f"after; {errors[0]:.1f} and {errors[1]:.1f} pixels off the path",
     )
-    image = output_dir / "first-frame.png"
-    with whole_file(image) as partial:
-        Image.fromarray(to_uint8(scenes[0].draw(SCALE)[:1])[0]).save(partial)
     logger.log(RESULT, f"look: {picture}")
-    logger.log(
-        RESULT,
-        f'next: cogds sample --model {cfg.model.path} --lora {lora} --image {image} --prompt "{scenes[0].caption}" '
-        f"--steps {STEPS} --guidance {GUIDANCE:g}",
-    )
 
 
 def draw_picture(path: Path, rows: Sequence[tuple[Scene, torch.Tensor, torch.Tensor]]) -> None:

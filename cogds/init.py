@@ -2,6 +2,7 @@
 
 import argparse
 import logging
+import shlex
 import sys
 from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
@@ -153,8 +154,6 @@ def fit_run(args: argparse.Namespace, answers: Answers) -> NewRun:
     run = resolve(answers, all_clips)
     if suggestion := run.report.suggestion:
         run = resolve(answers, [*all_clips, f"data.buckets=[{','.join(suggestion.buckets)}]"])
-    if not run.report.used_buckets:
-        return run
     used = ",".join(str(bucket.shape) for bucket in run.report.used_buckets)
     few = run.report.num_clips < MIN_CLIPS_TO_HOLD_OUT
     chosen = [*(all_clips if few else overrides), f"data.buckets=[{used}]"]
@@ -163,16 +162,18 @@ def fit_run(args: argparse.Namespace, answers: Answers) -> NewRun:
 
 
 def resolve(answers: Answers, overrides: list[str]) -> NewRun:
-    """Resolve a config and look at the clips."""
+    """Resolve a config and look at the clips. Raises UserError if none can be trained, whatever the buckets."""
     args = argparse.Namespace(
         config=[find_config(RECIPE_PREFIX + answers.learn, "run_configs", ".yaml")],
         deepspeed=str(shipped_config("ds_configs", "zero2.json")),
         overrides=overrides,
-        is_demo=False,
     )
     job = load_job(args, World(0, 1, 0, 1), num_ranks=max(1, torch.cuda.device_count()))
     clips = load_clip_set(job.cfg, scan_data(job.cfg, job.world), job.buckets)
-    return NewRun(job, run_report(job, clips, clip_table(clips), answers.gpu_bytes, answers.device))
+    report = run_report(job, clips, clip_table(clips), answers.gpu_bytes, answers.device)
+    if not report.suggestion:
+        clips.check_not_empty()
+    return NewRun(job, report)
 
 
 def fit_memory(run: NewRun, answers: Answers, overrides: list[str]) -> NewRun:
@@ -211,7 +212,7 @@ def config_text(run: NewRun, answers: Answers, output: Path) -> str:
         f"# LoRA of a {answers.learn}, from {counted(report.num_clips + report.num_held_out, 'clip')}.",
         "# Made by cogds init; docs/configuration.md lists all keys.",
         "#",
-        f"#   cogds report --config {output} --html report.html",
+        f"#   {report_command(output)}",
         f"#   {train_command(run, output)}",
         "",
         f"output_dir: {show(cfg.output_dir)}",
@@ -250,19 +251,26 @@ def bucket_lines(num_clips: Mapping[str, int]) -> list[str]:
     ]
 
 
+def report_command(output: Path) -> str:
+    """The command that looks at the clips."""
+    return f"cogds report --config {shlex.quote(str(output))} --html report.html"
+
+
 def train_command(run: NewRun, output: Path) -> str:
     """The command that trains."""
-    return " ".join(["cogds train --config", str(output), *([run.extra_flags] if run.extra_flags else [])])
+    return " ".join(["cogds train --config", shlex.quote(str(output)), *([run.extra_flags] if run.extra_flags else [])])
 
 
 def next_steps(run: NewRun, answers: Answers, output: Path) -> str:
     """Say what to do with the file, and how to use the LoRA where the user wants to."""
     lora = f"{run.cfg.output_dir}/lora/step-{run.cfg.train.num_steps:06d}"
-    lines = [f"check:  cogds report --config {output} --html report.html", f"train:  {train_command(run, output)}"]
+    lines = [f"check:  {report_command(output)}", f"train:  {train_command(run, output)}"]
     if answers.use != "comfyui":
-        lines.append(f'use:    cogds sample --model {run.cfg.model.path} --lora {lora} --image IMAGE --prompt "PROMPT"')
+        model = shlex.quote(run.cfg.model.path)
+        lines.append(f'use:    cogds sample --model {model} --lora {lora} --image IMAGE --prompt "PROMPT"')
     if answers.use != "diffusers":
-        lines.append(f"use:    cogds export {lora} --to comfyui-merged --output FOLDER (docs/using-the-lora.md)")
+        layout = "comfyui" if answers.use == "comfyui" else "comfyui-merged"  # which scales image latents differently
+        lines.append(f"use:    cogds export {lora} --to {layout} --output FOLDER (docs/using-the-lora.md)")
     if answers.learn == "motion" and any(bucket.shape.frames == 1 for bucket in run.report.used_buckets):
         lines.append("warning: images teach no motion. Move them out of the folder, and run cogds init again.")
     return "\n".join(lines)

@@ -167,18 +167,6 @@ def open_cache(cfg: RunConfig) -> Cache:
     return Cache(data.cache_dir, LocalCopy(data.local_cache_dir or default_folder(), int(data.local_cache_gb * 1e9)))
 
 
-def load_run_config(args: argparse.Namespace) -> tuple[RunConfig, frozenset[str]]:
-    """Load the run config of a command line. Returns it and the keys that are set in it.
-
-    Demo clips are drawn only at the data.path of the config: another one that does not exist is an error.
-    """
-    cfg, explicit = load_config(args.config, args.overrides)
-    given = {text.partition("=")[0] for text in args.overrides}
-    if "data.path" in given and "data.draw_demo_clips" not in given:
-        cfg = replace(cfg, {"data.draw_demo_clips": False})
-    return cfg, explicit
-
-
 def load_job(
     args: argparse.Namespace,
     world: World,
@@ -192,7 +180,7 @@ def load_job(
     config keys that the verb sets. evaluated_only: see `Job`. Raises UserError if anything is wrong with the configs or
     the model.
     """
-    cfg, explicit = load_run_config(args)
+    cfg, explicit = load_config(args.config, args.overrides)
     ds_config = load_ds_config(args.deepspeed)
     cfg = replace(cfg, changes or {})
     num_ranks = num_ranks or world.size

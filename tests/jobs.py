@@ -13,6 +13,5 @@ def make_job(*overrides, config=None, deepspeed="zero2", world=ALONE, num_ranks=
     """Return the job of `key=value` overrides and a DeepSpeed config of ds_configs/."""
     args = Namespace(
         config=config and str(config), deepspeed=str(ROOT / f"ds_configs/{deepspeed}.json"), overrides=list(overrides),
-        is_demo=False,
     )  # fmt: skip
     return load_job(args, world, num_ranks)

@@ -247,18 +247,19 @@ def test_clips_with_names_that_the_locale_does_not_know_are_found(tmp_path, tiny
 
 
 @pytest.mark.parametrize(
-    "verb, configs, overrides, expected",
+    "verb, words, expected",
     [
-        ("train", [], [], (["demo"], True)),
-        ("report", [], [], (["demo"], True)),
-        ("demo", [], ["train.num_steps=3"], (["demo"], True)),
-        ("train", ["run.yaml"], ["data.path=d"], (["run.yaml"], False)),
-        ("train", [], ["model.path=m", "data.path=d"], ([], False)),
-        ("prepare", [], ["data.path=d"], (["demo"], True)),
+        ("train", [], ["demo"]),
+        ("report", [], ["demo"]),
+        ("demo", ["train.num_steps=3"], ["demo"]),
+        ("train", ["--config", "run.yaml", "data.path=d"], ["run.yaml"]),
+        ("train", ["model.path=m", "data.path=d"], []),
+        ("encode", ["--stats", "data.cache_dir=c"], ["demo"]),
+        ("prepare", ["--output=clips.parquet", "data.path=d"], ["demo"]),
     ],
 )
-def test_the_demo_runs_only_when_it_is_asked_for(verb, configs, overrides, expected):
-    assert cli.choose_configs(verb, configs, overrides) == expected
+def test_the_demo_runs_only_when_it_is_asked_for(verb, words, expected):
+    assert cli.choose_configs(parse_args(verb, words)) == expected
 
 
 @pytest.mark.parametrize(
@@ -266,8 +267,9 @@ def test_the_demo_runs_only_when_it_is_asked_for(verb, configs, overrides, expec
     [
         ("train", ["data.path=d"], "command line: neither --config nor model.path "),
         ("report", ["train.num_steps=3"], "command line: neither --config nor model.path "),
-        ("demo", ["data.path=d"], "data.path: the demo has its own model and clips. "),
-        ("demo", ["model.path=m"], "model.path: the demo has its own model and clips. "),
+        ("demo", ["data.path=d"], "data.path: the demo has its own config, model and clips. "),
+        ("demo", ["model.path=m"], "model.path: the demo has its own config, model and clips. "),
+        ("demo", ["--config", "run.yaml"], "--config: the demo has its own config, model and clips. "),
     ],
 )
 def test_clips_without_a_model_are_refused(verb, overrides, start):

@@ -41,7 +41,7 @@ def test_the_default_command_is_a_check_that_exists():
     program, verb, *arguments = json.loads(steps("CMD")[0])
     args = parse_args(verb, arguments, "")
     assert (program, verb) == ("cogds", "preflight")
-    load_config(find_config(args.config, "run_configs", ".yaml"), args.overrides)
+    load_config([find_config(text, "run_configs", ".yaml") for text in args.config], args.overrides)
 
 
 @pytest.fixture

@@ -65,7 +65,7 @@ def test_its_commands_and_settings_are_valid(notebook, tmp_path):
     assert cfg.model.path == "builtin:shapes"
     for verb, *arguments in commands(notebook):
         args = parse_args(verb, arguments, "")
-        assert getattr(args, "config", None) in ("outputs/run.yaml", None)
+        assert getattr(args, "config", None) in (["outputs/run.yaml"], None)
     assert [words[0] for words in commands(notebook)] == ["report", "train", "sample"]
     # The LoRA that the last two sections read is the one that training wrote.
     names = {name for cell in code(notebook) for name in re.findall(r"[\w/]+/lora/[\w-]+", cell.source)}

@@ -62,11 +62,21 @@ def load_config(config_files: str | Sequence[str] | None, overrides: list[str]) 
     settings = [*itertools.chain.from_iterable(map(_read_file, files)), *map(_parse_override, overrides)]
     for pair in ALTERNATIVES:
         settings = _choose(*pair, settings)
+    settings = _without_stale_demo_clips(settings)
     _check_names((name, place) for name, place, _ in settings)
     places = {name: place for name, place, _ in settings}
     values = _interpolate({name: value for name, _, value in settings}, places)
     method_defaults = METHOD_DEFAULTS.get(str(values.get("train.method")), {})
     return _validate(method_defaults | values, places), frozenset(values)
+
+
+def _without_stale_demo_clips(settings: list[Setting]) -> list[Setting]:
+    """Remove data.draw_demo_clips if a later place sets data.path: clips are drawn only at the path of the demo."""
+    last = {name: (index, place) for index, (name, place, _) in enumerate(settings)}
+    drawn, path = last.get("data.draw_demo_clips"), last.get("data.path")
+    if drawn is None or path is None or path < drawn or path[1] == drawn[1]:
+        return settings
+    return [setting for setting in settings if setting[0] != "data.draw_demo_clips"]
 
 
 def replace(cfg: RunConfig, changes: Mapping[str, Any], place: str = "in the program") -> RunConfig:

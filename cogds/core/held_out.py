@@ -53,7 +53,7 @@ def limit_of_fixed_share(share: float) -> int | None:
 
 
 def min_held_out_share(num_files: int) -> float:
-    """Return the smallest share, in steps of 0.001, that holds out one of so many files."""
+    """Return the smallest share, in steps of 0.001, that holds out one of this many files."""
     return max(1, math.ceil(500 / num_files)) / 1000
 
 

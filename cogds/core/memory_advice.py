@@ -92,15 +92,15 @@ def _changes(model: MemoryModel, batch_size: int) -> list[tuple[str, dict[str, A
     defaults = ZeroSettings(reduce_bucket_size=zero.reduce_bucket_size)
     if zero.stage < 2 or (zero.stage == 2 and not zero.offload_optimizer):
         settings = replace(defaults, stage=2, offload_optimizer=True)
-        changes.append(("--deepspeed ds_configs/zero2_offload.json", {"zero": settings}))
+        changes.append(("--deepspeed zero2_offload", {"zero": settings}))
     if model.quantization == "none":
         if model.trained.is_lora:
             changes += [(f"model.quantization={name}", {"quantization": name}) for name in ("int8", "nf4")]
         if model.num_ranks > 1 and zero.stage < 3:
-            changes.append(("--deepspeed ds_configs/zero3.json", {"zero": replace(defaults, stage=3)}))
+            changes.append(("--deepspeed zero3", {"zero": replace(defaults, stage=3)}))
         if not zero.offload_param:
             settings = replace(defaults, stage=3, offload_optimizer=True, offload_param=True)
-            changes.append(("--deepspeed ds_configs/zero3_offload.json", {"zero": settings}))
+            changes.append(("--deepspeed zero3_offload", {"zero": settings}))
     for size in (2, 4, 8):
         is_possible = model.num_ranks % size == 0 and model.transformer.num_heads % size == 0
         if model.sequence_size < size and is_possible:

@@ -108,8 +108,8 @@ class ClipSet:
 
     @property
     def num_files(self) -> int:
-        """Number of rows of the manifest that clips are taken from."""
-        return len(np.unique(self.assignment.rows))
+        """Number of distinct files that clips are taken from."""
+        return len(np.unique(_name_hashes(self.table, self.roots)[self.assignment.rows]))
 
     def column(self, name: str, clips: slice | np.ndarray = slice(None)) -> pa.ChunkedArray:
         """A column of the manifest for these clips."""

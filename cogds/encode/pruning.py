@@ -48,11 +48,14 @@ def prune_unused(job: Job, data: EncodedData, is_confirmed: bool) -> None:
     keep["captions"] |= {keys.caption(prompt).hex() for prompt in prompts}
     used = tuple(index.path.stem for index in data.indexes)
     others = [path for path in data.index.path.parent.iterdir() if not path.name.startswith(used)]
-    if unused := unused_by_dataset(cfg.data.cache_dir, keep, others, data):
+    unused = unused_by_dataset(cfg.data.cache_dir, keep, others, data)
+    if unused:
         lines = [f"  {dataset}: {entries}" for dataset, entries in unused.items()]
         logger.log(RESULT, "\n".join(["entries that this dataset does not use belong to", *lines]))
-        if not is_confirmed and not _ask():
-            return
+    elif others:
+        logger.log(RESULT, f"no entry is unused, only {counted(len(others), 'file')} of indexes")
+    if (unused or others) and not is_confirmed and not _ask():
+        return
     pruned = prune(cfg.data.cache_dir, keep, shard_bytes=int(cfg.data.shard_gb * 1e9))
     for path in others:
         path.unlink(missing_ok=True)

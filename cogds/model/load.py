@@ -61,7 +61,8 @@ class ModelFolder:
     def fetch(self, *parts: str) -> None:
         """Download the weights of these parts if they are missing. Every loader calls this first.
 
-        Where ranks would wait for one that downloads, call it on all of them before. Raises UserError.
+        With several ranks, all call it before one of them needs the weights alone: the others wait for the download.
+        Raises UserError.
         """
         missing = [part for part in parts if part in WEIGHT_PARTS and not _has_weights(self.path / part)]
         if self.hub_id is None or not missing:

@@ -8,6 +8,7 @@ policy forbids requests, and all scripts except those of this package (by their 
 import base64
 import hashlib
 import io
+import unicodedata
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from cogds.files import whole_file
 from cogds.formatting import counted, duration, gigabytes, number, percent
 
 FOLDER = Path(__file__).parent
+BIDI_CONTROLS = "\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069"  # embeddings, overrides and isolates
 
 
 def render(template: str, *folders: Path, **values: Any) -> str:
@@ -47,10 +49,12 @@ def read_script(name: str) -> tuple[Markup, str]:
 
 
 def printable(text: str) -> str:
-    """Escape control characters and lone surrogates, which a UTF-8 page cannot contain."""
-    return "".join(
-        char if char.isprintable() or char == "\n" else char.encode("unicode_escape").decode() for char in text
-    )
+    """Escape control characters, which would garble the text, and lone surrogates, which UTF-8 cannot contain."""
+    return "".join(char.encode("unicode_escape").decode() if _is_control(char) else char for char in text)
+
+
+def _is_control(char: str) -> bool:
+    return char != "\n" and (unicodedata.category(char) in ("Cc", "Cs") or char in BIDI_CONTROLS)
 
 
 def data_uri(data: bytes, kind: str) -> str:

@@ -43,7 +43,7 @@ def main(args: argparse.Namespace) -> None:
     """Cut, score and caption a dataset, and write the table of its clips."""
     check_libraries(args)
     cfg = load_config(args.config, args.overrides)[0]
-    check_dataset(cfg.data, args)
+    check_dataset(cfg.data)
     request = read_request(cfg.data, args)
     world = read_world()
     StopRequest(find_launchers()).listen()  # results are kept
@@ -94,11 +94,11 @@ def check_libraries(args: argparse.Namespace) -> None:
             raise UserError(f"cogds prepare: the library {library} is not installed. Run `pip install cogds[prepare]`.")
 
 
-def check_dataset(data: DataConfig, args: argparse.Namespace) -> None:
-    """Raise UserError if the command line and the config name no dataset, or several."""
+def check_dataset(data: DataConfig) -> None:
+    """Raise UserError if no dataset is named, or several."""
     if data.sets:
         raise UserError(f"data.sets: {len(data.sets)} datasets. Prepare each by itself, with data.path and --output.")
-    if args.is_demo and not any(word.startswith("data.path=") for word in args.overrides):
+    if not data.path or data.draw_demo_clips:  # without --config, it is the demo's
         raise UserError("data.path: not set. Pass a folder, list or table of videos: data.path=...")
 
 

@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import numpy as np
 import pyarrow as pa
 
-from cogds.core.buckets import crop_share
+from cogds.core.buckets import NO_IMAGE_BUCKET, TOO_SHORT, crop_share
 from cogds.core.geometry import ClipShape
 from cogds.data.storage.location import display_name
 from cogds.formatting import percent
@@ -102,7 +102,11 @@ def _make_clip(
         name += f" from {record['start_s'] or 0:g} s" + (f" to {record['end_s']:g} s" if record["end_s"] else "")
     is_usable = record["status"] == "ok" and height and width
     shape = clips.shapes[bucket] if is_usable and bucket >= 0 else None
-    reason = "" if shape else record["reason"] or "too short for every bucket"
+    reason = (
+        ""
+        if shape
+        else record["reason"] or (NO_IMAGE_BUCKET if clips.frames[row] == 1 else f"{TOO_SHORT} for every bucket")
+    )
     facts, flags = [f"{width} x {height}"] if width else [], []
     if clips.is_held_out[row]:
         flags.append("held out for evaluation")

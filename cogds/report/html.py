@@ -1,6 +1,6 @@
 """The report as an HTML page: plots are inline SVG, pictures are data URIs, and there are no scripts.
 
-It shows every clip. Those that do not fit on the page are on further pages in a folder beside it.
+It shows every clip, up to MAX_CLIPS. Those that do not fit on the page are on further pages in a folder beside it.
 """
 
 import itertools

@@ -1,6 +1,5 @@
 """The report as text: a few lines for the start of training, and tables for a terminal."""
 
-import re
 from dataclasses import replace
 
 from rich import box
@@ -10,6 +9,7 @@ from rich.text import Text
 
 from cogds.core.buckets import NO_IMAGE_BUCKET
 from cogds.core.suggest import Fit
+from cogds.data.layouts.listing import is_other_file
 from cogds.formatting import counted, counts, duration, gigabytes, number, percent
 from cogds.report.analysis import BucketReport, Report
 from cogds.report.quality import HARDLY_MOVES
@@ -155,11 +155,7 @@ def warning_lines(report: Report) -> list[str]:
 
 def skipped_lines(report: Report) -> list[str]:
     """A sentence about what the listing of the datasets skipped, with the reasons; [] if it skipped nothing."""
-    other = {
-        reason: num
-        for reason, num in report.skipped.items()
-        if re.fullmatch(r"\.\w+ file|file without a suffix", reason)
-    }
+    other = {reason: num for reason, num in report.skipped.items() if is_other_file(reason)}
     rest = {reason: num for reason, num in report.skipped.items() if reason not in other}
     parts = [
         *([counts(rest)] if rest else []),

@@ -127,8 +127,10 @@ def saved_held_out_limit(header: Mapping[str, Any]) -> int | None:
 
     A resumed run keeps it, so that it never evaluates what it has trained, even if files were removed.
     """
-    if not header or "held_out_limit" in header:
-        return header.get("held_out_limit")
+    if not header:
+        return None
+    if "held_out_limit" in header:
+        return header["held_out_limit"] or 0  # None: nothing was held out, so nothing is now
     return limit_of_fixed_share(header["identity"].get("eval.held_out") or 0.0)
 
 

@@ -12,6 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from cogds.config.deepspeed import zero_stage
+from cogds.config.schema import KEYS
 from cogds.core.geometry import num_tokens
 from cogds.data.storage.location import is_local_file
 from cogds.formatting import counted, gigabytes, magnitude
@@ -83,9 +84,9 @@ def sample_command(run: Run, result: Path) -> str:
 
     Clips in tar files and behind URLs are replaced by a placeholder, because `cogds sample` reads local files only.
     """
-    prompts, index = run.cfg.sample.prompts, run.data.held_out or run.data.index
-    if prompts:
-        prompt, image = prompts[0].prompt, prompts[0].image
+    sample, index = run.cfg.sample, run.data.held_out or run.data.index
+    if sample.prompts:
+        prompt, image = sample.prompts[0].prompt, sample.prompts[0].image
     else:
         clip = index[0]
         prompt, image = " ".join(clip.captions[0].text.split()), clip.image_path or clip.path
@@ -94,6 +95,9 @@ def sample_command(run: Run, result: Path) -> str:
         ["--model", run.cfg.model.path, "--lora", str(result)] if run.cfg.trains_lora else ["--model", str(result)]
     )
     words = [*weights, "--image", image, "--prompt", prompt]
+    for flag, name in (("--steps", "num_steps"), ("--guidance", "guidance")):
+        if (value := getattr(sample, name)) != KEYS[f"sample.{name}"].default:
+            words += [flag, f"{value:g}"]
     return f"{command('cogds', 'cogds')} sample {shlex.join(words)}"
 
 

@@ -405,6 +405,16 @@ def test_the_demo_config_is_small_and_self_contained():
     assert all(side % 16 == 0 and side <= 96 for side in sides)
 
 
+def test_demo_clips_are_drawn_only_at_the_path_of_the_demo(tmp_path):
+    own = tmp_path / "run.yaml"
+    own.write_text("data:\n  path: clips\n")
+    demo = str(ROOT / "launch/configs/demo.yaml")
+    assert not load_config(demo, ["data.path=clips"])[0].data.draw_demo_clips
+    assert not load_config([demo, str(own)], [])[0].data.draw_demo_clips
+    assert load_config([str(own), demo], [])[0].data.draw_demo_clips
+    assert load_config(demo, ["data.draw_demo_clips=true", "data.path=clips"])[0].data.draw_demo_clips
+
+
 def test_importing_the_config_loads_neither_torch_nor_deepspeed():
     imports = "import sys, cogds.config.reference, cogds.config.deepspeed"
     code = imports + "; print({'torch', 'deepspeed', 'numpy'} & {*sys.modules})"

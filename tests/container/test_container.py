@@ -146,7 +146,7 @@ def test_the_default_command_checks_the_machine(image, user):
 
 
 def test_torchrun_trains_as_the_docs_say(image):
-    train = "torchrun --nproc_per_node 2 -m cogds train --deepspeed zero2 --config demo train.num_steps=2 eval.every=null"
+    train = "torchrun --standalone --nproc_per_node 2 -m cogds train --config demo train.num_steps=2 eval.every=null"
     output = image.run("sh", "-c", f"{train} && ls outputs/demo/lora/step-000002", user=UNKNOWN_USER)
     assert "\npytorch_lora_weights.safetensors" in output
 

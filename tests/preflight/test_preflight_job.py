@@ -21,9 +21,7 @@ def load(tiny_model, tmp_path):
 
     def load(ds_name, *overrides, world=ALONE):
         overrides = [f"model.path={tiny_model}", f"data.path={tmp_path}", "data.buckets=[9x64x96]", *overrides]
-        args = argparse.Namespace(
-            config=None, deepspeed=str(ROOT / f"ds_configs/{ds_name}.json"), overrides=overrides, is_demo=False
-        )
+        args = argparse.Namespace(config=None, deepspeed=str(ROOT / f"ds_configs/{ds_name}.json"), overrides=overrides)
         return load_preflight_job(args, world)
 
     return load

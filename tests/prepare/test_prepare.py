@@ -11,8 +11,7 @@ import pyarrow.parquet as pq
 import pytest
 from PIL import Image
 
-from cogds.arguments import parse_args
-from cogds.cli import find_config
+from cogds.arguments import parse_args, shipped_config
 from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.data.layouts.data_set import DataSet
@@ -56,9 +55,8 @@ def run(path, output, *words):
         *words,
     ]
     args = parse_args("prepare", words)
-    args.is_demo = True
-    cfg = load_config(find_config("demo", "run_configs", ".yaml"), args.overrides)[0]
-    check_dataset(cfg.data, args)
+    cfg = load_config(str(shipped_config("run_configs", "demo.yaml")), args.overrides)[0]
+    check_dataset(cfg.data)
     prepare(cfg.data, read_request(cfg.data, args), World(0, 1, 0, 1))
     return pq.read_table(output).to_pylist() if output.exists() else []
 
@@ -395,8 +393,5 @@ def test_a_missing_library_is_named(monkeypatch):
 
 
 def test_a_dataset_must_be_named():
-    args = parse_args("prepare", ["--output=clips.parquet"])
-    args.is_demo = True
-    cfg = load_config(find_config("demo", "run_configs", ".yaml"), [])[0]
     with pytest.raises(UserError, match=r"^data\.path: not set"):
-        check_dataset(cfg.data, args)
+        check_dataset(load_config(str(shipped_config("run_configs", "demo.yaml")), [])[0].data)

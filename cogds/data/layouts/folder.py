@@ -113,7 +113,7 @@ def search_folder(
             yield TarFile(path)
         elif not item.is_folder and not clips.has_beside(name):
             suffix = suffix_of(name)
-            listing.skip(f"{suffix} file" if suffix else "file without a suffix")
+            listing.skip_file(suffix)
             if suffix in TABLE_SUFFIXES:
                 add_names(listing.tables, [path])
 

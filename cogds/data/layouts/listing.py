@@ -5,7 +5,13 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 NUM_NAMES = 5
+_NO_SUFFIX = "file without a suffix"
 _NUM_REASONS = 100  # names like a.1, a.2, ... could make a reason for every file
+
+
+def is_other_file(reason: str) -> bool:
+    """Whether a reason of `Listing.skipped` is that of files that are neither clips nor captions."""
+    return reason == _NO_SUFFIX or (reason.startswith(".") and reason.endswith(" file"))
 
 
 @dataclass
@@ -27,6 +33,10 @@ class Listing:
     tars: list[str] = field(default_factory=list)
     tables: list[str] = field(default_factory=list)
     skipped: Counter[str] = field(default_factory=Counter)
+
+    def skip_file(self, suffix: str) -> None:
+        """Count a file that is neither a clip nor the caption of one. suffix: with its dot, or ""."""
+        self.skip(f"{suffix} file" if suffix else _NO_SUFFIX)
 
     def skip(self, reason: str, number: int = 1) -> None:
         """Count something that is not in the entries."""

@@ -86,7 +86,7 @@ def read_tar(tar: str, columns: Mapping[str, str | None], listing: Listing) -> I
                 listing.skip("older file of the same name in a tar file", member.name in sample.clips)
                 sample.clips[member.name] = member
             else:
-                listing.skip(f"{suffix_of(name)} file" if suffix_of(name) else "file without a suffix")
+                listing.skip_file(suffix_of(name))
     except TarError as error:
         raise UserError(f"{tar}: {error}") from None
     except OSError as error:

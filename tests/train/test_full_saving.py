@@ -24,7 +24,7 @@ from cogds.train import full_saving
 from cogds.train.full_saving import _FullSave
 from tests.engine.test_checkpoint_kill import run_in_fork
 
-NUM_RANKS, NUM_KILLS = 2, 20
+NUM_RANKS, NUM_KILLS, MAX_KILLS = 2, 20, 100
 TRAINED = "transformer_blocks.0.attn1.to_q.weight"
 
 
@@ -190,14 +190,15 @@ def test_a_save_killed_before_each_change_on_the_disk(tmp_path, tiny_model):
 
 @pytest.mark.slow
 def test_a_save_killed_at_any_moment(saves):
-    """Twenty kills spread over the duration of a save."""
+    """Twenty kills spread over the duration of a save, and more until one came after its end."""
     generator, durations = random.Random(0), []
     for step in (1, 2):
         start = time.monotonic()
         saves.save(step)
         durations.append(time.monotonic() - start)
-    last, num_complete = 2, 0
-    for number in range(NUM_KILLS):
+    last, is_complete = 2, []
+    while len(is_complete) < NUM_KILLS or set(is_complete) != {True, False}:
+        assert len(is_complete) < MAX_KILLS
         reader, writer = os.pipe()
 
         def save_next(step=last + 1, pipe=writer):
@@ -207,16 +208,16 @@ def test_a_save_killed_at_any_moment(saves):
 
         process = run_in_fork(save_next)
         os.read(reader, 1)
-        time.sleep(min(durations) * 1.2 * (number + generator.random()) / NUM_KILLS)
+        # Later kills cover a longer time, because a forked process may be slower.
+        time.sleep(min(durations) * 1.2 * (len(is_complete) + generator.random()) / NUM_KILLS)
         os.kill(process, signal.SIGKILL)
         assert os.WIFSIGNALED(os.waitpid(process, 0)[1])
         os.close(reader)
         os.close(writer)
         step = saves.find_step()
         assert step in (last, last + 1)
-        num_complete += step > last
+        is_complete.append(step > last)
         last = step
-    assert 0 < num_complete < NUM_KILLS
     saves.save(last + 1)
     assert saves.find_step() == last + 1
     assert list(Path(saves.folder).glob("*/*.tmp")) == []

@@ -1,4 +1,4 @@
-"""Judge training by its videos: train LoRAs on the shapes model in several ways, and judge what they generate.
+"""Judge training by its videos: train the shapes model or LoRAs for it in several ways, and judge what they generate.
 
     python benchmarks/outcome.py outputs/outcome                        # all recipes of recipes.py, three seeds each
     python benchmarks/outcome.py outputs/outcome --recipes base cogds   # only these
@@ -125,15 +125,16 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
     """Train one recipe with one seed, and judge its videos on rank 0."""
     recipe = RECIPES[name]
     folder = args.folder / f"{recipe.run_of or name}-{seed}"
-    lora = train(recipe, folder, seed, args) if recipe.is_trained else None
+    result = train(recipe, folder, seed, args) if recipe.is_trained else None
     if read_world().rank:
         return
     from cogds.model.load import SHAPES_MODEL, find_model
     from cogds.model.pipelines import load_whole_pipeline
 
-    pipeline = load_whole_pipeline(find_model(SHAPES_MODEL))
-    if lora is not None:
-        pipeline.load_lora_weights(lora)
+    is_model = result is not None and not recipe.trains_lora
+    pipeline = load_whole_pipeline(find_model(str(result) if is_model else SHAPES_MODEL))
+    if result is not None and recipe.trains_lora:
+        pipeline.load_lora_weights(result)
     rows = []
     for kind, motions in {"new": [DEMO_MOTION], "old": list(MOTIONS)}.items():
         scenes = unseen_scenes(args.videos, SIZES, motions)
@@ -147,10 +148,11 @@ def run(name: str, seed: int, args: argparse.Namespace) -> None:
 
 
 def train(recipe: Recipe, folder: Path, seed: int, args: argparse.Namespace) -> Path:
-    """Train, unless the run is there already, and return the folder of the LoRA."""
-    if not (folder / "run/lora" / f"step-{args.steps:06d}").exists():
+    """Train, unless the run is there already, and return the folder of the LoRA or the model."""
+    exports = folder / "run" / ("lora" if recipe.trains_lora else recipe.exported)
+    if not (exports / f"step-{args.steps:06d}").exists():
         run_training(RECIPES[recipe.run_of] if recipe.run_of else recipe, folder, seed, args)
-    loras = [lora for lora in sorted((folder / "run/lora").iterdir()) if "." not in lora.name]
+    loras = [lora for lora in sorted(exports.iterdir()) if "." not in lora.name]
     return average(loras[-recipe.averaged :], folder / "averaged") if recipe.averaged > 1 else loras[-1]
 
 

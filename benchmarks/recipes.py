@@ -26,8 +26,9 @@ class Recipe:
 
     about: what differs from cogds by default. words: arguments of the train verb. patch: changes the code before the
     run. data: makes another dataset in a folder, and returns its arguments. ranks, deepspeed: of the run. is_trained:
-    whether there is a LoRA at all. averaged: how many of the last saved LoRAs are averaged. run_of: another recipe,
-    whose run is used instead of an own one.
+    whether anything is trained. averaged: how many of the last saved LoRAs are averaged. run_of: another recipe,
+    whose run is used instead of an own one. trains_lora: or a whole model, which is in the folder `exported` of the
+    run.
     """
 
     about: str
@@ -39,6 +40,8 @@ class Recipe:
     is_trained: bool = True
     averaged: int = 1
     run_of: str | None = None
+    trains_lora: bool = True
+    exported: str = "model"
 
 
 # --- other trainers' choices
@@ -200,5 +203,12 @@ RECIPES: Mapping[str, Recipe] = {
     ),
     "noisy_timesteps": Recipe("more of the noisy timesteps", patch=noisy_timesteps),
     "rslora": Recipe("alpha x sqrt(rank), as rsLoRA scales", words=["lora.alpha=64"]),
+    "full": Recipe("full fine-tuning, lr 5e-4", words=["train.method=full", "optimizer.lr=5e-4"], trains_lora=False),
+    "full_ema": Recipe(
+        "full fine-tuning, moving average",
+        trains_lora=False,
+        words=["train.method=full", "optimizer.lr=5e-4", "full.ema_decay=0.95"],
+        exported="model_ema",
+    ),
     "all_linear": Recipe("LoRA on all linear layers", words=["lora.target_modules=[all-linear]"]),
 }

@@ -22,6 +22,7 @@ from cogds.errors import UserError, did_you_mean
 
 # Formats of `export`. The merged ones contain full weights.
 MERGED_FORMATS = ("merged", "comfyui-merged")
+EXTRACTED = "lora"  # a LoRA of a fine-tuned model
 EXPORT_FORMATS = ("diffusers", "comfyui", "comfyui-wrapper", *MERGED_FORMATS)
 EXPORT_DTYPES = ("bf16", "fp16", "fp32")
 PRECISIONS = ("bf16", "fp32")
@@ -399,11 +400,17 @@ def _sample(parser: argparse.ArgumentParser) -> None:
 
 def _export(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument
-    add("lora", nargs="+", metavar="LORA", help="LoRA file or folder and its weight (1); several are merged")
-    add("--to", required=True, choices=EXPORT_FORMATS, help="output format")
+    add(
+        "lora",
+        nargs="+",
+        metavar="LORA",
+        help="LoRA file or folder and its weight (1); several are merged; with --to lora: a fine-tuned model",
+    )
+    add("--to", required=True, choices=(*EXPORT_FORMATS, EXTRACTED), help="output format")
     add("--output", required=True, metavar="FOLDER", help="folder to create; its name becomes the name of the LoRA")
     add("--model", help="base model: hub id or diffusers folder (as the LoRA was trained)")
     add("--lora-alpha", metavar="ALPHA", type=_positive_float, help="alpha of LoRA files that do not record it")
+    add("--rank", metavar="R", type=_positive_int, help="with --to lora: rank of the LoRA (64)")
     add("--scale", type=_finite, default=1.0, help="strength (1, as trained)")
     add("--dtype", choices=EXPORT_DTYPES, help="precision of the file (as the LoRA's, or the model's if merged)")
     add(

@@ -1,7 +1,7 @@
-"""The model card (README.md) that is written for every LoRA and every export.
+"""The model card (README.md) that is written for every LoRA, every fine-tuned model and every export.
 
-It contains only metadata that training stores in the LoRA's header (`train.saving.lora_metadata`), so it can be written
-from the file alone.
+It contains only metadata that training stores in the file's header (`train.metadata.export_metadata`), so it can be
+written from the file alone.
 """
 
 import json
@@ -23,7 +23,7 @@ from cogds.process.logs import log_failure
 
 logger = logging.getLogger(__name__)
 
-Metadata = Mapping[str, Any]  # any subset of `train.saving.lora_metadata`
+Metadata = Mapping[str, Any]  # any subset of `train.metadata.export_metadata`
 
 CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
@@ -34,7 +34,8 @@ LICENSE = (
 # Organizations that publish CogVideoX under "The CogVideoX License", with a LICENSE file in each repository.
 PUBLISHERS = ("zai-org", "THUDM")
 # Kinds of exports whose file diffusers loads. The hub offers code for the `library_name`, so others must not have one.
-LOADED_BY_DIFFUSERS = ("diffusers", "comfyui-wrapper", "merged")
+LOADED_BY_DIFFUSERS = ("diffusers", "comfyui-wrapper", "merged", "full")
+FULL = "full"  # kind of a model whose own weights were trained
 
 
 def pipeline_factor(vae_config: Metadata, convention: str) -> float:
@@ -71,26 +72,26 @@ def find_sample(lora: Path) -> Path | None:
     return next(iter(sorted((folder.parent.parent / "samples" / folder.name).glob("*.mp4"))), None)
 
 
-def write_card(folder: Path, lora: Path, metadata: Metadata) -> None:
-    """Write the card of a run's LoRA into `folder`, which will be renamed to `lora`; link to the run's video.
+def write_card(folder: Path, final: Path, metadata: Metadata, kind: str = "diffusers") -> None:
+    """Write the card of a run's LoRA or model into `folder`, which will be renamed to `final`; link to the run's video.
 
     A failure is only a warning, because the checkpoint that follows must still be written.
     """
     try:
-        video = find_sample(lora)
-        sample = Path(os.path.relpath(video, lora)).as_posix() if video else ""
-        title = f"{lora.parent.parent.name} {lora.name}"
-        card = model_card(title, metadata, "diffusers", str(lora), sample=sample)
+        video = find_sample(final)
+        sample = Path(os.path.relpath(video, final)).as_posix() if video else ""
+        title = f"{final.parent.parent.name} {final.name}"
+        card = model_card(title, metadata, kind, str(final), sample=sample)
         (folder / CARD_NAME).write_text(card, encoding="utf-8")
     except Exception as error:  # prompts and paths may hold anything
-        log_failure(logger, f"{lora}: no model card ({brief(error)}). The LoRA is complete.", error)
+        log_failure(logger, f"{final}: no model card ({brief(error)}). The weights are complete.", error)
 
 
 def model_card(title: str, metadata: Metadata, kind: str, location: str, file: str = "", sample: str = "") -> str:
     """Return the card's text.
 
     Args:
-        kind: one of `arguments.EXPORT_FORMATS`.
+        kind: one of `arguments.EXPORT_FORMATS`, or `FULL` for a fine-tuned model.
         location: path or hub id that the snippet loads.
         file: name of the file with the weights, required for the ComfyUI kinds.
         sample: relative path of a video.
@@ -125,10 +126,11 @@ def front_matter(metadata: Metadata, kind: str, sample: str = "") -> str:
             "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE",
         }
     if base:
-        matter |= {"base_model": base, "base_model_relation": "merge" if kind in MERGED_FORMATS else "adapter"}
+        relation = "finetune" if kind == FULL else "merge" if kind in MERGED_FORMATS else "adapter"
+        matter |= {"base_model": base, "base_model_relation": relation}
     task = task_of(metadata)
     tags = ["cogvideox", task]
-    if kind not in MERGED_FORMATS:
+    if kind not in (*MERGED_FORMATS, FULL):
         tags.append("lora")
     if kind in LOADED_BY_DIFFUSERS:
         matter["library_name"] = "diffusers"
@@ -154,7 +156,7 @@ def snippet(metadata: Metadata, kind: str, location: str) -> str:
     has_image = takes_image(metadata)
     base = metadata.get("base_model") or ("zai-org/CogVideoX1.5-5B-I2V" if has_image else "zai-org/CogVideoX1.5-5B")
     pipeline = IMAGE_PIPELINE if has_image else TEXT_PIPELINE
-    factor = 1.0 if kind == "merged" or not has_image else metadata.get("image_latent_factor", 1.0)
+    factor = 1.0 if kind in ("merged", FULL) or not has_image else metadata.get("image_latent_factor", 1.0)
     lines = [
         "# pip install 'diffusers>=0.34' transformers accelerate peft sentencepiece protobuf imageio imageio-ffmpeg",
         "import torch",
@@ -168,6 +170,8 @@ def snippet(metadata: Metadata, kind: str, location: str) -> str:
             "torch_dtype=torch.bfloat16)",
             f"pipe = {pipeline}.from_pretrained({_quoted(base)}, transformer=transformer, torch_dtype=torch.bfloat16)",
         ]
+    elif kind == FULL:
+        lines.append(f"pipe = {pipeline}.from_pretrained({_quoted(location)}, torch_dtype=torch.bfloat16)")
     else:
         lines += [
             f"pipe = {pipeline}.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16)",
@@ -205,6 +209,8 @@ def snippet(metadata: Metadata, kind: str, location: str) -> str:
 def _introduction(metadata: Metadata, kind: str) -> str:
     base = hub_id(metadata.get("base_model"))
     model = f"[{base}](https://huggingface.co/{base})" if base else f"a CogVideoX {task_of(metadata)} model"
+    if kind == FULL:
+        return f"{model[0].upper()}{model[1:]}, fine-tuned. Trained with cogds."
     if kind in MERGED_FORMATS and metadata.get("exported_scale") == 0:
         return f"The transformer of {model}. Exported with cogds."
     if kind in MERGED_FORMATS:
@@ -253,7 +259,7 @@ def _convention(metadata: Metadata, kind: str) -> str:
     """Describe the scale of the image latents, unless the tool uses the right one without help."""
     convention, factor = metadata.get("image_latents", "pipeline"), metadata.get("image_latent_factor", 1.0)
     comfyui = kind.startswith("comfyui")
-    if kind in MERGED_FORMATS or (factor == 1.0 and not comfyui) or not takes_image(metadata):
+    if kind in (*MERGED_FORMATS, FULL) or (factor == 1.0 and not comfyui) or not takes_image(metadata):
         return ""
     compared = "as in diffusers" if factor == 1.0 else f"{factor:g} times those of diffusers"
     text = f"## Image latents\n\nTraining scaled the latents of the first frame as `{convention}`: {compared}. "
@@ -286,6 +292,7 @@ def _table(metadata: Metadata) -> str:
         ("Precision", metadata.get("precision")),
         ("Quantization", metadata.get("quantization") if metadata.get("quantization") != "none" else None),
         ("Merged", metadata.get("merged")),
+        ("Relative error of the extraction", metadata.get("extracted_error")),
         ("Strength", metadata.get("exported_scale")),
         ("Seed", metadata.get("seed")),
     ]

@@ -1,4 +1,7 @@
-"""Export a LoRA for diffusers or ComfyUI, or merged into full weights; write a model card; upload to the hub."""
+"""Export a LoRA for diffusers or ComfyUI, merged into full weights, or extracted from a fine-tuned model.
+
+Also writes a model card and uploads to the hub.
+"""
 
 import argparse
 import logging
@@ -10,7 +13,7 @@ from typing import Any
 
 import torch
 
-from cogds.arguments import MERGED_FORMATS
+from cogds.arguments import EXTRACTED, MERGED_FORMATS
 from cogds.card import (
     CARD_NAME,
     SAMPLE_NAME,
@@ -24,6 +27,7 @@ from cogds.card import (
 from cogds.core.family import TASKS
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import existing_parent, whole_folder
+from cogds.model.full_export import trained_metadata
 from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora.convert import (
     check_all_fit,
@@ -33,23 +37,23 @@ from cogds.model.lora.convert import (
     save_comfyui_wrapper,
     save_diffusers,
 )
+from cogds.model.lora.extract import extract_lora
 from cogds.model.lora.file import WeightedLora, describe_lora, read_loras
 from cogds.model.lora.hub import check_repository, list_files, upload_folder
 from cogds.model.lora.merge import (
     Merge,
     check_comfyui_supports,
-    other_files,
-    read_weights,
     save_comfyui_merged,
     save_merged,
-    save_other_parts,
 )
+from cogds.model.weight_files import other_files, read_weights, save_other_parts
 from cogds.process.logs import RESULT
 
 logger = logging.getLogger(__name__)
 
 DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 SPARE_BYTES = 64e6  # disk space that an export leaves free
+DEFAULT_RANK = 64
 WEAKENED_NAMES = ("orbit", "dimensionx")  # the wrapper weakens fused LoRAs whose path contains one of these
 
 
@@ -85,6 +89,11 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
     output = Path(args.output)
     if output.exists() or output.is_symlink():
         raise UserError(f"--output {output}: already exists. Choose a new folder, or remove this one.")
+    if args.rank and args.to != EXTRACTED:
+        raise UserError(f"--rank {args.rank}: a LoRA keeps its rank with --to {args.to}. Use --to {EXTRACTED}.")
+    if args.to == EXTRACTED:
+        export_extracted(args, output, api)
+        return
     loras = parse_loras(args.lora, args.scale, args.lora_alpha)
     if len(loras) > 1 and args.to not in MERGED_FORMATS:
         raise UserError(
@@ -128,6 +137,39 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
     logger.log(RESULT, "\n".join(lines))
     if args.push_to:
         logger.info("Uploading these files to %s (%s).", args.push_to, "public" if args.public else "private")
+        logger.log(RESULT, "Uploaded: %s", upload_folder(output, args.push_to, args.public, api))
+
+
+def export_extracted(args: argparse.Namespace, output: Path, api: Any) -> None:
+    """Extract a LoRA from a fine-tuned model, and write it in diffusers' format."""
+    if len(args.lora) > 1 or args.scale != 1.0:
+        raise UserError(f"--to {EXTRACTED}: takes one fine-tuned model and no weight or --scale. Pass only its folder.")
+    tuned = find_model(args.lora[0])
+    metadata = trained_metadata(tuned)
+    if not args.model and not metadata.get("base_model"):
+        raise UserError(f"{tuned.path}: does not record its base model. Pass --model.")
+    base = find_model(args.model or metadata["base_model"])
+    rank, dtype = args.rank or DEFAULT_RANK, DTYPES.get(args.dtype, torch.bfloat16)
+    metadata |= {"rank": rank, "alpha": float(rank), "base_model": args.model or metadata["base_model"]}
+    if args.push_to:
+        metadata = shareable(metadata)
+        check_repository(args.push_to, args.public, api)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    extraction = extract_lora(base, tuned, rank, dtype, metadata, device)
+    worst = max(extraction.layer_errors, key=lambda name: extraction.layer_errors[name])
+    lines = [
+        f"Rank {rank} on {len(extraction.layer_errors)} layers keeps {1 - extraction.error**2:.1%} of the change of "
+        f"the weights (relative error {extraction.error:.3f}; the largest of a layer is "
+        f"{extraction.layer_errors[worst]:.3f}, {worst}). "
+        f"{extraction.outside:.1%} of the change is in norms, biases and other weights without a LoRA."
+    ]
+    metadata |= {"extracted_error": round(extraction.error, 4)}
+    with whole_folder(output) as partial:
+        save_diffusers(replace(extraction.adapter, metadata=metadata), partial)
+        card = model_card(output.name, metadata, "diffusers", args.push_to or str(output))
+        (partial / CARD_NAME).write_text(card, encoding="utf-8")
+    logger.log(RESULT, "\n".join([f"{EXTRACTED}: {output}", *list_files(output), *lines]))
+    if args.push_to:
         logger.log(RESULT, "Uploaded: %s", upload_folder(output, args.push_to, args.public, api))
 
 

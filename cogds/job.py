@@ -24,9 +24,9 @@ from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.memory import (
     CUDA_CONTEXT_BYTES,
     USABLE_SHARE,
-    LoraSize,
     MemoryModel,
     OnTheFlyEncoding,
+    TrainedSize,
     TransformerSize,
     ZeroSettings,
 )
@@ -41,6 +41,7 @@ from cogds.errors import UserError, did_you_mean
 from cogds.files import check_creatable, make_folders
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
+from cogds.model.trained_weights import match_weights
 from cogds.model.transformer.sequence_parallel import check_sequence
 from cogds.shapes.clips import draw_demo_clips
 
@@ -52,10 +53,11 @@ BATCHES_AHEAD = 2
 class Job:
     """A run before its data is known.
 
-    targets: full names of the layers that get a LoRA. num_ranks: ranks of the run. They differ from `world`, the ranks
-    around this process, if this process only reports on the run. evaluated_only: encode no clips except those that are
-    evaluated. tiled: the buckets that the VAE encodes in tiles (`encode.tiling` chooses them by the GPUs).
-    held_out_limit: the largest hash that the run to resume holds out (`core.held_out`); None: by eval.held_out.
+    targets: full names of the layers that get a LoRA, or of the weights to train (train.method). num_ranks: ranks of
+    the run. They differ from `world`, the ranks around this process, if this process only reports on the run.
+    evaluated_only: encode no clips except those that are evaluated. tiled: the buckets that the VAE encodes in tiles
+    (`encode.tiling` chooses them by the GPUs). held_out_limit: the largest hash that the run to resume holds out
+    (`core.held_out`); None: by eval.held_out.
     """
 
     cfg: RunConfig
@@ -91,13 +93,11 @@ class Job:
     def memory(self) -> MemoryModel:
         """The memory of one rank, calculated from shapes. Reads no weights."""
         transformer, cfg = empty_transformer(self.model), self.cfg
-        layers, rank = dict(transformer.named_modules()), cfg.lora.rank
-        num_lora = sum(rank * (layers[name].in_features + layers[name].out_features) for name in self.targets)
         num_base = sum(parameter.numel() for parameter in transformer.parameters())
         return MemoryModel(
             geometry=self.model.geometry,
             transformer=TransformerSize.from_config(self.model.transformer_config, num_base),
-            lora=LoraSize.from_targets(self.targets, num_lora, rank),
+            trained=self._trained_size(transformer),
             vae=self.model.vae_size,
             zero=ZeroSettings.from_config(self.ds_config.get("zero_optimization", {})),
             num_ranks=self.num_ranks,
@@ -106,11 +106,20 @@ class Job:
             quantization=cfg.model.quantization,
             fp8_matmul=cfg.model.fp8_matmul,
             sequence_size=cfg.parallel.sequence_size,
+            ema_on_gpu=cfg.full.ema_decay is not None and cfg.full.ema_device == "gpu",
             # One more batch is being encoded.
             on_the_fly=OnTheFlyEncoding(self.model.num_text_parameters, self.tiled, BATCHES_AHEAD + 1)
             if cfg.data.encode == "on_the_fly"
             else None,
         )
+
+    def _trained_size(self, transformer: Any) -> TrainedSize:
+        if not self.cfg.trains_lora:
+            weights = dict(transformer.named_parameters())
+            return TrainedSize.from_targets(self.targets, sum(weights[name].numel() for name in self.targets), rank=0)
+        layers, rank = dict(transformer.named_modules()), self.cfg.lora.rank
+        num_lora = sum(rank * (layers[name].in_features + layers[name].out_features) for name in self.targets)
+        return TrainedSize.from_targets(self.targets, num_lora, rank)
 
     def plan(self, mixture: Mixture) -> Plan:
         """Return the order of training from the first step. mixture: how often each clip is trained."""
@@ -182,7 +191,7 @@ def load_job(
     check_conditioning(cfg, explicit, model)
     check_sequence(cfg.parallel.sequence_size, num_ranks, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
-    targets = tuple(resolve_targets(empty_transformer(model), cfg.lora.target_modules))
+    targets = tuple(find_targets(cfg, empty_transformer(model)))
     ds_config, cfg = resolve(ds_config, cfg, explicit, num_ranks, model.hidden_size, args.deepspeed)
     tiled = tiled_buckets(cfg, model, buckets)
     return Job(cfg, ds_config, model, buckets, targets, world, num_ranks, evaluated_only, tiled)
@@ -196,6 +205,13 @@ def check_conditioning(cfg: RunConfig, explicit: Collection[str], model: ModelFo
                 f"{name}: {value} is set, but {cfg.model.path} is a text-to-video model, which has no first frame as "
                 "input. Remove the key."
             )
+
+
+def find_targets(cfg: RunConfig, transformer: Any) -> list[str]:
+    """Return the names of the layers that get a LoRA, or of the weights to train. Raises UserError for unknown ones."""
+    if cfg.trains_lora:
+        return resolve_targets(transformer, cfg.lora.target_modules)
+    return match_weights((name for name, _ in transformer.named_parameters()), cfg.full.modules)
 
 
 def make_buckets(cfg: RunConfig, model: ModelFolder) -> tuple[ClipShape, ...]:

@@ -18,6 +18,7 @@ from cogds.data.video.media import write_video
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import make_folders, whole_file
 from cogds.model.cudnn import check_cudnn
+from cogds.model.full_export import trained_metadata
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
@@ -112,7 +113,8 @@ def main(args: argparse.Namespace) -> None:
     loras = read_weighted_loras(args.lora or [], args.lora_alpha, model)
     for lora in loras:
         logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))
-    fps = args.fps or float(recorded_value(loras, "fps", model.geometry.trained_fps))
+    own_fps = trained_metadata(model).get("fps") if model.hub_id is None else None
+    fps = args.fps or float(recorded_value(loras, "fps", own_fps or model.geometry.trained_fps))
     jobs = plan_jobs(args, loras, model)
     is_single = sum(job.num_videos for job in jobs) == 1
     output = output_files(args.output, is_single)

@@ -3,7 +3,7 @@
 import dataclasses
 
 from cogds.core.geometry import ClipShape, ModelGeometry
-from cogds.core.memory import LoraSize, MemoryModel, TransformerSize, ZeroSettings
+from cogds.core.memory import MemoryModel, TrainedSize, TransformerSize, ZeroSettings
 from cogds.core.vae_memory import COGVIDEOX_VAE
 
 # As convert_cogvideox_to_diffusers.py of diffusers writes them, and what the models have in common.
@@ -31,7 +31,7 @@ PUBLISHED = {
 V15 = PUBLISHED["CogVideoX1.5-5B-I2V"]
 ATTENTION = ("attn1.to_q", "attn1.to_k", "attn1.to_v", "attn1.to_out.0")
 TRANSFORMER = TransformerSize(5_571_594_880, num_layers=42, num_heads=48, head_dim=64, text_dim=4096)
-LORA = LoraSize(132_120_576, 128, frozenset(ATTENTION))
+LORA = TrainedSize(132_120_576, 128, frozenset(ATTENTION))
 FULL = ClipShape(81, 768, 1360)
 
 

@@ -341,7 +341,7 @@ def test_the_real_size_is_the_published_model(scripts):
     assert measuring.num_tokens(measuring.ClipShape.parse(size.bucket), model.geometry) == 45_106
     shape, world = measuring.ClipShape.parse(size.bucket), measuring.World(0, 1, 0, 1)
     memory = measuring.make_job(cfg, "zero2", model, shape, world).memory
-    assert (memory.transformer, memory.lora, memory.vae) == (TRANSFORMER, LORA, COGVIDEOX_VAE)
+    assert (memory.transformer, memory.trained, memory.vae) == (TRANSFORMER, LORA, COGVIDEOX_VAE)
 
 
 @pytest.mark.parametrize(

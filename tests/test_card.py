@@ -29,7 +29,7 @@ from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
 from cogds.model.load import find_model
 from cogds.model.lora.file import read_loras
-from cogds.train.saving import lora_metadata
+from cogds.train.metadata import export_metadata
 from tests.model.lora.adapters import base_transformer, write_lora
 
 METADATA = {
@@ -152,7 +152,7 @@ def test_the_card_shows_what_a_run_records(tiny_model):
         data=SimpleNamespace(index=range(7)), world=World(0, 2, 0, 2),
         plan=SimpleNamespace(local_batch_sizes=(1,), accumulation=1),
     )  # fmt: skip
-    metadata = json.loads(json.dumps(lora_metadata(run, 500)))
+    metadata = json.loads(json.dumps(export_metadata(run, 500)))
     assert metadata["image_latent_factor"] == pytest.approx(0.49)
     card = model_card("mine", metadata, "diffusers", "mine")
     for text in (
@@ -181,7 +181,7 @@ def test_the_trigger_words_are_recorded(tiny_model, tmp_path, settings, words, p
         data=SimpleNamespace(index=range(7)), world=World(0, 1, 0, 1),
         plan=SimpleNamespace(local_batch_sizes=(1,), accumulation=1),
     )  # fmt: skip
-    recorded = lora_metadata(run, 500)
+    recorded = export_metadata(run, 500)
     lora = write_lora(tiny_model, tmp_path / "lora", metadata=recorded)
     (file,) = read_loras([str(lora)], None, "--alpha")
     assert file.metadata.get("trigger_words", []) == words

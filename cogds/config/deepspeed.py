@@ -180,6 +180,7 @@ def resolve(
     resolver = _Resolver(copy.deepcopy(dict(ds_config)), cfg, explicit, ds_path)
     resolver.check_keys()
     resolver.resolve_precision()
+    resolver.check_method()
     resolver.check_stage()
     resolver.resolve_shared()
     resolver.resolve_train_batch_size(world_size)
@@ -274,6 +275,21 @@ class _Resolver:
         bf16["enabled"] = (precision == "bf16" and not uses_autocast) if enabled == "auto" else enabled
         # Skip steps whose gradient is not finite. Set here because DeepSpeed has changed this default before.
         bf16.setdefault("check_grad_overflow", True)
+
+    def check_method(self) -> None:
+        """Check that the trained weights have float32 masters, and are in memory when they are restored."""
+        if self.cfg.trains_lora:
+            return
+        if self.look_up("torch_autocast.enabled", False) is True:
+            raise self.error(
+                "torch_autocast.enabled is true, but train.method=full trains bf16 weights with float32 masters, which "
+                "is the bf16 section. Set it to false"
+            )
+        if str(self.look_up("zero_optimization.offload_param.device", "")).lower() == "nvme":
+            raise self.error(
+                'zero_optimization.offload_param.device="nvme" is not supported with train.method=full: a checkpoint '
+                'cannot restore trained weights there. Set it to "cpu"'
+            )
 
     def check_stage(self) -> None:
         """Check the ZeRO stage, and a setting that stage 1 does not support."""

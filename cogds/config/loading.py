@@ -25,6 +25,7 @@ from pydantic_core import ErrorDetails, PydanticUndefined
 from cogds.config.schema import (
     ALTERNATIVES,
     KEYS,
+    METHOD_DEFAULTS,
     RENAMED,
     RENAMED_VALUES,
     SECTIONS,
@@ -65,7 +66,8 @@ def load_config(config_files: str | Sequence[str] | None, overrides: list[str]) 
     _check_names((name, place) for name, place, _ in settings)
     places = {name: place for name, place, _ in settings}
     values = _interpolate({name: value for name, _, value in settings}, places)
-    return _validate(values, places), frozenset(values)
+    method_defaults = METHOD_DEFAULTS.get(str(values.get("train.method")), {})
+    return _validate(method_defaults | values, places), frozenset(values)
 
 
 def _without_stale_demo_clips(settings: list[Setting]) -> list[Setting]:

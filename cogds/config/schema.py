@@ -26,6 +26,7 @@ Fraction = Annotated[float, Field(ge=0, lt=1)]
 OnOff = Literal["auto", "on", "off"]
 Attention = Literal["auto", "torch", "flash", "cudnn", "efficient", "flash3", "flash4", "math"]
 Checkpointing = Literal["auto", "none", "selective", "full", "full+offload"]
+Method = Literal["lora", "full"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
 Column = Literal["path", "caption", "captions", "kind", "image", "start_s", "end_s", "spans", "motion", "duplicate_of"]
 
@@ -217,8 +218,28 @@ class LoraConfig(Section):
         return self
 
 
+class FullConfig(Section):
+    """Training of the transformer's own weights (train.method=full)."""
+
+    modules: tuple[Text, ...] = key(
+        (),
+        "parts to train, by the end of their name; * stands for any text; empty: the whole transformer; "
+        "such as [attn1] or [transformer_blocks.4?]",
+    )
+    ema_decay: float | None = key(
+        None, "decay of a moving average of the weights, such as 0.999, that is evaluated, sampled and exported too; "
+        "null: none", gt=0, lt=1,
+    )  # fmt: skip
+    ema_device: Literal["gpu", "cpu"] = key("gpu", "memory of the moving average: 4 bytes per parameter over all ranks")
+
+
+# Defaults that depend on train.method. A full fine-tune changes every weight, so it needs smaller steps than a LoRA,
+# whose B matrices start at 0.
+METHOD_DEFAULTS: dict[str, dict[str, Any]] = {"full": {"optimizer.lr": 1e-5}}
+
+
 class OptimizerConfig(Section):
-    lr: float = key(1e-4, "learning rate after the warmup", ge=0)
+    lr: float = key(1e-4, "learning rate after the warmup; default with train.method=full: 1e-5", ge=0)
     betas: tuple[Fraction, Fraction] = key((0.9, 0.95), "AdamW betas")
     eps: float = key(1e-8, "AdamW epsilon", gt=0)
     weight_decay: float = key(1e-3, "AdamW weight decay", ge=0)
@@ -229,6 +250,7 @@ class OptimizerConfig(Section):
 
 
 class TrainConfig(Section):
+    method: Method = key("lora", "weights to train: an adapter (lora.*), or the transformer's own (full.*)")
     num_steps: int = key(1000, "length of the run [optimizer steps]", ge=1)
     batch_size: int = key(1, "clips per rank and micro-step", ge=1)
     tokens_per_batch: int | None = key(None, "tokens per rank and micro-step; replaces batch_size", ge=1)
@@ -306,7 +328,11 @@ class CheckpointConfig(Section):
 class MetricsConfig(Section):
     every: int = key(1, "interval of TensorBoard, metrics.jsonl and progress lines [optimizer steps]", ge=1)
     progress_bar: bool = key(True, "progress bar on a terminal")
-    norms_every: int | None = key(10, "interval of LoRA weight and update norms; null: never [optimizer steps]", ge=1)
+    norms_every: int | None = key(
+        10,
+        "interval of weight and update norms of a LoRA, not with train.method=full; null: never [optimizer steps]",
+        ge=1,
+    )
     show_clips: int = key(
         16, "largest number of clips shown in TensorBoard (first frame and caption), from the start of the run", ge=0
     )
@@ -331,6 +357,7 @@ class RunConfig(Section):
     data: DataConfig
     conditioning: ConditioningConfig = ConditioningConfig()
     lora: LoraConfig = LoraConfig()
+    full: FullConfig = FullConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     train: TrainConfig = TrainConfig()
     parallel: ParallelConfig = ParallelConfig()
@@ -339,6 +366,33 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     metrics: MetricsConfig = MetricsConfig()
     network: NetworkConfig = NetworkConfig()
+
+    @property
+    def trains_lora(self) -> bool:
+        """Whether a LoRA is trained, not the transformer's own weights."""
+        return self.train.method == "lora"
+
+    @model_validator(mode="after")
+    def _check_method(self) -> Self:
+        if self.trains_lora:
+            for name in ("modules", "ema_decay"):
+                if getattr(self.full, name):
+                    raise ValueError(
+                        f"full.{name}: set, but train.method is lora. Set train.method=full, or remove it."
+                    )
+            return self
+        if self.lora.init_from:
+            raise ValueError(
+                "lora.init_from: not with train.method=full, which trains no LoRA. Merge the LoRA into a model with "
+                "`cogds export --to merged --pipeline copy` and set model.path to it, or remove it."
+            )
+        for name, value in (("quantization", self.model.quantization), ("fp8_matmul", self.model.fp8_matmul)):
+            if value not in ("none", False):
+                raise ValueError(
+                    f"model.{name}: {str(value).lower()}, but train.method=full changes the weights in every step, and "
+                    "quantized weights are frozen. Remove it, or train a LoRA."
+                )
+        return self
 
     @property
     def metadata_dir(self) -> Path:

@@ -3,6 +3,7 @@
 from dataclasses import dataclass
 
 from cogds.core.checkpointing import BlockCheckpointing
+from cogds.core.memory import TrainedSize, TransformerSize
 
 # Attention's backward pass relative to its forward pass: the gradients of its two products take twice the operations.
 # A kernel that does not store the attention matrix computes the first product again.
@@ -60,12 +61,14 @@ GPUS = {
 class StepFlops:
     """Floating-point operations of training one clip, without the optimizer step, which is negligible.
 
-    linears, attention: forward pass of the frozen base; lora: forward pass of the LoRA.
+    linears, attention: forward pass of the transformer; lora: forward pass of the LoRA; trained_linears: of the linear
+    layers whose own weights are trained.
     """
 
     linears: float
     attention: float
     lora: float
+    trained_linears: float = 0.0
 
     @property
     def forward(self) -> float:
@@ -75,7 +78,7 @@ class StepFlops:
     @property
     def backward(self) -> float:
         """Backward pass of the base. A frozen linear layer computes no weight gradients."""
-        return self.linears + BACKWARD_FACTOR * self.attention
+        return self.linears + self.trained_linears + BACKWARD_FACTOR * self.attention
 
     @property
     def model_flops(self) -> float:
@@ -97,22 +100,33 @@ class StepFlops:
             "full": self.forward + self.lora,
             "full+offload": self.forward + self.lora,
         }[blocks.mode]
-        backward = self.linears + FLASH_BACKWARD_FACTOR * self.attention
+        backward = self.linears + self.trained_linears + FLASH_BACKWARD_FACTOR * self.attention
         return self.forward + backward + 3 * self.lora + blocks.checkpointed_share * recomputed
 
 
-def step_flops(tokens: int, num_layers: int, hidden_size: int, num_lora_parameters: int = 0) -> StepFlops:
+def step_flops(
+    tokens: int, num_layers: int, hidden_size: int, num_lora_parameters: int = 0, trained_share: float = 0.0
+) -> StepFlops:
     """Count the operations of the matrix products for one clip of `tokens` (T) tokens.
 
     Per layer and token, for hidden size d: 4 d^2 multiply-adds for queries, keys, values and output, and 8 d^2 for the
     feed-forward layers; 4 T d operations for attention's two products. Each LoRA parameter takes one multiply-add per
-    token. Embeddings and modulation, together less than 0.1%, are left out.
+    token. Embeddings and modulation, together less than 0.1%, are left out. trained_share: of the linear layers.
     """
+    linears = float(num_layers * 24 * tokens * hidden_size**2)
     return StepFlops(
-        linears=float(num_layers * 24 * tokens * hidden_size**2),
+        linears=linears,
         attention=float(num_layers * 4 * tokens**2 * hidden_size),
         lora=float(2 * tokens * num_lora_parameters),
+        trained_linears=trained_share * linears,
     )
+
+
+def training_flops(tokens: int, transformer: TransformerSize, trained: TrainedSize) -> StepFlops:
+    """Count the operations of `step_flops` for a LoRA, or for trained weights of the transformer."""
+    num_lora = trained.num_parameters if trained.is_lora else 0
+    share = trained.num_in_transformer / transformer.num_parameters
+    return step_flops(tokens, transformer.num_layers, transformer.width, num_lora, share)
 
 
 def estimate_seconds(flops: float, device: str) -> float:

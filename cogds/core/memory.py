@@ -1,6 +1,7 @@
 """GPU and host memory of one rank during training, calculated from shapes, without a GPU.
 
-    model = MemoryModel(geometry, transformer, lora, vae, ZeroSettings.from_config(section), num_ranks, "bf16", buckets)
+    zero = ZeroSettings.from_config(section)
+    model = MemoryModel(geometry, transformer, trained, vae, zero, num_ranks, "bf16", buckets)
     model.estimate(shape, batch_size=1, checkpointing="none").total_bytes
 
 The terms count the tensors that are alive at the peak. They leave out the allocator's rounding, caching and
@@ -27,7 +28,7 @@ from cogds.core.geometry import (
 )
 from cogds.core.vae_memory import VaeSize, vae_encode_bytes
 
-# Bytes per element of the frozen weights, the LoRA and the activations.
+# Bytes per element of the frozen and the trained weights and the activations.
 ELEMENT_BYTES = {"bf16": 2, "fp32": 4}
 # The share of a GPU's memory that an estimate may use. The rest is for fragmentation and other processes.
 USABLE_SHARE = 0.92
@@ -66,7 +67,7 @@ FP8_MATMUL_UNPACKING_BYTES = 15
 
 @dataclass(frozen=True)
 class TransformerSize:
-    """Sizes of the frozen transformer. num_parameters: without the LoRA; time_dim: of the time embedding."""
+    """Sizes of the transformer. num_parameters: without a LoRA; time_dim: of the time embedding."""
 
     num_parameters: int
     num_layers: int
@@ -104,17 +105,31 @@ class TransformerSize:
 
 
 @dataclass(frozen=True)
-class LoraSize:
-    """Sizes of the LoRA. block_layers: adapted layers within a block, such as `attn1.to_q` or `ff.net.2`."""
+class TrainedSize:
+    """Sizes of what is trained: a LoRA, or weights of the transformer itself.
+
+    rank: of the LoRA; 0 for weights of the transformer. block_layers: adapted or trained linear layers within a block,
+    such as `attn1.to_q` or `ff.net.2`. If they differ between blocks, the layers of any block.
+    """
 
     num_parameters: int
     rank: int
     block_layers: frozenset[str]
 
+    @property
+    def is_lora(self) -> bool:
+        """Whether a LoRA is trained."""
+        return self.rank > 0
+
+    @property
+    def num_in_transformer(self) -> int:
+        """Trained parameters that are part of the transformer."""
+        return 0 if self.is_lora else self.num_parameters
+
     @classmethod
-    def from_targets(cls, targets: Collection[str], num_parameters: int, rank: int) -> "LoraSize":
-        """targets: full names of the adapted layers, such as `transformer_blocks.0.attn1.to_q`."""
-        names = (name.split(".", 2) for name in targets)
+    def from_targets(cls, targets: Collection[str], num_parameters: int, rank: int) -> "TrainedSize":
+        """targets: full names of the adapted layers, such as `transformer_blocks.0.attn1.to_q`, or of the weights."""
+        names = (name.removesuffix(".weight").split(".", 2) for name in targets)
         layers = {name[2] for name in names if name[0] == "transformer_blocks" and len(name) == 3}
         return cls(num_parameters, rank, frozenset(layers))
 
@@ -178,9 +193,10 @@ class MemoryEstimate:
     base_weights_bytes: int
     gathered_weights_bytes: int
     unpacked_weight_bytes: int
-    lora_weights_bytes: int
-    lora_gradients_bytes: int
+    trained_weights_bytes: int
+    trained_gradients_bytes: int
     optimizer_state_bytes: int
+    moving_average_bytes: int
     reduce_buffers_bytes: int
     vae_weights_bytes: int
     text_encoder_weights_bytes: int
@@ -231,11 +247,12 @@ class MemoryModel:
         quantization: of the base weights, "none" or a key of `QUANTIZED_FORMATS`.
         sequence_size: ranks that share a clip.
         on_the_fly: None if clips are encoded before training.
+        ema_on_gpu: whether a moving average of the trained weights is kept on the GPU.
     """
 
     geometry: ModelGeometry
     transformer: TransformerSize
-    lora: LoraSize
+    trained: TrainedSize
     vae: VaeSize
     zero: ZeroSettings
     num_ranks: int
@@ -245,6 +262,7 @@ class MemoryModel:
     fp8_matmul: bool = False
     sequence_size: int = 1
     on_the_fly: OnTheFlyEncoding | None = None
+    ema_on_gpu: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -254,21 +272,24 @@ class MemoryModel:
     def estimate(self, shape: ClipShape, batch_size: int, checkpointing: BlockCheckpointing | str) -> MemoryEstimate:
         """Estimate the GPU memory of a rank that trains clips of this shape. checkpointing: a mode is for all blocks.
 
-        For P base and L LoRA parameters, N ranks, e bytes per element (2 or 4), B clips of T tokens (a rank's share of
-        them), hidden size d, and U = B T d e, the bytes of one hidden-state tensor:
+        For P frozen and L trained parameters, N ranks, e bytes per element (2 or 4), B clips of T tokens (a rank's
+        share of them), hidden size d, and U = B T d e, the bytes of one hidden-state tensor:
 
             base weights       P e, less for quantized blocks (`base_weights_bytes`); / N at stage 3; 0 with
                                offload_param; plus learned or fixed position embeddings (`_position_bytes`)
             gathered weights   at stage 3: the blocks gathered at the same time (`_num_gathered_blocks`)
             unpacked weight    the largest, 4 d^2, if the base is quantized (`unpacked_weight_bytes`)
-            LoRA weights       L e; at stage 3 L e / N, 0 with offload_param, plus L e if the matrices are below the
-                               persistence threshold
-            LoRA gradients     L e; / N from stage 2; 0 with offload_optimizer from stage 2
+            trained weights    L e; at stage 3 L e / N, 0 with offload_param, plus L e if they are the matrices of a
+                               LoRA below the persistence threshold
+            trained gradients  L e; / N from stage 2; 0 with offload_optimizer from stage 2
             optimizer state    fp32 master weights and two Adam moments, 12 L (8 L at stage 0, which has no master
                                weights); / N from stage 1; 0 with offload_optimizer
+            moving average     4 L / N if it is on the GPU
             optimizer step     fp32 copy of the gradients, 4 L / N from stage 1; 0 with offload_optimizer
             on the fly         the weights of T5 and of a second VAE, and `_clip_encode_bytes`
-            reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication
+            reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication; plus
+                               the gradient of the largest weight, 4 d^2 e, until it is reduced, if the transformer's
+                               own weights are trained
             kept activations   per block, by mode. none: the input and the tensors that autograd saves
                                (`saved_units`); selective: the input, attention's output and its statistic;
                                full: the input; full+offload: nothing, but two inputs on their way back to the GPU
@@ -278,7 +299,7 @@ class MemoryModel:
                                then (`_block_units`); at stage 3 at least the copy of a block's weights that DeepSpeed
                                takes out of the gathered buffer
         """
-        zero, element_bytes, num_lora = self.zero, self.element_bytes, self.lora.num_parameters
+        zero, element_bytes, num_trained = self.zero, self.element_bytes, self.trained.num_parameters
         is_sharded = zero.stage == 3
 
         def shard(size: int, from_stage: int) -> int:
@@ -286,21 +307,29 @@ class MemoryModel:
 
         on_gpu = 0 if is_sharded and zero.offload_param else 1
         block_bytes = self._gathered_block_size * element_bytes if is_sharded else 0
-        whole_lora = num_lora if is_sharded and self._lora_persists else 0
+        whole_lora = num_trained if is_sharded and self._lora_persists else 0
         num_buffers = 2 if zero.stage in (1, 2) and zero.overlap_comm else 1
         blocks, unit = BlockCheckpointing.of(checkpointing), self._unit_bytes(shape, batch_size)
         gradients_offloaded = zero.offload_optimizer and zero.stage >= 2
         vae_weights, on_the_fly = self.vae.num_parameters * element_bytes, self.on_the_fly
         return MemoryEstimate(
-            base_weights_bytes=shard(base_weights_bytes(self.transformer, self.quantization, element_bytes), 3)
-            * on_gpu + self._position_bytes,
+            base_weights_bytes=shard(
+                base_weights_bytes(self.transformer, self.quantization, element_bytes)
+                - self.trained.num_in_transformer * element_bytes,
+                3,
+            )
+            * on_gpu
+            + self._position_bytes,
             gathered_weights_bytes=round(self._num_gathered_blocks * block_bytes) if is_sharded else 0,
             unpacked_weight_bytes=4 * self.transformer.width**2
             * unpacked_weight_bytes(self.quantization, self.fp8_matmul, element_bytes),
-            lora_weights_bytes=(shard(num_lora, 3) * on_gpu + whole_lora) * element_bytes,
-            lora_gradients_bytes=0 if gradients_offloaded else shard(num_lora, 2) * element_bytes,
-            optimizer_state_bytes=0 if zero.offload_optimizer else shard(num_lora, 1) * (12 if zero.stage else 8),
-            reduce_buffers_bytes=num_buffers * zero.reduce_bucket_size * element_bytes if zero.stage else 0,
+            trained_weights_bytes=(shard(num_trained, 3) * on_gpu + whole_lora) * element_bytes,
+            trained_gradients_bytes=0 if gradients_offloaded else shard(num_trained, 2) * element_bytes,
+            optimizer_state_bytes=0 if zero.offload_optimizer else shard(num_trained, 1) * (12 if zero.stage else 8),
+            moving_average_bytes=shard(num_trained, 1) * 4 if self.ema_on_gpu else 0,
+            reduce_buffers_bytes=(num_buffers * zero.reduce_bucket_size + self._largest_gradient) * element_bytes
+            if zero.stage
+            else 0,
             vae_weights_bytes=vae_weights,
             text_encoder_weights_bytes=on_the_fly.num_text_parameters * element_bytes if on_the_fly else 0,
             second_vae_weights_bytes=vae_weights if on_the_fly else 0,
@@ -312,8 +341,10 @@ class MemoryModel:
             block_activations_bytes=max(round(unit * self._block_units(blocks)), block_bytes),
             first_frame_encode_bytes=vae_encode_bytes(
                 dataclasses.replace(shape, frames=1), False, self.vae, element_bytes
-            ) if self.geometry.family.takes_image else 0,
-            optimizer_step_bytes=0 if zero.offload_optimizer or not zero.stage else shard(num_lora, 1) * 4,
+            )
+            if self.geometry.family.takes_image
+            else 0,
+            optimizer_step_bytes=0 if zero.offload_optimizer or not zero.stage else shard(num_trained, 1) * 4,
         )  # fmt: skip
 
     def pinned_host_bytes(self, shape: ClipShape, batch_size: int, checkpointing: BlockCheckpointing | str) -> int:
@@ -326,6 +357,12 @@ class MemoryModel:
             return 0
         num_pages = -(-self._unit_bytes(shape, batch_size) // mmap.PAGESIZE)
         return (self.transformer.num_layers - blocks.num_kept_blocks) * num_pages * mmap.PAGESIZE
+
+    @property
+    def offloaded_optimizer_bytes(self) -> int:
+        """Host memory of a rank with offload_optimizer: float32 masters, two moments and gradients of its share."""
+        share = -(-self.trained.num_parameters // self.num_ranks)
+        return 16 * share if self.zero.offload_optimizer and self.zero.stage else 0
 
     def least_checkpointing(self, shape: ClipShape, batch_size: int, gpu_bytes: float) -> str:
         """The fastest checkpointing mode that fits a GPU of this size, or the smallest mode if none fits."""
@@ -349,27 +386,27 @@ class MemoryModel:
     def saved_units(self) -> float:
         """Tensors that autograd saves of one block besides its input, in U.
 
-        The base is frozen, so the input of a linear layer is saved only if a LoRA reads it. In U:
+        The input of a linear layer is saved only if the layer is trained or a LoRA reads the input. In U:
 
             3 attention's q, k, v; 2 q and k before their norm; 1 attention's output; 1 input of the second norm;
             4 input of GELU                                                                            11, always
-            1 input of q, k, v if one of them is adapted (attention's output layer reads a tensor that is saved anyway;
+            1 input of q, k, v if one of them is trained (attention's output layer reads a tensor that is saved anyway;
             with sequence parallelism it reads a copy, 1); 1 input of the feed-forward; 4 of its second layer; 1 the
-            gated tensor, for each adapted layer that produces gates
+            gated tensor, for each trained layer that produces gates
             rank / d for every LoRA applied to the sequence
             float32 statistics: 2 per head for each norm of q and k, 1 per head for attention, 2 for each block norm
 
         This assumes an attention kernel that saves q, k, v, the output and one statistic per row (FlashAttention,
         cuDNN).
         """
-        layers, transformer = self.lora.block_layers, self.transformer
+        layers, transformer = self.trained.block_layers, self.transformer
         units = 11.0
         units += any(name in layers for name in ("attn1.to_q", "attn1.to_k", "attn1.to_v"))
         units += self.sequence_size > 1 and "attn1.to_out.0" in layers
         units += "ff.net.0.proj" in layers
         units += 4 * ("ff.net.2" in layers)
         units += sum(name in layers for name in ("norm1.linear", "norm2.linear"))
-        units += self.lora.rank * sum(not name.startswith("norm") for name in layers) / transformer.width
+        units += self.trained.rank * sum(not name.startswith("norm") for name in layers) / transformer.width
         return units + 4 * (5 * transformer.num_heads + 4) / (transformer.width * self.element_bytes)
 
     def _unit_bytes(self, shape: ClipShape, batch_size: int) -> int:
@@ -422,11 +459,11 @@ class MemoryModel:
         """Gradients at the peak of a block's backward pass, in addition to all tensors that the block saved, in U.
 
         The peak is at GELU: the gradient of the block's output (1), and of GELU's input and output (8). If the second
-        feed-forward layer is adapted, its saved input is freed by then. The peak is then at that layer: the gradients
+        feed-forward layer is trained, its saved input is freed by then. The peak is then at that layer: the gradients
         of the block's output (1), and of the layer's output (1) and input (4). In both cases, the tensor saved by the
         last gate (1) has been freed.
         """
-        layers = self.lora.block_layers
+        layers = self.trained.block_layers
         return (6 if "ff.net.2" in layers else 9) - ("norm2.linear" in layers)
 
     def _inputs_and_loss_bytes(self, shape: ClipShape) -> int:
@@ -464,13 +501,23 @@ class MemoryModel:
     @property
     def _lora_persists(self) -> bool:
         """Whether ZeRO-3 keeps the LoRA matrices whole on every rank. Judged by the matrices of attention."""
-        return self.lora.rank * self.transformer.width <= self.zero.param_persistence_threshold
+        trained = self.trained
+        return trained.is_lora and trained.rank * self.transformer.width <= self.zero.param_persistence_threshold
+
+    @property
+    def _lora_per_block(self) -> int:
+        """Parameters of a LoRA in one block."""
+        return self.trained.num_parameters // self.transformer.num_layers if self.trained.is_lora else 0
+
+    @property
+    def _largest_gradient(self) -> int:
+        """Elements of the largest gradient of a weight of the transformer, 0 if a LoRA is trained."""
+        return 0 if self.trained.is_lora else 4 * self.transformer.width**2
 
     @property
     def _gathered_block_size(self) -> int:
         """Elements that ZeRO-3 gathers for one block, without norms and biases (0.06%)."""
-        lora = 0 if self._lora_persists else self.lora.num_parameters // self.transformer.num_layers
-        return self.transformer.block_weights + lora
+        return self.transformer.block_weights + (0 if self._lora_persists else self._lora_per_block)
 
     @property
     def _num_gathered_blocks(self) -> float:
@@ -484,7 +531,7 @@ class MemoryModel:
         exceed by at most 4 d^2. Read in partitioned_param_coordinator.py and confirmed on 12 small blocks.
         """
         zero, block = self.zero, self._gathered_block_size
-        used = self.transformer.block_weights + self.lora.num_parameters // self.transformer.num_layers
+        used = self.transformer.block_weights + self._lora_per_block
         waiting = max(1, -(-zero.max_reuse_distance // used)) * block
         ahead = min(zero.max_live_parameters - waiting, NUM_PREFETCHING_MODULES * zero.prefetch_bucket_size)
         live = waiting + (ahead + 4 * self.transformer.width**2 if ahead > 0 else 0)
@@ -492,7 +539,7 @@ class MemoryModel:
 
 
 def base_weights_bytes(transformer: TransformerSize, quantization: str, element_bytes: int) -> int:
-    """All frozen weights, unsharded. With quantization, the linear layers of the blocks are quantized."""
+    """All weights of the transformer, unsharded. With quantization, the linear layers of the blocks are quantized."""
     total = transformer.num_parameters * element_bytes
     if quantization == "none":
         return total

@@ -94,7 +94,8 @@ def _changes(model: MemoryModel, batch_size: int) -> list[tuple[str, dict[str, A
         settings = replace(defaults, stage=2, offload_optimizer=True)
         changes.append(("--deepspeed zero2_offload", {"zero": settings}))
     if model.quantization == "none":
-        changes += [(f"model.quantization={name}", {"quantization": name}) for name in ("int8", "nf4")]
+        if model.trained.is_lora:
+            changes += [(f"model.quantization={name}", {"quantization": name}) for name in ("int8", "nf4")]
         if model.num_ranks > 1 and zero.stage < 3:
             changes.append(("--deepspeed zero3", {"zero": replace(defaults, stage=3)}))
         if not zero.offload_param:

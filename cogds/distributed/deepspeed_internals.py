@@ -11,7 +11,12 @@ from typing import Any
 
 import deepspeed.ops
 import torch
-from deepspeed.utils import safe_get_local_fp32_param, safe_set_local_fp32_param, safe_set_local_optimizer_state
+from deepspeed.utils import (
+    safe_get_local_fp32_param,
+    safe_get_local_optimizer_state,
+    safe_set_local_fp32_param,
+    safe_set_local_optimizer_state,
+)
 
 from cogds.process.host_memory import HostBuffer
 
@@ -51,6 +56,69 @@ def local_master_weight(parameter: Any, rank: int) -> torch.Tensor:
         mapping = parameter._hp_mapping
         return mapping.get_hp_fragment().detach().flatten() if mapping is not None else torch.empty(0)
     return parameter.detach().float().flatten()[: parameter.numel() if rank == 0 else 0]  # stage 0: every rank has all
+
+
+def local_range(parameter: Any) -> range:
+    """Return the elements of a parameter, in flat order, whose master weights this rank holds (stages 1 to 3)."""
+    if hasattr(parameter, "ds_tensor"):
+        size, numel = parameter.ds_tensor.ds_numel, parameter.ds_numel
+        start = size * torch.distributed.get_rank(parameter.ds_process_group)
+        return range(min(start, numel), min(start + size, numel))
+    mapping = parameter._hp_mapping
+    if mapping is None:
+        return range(0)
+    address = mapping.lp_fragment_address
+    return range(address.start, address.start + address.numel)
+
+
+def local_part(parameter: Any, state: str | None = None) -> torch.Tensor:
+    """Return this rank's part of a float32 master weight, or of the optimizer state of that name: `local_range`, flat.
+
+    May be a view.
+    """
+    if hasattr(parameter, "ds_tensor"):
+        whole = (
+            safe_get_local_fp32_param(parameter) if state is None else safe_get_local_optimizer_state(parameter, state)
+        )
+        return whole.flatten()[: len(local_range(parameter))]
+    return parameter._hp_mapping.get_hp_fragment(state).detach().flatten()
+
+
+def set_local_part(parameter: Any, value: torch.Tensor, state: str | None = None) -> None:
+    """Set what `local_part` returns. `update_model_weights` then updates the model's own copies."""
+    if not hasattr(parameter, "ds_tensor"):
+        parameter._hp_mapping.get_hp_fragment(state).data.copy_(value)
+        return
+    padded = torch.nn.functional.pad(value, (0, parameter.ds_tensor.ds_numel - value.numel()))
+    if state is None:
+        safe_set_local_fp32_param(parameter, padded)
+    else:
+        safe_set_local_optimizer_state(parameter, padded, state)
+
+
+def model_part(parameter: Any) -> torch.Tensor:
+    """Return the same elements as `local_part` of the weight that the model computes with."""
+    part = local_range(parameter)
+    if hasattr(parameter, "ds_tensor"):
+        return parameter.ds_tensor.detach().flatten()[: len(part)]
+    return parameter.detach().flatten()[part.start : part.stop]
+
+
+def update_model_weights(engine: Any) -> None:
+    """Set the weights that the model computes with from the float32 masters of all ranks. Collective.
+
+    DeepSpeed does this at the end of its own step, at stage 3 also for the small parameters that every rank keeps
+    (stage3.py, `_post_step`).
+    """
+    optimizer = engine.optimizer
+    if engine.zero_optimization_stage() < 3:
+        optimizer.update_lp_params()
+        return
+    for model, master in zip(optimizer.fp16_partitioned_groups_flat, optimizer.fp32_partitioned_groups_flat):
+        model.data.copy_(master.data)
+    if optimizer.persistent_parameters:
+        optimizer.persistent_parameters[0].partition(optimizer.persistent_parameters)
+        optimizer.persistent_parameters[0].all_gather(optimizer.persistent_parameters)
 
 
 def set_zero3_partition(parameter: Any, value: torch.Tensor, rank: int, num_ranks: int, state: str | None) -> None:

@@ -1,12 +1,13 @@
 """Checkpoints, which are complete or absent, and verified before anything is loaded.
 
     output_dir/checkpoints/latest               name of the newest complete checkpoint, for people and scripts
-    output_dir/checkpoints/step-000500/         trainable.safetensors, and state.json, which is written last
+    output_dir/checkpoints/step-000500/         the tensors, and state.json, which is written last
 
-Rank 0 writes into `step-N.tmp` while training continues: the tensors, then state.json with the digest of each file.
-Both are flushed to the disk, the folder is renamed, `latest` is replaced, and only then are old checkpoints removed.
-Sample order and random draws depend only on the step number, so no state of loaders or generators is saved. A
-checkpoint holds only data: JSON and safetensors.
+Of a LoRA, rank 0 writes all tensors into `trainable.safetensors`; of a full fine-tune, every rank writes its own part
+(`engine.shards`). They are written into `step-N.tmp` while training continues: the tensors, then state.json with the
+digest of each file. All are flushed to the disk, the folder is renamed, `latest` is replaced, and only then are old
+checkpoints removed. Sample order and random draws depend only on the step number, so no state of loaders or generators
+is saved. A checkpoint holds only data: JSON and safetensors.
 """
 
 import errno
@@ -25,7 +26,7 @@ from typing import Any, NamedTuple
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from cogds.distributed.collectives import on_rank0
+from cogds.distributed.collectives import on_all_ranks
 from cogds.distributed.world import World
 from cogds.engine.state import TrainState
 from cogds.errors import UserError
@@ -37,9 +38,10 @@ STATE_FILE = "state.json"
 TENSORS_FILE = "trainable.safetensors"
 LATEST_FILE = "latest"
 RUN_FILES = (
-    "checkpoints", "lora", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json", "unusable.jsonl",
-    "quarantine.jsonl", "samples",
+    "checkpoints", "lora", "model", "model_ema", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json",
+    "unusable.jsonl", "quarantine.jsonl", "samples",
 )  # fmt: skip
+MAX_READERS = 8  # threads that verify files
 # Disk space to leave free for logs, metrics and other users of the disk.
 SPARE_BYTES = 64e6
 STEP_NAME = re.compile(r"step-\d{6,}")
@@ -50,7 +52,11 @@ class DamagedCheckpoint(UserError):
 
 
 class Checkpoint(NamedTuple):
-    """A verified checkpoint. header: the content of its state.json."""
+    """A verified checkpoint.
+
+    header: the content of its state.json. state: the tensors of a LoRA; empty for a full fine-tune, whose ranks read
+    their own parts (`engine.shards`).
+    """
 
     path: Path
     header: dict[str, Any]
@@ -107,12 +113,17 @@ def complete_checkpoints(checkpoints: Path) -> list[Path]:
     return sorted(filter(_is_step_folder, folders), key=step_of)
 
 
+def step_folders(parent: Path) -> list[Path]:
+    """Return the folders that `step_name` named, in no particular order."""
+    return [path for path in parent.glob("step-*") if _is_step_folder(path)]
+
+
 def check_space(folder: Path, num_bytes: float) -> None:
     """Raise UserError if the disk does not have room for `num_bytes` more. The folder need not exist yet."""
     free, needed = shutil.disk_usage(existing_parent(folder)).free, num_bytes + SPARE_BYTES
     if free < needed:
         raise UserError(
-            f"{folder}: the disk is nearly full; a checkpoint and its LoRA need {needed / 1e9:.2f} GB, and "
+            f"{folder}: the disk is nearly full; a checkpoint and what is exported need {needed / 1e9:.2f} GB, and "
             f"{free / 1e9:.2f} GB are free. Make room or lower checkpoint.keep_last, then run the same command again "
             "to continue from the last checkpoint."
         )
@@ -141,16 +152,31 @@ def write(
 
     If writing fails, no earlier checkpoint is lost.
     """
-    final = checkpoints / step_name(step)
-    partial = final.with_name(f"{final.name}.tmp")
-    checkpoints.mkdir(parents=True, exist_ok=True)
-    remove_partial(checkpoints)
-    partial.mkdir()
+    partial = begin_folder(checkpoints, step)
     save_file(state.tensors, partial / TENSORS_FILE)
     apply_umask(partial / TENSORS_FILE)
     _flush_to_disk(partial / TENSORS_FILE)
     files = {TENSORS_FILE: _file_digest(partial / TENSORS_FILE)}
-    header = {"step": step, "num_updates": state.num_updates, "files": files, **header}
+    return commit(
+        partial, {"step": step, "num_updates": state.num_updates, "files": files, **header}, keep_last, keep_every
+    )
+
+
+def begin_folder(parent: Path, step: int) -> Path:
+    """Create the temporary folder of a checkpoint or an export in `parent`, without the files of interrupted saves."""
+    parent.mkdir(parents=True, exist_ok=True)
+    remove_partial(parent)
+    partial = parent / f"{step_name(step)}.tmp"
+    partial.mkdir()
+    return partial
+
+
+def commit(partial: Path, header: Mapping[str, Any], keep_last: int, keep_every: int | None) -> Path:
+    """Complete a checkpoint whose tensors are written and flushed, then remove old checkpoints.
+
+    header: with `step`, `num_updates` and the digests of the `files`. Returns the checkpoint's folder.
+    """
+    checkpoints, final = partial.parent, partial.with_suffix("")
     (partial / STATE_FILE).write_text(json.dumps({**header, "digest": _header_digest(header)}, indent=2))
     _flush_to_disk(partial / STATE_FILE)
     _flush_to_disk(partial)
@@ -164,21 +190,56 @@ def write(
     return final
 
 
+# A part of a save: gets every rank's result of the part before, in rank order.
+Phase = Callable[[list[Any]], Any]
+
+
 class Saver:
-    """Writes in a background thread on rank 0, one save at a time. Every rank has one."""
+    """Writes in a background thread of each rank, one save at a time.
+
+    A save has phases, and a phase begins when all ranks have finished the one before. So a file can depend on the files
+    of other ranks, and no rank waits in its thread for another.
+    """
 
     def __init__(self) -> None:
         self._executor = ThreadPoolExecutor(1, "saver")
-        self._save: Future[float] | None = None
+        self._phases: list[Phase] = []
+        self._current: Future[Any] | None = None
+        self._began = 0.0
 
-    def start(self, write: Callable[[], None]) -> None:
-        """Call `write` in the background. The previous save must be finished."""
-        self._save = self._executor.submit(self._run, write)
+    def start(self, *phases: Phase) -> None:
+        """Begin a save on every rank. The previous one must be finished."""
+        self._began = time.perf_counter()
+        self._phases = list(phases)
+        self._next([])
+
+    def _next(self, results: list[Any]) -> None:
+        phase = self._phases.pop(0) if self._phases else None
+        self._current = self._executor.submit(_translate_errors, phase, results) if phase else None
 
     @property
-    def is_done(self) -> bool:
-        """Whether a save has ended, with or without an error, and `finish` has not been called yet."""
-        return self._save is not None and self._save.done()
+    def is_saving(self) -> bool:
+        """Whether a save has begun and is not finished. The same on all ranks."""
+        return self._current is not None
+
+    @property
+    def is_busy(self) -> bool:
+        """Whether this rank's thread is writing."""
+        return self._current is not None and not self._current.done()
+
+    def advance(self, world: World) -> float | None:
+        """Wait for the current phase on all ranks and begin the next. Returns the duration of a finished save [s].
+
+        None if the save is not finished, or there is none. Collective.
+
+        Raises:
+            UserError: The disk failed or is full.
+        """
+        current, self._current = self._current, None
+        if current is None:
+            return None
+        self._next(on_all_ranks(world, current.result))
+        return None if self.is_saving else time.perf_counter() - self._began
 
     def finish(self, world: World) -> float | None:
         """Wait for the save in progress and return its duration in seconds; None if there is none. Collective.
@@ -186,20 +247,20 @@ class Saver:
         Raises:
             UserError: The disk failed or is full.
         """
-        save, self._save = self._save, None
-        return on_rank0(world, lambda: save.result() if save else None)
+        seconds = None
+        while self.is_saving:
+            seconds = self.advance(world)
+        return seconds
 
-    @staticmethod
-    def _run(write: Callable[[], None]) -> float:
-        start = time.perf_counter()
-        try:
-            write()
-        except (OSError, SafetensorError) as error:
-            raise UserError(
-                f"output_dir: saving failed ({error}). Correct that, then run the same command again to continue from "
-                "the previous checkpoint."
-            ) from None
-        return time.perf_counter() - start
+
+def _translate_errors(phase: Phase, results: list[Any]) -> Any:
+    try:
+        return phase(results)
+    except (OSError, SafetensorError) as error:
+        raise UserError(
+            f"output_dir: saving failed ({error}). Correct that, then run the same command again to continue from the "
+            "previous checkpoint."
+        ) from None
 
 
 # ------------------------------------------------------------------------------------------------ reading
@@ -231,9 +292,10 @@ def read_header(checkpoint: Path) -> dict[str, Any]:
             raise DamagedCheckpoint(f"{file}: has no file digests: it is damaged or from an early version of cogds.")
         if header.pop("digest", "") != _header_digest(header) or header["step"] != step_of(checkpoint):
             raise DamagedCheckpoint(f"{file}: is damaged: its content is not what was written.")
-        for name, expected in header["files"].items():
-            path = checkpoint / Path(name).name
-            digest = _file_digest(path)
+        paths = [checkpoint / Path(name).name for name in header["files"]]
+        with ThreadPoolExecutor(MAX_READERS) as pool:  # the digests of a full fine-tune take minutes on one core
+            digests = list(pool.map(_file_digest, paths))
+        for path, digest, expected in zip(paths, digests, header["files"].values()):
             if digest["bytes"] != expected["bytes"]:
                 raise DamagedCheckpoint(
                     f"{path}: is damaged: it has {digest['bytes']} bytes instead of {expected['bytes']}."
@@ -252,6 +314,8 @@ def read_checkpoint(path: Path) -> Checkpoint:
         DamagedCheckpoint: A file is missing, unreadable, not what was written, or not a safetensors file.
     """
     header = read_header(path)
+    if TENSORS_FILE not in header["files"]:
+        return Checkpoint(path, header, TrainState({}, float(header["num_updates"])))
     try:
         tensors = load_file(path / TENSORS_FILE)
     except (SafetensorError, OSError) as error:
@@ -312,7 +376,11 @@ def set_aside(output_dir: Path, resume_from: Path | None, step: int) -> Path | N
     A run that continues from its own checkpoint moves only what is after `step`; any other run moves everything.
     """
     if resume_from and resume_from.resolve().parent == (output_dir / "checkpoints").resolve():
-        folders = (path for kind in ("checkpoints", "lora", "samples") for path in (output_dir / kind).glob("step-*"))
+        folders = (
+            path
+            for kind in ("checkpoints", "lora", "model", "model_ema", "samples")
+            for path in (output_dir / kind).glob("step-*")
+        )
         old = [path for path in folders if _is_step_folder(path) and step_of(path) > step]
     else:
         old = [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]

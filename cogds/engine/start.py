@@ -2,7 +2,7 @@
 
 import copy
 import logging
-from collections.abc import Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -14,6 +14,7 @@ from cogds.distributed.deepspeed_internals import merge_offloaded_weights
 from cogds.distributed.world import World
 from cogds.errors import UserError
 from cogds.model.load import ModelFolder, build_transformer, fill_transformer, load_transformer
+from cogds.model.trained_weights import train_weights
 from cogds.model.transformer.forward import Block, Transformer
 from cogds.process.environment import extensions_folder, find_ninja
 from cogds.process.extension_locks import remove_stale_locks
@@ -39,23 +40,25 @@ def build_for_stage(
     device: torch.device,
     quantization: str = "none",
     fp8_matmul: bool = False,
+    trained: Collection[str] = (),
 ) -> Transformer:
-    """Build the frozen transformer with random weights. Collective.
+    """Build the transformer with random weights. Collective.
 
     It is whole on `device` below stage 3, and partitioned over the ranks at stage 3. A block is a unit of ZeRO-3: its
     weights are gathered together before its forward and its backward pass.
 
     quantization, fp8_matmul: of the blocks' weights (`model.quantize`); not at stage 3 (`check_quantization`).
+    trained: names of the weights that are trained; all others are frozen.
     """
     prepare_extensions(ds_config)
     if zero_stage(ds_config) < 3:
-        return build_transformer(model, dtype, device, quantization, fp8_matmul)
+        return train_weights(build_transformer(model, dtype, device, quantization, fp8_matmul), trained)
     # The dtype is passed in the config: `zero.Init(dtype=...)` ignores it if the accelerator has no fp16.
     init_config = {**copy.deepcopy(ds_config), "bf16": {"enabled": dtype is torch.bfloat16}}
     offload = init_config["zero_optimization"].get("offload_param") or {}
     is_pinned = offload.get("device") == "cpu" and offload.pop("pin_memory", False)
     with deepspeed.zero.Init(config_dict_or_path=init_config):
-        transformer = build_transformer(model, dtype)
+        transformer = train_weights(build_transformer(model, dtype), trained)
     transformer.compute_positions()
     if is_pinned:
         transformer.offloaded_weights = _pin_in_one_piece(transformer, device)
@@ -101,6 +104,7 @@ def load_for_stage(
     world: World,
     quantization: str = "none",
     fp8_matmul: bool = False,
+    trained: Collection[str] = (),
 ) -> Transformer:
     """Build the transformer as `build_for_stage` does and load the model's weights. Collective.
 
@@ -112,14 +116,14 @@ def load_for_stage(
     """
     if zero_stage(ds_config) < 3:
         prepare_extensions(ds_config)
-        return load_transformer(model, dtype, world.device, quantization, fp8_matmul)
-    transformer = build_for_stage(model, dtype, ds_config, world.device)
+        return train_weights(load_transformer(model, dtype, world.device, quantization, fp8_matmul), trained)
+    transformer = build_for_stage(model, dtype, ds_config, world.device, trained=trained)
 
     def load_weight(tensor: torch.Tensor, weight: Any) -> None:
         if not isinstance(tensor, torch.nn.Parameter):  # a buffer is not partitioned
             tensor.copy_(weight[:])
             return
-        with gathered([tensor], 3, modifier_rank=0):
+        with gathered([tensor], 3, modifier_rank=0), torch.no_grad():
             if world.rank == 0:
                 tensor.data.copy_(weight[:])
 

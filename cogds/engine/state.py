@@ -67,7 +67,7 @@ def state_bytes(engine: Any) -> int:
 
 def gather_state(engine: Any, world: World) -> TrainState:
     """Return the current state on rank 0, and an empty one on the other ranks. Collective."""
-    kinds, num_updates = _optimizer_kinds(engine)
+    kinds, num_updates = optimizer_kinds(engine)
     tensors = {}
     for name, parameter in trainable(engine).items():
         for kind in (WEIGHT, *kinds):
@@ -126,7 +126,7 @@ def restore_state(engine: Any, state: TrainState, world: World) -> None:
             if world.size > 1:
                 dist.broadcast(value, src=0)
             _set(engine, parameter, kind, value, world)
-    _set_counters(engine, num_updates)
+    set_counters(engine, num_updates)
 
 
 def _set(engine: Any, parameter: Any, kind: str, value: torch.Tensor, world: World) -> None:
@@ -143,7 +143,7 @@ def _set(engine: Any, parameter: Any, kind: str, value: torch.Tensor, world: Wor
                 parameter.data.copy_(value)
 
 
-def _optimizer_kinds(engine: Any) -> tuple[list[str], float]:
+def optimizer_kinds(engine: Any) -> tuple[list[str], float]:
     """Return the names of the optimizer's states and its number of steps: none and 0 before the first step."""
     for partition, states in optimizer_states(engine):
         kinds = [name for name, value in states.items() if torch.is_tensor(value) and value.shape == partition.shape]
@@ -153,7 +153,8 @@ def _optimizer_kinds(engine: Any) -> tuple[list[str], float]:
     return [], 0.0
 
 
-def _set_counters(engine: Any, num_updates: float) -> None:
+def set_counters(engine: Any, num_updates: float) -> None:
+    """Set the optimizer's number of steps."""
     holders = [*(states for _, states in optimizer_states(engine)), *engine.basic_optimizer.param_groups]
     for holder in holders:
         if torch.is_tensor(holder.get(STEP_COUNTER)):

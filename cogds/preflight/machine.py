@@ -1,6 +1,5 @@
 """The disks and memory of each node, and the GPU of each rank."""
 
-import re
 import shutil
 import tempfile
 from pathlib import Path
@@ -24,6 +23,7 @@ from cogds.preflight.findings import (
     group_by_value,
 )
 from cogds.preflight.preflight_job import PreflightJob
+from cogds.process.host_memory import available_memory_bytes
 
 # More than the context of our own process: another process uses the GPU.
 OCCUPIED_BYTES = 2_000_000_000
@@ -38,25 +38,6 @@ def free_bytes(path: str) -> int:
     while not folder.exists():
         folder = folder.parent
     return shutil.disk_usage(folder).free
-
-
-def available_memory_bytes() -> int:
-    """Return the memory available to new processes, limited by the control group. 0 if unknown."""
-    try:
-        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
-    except OSError:
-        return 0
-    available = int(match.group(1)) * 1024 if match else 0
-    for limit, used in (
-        ("memory.max", "memory.current"),
-        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
-    ):
-        try:
-            root = Path("/sys/fs/cgroup")
-            available = min(available, int((root / limit).read_text()) - int((root / used).read_text()))
-        except (OSError, ValueError):  # no such file, or "max"
-            continue
-    return max(available, 0)
 
 
 def inspect_disk(job: PreflightJob) -> RankResult:
@@ -78,6 +59,7 @@ def inspect_disk(job: PreflightJob) -> RankResult:
         weights_bytes = job.memory.transformer.num_parameters * job.element_bytes * num_local
     else:
         weights_bytes = 0
+    rank_bytes = job.pinned_bytes + job.memory.offloaded_optimizer_bytes
     return {
         "disk": {
             "output": [cfg.output_dir, free_bytes(cfg.output_dir), job.checkpoint_bytes * (num_kept + 1)],
@@ -85,7 +67,7 @@ def inspect_disk(job: PreflightJob) -> RankResult:
             **cache_disk(cfg),
             "tmp": [tempfile.gettempdir(), free_bytes(tempfile.gettempdir()), LOW_TMP_BYTES],
             "shm": [SHARED_MEMORY, free_bytes(SHARED_MEMORY), job.shared_memory_bytes * num_local],
-            "memory": ["host memory", available_memory_bytes(), weights_bytes + job.pinned_bytes * num_local],
+            "memory": ["host memory", available_memory_bytes(), weights_bytes + rank_bytes * num_local],
         }
     }
 

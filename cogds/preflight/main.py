@@ -148,7 +148,7 @@ class Preflight:
         connecting = Check("connect", lambda: self._connect(group_timeout_s, job), lambda _: [])
         if not self._run_collective_check(connecting, CONNECT_TIMEOUT_S):
             return
-        gradient_bytes = job.memory.lora.num_parameters * job.element_bytes
+        gradient_bytes = job.memory.trained.num_parameters * job.element_bytes
         exchange = Check("exchange", lambda: measure_exchange(self.world, gradient_bytes), assess_exchange)
         if "exchange" not in self.skipped and not self._run_collective_check(exchange, EXCHANGE_TIMEOUT_S):
             return

@@ -61,8 +61,10 @@ class PreflightJob(Job):
 
     @property
     def checkpoint_bytes(self) -> int:
-        """Size of one checkpoint (float32 weights and two moments) with its exported LoRA."""
-        return self.memory.lora.num_parameters * (12 + self.element_bytes)
+        """Size of one checkpoint (float32 weights and two moments) with its exported LoRA or model."""
+        memory = self.memory
+        num_exported = memory.trained.num_parameters if memory.trained.is_lora else memory.transformer.num_parameters
+        return 12 * memory.trained.num_parameters + num_exported * self.element_bytes
 
     @property
     def shared_memory_bytes(self) -> int:

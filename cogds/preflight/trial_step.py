@@ -15,11 +15,11 @@ from cogds.engine.start import build_for_stage, start_engine
 from cogds.formatting import gigabytes
 from cogds.metrics.step_metrics import peak_memory_bytes
 from cogds.model.load import DTYPES
-from cogds.model.lora.adapter import inject
 from cogds.preflight.findings import FAIL, OK, WARN, Finding, RankResult, describe_ranks
 from cogds.preflight.preflight_job import PreflightJob
 from cogds.train.memory_check import is_out_of_memory
 from cogds.train.step import Draws, load_step_builder, random_batch
+from cogds.train.trained_part import add_trained_part, loaded_as_trained
 from cogds.train.tuning import choose_execution, prepare_blocks
 
 NUM_STEPS = 2
@@ -69,11 +69,9 @@ def run_trial_step(job: PreflightJob) -> RankResult:
         execution = choose_execution(job, job.batch_sizes)
         result["advice"] = execution.buckets[bucket].shortfall
         transformer: Any = build_for_stage(
-            model, dtype, job.ds_config, device, cfg.model.quantization, cfg.model.fp8_matmul
+            model, dtype, job.ds_config, device, cfg.model.quantization, cfg.model.fp8_matmul, loaded_as_trained(job)
         )
-        parameters = inject(
-            transformer, cfg.lora.rank, cfg.lora.alpha, cfg.lora.dropout, cfg.lora.target_modules, cfg.seed
-        )
+        parameters = add_trained_part(transformer, job)
         transformer.train()
         prepare_blocks(transformer, execution)
         share_clips(transformer, world, cfg.train.timeout_s)

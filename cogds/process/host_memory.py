@@ -1,10 +1,13 @@
-"""Host memory in whole pages that can be pinned, so that a GPU copies from it and to it asynchronously.
+"""Host memory: what is available, and memory in whole pages that can be pinned.
 
-torch's own allocator of pinned memory rounds every tensor up to a power of two.
+A GPU copies from and to pinned memory asynchronously. torch's own allocator of pinned memory rounds every tensor up to
+a power of two.
 """
 
 import mmap
+import re
 import weakref
+from pathlib import Path
 
 import torch
 
@@ -26,6 +29,25 @@ class HostBuffer:
         torch.cuda.check_error(torch.cuda.cudart().cudaHostRegister(self.bytes.data_ptr(), self.num_bytes, 0))
         # Memory must stay allocated while CUDA may use it. At the end of the process, the driver unpins it.
         weakref.finalize(self, _unpin, self.bytes.data_ptr()).atexit = False
+
+
+def available_memory_bytes() -> int:
+    """Return the memory available to new processes, limited by the control group. 0 if unknown."""
+    try:
+        match = re.search(r"MemAvailable:\s+(\d+) kB", Path("/proc/meminfo").read_text())
+    except OSError:
+        return 0
+    available = int(match.group(1)) * 1024 if match else 0
+    for limit, used in (
+        ("memory.max", "memory.current"),
+        ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+    ):
+        try:
+            root = Path("/sys/fs/cgroup")
+            available = min(available, int((root / limit).read_text()) - int((root / used).read_text()))
+        except (OSError, ValueError):  # no such file, or "max"
+            continue
+    return max(available, 0)
 
 
 def _unpin(address: int) -> None:

@@ -15,7 +15,7 @@ import pyarrow.compute as pc
 
 from cogds.core.buckets import NO_IMAGE_BUCKET, TOO_SHORT
 from cogds.core.checkpointing import BlockCheckpointing
-from cogds.core.flops import ASSUMED_EFFICIENCY, PEAK_TFLOPS, estimate_seconds, step_flops
+from cogds.core.flops import ASSUMED_EFFICIENCY, PEAK_TFLOPS, estimate_seconds, training_flops
 from cogds.core.geometry import ClipShape, ModelGeometry, cached_caption_bytes, cached_clip_bytes, num_tokens
 from cogds.core.memory import MemoryEstimate, MemoryModel
 from cogds.core.memory_advice import explain_shortfall
@@ -382,11 +382,10 @@ def read_rates(file: Path) -> Rates | None:
 
 def estimate_rates(setup: TrainingSetup, device: str) -> Rates:
     """Estimate the rates on a GPU from the operations of a step. device: a key of `PEAK_TFLOPS`."""
-    memory, transformer, step_s, num_trained = setup.memory, setup.memory.transformer, {}, 0.0
+    memory, step_s, num_trained = setup.memory, {}, 0.0
     for shape, batch_size, checkpointing in zip(setup.buckets, setup.batch_sizes, setup.checkpointing, strict=True):
         tokens = num_tokens(shape, setup.geometry)
-        hidden_size = transformer.num_heads * transformer.head_dim
-        clip = step_flops(tokens, transformer.num_layers, hidden_size, memory.lora.num_parameters)
+        clip = training_flops(tokens, memory.transformer, memory.trained)
         flops = clip.hardware_flops(checkpointing) * batch_size * setup.accumulation / memory.sequence_size
         step_s[str(shape)] = estimate_seconds(flops, device)
         num_trained += tokens * batch_size * setup.num_data_ranks * setup.accumulation

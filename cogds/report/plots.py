@@ -31,7 +31,11 @@ MAX_POINTS = 1500
 LABEL_WIDTH, LABEL_HEIGHT, LENGTH_LABEL_WIDTH = 0.17, 0.04, 0.06
 MEMORY_GROUPS = (
     ("frozen weights", BLUE, ("base weights", "gathered weights", "unpacked weight", "vae weights")),
-    ("LoRA and its optimizer", PURPLE, ("lora weights", "lora gradients", "optimizer state")),
+    (
+        "trained weights and optimizer",
+        PURPLE,
+        ("trained weights", "trained gradients", "optimizer state", "moving average"),
+    ),
     ("encoding on the fly", GREEN, ("text encoder weights", "second vae weights", "clip encode")),
     ("kept activations", ORANGE, ("kept activations",)),
     ("one block", PALE_ORANGE, ("block activations",)),

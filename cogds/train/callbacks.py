@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from cogds.distributed.world import World
+from cogds.engine.ema import Ema
 from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import peak_memory_bytes, reset_peak_memory
 from cogds.process.watchdog import Watchdog
@@ -41,7 +42,7 @@ class TrainContext:
     """What the steps and callbacks of a run work with.
 
     watch: called with a description of each forward pass (`Watchdog.watch`). is_stopping: whether this rank was asked
-    to stop, which ends a callback without a result.
+    to stop, which ends a callback without a result. ema: the moving average of the weights, if the run has one.
     """
 
     run: Run
@@ -50,6 +51,7 @@ class TrainContext:
     monitor: Monitor
     watch: Callable[[Callable[[], str]], None] = lambda _: None
     is_stopping: Callable[[], bool] = lambda: False
+    ema: Ema | None = None
 
 
 def due_at_start(callbacks: Sequence[Callback], step: int) -> list[Callback]:

@@ -26,7 +26,7 @@ import torch
 
 from cogds.core.conditioning import image_condition, transformer_inputs
 from cogds.core.diffusion import v_loss
-from cogds.core.flops import step_flops
+from cogds.core.flops import step_flops, training_flops
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
 from cogds.core.permutation import keyed_hash
 from cogds.data.cache.store import Cache, DamagedEntryError
@@ -54,6 +54,8 @@ logger = logging.getLogger(__name__)
 MAX_SHARE = 0.05
 # Shorter runs are trials, in which the cost of evaluation does not matter.
 TRIAL_STEPS = 100
+
+EMA_TAG = "eval_ema/"  # prefix of the losses of the moving average of the weights
 
 Forward = Callable[[Mapping[str, Any]], torch.Tensor]
 ShouldContinue = Callable[[int], bool]
@@ -305,6 +307,10 @@ class EvaluationCallback:
 
         with evaluation_mode(engine.module, world.device), contextlib.closing(bar):
             scalars = self.evaluation.scalars(forward, should_continue)
+            if scalars and step and self.context.ema:
+                with self.context.ema.in_model():
+                    averaged = self.evaluation.scalars(forward, should_continue)
+                scalars |= {tag.replace("eval/", EMA_TAG, 1): loss for tag, loss in averaged.items()}
         if scalars:
             self.first = self.first or scalars
             if world.rank == 0:
@@ -328,12 +334,9 @@ def share_of_training(run: Run, evaluation: Evaluation, num_steps: int) -> float
 
     An evaluation reads each clip and encodes its first frame once per batch; neither is counted.
     """
-    model, plan, geometry = run.model, run.plan, run.model.geometry
+    memory, plan, geometry = run.job.memory, run.plan, run.model.geometry
     modes = [part.checkpointing for part in run.execution.buckets]
-    num_lora = run.job.memory.lora.num_parameters
-    flops = [
-        step_flops(num_tokens(shape, geometry), model.num_layers, model.hidden_size, num_lora) for shape in run.buckets
-    ]
+    flops = [training_flops(num_tokens(shape, geometry), memory.transformer, memory.trained) for shape in run.buckets]
     evaluation_flops = sum(
         max((flops[batch.bucket].forward + flops[batch.bucket].lora) * len(batch.samples) for batch in batches)
         for batches in evaluation.rounds

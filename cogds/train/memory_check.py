@@ -141,9 +141,20 @@ def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], sha
     inputs, target = builder.build(batch, shape, draws)
     output = call_module(engine, builder.device, inputs)[0]
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]
-    torch.autograd.grad(v_loss(output, target).mean(), parameters)
+    # Training reduces a gradient as soon as it is there. To hold the gradients of all weights would take more memory.
+    hooks = [parameter.register_hook(_discard) for parameter in parameters]
+    try:
+        torch.autograd.grad(v_loss(output, target).mean(), parameters)
+    finally:
+        for hook in hooks:
+            hook.remove()
     if builder.device.type == "cuda":
         torch.cuda.synchronize(builder.device)  # errors on the device surface here
+
+
+def _discard(gradient: torch.Tensor) -> torch.Tensor:
+    """Return a gradient of the same shape that takes no memory."""
+    return gradient.new_zeros(()).expand(gradient.shape)
 
 
 def _memory_key(estimate: MemoryEstimate) -> tuple[int, int]:
@@ -160,7 +171,7 @@ def _missing_bytes(estimate: MemoryEstimate, engine: Any, stage: int) -> int:
     if engine.device.type != "cuda":
         return 0
     moments = 0 if has_optimizer_states(engine) else estimate.optimizer_state_bytes * 2 // 3
-    reduction = estimate.reduce_buffers_bytes + estimate.lora_gradients_bytes if stage < 3 else 0
+    reduction = estimate.reduce_buffers_bytes + estimate.trained_gradients_bytes if stage < 3 else 0
     return moments + reduction + estimate.clip_encode_bytes
 
 
@@ -181,9 +192,10 @@ def _describe_shortage(run: Run, bucket: int, error: Exception | None = None) ->
     gpu = "" if gpu_bytes is None else f" of {gpu_bytes / 1e9:.1f} GB"
     blocks = BlockCheckpointing.of(part.checkpointing)
     mode = f"={blocks.mode}, which keeps no whole block" if blocks.num_kept_blocks else " to a mode that keeps less"
+    quantize = "model.quantization=nf4, " if run.cfg.trains_lora else ""
     advice = part.shortfall or (
         f"The estimate was {part.estimate.total_bytes / 1e9:.1f} GB{gpu}, {USABLE_SHARE:.0%} of which is usable. Set "
-        f"train.activation_checkpointing{mode}, model.quantization=nf4, a smaller batch or bucket, or use "
+        f"train.activation_checkpointing{mode}, {quantize}a smaller batch or bucket, or use "
         "ds_configs/zero3.json on several GPUs."
     )
     return (

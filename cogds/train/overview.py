@@ -60,12 +60,11 @@ def hparams(run: Run) -> dict[str, str | float | bool]:
     tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
     return {
         "clips": len(run.data.index),
-        "lora.alpha": cfg.lora.alpha,
-        "lora.rank": cfg.lora.rank,
+        **({"lora.alpha": cfg.lora.alpha, "lora.rank": cfg.lora.rank} if cfg.trains_lora else {}),
         "optimizer.lr": cfg.optimizer.lr,
         "optimizer.schedule": cfg.optimizer.schedule,
         "optimizer.weight_decay": cfg.optimizer.weight_decay,
-        "target modules": ", ".join(cfg.lora.target_modules),
+        "target modules": ", ".join(cfg.lora.target_modules if cfg.trains_lora else cfg.full.modules or ("all",)),
         "train.num_steps": cfg.train.num_steps,
         "train.precision": cfg.train.precision,
         "train.gradient_accumulation_steps": plan.accumulation,

@@ -37,7 +37,7 @@ MAY_CHANGE = (
     "train.gradient_accumulation_steps", "train.activation_checkpointing", "train.memory_check", "train.deterministic",
     "train.timeout_s",
     "train.step_timeout_s", "train.max_bad_steps", "parallel.", "eval.every", "eval.path", "eval.num_", "sample.",
-    "checkpoint.", "metrics.", "network.", "lora.init_from", "lora.init_alpha",
+    "checkpoint.", "metrics.", "network.", "lora.init_from", "lora.init_alpha", "full.ema_",
 )  # fmt: skip
 
 

@@ -87,6 +87,7 @@ class SampleCallback:
         """specs: by file stem, the same on all ranks."""
         self.every = every
         self._run, self._engine, self._builder = context.run, context.engine, context.builder
+        self._ema = context.ema
         self._monitor, self._watch, self._is_stopping = context.monitor, context.watch, context.is_stopping
         self._specs = specs
         self._folder = Path(self._run.cfg.output_dir) / FOLDER
@@ -153,11 +154,15 @@ class SampleCallback:
         videos: dict[str, bytes] = {}
         try:
             with _sampling_mode(self._engine.module, self._builder):
-                if missing:
+                # Of a full fine-tune, the base model exists only before the first step.
+                if missing and self._run.cfg.trains_lora:
                     with _lora_disabled(self._engine.module):
                         base = self._generate({stem: specs[stem] for stem in missing}, "base model")
+                elif missing and step == 0:
+                    base = self._generate({stem: specs[stem] for stem in missing}, "base model")
                 if not is_untrained:
-                    videos = self._generate(specs, f"step {step}")
+                    with self._ema.in_model() if self._ema else contextlib.nullcontext():
+                        videos = self._generate(specs, f"step {step}")
         except Stopped:
             return
         if world.rank == 0:

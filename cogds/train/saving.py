@@ -1,4 +1,4 @@
-"""The callback that saves: a checkpoint to resume from, and the LoRA with its model card."""
+"""The callback that saves: a checkpoint to resume from, and the LoRA or the model with its card."""
 
 import time
 from collections.abc import Mapping
@@ -7,30 +7,33 @@ from typing import Any
 
 import torch
 
-import cogds
-from cogds.card import pipeline_factor, write_card
+from cogds.card import write_card
+from cogds.config.schema import RunConfig
 from cogds.distributed.collectives import on_rank0
-from cogds.encode.scan_data import caption_prefixes
 from cogds.engine import checkpoint as checkpoints
 from cogds.engine.state import gather_state, state_bytes, trainable
-from cogds.metrics.monitor import Monitor
 from cogds.model.lora.adapter import export
+from cogds.train.callbacks import TrainContext
+from cogds.train.full_saving import FULL_EXPORTS, FullSaver, full_save_bytes
+from cogds.train.metadata import export_metadata
 from cogds.train.run import Run
 
 
 class CheckpointCallback:
-    """Saves in a background thread (`callbacks.Callback`). Each save first waits for the previous one."""
+    """Saves in background threads (`callbacks.Callback`). Each save first waits for the previous one."""
 
     name = "saving"
     at_start = False
     on_stop = True
 
-    def __init__(self, run: Run, engine: Any, monitor: Monitor, header: Mapping[str, Any]):
+    def __init__(self, context: TrainContext, header: Mapping[str, Any]):
         """header: JSON-serializable values to store in each checkpoint's state.json."""
+        run = context.run
         self.every = run.cfg.checkpoint.every
-        self._run, self._engine, self._monitor, self._header = run, engine, monitor, header
+        self._run, self._engine, self._monitor, self._header = run, context.engine, context.monitor, header
         self._saver = checkpoints.Saver()
         self._output_dir = Path(run.cfg.output_dir)
+        self._full = None if run.cfg.trains_lora else FullSaver(context)
 
     def run(self, step: int) -> None:
         """Start saving the state after `step` optimizer steps. Collective.
@@ -39,13 +42,20 @@ class CheckpointCallback:
         """
         began = time.perf_counter()
         self.finish(step)
-        on_rank0(self._run.world, lambda: check_space(self._output_dir, self._engine))
+        on_rank0(self._run.world, lambda: check_space(self._run, self._engine))
+        if self._full is None:
+            self._start_lora(step)
+        else:
+            self._saver.start(*self._full.begin(step, self._header))
+            if not self._full.in_background:
+                self.finish(step)
+        self._monitor.add_scalars(step, {"checkpoint/pause_s": time.perf_counter() - began})
+
+    def _start_lora(self, step: int) -> None:
         state = gather_state(self._engine, self._run.world)
         # Read now, because sampling the base model may disable the LoRA while the thread writes.
         dtypes = {name: parameter.dtype for name, parameter in trainable(self._engine).items()}
-        if self._run.world.rank == 0:
-            self._saver.start(lambda: self._write(step, state, dtypes))
-        self._monitor.add_scalars(step, {"checkpoint/pause_s": time.perf_counter() - began})
+        self._saver.start(lambda _: self._write(step, state, dtypes) if self._run.world.rank == 0 else None)
 
     def _write(self, step: int, state: Any, dtypes: Mapping[str, torch.dtype]) -> None:
         settings = self._run.cfg.checkpoint
@@ -56,20 +66,35 @@ class CheckpointCallback:
         )
 
     @property
-    def is_written(self) -> bool:
-        """Whether a save has ended, successfully or not, and `finish` has not been called since. Rank 0 only."""
-        return self._saver.is_done
+    def is_busy(self) -> bool:
+        """Whether this rank is writing."""
+        return self._saver.is_busy
+
+    def advance(self, step: int) -> None:
+        """Go on with a save that no rank is writing: begin its next part, or record its duration. Collective.
+
+        Raises UserError if a rank failed.
+        """
+        self._record(step, self._saver.advance(self._run.world))
 
     def finish(self, step: int) -> None:
         """Wait for the save in progress, if any, and record its duration. Raises its error. Collective."""
-        seconds = self._saver.finish(self._run.world)
+        self._record(step, self._saver.finish(self._run.world))
+
+    def _record(self, step: int, seconds: float | None) -> None:
         if seconds is not None:
             self._monitor.add_scalars(step, {"checkpoint/write_s": seconds})
 
 
-def check_space(output_dir: Path, engine: Any) -> None:
-    """Raise UserError if the disk has no room for one save: the state, and a LoRA of at most a third of its size."""
-    checkpoints.check_space(output_dir, 4 / 3 * state_bytes(engine))
+def export_folder(cfg: RunConfig) -> str:
+    """Return the folder, in the output folder, of what a run trains: LoRAs, or whole models."""
+    return "lora" if cfg.trains_lora else FULL_EXPORTS
+
+
+def check_space(run: Run, engine: Any) -> None:
+    """Raise UserError if the disk has no room for a save: the state, and a LoRA (at most a third of it) or a model."""
+    needed = 4 / 3 * state_bytes(engine) if run.cfg.trains_lora else full_save_bytes(run, state_bytes(engine))
+    checkpoints.check_space(Path(run.cfg.output_dir), needed)
 
 
 def export_lora(transformer: Any, weights: Mapping[str, torch.Tensor], run: Run, folder: Path) -> None:
@@ -77,45 +102,8 @@ def export_lora(transformer: Any, weights: Mapping[str, torch.Tensor], run: Run,
 
     weights: whole tensors by parameter name.
     """
-    partial, metadata = folder.with_name(folder.name + ".tmp"), lora_metadata(run, checkpoints.step_of(folder))
+    partial, metadata = folder.with_name(folder.name + ".tmp"), export_metadata(run, checkpoints.step_of(folder))
     checkpoints.remove_partial(folder.parent)
     export(partial, transformer, weights, metadata)
     write_card(partial, folder, metadata)
     checkpoints.replace_folder(partial, folder)
-
-
-def lora_metadata(run: Run, step: int) -> dict[str, Any]:
-    """Collect the metadata that is recorded in the LoRA's header."""
-    cfg, plan = run.cfg, run.plan
-    batches = sorted({size * run.world.data_size * plan.accumulation for size in plan.local_batch_sizes})
-    image_settings: dict[str, Any] = {}
-    if run.model.family.takes_image:
-        convention = cfg.conditioning.image_latents
-        image_settings["image_latents"] = convention
-        image_settings["image_latent_factor"] = pipeline_factor(run.model.vae_config, convention)
-    metadata = {
-        "cogds_version": cogds.__version__,
-        "step": step,
-        "base_model": cfg.model.path,
-        "task": run.model.family.task,
-        "quantization": cfg.model.quantization,
-        "rank": cfg.lora.rank,
-        "alpha": cfg.lora.alpha,
-        "targets": list(cfg.lora.target_modules),
-        "init_from": cfg.lora.init_from,
-        **image_settings,
-        "buckets": [str(shape) for shape in run.buckets],
-        "fps": cfg.data.fps,
-        "num_clips": len(run.data.index),
-        "batch_size": batches[0] if len(batches) == 1 else f"{batches[0]} to {batches[-1]}",
-        "learning_rate": cfg.optimizer.lr,
-        "precision": cfg.train.precision,
-        "seed": cfg.seed,
-    }
-    if trigger_words := list(dict.fromkeys(filter(None, map(str.strip, caption_prefixes(cfg))))):
-        metadata["trigger_words"] = trigger_words
-    if cfg.data.default_caption:
-        metadata["instance_prompt"] = cfg.data.default_caption
-    if cfg.sample.prompts:
-        metadata["example_prompt"] = cfg.sample.prompts[0].prompt
-    return metadata

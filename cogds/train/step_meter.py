@@ -10,7 +10,7 @@ from typing import Any
 import torch
 
 from cogds.core.coverage import share_seen
-from cogds.core.flops import PEAK_TFLOPS, step_flops
+from cogds.core.flops import PEAK_TFLOPS, training_flops
 from cogds.core.geometry import num_tokens
 from cogds.core.plan import MicroBatch
 from cogds.metrics.step_metrics import RankValues, SquaredNorms, peak_host_bytes, peak_memory_bytes
@@ -29,16 +29,15 @@ class StepMeter:
         self._run, device = run, run.world.device
         self._clock, self._phases = Stopwatch(), PhaseTimer(device)
         self.begin = self._phases.begin
-        self._norms = LoraNorms(engine, run.world, run.model.num_layers)
+        # Of a full fine-tune, the weights before a step would take as much memory as the weights.
+        self._norms = LoraNorms(engine, run.world, run.model.num_layers) if run.cfg.trains_lora else None
         # At ZeRO stage 3, and if ranks share a clip, all ranks end a forward pass together with the slowest one, so its
         # time does not show which rank that is.
         self._is_forward_local = run.world.sequence_size == 1 and engine.zero_optimization_stage() < 3
         self._wait_before_s, self._peak_bytes = math.nan, 0.0
         self._tokens = [num_tokens(shape, run.model.geometry) for shape in run.buckets]
-        self._tflops = [
-            step_flops(tokens, run.model.num_layers, run.model.hidden_size).model_flops / 1e12
-            for tokens in self._tokens
-        ]
+        sizes = run.job.memory.transformer, run.job.memory.trained
+        self._tflops = [training_flops(tokens, *sizes).model_flops / 1e12 for tokens in self._tokens]
         has_peak = device.type == "cuda" and run.cfg.train.precision == "bf16"
         self._peak_tflops = PEAK_TFLOPS.get(torch.cuda.get_device_name(device)) if has_peak else None
 
@@ -48,7 +47,7 @@ class StepMeter:
 
     def before_update(self, step: int) -> None:
         """Prepare for the weight update of optimizer step `step` (0 is the first)."""
-        if self._measures_norms(step):
+        if self._norms and self._measures_norms(step):
             self._norms.snapshot()
 
     def finish_step(
@@ -58,7 +57,7 @@ class StepMeter:
 
         wait_s: time spent waiting for the loader.
         """
-        norms = self._norms.measure() if self._measures_norms(step) else None
+        norms = self._norms.measure() if self._norms and self._measures_norms(step) else None
         phases, step_s, world = self._phases.lap(), self._clock.lap(), self._run.world
         # On a GPU the phases are those of the step before.
         on_cpu = world.device.type == "cpu"

@@ -35,18 +35,11 @@ def labeled(label: str, text: str) -> str:
 def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]:
     """Return the lines of the summary: a label and the facts, aligned in columns."""
     cfg, plan, output = run.cfg, run.plan, Path(run.cfg.output_dir)
-    base, lora = run.job.memory.transformer, run.job.memory.lora
+    base = run.job.memory.transformer
     quantization = "" if cfg.model.quantization == "none" else f", quantized to {cfg.model.quantization}"
-    size = gigabytes(lora.num_parameters * EXPORTED_BYTES[cfg.train.precision])
     sections: list[tuple[str, Sequence[str]]] = [
         ("model", [f"{cfg.model.path}, {magnitude(base.num_parameters)} parameters{quantization}"]),
-        (
-            "LoRA",
-            [
-                f"rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, {magnitude(lora.num_parameters)} parameters "
-                f"({size}), on {', '.join(cfg.lora.target_modules)}"
-            ],
-        ),
+        ("LoRA" if cfg.trains_lora else "trained", [describe_trained(run)]),
         ("hardware", [f"{describe_ranks(run)}, ZeRO stage {zero_stage(run.ds_config)}, {cfg.train.precision}"]),
         ("execution", execution_lines(run)),
         (
@@ -68,13 +61,26 @@ def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]
     return lines
 
 
+def describe_trained(run: Run) -> str:
+    """Return a line about the LoRA, or about the weights of the transformer that are trained."""
+    cfg, trained, num_all = run.cfg, run.job.memory.trained, run.job.memory.transformer.num_parameters
+    number = f"{magnitude(trained.num_parameters)} parameters"
+    if trained.is_lora:
+        size = gigabytes(trained.num_parameters * EXPORTED_BYTES[cfg.train.precision])
+        targets = ", ".join(cfg.lora.target_modules)
+        return f"rank {cfg.lora.rank}, alpha {cfg.lora.alpha:g}, {number} ({size}), on {targets}"
+    size = gigabytes(num_all * EXPORTED_BYTES[cfg.train.precision])
+    parts = ", ".join(cfg.full.modules) or "the whole transformer"
+    return f"{parts}, {number} ({trained.num_parameters / num_all:.0%}), saved as a model of {size}"
+
+
 def watch_command(output: Path) -> str:
     """Return the command that shows a run in TensorBoard."""
     return f"{command('tensorboard', 'tensorboard.main')} --logdir {shlex.quote(str(output / 'tensorboard'))}"
 
 
-def sample_command(run: Run, lora: Path) -> str:
-    """Return a command that makes a video with a LoRA, from the run's first prompt or one of its clips.
+def sample_command(run: Run, result: Path) -> str:
+    """Return a command that makes a video with a LoRA or a model, from the run's first prompt or one of its clips.
 
     Clips in tar files and behind URLs are replaced by a placeholder, because `cogds sample` reads local files only.
     """
@@ -86,7 +92,7 @@ def sample_command(run: Run, lora: Path) -> str:
         clip = index[0]
         prompt, image = " ".join(clip.captions[0].text.split()), clip.image_path or clip.path
         image = image if is_local_file(image) else "IMAGE"
-    words = ["--model", run.cfg.model.path, "--lora", str(lora)]
+    words = ["--model", *([run.cfg.model.path, "--lora"] if run.cfg.trains_lora else []), str(result)]
     words += ["--image", image] if image and run.model.family.takes_image else []
     words += ["--prompt", prompt]
     for flag, name in (("--steps", "num_steps"), ("--guidance", "guidance")):

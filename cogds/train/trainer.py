@@ -29,7 +29,9 @@ from cogds.encode.encoder import encode_dataset
 from cogds.encode.on_the_fly import OnTheFlyModels, load_on_the_fly_models
 from cogds.encode.tiling import choose_tiling
 from cogds.engine import checkpoint as checkpoints
+from cogds.engine.ema import Ema
 from cogds.engine.sequence_groups import share_clips
+from cogds.engine.shards import restore_shards
 from cogds.engine.start import load_for_stage, set_learning_rate, start_engine
 from cogds.engine.state import restore_state
 from cogds.errors import Interrupted, UserError
@@ -40,7 +42,7 @@ from cogds.metrics.monitor import Monitor
 from cogds.metrics.step_metrics import StepLosses
 from cogds.metrics.trackers import Trackers
 from cogds.model.load import WEIGHT_PARTS
-from cogds.model.lora.adapter import inject, load_initial_lora
+from cogds.model.lora.adapter import load_initial_lora
 from cogds.process.activity import activity
 from cogds.process.logs import RESULT
 from cogds.process.signals import StopRequest
@@ -65,10 +67,11 @@ from cogds.train.resume import (
 )
 from cogds.train.run import Run
 from cogds.train.samples import make_sample_callback
-from cogds.train.saving import CheckpointCallback, check_space
+from cogds.train.saving import CheckpointCallback, check_space, export_folder
 from cogds.train.step import StepBuilder, load_step_builder
 from cogds.train.step_meter import StepMeter
 from cogds.train.summary import sample_command, show, summary, watch_command
+from cogds.train.trained_part import add_trained_part, loaded_as_trained
 from cogds.train.tuning import choose_execution, prepare_blocks
 
 logger = logging.getLogger(__name__)
@@ -85,6 +88,7 @@ class Trainer:
         self.job, self.stop, self.dry_run = job, stop, dry_run
         self.output_dir = Path(job.cfg.output_dir)
         self.watchdog: Watchdog | None = None
+        self.ema: Ema | None = None
 
     def run(self) -> None:
         """Prepare, train and save. Raises Interrupted once everything is saved, if a rank was asked to stop."""
@@ -185,23 +189,28 @@ class Trainer:
 
     @activity("loading the transformer and starting DeepSpeed")
     def build(self, run: Run, initial: InitialState) -> Any:
-        """Load the transformer, add the LoRA, start the DeepSpeed engine and restore the checkpoint if there is one."""
+        """Load the transformer, choose what is trained, start the engine and restore the checkpoint if there is one."""
         cfg, world = run.cfg, run.world
         transformer = load_for_stage(
-            run.model, self.job.dtype, run.ds_config, world, cfg.model.quantization, cfg.model.fp8_matmul
-        )
-        lora = cfg.lora
-        parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
+            run.model, self.job.dtype, run.ds_config, world, cfg.model.quantization, cfg.model.fp8_matmul,
+            loaded_as_trained(run.job),
+        )  # fmt: skip
+        parameters = add_trained_part(transformer, run.job)
         if initial.init_from:
             load_initial_lora(transformer, initial.init_from)
         transformer.train()
         prepare_blocks(transformer, run.execution)
         share_clips(transformer, world, cfg.train.timeout_s)
         engine = start_engine(transformer, parameters, run.ds_config)
-        on_rank0(world, lambda: check_space(self.output_dir, engine))
-        if initial.checkpoint:
+        on_rank0(world, lambda: check_space(run, engine))
+        if cfg.full.ema_decay is not None:
+            device = world.device if cfg.full.ema_device == "gpu" else torch.device("cpu")
+            self.ema = Ema(engine, cfg.full.ema_decay, device)
+        if initial.checkpoint and cfg.trains_lora:
             restore_state(engine, initial.state, world)
             initial.release()
+        elif initial.checkpoint:
+            restore_shards(engine, initial.checkpoint, initial.header, self.ema)
         return engine
 
     # ---------------------------------------------------------------------------------------------------- training
@@ -223,9 +232,9 @@ class Trainer:
             logger.info("%s", result)
 
         context = TrainContext(
-            run, engine, builder, monitor, watchdog.watch, is_stopping=lambda: bool(self.stop.requested)
+            run, engine, builder, monitor, watchdog.watch, lambda: bool(self.stop.requested), self.ema
         )
-        saving = CheckpointCallback(run, engine, monitor, header)
+        saving = CheckpointCallback(context, header)
         optional: list[Callback | None] = [make_evaluation_callback(context), make_sample_callback(context)]
         callbacks = [callback for callback in (*optional, saving) if callback is not None]
         self.stop.defer()
@@ -239,10 +248,12 @@ class Trainer:
             watchdog.watch(functools.partial(run.describe, step))
             bad_clips = train_step(context, batches, step, bad_samples, meter)
             num_bad_steps = num_bad_steps + 1 if bad_clips else 0
-            is_stopped, is_written = any_rank(world, bool(self.stop.requested), saving.is_written)
+            if self.ema and not bad_clips:
+                self.ema.update(step)
+            is_stopped, is_busy = any_rank(world, bool(self.stop.requested), saving.is_busy)
             is_last = step + 1 == cfg.train.num_steps
-            if is_written:
-                saving.finish(step + 1)
+            if not is_busy:
+                saving.advance(step + 1)
             if (step + 1) % cfg.metrics.every == 0 or is_last or is_stopped:
                 bad_samples.sync()
             if num_bad_steps == cfg.train.max_bad_steps:
@@ -272,10 +283,12 @@ class Trainer:
         )
 
     def log_results(self, run: Run) -> None:
-        """Log the path of the LoRA, how to watch the run, and how to make a video."""
-        lora = self.output_dir / "lora" / checkpoints.step_name(max(run.first_step, run.cfg.train.num_steps))
-        logger.log(RESULT, "LoRA: %s\nwatch: %s", lora, watch_command(self.output_dir))
-        logger.log(RESULT, "next: %s", sample_command(run, lora))
+        """Log the path of the LoRA or the model, how to watch the run, and how to make a video."""
+        step = checkpoints.step_name(max(run.first_step, run.cfg.train.num_steps))
+        result = self.output_dir / export_folder(run.cfg) / step
+        label = "LoRA" if run.cfg.trains_lora else "model"
+        logger.log(RESULT, "%s: %s\nwatch: %s", label, result, watch_command(self.output_dir))
+        logger.log(RESULT, "next: %s", sample_command(run, result))
 
 
 def tags_written_again(run: Run) -> tuple[str, ...]:

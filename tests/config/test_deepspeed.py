@@ -415,3 +415,20 @@ def test_configs_that_compile_an_extension(optimizer, offload_param, compiles):
     assert (
         compiles_extension({"optimizer": optimizer, "zero_optimization": {"offload_param": offload_param}}) == compiles
     )
+
+
+@pytest.mark.parametrize(
+    "path, value, key",
+    [
+        ("torch_autocast", {"enabled": True}, "torch_autocast.enabled"),
+        (
+            "zero_optimization",
+            {"stage": 3, "offload_param": {"device": "nvme"}},
+            "zero_optimization.offload_param.device",
+        ),
+    ],
+)
+def test_what_a_full_fine_tune_cannot_use_is_refused(path, value, key):
+    ds = ZERO2 | {path: value}
+    resolve(ds)  # a LoRA can
+    assert key in refused(ds, "train.method=full")

@@ -463,3 +463,30 @@ def test_recipes_are_complete(name):
 def test_an_unknown_recipe_is_named():
     with pytest.raises(UserError, match=r"^--config recipe:stile: .*did you mean 'style'.*recipe:motion"):
         find_config("recipe:stile", "run_configs", ".yaml")
+
+
+def test_the_default_learning_rate_depends_on_the_method():
+    needed = ["model.path=x", "data.path=y"]
+    cfg, explicit = load_config(None, [*needed, "train.method=full"])
+    assert cfg.optimizer.lr == 1e-5
+    assert "optimizer.lr" not in explicit
+    assert load_config(None, needed)[0].optimizer.lr == 1e-4
+    cfg, explicit = load_config(None, [*needed, "train.method=full", "optimizer.lr=1e-4"])
+    assert cfg.optimizer.lr == 1e-4
+    assert replace(cfg, {"train.num_steps": 5}).optimizer.lr == 1e-4
+    assert replace(load_config(None, [*needed, "train.method=full"])[0], {"seed": 1}).optimizer.lr == 1e-5
+
+
+@pytest.mark.parametrize(
+    "setting, method, key",
+    [
+        ("full.modules=[attn1]", "lora", "full.modules"),
+        ("full.ema_decay=0.9", "lora", "full.ema_decay"),
+        ("lora.init_from=a.safetensors", "full", "lora.init_from"),
+        ("model.quantization=int8", "full", "model.quantization"),
+        ("model.fp8_matmul=true", "full", "model.fp8_matmul"),
+    ],
+)
+def test_settings_of_the_other_method_are_refused(setting, method, key):
+    with pytest.raises(UserError, match=rf"^{key}: .*train\.method"):
+        load_config(None, ["model.path=x", "data.path=y", f"train.method={method}", setting])

@@ -6,9 +6,10 @@ from peft import LoraConfig, inject_adapter_in_model
 from torch.utils.flop_counter import FlopCounterMode
 
 from cogds.core.checkpointing import BlockCheckpointing
-from cogds.core.flops import GPUS, PEAK_TFLOPS, estimate_seconds, forward_flops, step_flops
+from cogds.core.flops import GPUS, PEAK_TFLOPS, estimate_seconds, forward_flops, step_flops, training_flops
 from cogds.core.geometry import num_tokens, padded_latent_frames
-from tests.published_model import PUBLISHED
+from cogds.core.memory import TrainedSize
+from tests.published_model import LORA, PUBLISHED, TRANSFORMER
 
 TERA = 1e12
 REAL = step_flops(45_104, 42, 3072, 132_120_576)
@@ -41,6 +42,16 @@ def test_recomputation_counts_only_as_hardware_flops():
     assert REAL.hardware_flops("full+offload") == block
     split = REAL.hardware_flops(BlockCheckpointing("selective", 30, 42))
     assert split - none == pytest.approx((kept - none) * 12 / 42)
+
+
+def test_trained_weights_of_the_transformer_need_weight_gradients():
+    whole = training_flops(45_104, TRANSFORMER, TrainedSize(TRANSFORMER.num_parameters, 0, frozenset()))
+    half = training_flops(45_104, TRANSFORMER, TrainedSize(TRANSFORMER.num_parameters // 2, 0, frozenset()))
+    assert whole.forward == REAL.forward
+    assert whole.lora == 0
+    assert whole.backward == pytest.approx(2 * whole.linears + 2 * whole.attention)
+    assert half.backward == pytest.approx(1.5 * whole.linears + 2 * whole.attention)
+    assert training_flops(45_104, TRANSFORMER, LORA) == REAL
 
 
 def test_operations_of_a_block_counted_by_torch():

@@ -6,6 +6,8 @@ from itertools import pairwise
 
 import pytest
 import torch
+from deepspeed.runtime.zero.stage3 import estimate_zero3_model_states_mem_needs as estimate_zero3
+from deepspeed.runtime.zero.stage_1_and_2 import estimate_zero2_model_states_mem_needs as estimate_zero2
 from diffusers import AutoencoderKLCogVideoX
 from peft import LoraConfig
 from transformers import T5Config, T5EncoderModel
@@ -22,8 +24,8 @@ from cogds.core.geometry import (
 )
 from cogds.core.memory import (
     CUDA_CONTEXT_BYTES,
-    LoraSize,
     OnTheFlyEncoding,
+    TrainedSize,
     TransformerSize,
     ZeroSettings,
     base_weights_bytes,
@@ -82,7 +84,7 @@ def pack_for_fp8_matmul(block):
 
 
 def train_once(monkeypatch, model, shape, checkpointing, device):
-    """Train the real transformer with a real LoRA, as `model` describes them, for one step on rank 0.
+    """Train the real transformer, or a real LoRA on it, as `model` describes them, for one step on rank 0.
 
     Returns the live bytes after the forward pass and the peak of the backward pass, without weights and inputs.
     """
@@ -102,8 +104,13 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
         if model.fp8_matmul:
             for block in transformer.transformer_blocks:
                 pack_for_fp8_matmul(block)
-        rank = model.lora.rank
-        transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=list(model.lora.block_layers)))
+        if rank := model.trained.rank:
+            targets = list(model.trained.block_layers)
+            transformer.add_adapter(LoraConfig(r=rank, lora_alpha=rank, target_modules=targets))
+        else:
+            transformer.requires_grad_()
+            for parameter in transformer.parameters():  # as ZeRO, which reduces a gradient when it is there
+                parameter.register_post_accumulate_grad_hook(lambda weight: setattr(weight, "grad", None))
         for parameter in transformer.parameters():
             parameter.data = parameter.data.to(dtype)
         transformer.train()
@@ -131,8 +138,8 @@ def train_once(monkeypatch, model, shape, checkpointing, device):
 
 def four_blocks(layers=ATTENTION, **changes):
     """Memory model of four blocks of the published model, with a LoRA on these layers."""
-    lora = LoraSize(0, 128, frozenset(layers))
-    return published_memory(transformer=dataclasses.replace(TRANSFORMER, num_layers=4), lora=lora, **changes)
+    lora = TrainedSize(0, 128, frozenset(layers))
+    return published_memory(transformer=dataclasses.replace(TRANSFORMER, num_layers=4), trained=lora, **changes)
 
 
 FEED_FORWARD = (*ATTENTION, "ff.net.0.proj", "ff.net.2")
@@ -160,6 +167,49 @@ def test_activations_at_the_published_size(monkeypatch, layers, blocks):
     assert estimate.activations_bytes - is_done == pytest.approx(peak, rel=0.04)
     # After the forward pass, the last block's output and the head's input are alive too.
     assert estimate.kept_activations_bytes - copying + 2 * FULL_UNIT == pytest.approx(kept, rel=0.04)
+
+
+@pytest.mark.parametrize("mode", [pytest.param("none", marks=pytest.mark.slow), "full"])
+def test_activations_of_a_full_fine_tune(monkeypatch, mode):
+    """On the meta device, with the gradient of one weight at a time: within 4%."""
+    monkeypatch.setattr(transformer_module, "attend", flash_attention)
+    four = dataclasses.replace(TRANSFORMER, num_layers=4)
+    everything = published_memory(
+        transformer=four, trained=TrainedSize(TRANSFORMER.num_parameters, 0, frozenset(ALL_LAYERS))
+    )
+    _, peak = train_once(monkeypatch, everything, FULL, mode, "meta")
+    gradient = 2 * 4 * four.width**2
+    assert everything.estimate(FULL, 1, mode).activations_bytes + gradient == pytest.approx(peak, rel=0.04)
+
+
+def test_a_full_fine_tune_shards_weights_gradients_and_states():
+    """By hand, and against DeepSpeed's own estimators of model states."""
+    parameters, width = TRANSFORMER.num_parameters, TRANSFORMER.width
+    trained = TrainedSize(parameters, 0, frozenset(ALL_LAYERS))
+    for stage, offload in ((1, False), (2, False), (2, True), (3, False), (3, True)):
+        zero = ZeroSettings(stage, offload_optimizer=offload, offload_param=offload and stage == 3)
+        model = published_memory(trained=trained, zero=zero, num_ranks=8)
+        found = model.estimate(FULL, 1, "full")
+        assert found.base_weights_bytes == 0
+        assert found.trained_weights_bytes == {3: 0 if offload else 2 * parameters / 8}.get(stage, 2 * parameters)
+        assert found.trained_gradients_bytes == (0 if offload else 2 * parameters / (1 if stage == 1 else 8))
+        assert found.optimizer_state_bytes == (0 if offload else 12 * parameters / 8)
+        assert found.optimizer_step_bytes == (0 if offload else 4 * parameters / 8)
+        assert model.offloaded_optimizer_bytes == (16 * parameters / 8 if offload else 0)
+        assert found.reduce_buffers_bytes == 2 * (500_000_000 + 4 * width**2)
+        states = sum(found.terms()[name] for name in ("trained weights", "trained gradients", "optimizer state",
+                                                      "optimizer step"))  # fmt: skip
+        if stage == 2:
+            assert states == estimate_zero2(parameters, num_gpus_per_node=8, cpu_offload=offload)[1]
+        if stage == 3:
+            options = {"num_gpus_per_node": 8, "cpu_offload": offload, "cpu_offload_params": offload}
+            # DeepSpeed's estimate leaves out the bf16 gradients, of which it makes the float32 ones.
+            assert states == estimate_zero3(parameters, 0, **options)[1] + (0 if offload else 2 * parameters / 8)
+    averaged = published_memory(trained=trained, zero=ZeroSettings(2), num_ranks=8, ema_on_gpu=True)
+    assert averaged.estimate(FULL, 1, "full").moving_average_bytes == 4 * parameters / 8
+    part = dataclasses.replace(trained, num_parameters=parameters // 4)
+    found = published_memory(trained=part, zero=ZeroSettings(2), num_ranks=8).estimate(FULL, 1, "full")
+    assert found.base_weights_bytes == 2 * (parameters - parameters // 4)
 
 
 @pytest.mark.slow
@@ -193,7 +243,7 @@ def test_the_figures_of_every_member_in_the_docs(name, num_parameters, gigabytes
     width, shape = 64 * num_heads, geometry.trained_size
     num_lora = num_layers * 4 * 2 * 128 * width
     model = published_memory(
-        geometry=geometry, buckets=(shape,), lora=LoraSize(num_lora, 128, frozenset(ATTENTION)),
+        geometry=geometry, buckets=(shape,), trained=TrainedSize(num_lora, 128, frozenset(ATTENTION)),
         transformer=TransformerSize(num_parameters, num_layers, num_heads, 64, 4096),
         zero=ZeroSettings(stage=2, reduce_bucket_size=width**2),
     )  # fmt: skip
@@ -248,15 +298,15 @@ def test_activations_of_fp8_matmuls(monkeypatch, mode, layers):
 def test_activations_of_a_small_model_on_the_cpu(monkeypatch, blocks):
     """In float32 with torch's own attention kernel: within 3%."""
     size = TransformerSize(0, num_layers=4, num_heads=4, head_dim=64, text_dim=64)
-    lora = LoraSize(0, 4, frozenset(ATTENTION))
-    model, shape = published_memory(transformer=size, lora=lora, precision="fp32"), ClipShape(21, 128, 160)
+    lora = TrainedSize(0, 4, frozenset(ATTENTION))
+    model, shape = published_memory(transformer=size, trained=lora, precision="fp32"), ClipShape(21, 128, 160)
     _, peak = train_once(monkeypatch, model, shape, blocks, "cpu")
     assert model.estimate(shape, 1, blocks).activations_bytes == pytest.approx(peak, rel=0.03)
 
 
 def test_saved_tensors_follow_the_adapted_layers():
     def units(*layers, rank=0):
-        return published_memory(lora=LoraSize(0, rank, frozenset(layers))).saved_units
+        return published_memory(trained=TrainedSize(0, rank, frozenset(layers))).saved_units
 
     assert units(*ATTENTION[:3]) - units() == units("attn1.to_k") - units() == 1  # q, k and v read one tensor
     assert units(*ATTENTION, rank=1536) - units(*ATTENTION) == pytest.approx(4 * 1536 / 3072)
@@ -274,15 +324,15 @@ def test_zero_stages_shard_their_tensors():
     zero1, zero2, zero3 = estimates = [estimate(8, stage=stage, reduce_bucket_size=1000) for stage in (1, 2, 3)]
     base, lora = TRANSFORMER.num_parameters, LORA.num_parameters
     assert [e.optimizer_state_bytes for e in estimates] == [12 * lora // 8] * 3
-    assert [e.lora_gradients_bytes for e in estimates] == [2 * lora, 2 * lora // 8, 2 * lora // 8]
+    assert [e.trained_gradients_bytes for e in estimates] == [2 * lora, 2 * lora // 8, 2 * lora // 8]
     assert [e.base_weights_bytes for e in estimates] == [2 * base, 2 * base, 2 * base // 8]
-    assert [e.lora_weights_bytes for e in estimates] == [2 * lora, 2 * lora, 2 * lora // 8]
+    assert [e.trained_weights_bytes for e in estimates] == [2 * lora, 2 * lora, 2 * lora // 8]
     assert zero1.gathered_weights_bytes == zero2.gathered_weights_bytes == 0 < zero3.gathered_weights_bytes
     assert len({e.kept_activations_bytes for e in estimates}) == 1
     assert estimate(8, stage=0).optimizer_state_bytes == 8 * lora
     # The LoRA matrices, 128 x 3072 elements, stay whole in addition to their shards.
     persistent = estimate(8, stage=3, stage3_param_persistence_threshold=400_000)
-    assert persistent.lora_weights_bytes == 2 * lora // 8 + 2 * lora
+    assert persistent.trained_weights_bytes == 2 * lora // 8 + 2 * lora
 
 
 def test_blocks_gathered_by_zero3():
@@ -345,8 +395,8 @@ def test_sequence_parallelism_divides_activations():
 def test_offload_frees_gpu_memory():
     offload = {"device": "cpu"}
     both = estimate(2, stage=3, offload_optimizer=offload, offload_param=offload)
-    assert both.base_weights_bytes == both.lora_weights_bytes == both.optimizer_state_bytes == 0
-    assert both.lora_gradients_bytes == both.optimizer_step_bytes == 0
+    assert both.base_weights_bytes == both.trained_weights_bytes == both.optimizer_state_bytes == 0
+    assert both.trained_gradients_bytes == both.optimizer_step_bytes == 0
     assert both.gathered_weights_bytes > 0
     none = {"device": "none"}
     assert estimate(2, stage=3, offload_optimizer=none, offload_param=none) == estimate(2, stage=3)
@@ -519,4 +569,4 @@ def test_sizes_from_configs_and_targets():
     config = {"num_layers": 42, "num_attention_heads": 48, "attention_head_dim": 64, "text_embed_dim": 4096}
     assert TransformerSize.from_config(config, TRANSFORMER.num_parameters) == TRANSFORMER
     targets = [f"transformer_blocks.{block}.{layer}" for block in range(42) for layer in ATTENTION]
-    assert LoraSize.from_targets([*targets, "proj_out"], 132_120_576, 128) == LORA
+    assert TrainedSize.from_targets([*targets, "proj_out"], 132_120_576, 128) == LORA

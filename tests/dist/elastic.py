@@ -1,6 +1,6 @@
 """The elastic matrix: a run is saved in one layout and resumed in another, for every pair of layouts.
 
-    python tests/dist/elastic.py --folder DIR [--pairs covering|all]
+    python tests/dist/elastic.py --folder DIR [--pairs covering|all] [--method lora|full]
 
 A layout is a number of ranks and a shipped DeepSpeed config, on the tiny model in float32. Gradient accumulation is set
 to four clips per step, so every layout trains the same clips with the same captions (of three) and noise, and the
@@ -23,6 +23,11 @@ LAYOUTS = list(itertools.product(RANKS, CONFIGS))
 # There are 11 clips, so the layout changes in the second epoch, and the run ends in the third.
 SAVED, LAST, CLIPS_PER_STEP = 4, 8, 4
 TOLERANCE = 2e-5
+METHODS = {
+    "lora": ["lora.rank=3", "lora.alpha=5", "optimizer.lr=1e-2"],
+    "full": ["train.method=full", "optimizer.lr=1e-4"],
+}
+FULL_LAYOUTS = list(itertools.product(RANKS, ("zero2", "zero3", "zero3_offload")))
 
 
 def covering():
@@ -35,6 +40,11 @@ def covering():
     return pairs + [((ranks, "zero2"), (RANKS[i - 1], "zero3")) for i, ranks in enumerate(RANKS)]
 
 
+def full_covering():
+    """Return some pairs of layouts for full fine-tuning: other ranks, stages and offload, up and down."""
+    return [((1, "zero3"), (4, "zero2")), ((4, "zero3_offload"), (2, "zero3"))]
+
+
 def name(layout):
     return f"{layout[0]}x{layout[1]}"
 
@@ -43,9 +53,8 @@ def overrides(folder, layout, output, *more):
     return [
         f"model.path={folder / 'model'}", f"data.path={folder / 'clips.jsonl'}", f"data.cache_dir={folder / 'cache'}",
         "data.buckets=[9x64x64]", "data.num_workers=0", f"output_dir={folder / output}", "train.precision=fp32",
-        f"train.gradient_accumulation_steps={CLIPS_PER_STEP // layout[0]}", f"train.num_steps={LAST}", "lora.rank=3",
-        "lora.alpha=5", "optimizer.lr=1e-2", "optimizer.warmup_steps=2", f"checkpoint.every={SAVED}",
-        "metrics.progress_bar=false", "eval.every=null", *more,
+        f"train.gradient_accumulation_steps={CLIPS_PER_STEP // layout[0]}", f"train.num_steps={LAST}",
+        "optimizer.warmup_steps=2", f"checkpoint.every={SAVED}", "metrics.progress_bar=false", "eval.every=null", *more,
     ]  # fmt: skip
 
 
@@ -97,7 +106,7 @@ def visits(checkpoint, step, last):
     ]
 
 
-def run_matrix(folder, pairs, timeout_s=900):
+def run_matrix(folder, pairs, timeout_s=900, method="lora"):
     """Return `{(source, target): largest difference of a loss}` and a list of errors."""
     from tests.drawn import draw_clips
     from tests.tiny import create_tiny_model
@@ -116,7 +125,11 @@ def run_matrix(folder, pairs, timeout_s=900):
     sources = {source for source, _ in pairs} | {LAYOUTS[0]}
     server = Server()
     for ranks in RANKS:
-        jobs = [(ds, overrides(folder, (ranks, ds), name((ranks, ds)))) for r, ds in sorted(sources) if r == ranks]
+        jobs = [
+            (ds, overrides(folder, (ranks, ds), name((ranks, ds)), *METHODS[method]))
+            for r, ds in sorted(sources)
+            if r == ranks
+        ]
         if jobs:
             launch(server, ranks, jobs, folder, timeout_s)
     for ranks in RANKS:
@@ -125,7 +138,9 @@ def run_matrix(folder, pairs, timeout_s=900):
             if target[0] == ranks:
                 saved = folder / name(source) / f"checkpoints/step-{SAVED:06d}"
                 output = f"{name(source)}-to-{name(target)}"
-                jobs.append((target[1], overrides(folder, target, output, f"checkpoint.resume={saved}")))
+                jobs.append(
+                    (target[1], overrides(folder, target, output, f"checkpoint.resume={saved}", *METHODS[method]))
+                )
         if jobs:
             launch(server, ranks, jobs, folder, timeout_s)
     server.close()
@@ -160,14 +175,16 @@ def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--folder", type=Path, help="empty folder for all files")
     parser.add_argument("--pairs", choices=("covering", "all"), default="all")
+    parser.add_argument("--method", choices=METHODS, default="lora")
     parser.add_argument("--jobs", type=json.loads, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.jobs:
         work(args.jobs)
         return
     args.folder.mkdir(parents=True, exist_ok=True)
-    pairs = covering() if args.pairs == "covering" else list(itertools.product(LAYOUTS, LAYOUTS))
-    differences, errors = run_matrix(args.folder.resolve(), pairs)
+    layouts, chosen = (LAYOUTS, covering) if args.method == "lora" else (FULL_LAYOUTS, full_covering)
+    pairs = chosen() if args.pairs == "covering" else list(itertools.product(layouts, layouts))
+    differences, errors = run_matrix(args.folder.resolve(), pairs, method=args.method)
     print(table(differences))
     print(json.dumps({"pairs": len(differences), "wrong": errors, "largest_difference": max(differences.values())}))
     sys.exit(1 if errors else 0)

@@ -4,7 +4,7 @@ import itertools
 
 import pytest
 
-from tests.dist.elastic import CONFIGS, LAYOUTS, RANKS, covering, run_matrix
+from tests.dist.elastic import CONFIGS, LAYOUTS, RANKS, covering, full_covering, run_matrix
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
@@ -18,3 +18,9 @@ def test_every_layout_resumes_from_another(tmp_path):
     differences, errors = run_matrix(tmp_path, pairs)
     assert errors == []
     assert set(differences) == set(pairs)
+
+
+def test_full_fine_tunes_resume_from_another_layout(tmp_path):
+    differences, errors = run_matrix(tmp_path, full_covering(), method="full")
+    assert errors == []
+    assert set(differences) == set(full_covering())

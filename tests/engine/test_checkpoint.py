@@ -258,8 +258,9 @@ def test_a_nearly_full_disk_is_reported_before_writing(tmp_path, monkeypatch):
 def test_the_saver_writes_in_the_background(tmp_path):
     saver, may_continue = checkpoint.Saver(), threading.Event()
     assert saver.finish(ALONE) is None
-    saver.start(lambda: (may_continue.wait(10), save(tmp_path, 1)))
-    assert not saver.is_done
+    saver.start(lambda _: (may_continue.wait(10), save(tmp_path, 1))[0])
+    assert saver.is_saving
+    assert saver.is_busy
     assert checkpoint.find(tmp_path, "auto") is None
     may_continue.set()
     assert saver.finish(ALONE) > 0
@@ -267,14 +268,24 @@ def test_the_saver_writes_in_the_background(tmp_path):
 
 
 def test_a_failure_in_the_background_is_raised_by_finish():
-    def full():
+    def full(_):
         raise OSError(28, "No space left on device")
 
     saver = checkpoint.Saver()
-    saver.start(full)
+    saver.start(full, lambda _: pytest.fail("a later phase ran"))
     with pytest.raises(UserError, match=r"^output_dir: .*No space left"):
         saver.finish(ALONE)
-    assert not saver.is_done
+    assert not saver.is_saving
+
+
+def test_a_phase_gets_the_results_of_the_one_before():
+    saver, calls = checkpoint.Saver(), []
+    saver.start(lambda results: calls.append(results) or "first", lambda results: calls.append(results))
+    assert saver.advance(ALONE) is None
+    assert saver.is_saving
+    assert saver.advance(ALONE) > 0
+    assert calls == [[], ["first"]]
+    assert saver.advance(ALONE) is None
 
 
 def test_a_run_from_scratch_keeps_the_earlier_run(tmp_path):

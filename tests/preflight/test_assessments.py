@@ -18,7 +18,7 @@ from cogds.preflight.findings import (
     describe_ranks,
     format_ranges,
 )
-from cogds.preflight.machine import assess_disk, assess_gpu, available_memory_bytes, free_bytes
+from cogds.preflight.machine import assess_disk, assess_gpu, free_bytes
 from cogds.preflight.main import assess_results, parse_skipped_checks
 from cogds.preflight.preflight_job import assess_config
 from cogds.preflight.software import (
@@ -32,6 +32,7 @@ from cogds.preflight.software import (
 from cogds.preflight.table import format_verdict, print_findings
 from cogds.preflight.timeouts import STOPPED
 from cogds.preflight.trial_step import assess_trial_step, one_step_config
+from cogds.process.host_memory import available_memory_bytes
 
 GB = 10**9
 

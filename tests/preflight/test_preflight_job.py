@@ -38,8 +38,10 @@ def test_offloaded_weights_are_counted_without_the_rounding_of_pinned_memory(loa
 def test_offloaded_weights_and_activations_add_up(load):
     job = load("zero3_offload", OFFLOAD_ACTIVATIONS)
     _, _, needed = inspect_disk(job)["disk"]["memory"]
-    assert needed == job.offloaded_bytes + job.pinned_bytes
-    assert min(job.offloaded_bytes, job.pinned_bytes) > 0
+    optimizer = job.memory.offloaded_optimizer_bytes
+    assert needed == job.offloaded_bytes + job.pinned_bytes + optimizer
+    assert min(job.offloaded_bytes, job.pinned_bytes, optimizer) > 0
+    assert load("zero3").memory.offloaded_optimizer_bytes == 0
 
 
 def test_activations_are_pinned_only_if_they_are_offloaded(load):

@@ -143,7 +143,7 @@ GPU = torch.device("cuda")
 )
 def test_memory_that_the_first_steps_allocate_is_reserved(stage, state, missing):
     estimate = SimpleNamespace(
-        optimizer_state_bytes=12_000, reduce_buffers_bytes=500, lora_gradients_bytes=70, clip_encode_bytes=0
+        optimizer_state_bytes=12_000, reduce_buffers_bytes=500, trained_gradients_bytes=70, clip_encode_bytes=0
     )
     engine = SimpleNamespace(device=GPU, basic_optimizer=SimpleNamespace(state=state))
     assert _missing_bytes(estimate, engine, stage) == missing

@@ -14,20 +14,24 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers.utils import SAFE_WEIGHTS_INDEX_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 
 from cogds.errors import UserError
 from cogds.files import apply_umask
-from cogds.model.load import PARTS, ModelFolder, transformer_weights
+from cogds.model.load import ModelFolder, transformer_weights
 from cogds.model.lora.convert import own_header
 from cogds.model.lora.file import WeightedLora, open_safetensors
 from cogds.model.lora.formats import comfyui_name
+from cogds.model.weight_files import (
+    PATCH_EMBEDDING,
+    SHARD_BYTES,
+    read_weights,
+    scale_image_channels,
+    weight_files,
+    write_index,
+)
+from cogds.tensor_file import DTYPE_NAMES, TensorEntry
 
-SHARD_BYTES = 2 * 10**9
-PATCH_EMBEDDING = "patch_embed.proj.weight"
-# safetensors' names of dtypes.
-_DTYPES = {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16}
 # ComfyUI reads most sizes from the weights' shapes. These are fixed in its code: comfy/model_detection.py (heads,
 # patches), comfy/supported_models.py (CogVideoX_I2V), comfy/ldm/cogvideo/model.py (output channels).
 _COMFYUI_SIZES = {
@@ -39,45 +43,6 @@ _COMFYUI_SIZES = {
     "use_rotary_positional_embeddings": True,
     "use_learned_positional_embeddings": False,
 }
-
-
-@dataclass(frozen=True)
-class Weight:
-    """Name and shape of a weight of the base model, and the dtype that it is stored in after the merge."""
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-    @property
-    def num_bytes(self) -> int:
-        return torch.Size(self.shape).numel() * self.dtype.itemsize
-
-
-def read_weights(model: ModelFolder, dtype: torch.dtype | None = None) -> list[Weight]:
-    """List all weights of the transformer, in the order of its files, to be stored in `dtype` or in their own dtype.
-
-    Raises UserError if a weight is not stored in floating point.
-    """
-    weights = []
-    for name, slice_ in transformer_weights(model):
-        if (own_dtype := _DTYPES.get(slice_.get_dtype())) is None:
-            raise UserError(
-                f"{model.path}: weight '{name}' is stored as {slice_.get_dtype()}, but LoRAs can be merged only into "
-                "bf16, fp16 or fp32. Use an unquantized model."
-            )
-        weights.append(Weight(name, tuple(slice_.get_shape()), dtype or own_dtype))
-    return weights
-
-
-def split_shards(weights: Sequence[Weight], shard_bytes: int) -> list[list[Weight]]:
-    """Split the weights, in order, into files of at most `shard_bytes` (or of one larger weight)."""
-    shards: list[list[Weight]] = []
-    for weight in weights:
-        if not shards or sum(other.num_bytes for other in shards[-1]) + weight.num_bytes > shard_bytes:
-            shards.append([])
-        shards[-1].append(weight)
-    return shards
 
 
 @dataclass(frozen=True)
@@ -96,7 +61,7 @@ class Merge:
     dtype: torch.dtype | None = None
     image_factor: float = 1.0
 
-    def tensors(self) -> Iterator[tuple[Weight, torch.Tensor]]:
+    def tensors(self) -> Iterator[tuple[TensorEntry, torch.Tensor]]:
         """Yield every weight and its values after the merge, in the order of `read_weights`.
 
         Raises UserError if a LoRA makes a weight infinite or NaN.
@@ -123,25 +88,13 @@ class Merge:
 def save_merged(folder: Path, merge: Merge, metadata: Mapping[str, Any], shard_bytes: int = SHARD_BYTES) -> None:
     """Write a `transformer/` folder for diffusers: merged weights, index and config."""
     folder.mkdir(parents=True)
-    weights = read_weights(merge.model, merge.dtype)
-    shards = split_shards(weights, shard_bytes)
-    single = len(shards) == 1
-    stem, _, end = SAFETENSORS_WEIGHTS_NAME.rpartition(".")
-    files = [
-        SAFETENSORS_WEIGHTS_NAME if single else f"{stem}-{number + 1:05d}-of-{len(shards):05d}.{end}"
-        for number in range(len(shards))
-    ]
+    files = weight_files(read_weights(merge.model, merge.dtype), shard_bytes)
     merged = merge.tensors()
-    for file, shard in zip(files, shards):
-        tensors = {weight.name: tensor for weight, tensor in itertools.islice(merged, len(shard))}
+    for file, weights in files.items():
+        tensors = {weight.name: tensor for weight, tensor in itertools.islice(merged, len(weights))}
         save_file(tensors, folder / file, own_header(metadata))
         apply_umask(folder / file)
-    if not single:
-        index = {
-            "metadata": {"total_size": sum(weight.num_bytes for weight in weights)},
-            "weight_map": {weight.name: file for file, shard in zip(files, shards) for weight in shard},
-        }
-        (folder / SAFE_WEIGHTS_INDEX_NAME).write_text(json.dumps(index, indent=2, sort_keys=True) + "\n")
+    write_index(folder, files)
     shutil.copyfile(merge.model.path / "transformer/config.json", folder / "config.json")
 
 
@@ -168,10 +121,9 @@ def save_comfyui_merged(file: Path, merge: Merge, metadata: Mapping[str, Any]) -
     for weight in sorted(weights, key=lambda weight: -weight.dtype.itemsize):
         offsets[weight.name] = end
         end += weight.num_bytes
-    names = {dtype: name for name, dtype in _DTYPES.items()}
     header: dict[str, Any] = {
         comfyui_name(weight.name): {
-            "dtype": names[weight.dtype],
+            "dtype": DTYPE_NAMES[weight.dtype],
             "shape": weight.shape,
             "data_offsets": [offsets[weight.name], offsets[weight.name] + weight.num_bytes],
         }
@@ -186,40 +138,3 @@ def save_comfyui_merged(file: Path, merge: Merge, metadata: Mapping[str, Any]) -
         for weight, tensor in merge.tensors():
             output.seek(start + offsets[weight.name])
             output.write(tensor.flatten().view(torch.uint8).numpy().data)
-
-
-def scale_image_channels(weight: torch.Tensor, in_channels: int, factor: float) -> torch.Tensor:
-    """Scale the patch embedding's weights of the image latents, which are the second half of the channels.
-
-    weight: [dim, channels x patch values] (linear) or [dim, channels, ...] (convolution); channels come first in both.
-    """
-    by_channel = weight.reshape(weight.shape[0], in_channels, -1).clone()
-    by_channel[:, in_channels // 2 :] *= factor
-    return by_channel.reshape(weight.shape)
-
-
-def save_other_parts(folder: Path, model: ModelFolder, copy: bool) -> None:
-    """Add the model's other parts to `folder`, which holds the merged transformer, so that it is a whole pipeline.
-
-    copy: copy the files. Otherwise link to the model's files, which must then stay in place.
-    """
-    shutil.copyfile(model.path / "model_index.json", folder / "model_index.json")
-    for part in other_files(model):
-        place = folder / part.relative_to(model.path)
-        place.parent.mkdir(parents=True, exist_ok=True)
-        if copy:
-            shutil.copyfile(part, place)
-        else:
-            place.symlink_to(part.resolve())
-
-
-def other_files(model: ModelFolder) -> list[Path]:
-    """List all files of the model's parts except the transformer's."""
-    model.fetch(*PARTS)
-    return [
-        path
-        for part in PARTS
-        if part != "transformer"
-        for path in sorted((model.path / part).rglob("*"))
-        if path.is_file()
-    ]

@@ -1,8 +1,8 @@
 """The transformer's memory-bound operations, with as few passes over the sequence as possible without a compiler.
 
 Each is an autograd function over one sequence that starts with the text tokens. It saves what the plain operations
-would save, without copies in between. `torch.compile` traces and fuses them further. The base is frozen, so only LoRA
-weights get gradients.
+would save, without copies in between. `torch.compile` traces and fuses them further. The norms' own weights get
+gradients only if they are trained, that is in a full fine-tune.
 """
 
 import contextlib
@@ -39,11 +39,17 @@ def _without_autocast(x: torch.Tensor) -> torch.autocast | contextlib.nullcontex
     return torch.autocast("cuda", enabled=False) if x.is_cuda else contextlib.nullcontext()
 
 
-def _norm_backward(gradient: torch.Tensor, x: torch.Tensor, *norm: torch.Tensor | None) -> torch.Tensor:
-    """Return the gradient of LayerNorm(x) for x. norm: weight, bias, mean and reciprocal standard deviation."""
+def _norm_backward(
+    needs: Sequence[bool], gradient: torch.Tensor, x: torch.Tensor, *norm: torch.Tensor | None
+) -> tuple[torch.Tensor | None, ...]:
+    """Return the gradients of LayerNorm(x) for x, weight and bias, None for those that are not needed.
+
+    needs: which are needed, in the same order. norm: weight, bias, mean and reciprocal standard deviation.
+    """
     weight, bias, mean, rstd = norm
-    only_x = [True, False, False]
-    return torch.ops.aten.native_layer_norm_backward(gradient, x, [x.shape[-1]], mean, rstd, weight, bias, only_x)[0]
+    backward = torch.ops.aten.native_layer_norm_backward
+    gradients = backward(gradient, x, [x.shape[-1]], mean, rstd, weight, bias, list(needs))
+    return tuple(value if is_needed else None for value, is_needed in zip(gradients, needs))
 
 
 # All tokens are modulated like those of the video. Then the text tokens, which are few, are overwritten.
@@ -67,7 +73,7 @@ class _NormModulate(torch.autograd.Function):
         x, weight, bias, mean, rstd, scale, text_scale = ctx.saved_tensors
         text_grad, video_grad = _split_text(gradient, ctx.num_text)
         modulation_grads: list[torch.Tensor | None] = [None] * 4
-        if any(ctx.needs_input_grad[5:]):  # the layers that produce shift and scale have a LoRA
+        if any(ctx.needs_input_grad[5:]):  # the layers that produce shift and scale are trained
             normed = torch.native_layer_norm(x, [x.shape[-1]], weight, bias, ctx.eps)[0]
             text, video = _split_text(normed, ctx.num_text)
             modulation_grads = [
@@ -78,8 +84,8 @@ class _NormModulate(torch.autograd.Function):
             ]
         normed_grad = gradient * (1 + scale)
         normed_grad[:, : ctx.num_text].copy_(text_grad * (1 + text_scale))
-        x_grad = _norm_backward(normed_grad, x, weight, bias, mean, rstd)
-        return x_grad, None, None, None, None, *modulation_grads
+        norm_grads = _norm_backward(ctx.needs_input_grad[:3], normed_grad, x, weight, bias, mean, rstd)
+        return *norm_grads, None, None, *modulation_grads
 
 
 def norm_modulate(x: torch.Tensor, norm: nn.LayerNorm, modulation: Modulation, num_text: int) -> torch.Tensor:
@@ -150,7 +156,8 @@ class _NormRotate(torch.autograd.Function):
         normed_grad = gradient.clone(memory_format=torch.contiguous_format)
         video_grad = normed_grad[:, x.shape[1] - len(cosines) :]
         video_grad.copy_(_rotate(video_grad, cosines, -sines))
-        return _norm_backward(normed_grad, x, weight, bias, mean, rstd), None, None, None, None, None
+        norm_grads = _norm_backward(ctx.needs_input_grad[:3], normed_grad, x, weight, bias, mean, rstd)
+        return *norm_grads, None, None, None
 
 
 def norm_rotate(x: torch.Tensor, norm: nn.LayerNorm, rotary: tuple[torch.Tensor, torch.Tensor] | None) -> torch.Tensor:

@@ -13,16 +13,12 @@ from cogds.errors import UserError
 from cogds.model.load import ModelFolder, find_model
 from cogds.model.lora.file import WeightedLora, read_lora
 from cogds.model.lora.merge import (
-    SHARD_BYTES,
     Merge,
     check_comfyui_supports,
-    read_weights,
     save_comfyui_merged,
     save_merged,
-    save_other_parts,
-    scale_image_channels,
-    split_shards,
 )
+from cogds.model.weight_files import SHARD_BYTES, read_weights, save_other_parts, scale_image_channels, split_shards
 from tests.model.lora.adapters import base_transformer, example_inputs, output, output_in_diffusers, write_lora
 from tests.model.lora.test_convert import COMFYUI_RENAMES, LORAS
 

@@ -69,6 +69,16 @@ def pair(config, targets, dtype=torch.float32, **lora):
     return theirs, ours
 
 
+def whole_pair(config):
+    """The same without a LoRA, with all weights trained."""
+    torch.manual_seed(0)
+    theirs, ours = CogVideoXTransformer3DModel(**config), Transformer(**config)
+    for parameter in theirs.parameters():
+        torch.nn.init.normal_(parameter, std=0.1)
+    ours.load_state_dict(theirs.state_dict())
+    return theirs.train(), ours.train()
+
+
 def inputs(config, batch=2, latents=LATENTS, dtype=torch.float32):
     frames, height, width = latents
     tokens = frames // (config["patch_size_t"] or 1) * (height // 2) * (width // 2)
@@ -113,6 +123,25 @@ def test_outputs_and_gradients_equal_diffusers(config, targets):
     expected, result = outcome(theirs, batch), outcome(ours, batch)
     assert distance(result[0], expected[0]) < 1e-6
     assert largest_distance(result[1], expected[1]) < 5e-6
+
+
+@pytest.mark.parametrize("mode", ["none", "selective", "full"])
+@pytest.mark.parametrize(
+    "config", [V15, V10, V10 | {"use_rotary_positional_embeddings": False}], ids=["15", "10", "2b"]
+)
+def test_gradients_of_all_weights_equal_diffusers(config, mode):
+    """Also of the norms, of the embeddings and of the output layer."""
+    theirs, ours = whole_pair(config)
+    ours.set_checkpointing(mode)
+    expected, gradients_expected = outcome(theirs, batch := inputs(config))
+    found, gradients_found = outcome(ours, batch)
+    assert distance(found, expected) < 1e-6
+    assert len(gradients_found) == len(list(theirs.parameters()))
+    if not config["use_rotary_positional_embeddings"]:
+        # Adding the same vector to all keys does not change attention: these gradients are 0, up to rounding.
+        for name in [name for name in gradients_found if name.endswith("norm_k.bias")]:
+            assert max(gradients_found.pop(name).norm(), gradients_expected.pop(name).norm()) < 1e-6
+    assert largest_distance(gradients_found, gradients_expected) < 1e-4
 
 
 def test_bf16_is_closer_to_float32_than_diffusers():

@@ -1,0 +1,88 @@
+"""A LoRA extracted from a fine-tuned model is the best of its rank, and its error is what is stated."""
+
+import shutil
+
+import pytest
+import torch
+from diffusers import CogVideoXTransformer3DModel
+
+from cogds import cli
+from cogds.errors import UserError
+from cogds.model.load import find_model
+from cogds.model.lora import extract
+from cogds.model.lora.extract import extract_lora
+from cogds.model.lora.file import read_lora
+from tests.model.lora.adapters import output, output_in_diffusers
+
+
+def tune(base, folder, change):
+    """Copy a model and call `change` with every weight of the transformer."""
+    shutil.copytree(base, folder)
+    transformer = CogVideoXTransformer3DModel.from_pretrained(base, subfolder="transformer")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for name, weight in transformer.named_parameters():
+            change(name, weight, generator)
+    transformer.save_pretrained(folder / "transformer")
+    return transformer
+
+
+def test_a_change_of_this_rank_is_extracted_exactly(tiny_model, tmp_path, capsys):
+    """Through the command, and loaded in diffusers."""
+
+    def change(name, weight, generator):
+        if "attn1.to_" in name and weight.ndim == 2:
+            b, a = (
+                torch.randn(len(weight), 2, generator=generator),
+                torch.randn(2, weight.shape[1], generator=generator),
+            )
+            weight += 0.1 * b @ a
+
+    tuned = tune(tiny_model, tmp_path / "tuned", change)
+    argv = [str(tmp_path / "tuned"), "--to", "lora", "--rank", "2", "--model", str(tiny_model), "--dtype", "fp32"]
+    cli.call("export", [*argv, "--output", str(tmp_path / "lora")])
+    assert "keeps 100.0% of the change" in capsys.readouterr().out
+    file = read_lora(tmp_path / "lora")
+    assert file.ranks == (2,) or list(file.ranks) == [2]
+    assert len(file.pairs) == 2 * 4
+    torch.testing.assert_close(
+        output_in_diffusers(tiny_model, (tmp_path / "lora", 1.0)), output(tuned), atol=1e-4, rtol=1e-3
+    )
+
+
+@pytest.mark.parametrize("exact_size", [1024, 8], ids=["exact", "randomized"])
+def test_the_error_is_that_of_the_best_approximation(tiny_model, tmp_path, monkeypatch, exact_size):
+    monkeypatch.setattr(extract, "EXACT_SIZE", exact_size)
+    tune(
+        tiny_model,
+        tmp_path / "tuned",
+        lambda _, weight, generator: weight.add_(0.1 * torch.randn(weight.shape, generator=generator)),
+    )
+    base, tuned = find_model(str(tiny_model)), find_model(str(tmp_path / "tuned"))
+    total = left = outside = 0.0
+    tensors = [
+        CogVideoXTransformer3DModel.from_pretrained(path, subfolder="transformer") for path in (base.path, tuned.path)
+    ]
+    linears = {name for name, module in tensors[0].named_modules() if isinstance(module, torch.nn.Linear)}
+    for (name, before), after in zip(tensors[0].named_parameters(), tensors[1].parameters()):
+        difference = (after - before).detach().double()
+        total += difference.square().sum()
+        if name.removesuffix(".weight") in linears:
+            left += torch.linalg.svdvals(difference)[4:].square().sum()
+        else:
+            outside += difference.square().sum()
+    found = extract_lora(base, tuned, 4, torch.float32, {})
+    assert found.error == pytest.approx(((left + outside) / total).sqrt().item(), rel=1e-3)
+    assert found.outside == pytest.approx((outside / total).item(), rel=1e-3)
+    assert found.layer_errors.keys() == linears
+
+
+def test_other_models_are_refused(tiny_model, comfyui_model, tmp_path):
+    base = find_model(str(tiny_model))
+    with pytest.raises(UserError, match="no linear layer differs"):
+        extract_lora(base, base, 4, torch.float32, {})
+    with pytest.raises(UserError, match="--model"):
+        extract_lora(base, find_model(str(comfyui_model)), 4, torch.float32, {})
+    argv = [str(tiny_model), "--to", "lora", "--output", str(tmp_path / "lora")]
+    with pytest.raises(UserError, match="does not record its base model"):
+        cli.call("export", argv)

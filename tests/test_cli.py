@@ -250,7 +250,7 @@ def test_clips_with_names_that_the_locale_does_not_know_are_found(tmp_path, tiny
     "verb, words, expected",
     [
         ("train", [], ["demo"]),
-        ("report", [], ["demo"]),
+        ("preflight", [], ["demo"]),
         ("demo", ["train.num_steps=3"], ["demo"]),
         ("train", ["--config", "run.yaml", "data.path=d"], ["run.yaml"]),
         ("train", ["model.path=m", "data.path=d"], []),
@@ -266,6 +266,7 @@ def test_the_demo_runs_only_when_it_is_asked_for(verb, words, expected):
     "verb, overrides, start",
     [
         ("train", ["data.path=d"], "command line: neither --config nor model.path "),
+        ("report", [], "command line: neither --config nor model.path "),
         ("report", ["train.num_steps=3"], "command line: neither --config nor model.path "),
         ("demo", ["data.path=d"], "data.path: the demo has its own config, model and clips. "),
         ("demo", ["model.path=m"], "model.path: the demo has its own config, model and clips. "),

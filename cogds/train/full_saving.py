@@ -37,11 +37,10 @@ FULL_EXPORTS, EMA_EXPORTS = "model", "model_ema"
 def full_export(run: Run, step: int) -> FullExport:
     """Return what is exported after `step` optimizer steps."""
     metadata = export_metadata(run, step)
-    convention = metadata.pop("image_latents")
-    return FullExport(
-        run.model, run.job.dtype, frozenset(run.job.targets), metadata.pop("image_latent_factor"),
-        metadata | {"image_latents": "pipeline", "trained_image_latents": convention},
-    )  # fmt: skip
+    factor = metadata.pop("image_latent_factor", 1.0)
+    if convention := metadata.get("image_latents"):
+        metadata |= {"image_latents": "pipeline", "trained_image_latents": convention}
+    return FullExport(run.model, run.job.dtype, frozenset(run.job.targets), factor, metadata)
 
 
 def exports(cfg: RunConfig) -> dict[str, str]:

@@ -78,7 +78,7 @@ def rows(tmp_path_factory: pytest.TempPathFactory) -> Iterator[dict[str, dict]]:
     [
         ("zero.mp4", "empty file", "0 bytes"),
         ("truncated.mp4", "truncated", ""),
-        ("text.mp4", "cannot be opened", "as a video"),
+        ("text.mp4", "cannot be opened", "Invalid data"),
         ("audio.mp4", "no video in it", "audio only"),
         ("no caption.mp4", "caption missing", ".txt"),
         ("latin \\xe9.mp4", "file name not UTF-8", "rename the file"),

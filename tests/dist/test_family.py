@@ -72,3 +72,14 @@ def test_bf16_and_clips_encoded_on_the_fly(train_member):
     reference = train_member("2b", "zero2", "train.precision=bf16", run="-bf16")
     run = train_member("2b", "zero2", "train.precision=bf16", "data.encode=on_the_fly", run="-fly")
     assert losses(run) == losses(reference)
+
+
+def test_the_whole_transformer_of_a_text_to_video_model_is_trained(train_member):
+    folder = train_member("2b", "zero3", "train.method=full", run="-full")
+    assert len(losses(folder)) == 6
+    model = folder / "model/step-000006"
+    pipeline = CogVideoXPipeline.from_pretrained(model)
+    assert all(parameter.isfinite().all() for parameter in pipeline.transformer.parameters())
+    card = (model / "README.md").read_text()
+    assert "CogVideoXPipeline" in card
+    assert "text-to-video" in card

@@ -56,7 +56,7 @@ _V15 = {
     "patch_bias": False,
 }
 _VAE = {"temporal_compression_ratio": 4, "scaling_factor": 0.7, "invert_scale_latents": True}
-_SCHEDULER = {"_class_name": "CogVideoXDDIMScheduler", "prediction_type": "v_prediction"}
+_SCHEDULER = {"_class_name": "CogVideoXDPMScheduler", "prediction_type": "v_prediction"}
 _VAE |= {f"{way}_block_types": (f"CogVideoX{way.title()}Block3D",) * 4 for way in ("down", "up")}
 
 

@@ -85,7 +85,7 @@ def test_the_keys_that_may_change():
         "data.encode", "data.vae_tiling", "data.decoder", "data.decode_timeout_s", "data.decode_memory_gb",
         "data.sync", "data.cost_tolerance", "data.cache_dir", "data.local_cache_dir", "data.local_cache_gb",
         "data.shard_gb", "data.num_workers",
-        "lora.init_from", "lora.init_alpha",
+        "lora.init_from", "lora.init_alpha", "full.ema_decay", "full.ema_device",
         "optimizer.lr", "optimizer.betas", "optimizer.eps", "optimizer.weight_decay", "optimizer.max_grad_norm",
         "optimizer.schedule", "optimizer.warmup_steps", "optimizer.final_lr_ratio",
         "train.num_steps", "train.batch_size", "train.tokens_per_batch", "train.gradient_accumulation_steps",

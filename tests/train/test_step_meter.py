@@ -22,7 +22,9 @@ def meter(monkeypatch):
             world=World(3, 4, 3, 4, sequence_size), buckets=("bucket",), model=SimpleNamespace(
                 geometry=None, num_layers=2, hidden_size=32
             ),
-            cfg=SimpleNamespace(metrics=SimpleNamespace(norms_every=None), train=SimpleNamespace(precision="bf16")),
+            cfg=SimpleNamespace(
+                trains_lora=True, metrics=SimpleNamespace(norms_every=None), train=SimpleNamespace(precision="bf16")
+            ),
             plan=SimpleNamespace(coverage=lambda _: (0,)), data=SimpleNamespace(mixture=Mixture(((1,),), (1.0,), 0)),
         )  # fmt: skip
         engine = SimpleNamespace(module=torch.nn.Module(), zero_optimization_stage=lambda: stage)

@@ -10,6 +10,7 @@ import cogds.train.step_meter
 from cogds.core.mixture import Mixture
 from cogds.distributed.world import World
 from cogds.train.step_meter import StepMeter
+from tests.published_model import LORA, TRANSFORMER
 
 
 @pytest.fixture
@@ -25,6 +26,7 @@ def meter(monkeypatch):
             cfg=SimpleNamespace(
                 trains_lora=True, metrics=SimpleNamespace(norms_every=None), train=SimpleNamespace(precision="bf16")
             ),
+            job=SimpleNamespace(memory=SimpleNamespace(transformer=TRANSFORMER, trained=LORA)),
             plan=SimpleNamespace(coverage=lambda _: (0,)), data=SimpleNamespace(mixture=Mixture(((1,),), (1.0,), 0)),
         )  # fmt: skip
         engine = SimpleNamespace(module=torch.nn.Module(), zero_optimization_stage=lambda: stage)

@@ -216,7 +216,7 @@ def test_bad_files_are_listed_and_the_others_are_trained(run_train, tiny_model, 
     reasons = {record["path"].rpartition("/")[2]: record["reason"] for record in records}
     assert sorted(reasons) == ["clip_0.mp4", "clip_1.mp4", "clip_2.mp4", "clip_4.mp4", "image_0.png"]
     assert reasons["clip_0.mp4"].startswith("caption missing")
-    assert "cannot be opened as a video" in reasons["clip_1.mp4"]
+    assert "cannot be opened: Invalid data" in reasons["clip_1.mp4"]
     assert "truncated" in reasons["clip_2.mp4"]
     assert all(text in reasons["clip_4.mp4"] for text in ("too short", "12 frames", "17"))
     assert "5 files, listed in " in done.stdout

@@ -1,6 +1,6 @@
 """Train on clips in tar files behind an S3 server that is killed and restarted, and on the same clips as files.
 
-    python benchmarks/remote_data.py [--clips 1000] [--steps 12] [--no-restarts]
+    python benchmarks/remote_data.py [--clips 1000] [--steps 12] [--encode cached] [--no-restarts]
 
 For cached and for on-the-fly encoding, each dataset is trained by 2 ranks for half of the steps, and resumed by 1 rank.
 The losses must be the same. Meanwhile, the S3 server is out of reach for 3 of every 10 s. Also prints the data wait of
@@ -34,6 +34,7 @@ from tests.tiny import create_tiny_model
 
 CLIPS_PER_TAR = 100
 UP_S, DOWN_S = 7.0, 3.0
+ENCODE = ("cached", "on_the_fly")
 # Landscape, portrait and square: [height, width].
 SIZES = ((64, 96), (96, 64), (64, 64))
 BUCKETS = "[17x64x96, 17x96x64, 17x64x64]"
@@ -108,6 +109,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--clips", type=int, default=1000)
     parser.add_argument("--steps", type=int, default=12)
+    parser.add_argument("--encode", nargs="+", choices=ENCODE, default=ENCODE, help="values of data.encode (both)")
     parser.add_argument("--no-restarts", action="store_true", help="the server stays up, for undisturbed times")
     args = parser.parse_args()
     info, rows = machine(read_world().device), []
@@ -124,7 +126,7 @@ def main() -> None:
             f"model.path={folder / 'model'}", f"data.buckets={BUCKETS}", "data.num_workers=2", "train.precision=fp32",
             "lora.rank=8", "eval.every=null", "sample.every=null", "checkpoint.every=1000",
         ]  # fmt: skip
-        for encode in ("cached", "on_the_fly"):
+        for encode in args.encode:
             losses = {}
             for where, data_path in (("files", str(folder / "clips")), ("tars on S3", f"{bucket}/tars")):
                 own = [*common, f"data.path={data_path}", f"data.encode={encode}", f"data.cache_dir={folder / where}"]

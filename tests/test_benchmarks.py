@@ -225,11 +225,12 @@ def test_scan(options):
 @pytest.mark.slow
 def test_training_on_tars_behind_a_server_that_restarts():
     command = [sys.executable, ROOT / "benchmarks/remote_data.py", "--clips", "12", "--steps", "4"]
+    command += ["--encode", "on_the_fly"]
     done = run_command(command, 580)
     assert done.returncode == 0, done.stdout[-4000:]
     rows = json.loads(done.stdout.splitlines()[-1])["rows"]
-    assert [row["steps"] for row in rows] == [4] * 4
-    assert [row.get("same_losses") for row in rows] == [None, True, None, True]
+    assert [row["steps"] for row in rows] == [4] * 2
+    assert [row.get("same_losses") for row in rows] == [None, True]
     assert all(row["restarts"] > 0 for row in rows if row["data"] != "files")
 
 

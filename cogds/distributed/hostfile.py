@@ -109,7 +109,7 @@ def to_text(hosts: Iterable[Host]) -> str:
 
 
 def in_memory(hosts: Iterable[Host]) -> str:
-    """Return the path of a hostfile in memory, which this process and the program that replaces it can read."""
+    """Return the path of a hostfile in memory, which this process and those that inherit its files can read."""
     descriptor = os.memfd_create("hostfile", 0)
     os.write(descriptor, to_text(hosts).encode())
     return f"/proc/self/fd/{descriptor}"

@@ -29,6 +29,7 @@ class LauncherProcess:
         self._process = subprocess.Popen(
             command,
             start_new_session=True,
+            close_fds=False,  # a hostfile may be in memory (`hostfile.in_memory`)
             # If this process is killed, the launcher ends too, which the ranks notice.
             preexec_fn=lambda: _LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGTERM),
         )

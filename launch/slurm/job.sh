@@ -73,8 +73,7 @@ from cogds.cli import choose_configs
 from cogds.config.loading import load_config
 
 args = parse_args("train", argv, "")
-configs, _ = choose_configs("train", args.config or [], args.overrides)
-configs = [find_config(config, "run_configs", ".yaml") for config in configs]
+configs = [find_config(config, "run_configs", ".yaml") for config in choose_configs(args)]
 cfg, _ = load_config(configs, args.overrides)
 Path(file).write_text(Path(cfg.output_dir, "checkpoints/latest").read_text())
 END

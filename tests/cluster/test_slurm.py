@@ -60,7 +60,9 @@ ENDINGS = {
 def test_jobs_are_requeued_only_if_that_helps(lab, checkout):
     # All jobs at once: most of the time passes in SLURM, between two starts.
     jobs = {
-        submit(lab, checkout, acts, f"output_dir=out-{acts}", COGDS_MAX_RESTARTS=str(max_restarts)): ending
+        submit(
+            lab, checkout, acts, "--config", "demo", f"output_dir=out-{acts}", COGDS_MAX_RESTARTS=str(max_restarts)
+        ): ending
         for (acts, max_restarts), ending in ENDINGS.items()
     }
     for job, (state, codes, restarts) in jobs.items():

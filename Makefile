@@ -105,7 +105,7 @@ test-endurance: install
 test-planted: install
 	$(BIN)/python tests/planted/check.py
 
-test-all: test test-quant test-slow test-browser test-cluster test-container test-endurance
+test-all: test test-quant test-slow test-browser test-cluster test-endurance
 
 check: install
 	$(BIN)/ruff check .

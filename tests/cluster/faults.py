@@ -331,7 +331,8 @@ FAULTS = (
         "kill the launcher of n2", "hostfile",
         kill_others(r"^[^ ]+ -u -m deepspeed[.]launcher[.]launch", "n2"), KILLED,
     ),
-    Fault("cut link", "hostfile", lambda run, _: run.lab.cut("n2"), ("255",), 120, lambda run: run.lab.restore("n2")),
+    # ssh notices it, or the watchdog of the other node does before.
+    Fault("cut link", "hostfile", lambda run, _: run.lab.cut("n2"), ("255", "76"), 120, lambda run: run.lab.restore("n2")),
     Fault("stop rank 1", "hostfile", stop_rank(1), ("76",)),
     Fault("disk nearly full", "hostfile", fill_disk, ("2",), repair=lambda run: run.resize_disk(DISK_BYTES)),
     Fault("disk full in a save", "hostfile", fill_disk_in_save, ("2",), repair=lambda run: run.resize_disk(DISK_BYTES)),

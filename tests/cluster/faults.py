@@ -332,7 +332,9 @@ FAULTS = (
         kill_others(r"^[^ ]+ -u -m deepspeed[.]launcher[.]launch", "n2"), KILLED,
     ),
     # ssh notices it, or the watchdog of the other node does before.
-    Fault("cut link", "hostfile", lambda run, _: run.lab.cut("n2"), ("255", "76"), 120, lambda run: run.lab.restore("n2")),
+    Fault(
+        "cut link", "hostfile", lambda run, _: run.lab.cut("n2"), ("255", "76"), 120, lambda run: run.lab.restore("n2")
+    ),
     Fault("stop rank 1", "hostfile", stop_rank(1), ("76",)),
     Fault("disk nearly full", "hostfile", fill_disk, ("2",), repair=lambda run: run.resize_disk(DISK_BYTES)),
     Fault("disk full in a save", "hostfile", fill_disk_in_save, ("2",), repair=lambda run: run.resize_disk(DISK_BYTES)),

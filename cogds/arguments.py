@@ -458,7 +458,9 @@ VERBS = {
         "cogds.prepare.main",
         is_launchable=True,
     ),
-    "train": Verb("Train a LoRA of CogVideoX with DeepSpeed.", _train, "cogds.train.main", is_launchable=True),
+    "train": Verb(
+        "Train a LoRA or the weights of CogVideoX with DeepSpeed.", _train, "cogds.train.main", is_launchable=True
+    ),
     "encode": Verb(
         "Encode clips and captions into data.cache_dir before training, or maintain that cache.",
         _encode,
@@ -471,7 +473,7 @@ VERBS = {
         "cogds.report.main",
     ),
     "evaluate": Verb(
-        "Evaluate a base model, and beside it the same model with a LoRA.",
+        "Compare the evaluation loss of the base model with and without a LoRA.",
         _evaluate,
         "cogds.evaluate",
         is_launchable=True,

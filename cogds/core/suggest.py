@@ -119,7 +119,7 @@ def fit(sizes: ClipSizes, buckets: Sequence[ClipShape]) -> Fit:
 
 
 def _assign(sizes: ClipSizes, buckets: Sequence[ClipShape]) -> np.ndarray:
-    """The bucket of each size, int64; -1 without a bucket, and for a video of which only a single frame is trained."""
+    """The bucket of each size, int64; -1 without one, and for videos in a 1-frame bucket (`are_single_frames`)."""
     chosen = assign_all(sizes.frames, sizes.height, sizes.width, buckets).astype(np.int64)
     return np.where(are_single_frames(sizes.frames, chosen, buckets), -1, chosen)
 

@@ -1,6 +1,6 @@
 """The report as an HTML page: plots are inline SVG, pictures are data URIs, and there are no scripts.
 
-It shows every clip, up to MAX_CLIPS. Those that do not fit on the page are on further pages in a folder beside it.
+It shows every clip, up to MAX_CLIPS. If there are more than PAGE_CLIPS, the other pages are in a folder next to it.
 """
 
 import itertools
@@ -69,7 +69,7 @@ def write_html(
 ) -> None:
     """Write the page into an existing folder. name: of the run, for the heading.
 
-    The first PAGE_CLIPS clips are on it. Others are on pages in a folder beside it, `report_clips/2.html`.
+    The first PAGE_CLIPS clips are on it. The others are on pages in a folder next to it, `report_clips/2.html`.
     """
     listed = list_clips(clip_list, MAX_CLIPS)
     folder = file.with_name(f"{file.stem}_clips")

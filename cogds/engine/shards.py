@@ -1,8 +1,8 @@
 """The training state of a full fine-tune: every rank writes and reads only its own part.
 
-A checkpoint has a file per rank, `shard-00001-of-00008.safetensors`. It holds the flat float32 fragments of which this
-rank had the master weights: `weight/NAME`, and the same range of each state of the optimizer, such as `exp_avg/NAME`,
-and of the moving average. The file's header says at which element of the parameter each fragment starts. So the ranks
+A checkpoint has a file per rank, `shard-00001-of-00008.safetensors`. It holds this rank's parts of the float32
+master weights, `weight/NAME`, and the same ranges of the optimizer's states, such as `exp_avg/NAME`, and of the moving
+average, all flat. The file's header says at which element of the parameter each fragment starts. So the ranks
 of another layout find what they need, whatever ZeRO stage, world size and offload wrote it, and no rank ever holds a
 whole model.
 """

@@ -24,8 +24,8 @@ def generate(
 ) -> list[torch.Tensor]:
     """Generate a video from each scene's first frame and caption. Returns float32 [F, 3, H, W] from 0 to 1 each.
 
-    pipeline: diffusers' CogVideoXImageToVideoPipeline with all parts. A video does not depend on the rest of its batch: its
-    noise follows from the seed and its number. on_step: called after each denoising step with the number of its videos.
+    pipeline: diffusers' CogVideoXImageToVideoPipeline with all parts. A video does not depend on the rest of its batch:
+    its noise follows from the seed and its number. on_step: called after each denoising step with the number of videos.
     """
     by_size: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for number, scene in enumerate(scenes):

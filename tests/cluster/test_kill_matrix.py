@@ -8,7 +8,7 @@ import pytest
 
 from tests.cluster.faults import FAULTS, NUM_STEPS, LabRun, create_inputs, format_table, read_steps, reference_steps
 
-pytestmark = pytest.mark.endurance
+pytestmark = pytest.mark.cluster
 EVERY = 10
 MORE = (f"checkpoint.every={EVERY}", "checkpoint.keep_last=2", f"train.num_steps={NUM_STEPS}")
 

@@ -200,8 +200,8 @@ def plan_jobs(
     context = context_latents(args.context, trained_context, fps, model.geometry)
     if trained_context not in (None, context) and (args.video or args.segments > 1):
         logger.warning(
-            f"--context: {context} latent frames, but the LoRA was trained to continue {trained_context}. The video may "
-            "not follow them."
+            f"--context: {context} latent frames, but the LoRA was trained to continue {trained_context}. The video "
+            "may not follow them."
         )
     jobs = []
     has_conditions = flags.need_no_image

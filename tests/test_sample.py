@@ -363,7 +363,7 @@ def test_a_list_sets_the_last_image_of_each_line(run_shapes):
     assert all(np.array_equal(job.conditions.last_image, last) for job in jobs)
 
 
-def test_the_modes_of_a_lora_decide_about_the_warning(sample, monkeypatch, capsys):
+def test_the_modes_of_a_lora_decide_about_the_warning(sample, capsys):
     lora = write_lora(find_model("builtin:shapes").path, sample.folder / "lora", metadata={
         "modes": {"first": 0.5, "last": 0.5}, "buckets": ["17x48x48"], "fps": 8.0, "context_latents": 3,
     })  # fmt: skip
@@ -383,10 +383,10 @@ def test_the_modes_of_a_lora_decide_about_the_warning(sample, monkeypatch, capsy
     "flags", [["--last-image", "a.png"], ["--video", "a.mp4"], ["--keyframe", "1", "a.png"], ["--segments", "2"]]
 )
 def test_a_text_to_video_model_takes_no_conditions(family, flags):
-    with pytest.raises(UserError, match=f"^{flags[0]}: this model makes videos from the prompt alone"):
+    with pytest.raises(UserError, match=rf"^{flags[0]}: this model makes videos from the prompt alone"):
         call("sample", ["--model", str(family("1.5-5b")), "--prompt", "a", *flags])
 
 
 def test_a_keyframe_needs_a_time(family):
-    with pytest.raises(UserError, match="^--keyframe: 'soon' is not a time"):
+    with pytest.raises(UserError, match=r"^--keyframe: 'soon' is not a time"):
         call("sample", ["--model", str(family("1.5-5b-i2v")), "--prompt", "a", "--keyframe", "soon", "a.png"])

@@ -26,13 +26,13 @@ def folder(tmp_path):
     return tmp_path
 
 
-def read(folder, context=2, image=None, **files):
+def read(folder, num_latents=2, image=None, **files):
     named = {
         name: [(time, str(folder / file)) for time, file in value] if name == "keyframes"
         else str(folder / value) if name in ("last_image", "video") else value
         for name, value in files.items()
     }  # fmt: skip
-    return read_conditions(image, ConditionFiles(**named), context, SHAPE, FPS, GEOMETRY)
+    return read_conditions(image, ConditionFiles(**named), num_latents, SHAPE, FPS, GEOMETRY)
 
 
 @pytest.mark.parametrize("place, expected", [("start", range(22, 32, 2)), ("end", range(0, 10, 2))])
@@ -88,9 +88,9 @@ def test_a_context_that_leaves_nothing_to_generate_is_refused(folder, files):
     flag = "--context" if "video" in files else "--segments"
     write_video(folder / "clip.mp4", np.zeros((64, 32, 32, 3), np.uint8), 8)
     with pytest.raises(UserError, match=f"^{flag}: .*leaves none to generate"):
-        read(folder, context=5, **files)
+        read(folder, 5, **files)
     with pytest.raises(UserError, match=r"^--video: .* has 64 frames at 8 frames/s, but 69 are needed"):
-        read(folder, context=18, video="clip.mp4")
+        read(folder, 18, video="clip.mp4")
 
 
 def test_the_length_of_the_context():

@@ -22,7 +22,7 @@ MAY_IMPORT = {
     "files": {"errors"},
     "tensor_file": {"files"},
     "formatting": set(),
-    "config": {"errors"},
+    "config": {"errors", "core"},
     "core": {"errors", "formatting"},
     "process": {"errors", "files", "formatting"},
     "distributed": {"errors", "config", "process"},

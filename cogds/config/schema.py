@@ -13,6 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
+from cogds.core.condition_modes import Mode
+
 
 def _refuse_url(value: str) -> str:
     if "://" in value:
@@ -23,6 +25,8 @@ def _refuse_url(value: str) -> str:
 Text = Annotated[str, Field(pattern=r"\S")]  # not blank
 LocalPath = Annotated[Text, AfterValidator(_refuse_url)]  # of a file or folder that may not be at a URL
 Fraction = Annotated[float, Field(ge=0, lt=1)]
+Probability = Annotated[float, Field(ge=0, le=1)]
+Time = Annotated[float, Field(ge=0)]
 OnOff = Literal["auto", "on", "off"]
 Attention = Literal["auto", "torch", "flash", "cudnn", "efficient", "flash3", "flash4", "math"]
 Checkpointing = Literal["auto", "none", "selective", "full", "full+offload"]
@@ -58,6 +62,7 @@ ALTERNATIVES = (
     ("train.batch_size", "train.tokens_per_batch"),
     ("data.path", "data.sets"),
     ("eval.held_out", "eval.path"),
+    ("conditioning.context_latents", "conditioning.context_s"),
 )
 
 
@@ -197,8 +202,28 @@ class ConditioningConfig(Section):
     image_noise: bool = key(True, "noise on the first frame's pixels before the VAE")
     image_noise_log_mean: float = key(-3.0, "mean of ln(sigma) of the image noise")
     image_noise_log_std: float = key(0.5, "standard deviation of ln(sigma) of the image noise", ge=0)
-    image_dropout: float = key(0.05, "probability of dropping the first frame", ge=0, le=1)
+    image_dropout: float = key(0.05, "probability of dropping the first frame (all conditioning frames)", ge=0, le=1)
     caption_dropout: float = key(0.1, "probability of dropping the caption", ge=0, le=1)
+    modes: dict[Mode, Probability] = key(
+        {"first": 1.0}, "parts of a clip that are given as conditions, each with its probability; sum: 1"
+    )
+    context_latents: int = key(2, "length of the video that prefix and suffix condition on [latent frames]", ge=2)
+    context_s: float | None = key(None, "length of that video; null: context_latents [s]", gt=0)
+    keyframe_times: tuple[Time, ...] = key((), "times of the images that keyframes conditions on [s]")
+
+    @model_validator(mode="after")
+    def _check(self) -> Self:
+        total = sum(self.modes.values())
+        if abs(total - 1) > 1e-6:
+            raise ValueError(f"conditioning.modes: the probabilities sum to {total:g}. Make them sum to 1.")
+        if bool(self.modes.get("keyframes")) != bool(self.keyframe_times):
+            has, lacks = (
+                ("conditioning.keyframe_times", "mode keyframes")
+                if self.keyframe_times
+                else ("mode keyframes", "conditioning.keyframe_times")
+            )
+            raise ValueError(f"conditioning.modes: {has} is set, but not {lacks}. Set both or none.")
+        return self
 
 
 class LoraConfig(Section):

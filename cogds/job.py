@@ -122,6 +122,8 @@ class Job:
             on_the_fly=OnTheFlyEncoding(self.model.num_text_parameters, self.tiled, BATCHES_AHEAD + 1)
             if cfg.data.encode == "on_the_fly"
             else None,
+            modes=used_modes(cfg.conditioning.modes),
+            condition=self.condition_settings,
         )
 
     def _trained_size(self, transformer: Any) -> TrainedSize:

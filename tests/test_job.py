@@ -18,7 +18,7 @@ def job_of(family, name, *overrides, buckets=FIXED_SIZE):
 def test_every_member_has_a_job_and_a_memory_model(family, name):
     job = job_of(family, name)
     estimate = job.memory.estimate(job.buckets[0], 1, "none")
-    assert (estimate.first_frame_encode_bytes > 0) is job.model.family.takes_image
+    assert (estimate.condition_encode_bytes > 0) is job.model.family.takes_image
     assert (estimate.rotary_tables_bytes > 0) is (name != "2b")
 
 

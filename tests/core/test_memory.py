@@ -13,8 +13,8 @@ from peft import LoraConfig
 from transformers import T5Config, T5EncoderModel
 
 from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
-from cogds.core.flops import step_flops
 from cogds.core.condition_modes import ConditionSettings
+from cogds.core.flops import step_flops
 from cogds.core.geometry import (
     ClipShape,
     cached_caption_bytes,

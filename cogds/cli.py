@@ -17,7 +17,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 import cogds
 from cogds.arguments import VERBS, find_config, pack, parse_args, shipped_config
 from cogds.config.deepspeed import load_ds_config
-from cogds.config.inputs import data_paths, prompt_images
+from cogds.config.inputs import data_paths, prompt_files
 from cogds.config.loading import load_config
 from cogds.config.schema import RunConfig
 from cogds.data.storage.location import absolute, is_local_file
@@ -143,7 +143,7 @@ def config_inputs(cfg: RunConfig, args: argparse.Namespace) -> Iterable[tuple[st
     if cfg.data.draw_demo_clips:  # created if it does not exist
         paths.pop("data.path", None)
     if args.verb in ("train", "report", "demo"):
-        paths |= prompt_images(cfg)
+        paths |= prompt_files(cfg)
     return paths.items()
 
 

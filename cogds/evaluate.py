@@ -9,6 +9,7 @@ from typing import Any
 import torch
 
 from cogds.config.schema import RunConfig
+from cogds.core.condition_modes import MIN_CONTEXT
 from cogds.distributed.process_group import connect, disconnect
 from cogds.distributed.world import read_world
 from cogds.encode.encoder import encode_dataset
@@ -30,7 +31,7 @@ logger = logging.getLogger(__name__)
 ALL_CLIPS = 2**31 - 1
 # Parts of tags, as in `train.evaluation.mean_losses` -> names in the table.
 GROUP_NAMES = {"loss": "held-out clips", "train_loss": "trained clips"}
-DETAIL_NAMES = {"t": "timestep", "bucket": "bucket"}
+DETAIL_NAMES = {"t": "timestep", "bucket": "bucket", "mode": "mode"}
 
 
 def main(args: argparse.Namespace) -> None:
@@ -44,6 +45,15 @@ def main(args: argparse.Namespace) -> None:
     loras = read_loras([args.lora] if args.lora else [], args.lora_alpha, "--lora-alpha")
     if loras and (convention := loras[0].metadata.get("image_latents")):
         changes["conditioning.image_latents"] = convention  # as the LoRA was trained
+    if loras and (modes := loras[0].metadata.get("modes")):
+        context = loras[0].metadata.get("context_latents", MIN_CONTEXT)
+        times = tuple(loras[0].metadata.get("keyframe_times", ()))
+        changes |= {
+            "conditioning.modes": modes,
+            "conditioning.context_latents": context,
+            "conditioning.context_s": None,
+            "conditioning.keyframe_times": times,
+        }
     job = load_job(args, read_world(), changes=changes, evaluated_only=True)
     cfg, model, world = job.cfg, job.model, job.world
     check_all_fit(loras, model)
@@ -55,7 +65,9 @@ def main(args: argparse.Namespace) -> None:
     job = choose_tiling(job)
     data = encode_dataset(job)
     transformer = load_eval_transformer(cfg, model, world.device)
-    builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device)
+    builder = load_step_builder(
+        model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device, job.condition_settings
+    )
     evaluation = make_evaluation(job, data, builder, job.batch_sizes)
     if evaluation is None:
         raise UserError(

@@ -25,7 +25,7 @@ from cogds.card import (
     write_card,
 )
 from cogds.config.loading import load_config
-from cogds.core.condition_modes import MODES
+from cogds.core.condition_modes import MODES, ConditionSettings
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
 from cogds.model.conditioned_pipeline import ConditionedPipeline
@@ -163,6 +163,26 @@ def test_the_card_shows_what_a_run_records(tiny_model):
         'prompt="a cat"', "image_latents * 0.4", "| Image latents | scaled |", "height=64",
     ):  # fmt: skip
         assert text in card
+
+
+@pytest.mark.parametrize("modes, expected", [
+    ([], {}),
+    (["conditioning.modes={first: 1, last: 0}"], {}),
+    (["conditioning.modes={keyframes: 0.25, first: 0.75}", "conditioning.keyframe_times=[0.5]"],
+     {"modes": {"first": 0.75, "keyframes": 0.25}, "context_latents": 3, "keyframe_times": [0.5]}),
+])  # fmt: skip
+def test_modes_are_recorded_unless_only_first_is_trained(tiny_model, tmp_path, modes, expected):
+    cfg, _ = load_config(None, [f"model.path={tiny_model}", "data.path=unused", *modes])
+    run = SimpleNamespace(
+        cfg=cfg, model=find_model(str(tiny_model)), buckets=(ClipShape.parse("9x64x96"),),
+        data=SimpleNamespace(index=range(7)), world=World(0, 1, 0, 1),
+        plan=SimpleNamespace(local_batch_sizes=(1,), accumulation=1),
+        job=SimpleNamespace(condition_settings=ConditionSettings(3)),
+    )  # fmt: skip
+    lora = write_lora(tiny_model, tmp_path / "lora", metadata=export_metadata(run, 500))
+    (file,) = read_loras([str(lora)], None, "--alpha")
+    names = ("modes", "context_latents", "keyframe_times")
+    assert {name: file.metadata[name] for name in names if name in file.metadata} == expected
 
 
 @pytest.mark.parametrize(

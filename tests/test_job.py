@@ -18,7 +18,7 @@ def job_of(family, name, *overrides, buckets=FIXED_SIZE):
 def test_every_member_has_a_job_and_a_memory_model(family, name):
     job = job_of(family, name)
     estimate = job.memory.estimate(job.buckets[0], 1, "none")
-    assert (estimate.first_frame_encode_bytes > 0) is job.model.family.takes_image
+    assert (estimate.condition_encode_bytes > 0) is job.model.family.takes_image
     assert (estimate.rotary_tables_bytes > 0) is (name != "2b")
 
 
@@ -50,9 +50,9 @@ def test_prompts_have_an_image_if_the_model_takes_one(family):
     ):
         job = job_of(family, name, "sample.every=5", f"sample.prompts=[{prompt}]")
         with pytest.raises(UserError, match=message):
-            check_prompts(job.cfg.sample, job.buckets, job.model.geometry)
+            check_prompts(job.cfg, job.buckets, job.model.geometry)
     job = job_of(family, "5b", "sample.every=5", "sample.prompts=[{prompt: a}]")
-    check_prompts(job.cfg.sample, job.buckets, job.model.geometry)
+    check_prompts(job.cfg, job.buckets, job.model.geometry)
 
 
 def test_what_a_model_was_not_trained_for_is_noted(family):

@@ -14,7 +14,12 @@ def data_paths(cfg: RunConfig) -> dict[str, str]:
     return {key: path for key, path in paths.items() if path is not None}
 
 
-def prompt_images(cfg: RunConfig) -> dict[str, str]:
-    """Images of the prompts that training makes videos of, by config key."""
+def prompt_files(cfg: RunConfig) -> dict[str, str]:
+    """Images and videos of the prompts that training makes videos of, by config key."""
     prompts = cfg.sample.prompts if cfg.sample.every is not None else ()
-    return {f"sample.prompts[{index}].image": prompt.image for index, prompt in enumerate(prompts) if prompt.image}
+    return {
+        f"sample.prompts[{index}].{name}": file
+        for index, prompt in enumerate(prompts)
+        for name in ("image", "last_image", "video")
+        if (file := getattr(prompt, name))
+    }

@@ -13,7 +13,8 @@ from pydantic import AfterValidator, BaseModel, ConfigDict, Field, field_validat
 from pydantic.fields import FieldInfo
 from pydantic_core import PydanticCustomError
 
-from cogds.core.condition_modes import Mode
+from cogds.core.condition_modes import ConditionSettings, Mode, settings_in_frames
+from cogds.core.geometry import ModelGeometry
 
 
 def _refuse_url(value: str) -> str:
@@ -326,6 +327,8 @@ class PromptConfig(Section):
     image: Text | None = key(
         None, "first frame, an image file; resized to cover the size, then cropped; not in text-to-video"
     )
+    last_image: Text | None = key(None, "last frame, an image file, for a run that trains first_last or last")
+    video: Text | None = key(None, "video to continue instead of an image, for a run that trains prefix")
     size: Text | None = key(
         None, "FRAMESxHEIGHTxWIDTH; null: the bucket that crops the image least, or without one the largest"
     )
@@ -418,6 +421,11 @@ class RunConfig(Section):
                     "quantized weights are frozen. Remove it, or train a LoRA."
                 )
         return self
+
+    def condition_settings(self, geometry: ModelGeometry) -> ConditionSettings:
+        """The settings of the condition modes, in frames."""
+        given = self.conditioning
+        return settings_in_frames(given.context_latents, given.context_s, given.keyframe_times, self.data.fps, geometry)
 
     @property
     def metadata_dir(self) -> Path:

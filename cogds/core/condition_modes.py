@@ -30,6 +30,7 @@ from cogds.errors import UserError
 
 Mode = Literal["first", "last", "first_last", "prefix", "suffix", "keyframes", "none"]
 MODES: tuple[Mode, ...] = get_args(Mode)
+DEFAULT_MODES: tuple[Mode, ...] = ("first",)
 MIN_CONTEXT = 2  # latent frames of a prefix or suffix; one alone would be an image
 
 

@@ -172,11 +172,16 @@ def check_shape(shape: ClipShape, geometry: ModelGeometry, key: str = "data.buck
         )
 
 
-def cached_clip_bytes(shape: ClipShape, geometry: ModelGeometry, element_bytes: int) -> int:
-    """Bytes of an encoded clip without headers: moments [2C, F, h, w] and the first frame, uint8 [3, H, W]."""
+def cached_clip_bytes(
+    shape: ClipShape, geometry: ModelGeometry, element_bytes: int, num_condition_frames: int = 0
+) -> int:
+    """Bytes of an encoded clip without headers: moments [2C, F, h, w] and the first frame, uint8 [3, H, W].
+
+    num_condition_frames: further frames in pixels, for condition modes.
+    """
     height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
     moments = 2 * geometry.latent_channels * latent_frames(shape.frames, geometry) * height * width
-    return moments * element_bytes + 3 * shape.height * shape.width
+    return moments * element_bytes + (1 + num_condition_frames) * 3 * shape.height * shape.width
 
 
 def cached_caption_bytes(geometry: ModelGeometry, text_dim: int, element_bytes: int) -> int:

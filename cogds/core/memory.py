@@ -17,6 +17,7 @@ from functools import cached_property
 from typing import Any
 
 from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
+from cogds.core.condition_modes import DEFAULT_MODES, ConditionSettings, Mode, condition_frames, pieces_of
 from cogds.core.geometry import (
     ClipShape,
     ModelGeometry,
@@ -185,7 +186,7 @@ class OnTheFlyEncoding:
 class MemoryEstimate:
     """Bytes on one GPU while one bucket is trained. A term is 0 if its tensors are on the host or on other ranks.
 
-    `first_frame_encode_bytes` (0 in text-to-video) and `optimizer_step_bytes` are needed before and after the backward
+    `condition_encode_bytes` (0 in text-to-video) and `optimizer_step_bytes` are needed before and after the backward
     pass, when there are no activations. All other terms coexist in the backward pass. `text_encoder_weights_bytes`,
     `second_vae_weights_bytes` and `clip_encode_bytes` are 0 unless clips are encoded on the fly.
     """
@@ -207,7 +208,7 @@ class MemoryEstimate:
     cuda_context_bytes: int
     kept_activations_bytes: int
     block_activations_bytes: int
-    first_frame_encode_bytes: int
+    condition_encode_bytes: int
     optimizer_step_bytes: int
 
     @property
@@ -223,7 +224,7 @@ class MemoryEstimate:
     @property
     def total_bytes(self) -> int:
         """The peak: the resident tensors and the largest of backward pass, VAE encoding and optimizer step."""
-        passing = self.first_frame_encode_bytes, self.optimizer_step_bytes
+        passing = self.condition_encode_bytes, self.optimizer_step_bytes
         resident = sum(self.terms().values()) - self.activations_bytes - sum(passing)
         return resident + max(self.activations_bytes, *passing)
 
@@ -248,6 +249,8 @@ class MemoryModel:
         sequence_size: ranks that share a clip.
         on_the_fly: None if clips are encoded before training.
         ema_on_gpu: whether a moving average of the trained weights is kept on the GPU.
+        modes: the condition modes that are used.
+        condition: the settings of the modes.
     """
 
     geometry: ModelGeometry
@@ -263,6 +266,8 @@ class MemoryModel:
     sequence_size: int = 1
     on_the_fly: OnTheFlyEncoding | None = None
     ema_on_gpu: bool = False
+    modes: tuple[Mode, ...] = DEFAULT_MODES
+    condition: ConditionSettings = dataclasses.field(default_factory=ConditionSettings)
 
     @property
     def element_bytes(self) -> int:
@@ -285,6 +290,7 @@ class MemoryModel:
             optimizer state    fp32 master weights and two Adam moments, 12 L (8 L at stage 0, which has no master
                                weights); / N from stage 1; 0 with offload_optimizer
             moving average     4 L / N if it is on the GPU
+            condition encode   the VAE's, for the longest video of a mode (`_condition_encode_bytes`)
             optimizer step     fp32 copy of the gradients, 4 L / N from stage 1; 0 with offload_optimizer
             on the fly         the weights of T5 and of a second VAE, and `_clip_encode_bytes`
             reduce buffers     from stage 1: reduce_bucket_size e, twice if stage 1 or 2 overlaps communication; plus
@@ -339,11 +345,7 @@ class MemoryModel:
             cuda_context_bytes=CUDA_CONTEXT_BYTES,
             kept_activations_bytes=round(unit * self._kept_units(blocks)),
             block_activations_bytes=max(round(unit * self._block_units(blocks)), block_bytes),
-            first_frame_encode_bytes=vae_encode_bytes(
-                dataclasses.replace(shape, frames=1), False, self.vae, element_bytes
-            )
-            if self.geometry.family.takes_image
-            else 0,
+            condition_encode_bytes=self._condition_encode_bytes(shape, batch_size),
             optimizer_step_bytes=0 if zero.offload_optimizer or not zero.stage else shard(num_trained, 1) * 4,
         )  # fmt: skip
 
@@ -478,6 +480,29 @@ class MemoryModel:
         text = geometry.text_tokens * self.transformer.text_dim
         return latents * (6 * 4 + (2 + num_inputs + 1) * self.element_bytes) + text * self.element_bytes
 
+    def cached_clip_bytes(self, shape: ClipShape) -> int:
+        """Bytes of an encoded clip with the frames that the condition modes need."""
+        return cached_clip_bytes(shape, self.geometry, self.element_bytes, self._num_condition_frames(shape))
+
+    def _num_condition_frames(self, shape: ClipShape) -> int:
+        return len(condition_frames(self.modes, shape.frames, self.geometry, self.condition))
+
+    def _condition_encode_bytes(self, shape: ClipShape, batch_size: int) -> int:
+        """Bytes for encoding the condition: one image, or one prefix or suffix, at a time and without tiles.
+
+        The batch's condition frames exist as uint8 and in the run's precision.
+        """
+        if not self.geometry.family.takes_image:
+            return 0
+        pieces = [
+            piece for mode in self.modes for piece in pieces_of(mode, shape.frames, self.geometry, self.condition)
+        ]
+        if not pieces:
+            return 0
+        longest = dataclasses.replace(shape, frames=max(len(piece.frames) for piece in pieces))
+        pixels = batch_size * self._num_condition_frames(shape) * 3 * shape.height * shape.width
+        return vae_encode_bytes(longest, False, self.vae, self.element_bytes) + pixels * (1 + self.element_bytes)
+
     def _clip_encode_bytes(self, shape: ClipShape, batch_size: int, on_the_fly: OnTheFlyEncoding) -> int:
         """Bytes for encoding later clips while this one is trained, and for the encoded batches.
 
@@ -487,7 +512,7 @@ class MemoryModel:
             vae_encode_bytes(bucket, bucket in on_the_fly.tiled, self.vae, self.element_bytes)
             for bucket in {shape, *self.buckets}
         )
-        sample_bytes = cached_clip_bytes(shape, self.geometry, self.element_bytes)
+        sample_bytes = self.cached_clip_bytes(shape)
         sample_bytes += cached_caption_bytes(self.geometry, self.transformer.text_dim, self.element_bytes)
         return encode_bytes + on_the_fly.num_batches * batch_size * sample_bytes
 

@@ -50,8 +50,10 @@ LAYOUT: dict[str, dict[str, str]] = {
     "evaluation": {
         "held out, bucket": r"eval/loss/bucket=(.*)",
         "held out, timestep": r"eval/loss/t=(.*)",
+        "held out, condition mode": r"eval/loss/mode=(.*)",
         "trained, bucket": r"eval/train_loss/bucket=(.*)",
         "trained, timestep": r"eval/train_loss/t=(.*)",
+        "trained, condition mode": r"eval/train_loss/mode=(.*)",
     },
     "speed": {
         "seconds": r"perf/(data_wait|forward|backward|inputs|optimizer)_s",

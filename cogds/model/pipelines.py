@@ -55,6 +55,11 @@ class Conditions:
     video_at: Literal["start", "end"] = "start"
     keyframes: Mapping[int, np.ndarray] = field(default_factory=dict)
 
+    def arrays(self) -> list[np.ndarray]:
+        """Return the pixels of all conditions."""
+        images = (self.image, self.last_image, self.video, *self.keyframes.values())
+        return [image for image in images if image is not None]
+
     def pipeline_arguments(self) -> dict[str, Any]:
         """Return the arguments of `ConditionedPipeline` for the conditions that are given."""
         arguments: dict[str, Any] = {}

@@ -6,10 +6,10 @@ from dataclasses import fields
 from functools import cached_property
 from typing import Any
 
-from cogds.config.inputs import data_paths, prompt_images
+from cogds.config.inputs import data_paths, prompt_files
 from cogds.config.loading import to_dict
 from cogds.core.checkpointing import BlockCheckpointing
-from cogds.core.geometry import cached_caption_bytes, cached_clip_bytes
+from cogds.core.geometry import cached_caption_bytes
 from cogds.core.memory import MemoryEstimate
 from cogds.distributed.network import set_network
 from cogds.distributed.world import World, gpu_memory
@@ -73,7 +73,7 @@ class PreflightJob(Job):
             return 0
         text_dim, geometry = self.memory.transformer.text_dim, self.model.geometry
         batches = (
-            size * (cached_clip_bytes(shape, geometry, self.element_bytes)
+            size * (self.memory.cached_clip_bytes(shape)
                     + cached_caption_bytes(geometry, text_dim, self.element_bytes))
             for shape, size in zip(self.buckets, self.batch_sizes)
         )  # fmt: skip
@@ -82,7 +82,7 @@ class PreflightJob(Job):
     @property
     def data_paths(self) -> dict[str, str]:
         """Paths that the run only reads, by config key."""
-        return data_paths(self.cfg) | prompt_images(self.cfg)
+        return data_paths(self.cfg) | prompt_files(self.cfg)
 
     @property
     def shared_folders(self) -> dict[str, str]:

@@ -16,7 +16,7 @@ import pyarrow.compute as pc
 from cogds.core.buckets import NO_IMAGE_BUCKET, TOO_SHORT
 from cogds.core.checkpointing import BlockCheckpointing
 from cogds.core.flops import ASSUMED_EFFICIENCY, PEAK_TFLOPS, estimate_seconds, training_flops
-from cogds.core.geometry import ClipShape, ModelGeometry, cached_caption_bytes, cached_clip_bytes, num_tokens
+from cogds.core.geometry import ClipShape, ModelGeometry, cached_caption_bytes, num_tokens
 from cogds.core.memory import MemoryEstimate, MemoryModel
 from cogds.core.memory_advice import explain_shortfall
 from cogds.core.suggest import (
@@ -307,11 +307,7 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
                 crop_share=float(sums["crop"][index] / max(1, num_clips)),
                 upscaled_share=float(sums["upscaled"][index] / max(1, num_clips)),
                 unused_share=float(sums["unused"][index] / max(1, num_clips)),
-                cache_bytes=(
-                    int(sums["samples"][index]) * cached_clip_bytes(shape, setup.geometry, element_bytes)
-                    if setup.is_cached
-                    else 0
-                ),
+                cache_bytes=(int(sums["samples"][index]) * memory.cached_clip_bytes(shape) if setup.is_cached else 0),
                 checkpointing=setup.checkpointing[index],
                 memory=memory.estimate(shape, batch_size, setup.checkpointing[index]),
                 pinned_bytes=memory.pinned_host_bytes(shape, batch_size, setup.checkpointing[index]),

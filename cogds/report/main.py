@@ -48,7 +48,7 @@ def main(args: argparse.Namespace) -> None:
     Raises UserError after the report if training would not start with these clips.
     """
     job = load_job(args, World(0, 1, 0, 1), num_ranks=args.num_gpus)
-    check_prompts(job.cfg.sample, job.buckets, job.model.geometry)
+    check_prompts(job.cfg, job.buckets, job.model.geometry)
     clip_set = load_clip_set(job.cfg, scan_data(job.cfg, job.world), job.buckets)
     clips = clip_table(clip_set)
     gpu = GPUS[args.gpu] if args.gpu else None

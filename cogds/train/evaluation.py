@@ -2,8 +2,11 @@
 
 `eval/loss` covers clips that are never trained (eval.held_out, eval.path), and `eval/train_loss` as many clips that are
 trained. If they diverge, the run overfits. Both are also reported by timestep (`/t=...`) and by bucket (`/bucket=...`).
+If the run trains condition modes other than the default, every clip is evaluated in each of them at each timestep, and
+the losses are reported by mode (`/mode=...`), too. All modes weigh the same, whatever their probabilities.
 
-The random draws of a sample depend only on the seed, the clip's cache key and the index of the timestep. So the loss
+The random draws of a sample depend only on the seed, the clip's cache key and the index of the timestep, so that the
+modes have the same noise. So the loss
 does not depend on the other clips or on the number of ranks. As in training, clips are drawn from the VAE's posterior.
 Unlike in training, no noise is added to the first frame.
 
@@ -24,7 +27,8 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogds.core.conditioning import image_condition, transformer_inputs
+from cogds.core.condition_modes import DEFAULT_MODES, Mode, used_modes
+from cogds.core.conditioning import transformer_inputs
 from cogds.core.diffusion import v_loss
 from cogds.core.flops import step_flops, training_flops
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
@@ -63,10 +67,24 @@ ShouldContinue = Callable[[int], bool]
 
 @dataclass(frozen=True)
 class EvalBatch:
-    """The samples of one forward pass, all in one bucket. Each is a pair: index of the clip, index of the timestep."""
+    """The samples of one forward pass, all in one bucket. Each is a pair: index of the clip, index of the point."""
 
     bucket: int
     samples: tuple[tuple[int, int], ...]
+
+
+@dataclass(frozen=True)
+class EvalPoint:
+    """What a clip is evaluated at. number: index of the timestep, for the random draws."""
+
+    timestep: int
+    number: int
+    mode: Mode = "first"
+
+
+def eval_points(timesteps: Sequence[int], modes: Sequence[Mode] = DEFAULT_MODES) -> tuple[EvalPoint, ...]:
+    """Combine every mode with every timestep."""
+    return tuple(EvalPoint(timestep, number, mode) for mode in modes for number, timestep in enumerate(timesteps))
 
 
 def midpoints(num: int, num_timesteps: int) -> list[int]:
@@ -74,15 +92,15 @@ def midpoints(num: int, num_timesteps: int) -> list[int]:
     return [num_timesteps * (2 * part + 1) // (2 * num) for part in range(num)]
 
 
-def make_eval_batches(buckets: Sequence[int], num_timesteps: int, batch_sizes: Sequence[int]) -> list[EvalBatch]:
-    """Combine every clip with every timestep, in batches of at most the training batch size of the bucket.
+def make_eval_batches(buckets: Sequence[int], num_points: int, batch_sizes: Sequence[int]) -> list[EvalBatch]:
+    """Combine every clip with every point, in batches of at most the training batch size of the bucket.
 
     The sizes of a bucket's batches differ by at most one. buckets: bucket of each clip. batch_sizes: of each bucket.
     """
     batches = []
     for bucket in sorted(set(buckets)):
         clips = [clip for clip, clip_bucket in enumerate(buckets) if clip_bucket == bucket]
-        samples = [(clip, number) for clip in clips for number in range(num_timesteps)]
+        samples = [(clip, number) for clip in clips for number in range(num_points)]
         for part in np.array_split(np.arange(len(samples)), -(-len(samples) // batch_sizes[bucket])):
             batches.append(EvalBatch(bucket, tuple(samples[number] for number in part)))
     return batches
@@ -100,19 +118,26 @@ def schedule_rounds(batches: Sequence[EvalBatch], costs: Sequence[float], num_ra
 
 
 def mean_losses(
-    clips: Sequence[IndexedClip], num_held_out: int, timesteps: Sequence[int], losses: Mapping[tuple[int, int], float]
+    clips: Sequence[IndexedClip],
+    num_held_out: int,
+    points: Sequence[EvalPoint],
+    losses: Mapping[tuple[int, int], float],
 ) -> dict[str, float]:
     """Return the mean losses by tag. The first `num_held_out` clips are `eval/loss`, the others `eval/train_loss`.
 
-    losses: by indices of clip and timestep. Clips without losses are left out.
+    losses: by indices of clip and point. Clips without losses are left out.
     """
     means: dict[str, float] = {}
+    has_modes = any(point.mode not in DEFAULT_MODES for point in points)
     for tag, numbers in (("eval/loss", range(num_held_out)), ("eval/train_loss", range(num_held_out, len(clips)))):
         grouped: dict[str, list[float]] = {tag: []}
-        for number, timestep in enumerate(timesteps):
-            grouped[f"{tag}/t={timestep:03}"] = [losses[clip, number] for clip in numbers if (clip, number) in losses]
+        for number, point in enumerate(points):
+            point_losses = [losses[clip, number] for clip in numbers if (clip, number) in losses]
+            grouped.setdefault(f"{tag}/t={point.timestep:03}", []).extend(point_losses)
+            if has_modes:
+                grouped.setdefault(f"{tag}/mode={point.mode}", []).extend(point_losses)
         for clip in numbers:
-            clip_losses = [losses[clip, number] for number in range(len(timesteps)) if (clip, number) in losses]
+            clip_losses = [losses[clip, number] for number in range(len(points)) if (clip, number) in losses]
             grouped[tag] += clip_losses
             grouped.setdefault(f"{tag}/bucket={clips[clip].shape}", []).extend(clip_losses)
         means |= {name: math.fsum(values) / len(values) for name, values in grouped.items() if values}
@@ -128,7 +153,7 @@ class Evaluation:
 
     clips: tuple[IndexedClip, ...]
     num_held_out: int
-    timesteps: tuple[int, ...]
+    points: tuple[EvalPoint, ...]
     rounds: list[list[EvalBatch]]
     builder: StepBuilder
     cache: Cache
@@ -137,13 +162,13 @@ class Evaluation:
 
     def scalars(self, forward: Forward, should_continue: ShouldContinue = lambda _: True) -> dict[str, float]:
         """Return the mean losses by tag, the same on every rank. Collective. For the arguments see `losses`."""
-        return mean_losses(self.clips, self.num_held_out, self.timesteps, self.losses(forward, should_continue))
+        return mean_losses(self.clips, self.num_held_out, self.points, self.losses(forward, should_continue))
 
     @torch.no_grad()
     def losses(
         self, forward: Forward, should_continue: ShouldContinue = lambda _: True
     ) -> dict[tuple[int, int], float]:
-        """Return the loss of each clip at each timestep, by their indices, the same on every rank. Collective.
+        """Return the loss of each clip at each point, by their indices, the same on every rank. Collective.
 
         A clip whose inputs cannot be made is left out on all ranks, with a warning. A forward pass that fails on one
         rank ends the run, because at ZeRO stage 3 the other ranks wait in it.
@@ -196,16 +221,20 @@ class Evaluation:
 
     def _build(self, batch: EvalBatch, items: list[Item], shape: ClipShape) -> tuple[dict[str, Any], torch.Tensor]:
         no_dropout = torch.zeros(len(batch.samples), dtype=torch.bool)
-        timesteps = torch.tensor([self.timesteps[number] for _, number in batch.samples])
-        slots = [keyed_hash("evaluation", int(self.clips[clip].clip_key, 16), number) for clip, number in batch.samples]
-        draws = Draws(timesteps, no_dropout, no_dropout, self.seed, 0, slots)
+        points = [self.points[number] for _, number in batch.samples]
+        keys = [int(self.clips[clip].clip_key, 16) for clip, _ in batch.samples]
+        slots = [keyed_hash("evaluation", key, point.number) for key, point in zip(keys, points, strict=True)]
+        timesteps, modes = torch.tensor([point.timestep for point in points]), [point.mode for point in points]
+        draws = Draws(timesteps, no_dropout, no_dropout, self.seed, 0, slots, modes)
         return self.builder.build(collate(items).tensors, shape, draws)
 
     def __str__(self) -> str:
         counts = {"held-out": self.num_held_out, "trained": len(self.clips) - self.num_held_out}
         kinds = " and ".join(f"{num} {kind}" for kind, num in counts.items() if num)
         noun = "clip" if len(self.clips) == 1 else "clips"
-        return f"{kinds} {noun} at {counted(len(self.timesteps), 'timestep')}"
+        timesteps, modes = ({getattr(point, name) for point in self.points} for name in ("timestep", "mode"))
+        in_modes = f" in {counted(len(modes), 'condition mode')}" if modes != set(DEFAULT_MODES) else ""
+        return f"{kinds} {noun} at {counted(len(timesteps), 'timestep')}{in_modes}"
 
 
 def make_evaluation(job: Job, data: EncodedData, builder: StepBuilder, batch_sizes: Sequence[int]) -> Evaluation | None:
@@ -224,15 +253,16 @@ def make_evaluation(job: Job, data: EncodedData, builder: StepBuilder, batch_siz
     eval_builder = copy.copy(builder)
     eval_builder.conditioning = builder.conditioning.model_copy(update={"image_noise": False})
     timesteps = midpoints(cfg.eval.num_timesteps, len(builder.alphas_cumprod))
+    points = eval_points(timesteps, used_modes(cfg.conditioning.modes))
     costs = [
         step_flops(num_tokens(shape, model.geometry), model.num_layers, model.hidden_size).forward
         for shape in data.index.buckets
     ]
-    batches = make_eval_batches([clip.bucket for clip in clips], len(timesteps), batch_sizes)
+    batches = make_eval_batches([clip.bucket for clip in clips], len(points), batch_sizes)
     return Evaluation(
         tuple(clips),
         len(held_out),
-        tuple(timesteps),
+        points,
         schedule_rounds(batches, costs, job.world.data_size),
         eval_builder,
         job.cache,
@@ -250,8 +280,8 @@ def _zero_inputs(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tup
     latents = torch.zeros(batch_size, frames, geometry.latent_channels, height, width, device=builder.device)
     text = builder.empty_caption_states.expand(batch_size, -1, -1)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
-    image = image_condition(latents[:, :1], frames) if geometry.family.takes_image else None
-    return transformer_inputs(latents, image, text, timesteps, builder.rotary(shape), geometry), latents
+    condition = latents if geometry.family.takes_image else None
+    return transformer_inputs(latents, condition, text, timesteps, builder.rotary(shape), geometry), latents
 
 
 # ------------------------------------------------------------------------------------------------------ during training

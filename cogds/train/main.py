@@ -31,7 +31,7 @@ def main(args: argparse.Namespace) -> None:
         use_deterministic_kernels()
     check_execution(job)
     # As set, because a dry run makes no videos.
-    check_prompts(load_config(args.config, args.overrides)[0].sample, job.buckets, job.model.geometry)
+    check_prompts(load_config(args.config, args.overrides)[0], job.buckets, job.model.geometry)
     stop = StopRequest(find_launchers())
     stop.listen()
     connect(job.world, job.cfg.train.timeout_s, job.cfg.network)

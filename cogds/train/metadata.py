@@ -5,6 +5,7 @@ from typing import Any
 import cogds
 from cogds.card import pipeline_factor
 from cogds.config.schema import RunConfig
+from cogds.core.condition_modes import DEFAULT_MODES, used_modes
 from cogds.encode.scan_data import caption_prefixes
 from cogds.train.run import Run
 
@@ -21,6 +22,7 @@ def export_metadata(run: Run, step: int) -> dict[str, Any]:
         "quantization": cfg.model.quantization,
         **_trained_part(cfg),
         **_image_latents(run),
+        **_modes(run),
         "buckets": [str(shape) for shape in run.buckets],
         "fps": cfg.data.fps,
         "num_clips": len(run.data.index),
@@ -44,6 +46,18 @@ def _image_latents(run: Run) -> dict[str, Any]:
     convention = run.cfg.conditioning.image_latents
     factor = pipeline_factor(run.model.vae_config, convention)
     return {"image_latents": convention, "image_latent_factor": factor}
+
+
+def _modes(run: Run) -> dict[str, Any]:
+    """The condition modes, if any but `first` is trained. The length of prefix and suffix is in latent frames."""
+    config, modes = run.cfg.conditioning, used_modes(run.cfg.conditioning.modes)
+    if modes == DEFAULT_MODES:
+        return {}
+    return {
+        "modes": {mode: config.modes[mode] for mode in modes},
+        "context_latents": run.job.condition_settings.context,
+        "keyframe_times": list(config.keyframe_times),
+    }
 
 
 def _trained_part(cfg: RunConfig) -> dict[str, Any]:

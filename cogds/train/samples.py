@@ -20,6 +20,7 @@ import torch
 
 from cogds.config.deepspeed import zero_stage
 from cogds.config.schema import PromptConfig
+from cogds.core.condition_modes import Mode, pieces_of, used_modes
 from cogds.core.conditioning import transformer_inputs
 from cogds.core.geometry import ClipShape, num_tokens, padded_latent_frames
 from cogds.data.cache.store import Cache
@@ -37,7 +38,6 @@ from cogds.formatting import counted
 from cogds.job import open_cache
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import (
-    Conditions,
     Denoising,
     apply_convention,
     build_pipeline,
@@ -52,10 +52,11 @@ from cogds.train.memory_check import is_out_of_memory
 from cogds.train.run import Run
 from cogds.train.step import StepBuilder
 from cogds.train.summary import labeled
+from cogds.videos.conditions import conditions_of_clip, shown_image
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.lockstep import LockstepTransformer, Stopped
 from cogds.videos.sample_folder import BASE, Prompt, write_prompts
-from cogds.videos.sample_spec import SampleSpec, load_first_frame
+from cogds.videos.sample_spec import SampleSpec, load_conditions
 
 logger = logging.getLogger(__name__)
 
@@ -225,8 +226,7 @@ class SampleCallback:
             self._pipeline.transformer = transformer
             try:
                 denoising = Denoising(sample.num_steps, sample.guidance, run.data.empty_caption_states)
-                conditions = Conditions(spec.pixels)
-                latents = sample_latents(self._pipeline, conditions, spec.states, spec.shape, spec.seed, denoising)
+                latents = sample_latents(self._pipeline, spec.conditions, spec.states, spec.shape, spec.seed, denoising)
             except Stopped:
                 raise
             except Exception as error:
@@ -280,7 +280,8 @@ class SampleCallback:
                     with whole_file(file) as partial:
                         partial.write_bytes(video)
             prompts = {stem: Prompt(spec.prompt, str(spec.shape), spec.seed) for stem, spec in self._specs.items()}
-            first_frames = {stem: spec.pixels for stem, spec in self._specs.items() if spec.pixels is not None}
+            images = {stem: shown_image(spec.conditions) for stem, spec in self._specs.items()}
+            first_frames = {stem: image for stem, image in images.items() if image is not None}
             write_prompts(self._folder, prompts, first_frames)
             if not videos:
                 return
@@ -349,15 +350,16 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
 
 def _spec_of_prompt(run: Run, number: int, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
     """Raises UserError if the image or the size is not usable."""
-    size_key = f"sample.prompts[{number}].size"
-    shape, pixels = load_first_frame(prompt.image, prompt.size, run.buckets, run.model.geometry, size_key)
+    key = f"sample.prompts[{number}]"
+    shape, conditions = load_conditions(prompt, run.cfg, run.buckets, run.model.geometry, key)
     seed = run.cfg.sample.seed if prompt.seed is None else prompt.seed
-    return SampleSpec(prompt.prompt, shape, seed, pixels, states)
+    return SampleSpec(prompt.prompt, shape, seed, conditions, states)
 
 
 def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
-    """Use captions and first frames of held-out clips, or of trained clips if none are held out."""
-    sample, specs = run.cfg.sample, []
+    """Use captions and given frames of held-out clips, or of trained clips if none are held out, in every mode."""
+    sample, specs, settings = run.cfg.sample, [], run.job.condition_settings
+    modes: tuple[Mode, ...] = used_modes(run.cfg.conditioning.modes) if run.model.family.takes_image else ("none",)
     data, is_cached = run.data, run.cfg.data.encode == "cached"
     index = data.held_out if data.held_out is not None else data.index if is_cached else data.trained
     if index is None:
@@ -367,10 +369,14 @@ def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
     for row in evenly_spaced_rows(index, sample.num_clips):
         clip = index[row]
         try:
-            encoded, pixels = read_encoded(cache, clip), None
-            if run.model.family.takes_image:
-                pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
-            specs.append(SampleSpec(clip.captions[0].text, clip.shape, sample.seed, pixels, encoded["text_states"]))
+            encoded = read_encoded(cache, clip)
+            numbers = run.job.condition_frames(clip.shape)
+            for mode in modes:
+                pieces = pieces_of(mode, clip.shape.frames, run.model.geometry, settings)
+                conditions = conditions_of_clip(mode, pieces, encoded, numbers)
+                specs.append(
+                    SampleSpec(clip.captions[0].text, clip.shape, sample.seed, conditions, encoded["text_states"])
+                )
         except Exception as error:
             log_failure(logger, f"{display_name(clip.path)}: no video will be made of it: {brief(error)}", error)
     return specs

@@ -12,7 +12,8 @@ from rich.panel import Panel
 from rich.text import Text
 
 from cogds.config.deepspeed import zero_stage
-from cogds.config.schema import KEYS
+from cogds.config.schema import KEYS, ConditioningConfig
+from cogds.core.condition_modes import used_modes
 from cogds.core.geometry import num_tokens
 from cogds.data.storage.location import is_local_file
 from cogds.formatting import counted, gigabytes, magnitude
@@ -40,6 +41,7 @@ def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]
     sections: list[tuple[str, Sequence[str]]] = [
         ("model", [f"{cfg.model.path}, {magnitude(base.num_parameters)} parameters{quantization}"]),
         ("LoRA" if cfg.trains_lora else "trained", [describe_trained(run)]),
+        ("conditions", describe_modes(cfg.conditioning)),
         ("hardware", [f"{describe_ranks(run)}, ZeRO stage {zero_stage(run.ds_config)}, {cfg.train.precision}"]),
         ("execution", execution_lines(run)),
         (
@@ -72,6 +74,14 @@ def describe_trained(run: Run) -> str:
     size = gigabytes(num_all * EXPORTED_BYTES[cfg.train.precision])
     parts = ", ".join(cfg.full.modules) or "the whole transformer"
     return f"{parts}, {number} ({trained.num_parameters / num_all:.0%}), saved as a model of {size}"
+
+
+def describe_modes(conditioning: ConditioningConfig) -> list[str]:
+    """Return a line with the probability of each condition mode; none if all clips are given their first frame."""
+    modes = used_modes(conditioning.modes)
+    if modes == ("first",):
+        return []
+    return [", ".join(f"{mode} {conditioning.modes[mode]:.0%}" for mode in modes)]
 
 
 def watch_command(output: Path) -> str:

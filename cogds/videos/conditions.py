@@ -6,8 +6,17 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 import numpy as np
+import torch
 
-from cogds.core.condition_modes import MIN_CONTEXT, ConditionSettings, Mode, pieces_of, pixel_frames
+from cogds.core.condition_modes import (
+    MIN_CONTEXT,
+    ConditionSettings,
+    Mode,
+    Piece,
+    is_first_image,
+    pieces_of,
+    pixel_frames,
+)
 from cogds.core.geometry import ClipShape, ModelGeometry, latent_frames
 from cogds.data.video.kinds import kind_of
 from cogds.data.video.media import DecodeError, num_frames_at, probe_video, read_clip, read_image
@@ -205,3 +214,32 @@ def _read_context(file: str, video_at: VideoPlace, shape: ClipShape, fps: float)
         return read_clip(file, shape, fps, start_s=start / fps)
     except (DecodeError, OSError) as error:
         raise UserError(f"--video: {file}: {error}. Choose another video.") from None
+
+
+def conditions_of_clip(
+    mode: Mode, pieces: Sequence[Piece], encoded: Mapping[str, torch.Tensor], numbers: Sequence[int]
+) -> Conditions:
+    """Return the frames of an encoded clip that a mode conditions on.
+
+    pieces: of the mode and the clip. encoded: `first_frame` and `condition_frames`, whose frame numbers are `numbers`.
+    """
+    images = {}
+    for piece in pieces:
+        if is_first_image(piece):
+            frames = encoded["first_frame"][None]
+        else:
+            frames = encoded["condition_frames"][[numbers.index(frame) for frame in piece.frames]]
+        images[piece.frames[0]] = frames.permute(0, 2, 3, 1).contiguous().numpy()
+    if mode == "keyframes":
+        return Conditions(keyframes={frame: image[0] for frame, image in images.items()})
+    if mode in ("prefix", "suffix") and not is_first_image(pieces[0]):
+        return Conditions(video=images[pieces[0].frames[0]], video_at="start" if mode == "prefix" else "end")
+    image = images.pop(0, None)
+    last = next(iter(images.values()), None)
+    return Conditions(None if image is None else image[0], None if last is None else last[0])
+
+
+def shown_image(conditions: Conditions) -> np.ndarray | None:
+    """Return the image to show for a video, uint8 [H, W, 3]: the first of its conditions; None without any."""
+    array = next(iter(conditions.arrays()), None)
+    return array[0] if array is not None and array.ndim == 4 else array

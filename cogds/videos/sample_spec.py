@@ -9,36 +9,41 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 
-from cogds.config.schema import SampleConfig
+from cogds.config.schema import PromptConfig, RunConfig
 from cogds.core.buckets import assign
 from cogds.core.geometry import ClipShape, ModelGeometry, check_shape
 from cogds.data.video.kinds import kind_of
 from cogds.data.video.media import DecodeError, probe_image, probe_video, read_clip, read_image
 from cogds.errors import UserError
+from cogds.model.pipelines import Conditions
+from cogds.videos.conditions import ConditionFiles, modes_of, read_conditions
 
 
 @dataclass(frozen=True)
 class SampleSpec:
     """The inputs of one generated video.
 
-    pixels: the first frame, uint8 [H, W, 3]; None in text-to-video. states: T5 states of the prompt, [text_tokens,
-    dim].
+    states: T5 states of the prompt, [text_tokens, dim].
     """
 
     prompt: str
     shape: ClipShape
     seed: int
-    pixels: np.ndarray | None
+    conditions: Conditions
     states: torch.Tensor
 
     def file_stem(self, num_steps: int, guidance: float) -> str:
-        """Return the prompt's first words and a digest of all inputs except the weights.
+        """Return the prompt's first words, the mode unless it is a first frame, and a digest of all inputs.
+
+        The weights are not in the digest.
 
         The frame rate and `conditioning.image_latents` are not in the digest: they are the same for a whole run.
         """
         inputs = repr((self.prompt, str(self.shape), self.seed, num_steps, guidance)).encode()
-        inputs += b"" if self.pixels is None else self.pixels.tobytes()
-        return f"{slug(self.prompt)}-{hashlib.blake2b(inputs, digest_size=4).hexdigest()}"
+        inputs += b"".join(array.tobytes() for array in self.conditions.arrays())
+        modes = modes_of(self.conditions)
+        kind = "" if modes in (("first",), ("none",)) else "-" + "-".join(modes)
+        return f"{slug(self.prompt)}{kind}-{hashlib.blake2b(inputs, digest_size=4).hexdigest()}"
 
 
 def slug(text: str, max_length: int = 40) -> str:
@@ -72,14 +77,34 @@ def load_first_frame(
         raise UserError(f"{image}: {error}. Choose another image.") from None
 
 
-def check_prompts(sample: SampleConfig, buckets: Sequence[ClipShape], geometry: ModelGeometry) -> None:
-    """Raise UserError if training could not make a video of one of its prompts, because of its image or size."""
-    for index, prompt in enumerate(sample.prompts if sample.every is not None else ()):
+def load_conditions(
+    prompt: PromptConfig, cfg: RunConfig, buckets: Sequence[ClipShape], geometry: ModelGeometry, key: str
+) -> tuple[ClipShape, Conditions]:
+    """Return the shape of a video of `sample.prompts` and the frames that it is given. key: of the prompt, for errors.
+
+    Raises UserError if a file cannot be used, or does not fit into the video.
+    """
+    files = ConditionFiles(prompt.last_image, prompt.video)
+    sized_by = prompt.image or prompt.last_image or prompt.video
+    shape, pixels = load_first_frame(sized_by, prompt.size, buckets, geometry, f"{key}.size")
+    if sized_by is None:
+        return shape, Conditions()
+    image = None if prompt.image is None else pixels
+    context = cfg.condition_settings(geometry).context
+    return shape, read_conditions(image, files, context, shape, cfg.data.fps, geometry)
+
+
+def check_prompts(cfg: RunConfig, buckets: Sequence[ClipShape], geometry: ModelGeometry) -> None:
+    """Raise UserError if training could not make a video of one of its prompts, because of its files or size."""
+    for index, prompt in enumerate(cfg.sample.prompts if cfg.sample.every is not None else ()):
         key = f"sample.prompts[{index}]"
         try:
-            load_first_frame(prompt.image, prompt.size, buckets, geometry, f"{key}.size")
+            load_conditions(prompt, cfg, buckets, geometry, key)
         except UserError as error:
             message = str(error)
+            for flag, name in (("--last-image", "last_image"), ("--video", "video"), ("--context", "video")):
+                if message.startswith(f"{flag}: "):
+                    message = f"{key}.{name}: {message.removeprefix(f'{flag}: ')}"
             raise UserError(message if message.startswith(key) else f"{key}.image: {message}") from None
 
 

@@ -13,6 +13,7 @@ from peft import LoraConfig
 from transformers import T5Config, T5EncoderModel
 
 from cogds.core.checkpointing import CHECKPOINTING_MODES, BlockCheckpointing
+from cogds.core.condition_modes import ConditionSettings
 from cogds.core.flops import step_flops
 from cogds.core.geometry import (
     ClipShape,
@@ -256,8 +257,8 @@ def test_the_figures_of_every_member_in_the_docs(name, num_parameters, gigabytes
 def test_what_text_to_video_does_not_need():
     image, text = (published_memory(geometry=PUBLISHED[name]) for name in ("CogVideoX1.5-5B-I2V", "CogVideoX1.5-5B"))
     image, text = (model.estimate(FULL, 1, "full") for model in (image, text))
-    assert image.first_frame_encode_bytes > 0
-    assert text.first_frame_encode_bytes == 0
+    assert image.condition_encode_bytes > 0
+    assert text.condition_encode_bytes == 0
     latents = 16 * 22 * 96 * 170 * 2  # those of the image
     assert image.inputs_and_loss_bytes - text.inputs_and_loss_bytes == latents
     sincos = published_memory(geometry=PUBLISHED["CogVideoX-2b"], buckets=(PUBLISHED["CogVideoX-2b"].trained_size,))
@@ -410,12 +411,12 @@ def test_overlapping_communication_doubles_the_buffers():
 
 def test_the_total_is_the_largest_peak():
     backward = estimate(stage=2, reduce_bucket_size=1000)
-    other_peaks = backward.first_frame_encode_bytes + backward.optimizer_step_bytes
+    other_peaks = backward.condition_encode_bytes + backward.optimizer_step_bytes
     resident = sum(backward.terms().values()) - backward.activations_bytes - other_peaks
     assert backward.total_bytes == resident + backward.activations_bytes
     assert backward.terms()["cuda context"] == CUDA_CONTEXT_BYTES
     tiny = dataclasses.replace(backward, kept_activations_bytes=0, block_activations_bytes=0)
-    assert tiny.total_bytes == resident + tiny.first_frame_encode_bytes
+    assert tiny.total_bytes == resident + tiny.condition_encode_bytes
     assert backward.fits(backward.total_bytes / 0.91)
     assert not backward.fits(backward.total_bytes / 0.93)
 
@@ -558,6 +559,17 @@ def test_settings_for_24_gb(zero, quantization, offloaded, on_gpu):
     model = published_memory(zero=zero, quantization=quantization)
     assert (gigabytes(model, "full+offload"), gigabytes(model, "full")) == (offloaded, on_gpu)
     assert model.least_checkpointing(FULL, 1, 24e9) == ("full" if zero is ZERO3_OFFLOAD else "full+offload")
+
+
+def test_condition_modes_need_a_longer_encoding_and_more_pixels():
+    first = published_memory()
+    modes = dataclasses.replace(first, modes=("first", "last", "prefix"), condition=ConditionSettings(3))
+    pixels = (9 + 1) * 3 * 768 * 1360  # frames 0 to 8 of the prefix, and the last
+    prefix = vae_encode_bytes(ClipShape(9, 768, 1360), False)
+    assert first.estimate(FULL, 2, "full").condition_encode_bytes == vae_encode_bytes(ClipShape(1, 768, 1360), False)
+    assert modes.estimate(FULL, 2, "full").condition_encode_bytes == prefix + 2 * pixels * (1 + 2)
+    assert modes.cached_clip_bytes(FULL) - first.cached_clip_bytes(FULL) == pixels
+    assert dataclasses.replace(first, modes=("none",)).estimate(FULL, 2, "full").condition_encode_bytes == 0
 
 
 def test_cache_sizes():

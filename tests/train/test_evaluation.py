@@ -27,6 +27,7 @@ from cogds.train.evaluation import (
     MAX_SHARE,
     describe_cost,
     describe_losses,
+    eval_points,
     make_eval_batches,
     make_evaluation,
     make_evaluation_callback,
@@ -75,14 +76,23 @@ def test_the_batches_of_a_round_cost_about_the_same():
 def test_means_are_over_clips_and_timesteps_and_skip_missing_losses():
     clips = [SimpleNamespace(shape=shape) for shape in ("a", "b", "a")]
     losses = {(0, 0): 1.0, (0, 1): 3.0, (1, 0): 5.0, (1, 1): 7.0}
-    assert mean_losses(clips, 2, [250, 750], losses) == {
+    assert mean_losses(clips, 2, eval_points([250, 750]), losses) == {
         "eval/loss": 4.0, "eval/loss/t=250": 3.0, "eval/loss/t=750": 5.0, "eval/loss/bucket=a": 2.0,
         "eval/loss/bucket=b": 6.0,
     }  # fmt: skip
-    assert mean_losses(clips, 0, [50, 750], {(2, 0): 1.0, (2, 1): 2.0}) == {
+    assert mean_losses(clips, 0, eval_points([50, 750]), {(2, 0): 1.0, (2, 1): 2.0}) == {
         "eval/train_loss": 1.5, "eval/train_loss/t=050": 1.0, "eval/train_loss/t=750": 2.0,
         "eval/train_loss/bucket=a": 1.5,
     }  # fmt: skip
+
+
+def test_losses_by_mode_are_beside_the_means():
+    points, clips = eval_points([250, 750], ("first", "prefix")), [SimpleNamespace(shape="a")]
+    assert mean_losses(clips, 1, points, {(0, 0): 1.0, (0, 1): 2.0, (0, 2): 3.0, (0, 3): 6.0}) == {
+        "eval/loss": 3.0, "eval/loss/t=250": 2.0, "eval/loss/t=750": 4.0, "eval/loss/bucket=a": 3.0,
+        "eval/loss/mode=first": 1.5, "eval/loss/mode=prefix": 4.5,
+    }  # fmt: skip
+    assert "eval/loss/mode=last" in mean_losses(clips, 1, eval_points([250], ("last",)), {(0, 0): 1.0})
 
 
 # ------------------------------------------------------------------------------------------------------ on a tiny model
@@ -110,8 +120,9 @@ def prepare(overrides):
         data = encode_dataset(job)
         job = dataclasses.replace(job, world=world, num_ranks=world.size)
         builder = load_step_builder(
-            job.model, job.cfg.conditioning, data.empty_caption_states, torch.float32, ALONE.device
-        )
+            job.model, job.cfg.conditioning, data.empty_caption_states, torch.float32, ALONE.device,
+            job.condition_settings,
+        )  # fmt: skip
         evaluation = make_evaluation(job, data, builder, job.batch_sizes)
         return SimpleNamespace(job=job, data=data, builder=builder, evaluation=evaluation)
 
@@ -173,6 +184,22 @@ def test_nothing_is_dropped_and_no_noise_is_added_to_the_image(prepare, forward)
     prepared = prepare(*(f"conditioning.{name}={value}" for name, value in changes.items()))
     assert prepared.evaluation.scalars(forward) == prepare().evaluation.scalars(forward)
     assert prepared.builder.conditioning.image_noise  # still on in training
+
+
+def test_every_clip_is_evaluated_in_every_mode(prepare, forward):
+    """`first` has the same losses as in a run without other modes: the modes share the noise."""
+    buckets = "data.buckets=[9x32x48, 9x48x32]"
+    words = ("conditioning.modes={first: 0.9, last: 0.1, none: 0}", buckets)
+    alone, mixed = prepare(buckets).evaluation, prepare(*words).evaluation
+    alone_losses, losses = alone.losses(forward), mixed.losses(forward)
+    assert [clip.clip_key for clip in mixed.clips] == [clip.clip_key for clip in alone.clips]
+    assert len(losses) == 2 * len(alone_losses)
+    assert {key: losses[key] for key in alone_losses} == pytest.approx(alone_losses, rel=1e-5)
+    assert all(losses[clip, number + 3] != losses[clip, number] for clip, number in alone_losses)
+    assert "2 condition modes" in str(mixed)
+    assert "mode" not in str(alone)
+    run = make_run(prepare(*words), "full")
+    assert share_of_training(run, mixed, 4) == pytest.approx(2 * share_of_training(run, alone, 4), rel=0.01)
 
 
 def test_a_clip_that_cannot_be_read_is_left_out_with_a_warning(prepare, forward, caplog):

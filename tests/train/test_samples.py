@@ -204,7 +204,7 @@ def test_a_broken_prompt_is_named_and_left_out(make_callback, parts, capsys):
 
 
 def test_any_other_error_loses_only_its_prompt(make_callback, monkeypatch, capsys):
-    fail_once(monkeypatch, "load_first_frame", ValueError("planted"))
+    fail_once(monkeypatch, "load_conditions", ValueError("planted"))
     callback, _, folder = make_callback()
     stderr = capsys.readouterr().err
     assert "sample.prompts[0]: 'a red circle'" in stderr

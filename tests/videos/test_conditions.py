@@ -2,13 +2,23 @@
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
+from cogds.core.condition_modes import MODES, ConditionSettings, condition_frames, pieces_of
 from cogds.core.geometry import ClipShape
 from cogds.data.video.media import write_video
 from cogds.errors import UserError
 from cogds.model.pipelines import Conditions
-from cogds.videos.conditions import ConditionFiles, context_latents, modes_of, read_conditions, untrained_warning
+from cogds.videos.conditions import (
+    ConditionFiles,
+    conditions_of_clip,
+    context_latents,
+    modes_of,
+    read_conditions,
+    shown_image,
+    untrained_warning,
+)
 from tests.published_model import PUBLISHED
 
 GEOMETRY = PUBLISHED["CogVideoX1.5-5B-I2V"]
@@ -116,3 +126,22 @@ def test_untrained_modes_are_named():
     )
     both = untrained_warning(("first", "suffix"), {"first": 0.5, "suffix": 0.5}, "the LoRA")
     assert "first and suffix together were not trained" in both
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_conditions_of_a_clip_are_those_of_its_mode(mode):
+    settings = ConditionSettings(2, (0, 6, 16))
+    video = torch.randint(0, 256, (17, 3, 8, 8), dtype=torch.uint8)
+    numbers = condition_frames(MODES, 17, GEOMETRY, settings)
+    encoded = {"first_frame": video[0], "condition_frames": video[list(numbers)]}
+    conditions = conditions_of_clip(mode, pieces_of(mode, 17, GEOMETRY, settings), encoded, numbers)
+    assert modes_of(conditions) == (mode,)
+    pixels = video.permute(0, 2, 3, 1).numpy()
+    expected = {
+        "first": [pixels[0]], "last": [pixels[16]], "first_last": [pixels[0], pixels[16]], "prefix": [pixels[:5]],
+        "suffix": [pixels[12:]], "keyframes": [pixels[0], pixels[6], pixels[16]], "none": [],
+    }[mode]  # fmt: skip
+    assert all(np.array_equal(a, b) for a, b in zip(conditions.arrays(), expected, strict=True))
+    assert list(conditions.keyframes) == ([0, 6, 16] if mode == "keyframes" else [])
+    assert conditions.video_at == ("end" if mode == "suffix" else "start")
+    assert (shown_image(conditions) is None) == (mode == "none")

@@ -23,6 +23,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from peft.utils.other import get_pattern_key
 from safetensors import SafetensorError, safe_open
 
+from cogds.core.condition_modes import MIN_CONTEXT, MODES
 from cogds.core.conditioning import IMAGE_LATENT_CONVENTIONS
 from cogds.core.family import TASKS
 from cogds.core.geometry import ClipShape
@@ -251,6 +252,14 @@ def _are_texts(value: object) -> bool:
     return isinstance(value, list) and all(map(_is_text, value))
 
 
+def _are_modes(value: object) -> bool:
+    return (
+        isinstance(value, dict)
+        and bool(value)
+        and all(mode in MODES and _is_positive(probability) and probability <= 1 for mode, probability in value.items())
+    )
+
+
 def _are_buckets(value: Any) -> bool:
     try:
         return _are_texts(value) and bool([ClipShape.parse(text) for text in value])
@@ -269,6 +278,9 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "init_from": lambda value: value is None or _is_text(value),
     "image_latents": lambda value: _is_text(value) and value in IMAGE_LATENT_CONVENTIONS,
     "image_latent_factor": _is_positive,
+    "modes": _are_modes,
+    "context_latents": lambda value: type(value) is int and value >= MIN_CONTEXT,
+    "keyframe_times": lambda value: isinstance(value, list) and all(_is_number(time) and time >= 0 for time in value),
     "buckets": _are_buckets,
     "fps": _is_positive,
     "trigger_words": _are_texts,

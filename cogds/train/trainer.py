@@ -175,6 +175,7 @@ class Trainer:
                 logger.warning(part.shortfall)
         if self.dry_run:
             return
+        checkpoints.remove_all_partial(self.output_dir)
         checkpoints.check_space(self.output_dir, 0)  # before any file is moved
         if previous := checkpoints.set_aside(self.output_dir, initial.checkpoint, run.first_step):
             logger.info("moved the files of an earlier run to %s", previous)

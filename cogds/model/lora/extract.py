@@ -1,5 +1,6 @@
 """A LoRA extracted from a fine-tuned model: the best approximation, by singular values, of what training changed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -31,6 +32,11 @@ class Extraction:
     layer_errors: Mapping[str, float]
     outside: float
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the LoRA."""
+        return sum(layer.a.nbytes + layer.b.nbytes for layer in self.adapter.layers.values())
+
 
 def extract_lora(
     base: ModelFolder, tuned: ModelFolder, rank: int, dtype: torch.dtype, metadata: Mapping[str, Any],
@@ -38,7 +44,10 @@ def extract_lora(
 ) -> Extraction:  # fmt: skip
     """Return the LoRA of this rank that is nearest to the fine-tuned model, in `dtype`. Reads one weight at a time.
 
-    Raises UserError if the models differ in their weights' names or shapes, or not at all.
+    The base's weights are first rounded to the dtype of the fine-tuned model, as training did. Otherwise, the rounding
+    would count as a change of every weight.
+
+    Raises UserError if the models differ in their weights' names or shapes, or not at all, or a weight is not finite.
     """
     linears = linear_layers(empty_transformer(base))
     tuned_weights = dict(transformer_weights(tuned))
@@ -52,8 +61,11 @@ def extract_lora(
                 f"{tuned.path}: weight '{name}' of {base.path} is missing or has another shape. Pass with --model the "
                 "model that the fine-tuning started from."
             )
-        change = other[:].float() - weight[:].float()
+        after = other[:]
+        change = after.float() - weight[:].to(after.dtype).float()
         square = float(change.double().square().sum())
+        if not math.isfinite(square):
+            raise UserError(f"{tuned.path}: weight '{name}' is not finite. Pass a model from before training diverged.")
         total += square
         layer = name.removesuffix(".weight")
         if layer == name or layer not in linears or square == 0:

@@ -158,6 +158,9 @@ def export_extracted(args: argparse.Namespace, output: Path, api: Any) -> None:
     base = find_model(args.model or metadata["base_model"])
     rank, dtype = args.rank or DEFAULT_RANK, DTYPES.get(args.dtype, torch.bfloat16)
     metadata |= {"rank": rank, "alpha": float(rank), "base_model": args.model or metadata["base_model"]}
+    if convention := metadata.pop("trained_image_latents", None):
+        factor = pipeline_factor(base.vae_config, convention)
+        metadata |= {"image_latents": convention, "image_latent_factor": factor}
     if args.push_to:
         metadata = shareable(metadata)
         check_repository(args.push_to, args.public, api)

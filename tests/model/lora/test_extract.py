@@ -7,7 +7,9 @@ import torch
 from diffusers import CogVideoXTransformer3DModel
 
 from cogds import cli
+from cogds.card import pipeline_factor
 from cogds.errors import UserError
+from cogds.model.full_export import FullExport
 from cogds.model.load import find_model
 from cogds.model.lora import extract
 from cogds.model.lora.extract import extract_lora
@@ -97,6 +99,23 @@ def test_rounding_to_another_dtype_is_not_a_change(tiny_model, tmp_path):
     assert list(extraction.layer_errors) == [trained]
     assert extraction.outside == 0
     assert extraction.error < 1e-4
+
+
+def test_the_factor_of_the_image_latents_is_recorded_and_not_extracted(tiny_model, tmp_path):
+    """From a run with conditioning.image_latents=scaled."""
+    trained, base = "transformer_blocks.0.attn1.to_q", find_model(str(tiny_model))
+    factor = pipeline_factor(base.vae_config, "scaled")
+    metadata = {"base_model": str(tiny_model), "image_latents": "pipeline", "trained_image_latents": "scaled"}
+    export = FullExport(base, torch.float32, frozenset([f"{trained}.weight"]), factor, metadata)
+    (tmp_path / "tuned/transformer").mkdir(parents=True)
+    export.write_files(tmp_path / "tuned/transformer", lambda _, size: torch.linspace(-1, 1, size))
+    export.complete(tmp_path / "tuned")
+    cli.call("export", [str(tmp_path / "tuned"), "--to", "lora", "--output", str(tmp_path / "lora")])
+    lora = read_lora(tmp_path / "lora")
+    assert list(lora.pairs) == [trained]
+    assert lora.metadata["image_latents"] == "scaled"
+    assert lora.metadata["image_latent_factor"] == pytest.approx(factor)
+    assert "trained_image_latents" not in lora.metadata
 
 
 def test_weights_that_are_not_finite_are_refused(tiny_model, tmp_path):

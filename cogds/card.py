@@ -30,10 +30,11 @@ CARD_NAME = "README.md"
 SAMPLE_NAME = "sample.mp4"
 LICENSE = (
     "The base model's license applies to this file too. Read the file `LICENSE` in the base model's repository. "
-    "CogVideoX's own license requires commercial users to register."
+    "CogVideoX's own license, which all models except CogVideoX-2b have, requires commercial users to register."
 )
 # Organizations that publish CogVideoX under "The CogVideoX License", with a LICENSE file in each repository.
 PUBLISHERS = ("zai-org", "THUDM")
+APACHE_MODEL = "CogVideoX-2b"  # the only one of their models under the Apache License 2.0
 # Kinds of exports whose file diffusers loads. The hub offers code for the `library_name`, so others must not have one.
 LOADED_BY_DIFFUSERS = ("diffusers", "comfyui-wrapper", "merged", "full")
 OUR_PIPELINE = "ConditionedPipeline"
@@ -135,7 +136,9 @@ def front_matter(metadata: Metadata, kind: str, sample: str = "") -> str:
     """
     base = hub_id(metadata.get("base_model"))
     matter: dict[str, Any] = {"license": "other"}
-    if base and base.split("/")[0] in PUBLISHERS:
+    if base and base in [f"{publisher}/{APACHE_MODEL}" for publisher in PUBLISHERS]:
+        matter["license"] = "apache-2.0"
+    elif base and base.split("/")[0] in PUBLISHERS:
         matter |= {
             "license_name": "cogvideox-license",
             "license_link": f"https://huggingface.co/{base}/blob/main/LICENSE",

@@ -144,6 +144,13 @@ def export_extracted(args: argparse.Namespace, output: Path, api: Any) -> None:
     """Extract a LoRA from a fine-tuned model, and write it in diffusers' format."""
     if len(args.lora) > 1 or args.scale != 1.0:
         raise UserError(f"--to {EXTRACTED}: takes one fine-tuned model and no weight or --scale. Pass only its folder.")
+    if args.lora_alpha:
+        raise UserError(
+            f"--lora-alpha {args.lora_alpha:g}: is for LoRA files; --to {EXTRACTED} reads a model. Omit it."
+        )
+    sample = Path(args.sample) if args.sample else None  # the run's videos are those of the whole model
+    if sample and not sample.is_file():
+        raise UserError(f"--sample {sample}: no such file. Pass a video, or omit --sample.")
     tuned = find_model(args.lora[0])
     metadata = trained_metadata(tuned)
     if not args.model and not metadata.get("base_model"):
@@ -151,6 +158,9 @@ def export_extracted(args: argparse.Namespace, output: Path, api: Any) -> None:
     base = find_model(args.model or metadata["base_model"])
     rank, dtype = args.rank or DEFAULT_RANK, DTYPES.get(args.dtype, torch.bfloat16)
     metadata |= {"rank": rank, "alpha": float(rank), "base_model": args.model or metadata["base_model"]}
+    if convention := metadata.pop("trained_image_latents", None):
+        factor = pipeline_factor(base.vae_config, convention)
+        metadata |= {"image_latents": convention, "image_latent_factor": factor}
     if args.push_to:
         metadata = shareable(metadata)
         check_repository(args.push_to, args.public, api)
@@ -164,9 +174,13 @@ def export_extracted(args: argparse.Namespace, output: Path, api: Any) -> None:
         f"{extraction.outside:.1%} of the change is in norms, biases and other weights without a LoRA."
     ]
     metadata |= {"extracted_error": round(extraction.error, 4)}
+    check_space(output, extraction.num_bytes + (sample.stat().st_size if sample else 0))
     with whole_folder(output) as partial:
         save_diffusers(replace(extraction.adapter, metadata=metadata), partial)
-        card = model_card(output.name, metadata, "diffusers", args.push_to or str(output))
+        if sample:
+            shutil.copyfile(sample, partial / SAMPLE_NAME)
+        location = args.push_to or str(output)
+        card = model_card(output.name, metadata, "diffusers", location, sample=SAMPLE_NAME if sample else "")
         (partial / CARD_NAME).write_text(card, encoding="utf-8")
     logger.log(RESULT, "\n".join([f"{EXTRACTED}: {output}", *list_files(output), *lines]))
     if args.push_to:

@@ -67,6 +67,8 @@ def test_the_front_matter_is_valid_for_the_hub():
     local = parse_front_matter({"base_model": "/models/mine"}, "diffusers").to_dict()
     assert local["license"] == "other"
     assert not {"base_model", "license_name", "license_link"} & local.keys()
+    small = parse_front_matter({"base_model": "zai-org/CogVideoX-2b", "task": "text-to-video"}, "diffusers")
+    assert (small.license, small.license_name) == ("apache-2.0", None)
     # Another owner's base model may have another license.
     assert parse_front_matter({"base_model": "me/mine"}, "diffusers").license_name is None
 

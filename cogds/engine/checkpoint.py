@@ -37,8 +37,9 @@ logger = logging.getLogger(__name__)
 STATE_FILE = "state.json"
 TENSORS_FILE = "trainable.safetensors"
 LATEST_FILE = "latest"
+SAVED_FOLDERS = ("checkpoints", "lora", "model", "model_ema")
 RUN_FILES = (
-    "checkpoints", "lora", "model", "model_ema", "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json",
+    *SAVED_FOLDERS, "metrics.jsonl", "tensorboard", "run.yaml", "ds_config.json",
     "unusable.jsonl", "quarantine.jsonl", "samples",
 )  # fmt: skip
 MAX_READERS = 8  # threads that verify files
@@ -105,6 +106,12 @@ def remove_partial(folder: Path) -> None:
             shutil.rmtree(partial)
         else:
             partial.unlink()
+
+
+def remove_all_partial(output_dir: Path) -> None:
+    """Remove the files of interrupted saves of a run, which may fill the disk. No run may be saving there."""
+    for name in SAVED_FOLDERS:
+        remove_partial(output_dir / name)
 
 
 def complete_checkpoints(checkpoints: Path) -> list[Path]:
@@ -376,11 +383,7 @@ def set_aside(output_dir: Path, resume_from: Path | None, step: int) -> Path | N
     A run that continues from its own checkpoint moves only what is after `step`; any other run moves everything.
     """
     if resume_from and resume_from.resolve().parent == (output_dir / "checkpoints").resolve():
-        folders = (
-            path
-            for kind in ("checkpoints", "lora", "model", "model_ema", "samples")
-            for path in (output_dir / kind).glob("step-*")
-        )
+        folders = (path for kind in (*SAVED_FOLDERS, "samples") for path in (output_dir / kind).glob("step-*"))
         old = [path for path in folders if _is_step_folder(path) and step_of(path) > step]
     else:
         old = [output_dir / name for name in RUN_FILES if (output_dir / name).exists()]

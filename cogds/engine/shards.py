@@ -168,22 +168,28 @@ def restore_shards(engine: Any, folder: Path, header: Mapping[str, Any], ema: Em
     header: content of its state.json. The average begins with the weights if the checkpoint has none.
 
     Raises:
-        UserError: The state belongs to other parameters.
+        UserError: The state belongs to other parameters, or this rank cannot read the files.
     """
     parameters = trainable(engine)
     _check_shapes(header["shapes"], {name: list(full_shape(parameter)) for name, parameter in parameters.items()})
     kinds = [kind for kind in header["kinds"] if kind != EMA]
     if len(kinds) > 1:
         make_optimizer_states(engine)
-    with ShardReader(folder, header["num_shards"]) as reader:
-        for name, parameter in parameters.items():
-            if part := local_range(parameter):
-                for kind in kinds:
-                    value = reader.read(kind, name, part.start, part.stop)
-                    set_local_part(parameter, value, None if kind == WEIGHT else kind)
-                if ema:
-                    source = EMA if EMA in header["kinds"] else WEIGHT
-                    ema.parts[name].copy_(reader.read(source, name, part.start, part.stop))
+    try:
+        with ShardReader(folder, header["num_shards"]) as reader:
+            for name, parameter in parameters.items():
+                if part := local_range(parameter):
+                    for kind in kinds:
+                        value = reader.read(kind, name, part.start, part.stop)
+                        set_local_part(parameter, value, None if kind == WEIGHT else kind)
+                    if ema:
+                        source = EMA if EMA in header["kinds"] else WEIGHT
+                        ema.parts[name].copy_(reader.read(source, name, part.start, part.stop))
+    except OSError as error:  # rank 0 has verified the files
+        raise UserError(
+            f"checkpoint.resume: this rank cannot read the checkpoint ({error}). With train.method=full, use a folder "
+            "that all nodes share."
+        ) from None
     update_model_weights(engine)
     set_counters(engine, header["num_updates"])
 

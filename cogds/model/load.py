@@ -151,6 +151,8 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
     for part in PARTS:
         if not (path / part).is_dir():
             raise UserError(f"model.path: {path} has no {part}/ folder. Download the complete model again.")
+        if hub_id is None:  # broken links in the hub's cache are downloaded again
+            _check_links(path / part)
     for part in WEIGHT_PARTS:
         if hub_id is None:
             _check_weights(path / part, _file_names(path / part))
@@ -200,6 +202,16 @@ def _fetch_configs(model_id: str, revision: str | None) -> tuple[Path, Collectio
             f"({brief(failure or error)}). {_DOWNLOAD_ADVICE.format(id=model_id)}"
         ) from None
     return Path(folder), files
+
+
+def _check_links(folder: Path) -> None:
+    """Raise UserError for a broken link. The models of a full fine-tune link to parts of their base model."""
+    for path in sorted(folder.iterdir()):
+        if path.is_symlink() and not path.exists():
+            raise UserError(
+                f"model.path: {path} is a link to {path.readlink()}, which is gone. Put the model back that it belongs "
+                "to, or copy its vae, text_encoder, tokenizer and scheduler into this folder."
+            )
 
 
 def _has_weights(folder: Path) -> bool:

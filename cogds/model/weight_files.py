@@ -19,9 +19,9 @@ PATCH_EMBEDDING = "patch_embed.proj.weight"
 def read_weights(model: ModelFolder, dtype: torch.dtype | None = None) -> list[TensorEntry]:
     """List all weights of the transformer, in the order of its files, to be stored in `dtype` or in their own dtype.
 
-    Raises UserError if a weight is not stored in floating point.
+    Raises UserError if there are no files, or a weight is not stored in floating point.
     """
-    weights = []
+    weights: list[TensorEntry] = []
     for name, slice_ in transformer_weights(model):
         if (own_dtype := DTYPES.get(slice_.get_dtype())) is None:
             raise UserError(
@@ -29,6 +29,8 @@ def read_weights(model: ModelFolder, dtype: torch.dtype | None = None) -> list[T
                 "can be merged or trained. Use an unquantized model."
             )
         weights.append(TensorEntry(name, tuple(slice_.get_shape()), dtype or own_dtype))
+    if not weights:
+        raise UserError(f"{model.path / 'transformer'}: the .safetensors files are gone. Put the model back.")
     return weights
 
 

@@ -12,7 +12,7 @@ from rich.panel import Panel
 from rich.text import Text
 
 from cogds.config.deepspeed import zero_stage
-from cogds.config.schema import KEYS, ConditioningConfig
+from cogds.config.schema import KEYS, METHOD_DEFAULTS, ConditioningConfig, RunConfig
 from cogds.core.condition_modes import used_modes
 from cogds.core.geometry import num_tokens
 from cogds.data.storage.location import is_local_file
@@ -31,6 +31,17 @@ LABEL_WIDTH = 11
 def labeled(label: str, text: str) -> str:
     """Return a line of the summary, or one that a part of the run logs after it."""
     return f"{label:{LABEL_WIDTH}}{text}"
+
+
+def learning_rate_warning(cfg: RunConfig) -> str | None:
+    """Return a warning if a full fine-tune has the learning rate of a LoRA, as the shipped configs set it."""
+    usual, of_lora = METHOD_DEFAULTS["full"]["optimizer.lr"], KEYS["optimizer.lr"].default
+    if cfg.trains_lora or cfg.optimizer.lr < of_lora:
+        return None
+    return (
+        f"optimizer.lr is {cfg.optimizer.lr:g}, which is usual for a LoRA. Full fine-tuning changes every weight and "
+        f"usually needs about {usual:g} (docs/full-fine-tuning.md)."
+    )
 
 
 def summary(run: Run, initial: InitialState, dry_run: bool = False) -> list[str]:

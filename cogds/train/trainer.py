@@ -70,7 +70,7 @@ from cogds.train.samples import make_sample_callback
 from cogds.train.saving import CheckpointCallback, check_space, export_folder
 from cogds.train.step import StepBuilder, load_step_builder
 from cogds.train.step_meter import StepMeter
-from cogds.train.summary import sample_command, show, summary, watch_command
+from cogds.train.summary import learning_rate_warning, sample_command, show, summary, watch_command
 from cogds.train.trained_part import add_trained_part, loaded_as_trained
 from cogds.train.tuning import choose_execution, prepare_blocks
 
@@ -174,8 +174,11 @@ class Trainer:
         for _, _, part in run.used_buckets:
             if part.shortfall:
                 logger.warning(part.shortfall)
+        if warning := learning_rate_warning(run.cfg):
+            logger.warning(warning)
         if self.dry_run:
             return
+        checkpoints.remove_all_partial(self.output_dir)
         checkpoints.check_space(self.output_dir, 0)  # before any file is moved
         if previous := checkpoints.set_aside(self.output_dir, initial.checkpoint, run.first_step):
             logger.info("moved the files of an earlier run to %s", previous)

@@ -312,6 +312,18 @@ def test_resuming_from_an_earlier_step_keeps_the_later_files(tmp_path):
     assert find_path(checkpoints) == checkpoints / "step-000001"
 
 
+def test_files_of_interrupted_saves_are_removed(tmp_path):
+    """At the start of a run, because they may be what fills the disk."""
+    checkpoint.remove_all_partial(tmp_path)
+    save(tmp_path / "checkpoints", 1)
+    for kind in ("checkpoints", "lora", "model", "model_ema"):
+        (tmp_path / kind / "step-000002.tmp/transformer").mkdir(parents=True)
+    (tmp_path / "previous-1/model/step-000001.tmp").mkdir(parents=True)
+    checkpoint.remove_all_partial(tmp_path)
+    assert [path.parent.parent.name for path in tmp_path.rglob("*.tmp")] == ["previous-1"]
+    assert find_path(tmp_path / "checkpoints") == tmp_path / "checkpoints/step-000001"
+
+
 def test_starting_from_another_run_moves_all_files(tmp_path):
     save(tmp_path / "a/checkpoints", 1)
     save(tmp_path / "b/checkpoints", 5)

@@ -90,6 +90,16 @@ def test_a_damaged_folder_is_refused(copy, damage, message):
         find_model(str(copy))
 
 
+def test_a_link_to_a_base_model_that_was_moved_is_named(copy, tmp_path):
+    base = copy / "vae/config.json"
+    moved = base.rename(tmp_path / "config.json")
+    base.symlink_to(moved)
+    find_model(str(copy))
+    moved.unlink()
+    with pytest.raises(UserError, match=r"vae/config\.json is a link to .*config\.json, which is gone"):
+        find_model(str(copy))
+
+
 def test_a_hub_id_that_cannot_be_downloaded_is_named():
     with pytest.raises(UserError, match=r"model\.path: .*nobody/no-such-model.*hf download nobody/no-such-model"):
         find_model("nobody/no-such-model")

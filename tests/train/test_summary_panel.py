@@ -3,10 +3,13 @@
 import io
 from types import SimpleNamespace
 
+import pytest
 import torch
 from rich.console import Console
 
-from cogds.train.summary import describe_ranks, show
+from cogds.config.loading import load_config
+from cogds.train.summary import describe_ranks, learning_rate_warning, show
+from tests.conftest import ROOT
 
 
 def test_a_log_has_the_lines_unchanged(capsys):
@@ -33,3 +36,19 @@ def test_the_summary_names_the_devices(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda _: "NVIDIA H100 80GB HBM3")
     assert text("cuda", 1) == "1 GPU (NVIDIA H100 80GB HBM3)"
     assert text("cuda", 4, 2) == "4 GPUs (NVIDIA H100 80GB HBM3), 2 per clip"
+
+
+@pytest.mark.parametrize(
+    ("overrides", "is_warned"),
+    [((), False), (("train.method=full",), True), (("train.method=full", "optimizer.lr=1e-5"), False)],
+    ids=["lora", "full", "full, lower"],
+)
+def test_the_rate_of_a_lora_in_a_shipped_config_is_too_high_for_a_full_fine_tune(overrides, is_warned):
+    config = ROOT / "launch/configs/cogvideox1.5_i2v_lora.yaml"
+    cfg = load_config([str(config)], ["data.path=clips", *overrides])[0]
+    assert bool(learning_rate_warning(cfg)) is is_warned
+
+
+def test_the_default_rate_of_a_full_fine_tune_is_not_warned_about():
+    cfg = load_config(None, ["model.path=m", "data.path=clips", "train.method=full"])[0]
+    assert learning_rate_warning(cfg) is None

@@ -1,5 +1,6 @@
 """A LoRA extracted from a fine-tuned model: the best approximation, by singular values, of what training changed."""
 
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -10,6 +11,7 @@ from cogds.errors import UserError
 from cogds.model.load import ModelFolder, empty_transformer, transformer_weights
 from cogds.model.lora.adapter import linear_layers
 from cogds.model.lora.convert import Adapter, Layer
+from cogds.model.weight_files import PATCH_EMBEDDING, scale_image_channels
 
 # Matrices up to this size are decomposed exactly. For larger ones, a randomized decomposition is many times faster.
 EXACT_SIZE = 1024
@@ -31,6 +33,11 @@ class Extraction:
     layer_errors: Mapping[str, float]
     outside: float
 
+    @property
+    def num_bytes(self) -> int:
+        """Size of the LoRA."""
+        return sum(layer.a.nbytes + layer.b.nbytes for layer in self.adapter.layers.values())
+
 
 def extract_lora(
     base: ModelFolder, tuned: ModelFolder, rank: int, dtype: torch.dtype, metadata: Mapping[str, Any],
@@ -38,8 +45,13 @@ def extract_lora(
 ) -> Extraction:  # fmt: skip
     """Return the LoRA of this rank that is nearest to the fine-tuned model, in `dtype`. Reads one weight at a time.
 
-    Raises UserError if the models differ in their weights' names or shapes, or not at all.
+    The base's weights are first rounded to the dtype of the fine-tuned model, as training did. Otherwise, the rounding
+    would count as a change of every weight. An `image_latent_factor` in the metadata is in the fine-tuned model's patch
+    embedding (`FullExport`). It does not become a part of the LoRA, which has it in its metadata.
+
+    Raises UserError if the models differ in their weights' names or shapes, or not at all, or a weight is not finite.
     """
+    factor, in_channels = metadata.get("image_latent_factor", 1.0), base.transformer_config["in_channels"]
     linears = linear_layers(empty_transformer(base))
     tuned_weights = dict(transformer_weights(tuned))
     layers: dict[str, Layer] = {}
@@ -52,8 +64,16 @@ def extract_lora(
                 f"{tuned.path}: weight '{name}' of {base.path} is missing or has another shape. Pass with --model the "
                 "model that the fine-tuning started from."
             )
-        change = other[:].float() - weight[:].float()
+        after = other[:]
+        before = weight[:].to(after.dtype)
+        if name == PATCH_EMBEDDING and factor != 1.0:
+            before = scale_image_channels(before.float(), in_channels, factor).to(after.dtype)
+        change = after.float() - before.float()
+        if name == PATCH_EMBEDDING and factor != 1.0:
+            change = scale_image_channels(change, in_channels, 1 / factor)
         square = float(change.double().square().sum())
+        if not math.isfinite(square):
+            raise UserError(f"{tuned.path}: weight '{name}' is not finite. Pass a model from before training diverged.")
         total += square
         layer = name.removesuffix(".weight")
         if layer == name or layer not in linears or square == 0:

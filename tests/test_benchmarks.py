@@ -9,7 +9,7 @@ import pytest
 
 from cogds.config.schema import CHECKPOINTING_MODES
 from cogds.core.vae_memory import COGVIDEOX_VAE
-from tests.conftest import ROOT, run_command
+from tests.conftest import ROOT, free_port, run_command
 from tests.published_model import LORA, TRANSFORMER, V15
 
 # One process for all, because most of the time is for imports.
@@ -232,6 +232,26 @@ def test_training_on_tars_behind_a_server_that_restarts():
     assert [row["steps"] for row in rows] == [4] * 2
     assert [row.get("same_losses") for row in rows] == [None, True]
     assert all(row["restarts"] > 0 for row in rows if row["data"] != "files")
+
+
+@pytest.mark.slow
+def test_one_block_of_the_real_geometry_is_trained_and_loads_in_diffusers(tmp_path):
+    """In float32, because some CPUs multiply in bf16 a hundred times slower."""
+    words = ["--layers", "1", "--precision", "fp32", "--rank", "4", "--no-trial-step", "--port", free_port()]
+    done = run_command([sys.executable, ROOT / "benchmarks/real_geometry.py", tmp_path / "real", *words], 900)
+    assert done.returncode == 0, done.stdout[-6000:]
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert [row["command"] for row in values["rows"]] == [
+        "create the folder", "report", "preflight without a step", "train --dry-run", "train", "export",
+        "load in diffusers",
+    ]  # fmt: skip
+    assert all(row["seconds"] > 0 and row["peak_gb"] > row["own_gb"] > 0 for row in values["rows"])
+    assert len([name for name in values["files"] if name.endswith(".safetensors")]) == 3
+    assert (values["is_trained"], len(values["losses"])) == (True, 2)
+    lora = values["lora"]
+    assert (lora["num_tensors"], lora["num_trained"], lora["scale"]) == (8, 4, 1.0)
+    assert lora["largest_change"] > 0
+    assert not (tmp_path / "real").exists()
 
 
 @pytest.fixture(scope="module")

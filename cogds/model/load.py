@@ -262,7 +262,9 @@ def load_transformer(
     Weights are read one by one, so only `device` holds all of them, and with quantization no device holds all of them
     unpacked. Raises UserError if the files do not match the config.
     """
-    transformer = build_transformer(model, dtype, device, quantization, fp8_matmul, fill=False)
+    # Drawing random weights only to replace them takes minutes for 5.6 B weights on a CPU.
+    transformer = build_transformer(model, dtype, "meta", quantization, fp8_matmul).to_empty(device=device)
+    transformer.compute_positions()
 
     def put(place: Any, weight: Any) -> None:
         if isinstance(place, PackedLinear):
@@ -280,12 +282,11 @@ def build_transformer(
     device: torch.device | str = "cpu",
     quantization: str = "none",
     fp8_matmul: bool = False,
-    fill: bool = True,
 ) -> Transformer:
     """Build the transformer with random weights, frozen, in the caller's context (such as `zero.Init`).
 
+    device: "meta" for a transformer without weights, whose quantized layers are empty. `fill_transformer` sets them.
     quantization, fp8_matmul: of the blocks (`quantize`). Only one block at a time has unpacked weights.
-    fill: whether quantized layers get weights. If not, `fill_transformer` must set them.
     """
 
     def build(num_layers: int) -> Transformer:
@@ -300,7 +301,7 @@ def build_transformer(
             transformer = build(0)
             for _ in range(model.num_layers):
                 block = build(1).transformer_blocks[0]
-                pack_block(block, quantization, fp8_matmul, fill)
+                pack_block(block, quantization, fp8_matmul, fill=torch.device(device).type != "meta")
                 transformer.transformer_blocks.append(block)
             transformer.register_to_config(num_layers=model.num_layers)
             return transformer
@@ -311,12 +312,14 @@ def build_transformer(
 def fill_transformer(transformer: Transformer, model: ModelFolder, put: Callable[[Any, Any], None]) -> None:
     """Call `put` with every parameter, buffer and `PackedLinear` and its safetensors slice, in the order of the files.
 
-    Raises UserError if the files do not match the config.
+    Fixed position embeddings (CogVideoX-2b), which are computed, may be missing in the files. Raises UserError if the
+    files do not match the config.
     """
     packed = {f"{name}.weight": layer for name, layer in transformer.named_modules() if isinstance(layer, PackedLinear)}
-    required = {**dict(transformer.named_parameters()), **packed}
-    tensors: dict[str, Any] = {**required, **dict(transformer.named_buffers())}
-    missing, folder = set(required), model.path / "transformer"
+    buffers = dict(transformer.named_buffers())
+    tensors: dict[str, Any] = {**dict(transformer.named_parameters()), **packed, **buffers}
+    computed = buffers.keys() - transformer.state_dict().keys()
+    missing, folder = tensors.keys() - computed, model.path / "transformer"
     for name, weight in transformer_weights(model):
         if name not in tensors:
             raise UserError(

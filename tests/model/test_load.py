@@ -5,6 +5,7 @@ from unittest.mock import Mock
 
 import pytest
 import torch
+from diffusers import CogVideoXTransformer3DModel
 from huggingface_hub.utils import filter_repo_objects
 from safetensors.torch import load_file, save_file
 
@@ -19,7 +20,7 @@ from cogds.model.load import (
     load_transformer,
     transformer_weights,
 )
-from tests.tiny import create_tiny_model
+from tests.tiny import MEMBERS, create_tiny_model
 
 INDEX = '{"weight_map": {"a": "part-2.safetensors"}}'
 
@@ -237,6 +238,36 @@ def test_loaded_weights_equal_those_of_the_files(tiny_model):
     )
     assert all(torch.equal(weights[name], parameter) for name, parameter in parameters.items())
     assert not any(parameter.requires_grad for parameter in loaded.parameters())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", MEMBERS)
+def test_every_weight_and_buffer_is_loaded_or_computed(family, name, dtype):
+    """The transformer is built without weights, so whatever is not set would be what was in that memory before."""
+    model = find_model(str(family(name)))
+    expected = CogVideoXTransformer3DModel.from_config(model.transformer_config)
+    files = {name: weight[:] for name, weight in transformer_weights(model)}
+    expected.load_state_dict(files)
+    state = torch.get_rng_state()
+    loaded = load_transformer(model, dtype)
+    assert torch.equal(torch.get_rng_state(), state)  # nothing was drawn to be replaced
+    weights, buffers = dict(expected.named_parameters()), dict(expected.named_buffers())
+    assert dict(loaded.named_parameters()).keys() == weights.keys()
+    assert dict(loaded.named_buffers()).keys() == buffers.keys()
+    assert all(torch.equal(weights[key].to(dtype), tensor) for key, tensor in loaded.named_parameters())
+    for key, tensor in loaded.named_buffers():
+        assert tensor.dtype is buffers[key].dtype
+        assert torch.equal(buffers[key], tensor)
+
+
+def test_learned_positions_must_be_in_the_files(family, tmp_path):
+    shutil.copytree(family("5b-i2v"), tmp_path / "model")
+    file = tmp_path / "model/transformer/diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    del weights["patch_embed.pos_embedding"]
+    save_file(weights, file, metadata={"format": "pt"})
+    with pytest.raises(UserError, match=r"1 weights are missing in the files, such as 'patch_embed\.pos_embedding'"):
+        load_transformer(find_model(str(tmp_path / "model")), torch.float32)
 
 
 def test_captions_are_padded_and_truncation_is_counted(tiny_model):

@@ -150,7 +150,8 @@ class Transformer(CogVideoXTransformer3DModel):
     def compute_positions(self) -> None:
         """Compute fixed position embeddings (CogVideoX-2b) again, if the transformer has them.
 
-        `zero.Init` rounds every tensor that is made within it, so those computed there in bf16 are wrong.
+        They are in no file. A transformer that was built on the meta device lacks them, and `zero.Init` rounds every
+        tensor that is made within it, so those computed there in bf16 are wrong.
         """
         embed = self.patch_embed
         if embed.use_positional_embeddings and not embed.use_learned_positional_embeddings:

@@ -205,10 +205,8 @@ def run_with_kills(server, folder, deepspeed, num_kills, seed=0):
             errors.append(f"kill {number + 1}: after a kill in {kill.saving}, the newest checkpoint is of step {step}")
         kills.append(kill)
         steps.append(step)
-        print(
-            f"{deepspeed}, kill {number + 1}: {kill.victim}, in {kill.saving} ({kill.phase}); newest checkpoint: {step}",
-            flush=True,
-        )
+        where = f"{kill.victim}, in {kill.saving} ({kill.phase})"
+        print(f"{deepspeed}, kill {number + 1}: {where}; newest checkpoint: {step}", flush=True)
     codes, output = launch(server, folder, deepspeed, killed.name, num_steps)
     if any(code != 0 for code in codes):
         raise RuntimeError(f"the last start ended with {codes}:\n{output[-6000:]}")

@@ -3,9 +3,10 @@
     python tests/dist/kills.py --folder DIR [--kills 20] [--configs zero2 zero3]
 
 For each DeepSpeed config, the tiny model is trained once without a fault, and once more with kills: SIGKILL hits rank
-0, rank 1 or both, at a random moment of a save. After each kill, the newest checkpoint must be complete, with the model
-that belongs to it. The losses of all steps and the final state must be those of the uninterrupted run, bit for bit.
-With ZeRO-2, training waits while the state is saved; with ZeRO-3, it is saved in the background.
+0, rank 1 or both, at a random moment of a save, by turns while the state is written and while the model is. After each
+kill, the newest checkpoint must be complete, with the model that belongs to it. The losses of all steps and the final
+state must be those of the uninterrupted run, bit for bit. With ZeRO-2, training waits while the state is saved; with
+ZeRO-3, it is saved in the background.
 
 Prints a line per kill and a line of JSON. The exit code is 1 if something differs.
 """
@@ -75,10 +76,11 @@ def phase(run, name):
 
 @dataclass
 class Kill:
-    """A kill. number: of the save since the start of the ranks, from 1. moment: share of a save's usual duration."""
+    """A kill. number: of the save since the start of the ranks, from 1. moment: time after a phase has begun [s]."""
 
     victim: str
     number: int
+    after: str
     moment: float
     saving: str = ""  # the save's temporary folder
     phase: str = ""
@@ -87,9 +89,9 @@ class Kill:
 class Killer(threading.Thread):
     """Kills ranks at a moment of a save. If the save is finished by then, at half that moment of the next one."""
 
-    def __init__(self, run, kill, duration_s):
+    def __init__(self, run, kill):
         super().__init__(daemon=True)
-        self.run_folder, self.kill, self.duration_s = run, kill, duration_s
+        self.run_folder, self.kill = run, kill
         self.old, self.is_ended = set(unfinished(run)), threading.Event()
         for rank in range(NUM_RANKS):
             pid_file(run.parent, rank).unlink(missing_ok=True)
@@ -98,9 +100,9 @@ class Killer(threading.Thread):
         saves, number, moment = [], self.kill.number, self.kill.moment
         while not self.is_ended.wait(0.001):
             saves += [name for name, _ in unfinished(self.run_folder).keys() - self.old if name not in saves]
-            if len(saves) < number:
+            if len(saves) < number or (self.kill.after == "model" and phase(self.run_folder, saves[-1]) == "state"):
                 continue
-            time.sleep(moment * self.duration_s)
+            time.sleep(moment)
             pids = [int(pid_file(self.run_folder.parent, rank).read_text()) for rank in VICTIMS[self.kill.victim]]
             send(signal.SIGSTOP, pids)
             if any(name == saves[-1] for name, _ in unfinished(self.run_folder).keys() - self.old):
@@ -181,7 +183,7 @@ def run_with_kills(server, folder, deepspeed, num_kills, seed=0):
     """Train with and without kills. Returns the kills, the step of the newest checkpoint after each, and errors."""
     import torch
 
-    num_steps = 2 * num_kills + 2  # a kill hits the first or second save after a start
+    num_steps = 2 * num_kills + 4  # a kill hits the first or second save after a start, or rarely a later one
     whole, killed = folder / f"{deepspeed}-whole", folder / f"{deepspeed}-killed"
     codes, output = launch(server, folder, deepspeed, whole.name, num_steps)
     if any(code != 0 for code in codes):
@@ -189,9 +191,9 @@ def run_with_kills(server, folder, deepspeed, num_kills, seed=0):
     duration_s, numbers = save_duration_s(whole), random.Random(f"{deepspeed} {seed}")
     kills, steps, errors = [], [0], []
     for number in range(num_kills):
-        moment = (number + numbers.random()) / num_kills  # spread over the whole duration
-        kill = Kill(numbers.choice(list(VICTIMS)), numbers.choice((1, 2)), moment)
-        killer = Killer(killed, kill, duration_s)
+        moment = numbers.uniform(0, duration_s / 2)
+        kill = Kill(numbers.choice(list(VICTIMS)), numbers.choice((1, 2)), ("state", "model")[number % 2], moment)
+        killer = Killer(killed, kill)
         killer.start()
         codes, output = launch(server, folder, deepspeed, killed.name, num_steps)
         killer.is_ended.set()

@@ -138,7 +138,8 @@ def make_jobs(folder: Path, layouts: Sequence[str], steps: int) -> dict[int, lis
         for name, (optimizer, repacked_at, shift) in kinds.items():
             output = folder / f"{layout} {name}"
             words = [
-                f"data.path={folder / 'clips'}", f"data.cache_dir={folder / 'cache'}", f"output_dir={output}",
+                f"data.path={folder / 'clips'}", "data.draw_demo_clips=false", f"data.cache_dir={folder / 'cache'}",
+                f"output_dir={output}",
                 f"train.num_steps={steps}", f"train.gradient_accumulation_steps={2 // int(ranks)}", "eval.every=null",
                 "sample.every=null", f"checkpoint.every={steps}", "metrics.show_clips=0", "data.num_workers=0",
                 "train.method=full", "optimizer.lr=5e-4", "metrics.progress_bar=false",
@@ -206,11 +207,13 @@ def main() -> None:
     if args.jobs:
         work(args.jobs)
         return
+    from cogds.shapes.clips import demo_scenes, write_clips
     from tests.conftest import free_port
     from tests.warm import Server
 
     folder = args.folder.resolve()
     folder.mkdir(parents=True, exist_ok=True)
+    write_clips(folder / "clips", demo_scenes())
     server = Server()
     for ranks, jobs in make_jobs(folder, args.layouts, args.steps).items():
         if jobs:

@@ -15,6 +15,7 @@ import argparse
 import copy
 import json
 import math
+import statistics
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
@@ -189,8 +190,8 @@ def compare(folder: Path, layouts: Sequence[str], steps: int) -> list[dict[str, 
                 {
                     "layout": layout, "run": name, "against": reference, "mean": sum(errors) / steps,
                     "max": max(errors), "weights": distance(weights, others) / way, "change": change,
-                    "change_of_other": other_change, "final": sum(losses[-20:]) / 20,
-                    "final_of_other": sum(expected[-20:]) / 20,
+                    "change_of_other": other_change, "final": statistics.mean(losses[-20:]),
+                    "final_of_other": statistics.mean(expected[-20:]),
                 }
             )  # fmt: skip
     return rows

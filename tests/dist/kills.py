@@ -58,7 +58,7 @@ def pid_file(folder, rank):
 def unfinished(run):
     """Return the temporary folders of saves, with the times of their last changes."""
     folders = {}
-    for path in run.glob("checkpoints/step-*.tmp"):
+    for path in run.glob("checkpoints/step-*[0-9].tmp"):  # not step-N.old.tmp, an old one that is being removed
         with contextlib.suppress(FileNotFoundError):
             folders[path.name, path.stat().st_ctime_ns] = path
     return folders

@@ -106,7 +106,7 @@ def visits(checkpoint, step, last):
     ]
 
 
-def run_matrix(folder, pairs, timeout_s=900, method="lora"):
+def run_matrix(folder, pairs, timeout_s=3600, method="lora"):
     """Return `{(source, target): largest difference of a loss}` and a list of errors."""
     from tests.drawn import draw_clips
     from tests.tiny import create_tiny_model

@@ -295,6 +295,7 @@ def test_the_code_on_the_card_generates_a_video(family, tmp_path, monkeypatch, n
     assert is_rescaled is (settings.get("image_latents") == "scaled" and kind == "diffusers")
 
 
+@pytest.mark.slow
 def test_the_code_of_every_mode_generates_a_video(tiny_model, tmp_path, monkeypatch):
     """`load_video` and `export_to_video` are stand-ins, because they require imageio, which is not installed."""
     export_to_video = Mock()

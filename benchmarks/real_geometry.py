@@ -280,7 +280,7 @@ def measure(folder: Path, args: argparse.Namespace) -> tuple[list[Result], dict[
         results.append(run("draw a LoRA", [*parts, "draw"]))
     else:
         assert (folder / f"run/checkpoints/step-{NUM_STEPS:06d}/state.json").is_file()
-    export = [*cogds, "export", "--lora", lora, "--model", folder / "model", "--to", "diffusers"]
+    export = [*cogds, "export", lora, "--model", folder / "model", "--to", "diffusers"]
     results += [
         run("export", [*export, "--output", folder / "exported"]),
         run("load in diffusers", [*parts, "load"]),

@@ -18,6 +18,7 @@ import cogds.sample
 import cogds.train.samples
 from cogds.cli import call
 from cogds.config.loading import load_config, replace
+from cogds.core.condition_modes import ConditionSettings
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.store import Cache
 from cogds.data.video.media import probe_video
@@ -230,7 +231,8 @@ def test_a_clip_that_fails_is_left_out(parts, monkeypatch, capsys):
         cogds.train.samples, "read_encoded", lambda _, clip: {} if clip.path == "broken.mp4" else encoded
     )
     cfg = replace(parts.cfg, {"sample.prompts": []})
-    job, data = SimpleNamespace(cache=open_cache(cfg)), SimpleNamespace(held_out=index)
+    job = SimpleNamespace(cache=open_cache(cfg), condition_settings=ConditionSettings(), condition_frames=lambda _: ())
+    data = SimpleNamespace(held_out=index)
     run = SimpleNamespace(cfg=cfg, model=parts.model, data=data, job=job)
     assert [spec.prompt for spec in cogds.train.samples._find_specs(run).values()] == ["sound"]
     stderr = capsys.readouterr().err

@@ -25,6 +25,6 @@ def test_one_rank_trains_what_two_train(train_once):
     assert losses(one) == pytest.approx(losses(two), rel=1e-5)
 
 
-def test_clips_encoded_on_the_fly_give_the_same_losses(train_once, workshop):
+def test_clips_encoded_on_the_fly_give_the_same_losses(train_once):
     cached = train_once("mixed-modes", "zero2", *MIXED)
     assert losses(train_once("mixed-modes-fly", "zero2", *MIXED, "data.encode=on_the_fly")) == losses(cached)

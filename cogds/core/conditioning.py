@@ -131,3 +131,9 @@ def transformer_inputs(
     if geometry.family.takes_image:  # the text-to-video pipeline does not pass this argument
         inputs["ofs"] = text_states.new_full((1,), fill_value=OFS_VALUE) if geometry.family.has_ofs else None
     return inputs
+
+
+def with_control(inputs: dict[str, Any], control: torch.Tensor) -> dict[str, Any]:
+    """Append the latents of a control video to the transformer's input channels. control: [B, F, C, H, W], padded."""
+    hidden = inputs["hidden_states"]
+    return {**inputs, "hidden_states": torch.cat([hidden, control.to(hidden.dtype)], dim=2)}

@@ -20,7 +20,7 @@ import torch
 
 from cogds.config.deepspeed import zero_stage
 from cogds.config.schema import PromptConfig
-from cogds.core.conditioning import transformer_inputs
+from cogds.core.conditioning import transformer_inputs, with_control
 from cogds.core.geometry import ClipShape, num_tokens, padded_latent_frames
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
@@ -262,7 +262,8 @@ class SampleCallback:
         )
         timesteps = torch.zeros(1, dtype=torch.int64, device=states.device)
         image = latents if geometry.family.takes_image else None
-        return transformer_inputs(latents, image, states, timesteps, self._builder.rotary(shape), geometry)
+        inputs = transformer_inputs(latents, image, states, timesteps, self._builder.rotary(shape), geometry)
+        return with_control(inputs, latents) if self._run.cfg.conditioning.control else inputs
 
     def _write(self, step: int, videos: Mapping[str, bytes]) -> None:
         """Write the videos of a step, all or none, and the base model's that are not written yet."""

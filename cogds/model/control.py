@@ -2,7 +2,8 @@
 
 The patch embedding is linear, so more input channels are the same as a second linear projection of the control latents
 whose output is added to the video tokens. Its weight starts at zero, so that the transformer equals the base model
-bitwise. It is trained beside the LoRA and stored in its file. diffusers' class and ours (`forward.Transformer`) both take it.
+bitwise. It is trained beside the LoRA and stored in its file. Both diffusers' class and ours (`forward.Transformer`)
+take it.
 """
 
 from typing import Any

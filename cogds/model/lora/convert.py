@@ -149,7 +149,8 @@ def save_diffusers(adapter: Adapter, folder: Path) -> Path:
 
 
 def save_comfyui(adapter: Adapter, file: Path) -> None:
-    """Write a LoRA file for ComfyUI's own LoRA loader."""
+    """Write a LoRA file for ComfyUI's own LoRA loader. Raises UserError for a LoRA with a control video."""
+    refuse_control(adapter.control is not None, "comfyui")
     tensors = {}
     for name, layer in adapter.layers.items():
         prefix = COMFYUI_PREFIX + comfyui_name(name)
@@ -161,7 +162,8 @@ def save_comfyui(adapter: Adapter, file: Path) -> None:
 
 
 def save_comfyui_wrapper(adapter: Adapter, file: Path) -> None:
-    """Write a LoRA file for ComfyUI-CogVideoXWrapper, which diffusers can load as well."""
+    """Write a LoRA file for ComfyUI-CogVideoXWrapper, which diffusers can load as well. Raises as `save_comfyui`."""
+    refuse_control(adapter.control is not None, "comfyui-wrapper")
     tensors = _diffusers_tensors(fold_scales(adapter))
     save_file(tensors, file, own_header({**adapter.metadata, ALPHA_IN_WEIGHTS: True}))
     apply_umask(file)
@@ -173,6 +175,15 @@ def check_all_fit(files: Iterable[LoraFile], model: ModelFolder) -> None:
     for file in files:
         check_fits(file, shapes, model.path)
         check_control_fits(file, model)
+
+
+def refuse_control(has_control: bool, kind: str) -> None:
+    """Raise UserError if a LoRA with a control video is to be written in a format that has no place for its weight."""
+    if has_control:
+        raise UserError(
+            f"--to {kind}: the LoRA was trained with control videos, and this format cannot hold their input channels. "
+            "Use --to diffusers."
+        )
 
 
 def check_control_fits(file: LoraFile, model: ModelFolder) -> None:

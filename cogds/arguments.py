@@ -368,11 +368,40 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         help="image of the first frame, or a video that begins with it, resized and cropped to the size; repeatable; "
         "none for text-to-video models",
     )
+    add("--last-image", metavar="FILE", help="image of the last frame, fitted as the first; for all prompts")
+    add("--video", metavar="FILE", help="video that the new one continues, or leads up to; without --image")
+    add(
+        "--video-at",
+        choices=("start", "end"),
+        default="start",
+        help="start: begin with the last frames of --video; end: end with its first frames (start)",
+    )
+    add(
+        "--context",
+        metavar="LENGTH",
+        help="how much of a video is continued: latent frames (3) or seconds (1.5s) (as the LoRA was trained, or 2)",
+    )
+    add(
+        "--keyframe",
+        action="append",
+        nargs=2,
+        metavar=("SECONDS", "FILE"),
+        help="image of the frame at a time; repeatable",
+    )
+    add("--loop", action="store_true", help="end at the first frame, and write all but that, to repeat seamlessly")
+    add(
+        "--segments",
+        metavar="N",
+        type=_positive_int,
+        default=1,
+        help="clips in one long video; each continues the one before (1)",
+    )
     add("--prompt", action="append", help="prompt; repeatable, with one image for each or one for all")
     add(
         "--list",
         metavar="FILE",
-        help="prompts: a .csv or .jsonl file with prompt, image, size, seed; or a text file, one prompt per line",
+        help="prompts: a .csv or .jsonl file with prompt, image, size, seed, last_image, video; or a text file, one "
+        "prompt per line",
     )
     add(
         "--output",

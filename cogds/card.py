@@ -8,13 +8,14 @@ import json
 import logging
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from cogds.arguments import MERGED_FORMATS
+from cogds.core.condition_modes import MIN_CONTEXT
 from cogds.core.conditioning import convention_factor
 from cogds.core.family import IMAGE_PIPELINE, TASKS, TEXT_PIPELINE
 from cogds.core.geometry import TRAINED_FPS, TRAINED_SIZE, ClipShape
@@ -35,6 +36,16 @@ LICENSE = (
 PUBLISHERS = ("zai-org", "THUDM")
 # Kinds of exports whose file diffusers loads. The hub offers code for the `library_name`, so others must not have one.
 LOADED_BY_DIFFUSERS = ("diffusers", "comfyui-wrapper", "merged", "full")
+OUR_PIPELINE = "ConditionedPipeline"
+MODE_USES = {
+    "first": "an image begins the video",
+    "last": "an image ends it",
+    "first_last": "interpolates between two images",
+    "prefix": "continues a video",
+    "suffix": "leads up to a video",
+    "keyframes": "images at given frames",
+    "none": "from the prompt alone",
+}
 FULL = "full"  # kind of a model whose own weights were trained
 
 
@@ -108,7 +119,11 @@ def model_card(title: str, metadata: Metadata, kind: str, location: str, file: s
     if kind.startswith("comfyui"):
         parts.append("## ComfyUI\n\n" + _comfyui(metadata, kind, file))
     else:
-        parts.append(f"## Use\n\n```python\n{snippet(metadata, kind, location)}```")
+        modes = list(modes_of(metadata))
+        parts.append("## Use")
+        for mode in modes:
+            heading = "" if modes == ["first"] else f"Mode `{mode}` ({MODE_USES[mode]}):\n\n"
+            parts.append(f"{heading}```python\n{snippet(metadata, kind, location, mode)}```")
     parts += [_convention(metadata, kind), "## Training\n\n" + _table(metadata), "## License\n\n" + LICENSE]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -146,8 +161,35 @@ def front_matter(metadata: Metadata, kind: str, sample: str = "") -> str:
     return f"---\n{yaml.safe_dump(matter, sort_keys=False, allow_unicode=True)}---"
 
 
-def snippet(metadata: Metadata, kind: str, location: str) -> str:
-    """Return Python code that generates a video, in image-to-video from `first.png`, with diffusers 0.34 or later.
+def modes_of(metadata: Metadata) -> Iterable[str]:
+    """Return the modes of `conditioning.modes` that were trained. Files without them had only first images."""
+    return metadata.get("modes") or ("first",)
+
+
+def mode_arguments(metadata: Metadata, mode: str, fps: float) -> list[str]:
+    """Return the lines of code that pass the frames of a mode to the pipeline."""
+    num_frames = (metadata.get("context_latents", MIN_CONTEXT) - 1) * 4 + 1
+    first, last = 'image=load_image("first.png"),', 'last_image=load_image("last.png"),'
+    keyframes = {round(time_s * fps): f"keyframe-{time_s:g}s.png" for time_s in metadata.get("keyframe_times", ())}
+    images = ", ".join(f'{frame}: load_image("{file}")' for frame, file in keyframes.items())
+    return {
+        "first": [first],
+        "last": [last],
+        "first_last": [first, last],
+        "prefix": [f'video=load_video("clip.mp4")[-{num_frames}:],  # at {fps:g} frames/s; the new one continues it'],
+        "suffix": [
+            f'video=load_video("clip.mp4")[:{num_frames}],  # at {fps:g} frames/s; the new one leads up to it',
+            'video_at="end",',
+        ],
+        "keyframes": [f"keyframes={{{images}}},"],
+        "none": [],
+    }[mode]
+
+
+def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -> str:
+    """Return Python code that generates a video, in image-to-video of a mode, with diffusers 0.34 or later.
+
+    mode: one of `core.condition_modes.MODES`. Any but `first` uses the pipeline of cogds.
 
     0.34 is the first version that reads alpha from the LoRA. The code uses `torch_dtype` because `dtype` exists only
     since 0.40, and `export_to_video` because `encode_video` exists only since 0.39.
@@ -155,13 +197,20 @@ def snippet(metadata: Metadata, kind: str, location: str) -> str:
     shape, fps = _largest(metadata), metadata.get("fps", TRAINED_FPS)
     has_image = takes_image(metadata)
     base = metadata.get("base_model") or ("zai-org/CogVideoX1.5-5B-I2V" if has_image else "zai-org/CogVideoX1.5-5B")
-    pipeline = IMAGE_PIPELINE if has_image else TEXT_PIPELINE
+    is_ours = has_image and mode != "first"
+    pipeline = OUR_PIPELINE if is_ours else IMAGE_PIPELINE if has_image else TEXT_PIPELINE
+    arguments = mode_arguments(metadata, mode, fps) if has_image else []
+    loaders = [name for name in ("load_image", "load_video") if any(f"{name}(" in line for line in arguments)]
+    imported = ["CogVideoXTransformer3DModel"] if kind == "merged" else []
+    imported = imported if is_ours else [pipeline, *imported]
     factor = 1.0 if kind in ("merged", FULL) or not has_image else metadata.get("image_latent_factor", 1.0)
     lines = [
-        "# pip install 'diffusers>=0.34' transformers accelerate peft sentencepiece protobuf imageio imageio-ffmpeg",
+        f"# pip install {'cogds ' * is_ours}'diffusers>=0.34' transformers accelerate peft sentencepiece protobuf imageio "
+        "imageio-ffmpeg",
         "import torch",
-        f"from diffusers import {pipeline}{', CogVideoXTransformer3DModel' * (kind == 'merged')}",
-        f"from diffusers.utils import export_to_video{', load_image' * has_image}",
+        *([f"from cogds.model.conditioned_pipeline import {OUR_PIPELINE}"] if is_ours else []),
+        *([f"from diffusers import {', '.join(imported)}"] if imported else []),
+        f"from diffusers.utils import {', '.join(['export_to_video', *loaders])}",
         "",
     ]
     if kind == "merged":
@@ -194,7 +243,7 @@ def snippet(metadata: Metadata, kind: str, location: str) -> str:
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',
         "pipe.vae.enable_tiling()",
         "frames = pipe(",
-        *(['    image=load_image("first.png"),'] if has_image else []),
+        *(f"    {line}" for line in arguments),
         f"    prompt={_quoted(_prompt(metadata))},",
         f"    num_frames={shape.frames},",
         f"    height={shape.height},",
@@ -289,6 +338,7 @@ def _table(metadata: Metadata) -> str:
         ("Sizes (frames x height x width)", ", ".join(metadata.get("buckets", []))),
         ("Frame rate", f"{metadata['fps']:g}" if "fps" in metadata else None),
         ("Image latents", metadata.get("image_latents")),
+        ("Modes", ", ".join(f"{mode} {share:g}" for mode, share in metadata.get("modes", {}).items())),
         ("Precision", metadata.get("precision")),
         ("Quantization", metadata.get("quantization") if metadata.get("quantization") != "none" else None),
         ("Merged", metadata.get("merged")),

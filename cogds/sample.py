@@ -1,6 +1,7 @@
 """The sample verb: generate videos from prompts and first frames, with the diffusers pipeline and LoRAs."""
 
 import argparse
+import dataclasses
 import itertools
 import logging
 import os
@@ -13,6 +14,7 @@ import numpy as np
 import torch
 from PIL import Image
 
+from cogds.core.condition_modes import pixel_frames
 from cogds.core.geometry import ClipShape
 from cogds.data.video.media import write_video
 from cogds.errors import UserError, refuse_to_run
@@ -24,6 +26,7 @@ from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
 from cogds.model.lora.file import WeightedLora, describe_lora, read_loras
 from cogds.model.pipelines import (
+    Conditions,
     Denoising,
     apply_convention,
     count_transformer_calls,
@@ -34,6 +37,7 @@ from cogds.model.pipelines import (
 from cogds.process.activity import activity
 from cogds.process.logs import RESULT
 from cogds.process.progress import progress_bar
+from cogds.videos.conditions import ConditionFiles, context_latents, modes_of, read_conditions, untrained_warning
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.prompts import PromptSpec, read_prompt_specs
 from cogds.videos.sample_spec import load_first_frame, slug
@@ -47,13 +51,21 @@ STRIP_FRAMES, STRIP_WIDTH = 6, 160  # frames in a strip, pixels of each frame
 
 @dataclass(frozen=True)
 class SampleJob:
-    """All videos of one prompt: every seed at every LoRA scale."""
+    """All videos of one prompt: every seed at every LoRA scale.
+
+    Attributes:
+        segments: clips of each video; each continues the last `context` frames of the one before.
+        loop: whether the last frame repeats the first, so that it is not written.
+    """
 
     prompt: PromptSpec
     shape: ClipShape
-    pixels: np.ndarray | None
+    conditions: Conditions
     seeds: Sequence[int]
     scales: Sequence[float]
+    segments: int = 1
+    context: int = 0
+    loop: bool = False
 
     @property
     def num_videos(self) -> int:
@@ -113,9 +125,11 @@ def main(args: argparse.Namespace) -> None:
     loras = read_weighted_loras(args.lora or [], args.lora_alpha, model)
     for lora in loras:
         logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))
-    own_fps = trained_metadata(model).get("fps") if model.hub_id is None else None
-    fps = args.fps or float(recorded_value(loras, "fps", own_fps or model.geometry.trained_fps))
-    jobs = plan_jobs(args, loras, model)
+    own = trained_metadata(model) if model.hub_id is None else {}
+    fps = args.fps or float(recorded_value(loras, "fps", own.get("fps") or model.geometry.trained_fps))
+    jobs = plan_jobs(args, loras, model, fps)
+    if model.family.takes_image:
+        warn_untrained(jobs, loras, own)
     is_single = sum(job.num_videos for job in jobs) == 1
     output = output_files(args.output, is_single)
     output.check_absent(jobs, bool(loras))
@@ -131,13 +145,14 @@ def main(args: argparse.Namespace) -> None:
         states = encode_prompts(model, list(prompts), dtype, "cpu" if args.offload == "sequential" else device)
     with activity("loading the model"):
         pipeline = prepare_pipeline(model, dtype, loras, args, device)
-    num_videos, num_steps = sum(job.num_videos for job in jobs), count_transformer_calls(pipeline, args.steps)
-    bar = progress_bar("denoising", "step", num_videos * num_steps, leave=False, has_numbers=False)
+    num_steps = count_transformer_calls(pipeline, args.steps)
+    num_clips, kind = sum(job.num_videos * job.segments for job in jobs), "video" if args.segments == 1 else "segment"
+    bar = progress_bar("denoising", "step", num_clips * num_steps, leave=False, has_numbers=False)
 
     def on_step() -> None:
         bar.update()
-        video, step = divmod(bar.n - 1, num_steps)
-        bar.set_description_str(f"video {video + 1} of {num_videos}, {step + 1}/{num_steps}", refresh=False)
+        clip, step = divmod(bar.n - 1, num_steps)
+        bar.set_description_str(f"{kind} {clip + 1} of {num_clips}, {step + 1}/{num_steps}", refresh=False)
 
     denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT], on_step)
     for number, job in enumerate(jobs, 1):
@@ -148,9 +163,7 @@ def main(args: argparse.Namespace) -> None:
                 if loras:
                     names = [f"lora{index}" for index in range(len(loras))]
                     pipeline.set_adapters(names, [scale * lora.weight for lora in loras])
-                latents = sample_latents(pipeline, job.pixels, states[job.prompt.prompt], job.shape, seed, denoising)
-                with activity("decoding the video"):
-                    frames = decode_frames(pipeline, latents, job.shape)
+                frames = make_video(pipeline, job, states[job.prompt.prompt], seed, denoising)
                 text = label(seed, scale, bool(loras))
                 _write(output.video(job, number, text), frames, fps)
                 if not is_single:
@@ -160,18 +173,92 @@ def main(args: argparse.Namespace) -> None:
     bar.close()
 
 
-def plan_jobs(args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder) -> list[SampleJob]:
-    """Read the prompts and their first frames. Raises UserError, naming the flag or the line of the list."""
+def make_video(pipeline: Any, job: SampleJob, states: torch.Tensor, seed: int, denoising: Denoising) -> torch.Tensor:
+    """Generate a video, uint8 [F, H, W, 3]. Segment k, from 0, uses the seed `seed` + k.
+
+    A further segment begins with the last `context` frames of the one before, which are kept from that one.
+    """
+    frames = torch.empty(0)
+    for segment in range(job.segments):
+        conditions = job.conditions if segment == 0 else Conditions(video=frames[-job.context :].numpy())
+        latents = sample_latents(pipeline, conditions, states, job.shape, seed + segment, denoising)
+        with activity("decoding the video"):
+            clip = decode_frames(pipeline, latents, job.shape)
+        frames = clip if segment == 0 else torch.cat([frames, clip[job.context :]])
+    return frames[:-1] if job.loop else frames
+
+
+def plan_jobs(
+    args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder, fps: float
+) -> list[SampleJob]:
+    """Read the prompts and the files of all conditions. Raises UserError, naming the flag or the line of the list."""
     recorded = recorded_value(loras, "buckets", [])
     buckets = [ClipShape.parse(text) for text in recorded] or [model.geometry.trained_size]
     scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
+    flags = condition_files(args, model)
+    trained_context = recorded_value(loras, "context_latents", None)
+    context = context_latents(args.context, trained_context, fps, model.geometry)
+    if trained_context not in (None, context) and (args.video or args.segments > 1):
+        logger.warning(
+            f"--context: {context} latent frames, but the LoRA was trained to continue {trained_context}. The video "
+            "may not follow them."
+        )
     jobs = []
-    for prompt in read_prompt_specs(args.prompt or [], args.image or [], args.list, model.family.takes_image):
+    has_conditions = flags.need_no_image
+    takes_image = model.family.takes_image
+    for prompt in read_prompt_specs(
+        args.prompt or [], args.image or [], args.list, takes_image, has_conditions=has_conditions
+    ):
         size = prompt.size or args.size
-        shape, pixels = load_first_frame(prompt.image, size, buckets, model.geometry, prompt.size_key)
+        files = dataclasses.replace(
+            flags, last_image=prompt.last_image or flags.last_image, video=prompt.video or flags.video
+        )
+        files.check(has_image=prompt.image is not None)
+        sized_by = prompt.image or files.last_image or files.video or next((file for _, file in files.keyframes), None)
+        shape, pixels = load_first_frame(sized_by, size, buckets, model.geometry, prompt.size_key)
+        image = pixels if prompt.image else None
+        conditions = read_conditions(image, files, context, shape, fps, model.geometry)
         seeds = [prompt.seed] if prompt.seed is not None else list(dict.fromkeys(args.seed))
-        jobs.append(SampleJob(prompt, shape, pixels, seeds, scales))
+        num_context = pixel_frames(context, model.geometry)
+        jobs.append(SampleJob(prompt, shape, conditions, seeds, scales, files.segments, num_context, files.loop))
     return jobs
+
+
+def condition_files(args: argparse.Namespace, model: ModelFolder) -> ConditionFiles:
+    """Return the condition flags of the command line. Raises UserError if the model takes no images."""
+    flags = {
+        "--last-image": args.last_image, "--video": args.video, "--keyframe": args.keyframe, "--loop": args.loop,
+        "--segments": args.segments > 1, "--context": args.context,
+    }  # fmt: skip
+    if not model.family.takes_image and (given := next((flag for flag, value in flags.items() if value), None)):
+        raise UserError(f"{given}: this model makes videos from the prompt alone. Leave {given} out.")
+    keyframes = []
+    for text, file in args.keyframe or []:
+        try:
+            time_s = float(text)
+        except ValueError:
+            time_s = -1.0
+        if not 0 <= time_s < float("inf"):
+            raise UserError(
+                f"--keyframe: '{text}' is not a time in seconds. Write, for example, --keyframe 2.5 {file}."
+            )
+        keyframes.append((time_s, file))
+    return ConditionFiles(args.last_image, args.video, args.video_at, keyframes, args.context, args.loop, args.segments)
+
+
+def warn_untrained(jobs: Sequence[SampleJob], loras: Sequence[WeightedLora], own: dict[str, Any]) -> None:
+    """Warn once about each mode that neither a LoRA nor the model was trained with. own: metadata of the model.
+
+    A model or LoRA that records none was trained with first images.
+    """
+    sources = [lora.file.metadata for lora in loras] or [own]
+    trained = {mode: share for source in sources for mode, share in (source.get("modes") or {"first": 1.0}).items()}
+    name = "the LoRA" if len(loras) == 1 else "the LoRAs" if loras else "the model"
+    used = [modes_of(job.conditions) for job in jobs]
+    used += [("prefix",) for job in jobs if job.segments > 1]
+    for modes in dict.fromkeys(used):
+        if warning := untrained_warning(modes, trained, name):
+            logger.warning(warning)
 
 
 def prepare_pipeline(

@@ -25,8 +25,10 @@ from cogds.card import (
     write_card,
 )
 from cogds.config.loading import load_config
+from cogds.core.condition_modes import MODES
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
+from cogds.model.conditioned_pipeline import ConditionedPipeline
 from cogds.model.load import find_model
 from cogds.model.lora.file import read_loras
 from cogds.train.metadata import export_metadata
@@ -269,3 +271,37 @@ def test_the_code_on_the_card_generates_a_video(family, tmp_path, monkeypatch, n
     assert names["pipe"].transformer.dtype is torch.bfloat16
     is_rescaled = names["pipe"].prepare_latents is names.get("prepare_latents", ...)
     assert is_rescaled is (settings.get("image_latents") == "scaled" and kind == "diffusers")
+
+
+def test_the_code_of_every_mode_generates_a_video(tiny_model, tmp_path, monkeypatch):
+    """`load_video` and `export_to_video` are stand-ins, because they require imageio, which is not installed."""
+    export_to_video = Mock()
+    monkeypatch.setattr(diffusers.utils, "export_to_video", export_to_video)
+    for file in ("first", "last", "keyframe-0.5s", "keyframe-1s"):
+        Image.linear_gradient("L").convert("RGB").resize((96, 64)).save(tmp_path / f"{file}.png")
+    frames = [Image.new("RGB", (96, 64), (level,) * 3) for level in range(12)]
+    monkeypatch.setattr(diffusers.utils, "load_video", lambda _: frames)
+    monkeypatch.chdir(tmp_path)
+    metadata = {
+        "buckets": ["9x64x96"], "fps": 8.0, "base_model": str(tiny_model), "image_latents": "pipeline",
+        "modes": dict.fromkeys(MODES, 1 / len(MODES)), "context_latents": 2, "keyframe_times": [0.5, 1.0],
+    }  # fmt: skip
+    lora = write_lora(tiny_model, tmp_path / "lora", metadata=metadata)
+    card = model_card("mine", metadata, "diffusers", str(lora))
+    codes = re.findall("```python\n(.*?)```", card, flags=re.S)
+    assert len(codes) == len(MODES)
+    conditions, encode = [], ConditionedPipeline._preprocess
+    monkeypatch.setattr(
+        ConditionedPipeline, "_preprocess", lambda self, *args: conditions.append(args[:3]) or encode(self, *args)
+    )
+    for mode, code in zip(MODES, codes, strict=True):
+        assert f"Mode `{mode}`" in card
+        names = {}
+        exec(compile(code.replace("frames = pipe(", "frames = pipe(num_inference_steps=1,"), mode, "exec"), names)
+        assert len(names["frames"]) == 9
+        assert isinstance(names["pipe"], ConditionedPipeline) == (mode != "first")
+    videos = [video for _, video, _ in conditions if video is not None]
+    assert videos == [frames[-5:], frames[:5]]
+    assert [sorted(keyframes) for *_, keyframes in conditions if keyframes] == [[4, 8]]
+    assert [last is not None for last, *_ in conditions] == [True, True, False, False, False, False]
+    assert "ConditionedPipeline" not in model_card("mine", METADATA, "diffusers", "m")

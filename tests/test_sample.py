@@ -235,7 +235,7 @@ def test_without_recorded_buckets_the_size_is_the_models_own(model, tmp_path):
     Image.new("RGB", (90, 60)).save(tmp_path / "image.png")
     args = parse_args("sample", ["--model", "m", "--prompt", "p", "--image", str(tmp_path / "image.png")])
     with pytest.raises(UserError, match=str(TRAINED_SIZE)):  # which the tiny model does not support
-        plan_jobs(args, [], model)
+        plan_jobs(args, [], model, 16.0)
 
 
 def test_nothing_is_overwritten(sample, monkeypatch):
@@ -302,3 +302,91 @@ def test_images_and_models_must_fit(family, tmp_path):
         call("sample", image)
     with pytest.raises(UserError, match=r"^--size: 9x64x96 .* 17x64x96"):
         call("sample", [*image, "--image", str(tmp_path / "first.png"), "--size", "9x64x96"])
+
+
+@pytest.fixture
+def run_shapes(tmp_path, monkeypatch):
+    """`run_shapes(*argv)`: the video that the shapes model makes; `.clips`: conditions and seed of each clip."""
+    written, clips = [], []
+    monkeypatch.setattr(cogds.sample, "write_video", lambda *args: written.append(args))
+    generate = cogds.sample.sample_latents
+
+    def sample_latents(pipeline, conditions, states, shape, seed, denoising):
+        clips.append((conditions, seed))
+        return generate(pipeline, conditions, states, shape, seed, denoising)
+
+    monkeypatch.setattr(cogds.sample, "sample_latents", sample_latents)
+    Image.linear_gradient("L").convert("RGB").resize((48, 48)).save(tmp_path / "first.png")
+    Image.linear_gradient("L").rotate(90).convert("RGB").resize((48, 48)).save(tmp_path / "last.png")
+    write_video(tmp_path / "clip.mp4", np.zeros((40, 48, 48, 3), np.uint8), 8)
+
+    def run(*argv):
+        clips.clear()
+        common = ["--model", "builtin:shapes", "--prompt", "the circle moves", "--size", "17x48x48", "--steps", "1"]
+        call("sample", [*common, "--guidance", "1", *(word.format(folder=tmp_path) for word in argv)])
+        return torch.as_tensor(written[-1][1])
+
+    run.clips, run.folder = clips, tmp_path
+    return run
+
+
+def test_each_segment_continues_the_last_frames_of_the_one_before(run_shapes, capsys):
+    frames = run_shapes("--image", "{folder}/first.png", "--segments", "4", "--seed", "3")
+    assert len(frames) == 17 + 3 * 12
+    (first, _), *following = run_shapes.clips
+    assert first.image is not None
+    assert first.video is None
+    for number, (conditions, _) in enumerate(following):
+        end = 17 + 12 * number
+        assert conditions.image is None
+        assert torch.equal(torch.from_numpy(conditions.video), frames[end - 5 : end])
+    assert [seed for _, seed in run_shapes.clips] == [3, 4, 5, 6]
+    assert "mode prefix was not trained: the model was trained with first." in capsys.readouterr().err
+    frames = run_shapes("--video", "{folder}/clip.mp4", "--segments", "2", "--context", "3")
+    assert len(frames) == 17 + 8
+    assert [conditions.video.shape[0] for conditions, _ in run_shapes.clips] == [9, 9]
+
+
+def test_a_loop_is_written_without_the_repeated_frame(run_shapes):
+    loop = run_shapes("--image", "{folder}/first.png", "--loop")
+    whole = run_shapes("--image", "{folder}/first.png", "--last-image", "{folder}/first.png")
+    assert len(whole) == 17
+    assert torch.equal(loop, whole[:16])
+
+
+def test_a_list_sets_the_last_image_of_each_line(run_shapes):
+    (run_shapes.folder / "list.csv").write_text("prompt,image,last_image\na,first.png,last.png\nb,,last.png\n")
+    common = ["--model", "builtin:shapes", "--size", "17x48x48", "--list", str(run_shapes.folder / "list.csv")]
+    jobs = plan_jobs(parse_args("sample", common), [], find_model("builtin:shapes"), 8.0)
+    assert [job.conditions.image is not None for job in jobs] == [True, False]
+    last = np.asarray(Image.open(run_shapes.folder / "last.png"))
+    assert all(np.array_equal(job.conditions.last_image, last) for job in jobs)
+
+
+def test_the_modes_of_a_lora_decide_about_the_warning(sample, capsys):
+    lora = write_lora(find_model("builtin:shapes").path, sample.folder / "lora", metadata={
+        "modes": {"first": 0.5, "last": 0.5}, "buckets": ["17x48x48"], "fps": 8.0, "context_latents": 3,
+    })  # fmt: skip
+    image = str(sample.folder / "first.png")
+    for flags, warning in (
+        (["--last-image", image], ""),
+        (["--keyframe", "1", image], "mode keyframes was not trained: the LoRA was trained with first, last."),
+    ):
+        argv = ["--model", "builtin:shapes", "--lora", str(lora), "--prompt", "a", "--steps", "1", *flags]
+        call("sample", argv)
+        errors = capsys.readouterr().err
+        assert warning in errors
+        assert bool(warning) == ("not trained" in errors)
+
+
+@pytest.mark.parametrize(
+    "flags", [["--last-image", "a.png"], ["--video", "a.mp4"], ["--keyframe", "1", "a.png"], ["--segments", "2"]]
+)
+def test_a_text_to_video_model_takes_no_conditions(family, flags):
+    with pytest.raises(UserError, match=rf"^{flags[0]}: this model makes videos from the prompt alone"):
+        call("sample", ["--model", str(family("1.5-5b")), "--prompt", "a", *flags])
+
+
+def test_a_keyframe_needs_a_time(family):
+    with pytest.raises(UserError, match=r"^--keyframe: 'soon' is not a time"):
+        call("sample", ["--model", str(family("1.5-5b-i2v")), "--prompt", "a", "--keyframe", "soon", "a.png"])

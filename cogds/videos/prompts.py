@@ -1,28 +1,28 @@
 """Prompts and first frames of the videos to make, from the command line or a list file.
 
-A list is a .csv or .jsonl file with the columns `prompt` and `image`, and optionally `size` and `seed`. Any other file
-is read as text with one prompt per line. Image paths are relative to the list's folder.
+A list is a .csv or .jsonl file with the columns `prompt` and `image`, and optionally `size`, `seed`, `last_image` and
+`video`. Any other file is read as text with one prompt per line. Paths are relative to the list's folder.
 """
 
 import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from cogds.data.storage.location import join
 from cogds.errors import UserError, did_you_mean
 
-COLUMNS = ("prompt", "image", "size", "seed")
+COLUMNS = ("prompt", "image", "size", "seed", "last_image", "video")
 
 
 @dataclass(frozen=True)
 class PromptSpec:
-    """A prompt, its first frame, and the size FRAMESxHEIGHTxWIDTH and seed that a list may set.
+    """A prompt, its first frame, and what a list may set: size FRAMESxHEIGHTxWIDTH, seed, files of other conditions.
 
-    image: a file; None in text-to-video. size_key: what sets the size, for errors.
+    image: a file; None in text-to-video, and if other conditions replace it. size_key: what sets the size, for errors.
     """
 
     prompt: str
@@ -30,16 +30,23 @@ class PromptSpec:
     size: str | None = None
     seed: int | None = None
     size_key: str = "--size"
+    last_image: str | None = None
+    video: str | None = None
 
 
 def read_prompt_specs(
-    prompts: Sequence[str], images: Sequence[str], file: str | None, takes_image: bool = True
+    prompts: Sequence[str],
+    images: Sequence[str],
+    file: str | None,
+    takes_image: bool = True,
+    *,
+    has_conditions: bool = False,
 ) -> list[PromptSpec]:
     """Combine --prompt, --image and --list.
 
     Without a list, prompts and images are paired; a single prompt or image applies to all. With a list, a single image
-    applies to the lines that have none. Without `takes_image`, there must be no images. Raises UserError, naming the
-    flag or the line.
+    applies to the lines that have none. Without `takes_image`, there must be no images. has_conditions: whether other
+    conditions are given, which can replace the image. Raises UserError, naming the flag or the line.
     """
     if images and not takes_image:
         raise UserError(
@@ -48,6 +55,8 @@ def read_prompt_specs(
     if file is None and not takes_image:
         if not prompts:
             raise UserError("command line: --prompt missing. A video is made from a prompt: pass one, or --list.")
+        return [PromptSpec(prompt, None) for prompt in prompts]
+    if file is None and has_conditions and prompts and not images:
         return [PromptSpec(prompt, None) for prompt in prompts]
     if file is None:
         if not prompts or not images:
@@ -71,12 +80,13 @@ def read_prompt_specs(
     specs = []
     for line, row in _read_rows(Path(file)):
         specs.append(spec := _make_spec(f"{file}:{line}", row, Path(file).parent, images))
-        if takes_image and spec.image is None:
+        if takes_image and not (has_conditions or spec.image or spec.last_image or spec.video):
             raise UserError(f"{file}:{line}: no image. Add one, or pass --image for all lines that have none.")
-        if not takes_image and spec.image is not None:
+        given = [name for name in ("image", "last_image", "video") if name in row]
+        if not takes_image and given:
             raise UserError(
-                f"{file}:{line}: image {row['image']} is given, but this model makes videos from the prompt alone. "
-                "Remove it."
+                f"{file}:{line}: {given[0]} {row[given[0]]} is given, but this model makes videos from the prompt "
+                "alone. Remove it."
             )
     if not specs:
         raise UserError(f"{file}: no prompts. Write one per line.")
@@ -117,7 +127,7 @@ def _make_spec(place: str, row: Mapping[str, Any], folder: Path, images: Sequenc
         if name not in COLUMNS:
             near = did_you_mean(str(name), COLUMNS)
             raise UserError(f"{place}: unknown column '{name}'{near}. Use only {', '.join(COLUMNS)}.")
-    prompt, image, size, seed = (row.get(name) for name in COLUMNS)
+    prompt, image, size, seed, *others = (row.get(name) for name in COLUMNS)
     if not isinstance(prompt, str) or not prompt.strip():
         raise UserError(f"{place}: no prompt. Write one, or delete the line.")
     if isinstance(seed, str) and seed.strip().isdecimal():
@@ -125,6 +135,6 @@ def _make_spec(place: str, row: Mapping[str, Any], folder: Path, images: Sequenc
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise UserError(f"{place}: seed is {seed!r}. Use a whole number of at least 0.")
     image_path = join(str(folder), str(image)) if image is not None else next(iter(images), None)
-    if size is None:
-        return PromptSpec(prompt.strip(), image_path, seed=seed)
-    return PromptSpec(prompt.strip(), image_path, str(size), seed, f"{place}: size")
+    last_image, video = (None if other is None else join(str(folder), str(other)) for other in others)
+    spec = PromptSpec(prompt.strip(), image_path, seed=seed, last_image=last_image, video=video)
+    return spec if size is None else replace(spec, size=str(size), size_key=f"{place}: size")

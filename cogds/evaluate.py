@@ -55,7 +55,9 @@ def main(args: argparse.Namespace) -> None:
     job = choose_tiling(job)
     data = encode_dataset(job)
     transformer = load_eval_transformer(cfg, model, world.device)
-    builder = load_step_builder(model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device)
+    builder = load_step_builder(
+        model, cfg.conditioning, data.empty_caption_states, job.dtype, world.device, job.condition_settings
+    )
     evaluation = make_evaluation(job, data, builder, job.batch_sizes)
     if evaluation is None:
         raise UserError(

@@ -19,8 +19,9 @@ from cogds.config.loading import load_config, replace
 from cogds.config.schema import KEYS, RunConfig, get
 from cogds.core.buckets import generate_buckets, parse_buckets
 from cogds.core.checkpointing import BlockCheckpointing
+from cogds.core.condition_modes import ConditionSettings, condition_frames, pieces_of, settings_in_frames, used_modes
 from cogds.core.flops import forward_flops
-from cogds.core.geometry import ClipShape, num_tokens
+from cogds.core.geometry import ClipShape, ModelGeometry, num_tokens
 from cogds.core.memory import (
     CUDA_CONTEXT_BYTES,
     USABLE_SHARE,
@@ -75,6 +76,16 @@ class Job:
     def dtype(self) -> torch.dtype:
         """Dtype of the transformer and the VAE."""
         return DTYPES[self.cfg.train.precision]
+
+    @property
+    def condition_settings(self) -> ConditionSettings:
+        """The settings of the condition modes, in frames."""
+        return condition_settings(self.cfg, self.model.geometry)
+
+    def condition_frames(self, shape: ClipShape) -> tuple[int, ...]:
+        """The pixel frames of a bucket's clips that the condition modes need, besides the first frame as an image."""
+        modes = used_modes(self.cfg.conditioning.modes)
+        return condition_frames(modes, shape.frames, self.model.geometry, self.condition_settings)
 
     @property
     def caches_trained_clips(self) -> bool:
@@ -191,16 +202,35 @@ def load_job(
     check_conditioning(cfg, explicit, model)
     check_sequence(cfg.parallel.sequence_size, num_ranks, model.transformer_config["num_attention_heads"])
     buckets = make_buckets(cfg, model)
+    check_modes(cfg, model, buckets)
     targets = tuple(find_targets(cfg, empty_transformer(model)))
     ds_config, cfg = resolve(ds_config, cfg, explicit, num_ranks, model.hidden_size, args.deepspeed)
     tiled = tiled_buckets(cfg, model, buckets)
     return Job(cfg, ds_config, model, buckets, targets, world, num_ranks, evaluated_only, tiled)
 
 
+def condition_settings(cfg: RunConfig, geometry: ModelGeometry) -> ConditionSettings:
+    """Return the settings of the condition modes, in frames."""
+    config = cfg.conditioning
+    return settings_in_frames(config.context_latents, config.context_s, config.keyframe_times, cfg.data.fps, geometry)
+
+
+def check_modes(cfg: RunConfig, model: ModelFolder, buckets: Sequence[ClipShape]) -> None:
+    """Raise UserError if the clips of a bucket are too short for a condition mode."""
+    settings = condition_settings(cfg, model.geometry)
+    for shape in buckets:
+        for mode in used_modes(cfg.conditioning.modes):
+            try:
+                pieces_of(mode, shape.frames, model.geometry, settings)
+            except UserError as error:
+                raise UserError(f"conditioning.modes: bucket {shape}: {error}") from None
+
+
 def check_conditioning(cfg: RunConfig, explicit: Collection[str], model: ModelFolder) -> None:
-    """Raise UserError if a key about the first frame is set to something for a text-to-video model, which has none."""
+    """Raise UserError if a key about given frames is set to something for a text-to-video model, which has none."""
+    keys = ("conditioning.image_", "conditioning.modes", "conditioning.context_", "conditioning.keyframe_")
     for name in sorted(explicit) if not model.family.takes_image else ():
-        if name.startswith("conditioning.image_") and (value := get(cfg, name)) not in (KEYS[name].default, 0):
+        if name.startswith(keys) and (value := get(cfg, name)) not in (KEYS[name].default, 0):
             raise UserError(
                 f"{name}: {value} is set, but {cfg.model.path} is a text-to-video model, which has no first frame as "
                 "input. Remove the key."

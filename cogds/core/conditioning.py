@@ -6,14 +6,17 @@ arguments for every model (`family`) and bucket. The model's latents are [B, F, 
 
     video latents   x scaling_factor, then padded in front with copies of the first latent frame to a multiple of
                     `patch_size_t`, if the model has one
-    image latents   x 1 / scaling_factor (if the VAE's config has `invert_scale_latents`) at frame 0 of the padded clip,
-                    zeros after it, concatenated after the noisy latents on the channel axis; none in text-to-video
+    image latents   x 1 / scaling_factor (if the VAE's config has `invert_scale_latents`) at frame 0 of the padded clip
+                    (or where another mode places them, `condition_modes`), zeros elsewhere, concatenated after the
+                    noisy latents on the channel axis; none in text-to-video
 """
 
+from collections.abc import Iterable
 from typing import Any
 
 import torch
 
+from cogds.core.condition_modes import Piece
 from cogds.core.geometry import ModelGeometry, padding_frames
 from cogds.core.rope import RotaryTables
 from cogds.errors import UserError
@@ -75,25 +78,25 @@ def convention_factor(scaling_factor: float, invert_scale_latents: bool, convent
     return scale / pipeline_scale
 
 
-def noise_first_frame(
-    pixels: torch.Tensor, log_mean: float, log_std: float, generator: torch.Generator
-) -> torch.Tensor:
-    """Add noise with sigma = exp(N(log_mean, log_std)), one sigma per sample, to pixels [B, 3, H, W] in [-1, 1].
+def add_image_noise(pixels: torch.Tensor, log_mean: float, log_std: float, generator: torch.Generator) -> torch.Tensor:
+    """Add noise with sigma = exp(N(log_mean, log_std)), one sigma for all, to pixels [K, 3, H, W] in [-1, 1].
 
     CogVideoX's image-to-video models were trained this way. Encoding a slightly noisy first frame narrows the gap
     between the clean image given at inference and a video frame (CogVideoX paper, appendix on image-to-video).
     """
-    shape = (pixels.shape[0], 1, 1, 1)
-    sigma = (log_mean + log_std * torch.randn(shape, generator=generator, device=pixels.device)).exp()
+    sigma = (log_mean + log_std * torch.randn((1, 1, 1, 1), generator=generator, device=pixels.device)).exp()
     noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
     return (pixels.float() + sigma * noise).to(pixels.dtype)
 
 
-def image_condition(image_latents: torch.Tensor, num_frames: int) -> torch.Tensor:
-    """Place scaled image latents [B, 1, C, H, W] at frame 0 of `num_frames` (padding included), followed by zeros."""
-    batch, _, channels, height, width = image_latents.shape
-    zeros = image_latents.new_zeros(batch, num_frames - 1, channels, height, width)
-    return torch.cat([image_latents, zeros], dim=1)
+def place_condition(condition: torch.Tensor, pieces: Iterable[tuple[Piece, torch.Tensor]]) -> None:
+    """Write the scaled latents [k, C, h, w] of each piece into the zeros of a clip's condition [F, C, h, w].
+
+    F includes the padding. Copies of a piece's first latent fill its own padding.
+    """
+    for piece, latents in pieces:
+        condition[piece.place : piece.place + len(latents)] = latents
+        condition[piece.place - piece.padding : piece.place] = latents[:1]
 
 
 def drop(condition: torch.Tensor, unconditional: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:

@@ -7,11 +7,13 @@ from collections.abc import Collection
 import pyarrow as pa
 
 from cogds.config.schema import RunConfig
+from cogds.core.condition_modes import condition_frames, used_modes
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.keys import cache_key, digest_files
 from cogds.data.cache.store import key_array_of_bytes
 from cogds.data.video.media import PIXELS_VERSION
 from cogds.encode.clip_set import ClipSet
+from cogds.job import condition_settings
 from cogds.model.cudnn import cudnn_version
 from cogds.model.load import ModelFolder
 
@@ -26,7 +28,7 @@ class CacheKeys:
     """
 
     def __init__(self, cfg: RunConfig, model: ModelFolder, tiled: Collection[ClipShape] = ()):
-        self._cfg, self._tiled = cfg, tiled
+        self._cfg, self._tiled, self._geometry = cfg, tiled, model.geometry
         model.fetch("vae", "text_encoder")
         parts = {
             part: sorted(str(path) for path in (model.path / part).iterdir() if path.is_file())
@@ -75,6 +77,9 @@ class CacheKeys:
             "vae": self._vae,
             "dtype": self._cfg.train.precision,
         }
+        modes, settings = used_modes(self._cfg.conditioning.modes), condition_settings(self._cfg, self._geometry)
+        if frames := condition_frames(modes, shape.frames, self._geometry, settings):
+            fields["condition_frames"] = frames
         if (cudnn := cudnn_version()) is not None:
             fields["cudnn"] = cudnn
         return cache_key(fields).encode()

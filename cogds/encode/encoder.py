@@ -155,11 +155,11 @@ class _RankEncoder:
                 else:
                     is_tiled = self._job.buckets[row["bucket"]] in self._job.tiled
                     moments = encode_pixels(vae, torch.from_numpy(clip.pixels), is_tiled)
-                    first_frame = torch.from_numpy(clip.first_frame).permute(2, 0, 1)
-                    encoded = {"moments": moments, "first_frame": first_frame}
+                    encoded = {"moments": moments}
                     if clip.control is not None:
                         encoded["control_moments"] = encode_pixels(vae, torch.from_numpy(clip.control), is_tiled)
-                    writer.write(key, encoded)
+                    frames = condition_pixels(clip, self._job.condition_frames(self._job.buckets[row["bucket"]]))
+                    writer.write(key, {**encoded, **frames})
         return failures
 
     def _task(self, row: Mapping[str, Any]) -> DecodeTask:
@@ -180,6 +180,18 @@ def encode_pixels(vae: Any, pixels: torch.Tensor, is_tiled: bool) -> torch.Tenso
     frames = torch.cat([normalize_pixels(part.to(device), dtype) for part in pixels.split(8)])
     video = frames.permute(3, 0, 1, 2)[None]  # [1, 3, F, H, W]
     return vae.encode(video).latent_dist.parameters[0]
+
+
+def condition_pixels(clip: DecodedClip, frames: Sequence[int]) -> dict[str, torch.Tensor]:
+    """Return the pixels that a clip can be conditioned on: `first_frame` [3, H, W], and `condition_frames` if any.
+
+    They are kept as pixels, because their noise is drawn in every step, before the VAE. frames: numbers of the
+    `condition_frames`, uint8 [K, 3, H, W].
+    """
+    pixels = {"first_frame": torch.from_numpy(clip.first_frame).permute(2, 0, 1)}
+    if frames:
+        pixels["condition_frames"] = torch.from_numpy(clip.pixels[list(frames)]).permute(0, 3, 1, 2)
+    return pixels
 
 
 def decode_pool(cfg: RunConfig) -> WorkerPool[DecodeTask, DecodedClip]:

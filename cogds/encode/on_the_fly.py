@@ -19,7 +19,7 @@ from cogds.data.loading.dataset import BadClip, Batch, Choice, ClipOrder, Item, 
 from cogds.data.loading.sampler import Draw
 from cogds.data.storage.location import display_name
 from cogds.data.video.decode_task import DecodedClip, DecodeTask
-from cogds.encode.encoder import decode_pool, encode_pixels
+from cogds.encode.encoder import condition_pixels, decode_pool, encode_pixels
 from cogds.job import Job
 from cogds.model.load import TextEncoder, load_vae
 from cogds.process.worker_pool import TaskFailure
@@ -56,7 +56,7 @@ class _BatchEncoder:
 
     def __init__(self, order: ClipOrder, job: Job, models: OnTheFlyModels):
         self._order, self._index, self._models = order, order.index, models
-        self._cfg, self._tiled, self._device = job.cfg, job.tiled, job.world.device
+        self._job, self._cfg, self._tiled, self._device = job, job.cfg, job.tiled, job.world.device
         self._known_bad: set[int | Choice] = set()
         self._substitutes = decode_pool(job.cfg)
 
@@ -101,9 +101,10 @@ class _BatchEncoder:
             return BadClip(row, display_name(clip.path), pixels.reason)
         vae, is_tiled = self._models.vae, clip.shape in self._tiled
         videos = {"moments": pixels.pixels} | ({} if pixels.control is None else {"control_moments": pixels.control})
+        frames = condition_pixels(pixels, self._job.condition_frames(clip.shape))
         return {
             **{name: encode_pixels(vae, torch.from_numpy(video), is_tiled) for name, video in videos.items()},
-            "first_frame": torch.from_numpy(pixels.first_frame).permute(2, 0, 1).contiguous().to(self._device),
+            **{name: tensor.contiguous().to(self._device) for name, tensor in frames.items()},
             "text_states": self._models.text_encoder.encode(clip.captions[choice.caption].text),
         }
 

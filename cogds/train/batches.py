@@ -20,7 +20,7 @@ from cogds.errors import UserError
 from cogds.job import BATCHES_AHEAD
 from cogds.metrics.stopwatch import Stopwatch
 from cogds.train.run import Run
-from cogds.train.step import Draws, StepBuilder, draw_dropouts, to_device
+from cogds.train.step import Draws, StepBuilder, draw_dropouts, draw_modes, to_device
 
 PREFETCH_FACTOR = 2  # batches that each loader process prepares ahead
 
@@ -140,4 +140,5 @@ def make_draws(micro_batch: MicroBatch, step: int, num_timesteps: int, cfg: RunC
     slots = micro_batch.slots_of(world.data_rank)
     timesteps = stratified_timesteps(slots, micro_batch.step_slots, num_timesteps, cfg.seed, step)
     drop_image, drop_caption = draw_dropouts(cfg.conditioning, cfg.seed, step, slots)
-    return Draws(timesteps, drop_image, drop_caption, cfg.seed, step, slots)
+    modes = draw_modes(cfg.conditioning, cfg.seed, step, slots)
+    return Draws(timesteps, drop_image, drop_caption, cfg.seed, step, slots, modes)

@@ -24,7 +24,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from cogds.core.conditioning import image_condition, transformer_inputs, with_control
+from cogds.core.conditioning import transformer_inputs, with_control
 from cogds.core.diffusion import v_loss
 from cogds.core.flops import step_flops, training_flops
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
@@ -250,8 +250,8 @@ def _zero_inputs(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tup
     latents = torch.zeros(batch_size, frames, geometry.latent_channels, height, width, device=builder.device)
     text = builder.empty_caption_states.expand(batch_size, -1, -1)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
-    image = image_condition(latents[:, :1], frames) if geometry.family.takes_image else None
-    inputs = transformer_inputs(latents, image, text, timesteps, builder.rotary(shape), geometry)
+    condition = latents if geometry.family.takes_image else None
+    inputs = transformer_inputs(latents, condition, text, timesteps, builder.rotary(shape), geometry)
     if builder.conditioning.control:
         inputs = with_control(inputs, latents)
     return inputs, latents

@@ -11,19 +11,28 @@ from typing import Any
 import torch
 
 from cogds.config.schema import ConditioningConfig
+from cogds.core.condition_modes import (
+    ConditionSettings,
+    Mode,
+    condition_frames,
+    draw_mode,
+    is_first_image,
+    pieces_of,
+    used_modes,
+)
 from cogds.core.conditioning import (
+    add_image_noise,
     drop,
-    image_condition,
     image_latent_scale,
-    noise_first_frame,
     normalize_pixels,
     pad_front,
+    place_condition,
     sample_moments,
     transformer_inputs,
     with_control,
 )
 from cogds.core.diffusion import add_noise, v_target
-from cogds.core.geometry import ClipShape, ModelGeometry, latent_frames
+from cogds.core.geometry import ClipShape, ModelGeometry, latent_frames, padded_latent_frames
 from cogds.core.rng import generator
 from cogds.core.rope import RotaryTables, rotary_tables
 from cogds.model.load import DTYPES, ModelFolder, load_alphas_cumprod, load_vae
@@ -35,7 +44,7 @@ class Draws:
 
     timesteps: int64 [B]. drop_image, drop_caption: bool [B]. seed, step, slots: arguments of `core.rng.generator`.
     Slots number the samples of an optimizer step over all ranks and micro-steps, so a sample's noise does not depend
-    on the rank that trains it.
+    on the rank that trains it. modes: of conditioning, one per sample; empty: all `first`.
     """
 
     timesteps: torch.Tensor
@@ -44,6 +53,7 @@ class Draws:
     seed: int
     step: int
     slots: Sequence[int]
+    modes: Sequence[Mode] = ()
 
     def generators(self, purpose: str, device: torch.device) -> list[torch.Generator]:
         """Return one generator per sample."""
@@ -72,6 +82,12 @@ def draw_dropouts(
     return uniform[0] < conditioning.image_dropout, uniform[1] < conditioning.caption_dropout
 
 
+def draw_modes(conditioning: ConditioningConfig, seed: int, step: int, slots: Sequence[int]) -> tuple[Mode, ...]:
+    """Return the condition mode of each sample."""
+    uniform = [torch.rand((), generator=generator(seed, step, slot, "condition mode")).item() for slot in slots]
+    return tuple(draw_mode(conditioning.modes, number) for number in uniform)
+
+
 def random_batch(
     shape: ClipShape,
     batch_size: int,
@@ -98,17 +114,18 @@ def random_batch(
 
 def load_step_builder(
     model: ModelFolder, conditioning: ConditioningConfig, empty_caption_states: torch.Tensor, dtype: torch.dtype,
-    device: torch.device,
+    device: torch.device, settings: ConditionSettings | None = None,
 ) -> "StepBuilder":  # fmt: skip
     """Return a StepBuilder with the model's VAE, in the transformer's dtype as in the pipeline, and its schedule."""
     vae = load_vae(model, dtype, device)
-    return StepBuilder(vae, model.geometry, conditioning, load_alphas_cumprod(model), empty_caption_states, device)
+    alphas_cumprod = load_alphas_cumprod(model)
+    return StepBuilder(vae, model.geometry, conditioning, alphas_cumprod, empty_caption_states, device, settings)
 
 
 class StepBuilder:
-    """Turns batches into transformer inputs, with the VAE (for the noised first frame) and the noise schedule.
+    """Turns batches into transformer inputs, with the VAE (for the noised frames of the condition) and the schedule.
 
-    In text-to-video, the first frame is not used, and `Draws.drop_image` has no effect.
+    In text-to-video, there is no condition, and `Draws.drop_image` has no effect.
     """
 
     def __init__(
@@ -119,9 +136,14 @@ class StepBuilder:
         alphas_cumprod: torch.Tensor,
         empty_caption_states: torch.Tensor,
         device: torch.device,
+        settings: ConditionSettings | None = None,
     ):
-        """empty_caption_states: T5 states of the empty caption, [text_tokens, dim]."""
+        """empty_caption_states: T5 states of the empty caption, [text_tokens, dim].
+
+        settings: of the condition modes.
+        """
         self.vae, self.geometry, self.conditioning, self.device = vae, geometry, conditioning, device
+        self.settings = settings or ConditionSettings()
         self.alphas_cumprod = alphas_cumprod.to(device)
         self.empty_caption_states = empty_caption_states.to(device)
         family = geometry.family
@@ -138,29 +160,53 @@ class StepBuilder:
         return self._rotary[shape]
 
     @torch.no_grad()
-    def image_latents(self, first_frames: torch.Tensor, draws: Draws) -> torch.Tensor:
-        """Encode first frames, uint8 [B, 3, H, W], one by one as the pipeline does. Returns scaled [B, 1, C, H, W]."""
-        pixels = normalize_pixels(to_device(first_frames, self.device), self.vae.dtype)
+    def condition(self, batch: dict[str, torch.Tensor], shape: ClipShape, draws: Draws) -> torch.Tensor:
+        """Return the condition latents of a batch, scaled and padded, [B, F, C, h, w]. For the batch see `build`.
+
+        Images are encoded one by one, as in the pipeline, and a prefix or suffix as a video.
+        """
+        geometry, dtype = self.geometry, self.vae.dtype
+        num_frames = padded_latent_frames(shape.frames, geometry)
+        size = (shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial)
+        first: Mode = "first"
+        modes = draws.modes or (first,) * len(draws.slots)
+        first_frames = normalize_pixels(to_device(batch["first_frame"], self.device), dtype)
+        numbers = condition_frames(used_modes(self.conditioning.modes), shape.frames, geometry, self.settings)
+        frames = normalize_pixels(to_device(batch["condition_frames"], self.device), dtype) if numbers else None
+        condition = first_frames.new_zeros(len(modes), num_frames, geometry.latent_channels, *size)
+        noises, posteriors = (
+            draws.generators("image noise", self.device),
+            draws.generators("image posterior", self.device),
+        )
+        for sample, (mode, noise, posterior) in enumerate(zip(modes, noises, posteriors, strict=True)):
+            latents = []
+            pieces = pieces_of(mode, shape.frames, geometry, self.settings)
+            for piece in pieces:
+                if frames is None or is_first_image(piece):
+                    pixels = first_frames[sample, None]
+                else:
+                    pixels = frames[sample, [numbers.index(frame) for frame in piece.frames]]
+                latents.append(self._encode(pixels, noise, posterior))
+            place_condition(condition[sample], zip(pieces, latents))
+        return condition
+
+    def _encode(self, pixels: torch.Tensor, noise: torch.Generator, posterior: torch.Generator) -> torch.Tensor:
+        """Encode frames [K, 3, H, W] in [-1, 1] as one video, with image noise. Returns scaled latents [k, C, h, w]."""
         if self.conditioning.image_noise:
             log_mean, log_std = self.conditioning.image_noise_log_mean, self.conditioning.image_noise_log_std
-            noised = [
-                noise_first_frame(frame[None], log_mean, log_std, generator)
-                for frame, generator in zip(pixels, draws.generators("image noise", self.device))
-            ]
-            pixels = torch.cat(noised)
-        latents = [
-            self.vae.encode(frame[None, :, None]).latent_dist.sample(posterior)
-            for frame, posterior in zip(pixels, draws.generators("image posterior", self.device))
-        ]
-        return self.image_scale * torch.cat(latents).transpose(1, 2)
+            pixels = add_image_noise(pixels, log_mean, log_std, noise)
+        video = pixels.transpose(0, 1)[None]  # [1, 3, K, H, W]
+        return self.image_scale * self.vae.encode(video).latent_dist.sample(posterior)[0].transpose(0, 1)
 
     def build(
         self, batch: dict[str, torch.Tensor], shape: ClipShape, draws: Draws
     ) -> tuple[dict[str, Any], torch.Tensor]:
         """Return the transformer's keyword arguments and the v-target, float32 [B, F, C, H, W] with F padded.
 
-        batch: `moments` [B, 2C, F, H, W], `first_frame` uint8 [B, 3, H, W], `text_states` [B, text_tokens, dim]; with
-        `conditioning.control`, also `control_moments` as `moments`.
+        batch: `moments` [B, 2C, F, H, W], `first_frame` uint8 [B, 3, H, W], `text_states` [B, text_tokens, dim]. For
+        modes that need more than the first frame, also `condition_frames` uint8 [B, K, 3, H, W], the pixel frames
+        listed by `core.condition_modes.condition_frames`. With `conditioning.control`, also `control_moments`, as
+        `moments`.
         """
         timesteps = to_device(draws.timesteps, self.device)
         moments = to_device(batch["moments"], self.device)
@@ -171,9 +217,8 @@ class StepBuilder:
         )
         condition = None
         if self.geometry.family.takes_image:
-            image = self.image_latents(batch["first_frame"], draws)
-            image = drop(image, image.new_zeros(()), to_device(draws.drop_image, self.device))
-            condition = image_condition(image, latents.shape[1])
+            condition = self.condition(batch, shape, draws)
+            condition = drop(condition, condition.new_zeros(()), to_device(draws.drop_image, self.device))
         text = to_device(batch["text_states"], self.device)
         text = drop(text, self.empty_caption_states, to_device(draws.drop_caption, self.device))
         inputs = transformer_inputs(

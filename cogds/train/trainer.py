@@ -102,8 +102,9 @@ class Trainer:
         engine = self.build(run, initial)
         with activity("loading the VAE"):
             builder = load_step_builder(
-                run.model, run.cfg.conditioning, run.data.empty_caption_states, self.job.dtype, run.world.device
-            )
+                run.model, run.cfg.conditioning, run.data.empty_caption_states, self.job.dtype, run.world.device,
+                self.job.condition_settings,
+            )  # fmt: skip
             models = load_on_the_fly_models(self.job)  # before the memory check, which then counts them
         if self.dry_run:
             with activity("trying the largest bucket"):

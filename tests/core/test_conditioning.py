@@ -3,13 +3,14 @@ import torch
 from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 from diffusers.video_processor import VideoProcessor
 
+from cogds.core.condition_modes import Piece
 from cogds.core.conditioning import (
+    add_image_noise,
     drop,
-    image_condition,
     image_latent_scale,
-    noise_first_frame,
     normalize_pixels,
     pad_front,
+    place_condition,
     sample_moments,
 )
 from cogds.errors import UserError
@@ -50,24 +51,24 @@ def test_an_unknown_convention_is_refused():
         image_latent_scale(0.7, True, "newer")
 
 
-def test_image_condition_is_only_at_frame_0():
-    latents = torch.randn(2, 1, 3, 4, 4)
-    condition = image_condition(latents, 6)
-    assert condition.shape == (2, 6, 3, 4, 4)
-    assert torch.equal(condition[:, :1], latents)
-    assert (condition[:, 1:] == 0).all()
+def test_pieces_are_placed_with_their_padding_and_zeros_elsewhere():
+    prefix, image = torch.randn(2, 3, 4, 4), torch.randn(1, 3, 4, 4)
+    condition = torch.zeros(7, 3, 4, 4)
+    place_condition(condition, [(Piece(range(5), 1, padding=1), prefix), (Piece(range(20, 21), 6), image)])
+    zeros = torch.zeros(3, 3, 4, 4)
+    assert torch.equal(condition, torch.cat([prefix[:1], prefix, zeros, image]))
 
 
 def test_image_noise_has_the_configured_distribution():
-    pixels = torch.zeros(4000, 3, 8, 8)
-    noise = noise_first_frame(pixels, -3.0, 0.5, torch.Generator().manual_seed(0))
+    generator = torch.Generator().manual_seed(0)
+    noise = torch.cat([add_image_noise(torch.zeros(1, 3, 8, 8), -3.0, 0.5, generator) for _ in range(4000)])
     log_sigma = noise.flatten(1).std(1).log()
     assert log_sigma.mean() == pytest.approx(-3.0, abs=0.03)
     assert log_sigma.std() == pytest.approx(0.5, abs=0.03)
 
 
 def test_image_noise_keeps_the_dtype():
-    assert noise_first_frame(torch.zeros(1, 3, 2, 2).bfloat16(), -3, 0.5, torch.Generator()).dtype == torch.bfloat16
+    assert add_image_noise(torch.zeros(1, 3, 2, 2).bfloat16(), -3, 0.5, torch.Generator()).dtype == torch.bfloat16
 
 
 def test_drop_replaces_whole_samples():

@@ -14,6 +14,7 @@ from PIL import Image
 
 import cogds.train.step
 from cogds.config.schema import ConditioningConfig
+from cogds.core.condition_modes import Piece
 from cogds.core.geometry import ClipShape, latent_frames, padded_latent_frames
 from cogds.model.load import ModelFolder, TextEncoder, find_model, load_alphas_cumprod, load_vae
 from cogds.model.pipelines import load_whole_pipeline
@@ -251,14 +252,13 @@ def test_a_wrong_image_scale_is_detected(load, name):
 def test_padding_at_the_end_is_detected(load, monkeypatch):
     parts, shape = load("1.5-5b-i2v"), ClipShape.parse("17x64x96")
 
-    def condition_at_the_end(image_latents, num_frames):
-        return torch.cat([image_latents.new_zeros(1, 1, *image_latents.shape[2:]), image_latents,
-                          image_latents.new_zeros(1, num_frames - 2, *image_latents.shape[2:])], dim=1)  # fmt: skip
+    def after_the_padding(*_):
+        return (Piece(range(1), place=1),)
 
     def pad_end(latents, _patch_size_t):
         return torch.cat([latents, latents[:, -1:]], dim=1)
 
-    monkeypatch.setattr(cogds.train.step, "image_condition", condition_at_the_end)
+    monkeypatch.setattr(cogds.train.step, "pieces_of", after_the_padding)
     assert differences(our_inputs(parts, shape)[0], pipeline_inputs(parts, shape)) == ["hidden_states"]
     monkeypatch.undo()
     monkeypatch.setattr(cogds.train.step, "pad_front", pad_end)

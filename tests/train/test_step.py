@@ -7,13 +7,14 @@ from diffusers.models.autoencoders.vae import DiagonalGaussianDistribution
 
 import cogds.train.step
 from cogds.config.schema import ConditioningConfig
+from cogds.core.condition_modes import MODES, ConditionSettings, condition_frames
 from cogds.core.conditioning import sample_moments
 from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape
 from cogds.core.rng import generator
 from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_vae
 from cogds.train.evaluation import _zero_inputs
-from cogds.train.step import Draws, StepBuilder, draw_dropouts, random_batch, to_device
+from cogds.train.step import Draws, StepBuilder, draw_dropouts, draw_modes, random_batch, to_device
 from tests.published_model import V15
 
 CAPTIONS = ["a red circle moves over a blue background", "two squares"]
@@ -64,6 +65,60 @@ def test_dropped_conditions(model):
     assert (image[1, 0] != 0).any()
     assert torch.equal(inputs["encoder_hidden_states"][0], batch["text_states"][0])
     assert torch.equal(inputs["encoder_hidden_states"][1], encoder.encode(""))
+
+
+@pytest.fixture(scope="module")
+def conditions(model):
+    """A builder for all modes without image noise, a batch with a sample for each, and the pixels of its clips."""
+    encoder, vae = TextEncoder(model, torch.float32, "cpu"), load_vae(model, torch.float32, "cpu")
+    shape = ClipShape.parse("17x64x64")
+    builder = make_builder(
+        model, encoder, vae, modes=dict.fromkeys(MODES, 1 / len(MODES)), keyframe_times=(0.5, 1.0),
+    )  # fmt: skip
+    builder.settings = ConditionSettings(2, (6, 16))
+    frames = condition_frames(MODES, shape.frames, model.geometry, builder.settings)
+    pixels = pixels_of(shape, len(MODES))
+    batch = {"first_frame": pixels[:, 0], "condition_frames": pixels[:, list(frames)]}
+    return builder, batch, pixels, shape
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_a_condition_is_what_the_vae_makes_of_its_pixels(conditions, monkeypatch, mode):
+    """Written out for 17 frames: 5 latent frames, and one of padding in front."""
+    monkeypatch.setattr(DiagonalGaussianDistribution, "sample", lambda self, _: self.mode())
+    builder, batch, pixels, shape = conditions
+    sample, num = MODES.index(mode), len(MODES)
+    draws = Draws(torch.zeros(num), torch.zeros(num, dtype=torch.bool), None, 0, 0, range(num), MODES)
+    condition = builder.condition(batch, shape, draws)[sample]
+
+    def latents(first, last):
+        video = (2 * pixels[sample, first : last + 1].float() / 255 - 1).transpose(0, 1)[None]
+        return builder.vae.encode(video).latent_dist.mode()[0].transpose(0, 1) / builder.vae.config.scaling_factor
+
+    expected = torch.zeros_like(condition)
+    with torch.no_grad():
+        if mode in ("first", "first_last"):
+            expected[0] = latents(0, 0)
+        if mode in ("last", "first_last", "keyframes"):
+            expected[5] = latents(16, 16)
+        if mode == "keyframes":
+            expected[3] = latents(6, 6)
+        if mode == "prefix":
+            expected[1:3] = latents(0, 4)
+            expected[0] = expected[1]
+        if mode == "suffix":
+            expected[4:6] = latents(12, 16)
+    torch.testing.assert_close(condition, expected, atol=1e-6, rtol=1e-5)
+    assert mode == "none" or condition.abs().sum() > 0
+
+
+def test_the_mode_of_a_sample_depends_on_its_slot_alone():
+    config = ConditioningConfig(modes={"first": 0.5, "prefix": 0.3, "none": 0.2})
+    together = draw_modes(config, 0, 3, range(6000))
+    assert together[4000:4010] == draw_modes(config, 0, 3, range(4000, 4010))
+    assert together != draw_modes(config, 0, 4, range(6000))
+    shares = {mode: together.count(mode) / 6000 for mode in config.modes}
+    assert shares == pytest.approx(config.modes, abs=0.02)
 
 
 def test_dropout_rates():

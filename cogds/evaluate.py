@@ -15,6 +15,7 @@ from cogds.encode.encoder import encode_dataset
 from cogds.encode.tiling import choose_tiling
 from cogds.errors import UserError, refuse_to_run
 from cogds.job import load_job
+from cogds.model.control import add_control
 from cogds.model.load import DTYPES, ModelFolder, load_transformer
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, load_adapter
@@ -44,6 +45,8 @@ def main(args: argparse.Namespace) -> None:
     loras = read_loras([args.lora] if args.lora else [], args.lora_alpha, "--lora-alpha")
     if loras and (convention := loras[0].metadata.get("image_latents")):
         changes["conditioning.image_latents"] = convention  # as the LoRA was trained
+    if loras and loras[0].control:
+        changes["conditioning.control"] = True  # as the LoRA was trained
     job = load_job(args, read_world(), changes=changes, evaluated_only=True)
     cfg, model, world = job.cfg, job.model, job.world
     check_all_fit(loras, model)
@@ -65,6 +68,8 @@ def main(args: argparse.Namespace) -> None:
         )
     logger.info("evaluating %s", evaluation)
     # Both with the inputs that the LoRA was trained with, so that the base is the LoRA before training.
+    if cfg.conditioning.control:
+        add_control(transformer, model.geometry.latent_channels)  # zero, until a LoRA is added
     losses = {"base": evaluate(evaluation, transformer, "base")}
     for lora in loras:
         add_lora(transformer, load_adapter(lora))

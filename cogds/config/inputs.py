@@ -15,6 +15,8 @@ def data_paths(cfg: RunConfig) -> dict[str, str]:
 
 
 def prompt_images(cfg: RunConfig) -> dict[str, str]:
-    """Images of the prompts that training makes videos of, by config key."""
-    prompts = cfg.sample.prompts if cfg.sample.every is not None else ()
-    return {f"sample.prompts[{index}].image": prompt.image for index, prompt in enumerate(prompts) if prompt.image}
+    """Images and control videos of the prompts that training makes videos of, by config key."""
+    files = {}
+    for index, prompt in enumerate(cfg.sample.prompts if cfg.sample.every is not None else ()):
+        files |= {f"sample.prompts[{index}].{name}": getattr(prompt, name) for name in ("image", "control")}
+    return {key: file for key, file in files.items() if file}

@@ -333,6 +333,7 @@ class PromptConfig(Section):
         None, "FRAMESxHEIGHTxWIDTH; null: the bucket that crops the image least, or without one the largest"
     )
     seed: int | None = key(None, "seed of the noise; null: sample.seed", ge=0, lt=2**63)
+    control: Text | None = key(None, "control video, with conditioning.control")
 
 
 class SampleConfig(Section):
@@ -402,6 +403,17 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
+        for index, prompt in enumerate(self.sample.prompts if self.sample.every is not None else ()):
+            if (prompt.control is not None) != self.conditioning.control:
+                problem, advice = (
+                    (
+                        "missing, but conditioning.control is true",
+                        "Pass a video, or use the clips: remove sample.prompts.",
+                    )
+                    if self.conditioning.control
+                    else ("set, but conditioning.control is false", "Remove it, or set conditioning.control=true.")
+                )
+                raise ValueError(f"sample.prompts[{index}].control: {problem}. {advice}")
         if self.trains_lora:
             for name in ("modules", "ema_decay"):
                 if getattr(self.full, name):

@@ -263,6 +263,7 @@ class MemoryModel:
     sequence_size: int = 1
     on_the_fly: OnTheFlyEncoding | None = None
     ema_on_gpu: bool = False
+    has_control: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -470,13 +471,15 @@ class MemoryModel:
         """Bytes per clip for text states, moments, and latents.
 
         In float32: the clean, noise, noisy, target and predicted latents and the difference. In the run's precision:
-        the moments (2), the transformer's inputs (latents, and in image-to-video image latents) and its output (1).
+        the moments (2), the transformer's inputs (latents, and in image-to-video image latents) and its output (1). Of a
+        control video: its latents in float32, and in the run's precision its moments (2), the input and its patches.
         """
         geometry, num_inputs = self.geometry, 2 if self.geometry.family.takes_image else 1
         height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
         latents = geometry.latent_channels * padded_latent_frames(shape.frames, geometry) * height * width
         text = geometry.text_tokens * self.transformer.text_dim
-        return latents * (6 * 4 + (2 + num_inputs + 1) * self.element_bytes) + text * self.element_bytes
+        control = latents * (4 + 4 * self.element_bytes) if self.has_control else 0
+        return latents * (6 * 4 + (2 + num_inputs + 1) * self.element_bytes) + text * self.element_bytes + control
 
     def _clip_encode_bytes(self, shape: ClipShape, batch_size: int, on_the_fly: OnTheFlyEncoding) -> int:
         """Bytes for encoding later clips while this one is trained, and for the encoded batches.
@@ -487,7 +490,7 @@ class MemoryModel:
             vae_encode_bytes(bucket, bucket in on_the_fly.tiled, self.vae, self.element_bytes)
             for bucket in {shape, *self.buckets}
         )
-        sample_bytes = cached_clip_bytes(shape, self.geometry, self.element_bytes)
+        sample_bytes = cached_clip_bytes(shape, self.geometry, self.element_bytes, self.has_control)
         sample_bytes += cached_caption_bytes(self.geometry, self.transformer.text_dim, self.element_bytes)
         return encode_bytes + on_the_fly.num_batches * batch_size * sample_bytes
 

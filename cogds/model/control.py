@@ -6,12 +6,16 @@ bitwise. It is trained beside the LoRA and stored in its file. Both diffusers' c
 take it.
 """
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
 from diffusers.models.embeddings import CogVideoXPatchEmbed
 from torch import nn
 from torch.nn import functional
+
+from cogds.core.conditioning import mean_latents, normalize_pixels
 
 CONTROL_WEIGHT = "patch_embed.control.weight"  # name in the transformer
 
@@ -20,7 +24,8 @@ class ControlEmbedding(nn.Module):
     """The projection of patches of control latents.
 
     weight: [D, C * patch_size_t * patch_size^2], in the order of further input channels of the patch embedding. scale:
-    factor of the output; 0 for the base model. A plain parameter, so that it is no target of a LoRA.
+    factor of the output; 0 for the base model. given: latents for callers that do not pass them (`given_control`). The
+    weight is a plain parameter, so that it is no target of a LoRA.
     """
 
     def __init__(self, weight: torch.Tensor, channels: int, patch: tuple[int, int]):
@@ -28,6 +33,7 @@ class ControlEmbedding(nn.Module):
         super().__init__()
         self.weight = nn.Parameter(weight)
         self.channels, self.patch, self.scale = channels, patch, 1.0
+        self.given: torch.Tensor | None = None
 
     def forward(self, latents: torch.Tensor) -> torch.Tensor:
         """latents: [B, F, C, H, W] -> [B, video tokens, D]."""
@@ -44,12 +50,22 @@ class ControlPatchEmbed(CogVideoXPatchEmbed):
     control: ControlEmbedding
 
     def forward(self, text_embeds: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
-        """As diffusers', with the channels of the control latents after the others: [B, F, C, H, W]."""
-        latents, control = image_embeds.split([image_embeds.shape[2] - self.control.channels, self.control.channels], 2)
+        """As diffusers', with the channels of the control latents after the others, unless they are given."""
+        if self.control.given is None:
+            num_extra = self.control.channels
+            latents, control = image_embeds.split([image_embeds.shape[2] - num_extra, num_extra], 2)
+        else:
+            latents = image_embeds
+            control = self.control.given.to(latents).expand(len(latents), -1, -1, -1, -1)
         embeds = super().forward(text_embeds, latents)
         video = self.control(control)
         text, rest = embeds.split([embeds.shape[1] - video.shape[1], video.shape[1]], 1)
         return torch.cat([text, rest + video], 1)
+
+
+def control_inputs(channels: int, patch_size_t: int | None, patch_size: int) -> int:
+    """Number of values of `channels` in a patch, which are inputs of the projection."""
+    return channels * (patch_size_t or 1) * patch_size**2
 
 
 def add_control(transformer: Any, channels: int, weight: torch.Tensor | None = None) -> nn.Parameter:
@@ -60,9 +76,10 @@ def add_control(transformer: Any, channels: int, weight: torch.Tensor | None = N
     embed, config = transformer.patch_embed, transformer.config
     patch = (config.patch_size_t or 1, config.patch_size)
     like = embed.text_proj.base_layer.weight if hasattr(embed.text_proj, "base_layer") else embed.text_proj.weight
-    num_inputs = channels * patch[0] * patch[1] ** 2
     if weight is None:
-        weight = torch.zeros(embed.embed_dim, num_inputs)  # float32 as the LoRA, until DeepSpeed converts both
+        weight = torch.zeros(
+            embed.embed_dim, control_inputs(channels, *patch)
+        )  # float32 as the LoRA, until DeepSpeed converts both
     else:
         weight = weight.to(like.dtype)
     controlled = ControlPatchEmbed.__new__(ControlPatchEmbed)
@@ -76,3 +93,38 @@ def control_of(transformer: Any) -> ControlEmbedding | None:
     """The transformer's control embedding, None without one."""
     embed = transformer.patch_embed
     return embed.control if isinstance(embed, ControlPatchEmbed) else None
+
+
+@contextmanager
+def given_control(transformer: Any, latents: torch.Tensor | None) -> Iterator[None]:
+    """Add control latents [1, F, C, H, W] to every call within the block, as for a pipeline, which passes none.
+
+    None for a transformer without a control embedding.
+    """
+    control = control_of(transformer)
+    if (control is None) != (latents is None):
+        raise ValueError("Pass control latents for a transformer with a control embedding, and only for one.")
+    if control is None:
+        yield
+        return
+    control.given = latents
+    try:
+        yield
+    finally:
+        control.given = None
+
+
+@torch.no_grad()
+def encode_control(vae: Any, pixels: torch.Tensor, patch_size_t: int | None, *, tiled: bool = False) -> torch.Tensor:
+    """Encode a control video, uint8 [F, H, W, 3], to the mean of its latents [1, F, C, H, W], scaled and padded.
+
+    The mean needs no random numbers, so that a video has the same noise with any control.
+    """
+    before = vae.use_tiling
+    (vae.enable_tiling if tiled else vae.disable_tiling)()
+    try:
+        video = normalize_pixels(pixels.to(vae.device), vae.dtype).permute(3, 0, 1, 2)[None]
+        moments = vae.encode(video).latent_dist.parameters
+    finally:
+        vae.use_tiling = before
+    return mean_latents(moments, vae.config.scaling_factor, patch_size_t)

@@ -308,7 +308,8 @@ def make_report(clips: ClipTable, setup: TrainingSetup, captions: Captions) -> R
                 upscaled_share=float(sums["upscaled"][index] / max(1, num_clips)),
                 unused_share=float(sums["unused"][index] / max(1, num_clips)),
                 cache_bytes=(
-                    int(sums["samples"][index]) * cached_clip_bytes(shape, setup.geometry, element_bytes)
+                    int(sums["samples"][index])
+                    * cached_clip_bytes(shape, setup.geometry, element_bytes, memory.has_control)
                     if setup.is_cached
                     else 0
                 ),

@@ -20,7 +20,7 @@ import torch
 
 from cogds.config.deepspeed import zero_stage
 from cogds.config.schema import PromptConfig
-from cogds.core.conditioning import transformer_inputs, with_control
+from cogds.core.conditioning import mean_latents, transformer_inputs, with_control
 from cogds.core.geometry import ClipShape, num_tokens, padded_latent_frames
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
@@ -35,6 +35,7 @@ from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.formatting import counted
 from cogds.job import open_cache
+from cogds.model.control import control_of, encode_control, given_control
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import (
     Conditions,
@@ -55,7 +56,7 @@ from cogds.train.summary import labeled
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.lockstep import LockstepTransformer, Stopped
 from cogds.videos.sample_folder import BASE, Prompt, write_prompts
-from cogds.videos.sample_spec import SampleSpec, load_first_frame
+from cogds.videos.sample_spec import SampleSpec, load_first_frame, read_control
 
 logger = logging.getLogger(__name__)
 
@@ -69,7 +70,7 @@ def make_sample_callback(context: TrainContext) -> "SampleCallback | None":
     run = context.run
     if run.cfg.sample.every is None:
         return None
-    specs = on_rank0(run.world, lambda: _find_specs(run))
+    specs = on_rank0(run.world, lambda: _find_specs(run, context.builder))
     if not specs:
         return None
     callback = SampleCallback(context, specs, run.cfg.sample.every)
@@ -226,7 +227,8 @@ class SampleCallback:
             try:
                 denoising = Denoising(sample.num_steps, sample.guidance, run.data.empty_caption_states)
                 conditions = Conditions(spec.pixels)
-                latents = sample_latents(self._pipeline, conditions, spec.states, spec.shape, spec.seed, denoising)
+                with given_control(self._engine.module, spec.control):
+                    latents = sample_latents(self._pipeline, conditions, spec.states, spec.shape, spec.seed, denoising)
             except Stopped:
                 raise
             except Exception as error:
@@ -323,7 +325,7 @@ def compare_videos(videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.nda
     return make_grid(list(zip(*columns)))[0], make_grid([[cell] for cell in cells] if width > height else [cells])
 
 
-def _find_specs(run: Run) -> dict[str, SampleSpec]:
+def _find_specs(run: Run, builder: StepBuilder) -> dict[str, SampleSpec]:
     """Return the videos to make by file stem. What cannot be made is left out with a warning."""
     sample, specs = run.cfg.sample, []
     try:
@@ -334,7 +336,7 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
                 try:
                     key = keys.caption(prompt.prompt).hex()
                     states = cache.read("captions", key, snapshot.place(key) or "")["text_states"]
-                    specs.append(_spec_of_prompt(run, number, prompt, states))
+                    specs.append(_spec_of_prompt(run, number, prompt, states, builder))
                 except Exception as error:
                     log_failure(
                         logger, f"sample.prompts[{number}]: '{prompt.prompt}' is left out: {brief(error)}", error
@@ -348,12 +350,19 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
     return {spec.file_stem(sample.num_steps, sample.guidance): spec for spec in specs}
 
 
-def _spec_of_prompt(run: Run, number: int, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
+def _spec_of_prompt(
+    run: Run, number: int, prompt: PromptConfig, states: torch.Tensor, builder: StepBuilder
+) -> SampleSpec:
     """Raises UserError if the image or the size is not usable."""
     size_key = f"sample.prompts[{number}].size"
     shape, pixels = load_first_frame(prompt.image, prompt.size, run.buckets, run.model.geometry, size_key)
     seed = run.cfg.sample.seed if prompt.seed is None else prompt.seed
-    return SampleSpec(prompt.prompt, shape, seed, pixels, states)
+    control = None
+    if prompt.control:
+        frames = read_control(prompt.control, shape, run.cfg.data.fps, f"sample.prompts[{number}].control")
+        patch_size_t, tiled = run.model.geometry.patch_size_t, shape in run.job.tiled
+        control = encode_control(builder.vae, torch.from_numpy(frames), patch_size_t, tiled=tiled).cpu()
+    return SampleSpec(prompt.prompt, shape, seed, pixels, states, control)
 
 
 def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
@@ -371,7 +380,12 @@ def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
             encoded, pixels = read_encoded(cache, clip), None
             if run.model.family.takes_image:
                 pixels = encoded["first_frame"].permute(1, 2, 0).contiguous().numpy()
-            specs.append(SampleSpec(clip.captions[0].text, clip.shape, sample.seed, pixels, encoded["text_states"]))
+            control, states = None, encoded["text_states"]
+            if run.cfg.conditioning.control:
+                geometry = run.model.geometry
+                moments, scale = encoded["control_moments"][None], geometry.family.scaling_factor
+                control = mean_latents(moments, scale, geometry.patch_size_t)
+            specs.append(SampleSpec(clip.captions[0].text, clip.shape, sample.seed, pixels, states, control))
         except Exception as error:
             log_failure(logger, f"{display_name(clip.path)}: no video will be made of it: {brief(error)}", error)
     return specs
@@ -414,11 +428,16 @@ def _sampling_mode(transformer: Any, builder: StepBuilder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lora_disabled(transformer: Any) -> Iterator[None]:
+    control = control_of(transformer)
     transformer.disable_adapters()
+    if control is not None:
+        control.scale = 0.0
     try:
         yield
     finally:
         transformer.enable_adapters()
+        if control is not None:
+            control.scale = 1.0
 
 
 def _encode_mp4(frames: np.ndarray, fps: float) -> bytes:

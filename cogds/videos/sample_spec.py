@@ -22,7 +22,7 @@ class SampleSpec:
     """The inputs of one generated video.
 
     pixels: the first frame, uint8 [H, W, 3]; None in text-to-video. states: T5 states of the prompt, [text_tokens,
-    dim].
+    dim]. control: latents of the control video, [1, F, C, H, W], scaled and padded; None without one.
     """
 
     prompt: str
@@ -30,6 +30,7 @@ class SampleSpec:
     seed: int
     pixels: np.ndarray | None
     states: torch.Tensor
+    control: torch.Tensor | None = None
 
     def file_stem(self, num_steps: int, guidance: float) -> str:
         """Return the prompt's first words and a digest of all inputs except the weights.
@@ -38,6 +39,7 @@ class SampleSpec:
         """
         inputs = repr((self.prompt, str(self.shape), self.seed, num_steps, guidance)).encode()
         inputs += b"" if self.pixels is None else self.pixels.tobytes()
+        inputs += b"" if self.control is None else self.control.float().cpu().numpy().tobytes()
         return f"{slug(self.prompt)}-{hashlib.blake2b(inputs, digest_size=4).hexdigest()}"
 
 
@@ -70,6 +72,14 @@ def load_first_frame(
         return shape, read_image(image, shape.height, shape.width)
     except (DecodeError, OSError) as error:
         raise UserError(f"{image}: {error}. Choose another image.") from None
+
+
+def read_control(file: str, shape: ClipShape, fps: float, key: str) -> np.ndarray:
+    """Read the beginning of a control video: uint8 [F, H, W, 3]. Raises UserError, naming the key or flag."""
+    try:
+        return read_clip(file, shape, fps)
+    except (DecodeError, OSError) as error:
+        raise UserError(f"{key}: {file}: {error}. Choose another video.") from None
 
 
 def check_prompts(sample: SampleConfig, buckets: Sequence[ClipShape], geometry: ModelGeometry) -> None:

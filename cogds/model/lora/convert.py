@@ -25,6 +25,7 @@ from safetensors.torch import save_file
 
 from cogds.errors import UserError
 from cogds.files import apply_umask
+from cogds.model.control import control_inputs
 from cogds.model.load import ModelFolder, empty_transformer
 from cogds.model.lora.file import ALPHA_IN_WEIGHTS, CONTROL_KEY, OWN_METADATA_KEY, LoraFile, open_safetensors
 from cogds.model.lora.formats import COMFYUI_PREFIX, DIFFUSERS_PREFIX, comfyui_name
@@ -189,7 +190,7 @@ def refuse_control(has_control: bool, kind: str) -> None:
 def check_control_fits(file: LoraFile, model: ModelFolder) -> None:
     """Raise UserError if the extra input channels of a LoRA were trained on a model of another size."""
     geometry = model.geometry
-    inputs = geometry.latent_channels * (geometry.patch_size_t or 1) * geometry.patch_size**2
+    inputs = control_inputs(geometry.latent_channels, geometry.patch_size_t, geometry.patch_size)
     if file.control not in (None, (model.hidden_size, inputs)):
         raise UserError(
             f"{file.path}: does not fit {model.path}: its weight for a control video is {file.control[0]}x"

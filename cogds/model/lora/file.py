@@ -286,6 +286,7 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "trigger_words": _are_texts,
     "instance_prompt": _is_text,
     "example_prompt": _is_text,
+    "control": lambda value: isinstance(value, bool),
     "exported_scale": _is_number,
     "comfyui_strength": _is_positive,
 }

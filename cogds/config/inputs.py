@@ -16,7 +16,7 @@ def data_paths(cfg: RunConfig) -> dict[str, str]:
 
 def prompt_images(cfg: RunConfig) -> dict[str, str]:
     """Images and control videos of the prompts that training makes videos of, by config key."""
-    files = {}
+    files: dict[str, str | None] = {}
     for index, prompt in enumerate(cfg.sample.prompts if cfg.sample.every is not None else ()):
         files |= {f"sample.prompts[{index}].{name}": getattr(prompt, name) for name in ("image", "control")}
     return {key: file for key, file in files.items() if file}

@@ -205,8 +205,8 @@ def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -
     imported = imported if is_ours else [pipeline, *imported]
     factor = 1.0 if kind in ("merged", FULL) or not has_image else metadata.get("image_latent_factor", 1.0)
     lines = [
-        f"# pip install {'cogds ' * is_ours}'diffusers>=0.34' transformers accelerate peft sentencepiece protobuf imageio "
-        "imageio-ffmpeg",
+        f"# pip install {'cogds ' * is_ours}'diffusers>=0.34' transformers accelerate peft sentencepiece protobuf "
+        "imageio imageio-ffmpeg",
         "import torch",
         *([f"from cogds.model.conditioned_pipeline import {OUR_PIPELINE}"] if is_ours else []),
         *([f"from diffusers import {', '.join(imported)}"] if imported else []),

@@ -472,7 +472,7 @@ class MemoryModel:
 
         In float32: the clean, noise, noisy, target and predicted latents and the difference. In the run's precision:
         the moments (2), the transformer's inputs (latents, and in image-to-video image latents) and its output (1).
-        Of a control video: its latents in float32, and in the run's precision its moments (2), the input and its patches.
+        Of a control video: its latents in float32; in the run's precision its moments (2), the input and its patches.
         """
         geometry, num_inputs = self.geometry, 2 if self.geometry.family.takes_image else 1
         height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial

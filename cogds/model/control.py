@@ -48,12 +48,14 @@ class ControlPatchEmbed(CogVideoXPatchEmbed):
     """diffusers' patch embedding with a `ControlEmbedding`. A subclass, so that its weights keep their names."""
 
     control: ControlEmbedding
+    in_channels: int  # without those of the control latents
 
     def forward(self, text_embeds: torch.Tensor, image_embeds: torch.Tensor) -> torch.Tensor:
         """As diffusers', with the channels of the control latents after the others, unless they are given."""
         if self.control.given is None:
-            num_extra = self.control.channels
-            latents, control = image_embeds.split([image_embeds.shape[2] - num_extra, num_extra], 2)
+            if image_embeds.shape[2] != self.in_channels + self.control.channels:
+                raise ValueError("The LoRA was trained with control videos, but there is none. Pass `control_video`.")
+            latents, control = image_embeds.split([self.in_channels, self.control.channels], 2)
         else:
             latents = image_embeds
             control = self.control.given.to(latents).expand(len(latents), -1, -1, -1, -1)
@@ -85,6 +87,7 @@ def add_control(transformer: Any, channels: int, weight: torch.Tensor | None = N
     controlled = ControlPatchEmbed.__new__(ControlPatchEmbed)
     controlled.__dict__ = embed.__dict__
     controlled.control = ControlEmbedding(weight.to(like.device), channels, patch)
+    controlled.in_channels = config.in_channels
     transformer.patch_embed = controlled
     return controlled.control.weight
 

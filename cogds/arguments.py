@@ -388,6 +388,7 @@ def _sample(parser: argparse.ArgumentParser) -> None:
         metavar=("SECONDS", "FILE"),
         help="image of the frame at a time; repeatable",
     )
+    add("--control", metavar="FILE", help="control video, for a LoRA that was trained with them; for all prompts")
     add("--loop", action="store_true", help="end at the first frame, and write all but that, to repeat seamlessly")
     add(
         "--segments",

@@ -16,6 +16,7 @@ from cogds.encode.encoder import encode_dataset
 from cogds.encode.tiling import choose_tiling
 from cogds.errors import UserError, refuse_to_run
 from cogds.job import load_job
+from cogds.model.control import add_control
 from cogds.model.load import DTYPES, ModelFolder, load_transformer
 from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, load_adapter
@@ -54,6 +55,8 @@ def main(args: argparse.Namespace) -> None:
             "conditioning.context_s": None,
             "conditioning.keyframe_times": times,
         }
+    if loras and loras[0].control:
+        changes["conditioning.control"] = True  # as the LoRA was trained
     job = load_job(args, read_world(), changes=changes, evaluated_only=True)
     cfg, model, world = job.cfg, job.model, job.world
     check_all_fit(loras, model)
@@ -75,6 +78,8 @@ def main(args: argparse.Namespace) -> None:
         )
     logger.info("evaluating %s", evaluation)
     # Both with the inputs that the LoRA was trained with, so that the base is the LoRA before training.
+    if cfg.conditioning.control:
+        add_control(transformer, model.geometry.latent_channels)  # zero, until a LoRA is added
     losses = {"base": evaluate(evaluation, transformer, "base")}
     for lora in loras:
         add_lora(transformer, load_adapter(lora))

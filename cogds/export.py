@@ -33,6 +33,7 @@ from cogds.model.lora.convert import (
     check_all_fit,
     check_scale,
     load_adapter,
+    refuse_control,
     save_comfyui,
     save_comfyui_wrapper,
     save_diffusers,
@@ -116,6 +117,7 @@ def main(args: argparse.Namespace, api: Any = None) -> None:
         logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))
     if args.push_to:
         loras = [replace(lora, file=replace(lora.file, metadata=shareable(lora.file.metadata))) for lora in loras]
+    refuse_control(args.to != "diffusers" and any(lora.file.control for lora in loras), args.to)
     metadata = export_metadata(loras, model)
     if args.push_to:
         metadata = shareable(metadata)

@@ -40,6 +40,7 @@ from cogds.data.cache.store import Cache
 from cogds.distributed.world import World
 from cogds.errors import UserError, did_you_mean
 from cogds.files import check_creatable, make_folders
+from cogds.model.control import control_inputs
 from cogds.model.load import DTYPES, ModelFolder, empty_transformer, find_model
 from cogds.model.lora.adapter import resolve_targets
 from cogds.model.trained_weights import match_weights
@@ -117,6 +118,7 @@ class Job:
             quantization=cfg.model.quantization,
             fp8_matmul=cfg.model.fp8_matmul,
             sequence_size=cfg.parallel.sequence_size,
+            has_control=cfg.conditioning.control,
             ema_on_gpu=cfg.full.ema_decay is not None and cfg.full.ema_device == "gpu",
             # One more batch is being encoded.
             on_the_fly=OnTheFlyEncoding(self.model.num_text_parameters, self.tiled, BATCHES_AHEAD + 1)
@@ -132,6 +134,11 @@ class Job:
             return TrainedSize.from_targets(self.targets, sum(weights[name].numel() for name in self.targets), rank=0)
         layers, rank = dict(transformer.named_modules()), self.cfg.lora.rank
         num_lora = sum(rank * (layers[name].in_features + layers[name].out_features) for name in self.targets)
+        if self.cfg.conditioning.control:
+            geometry = self.model.geometry
+            num_lora += self.model.hidden_size * control_inputs(
+                geometry.latent_channels, geometry.patch_size_t, geometry.patch_size
+            )
         return TrainedSize.from_targets(self.targets, num_lora, rank)
 
     def plan(self, mixture: Mixture) -> Plan:

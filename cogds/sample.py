@@ -16,9 +16,11 @@ from PIL import Image
 
 from cogds.core.condition_modes import pixel_frames
 from cogds.core.geometry import ClipShape
+from cogds.core.vae_memory import needs_tiles
 from cogds.data.video.media import write_video
 from cogds.errors import UserError, refuse_to_run
 from cogds.files import make_folders, whole_file
+from cogds.model.control import control_of, encode_control, given_control
 from cogds.model.cudnn import check_cudnn
 from cogds.model.full_export import trained_metadata
 from cogds.model.load import DTYPES, ModelFolder, TextEncoder, find_model
@@ -40,7 +42,7 @@ from cogds.process.progress import progress_bar
 from cogds.videos.conditions import ConditionFiles, context_latents, modes_of, read_conditions, untrained_warning
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.prompts import PromptSpec, read_prompt_specs
-from cogds.videos.sample_spec import load_first_frame, slug
+from cogds.videos.sample_spec import load_first_frame, read_control, slug
 
 logger = logging.getLogger(__name__)
 
@@ -56,6 +58,7 @@ class SampleJob:
     Attributes:
         segments: clips of each video; each continues the last `context` frames of the one before.
         loop: whether the last frame repeats the first, so that it is not written.
+        control: the control video, uint8 [F, H, W, 3].
     """
 
     prompt: PromptSpec
@@ -66,6 +69,7 @@ class SampleJob:
     segments: int = 1
     context: int = 0
     loop: bool = False
+    control: np.ndarray | None = None
 
     @property
     def num_videos(self) -> int:
@@ -157,13 +161,16 @@ def main(args: argparse.Namespace) -> None:
     denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT], on_step)
     for number, job in enumerate(jobs, 1):
         rows: list[list[tuple[str, np.ndarray]]] = []
+        control = encode_job_control(pipeline, job, model)
         for seed in job.seeds:
             rows.append([])
             for scale in job.scales:
                 if loras:
                     names = [f"lora{index}" for index in range(len(loras))]
                     pipeline.set_adapters(names, [scale * lora.weight for lora in loras])
-                frames = make_video(pipeline, job, states[job.prompt.prompt], seed, denoising)
+                    set_control_scale(pipeline.transformer, loras, scale)
+                with given_control(pipeline.transformer, control):
+                    frames = make_video(pipeline, job, states[job.prompt.prompt], seed, denoising)
                 text = label(seed, scale, bool(loras))
                 _write(output.video(job, number, text), frames, fps)
                 if not is_single:
@@ -171,6 +178,39 @@ def main(args: argparse.Namespace) -> None:
         if job.num_videos > 1:
             _write_grid(output.grid(job, number), rows, fps)
     bar.close()
+
+
+def set_control_scale(transformer: Any, loras: Sequence[WeightedLora], scale: float) -> None:
+    """Give the control embedding the strength of its LoRA. scale: of all LoRAs."""
+    for lora in loras:
+        if lora.file.control and (control := control_of(transformer)) is not None:
+            control.scale = scale * lora.weight
+
+
+def check_control(control: str | None, loras: Sequence[WeightedLora], num_segments: int) -> None:
+    """Raise UserError if a control video is missing, or cannot be used."""
+    trained = [lora.file.path for lora in loras if lora.file.control]
+    if trained and control is None:
+        raise UserError(f"--control: missing, and {trained[0]} was trained with control videos. Pass a video.")
+    if control is not None and not trained:
+        raise UserError("--control: no LoRA was trained with control videos. Leave it out, or pass such a LoRA.")
+    if len(trained) > 1:
+        raise UserError(
+            f"--control: {trained[0]} and {trained[1]} were both trained with control videos. Pass one of them."
+        )
+    if control is not None and num_segments > 1:
+        raise UserError(
+            "--control: --segments is also given, but a control video is of one clip. Leave one of them out."
+        )
+
+
+def encode_job_control(pipeline: Any, job: SampleJob, model: ModelFolder) -> torch.Tensor | None:
+    """Encode the control video of a job, in tiles if training would have."""
+    if job.control is None:
+        return None
+    with activity("encoding the control video"):
+        tiled = needs_tiles(job.shape, model.vae_size)
+        return encode_control(pipeline.vae, torch.from_numpy(job.control), model.geometry.patch_size_t, tiled=tiled)
 
 
 def make_video(pipeline: Any, job: SampleJob, states: torch.Tensor, seed: int, denoising: Denoising) -> torch.Tensor:
@@ -195,6 +235,7 @@ def plan_jobs(
     recorded = recorded_value(loras, "buckets", [])
     buckets = [ClipShape.parse(text) for text in recorded] or [model.geometry.trained_size]
     scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
+    check_control(args.control, loras, args.segments)
     flags = condition_files(args, model)
     trained_context = recorded_value(loras, "context_latents", None)
     context = context_latents(args.context, trained_context, fps, model.geometry)
@@ -220,7 +261,9 @@ def plan_jobs(
         conditions = read_conditions(image, files, context, shape, fps, model.geometry)
         seeds = [prompt.seed] if prompt.seed is not None else list(dict.fromkeys(args.seed))
         num_context = pixel_frames(context, model.geometry)
-        jobs.append(SampleJob(prompt, shape, conditions, seeds, scales, files.segments, num_context, files.loop))
+        control = read_control(args.control, shape, fps, "--control") if args.control else None
+        segments, loop = files.segments, files.loop
+        jobs.append(SampleJob(prompt, shape, conditions, seeds, scales, segments, num_context, loop, control))
     return jobs
 
 

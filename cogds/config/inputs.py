@@ -20,6 +20,6 @@ def prompt_files(cfg: RunConfig) -> dict[str, str]:
     return {
         f"sample.prompts[{index}].{name}": file
         for index, prompt in enumerate(prompts)
-        for name in ("image", "last_image", "video")
+        for name in ("image", "last_image", "video", "control")
         if (file := getattr(prompt, name))
     }

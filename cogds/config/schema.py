@@ -33,7 +33,9 @@ Attention = Literal["auto", "torch", "flash", "cudnn", "efficient", "flash3", "f
 Checkpointing = Literal["auto", "none", "selective", "full", "full+offload"]
 Method = Literal["lora", "full"]
 Quantization = Literal["none", "int8", "fp8", "nf4"]
-Column = Literal["path", "caption", "captions", "kind", "image", "start_s", "end_s", "spans", "motion", "duplicate_of"]
+Column = Literal[
+    "path", "caption", "captions", "kind", "image", "control", "start_s", "end_s", "spans", "motion", "duplicate_of"
+]  # fmt: skip
 
 ATTENTION_KERNELS: tuple[str, ...] = get_args(Attention)[1:]
 CHECKPOINTING_MODES: tuple[str, ...] = get_args(Checkpointing)[1:]  # from the least recomputed to the most
@@ -211,6 +213,7 @@ class ConditioningConfig(Section):
     context_latents: int = key(2, "length of the video that prefix and suffix condition on [latent frames]", ge=2)
     context_s: float | None = key(None, "length of that video; null: context_latents [s]", gt=0)
     keyframe_times: tuple[Time, ...] = key((), "times of the images that keyframes conditions on [s]")
+    control: bool = key(False, "extra input channels for a control video of each clip (column control)")
 
     @model_validator(mode="after")
     def _check(self) -> Self:
@@ -333,6 +336,7 @@ class PromptConfig(Section):
         None, "FRAMESxHEIGHTxWIDTH; null: the bucket that crops the image least, or without one the largest"
     )
     seed: int | None = key(None, "seed of the noise; null: sample.seed", ge=0, lt=2**63)
+    control: Text | None = key(None, "control video, with conditioning.control")
 
 
 class SampleConfig(Section):
@@ -402,6 +406,17 @@ class RunConfig(Section):
 
     @model_validator(mode="after")
     def _check_method(self) -> Self:
+        for index, prompt in enumerate(self.sample.prompts if self.sample.every is not None else ()):
+            if (prompt.control is not None) != self.conditioning.control:
+                problem, advice = (
+                    (
+                        "missing, but conditioning.control is true",
+                        "Pass a video, or use the clips: remove sample.prompts.",
+                    )
+                    if self.conditioning.control
+                    else ("set, but conditioning.control is false", "Remove it, or set conditioning.control=true.")
+                )
+                raise ValueError(f"sample.prompts[{index}].control: {problem}. {advice}")
         if self.trains_lora:
             for name in ("modules", "ema_decay"):
                 if getattr(self.full, name):
@@ -409,6 +424,11 @@ class RunConfig(Section):
                         f"full.{name}: set, but train.method is lora. Set train.method=full, or remove it."
                     )
             return self
+        if self.conditioning.control:
+            raise ValueError(
+                "conditioning.control: not with train.method=full, because diffusers cannot load a model with more "
+                "input channels. Set train.method=lora, or remove it."
+            )
         if self.lora.init_from:
             raise ValueError(
                 "lora.init_from: not with train.method=full, which trains no LoRA. Merge the LoRA into a model with "

@@ -134,3 +134,15 @@ def transformer_inputs(
     if geometry.family.takes_image:  # the text-to-video pipeline does not pass this argument
         inputs["ofs"] = text_states.new_full((1,), fill_value=OFS_VALUE) if geometry.family.has_ofs else None
     return inputs
+
+
+def mean_latents(moments: torch.Tensor, scaling_factor: float, patch_size_t: int | None) -> torch.Tensor:
+    """Return the mean of moments [B, 2C, F, H, W] as scaled and padded latents, float32 [B, F, C, H, W]."""
+    mean = moments.float().chunk(2, dim=1)[0].transpose(1, 2)
+    return pad_front(scaling_factor * mean, patch_size_t)
+
+
+def with_control(inputs: dict[str, Any], control: torch.Tensor) -> dict[str, Any]:
+    """Append the latents of a control video to the transformer's input channels. control: [B, F, C, H, W], padded."""
+    hidden = inputs["hidden_states"]
+    return {**inputs, "hidden_states": torch.cat([hidden, control.to(hidden.dtype)], dim=2)}

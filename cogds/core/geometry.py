@@ -173,15 +173,21 @@ def check_shape(shape: ClipShape, geometry: ModelGeometry, key: str = "data.buck
 
 
 def cached_clip_bytes(
-    shape: ClipShape, geometry: ModelGeometry, element_bytes: int, num_condition_frames: int = 0
+    shape: ClipShape,
+    geometry: ModelGeometry,
+    element_bytes: int,
+    num_condition_frames: int = 0,
+    has_control: bool = False,
 ) -> int:
     """Bytes of an encoded clip without headers: moments [2C, F, h, w] and the first frame, uint8 [3, H, W].
 
-    num_condition_frames: further frames in pixels, for condition modes.
+    num_condition_frames: further frames in pixels, for condition modes. has_control: whether there are moments of a
+    control video, too.
     """
     height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
     moments = 2 * geometry.latent_channels * latent_frames(shape.frames, geometry) * height * width
-    return moments * element_bytes + (1 + num_condition_frames) * 3 * shape.height * shape.width
+    pixels = (1 + num_condition_frames) * 3 * shape.height * shape.width
+    return moments * element_bytes * (2 if has_control else 1) + pixels
 
 
 def cached_caption_bytes(geometry: ModelGeometry, text_dim: int, element_bytes: int) -> int:

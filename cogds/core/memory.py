@@ -268,6 +268,7 @@ class MemoryModel:
     ema_on_gpu: bool = False
     modes: tuple[Mode, ...] = DEFAULT_MODES
     condition: ConditionSettings = dataclasses.field(default_factory=ConditionSettings)
+    has_control: bool = False
 
     @property
     def element_bytes(self) -> int:
@@ -473,16 +474,19 @@ class MemoryModel:
 
         In float32: the clean, noise, noisy, target and predicted latents and the difference. In the run's precision:
         the moments (2), the transformer's inputs (latents, and in image-to-video image latents) and its output (1).
+        Of a control video: its latents in float32; in the run's precision its moments (2), the input and its patches.
         """
         geometry, num_inputs = self.geometry, 2 if self.geometry.family.takes_image else 1
         height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
         latents = geometry.latent_channels * padded_latent_frames(shape.frames, geometry) * height * width
         text = geometry.text_tokens * self.transformer.text_dim
-        return latents * (6 * 4 + (2 + num_inputs + 1) * self.element_bytes) + text * self.element_bytes
+        control = latents * (4 + 4 * self.element_bytes) if self.has_control else 0
+        return latents * (6 * 4 + (2 + num_inputs + 1) * self.element_bytes) + text * self.element_bytes + control
 
     def cached_clip_bytes(self, shape: ClipShape) -> int:
         """Bytes of an encoded clip with the frames that the condition modes need."""
-        return cached_clip_bytes(shape, self.geometry, self.element_bytes, self._num_condition_frames(shape))
+        num_frames = self._num_condition_frames(shape)
+        return cached_clip_bytes(shape, self.geometry, self.element_bytes, num_frames, self.has_control)
 
     def _num_condition_frames(self, shape: ClipShape) -> int:
         return len(condition_frames(self.modes, shape.frames, self.geometry, self.condition))

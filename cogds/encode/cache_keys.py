@@ -16,6 +16,7 @@ from cogds.encode.clip_set import ClipSet
 from cogds.model.cudnn import cudnn_version
 from cogds.model.load import ModelFolder
 
+_DIGESTED = ("kind", "digest", "image_digest", "control_digest")
 CLIPS_AT_ONCE = 1 << 17  # bounds the memory for Python objects
 
 
@@ -53,14 +54,16 @@ class CacheKeys:
         keys = bytearray()
         for start in range(0, clips.num_clips, CLIPS_AT_ONCE):
             chunk = slice(start, start + CLIPS_AT_ONCE)
-            for bucket, start_s, is_mirrored, kind, digest, image_digest in zip(
+            for bucket, start_s, is_mirrored, kind, digest, image_digest, control_digest in zip(
                 clips.assignment.buckets[chunk].tolist(),
                 clips.assignment.starts_s[chunk].tolist(),
                 clips.assignment.mirrored[chunk].tolist(),
-                *(clips.column(name, chunk).to_pylist() for name in ("kind", "digest", "image_digest")),
+                *(clips.column(name, chunk).to_pylist() for name in _DIGESTED),
             ):
                 clip = struct.pack("<d", start_s) + kind.encode() + digest + (image_digest or b"")
-                keys += _digest(prefixes[bucket] + clip + (b"mirrored" if is_mirrored else b""))
+                clip += b"mirrored" if is_mirrored else b""
+                clip += b"control" + control_digest if control_digest else b""  # no change to keys without a control
+                keys += _digest(prefixes[bucket] + clip)
         return key_array_of_bytes(keys)
 
     def _clip_prefix(self, shape: ClipShape) -> bytes:

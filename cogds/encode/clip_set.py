@@ -36,6 +36,7 @@ NUM_EXAMPLES = 5
 # Clips to evaluate are chosen from about this many of each bucket (or eval.num_clips, if that is more), evenly spaced,
 # because each candidate costs a hash.
 MAX_CANDIDATES = 1 << 16
+_CONTROL_MISSING = "control video missing: add NAME.control.mp4 beside NAME.mp4, or fill in its column control"
 # Words by which a caption names a side, which its mirror image would contradict.
 SIDES = r"\b(left|right|leftwards?|rightwards?|(counter|anti)?-?clockwise)\b|[左右]"
 
@@ -88,6 +89,7 @@ class ClipSet:
         held_out: the clips of the same manifest that are only evaluated; None if there are none.
         held_out_limit: the largest hash of a held-out file (`core.held_out`); None if there are none.
         skipped: what the listing of the datasets skipped: reason -> number.
+        has_controls: whether every clip has a control video.
     """
 
     table: pa.Table
@@ -101,6 +103,7 @@ class ClipSet:
     held_out: "ClipSet | None" = None
     held_out_limit: int | None = None
     skipped: Mapping[str, int] = field(default_factory=dict)
+    has_controls: bool = False
 
     @property
     def num_clips(self) -> int:
@@ -238,8 +241,8 @@ def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]
 
     limit: `held_out_limit` of the run that is resumed, so that no trained file is held out, nor the reverse.
     """
-    table = read_manifest(manifest)
-    large = dict.fromkeys(("path", "caption", "image_path"), pa.large_string())
+    table = _with_controls(read_manifest(manifest), cfg.conditioning.control)
+    large = dict.fromkeys(("path", "caption", "image_path", "control_path"), pa.large_string())
     large["more_captions"] = pa.large_list(pa.large_string())
     for name, kind in large.items():  # a column of plain strings holds at most 2 GB
         table = table.set_column(table.column_names.index(name), name, table.column(name).cast(kind))
@@ -257,6 +260,7 @@ def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]
         reasons=too_short_reasons(assignment, table, buckets, cfg.data.fps),
         roots=tuple(map(_root, sets)),
         skipped=read_skipped(manifest),
+        has_controls=cfg.conditioning.control,
     )
     if cfg.eval.held_out:
         hashes = _name_hashes(table, clips.roots)[assignment.rows]
@@ -271,6 +275,21 @@ def load_clip_set(cfg: RunConfig, manifest: Path, buckets: tuple[ClipShape, ...]
     if cfg.data.mirror and clips.num_clips:
         clips = clips.with_mirror_images()
     return replace(clips, repeats=_repeats(cfg, clips))
+
+
+def _with_controls(table: pa.Table, is_used: bool) -> pa.Table:
+    """The manifest without control videos, or if they are used, with the clips that lack one as unusable."""
+    if not is_used:
+        for name in ("control_path", "control_digest"):
+            empty = pa.nulls(len(table), table.schema.field(name).type)
+            table = table.set_column(table.column_names.index(name), name, empty)
+        return table
+    missing = pc.if_else(pc.is_null(table.column("control_path")), _CONTROL_MISSING, None)
+    reason = pc.coalesce(table.column("reason"), table.column("control_reason"), missing)
+    columns = {"reason": reason, "status": pc.if_else(pc.is_null(reason), "ok", "unusable")}
+    for name, values in columns.items():
+        table = table.set_column(table.column_names.index(name), name, values)
+    return table
 
 
 def _starts(lengths: np.ndarray) -> np.ndarray:

@@ -100,6 +100,9 @@ def _finish(plan: EncodingPlan, failures: Mapping[bytes, str], max_unusable: flo
     return data
 
 
+_FILE_COLUMNS = ("path", "kind", "image_path", "start_s", "mirrored", "control_path")  # fields of a DecodeTask
+
+
 class _RankEncoder:
     """Encodes one rank's share of the work into the cache."""
 
@@ -152,13 +155,16 @@ class _RankEncoder:
                 else:
                     is_tiled = self._job.buckets[row["bucket"]] in self._job.tiled
                     moments = encode_pixels(vae, torch.from_numpy(clip.pixels), is_tiled)
+                    encoded = {"moments": moments}
+                    if clip.control is not None:
+                        encoded["control_moments"] = encode_pixels(vae, torch.from_numpy(clip.control), is_tiled)
                     frames = condition_pixels(clip, self._job.condition_frames(self._job.buckets[row["bucket"]]))
-                    writer.write(key, {"moments": moments, **frames})
+                    writer.write(key, {**encoded, **frames})
         return failures
 
     def _task(self, row: Mapping[str, Any]) -> DecodeTask:
         shape, data = self._job.buckets[row["bucket"]], self._cfg.data
-        file = {name: row[name] for name in ("path", "kind", "image_path", "start_s", "mirrored")}
+        file = {name: row[name] for name in _FILE_COLUMNS}
         return DecodeTask(**file, shape=shape, fps=data.fps, decoder=data.decoder)
 
 
@@ -205,8 +211,8 @@ def check_decoder(cfg: RunConfig) -> None:
 
 def _change_reason(row: Mapping) -> str:
     """Why the files of a clip are not those that were scanned, so that its cache key is wrong; "" if they are."""
-    for prefix, path in (("", row["path"]), ("image_", row["image_path"])):
-        if path is None:
+    for prefix in ("", "image_", "control_"):
+        if (path := row[f"{prefix}path"]) is None:
             continue
         try:
             current = stamp(path)

@@ -28,6 +28,7 @@ from cogds.job import Job
 
 logger = logging.getLogger(__name__)
 
+_STAMPED = ("path", "size", "mtime_ns")
 EMPTY_CAPTION = ""  # replaces a caption that is dropped; the pipeline's negative prompt
 
 
@@ -37,8 +38,8 @@ class EncodingWork:
 
     Attributes:
         captions: columns key, caption, rank.
-        clips: columns key, path, kind, image_path, start_s, mirrored, bucket, cost, size, mtime_ns, image_size,
-            image_mtime_ns, rank.
+        clips: columns key, path, kind, start_s, mirrored, bucket, cost, rank, image_path, control_path, and size and
+            mtime_ns of the three files.
     """
 
     captions: pa.Table
@@ -70,7 +71,7 @@ class KeyedClips:
 
     def work(self, clips: np.ndarray) -> pa.Table:
         """The columns of `EncodingWork.clips`, except for rank, for these clips."""
-        columns = ("path", "kind", "image_path", "size", "mtime_ns", "image_size", "image_mtime_ns")
+        stamps = (f"{file}{name}" for file in ("", "image_", "control_") for name in _STAMPED)
         return pa.table(
             {
                 "key": self.clip_keys.take(clips),
@@ -79,7 +80,7 @@ class KeyedClips:
                 "bucket": self.clips.assignment.buckets[clips],
                 "cost": self.clips.costs()[clips],
             }
-            | {name: self.clips.column(name, clips) for name in columns}
+            | {name: self.clips.column(name, clips) for name in ("kind", *stamps)}
         )
 
     def write_index(self, folder: Path, cached: "CachedEncodings") -> "IndexedClips":
@@ -98,7 +99,7 @@ class KeyedClips:
 
         rows = self._index_rows(kept, clip_places, caption_places)
         places = {"clips": cached.clips.places, "captions": cached.captions.places}
-        index = write_index(folder, rows, clips.buckets, clips.assignment.sizes, places)
+        index = write_index(folder, rows, clips.buckets, clips.assignment.sizes, places, clips.has_controls)
         return IndexedClips(clips, kept, index, 0)
 
     def _index_rows(self, kept: np.ndarray, clip_places: np.ndarray, caption_places: np.ndarray) -> Iterator[pa.Table]:
@@ -108,7 +109,7 @@ class KeyedClips:
             captions = self.captions_of(chunk)
             num_captions = list_lengths(self.caption_numbers.take(pa.array(chunk)))
             yield pa.table(
-                {name: self.clips.column(name, chunk) for name in ("path", "kind", "image_path")}
+                {name: self.clips.column(name, chunk) for name in ("path", "kind", "image_path", "control_path")}
                 | {
                     "captions": make_lists(num_captions, self.captions.take(captions)),
                     "start_s": self.clips.assignment.starts_s[chunk],
@@ -279,7 +280,8 @@ class EncodingPlan:
         captions = part.captions_of(kept)
         columns = [part.clip_keys.take(kept), part.caption_keys.take(captions)]
         if not part.is_cached:
-            columns += [part.clips.column(name, kept) for name in ("path", "size", "mtime_ns")]
+            files = ("", "control_") if part.clips.has_controls else ("",)
+            columns += [part.clips.column(f"{file}{name}", kept) for file in files for name in _STAMPED]
             if (mirrored := part.clips.assignment.mirrored[kept]).any():
                 columns.append(pa.array(mirrored))
         num_captions = list_lengths(part.caption_numbers.take(pa.array(kept)))

@@ -88,7 +88,7 @@ class _BatchEncoder:
         clip, data = self._index[row], self._cfg.data
         return DecodeTask(
             clip.path, clip.kind, clip.image_path, clip.start_s, shape=clip.shape, fps=data.fps, decoder=data.decoder,
-            mirrored=clip.mirrored,
+            mirrored=clip.mirrored, control_path=clip.control_path,
         )  # fmt: skip
 
     def _load(
@@ -99,9 +99,11 @@ class _BatchEncoder:
         pixels = decoded if row == decoded_row else next(self._substitutes.imap([self._task(row)]))
         if isinstance(pixels, TaskFailure):
             return BadClip(row, display_name(clip.path), pixels.reason)
+        vae, is_tiled = self._models.vae, clip.shape in self._tiled
+        videos = {"moments": pixels.pixels} | ({} if pixels.control is None else {"control_moments": pixels.control})
         frames = condition_pixels(pixels, self._job.condition_frames(clip.shape))
         return {
-            "moments": encode_pixels(self._models.vae, torch.from_numpy(pixels.pixels), clip.shape in self._tiled),
+            **{name: encode_pixels(vae, torch.from_numpy(video), is_tiled) for name, video in videos.items()},
             **{name: tensor.contiguous().to(self._device) for name, tensor in frames.items()},
             "text_states": self._models.text_encoder.encode(clip.captions[choice.caption].text),
         }

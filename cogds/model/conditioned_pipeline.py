@@ -7,6 +7,7 @@
     pipe(prompt="...", video=last_frames)                           # continue a clip
     pipe(prompt="...", video=first_frames, video_at="end")          # lead up to a clip
     pipe(prompt="...", keyframes={0: first, 40: middle, 80: last})  # images at frame numbers
+    pipe(prompt="...", image=first, control_video=frames)           # follow a control video (docs/conditioning.md)
 
 With `image` alone, everything is identical to diffusers' pipeline, bit for bit.
 """
@@ -20,6 +21,7 @@ from diffusers import CogVideoXImageToVideoPipeline
 from cogds.core.condition_modes import ConditionSettings, Mode, Piece, pieces_of
 from cogds.core.geometry import ModelGeometry
 from cogds.errors import UserError
+from cogds.model.control import encode_control, given_control
 
 
 class ConditionedPipeline(CogVideoXImageToVideoPipeline):
@@ -39,6 +41,7 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
         video: Any = None,
         video_at: Literal["start", "end"] = "start",
         keyframes: Mapping[int, Any] | None = None,
+        control_video: Any = None,
         **kwargs: Any,
     ) -> Any:
         """Generate a clip with the arguments and the result of diffusers' pipeline, and these additional conditions.
@@ -55,10 +58,16 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
                 W, 3] or a tensor [F, 3, H, W] in [0, 1]; or a list of videos, one for each prompt.
             video_at: "start" or "end".
             keyframes: frame numbers, from 0, and their images, each given as `image`.
+            control_video: every frame of a control video, given as `video`, for a LoRA that was trained with them
+                (`lora.adapter.load_control`).
 
         Raises:
             ValueError: two conditions set the same frames, or one does not fit into the clip.
         """
+        if control_video is not None:
+            conditions = {"last_image": last_image, "video": video, "video_at": video_at, "keyframes": keyframes}
+            with given_control(self.transformer, self._encode_control(control_video, kwargs)):
+                return self(image, *args, **conditions, **kwargs)
         keyframes = dict(keyframes or {})
         if image is None and 0 in keyframes:
             image = keyframes.pop(0)
@@ -106,6 +115,12 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
         latents = torch.cat(encoded).to(pixels.dtype).permute(0, 2, 1, 3, 4)
         scale = self.vae_scaling_factor_image
         return 1 / scale * latents if self.vae.config.invert_scale_latents else scale * latents
+
+    def _encode_control(self, video: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
+        """Encode a control video as `encode_control`. kwargs: of the call, which has the height and width."""
+        frames = self.video_processor.preprocess_video(video, kwargs.get("height"), kwargs.get("width"))
+        pixels = ((frames[0].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8)
+        return encode_control(self.vae, pixels, self.transformer.config.patch_size_t)
 
     def _preprocess(
         self, last_image: Any, video: Any, keyframes: Mapping[int, Any], size: tuple[int, int], batch_size: int

@@ -28,7 +28,7 @@ import numpy as np
 import torch
 
 from cogds.core.condition_modes import DEFAULT_MODES, Mode, used_modes
-from cogds.core.conditioning import transformer_inputs
+from cogds.core.conditioning import transformer_inputs, with_control
 from cogds.core.diffusion import v_loss
 from cogds.core.flops import step_flops, training_flops
 from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
@@ -281,7 +281,10 @@ def _zero_inputs(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tup
     text = builder.empty_caption_states.expand(batch_size, -1, -1)
     timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
     condition = latents if geometry.family.takes_image else None
-    return transformer_inputs(latents, condition, text, timesteps, builder.rotary(shape), geometry), latents
+    inputs = transformer_inputs(latents, condition, text, timesteps, builder.rotary(shape), geometry)
+    if builder.conditioning.control:
+        inputs = with_control(inputs, latents)
+    return inputs, latents
 
 
 # ------------------------------------------------------------------------------------------------------ during training

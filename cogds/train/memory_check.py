@@ -120,7 +120,8 @@ def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
     device, stage, part = run.world.device, zero_stage(run.ds_config), run.execution.buckets[bucket]
     shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], part.estimate
     text_dim = builder.empty_caption_states.shape[-1]
-    batch = random_batch(shape, size, run.model.geometry, text_dim, run.cfg.train.precision)
+    has_control = run.cfg.conditioning.control
+    batch = random_batch(shape, size, run.model.geometry, text_dim, run.cfg.train.precision, has_control)
     engine.module.set_checkpointing(part.checkpointing)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)

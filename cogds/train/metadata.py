@@ -31,6 +31,8 @@ def export_metadata(run: Run, step: int) -> dict[str, Any]:
         "precision": cfg.train.precision,
         "seed": cfg.seed,
     }
+    if cfg.conditioning.control:
+        metadata["control"] = True
     if trigger_words := list(dict.fromkeys(filter(None, map(str.strip, caption_prefixes(cfg))))):
         metadata["trigger_words"] = trigger_words
     if cfg.data.default_caption:

@@ -23,6 +23,7 @@ from cogds.engine.state import TrainState
 from cogds.errors import UserError
 from cogds.formatting import counted
 from cogds.job import Job
+from cogds.model.control import add_control
 from cogds.model.load import empty_transformer
 from cogds.model.lora.adapter import INIT_ALPHA, check_initial_lora, describe_initial_lora, inject
 from cogds.model.lora.file import LoraFile, read_loras
@@ -84,6 +85,8 @@ def check_init(job: Job) -> LoraFile:
     lora, transformer = job.cfg.lora, empty_transformer(job.model)
     file = read_loras([str(lora.init_from)], lora.init_alpha, INIT_ALPHA)[0]
     inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, job.cfg.seed)
+    if job.cfg.conditioning.control:
+        add_control(transformer, job.model.geometry.latent_channels)
     check_initial_lora(transformer, file)
     return file
 

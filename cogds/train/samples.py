@@ -21,7 +21,7 @@ import torch
 from cogds.config.deepspeed import zero_stage
 from cogds.config.schema import PromptConfig
 from cogds.core.condition_modes import Mode, pieces_of, used_modes
-from cogds.core.conditioning import transformer_inputs
+from cogds.core.conditioning import mean_latents, transformer_inputs, with_control
 from cogds.core.geometry import ClipShape, num_tokens, padded_latent_frames
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
@@ -36,6 +36,7 @@ from cogds.errors import UserError, brief
 from cogds.files import whole_file, whole_folder
 from cogds.formatting import counted
 from cogds.job import open_cache
+from cogds.model.control import control_of, encode_control, given_control
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import (
     Denoising,
@@ -56,7 +57,7 @@ from cogds.videos.conditions import conditions_of_clip, shown_image
 from cogds.videos.image_grid import add_label, evenly_spaced_frames, make_grid, shrink
 from cogds.videos.lockstep import LockstepTransformer, Stopped
 from cogds.videos.sample_folder import BASE, Prompt, write_prompts
-from cogds.videos.sample_spec import SampleSpec, load_conditions
+from cogds.videos.sample_spec import SampleSpec, load_conditions, read_control
 
 logger = logging.getLogger(__name__)
 
@@ -70,7 +71,7 @@ def make_sample_callback(context: TrainContext) -> "SampleCallback | None":
     run = context.run
     if run.cfg.sample.every is None:
         return None
-    specs = on_rank0(run.world, lambda: _find_specs(run))
+    specs = on_rank0(run.world, lambda: _find_specs(run, context.builder))
     if not specs:
         return None
     callback = SampleCallback(context, specs, run.cfg.sample.every)
@@ -226,7 +227,10 @@ class SampleCallback:
             self._pipeline.transformer = transformer
             try:
                 denoising = Denoising(sample.num_steps, sample.guidance, run.data.empty_caption_states)
-                latents = sample_latents(self._pipeline, spec.conditions, spec.states, spec.shape, spec.seed, denoising)
+                with given_control(self._engine.module, spec.control):
+                    latents = sample_latents(
+                        self._pipeline, spec.conditions, spec.states, spec.shape, spec.seed, denoising
+                    )
             except Stopped:
                 raise
             except Exception as error:
@@ -264,7 +268,8 @@ class SampleCallback:
         )
         timesteps = torch.zeros(1, dtype=torch.int64, device=states.device)
         image = latents if geometry.family.takes_image else None
-        return transformer_inputs(latents, image, states, timesteps, self._builder.rotary(shape), geometry)
+        inputs = transformer_inputs(latents, image, states, timesteps, self._builder.rotary(shape), geometry)
+        return with_control(inputs, latents) if self._run.cfg.conditioning.control else inputs
 
     def _write(self, step: int, videos: Mapping[str, bytes]) -> None:
         """Write the videos of a step, all or none, and the base model's that are not written yet."""
@@ -323,7 +328,7 @@ def compare_videos(videos: Mapping[str, np.ndarray]) -> tuple[np.ndarray, np.nda
     return make_grid(list(zip(*columns)))[0], make_grid([[cell] for cell in cells] if width > height else [cells])
 
 
-def _find_specs(run: Run) -> dict[str, SampleSpec]:
+def _find_specs(run: Run, builder: StepBuilder) -> dict[str, SampleSpec]:
     """Return the videos to make by file stem. What cannot be made is left out with a warning."""
     sample, specs = run.cfg.sample, []
     try:
@@ -334,7 +339,7 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
                 try:
                     key = keys.caption(prompt.prompt).hex()
                     states = cache.read("captions", key, snapshot.place(key) or "")["text_states"]
-                    specs.append(_spec_of_prompt(run, number, prompt, states))
+                    specs.append(_spec_of_prompt(run, number, prompt, states, builder))
                 except Exception as error:
                     log_failure(
                         logger, f"sample.prompts[{number}]: '{prompt.prompt}' is left out: {brief(error)}", error
@@ -348,12 +353,19 @@ def _find_specs(run: Run) -> dict[str, SampleSpec]:
     return {spec.file_stem(sample.num_steps, sample.guidance): spec for spec in specs}
 
 
-def _spec_of_prompt(run: Run, number: int, prompt: PromptConfig, states: torch.Tensor) -> SampleSpec:
+def _spec_of_prompt(
+    run: Run, number: int, prompt: PromptConfig, states: torch.Tensor, builder: StepBuilder
+) -> SampleSpec:
     """Raises UserError if the image or the size is not usable."""
     key = f"sample.prompts[{number}]"
     shape, conditions = load_conditions(prompt, run.cfg, run.buckets, run.model.geometry, key)
     seed = run.cfg.sample.seed if prompt.seed is None else prompt.seed
-    return SampleSpec(prompt.prompt, shape, seed, conditions, states)
+    control = None
+    if prompt.control:
+        frames = read_control(prompt.control, shape, run.cfg.data.fps, f"{key}.control")
+        patch_size_t, tiled = run.model.geometry.patch_size_t, shape in run.job.tiled
+        control = encode_control(builder.vae, torch.from_numpy(frames), patch_size_t, tiled=tiled).cpu()
+    return SampleSpec(prompt.prompt, shape, seed, conditions, states, control)
 
 
 def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
@@ -369,14 +381,17 @@ def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
     for row in evenly_spaced_rows(index, sample.num_clips):
         clip = index[row]
         try:
-            encoded = read_encoded(cache, clip)
+            encoded, control = read_encoded(cache, clip), None
+            if run.cfg.conditioning.control:
+                geometry = run.model.geometry
+                moments, scale = encoded["control_moments"][None], geometry.family.scaling_factor
+                control = mean_latents(moments, scale, geometry.patch_size_t)
+            caption, states = clip.captions[0].text, encoded["text_states"]
             numbers = run.job.condition_frames(clip.shape)
             for mode in modes:
                 pieces = pieces_of(mode, clip.shape.frames, run.model.geometry, settings)
                 conditions = conditions_of_clip(mode, pieces, encoded, numbers)
-                specs.append(
-                    SampleSpec(clip.captions[0].text, clip.shape, sample.seed, conditions, encoded["text_states"])
-                )
+                specs.append(SampleSpec(caption, clip.shape, sample.seed, conditions, states, control))
         except Exception as error:
             log_failure(logger, f"{display_name(clip.path)}: no video will be made of it: {brief(error)}", error)
     return specs
@@ -419,11 +434,16 @@ def _sampling_mode(transformer: Any, builder: StepBuilder) -> Iterator[None]:
 
 @contextlib.contextmanager
 def _lora_disabled(transformer: Any) -> Iterator[None]:
+    control = control_of(transformer)
     transformer.disable_adapters()
+    if control is not None:
+        control.scale = 0.0
     try:
         yield
     finally:
         transformer.enable_adapters()
+        if control is not None:
+            control.scale = 1.0
 
 
 def _encode_mp4(frames: np.ndarray, fps: float) -> bytes:

@@ -29,6 +29,7 @@ from cogds.core.conditioning import (
     place_condition,
     sample_moments,
     transformer_inputs,
+    with_control,
 )
 from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape, ModelGeometry, latent_frames, padded_latent_frames
@@ -88,11 +89,16 @@ def draw_modes(conditioning: ConditioningConfig, seed: int, step: int, slots: Se
 
 
 def random_batch(
-    shape: ClipShape, batch_size: int, geometry: ModelGeometry, text_dim: int, precision: str
+    shape: ClipShape,
+    batch_size: int,
+    geometry: ModelGeometry,
+    text_dim: int,
+    precision: str,
+    has_control: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Return a batch as it comes from the cache (see `StepBuilder.build`), of random numbers with a fixed seed.
 
-    precision: a key of `DTYPES`.
+    precision: a key of `DTYPES`. has_control: whether the clips have control videos.
     """
     dtype, numbers = DTYPES[precision], torch.Generator().manual_seed(0)
     height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
@@ -102,7 +108,8 @@ def random_batch(
 
     moments = normal(2 * geometry.latent_channels, latent_frames(shape.frames, geometry), height, width)
     pixels = torch.randint(0, 256, (batch_size, 3, shape.height, shape.width), dtype=torch.uint8, generator=numbers)
-    return {"moments": moments, "first_frame": pixels, "text_states": normal(geometry.text_tokens, text_dim)}
+    batch = {"moments": moments, "first_frame": pixels, "text_states": normal(geometry.text_tokens, text_dim)}
+    return batch | ({"control_moments": normal(*moments.shape[1:])} if has_control else {})
 
 
 def load_step_builder(
@@ -198,13 +205,13 @@ class StepBuilder:
 
         batch: `moments` [B, 2C, F, H, W], `first_frame` uint8 [B, 3, H, W], `text_states` [B, text_tokens, dim]. For
         modes that need more than the first frame, also `condition_frames` uint8 [B, K, 3, H, W], the pixel frames
-        listed by `core.condition_modes.condition_frames`.
+        listed by `core.condition_modes.condition_frames`. With `conditioning.control`, also `control_moments`, as
+        `moments`.
         """
         timesteps = to_device(draws.timesteps, self.device)
         moments = to_device(batch["moments"], self.device)
-        posteriors, noises = draws.generators("posterior", self.device), draws.generators("noise", self.device)
-        sampled = [sample_moments(sample[None], posterior) for sample, posterior in zip(moments, posteriors)]
-        latents = pad_front(self.scaling_factor * torch.cat(sampled), self.geometry.patch_size_t)
+        noises = draws.generators("noise", self.device)
+        latents = self._video_latents(moments, draws.generators("posterior", self.device))
         noise = torch.stack(
             [torch.randn(latents.shape[1:], generator=numbers, device=self.device) for numbers in noises]
         )
@@ -222,4 +229,13 @@ class StepBuilder:
             self.rotary(shape),
             self.geometry,
         )
+        if self.conditioning.control:
+            control = to_device(batch["control_moments"], self.device)
+            posteriors = draws.generators("control", self.device)
+            inputs = with_control(inputs, self._video_latents(control, posteriors))
         return inputs, v_target(latents, noise, timesteps, self.alphas_cumprod)
+
+    def _video_latents(self, moments: torch.Tensor, posteriors: Sequence[torch.Generator]) -> torch.Tensor:
+        """Sample moments [B, 2C, F, H, W], scale and pad: float32 [B, F, C, H, W] with F padded."""
+        sampled = [sample_moments(sample[None], posterior) for sample, posterior in zip(moments, posteriors)]
+        return pad_front(self.scaling_factor * torch.cat(sampled), self.geometry.patch_size_t)

@@ -5,6 +5,7 @@ from typing import Any
 import torch
 
 from cogds.job import Job
+from cogds.model.control import add_control
 from cogds.model.lora.adapter import inject
 
 
@@ -18,5 +19,8 @@ def add_trained_part(transformer: Any, job: Job) -> list[torch.nn.Parameter]:
     cfg = job.cfg
     if cfg.trains_lora:
         lora = cfg.lora
-        return inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
+        parameters = inject(transformer, lora.rank, lora.alpha, lora.dropout, lora.target_modules, cfg.seed)
+        if cfg.conditioning.control:
+            parameters.append(add_control(transformer, job.model.geometry.latent_channels))
+        return parameters
     return [parameter for parameter in transformer.parameters() if parameter.requires_grad]

@@ -23,7 +23,8 @@ from cogds.videos.conditions import ConditionFiles, modes_of, read_conditions
 class SampleSpec:
     """The inputs of one generated video.
 
-    states: T5 states of the prompt, [text_tokens, dim].
+    states: T5 states of the prompt, [text_tokens, dim]. control: latents of the control video, [1, F, C, H, W], scaled
+    and padded; None without one.
     """
 
     prompt: str
@@ -31,6 +32,7 @@ class SampleSpec:
     seed: int
     conditions: Conditions
     states: torch.Tensor
+    control: torch.Tensor | None = None
 
     def file_stem(self, num_steps: int, guidance: float) -> str:
         """Return the prompt's first words, the mode unless it is a first frame, and a digest of all inputs.
@@ -41,6 +43,7 @@ class SampleSpec:
         """
         inputs = repr((self.prompt, str(self.shape), self.seed, num_steps, guidance)).encode()
         inputs += b"".join(array.tobytes() for array in self.conditions.arrays())
+        inputs += b"" if self.control is None else self.control.float().cpu().numpy().tobytes()
         modes = modes_of(self.conditions)
         kind = "" if modes in (("first",), ("none",)) else "-" + "-".join(modes)
         return f"{slug(self.prompt)}{kind}-{hashlib.blake2b(inputs, digest_size=4).hexdigest()}"
@@ -92,6 +95,14 @@ def load_conditions(
     image = None if prompt.image is None else pixels
     context = cfg.condition_settings(geometry).context
     return shape, read_conditions(image, files, context, shape, cfg.data.fps, geometry)
+
+
+def read_control(file: str, shape: ClipShape, fps: float, key: str) -> np.ndarray:
+    """Read the beginning of a control video: uint8 [F, H, W, 3]. Raises UserError, naming the key or flag."""
+    try:
+        return read_clip(file, shape, fps)
+    except (DecodeError, OSError) as error:
+        raise UserError(f"{key}: {file}: {error}. Choose another video.") from None
 
 
 def check_prompts(cfg: RunConfig, buckets: Sequence[ClipShape], geometry: ModelGeometry) -> None:

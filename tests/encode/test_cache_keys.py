@@ -1,5 +1,6 @@
 """Cache keys of earlier versions stay valid: with other keys, every user would have to encode everything again."""
 
+import dataclasses
 from types import SimpleNamespace
 
 import numpy as np
@@ -31,6 +32,7 @@ def test_keys_do_not_change(tmp_path, monkeypatch):
             "kind": ["video", "image"],
             "digest": pa.array([b"a" * 16, b"b" * 16], pa.binary(16)),
             "image_digest": pa.array([None, b"c" * 16], pa.binary(16)),
+            "control_digest": pa.nulls(2, pa.binary(16)),
         }
     )
     rows = np.arange(2)
@@ -40,6 +42,11 @@ def test_keys_do_not_change(tmp_path, monkeypatch):
     clips = ClipSet(table, assignment, (ClipShape(9, 64, 96),), (1.0,), 16.0, "/clips")
     before = ["9aa257bae08758f4de40442f308dd1da", "b4bc0a1fe74ae8559eafbb0ee038ff23"]
     assert [key.hex() for key in keys.clips(clips).to_pylist()] == before
+    digests = pa.array([b"d" * 16, None], pa.binary(16))
+    controlled = dataclasses.replace(clips, table=table.set_column(3, "control_digest", digests))
+    first, second = (key.hex() for key in keys.clips(controlled).to_pylist())
+    assert first not in before
+    assert second == before[1]
     # On a GPU, the version of cuDNN is part of the key, because some versions compute wrongly.
     on_gpu = []
     for version in (91500, 91600):

@@ -18,6 +18,7 @@ USUAL_NAMES: dict[str, tuple[str, ...]] = {
     "captions": ("captions", "texts", "prompts"),
     "kind": ("type", "kind"),
     "image": ("image", "image_path", "image_file_name", "first_frame"),
+    "control": ("control", "control_path", "control_video"),
     "start_s": ("start_s", "start", "start_time", "start_timestamp", "span_start", "start_sec"),
     "end_s": ("end_s", "end", "end_time", "end_timestamp", "span_end", "end_sec"),
     "spans": ("spans", "span", "timestamps", "timestamp", "clips", "clip"),

@@ -17,6 +17,7 @@ ENTRY_COLUMNS: tuple[tuple[str, pa.DataType], ...] = (
     ("end_s", pa.float64()),
     ("motion", pa.float64()),
     ("duplicate_of", pa.string()),
+    ("control_path", pa.string()),
 )
 
 
@@ -33,6 +34,7 @@ class Entry(NamedTuple):
             the end of the file.
         more_captions: further captions, not blank.
         motion, duplicate_of: scores of `cogds prepare`.
+        control_path: location of the control video, which shows the same time range as `path`.
         extras: the other columns of the clip's row in a table, if asked for.
     """
 
@@ -46,4 +48,5 @@ class Entry(NamedTuple):
     more_captions: tuple[str, ...] = ()
     motion: float | None = None
     duplicate_of: str | None = None
+    control_path: str | None = None
     extras: Mapping[str, Any] | None = None

@@ -6,14 +6,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import NamedTuple
 
 from cogds.data.layouts.captions import CAPTION_SUFFIXES, CaptionNames
-from cogds.data.layouts.line_lists import CAPTION_LISTS, IMAGE_LISTS, VIDEO_LISTS, main_list
+from cogds.data.layouts.line_lists import CAPTION_LISTS, CONTROL_LISTS, IMAGE_LISTS, VIDEO_LISTS, main_list
 from cogds.data.layouts.listing import Listing, add_names
 from cogds.data.layouts.lists import TABLE_SUFFIXES, ListReader
 from cogds.data.layouts.parquet_tables import is_manifest
 from cogds.data.layouts.text_tables import opened_text
 from cogds.data.storage.access import Item, list_folder
 from cogds.data.storage.location import is_url, join, parent
-from cogds.data.video.kinds import kind_of, suffix_of
+from cogds.data.video.kinds import control_names, kind_of, suffix_of
 from cogds.errors import UserError
 
 # Folders that desktops, servers and tools make, in small letters: deleted files, snapshots, thumbnails.
@@ -35,11 +35,12 @@ _CAPTIONS_TABLE = "captions.json"
 
 
 class ClipFile(NamedTuple):
-    """A clip in a folder, and its caption file."""
+    """A clip in a folder, its caption file, and its control video."""
 
     path: str
     kind: str
     caption_file: str | None
+    control: str | None = None
 
 
 class ListFile(NamedTuple):
@@ -88,7 +89,10 @@ def search_folder(
         return
     items = _visible(folder, listing)
     files, folders = ([item.name for item in items if item.is_folder is kind] for kind in (False, True))
-    clips = _Clips(folder, {item.name: kind for item in items if (kind := kind_of(item.name))}, files, bool(folders))
+    kinds = {item.name: kind for item in items if (kind := kind_of(item.name))}
+    controls = control_names(kinds)
+    kinds = {name: kind for name, kind in kinds.items() if name not in controls.values()}
+    clips = _Clips(folder, kinds, files, bool(folders))
     if found := _lists_in(folder, files, clips, lists, listing):
         yield from (ListFile(file, len(found) == 1) for file in found)
         return
@@ -101,7 +105,10 @@ def search_folder(
             if clips.is_poster(name):
                 listing.skip(POSTER)
             else:
-                yield ClipFile(path, kind, clips.caption_file(name))
+                control = join(folder.path, controls[name]) if name in controls else None
+                yield ClipFile(path, kind, clips.caption_file(name), control)
+        elif name in controls.values():
+            continue
         elif name in other_splits:
             listing.skip("folder of another split than train")
         elif item.is_folder and path != labels:
@@ -218,7 +225,7 @@ def _other_splits(names: Sequence[str], split_of: Callable[[str], str]) -> set[s
 
 def _lists_in(folder: Folder, files: Sequence[str], clips: _Clips, lists: ListReader, listing: Listing) -> list[str]:
     """The lists in a folder, which replace its clips. Raises UserError if it is not clear which to use."""
-    lists_of_lines = {*VIDEO_LISTS, *IMAGE_LISTS, *CAPTION_LISTS}
+    lists_of_lines = {*VIDEO_LISTS, *IMAGE_LISTS, *CAPTION_LISTS, *CONTROL_LISTS}
     free = [name for name in files if name in lists_of_lines or name.lower().endswith(TABLE_SUFFIXES)]
     free = [name for name in free if os.path.splitext(name)[0] not in clips.stems]  # a.json belongs to the clip a.mp4
     named, unnamed = _tables(folder, free), []

@@ -1,4 +1,7 @@
-"""CogVideo's and finetrainers' lists: videos.txt and prompts.txt, one line per clip, and optionally images.txt."""
+"""CogVideo's and finetrainers' lists: videos.txt and prompts.txt, one line per clip.
+
+Optional are images.txt, with the first frames, and controls.txt, with the control videos.
+"""
 
 from collections.abc import Iterable, Iterator
 from typing import Any
@@ -10,6 +13,7 @@ from cogds.errors import UserError
 
 VIDEO_LISTS = ("videos.txt", "video.txt")
 IMAGE_LISTS = ("images.txt", "image.txt")
+CONTROL_LISTS = ("controls.txt", "control.txt")
 CAPTION_LISTS = ("prompts.txt", "prompt.txt", "captions.txt", "caption.txt")
 
 
@@ -25,7 +29,7 @@ def main_list(names: Iterable[str], need_captions: bool) -> str | None:
 
 
 def read_lines(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
-    """Yield the rows (path, caption, image) of a list, with their line numbers. Raises UserError if they differ."""
+    """Yield the rows (path, caption, image, control) of a list, numbered. Raises UserError if the lists differ."""
     folder, name = parent(file), file.rsplit("/", 1)[-1]
     captions = [other for other in CAPTION_LISTS if other != name and is_file(join(folder, other))]
     videos = [other for other in VIDEO_LISTS if is_file(join(folder, other))]
@@ -37,7 +41,8 @@ def read_lines(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
         problem = f"both {' and '.join(captions)}. Keep one" if captions else "no prompts.txt. Add it"
         raise UserError(f"data.path: {folder} holds {name} and {problem}, with one caption per line.")
     images = [other for other in IMAGE_LISTS if name not in IMAGE_LISTS and is_file(join(folder, other))][:1]
-    files = [name, *captions, *images]
+    controls = [other for other in CONTROL_LISTS if is_file(join(folder, other))][:1]
+    files = [name, *captions, *images, *controls]
     counts = {other: sum(1 for _ in _lines(join(folder, other))) for other in files}
     if len(set(counts.values())) > 1:
         lengths = ", ".join(f"{other} has {count}" for other, count in counts.items())
@@ -45,7 +50,7 @@ def read_lines(file: str) -> Iterator[tuple[int, dict[str, Any]]]:
             f"data.path: the lists in {folder} have different numbers of lines: {lengths}. Line N of each must be of "
             "clip N."
         )
-    columns = ("path", "caption", "image")
+    columns = ("path", "caption", *("image" for _ in images), *("control" for _ in controls))
     for number, lines in enumerate(zip(*(_lines(join(folder, other)) for other in files)), 1):
         for other, line in zip(files, lines):
             if other not in captions and not line.strip():

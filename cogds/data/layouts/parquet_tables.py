@@ -56,7 +56,7 @@ def check_type(file: str, kind: pa.DataType, ours: str, theirs: str) -> None:
         return
     if pa.types.is_dictionary(kind):
         kind = kind.value_type
-    if ours in ("path", "image") and _holds_bytes(kind):
+    if ours in ("path", "image", "control") and _holds_bytes(kind):
         raise UserError(
             f"{file}: column '{theirs}' holds the files themselves ({kind}), which is not supported. Write them to "
             "files, and their paths to a column."

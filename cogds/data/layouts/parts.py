@@ -125,7 +125,8 @@ class DatasetReader:
                 yield item
 
     def _captioned(self, clip: ClipFile) -> Entry:
-        return captioned_entry(*clip, self.data_set.columns)
+        entry = captioned_entry(clip.path, clip.kind, clip.caption_file, self.data_set.columns)
+        return entry._replace(control_path=clip.control)
 
     def check(self, listing: Listing) -> None:
         """Raise UserError if a dataset with these counts, of all parts, is empty or read in the wrong way."""

@@ -109,9 +109,7 @@ class Table:
         kind = None if is_missing(row.get("kind")) else row["kind"]
         if kind not in (None, "", "video", "image"):
             raise BadRowError(f"unknown type {kind!r}. Write video or image, or set data.columns={{kind: null}}.")
-        image = None if is_missing(row.get("image")) else row["image"]
-        if not isinstance(image, str | None):
-            raise BadRowError(f"the image is {image!r}. Write a path.")
+        image, control = (self._beside(row.get(name), name) for name in ("image", "control"))
         caption, *more_captions = captions_in(row.get("caption"), row.get("captions"))
         start_s, end_s = self._range(clip, row, mapping)
         kind = kind or kind_of(path)
@@ -121,14 +119,22 @@ class Table:
             path=join(self.root, path),
             caption=caption,
             kind=kind,
-            image_path=join(self.root, path_in(image)) if image and image.strip() else None,
+            image_path=image,
             start_s=start_s,
             end_s=end_s,
             more_captions=tuple(text for text in more_captions if text),
             motion=score_in(row.get("motion")),
             duplicate_of=original if isinstance(original := row.get("duplicate_of"), str) and original else None,
+            control_path=control,
             extras=_extras(cells, mapping) if self.keep_extras else None,
         )
+
+    def _beside(self, cell: Any, name: str) -> str | None:
+        """The location of a file that belongs to a clip, None if there is none. name: of the column, for messages."""
+        path = None if is_missing(cell) else cell
+        if not isinstance(path, str | None):
+            raise BadRowError(f"the {name} is {path!r}. Write a path.")
+        return join(self.root, path_in(path)) if path and path.strip() else None
 
     def _range(
         self, clip: ClipRow, row: Mapping[str, Any], mapping: Mapping[str, str]

@@ -15,7 +15,7 @@ from cogds.data.layouts.folder import HIDDEN_FILE, HIDDEN_FOLDER, POSTER, is_hid
 from cogds.data.layouts.listing import Listing, add_names
 from cogds.data.storage.location import Member
 from cogds.data.storage.tars import TarError, list_members
-from cogds.data.video.kinds import kind_of, suffix_of
+from cogds.data.video.kinds import control_names, kind_of, suffix_of
 from cogds.errors import UserError
 
 
@@ -92,11 +92,13 @@ def read_tar(tar: str, columns: Mapping[str, str | None], listing: Listing) -> I
     except OSError as error:
         raise UserError(f"{tar}: cannot be read ({error.strerror or error}). Check the file and the server.") from None
     for sample in samples.values():
+        controls = {clip: sample.clips.pop(name) for clip, name in control_names(sample.clips).items()}
         for clip in sample.clips.values():
             if sample.is_poster(clip.name):
                 listing.skip(POSTER)
             else:
-                yield _entry(clip, sample, columns)
+                control = controls.get(clip.name)
+                yield _entry(clip, sample, columns)._replace(control_path=control and control.location)
 
 
 def _stem(name: str) -> str:

@@ -28,7 +28,7 @@ class Unlisted:
 
     def see(self, entry: Entry) -> None:
         """Remove the files of an entry."""
-        for path in filter(None, (entry.path, entry.image_path)):
+        for path in filter(None, (entry.path, entry.image_path, entry.control_path)):
             folder, _, name = path.rpartition("/")
             if self._num_names <= MAX_NAMES and (left := self._folder(folder)) is not None:
                 left.discard(name)

@@ -111,7 +111,7 @@ class ClipDataset(Dataset[Item]):
 
     The tensors of an item are `moments` [2C, F, H, W] (mean and log-variance of the VAE's posterior), `first_frame`
     uint8 [3, H, W] in pixels, and `text_states` [text_tokens, dim]. Some condition modes need more frames,
-    `condition_frames` uint8 [K, 3, H, W].
+    `condition_frames` uint8 [K, 3, H, W]. A control video has `control_moments`, as `moments`.
     """
 
     def __init__(self, order: ClipOrder, cache: Cache):

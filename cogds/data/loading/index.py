@@ -42,6 +42,8 @@ SCHEMA = pa.schema(
         ("caption_places", pa.list_(pa.int32())),
     ]
 )
+# With control videos. Without them, indexes are as before there were any, so that old runs can be resumed.
+CONTROL_SCHEMA = SCHEMA.append(pa.field("control_path", pa.string()))
 
 
 class IndexedCaption(NamedTuple):
@@ -64,6 +66,7 @@ class IndexedClip:
         mirrored: whether it is the mirror image, left to right.
         clip_key: cache key of 32 hex digits.
         clip_place: cache shard, "" if nothing is cached.
+        control_path: control video, None without one.
     """
 
     path: str
@@ -76,6 +79,7 @@ class IndexedClip:
     shape: ClipShape
     clip_key: str
     clip_place: str
+    control_path: str | None = None
 
 
 class ClipIndex:
@@ -110,7 +114,7 @@ class ClipIndex:
             raise UserError(
                 f"{self.path}: the index of clips cannot be read ({error}). Delete it and start again to rebuild it."
             ) from None
-        if not reader.schema.equals(SCHEMA):
+        if not (reader.schema.equals(SCHEMA) or reader.schema.equals(CONTROL_SCHEMA)):
             raise UserError(
                 f"{self.path}: another version of cogds wrote this index of clips, and some of its clips are gone from "
                 "the data. Restore them, or resume with that version."
@@ -178,7 +182,7 @@ class ClipIndex:
 
     def __getitem__(self, row: int) -> IndexedClip:
         batch = self._batch_of(row)
-        values = {name: batch.column(name)[row % ROWS_PER_BATCH].as_py() for name in SCHEMA.names}
+        values = {name: batch.column(name)[row % ROWS_PER_BATCH].as_py() for name in batch.schema.names}
         bucket, places = self.bucket_of(row), self._meta["places"]
         captions = zip(*(values.pop(name) for name in ("captions", "caption_keys", "caption_places")))
         clip_key, clip_place = values.pop("clip_key"), values.pop("clip_place")
@@ -201,12 +205,14 @@ def write_index(
     buckets: Sequence[ClipShape],
     sizes: Sequence[Sequence[int]],
     places: Mapping[str, Sequence[str]],
+    has_controls: bool = False,
 ) -> ClipIndex:
     """Write an index into `folder`, named after a hash of its content. An existing file of that name is kept.
 
     Args:
         tables: rows with SCHEMA, in the order of the plan.
         sizes: number of rows, [bucket][dataset].
+        has_controls: whether the rows have control videos, so that their schema is CONTROL_SCHEMA.
         places: shard names that the columns clip_place and caption_places number, for `clips` and `captions`.
 
     Raises:
@@ -215,13 +221,14 @@ def write_index(
     """
     meta = {"buckets": [str(shape) for shape in buckets], "sizes": [[int(num) for num in sets] for sets in sizes]}
     text = json.dumps(meta | {"places": {kind: list(names) for kind, names in places.items()}})
+    schema = CONTROL_SCHEMA if has_controls else SCHEMA
     num_rows, new_file = 0, folder / f"{uuid.uuid4().hex}.arrow"
     try:
         with (
             whole_file(new_file) as partial,
-            pa.ipc.new_file(str(partial), SCHEMA.with_metadata({"cogds": text})) as writer,
+            pa.ipc.new_file(str(partial), schema.with_metadata({"cogds": text})) as writer,
         ):
-            for table in _full_batches(tables):
+            for table in _full_batches(tables, schema):
                 num_rows += len(table)
                 writer.write_table(table, max_chunksize=ROWS_PER_BATCH)
         if num_rows != sum(map(sum, sizes)):
@@ -240,11 +247,11 @@ def write_index(
     return ClipIndex(path)
 
 
-def _full_batches(tables: Iterable[pa.Table]) -> Iterable[pa.Table]:
+def _full_batches(tables: Iterable[pa.Table], schema: pa.Schema) -> Iterable[pa.Table]:
     """Yield the same rows in tables of ROWS_PER_BATCH rows, except for a shorter last one."""
-    pending = SCHEMA.empty_table()
+    pending = schema.empty_table()
     for table in tables:
-        pending = pa.concat_tables([pending, table.select(SCHEMA.names).cast(SCHEMA)])
+        pending = pa.concat_tables([pending, table.select(schema.names).cast(schema)])
         while len(pending) >= ROWS_PER_BATCH:
             yield pending.slice(0, ROWS_PER_BATCH).combine_chunks()
             pending = pending.slice(ROWS_PER_BATCH)

@@ -9,6 +9,8 @@ import pyarrow.compute as pc
 
 # The kind of a conditioning image. It differs from "image", which is a clip of one frame.
 CONDITION = "condition"
+# The kind of a control video, or of a control image of a clip of one frame.
+CONTROL = "control"
 
 
 def file_key(kind: str, path: str) -> bytes | None:
@@ -25,9 +27,9 @@ def file_keys(kinds: pa.Array, paths: pa.Array) -> pa.Array:
     return pa.array([None if path is None else file_key(kind, path) for kind, path in pairs], pa.binary(16))
 
 
-def condition_kinds(num_images: int) -> pa.Array:
-    """The kinds of `num_images` conditioning images."""
-    return pa.repeat(CONDITION, num_images)
+def kinds_of(kind: str, num_files: int) -> pa.Array:
+    """The kinds of `num_files` files of one kind."""
+    return pa.repeat(kind, num_files)
 
 
 def first_occurrences(chunks: Sequence[pa.Array]) -> list[np.ndarray]:

@@ -9,7 +9,7 @@ import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
-from cogds.data.manifest.file_keys import condition_kinds, file_keys, look_up
+from cogds.data.manifest.file_keys import CONDITION, CONTROL, file_keys, kinds_of, look_up
 from cogds.data.manifest.scan_state import RESULT_SCHEMA, Results, Scan, read_entries
 from cogds.data.manifest.table import SCHEMA
 
@@ -18,6 +18,8 @@ RANGE_TOLERANCE_S = 0.5  # lists of scenes have rounded ends
 _CAPTION_MISSING = "caption missing: add a .txt file with the same name, or fill in its line in the list of captions"
 _CAPTION_EMPTY = "caption empty: write one into the .txt file with the same name, or its line in the list of captions"
 _IMAGE = "conditioning image unusable: "
+_CONTROL = "control video unusable: "
+_STAMP, _CONTROL_PROPERTIES = ("digest", "size", "mtime_ns"), ("frames", "fps", "duration_s")  # kept of a control
 _NAME = "file name not UTF-8: the manifest cannot hold it; rename the file"
 _NOT_SCANNED = "not scanned: start again"
 
@@ -26,8 +28,8 @@ _NOT_SCANNED = "not scanned: start again"
 
 
 def entry_keys(scan: Scan) -> list[pa.Array]:
-    """Keys of the entries of a scan, batch by batch: those of the clips, then those of the conditioning images."""
-    return [batch.column(name) for batch in read_entries(scan) for name in ("key", "image_key")]
+    """Keys of the entries of a scan, batch by batch: of the clips, of their images, of their control videos."""
+    return [batch.column(name) for batch in read_entries(scan) for name in ("key", "image_key", "control_key")]
 
 
 def build_rows(scan: Scan, results: Results) -> Iterator[pa.RecordBatch]:
@@ -35,9 +37,11 @@ def build_rows(scan: Scan, results: Results) -> Iterator[pa.RecordBatch]:
     keys = entry_keys(scan)
     known, failed = look_up(results.rows, keys), look_up(results.failed.select(["key", "reason"]), keys)
     for batch in read_entries(scan):
-        clip = _file_columns(batch.column("key"), next(known), next(failed)["reason"])
-        image = _file_columns(batch.column("image_key"), next(known), next(failed)["reason"])
-        yield _row_batch(batch, clip, image, scan.default_caption)
+        clip, image, control = (
+            _file_columns(batch.column(name), next(known), next(failed)["reason"])
+            for name in ("key", "image_key", "control_key")
+        )
+        yield _row_batch(batch, clip, image, control, scan.default_caption)
 
 
 def _file_columns(keys: pa.Array, result: dict[str, pa.Array], failure: pa.Array) -> dict[str, pa.Array]:
@@ -54,7 +58,11 @@ def _file_columns(keys: pa.Array, result: dict[str, pa.Array], failure: pa.Array
 
 
 def _row_batch(
-    entries: pa.RecordBatch, clip: Mapping[str, pa.Array], image: Mapping[str, pa.Array], default_caption: str | None
+    entries: pa.RecordBatch,
+    clip: Mapping[str, pa.Array],
+    image: Mapping[str, pa.Array],
+    control: Mapping[str, pa.Array],
+    default_caption: str | None,
 ) -> pa.RecordBatch:
     caption = entries.column("caption")
     if default_caption is not None:
@@ -64,13 +72,16 @@ def _row_batch(
     reason = pc.coalesce(
         pc.if_else(pc.is_null(entries.column("key")), _NAME, None),
         clip["reason"],
-        _image_reasons(entries, image["reason"]),
+        _reasons_beside(entries, "image", image["reason"], _IMAGE),
         pc.binary_join_element_wise("caption unreadable: ", entries.column("caption_error"), ""),
         pc.if_else(pc.is_null(caption), _CAPTION_MISSING, None),
         pc.if_else(pc.equal(caption, ""), _CAPTION_EMPTY, None),
         _range_reasons(entries, clip["duration_s"]),
     )
-    own = ("path", "kind", "more_captions", "image_path", "start_s", "end_s", "motion", "duplicate_of", "set")
+    own = (
+        *("path", "kind", "more_captions", "image_path", "control_path", "start_s", "end_s", "motion"),
+        *("duplicate_of", "set"),
+    )
     columns = {
         **{name: clip[name] for name in RESULT_SCHEMA.names},
         **{name: entries.column(name) for name in own},
@@ -80,15 +91,38 @@ def _row_batch(
         "image_digest": image["digest"],
         "image_size": image["size"],
         "image_mtime_ns": image["mtime_ns"],
+        **{f"control_{name}": control[name] for name in (*_STAMP, *_CONTROL_PROPERTIES)},
+        "control_reason": pc.coalesce(
+            _reasons_beside(entries, "control", control["reason"], _CONTROL),
+            _length_reasons(entries, clip, control),
+        ),
     }
     return pa.RecordBatch.from_pydict(columns, SCHEMA)
 
 
-def _image_reasons(entries: pa.RecordBatch, reasons: pa.Array) -> pa.Array:
-    is_given = pc.is_valid(entries.column("image_path"))
-    has_bad_name = pc.and_(is_given, pc.is_null(entries.column("image_key")))
+def _reasons_beside(entries: pa.RecordBatch, name: str, reasons: pa.Array, start: str) -> pa.Array:
+    """Why the file beside a clip cannot be used, else null. name: of its columns; start: of the reasons."""
+    is_given = pc.is_valid(entries.column(f"{name}_path"))
+    has_bad_name = pc.and_(is_given, pc.is_null(entries.column(f"{name}_key")))
     reasons = pc.if_else(has_bad_name, _NAME, pc.if_else(is_given, reasons, None))
-    return pc.binary_join_element_wise(_IMAGE, reasons, "")
+    return pc.binary_join_element_wise(start, reasons, "")
+
+
+def _length_reasons(entries: pa.RecordBatch, clip: Mapping[str, pa.Array], control: Mapping[str, pa.Array]) -> pa.Array:
+    """Why a control video is shorter than its clip's range, else null. One frame may be missing."""
+    reasons: list[str | None] = [None] * len(entries)
+    if control["duration_s"].null_count == len(entries):
+        return pa.array(reasons, pa.string())
+    ends, durations, fps, lengths, control_fps = (
+        pc.fill_null(values, np.nan).to_numpy(zero_copy_only=False)
+        for values in (entries.column("end_s"), clip["duration_s"], clip["fps"], control["duration_s"], control["fps"])
+    )
+    needed = np.fmin(ends, durations)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        frame_s = np.nan_to_num(1 / np.fmin(fps, control_fps), nan=0.0, posinf=0.0)
+    for row in np.flatnonzero(lengths + 1.01 * frame_s < needed).tolist():
+        reasons[row] = f"control video too short: {lengths[row]:g} s, and the clip ends at {needed[row]:g} s"
+    return pa.array(reasons, pa.string())
 
 
 def _range_reasons(entries: pa.RecordBatch, durations: pa.Array) -> pa.Array:
@@ -109,7 +143,7 @@ def _range_reasons(entries: pa.RecordBatch, durations: pa.Array) -> pa.Array:
 
 
 def results_in(batch: pa.RecordBatch) -> Iterator[pa.Table]:
-    """The results (RESULT_SCHEMA) in rows of a manifest: those of the clips, then those of the conditioning images."""
+    """The results (RESULT_SCHEMA) in rows of a manifest: of the clips, of their images and controls."""
     is_usable, reason = pc.is_valid(batch.column("frames")), batch.column("reason")
     clips = {name: batch.column(name) for name in RESULT_SCHEMA.names if name != "key"}
     clips |= {
@@ -120,7 +154,7 @@ def results_in(batch: pa.RecordBatch) -> Iterator[pa.Table]:
     has_failed = pc.fill_null(pc.starts_with(reason, _IMAGE), False)
     images = {name: pa.nulls(len(batch), RESULT_SCHEMA.field(name).type) for name in RESULT_SCHEMA.names}
     images |= {
-        "key": file_keys(condition_kinds(len(batch)), batch.column("image_path")),
+        "key": file_keys(kinds_of(CONDITION, len(batch)), batch.column("image_path")),
         # If the clip itself is unusable, its row does not tell whether the image is.
         "size": pc.if_else(is_usable, batch.column("image_size"), None),
         "mtime_ns": batch.column("image_mtime_ns"),
@@ -129,6 +163,15 @@ def results_in(batch: pa.RecordBatch) -> Iterator[pa.Table]:
         "digest": batch.column("image_digest"),
     }
     yield _complete_results(images)
+    control_reason = batch.column("control_reason")
+    has_failed = pc.fill_null(pc.starts_with(control_reason, _CONTROL), False)
+    controls = {name: pa.nulls(len(batch), RESULT_SCHEMA.field(name).type) for name in RESULT_SCHEMA.names}
+    controls |= {name: batch.column(f"control_{name}") for name in (*_STAMP, *_CONTROL_PROPERTIES)}
+    controls |= {
+        "key": file_keys(kinds_of(CONTROL, len(batch)), batch.column("control_path")),
+        "reason": pc.if_else(has_failed, pc.utf8_slice_codeunits(control_reason, len(_CONTROL)), None),
+    }
+    yield _complete_results(controls)
 
 
 def _complete_results(columns: Mapping[str, pa.Array]) -> pa.Table:

@@ -27,7 +27,7 @@ from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.folder import Folder
 from cogds.data.layouts.listing import Listing
 from cogds.data.layouts.parts import DatasetReader, Part
-from cogds.data.manifest.file_keys import CONDITION, condition_kinds, file_key, first_occurrences, look_up
+from cogds.data.manifest.file_keys import CONDITION, CONTROL, file_key, first_occurrences, kinds_of, look_up
 from cogds.data.manifest.rows import build_rows, entry_keys, results_in
 from cogds.data.manifest.scan_state import (
     ENTRY_SCHEMA,
@@ -149,6 +149,7 @@ def _entry_batch(entries: Sequence[Entry], set_number: int) -> pa.RecordBatch:
     columns["set"] = [set_number] * len(entries)
     columns["key"] = [file_key(kind, path) for kind, path in zip(columns["kind"], columns["path"])]
     columns["image_key"] = [path and file_key(CONDITION, path) for path in columns["image_path"]]
+    columns["control_key"] = [path and file_key(CONTROL, path) for path in columns["control_path"]]
     try:
         return pa.RecordBatch.from_pydict(columns, ENTRY_SCHEMA)
     except UnicodeEncodeError:  # rare, so only then look at every text
@@ -157,7 +158,7 @@ def _entry_batch(entries: Sequence[Entry], set_number: int) -> pa.RecordBatch:
             if captions != tuple(map(_escape, captions)):
                 columns["caption"][row] = columns["more_captions"][row] = None
                 columns["caption_error"][row] = "it holds half of a surrogate pair, which is not a character"
-        for name in ("path", "image_path", "caption_error", "duplicate_of"):
+        for name in ("path", "image_path", "control_path", "caption_error", "duplicate_of"):
             columns[name] = list(map(_escape, columns[name]))
         return pa.RecordBatch.from_pydict(columns, ENTRY_SCHEMA)
 
@@ -179,7 +180,8 @@ def _list_files(scan: Scan, known: pa.Table) -> Iterator[pa.RecordBatch]:
     for batch in read_entries(scan):
         for key, path, kinds in (
             ("key", "path", batch.column("kind")),
-            ("image_key", "image_path", condition_kinds(len(batch))),
+            ("image_key", "image_path", kinds_of(CONDITION, len(batch))),
+            ("control_key", "control_path", kinds_of(CONTROL, len(batch))),
         ):
             stamps = next(known_stamps)
             columns = [batch.column(key), kinds, batch.column(path), stamps["size"], stamps["mtime_ns"]]

@@ -36,13 +36,14 @@ Share = tuple[int, int]  # rank, number of ranks
 # Partial results are written after this many files or seconds, whichever comes first.
 FLUSH_FILES, FLUSH_S = 2000, 30.0
 
-# key, image_key: null if the name is not valid UTF-8. path, caption, image_path: with escapes in that case.
+# key, image_key, control_key: null if the name is not valid UTF-8. caption and paths: with escapes in that case.
 ENTRY_SCHEMA = pa.schema(
     [
         *ENTRY_COLUMNS,
         ("set", pa.int16()),
         ("key", pa.binary(16)),
         ("image_key", pa.binary(16)),
+        ("control_key", pa.binary(16)),
     ]
 )
 # The distinct files. known_size, known_mtime_ns: of the file when an earlier scan read it, else null.

@@ -27,6 +27,7 @@ _SKIPPED_MARK = b"cogds.skipped"
 
 # more_captions: null if there are none. status: "ok", or "unusable" with the reason. motion, duplicate_of: scores of
 # `cogds prepare`, null without them. image_*: the clip's conditioning image, if one is given.
+# control_*: its control video; control_reason: why that cannot be used, which matters only if it is used.
 SCHEMA = pa.schema(
     [
         ("path", pa.string()),
@@ -54,6 +55,14 @@ SCHEMA = pa.schema(
         ("image_digest", pa.binary(16)),
         ("image_size", pa.int64()),
         ("image_mtime_ns", pa.int64()),
+        ("control_path", pa.string()),
+        ("control_digest", pa.binary(16)),
+        ("control_size", pa.int64()),
+        ("control_mtime_ns", pa.int64()),
+        ("control_frames", pa.int32()),
+        ("control_fps", pa.float64()),
+        ("control_duration_s", pa.float64()),
+        ("control_reason", pa.string()),
     ],
     metadata={MANIFEST_MARK: b"2"},
 )
@@ -80,13 +89,22 @@ def _settings(data_set: DataSet) -> list[Any]:
 def read_manifest(file: Path, columns: Sequence[str] | None = None) -> pa.Table:
     """Read the manifest (SCHEMA), or some of its columns. Raises UserError as `open_manifest`."""
     with open_manifest(file) as table:
-        return table.read(columns=list(columns) if columns else None)
+        held = table.schema_arrow.names
+        rows = table.read(columns=[name for name in columns or held if name in held])
+    missing = [name for name in columns or SCHEMA.names if name not in held]  # written before there were controls
+    for name in missing:
+        rows = rows.append_column(name, pa.nulls(len(rows), SCHEMA.field(name).type))
+    return rows
 
 
 def read_manifest_batches(file: Path) -> Iterator[pa.RecordBatch]:
     """Read the manifest ROWS_PER_BATCH rows at a time. Raises UserError as `open_manifest`."""
     with open_manifest(file) as table:
-        yield from table.iter_batches(ROWS_PER_BATCH)
+        for batch in table.iter_batches(ROWS_PER_BATCH):
+            for name in SCHEMA.names:
+                if name not in batch.schema.names:  # written before there were controls
+                    batch = batch.append_column(name, pa.nulls(len(batch), SCHEMA.field(name).type))
+            yield batch
 
 
 def read_skipped(file: Path) -> dict[str, int]:

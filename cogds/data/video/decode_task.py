@@ -5,7 +5,8 @@ from dataclasses import dataclass
 import numpy as np
 
 from cogds.core.geometry import ClipShape
-from cogds.data.video.media import read_clip, read_image
+from cogds.data.video.kinds import kind_of
+from cogds.data.video.media import DecodeError, read_clip, read_image
 
 
 @dataclass(frozen=True)
@@ -20,6 +21,7 @@ class DecodeTask:
     fps: float
     decoder: str
     mirrored: bool = False
+    control_path: str | None = None
 
 
 @dataclass(frozen=True)
@@ -29,20 +31,38 @@ class DecodedClip:
     Attributes:
         pixels: uint8 [F, H, W, 3].
         first_frame: uint8 [H, W, 3], the conditioning image if the dataset has one, otherwise frame 0.
+        control: uint8 [F, H, W, 3], the same times of the control video, None without one.
     """
 
     pixels: np.ndarray
     first_frame: np.ndarray
+    control: np.ndarray | None = None
 
 
 def decode(task: DecodeTask) -> DecodedClip:
     """Decode, resample in time, resize, crop and mirror. Raises media.DecodeError."""
     height, width = task.shape.height, task.shape.width
-    if task.kind == "image" and task.shape.frames == 1 and not task.start_s:
-        pixels = read_image(task.path, height, width)[None]
-    else:
-        pixels = read_clip(task.path, task.shape, task.fps, task.start_s, decoder=task.decoder)
+    pixels = _read(task, task.path, task.kind)
     first = read_image(task.image_path, height, width) if task.image_path else pixels[0]
+    control = None
+    if task.control_path:
+        try:
+            control = _read(task, task.control_path, kind_of(task.control_path))
+        except DecodeError as error:
+            raise DecodeError(f"control video unusable: {error}") from None
     if task.mirrored:
-        pixels, first = (np.ascontiguousarray(picture[..., ::-1, :]) for picture in (pixels, first))
-    return DecodedClip(pixels, first)
+        pixels, first = (_mirror(picture) for picture in (pixels, first))
+        control = None if control is None else _mirror(control)
+    return DecodedClip(pixels, first, control)
+
+
+def _read(task: DecodeTask, path: str, kind: str | None) -> np.ndarray:
+    """Read the task's range of a file: uint8 [F, H, W, 3]."""
+    shape = task.shape
+    if kind == "image" and shape.frames == 1 and not task.start_s:
+        return read_image(path, shape.height, shape.width)[None]
+    return read_clip(path, shape, task.fps, task.start_s, decoder=task.decoder)
+
+
+def _mirror(picture: np.ndarray) -> np.ndarray:
+    return np.ascontiguousarray(picture[..., ::-1, :])

@@ -1,6 +1,7 @@
 """Which files are videos and images, by their suffix."""
 
 import os
+from collections.abc import Iterable
 
 from cogds.data.storage.location import display_name, is_url
 
@@ -27,3 +28,20 @@ def kind_of(location: str) -> str | None:
     if suffix in VIDEO_SUFFIXES:
         return "video"
     return "image" if suffix in IMAGE_SUFFIXES else None
+
+
+CONTROL_SUFFIX = ".control"  # a.control.mp4 is the control video of a.mp4
+
+
+def control_names(names: Iterable[str]) -> dict[str, str]:
+    """The control videos among the names of clips in a folder: name of a clip -> name of its control video."""
+    names = list(names)
+    stems = {
+        os.path.splitext(name)[0]: name for name in names if not os.path.splitext(name)[0].endswith(CONTROL_SUFFIX)
+    }
+    controls = {}
+    for name in names:
+        clip = stems.get(os.path.splitext(name)[0].removesuffix(CONTROL_SUFFIX))
+        if clip is not None and clip != name and os.path.splitext(name)[0].endswith(CONTROL_SUFFIX):
+            controls[clip] = name
+    return controls

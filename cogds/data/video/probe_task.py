@@ -3,6 +3,7 @@
 import re
 from typing import NamedTuple
 
+from cogds.data.video.kinds import kind_of
 from cogds.data.video.media import VideoInfo, probe_image, probe_video
 
 # A probe reads the file once and decodes one frame, which takes seconds even for gigabytes on a network disk.
@@ -12,7 +13,7 @@ PROBE_MEMORY_BYTES = 4_000_000_000
 
 
 class ProbeTask(NamedTuple):
-    """A file to probe. kind: "video", "image", or "condition" for a conditioning image."""
+    """A file to probe. kind: "video", "image", "condition" for a conditioning image, "control" for a control video."""
 
     kind: str
     path: str
@@ -20,7 +21,8 @@ class ProbeTask(NamedTuple):
 
 def probe_file(task: ProbeTask) -> VideoInfo:
     """Open a file and decode its first frame. Raises media.DecodeError if it cannot be used."""
-    return probe_video(task.path) if task.kind == "video" else probe_image(task.path)
+    is_video = kind_of(task.path) != "image" if task.kind == "control" else task.kind == "video"
+    return probe_video(task.path) if is_video else probe_image(task.path)
 
 
 # Patterns of error messages, and the category under which such messages are counted.

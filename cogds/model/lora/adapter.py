@@ -20,8 +20,9 @@ from safetensors.torch import save_file
 from cogds.core.family import TASKS
 from cogds.errors import UserError, did_you_mean
 from cogds.files import apply_umask
+from cogds.model.control import CONTROL_WEIGHT, add_control, control_inputs, control_of
 from cogds.model.lora.convert import Adapter, check_fits, diffusers_header, load_adapter, peft_config
-from cogds.model.lora.file import LoraFile, describe_lora, join_values
+from cogds.model.lora.file import CONTROL_KEY, LoraFile, describe_lora, join_values, read_lora
 
 ALL_LINEAR = "all-linear"
 ADAPTER = "default"  # default name in diffusers' add_adapter
@@ -95,15 +96,24 @@ def export(folder: Path, transformer: Any, tensors: Mapping[str, torch.Tensor], 
     CogVideoXImageToVideoPipeline.save_lora_weights(
         folder,
         transformer_lora_layers=state,
-        save_function=functools.partial(save_file, metadata=header),
+        save_function=functools.partial(_save, control=tensors.get(CONTROL_WEIGHT), metadata=header),
     )
     apply_umask(folder / LORA_WEIGHT_NAME_SAFE)
     return folder / LORA_WEIGHT_NAME_SAFE
 
 
+def _save(tensors: dict[str, torch.Tensor], file: str, control: torch.Tensor | None, metadata: dict[str, str]) -> None:
+    """Write a LoRA file, with the weight for a control video if there is one."""
+    more = {} if control is None else {CONTROL_KEY: control.cpu().contiguous()}
+    save_file(tensors | more, file, metadata=metadata)
+
+
 @torch.no_grad()
 def add_lora(transformer: Any, adapter: Adapter, name: str = ADAPTER) -> None:
-    """Add a LoRA that fits the transformer as its adapter `name`, in the transformer's dtype and on its device."""
+    """Add a LoRA that fits the transformer as its adapter `name`, in the transformer's dtype and on its device.
+
+    A LoRA with a control video also adds input channels (`model.control`); at most one can.
+    """
     transformer.add_adapter(peft_config(adapter), name)
     injected = {layer: module for layer, module in _injected(transformer).items() if name in module.lora_A}
     if injected.keys() != adapter.layers.keys():
@@ -112,6 +122,27 @@ def add_lora(transformer: Any, adapter: Adapter, name: str = ADAPTER) -> None:
     for layer, module in injected.items():
         module.lora_A[name].weight.copy_(adapter.layers[layer].a)
         module.lora_B[name].weight.copy_(adapter.layers[layer].b)
+    if adapter.control is not None:
+        _add_trained_control(transformer, adapter.control)
+
+
+def load_control(transformer: Any, path: str | Path, scale: float = 1.0) -> None:
+    """Add the input channels for a control video of a LoRA, after diffusers' `load_lora_weights` has loaded the rest.
+
+    path: the file or its folder. Raises UserError if the LoRA was trained without control videos.
+    """
+    file = read_lora(path)
+    if file.control is None:
+        raise UserError(f"{file.path}: was not trained with control videos. Load it without load_control.")
+    weight = load_adapter(file).control
+    assert weight is not None
+    _add_trained_control(transformer, weight * scale)
+
+
+def _add_trained_control(transformer: Any, weight: torch.Tensor) -> None:
+    config = transformer.config
+    channels = weight.shape[1] // control_inputs(1, config.patch_size_t, config.patch_size)
+    add_control(transformer, channels, weight).requires_grad_(False)
 
 
 def _injected(transformer: torch.nn.Module) -> dict[str, LoraLayer]:
@@ -130,6 +161,11 @@ def check_initial_lora(transformer: torch.nn.Module, file: LoraFile) -> None:
         raise UserError(
             f"lora.init_from: {file.path} has layers of ranks {join_values(file.ranks)}, but a run has a single rank. "
             "Pass a LoRA with a single rank."
+        )
+    if file.control and control_of(transformer) is None:
+        raise UserError(
+            f"lora.init_from: {file.path} was trained with control videos, but this run has none. Set "
+            "conditioning.control=true."
         )
     rank, run_rank = file.ranks[0], next(iter(layers.values())).r[ADAPTER]
     targets, run_targets = shortest_targets(file.pairs, list(linears)), shortest_targets(layers, list(linears))
@@ -172,6 +208,10 @@ def load_initial_lora(transformer: torch.nn.Module, file: LoraFile) -> None:
         layer = adapter.layers[name]
         module.lora_A[ADAPTER].weight.copy_(layer.a)
         module.lora_B[ADAPTER].weight.copy_(layer.b * (layer.scale / module.scaling[ADAPTER]))
+    if adapter.control is not None:
+        control = control_of(transformer)
+        assert control is not None
+        control.weight.copy_(adapter.control)
 
 
 def describe_initial_lora(file: LoraFile, image_latents: str, task: str = TASKS[0]) -> list[str]:

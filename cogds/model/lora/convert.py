@@ -25,8 +25,9 @@ from safetensors.torch import save_file
 
 from cogds.errors import UserError
 from cogds.files import apply_umask
+from cogds.model.control import control_inputs
 from cogds.model.load import ModelFolder, empty_transformer
-from cogds.model.lora.file import ALPHA_IN_WEIGHTS, OWN_METADATA_KEY, LoraFile, open_safetensors
+from cogds.model.lora.file import ALPHA_IN_WEIGHTS, CONTROL_KEY, OWN_METADATA_KEY, LoraFile, open_safetensors
 from cogds.model.lora.formats import COMFYUI_PREFIX, DIFFUSERS_PREFIX, comfyui_name
 
 # diffusers passes all fields of the header to `peft.LoraConfig`, which raises TypeError for an unknown one. These are
@@ -54,10 +55,15 @@ class Layer:
 
 @dataclass(frozen=True)
 class Adapter:
-    """A LoRA in memory. layers: by the full name of the layer; metadata: recorded by cogds, or {}."""
+    """A LoRA in memory.
+
+    layers: by the full name of the layer; metadata: recorded by cogds, or {}; control: weight of the extra input
+    channels for a control video (`model.control`), None without them.
+    """
 
     layers: Mapping[str, Layer]
     metadata: Mapping[str, Any]
+    control: torch.Tensor | None = None
 
 
 def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None = None) -> Adapter:
@@ -79,10 +85,11 @@ def load_adapter(file: LoraFile, scale: float = 1.0, dtype: torch.dtype | None =
             name: Layer(tensor(tensors, pair.a), tensor(tensors, pair.b), pair.scale * abs(scale))
             for name, pair in file.pairs.items()
         }
+        control = tensor(tensors, CONTROL_KEY) * scale if file.control else None
     if scale < 0:
         layers = {name: replace(layer, b=(-layer.b.float()).to(layer.b.dtype)) for name, layer in layers.items()}
     scaled = {"exported_scale": scale * file.metadata.get("exported_scale", 1.0)} if scale != 1.0 else {}
-    return Adapter(layers, file.metadata | scaled)
+    return Adapter(layers, file.metadata | scaled, control)
 
 
 def fold_scales(adapter: Adapter) -> Adapter:
@@ -135,13 +142,16 @@ def _diffusers_tensors(adapter: Adapter) -> dict[str, torch.Tensor]:
 def save_diffusers(adapter: Adapter, folder: Path) -> Path:
     """Write a LoRA file for diffusers into the folder, and return its path."""
     file = folder / LORA_WEIGHT_NAME_SAFE
-    save_file(_diffusers_tensors(adapter), file, diffusers_header(peft_config(adapter), adapter.metadata))
+    control = {} if adapter.control is None else {CONTROL_KEY: adapter.control}
+    header = diffusers_header(peft_config(adapter), adapter.metadata)
+    save_file(_diffusers_tensors(adapter) | control, file, header)
     apply_umask(file)
     return file
 
 
 def save_comfyui(adapter: Adapter, file: Path) -> None:
-    """Write a LoRA file for ComfyUI's own LoRA loader."""
+    """Write a LoRA file for ComfyUI's own LoRA loader. Raises UserError for a LoRA with a control video."""
+    refuse_control(adapter.control is not None, "comfyui")
     tensors = {}
     for name, layer in adapter.layers.items():
         prefix = COMFYUI_PREFIX + comfyui_name(name)
@@ -153,7 +163,8 @@ def save_comfyui(adapter: Adapter, file: Path) -> None:
 
 
 def save_comfyui_wrapper(adapter: Adapter, file: Path) -> None:
-    """Write a LoRA file for ComfyUI-CogVideoXWrapper, which diffusers can load as well."""
+    """Write a LoRA file for ComfyUI-CogVideoXWrapper, which diffusers can load as well. Raises as `save_comfyui`."""
+    refuse_control(adapter.control is not None, "comfyui-wrapper")
     tensors = _diffusers_tensors(fold_scales(adapter))
     save_file(tensors, file, own_header({**adapter.metadata, ALPHA_IN_WEIGHTS: True}))
     apply_umask(file)
@@ -164,6 +175,27 @@ def check_all_fit(files: Iterable[LoraFile], model: ModelFolder) -> None:
     shapes = {name: tuple(weight.shape) for name, weight in empty_transformer(model).named_parameters()}
     for file in files:
         check_fits(file, shapes, model.path)
+        check_control_fits(file, model)
+
+
+def refuse_control(has_control: bool, kind: str) -> None:
+    """Raise UserError if a LoRA with a control video is to be written in a format that has no place for its weight."""
+    if has_control:
+        raise UserError(
+            f"--to {kind}: the LoRA was trained with control videos, and this format cannot hold their input channels. "
+            "Use --to diffusers."
+        )
+
+
+def check_control_fits(file: LoraFile, model: ModelFolder) -> None:
+    """Raise UserError if the extra input channels of a LoRA were trained on a model of another size."""
+    geometry = model.geometry
+    inputs = control_inputs(geometry.latent_channels, geometry.patch_size_t, geometry.patch_size)
+    if file.control not in (None, (model.hidden_size, inputs)):
+        raise UserError(
+            f"{file.path}: does not fit {model.path}: its weight for a control video is {file.control[0]}x"
+            f"{file.control[1]}, not {model.hidden_size}x{inputs}. Pass the model that the LoRA was trained on."
+        )
 
 
 def check_fits(file: LoraFile, shapes: Mapping[str, tuple[int, ...]], model: Path | str) -> None:

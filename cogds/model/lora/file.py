@@ -32,6 +32,9 @@ from cogds.model.lora.formats import DIFFUSERS_PREFIX, PEFT_PREFIX, SAT_ALPHA, K
 
 Config = Mapping[str, Any]  # the fields of a `LoraConfig` in a file
 OWN_METADATA_KEY, FINETRAINERS_KEY = "cogds", "lora_config"
+# The weight of the extra input channels for a control video. diffusers refuses names without "lora" in them, and
+# ignores those that do not start with "transformer.".
+CONTROL_KEY = "cogds_lora_control.weight"
 ALPHA_IN_WEIGHTS = "alpha_in_weights"  # metadata key of cogds: B includes the factor alpha/rank, so the strength is 1
 PICKLES = (".bin", ".pt", ".pth", ".ckpt", ".pkl")
 # PEFT settings with which a layer's output is not W x + s B A x, or W differs from the base model's.
@@ -110,12 +113,14 @@ class LoraFile:
     Attributes:
         pairs: by the full name of the layer in the transformer.
         metadata: recorded by `adapter.export`, {} for other trainers.
+        control: shape of the weight of the extra input channels for a control video, None without them.
     """
 
     path: Path
     pairs: dict[str, LoraPair]
     alpha_source: AlphaSource
     metadata: dict[str, Any]
+    control: tuple[int, ...] | None = None
 
     @property
     def ranks(self) -> list[int]:
@@ -166,6 +171,9 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
         shapes = {name: tuple(tensor.get_shape()) for name, tensor in slices.items()}
         dtypes = {name: tensor.get_dtype() for name, tensor in slices.items()}
         alphas = {name: tensors.get_tensor(name).flatten().tolist() for name in shapes if name.endswith(".alpha")}
+    control = shapes.pop(CONTROL_KEY, None)
+    if control is not None and len(control) != 2:
+        raise UserError(f"{file}: '{CONTROL_KEY}' has shape {control}, not [out, in]. Export the LoRA again.")
     keys = {name: parse_key(name) for name in shapes}
     metadata = _own_metadata(file, header)
     config = _adapter_config(file, header, shapes, alpha)
@@ -198,7 +206,7 @@ def read_lora(path: str | Path, alpha: float | None = None) -> LoraFile:
         if scale is None:
             is_incomplete, scale = True, 1.0 if alpha is None else alpha / rank
         pairs[layer] = LoraPair(a, b, rank, shape_a[1], shape_b[0], scale)
-    return LoraFile(file, pairs, source if is_incomplete else AlphaSource.FILE, metadata)
+    return LoraFile(file, pairs, source if is_incomplete else AlphaSource.FILE, metadata, control)
 
 
 def describe_lora(file: LoraFile, setting: str) -> list[str]:
@@ -207,7 +215,11 @@ def describe_lora(file: LoraFile, setting: str) -> list[str]:
     setting: config key or flag to pass an alpha with.
     """
     ranks, scales = join_values(file.ranks), join_values(file.scales)
-    lines = [f"LoRA {file.path}: {len(file.pairs)} layers, rank {ranks}, strength {scales} ({file.alpha_source.value})"]
+    with_control = ", with a control video" if file.control else ""
+    lines = [
+        f"LoRA {file.path}: {len(file.pairs)} layers, rank {ranks}, strength {scales} "
+        f"({file.alpha_source.value}){with_control}"
+    ]
     if file.alpha_source is AlphaSource.ASSUMED:
         lines.append(
             f"warning: {file.path}: contains no alpha, so alpha = rank is assumed, as in diffusers. If it was trained "
@@ -286,6 +298,7 @@ _IS_VALID: dict[str, Callable[[Any], bool]] = {
     "trigger_words": _are_texts,
     "instance_prompt": _is_text,
     "example_prompt": _is_text,
+    "control": lambda value: isinstance(value, bool),
     "exported_scale": _is_number,
     "comfyui_strength": _is_positive,
 }

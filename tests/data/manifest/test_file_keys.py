@@ -2,7 +2,7 @@
 
 import pyarrow as pa
 
-from cogds.data.manifest.file_keys import condition_kinds, file_key, file_keys, first_occurrences, look_up
+from cogds.data.manifest.file_keys import CONDITION, file_key, file_keys, first_occurrences, kinds_of, look_up
 
 CHUNKS = [[b"a", None, b"b"], [], [b"b", b"c", b"a"], [None]]
 
@@ -13,7 +13,7 @@ def keys(*letters: bytes | None) -> pa.Array:
 
 def test_a_key_depends_on_the_path_and_the_kind() -> None:
     paths = pa.array(["/a", "/b", None])
-    videos, images = file_keys(pa.array(["video"] * 3), paths), file_keys(condition_kinds(3), paths)
+    videos, images = file_keys(pa.array(["video"] * 3), paths), file_keys(kinds_of(CONDITION, 3), paths)
     assert len({*videos.to_pylist()[:2], *images.to_pylist()[:2]}) == 4
     assert (videos[2].as_py(), images[2].as_py()) == (None, None)
     assert videos[0].as_py() == file_key("video", "/a")

@@ -1,0 +1,72 @@
+"""Training with control videos, under ZeRO and sequence parallelism, and across a resume."""
+
+import shutil
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from cogds.core.geometry import ClipShape
+from cogds.data.video.media import probe_video, read_clip, write_video
+from cogds.model.lora.file import CONTROL_KEY
+from tests.dist.conftest import adapter, losses
+from tests.dist.test_resume import check_resuming
+
+pytestmark = pytest.mark.dist
+
+
+@pytest.fixture(scope="module")
+def controlled(workshop):
+    """The drawn clips, each with a control: its negative."""
+    folder = workshop / "controlled"
+    shutil.copytree(workshop / "clips", folder)
+    for path in sorted(folder.glob("*.mp4")):
+        info = probe_video(path)
+        pixels = read_clip(path, ClipShape(info.num_frames, info.height, info.width), info.fps)
+        write_video(path.with_suffix(".control.mp4"), 255 - pixels, info.fps, num_threads=1)
+    image = np.array(Image.open(folder / "image_0.png").convert("RGB"))
+    Image.fromarray(255 - image).save(folder / "image_0.control.png")
+    return ["conditioning.control=true", f"data.path={folder}"]
+
+
+def check_trained(run):
+    weight = adapter(run)[CONTROL_KEY]
+    assert weight.shape == (32, 64)
+    assert weight.abs().max() > 1e-3
+    return weight
+
+
+@pytest.mark.slow
+def test_a_run_with_controls_starts_as_one_without_and_resumes_bitwise(train_once, workshop, controlled):
+    tensors = check_resuming(train_once, workshop, "control", "zero2", *controlled)
+    check_trained(workshop / "control")
+    assert "weight/patch_embed.control.weight" in tensors
+    plain, run = losses(train_once("zero2", "zero2")), losses(workshop / "control")
+    assert run[0] == plain[0]
+    assert run[1:] != plain[1:]
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("ds", ["zero3", "zero3_offload"])
+def test_every_stage_trains_the_same_control(train_once, controlled, ds):
+    reference, run = train_once("control", "zero2", *controlled), train_once(f"control-{ds}", ds, *controlled)
+    assert losses(run) == pytest.approx(losses(reference), rel=1e-5)
+    torch.testing.assert_close(check_trained(run), check_trained(reference), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_ranks_that_share_clips_train_the_same_control(train_once, controlled):
+    alone = train_once("control-alone", "zero2", *controlled, ranks=1)
+    shared = train_once("control-shared", "zero2", *controlled, "parallel.sequence_size=2", ranks=2)
+    assert losses(shared) == pytest.approx(losses(alone), rel=1e-5)
+    torch.testing.assert_close(check_trained(shared), check_trained(alone), atol=2e-4, rtol=1e-3)
+
+
+@pytest.mark.slow
+def test_modes_of_the_blocks_do_not_change_the_control(train_once, controlled):
+    alone = train_once("control-alone", "zero2", *controlled, ranks=1)
+    full = train_once("control-full", "zero2", *controlled, "train.activation_checkpointing=full", ranks=1)
+    assert losses(full) == losses(alone)
+    fly = train_once("control-fly", "zero2", *controlled, "data.encode=on_the_fly", ranks=1)
+    assert losses(fly) == losses(alone)

@@ -1,0 +1,110 @@
+"""Control videos in a dataset: which clips have a usable one, and what is encoded of them."""
+
+import json
+import shutil
+
+import numpy as np
+import pytest
+import torch
+
+from cogds.core.geometry import ClipShape
+from cogds.data.cache.store import Cache
+from cogds.data.loading.dataset import read_encoded
+from cogds.data.video.media import read_clip, write_video
+from cogds.encode.encoder import encode_dataset, encode_pixels
+from cogds.errors import UserError
+from cogds.model.load import load_vae
+from tests.jobs import make_job
+
+NUM_FRAMES = 24  # at 16 frames per second
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """Four clips of noise: with a control, with a short one, with a damaged one, and without one."""
+    folder, numbers = tmp_path_factory.mktemp("controlled") / "clips", np.random.default_rng(0)
+    folder.mkdir()
+    for name in ("good", "short", "damaged", "alone"):
+        pixels = np.repeat(numbers.integers(0, 256, (1, 64, 96, 3), np.uint8), NUM_FRAMES, 0)
+        write_video(folder / f"{name}.mp4", pixels, 16, num_threads=1)
+        (folder / f"{name}.txt").write_text(f"{name} noise")
+        if name in ("good", "short"):
+            num_frames = NUM_FRAMES if name == "good" else 6
+            write_video(folder / f"{name}.control.mp4", pixels[:num_frames, ::-1], 16, num_threads=1)
+    (folder / "damaged.control.mp4").write_bytes(b"not a video")
+    return folder
+
+
+@pytest.fixture
+def encode(tiny_model, tmp_path):
+    def encode(path, *overrides):
+        return encode_dataset(
+            make_job(
+                f"model.path={tiny_model}", f"data.path={path}", f"data.cache_dir={tmp_path / 'cache'}",
+                "train.precision=fp32", "data.buckets=[9x64x96]", "data.num_workers=0", *overrides,
+            )
+        )  # fmt: skip
+
+    return encode
+
+
+def clips_of(data):
+    return {
+        (data.index[row].path.rpartition("/")[2], data.index[row].mirrored): data.index[row]
+        for row in range(len(data.index))
+    }
+
+
+def test_only_clips_with_a_usable_control_are_trained(encode, folder):
+    data = encode(folder, "conditioning.control=true")
+    assert [name for name, _ in clips_of(data)] == ["good.mp4"]
+    assert data.unusable.num == 3
+    reasons = {
+        json.loads(line)["path"].rpartition("/")[2]: json.loads(line)["reason"] for line in data.unusable.file.open()
+    }
+    assert reasons["alone.mp4"].startswith("control video missing: ")
+    assert reasons["short.mp4"] == "control video too short: 0.375 s, and the clip ends at 1.5 s"
+    assert reasons["damaged.mp4"].startswith("control video unusable: ")
+    # Without conditioning.control, the controls neither count as clips nor make a clip unusable.
+    plain = encode(folder)
+    assert sorted(name for name, _ in clips_of(plain)) == ["alone.mp4", "damaged.mp4", "good.mp4", "short.mp4"]
+    assert plain.unusable.num == 0
+    assert clips_of(plain)["good.mp4", False].clip_key != clips_of(data)["good.mp4", False].clip_key
+    assert clips_of(plain)["good.mp4", False].control_path is None
+
+
+def test_the_control_is_encoded_as_the_clip_and_mirrored_with_it(encode, folder, tmp_path, tiny_model):
+    data = encode(folder, "conditioning.control=true", "data.mirror=true")
+    clips, cache = clips_of(data), Cache(tmp_path / "cache")
+    from cogds.model.load import find_model
+
+    vae = load_vae(find_model(str(tiny_model)), torch.float32, "cpu")
+    pixels = torch.from_numpy(read_clip(folder / "good.control.mp4", ClipShape(9, 64, 96), 16.0))
+    for is_mirrored, expected in ((False, pixels), (True, pixels.flip(2))):
+        encoded = read_encoded(cache, clips["good.mp4", is_mirrored])
+        with torch.no_grad():
+            assert torch.equal(encoded["control_moments"], encode_pixels(vae, expected, is_tiled=False))
+        assert not torch.equal(encoded["control_moments"], encoded["moments"])
+
+
+def test_tables_and_lists_name_controls(encode, folder, tmp_path):
+    rows = [
+        {"path": str(folder / f"{name}.mp4"), "text": name, "pose": str(folder / "good.control.mp4")}
+        for name in ("good", "alone")
+    ]
+    (tmp_path / "list.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    data = encode(tmp_path / "list.jsonl", "conditioning.control=true", "data.columns={control: pose}")
+    assert len(data.index) == 2
+    lists = tmp_path / "lists"
+    lists.mkdir()
+    for name, lines in (("videos", ["good.mp4"]), ("prompts", ["noise"]), ("controls", ["good.control.mp4"])):
+        (lists / f"{name}.txt").write_text("\n".join(lines))
+    for name in ("good.mp4", "good.control.mp4"):
+        shutil.copy(folder / name, lists)
+    data = encode(lists, "conditioning.control=true")
+    assert clips_of(data)["good.mp4", False].control_path == str(lists / "good.control.mp4")
+
+
+def test_a_control_needs_a_lora(tiny_model, folder):
+    with pytest.raises(UserError, match=r"^conditioning.control: not with train.method=full"):
+        make_job(f"model.path={tiny_model}", f"data.path={folder}", "conditioning.control=true", "train.method=full")

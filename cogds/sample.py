@@ -24,6 +24,7 @@ from cogds.model.lora.adapter import add_lora
 from cogds.model.lora.convert import check_all_fit, check_scale, load_adapter
 from cogds.model.lora.file import WeightedLora, describe_lora, read_loras
 from cogds.model.pipelines import (
+    Conditions,
     Denoising,
     apply_convention,
     count_transformer_calls,
@@ -148,7 +149,9 @@ def main(args: argparse.Namespace) -> None:
                 if loras:
                     names = [f"lora{index}" for index in range(len(loras))]
                     pipeline.set_adapters(names, [scale * lora.weight for lora in loras])
-                latents = sample_latents(pipeline, job.pixels, states[job.prompt.prompt], job.shape, seed, denoising)
+                latents = sample_latents(
+                    pipeline, Conditions(job.pixels), states[job.prompt.prompt], job.shape, seed, denoising
+                )
                 with activity("decoding the video"):
                     frames = decode_frames(pipeline, latents, job.shape)
                 text = label(seed, scale, bool(loras))

@@ -1,13 +1,13 @@
-"""Video generation with diffusers' pipeline, from a caption's text states and, in image-to-video, a first frame.
+"""Video generation with diffusers' pipeline, from a caption's text states and, in image-to-video, given frames.
 
 `cogds sample` and the samples during training both use this module, so the same weights give the same frames. The
 pipeline does not include T5. Callers pass its states.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any, TypeAlias
+from dataclasses import dataclass, field
+from typing import Any, Literal, TypeAlias
 
 import numpy as np
 import torch
@@ -17,6 +17,7 @@ from PIL import Image
 from cogds.core.conditioning import convention_factor
 from cogds.core.geometry import ClipShape
 from cogds.errors import UserError
+from cogds.model.conditioned_pipeline import ConditionedPipeline
 from cogds.model.load import ModelFolder
 
 Pipeline: TypeAlias = CogVideoXImageToVideoPipeline | CogVideoXPipeline
@@ -38,13 +39,43 @@ class Denoising:
     on_step: Callable[[], None] | None = None
 
 
+@dataclass(frozen=True)
+class Conditions:
+    """Frames that a clip is conditioned on (`ConditionedPipeline`), of its size; none in text-to-video.
+
+    Attributes:
+        image, last_image: uint8 [H, W, 3].
+        video: uint8 [F, H, W, 3].
+        keyframes: frame numbers and images, uint8 [H, W, 3].
+    """
+
+    image: np.ndarray | None = None
+    last_image: np.ndarray | None = None
+    video: np.ndarray | None = None
+    video_at: Literal["start", "end"] = "start"
+    keyframes: Mapping[int, np.ndarray] = field(default_factory=dict)
+
+    def pipeline_arguments(self) -> dict[str, Any]:
+        """Return the arguments of `ConditionedPipeline` for the conditions that are given."""
+        arguments: dict[str, Any] = {}
+        if self.image is not None:
+            arguments["image"] = Image.fromarray(self.image)
+        if self.last_image is not None:
+            arguments["last_image"] = Image.fromarray(self.last_image)
+        if self.video is not None:
+            arguments |= {"video": [Image.fromarray(frame) for frame in self.video], "video_at": self.video_at}
+        if self.keyframes:
+            arguments["keyframes"] = {frame: Image.fromarray(image) for frame, image in self.keyframes.items()}
+        return arguments
+
+
 def pipeline_class(model: ModelFolder) -> type[Pipeline]:
-    """Return diffusers' class for the model."""
-    return CogVideoXImageToVideoPipeline if model.family.takes_image else CogVideoXPipeline
+    """Return the class for the model: diffusers' own, or its subclass that takes more conditions than a first frame."""
+    return ConditionedPipeline if model.family.takes_image else CogVideoXPipeline
 
 
 def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> Pipeline:
-    """Load diffusers' own pipeline with transformer, VAE and scheduler on the CPU, without T5."""
+    """Load the pipeline with transformer, VAE and scheduler on the CPU, without T5."""
     model.fetch("transformer", "vae")
     pipeline = pipeline_class(model).from_pretrained(
         model.path, text_encoder=None, tokenizer=None, dtype=dtype, use_safetensors=True
@@ -56,7 +87,8 @@ def load_pipeline(model: ModelFolder, dtype: torch.dtype) -> Pipeline:
 
 def load_whole_pipeline(model: ModelFolder, dtype: torch.dtype = torch.float32) -> Pipeline:
     """Load diffusers' own pipeline with all its parts, unchanged, on the CPU."""
-    pipeline = pipeline_class(model).from_pretrained(model.path, dtype=dtype, use_safetensors=True)
+    diffusers_class = CogVideoXImageToVideoPipeline if model.family.takes_image else CogVideoXPipeline
+    pipeline = diffusers_class.from_pretrained(model.path, dtype=dtype, use_safetensors=True)
     pipeline.set_progress_bar_config(disable=True)
     return pipeline
 
@@ -124,7 +156,7 @@ def apply_convention(pipeline: Pipeline, convention: str) -> float:
 
 def sample_latents(
     pipeline: Pipeline,
-    pixels: np.ndarray | None,
+    conditions: Conditions,
     states: torch.Tensor,
     shape: ClipShape,
     seed: int,
@@ -135,13 +167,11 @@ def sample_latents(
     The noise is drawn on the CPU, so it is the same for every device.
 
     Args:
-        pixels: the first frame, uint8 [H, W, 3]; None for a text-to-video pipeline.
         states: text states [text_tokens, dim] of the prompt.
     """
     device = pipeline._execution_device  # diffusers does not move embeddings that it is given
-    image = {} if pixels is None else {"image": Image.fromarray(pixels)}
     return pipeline(
-        **image,
+        **conditions.pipeline_arguments(),
         prompt_embeds=states[None].to(device),
         negative_prompt_embeds=denoising.empty_states[None].to(device) if denoising.guidance > 1 else None,
         num_frames=shape.frames,

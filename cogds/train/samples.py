@@ -37,6 +37,7 @@ from cogds.formatting import counted
 from cogds.job import open_cache
 from cogds.model.evaluation_mode import evaluation_mode
 from cogds.model.pipelines import (
+    Conditions,
     Denoising,
     apply_convention,
     build_pipeline,
@@ -224,7 +225,8 @@ class SampleCallback:
             self._pipeline.transformer = transformer
             try:
                 denoising = Denoising(sample.num_steps, sample.guidance, run.data.empty_caption_states)
-                latents = sample_latents(self._pipeline, spec.pixels, spec.states, spec.shape, spec.seed, denoising)
+                conditions = Conditions(spec.pixels)
+                latents = sample_latents(self._pipeline, conditions, spec.states, spec.shape, spec.seed, denoising)
             except Stopped:
                 raise
             except Exception as error:

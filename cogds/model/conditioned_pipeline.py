@@ -1,0 +1,191 @@
+"""diffusers' image-to-video pipeline with further conditions: a last image, a video at either end, and keyframes.
+
+    from cogds.model.conditioned_pipeline import ConditionedPipeline
+    pipe = ConditionedPipeline.from_pretrained("zai-org/CogVideoX1.5-5B-I2V", torch_dtype=torch.bfloat16)
+    pipe.load_lora_weights("lora/step-500")  # trained with `conditioning.modes`
+    pipe(prompt="...", image=first, last_image=last)                # interpolate between two images
+    pipe(prompt="...", video=last_frames)                           # continue a clip
+    pipe(prompt="...", video=first_frames, video_at="end")          # lead up to a clip
+    pipe(prompt="...", keyframes={0: first, 40: middle, 80: last})  # images at frame numbers
+
+With `image` alone, everything is identical to diffusers' pipeline, bit for bit.
+"""
+
+from collections.abc import Iterable, Mapping
+from typing import Any, Literal
+
+import torch
+from diffusers import CogVideoXImageToVideoPipeline
+
+from cogds.core.condition_modes import ConditionSettings, Mode, Piece, pieces_of
+from cogds.core.geometry import ModelGeometry
+from cogds.errors import UserError
+
+
+class ConditionedPipeline(CogVideoXImageToVideoPipeline):
+    """CogVideoXImageToVideoPipeline that is conditioned on any frames of the clip.
+
+    `core.condition_modes` says where the latents of each condition are placed.
+    """
+
+    _pieces: tuple[tuple[Piece, torch.Tensor], ...] = ()  # with pixels [B, 3, F, H, W], in the order of encoding
+    _has_image = True
+
+    def __call__(
+        self,
+        image: Any = None,
+        *args: Any,
+        last_image: Any = None,
+        video: Any = None,
+        video_at: Literal["start", "end"] = "start",
+        keyframes: Mapping[int, Any] | None = None,
+        **kwargs: Any,
+    ) -> Any:
+        """Generate a clip with the arguments and the result of diffusers' pipeline, and these additional conditions.
+
+        The order of random numbers is: the image's latents and the noise, as in diffusers, then the latents of the last
+        image, of the video, and of the keyframes in ascending order. So the noise is the same for all conditions.
+        Without any condition, the clip depends on the prompt alone.
+
+        Args:
+            image: the first frame, as in diffusers: a PIL image, a tensor [B, 3, H, W] in [0, 1], or a list with an
+                image for each prompt.
+            last_image: the last frame, given as `image`.
+            video: 4N + 1 frames, at least 5, with which the clip begins or ends: a list of PIL images, an array [F, H,
+                W, 3] or a tensor [F, 3, H, W] in [0, 1]; or a list of videos, one for each prompt.
+            video_at: "start" or "end".
+            keyframes: frame numbers, from 0, and their images, each given as `image`.
+
+        Raises:
+            ValueError: two conditions set the same frames, or one does not fit into the clip.
+        """
+        keyframes = dict(keyframes or {})
+        if image is None and 0 in keyframes:
+            image = keyframes.pop(0)
+        if last_image is None and video is None and not keyframes and image is not None:
+            return super().__call__(image, *args, **kwargs)
+        if args:
+            raise ValueError("Pass everything but `image` by name, as in pipe(image, prompt=...).")
+        height = kwargs.get("height") or self.transformer.config.sample_height * self.vae_scale_factor_spatial
+        width = kwargs.get("width") or self.transformer.config.sample_width * self.vae_scale_factor_spatial
+        batch_size = _batch_size(kwargs)
+        num_frames = _num_frames(kwargs.get("num_frames", 49) or self.transformer.config.sample_frames, self)
+        clips = self._preprocess(last_image, video, keyframes, (height, width), batch_size)
+        num_video_frames = 0 if video is None else clips["video"].shape[2]
+        modes = _modes(last_image is not None, num_video_frames, video_at, keyframes, self.vae_scale_factor_temporal)
+        pieces = self._place(modes, num_frames, has_image=image is not None)
+        try:
+            self._pieces = tuple(zip(pieces, clips.values(), strict=True))
+            self._has_image = image is not None
+            placeholder = torch.zeros(batch_size, 3, height, width)  # `prepare_latents` drops its latents
+            return super().__call__(placeholder if image is None else image, **kwargs)
+        finally:
+            del self._pieces, self._has_image
+
+    def prepare_latents(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
+        """Return the noise and the condition, each [B, F, C, H, W], as diffusers' method, with all conditions placed.
+
+        Takes the arguments of that method.
+        """
+        latents, condition = super().prepare_latents(*args, **kwargs)
+        if not self._has_image:
+            condition = torch.zeros_like(condition)
+        generator = kwargs["generator"] if "generator" in kwargs else args[8] if len(args) > 8 else None
+        for piece, pixels in self._pieces:
+            encoded = self._encode(pixels.to(latents.device, condition.dtype), generator)
+            place, end = piece.place, piece.place + encoded.shape[1]
+            condition[:, place:end] = encoded
+            condition[:, place - piece.padding : place] = encoded[:, :1]
+        return latents, condition
+
+    def _encode(self, pixels: torch.Tensor, generator: Any) -> torch.Tensor:
+        """Encode pixels [B, 3, F, H, W] to latents [B, F, C, H, W] with the scale of the first image's."""
+        generators = generator if isinstance(generator, list) else [generator] * len(pixels)
+        samples = zip(pixels, generators, strict=True)
+        encoded = [self.vae.encode(clip[None]).latent_dist.sample(random) for clip, random in samples]
+        latents = torch.cat(encoded).to(pixels.dtype).permute(0, 2, 1, 3, 4)
+        scale = self.vae_scaling_factor_image
+        return 1 / scale * latents if self.vae.config.invert_scale_latents else scale * latents
+
+    def _preprocess(
+        self, last_image: Any, video: Any, keyframes: Mapping[int, Any], size: tuple[int, int], batch_size: int
+    ) -> dict[str, torch.Tensor]:
+        """Return the pixels [B, 3, F, H, W] of each condition by its name, in the order of encoding."""
+        height, width = size
+        clips = {}
+        if last_image is not None:
+            clips["last_image"] = self.video_processor.preprocess(last_image, height, width).unsqueeze(2)
+        if video is not None:
+            clips["video"] = self.video_processor.preprocess_video(video, height, width)
+        for frame in sorted(keyframes):
+            clips[f"keyframes[{frame}]"] = self.video_processor.preprocess(keyframes[frame], height, width).unsqueeze(2)
+        for name, clip in clips.items():
+            if len(clip) not in (1, batch_size):
+                raise ValueError(
+                    f"`{name}` has {len(clip)} samples, but there are {batch_size} prompts. Pass one each."
+                )
+        return {name: clip.expand(batch_size, -1, -1, -1, -1) for name, clip in clips.items()}
+
+    def _place(
+        self, modes: Iterable[tuple[Mode, ConditionSettings]], num_frames: int, *, has_image: bool
+    ) -> list[Piece]:
+        """Return the pieces of all conditions but the image. Raises ValueError if one does not fit, or two overlap."""
+        geometry = ModelGeometry.from_configs(self.transformer.config, self.vae.config, self.scheduler.config)
+        try:
+            pieces = [piece for mode, settings in modes for piece in pieces_of(mode, num_frames, geometry, settings)]
+        except UserError as error:
+            raise ValueError(str(error)) from None
+        taken = {0: range(1)} if has_image else {}
+        for piece in pieces:
+            num_latents = (len(piece.frames) - 1) // self.vae_scale_factor_temporal + 1
+            for place in range(piece.place - piece.padding, piece.place + num_latents):
+                if other := taken.get(place):
+                    raise ValueError(
+                        f"Two conditions set the same latent frame: {_frames(other)} and {_frames(piece.frames)} of "
+                        "the clip. Leave one out."
+                    )
+                taken[place] = piece.frames
+        return pieces
+
+
+def _modes(
+    has_last: bool, num_video_frames: int, video_at: str, keyframes: Mapping[int, Any], vae_temporal: int
+) -> list[tuple[Mode, ConditionSettings]]:
+    """Return the mode of each condition but the image, in the order of encoding. Raises ValueError."""
+    modes: list[tuple[Mode, ConditionSettings]] = []
+    if has_last:
+        modes.append(("last", ConditionSettings()))
+    if num_video_frames:
+        if video_at not in ("start", "end"):
+            raise ValueError(f"`video_at` is {video_at!r}. Use 'start' or 'end'.")
+        if num_video_frames % vae_temporal != 1 or num_video_frames == 1:
+            raise ValueError(
+                f"`video` has {num_video_frames} frames. Pass {vae_temporal}N + 1 of them, at least {vae_temporal + 1}."
+            )
+        context = (num_video_frames - 1) // vae_temporal + 1
+        modes.append(("prefix" if video_at == "start" else "suffix", ConditionSettings(context)))
+    if keyframes:
+        if not all(isinstance(frame, int) and frame >= 0 for frame in keyframes):
+            raise ValueError(f"`keyframes` has {list(keyframes)}. Use frame numbers from 0.")
+        modes.append(("keyframes", ConditionSettings(keyframes=tuple(sorted(keyframes)))))
+    return modes
+
+
+def _batch_size(kwargs: Mapping[str, Any]) -> int:
+    """Number of prompts, as in diffusers' pipeline."""
+    prompt, states = kwargs.get("prompt"), kwargs.get("prompt_embeds")
+    if prompt is None and states is not None:
+        return len(states)
+    return len(prompt) if isinstance(prompt, list) else 1
+
+
+def _num_frames(num_frames: int, pipeline: ConditionedPipeline) -> int:
+    """Check the number of frames, which diffusers' pipeline rounds down to 4N + 1."""
+    temporal = pipeline.vae_scale_factor_temporal
+    if num_frames % temporal != 1:
+        raise ValueError(f"`num_frames` is {num_frames}. Use {temporal}N + 1.")
+    return num_frames
+
+
+def _frames(frames: range) -> str:
+    return f"frame {frames[0]}" if len(frames) == 1 else f"frames {frames[0]} to {frames[-1]}"

@@ -1,0 +1,294 @@
+"""Judge conditioning by videos: does a LoRA for the shapes model reach both ends, go on, and keep its first frames?
+
+    python benchmarks/conditions.py outputs/conditions
+    python benchmarks/conditions.py outputs/conditions --table      # the table of what is there
+
+Half of the clips show shapes that drift in a straight line between two random places, with a caption that does not say
+where: only the conditions tell. The other half shows the base model's own motions. One LoRA trains with the mode
+`first` alone, one with `first`, `first_last` and `prefix`, for as many steps. Videos are generated from scenes that no
+clip shows, with each LoRA and with the base model. Results that are there already are kept.
+"""
+
+import argparse
+import json
+import math
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT))
+
+import numpy as np  # noqa: E402
+import torch  # noqa: E402
+from PIL import Image  # noqa: E402
+
+from cogds.data.video.media import write_video  # noqa: E402
+from cogds.files import whole_folder  # noqa: E402
+from cogds.model.conditioned_pipeline import ConditionedPipeline  # noqa: E402
+from cogds.model.load import SHAPES_MODEL, find_model  # noqa: E402
+from cogds.shapes.clips import SCALE, to_uint8  # noqa: E402
+from cogds.shapes.generation import BATCH_SIZE, GUIDANCE, STEPS  # noqa: E402
+from cogds.shapes.judge import Estimate, follow, name_motion, psnr  # noqa: E402
+from cogds.shapes.world import FPS, MOTIONS, SIZES, Numbers, Scene, Track, cover_of, random_scene  # noqa: E402
+from cogds.videos.image_grid import make_grid  # noqa: E402
+
+DRIFT = "drift"
+CONTEXT = 9  # frames of a prefix: 3 latent frames
+SEAM = 4  # frames after the prefix whose speed is measured
+LORAS: Mapping[str, Sequence[str]] = {
+    "first": ["conditioning.modes={first: 1.0}"],
+    "mixed": ["conditioning.modes={first: 0.4, first_last: 0.3, prefix: 0.3}", "conditioning.context_latents=3"],
+}
+FIGURES = {
+    "first": ("motion_seen", "path_error", "first_frame_psnr", "clip_psnr"),
+    "first_last": ("first_frame_psnr", "last_frame_psnr", "path_error", "clip_psnr"),
+    "prefix": ("seam_velocity_error", "path_error", "clip_psnr"),
+}
+UNITS = {
+    "motion_seen": "motion seen",
+    "path_error": "path error [px]",
+    "first_frame_psnr": "first frame [dB]",
+    "last_frame_psnr": "last frame [dB]",
+    "clip_psnr": "clip [dB]",
+    "seam_velocity_error": "velocity error at the seam [px/frame]",
+}
+RUN_TIMEOUT_S = 5400
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A scene with its own track, caption and drawing. scene: shape, colors, size and start."""
+
+    scene: Scene
+    track: Track
+    caption: str
+
+    def draw(self, scale: int = 1) -> torch.Tensor:
+        """Draw the clip, float32 [F, 3, H, W] from 0 to 1."""
+        scene, color = self.scene, torch.tensor(self.scene.color)[None, :, None, None]
+        cover = cover_of(scene.shape, self.track, scene.height, scene.width, scale)[:, None]
+        return scene.draw_background(scale)[None] * (1 - cover) + color * cover
+
+
+def drifting(numbers: Numbers, size: tuple[int, int, int]) -> Clip:
+    """A shape that moves in a straight line, at a constant speed, between two random places."""
+    scene = random_scene(numbers, size, ["still"])
+    places = []
+    for side in (scene.width, scene.height):
+        margin = scene.radius + 2
+        places.append([numbers.between(margin, side - margin) for _ in range(2)])
+    share = torch.linspace(0, 1, scene.frames)
+    x, y = (first + (last - first) * share for first, last in places)
+    track = Track(x, y, torch.full((scene.frames,), scene.radius))
+    return Clip(scene, track, f"a {scene.color_name} {scene.shape} moves")
+
+
+def captioned(numbers: Numbers, size: tuple[int, int, int], motion: str) -> Clip:
+    """A clip of the base model's own motions."""
+    scene = random_scene(numbers, size, [motion])
+    return Clip(scene, scene.track(), scene.caption)
+
+
+def write_clips(folder: Path, clips: Sequence[Clip]) -> None:
+    """Write captioned videos into a new folder. An existing folder is not changed."""
+    if folder.exists():
+        return
+    with whole_folder(folder) as partial:
+        for number, clip in enumerate(clips):
+            write_video(partial / f"clip_{number:02d}.mp4", to_uint8(clip.draw(SCALE)), FPS, num_threads=1)
+            (partial / f"clip_{number:02d}.txt").write_text(clip.caption + "\n", encoding="utf-8")
+
+
+def training_clips(num_clips: int) -> list[Clip]:
+    """Clips of 2 s: drifting shapes and the base model's motions in turn."""
+    numbers, motions = Numbers(5), list(MOTIONS)
+    return [
+        drifting(numbers, SIZES[index % 3])
+        if index % 2
+        else captioned(numbers, SIZES[index % 3], motions[index // 2 % 8])
+        for index in range(num_clips)
+    ]
+
+
+def unseen_clips(mode: str, num_clips: int) -> list[Clip]:
+    """Clips that are not trained: of the base model's motions for `first`, drifting shapes for the others."""
+    numbers, motions = Numbers(2_000_000), list(MOTIONS)
+    if mode == "first":
+        return [captioned(numbers, SIZES[index % 3], motions[index // 3 % 8]) for index in range(num_clips)]
+    return [drifting(numbers, SIZES[index % 3]) for index in range(num_clips)]
+
+
+def conditions(mode: str, videos: Sequence[torch.Tensor]) -> dict[str, Any]:
+    """The arguments of the pipeline for a batch of real clips."""
+    firsts, lasts = (torch.stack([video[frame] for video in videos]) for frame in (0, -1))
+    if mode == "prefix":
+        return {"video": [video[:CONTEXT] for video in videos]}
+    return {"image": firsts} if mode == "first" else {"image": firsts, "last_image": lasts}
+
+
+@torch.no_grad()
+def generate(pipeline: Any, clips: Sequence[Clip], mode: str, seed: int) -> list[torch.Tensor]:
+    """Generate a video for each clip, float32 [F, 3, H, W] from 0 to 1. Its noise follows from its number."""
+    by_size: dict[tuple[int, int], list[int]] = {}
+    for number, clip in enumerate(clips):
+        by_size.setdefault((clip.scene.height, clip.scene.width), []).append(number)
+    videos: dict[int, torch.Tensor] = {}
+    for (height, width), numbers in by_size.items():
+        for start in range(0, len(numbers), BATCH_SIZE):
+            batch = numbers[start : start + BATCH_SIZE]
+            output = pipeline(
+                **conditions(mode, [clips[number].draw() for number in batch]),
+                prompt=[clips[number].caption for number in batch],
+                num_frames=clips[0].scene.frames,
+                height=height,
+                width=width,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
+                max_sequence_length=pipeline.transformer.config.max_text_seq_length,
+                generator=[torch.Generator().manual_seed(seed * 1_000_003 + number) for number in batch],
+                output_type="pt",
+            ).frames
+            videos.update(zip(batch, output.float().cpu()))
+    return [videos[number] for number in range(len(clips))]
+
+
+def judge(video: torch.Tensor, clip: Clip) -> dict[str, float]:
+    """The figures of one generated video beside the real clip. Both are followed, so the judge's own errors cancel."""
+    real = clip.draw()
+    seen, expected = follow(video, clip.scene), follow(real, clip.scene)
+    distance = torch.hypot(seen.track.x - expected.track.x, seen.track.y - expected.track.y)
+    frames = slice(CONTEXT - 1, CONTEXT + SEAM)
+    speeds = [(track.x[frames].diff().mean(), track.y[frames].diff().mean()) for track in (seen.track, expected.track)]
+    return {
+        "motion_seen": float(name_motion(seen, clip.scene) == clip.scene.motion),
+        "path_error": distance.mean().item(),
+        "first_frame_psnr": psnr(video[0], real[0]),
+        "last_frame_psnr": psnr(video[-1], real[-1]),
+        "clip_psnr": psnr(video, real),
+        "seam_velocity_error": math.dist(*speeds),
+    }
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Train, generate, judge, and print the table."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("folder", type=Path, help="results, and the runs")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of training and of the videos' noise")
+    parser.add_argument("--clips", type=int, default=48, help="to train")
+    parser.add_argument("--videos", type=int, default=48, help="to generate for each mode")
+    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--table", action="store_true", help="only print the table")
+    args = parser.parse_args(arguments)
+    args.folder = args.folder.absolute()
+    if not args.table:
+        write_clips(args.folder / "clips", training_clips(args.clips))
+        for seed in args.seeds:
+            for name in (None, *LORAS):
+                measure(name, seed, args)
+    print("\n".join(table(args.folder)))
+
+
+def measure(name: str | None, seed: int, args: argparse.Namespace) -> None:
+    """Train one LoRA, unless it is there or it is the base model, and judge its videos of every mode."""
+    file = args.folder / f"{name or 'base'}-{seed}.json"
+    if file.exists():
+        return
+    pipeline = ConditionedPipeline.from_pretrained(find_model(SHAPES_MODEL).path, dtype=torch.float32)
+    pipeline.set_progress_bar_config(disable=True)
+    if name is not None:
+        pipeline.load_lora_weights(train(name, seed, args))
+    results = {}
+    for mode in FIGURES:
+        clips = unseen_clips(mode, args.videos)
+        videos = generate(pipeline, clips, mode, seed)
+        results[mode] = [judge(video, clip) for video, clip in zip(videos, clips, strict=True)]
+        save_sheet(args.folder / f"{mode}-{name or 'base'}-{seed}.png", clips[:3], videos[:3])
+        print(f"{name or 'base'}, seed {seed}, {mode}: {len(videos)} videos", flush=True)
+    file.with_suffix(".partial").write_text(json.dumps(results))
+    file.with_suffix(".partial").rename(file)
+
+
+def train(name: str, seed: int, args: argparse.Namespace) -> Path:
+    """Train a LoRA with the main command and return its folder."""
+    run = args.folder / f"run-{name}-{seed}"
+    lora = run / f"lora/step-{args.steps:06d}"
+    if not lora.exists():
+        words = [
+            "--config", ROOT / "launch/configs/demo.yaml", "--deepspeed", ROOT / "ds_configs/zero2.json",
+            "--num-gpus", "1", f"data.path={args.folder / 'clips'}", "data.draw_demo_clips=false",
+            "data.buckets=[17x48x48, 17x48x64, 17x64x48]", f"data.cache_dir={args.folder / f'cache-{name}'}",
+            f"output_dir={run}", f"seed={seed}", f"train.num_steps={args.steps}", "eval.every=null",
+            f"checkpoint.every={args.steps}", "metrics.show_clips=0", *LORAS[name],
+        ]  # fmt: skip
+        environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+        command = [sys.executable, "-m", "cogds", "train", *map(str, words)]
+        with (args.folder / f"{name}-{seed}.log").open("w") as log:
+            done = subprocess.run(
+                command, stdout=log, stderr=subprocess.STDOUT, env=environment, cwd=ROOT, timeout=RUN_TIMEOUT_S
+            )
+        if done.returncode:
+            sys.exit(f"{name}, seed {seed}: exit code {done.returncode}; see {log.name}")
+    return lora
+
+
+def save_sheet(file: Path, clips: Sequence[Clip], videos: Sequence[torch.Tensor]) -> None:
+    """Save a contact sheet: six frames of each real clip, and below it of the generated one."""
+    rows = []
+    for clip, video in zip(clips, videos):
+        for frames in (clip.draw(), video):
+            chosen = frames[torch.linspace(0, len(frames) - 1, 6).round().long()]
+            square = torch.nn.functional.interpolate(chosen, (128, 128), mode="bilinear")
+            rows.append([frame[None] for frame in to_uint8(square)])
+    Image.fromarray(np.asarray(make_grid(rows)[0])).save(file)
+
+
+def table(folder: Path) -> list[str]:
+    """Return a Markdown table for each mode: means with standard errors over the videos of all seeds."""
+    results: dict[str, list[Mapping]] = {}
+    for path in sorted(folder.glob("*-[0-9].json")):
+        results.setdefault(path.stem.rpartition("-")[0], []).append(json.loads(path.read_text()))
+    lines: list[str] = []
+    for mode, figures in FIGURES.items():
+        lines += ["", row(f"`{mode}`", "seeds", *(UNITS[figure] for figure in figures))]
+        lines.append("|" + "---|" * (len(figures) + 2))
+        for name in ("base", *LORAS):
+            if runs := results.get(name):
+                cells = (estimate(runs, mode, figure) for figure in figures)
+                lines.append(row(name, len(runs), *(f"{cell.mean:.2f} ± {cell.error:.2f}" for cell in cells)))
+    if {"first", "mixed"} <= results.keys():
+        cells = (difference(results["mixed"], results["first"], figure) for figure in FIGURES["first"])
+        texts = [f"{cell.mean:+.2f} ± {cell.error:.2f}" for cell in cells]
+        lines += ["", f"`first`, mixed minus first, video by video: {', '.join(texts)}"]
+    return lines
+
+
+def estimate(runs: Sequence[Mapping], mode: str, figure: str) -> Estimate:
+    """The mean over seeds and videos. Its standard error is that of the videos' means over the seeds."""
+    return Estimate.of([float(np.mean(column)) for column in zip(*(figures(run, mode, figure) for run in runs))])
+
+
+def difference(runs: Sequence[Mapping], others: Sequence[Mapping], figure: str) -> Estimate:
+    """The mean difference in mode `first` between two LoRAs, over the videos' means over the seeds."""
+    means: Callable[[Sequence[Mapping]], list[float]] = lambda some: [  # noqa: E731
+        float(np.mean(column)) for column in zip(*(figures(run, "first", figure) for run in some))
+    ]
+    return Estimate.of([a - b for a, b in zip(means(runs), means(others), strict=True)])
+
+
+def figures(run: Mapping, mode: str, figure: str) -> list[float]:
+    """One figure of all videos of a run."""
+    return [video[figure] for video in run[mode]]
+
+
+def row(*cells: object) -> str:
+    """A line of a Markdown table."""
+    return f"| {' | '.join(map(str, cells))} |"
+
+
+if __name__ == "__main__":
+    main()

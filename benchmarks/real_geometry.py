@@ -8,7 +8,7 @@ Writes a diffusers folder with the real transformer in bf16 (three files and the
 classes beside it. All weights are random. Then reports, tries and trains a LoRA on small clips with one rank, exports
 it, and loads it with diffusers. FOLDER must not exist, and is removed at the end.
 
-Without AVX-512, a CPU multiplies in bf16 so slowly that a step may take hours. --limit ends the commands that compute
+Some CPUs multiply in bf16 so slowly that a step takes hours. --limit ends the commands that compute
 steps after that time, and the table says so. If training was ended, a LoRA with random weights is exported in place of
 the trained one.
 

@@ -1,12 +1,14 @@
-"""Judge conditioning by videos: does a LoRA for the shapes model reach both ends, go on, and keep its first frames?
+"""Judge conditioning by videos: does a LoRA for the shapes model reach both ends, go on, follow a control, and keep its
+first frames?
 
     python benchmarks/conditions.py outputs/conditions
     python benchmarks/conditions.py outputs/conditions --table      # the table of what is there
 
 Half of the clips show shapes that drift in a straight line between two random places, with a caption that does not say
 where: only the conditions tell. The other half shows the base model's own motions. One LoRA trains with the mode
-`first` alone, one with `first`, `first_last` and `prefix`, for as many steps. Videos are generated from scenes that no
-clip shows, with each LoRA and with the base model. Results that are there already are kept.
+`first` alone, one with `first`, `first_last` and `prefix`, for as many steps. A third trains with control videos: clips
+of shapes on a curve, whose controls show only a dot on that curve. Videos are generated from scenes that no clip shows,
+with each LoRA and with the base model. Results that are there already are kept.
 """
 
 import argparse
@@ -30,7 +32,9 @@ from PIL import Image  # noqa: E402
 from cogds.data.video.media import write_video  # noqa: E402
 from cogds.files import whole_folder  # noqa: E402
 from cogds.model.conditioned_pipeline import ConditionedPipeline  # noqa: E402
+from cogds.model.control import control_of  # noqa: E402
 from cogds.model.load import SHAPES_MODEL, find_model  # noqa: E402
+from cogds.model.lora.adapter import load_control  # noqa: E402
 from cogds.shapes.clips import SCALE, to_uint8  # noqa: E402
 from cogds.shapes.generation import BATCH_SIZE, GUIDANCE, STEPS  # noqa: E402
 from cogds.shapes.judge import Estimate, follow, name_motion, psnr  # noqa: E402
@@ -43,11 +47,19 @@ SEAM = 4  # frames after the prefix whose speed is measured
 LORAS: Mapping[str, Sequence[str]] = {
     "first": ["conditioning.modes={first: 1.0}"],
     "mixed": ["conditioning.modes={first: 0.4, first_last: 0.3, prefix: 0.3}", "conditioning.context_latents=3"],
+    "control": ["conditioning.control=true"],
 }
+DOT_RADIUS = 4.0  # of a control video's dot [px]
 FIGURES = {
     "first": ("motion_seen", "path_error", "first_frame_psnr", "clip_psnr"),
     "first_last": ("first_frame_psnr", "last_frame_psnr", "path_error", "clip_psnr"),
     "prefix": ("seam_velocity_error", "path_error", "clip_psnr"),
+    "control": ("path_error", "first_frame_psnr", "clip_psnr"),
+}
+JUDGED = {
+    "first": ("first", "first_last", "prefix"),
+    "mixed": ("first", "first_last", "prefix"),
+    "control": ("control",),
 }
 UNITS = {
     "motion_seen": "motion seen",
@@ -88,19 +100,49 @@ def drifting(numbers: Numbers, size: tuple[int, int, int]) -> Clip:
     return Clip(scene, track, f"a {scene.color_name} {scene.shape} moves")
 
 
+def curved(numbers: Numbers, size: tuple[int, int, int]) -> Clip:
+    """A shape that moves on a curve through three random places."""
+    scene = random_scene(numbers, size, ["still"])
+    share = torch.linspace(0, 1, scene.frames)
+    margin = scene.radius + 2
+    x, y = (
+        sum(
+            place * weight
+            for place, weight in zip(
+                [numbers.between(margin, side - margin) for _ in range(3)],
+                ((1 - share) ** 2, 2 * share * (1 - share), share**2),
+            )
+        )
+        for side in (scene.width, scene.height)
+    )
+    return Clip(
+        scene, Track(x, y, torch.full((scene.frames,), scene.radius)), f"a {scene.color_name} {scene.shape} moves"
+    )
+
+
+def draw_control(clip: Clip, scale: int = 1) -> torch.Tensor:
+    """Draw the control video of a clip, a white dot on its path, float32 [F, 3, H, W]."""
+    track = Track(clip.track.x, clip.track.y, torch.full_like(clip.track.radius, DOT_RADIUS))
+    cover = cover_of("disc", track, clip.scene.height, clip.scene.width, scale)
+    return cover[:, None].expand(-1, 3, -1, -1)
+
+
 def captioned(numbers: Numbers, size: tuple[int, int, int], motion: str) -> Clip:
     """A clip of the base model's own motions."""
     scene = random_scene(numbers, size, [motion])
     return Clip(scene, scene.track(), scene.caption)
 
 
-def write_clips(folder: Path, clips: Sequence[Clip]) -> None:
-    """Write captioned videos into a new folder. An existing folder is not changed."""
+def write_clips(folder: Path, clips: Sequence[Clip], has_control: bool = False) -> None:
+    """Write captioned videos into a new folder, with control videos. An existing folder is not changed."""
     if folder.exists():
         return
     with whole_folder(folder) as partial:
         for number, clip in enumerate(clips):
             write_video(partial / f"clip_{number:02d}.mp4", to_uint8(clip.draw(SCALE)), FPS, num_threads=1)
+            if has_control:
+                video = to_uint8(draw_control(clip, SCALE))
+                write_video(partial / f"clip_{number:02d}.control.mp4", video, FPS, num_threads=1)
             (partial / f"clip_{number:02d}.txt").write_text(clip.caption + "\n", encoding="utf-8")
 
 
@@ -120,15 +162,19 @@ def unseen_clips(mode: str, num_clips: int) -> list[Clip]:
     numbers, motions = Numbers(2_000_000), list(MOTIONS)
     if mode == "first":
         return [captioned(numbers, SIZES[index % 3], motions[index // 3 % 8]) for index in range(num_clips)]
-    return [drifting(numbers, SIZES[index % 3]) for index in range(num_clips)]
+    make = curved if mode == "control" else drifting
+    return [make(numbers, SIZES[index % 3]) for index in range(num_clips)]
 
 
-def conditions(mode: str, videos: Sequence[torch.Tensor]) -> dict[str, Any]:
-    """The arguments of the pipeline for a batch of real clips."""
+def conditions(mode: str, clips: Sequence[Clip], has_control: bool) -> dict[str, Any]:
+    """The arguments of the pipeline for a batch of clips. has_control: whether the model takes control videos."""
+    videos = [clip.draw() for clip in clips]
     firsts, lasts = (torch.stack([video[frame] for video in videos]) for frame in (0, -1))
     if mode == "prefix":
         return {"video": [video[:CONTEXT] for video in videos]}
-    return {"image": firsts} if mode == "first" else {"image": firsts, "last_image": lasts}
+    if mode == "control" and has_control:
+        return {"image": firsts, "control_video": [draw_control(clip) for clip in clips]}
+    return {"image": firsts, "last_image": lasts} if mode == "first_last" else {"image": firsts}
 
 
 @torch.no_grad()
@@ -142,7 +188,7 @@ def generate(pipeline: Any, clips: Sequence[Clip], mode: str, seed: int) -> list
         for start in range(0, len(numbers), BATCH_SIZE):
             batch = numbers[start : start + BATCH_SIZE]
             output = pipeline(
-                **conditions(mode, [clips[number].draw() for number in batch]),
+                **conditions(mode, [clips[number] for number in batch], control_of(pipeline.transformer) is not None),
                 prompt=[clips[number].caption for number in batch],
                 num_frames=clips[0].scene.frames,
                 height=height,
@@ -178,6 +224,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """Train, generate, judge, and print the table."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("folder", type=Path, help="results, and the runs")
+    parser.add_argument("--loras", nargs="+", choices=LORAS, default=list(LORAS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of training and of the videos' noise")
     parser.add_argument("--clips", type=int, default=48, help="to train")
     parser.add_argument("--videos", type=int, default=48, help="to generate for each mode")
@@ -187,8 +234,11 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.folder = args.folder.absolute()
     if not args.table:
         write_clips(args.folder / "clips", training_clips(args.clips))
+        numbers = Numbers(6)
+        controlled = [curved(numbers, SIZES[index % 3]) for index in range(args.clips)]
+        write_clips(args.folder / "controlled", controlled, has_control=True)
         for seed in args.seeds:
-            for name in (None, *LORAS):
+            for name in (None, *args.loras):
                 measure(name, seed, args)
     print("\n".join(table(args.folder)))
 
@@ -201,9 +251,13 @@ def measure(name: str | None, seed: int, args: argparse.Namespace) -> None:
     pipeline = ConditionedPipeline.from_pretrained(find_model(SHAPES_MODEL).path, dtype=torch.float32)
     pipeline.set_progress_bar_config(disable=True)
     if name is not None:
-        pipeline.load_lora_weights(train(name, seed, args))
+        lora = train(name, seed, args)
+        pipeline.load_lora_weights(lora)
+        if name == "control":
+            load_control(pipeline.transformer, lora)
     results = {}
-    for mode in FIGURES:
+    judged = {mode: None for lora_name in ([name] if name else args.loras) for mode in JUDGED[lora_name]}
+    for mode in judged:
         clips = unseen_clips(mode, args.videos)
         videos = generate(pipeline, clips, mode, seed)
         results[mode] = [judge(video, clip) for video, clip in zip(videos, clips, strict=True)]
@@ -217,10 +271,11 @@ def train(name: str, seed: int, args: argparse.Namespace) -> Path:
     """Train a LoRA with the main command and return its folder."""
     run = args.folder / f"run-{name}-{seed}"
     lora = run / f"lora/step-{args.steps:06d}"
+    clips = args.folder / ("controlled" if name == "control" else "clips")
     if not lora.exists():
         words = [
             "--config", ROOT / "launch/configs/demo.yaml", "--deepspeed", ROOT / "ds_configs/zero2.json",
-            "--num-gpus", "1", f"data.path={args.folder / 'clips'}", "data.draw_demo_clips=false",
+            "--num-gpus", "1", f"data.path={clips}", "data.draw_demo_clips=false",
             "data.buckets=[17x48x48, 17x48x64, 17x64x48]", f"data.cache_dir={args.folder / f'cache-{name}'}",
             f"output_dir={run}", f"seed={seed}", f"train.num_steps={args.steps}", "eval.every=null",
             f"checkpoint.every={args.steps}", "metrics.show_clips=0", *LORAS[name],
@@ -254,10 +309,12 @@ def table(folder: Path) -> list[str]:
         results.setdefault(path.stem.rpartition("-")[0], []).append(json.loads(path.read_text()))
     lines: list[str] = []
     for mode, figures in FIGURES.items():
+        if not any(mode in runs[0] for runs in results.values()):
+            continue
         lines += ["", row(f"`{mode}`", "seeds", *(UNITS[figure] for figure in figures))]
         lines.append("|" + "---|" * (len(figures) + 2))
         for name in ("base", *LORAS):
-            if runs := results.get(name):
+            if (runs := results.get(name)) and mode in runs[0]:
                 cells = (estimate(runs, mode, figure) for figure in figures)
                 lines.append(row(name, len(runs), *(f"{cell.mean:.2f} ± {cell.error:.2f}" for cell in cells)))
     if {"first", "mixed"} <= results.keys():

@@ -6,7 +6,8 @@ first frames?
 
 Half of the clips show shapes that drift in a straight line between two random places, with a caption that does not say
 where: only the conditions tell. The other half shows the base model's own motions. One LoRA trains with the mode
-`first` alone, one with `first`, `first_last` and `prefix`, for as many steps. A third trains with control videos: clips
+`first` alone, two with `first`, `first_last` and `prefix`, for as many steps: on the attention layers, and also on the
+patch embedding, half of whose weights for conditions the base model has never used. A last one trains with control videos: clips
 of shapes on a curve, whose controls show only a dot on that curve. Videos are generated from scenes that no clip shows,
 with each LoRA and with the base model. Results that are there already are kept.
 """
@@ -44,9 +45,11 @@ from cogds.videos.image_grid import make_grid  # noqa: E402
 DRIFT = "drift"
 CONTEXT = 9  # frames of a prefix: 3 latent frames
 SEAM = 4  # frames after the prefix whose speed is measured
+MIXED = ("conditioning.modes={first: 0.4, first_last: 0.3, prefix: 0.3}", "conditioning.context_latents=3")
 LORAS: Mapping[str, Sequence[str]] = {
     "first": ["conditioning.modes={first: 1.0}"],
-    "mixed": ["conditioning.modes={first: 0.4, first_last: 0.3, prefix: 0.3}", "conditioning.context_latents=3"],
+    "attention": MIXED,  # the default layers
+    "mixed": [*MIXED, "lora.target_modules=[to_q, to_k, to_v, to_out.0, patch_embed.proj]"],
     "control": ["conditioning.control=true"],
 }
 DOT_RADIUS = 4.0  # of a control video's dot [px]
@@ -58,6 +61,7 @@ FIGURES = {
 }
 JUDGED = {
     "first": ("first", "first_last", "prefix"),
+    "attention": ("first", "first_last", "prefix"),
     "mixed": ("first", "first_last", "prefix"),
     "control": ("control",),
 }

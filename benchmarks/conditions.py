@@ -7,9 +7,9 @@ first frames?
 Half of the clips show shapes that drift in a straight line between two random places, with a caption that does not say
 where: only the conditions tell. The other half shows the base model's own motions. One LoRA trains with the mode
 `first` alone, two with `first`, `first_last` and `prefix`, for as many steps: on the attention layers, and also on the
-patch embedding, half of whose weights for conditions the base model has never used. A last one trains with control videos: clips
-of shapes on a curve, whose controls show only a dot on that curve. Videos are generated from scenes that no clip shows,
-with each LoRA and with the base model. Results that are there already are kept.
+patch embedding, half of whose weights for conditions the base model has never used. A last one trains with control
+videos: clips of shapes on a curve, whose controls show only a dot on that curve. Videos are generated from scenes that
+no clip shows, with each LoRA and with the base model. Results that are there already are kept.
 """
 
 import argparse

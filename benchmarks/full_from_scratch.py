@@ -1,15 +1,16 @@
-"""Train the shapes model's transformer from random weights by `train.method=full`, and judge it beside its recipe's.
+"""Train the shapes model's transformer from random weights by `train.method=full`, and judge it beside the recipe's.
 
-    python benchmarks/full_from_scratch.py outputs/full-from-scratch                          # as many steps as the recipe
-    python benchmarks/full_from_scratch.py outputs/full-from-scratch --steps 4000             # more of them, resumed
-    python benchmarks/full_from_scratch.py outputs/lr --steps 60 --videos 6 optimizer.lr=4e-3 # any key of the run config
+    python benchmarks/full_from_scratch.py outputs/scratch                         # as many steps as the recipe
+    python benchmarks/full_from_scratch.py outputs/scratch --run lr4e-3 --steps 60 --constant-steps 60 --videos 0 \\
+        optimizer.lr=4e-3                                                           # any keys of the run config
 
-The start is the recipe's own (`examples/shapes/`): its VAE and text encoder, the random weights that it begins with, and
-the clips that it draws, written without loss. The product then does what the recipe does with code of its own: it
-encodes the clips and trains all weights, with 2 ranks and ZeRO-2. Its optimizer is AdamW instead of Muon, and it draws
-timesteps evenly. The judge is that of `tests/shapes/test_model.py`: 96 clips that no training has seen.
+The start is that of the recipe (`examples/shapes/`): its VAE and text encoder, the random weights with which it begins,
+and the clips that it draws, written without loss. Then `cogds encode` and `cogds train` do what the recipe does with
+code of its own, on 2 ranks with ZeRO-2. The optimizer is AdamW instead of Muon, and timesteps are drawn evenly, while
+the recipe draws more of the noisy ones. The judge is that of `tests/shapes/test_model.py`: 96 clips that no training
+has seen.
 
-What is there already is kept, so a run that was stopped continues. Prints a table and one line of JSON.
+A run that was stopped continues, and what is there already is kept. Prints a table and one line of JSON.
 """
 
 import argparse
@@ -25,19 +26,20 @@ from measuring import ROOT, machine, print_json, print_machine, table
 
 sys.path.insert(0, str(ROOT / "examples/shapes"))
 
-import av  # noqa: E402
-import numpy as np  # noqa: E402
-import transformer as recipe  # noqa: E402
+import av
+import numpy as np
+import transformer as recipe
 
-from cogds.distributed.world import read_world  # noqa: E402
-from cogds.files import whole_file, whole_folder  # noqa: E402
-from cogds.metrics.jsonl import step_lines  # noqa: E402
-from cogds.model.load import PARTS, SHAPES_MODEL, find_model  # noqa: E402
-from cogds.model.pipelines import load_whole_pipeline  # noqa: E402
-from cogds.shapes.clips import to_uint8, unseen_scenes  # noqa: E402
-from cogds.shapes.generation import generate, judge_all  # noqa: E402
-from cogds.shapes.judge import Estimate, summarize  # noqa: E402
-from cogds.shapes.world import FPS, MOTIONS, SIZES, Numbers, Scene, random_scene  # noqa: E402
+from cogds.core.geometry import ClipShape
+from cogds.distributed.world import read_world
+from cogds.files import whole_file, whole_folder
+from cogds.metrics.jsonl import step_lines
+from cogds.model.load import PARTS, SHAPES_MODEL, find_model
+from cogds.model.pipelines import load_whole_pipeline
+from cogds.shapes.clips import to_uint8, unseen_scenes
+from cogds.shapes.generation import generate, judge_all
+from cogds.shapes.judge import Estimate, summarize
+from cogds.shapes.world import FPS, MOTIONS, SIZES, Numbers, Scene, random_scene
 
 RANKS = 2
 SEED = 0  # of the recipe
@@ -75,8 +77,11 @@ def main(arguments: list[str] | None = None) -> None:
     numbers = Numbers(EVALUATED_SEED)
     write_clips(folder / "held-out", [random_scene(numbers, size) for size in SIZES for _ in range(4)])
     words = config_words(folder, args)
-    call_cogds("encode", words, folder / "encode.log")
-    for own in schedule_words(args.steps, args.constant_steps):
+    runs = schedule_words(args.steps, args.constant_steps)
+    runs = {step: own for step, own in runs.items() if not model_folder(folder / args.run, step).exists()}
+    if runs:
+        call_cogds("encode", words, folder / "encode.log")
+    for own in runs.values():
         call_cogds("train", [*words, *own], folder / f"{args.run}.log")
     rows = judge_models(folder, args) if args.videos else {}
     print("\n".join(summary_lines(rows)))
@@ -134,27 +139,35 @@ def write_lossless(path: Path, frames: np.ndarray) -> None:
 
 def config_words(folder: Path, args: argparse.Namespace) -> list[str]:
     """The run config: the recipe's sizes, batch size, dropout and average, and what is usual for AdamW."""
-    buckets = ",".join("x".join(map(str, size)) for size in SIZES)
     every = max(1, args.steps // args.saves)
     return [
-        f"model.path={folder / 'model'}", f"data.path={folder / 'clips'}", f"eval.path={folder / 'held-out'}",
-        f"data.cache_dir={folder / 'cache'}", f"output_dir={folder / args.run}", f"data.buckets=[{buckets}]",
-        f"data.fps={FPS}", "train.method=full", "train.precision=fp32", f"full.ema_decay={recipe.AVERAGE}",
-        f"train.batch_size={args.batch_size}",
+        f"model.path={folder / 'model'}", f"output_dir={folder / args.run}",
+        f"data.path={folder / 'clips'}", f"eval.path={folder / 'held-out'}", f"data.cache_dir={folder / 'cache'}",
+        f"data.buckets=[{','.join(str(ClipShape(*size)) for size in SIZES)}]", f"data.fps={FPS}", "data.num_workers=1",
+        "train.method=full", "train.precision=fp32", f"train.batch_size={args.batch_size}",
+        f"full.ema_decay={recipe.AVERAGE}", "optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]",
         f"conditioning.image_dropout={recipe.IMAGE_DROPOUT}", f"conditioning.caption_dropout={recipe.CAPTION_DROPOUT}",
-        "optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]", f"checkpoint.every={every}", f"checkpoint.keep_last={args.saves + 1}", f"eval.every={every}",
-        "eval.num_clips=24", "metrics.show_clips=0", "data.num_workers=1", *args.words,
+        f"checkpoint.every={every}", f"checkpoint.keep_last={args.saves + 1}", f"eval.every={every}",
+        "eval.num_clips=24", "metrics.show_clips=0", *args.words,
     ]  # fmt: skip
 
 
-def schedule_words(num_steps: int, num_constant: int | None) -> list[list[str]]:
-    """The recipe's schedule in two runs, one of which continues the other: constant after the warmup, then linear."""
+def schedule_words(num_steps: int, num_constant: int | None) -> dict[int, list[str]]:
+    """The recipe's schedule in two runs, of which the second continues the first: constant after the warmup, linear.
+
+    Returns the keys of each run, by its last step.
+    """
     first = round(0.4 * num_steps) if num_constant is None else min(num_constant, num_steps)
-    runs = [[f"train.num_steps={first}", "optimizer.schedule=constant", "optimizer.warmup_steps=30"]] if first else []
+    runs = {first: ["optimizer.schedule=constant", "optimizer.warmup_steps=30"]} if first else {}
     if first < num_steps:
         # The rate falls from the end of the warmup, whose steps have been taken.
-        runs += [[f"train.num_steps={num_steps}", "optimizer.schedule=linear", f"optimizer.warmup_steps={first}"]]
-    return runs
+        runs[num_steps] = ["optimizer.schedule=linear", f"optimizer.warmup_steps={first}"]
+    return {last: [f"train.num_steps={last}", *words] for last, words in runs.items()}
+
+
+def model_folder(run: Path, step: int, kind: str = "model") -> Path:
+    """The folder of a model that a run has exported. kind: "model" or "model_ema"."""
+    return run / kind / f"step-{step:06d}"
 
 
 def call_cogds(verb: str, words: Sequence[str], log: Path) -> None:
@@ -184,7 +197,7 @@ def judge_models(folder: Path, args: argparse.Namespace) -> dict[str, dict[str, 
     rows = {"recipe": judge_model(SHAPES_MODEL, folder / f"judged-{args.videos}.json", args.videos)}
     for step in [*args.judge_steps, args.steps]:
         for kind, name in (("model_ema", "average"), ("model", "live weights")):
-            path = folder / args.run / kind / f"step-{step:06d}"
+            path = model_folder(folder / args.run, step, kind)
             if path.exists():
                 file = folder / args.run / f"judged-{kind}-{step}-{args.videos}.json"
                 rows[f"train.method=full, {step} steps, {name}"] = judge_model(str(path), file, args.videos)

@@ -280,17 +280,22 @@ def test_full_from_scratch_starts_as_the_recipe_does(scripts, tmp_path):
         assert (read == bench.to_uint8(scene.draw())).all()
 
 
-def test_full_from_scratch_has_the_schedule_of_the_recipe(scripts):
+def test_full_from_scratch_has_the_schedule_of_the_recipe(scripts, tmp_path):
+    from types import SimpleNamespace
+
+    from cogds.config.loading import load_config
     from cogds.core.lr_schedule import learning_rate
 
     bench, rates = scripts("full_from_scratch"), []
+    args = SimpleNamespace(run="run", steps=2000, saves=4, batch_size=24, words=["optimizer.lr=1.0"])
     for last, words in bench.schedule_words(2000, None).items():
-        keys = dict(word.split("=") for word in words)
-        assert keys["train.num_steps"] == str(last)
-        for step in range(len(rates), last):
-            rates.append(
-                learning_rate(step, 1.0, keys["optimizer.schedule"], last, int(keys["optimizer.warmup_steps"]), 0.0)
-            )
+        cfg, _ = load_config(None, [*bench.config_words(tmp_path, args), *words])
+        assert (cfg.train.method, cfg.train.num_steps, len(cfg.data.buckets)) == ("full", last, len(bench.SIZES))
+        keys = cfg.optimizer
+        rates += [
+            learning_rate(step, keys.lr, keys.schedule, last, keys.warmup_steps, keys.final_lr_ratio)
+            for step in range(len(rates), last)
+        ]
     recipe = [min(1.0, (step + 1) / 30) * min(1.0, (1 - step / 2000) / 0.6) for step in range(2000)]
     assert rates == pytest.approx(recipe, abs=0.04)
     assert list(bench.schedule_words(60, 60)) == [60]
@@ -300,7 +305,7 @@ def test_full_from_scratch_has_the_schedule_of_the_recipe(scripts):
 def test_full_from_scratch(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/full_from_scratch.py", tmp_path / "out", "--clips", "1"]
     command += ["--steps", "2", "--constant-steps", "2", "--batch-size", "1", "--saves", "1", "--videos", "2"]
-    done = run_command(command, 240)
+    done = run_command(command, 480)
     assert done.returncode == 0, done.stdout[-4000:]
     values = json.loads(done.stdout.splitlines()[-1])
     assert [point["step"] for point in values["curve"]] == [0, 2]

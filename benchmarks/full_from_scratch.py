@@ -1,8 +1,8 @@
 """Train the shapes model's transformer from random weights by `train.method=full`, and judge it beside the recipe's.
 
     python benchmarks/full_from_scratch.py outputs/scratch                         # as many steps as the recipe
-    python benchmarks/full_from_scratch.py outputs/scratch --run lr4e-3 --steps 60 --constant-steps 60 --videos 0 \\
-        optimizer.lr=4e-3                                                           # any keys of the run config
+    python benchmarks/full_from_scratch.py outputs/scratch --run lr8e-3 --steps 60 --constant-steps 60 --videos 0 \\
+        optimizer.lr=8e-3                                                           # any keys of the run config
 
 The start is that of the recipe (`examples/shapes/`): its VAE and text encoder, the random weights with which it begins,
 and the clips that it draws, written without loss. Then `cogds encode` and `cogds train` do what the recipe does with
@@ -145,7 +145,7 @@ def config_words(folder: Path, args: argparse.Namespace) -> list[str]:
         f"data.path={folder / 'clips'}", f"eval.path={folder / 'held-out'}", f"data.cache_dir={folder / 'cache'}",
         f"data.buckets=[{','.join(str(ClipShape(*size)) for size in SIZES)}]", f"data.fps={FPS}", "data.num_workers=1",
         "train.method=full", "train.precision=fp32", f"train.batch_size={args.batch_size}",
-        f"full.ema_decay={recipe.AVERAGE}", "optimizer.lr=2e-3", "optimizer.betas=[0.9,0.98]",
+        f"full.ema_decay={recipe.AVERAGE}", "optimizer.lr=4e-3", "optimizer.betas=[0.9,0.98]",
         f"conditioning.image_dropout={recipe.IMAGE_DROPOUT}", f"conditioning.caption_dropout={recipe.CAPTION_DROPOUT}",
         f"checkpoint.every={every}", f"checkpoint.keep_last={args.saves + 1}", f"eval.every={every}",
         "eval.num_clips=24", "metrics.show_clips=0", *args.words,

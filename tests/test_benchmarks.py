@@ -262,6 +262,78 @@ def scripts():
     sys.path.remove(str(ROOT / "benchmarks"))
 
 
+def test_full_from_scratch_starts_as_the_recipe_does(scripts, tmp_path):
+    """The same random weights, the same clips, and no loss in their files."""
+    from types import SimpleNamespace
+
+    import torch
+
+    from cogds.data.video.media import read_clip
+
+    bench = scripts("full_from_scratch")
+    bench.write_model(tmp_path / "model")
+    model = bench.find_model(str(tmp_path / "model"))
+    loaded = bench.recipe.CogVideoXTransformer3DModel.from_pretrained(model.path, subfolder="transformer")
+    expected = bench.recipe.create(bench.SEED).state_dict()
+    assert all(torch.equal(weight, expected[name]) for name, weight in loaded.state_dict().items())
+    shipped = bench.find_model(bench.SHAPES_MODEL).path
+    assert (model.path / "vae").resolve() == (shipped / "vae").resolve()
+
+    drawn = []
+
+    def encode(clips):
+        drawn.append((clips.transpose(1, 2) + 1) / 2)
+        return SimpleNamespace(latent_dist=SimpleNamespace(mode=lambda: clips))
+
+    scenes, captions = list(bench.recipe_scenes(10)), []
+    for rank in range(bench.RANKS):
+        numbers = bench.Numbers(bench.SEED * 1000 + 2 + rank)
+        for size in bench.SIZES:
+            captions += bench.recipe.encode_clips(SimpleNamespace(encode=encode), size, 10, numbers)[2]
+    assert [scene.caption for scene in scenes] == captions
+    assert all((scene.draw() - clip).abs().max() < 1e-6 for scene, clip in zip(scenes, (c for b in drawn for c in b)))
+
+    bench.write_clips(tmp_path / "clips", scenes[::20])
+    for number, scene in enumerate(scenes[::20]):
+        shape = bench.ClipShape(scene.frames, scene.height, scene.width)
+        read = read_clip(tmp_path / f"clips/clip_{number:05d}.mkv", shape, bench.FPS)
+        assert (read == bench.to_uint8(scene.draw())).all()
+
+
+def test_full_from_scratch_has_the_schedule_of_the_recipe(scripts, tmp_path):
+    from types import SimpleNamespace
+
+    from cogds.config.loading import load_config
+    from cogds.core.lr_schedule import learning_rate
+
+    bench, rates = scripts("full_from_scratch"), []
+    args = SimpleNamespace(run="run", steps=2000, saves=4, batch_size=24, words=["optimizer.lr=1.0"])
+    for last, words in bench.schedule_words(2000, None).items():
+        cfg, _ = load_config(None, [*bench.config_words(tmp_path, args), *words])
+        assert (cfg.train.method, cfg.train.num_steps, len(cfg.data.buckets)) == ("full", last, len(bench.SIZES))
+        keys = cfg.optimizer
+        rates += [
+            learning_rate(step, keys.lr, keys.schedule, last, keys.warmup_steps, keys.final_lr_ratio)
+            for step in range(len(rates), last)
+        ]
+    recipe = [min(1.0, (step + 1) / 30) * min(1.0, (1 - step / 2000) / 0.6) for step in range(2000)]
+    assert rates == pytest.approx(recipe, abs=0.04)
+    assert list(bench.schedule_words(60, 60)) == [60]
+
+
+@pytest.mark.slow
+def test_full_from_scratch(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/full_from_scratch.py", tmp_path / "out", "--clips", "1"]
+    command += ["--steps", "2", "--constant-steps", "2", "--batch-size", "1", "--saves", "1", "--videos", "2"]
+    done = run_command(command, 480)
+    assert done.returncode == 0, done.stdout[-4000:]
+    values = json.loads(done.stdout.splitlines()[-1])
+    assert [point["step"] for point in values["curve"]] == [0, 2]
+    recipe, average, live = values["models"].values()
+    assert recipe["first_frame_psnr"][0] > 30 > live["first_frame_psnr"][0]  # two steps from random weights
+    assert average.keys() == live.keys() == recipe.keys()
+
+
 def test_a_failing_call_becomes_a_row_with_its_error(scripts):
     import torch
 

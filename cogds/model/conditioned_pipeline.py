@@ -117,10 +117,19 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
         return 1 / scale * latents if self.vae.config.invert_scale_latents else scale * latents
 
     def _encode_control(self, video: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
-        """Encode a control video as `encode_control`. kwargs: of the call, which has the height and width."""
-        frames = self.video_processor.preprocess_video(video, kwargs.get("height"), kwargs.get("width"))
-        pixels = ((frames[0].permute(1, 2, 3, 0) + 1) * 127.5).round().to(torch.uint8)
-        return encode_control(self.vae, pixels, self.transformer.config.patch_size_t)
+        """Encode one control video, or one for each prompt, as `encode_control`: latents [B, F, C, H, W].
+
+        kwargs: of the call, which has the prompts, the height and the width. Raises ValueError for another number.
+        """
+        videos = self.video_processor.preprocess_video(video, kwargs.get("height"), kwargs.get("width"))
+        if len(videos) not in (1, _batch_size(kwargs)):
+            raise ValueError(
+                f"`control_video` has {len(videos)} samples, but there are {_batch_size(kwargs)} prompts. Pass one "
+                "each."
+            )
+        pixels = ((videos.permute(0, 2, 3, 4, 1) + 1) * 127.5).round().to(torch.uint8)
+        patch_size_t = self.transformer.config.patch_size_t
+        return torch.cat([encode_control(self.vae, frames, patch_size_t) for frames in pixels])
 
     def _preprocess(
         self, last_image: Any, video: Any, keyframes: Mapping[int, Any], size: tuple[int, int], batch_size: int

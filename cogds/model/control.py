@@ -58,7 +58,9 @@ class ControlPatchEmbed(CogVideoXPatchEmbed):
             latents, control = image_embeds.split([self.in_channels, self.control.channels], 2)
         else:
             latents = image_embeds
-            control = self.control.given.to(latents).expand(len(latents), -1, -1, -1, -1)
+            # Guidance makes two samples of each: first all without the prompts, then all with them.
+            given = self.control.given.to(latents)
+            control = given.repeat(len(latents) // len(given), 1, 1, 1, 1)
         embeds = super().forward(text_embeds, latents)
         video = self.control(control)
         text, rest = embeds.split([embeds.shape[1] - video.shape[1], video.shape[1]], 1)
@@ -100,9 +102,9 @@ def control_of(transformer: Any) -> ControlEmbedding | None:
 
 @contextmanager
 def given_control(transformer: Any, latents: torch.Tensor | None) -> Iterator[None]:
-    """Add control latents [1, F, C, H, W] to every call within the block, as for a pipeline, which passes none.
+    """Add control latents [B, F, C, H, W] to every call within the block, as for a pipeline, which passes none.
 
-    None for a transformer without a control embedding.
+    One sample applies to all of a call. None for a transformer without a control embedding.
     """
     control = control_of(transformer)
     if (control is None) != (latents is None):

@@ -73,3 +73,22 @@ def test_both_branches_of_guidance_get_the_control(tiny_model):
     assert (run() - before).abs().max() > 1e-2
     with pytest.raises(ValueError, match="Pass `control_video`"):
         pipeline(**settings, generator=torch.Generator().manual_seed(0))
+
+
+def test_every_prompt_of_a_batch_gets_its_own_control(tiny_model):
+    pipeline = load_pipeline(find_model(str(tiny_model)), torch.float32)
+    add_control(pipeline.transformer, 8)
+    seen = []
+    control_of(pipeline.transformer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    videos = [PIXELS, PIXELS.flip(0)]
+    settings = {
+        "image": [Image.fromarray(PIXELS[0].numpy())] * 2, "prompt_embeds": torch.zeros(2, 32, 32), "num_frames": 17,
+        "negative_prompt_embeds": torch.zeros(2, 32, 32), "height": 64, "width": 96, "num_inference_steps": 1,
+        "guidance_scale": 6.0, "output_type": "latent", "max_sequence_length": 32,
+    }  # fmt: skip
+    given = [video.permute(0, 3, 1, 2) / 255 for video in videos]
+    pipeline(**settings, control_video=given)
+    expected = torch.cat([encode_control(pipeline.vae, video, 2) for video in videos])
+    torch.testing.assert_close(seen[0], torch.cat([expected, expected]), atol=1e-4, rtol=1e-4)
+    with pytest.raises(ValueError, match="`control_video` has 3 samples, but there are 2 prompts"):
+        pipeline(**settings, control_video=[given[0]] * 3)

@@ -234,10 +234,10 @@ def test_a_clip_that_fails_is_left_out(parts, monkeypatch, capsys):
     job = SimpleNamespace(cache=open_cache(cfg), condition_settings=ConditionSettings(), condition_frames=lambda _: ())
     data = SimpleNamespace(held_out=index)
     run = SimpleNamespace(cfg=cfg, model=parts.model, data=data, job=job)
-    assert [spec.prompt for spec in cogds.train.samples._find_specs(run).values()] == ["sound"]
+    assert [spec.prompt for spec in cogds.train.samples._find_specs(run, None).values()] == ["sound"]
     stderr = capsys.readouterr().err
     assert stderr.startswith("warning: broken.mp4: ")
-    assert "KeyError: 'first_frame'" in stderr
+    assert "KeyError: 'text_states'" in stderr
     assert "in _specs_of_clips\n" in stderr  # a bug keeps its traceback
 
 

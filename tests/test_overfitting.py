@@ -120,7 +120,7 @@ def losses_by_seed(trained, steps):
     is the same for all weights.
     """
     evaluation = trained.evaluation
-    clips, num = evaluation.clips[evaluation.num_held_out :], len(evaluation.timesteps)
+    clips, num = evaluation.clips[evaluation.num_held_out :], len(evaluation.points)
     rounds = schedule_rounds(make_eval_batches([0, 0], num, (BATCH_SIZE,)), (1.0,), 1)
     losses = {}
     for step in steps:

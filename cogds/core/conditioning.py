@@ -79,12 +79,15 @@ def convention_factor(scaling_factor: float, invert_scale_latents: bool, convent
 
 
 def add_image_noise(pixels: torch.Tensor, log_mean: float, log_std: float, generator: torch.Generator) -> torch.Tensor:
-    """Add noise with sigma = exp(N(log_mean, log_std)), one sigma for all, to pixels [K, 3, H, W] in [-1, 1].
+    """Add noise with sigma = exp(N(log_mean, log_std)), one sigma per sample, to pixels [B, ..., H, W] in [-1, 1].
 
     CogVideoX's image-to-video models were trained this way. Encoding a slightly noisy first frame narrows the gap
     between the clean image given at inference and a video frame (CogVideoX paper, appendix on image-to-video).
     """
-    sigma = (log_mean + log_std * torch.randn((1, 1, 1, 1), generator=generator, device=pixels.device)).exp()
+    sigma = (
+        log_mean
+        + log_std * torch.randn((len(pixels), *[1] * (pixels.ndim - 1)), generator=generator, device=pixels.device)
+    ).exp()
     noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
     return (pixels.float() + sigma * noise).to(pixels.dtype)
 

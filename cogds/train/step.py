@@ -194,7 +194,7 @@ class StepBuilder:
         """Encode frames [K, 3, H, W] in [-1, 1] as one video, with image noise. Returns scaled latents [k, C, h, w]."""
         if self.conditioning.image_noise:
             log_mean, log_std = self.conditioning.image_noise_log_mean, self.conditioning.image_noise_log_std
-            pixels = add_image_noise(pixels, log_mean, log_std, noise)
+            pixels = add_image_noise(pixels[None], log_mean, log_std, noise)[0]
         video = pixels.transpose(0, 1)[None]  # [1, 3, K, H, W]
         return self.image_scale * self.vae.encode(video).latent_dist.sample(posterior)[0].transpose(0, 1)
 

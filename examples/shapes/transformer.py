@@ -11,10 +11,9 @@ from text import TEXT_DIM, TEXT_TOKENS, CaptionEncoder
 from vae import POOL_SIZE
 
 from cogds.core.conditioning import (
+    add_image_noise,
     drop,
-    image_condition,
     image_latent_scale,
-    noise_first_frame,
     pad_front,
     transformer_inputs,
 )
@@ -126,15 +125,17 @@ def train(
         chosen = torch.randint(len(latents), (BATCH_SIZE,))
         clean = latents[chosen]
         with torch.no_grad():
-            noised = noise_first_frame(first_frames[chosen], -3.0, 0.5, noises)
+            noised = add_image_noise(first_frames[chosen], -3.0, 0.5, noises)
             image = vae.encode(noised[:, :, None]).latent_dist.mode().transpose(1, 2) * factor
         image = drop(image, image.new_zeros(()), torch.rand(BATCH_SIZE) < IMAGE_DROPOUT)
+        condition = torch.zeros_like(clean)
+        condition[:, :1] = image
         text = drop(states[chosen], empty, torch.rand(BATCH_SIZE) < CAPTION_DROPOUT)
         spread = (torch.arange(BATCH_SIZE) + torch.rand(BATCH_SIZE)) / BATCH_SIZE
         timesteps = (spread**NOISE_BIAS * len(alphas_cumprod)).long().clamp(max=len(alphas_cumprod) - 1)
         noise = torch.randn_like(clean)
         inputs = transformer_inputs(
-            add_noise(clean, noise, timesteps, alphas_cumprod), image_condition(image, clean.shape[1]), text,
+            add_noise(clean, noise, timesteps, alphas_cumprod), condition, text,
             timesteps, rotary, geometry,
         )  # fmt: skip
         losses = v_loss(transformer(**inputs)[0], v_target(clean, noise, timesteps, alphas_cumprod))

@@ -18,7 +18,7 @@ import json
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,6 @@ import transformer as recipe
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import read_world
 from cogds.files import whole_file, whole_folder
-from cogds.metrics.jsonl import step_lines
 from cogds.model.load import PARTS, SHAPES_MODEL, find_model
 from cogds.model.pipelines import load_whole_pipeline
 from cogds.shapes.clips import to_uint8, unseen_scenes
@@ -85,7 +84,7 @@ def main(arguments: list[str] | None = None) -> None:
         call_cogds("train", [*words, *own], folder / f"{args.run}.log")
     rows = judge_models(folder, args) if args.videos else {}
     print("\n".join(summary_lines(rows)))
-    records = step_lines((folder / args.run / "metrics.jsonl").read_text())
+    records = map(json.loads, (folder / args.run / "metrics.jsonl").read_text().splitlines())
     print_json("full_from_scratch", info, steps=args.steps, words=args.words, curve=list(curve(records)), models=rows)
 
 
@@ -181,7 +180,7 @@ def call_cogds(verb: str, words: Sequence[str], log: Path) -> None:
     print(f"cogds {verb}: {time.monotonic() - started:.0f} s", flush=True)
 
 
-def curve(records: Sequence[dict[str, Any]]) -> Iterator[dict[str, float]]:
+def curve(records: Iterable[dict[str, Any]]) -> Iterator[dict[str, float]]:
     """Yield what each evaluation found: losses of the live weights and of the average, by optimizer step."""
     for record in records:
         values = {name: record[name] for name in ("eval/loss", "eval_ema/loss", "eval/train_loss") if name in record}

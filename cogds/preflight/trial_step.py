@@ -81,14 +81,17 @@ def run_trial_step(job: PreflightJob) -> RankResult:
             job.buckets[bucket], batch_size, model.geometry, job.memory.transformer.text_dim, cfg.train.precision
         )
         reserved = reserve_on_the_fly(job.estimates[bucket], device)
-        builder = load_step_builder(model, cfg.conditioning, batch["text_states"][0], dtype, device)
+        no_caption, settings = batch["text_states"][0], job.condition_settings
+        builder = load_step_builder(model, cfg.conditioning, no_caption, dtype, device, settings)
+        batch = builder.with_random_conditions(batch, job.buckets[bucket])
+        modes = (builder.largest_mode(job.buckets[bucket]),) * batch_size
         result["build_s"] = time.perf_counter() - start
         not_dropped = torch.zeros(batch_size, dtype=torch.bool)
         steps_s: list[float] = []
         for step in range(NUM_STEPS):
             start = time.perf_counter()
             slots = [world.data_rank * batch_size + number for number in range(batch_size)]
-            draws = Draws(torch.full((batch_size,), 500), not_dropped, not_dropped, cfg.seed, step, slots)
+            draws = Draws(torch.full((batch_size,), 500), not_dropped, not_dropped, cfg.seed, step, slots, modes)
             inputs, target = builder.build(batch, job.buckets[bucket], draws)
             loss = v_loss(engine(**inputs)[0], target).mean()
             engine.backward(loss)

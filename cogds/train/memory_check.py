@@ -120,8 +120,8 @@ def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
     device, stage, part = run.world.device, zero_stage(run.ds_config), run.execution.buckets[bucket]
     shape, size, estimate = run.buckets[bucket], run.plan.local_batch_sizes[bucket], part.estimate
     text_dim = builder.empty_caption_states.shape[-1]
-    has_control = run.cfg.conditioning.control
-    batch = random_batch(shape, size, run.model.geometry, text_dim, run.cfg.train.precision, has_control)
+    batch = random_batch(shape, size, run.model.geometry, text_dim, run.cfg.train.precision)
+    batch = builder.with_random_conditions(batch, shape)
     engine.module.set_checkpointing(part.checkpointing)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
@@ -138,7 +138,8 @@ def _try(run: Run, engine: Any, builder: StepBuilder, bucket: int) -> None:
 def _pass(engine: Any, builder: StepBuilder, batch: dict[str, torch.Tensor], shape: ClipShape, size: int) -> None:
     """Run forward and backward. The gradients are discarded."""
     no_dropout = torch.zeros(size, dtype=torch.bool)
-    draws = Draws(torch.full((size,), len(builder.alphas_cumprod) // 2), no_dropout, no_dropout, 0, 0, range(size))
+    timesteps, modes = torch.full((size,), len(builder.alphas_cumprod) // 2), (builder.largest_mode(shape),) * size
+    draws = Draws(timesteps, no_dropout, no_dropout, 0, 0, range(size), modes)
     inputs, target = builder.build(batch, shape, draws)
     output = call_module(engine, builder.device, inputs)[0]
     parameters = [parameter for parameter in engine.module.parameters() if parameter.requires_grad]

@@ -94,11 +94,10 @@ def random_batch(
     geometry: ModelGeometry,
     text_dim: int,
     precision: str,
-    has_control: bool = False,
 ) -> dict[str, torch.Tensor]:
     """Return a batch as it comes from the cache (see `StepBuilder.build`), of random numbers with a fixed seed.
 
-    precision: a key of `DTYPES`. has_control: whether the clips have control videos.
+    precision: a key of `DTYPES`. `StepBuilder.with_random_conditions` adds what other conditions need.
     """
     dtype, numbers = DTYPES[precision], torch.Generator().manual_seed(0)
     height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
@@ -108,8 +107,7 @@ def random_batch(
 
     moments = normal(2 * geometry.latent_channels, latent_frames(shape.frames, geometry), height, width)
     pixels = torch.randint(0, 256, (batch_size, 3, shape.height, shape.width), dtype=torch.uint8, generator=numbers)
-    batch = {"moments": moments, "first_frame": pixels, "text_states": normal(geometry.text_tokens, text_dim)}
-    return batch | ({"control_moments": normal(*moments.shape[1:])} if has_control else {})
+    return {"moments": moments, "first_frame": pixels, "text_states": normal(geometry.text_tokens, text_dim)}
 
 
 def load_step_builder(
@@ -158,6 +156,26 @@ class StepBuilder:
         if shape not in self._rotary:
             self._rotary[shape] = rotary_tables(shape, self.geometry, self.device)
         return self._rotary[shape]
+
+    def with_random_conditions(self, batch: dict[str, torch.Tensor], shape: ClipShape) -> dict[str, torch.Tensor]:
+        """Return a batch of `random_batch` with the tensors that the condition modes and control videos need."""
+        more = {}
+        modes = used_modes(self.conditioning.modes) if self.geometry.family.takes_image else ()
+        if numbers := condition_frames(modes, shape.frames, self.geometry, self.settings):
+            more["condition_frames"] = batch["first_frame"][:, None].expand(-1, len(numbers), -1, -1, -1).contiguous()
+        if self.conditioning.control:
+            more["control_moments"] = batch["moments"].flip(0)
+        return batch | more
+
+    def largest_mode(self, shape: ClipShape) -> Mode:
+        """Return the mode whose longest piece has the most frames, which needs the most memory."""
+        modes = used_modes(self.conditioning.modes)
+        return max(
+            modes,
+            key=lambda mode: max(
+                (len(piece.frames) for piece in pieces_of(mode, shape.frames, self.geometry, self.settings)), default=0
+            ),
+        )
 
     @torch.no_grad()
     def condition(self, batch: dict[str, torch.Tensor], shape: ClipShape, draws: Draws) -> torch.Tensor:

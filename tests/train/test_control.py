@@ -19,7 +19,7 @@ PIXELS = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (17, 64, 96,
 
 def training_inputs(model, vae, control=True):
     """The transformer's input channels in a training step with the control video PIXELS."""
-    batch = random_batch(SHAPE, 1, model.geometry, 32, "fp32", has_control=True)
+    batch = random_batch(SHAPE, 1, model.geometry, 32, "fp32")
     with torch.no_grad():
         video = PIXELS.permute(3, 0, 1, 2)[None] / 127.5 - 1
         batch["control_moments"] = vae.encode(video).latent_dist.parameters

@@ -112,6 +112,16 @@ def test_a_condition_is_what_the_vae_makes_of_its_pixels(conditions, monkeypatch
     assert mode == "none" or condition.abs().sum() > 0
 
 
+def test_a_random_batch_has_what_the_costliest_mode_needs(conditions):
+    builder, _, _, shape = conditions
+    batch = random_batch(shape, 2, builder.geometry, builder.empty_caption_states.shape[-1], "fp32")
+    batch = builder.with_random_conditions(batch, shape)
+    mode, dropped = builder.largest_mode(shape), torch.tensor([False, False])
+    assert mode in ("prefix", "suffix")  # five frames in one piece
+    inputs, _ = builder.build(batch, shape, Draws(torch.tensor([3, 4]), dropped, dropped, 0, 0, (0, 1), (mode, mode)))
+    assert (inputs["hidden_states"][:, 1:3, builder.geometry.latent_channels :] != 0).any()
+
+
 def test_the_mode_of_a_sample_depends_on_its_slot_alone():
     config = ConditioningConfig(modes={"first": 0.5, "prefix": 0.3, "none": 0.2})
     together = draw_modes(config, 0, 3, range(6000))

@@ -61,10 +61,6 @@ class Piece:
     place: int
     padding: int = 0
 
-    @property
-    def is_image(self) -> bool:
-        return len(self.frames) == 1
-
 
 def pieces_of(mode: Mode, num_frames: int, geometry: ModelGeometry, settings: ConditionSettings) -> tuple[Piece, ...]:
     """Return the pieces of the condition of a clip of `num_frames` pixel frames.

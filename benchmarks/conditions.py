@@ -13,6 +13,7 @@ no clip shows, with each LoRA and with the base model. Results that are there al
 """
 
 import argparse
+import functools
 import json
 import math
 import os
@@ -37,7 +38,7 @@ from cogds.model.control import control_of  # noqa: E402
 from cogds.model.load import SHAPES_MODEL, find_model  # noqa: E402
 from cogds.model.lora.adapter import load_control  # noqa: E402
 from cogds.shapes.clips import SCALE, to_uint8  # noqa: E402
-from cogds.shapes.generation import BATCH_SIZE, GUIDANCE, STEPS  # noqa: E402
+from cogds.shapes.generation import generate  # noqa: E402
 from cogds.shapes.judge import Estimate, follow, name_motion, psnr  # noqa: E402
 from cogds.shapes.world import FPS, MOTIONS, SIZES, Numbers, Scene, Track, cover_of, random_scene  # noqa: E402
 from cogds.videos.image_grid import make_grid  # noqa: E402
@@ -83,6 +84,18 @@ class Clip:
     scene: Scene
     track: Track
     caption: str
+
+    @property
+    def frames(self) -> int:
+        return self.scene.frames
+
+    @property
+    def height(self) -> int:
+        return self.scene.height
+
+    @property
+    def width(self) -> int:
+        return self.scene.width
 
     def draw(self, scale: int = 1) -> torch.Tensor:
         """Draw the clip, float32 [F, 3, H, W] from 0 to 1."""
@@ -181,32 +194,6 @@ def conditions(mode: str, clips: Sequence[Clip], has_control: bool) -> dict[str,
     return {"image": firsts, "last_image": lasts} if mode == "first_last" else {"image": firsts}
 
 
-@torch.no_grad()
-def generate(pipeline: Any, clips: Sequence[Clip], mode: str, seed: int) -> list[torch.Tensor]:
-    """Generate a video for each clip, float32 [F, 3, H, W] from 0 to 1. Its noise follows from its number."""
-    by_size: dict[tuple[int, int], list[int]] = {}
-    for number, clip in enumerate(clips):
-        by_size.setdefault((clip.scene.height, clip.scene.width), []).append(number)
-    videos: dict[int, torch.Tensor] = {}
-    for (height, width), numbers in by_size.items():
-        for start in range(0, len(numbers), BATCH_SIZE):
-            batch = numbers[start : start + BATCH_SIZE]
-            output = pipeline(
-                **conditions(mode, [clips[number] for number in batch], control_of(pipeline.transformer) is not None),
-                prompt=[clips[number].caption for number in batch],
-                num_frames=clips[0].scene.frames,
-                height=height,
-                width=width,
-                num_inference_steps=STEPS,
-                guidance_scale=GUIDANCE,
-                max_sequence_length=pipeline.transformer.config.max_text_seq_length,
-                generator=[torch.Generator().manual_seed(seed * 1_000_003 + number) for number in batch],
-                output_type="pt",
-            ).frames
-            videos.update(zip(batch, output.float().cpu()))
-    return [videos[number] for number in range(len(clips))]
-
-
 def judge(video: torch.Tensor, clip: Clip) -> dict[str, float]:
     """The figures of one generated video beside the real clip. Both are followed, so the judge's own errors cancel."""
     real = clip.draw()
@@ -263,7 +250,9 @@ def measure(name: str | None, seed: int, args: argparse.Namespace) -> None:
     judged = {mode: None for lora_name in ([name] if name else args.loras) for mode in JUDGED[lora_name]}
     for mode in judged:
         clips = unseen_clips(mode, args.videos)
-        videos = generate(pipeline, clips, mode, seed)
+        has_control = control_of(pipeline.transformer) is not None
+        given = functools.partial(conditions, mode, has_control=has_control)
+        videos = generate(pipeline, clips, seed, conditions=given)
         results[mode] = [judge(video, clip) for video, clip in zip(videos, clips, strict=True)]
         save_sheet(args.folder / f"{mode}-{name or 'base'}-{seed}.png", clips[:3], videos[:3])
         print(f"{name or 'base'}, seed {seed}, {mode}: {len(videos)} videos", flush=True)

@@ -152,7 +152,7 @@ def config_words(folder: Path, args: argparse.Namespace) -> list[str]:
 
 
 def schedule_words(num_steps: int, num_constant: int | None) -> dict[int, list[str]]:
-    """The recipe's schedule in two runs, of which the second continues the first: constant after the warmup, linear.
+    """Split the recipe's schedule into two runs: a constant rate after the warmup, then a linear fall.
 
     Returns the keys of each run, by its last step.
     """

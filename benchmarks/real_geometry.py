@@ -4,13 +4,13 @@
     python benchmarks/real_geometry.py /tmp/real --limit 600      # on a CPU with slow products in bf16
     python benchmarks/real_geometry.py /tmp/real --layers 1 --precision fp32  # a rehearsal
 
-Writes a diffusers folder with the real transformer in bf16 (three files and their index) and tiny parts of the real
-classes beside it. All weights are random. Then reports, tries and trains a LoRA on small clips with one rank, exports
-it, and loads it with diffusers. FOLDER must not exist, and is removed at the end.
+The script writes a diffusers folder: the real transformer in bf16 (three files and their index), and a tiny VAE and T5
+of the real classes. All weights are random. It then runs the report, preflight, a dry run and the training of a LoRA on
+small clips with one rank, exports the LoRA, and loads it with diffusers. FOLDER must not exist. It is removed at the
+end.
 
-Some CPUs multiply in bf16 so slowly that a step takes hours. --limit ends the commands that compute
-steps after that time, and the table says so. If training was ended, a LoRA with random weights is exported in place of
-the trained one.
+Some CPUs multiply in bf16 so slowly that a step takes hours. --limit stops the commands that compute steps after that
+time, and the table says so. If training was stopped, the script exports a LoRA with random weights instead.
 
 The memory of a command is the largest resident memory of any of its processes, which includes the pages of mapped
 files, and once per second that without them. This process stays small, because a child counts the memory that it
@@ -125,7 +125,7 @@ def run(
 
 
 def write_transformer(folder: Path, num_layers: int) -> None:
-    """Write the transformer with random weights, of which only one is in memory at a time.
+    """Write the transformer with random weights. Only one weight is in memory at a time.
 
     All are parts of the same random numbers, because drawing each would take minutes.
     """

@@ -2,7 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, Protocol
 
 import torch
 
@@ -13,19 +13,38 @@ STEPS, GUIDANCE = 25, 1.0  # the model was trained to need no guidance
 BATCH_SIZE = 16
 
 
+class Drawable(Protocol):
+    """A `Scene`, or another clip that can be drawn."""
+
+    @property
+    def frames(self) -> int: ...
+    @property
+    def height(self) -> int: ...
+    @property
+    def width(self) -> int: ...
+    @property
+    def caption(self) -> str: ...
+    def draw(self) -> torch.Tensor: ...
+
+
+def first_images(scenes: Sequence[Drawable]) -> dict[str, Any]:
+    """Return the argument of diffusers' pipeline for the scenes' first frames."""
+    return {"image": torch.stack([scene.draw()[0] for scene in scenes])}
+
+
 @torch.no_grad()
 def generate(
     pipeline: Any,
-    scenes: Sequence[Scene],
+    scenes: Sequence[Drawable],
     seed: int = 0,
-    steps: int = STEPS,
-    guidance: float = GUIDANCE,
     on_step: Callable[[int], object] = lambda _: None,
+    conditions: Callable[[Sequence[Any]], dict[str, Any]] = first_images,
 ) -> list[torch.Tensor]:
     """Generate a video from each scene's first frame and caption. Returns float32 [F, 3, H, W] from 0 to 1 each.
 
     pipeline: diffusers' CogVideoXImageToVideoPipeline with all parts. A video does not depend on the rest of its batch:
     its noise follows from the seed and its number. on_step: called after each denoising step with the number of videos.
+    conditions: returns the pipeline's arguments for a batch of scenes.
     """
     by_size: dict[tuple[int, int, int], list[int]] = defaultdict(list)
     for number, scene in enumerate(scenes):
@@ -39,13 +58,13 @@ def generate(
                 return tensors
 
             output = pipeline(
-                image=torch.stack([scenes[number].draw()[0] for number in batch]),
+                **conditions([scenes[number] for number in batch]),
                 prompt=[scenes[number].caption for number in batch],
                 num_frames=frames,
                 height=height,
                 width=width,
-                num_inference_steps=steps,
-                guidance_scale=guidance,
+                num_inference_steps=STEPS,
+                guidance_scale=GUIDANCE,
                 max_sequence_length=pipeline.transformer.config.max_text_seq_length,
                 generator=[torch.Generator().manual_seed(seed * 1_000_003 + number) for number in batch],
                 output_type="pt",

@@ -138,7 +138,8 @@ def main(args: argparse.Namespace) -> None:
     vae, alphas_cumprod = load_vae(model, job.dtype, world.device), load_alphas_cumprod(model)
     builders = {}
     for name in IMAGE_LATENT_CONVENTIONS:
-        conditioning = cfg.conditioning.model_copy(update={"image_latents": name, "image_noise": False})
+        changes = {"image_latents": name, "image_noise": False, "modes": {"first": 1.0}, "control": False}
+        conditioning = cfg.conditioning.model_copy(update=changes)
         builders[name] = StepBuilder(
             vae, model.geometry, conditioning, alphas_cumprod, data.empty_caption_states, world.device
         )

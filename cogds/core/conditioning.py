@@ -84,22 +84,21 @@ def add_image_noise(pixels: torch.Tensor, log_mean: float, log_std: float, gener
     CogVideoX's image-to-video models were trained this way. Encoding a slightly noisy first frame narrows the gap
     between the clean image given at inference and a video frame (CogVideoX paper, appendix on image-to-video).
     """
-    sigma = (
-        log_mean
-        + log_std * torch.randn((len(pixels), *[1] * (pixels.ndim - 1)), generator=generator, device=pixels.device)
-    ).exp()
+    shape = (len(pixels), *[1] * (pixels.ndim - 1))
+    sigma = (log_mean + log_std * torch.randn(shape, generator=generator, device=pixels.device)).exp()
     noise = torch.randn(pixels.shape, generator=generator, device=pixels.device)
     return (pixels.float() + sigma * noise).to(pixels.dtype)
 
 
 def place_condition(condition: torch.Tensor, pieces: Iterable[tuple[Piece, torch.Tensor]]) -> None:
-    """Write the scaled latents [k, C, h, w] of each piece into the zeros of a clip's condition [F, C, h, w].
+    """Write the scaled latents [..., k, C, h, w] of each piece into a condition of zeros, [..., F, C, h, w].
 
     F includes the padding. Copies of a piece's first latent fill its own padding.
     """
     for piece, latents in pieces:
-        condition[piece.place : piece.place + len(latents)] = latents
-        condition[piece.place - piece.padding : piece.place] = latents[:1]
+        end = piece.place + latents.shape[-4]
+        condition[..., piece.place : end, :, :, :] = latents
+        condition[..., piece.place - piece.padding : piece.place, :, :, :] = latents[..., :1, :, :, :]
 
 
 def drop(condition: torch.Tensor, unconditional: torch.Tensor, dropped: torch.Tensor) -> torch.Tensor:

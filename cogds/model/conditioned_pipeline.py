@@ -19,6 +19,7 @@ import torch
 from diffusers import CogVideoXImageToVideoPipeline
 
 from cogds.core.condition_modes import ConditionSettings, Mode, Piece, pieces_of
+from cogds.core.conditioning import image_latent_scale, place_condition
 from cogds.core.geometry import ModelGeometry
 from cogds.errors import UserError
 from cogds.model.control import encode_control, given_control
@@ -102,9 +103,7 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
         generator = kwargs["generator"] if "generator" in kwargs else args[8] if len(args) > 8 else None
         for piece, pixels in self._pieces:
             encoded = self._encode(pixels.to(latents.device, condition.dtype), generator)
-            place, end = piece.place, piece.place + encoded.shape[1]
-            condition[:, place:end] = encoded
-            condition[:, place - piece.padding : place] = encoded[:, :1]
+            place_condition(condition, [(piece, encoded)])
         return latents, condition
 
     def _encode(self, pixels: torch.Tensor, generator: Any) -> torch.Tensor:
@@ -113,8 +112,8 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
         samples = zip(pixels, generators, strict=True)
         encoded = [self.vae.encode(clip[None]).latent_dist.sample(random) for clip, random in samples]
         latents = torch.cat(encoded).to(pixels.dtype).permute(0, 2, 1, 3, 4)
-        scale = self.vae_scaling_factor_image
-        return 1 / scale * latents if self.vae.config.invert_scale_latents else scale * latents
+        invert = self.vae.config.invert_scale_latents
+        return image_latent_scale(self.vae_scaling_factor_image, invert, "pipeline") * latents
 
     def _encode_control(self, video: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Encode one control video, or one for each prompt, as `encode_control`: latents [B, F, C, H, W].

@@ -81,9 +81,8 @@ def add_control(transformer: Any, channels: int, weight: torch.Tensor | None = N
     patch = (config.patch_size_t or 1, config.patch_size)
     like = embed.text_proj.base_layer.weight if hasattr(embed.text_proj, "base_layer") else embed.text_proj.weight
     if weight is None:
-        weight = torch.zeros(
-            embed.embed_dim, control_inputs(channels, *patch)
-        )  # float32 as the LoRA, until DeepSpeed converts both
+        # float32 as the LoRA, until DeepSpeed converts both.
+        weight = torch.zeros(embed.embed_dim, control_inputs(channels, *patch))
     else:
         weight = weight.to(like.dtype)
     controlled = ControlPatchEmbed.__new__(ControlPatchEmbed)

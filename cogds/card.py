@@ -192,7 +192,7 @@ def mode_arguments(metadata: Metadata, mode: str, fps: float) -> list[str]:
 def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -> str:
     """Return Python code that generates a video, in image-to-video of a mode, with diffusers 0.34 or later.
 
-    mode: one of `core.condition_modes.MODES`. Any but `first` uses the pipeline of cogds.
+    mode: one of `core.condition_modes.MODES`. Any but `first`, and control videos, use the pipeline of cogds.
 
     0.34 is the first version that reads alpha from the LoRA. The code uses `torch_dtype` because `dtype` exists only
     since 0.40, and `export_to_video` because `encode_video` exists only since 0.39.
@@ -200,9 +200,12 @@ def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -
     shape, fps = _largest(metadata), metadata.get("fps", TRAINED_FPS)
     has_image = takes_image(metadata)
     base = metadata.get("base_model") or ("zai-org/CogVideoX1.5-5B-I2V" if has_image else "zai-org/CogVideoX1.5-5B")
-    is_ours = has_image and mode != "first"
+    has_control = has_image and bool(metadata.get("control"))
+    is_ours = has_image and (mode != "first" or has_control)
     pipeline = OUR_PIPELINE if is_ours else IMAGE_PIPELINE if has_image else TEXT_PIPELINE
     arguments = mode_arguments(metadata, mode, fps) if has_image else []
+    if has_control:
+        arguments.append(f'control_video=load_video("control.mp4")[:{shape.frames}],  # at {fps:g} frames/s')
     loaders = [name for name in ("load_image", "load_video") if any(f"{name}(" in line for line in arguments)]
     imported = ["CogVideoXTransformer3DModel"] if kind == "merged" else []
     imported = imported if is_ours else [pipeline, *imported]
@@ -212,6 +215,7 @@ def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -
         "imageio imageio-ffmpeg",
         "import torch",
         *([f"from cogds.model.conditioned_pipeline import {OUR_PIPELINE}"] if is_ours else []),
+        *(["from cogds.model.lora.adapter import load_control"] if has_control else []),
         *([f"from diffusers import {', '.join(imported)}"] if imported else []),
         f"from diffusers.utils import {', '.join(['export_to_video', *loaders])}",
         "",
@@ -229,6 +233,11 @@ def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -
             f"pipe = {pipeline}.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16)",
             # Offline, diffusers before 0.40 requires the name.
             f'pipe.load_lora_weights({_quoted(location)}, weight_name="pytorch_lora_weights.safetensors")',
+            *(
+                [f"load_control(pipe.transformer, {_quoted(location)})  # a local file or folder"]
+                if has_control
+                else []
+            ),
         ]
     if factor != 1.0:
         lines += [
@@ -267,7 +276,8 @@ def _introduction(metadata: Metadata, kind: str) -> str:
         return f"The transformer of {model}. Exported with cogds."
     if kind in MERGED_FORMATS:
         return f"The transformer of {model} with a LoRA merged in. Trained with cogds."
-    return f"A LoRA for {model}. Trained with cogds."
+    control = " It follows a control video, which `cogds sample --control` takes." if metadata.get("control") else ""
+    return f"A LoRA for {model}. Trained with cogds.{control}"
 
 
 def _comfyui(metadata: Metadata, kind: str, file: str) -> str:

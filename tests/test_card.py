@@ -29,6 +29,7 @@ from cogds.core.condition_modes import MODES, ConditionSettings
 from cogds.core.geometry import ClipShape
 from cogds.distributed.world import World
 from cogds.model.conditioned_pipeline import ConditionedPipeline
+from cogds.model.control import add_control, control_of
 from cogds.model.load import find_model
 from cogds.model.lora.file import read_loras
 from cogds.train.metadata import export_metadata
@@ -328,3 +329,26 @@ def test_the_code_of_every_mode_generates_a_video(tiny_model, tmp_path, monkeypa
     assert [sorted(keyframes) for *_, keyframes in conditions if keyframes] == [[4, 8]]
     assert [last is not None for last, *_ in conditions] == [True, True, False, False, False, False]
     assert "ConditionedPipeline" not in model_card("mine", METADATA, "diffusers", "m")
+
+
+def test_the_code_of_a_lora_with_controls_gives_the_pipeline_a_control_video(tiny_model, tmp_path, monkeypatch):
+    from cogds.model.load import load_transformer
+    from cogds.model.lora.adapter import export, inject
+
+    transformer = load_transformer(find_model(str(tiny_model)), torch.float32)
+    inject(transformer, 2, 2, 0.0, ["to_q"], 0)
+    torch.nn.init.normal_(add_control(transformer, 8).detach())
+    metadata = {**METADATA, "base_model": str(tiny_model), "buckets": ["9x64x96"], "fps": 8.0, "control": True}
+    lora = export(tmp_path / "lora", transformer, dict(transformer.named_parameters()), metadata).parent
+    Image.new("RGB", (96, 64)).save(tmp_path / "first.png")
+    monkeypatch.setattr(diffusers.utils, "export_to_video", Mock())
+    monkeypatch.setattr(diffusers.utils, "load_video", lambda _: [Image.new("RGB", (96, 64))] * 12)
+    monkeypatch.chdir(tmp_path)
+    card = model_card("mine", metadata, "diffusers", str(lora))
+    assert "cogds sample --control" in card
+    (code,) = re.findall("```python\n(.*?)```", card, flags=re.S)
+    names = {}
+    exec(compile(code.replace("frames = pipe(", "frames = pipe(num_inference_steps=1,"), "card", "exec"), names)
+    assert len(names["frames"]) == 9
+    assert isinstance(names["pipe"], ConditionedPipeline)
+    assert control_of(names["pipe"].transformer).weight.abs().sum() > 0

@@ -59,7 +59,11 @@ def start(tmp_path):
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM, signal.SIGUSR1])
 def test_the_ranks_save_and_nothing_else_is_printed(start, number):
-    process = start(RANK)
+    before = signal.signal(number, signal.SIG_DFL)  # shells let background jobs, such as these tests, ignore SIGINT
+    try:
+        process = start(RANK)
+    finally:
+        signal.signal(number, before)
     assert process.stdout.readline() == "training\n"
     os.killpg(process.pid, number)  # as a terminal does
     output, _ = process.communicate(timeout=30)

@@ -84,8 +84,8 @@ def draw_dropouts(
 
 def draw_modes(conditioning: ConditioningConfig, seed: int, step: int, slots: Sequence[int]) -> tuple[Mode, ...]:
     """Return the condition mode of each sample."""
-    uniform = [torch.rand((), generator=generator(seed, step, slot, "condition mode")).item() for slot in slots]
-    return tuple(draw_mode(conditioning.modes, number) for number in uniform)
+    uniform = torch.stack([torch.rand((), generator=generator(seed, step, slot, "condition mode")) for slot in slots])
+    return tuple(draw_mode(conditioning.modes, number) for number in uniform.tolist())
 
 
 def random_batch(

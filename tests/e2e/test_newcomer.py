@@ -44,7 +44,7 @@ def clone(tmp_path_factory):
     return folder
 
 
-def run(clone, words, more=(), timeout_s=240):
+def run(clone, words, more=(), timeout_s=600):
     """Run a command of the README in the clone, with the programs of the clone's environment; return its output."""
     command = [*with_programs(words, VENV / "bin"), *more]
     done = run_command(command, timeout_s, cwd=clone, env={"VENV": str(VENV), "RANKS": "2"})

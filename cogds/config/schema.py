@@ -261,6 +261,12 @@ class FullConfig(Section):
     )  # fmt: skip
     ema_device: Literal["gpu", "cpu"] = key("gpu", "memory of the moving average: 4 bytes per parameter over all ranks")
 
+    @model_validator(mode="after")
+    def _check_ema(self) -> Self:
+        if self.ema_device == "cpu" and self.ema_decay is None:
+            raise ValueError("full.ema_device: cpu without full.ema_decay. Set full.ema_decay too, or remove it.")
+        return self
+
 
 # Defaults that depend on train.method. A full fine-tune changes every weight, so it needs smaller steps than a LoRA,
 # whose B matrices start at 0.

@@ -93,7 +93,8 @@ def check_init(job: Job) -> LoraFile:
 
 def run_identity(cfg: RunConfig, optimizer: str, weights_digest: str, buckets: Sequence[ClipShape]) -> dict[str, Any]:
     """Return everything except the data that must be the same when a run is resumed, as JSON-serializable values."""
-    settings = {name: get(cfg, name) for name in KEYS if not name.startswith(MAY_CHANGE)}
+    unused = () if cfg.trains_lora else ("lora.",)
+    settings = {name: get(cfg, name) for name in KEYS if not name.startswith(MAY_CHANGE + unused)}
     return {
         **{name: list(value) if isinstance(value, tuple) else value for name, value in settings.items()},
         "model weights": weights_digest,

@@ -477,6 +477,11 @@ def test_the_default_learning_rate_depends_on_the_method():
     assert replace(load_config(None, [*needed, "train.method=full"])[0], {"seed": 1}).optimizer.lr == 1e-5
 
 
+def test_the_device_of_a_moving_average_needs_one():
+    with pytest.raises(UserError, match=r"^full\.ema_device: .*full\.ema_decay"):
+        load_config(None, ["model.path=x", "data.path=y", "train.method=full", "full.ema_device=cpu"])
+
+
 @pytest.mark.parametrize(
     "setting, method, key",
     [

@@ -64,6 +64,13 @@ def test_other_keys_that_changed_are_named(override, change):
     assert str(error.value).count(", now ") == 1
 
 
+def test_a_full_run_does_not_depend_on_settings_of_loras():
+    full = "train.method=full"
+    check_identity(start(make_identity(full)), make_identity(full, "lora.rank=4"))
+    with pytest.raises(UserError, match="train.method was full, now lora"):
+        check_identity(start(make_identity(full)), make_identity())
+
+
 def test_model_data_and_optimizer_may_not_change():
     data = SimpleNamespace(fingerprint="g", mixture=SimpleNamespace(repeats=(2.0,)))
     now = make_identity(optimizer="Lion", weights="v", data=data, buckets=(ClipShape(17, 64, 64),))

@@ -5,11 +5,12 @@ first frames?
     python benchmarks/conditions.py outputs/conditions --table      # the table of what is there
 
 Half of the clips show shapes that drift in a straight line between two random places, with a caption that does not say
-where: only the conditions tell. The other half shows the base model's own motions. One LoRA trains with the mode
-`first` alone, two with `first`, `first_last` and `prefix`, for as many steps: on the attention layers, and also on the
-patch embedding, half of whose weights for conditions the base model has never used. A last one trains with control
-videos: clips of shapes on a curve, whose controls show only a dot on that curve. Videos are generated from scenes that
-no clip shows, with each LoRA and with the base model. Results that are there already are kept.
+where: only the conditions tell. The other half shows the base model's own motions. The LoRA `mixed` trains with the
+modes `first`, `first_last` and `prefix`. `first` trains with that mode alone, on as many of its samples. Both adapt all
+linear layers: half of the weights with which the patch embedding reads conditions have never been used by the base
+model. `control` trains for as many steps as `first` with control videos: clips of shapes on a curve, whose controls
+show only a dot on that curve. Videos are generated from scenes that no clip shows, with each LoRA and with the base
+model. Results that are there already are kept.
 """
 
 import argparse
@@ -46,11 +47,15 @@ from cogds.videos.image_grid import make_grid  # noqa: E402
 DRIFT = "drift"
 CONTEXT = 9  # frames of a prefix: 3 latent frames
 SEAM = 4  # frames after the prefix whose speed is measured
-MIXED = ("conditioning.modes={first: 0.4, first_last: 0.3, prefix: 0.3}", "conditioning.context_latents=3")
+FIRST_SHARE = 0.4  # of the samples of `mixed`
+ALL_LAYERS = ("lora.target_modules=[all-linear]", "lora.rank=64", "lora.alpha=64")
 LORAS: Mapping[str, Sequence[str]] = {
-    "first": ["conditioning.modes={first: 1.0}"],
-    "attention": MIXED,  # the default layers
-    "mixed": [*MIXED, "lora.target_modules=[to_q, to_k, to_v, to_out.0, patch_embed.proj]"],
+    "first": ALL_LAYERS,
+    "mixed": (
+        *ALL_LAYERS,
+        f"conditioning.modes={{first: {FIRST_SHARE}, first_last: 0.3, prefix: 0.3}}",
+        "conditioning.context_latents=3",
+    ),
     "control": ["conditioning.control=true"],
 }
 DOT_RADIUS = 4.0  # of a control video's dot [px]
@@ -62,7 +67,6 @@ FIGURES = {
 }
 JUDGED = {
     "first": ("first", "first_last", "prefix"),
-    "attention": ("first", "first_last", "prefix"),
     "mixed": ("first", "first_last", "prefix"),
     "control": ("control",),
 }
@@ -156,11 +160,11 @@ def write_clips(folder: Path, clips: Sequence[Clip], has_control: bool = False) 
         return
     with whole_folder(folder) as partial:
         for number, clip in enumerate(clips):
-            write_video(partial / f"clip_{number:02d}.mp4", to_uint8(clip.draw(SCALE)), FPS, num_threads=1)
+            write_video(partial / f"clip_{number:03d}.mp4", to_uint8(clip.draw(SCALE)), FPS, num_threads=1)
             if has_control:
                 video = to_uint8(draw_control(clip, SCALE))
-                write_video(partial / f"clip_{number:02d}.control.mp4", video, FPS, num_threads=1)
-            (partial / f"clip_{number:02d}.txt").write_text(clip.caption + "\n", encoding="utf-8")
+                write_video(partial / f"clip_{number:03d}.control.mp4", video, FPS, num_threads=1)
+            (partial / f"clip_{number:03d}.txt").write_text(clip.caption + "\n", encoding="utf-8")
 
 
 def training_clips(num_clips: int) -> list[Clip]:
@@ -217,9 +221,9 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("folder", type=Path, help="results, and the runs")
     parser.add_argument("--loras", nargs="+", choices=LORAS, default=list(LORAS))
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of training and of the videos' noise")
-    parser.add_argument("--clips", type=int, default=48, help="to train")
+    parser.add_argument("--clips", type=int, default=384, help="to train")
     parser.add_argument("--videos", type=int, default=48, help="to generate for each mode")
-    parser.add_argument("--steps", type=int, default=400)
+    parser.add_argument("--steps", type=int, default=1500, help="of `mixed`")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args(arguments)
     args.folder = args.folder.absolute()
@@ -263,15 +267,16 @@ def measure(name: str | None, seed: int, args: argparse.Namespace) -> None:
 def train(name: str, seed: int, args: argparse.Namespace) -> Path:
     """Train a LoRA with the main command and return its folder."""
     run = args.folder / f"run-{name}-{seed}"
-    lora = run / f"lora/step-{args.steps:06d}"
+    steps = args.steps if name == "mixed" else round(args.steps * FIRST_SHARE)
+    lora = run / f"lora/step-{steps:06d}"
     clips = args.folder / ("controlled" if name == "control" else "clips")
     if not lora.exists():
         words = [
             "--config", ROOT / "launch/configs/demo.yaml", "--deepspeed", ROOT / "ds_configs/zero2.json",
             "--num-gpus", "1", f"data.path={clips}", "data.draw_demo_clips=false",
             "data.buckets=[17x48x48, 17x48x64, 17x64x48]", f"data.cache_dir={args.folder / f'cache-{name}'}",
-            f"output_dir={run}", f"seed={seed}", f"train.num_steps={args.steps}", "eval.every=null",
-            f"checkpoint.every={args.steps}", "metrics.show_clips=0", *LORAS[name],
+            f"output_dir={run}", f"seed={seed}", f"train.num_steps={steps}", "eval.every=null",
+            f"checkpoint.every={steps}", "metrics.show_clips=0", *LORAS[name],
         ]  # fmt: skip
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "cogds", "train", *map(str, words)]

@@ -334,6 +334,18 @@ def test_full_from_scratch(tmp_path):
     assert average.keys() == live.keys() == recipe.keys()
 
 
+@pytest.mark.slow
+def test_conditions(tmp_path):
+    command = [sys.executable, ROOT / "benchmarks/conditions.py", tmp_path / "out", "--loras", "mixed", "control"]
+    command += ["--seeds", "0", "--clips", "4", "--videos", "1", "--steps", "2"]
+    done = run_command(command, 480)
+    assert done.returncode == 0, done.stdout[-4000:]
+    names = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
+    assert names == ["| `first`", "| base", "| mixed", "| `first_last`", "| base", "| mixed", "| `prefix`", "| base",
+                     "| mixed", "| `control`", "| base", "| control"]  # fmt: skip
+    assert len(list((tmp_path / "out").glob("*.png"))) == 8
+
+
 def test_a_failing_call_becomes_a_row_with_its_error(scripts):
     import torch
 

@@ -14,9 +14,10 @@ from rich.text import Text
 from cogds.config.deepspeed import zero_stage
 from cogds.config.schema import KEYS, METHOD_DEFAULTS, ConditioningConfig, RunConfig
 from cogds.core.condition_modes import used_modes
-from cogds.core.geometry import num_tokens
+from cogds.core.geometry import ModelGeometry, num_tokens
 from cogds.data.storage.location import is_local_file
 from cogds.formatting import counted, gigabytes, magnitude
+from cogds.model.lora.adapter import ALL_LINEAR
 from cogds.process.environment import command
 from cogds.process.progress import is_terminal
 from cogds.train.resume import InitialState, describe_layout
@@ -26,6 +27,7 @@ logger = logging.getLogger(__name__)
 
 EXPORTED_BYTES = {"bf16": 2, "fp32": 4}  # per parameter in the LoRA's file
 LABEL_WIDTH = 11
+PATCH_EMBED = "patch_embed.proj"
 
 
 def labeled(label: str, text: str) -> str:
@@ -41,6 +43,26 @@ def learning_rate_warning(cfg: RunConfig) -> str | None:
     return (
         f"optimizer.lr is {cfg.optimizer.lr:g}, which is usual for a LoRA. Full fine-tuning changes every weight and "
         f"usually needs about {usual:g} (docs/full-fine-tuning.md)."
+    )
+
+
+def condition_warning(cfg: RunConfig, geometry: ModelGeometry) -> str | None:
+    """Return a warning if a LoRA is given conditions that the base model's patch embedding cannot read.
+
+    With temporal patches, that layer has weights of its own for each latent frame of a token, and the base model has
+    been trained with a condition at the first one only.
+    """
+    if (
+        geometry.patch_size_t is None
+        or not cfg.trains_lora
+        or {*used_modes(cfg.conditioning.modes)} <= {"first", "none"}
+    ):
+        return None
+    if any(target == ALL_LINEAR or f".{PATCH_EMBED}".endswith(f".{target}") for target in cfg.lora.target_modules):
+        return None
+    return (
+        f"lora.target_modules: {PATCH_EMBED} is not among them, so other conditions than the first frame are hardly "
+        "learned. Add it, or use [all-linear] (docs/conditioning.md)."
     )
 
 

@@ -70,7 +70,7 @@ from cogds.train.samples import make_sample_callback
 from cogds.train.saving import CheckpointCallback, check_space, export_folder
 from cogds.train.step import StepBuilder, load_step_builder
 from cogds.train.step_meter import StepMeter
-from cogds.train.summary import learning_rate_warning, sample_command, show, summary, watch_command
+from cogds.train.summary import condition_warning, learning_rate_warning, sample_command, show, summary, watch_command
 from cogds.train.trained_part import add_trained_part, loaded_as_trained
 from cogds.train.tuning import choose_execution, prepare_blocks
 
@@ -174,8 +174,9 @@ class Trainer:
         for _, _, part in run.used_buckets:
             if part.shortfall:
                 logger.warning(part.shortfall)
-        if warning := learning_rate_warning(run.cfg):
-            logger.warning(warning)
+        for warning in (learning_rate_warning(run.cfg), condition_warning(run.cfg, run.model.geometry)):
+            if warning:
+                logger.warning(warning)
         if self.dry_run:
             return
         checkpoints.remove_all_partial(self.output_dir)

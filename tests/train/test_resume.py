@@ -67,7 +67,7 @@ def test_other_keys_that_changed_are_named(override, change):
 def test_a_full_run_does_not_depend_on_settings_of_loras():
     full = "train.method=full"
     check_identity(start(make_identity(full)), make_identity(full, "lora.rank=4"))
-    with pytest.raises(UserError, match="train.method was full, now lora"):
+    with pytest.raises(UserError, match=r"train\.method was full, now lora"):
         check_identity(start(make_identity(full)), make_identity())
 
 

@@ -8,7 +8,7 @@ import torch
 from rich.console import Console
 
 from cogds.config.loading import load_config
-from cogds.train.summary import describe_ranks, learning_rate_warning, show
+from cogds.train.summary import condition_warning, describe_ranks, learning_rate_warning, show
 from tests.conftest import ROOT
 
 
@@ -52,3 +52,21 @@ def test_the_rate_of_a_lora_in_a_shipped_config_is_too_high_for_a_full_fine_tune
 def test_the_default_rate_of_a_full_fine_tune_is_not_warned_about():
     cfg = load_config(None, ["model.path=m", "data.path=clips", "train.method=full"])[0]
     assert learning_rate_warning(cfg) is None
+
+
+@pytest.mark.parametrize(
+    ("overrides", "patch_size_t", "is_warned"),
+    [
+        ((), 2, False),
+        (("conditioning.modes={first: 0.5, last: 0.5}",), 2, True),
+        (("conditioning.modes={first: 0.5, last: 0.5}",), None, False),
+        (("conditioning.modes={first: 0.5, none: 0.5}",), 2, False),
+        (("conditioning.modes={last: 1}", "lora.target_modules=[to_q, patch_embed.proj]"), 2, False),
+        (("conditioning.modes={last: 1}", "lora.target_modules=[to_q, embed.proj]"), 2, True),
+        (("conditioning.modes={last: 1}", "lora.target_modules=[all-linear]"), 2, False),
+        (("conditioning.modes={last: 1}", "train.method=full"), 2, False),
+    ],
+)
+def test_new_conditions_need_the_patch_embedding_of_a_model_with_temporal_patches(overrides, patch_size_t, is_warned):
+    cfg = load_config(None, ["model.path=m", "data.path=clips", *overrides])[0]
+    assert bool(condition_warning(cfg, SimpleNamespace(patch_size_t=patch_size_t))) is is_warned

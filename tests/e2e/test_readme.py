@@ -13,9 +13,9 @@ from tests.readme import QUICKSTART, README, ROOT, command, commands, with_progr
 
 pytestmark = [pytest.mark.dist, pytest.mark.slow]
 
-# Start of a command -> the test that runs it. .ci/run runs the make targets, and `make install` runs pip.
+# Start of a command -> the file that runs it.
 RUN_BY = {
-    "make demo": ".ci/run",
+    "make demo": "tests/e2e/test_newcomer.py",
     "make test": ".ci/run",
     "pip install -e .": "Makefile",
     "cogds report": "here",

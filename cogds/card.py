@@ -250,6 +250,8 @@ def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -
             "",
             "pipe.prepare_latents = prepare_latents",
         ]
+    if metadata.get("control") and not has_control:
+        lines.append("# This code does not use the control video. `cogds sample --control` does.")
     lines += [
         "# If GPU memory is short, call pipe.enable_model_cpu_offload() instead of pipe.to().",
         'pipe.to("cuda" if torch.cuda.is_available() else "cpu")',

@@ -5,7 +5,7 @@ import dataclasses
 import itertools
 import logging
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -131,7 +131,7 @@ def main(args: argparse.Namespace) -> None:
         logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))
     own = trained_metadata(model) if model.hub_id is None else {}
     fps = args.fps or float(recorded_value(loras, "fps", own.get("fps") or model.geometry.trained_fps))
-    jobs = plan_jobs(args, loras, model, fps)
+    jobs = plan_jobs(args, loras, model, fps, own)
     if model.family.takes_image:
         warn_untrained(jobs, loras, own)
     is_single = sum(job.num_videos for job in jobs) == 1
@@ -159,9 +159,10 @@ def main(args: argparse.Namespace) -> None:
         bar.set_description_str(f"{kind} {clip + 1} of {num_clips}, {step + 1}/{num_steps}", refresh=False)
 
     denoising = Denoising(args.steps, args.guidance, states[NO_PROMPT], on_step)
+    of_shape = {job.shape: job for job in jobs}
+    controls = {shape: encode_job_control(pipeline, job, model) for shape, job in of_shape.items()}
     for number, job in enumerate(jobs, 1):
         rows: list[list[tuple[str, np.ndarray]]] = []
-        control = encode_job_control(pipeline, job, model)
         for seed in job.seeds:
             rows.append([])
             for scale in job.scales:
@@ -169,7 +170,7 @@ def main(args: argparse.Namespace) -> None:
                     names = [f"lora{index}" for index in range(len(loras))]
                     pipeline.set_adapters(names, [scale * lora.weight for lora in loras])
                     set_control_scale(pipeline.transformer, loras, scale)
-                with given_control(pipeline.transformer, control):
+                with given_control(pipeline.transformer, controls[job.shape]):
                     frames = make_video(pipeline, job, states[job.prompt.prompt], seed, denoising)
                 text = label(seed, scale, bool(loras))
                 _write(output.video(job, number, text), frames, fps)
@@ -205,12 +206,16 @@ def check_control(control: str | None, loras: Sequence[WeightedLora], num_segmen
 
 
 def encode_job_control(pipeline: Any, job: SampleJob, model: ModelFolder) -> torch.Tensor | None:
-    """Encode the control video of a job, in tiles if training would have."""
+    """Encode the control video of a job, on the CPU; in tiles if whole frames need too much memory."""
     if job.control is None:
         return None
     with activity("encoding the control video"):
         tiled = needs_tiles(job.shape, model.vae_size)
-        return encode_control(pipeline.vae, torch.from_numpy(job.control), model.geometry.patch_size_t, tiled=tiled)
+        latents = encode_control(
+            pipeline.vae, torch.from_numpy(job.control), model.geometry.patch_size_t,
+            device=pipeline._execution_device, tiled=tiled,
+        )  # fmt: skip
+        return latents.cpu()
 
 
 def make_video(pipeline: Any, job: SampleJob, states: torch.Tensor, seed: int, denoising: Denoising) -> torch.Tensor:
@@ -229,22 +234,26 @@ def make_video(pipeline: Any, job: SampleJob, states: torch.Tensor, seed: int, d
 
 
 def plan_jobs(
-    args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder, fps: float
+    args: argparse.Namespace, loras: Sequence[WeightedLora], model: ModelFolder, fps: float, own: Mapping[str, Any]
 ) -> list[SampleJob]:
-    """Read the prompts and the files of all conditions. Raises UserError, naming the flag or the line of the list."""
-    recorded = recorded_value(loras, "buckets", [])
+    """Read the prompts and the files of all conditions. Raises UserError, naming the flag or the line of the list.
+
+    own: what a full fine-tuning run has recorded in the model.
+    """
+    recorded = recorded_value(loras, "buckets", own.get("buckets", []))
     buckets = [ClipShape.parse(text) for text in recorded] or [model.geometry.trained_size]
     scales = list(dict.fromkeys(args.lora_scale)) if loras else [1.0]
     check_control(args.control, loras, args.segments)
     flags = condition_files(args, model)
-    trained_context = recorded_value(loras, "context_latents", None)
+    trained_context = recorded_value(loras, "context_latents", own.get("context_latents"))
     context = context_latents(args.context, trained_context, fps, model.geometry)
     if trained_context not in (None, context) and (args.video or args.segments > 1):
         logger.warning(
-            f"--context: {context} latent frames, but the LoRA was trained to continue {trained_context}. The video "
-            "may not follow them."
+            f"--context: {context} latent frames, but training continued {trained_context}. The video may not follow "
+            "them."
         )
-    jobs = []
+    jobs: list[SampleJob] = []
+    controls: dict[ClipShape, np.ndarray] = {}  # the same for all prompts of a size
     has_conditions = flags.need_no_image
     takes_image = model.family.takes_image
     for prompt in read_prompt_specs(
@@ -254,16 +263,21 @@ def plan_jobs(
         files = dataclasses.replace(
             flags, last_image=prompt.last_image or flags.last_image, video=prompt.video or flags.video
         )
-        files.check(has_image=prompt.image is not None)
         sized_by = prompt.image or files.last_image or files.video or next((file for _, file in files.keyframes), None)
         shape, pixels = load_first_frame(sized_by, size, buckets, model.geometry, prompt.size_key)
         image = pixels if prompt.image else None
-        conditions = read_conditions(image, files, context, shape, fps, model.geometry)
+        try:
+            conditions = read_conditions(image, files, context, shape, fps, model.geometry)
+        except UserError as error:
+            raise UserError(f"{prompt.place}: {error}" if prompt.place else str(error)) from None
         seeds = [prompt.seed] if prompt.seed is not None else list(dict.fromkeys(args.seed))
         num_context = pixel_frames(context, model.geometry)
-        control = read_control(args.control, shape, fps, "--control") if args.control else None
+        if args.control and shape not in controls:
+            controls[shape] = read_control(args.control, shape, fps, "--control")
         segments, loop = files.segments, files.loop
-        jobs.append(SampleJob(prompt, shape, conditions, seeds, scales, segments, num_context, loop, control))
+        jobs.append(
+            SampleJob(prompt, shape, conditions, seeds, scales, segments, num_context, loop, controls.get(shape))
+        )
     return jobs
 
 

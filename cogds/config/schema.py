@@ -227,6 +227,12 @@ class ConditioningConfig(Section):
                 else ("mode keyframes", "conditioning.keyframe_times")
             )
             raise ValueError(f"conditioning.modes: {has} is set, but not {lacks}. Set both or none.")
+        if not (self.modes.get("prefix") or self.modes.get("suffix")):
+            for name in ("context_latents", "context_s"):
+                if getattr(self, name) != type(self).model_fields[name].default:
+                    raise ValueError(
+                        f"conditioning.{name}: set, but no mode uses it. Add mode prefix or suffix, or remove it."
+                    )
         return self
 
 

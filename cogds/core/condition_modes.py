@@ -61,6 +61,10 @@ class Piece:
     place: int
     padding: int = 0
 
+    def places(self, geometry: ModelGeometry) -> range:
+        """The padded latent frames that it sets."""
+        return range(self.place - self.padding, self.place + latent_frames(len(self.frames), geometry))
+
 
 def pieces_of(mode: Mode, num_frames: int, geometry: ModelGeometry, settings: ConditionSettings) -> tuple[Piece, ...]:
     """Return the pieces of the condition of a clip of `num_frames` pixel frames.

@@ -76,8 +76,7 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
             return super().__call__(image, *args, **kwargs)
         if args:
             raise ValueError("Pass everything but `image` by name, as in pipe(image, prompt=...).")
-        height = kwargs.get("height") or self.transformer.config.sample_height * self.vae_scale_factor_spatial
-        width = kwargs.get("width") or self.transformer.config.sample_width * self.vae_scale_factor_spatial
+        height, width = self._size(kwargs)
         batch_size = _batch_size(kwargs)
         num_frames = _num_frames(kwargs.get("num_frames", 49) or self.transformer.config.sample_frames, self)
         clips = self._preprocess(last_image, video, keyframes, (height, width), batch_size)
@@ -120,15 +119,23 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
 
         kwargs: of the call, which has the prompts, the height and the width. Raises ValueError for another number.
         """
-        videos = self.video_processor.preprocess_video(video, kwargs.get("height"), kwargs.get("width"))
+        videos = self.video_processor.preprocess_video(video, *self._size(kwargs))
         if len(videos) not in (1, _batch_size(kwargs)):
             raise ValueError(
                 f"`control_video` has {len(videos)} samples, but there are {_batch_size(kwargs)} prompts. Pass one "
                 "each."
             )
         pixels = ((videos.permute(0, 2, 3, 4, 1) + 1) * 127.5).round().to(torch.uint8)
-        patch_size_t = self.transformer.config.patch_size_t
-        return torch.cat([encode_control(self.vae, frames, patch_size_t) for frames in pixels])
+        patch_size_t, device = self.transformer.config.patch_size_t, self._execution_device
+        return torch.cat([encode_control(self.vae, frames, patch_size_t, device=device) for frames in pixels])
+
+    def _size(self, kwargs: Mapping[str, Any]) -> tuple[int, int]:
+        """Height and width of the video of a call [px], by default those of the model, as in diffusers."""
+        config, spatial = self.transformer.config, self.vae_scale_factor_spatial
+        return (
+            kwargs.get("height") or config.sample_height * spatial,
+            kwargs.get("width") or config.sample_width * spatial,
+        )
 
     def _preprocess(
         self, last_image: Any, video: Any, keyframes: Mapping[int, Any], size: tuple[int, int], batch_size: int
@@ -160,8 +167,7 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
             raise ValueError(str(error)) from None
         taken = {0: range(1)} if has_image else {}
         for piece in pieces:
-            num_latents = (len(piece.frames) - 1) // self.vae_scale_factor_temporal + 1
-            for place in range(piece.place - piece.padding, piece.place + num_latents):
+            for place in piece.places(geometry):
                 if other := taken.get(place):
                     raise ValueError(
                         f"Two conditions set the same latent frame: {_frames(other)} and {_frames(piece.frames)} of "

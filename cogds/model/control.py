@@ -58,8 +58,14 @@ class ControlPatchEmbed(CogVideoXPatchEmbed):
             latents, control = image_embeds.split([self.in_channels, self.control.channels], 2)
         else:
             latents = image_embeds
-            # Guidance makes two samples of each: first all without the prompts, then all with them.
             given = self.control.given.to(latents)
+            (_, frames, _, *size), (_, num_frames, _, *clip_size) = given.shape, latents.shape
+            if (frames, size) != (num_frames, clip_size):
+                raise ValueError(
+                    f"The control video has {frames} latent frames of {'x'.join(map(str, size))}, but the clip has "
+                    f"{num_frames} of {'x'.join(map(str, clip_size))}. Pass a control video with every frame of the clip."
+                )
+            # Guidance makes two samples of each: first all without the prompts, then all with them.
             control = given.repeat(len(latents) // len(given), 1, 1, 1, 1)
         embeds = super().forward(text_embeds, latents)
         video = self.control(control)
@@ -107,7 +113,10 @@ def given_control(transformer: Any, latents: torch.Tensor | None) -> Iterator[No
     """
     control = control_of(transformer)
     if (control is None) != (latents is None):
-        raise ValueError("Pass control latents for a transformer with a control embedding, and only for one.")
+        raise ValueError(
+            "A transformer with a control embedding needs a control video, and only such a transformer takes one. "
+            "Call `load_control` for the LoRA, or leave the control video out."
+        )
     if control is None:
         yield
         return
@@ -119,15 +128,19 @@ def given_control(transformer: Any, latents: torch.Tensor | None) -> Iterator[No
 
 
 @torch.no_grad()
-def encode_control(vae: Any, pixels: torch.Tensor, patch_size_t: int | None, *, tiled: bool = False) -> torch.Tensor:
+def encode_control(
+    vae: Any, pixels: torch.Tensor, patch_size_t: int | None, *, device: torch.device, tiled: bool | None = None
+) -> torch.Tensor:
     """Encode a control video, uint8 [F, H, W, 3], to the mean of its latents [1, F, C, H, W], scaled and padded.
 
-    The mean needs no random numbers, so that a video has the same noise with any control.
+    The mean needs no random numbers, so that a video has the same noise with any control. device: of the computation; a
+    VAE that is offloaded is elsewhere until then. tiled: None leaves the VAE's setting.
     """
     before = vae.use_tiling
-    (vae.enable_tiling if tiled else vae.disable_tiling)()
+    if tiled is not None:
+        (vae.enable_tiling if tiled else vae.disable_tiling)()
     try:
-        video = normalize_pixels(pixels.to(vae.device), vae.dtype).permute(3, 0, 1, 2)[None]
+        video = normalize_pixels(pixels.to(device), vae.dtype).permute(3, 0, 1, 2)[None]
         moments = vae.encode(video).latent_dist.parameters
     finally:
         vae.use_tiling = before

@@ -28,10 +28,9 @@ import numpy as np
 import torch
 
 from cogds.core.condition_modes import DEFAULT_MODES, Mode, used_modes
-from cogds.core.conditioning import transformer_inputs, with_control
 from cogds.core.diffusion import v_loss
 from cogds.core.flops import step_flops, training_flops
-from cogds.core.geometry import ClipShape, latent_frames, num_tokens, padding_frames
+from cogds.core.geometry import ClipShape, num_tokens
 from cogds.core.permutation import keyed_hash
 from cogds.data.cache.store import Cache, DamagedEntryError
 from cogds.data.loading.dataset import Item, collate, read_encoded
@@ -217,7 +216,7 @@ class Evaluation:
                 if not is_out_of_memory(error):
                     raise
                 bad |= dict.fromkeys(items, brief(error))
-        return _zero_inputs(self.builder, shape, len(batch.samples))
+        return self.builder.zero_inputs(shape, len(batch.samples))
 
     def _build(self, batch: EvalBatch, items: list[Item], shape: ClipShape) -> tuple[dict[str, Any], torch.Tensor]:
         no_dropout = torch.zeros(len(batch.samples), dtype=torch.bool)
@@ -269,22 +268,6 @@ def make_evaluation(job: Job, data: EncodedData, builder: StepBuilder, batch_siz
         job.world,
         cfg.seed,
     )
-
-
-def _zero_inputs(builder: StepBuilder, shape: ClipShape, batch_size: int) -> tuple[dict[str, Any], torch.Tensor]:
-    """Return inputs and a target of zeros, in the builder's shapes. Uses neither the cache nor the VAE."""
-    geometry = builder.geometry
-    frames = latent_frames(shape.frames, geometry)
-    frames += padding_frames(frames, geometry.patch_size_t)
-    height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
-    latents = torch.zeros(batch_size, frames, geometry.latent_channels, height, width, device=builder.device)
-    text = builder.empty_caption_states.expand(batch_size, -1, -1)
-    timesteps = torch.zeros(batch_size, dtype=torch.int64, device=builder.device)
-    condition = latents if geometry.family.takes_image else None
-    inputs = transformer_inputs(latents, condition, text, timesteps, builder.rotary(shape), geometry)
-    if builder.conditioning.control:
-        inputs = with_control(inputs, latents)
-    return inputs, latents
 
 
 # ------------------------------------------------------------------------------------------------------ during training

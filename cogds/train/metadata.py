@@ -55,9 +55,10 @@ def _modes(run: Run) -> dict[str, Any]:
     config, modes = run.cfg.conditioning, used_modes(run.cfg.conditioning.modes)
     if modes == DEFAULT_MODES:
         return {}
+    has_context = "prefix" in modes or "suffix" in modes
     return {
         "modes": {mode: config.modes[mode] for mode in modes},
-        "context_latents": run.job.condition_settings.context,
+        **({"context_latents": run.job.condition_settings.context} if has_context else {}),
         "keyframe_times": list(config.keyframe_times),
     }
 

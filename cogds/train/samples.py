@@ -7,6 +7,7 @@ out of memory, at ZeRO stage 3 or with sequence parallelism, since other ranks w
 """
 
 import contextlib
+import hashlib
 import logging
 import shutil
 import tempfile
@@ -21,8 +22,8 @@ import torch
 from cogds.config.deepspeed import zero_stage
 from cogds.config.schema import PromptConfig
 from cogds.core.condition_modes import Mode, pieces_of, used_modes
-from cogds.core.conditioning import mean_latents, transformer_inputs, with_control
-from cogds.core.geometry import ClipShape, num_tokens, padded_latent_frames
+from cogds.core.conditioning import mean_latents
+from cogds.core.geometry import ClipShape, num_tokens
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
 from cogds.data.loading.index import ClipIndex
@@ -260,16 +261,8 @@ class SampleCallback:
 
     def _idle_inputs(self) -> dict[str, Any]:
         """Return the smallest inputs of the transformer, in the model's dtype."""
-        geometry, states = self._run.model.geometry, self._builder.empty_caption_states[None]
-        shape = min(self._run.buckets, key=lambda bucket: num_tokens(bucket, geometry))
-        height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
-        latents = states.new_zeros(
-            1, padded_latent_frames(shape.frames, geometry), geometry.latent_channels, height, width
-        )
-        timesteps = torch.zeros(1, dtype=torch.int64, device=states.device)
-        image = latents if geometry.family.takes_image else None
-        inputs = transformer_inputs(latents, image, states, timesteps, self._builder.rotary(shape), geometry)
-        return with_control(inputs, latents) if self._run.cfg.conditioning.control else inputs
+        shape = min(self._run.buckets, key=lambda bucket: num_tokens(bucket, self._run.model.geometry))
+        return self._builder.zero_inputs(shape, 1, self._builder.empty_caption_states.dtype)[0]
 
     def _write(self, step: int, videos: Mapping[str, bytes]) -> None:
         """Write the videos of a step, all or none, and the base model's that are not written yet."""
@@ -360,12 +353,13 @@ def _spec_of_prompt(
     key = f"sample.prompts[{number}]"
     shape, conditions = load_conditions(prompt, run.cfg, run.buckets, run.model.geometry, key)
     seed = run.cfg.sample.seed if prompt.seed is None else prompt.seed
-    control = None
+    control, source = None, ""
     if prompt.control:
         frames = read_control(prompt.control, shape, run.cfg.data.fps, f"{key}.control")
         patch_size_t, tiled = run.model.geometry.patch_size_t, shape in run.job.tiled
-        control = encode_control(builder.vae, torch.from_numpy(frames), patch_size_t, tiled=tiled).cpu()
-    return SampleSpec(prompt.prompt, shape, seed, conditions, states, control)
+        pixels, source = torch.from_numpy(frames), hashlib.blake2b(frames, digest_size=16).hexdigest()
+        control = encode_control(builder.vae, pixels, patch_size_t, device=builder.device, tiled=tiled).cpu()
+    return SampleSpec(prompt.prompt, shape, seed, conditions, states, control, source)
 
 
 def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
@@ -381,17 +375,17 @@ def _specs_of_clips(run: Run, cache: Cache) -> list[SampleSpec]:
     for row in evenly_spaced_rows(index, sample.num_clips):
         clip = index[row]
         try:
-            encoded, control = read_encoded(cache, clip), None
+            encoded, control, source = read_encoded(cache, clip), None, ""
             if run.cfg.conditioning.control:
                 geometry = run.model.geometry
                 moments, scale = encoded["control_moments"][None], geometry.family.scaling_factor
-                control = mean_latents(moments, scale, geometry.patch_size_t)
+                control, source = mean_latents(moments, scale, geometry.patch_size_t), clip.clip_key
             caption, states = clip.captions[0].text, encoded["text_states"]
             numbers = run.job.condition_frames(clip.shape)
             for mode in modes:
                 pieces = pieces_of(mode, clip.shape.frames, run.model.geometry, settings)
                 conditions = conditions_of_clip(mode, pieces, encoded, numbers)
-                specs.append(SampleSpec(caption, clip.shape, sample.seed, conditions, states, control))
+                specs.append(SampleSpec(caption, clip.shape, sample.seed, conditions, states, control, source))
         except Exception as error:
             log_failure(logger, f"{display_name(clip.path)}: no video will be made of it: {brief(error)}", error)
     return specs

@@ -177,6 +177,20 @@ class StepBuilder:
             ),
         )
 
+    def zero_inputs(
+        self, shape: ClipShape, batch_size: int, dtype: torch.dtype = torch.float32
+    ) -> tuple[dict[str, Any], torch.Tensor]:
+        """Return inputs and a target of zeros, as `build`. Uses neither the cache nor the VAE."""
+        geometry = self.geometry
+        height, width = shape.height // geometry.vae_spatial, shape.width // geometry.vae_spatial
+        sizes = (batch_size, padded_latent_frames(shape.frames, geometry), geometry.latent_channels, height, width)
+        latents = torch.zeros(*sizes, dtype=dtype, device=self.device)
+        text = self.empty_caption_states.expand(batch_size, -1, -1)
+        timesteps = torch.zeros(batch_size, dtype=torch.int64, device=self.device)
+        condition = latents if geometry.family.takes_image else None
+        inputs = transformer_inputs(latents, condition, text, timesteps, self.rotary(shape), geometry)
+        return with_control(inputs, latents) if self.conditioning.control else inputs, latents
+
     @torch.no_grad()
     def condition(self, batch: dict[str, torch.Tensor], shape: ClipShape, draws: Draws) -> torch.Tensor:
         """Return the condition latents of a batch, scaled and padded, [B, F, C, h, w]. For the batch see `build`.

@@ -169,6 +169,9 @@ def _check_fit(
         modes.append(("--context", "prefix" if files.video_at == "start" else "suffix"))
     if files.segments > 1:
         modes.append(("--segments", "prefix"))
+    if shape.frames == 1 and (conditions.video is not None or files.segments > 1):
+        flag = "--video" if conditions.video is not None else "--segments"
+        raise UserError(f"{flag}: the size {shape} is that of an image, which continues nothing. Use a longer size.")
     if conditions.keyframes:
         modes.append(("--keyframe", "keyframes"))
     if conditions.last_image is not None:
@@ -182,7 +185,7 @@ def _check_fit(
         if flag == "--segments":
             continue
         for piece in pieces:
-            for place in range(piece.place - piece.padding, piece.place + latent_frames(len(piece.frames), geometry)):
+            for place in piece.places(geometry):
                 if other := taken.get(place):
                     raise UserError(
                         f"{flag}: sets the same latent frame as {other}, which holds {geometry.vae_temporal} frames. "

@@ -23,6 +23,7 @@ class PromptSpec:
     """A prompt, its first frame, and what a list may set: size FRAMESxHEIGHTxWIDTH, seed, files of other conditions.
 
     image: a file; None in text-to-video, and if other conditions replace it. size_key: what sets the size, for errors.
+    place: `FILE:LINE` in a list, for errors.
     """
 
     prompt: str
@@ -32,6 +33,7 @@ class PromptSpec:
     size_key: str = "--size"
     last_image: str | None = None
     video: str | None = None
+    place: str = ""
 
 
 def read_prompt_specs(
@@ -45,8 +47,9 @@ def read_prompt_specs(
     """Combine --prompt, --image and --list.
 
     Without a list, prompts and images are paired; a single prompt or image applies to all. With a list, a single image
-    applies to the lines that have none. Without `takes_image`, there must be no images. has_conditions: whether other
-    conditions are given, which can replace the image. Raises UserError, naming the flag or the line.
+    applies to the lines that have neither an image nor a video. Without `takes_image`, there must be no images.
+    has_conditions: whether other conditions are given, which can replace the image. Raises UserError, naming the flag
+    or the line.
     """
     if images and not takes_image:
         raise UserError(
@@ -134,7 +137,8 @@ def _make_spec(place: str, row: Mapping[str, Any], folder: Path, images: Sequenc
         seed = int(seed)
     if seed is not None and (isinstance(seed, bool) or not isinstance(seed, int) or seed < 0):
         raise UserError(f"{place}: seed is {seed!r}. Use a whole number of at least 0.")
-    image_path = join(str(folder), str(image)) if image is not None else next(iter(images), None)
-    last_image, video = (None if other is None else join(str(folder), str(other)) for other in others)
-    spec = PromptSpec(prompt.strip(), image_path, seed=seed, last_image=last_image, video=video)
+    image, last_image, video = (None if file is None else join(str(folder), str(file)) for file in (image, *others))
+    if image is None and video is None:
+        image = next(iter(images), None)
+    spec = PromptSpec(prompt.strip(), image, seed=seed, last_image=last_image, video=video, place=place)
     return spec if size is None else replace(spec, size=str(size), size_key=f"{place}: size")

@@ -24,7 +24,7 @@ class SampleSpec:
     """The inputs of one generated video.
 
     states: T5 states of the prompt, [text_tokens, dim]. control: latents of the control video, [1, F, C, H, W], scaled
-    and padded; None without one.
+    and padded; None without one. control_source: identifies the control video, on any device.
     """
 
     prompt: str
@@ -33,6 +33,7 @@ class SampleSpec:
     conditions: Conditions
     states: torch.Tensor
     control: torch.Tensor | None = None
+    control_source: str = ""
 
     def file_stem(self, num_steps: int, guidance: float) -> str:
         """Return the prompt's first words, the mode unless it is a first frame, and a digest of all inputs.
@@ -43,7 +44,7 @@ class SampleSpec:
         """
         inputs = repr((self.prompt, str(self.shape), self.seed, num_steps, guidance)).encode()
         inputs += b"".join(array.tobytes() for array in self.conditions.arrays())
-        inputs += b"" if self.control is None else self.control.float().cpu().numpy().tobytes()
+        inputs += self.control_source.encode()
         modes = modes_of(self.conditions)
         kind = "" if modes in (("first",), ("none",)) else "-" + "-".join(modes)
         return f"{slug(self.prompt)}{kind}-{hashlib.blake2b(inputs, digest_size=4).hexdigest()}"
@@ -110,7 +111,9 @@ def check_prompts(cfg: RunConfig, buckets: Sequence[ClipShape], geometry: ModelG
     for index, prompt in enumerate(cfg.sample.prompts if cfg.sample.every is not None else ()):
         key = f"sample.prompts[{index}]"
         try:
-            load_conditions(prompt, cfg, buckets, geometry, key)
+            shape, _ = load_conditions(prompt, cfg, buckets, geometry, key)
+            if prompt.control:
+                read_control(prompt.control, shape, cfg.data.fps, f"{key}.control")
         except UserError as error:
             message = str(error)
             for flag, name in (("--last-image", "last_image"), ("--video", "video"), ("--context", "video")):

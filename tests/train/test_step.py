@@ -13,7 +13,6 @@ from cogds.core.diffusion import add_noise, v_target
 from cogds.core.geometry import ClipShape
 from cogds.core.rng import generator
 from cogds.model.load import TextEncoder, find_model, load_alphas_cumprod, load_vae
-from cogds.train.evaluation import _zero_inputs
 from cogds.train.step import Draws, StepBuilder, draw_dropouts, draw_modes, random_batch, to_device
 from tests.published_model import V15
 
@@ -255,7 +254,7 @@ def test_text_to_video_does_not_use_the_first_frame(family):
         drops = torch.full((2,), dropped), torch.tensor([False, False])
         inputs, target = builder.build(batch, shape, Recorded(torch.tensor([10, 500]), *drops, 0, 0, (0, 1)))
         assert inputs["hidden_states"].shape == target.shape
-        zeros, _ = _zero_inputs(builder, shape, 2)
+        zeros, _ = builder.zero_inputs(shape, 2)
         assert {name: getattr(value, "shape", None) for name, value in zeros.items()} == {
             name: getattr(value, "shape", None) for name, value in inputs.items()
         }

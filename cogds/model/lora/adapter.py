@@ -167,6 +167,11 @@ def check_initial_lora(transformer: torch.nn.Module, file: LoraFile) -> None:
             f"lora.init_from: {file.path} was trained with control videos, but this run has none. Set "
             "conditioning.control=true."
         )
+    if file.control and (own := control_of(transformer)) is not None and file.control != tuple(own.weight.shape):
+        raise UserError(
+            f"lora.init_from: {file.path} has a control weight of shape {file.control}, but this model needs "
+            f"{tuple(own.weight.shape)}. Pass a LoRA of this model."
+        )
     rank, run_rank = file.ranks[0], next(iter(layers.values())).r[ADAPTER]
     targets, run_targets = shortest_targets(file.pairs, list(linears)), shortest_targets(layers, list(linears))
     settings = [f"lora.rank={rank}"] if rank != run_rank else []

@@ -1,8 +1,12 @@
 """A resolved run of each member of the family."""
 
+from contextlib import nullcontext
+
+import numpy as np
 import pytest
 
 from cogds.core.geometry import ClipShape
+from cogds.data.video.media import write_video
 from cogds.errors import UserError
 from cogds.report.main import model_notes
 from cogds.videos.sample_spec import check_prompts
@@ -53,6 +57,16 @@ def test_prompts_have_an_image_if_the_model_takes_one(family):
             check_prompts(job.cfg, job.buckets, job.model.geometry)
     job = job_of(family, "5b", "sample.every=5", "sample.prompts=[{prompt: a}]")
     check_prompts(job.cfg, job.buckets, job.model.geometry)
+
+
+def test_the_control_of_a_prompt_is_read_at_the_start(family, tmp_path):
+    write_video(tmp_path / "short.mp4", np.zeros((9, 64, 96, 3), np.uint8), 8)
+    words = ["conditioning.control=true", "sample.every=5", "data.fps=8"]
+    for size, is_long_enough in (("9x64x96", True), ("17x64x96", False)):
+        prompt = f"{{prompt: a, size: {size}, control: {tmp_path / 'short.mp4'}}}"
+        job = job_of(family, "5b", *words, f"sample.prompts=[{prompt}]")
+        with nullcontext() if is_long_enough else pytest.raises(UserError, match=r"^sample\.prompts.0..control: "):
+            check_prompts(job.cfg, job.buckets, job.model.geometry)
 
 
 def test_what_a_model_was_not_trained_for_is_noted(family):

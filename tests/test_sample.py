@@ -235,7 +235,7 @@ def test_without_recorded_buckets_the_size_is_the_models_own(model, tmp_path):
     Image.new("RGB", (90, 60)).save(tmp_path / "image.png")
     args = parse_args("sample", ["--model", "m", "--prompt", "p", "--image", str(tmp_path / "image.png")])
     with pytest.raises(UserError, match=str(TRAINED_SIZE)):  # which the tiny model does not support
-        plan_jobs(args, [], model, 16.0)
+        plan_jobs(args, [], model, 16.0, {})
 
 
 def test_nothing_is_overwritten(sample, monkeypatch):
@@ -357,10 +357,33 @@ def test_a_loop_is_written_without_the_repeated_frame(run_shapes):
 def test_a_list_sets_the_last_image_of_each_line(run_shapes):
     (run_shapes.folder / "list.csv").write_text("prompt,image,last_image\na,first.png,last.png\nb,,last.png\n")
     common = ["--model", "builtin:shapes", "--size", "17x48x48", "--list", str(run_shapes.folder / "list.csv")]
-    jobs = plan_jobs(parse_args("sample", common), [], find_model("builtin:shapes"), 8.0)
+    jobs = plan_jobs(parse_args("sample", common), [], find_model("builtin:shapes"), 8.0, {})
     assert [job.conditions.image is not None for job in jobs] == [True, False]
     last = np.asarray(Image.open(run_shapes.folder / "last.png"))
     assert all(np.array_equal(job.conditions.last_image, last) for job in jobs)
+
+
+def test_a_full_fine_tune_is_sampled_with_its_sizes_and_its_context(run_shapes):
+    video = str(run_shapes.folder / "clip.mp4")
+    args = parse_args("sample", ["--model", "builtin:shapes", "--prompt", "a", "--video", video])
+    own = {"buckets": ["17x48x48"], "context_latents": 3}
+    (job,) = plan_jobs(args, [], find_model("builtin:shapes"), 8.0, own)
+    assert str(job.shape) == "17x48x48"
+    assert len(job.conditions.video) == 9
+
+
+def test_a_line_with_a_video_needs_no_image_and_errors_name_the_line(run_shapes):
+    (run_shapes.folder / "list.csv").write_text("prompt,image,video\na,,clip.mp4\nb,,\nc,first.png,clip.mp4\n")
+    image = str(run_shapes.folder / "first.png")
+    common = ["--model", "builtin:shapes", "--size", "17x48x48", "--image", image]
+    words = [*common, "--list", str(run_shapes.folder / "list.csv")]
+    with pytest.raises(UserError, match=r"list\.csv:4: --video: --image is also given"):
+        plan_jobs(parse_args("sample", words), [], find_model("builtin:shapes"), 8.0, {})
+    (run_shapes.folder / "list.csv").write_text("prompt,image,video\na,,clip.mp4\nb,,\n")
+    jobs = plan_jobs(parse_args("sample", words), [], find_model("builtin:shapes"), 8.0, {})
+    assert [(job.conditions.image is None, job.conditions.video is None) for job in jobs] == [
+        (True, False), (False, True)
+    ]  # fmt: skip
 
 
 def test_the_modes_of_a_lora_decide_about_the_warning(sample, capsys):

@@ -73,3 +73,16 @@ def test_a_control_must_fit_the_lora_and_the_clip(sample, lora, argv, problem):
     argv = [str(sample.folder / word) if word.endswith(".mp4") else word for word in argv]
     with pytest.raises(UserError, match=problem):
         sample(lora, *argv)
+
+
+def test_prompts_of_a_size_share_one_control(sample, monkeypatch):
+    calls = []
+    for name in ("read_control", "encode_control"):
+        original = getattr(cogds.sample, name)
+        monkeypatch.setattr(
+            cogds.sample,
+            name,
+            lambda *args, original=original, **kw: (calls.append(original), original(*args, **kw))[1],
+        )
+    sample("control", "--prompt", "a blue square", "--control", str(sample.folder / "0.mp4"), "--output", "videos")
+    assert len(calls) == 2

@@ -78,7 +78,7 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
             raise ValueError("Pass everything but `image` by name, as in pipe(image, prompt=...).")
         height, width = self._size(kwargs)
         batch_size = _batch_size(kwargs)
-        num_frames = _num_frames(kwargs.get("num_frames", 49) or self.transformer.config.sample_frames, self)
+        num_frames = self._num_frames(kwargs)
         clips = self._preprocess(last_image, video, keyframes, (height, width), batch_size)
         num_video_frames = 0 if video is None else clips["video"].shape[2]
         modes = _modes(last_image is not None, num_video_frames, video_at, keyframes, self.vae_scale_factor_temporal)
@@ -117,7 +117,7 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
     def _encode_control(self, video: Any, kwargs: Mapping[str, Any]) -> torch.Tensor:
         """Encode one control video, or one for each prompt, as `encode_control`: latents [B, F, C, H, W].
 
-        kwargs: of the call, which has the prompts, the height and the width. Raises ValueError for another number.
+        kwargs: of the call, with prompts and size. Raises ValueError for another number of videos or frames.
         """
         videos = self.video_processor.preprocess_video(video, *self._size(kwargs))
         if len(videos) not in (1, _batch_size(kwargs)):
@@ -125,9 +125,21 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
                 f"`control_video` has {len(videos)} samples, but there are {_batch_size(kwargs)} prompts. Pass one "
                 "each."
             )
+        if videos.shape[2] != (num_frames := self._num_frames(kwargs)):
+            raise ValueError(
+                f"`control_video` has {videos.shape[2]} frames, but the clip has {num_frames}. Pass one for each frame."
+            )
         pixels = ((videos.permute(0, 2, 3, 4, 1) + 1) * 127.5).round().to(torch.uint8)
         patch_size_t, device = self.transformer.config.patch_size_t, self._execution_device
         return torch.cat([encode_control(self.vae, frames, patch_size_t, device=device) for frames in pixels])
+
+    def _num_frames(self, kwargs: Mapping[str, Any]) -> int:
+        """Number of frames of a call. Raises ValueError for one that diffusers' pipeline would round down to 4N + 1."""
+        num_frames = kwargs.get("num_frames", 49) or self.transformer.config.sample_frames
+        temporal = self.vae_scale_factor_temporal
+        if num_frames % temporal != 1:
+            raise ValueError(f"`num_frames` is {num_frames}. Use {temporal}N + 1.")
+        return num_frames
 
     def _size(self, kwargs: Mapping[str, Any]) -> tuple[int, int]:
         """Height and width of the video of a call [px], by default those of the model, as in diffusers."""
@@ -206,14 +218,6 @@ def _batch_size(kwargs: Mapping[str, Any]) -> int:
     if prompt is None and states is not None:
         return len(states)
     return len(prompt) if isinstance(prompt, list) else 1
-
-
-def _num_frames(num_frames: int, pipeline: ConditionedPipeline) -> int:
-    """Check the number of frames, which diffusers' pipeline rounds down to 4N + 1."""
-    temporal = pipeline.vae_scale_factor_temporal
-    if num_frames % temporal != 1:
-        raise ValueError(f"`num_frames` is {num_frames}. Use {temporal}N + 1.")
-    return num_frames
 
 
 def _frames(frames: range) -> str:

@@ -58,14 +58,8 @@ class ControlPatchEmbed(CogVideoXPatchEmbed):
             latents, control = image_embeds.split([self.in_channels, self.control.channels], 2)
         else:
             latents = image_embeds
-            given = self.control.given.to(latents)
-            (_, frames, _, *size), (_, num_frames, _, *clip_size) = given.shape, latents.shape
-            if (frames, size) != (num_frames, clip_size):
-                raise ValueError(
-                    f"The control video has {frames} latent frames of {'x'.join(map(str, size))}, but the clip has "
-                    f"{num_frames} of {'x'.join(map(str, clip_size))}. Pass a control video with every frame of the clip."
-                )
             # Guidance makes two samples of each: first all without the prompts, then all with them.
+            given = self.control.given.to(latents)
             control = given.repeat(len(latents) // len(given), 1, 1, 1, 1)
         embeds = super().forward(text_embeds, latents)
         video = self.control(control)

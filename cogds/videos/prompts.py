@@ -8,7 +8,7 @@ import csv
 import io
 import json
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +33,7 @@ class PromptSpec:
     size_key: str = "--size"
     last_image: str | None = None
     video: str | None = None
-    place: str = ""
+    place: str = field(default="", compare=False)
 
 
 def read_prompt_specs(

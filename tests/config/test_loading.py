@@ -477,6 +477,14 @@ def test_the_default_learning_rate_depends_on_the_method():
     assert replace(load_config(None, [*needed, "train.method=full"])[0], {"seed": 1}).optimizer.lr == 1e-5
 
 
+@pytest.mark.parametrize("setting", ["context_latents=3", "context_s=1"])
+def test_a_context_that_no_mode_uses_is_refused(setting):
+    words = ["model.path=x", "data.path=y", f"conditioning.{setting}"]
+    with pytest.raises(UserError, match=rf"^conditioning\.{setting.partition('=')[0]}: set, but no mode uses it"):
+        load_config(None, words)
+    load_config(None, [*words, "conditioning.modes={suffix: 1}"])
+
+
 def test_the_device_of_a_moving_average_needs_one():
     with pytest.raises(UserError, match=r"^full\.ema_device: .*full\.ema_decay"):
         load_config(None, ["model.path=x", "data.path=y", "train.method=full", "full.ema_device=cpu"])

@@ -11,7 +11,7 @@ from cogds.core.rope import rotary_tables
 from cogds.errors import UserError
 from cogds.model.control import CONTROL_WEIGHT, add_control, control_of
 from cogds.model.load import find_model, load_transformer
-from cogds.model.lora.adapter import add_lora, export, inject
+from cogds.model.lora.adapter import add_lora, check_initial_lora, export, inject
 from cogds.model.lora.convert import check_control_fits, load_adapter, save_comfyui, save_diffusers
 from cogds.model.lora.file import CONTROL_KEY, read_lora
 from cogds.model.pipelines import load_pipeline
@@ -141,3 +141,12 @@ def test_the_control_weight_is_no_target_of_a_lora(tiny_model):
     assert isinstance(transformer.patch_embed.proj.base_layer, nn.Linear)
     names = [name for name, parameter in transformer.named_parameters() if parameter.requires_grad]
     assert CONTROL_WEIGHT in names
+
+
+def test_an_initial_lora_with_the_control_of_another_model_is_refused(family, tmp_path):
+    """The models have the same attention layers."""
+    models = {name: trained(find_model(str(family(name)))) for name in ("5b-i2v", "1.5-5b-i2v")}
+    own, other = (read_lora(exported(model, tmp_path / name)) for name, model in models.items())
+    check_initial_lora(models["5b-i2v"], own)
+    with pytest.raises(UserError, match=r"^lora\.init_from: .* control weight of shape \(32, 64\), but .* \(32, 32\)"):
+        check_initial_lora(models["5b-i2v"], other)

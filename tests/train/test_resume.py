@@ -53,7 +53,6 @@ def test_these_keys_may_change(override):
         ),
         ("conditioning.image_dropout=0.5", "conditioning.image_dropout was 0.05, now 0.5"),
         ("conditioning.modes={last: 1}", "conditioning.modes was {'first': 1.0}, now {'last': 1.0}"),
-        ("conditioning.context_latents=3", "conditioning.context_latents was 2, now 3"),
         ("train.precision=fp32", "train.precision was bf16, now fp32"),
         ("eval.held_out=0.2", "eval.held_out was 0.0, now 0.2"),
     ],

@@ -103,6 +103,14 @@ def test_a_context_that_leaves_nothing_to_generate_is_refused(folder, files):
         read(folder, 18, video="clip.mp4")
 
 
+@pytest.mark.parametrize("files", [{"video": "clip.mp4"}, {"segments": 2}])
+def test_an_image_is_not_continued(folder, files):
+    write_video(folder / "clip.mp4", np.zeros((64, 32, 32, 3), np.uint8), 8)
+    paths = {name: str(folder / file) if name == "video" else file for name, file in files.items()}
+    with pytest.raises(UserError, match=r"^--(video|segments): the size 1x32x32 is that of an image"):
+        read_conditions(None, ConditionFiles(**paths), 2, ClipShape(1, 32, 32), FPS, GEOMETRY)
+
+
 def test_the_length_of_the_context():
     assert context_latents(None, None, FPS, GEOMETRY) == 2
     assert context_latents(None, 4, FPS, GEOMETRY) == 4

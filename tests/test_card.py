@@ -172,7 +172,8 @@ def test_the_card_shows_what_a_run_records(tiny_model):
     ([], {}),
     (["conditioning.modes={first: 1, last: 0}"], {}),
     (["conditioning.modes={keyframes: 0.25, first: 0.75}", "conditioning.keyframe_times=[0.5]"],
-     {"modes": {"first": 0.75, "keyframes": 0.25}, "context_latents": 3, "keyframe_times": [0.5]}),
+     {"modes": {"first": 0.75, "keyframes": 0.25}, "keyframe_times": [0.5]}),
+    (["conditioning.modes={prefix: 1}"], {"modes": {"prefix": 1}, "context_latents": 3, "keyframe_times": []}),
 ])  # fmt: skip
 def test_modes_are_recorded_unless_only_first_is_trained(tiny_model, tmp_path, modes, expected):
     cfg, _ = load_config(None, [f"model.path={tiny_model}", "data.path=unused", *modes])
@@ -352,3 +353,9 @@ def test_the_code_of_a_lora_with_controls_gives_the_pipeline_a_control_video(tin
     assert len(names["frames"]) == 9
     assert isinstance(names["pipe"], ConditionedPipeline)
     assert control_of(names["pipe"].transformer).weight.abs().sum() > 0
+
+
+def test_the_code_of_a_text_to_video_lora_with_controls_says_that_it_ignores_them():
+    metadata = {**METADATA, "task": "text-to-video", "control": True}
+    assert "does not use the control video. `cogds sample --control` does." in snippet(metadata, "diffusers", "mine")
+    assert "control" not in snippet({**metadata, "control": False}, "diffusers", "mine")

@@ -357,7 +357,7 @@ def _spec_of_prompt(
     if prompt.control:
         frames = read_control(prompt.control, shape, run.cfg.data.fps, f"{key}.control")
         patch_size_t, tiled = run.model.geometry.patch_size_t, shape in run.job.tiled
-        pixels, source = torch.from_numpy(frames), hashlib.blake2b(frames, digest_size=16).hexdigest()
+        pixels, source = torch.from_numpy(frames), hashlib.blake2b(frames.tobytes(), digest_size=16).hexdigest()
         control = encode_control(builder.vae, pixels, patch_size_t, device=builder.device, tiled=tiled).cpu()
     return SampleSpec(prompt.prompt, shape, seed, conditions, states, control, source)
 

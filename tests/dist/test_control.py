@@ -1,5 +1,6 @@
 """Training with control videos, under ZeRO and sequence parallelism, and across a resume."""
 
+import json
 import shutil
 
 import numpy as np
@@ -10,7 +11,9 @@ from PIL import Image
 from cogds.core.geometry import ClipShape
 from cogds.data.video.media import probe_video, read_clip, write_video
 from cogds.model.lora.file import CONTROL_KEY
+from tests.conftest import ROOT
 from tests.dist.conftest import adapter, losses
+from tests.dist.test_evaluate import evaluated
 from tests.dist.test_resume import check_resuming
 
 pytestmark = pytest.mark.dist
@@ -70,3 +73,24 @@ def test_modes_of_the_blocks_do_not_change_the_control(train_once, controlled):
     assert losses(full) == losses(alone)
     fly = train_once("control-fly", "zero2", *controlled, "data.encode=on_the_fly", ranks=1)
     assert losses(fly) == losses(alone)
+
+
+@pytest.mark.slow
+def test_the_evaluate_command_and_an_initial_lora_use_the_control(train_once, warm, controlled):
+    """Evaluations and videos do not change the training."""
+    watched = ["eval.every=6", "eval.num_clips=2", "eval.num_timesteps=2", "sample.every=6", "sample.num_steps=1"]
+    run = train_once("control-watched", "zero3", *controlled, *watched)
+    assert losses(run) == losses(train_once("control-zero3", "zero3", *controlled))
+    assert len(list(run.glob("samples/step-000006/*.mp4"))) > 0
+    lora = run / "lora/step-000006"
+    done = warm(ROOT / "launch/evaluate.py", ["--config", run / "run.yaml", "--json", "--lora", lora])
+    assert done.returncode == 0, done.stdout[-4000:]
+    (line,) = [line for line in done.stdout.splitlines() if line.startswith("{")]
+    assert json.loads(line)["LoRA"] == pytest.approx(evaluated(run)[6], rel=1e-4)
+    started = train_once(
+        "control-started", "zero2", *controlled, f"lora.init_from={lora}", "optimizer.lr=1e-30", "train.num_steps=1"
+    )
+    expected = adapter(run)
+    assert expected[CONTROL_KEY].abs().max() > 0
+    for name, tensor in adapter(started, 1).items():
+        torch.testing.assert_close(tensor, expected[name], rtol=0, atol=0)

@@ -20,7 +20,7 @@ WORKERS ?= --numprocesses auto --maxprocesses 4
 VERSIONS ?= newest
 
 .PHONY: install wheelhouse demo test test-slow test-quant test-versions test-browser test-cluster test-container \
-	test-endurance test-planted test-all check format clean
+	test-release test-planted test-all check format clean
 
 install: $(VENV)/.installed
 
@@ -55,7 +55,7 @@ demo: install
 
 # What every commit runs: behavior of all packages, with a real run of two ranks, a resume and an export.
 test: install
-	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not endurance and not browser and not container"
+	$(BIN)/python -m pytest $(WORKERS) -m "not slow and not cluster and not release and not browser and not container"
 
 test-slow: install
 	$(BIN)/python -m pytest $(WORKERS) -m "slow and not cluster"
@@ -96,10 +96,11 @@ test-container: install
 	tests/container/install.sh
 	$(BIN)/python -m pytest -m container
 
-# A long run with many faults, on the same two nodes: 10 minutes. Not in test-all.
-test-endurance: install
+# Before a release, and not in test-all: every benchmark at a tiny size, and long runs with many faults, one of them on
+# the same two nodes. Half an hour.
+test-release: install
 	tests/cluster/install.sh
-	$(BIN)/python -m pytest -m endurance
+	$(BIN)/python -m pytest -m release
 
 # Plant each bug of tests/planted/bugs.json in a copy of the project. The quick tests must catch it.
 test-planted: install

@@ -51,7 +51,7 @@ def result(outputs, name):
     return values, "\n".join(table)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_vae(outputs):
     values, _ = result(outputs, "vae")
     assert [(row["tiled"], row["layout"]) for row in values["rows"]] == [
@@ -80,7 +80,7 @@ def rows_of(rehearsal, measurement):
     return [row for row in rehearsal[0] if row["measurement"] == measurement]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_gpu_script_measures_everything(rehearsal):
     rows, folder = rehearsal
     assert list(dict.fromkeys(row["measurement"] for row in rows)) == [
@@ -97,7 +97,7 @@ def test_the_gpu_script_measures_everything(rehearsal):
     assert "CompiledFunction" in (folder / "profile.txt").read_text()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_gpu_script_compares_results(rehearsal):
     for mode in ("selective", "full", "full+offload"):
         comparison, timing = rows_of(rehearsal, f"{mode}, compiled")
@@ -136,7 +136,7 @@ gpu.disconnect()
 """
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_the_gpu_script_notices_a_wrong_lora():
     done = run_command([sys.executable, "-c", WRONG_LORA], 120)
     assert done.returncode == 0, done.stdout
@@ -145,7 +145,7 @@ def test_the_gpu_script_notices_a_wrong_lora():
     assert distances[2] > 0.01
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_peers(outputs):
     values, table = result(outputs, "peers")
     assert values["ratio"] > 0
@@ -156,7 +156,7 @@ def test_peers(outputs):
     assert "common, VAE in the loop" in table
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_memory(outputs):
     """With the real geometry, the values shown in docs/performance.md."""
     values, table = result(outputs, "memory")
@@ -171,7 +171,7 @@ def test_memory(outputs):
         assert "| " + " | ".join(str(row[mode]) for mode in CHECKPOINTING_MODES) + " |" in shown
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_quantized_loss(outputs):
     values, _ = result(outputs, "quantized_loss")
     bf16, fp32, int8 = values["rows"]
@@ -180,7 +180,7 @@ def test_quantized_loss(outputs):
     assert "error" in int8 or 0 < int8["output_distance"] < 0.05
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_loop(outputs):
     values, table = result(outputs, "loop")
     (row,) = values["rows"]
@@ -189,7 +189,7 @@ def test_loop(outputs):
     assert "engine over plain" in table
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_scaling(outputs):
     values, table = result(outputs, "scaling")
     assert [(row["bucket"], row["batch_size"]) for row in values["shapes"]] == [
@@ -199,7 +199,7 @@ def test_scaling(outputs):
     assert "calculated, not measured" in table
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_weak_scaling_starts_its_ranks():
     command = [sys.executable, ROOT / "benchmarks/scaling.py", "--size", "tiny", "--parts", "ranks", "--rounds", "1"]
     done = run_command(command, 240)
@@ -211,7 +211,7 @@ def test_weak_scaling_starts_its_ranks():
     assert all(row["efficiency"] > 0 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 @pytest.mark.parametrize("options", [[], ["--in-tars"]])
 def test_scan(options):
     command = [sys.executable, ROOT / "benchmarks/scan.py", "--rows", "60", "--films", "12", *options]
@@ -222,7 +222,7 @@ def test_scan(options):
     assert all(row["scan_s"] >= row["rescan_s"] >= 0 for row in rows)
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_training_on_tars_behind_a_server_that_restarts():
     command = [sys.executable, ROOT / "benchmarks/remote_data.py", "--clips", "12", "--steps", "4"]
     command += ["--encode", "on_the_fly"]
@@ -234,7 +234,7 @@ def test_training_on_tars_behind_a_server_that_restarts():
     assert all(row["restarts"] > 0 for row in rows if row["data"] != "files")
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_one_block_of_the_real_geometry_is_trained_and_loads_in_diffusers(tmp_path):
     """In float32, because some CPUs multiply in bf16 a hundred times slower."""
     words = ["--layers", "1", "--precision", "fp32", "--rank", "4", "--no-trial-step", "--port", free_port()]
@@ -321,7 +321,7 @@ def test_full_from_scratch_has_the_schedule_of_the_recipe(scripts, tmp_path):
     assert list(bench.schedule_words(60, 60)) == [60]
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_full_from_scratch(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/full_from_scratch.py", tmp_path / "out", "--clips", "1"]
     command += ["--steps", "2", "--constant-steps", "2", "--batch-size", "1", "--saves", "1", "--videos", "2"]
@@ -334,7 +334,7 @@ def test_full_from_scratch(tmp_path):
     assert average.keys() == live.keys() == recipe.keys()
 
 
-@pytest.mark.slow
+@pytest.mark.release
 def test_conditions(tmp_path):
     command = [sys.executable, ROOT / "benchmarks/conditions.py", tmp_path / "out", "--loras", "mixed", "control"]
     command += ["--seeds", "0", "--clips", "4", "--videos", "1", "--steps", "2"]

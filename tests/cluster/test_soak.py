@@ -5,7 +5,7 @@ import pytest
 from tests.cluster.faults import NUM_STEPS, RANDOM_FAULTS
 from tests.cluster.soak import soak
 
-pytestmark = pytest.mark.endurance
+pytestmark = pytest.mark.release
 
 
 def test_a_job_with_faults_finishes_and_equals_the_reference(lab, tmp_path_factory):

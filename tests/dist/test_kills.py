@@ -5,7 +5,7 @@ import pytest
 from tests.dist.kills import create_inputs, run_with_kills
 from tests.warm import Server
 
-pytestmark = [pytest.mark.dist, pytest.mark.slow]
+pytestmark = [pytest.mark.dist, pytest.mark.release]
 NUM_KILLS = 2
 
 

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import tarfile
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from cogds.data.loading.dataset import read_encoded
 from cogds.data.video.media import read_clip, write_video
 from cogds.encode.encoder import encode_dataset, encode_pixels
 from cogds.errors import UserError
-from cogds.model.load import load_vae
+from cogds.model.load import find_model, load_vae
 from tests.jobs import make_job
 
 NUM_FRAMES = 24  # at 16 frames per second
@@ -76,8 +77,6 @@ def test_only_clips_with_a_usable_control_are_trained(encode, folder):
 def test_the_control_is_encoded_as_the_clip_and_mirrored_with_it(encode, folder, tmp_path, tiny_model):
     data = encode(folder, "conditioning.control=true", "data.mirror=true")
     clips, cache = clips_of(data), Cache(tmp_path / "cache")
-    from cogds.model.load import find_model
-
     vae = load_vae(find_model(str(tiny_model)), torch.float32, "cpu")
     pixels = torch.from_numpy(read_clip(folder / "good.control.mp4", ClipShape(9, 64, 96), 16.0))
     for is_mirrored, expected in ((False, pixels), (True, pixels.flip(2))):
@@ -85,6 +84,21 @@ def test_the_control_is_encoded_as_the_clip_and_mirrored_with_it(encode, folder,
         with torch.no_grad():
             assert torch.equal(encoded["control_moments"], encode_pixels(vae, expected, is_tiled=False))
         assert not torch.equal(encoded["control_moments"], encoded["moments"])
+
+
+def test_a_control_in_a_tar_file_is_encoded(encode, folder, tmp_path, tiny_model):
+    with tarfile.open(tmp_path / "clips.tar", "w") as tar:
+        for name in ("good.control.mp4", "good.mp4", "good.txt"):
+            tar.add(folder / name, name)
+        tar.add(folder / "good.txt", "good.png")  # a poster, which is not opened
+    data = encode(tmp_path / "clips.tar", "conditioning.control=true")
+    ((path, _),) = clips_of(data)
+    assert path.startswith("clips.tar")
+    encoded = read_encoded(Cache(tmp_path / "cache"), data.index[0])
+    pixels = torch.from_numpy(read_clip(folder / "good.control.mp4", ClipShape(9, 64, 96), 16.0))
+    vae = load_vae(find_model(str(tiny_model)), torch.float32, "cpu")
+    with torch.no_grad():
+        assert torch.equal(encoded["control_moments"], encode_pixels(vae, pixels, is_tiled=False))
 
 
 def test_tables_and_lists_name_controls(encode, folder, tmp_path):

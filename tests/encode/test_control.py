@@ -3,15 +3,18 @@
 import json
 import shutil
 import tarfile
+from dataclasses import replace
 
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
-from cogds.data.video.media import read_clip, write_video
+from cogds.data.video.decode_task import DecodeTask, decode
+from cogds.data.video.media import DecodeError, read_clip, write_video
 from cogds.encode.encoder import encode_dataset, encode_pixels
 from cogds.errors import UserError
 from cogds.model.load import find_model, load_vae
@@ -99,6 +102,33 @@ def test_a_control_in_a_tar_file_is_encoded(encode, folder, tmp_path, tiny_model
     vae = load_vae(find_model(str(tiny_model)), torch.float32, "cpu")
     with torch.no_grad():
         assert torch.equal(encoded["control_moments"], encode_pixels(vae, pixels, is_tiled=False))
+
+
+@pytest.mark.parametrize("suffix", ["mp4", "webp"])
+def test_a_control_may_lack_the_last_frame_and_a_clip_may_not(encode, tmp_path, suffix):
+    """Optical flow between the frames of a clip is one frame shorter than the clip."""
+    clips, pixels = tmp_path / "clips", np.random.default_rng(0).integers(0, 256, (9, 64, 96, 3), np.uint8)
+    clips.mkdir()
+    for name, num_frames in (("a.mp4", 9), (f"a.control.{suffix}", 8), ("b.mp4", 9), ("b.control.mp4", 7)):
+        if name.endswith(".webp"):
+            pictures = [Image.fromarray(picture) for picture in pixels[:num_frames]]
+            pictures[0].save(
+                clips / name, save_all=True, append_images=pictures[1:], duration=[62, 63] * 4, lossless=True
+            )
+        else:
+            write_video(clips / name, pixels[:num_frames], 16, num_threads=1)
+        (clips / f"{name[0]}.txt").write_text("noise")
+    data = encode(clips, "conditioning.control=true")
+    assert [name for name, _ in clips_of(data)] == ["a.mp4"]
+    clip = data.index[0]
+    task = DecodeTask(clip.path, clip.kind, None, 0.0, ClipShape(9, 64, 96), 16.0, "pyav", False, clip.control_path)
+    control = decode(task).control
+    assert np.array_equal(control[8], control[7])
+    assert not np.array_equal(control[7], control[6])
+    with pytest.raises(DecodeError, match="too early"):
+        decode(replace(task, path=str(clips / "b.control.mp4")))
+    with pytest.raises(DecodeError, match=r"^control video unusable: .*too early"):
+        decode(replace(task, control_path=str(clips / "b.control.mp4")))
 
 
 def test_tables_and_lists_name_controls(encode, folder, tmp_path):

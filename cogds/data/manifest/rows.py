@@ -109,17 +109,20 @@ def _reasons_beside(entries: pa.RecordBatch, name: str, reasons: pa.Array, start
 
 
 def _length_reasons(entries: pa.RecordBatch, clip: Mapping[str, pa.Array], control: Mapping[str, pa.Array]) -> pa.Array:
-    """Why a control video is shorter than its clip's range, else null. One frame may be missing."""
+    """Why a control video is shorter than its clip's range, else null.
+
+    One frame of its own may be missing, which `decode_task.decode` adds. 1% of a frame is for rounded times.
+    """
     reasons: list[str | None] = [None] * len(entries)
     if control["duration_s"].null_count == len(entries):
         return pa.array(reasons, pa.string())
-    ends, durations, fps, lengths, control_fps = (
+    ends, durations, lengths, fps = (
         pc.fill_null(values, np.nan).to_numpy(zero_copy_only=False)
-        for values in (entries.column("end_s"), clip["duration_s"], clip["fps"], control["duration_s"], control["fps"])
+        for values in (entries.column("end_s"), clip["duration_s"], control["duration_s"], control["fps"])
     )
     needed = np.fmin(ends, durations)
     with np.errstate(divide="ignore", invalid="ignore"):
-        frame_s = np.nan_to_num(1 / np.fmin(fps, control_fps), nan=0.0, posinf=0.0)
+        frame_s = np.nan_to_num(1 / fps, nan=0.0, posinf=0.0)
     for row in np.flatnonzero(lengths + 1.01 * frame_s < needed).tolist():
         reasons[row] = f"control video too short: {lengths[row]:g} s, and the clip ends at {needed[row]:g} s"
     return pa.array(reasons, pa.string())

@@ -13,6 +13,7 @@ from PIL import Image
 from cogds.core.geometry import ClipShape
 from cogds.data.cache.store import Cache
 from cogds.data.loading.dataset import read_encoded
+from cogds.data.manifest import scan
 from cogds.data.video.decode_task import DecodeTask, decode
 from cogds.data.video.media import DecodeError, read_clip, write_video
 from cogds.encode.encoder import encode_dataset, encode_pixels
@@ -75,6 +76,26 @@ def test_only_clips_with_a_usable_control_are_trained(encode, folder):
     assert plain.unusable.num == 0
     assert clips_of(plain)["good.mp4", False].clip_key != clips_of(data)["good.mp4", False].clip_key
     assert clips_of(plain)["good.mp4", False].control_path is None
+
+
+def test_controls_are_scanned_once_they_are_used(encode, folder, tmp_path, monkeypatch):
+    """A run without conditioning.control looks up nothing that a column control names."""
+    (tmp_path / "clips").mkdir()
+    shutil.copy(folder / "good.mp4", tmp_path / "clips")
+    shutil.copy(folder / "good.control.mp4", tmp_path / "clips/pose.mp4")
+    rows = [{"path": "good.mp4", "text": text, "control": text} for text in ("pan left", "pose.mp4", False)]
+    (tmp_path / "clips/list.jsonl").write_text("\n".join(json.dumps(row | {"text": "noise"}) for row in rows))
+    looked_up, stamp = [], scan.stamp
+    monkeypatch.setattr(scan, "stamp", lambda path: looked_up.append(path.rpartition("/")[2]) or stamp(path))
+    plain = encode(tmp_path / "clips/list.jsonl")
+    assert (len(plain.index), plain.unusable.num, set(looked_up)) == (3, 0, {"good.mp4"})
+    used = encode(tmp_path / "clips/list.jsonl", "conditioning.control=true")
+    assert [clip.control_path for clip in map(used.index.__getitem__, range(len(used.index)))] == [
+        str(tmp_path / "clips/pose.mp4")
+    ]
+    reasons = [json.loads(line)["reason"].partition(":")[0] for line in used.unusable.file.open()]
+    assert reasons == ["control video unusable", "control video missing"]
+    assert encode(tmp_path / "clips/list.jsonl").index[0].clip_key == plain.index[0].clip_key
 
 
 def test_the_control_is_encoded_as_the_clip_and_mirrored_with_it(encode, folder, tmp_path, tiny_model):

@@ -4,6 +4,8 @@ import json
 import tarfile
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from cogds.data.layouts.data_set import DataSet
@@ -11,6 +13,7 @@ from cogds.data.layouts.entry import Entry
 from cogds.data.layouts.listing import Listing
 from cogds.data.layouts.parts import iter_entries
 from cogds.data.storage.location import display_name
+from cogds.errors import UserError
 
 UNUSED = "further control of a clip"
 POSTER = "poster image of a video"
@@ -76,3 +79,18 @@ def test_controls_beside_a_list_are_no_unknown_files(tmp_path: Path) -> None:
     found, listing = read(tmp_path)
     assert found == {"a.mp4": "a.control.mp4"}
     assert not listing.skipped
+
+
+@pytest.mark.parametrize("suffix", ["jsonl", "parquet"])
+@pytest.mark.parametrize("value", [False, 3, {"bytes": b"x"}, ["a.mp4"]], ids=str)
+def test_a_column_that_only_has_the_name_of_controls_is_ignored(tmp_path: Path, suffix: str, value) -> None:
+    row = {"file_name": "a.mp4", "text": "one", "control": value}
+    path = tmp_path / f"list.{suffix}"
+    if suffix == "parquet":
+        pq.write_table(pa.Table.from_pylist([row]), path)
+    else:
+        path.write_text(json.dumps(row, default=str))
+    (entry,) = iter_entries(DataSet(str(path)))
+    assert (name_of(entry.path), entry.caption, entry.control_path) == ("a.mp4", "one", None)
+    with pytest.raises(UserError, match="control"):
+        list(iter_entries(DataSet(str(path), {"control": "control"})))

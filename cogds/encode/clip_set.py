@@ -36,7 +36,9 @@ NUM_EXAMPLES = 5
 # Clips to evaluate are chosen from about this many of each bucket (or eval.num_clips, if that is more), evenly spaced,
 # because each candidate costs a hash.
 MAX_CANDIDATES = 1 << 16
-_CONTROL_MISSING = "control video missing: add NAME.control.mp4 beside NAME.mp4, or fill in its column control"
+_CONTROL_MISSING = (
+    "control video missing: add NAME.control.mp4 beside NAME.mp4, or write its path to the column control"
+)
 # Words by which a caption names a side, which its mirror image would contradict.
 SIDES = r"\b(left|right|leftwards?|rightwards?|(counter|anti)?-?clockwise)\b|[左右]"
 

@@ -25,6 +25,7 @@ _COLUMNS = {
     "file_name": pa.string(),
     "type": pa.string(),
     "image": pa.string(),
+    "control": pa.string(),
     "start_s": pa.float64(),
     "end_s": pa.float64(),
     "text": pa.string(),
@@ -134,7 +135,7 @@ def write_clips(
         names = [None if row is None else _name(output, scenes[row]) for row in originals]
         num_duplicates = len(names) - names.count(None)
         table = table.set_column(table.column_names.index("duplicate_of"), "duplicate_of", pa.array(names, pa.string()))
-    optional = ["captions", *(name for name, score in _SCORE_OF.items() if score not in scores)]
+    optional = ["captions", "control", *(name for name, score in _SCORE_OF.items() if score not in scores)]
     table = table.drop_columns([name for name in optional if table.column(name).null_count == len(table)])
     kept = extras.take(pa.array([scene.row for scene in scenes], pa.int64()))
     read = Columns({}, None, need_captions=False)
@@ -169,6 +170,8 @@ def _rows(output: Path, scenes: Sequence[PreparedScene], captions: Sequence[Sequ
             "file_name": _relative(scene.path, output.parent),
             "type": source["kind"],
             "image": _relative(source["image_path"], output.parent) if has_image else None,
+            # It shows the same times as the whole source, so the times of a scene apply to it, too.
+            "control": source["control_path"] and _relative(source["control_path"], output.parent),
             "text": texts[0] if texts else None,
             "captions": texts[1:] or None,
         }

@@ -98,7 +98,7 @@ def _check_output(data: DataConfig, output: Path) -> None:
 def _source(entry: Entry, options: CutOptions, stamp_of_tar: Callable[[str], Stamp]) -> dict[str, Any]:
     row: dict[str, Any] = {name: value for name, value in entry._asdict().items() if name in SOURCE_SCHEMA.names}
     row |= {"size": 0, "file_key": None, "key": None, "rank": -1, "reason": None}
-    for name in ("path", "image_path", "duplicate_of", "caption_error"):
+    for name in ("path", "image_path", "control_path", "duplicate_of", "caption_error"):
         row[name] = row[name] and row[name].encode(errors="backslashreplace").decode()
     try:
         "".join((entry.caption or "", *entry.more_captions)).encode()

@@ -18,12 +18,18 @@ def scan_sets(sets: Sequence[DataSet], file: Path, num_workers: int = 0, **optio
 
 
 def listed(
-    sets: Sequence[DataSet], file: Path, num_ranks: int = 1, *, default_caption: str | None = None, retry_failed=False
+    sets: Sequence[DataSet],
+    file: Path,
+    num_ranks: int = 1,
+    *,
+    default_caption: str | None = None,
+    retry_failed: bool = False,
+    with_controls: bool = True,
 ) -> Scan:
     """The steps of a scan before files are opened, with several ranks one after the other."""
     scan = start_scan(sets, file, default_caption)
     listings = [list_share(scan, (rank, num_ranks)) for rank in range(num_ranks)]
-    return choose_files(scan, listings, retry_failed)
+    return choose_files(scan, listings, retry_failed, with_controls=with_controls)
 
 
 def scan_folder(folder: Path, file: Path, **options: object) -> list[dict]:

@@ -16,6 +16,7 @@ from cogds.config.loading import load_config
 from cogds.core.geometry import ClipShape
 from cogds.data.layouts.data_set import DataSet
 from cogds.data.layouts.parts import iter_entries
+from cogds.data.storage.access import read_bytes
 from cogds.data.video.media import read_clip
 from cogds.distributed import run_lock
 from cogds.distributed.world import World
@@ -208,6 +209,42 @@ def test_ranges_of_a_table_are_cut_and_conditioning_images_stay_with_the_first_s
         ("x", 0.6, 1.0, None),
         ("y", 1.4, 2.0, None),
     ]
+
+
+@pytest.mark.parametrize("layout", ["folder", "tar", "table"])
+def test_a_control_video_stays_with_every_scene_of_its_file(films, tmp_path, layout):
+    path, control, words = films, films / "a.control.mp4", []
+    shutil.copy(films / "more/b.mp4", control)
+    content = control.read_bytes()
+    if layout == "tar":
+        path = films / "films.tar"
+        with tarfile.open(path, "w") as tar:
+            for name in ("a.mp4", "a.control.mp4", "c.png"):
+                tar.add(films / name, name)
+    elif layout == "table":
+        (tmp_path / "poses").mkdir()
+        control = control.rename(tmp_path / "poses/a.mp4")
+        lines = [{"file_name": "a.mp4", "pose": str(control)}, {"file_name": "c.png", "pose": None}]
+        (films / "metadata.jsonl").write_text("\n".join(map(json.dumps, lines)))
+        words = ["data.columns={control: pose}"]
+    rows = run(path, tmp_path / "clips.parquet", *words)
+    entries = list(iter_entries(DataSet(str(tmp_path / "clips.parquet")), need_captions=False))
+    controls = [(entry.start_s, entry.control_path and read_bytes(entry.control_path)) for entry in entries]
+    assert controls[:4] == [(0.0, content), (0.6, content), (1.2, content), (None, None)]
+    if layout != "tar":
+        assert rows[0]["control"] == str(control.relative_to(tmp_path))
+    after = run(tmp_path / "clips.parquet", tmp_path / "again.parquet", "--no-cuts")
+    assert [row["control"] for row in after] == [row["control"] for row in rows]
+
+
+def test_a_table_without_controls_has_no_column_for_them(films, tmp_path):
+    assert "control" not in run(films, tmp_path / "clips.parquet")[0]
+
+
+def test_the_name_of_a_control_that_is_not_utf8(films, tmp_path):
+    (films / "metadata.jsonl").write_text(json.dumps({"file_name": "a.mp4", "control": "\udcff.mp4"}))
+    rows = run(films, tmp_path / "clips.parquet")
+    assert [row["control"] for row in rows] == ["films/\\udcff.mp4"] * 3
 
 
 @pytest.mark.parametrize("place", ["tar", "url", "tar behind a url"])

@@ -26,7 +26,7 @@ _SYSTEM_FOLDERS = frozenset(
 )
 # What listings count as skipped.
 HIDDEN_FOLDER, HIDDEN_FILE = "hidden or system folder", "hidden file"
-POSTER = "poster image of a video"
+POSTER, UNUSED_CONTROL = "poster image of a video", "further control of a clip"
 _LABEL_FOLDERS = ("labels", "captions")  # of CogVideo: videos/a.mp4 and labels/a.txt
 _TRAIN_SPLITS = ("train", "training")
 _OTHER_SPLITS = frozenset({"val", "valid", "validation", "dev", "test", "testing", "eval", "evaluation"})
@@ -90,8 +90,6 @@ def search_folder(
     items = _visible(folder, listing)
     files, folders = ([item.name for item in items if item.is_folder is kind] for kind in (False, True))
     kinds = {item.name: kind for item in items if (kind := kind_of(item.name))}
-    controls = control_names(kinds)
-    kinds = {name: kind for name, kind in kinds.items() if name not in controls.values()}
     clips = _Clips(folder, kinds, files, bool(folders))
     if found := _lists_in(folder, files, clips, lists, listing):
         yield from (ListFile(file, len(found) == 1) for file in found)
@@ -105,10 +103,10 @@ def search_folder(
             if clips.is_poster(name):
                 listing.skip(POSTER)
             else:
-                control = join(folder.path, controls[name]) if name in controls else None
+                control = join(folder.path, clips.controls[name]) if name in clips.controls else None
                 yield ClipFile(path, kind, clips.caption_file(name), control)
-        elif name in controls.values():
-            continue
+        elif name in clips.control_files:
+            listing.skip(UNUSED_CONTROL, name in clips.unused_controls)
         elif name in other_splits:
             listing.skip("folder of another split than train")
         elif item.is_folder and path != labels:
@@ -131,11 +129,17 @@ class _Clips:
     Attributes:
         kinds: name of a clip -> "video" or "image".
         stems: names without suffixes.
+        controls: name of a clip -> name of its control.
+        unused_controls: names of controls that no clip uses.
+        control_files: names of all controls.
         has_subfolders: whether there may be more clips in subfolders.
     """
 
     def __init__(self, folder: Folder, kinds: dict[str, str], files: Sequence[str], has_subfolders: bool) -> None:
-        """files: names of all files in the folder."""
+        """kinds: of the clips and their controls. files: names of all files in the folder."""
+        self.controls, self.unused_controls = control_names(kinds)
+        self.control_files = {*self.controls.values(), *self.unused_controls}
+        kinds = {name: kind for name, kind in kinds.items() if name not in self.control_files}
         self.kinds, self.has_subfolders = kinds, has_subfolders
         self.stems = {os.path.splitext(name)[0] for name in kinds}
         self._captions = [CaptionNames(folder.path, files)]
@@ -245,7 +249,7 @@ def _lists_in(folder: Folder, files: Sequence[str], clips: _Clips, lists: ListRe
             "use."
         )
     if names:
-        for name in set(files) - {*names, *others, *lists_of_lines, *clips.kinds}:
+        for name in set(files) - {*names, *others, *lists_of_lines, *clips.kinds, *clips.control_files}:
             listing.skip(f"{suffix_of(name) or 'other'} file beside a list")
     return [join(folder.path, name) for name in names]
 

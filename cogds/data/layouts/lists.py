@@ -89,8 +89,13 @@ class ListReader:
                 columns.find(schema.names, "file_name")  # else the clips in the list may have the missing columns
         except BadRowError as error:
             raise UserError(f"{file}: {error}") from None
-        for ours, theirs in mapping.items():
-            check_type(file, schema.field(theirs).type, ours, theirs)
+        for ours, theirs in list(mapping.items()):
+            try:
+                check_type(file, schema.field(theirs).type, ours, theirs)
+            except UserError:
+                if ours != "control" or columns.given.get("control"):
+                    raise
+                del mapping[ours]  # the column only has a usual name, and holds something else
         in_template = [find_column(name, schema.names) for name in columns.template.fields] if columns.template else []
         in_filter = self._where.columns(schema.names, file) if self._where else []
         needed = {*mapping.values(), *in_filter, *filter(None, in_template)}

@@ -109,7 +109,9 @@ class Table:
         kind = None if is_missing(row.get("kind")) else row["kind"]
         if kind not in (None, "", "video", "image"):
             raise BadRowError(f"unknown type {kind!r}. Write video or image, or set data.columns={{kind: null}}.")
-        image, control = (self._beside(row.get(name), name) for name in ("image", "control"))
+        image, control = self._beside(row.get("image"), "image"), row.get("control")
+        if not isinstance(control, str) and not self.columns.given.get("control"):
+            control = None  # the column only has a usual name, and holds something else
         caption, *more_captions = captions_in(row.get("caption"), row.get("captions"))
         start_s, end_s = self._range(clip, row, mapping)
         kind = kind or kind_of(path)
@@ -125,7 +127,7 @@ class Table:
             more_captions=tuple(text for text in more_captions if text),
             motion=score_in(row.get("motion")),
             duplicate_of=original if isinstance(original := row.get("duplicate_of"), str) and original else None,
-            control_path=control,
+            control_path=self._beside(control, "control"),
             extras=_extras(cells, mapping) if self.keep_extras else None,
         )
 

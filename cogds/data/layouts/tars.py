@@ -11,7 +11,7 @@ from functools import cached_property
 
 from cogds.data.layouts.captions import CAPTION_SUFFIXES, captions_of
 from cogds.data.layouts.entry import Entry
-from cogds.data.layouts.folder import HIDDEN_FILE, HIDDEN_FOLDER, POSTER, is_hidden
+from cogds.data.layouts.folder import HIDDEN_FILE, HIDDEN_FOLDER, POSTER, UNUSED_CONTROL, is_hidden
 from cogds.data.layouts.listing import Listing, add_names
 from cogds.data.storage.location import Member
 from cogds.data.storage.tars import TarError, list_members
@@ -92,13 +92,15 @@ def read_tar(tar: str, columns: Mapping[str, str | None], listing: Listing) -> I
     except OSError as error:
         raise UserError(f"{tar}: cannot be read ({error.strerror or error}). Check the file and the server.") from None
     for sample in samples.values():
-        controls = {clip: sample.clips.pop(name) for clip, name in control_names(sample.clips).items()}
+        control_of, unused = control_names(sample.clips)
+        listing.skip(UNUSED_CONTROL, len(unused))
+        controls = {name: sample.clips.pop(name) for name in {*control_of.values(), *unused}}
         for clip in sample.clips.values():
             if sample.is_poster(clip.name):
                 listing.skip(POSTER)
             else:
-                control = controls.get(clip.name)
-                yield _entry(clip, sample, columns)._replace(control_path=control and control.location)
+                control = controls[control_of[clip.name]].location if clip.name in control_of else None
+                yield _entry(clip, sample, columns)._replace(control_path=control)
 
 
 def _stem(name: str) -> str:

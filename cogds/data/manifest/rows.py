@@ -3,7 +3,7 @@
 All functions work on Arrow tables and hold nothing else: rank 0 needs 350 to 660 bytes per clip.
 """
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 
 import numpy as np
 import pyarrow as pa
@@ -13,6 +13,8 @@ from cogds.data.manifest.file_keys import CONDITION, CONTROL, file_keys, kinds_o
 from cogds.data.manifest.scan_state import RESULT_SCHEMA, Results, Scan, read_entries
 from cogds.data.manifest.table import SCHEMA
 
+# Columns of entries with keys of files: of the clips, of their images, of their control videos.
+KEYS = ("key", "image_key", "control_key")
 RANGE_TOLERANCE_S = 0.5  # lists of scenes have rounded ends
 
 _CAPTION_MISSING = "caption missing: add a .txt file with the same name, or fill in its line in the list of captions"
@@ -27,9 +29,9 @@ _NOT_SCANNED = "not scanned: start again"
 # --- from entries and results to rows
 
 
-def entry_keys(scan: Scan) -> list[pa.Array]:
-    """Keys of the entries of a scan, batch by batch: of the clips, of their images, of their control videos."""
-    return [batch.column(name) for batch in read_entries(scan) for name in ("key", "image_key", "control_key")]
+def entry_keys(scan: Scan, names: Sequence[str] = KEYS) -> list[pa.Array]:
+    """Keys of the entries of a scan, batch by batch. names: those of KEYS that are wanted."""
+    return [batch.column(name) for batch in read_entries(scan) for name in names]
 
 
 def build_rows(scan: Scan, results: Results) -> Iterator[pa.RecordBatch]:
@@ -37,10 +39,7 @@ def build_rows(scan: Scan, results: Results) -> Iterator[pa.RecordBatch]:
     keys = entry_keys(scan)
     known, failed = look_up(results.rows, keys), look_up(results.failed.select(["key", "reason"]), keys)
     for batch in read_entries(scan):
-        clip, image, control = (
-            _file_columns(batch.column(name), next(known), next(failed)["reason"])
-            for name in ("key", "image_key", "control_key")
-        )
+        clip, image, control = (_file_columns(batch.column(name), next(known), next(failed)["reason"]) for name in KEYS)
         yield _row_batch(batch, clip, image, control, scan.default_caption)
 
 
@@ -109,17 +108,20 @@ def _reasons_beside(entries: pa.RecordBatch, name: str, reasons: pa.Array, start
 
 
 def _length_reasons(entries: pa.RecordBatch, clip: Mapping[str, pa.Array], control: Mapping[str, pa.Array]) -> pa.Array:
-    """Why a control video is shorter than its clip's range, else null. One frame may be missing."""
+    """Why a control video is shorter than its clip's range, else null.
+
+    One frame of its own may be missing, which `decode_task.decode` adds. 1% of a frame is for rounded times.
+    """
     reasons: list[str | None] = [None] * len(entries)
     if control["duration_s"].null_count == len(entries):
         return pa.array(reasons, pa.string())
-    ends, durations, fps, lengths, control_fps = (
+    ends, durations, lengths, fps = (
         pc.fill_null(values, np.nan).to_numpy(zero_copy_only=False)
-        for values in (entries.column("end_s"), clip["duration_s"], clip["fps"], control["duration_s"], control["fps"])
+        for values in (entries.column("end_s"), clip["duration_s"], control["duration_s"], control["fps"])
     )
     needed = np.fmin(ends, durations)
     with np.errstate(divide="ignore", invalid="ignore"):
-        frame_s = np.nan_to_num(1 / np.fmin(fps, control_fps), nan=0.0, posinf=0.0)
+        frame_s = np.nan_to_num(1 / fps, nan=0.0, posinf=0.0)
     for row in np.flatnonzero(lengths + 1.01 * frame_s < needed).tolist():
         reasons[row] = f"control video too short: {lengths[row]:g} s, and the clip ends at {needed[row]:g} s"
     return pa.array(reasons, pa.string())

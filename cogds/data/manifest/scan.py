@@ -28,7 +28,7 @@ from cogds.data.layouts.folder import Folder
 from cogds.data.layouts.listing import Listing
 from cogds.data.layouts.parts import DatasetReader, Part
 from cogds.data.manifest.file_keys import CONDITION, CONTROL, file_key, first_occurrences, kinds_of, look_up
-from cogds.data.manifest.rows import build_rows, entry_keys, results_in
+from cogds.data.manifest.rows import KEYS, build_rows, entry_keys, results_in
 from cogds.data.manifest.scan_state import (
     ENTRY_SCHEMA,
     FILE_SCHEMA,
@@ -119,12 +119,16 @@ def list_share(scan: Scan, share: Share) -> list[Listing]:
 # --- the third step
 
 
-def choose_files(scan: Scan, listings: Sequence[Sequence[Listing]], retry_failed: bool = False) -> Scan:
+def choose_files(
+    scan: Scan, listings: Sequence[Sequence[Listing]], retry_failed: bool = False, *, with_controls: bool = True
+) -> Scan:
     """Third step, on rank 0: find the files that no earlier scan has read.
 
     Args:
         listings: results of `list_share`, by rank.
         retry_failed: open files again that could not be used, even if they have not changed.
+        with_controls: open control videos. Without them, results of earlier scans stay in the manifest, so that a run
+            with control videos can use the same one, even at the same time.
 
     Raises:
         UserError: a dataset is empty or read in the wrong way.
@@ -139,7 +143,8 @@ def choose_files(scan: Scan, listings: Sequence[Sequence[Listing]], retry_failed
     is_usable = pc.is_valid(known["frames"])
     is_complete = pc.or_(pc.invert(is_usable), pc.is_valid(known["digest"]))
     known = known.filter(pc.and_(is_complete, is_usable) if retry_failed else is_complete)
-    return write_files(scan, _list_files(scan, known), first_occurrences(entry_keys(scan)))
+    keys = KEYS if with_controls else [name for name in KEYS if name != "control_key"]
+    return write_files(scan, _list_files(scan, known, keys), first_occurrences(entry_keys(scan, keys)))
 
 
 def _entry_batch(entries: Sequence[Entry], set_number: int) -> pa.RecordBatch:
@@ -174,15 +179,17 @@ def _escape(text: str | None) -> str | None:
     return encoded.decode(errors="backslashreplace")
 
 
-def _list_files(scan: Scan, known: pa.Table) -> Iterator[pa.RecordBatch]:
-    """The files (FILE_SCHEMA) of all entries, with duplicates. known: results of earlier scans."""
-    known_stamps = look_up(known.select(["key", "size", "mtime_ns"]), entry_keys(scan))
+def _list_files(scan: Scan, known: pa.Table, keys: Sequence[str]) -> Iterator[pa.RecordBatch]:
+    """The files (FILE_SCHEMA) of all entries, with duplicates. known: results of earlier scans. keys: some of KEYS."""
+    known_stamps = look_up(known.select(["key", "size", "mtime_ns"]), entry_keys(scan, keys))
     for batch in read_entries(scan):
-        for key, path, kinds in (
-            ("key", "path", batch.column("kind")),
-            ("image_key", "image_path", kinds_of(CONDITION, len(batch))),
-            ("control_key", "control_path", kinds_of(CONTROL, len(batch))),
-        ):
+        files = {
+            "key": ("path", batch.column("kind")),
+            "image_key": ("image_path", kinds_of(CONDITION, len(batch))),
+            "control_key": ("control_path", kinds_of(CONTROL, len(batch))),
+        }
+        for key in keys:
+            path, kinds = files[key]
             stamps = next(known_stamps)
             columns = [batch.column(key), kinds, batch.column(path), stamps["size"], stamps["mtime_ns"]]
             yield pa.record_batch(columns, FILE_SCHEMA)

@@ -40,14 +40,17 @@ class DecodedClip:
 
 
 def decode(task: DecodeTask) -> DecodedClip:
-    """Decode, resample in time, resize, crop and mirror. Raises media.DecodeError."""
+    """Decode, resample in time, resize, crop and mirror. Raises media.DecodeError.
+
+    The control may lack its last frame, as optical flow between frames does. The frame before it is then repeated.
+    """
     height, width = task.shape.height, task.shape.width
     pixels = _read(task, task.path, task.kind)
     first = read_image(task.image_path, height, width) if task.image_path else pixels[0]
     control = None
     if task.control_path:
         try:
-            control = _read(task, task.control_path, kind_of(task.control_path))
+            control = _read(task, task.control_path, kind_of(task.control_path), is_padded=True)
         except DecodeError as error:
             raise DecodeError(f"control video unusable: {error}") from None
     if task.mirrored:
@@ -56,12 +59,12 @@ def decode(task: DecodeTask) -> DecodedClip:
     return DecodedClip(pixels, first, control)
 
 
-def _read(task: DecodeTask, path: str, kind: str | None) -> np.ndarray:
+def _read(task: DecodeTask, path: str, kind: str | None, *, is_padded: bool = False) -> np.ndarray:
     """Read the task's range of a file: uint8 [F, H, W, 3]."""
     shape = task.shape
     if kind == "image" and shape.frames == 1 and not task.start_s:
         return read_image(path, shape.height, shape.width)[None]
-    return read_clip(path, shape, task.fps, task.start_s, decoder=task.decoder)
+    return read_clip(path, shape, task.fps, task.start_s, decoder=task.decoder, is_padded=is_padded)
 
 
 def _mirror(picture: np.ndarray) -> np.ndarray:

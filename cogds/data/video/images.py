@@ -97,12 +97,20 @@ def probe_animation(path: str | Path) -> VideoInfo:
 
 
 def read_animation(
-    path: str | Path, shape: ClipShape, times_s: Sequence[float], end_s: float | None = None
+    path: str | Path,
+    shape: ClipShape,
+    times_s: Sequence[float],
+    end_s: float | None = None,
+    *,
+    is_padded: bool = False,
 ) -> np.ndarray:
-    """Read the frames displayed at these times in an animation by Pillow: uint8 [F, H, W, 3]. Raises DecodeError."""
+    """Read the frames displayed at these times in an animation by Pillow: uint8 [F, H, W, 3]. Raises DecodeError.
+
+    is_padded: see `media.read_clip`.
+    """
     clip = np.empty((shape.frames, shape.height, shape.width, 3), np.uint8)
     with open_image(path) as image:
-        indices, k = displayed_frames(_read_times(image), times_s, end_s), 0
+        indices, k = displayed_frames(_read_times(image), times_s, end_s, is_padded=is_padded), 0
         while k < len(indices):
             image.seek(indices[k])
             clip[k] = fit_image(_to_srgb(image), shape.height, shape.width)

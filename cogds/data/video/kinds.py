@@ -33,15 +33,23 @@ def kind_of(location: str) -> str | None:
 CONTROL_SUFFIX = ".control"  # a.control.mp4 is the control video of a.mp4
 
 
-def control_names(names: Iterable[str]) -> dict[str, str]:
-    """The control videos among the names of clips in a folder: name of a clip -> name of its control video."""
-    names = list(names)
-    stems = {
-        os.path.splitext(name)[0]: name for name in names if not os.path.splitext(name)[0].endswith(CONTROL_SUFFIX)
-    }
-    controls = {}
+def control_names(names: Iterable[str]) -> tuple[dict[str, str], set[str]]:
+    """The controls among the names of clips in a folder.
+
+    All clips of a name share its controls: `a.control.mp4` belongs to `a.mp4` and to `a.mov`, and a poster `a.png` does
+    not take it from them. A video may have a thumbnail, so of several controls, a clip's is the first of its own kind.
+
+    Returns:
+        Name of a clip -> name of its control, and the names of controls that no clip uses.
+    """
+    by_stem: dict[str, list[str]] = {}
     for name in names:
-        clip = stems.get(os.path.splitext(name)[0].removesuffix(CONTROL_SUFFIX))
-        if clip is not None and clip != name and os.path.splitext(name)[0].endswith(CONTROL_SUFFIX):
-            controls[clip] = name
-    return controls
+        by_stem.setdefault(os.path.splitext(name)[0], []).append(name)
+    controls, files = {}, set()
+    for stem, clips in by_stem.items():
+        found = by_stem.get(stem + CONTROL_SUFFIX)
+        if found and not stem.endswith(CONTROL_SUFFIX):
+            files.update(found)
+            for clip in clips:
+                controls[clip] = next((name for name in found if kind_of(name) == kind_of(clip)), found[0])
+    return controls, files - set(controls.values())

@@ -93,6 +93,8 @@ def read_clip(
     start_s: float = 0.0,
     end_s: float | None = None,
     decoder: str = "pyav",
+    *,
+    is_padded: bool = False,
 ) -> np.ndarray:
     """Decode, resample in time, resize to cover and crop the center: uint8 [F, H, W, 3], C-contiguous.
 
@@ -104,6 +106,7 @@ def read_clip(
         end_s: end of the usable range, in seconds after the first frame.
         decoder: "pyav" seeks to the last keyframe before the clip, and decodes from the start if the timestamps after
             the seek are wrong. "decord" decodes from the start and does not detect damage.
+        is_padded: whether the last frame is displayed for one frame longer, so that one may be missing.
 
     Raises:
         DecodeError: the file is damaged or too short, or decord is not reliable for it.
@@ -114,10 +117,10 @@ def read_clip(
         )
     times_s = [start_s + k / fps for k in range(shape.frames)]
     if images.is_webp(path):
-        return images.read_animation(path, shape, times_s, end_s)
+        return images.read_animation(path, shape, times_s, end_s, is_padded=is_padded)
     with open_container(path) as container:
         timeline = cached_timeline(path, container)
-        indices = displayed_frames(timeline, times_s, end_s)
+        indices = displayed_frames(timeline, times_s, end_s, is_padded=is_padded)
         if decoder == "pyav" and timeline.is_seekable:
             try:
                 return _read_frames(

@@ -123,9 +123,16 @@ def num_frames_at(info: VideoInfo, fps: float, start_s: float = 0.0, end_s: floa
     return num
 
 
-def displayed_frames(timeline: Timeline, times_s: Sequence[float], end_s: float | None) -> list[int]:
-    """For each time, the index of the last frame that starts at or before it. Raises DecodeError if one is too late."""
+def displayed_frames(
+    timeline: Timeline, times_s: Sequence[float], end_s: float | None, *, is_padded: bool = False
+) -> list[int]:
+    """For each time, the index of the last frame that starts at or before it. Raises DecodeError if one is too late.
+
+    is_padded: whether the last frame is displayed for one frame longer.
+    """
     end = math.inf if len(timeline.pts) == 1 and times_s[-1] == 0 else _end_s(timeline.duration_s, end_s)
+    if is_padded and timeline.fps:
+        end += 1 / timeline.fps
     if times_s[-1] >= end:
         usable = f", usable up to {end_s:.3f} s" if end_s is not None else ""
         raise DecodeError(

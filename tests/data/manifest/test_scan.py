@@ -256,6 +256,23 @@ def test_many_rows_in_many_batches(tmp_path: Path, monkeypatch: pytest.MonkeyPat
         assert pc.sum(pc.equal(table["status"], "unusable")).as_py() == numbers.count(0)
 
 
+def test_controls_are_opened_only_if_they_are_used(folder: Path, tmp_path: Path, opened: list[str], clip: Path) -> None:
+    file = tmp_path / "manifest.parquet"
+    shutil.copy(clip, folder / "a.control.mp4")
+    scan_folder(folder, file, with_controls=False)
+    assert opened == ["a.mp4", "b.mp4", "c.mp4", "d.png"]
+    opened.clear()
+    used = scan_folder(folder, file)
+    assert opened == ["a.control.mp4"]
+    assert [(row["control_frames"], row["control_reason"]) for row in used[:2]] == [(5, None), (None, None)]
+    assert used[0]["control_digest"] == used[0]["digest"]
+    # A run without controls loses nothing of what a run with them needs, or has just scanned.
+    opened.clear()
+    assert scan_folder(folder, file, with_controls=False) == used
+    assert scan_folder(folder, file) == used
+    assert opened == []
+
+
 def test_what_the_listing_skips_is_in_the_manifest(folder: Path, tmp_path: Path) -> None:
     file = tmp_path / "m.parquet"
     (folder / ".Trash-1000").mkdir()

@@ -4,8 +4,8 @@ first frames?
     python benchmarks/conditions.py outputs/conditions
     python benchmarks/conditions.py outputs/conditions --table      # the table of what is there
 
-Two thirds of the clips show shapes that drift in a straight line between two random places, with a caption that does not say
-where: only the conditions tell. The others show the base model's own motions. The LoRA `mixed` trains with the
+Two thirds of the clips show shapes that drift in a straight line between two random places, with a caption that does
+not say where: only the conditions tell. The others show the base model's own motions. The LoRA `mixed` trains with the
 modes `first`, `first_last` and `prefix`. `first` trains with that mode alone, on as many of its samples. Both adapt all
 linear layers: half of the weights with which the patch embedding reads conditions have never been used by the base
 model. `control` trains for as many steps as `first` with control videos: clips of shapes on a curve, whose controls
@@ -229,9 +229,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     args.folder = args.folder.absolute()
     if not args.table:
         write_clips(args.folder / "clips", training_clips(args.clips))
-        numbers = Numbers(6)
-        controlled = [curved(numbers, SIZES[index % 3]) for index in range(args.clips)]
-        write_clips(args.folder / "controlled", controlled, has_control=True)
+        if "control" in args.loras:
+            numbers = Numbers(6)
+            controlled = [curved(numbers, SIZES[index % 3]) for index in range(args.clips)]
+            write_clips(args.folder / "controlled", controlled, has_control=True)
         for seed in args.seeds:
             for name in (None, *args.loras):
                 measure(name, seed, args)

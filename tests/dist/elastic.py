@@ -3,8 +3,9 @@
     python tests/dist/elastic.py --folder DIR [--pairs covering|all] [--method lora|full]
 
 A layout is a number of ranks and a shipped DeepSpeed config, on the tiny model in float32. Gradient accumulation is set
-to four clips per step, so every layout trains the same clips with the same captions (of three) and noise, and the
-losses must be those of the uninterrupted run. Prints a table and a line of JSON. The exit code is 1 if a pair fails.
+to four clips per step, so every layout trains the same clips with the same captions (of three), condition modes (of
+five, for a LoRA) and noise, and the losses must be those of the uninterrupted run. Prints a table and a line of JSON.
+The exit code is 1 if a pair fails.
 
 For each number of ranks, the processes are forked once to save and once to resume, and run all jobs.
 """
@@ -24,7 +25,12 @@ LAYOUTS = list(itertools.product(RANKS, CONFIGS))
 SAVED, LAST, CLIPS_PER_STEP = 4, 8, 4
 TOLERANCE = 2e-5
 METHODS = {
-    "lora": ["lora.rank=3", "lora.alpha=5", "optimizer.lr=1e-2"],
+    "lora": [
+        "lora.rank=3",
+        "lora.alpha=5",
+        "optimizer.lr=1e-2",
+        "conditioning.modes={first: 0.2, first_last: 0.2, prefix: 0.2, suffix: 0.2, none: 0.2}",
+    ],
     "full": ["train.method=full", "optimizer.lr=1e-4"],
 }
 FULL_LAYOUTS = list(itertools.product(RANKS, ("zero2", "zero3", "zero3_offload")))

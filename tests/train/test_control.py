@@ -106,10 +106,11 @@ def test_a_control_must_have_the_frames_and_the_size_of_the_clip(tiny_model):
         with pytest.raises(ValueError, match=f"`control_video` has {num_frames} frames, but the clip has 17"):
             pipeline(**settings, height=64, width=96, control_video=(frames + frames)[:num_frames])
     # The default size is that of the model, for both.
-    config, seen = pipeline.transformer.config, []
+    pipeline.transformer.register_to_config(sample_height=4, sample_width=6)
+    seen = []
     control_of(pipeline.transformer).register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
     pipeline(**settings, control_video=frames)
-    assert seen[0].shape[3:] == (config.sample_height, config.sample_width)
+    assert seen[0].shape[3:] == (4, 6)
 
 
 def test_an_offloaded_vae_encodes_on_the_given_device(tiny_model):

@@ -12,6 +12,7 @@
 With `image` alone, everything is identical to diffusers' pipeline, bit for bit.
 """
 
+import json
 from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
@@ -90,6 +91,11 @@ class ConditionedPipeline(CogVideoXImageToVideoPipeline):
             return super().__call__(placeholder if image is None else image, **kwargs)
         finally:
             del self._pieces, self._has_image
+
+    def to_json_string(self) -> str:
+        """Name diffusers' pipeline in the config, so that what `save_pretrained` writes loads without cogds."""
+        config = json.loads(super().to_json_string()) | {"_class_name": CogVideoXImageToVideoPipeline.__name__}
+        return json.dumps(config, indent=2, sort_keys=True) + "\n"
 
     def prepare_latents(self, *args: Any, **kwargs: Any) -> tuple[torch.Tensor, torch.Tensor]:
         """Return the noise and the condition, each [B, F, C, H, W], as diffusers' method, with all conditions placed.

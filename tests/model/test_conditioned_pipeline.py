@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers import CogVideoXImageToVideoPipeline
+from diffusers import CogVideoXImageToVideoPipeline, DiffusionPipeline
 from PIL import Image
 
 from cogds.model.conditioned_pipeline import ConditionedPipeline
@@ -201,3 +201,8 @@ def test_the_convention_of_a_lora_scales_all_conditions(family):
 def test_impossible_conditions_are_refused(load, conditions, message):
     with pytest.raises(ValueError, match=message):
         run(load(ConditionedPipeline), **conditions)
+
+
+def test_a_saved_pipeline_loads_without_cogds(family, tmp_path):
+    ConditionedPipeline.from_pretrained(family(V15)).save_pretrained(tmp_path)
+    assert type(DiffusionPipeline.from_pretrained(tmp_path)) is CogVideoXImageToVideoPipeline

@@ -1,6 +1,7 @@
 """Pruning a cache that several datasets share: what is shown, asked and removed."""
 
 import io
+import shutil
 import sys
 
 import pytest
@@ -19,28 +20,37 @@ class Terminal(io.StringIO):
         return True
 
 
+def encode(model, folder, cache_dir, name, buckets="9x32x48, 1x32x32"):
+    job = make_job(
+        f"model.path={model}", f"data.path={folder / name}", f"data.cache_dir={cache_dir}", f"data.buckets=[{buckets}]",
+        "data.num_workers=0", "train.precision=fp32", "eval.every=null",
+    )  # fmt: skip
+    return job, encode_dataset(job)
+
+
+@pytest.fixture(scope="module")
+def folder(tiny_model, tmp_path_factory):
+    """The clips of `mine` and `theirs`, and a cache with both, and with clips of `mine` with other buckets."""
+    folder = tmp_path_factory.mktemp("pruning")
+    for name in ("theirs", "mine"):
+        draw_clips(folder / name, seed=len(name))
+        encode(tiny_model, folder, folder / "cache", name)
+    encode(tiny_model, folder, folder / "cache", "mine", "9x32x32, 1x32x32")
+    return folder
+
+
 @pytest.fixture
-def shared(tiny_model, tmp_path):
-    """The job and data of `mine`, whose cache also has clips of `theirs` and clips of `mine` with other buckets."""
-
-    def encode(name, buckets):
-        draw_clips(tmp_path / name, seed=len(name))
-        job = make_job(
-            f"model.path={tiny_model}", f"data.path={tmp_path / name}", f"data.cache_dir={tmp_path / 'cache'}",
-            f"data.buckets=[{buckets}]", "data.num_workers=0", "train.precision=fp32", "eval.every=null",
-        )  # fmt: skip
-        return job, encode_dataset(job)
-
-    encode("theirs", "9x32x48, 1x32x32")
-    encode("mine", "9x32x32, 1x32x32")
-    return encode("mine", "9x32x48, 1x32x32")
+def shared(tiny_model, folder, tmp_path):
+    """The job and data of `mine`, with a copy of the cache."""
+    shutil.copytree(folder / "cache", tmp_path / "cache")
+    return encode(tiny_model, folder, tmp_path / "cache", "mine")
 
 
 def counts(job):
     return {kind: numbers["entries"] for kind, numbers in stats(job.cfg.data.cache_dir).items()}
 
 
-def test_without_a_terminal_it_is_shown_what_would_go_and_nothing_is_removed(shared, tmp_path, capsys, monkeypatch):
+def test_without_a_terminal_it_is_shown_what_would_go_and_nothing_is_removed(shared, folder, capsys, monkeypatch):
     job, data = shared
     before = counts(job)
     monkeypatch.setattr(sys, "stdin", io.StringIO("y\n"))
@@ -48,8 +58,8 @@ def test_without_a_terminal_it_is_shown_what_would_go_and_nothing_is_removed(sha
         prune_unused(job, data, is_confirmed=False)
     assert counts(job) == before
     own, theirs = capsys.readouterr().out.splitlines()[1:]
-    assert own.startswith(f"  {tmp_path / 'mine'} (this dataset, with other settings): 6 clips, about ")
-    assert theirs.startswith(f"  {tmp_path / 'theirs'}: 7 clips and 7 captions, about ")
+    assert own.startswith(f"  {folder / 'mine'} (this dataset, with other settings): 6 clips, about ")
+    assert theirs.startswith(f"  {folder / 'theirs'}: 7 clips and 7 captions, about ")
 
 
 @pytest.mark.parametrize("answer, removes", [("y\n", True), ("YES\n", True), ("n\n", False), ("", False)])

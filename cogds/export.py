@@ -153,11 +153,11 @@ def export_extracted(args: argparse.Namespace, output: Path, api: Any) -> None:
     sample = Path(args.sample) if args.sample else None  # the run's videos are those of the whole model
     if sample and not sample.is_file():
         raise UserError(f"--sample {sample}: no such file. Pass a video, or omit --sample.")
-    tuned = find_model(args.lora[0])
+    tuned = find_model(args.lora[0], named=f"--to {EXTRACTED}")
     metadata = trained_metadata(tuned)
     if not args.model and not metadata.get("base_model"):
         raise UserError(f"{tuned.path}: does not record its base model. Pass --model.")
-    base = find_model(args.model or metadata["base_model"])
+    base = find_model(args.model or metadata["base_model"], named="--model")
     rank, dtype = args.rank or DEFAULT_RANK, DTYPES.get(args.dtype, torch.bfloat16)
     metadata |= {"rank": rank, "alpha": float(rank), "base_model": args.model or metadata["base_model"]}
     if convention := metadata.pop("trained_image_latents", None):
@@ -222,7 +222,7 @@ def base_model(path: str | None, loras: Sequence[WeightedLora], needed: bool) ->
     UserError if it is needed and unknown.
     """
     if path:
-        return find_model(path)
+        return find_model(path, named="--model")
     trained_on = next(filter(None, (lora.file.metadata.get("base_model") for lora in loras)), None)
     if trained_on and (needed or Path(trained_on).is_dir()):
         return find_model(trained_on)

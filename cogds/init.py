@@ -150,7 +150,7 @@ def fit_run(args: argparse.Namespace, answers: Answers) -> NewRun:
     """Choose buckets for the clips, and settings for the memory."""
     overrides = [f"data.path={args.clips}"]
     overrides += model_overrides(args.model) if args.model else []
-    if not args.model or find_model(args.model).family.takes_image:
+    if not args.model or find_model(args.model, named="--model").family.takes_image:
         overrides.append(f"conditioning.image_latents={IMAGE_LATENTS[answers.use]}")
     overrides += [f"data.caption_prefix={args.trigger}"] * bool(args.trigger)
     all_clips = [*overrides, "eval.held_out=0"]

@@ -125,7 +125,7 @@ def output_files(output: str | None, is_single: bool) -> OutputFiles:
 
 def main(args: argparse.Namespace) -> None:
     """Check the arguments, load the model, make the videos. Reports errors before any weight is loaded."""
-    model = find_model(args.model)
+    model = find_model(args.model, named="--model")
     loras = read_weighted_loras(args.lora or [], args.lora_alpha, model)
     for lora in loras:
         logger.info("\n".join(describe_lora(lora.file, "--lora-alpha")))

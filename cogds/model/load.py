@@ -126,8 +126,8 @@ def _read_json(path: Path) -> dict[str, Any]:
         raise UserError(f"model.path: {path} is not valid JSON ({error}). Download the model again.") from None
 
 
-def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
-    """Find a model by local folder or hub id, or `SHAPES_MODEL`.
+def find_model(model_path: str, revision: str | None = None, named: str = "model.path") -> ModelFolder:
+    """Find a model by local folder or hub id, or `SHAPES_MODEL`. named: the key or flag that names it, for errors.
 
     Of a hub model, only configs and tokenizer are downloaded, into the hub's cache: `ModelFolder.fetch` does the rest.
     Raises UserError if there is no such model, a part is missing, or it is not a CogVideoX model (`core.family`).
@@ -137,11 +137,11 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
     if not path.is_dir():
         if not re.fullmatch(r"[\w.-]+/[\w.-]+", model_path):
             raise UserError(
-                f"model.path: no such folder: {model_path}. Pass a diffusers model folder or a hub id such as "
+                f"{named}: no such folder: {model_path}. Pass a diffusers model folder or a hub id such as "
                 f"zai-org/CogVideoX1.5-5B-I2V, or {SHAPES_MODEL}."
             )
         hub_id = model_path
-        path, files = _fetch_configs(hub_id, revision)
+        path, files = _fetch_configs(hub_id, revision, named)
     pipeline = _read_json(path / "model_index.json").get("_class_name")
     if pipeline not in (IMAGE_PIPELINE, TEXT_PIPELINE):
         raise UserError(
@@ -175,7 +175,7 @@ def find_model(model_path: str, revision: str | None = None) -> ModelFolder:
     return ModelFolder(path, transformer, vae, geometry, hub_id)
 
 
-def _fetch_configs(model_id: str, revision: str | None) -> tuple[Path, Collection[str] | None]:
+def _fetch_configs(model_id: str, revision: str | None, named: str) -> tuple[Path, Collection[str] | None]:
     """Download a model's configs and tokenizer from the hub, and list its files.
 
     If the hub cannot be reached, use the copy in the local cache. The list is then None.
@@ -198,7 +198,7 @@ def _fetch_configs(model_id: str, revision: str | None) -> tuple[Path, Collectio
         raise
     except Exception as error:
         raise UserError(
-            f"model.path: no such folder: {model_id}, and it cannot be downloaded from the hub "
+            f"{named}: no such folder: {model_id}, and it cannot be downloaded from the hub "
             f"({brief(failure or error)}). {_DOWNLOAD_ADVICE.format(id=model_id)}"
         ) from None
     return Path(folder), files

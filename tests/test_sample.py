@@ -410,9 +410,10 @@ def test_a_text_to_video_model_takes_no_conditions(family, flags):
         call("sample", ["--model", str(family("1.5-5b")), "--prompt", "a", *flags])
 
 
-def test_a_model_that_does_not_exist_is_named_by_its_flag():
+def test_a_model_that_does_not_exist_is_named_by_its_flag(tmp_path):
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.png")
     with pytest.raises(UserError, match=r"^--model: no such folder: nothing"):
-        call("sample", ["--model", "nothing", "--prompt", "a", "--image", "a.png"])
+        call("sample", ["--model", "nothing", "--prompt", "a", "--image", str(tmp_path / "a.png")])
 
 
 def test_a_keyframe_needs_a_time(family):

@@ -6,9 +6,10 @@ first frames?
 
 Two thirds of the clips show shapes that drift in a straight line between two random places, with a caption that does
 not say where: only the conditions tell. The others show the base model's own motions. The LoRA `mixed` trains with the
-modes `first`, `first_last` and `prefix`. `first` trains with that mode alone, on as many of its samples. Both adapt all
-linear layers: half of the weights with which the patch embedding reads conditions have never been used by the base
-model. `control` trains for as many steps as `first` with control videos: clips of shapes on a curve, whose controls
+modes `first`, `first_last` and `prefix`. `first` trains with that mode alone, on as many of its samples. `more` starts
+from `mixed` and trains with `last`, `suffix` and `keyframes` for as many steps as `first`. These adapt all linear
+layers: half of the weights with which the patch embedding reads conditions have never been used by the base model.
+`control` trains for as many steps as `first` with control videos: clips of shapes on a curve, whose controls
 show only a dot on that curve. Videos are generated from scenes that no clip shows, with each LoRA and with the base
 model. Results that are there already are kept.
 """
@@ -46,7 +47,8 @@ from cogds.videos.image_grid import make_grid  # noqa: E402
 
 DRIFT = "drift"
 CONTEXT = 9  # frames of a prefix: 3 latent frames
-SEAM = 4  # frames after the prefix whose speed is measured
+SEAM = 4  # frames after the prefix, or before the suffix, whose speed is measured
+KEYFRAMES = (0, 8, 16)
 FIRST_SHARE = 0.3  # of the samples of `mixed`
 ALL_LAYERS = ("lora.target_modules=[all-linear]", "lora.rank=64", "lora.alpha=64")
 LORAS: Mapping[str, Sequence[str]] = {
@@ -56,6 +58,12 @@ LORAS: Mapping[str, Sequence[str]] = {
         f"conditioning.modes={{first: {FIRST_SHARE}, first_last: 0.3, prefix: 0.4}}",
         "conditioning.context_latents=3",
     ),
+    "more": (
+        *ALL_LAYERS,
+        "conditioning.modes={last: 0.3, suffix: 0.4, keyframes: 0.3}",
+        "conditioning.context_latents=3",
+        f"conditioning.keyframe_times=[{', '.join(str(frame / FPS) for frame in KEYFRAMES)}]",
+    ),
     "control": ["conditioning.control=true"],
 }
 DOT_RADIUS = 4.0  # of a control video's dot [px]
@@ -63,17 +71,22 @@ FIGURES = {
     "first": ("motion_seen", "path_error", "first_frame_psnr", "clip_psnr"),
     "first_last": ("first_frame_psnr", "last_frame_psnr", "path_error", "clip_psnr"),
     "prefix": ("seam_velocity_error", "path_error", "clip_psnr"),
+    "last": ("last_frame_psnr", "motion_seen", "clip_psnr"),
+    "suffix": ("seam_velocity_error", "path_error", "clip_psnr"),
+    "keyframes": ("middle_frame_psnr", "last_frame_psnr", "path_error", "clip_psnr"),
     "control": ("path_error", "first_frame_psnr", "clip_psnr"),
 }
 JUDGED = {
     "first": ("first", "first_last", "prefix"),
     "mixed": ("first", "first_last", "prefix"),
+    "more": ("last", "suffix", "keyframes"),
     "control": ("control",),
 }
 UNITS = {
     "motion_seen": "motion seen",
     "path_error": "path error [px]",
     "first_frame_psnr": "first frame [dB]",
+    "middle_frame_psnr": "middle frame [dB]",
     "last_frame_psnr": "last frame [dB]",
     "clip_psnr": "clip [dB]",
     "seam_velocity_error": "velocity error at the seam [px/frame]",
@@ -179,9 +192,9 @@ def training_clips(num_clips: int) -> list[Clip]:
 
 
 def unseen_clips(mode: str, num_clips: int) -> list[Clip]:
-    """Clips that are not trained: of the base model's motions for `first`, drifting shapes for the others."""
+    """Clips that are not trained: of the base model's motions for `first` and `last`, else drifting shapes."""
     numbers, motions = Numbers(2_000_000), list(MOTIONS)
-    if mode == "first":
+    if mode in ("first", "last"):
         return [captioned(numbers, SIZES[index % 3], motions[index // 3 % 8]) for index in range(num_clips)]
     make = curved if mode == "control" else drifting
     return [make(numbers, SIZES[index % 3]) for index in range(num_clips)]
@@ -193,22 +206,30 @@ def conditions(mode: str, clips: Sequence[Clip], has_control: bool) -> dict[str,
     firsts, lasts = (torch.stack([video[frame] for video in videos]) for frame in (0, -1))
     if mode == "prefix":
         return {"video": [video[:CONTEXT] for video in videos]}
+    if mode == "suffix":
+        return {"video": [video[-CONTEXT:] for video in videos], "video_at": "end"}
+    if mode == "keyframes":
+        return {"keyframes": {frame: torch.stack([video[frame] for video in videos]) for frame in KEYFRAMES}}
+    if mode == "last":
+        return {"last_image": lasts}
     if mode == "control" and has_control:
         return {"image": firsts, "control_video": [draw_control(clip) for clip in clips]}
     return {"image": firsts, "last_image": lasts} if mode == "first_last" else {"image": firsts}
 
 
-def judge(video: torch.Tensor, clip: Clip) -> dict[str, float]:
+def judge(video: torch.Tensor, clip: Clip, mode: str) -> dict[str, float]:
     """The figures of one generated video beside the real clip. Both are followed, so the judge's own errors cancel."""
     real = clip.draw()
     seen, expected = follow(video, clip.scene), follow(real, clip.scene)
     distance = torch.hypot(seen.track.x - expected.track.x, seen.track.y - expected.track.y)
-    frames = slice(CONTEXT - 1, CONTEXT + SEAM)
+    num = len(video)
+    frames = slice(num - CONTEXT - SEAM, num - CONTEXT + 1) if mode == "suffix" else slice(CONTEXT - 1, CONTEXT + SEAM)
     speeds = [(track.x[frames].diff().mean(), track.y[frames].diff().mean()) for track in (seen.track, expected.track)]
     return {
         "motion_seen": float(name_motion(seen, clip.scene) == clip.scene.motion),
         "path_error": distance.mean().item(),
         "first_frame_psnr": psnr(video[0], real[0]),
+        "middle_frame_psnr": psnr(video[num // 2], real[num // 2]),
         "last_frame_psnr": psnr(video[-1], real[-1]),
         "clip_psnr": psnr(video, real),
         "seam_velocity_error": math.dist(*speeds),
@@ -258,7 +279,7 @@ def measure(name: str | None, seed: int, args: argparse.Namespace) -> None:
         has_control = control_of(pipeline.transformer) is not None
         given = functools.partial(conditions, mode, has_control=has_control)
         videos = generate(pipeline, clips, seed, conditions=given)
-        results[mode] = [judge(video, clip) for video, clip in zip(videos, clips, strict=True)]
+        results[mode] = [judge(video, clip, mode) for video, clip in zip(videos, clips, strict=True)]
         save_sheet(args.folder / f"{mode}-{name or 'base'}-{seed}.png", clips[:3], videos[:3])
         print(f"{name or 'base'}, seed {seed}, {mode}: {len(videos)} videos", flush=True)
     file.with_suffix(".partial").write_text(json.dumps(results))
@@ -279,6 +300,8 @@ def train(name: str, seed: int, args: argparse.Namespace) -> Path:
             f"output_dir={run}", f"seed={seed}", f"train.num_steps={steps}", "eval.every=null", "train.batch_size=8",
             f"checkpoint.every={steps}", "metrics.show_clips=0", *LORAS[name],
         ]  # fmt: skip
+        if name == "more":
+            words.append(f"lora.init_from={args.folder / f'run-mixed-{seed}' / f'lora/step-{args.steps:06d}'}")
         environment = {**os.environ, "OMP_NUM_THREADS": "1"}
         command = [sys.executable, "-m", "cogds", "train", *map(str, words)]
         with (args.folder / f"{name}-{seed}.log").open("w") as log:

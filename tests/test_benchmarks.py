@@ -336,14 +336,23 @@ def test_full_from_scratch(tmp_path):
 
 @pytest.mark.release
 def test_conditions(tmp_path):
-    command = [sys.executable, ROOT / "benchmarks/conditions.py", tmp_path / "out", "--loras", "mixed", "control"]
+    command = [
+        sys.executable,
+        ROOT / "benchmarks/conditions.py",
+        tmp_path / "out",
+        "--loras",
+        "mixed",
+        "more",
+        "control",
+    ]
     command += ["--seeds", "0", "--clips", "4", "--videos", "1", "--steps", "2"]
     done = run_command(command, 480)
     assert done.returncode == 0, done.stdout[-4000:]
     names = [line.split(" | ")[0] for line in done.stdout.splitlines() if line.startswith("| ")]
-    assert names == ["| `first`", "| base", "| mixed", "| `first_last`", "| base", "| mixed", "| `prefix`", "| base",
-                     "| mixed", "| `control`", "| base", "| control"]  # fmt: skip
-    assert len(list((tmp_path / "out").glob("*.png"))) == 8
+    expected = {"first": "mixed", "first_last": "mixed", "prefix": "mixed", "last": "more", "suffix": "more",
+                "keyframes": "more", "control": "control"}  # fmt: skip
+    assert names == [name for mode, lora in expected.items() for name in (f"| `{mode}`", "| base", f"| {lora}")]
+    assert len(list((tmp_path / "out").glob("*.png"))) == 2 * len(expected)
 
 
 def test_a_failing_call_becomes_a_row_with_its_error(scripts):

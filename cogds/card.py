@@ -202,6 +202,8 @@ def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -
     base = metadata.get("base_model") or ("zai-org/CogVideoX1.5-5B-I2V" if has_image else "zai-org/CogVideoX1.5-5B")
     has_control = has_image and bool(metadata.get("control"))
     is_ours = has_image and (mode != "first" or has_control)
+    is_builtin = base.startswith("builtin:")
+    model = f"find_model({_quoted(base)}).path" if is_builtin else _quoted(base)
     pipeline = OUR_PIPELINE if is_ours else IMAGE_PIPELINE if has_image else TEXT_PIPELINE
     arguments = mode_arguments(metadata, mode, fps) if has_image else []
     if has_control:
@@ -211,10 +213,11 @@ def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -
     imported = imported if is_ours else [pipeline, *imported]
     factor = 1.0 if kind in ("merged", FULL) or not has_image else metadata.get("image_latent_factor", 1.0)
     lines = [
-        f"# pip install {'cogds ' * is_ours}'diffusers>=0.34' transformers accelerate peft sentencepiece protobuf "
-        "imageio imageio-ffmpeg",
+        f"# pip install {'cogds ' * (is_ours or is_builtin)}'diffusers>=0.34' transformers accelerate peft "
+        "sentencepiece protobuf imageio imageio-ffmpeg",
         "import torch",
         *([f"from cogds.model.conditioned_pipeline import {OUR_PIPELINE}"] if is_ours else []),
+        *(["from cogds.model.load import find_model"] if is_builtin else []),
         *(["from cogds.model.lora.adapter import load_control"] if has_control else []),
         *([f"from diffusers import {', '.join(imported)}"] if imported else []),
         f"from diffusers.utils import {', '.join(['export_to_video', *loaders])}",
@@ -224,13 +227,13 @@ def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -
         lines += [
             f'transformer = CogVideoXTransformer3DModel.from_pretrained({_quoted(location)}, subfolder="transformer", '
             "torch_dtype=torch.bfloat16)",
-            f"pipe = {pipeline}.from_pretrained({_quoted(base)}, transformer=transformer, torch_dtype=torch.bfloat16)",
+            f"pipe = {pipeline}.from_pretrained({model}, transformer=transformer, torch_dtype=torch.bfloat16)",
         ]
     elif kind == FULL:
         lines.append(f"pipe = {pipeline}.from_pretrained({_quoted(location)}, torch_dtype=torch.bfloat16)")
     else:
         lines += [
-            f"pipe = {pipeline}.from_pretrained({_quoted(base)}, torch_dtype=torch.bfloat16)",
+            f"pipe = {pipeline}.from_pretrained({model}, torch_dtype=torch.bfloat16)",
             # Offline, diffusers before 0.40 requires the name.
             f'pipe.load_lora_weights({_quoted(location)}, weight_name="pytorch_lora_weights.safetensors")',
             *(

@@ -359,3 +359,15 @@ def test_the_code_of_a_text_to_video_lora_with_controls_says_that_it_ignores_the
     metadata = {**METADATA, "task": "text-to-video", "control": True}
     assert "does not use the control video. `cogds sample --control` does." in snippet(metadata, "diffusers", "mine")
     assert "control" not in snippet({**metadata, "control": False}, "diffusers", "mine")
+
+
+@pytest.mark.parametrize("mode", ["first", "first_last"])
+def test_the_code_of_a_lora_of_the_shapes_model_finds_the_model(mode):
+    metadata = {**METADATA, "base_model": "builtin:shapes", "modes": {mode: 1.0}}
+    code = snippet(metadata, "diffusers", "mine", mode)
+    assert "pip install cogds " in code
+    loads = next(line for line in code.splitlines() if ".from_pretrained(" in line)
+    call = re.search(r"from_pretrained\((.*), torch_dtype", loads)[1]
+    names = {}
+    exec("\n".join(line for line in code.splitlines() if "cogds.model.load import" in line), names)
+    assert eval(call, names) == find_model("builtin:shapes").path

@@ -97,7 +97,7 @@ test-container: install
 	$(BIN)/python -m pytest -m container
 
 # Before a release, and not in test-all: every benchmark at a tiny size, and long runs with many faults, one of them on
-# the same two nodes. Half an hour.
+# the same two nodes.
 test-release: install
 	tests/cluster/install.sh
 	$(BIN)/python -m pytest -m release

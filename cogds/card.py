@@ -202,7 +202,7 @@ def snippet(metadata: Metadata, kind: str, location: str, mode: str = "first") -
     base = metadata.get("base_model") or ("zai-org/CogVideoX1.5-5B-I2V" if has_image else "zai-org/CogVideoX1.5-5B")
     has_control = has_image and bool(metadata.get("control"))
     is_ours = has_image and (mode != "first" or has_control)
-    is_builtin = base.startswith("builtin:")
+    is_builtin = kind != FULL and base.startswith("builtin:")
     model = f"find_model({_quoted(base)}).path" if is_builtin else _quoted(base)
     pipeline = OUR_PIPELINE if is_ours else IMAGE_PIPELINE if has_image else TEXT_PIPELINE
     arguments = mode_arguments(metadata, mode, fps) if has_image else []

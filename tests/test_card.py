@@ -371,3 +371,4 @@ def test_the_code_of_a_lora_of_the_shapes_model_finds_the_model(mode):
     names = {}
     exec("\n".join(line for line in code.splitlines() if "cogds.model.load import" in line), names)
     assert eval(call, names) == find_model("builtin:shapes").path
+    assert "find_model" not in snippet(metadata, "full", "mine")  # a whole model

@@ -49,13 +49,13 @@ DRIFT = "drift"
 CONTEXT = 9  # frames of a prefix: 3 latent frames
 SEAM = 4  # frames after the prefix, or before the suffix, whose speed is measured
 KEYFRAMES = (0, 8, 16)
-FIRST_SHARE = 0.3  # of the samples of `mixed`
-ALL_LAYERS = ("lora.target_modules=[all-linear]", "lora.rank=64", "lora.alpha=64")
+FIRST_SHARE = 0.5  # of the samples of `mixed`
+ALL_LAYERS = ("lora.target_modules=[all-linear]", "lora.rank=64", "lora.alpha=64", "optimizer.lr=1e-3")
 LORAS: Mapping[str, Sequence[str]] = {
     "first": ALL_LAYERS,
     "mixed": (
         *ALL_LAYERS,
-        f"conditioning.modes={{first: {FIRST_SHARE}, first_last: 0.3, prefix: 0.4}}",
+        f"conditioning.modes={{first: {FIRST_SHARE}, first_last: 0.2, prefix: 0.3}}",
         "conditioning.context_latents=3",
     ),
     "more": (

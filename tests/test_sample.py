@@ -11,6 +11,7 @@ from safetensors.torch import save_file
 import cogds.sample
 from cogds.arguments import parse_args
 from cogds.cli import call
+from cogds.core.condition_modes import MODES
 from cogds.core.geometry import TRAINED_SIZE, ClipShape, latent_frames, padding_frames
 from cogds.data.video.media import write_video
 from cogds.errors import UserError
@@ -19,6 +20,8 @@ from cogds.model.lora.adapter import export, inject
 from cogds.model.lora.file import AlphaSource, LoraFile
 from cogds.model.pipelines import apply_convention, count_transformer_calls, load_pipeline, load_whole_pipeline
 from cogds.sample import WeightedLora, plan_jobs, recorded_value
+from cogds.train.summary import example_flags
+from cogds.videos.conditions import modes_of
 from cogds.videos.sample_spec import best_bucket, load_first_frame
 from tests.model.lora.adapters import write_lora
 from tests.train.test_parity import Parts, differences, our_inputs, pipeline_inputs
@@ -400,6 +403,15 @@ def test_the_modes_of_a_lora_decide_about_the_warning(sample, capsys):
         errors = capsys.readouterr().err
         assert warning in errors
         assert bool(warning) == ("not trained" in errors)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_the_command_that_training_shows_uses_its_mode(run_shapes, mode):
+    video, image = (str(run_shapes.folder / name) for name in ("clip.mp4", "first.png"))
+    common = ["--model", "builtin:shapes", "--prompt", "a", "--size", "17x48x48"]
+    args = parse_args("sample", [*common, *example_flags(mode, video, image, [0.5, 2])])
+    (job,) = plan_jobs(args, [], find_model("builtin:shapes"), 8.0, {})
+    assert modes_of(job.conditions) == ("first" if mode == "none" else mode,)
 
 
 @pytest.mark.parametrize(

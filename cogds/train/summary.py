@@ -13,7 +13,7 @@ from rich.text import Text
 
 from cogds.config.deepspeed import zero_stage
 from cogds.config.schema import KEYS, METHOD_DEFAULTS, ConditioningConfig, RunConfig
-from cogds.core.condition_modes import used_modes
+from cogds.core.condition_modes import Mode, used_modes
 from cogds.core.geometry import ModelGeometry, num_tokens
 from cogds.data.storage.location import is_local_file
 from cogds.formatting import counted, gigabytes, magnitude
@@ -127,21 +127,46 @@ def sample_command(run: Run, result: Path) -> str:
 
     Clips in tar files and behind URLs are replaced by a placeholder, because `cogds sample` reads local files only.
     """
-    sample, index = run.cfg.sample, run.data.held_out or run.data.index
-    image: str | None
+    sample, conditioning, index = run.cfg.sample, run.cfg.conditioning, run.data.held_out or run.data.index
+    control: str | None
     if sample.prompts:
-        prompt, image = sample.prompts[0].prompt, sample.prompts[0].image
+        example = sample.prompts[0]
+        prompt, control = example.prompt, example.control
+        files = (("--image", example.image), ("--last-image", example.last_image), ("--video", example.video))
+        flags = [word for flag, file in files if file for word in (flag, file)]
     else:
         clip = index[0]
-        prompt, image = " ".join(clip.captions[0].text.split()), clip.image_path or clip.path
-        image = image if is_local_file(image) else "IMAGE"
+        video, image = local_or(clip.path, "VIDEO"), local_or(clip.image_path or clip.path, "IMAGE")
+        control = local_or(clip.control_path, "CONTROL") if clip.control_path else None
+        prompt = " ".join(clip.captions[0].text.split())
+        mode = max(used_modes(conditioning.modes), key=lambda mode: conditioning.modes[mode])
+        flags = example_flags(mode, video, image, conditioning.keyframe_times)
     words = ["--model", *([run.cfg.model.path, "--lora"] if run.cfg.trains_lora else []), str(result)]
-    words += ["--image", image] if image and run.model.family.takes_image else []
+    words += flags if run.model.family.takes_image else []
+    words += ["--control", control] if control else []
     words += ["--prompt", prompt]
     for flag, name in (("--steps", "num_steps"), ("--guidance", "guidance")):
         if (value := getattr(sample, name)) != KEYS[f"sample.{name}"].default:
             words += [flag, f"{value:g}"]
     return f"{command('cogds', 'cogds')} sample {shlex.join(words)}"
+
+
+def local_or(path: str, placeholder: str) -> str:
+    """Return the path of a local file, and the placeholder for one in a tar file or behind a URL."""
+    return path if is_local_file(path) else placeholder
+
+
+def example_flags(mode: Mode, video: str, image: str, keyframe_times: Sequence[float]) -> list[str]:
+    """Return the flags of `cogds sample` for a mode, with the files of one clip. Its image stands for all images."""
+    return {
+        "first": ["--image", image],
+        "last": ["--last-image", image],
+        "first_last": ["--image", image, "--last-image", image],
+        "prefix": ["--video", video],
+        "suffix": ["--video", video, "--video-at", "end"],
+        "keyframes": [word for time_s in keyframe_times for word in ("--keyframe", f"{time_s:g}", image)],
+        "none": ["--image", image],  # required by `cogds sample`
+    }[mode]
 
 
 def describe_ranks(run: Run) -> str:

@@ -116,6 +116,12 @@ def read_conditions(
         frame = round(time_s * fps)
         if frame in keyframes or (frame == 0 and image is not None):
             raise UserError(f"--keyframe: {time_s:g} s is given twice (frame {frame}). Leave one out.")
+        if frame >= shape.frames:
+            end_s = (shape.frames - 1) / fps
+            raise UserError(
+                f"--keyframe: {time_s:g} s is after the last frame, which is at {end_s:.4g} s. Use an earlier time, or "
+                "--size for a longer video."
+            )
         keyframes[frame] = _read("--keyframe", file, shape)
     video = None
     if files.video is not None:

@@ -1,13 +1,17 @@
 """Training with control videos, under ZeRO and sequence parallelism, and across a resume."""
 
 import json
+import re
+import shlex
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
 
+from cogds.arguments import parse_args
 from cogds.core.geometry import ClipShape
 from cogds.data.video.media import probe_video, read_clip, write_video
 from cogds.model.lora.file import CONTROL_KEY
@@ -48,6 +52,15 @@ def test_a_run_with_controls_starts_as_one_without_and_resumes_bitwise(train_onc
     plain, run = losses(train_once("zero2", "zero2")), losses(workshop / "control")
     assert run[0] == plain[0]
     assert run[1:] != plain[1:]
+
+
+@pytest.mark.slow
+def test_the_command_that_training_shows_has_a_control(train_once, workshop, controlled, run_train):
+    train_once("control", "zero2", *controlled)
+    done = run_train("--config", workshop / "control/run.yaml", launcher="warm")
+    (words,) = re.findall(r"next: .* sample (.*)", done.stdout)
+    args = parse_args("sample", shlex.split(words))
+    assert args.control == str(Path(args.image[0]).with_suffix(".control.mp4"))
 
 
 @pytest.mark.slow

@@ -49,13 +49,13 @@ DRIFT = "drift"
 CONTEXT = 9  # frames of a prefix: 3 latent frames
 SEAM = 4  # frames after the prefix, or before the suffix, whose speed is measured
 KEYFRAMES = (0, 8, 16)
-FIRST_SHARE = 0.5  # of the samples of `mixed`
-ALL_LAYERS = ("lora.target_modules=[all-linear]", "lora.rank=64", "lora.alpha=64", "optimizer.lr=1.5e-3")
+FIRST_SHARE = 0.6  # of the samples of `mixed`
+ALL_LAYERS = ("lora.target_modules=[all-linear]", "lora.rank=64", "lora.alpha=64", "optimizer.lr=1e-3")
 LORAS: Mapping[str, Sequence[str]] = {
     "first": ALL_LAYERS,
     "mixed": (
         *ALL_LAYERS,
-        f"conditioning.modes={{first: {FIRST_SHARE}, first_last: 0.2, prefix: 0.3}}",
+        f"conditioning.modes={{first: {FIRST_SHARE}, first_last: 0.15, prefix: 0.25}}",
         "conditioning.context_latents=3",
     ),
     "more": (
@@ -244,7 +244,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1], help="of training and of the videos' noise")
     parser.add_argument("--clips", type=int, default=2400, help="to train")
     parser.add_argument("--videos", type=int, default=48, help="to generate for each mode")
-    parser.add_argument("--steps", type=int, default=5000, help="of `mixed`, of 8 clips")
+    parser.add_argument("--steps", type=int, default=6000, help="of `mixed`, of 8 clips")
     parser.add_argument("--table", action="store_true", help="only print the table")
     args = parser.parse_args(arguments)
     args.folder = args.folder.absolute()

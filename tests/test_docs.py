@@ -44,6 +44,12 @@ def test_links_lead_to_files_and_headings(page):
     assert broken == []
 
 
+@pytest.mark.parametrize("page", PAGES, ids=name_of)
+def test_commands_are_short_enough_to_read(page):
+    in_blocks = "".join(page.read_text().split("```")[1::2]).splitlines()
+    assert [line for line in in_blocks if len(line) > 120] == []
+
+
 @pytest.mark.parametrize("page", CURRENT, ids=name_of)
 def test_paths_exist(page):
     paths = [

@@ -52,13 +52,6 @@ def test_every_command_is_run_by_a_test(file, run_by):
             assert start in text or start.removeprefix("pip ").split(" -e")[0] in text
 
 
-@pytest.mark.parametrize("file", [README, *sorted(f"docs/{path.name}" for path in ROOT.glob("docs/*.md"))])
-def test_commands_are_short_enough_to_read(file):
-    text = (ROOT / file).read_text()
-    in_blocks = "".join(text.split("```")[1::2]).splitlines()
-    assert [line for line in in_blocks if len(line) > 120] == []
-
-
 @pytest.fixture(scope="module")
 def overrides(tmp_path_factory, tiny_model):
     """Overrides that make the real run small. They are appended to a command, and the last value of a key wins."""

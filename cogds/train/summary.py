@@ -139,7 +139,8 @@ def sample_command(run: Run, result: Path) -> str:
         video, image = local_or(clip.path, "VIDEO"), local_or(clip.image_path or clip.path, "IMAGE")
         control = local_or(clip.control_path, "CONTROL") if clip.control_path else None
         prompt = " ".join(clip.captions[0].text.split())
-        mode = max(used_modes(conditioning.modes), key=lambda mode: conditioning.modes[mode])
+        modes: Sequence[Mode] = ("first",) if clip.kind == "image" else used_modes(conditioning.modes)
+        mode = max(modes, key=lambda mode: conditioning.modes.get(mode, 0.0))
         flags = example_flags(mode, video, image, conditioning.keyframe_times)
     words = ["--model", *([run.cfg.model.path, "--lora"] if run.cfg.trains_lora else []), str(result)]
     words += flags if run.model.family.takes_image else []
@@ -157,7 +158,7 @@ def local_or(path: str, placeholder: str) -> str:
 
 
 def example_flags(mode: Mode, video: str, image: str, keyframe_times: Sequence[float]) -> list[str]:
-    """Return the flags of `cogds sample` for a mode, with the files of one clip. Its image stands for all images."""
+    """Return the flags of `cogds sample` for a mode, with the files of one clip. Each image is the same one."""
     return {
         "first": ["--image", image],
         "last": ["--last-image", image],

@@ -8,7 +8,9 @@ import torch
 from rich.console import Console
 
 from cogds.config.loading import load_config
-from cogds.train.summary import condition_warning, describe_ranks, learning_rate_warning, show
+from cogds.core.geometry import ClipShape
+from cogds.data.loading.index import IndexedCaption, IndexedClip
+from cogds.train.summary import condition_warning, describe_ranks, learning_rate_warning, sample_command, show
 from tests.conftest import ROOT
 
 
@@ -70,3 +72,17 @@ def test_the_default_rate_of_a_full_fine_tune_is_not_warned_about():
 def test_new_conditions_need_the_patch_embedding_of_a_model_with_temporal_patches(overrides, patch_size_t, is_warned):
     cfg = load_config(None, ["model.path=m", "data.path=clips", *overrides])[0]
     assert bool(condition_warning(cfg, SimpleNamespace(patch_size_t=patch_size_t))) is is_warned
+
+
+@pytest.mark.parametrize("kind, flags", [("video", "--video a.mp4"), ("image", "--image a.mp4")])
+def test_an_image_is_not_continued(tmp_path, kind, flags):
+    clip = IndexedClip(
+        "a.mp4", kind, None, (IndexedCaption("a", "", ""),), 0.0, False, 0, ClipShape(9, 64, 64), "", ""
+    )  # fmt: skip
+    words = ["model.path=/m", "data.path=/d", f"output_dir={tmp_path}", "conditioning.modes={first: 0.4, prefix: 0.6}"]
+    run = SimpleNamespace(
+        cfg=load_config([], words)[0],
+        data=SimpleNamespace(held_out=None, index=[clip]),
+        model=SimpleNamespace(family=SimpleNamespace(takes_image=True)),
+    )
+    assert f" {flags} --prompt a" in sample_command(run, tmp_path)

@@ -45,7 +45,6 @@ from cogds.shapes.judge import Estimate, follow, name_motion, psnr  # noqa: E402
 from cogds.shapes.world import FPS, MOTIONS, SIZES, Numbers, Scene, Track, cover_of, random_scene  # noqa: E402
 from cogds.videos.image_grid import make_grid  # noqa: E402
 
-DRIFT = "drift"
 CONTEXT = 9  # frames of a prefix: 3 latent frames
 SEAM = 4  # frames after the prefix, or before the suffix, whose speed is measured
 KEYFRAMES = (0, 8, 16)
